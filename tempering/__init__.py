@@ -1,0 +1,49 @@
+"""Knowledge distillation for PyTorch, with the temperature under control.
+
+Everything is loaded when it is first named, so ``import tempering`` costs next to nothing and a report or ``--help``
+never loads torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tempering import data as data
+    from tempering import methods as methods
+    from tempering import models as models
+    from tempering import objectives as objectives
+    from tempering import tasks as tasks
+    from tempering import teachers as teachers
+    from tempering import temperature as temperature
+    from tempering.engine import distill as distill
+    from tempering.rows import Rows as Rows
+    from tempering.rows import total as total
+    from tempering.settings import Run as Run
+    from tempering.taps import Taps as Taps
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Rows": "tempering.rows",
+    "total": "tempering.rows",
+    "distill": "tempering.engine",
+    "Run": "tempering.settings",
+    "Taps": "tempering.taps",
+}
+_PARTS = ("data", "methods", "models", "objectives", "tasks", "teachers", "temperature")
+
+__all__ = [*_HOMES, *_PARTS, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PARTS:
+        return importlib.import_module(f"tempering.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'tempering' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,226 @@
+"""Checkpoints that are whole or not there: tensors as safetensors, the rest as JSON, written beside and renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+NAME = "step-{:08d}"
+STATE, TENSORS = "state.json", "tensors.safetensors"
+
+
+class BrokenCheckpoint(RuntimeError):
+    """A checkpoint that cannot be trusted; the message names it and what to do."""
+
+
+def save(folder: Path, step: int, state: Mapping[str, Any], *, keep: int = 2) -> Path:
+    """Write ``state`` (nested dicts and lists of tensors and plain values) as the checkpoint of ``step``.
+
+    It is written beside its place, flushed, and renamed, so a kill leaves the older ones whole. All but the newest
+    ``keep`` are removed.
+
+    Raises:
+        OSError: when it cannot be written, saying how much was needed; the older checkpoints stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place, beside = folder / NAME.format(step), folder / (NAME.format(step) + ".partial")
+    tensors: dict[str, Tensor] = {}
+    plain = _part(state, "", tensors)
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir()
+        _write_tensors(beside / TENSORS, tensors)
+        digest = _sha256(beside / TENSORS)
+        text = json.dumps({"format": 1, "step": step, TENSORS: digest, "state": plain})
+        _write(beside / STATE, text.encode())
+        shutil.rmtree(place, ignore_errors=True)
+        beside.rename(place)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        raise OSError(
+            error.errno,
+            f"cannot write the checkpoint of step {step} ({size / 2**20:.1f} MB) under {folder}: {error.strerror}. "
+            "Free some space there, or give another out=; older checkpoints are untouched, and the run resumes from "
+            "them when it is started again.",
+        ) from error
+    for old in sorted(found(folder))[:-keep]:
+        shutil.rmtree(folder / NAME.format(old), ignore_errors=True)
+    return place
+
+
+def found(folder: Path) -> list[int]:
+    """The steps that have a checkpoint here, in no order."""
+    if not folder.is_dir():
+        return []
+    matches = (re.fullmatch(r"step-(\d{8,})", p.name) for p in folder.iterdir())
+    return [int(m.group(1)) for m in matches if m]
+
+
+def load(folder: Path) -> dict[str, Any] | None:
+    """The newest checkpoint's state, None where there is none.
+
+    Raises:
+        BrokenCheckpoint: where the newest one is truncated, edited or unreadable.
+    """
+    steps = found(folder)
+    if not steps:
+        return None
+    place = folder / NAME.format(max(steps))
+    try:
+        record = json.loads((place / STATE).read_bytes())
+        whole = record["format"] == 1 and _sha256(place / TENSORS) == record[TENSORS]
+        reason = "its tensors are not those it was written with (truncated or edited)"
+        tensors = _read_tensors(place / TENSORS) if whole else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        whole, reason, tensors, record = False, f"it cannot be read ({error})", {}, {}
+    if not whole:
+        rest = [s for s in steps if s != max(steps)]
+        older = f"from step {max(rest)}" if rest else "from the start: there is no older one"
+        raise BrokenCheckpoint(f"the checkpoint {place} is broken: {reason}. Remove that folder to resume {older}.")
+    return _whole(record["state"], tensors)
+
+
+def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Weights alone as one safetensors file, written beside and renamed."""
+    beside = path.with_name(path.name + ".partial")
+    _write_tensors(beside, {name: t.detach() for name, t in tensors.items()})
+    beside.replace(path)
+
+
+def gather(student: nn.Module, method: nn.Module | None, optimizer: Any) -> dict[str, Any]:
+    """The whole state of student, method and optimizer, of which None are left out; the same on every rank.
+
+    Sharded parameters (FSDP2) are put together; then the optimizer's state is by parameter name, else by number.
+    """
+    if not sharded(student):
+        parts = {"student": student, "method": method, "optimizer": optimizer}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=False)
+    out: dict[str, Any] = {"student": get_model_state_dict(student, options=whole)}
+    if method is not None:
+        out["method"] = method.state_dict()
+    if optimizer is not None:
+        trained = nn.ModuleDict({"student": student, "method": method or nn.Module()})
+        out["optimizer"] = get_optimizer_state_dict(trained, _bare(optimizer), options=whole)
+    return out
+
+
+def scatter(state: Mapping[str, Any], student: nn.Module, method: nn.Module, optimizer: Any) -> None:
+    """Put back what ``gather`` took."""
+    method.load_state_dict(state["method"])
+    if not sharded(student):
+        student.load_state_dict(state["student"])
+        optimizer.load_state_dict(state["optimizer"])
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+
+    whole = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(student, state["student"], options=whole)
+    trained = nn.ModuleDict({"student": student, "method": method})
+    set_optimizer_state_dict(trained, _bare(optimizer), state["optimizer"], options=whole)
+
+
+def sharded(module: nn.Module) -> bool:
+    """Whether any parameter lies in parts on several ranks."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) for p in module.parameters())
+
+
+def _bare(optimizer: Any) -> torch.optim.Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global random number generator."""
+    version, words, gauss = random.getstate()
+    kind, keys, pos, has_gauss, cached = np.random.get_state()
+    out: dict[str, Any] = {
+        "python": [version, list(words), gauss],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), pos, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        out["cuda"] = list(torch.cuda.get_rng_state_all())
+    return out
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put the generators back."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, pos, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), pos, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _part(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """``value`` with its tensors taken out into ``tensors`` and named in their place."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous()
+        return {"tensor": path}
+    if isinstance(value, Mapping):
+        # pairs, since the keys of an optimizer's state are integers and JSON's are not
+        return {"map": [[key, _part(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {"list": [_part(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a checkpoint holds tensors and plain values; got {type(value).__name__} at {path or '/'}")
+
+
+def _whole(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "map" in value:
+        return {key: _whole(item, tensors) for key, item in value["map"]}
+    return [_whole(item, tensors) for item in value["list"]]
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import save as to_bytes
+
+    # clone: safetensors refuses tensors that share memory, and tied weights do
+    _write(path, to_bytes({name: t.cpu().contiguous().clone() for name, t in tensors.items()}))
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
+
+    try:
+        return from_bytes(path.read_bytes())
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,135 @@
+"""distill(): a whole run in one call. The loop itself is in loop.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tempering.loop import CHECK_ONLY, CheckedOnly, Loop
+from tempering.methods.base import Method
+from tempering.settings import Run, Settings
+from tempering.tasks.base import Task
+from tempering.teachers.base import Teacher
+
+__all__ = ["CHECK_ONLY", "SGD", "CheckedOnly", "Run", "Settings", "distill"]
+
+SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module | Teacher | None,
+    batches: Iterable[Any],
+    *,
+    method: Method,
+    task: Task | None = None,
+    optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = SGD,
+    schedule: Callable[[float], float] | None = None,
+    steps: int | None = None,
+    epochs: int | None = None,
+    validation: Iterable[Any] | None = None,
+    test: Iterable[Any] | None = None,
+    evaluate_every: int = 1,
+    out: str | Path | None = None,
+    seed: int = 0,
+    accumulate: int = 1,
+    clip: float | None = None,
+    precision: str = "32-true",
+    accelerator: str = "auto",
+    devices: int | str = 1,
+    strategy: str = "auto",
+    compile: bool = False,
+    log_every: int = 50,
+    checkpoint_every: int | None = None,
+    keep: int = 2,
+    patience: int | None = None,
+    resume: bool = True,
+    loggers: Sequence[Any] = (),
+    selfcheck: bool = True,
+    quiet: bool = False,
+    facts: Mapping[str, Any] | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Run:
+    """Train ``student`` under ``method`` beside ``teacher``; resumes where ``out`` holds the same run half done.
+
+    Args:
+        student: the net that is trained, in place.
+        teacher: a module (wrapped in ``teachers.Live``), a Teacher, or None for a method that looks at none.
+        batches: training batches, walked anew every epoch.
+        method: the loss, with its temperature policy.
+        task: how batches become rows; None is Classification().
+        optimizer: parameter groups -> optimizer; groups of the method's own parameters follow the student's.
+        schedule: progress in [0, 1) -> factor on every group's learning rate.
+        steps, epochs: how long, one of them. A step is one update of the weights.
+        validation: scored every ``evaluate_every`` epochs; chooses the best epoch and stops early.
+        test: scored as well; chooses the best epoch only where there is no validation, which the report says.
+        out: folder for records, checkpoints and weights; None writes nothing.
+        seed: of the order, augmentation and dropout of every epoch; initialise the student before.
+        accumulate: batches in one step. The loss is the mean over all of them, however they are split.
+        clip: largest norm of the gradient.
+        precision, accelerator, devices, strategy: Fabric's; strategy "fsdp" is FSDP2.
+        compile: compile the student's forward.
+        checkpoint_every: steps between checkpoints within an epoch; there is one at every epoch's end.
+        keep: how many checkpoints stay.
+        patience: evaluations without a better score after which to stop.
+        resume: False begins again and removes what ``out`` holds of an earlier run.
+        loggers: "tensorboard", "csv", "wandb", or Fabric loggers.
+        selfcheck: look at the first batch before training.
+        facts: more for facts.json, such as "label" and "data".
+        on_step: called after every step with its number (from 0) and its loss, ().
+
+    Raises:
+        ValueError: for settings that do not fit together, or an ``out`` that holds another run.
+        SelfCheckFailed: when the first batch shows that the run would be wrong.
+        BrokenCheckpoint: when the newest checkpoint is truncated or edited.
+        FloatingPointError: when the loss is no number.
+    """
+    settings = Settings(
+        steps=steps,
+        epochs=epochs,
+        evaluate_every=evaluate_every,
+        seed=seed,
+        accumulate=accumulate,
+        clip=clip,
+        precision=precision,
+        accelerator=accelerator,
+        devices=devices,
+        strategy=strategy,
+        compile=compile,
+        log_every=log_every,
+        checkpoint_every=checkpoint_every,
+        keep=keep,
+        patience=patience,
+        resume=resume,
+        selfcheck=selfcheck,
+        quiet=quiet,
+    )
+    if task is None:
+        from tempering.tasks.classification import Classification
+
+        task = Classification()
+    loop = Loop(student, _teacher(teacher, method), method, task, settings, folder=None if out is None else Path(out))
+    loop.set_up(batches, optimizer, schedule, loggers, evaluations={"validation": validation, "test": test})
+    loop.on_step = on_step
+    return loop.run(dict(facts or {}))
+
+
+def _teacher(teacher: nn.Module | Teacher | None, method: Method) -> Teacher | None:
+    if isinstance(teacher, Teacher):
+        return teacher
+    if isinstance(teacher, nn.Module):
+        from tempering.teachers.live import Live
+
+        return Live(teacher)
+    if teacher is not None:
+        raise TypeError(f"teacher must be a module, a Teacher or None; got {type(teacher).__name__}.")
+    if method.needs_teacher:
+        raise ValueError(
+            f"{type(method).__name__} needs a teacher, and teacher is None. Alone it is methods.Supervised()."
+        )
+    return None

@@ -1,0 +1,390 @@
+"""The loop: explicit, on Lightning Fabric. It knows rows, tasks, teachers and methods by their base classes."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tempering.checkpoints import set_random_state
+from tempering.keeping import Keeper, facts_of, key_of
+from tempering.methods.base import Method, Step, StepMethod
+from tempering.records import Recorder
+from tempering.rows import Rows, total
+from tempering.runtime import Display, Remembered, Stream, fabric_for, grouped, measured, reseed
+from tempering.selfcheck import selfcheck as check_first_batch
+from tempering.settings import At, Run, Settings
+from tempering.tasks.base import Task, on
+from tempering.teachers.base import Teacher
+
+CHECK_ONLY: ContextVar[bool] = ContextVar("check_only", default=False)
+
+
+class CheckedOnly(Exception):
+    """Raised in place of training where ``CHECK_ONLY`` is set; carries the self-check's line."""
+
+
+class Loop:
+    """One run's parts and the loop round them."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher | None,
+        method: Method,
+        task: Task,
+        settings: Settings,
+        *,
+        folder: Path | None,
+    ) -> None:
+        self.student, self.teacher, self.method, self.task, self.settings = student, teacher, method, task, settings
+        self.folder = folder
+        self.at = At()
+        self.on_step: Callable[[int, Tensor], None] | None = None
+        self.resumed: dict[str, Any] | None = None
+        if isinstance(method, StepMethod) and method.needs_double_backward and settings.compile:
+            raise ValueError(
+                f"{type(method).__name__} differentiates twice, which torch.compile cannot. Leave out compile=True."
+            )
+        if method.is_relational() and settings.accumulate > 1:
+            raise ValueError(
+                f"{type(method).__name__} compares rows with each other, so its loss depends on how a step is split: "
+                f"accumulate={settings.accumulate} would change it. Use accumulate=1 and smaller batches, or a method "
+                "over single rows."
+            )
+
+    def set_up(
+        self,
+        batches: Iterable[Any],
+        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        schedule: Callable[[float], float] | None,
+        loggers: Sequence[Any],
+        evaluations: Mapping[str, Iterable[Any] | None],
+    ) -> None:
+        """Models on their device, wrapped; streams; the optimizer over the student's and the method's parameters."""
+        s = self.settings
+        self.fabric = fabric_for(
+            accelerator=s.accelerator,
+            devices=s.devices,
+            strategy=s.strategy,
+            precision=s.precision,
+            loggers=loggers,
+            folder=self.folder,
+        )
+        self.world, self.first = self.fabric.world_size, self.fabric.is_global_zero
+        self.stream = Stream(batches, self.fabric)
+        self.total_steps = s.steps or (s.epochs or 0) * math.ceil(len(self.stream) / s.accumulate)
+        if not self.total_steps:
+            raise ValueError("the training loader yields no batches. Is the data set empty, or smaller than a batch?")
+        self.method.to(self.fabric.device)
+        if self.teacher is not None:
+            self.teacher.to(self.fabric.device)
+        compiled = torch.compile(self.student) if s.compile else self.student
+        self.model = self.fabric.setup_module(compiled)  # pyright: ignore[reportArgumentType]
+        groups = [{"params": [p for p in self.model.parameters() if p.requires_grad]}, *self.method.param_groups()]
+        self.optimizer: Any = self.fabric.setup_optimizers(optimizer(groups))
+        self.schedule = schedule
+        self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self.evaluations = {name: loader for name, loader in evaluations.items() if loader is not None}
+        self.taught = {} if self.teacher is None else {name: Remembered(self.teacher) for name in self.evaluations}
+        metric, self.higher = self.task.headline()
+        self.best_by = next((f"{name}/{metric}" for name in ("validation", "test") if name in self.evaluations), None)
+        if s.patience is not None and self.best_by is None:
+            raise ValueError("patience= stops by a score, and there is none: give validation=.")
+        self.recorder = Recorder(self.folder if self.first else None)
+        key = key_of(
+            self.student,
+            self.teacher,
+            self.method,
+            self.optimizer,
+            s,
+            data=getattr(self.stream.batches, "identity", None),
+            total_steps=self.total_steps,
+            world=self.world,
+        )
+        self.keeper = Keeper(self.folder, self.fabric, (self.student, self.method, self.optimizer), key)
+
+    # the run
+
+    def run(self, facts: dict[str, Any]) -> Run:
+        """Everything from the first batch to the last record."""
+        self.at, self.resumed = self.keeper.resume(begin_again=not self.settings.resume)
+        begun = facts_of(
+            self.keeper.key, self.student, self.teacher, self.method, self.settings, best_by=self.best_by, more=facts
+        )
+        self.recorder.begin(begun, upto=self.at.step, epochs=self.at.epoch)
+        try:
+            self._check(self.settings.selfcheck or CHECK_ONLY.get())
+            label = str(self.recorder.facts.get("label") or type(self.method).__name__)
+            with Display(
+                self.total_steps, self.at.step, label, quiet=self.settings.quiet or not self.first
+            ) as self.display:
+                while self.at.step < self.total_steps and not self.at.stopped:
+                    self._epoch()
+            return self._finish()
+        except (KeyboardInterrupt, CheckedOnly):
+            self.recorder.end("interrupted")
+            raise
+        except BaseException as error:
+            self.recorder.end("failed", error=f"{type(error).__name__}: {error}")
+            raise
+
+    def _epoch(self) -> None:
+        """One epoch, or what a resumed run has left of it; then scores and a checkpoint."""
+        s, at = self.settings, self.at
+        reseed(s.seed, at.epoch, self.fabric.global_rank)
+        stream = self.stream.epoch(at.epoch, at.batch)
+        if self.resumed is not None:
+            # only now: the reseeding above gave a DataLoader the order it had before the interruption
+            set_random_state(self.resumed)
+            self.resumed = None
+        self.model.train()
+        self.method.train()
+        begun, loss_sum, begun_at = time.perf_counter(), at.loss_sum, at.step
+        self.timer = (begun, at.step)
+        seconds, walked = at.seconds, at.batch
+        for group in grouped(stream, s.accumulate):
+            loss = self._step(group)
+            loss_sum = loss_sum + loss
+            at.step, at.batch = at.step + 1, at.batch + len(group)
+            at.seconds = seconds + time.perf_counter() - begun
+            if s.checkpoint_every and at.step % s.checkpoint_every == 0:
+                at.loss_sum = float(loss_sum)
+                self.keeper.save(at, keep=s.keep)
+            if at.step >= self.total_steps:
+                break
+        if at.step == begun_at and not walked:
+            raise ValueError("the training loader yields no batches. Is the data set empty, or smaller than a batch?")
+        steps_walked = max(1, math.ceil(at.batch / s.accumulate))
+        mean_loss = self._mean_over_ranks(float(loss_sum) / steps_walked)
+        at.epoch, at.batch, at.loss_sum = at.epoch + 1, 0, 0.0
+        if at.epoch % s.evaluate_every == 0 or at.step >= self.total_steps:
+            self._evaluate(mean_loss)
+        self.keeper.save(at, keep=s.keep)
+
+    def _step(self, group: list[Any]) -> Tensor:
+        """One update of the weights from the micro-batches of ``group``; the loss of this rank's share, ()."""
+        at, progress = self.at, (self.at.step + 1) / self.total_steps
+        if self.schedule is not None:
+            factor = self.schedule(at.step / self.total_steps)
+            for param_group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
+                param_group["lr"] = lr * factor
+        group = [on(self.fabric.device, batch) for batch in group]
+        mass = self._mass(group)
+        summed: Tensor | None = None
+        blocks: list[Rows] = []
+        terms: list[Mapping[str, Tensor]] = []
+        for i, batch in enumerate(group):
+            with self.fabric.no_backward_sync(self.model, enabled=i + 1 < len(group)):
+                blocks, terms = self._terms(batch, progress)
+                losses = [
+                    total(t, rows, rows_in_batch=mass.get(rows.name)) for t, rows in zip(terms, blocks, strict=True)
+                ]
+                loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+                # ranks are averaged by the strategy, and each has only its share of the one mean
+                self.fabric.backward(loss * self.world if self.world > 1 else loss)
+            summed = loss.detach() if summed is None else summed + loss.detach()
+        assert summed is not None
+        self._share_method_gradients()
+        if self.settings.clip is not None:
+            self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.settings.clip)
+        self.optimizer.step()
+        self._learn(group[-1], blocks[-1])
+        self.optimizer.zero_grad(set_to_none=True)
+        self._log(summed, blocks, terms, progress)
+        return summed
+
+    def _terms(self, batch: Any, progress: float) -> tuple[list[Rows], list[Mapping[str, Tensor]]]:
+        """The blocks of rows of one micro-batch and their terms."""
+        student_in, teacher_in, ids = self.task.inputs(batch)
+        taught = (lambda inputs, ids: None) if self.teacher is None else self.teacher
+        step = Step(self.model, taught, student_in, teacher_in, ids, batch, progress, self.task.rows)
+        if isinstance(self.method, StepMethod):
+            terms = self.method.step(step)
+            if step.rows is None:
+                raise TypeError(f"{type(self.method).__name__}.step() must fill step.rows; step.forward() does.")
+            return [step.rows], [terms]
+        blocks = step.forward()
+        return blocks, [self.method(rows, progress) for rows in blocks]
+
+    def _mass(self, group: list[Any]) -> dict[str, Tensor | float]:
+        """Block name -> weight of its rows in the whole step, all micro-batches and ranks; {} if one batch is all."""
+        if len(group) == 1 and self.world == 1:
+            return {}
+        summed: dict[str, Any] = {}
+        for batch in group:
+            for name, mass in self.task.mass(batch).items():
+                summed[name] = summed.get(name, 0.0) + mass
+        if self.world == 1:
+            return summed
+        names = sorted(summed)
+        stacked = torch.stack([torch.as_tensor(summed[n], dtype=torch.float64).cpu() for n in names])
+        stacked = self.fabric.all_reduce(stacked.to(self.fabric.device), reduce_op="sum")
+        return dict(zip(names, stacked.unbind(), strict=True))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _share_method_gradients(self) -> None:
+        if self.world > 1:
+            for p in self.method.parameters():
+                if p.requires_grad:
+                    grad = torch.zeros_like(p) if p.grad is None else p.grad
+                    p.grad = self.fabric.all_reduce(grad, reduce_op="mean")  # pyright: ignore[reportAttributeAccessIssue]
+
+    @torch.no_grad()
+    def _learn(self, batch: Any, rows: Rows) -> None:
+        """Tell learning policies by how much each row's cross entropy fell; a second forward only if there are any."""
+        learners = self.method.learners()
+        if not learners or rows.target is None:
+            return
+        student_in, _, _ = self.task.inputs(batch)
+        self.model.eval()
+        after = self.task.rows(self.model(student_in), None, batch)[-1]
+        self.model.train()
+        target = rows.target.long()
+        fell = nn.functional.cross_entropy(rows.student.detach().float(), target, reduction="none", ignore_index=-100)
+        fell = fell - nn.functional.cross_entropy(after.student.float(), target, reduction="none", ignore_index=-100)
+        for policy in learners:
+            policy.learn(fell)
+
+    # what is seen of it
+
+    def _check(self, wanted: bool) -> None:
+        if not wanted:
+            return
+        reseed(self.settings.seed, 0, self.fabric.global_rank)
+        batch = on(self.fabric.device, next(self.stream.epoch(0, 0)))
+        checked = check_first_batch(self.model, self.teacher, batch, method=self.method, task=self.task)
+        self.recorder.update(selfcheck={"line": checked.line, "checks": checked.checks})
+        if CHECK_ONLY.get():
+            raise CheckedOnly(checked.line)
+        if self.first and not self.settings.quiet:
+            from rich.console import Console
+
+            Console().print(checked.line, style="dim", soft_wrap=True, highlight=False)
+
+    def _log(self, loss: Tensor, blocks: list[Rows], terms: list[Mapping[str, Tensor]], progress: float) -> None:
+        """A line of steps.jsonl every ``log_every`` steps; on a device only then is it waited for."""
+        step, due = self.at.step, self.at.step % self.settings.log_every == 0 or self.at.step + 1 == self.total_steps
+        if (due or loss.device.type == "cpu") and not math.isfinite(value := float(loss)):
+            raise FloatingPointError(self._why_not_finite(value, blocks, terms))
+        if self.on_step is not None:
+            self.on_step(step, loss)
+        self.display.show(step + 1)
+        if not due:
+            return
+        now, (then, before) = time.perf_counter(), self.timer
+        took = (now - then) / max(1, step + 1 - before)
+        self.timer = (now, step + 1)
+        rows_seen = len(blocks[0]) * self.settings.accumulate * self.world
+        line = {
+            "step": step + 1,
+            "epoch": self.at.epoch + 1,
+            "progress": progress,
+            "loss": self._mean_over_ranks(float(loss) * self.world),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "rows_per_second": rows_seen / took,
+            "step_ms": 1000.0 * took,
+            **measured(blocks[-1], terms[-1], self.method.policies()),
+        }
+        self.recorder.step(line)
+        flat = {"train/loss": line["loss"], "train/lr": line["lr"], "train/step_ms": line["step_ms"]}
+        flat |= {f"train/{name}": value for name, value in line["terms"].items()}
+        flat |= {f"train/{side}": line[side]["mean"] for side in ("T_teacher", "T_student") if side in line}
+        self.fabric.log_dict(flat, step=step + 1)
+
+    def _why_not_finite(self, value: float, blocks: list[Rows], terms: list[Mapping[str, Tensor]]) -> str:
+        rows = blocks[-1]
+        named = {k: float(v.detach().sum()) for part in terms for k, v in part.items()}
+        sides = {
+            "student": rows.student,
+            "teacher": rows.teacher,
+        }
+        bad = [side for side, z in sides.items() if (torch.isnan(z) | torch.isposinf(z)).any()]
+        where = (
+            f"the {' and the '.join(bad)}'s logits hold NaN or infinity" if bad else "both models' logits are finite"
+        )
+        saved = "" if self.folder is None else f" The last checkpoint under {self.folder} is from before."
+        return (
+            f"the loss is {value} at step {self.at.step + 1}: {where}; terms {named}. A lower learning rate, clip=1.0, "
+            f"or precision='32-true' are what to try.{saved}"
+        )
+
+    @torch.no_grad()
+    def _evaluate(self, loss: float) -> None:
+        at = self.at
+        line: dict[str, Any] = {"epoch": at.epoch, "step": at.step, "seconds": at.seconds, "loss": loss}
+        line["lr"] = self.optimizer.param_groups[0]["lr"]
+        for name, loader in self.evaluations.items():
+            taught = self.taught[name].rewind() if name in self.taught else None
+            line[name] = self.task.score(self.model, loader, teacher=taught)
+        self.model.train()
+        self.recorder.epoch(line)
+        scores = {name: line[name] for name in self.evaluations}
+        at.last = {"epoch": at.epoch, **scores}
+        for name, values in scores.items():
+            self.fabric.log_dict({f"{name}/{metric}": v for metric, v in values.items()}, step=at.step)
+        if self.best_by is None:
+            return
+        split, metric = self.best_by.split("/")
+        value = line[split][metric]
+        self.display.show(at.step, f"{split} {metric} {value:.4f}")
+        if at.best_value is None or (value > at.best_value if self.higher else value < at.best_value):
+            at.best_value, at.best, at.stale = value, at.last, 0
+            self.keeper.write_weights("best.safetensors")
+        else:
+            at.stale += 1
+        at.stopped = self.settings.patience is not None and at.stale > self.settings.patience
+
+    def _finish(self) -> Run:
+        """Weights, analysis and the closed record."""
+        self.keeper.write_weights("student.safetensors")
+        name = "test" if "test" in self.evaluations else next(iter(self.evaluations), None)
+        if name is not None and self.recorder.facts["status"] != "done":
+            policy = next(iter(self.method.policies().values()), None)
+            ask = _on_cpu(policy, self.fabric.device)
+            taught = self.taught[name].rewind() if name in self.taught else None
+            found = self.task.analyse(self.model, self.evaluations[name], teacher=taught, temperatures=ask)
+            if found and self.first:
+                self.recorder.analysis({"split": name, **found})
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if self.fabric.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        result = {
+            "last": self.at.last,
+            "best": self.at.best,
+            "step_ms": 1000.0 * self.at.seconds / max(1, self.at.step),
+            "seconds": self.at.seconds,
+            "steps": self.at.step,
+            "stopped_early": self.at.stopped,
+            "peak_mb": peak,
+        }
+        self.recorder.end("done", result=result)
+        for logger in self.fabric.loggers:
+            logger.finalize("success")
+        self.fabric.barrier()
+        return Run(self.student, self.folder, self.recorder.facts, self.recorder.epochs)
+
+    def _mean_over_ranks(self, value: float) -> float:
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value, device=self.fabric.device, dtype=torch.float64)
+        return float(self.fabric.all_reduce(tensor, reduce_op="mean"))  # pyright: ignore[reportArgumentType]
+
+
+def _on_cpu(ask: Callable[[Rows], Any] | None, device: torch.device) -> Callable[[Rows], Any] | None:
+    """A policy that lives on ``device``, asked with rows that live on the CPU."""
+    if ask is None:
+        return None
+
+    def asked(rows: Rows) -> Any:
+        target = None if rows.target is None else rows.target.to(device)
+        T = ask(rows.with_(student=rows.student.to(device), teacher=rows.teacher.to(device), target=target))
+        return type(T)(*(None if x is None else x.detach().cpu() for x in T))
+
+    return asked

@@ -1,0 +1,9 @@
+"""Methods, one a file, found by looking into this folder."""
+
+from tempering.discovery import discover
+from tempering.methods.base import Method, Step, StepMethod
+
+METHODS: dict[str, type[Method]] = discover(__name__, __path__, Method)
+globals().update(METHODS)
+
+__all__ = ["METHODS", "Method", "Step", "StepMethod", *METHODS]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -1,0 +1,137 @@
+"""What a method is: rows in, named and unreduced terms out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tempering.rows import Rows
+from tempering.temperature.base import LearningPolicy, Policy, hyperparameters
+
+
+class Method(nn.Module, ABC):
+    """A distillation loss: (rows, progress) -> {term: (N,)}, weighted and unreduced; ``total`` reduces.
+
+    Class attributes:
+        paper: the citation, such as "arXiv:1503.02531".
+        relational: whether a row's term depends on the other rows. Then the loss depends on how a batch is split, and
+            the engine refuses to split it.
+        needs_labels: whether it cannot do without targets, whatever its weights.
+        needs_teacher: whether it looks at the teacher at all.
+        zero_at_agreement: whether its terms, those named "hard" aside, vanish for a student equal to the teacher.
+        shift_invariant: whether a constant added to a row's logits changes nothing, its policies aside.
+    """
+
+    paper: ClassVar[str]
+    relational: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = True
+    zero_at_agreement: ClassVar[bool] = True
+    shift_invariant: ClassVar[bool] = True
+
+    @abstractmethod
+    def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
+        """The terms of these rows; progress in [0, 1] is the share of the run that is done."""
+
+    def __call__(self, rows: Rows, progress: float = 1.0) -> dict[str, Tensor]:
+        return super().__call__(rows, progress)
+
+    def hyperparameters(self) -> dict[str, object]:
+        """Constructor arguments by name, as records write them."""
+        return hyperparameters(self)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups of what the method itself trains (projectors, learned temperatures); [] for none."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return [{"params": trained}] if trained else []
+
+    def policies(self) -> dict[str, Policy]:
+        """Every temperature policy inside, by its path in the module."""
+        return {name: m for name, m in self.named_modules() if isinstance(m, Policy)}
+
+    def is_relational(self) -> bool:
+        """Whether the method, or a policy in it, compares rows with each other."""
+        inside = [m for m in self.modules() if isinstance(m, Method | Policy)]
+        return any(m.relational for m in inside)
+
+    def learners(self) -> list[LearningPolicy]:
+        """The policies that want to be told what a step did."""
+        return [p for p in self.policies().values() if isinstance(p, LearningPolicy)]
+
+
+@dataclass
+class Step:
+    """One micro-batch as a step-owning method sees it: the models, the batch, and how to turn outputs into rows."""
+
+    student: nn.Module
+    teacher: Callable[[Any, Tensor | None], Any]
+    student_inputs: Any
+    teacher_inputs: Any
+    ids: Tensor | None
+    batch: Any
+    progress: float
+    make_rows: Callable[[Any, Any, Any], list[Rows]]
+    rows: Rows | None = None
+
+    def forward(self) -> list[Rows]:
+        """Both forwards on the batch as it is; the last block stays in ``rows``."""
+        blocks = self.make_rows(self.student(self.student_inputs), self.teacher(self.teacher_inputs, self.ids), self.batch)
+        self.rows = blocks[-1]
+        return blocks
+
+
+class StepMethod(Method):
+    """A method that owns its step, for what rows alone cannot say: input gradients, a teacher that learns.
+
+    ``needs_double_backward`` makes the engine refuse torch.compile, which cannot differentiate twice.
+    """
+
+    needs_double_backward: ClassVar[bool] = False
+
+    @abstractmethod
+    def step(self, step: Step) -> Mapping[str, Tensor]:
+        """The terms (N,) of ``step.rows``, which this fills (``step.forward()`` does)."""
+
+    def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
+        raise TypeError(f"{type(self).__name__} owns its step: call .step(...), or run it by tempering.distill.")
+
+
+def ramp(progress: float, warmup: float) -> float:
+    """Linear warm-up, from 0 to 1 over the first ``warmup`` of the run; 1 where there is none."""
+    return 1.0 if warmup <= 0.0 else min(progress / warmup, 1.0)
+
+
+def weights(owner: str, **values: float) -> None:
+    """Refuse weights of terms that are negative or not numbers."""
+    for name, value in values.items():
+        if not isinstance(value, (int, float)) or not 0.0 <= value < float("inf"):
+            raise ValueError(f"{owner} needs {name} >= 0 and finite; got {value!r}.")
+
+
+def share(owner: str, **values: float) -> None:
+    """Refuse a share of the run outside [0, 1]; epochs are a common slip."""
+    for name, value in values.items():
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(
+                f"{owner} needs {name} in [0, 1], the share of the run (20 of 240 epochs is {name}=20/240); got {value!r}."
+            )
+
+
+def policy(owner: str, temperature: object) -> Policy:
+    """``temperature`` itself, refused where it is not a policy; a bare number is a common slip."""
+    if isinstance(temperature, Policy):
+        return temperature
+    raise TypeError(
+        f"{owner} needs a temperature policy; got {temperature!r}. Write "
+        f"temperature=tempering.temperature.Static({temperature if isinstance(temperature, int | float) else 4.0})."
+    )
+
+
+def zero(rows: Rows) -> Tensor:
+    """A term of nothing with a gradient path, (N,)."""
+    return torch.nan_to_num(rows.student, nan=0.0, posinf=0.0, neginf=0.0).float().sum(-1) * 0.0

@@ -1,0 +1,50 @@
+"""Methods that add up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from tempering.methods.base import Method, StepMethod
+from tempering.rows import Rows
+
+
+class Sum(Method):
+    """The terms of several methods side by side, each named ``<method>.<term>``: ``Sum(KD(hard=0.0), DKD())``.
+
+    A second method of one kind gets a number: ``kd``, ``kd2``. Beware of counting the hard term twice.
+
+    Reference: none of its own; ``papers`` lists the parts'.
+    """
+
+    paper = "none: the sum of its parts"
+
+    def __init__(self, *methods: Method) -> None:
+        super().__init__()
+        if not methods:
+            raise ValueError("Sum needs at least one method, such as Sum(KD(hard=0.0), DKD()); got none.")
+        wrong = [m for m in methods if not isinstance(m, Method) or isinstance(m, StepMethod)]
+        if wrong:
+            raise TypeError(f"Sum adds methods over rows; got {[type(m).__name__ for m in wrong]}.")
+        self.methods = nn.ModuleDict()
+        for method in methods:
+            name = kind = type(method).__name__.lower()
+            number = 1
+            while name in self.methods:
+                number += 1
+                name = f"{kind}{number}"
+            self.methods[name] = method
+
+    def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
+        return {
+            f"{name}.{term}": value
+            for name, method in self.methods.items()
+            for term, value in method(rows, progress).items()
+        }
+
+    def hyperparameters(self) -> dict[str, object]:
+        return {name: m.hyperparameters() for name, m in self.methods.items() if isinstance(m, Method)}
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for m in self.methods.values() if isinstance(m, Method) for group in m.param_groups()]

@@ -1,0 +1,28 @@
+"""The student alone: the control of every table."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tempering.methods.base import Method, weights
+from tempering.objectives import cross_entropy
+from tempering.rows import Rows
+
+
+class Supervised(Method):
+    """hard * cross entropy with the labels; the teacher is not looked at.
+
+    Reference: the control without distillation; cross entropy as in Hinton et al., 2015, arXiv:1503.02531.
+    """
+
+    paper = "arXiv:1503.02531"
+    needs_labels = True
+    needs_teacher = False
+
+    def __init__(self, *, hard: float = 1.0) -> None:
+        super().__init__()
+        weights("Supervised", hard=hard)
+        self.hard = hard
+
+    def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
+        return {"hard": self.hard * cross_entropy(rows)}

@@ -1,0 +1,1 @@
+"""Reports: read what runs recorded and show it. Nothing here imports torch."""

@@ -1,0 +1,270 @@
+"""What every section of the page is made of, and the figures of how training went."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tempering.reports import charts
+from tempering.reports.charts import Mark, Series, Strip, Svg
+from tempering.reports.compare import Arm, Comparison
+from tempering.reports.read import RunRecord, number
+
+POINTS = 120  # of a line, at most: more than that a chart of this width cannot show
+TEACHER = "teacher"  # CSS class: the teacher is drawn in ink everywhere, arms have colours
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with what a reader is told above and below it; ``arm`` is the class of the one arm it shows, if any."""
+
+    title: str
+    svg: Svg
+    caption: str = ""
+    arm: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Figures under a heading; where there are none, ``missing`` says why."""
+
+    key: str
+    title: str
+    lead: str
+    figures: Sequence[Figure] = ()
+    missing: str = ""
+    many: bool = False  # many small figures, one an arm
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Mean over seeds, and the lowest and highest seed, on one x."""
+
+    x: list[float]
+    y: list[float | None]
+    low: list[float | None]
+    high: list[float | None]
+    seeds: int
+
+    def series(self, css: str, name: str, *, dots: bool = False) -> Series:
+        """As a line with a band; no band for one seed."""
+        band = self.seeds > 1
+        return Series(css, name, self.x, self.y, self.low if band else (), self.high if band else (), dots)
+
+
+def styles(found: Comparison) -> dict[str, str]:
+    """Arm -> its CSS class; the control is a0, which is grey."""
+    first = 0 if found.controls else 1
+    return {arm.label: f"a{i + first}" for i, arm in enumerate(found.arms)}
+
+
+def shown(arm: Arm) -> tuple[RunRecord, ...]:
+    """The runs that curves are drawn from: the finished ones, or what there is while none is."""
+    return arm.counted or arm.runs
+
+
+def curve(runs: Sequence[RunRecord], stream: str, key: str, get: Callable[[Mapping[str, Any]], object]) -> Curve | None:
+    """One quantity over ``key`` ("epoch", "step"), read from ``stream`` ("epochs", "steps"); None if nobody has it."""
+    import numpy as np
+
+    tracks = []
+    for run in runs:
+        found = {x: y for line in getattr(run, stream) if None not in (x := number(line.get(key)), y := number(get(line)))}
+        if found:
+            tracks.append((np.array(sorted(found)), np.array([found[x] for x in sorted(found)])))
+    if not tracks:
+        return None
+    grid = np.unique(np.concatenate([x for x, _ in tracks]))
+    each = np.stack([np.interp(grid, x, y, left=np.nan, right=np.nan) for x, y in tracks])
+    there = ~np.isnan(each)
+    middle = np.where(there, each, 0.0).sum(0) / there.sum(0)
+    low, high = np.where(there, each, np.inf).min(0), np.where(there, each, -np.inf).max(0)
+    if len(grid) > POINTS:
+        grid, middle, low, high = (
+            np.array([part.mean() for part in np.array_split(values, POINTS)]) for values in (grid, middle, low, high)
+        )
+    return Curve(grid.tolist(), middle.tolist(), low.tolist(), high.tolist(), len(tracks))
+
+
+def inside(*path: str) -> Callable[[Mapping[str, Any]], object]:
+    """A getter of a nested value, None where a part of the path is missing."""
+
+    def get(line: Mapping[str, Any]) -> object:
+        value: object = line
+        for name in path:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return value
+
+    return get
+
+
+def percent(get: Callable[[Mapping[str, Any]], object]) -> Callable[[Mapping[str, Any]], object]:
+    """The same, times 100."""
+
+    def scaled(line: Mapping[str, Any]) -> object:
+        value = number(get(line))
+        return None if value is None else 100 * value
+
+    return scaled
+
+
+def overlay(
+    found: Comparison,
+    key: str,
+    title: str,
+    get: Callable[[Mapping[str, Any]], object],
+    *,
+    stream: str = "epochs",
+    y_label: str,
+    caption: str = "",
+    log: bool = False,
+    levels: Sequence[tuple[float, str, str]] = (),
+) -> Figure | None:
+    """One chart with a line an arm; None where no arm has the quantity."""
+    css, series, told = styles(found), [], []
+    x = "epoch" if stream == "epochs" else "step"
+    for arm in found.arms:
+        drawn = curve(shown(arm), stream, x, get)
+        if drawn is not None:
+            series.append(drawn.series(css[arm.label], arm.label, dots=stream == "epochs" and len(drawn.x) <= 40))
+            told.append(f"{arm.label} ends at {drawn.y[-1]:.4g}")
+    if not series:
+        return None
+    svg = charts.lines(key, title, "; ".join(told), series, x_label=x, y_label=y_label, log=log, levels=levels)
+    return Figure(title, svg, caption)
+
+
+def result(found: Comparison) -> Section:
+    """The first thing to see: every seed of every arm, and the differences with their intervals."""
+    metric, css = found.metric, styles(found)
+    factor = 100.0 if metric.fraction else 1.0
+    rows = []
+    for arm in found.arms:
+        if arm.mean is not None:
+            marks = [
+                Mark(factor * v, "", f"seed {seed}: {metric.show(v)}{metric.unit}") for seed, v in arm.last.items()
+            ]
+            middle = Mark(factor * arm.mean, "", f"mean {metric.show(arm.mean)}{metric.unit}", "tick")
+            rows.append(Strip(arm.label, css[arm.label], [*marks, middle], figure=metric.show(arm.mean) + metric.unit))
+    name = metric.name.replace("/", " ")
+    figures = []
+    if rows:
+        told = "; ".join(f"{row.label} {row.figure}" for row in rows)
+        svg = charts.strips("each-seed", f"{name} of every seed", told, rows, x_label=f"{name}{_in(metric.unit)}")
+        figures.append(Figure("Every seed", svg, "A dot is a seed, the upright line their mean."))
+    figures += [f for control in found.controls[:2] if (f := _differences(found, control, factor)) is not None]
+    return Section("result", "Result", "", figures, missing="" if figures else "No run has finished.")
+
+
+def _differences(found: Comparison, control: str, factor: float) -> Figure | None:
+    metric, css, rows = found.metric, styles(found), []
+    for arm in found.arms:
+        gap = arm.versus.get(control)
+        if gap is None:
+            continue
+        text = metric.show(gap.mean, signed=True)
+        span = None
+        if gap.half is not None:
+            span = (factor * (gap.mean - gap.half), factor * (gap.mean + gap.half))
+            text += f" \u00b1 {metric.show(gap.half)}"
+        marks = [Mark(factor * v, "", f"seed {seed}: {metric.show(v, signed=True)}") for seed, v in gap.each.items()]
+        middle = Mark(factor * gap.mean, "" if gap.shown else "hollow", f"mean {text}{metric.step}", "mean")
+        rows.append(Strip(arm.label, css[arm.label], [*marks, middle], span, text))
+    if not rows:
+        return None
+    title = f"Difference to {control}"
+    told = "; ".join(f"{row.label} {row.figure}" for row in rows)
+    unit = "points" if metric.fraction else metric.key
+    key = f"versus-{found.controls.index(control)}"
+    svg = charts.strips(key, title, told, rows, x_label=f"difference, {unit}", reference=0.0)
+    return Figure(title, svg, "Bar: 95 % t interval. Large dot: mean, hollow where the interval holds zero. Small: seeds.")
+
+
+def learning(found: Comparison) -> Section:
+    """Scores and loss over epochs."""
+    figures = []
+    metric = found.metric
+    for split in ("test", "validation"):
+        scale = percent if metric.fraction else (lambda get: get)
+        level = [(100 * taught, "teacher", "teacher")] if split == "test" and (taught := teacher_accuracy(found)) else []
+        figures.append(
+            overlay(
+                found,
+                f"learn-{split}",
+                f"{split.capitalize()} {metric.key}",
+                scale(inside(split, metric.key)),
+                y_label=f"{metric.key}{_in(metric.unit)}",
+                caption="Line: mean over seeds. Band: lowest to highest seed.",
+                levels=level if metric.key == "accuracy" else (),
+            )
+        )
+        if metric.key != "loss":
+            get = inside(split, "loss")
+            title = f"{split.capitalize()} cross entropy"
+            figures.append(overlay(found, f"loss-{split}", title, get, y_label="nats, log scale", log=True))
+    return Section(
+        "learning",
+        "Learning",
+        "How the score grew, epoch by epoch. A band shows how far seeds lie apart.",
+        [f for f in figures if f is not None],
+        missing="No epoch was scored: these runs had neither a validation nor a test loader.",
+    )
+
+
+def agreement(found: Comparison) -> Section:
+    """How often student and teacher predict the same class."""
+    one = overlay(
+        found,
+        "agreement",
+        "Same prediction as the teacher",
+        lambda line: percent(inside("test", "agreement"))(line) or percent(inside("validation", "agreement"))(line),
+        y_label="agreement, %",
+    )
+    two = overlay(
+        found, "top5", "Top-5 accuracy", percent(inside("test", "top5")), y_label="top-5 accuracy, %"
+    )
+    return Section(
+        "agreement",
+        "Agreement with the teacher",
+        "The share of examples on which student and teacher predict the same class, right or wrong.",
+        [f for f in (one, two) if f is not None] if one is not None else [],
+        missing="No run was scored beside a teacher.",
+    )
+
+
+def terms(found: Comparison) -> Section:
+    """Each named part of the loss over steps."""
+    names: dict[str, None] = {}
+    for arm in found.arms:
+        for run in shown(arm):
+            for line in run.steps:
+                names |= dict.fromkeys(line.get("terms") or {})
+    figures = []
+    for i, name in enumerate(names):
+        title = f'Term "{name}"'
+        get = inside("terms", name)
+        figures.append(
+            overlay(found, f"term-{i}", title, get, stream="steps", y_label="mean over a batch, log scale", log=True)
+        )
+    return Section(
+        "terms",
+        "Loss terms",
+        "What the method adds up, weights and warm-up included. Terms of one name need not be one formula in two arms.",
+        [f for f in figures if f is not None],
+        missing="No step was logged.",
+    )
+
+
+def teacher_accuracy(found: Comparison) -> float | None:
+    """Of the teacher on the split that was analysed; None where no record says it."""
+    for arm in found.arms:
+        for run in shown(arm):
+            value = number(((run.analysis or {}).get("accuracy") or {}).get("teacher"))
+            if value is not None and (run.analysis or {}).get("split") == found.metric.name.partition("/")[0]:
+                return value
+    return None
+
+
+def _in(unit: str) -> str:
+    return f",{unit}" if unit else ""

@@ -1,0 +1,63 @@
+"""What a task is: how a batch becomes inputs, how outputs become rows, and how a student is scored."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tempering.rows import Rows
+
+
+class Task(ABC):
+    """A kind of problem. The engine knows nothing of images or tokens; it asks its task."""
+
+    @abstractmethod
+    def inputs(self, batch: Any) -> tuple[Any, Any, Tensor | None]:
+        """The student's inputs, the teacher's (the two views may differ), and sample ids (N,) where there are some."""
+
+    @abstractmethod
+    def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
+        """The blocks of rows that two outputs make; a teacher of None means that no teacher takes part."""
+
+    @abstractmethod
+    def mass(self, batch: Any) -> Mapping[str, Tensor | float]:
+        """Block name -> the weight of its rows in this batch, known before the forward.
+
+        With it a loss divides by the weight of the whole optimizer step, so micro-batches and ranks add up.
+        """
+
+    @abstractmethod
+    def score(
+        self, student: nn.Module, batches: Iterable[Any], *, teacher: Callable[[Any, Tensor | None], Any] | None = None
+    ) -> dict[str, float]:
+        """How good the student is on these batches: metric -> value."""
+
+    def headline(self) -> tuple[str, bool]:
+        """The metric by which the best epoch is chosen, and whether higher is better."""
+        return "accuracy", True
+
+    def analyse(
+        self,
+        student: nn.Module,
+        batches: Iterable[Any],
+        *,
+        teacher: Callable[[Any, Tensor | None], Any] | None = None,
+        temperatures: Callable[[Rows], Any] | None = None,
+    ) -> dict[str, Any]:
+        """What the report shows beyond scores, JSON-able; {} where a task has nothing to say."""
+        return {}
+
+
+def on(device: torch.device, batch: Any) -> Any:
+    """The batch with every tensor in it on the device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(on(device, part) for part in batch)
+    if isinstance(batch, dict):
+        return {key: on(device, part) for key, part in batch.items()}
+    return batch

@@ -1,0 +1,110 @@
+"""What a temperature policy is: rows in, a temperature for each side of each row out."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tempering.rows import Rows, widened
+
+
+class Temperatures(NamedTuple):
+    """A temperature for each side, (N, 1) or (1, 1), positive.
+
+    ``factor`` is for policies that scale their divergence by something else than the product (they say so).
+    """
+
+    student: Float[Tensor, "#N 1"]
+    teacher: Float[Tensor, "#N 1"]
+    factor: Float[Tensor, "#N 1"] | None = None
+
+    @property
+    def scale(self) -> Float[Tensor, " #N"]:
+        """What a softened divergence is multiplied by: T_s * T_t, (N,) or (1,); Hinton's T^2 where they agree."""
+        product = self.student * self.teacher if self.factor is None else self.factor
+        return product.squeeze(-1)
+
+    def detached(self) -> Temperatures:
+        """The same, cut from the graph."""
+        return Temperatures(*(None if x is None else x.detach() for x in self))  # pyright: ignore[reportArgumentType]
+
+
+class Policy(nn.Module, ABC):
+    """A way to set the temperature. It sees rows and the progress of the run in [0, 1], never epochs.
+
+    ``tau`` is the reference temperature a policy moves around; methods that also soften plainly use it.
+    """
+
+    paper: ClassVar[str]  # citation, such as "arXiv:2404.12711"
+    relational: ClassVar[bool] = False  # whether a row's temperature depends on the other rows of its block
+    tau: float
+    shift_invariant: bool = True  # whether a constant added to a row's logits leaves its temperatures alone
+    last: Temperatures | None = None  # what the last call answered, detached; the engine logs it
+
+    @abstractmethod
+    def forward(self, rows: Rows, progress: float) -> Temperatures:
+        """The temperatures of these rows."""
+
+    def __call__(self, rows: Rows, progress: float = 1.0) -> Temperatures:
+        temperatures: Temperatures = super().__call__(rows, progress)
+        self.last = temperatures.detached()
+        return temperatures
+
+    def report(self) -> dict[str, Tensor]:
+        """Counts the policy wants logged, {name: ()}, of the last call; such as rows that fell back."""
+        return {}
+
+    def hyperparameters(self) -> dict[str, object]:
+        """Constructor arguments by name, as records write them."""
+        return hyperparameters(self)
+
+
+class LearningPolicy(Policy):
+    """A policy that is told, after the step, what the step did."""
+
+    @abstractmethod
+    def learn(self, reward: Float[Tensor, " N"]) -> None:
+        """Take the rows' rewards (by how much the student's loss on each fell) and improve."""
+
+
+def hyperparameters(module: nn.Module) -> dict[str, object]:
+    """Constructor arguments of a method or a policy by name: each is kept as an attribute of its own name."""
+    out: dict[str, object] = {}
+    for name, parameter in inspect.signature(type(module).__init__).parameters.items():
+        if name == "self" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        value = getattr(module, name)
+        inner = getattr(value, "hyperparameters", None)
+        out[name] = {"name": type(value).__name__, **inner()} if inner is not None else value
+    return out
+
+
+def positive(owner: str, **values: float) -> None:
+    """Refuse a temperature-like argument that is not a positive, finite number."""
+    for name, value in values.items():
+        if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise ValueError(f"{owner} needs {name} > 0 and finite; got {value!r}. Hinton's usual value is 4.0.")
+
+
+def constant(value: float, like: Tensor) -> Float[Tensor, "1 1"]:
+    """``value`` as a (1, 1) temperature on the device of ``like``, in float32 at least."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.full((1, 1), float(value), dtype=dtype, device=like.device)
+
+
+@torch.no_grad()
+def sharpness_gap(rows: Rows, T: Temperatures) -> Float[Tensor, ""]:
+    """Mean |logsumexp(u / T_t) - logsumexp(v / T_s)| of the centred logits, (): what DTKD sets out to close."""
+
+    def sharpness(z: Tensor, temperature: Tensor) -> Tensor:
+        z = widened(z)
+        valid = ~torch.isneginf(z)
+        mean = torch.where(valid, z, 0.0).sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp_min(1)
+        return torch.logsumexp((z - mean) / temperature, -1)
+
+    return (sharpness(rows.teacher, T.teacher) - sharpness(rows.student, T.student)).abs().mean()

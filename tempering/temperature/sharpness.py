@@ -1,0 +1,204 @@
+"""DTKD's cooperative temperatures: T_t + T_s = 2 tau, set so that both sides are equally sharp."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tempering.rows import Rows, widened
+from tempering.temperature.base import Policy, Temperatures, positive
+
+Solve = Literal["exact", "std", "max", "published"]
+MASKED = -1e30  # stands for minus infinity where 0 * inf would give NaN; exp of it is 0 in every dtype we compute in
+
+
+class Sharpness(Policy):
+    """T_t = tau + delta and T_s = tau - delta, (N, 1) each; a delta a row, |delta| <= reach * tau.
+
+    The sharper side (the larger logsumexp) gets the higher temperature. ``solve`` says how delta is found:
+
+    - "exact": the one root in (-tau, tau) of logsumexp(u / (tau + delta)) = logsumexp(v / (tau - delta)), u and v the
+      teacher's and the student's *centred* logits. Centring matters: softmax ignores a shift and logsumexp does not.
+      On centred logits that are not constant the root exists and is unique. As tau -> 0 it tends to "max", as
+      tau -> infinity to "std".
+    - "std": T_t / T_s = std(u) / std(v).
+    - "max": T_t / T_s = max(u) / max(v), both centred: the paper's closed form with its shift problem removed.
+    - "published": T_t = 2x / (x + y) tau, x and y the maxima of the logits as they come, as in the released code (the
+      text says the maximum of |logits|). It moves with a shift of the logits. Where the released code divides by zero
+      or turns negative, the row falls back to tau on both sides.
+
+    A row that is constant on either side (also one with a single class left) falls back to tau. ``report`` counts the
+    rows that fell back and the rows held at ``reach``.
+
+    Computed in float32 at least. The temperatures carry no gradient, unless ``attached``: the released code's own
+    gradient for "published", the analogous one for "max" and "std", and for "exact" the implicit derivative
+    d delta / d v = -(softmax(v / T_s) - 1/C) / (T_s (E_p[u] / T_t^2 + E_q[v] / T_s^2)); first order only.
+
+    Reference: Wei & Bai, "Dynamic Temperature Knowledge Distillation", 2024, arXiv:2404.12711, equations 2 to 5, and
+    the author's erratum to 4 and 5: no single delta solves equation 4 unless u is a multiple of v, so "exact" solves
+    equation 3, the objective itself.
+    """
+
+    paper = "arXiv:2404.12711"
+
+    def __init__(
+        self, tau: float = 4.0, *, solve: Solve = "exact", reach: float = 0.9, attached: bool = False
+    ) -> None:
+        super().__init__()
+        positive("Sharpness", tau=tau)
+        if solve not in ("exact", "std", "max", "published"):
+            raise ValueError(f"Sharpness needs solve 'exact', 'std', 'max' or 'published'; got {solve!r}.")
+        if not 0.0 < reach <= 1.0:
+            raise ValueError(f"Sharpness needs reach in (0, 1], the largest |delta| / tau; got {reach!r}.")
+        self.tau, self.solve, self.reach, self.attached = tau, solve, reach, attached
+        self.shift_invariant = solve != "published"
+        self.counts: dict[str, Tensor] = {}
+        self.warned = False
+
+    def forward(self, rows: Rows, progress: float) -> Temperatures:
+        with torch.autocast(rows.student.device.type, enabled=False), torch.set_grad_enabled(self._follows(rows)):
+            found = solve_delta(rows.teacher, rows.student, tau=self.tau, solve=self.solve, reach=self.reach)
+        counted = slice(None) if rows.weight is None else rows.weight > 0
+        self.counts = {"fallback": found.fallback[counted].sum(), "clamped": found.clamped[counted].sum()}
+        self._warn_once(len(rows))
+        return Temperatures(self.tau - found.delta, self.tau + found.delta)
+
+    def report(self) -> dict[str, Tensor]:
+        """Rows of the last call that fell back to tau, and rows held at the reach."""
+        return dict(self.counts)
+
+    def _follows(self, rows: Rows) -> bool:
+        return self.attached and rows.student.requires_grad and torch.is_grad_enabled()
+
+    def _warn_once(self, rows: int) -> None:
+        # looked at on the CPU alone: on a device the look would wait for it, and report() is logged there anyway
+        fallback = self.counts["fallback"]
+        if self.warned or self.solve != "published" or fallback.device.type != "cpu" or not int(fallback):
+            return
+        self.warned = True
+        warnings.warn(
+            f"Sharpness(solve='published'): {int(fallback)} of {rows} rows have a maximum logit that is not positive, "
+            "where the released code gives NaN or a negative temperature; they use tau. solve='exact' serves them.",
+            stacklevel=5,
+        )
+
+
+class Solution(NamedTuple):
+    """What a solver found: delta (N, 1), and which rows (N, 1) fell back to 0 or were held at the reach."""
+
+    delta: Float[Tensor, "N 1"]
+    fallback: Bool[Tensor, "N 1"]
+    clamped: Bool[Tensor, "N 1"]
+
+
+def solve_delta(
+    teacher: Float[Tensor, "N C"], student: Float[Tensor, "N C"], *, tau: float, solve: Solve, reach: float
+) -> Solution:
+    """The delta a row by which the temperatures part, and what had to be done to get it."""
+    u, v = widened(teacher), widened(student)
+    if solve == "published":
+        x, y = u.amax(-1, keepdim=True), v.amax(-1, keepdim=True)
+        floor = 1e-4  # a maximum below this share of the other is a temperature near zero: the released code's NaNs
+        bad = (x <= floor * y.abs().clamp_min(1.0)) | (y <= floor * x.abs().clamp_min(1.0))
+        return _ratio(x, y, bad, tau, reach)
+    u, v = u.to(torch.promote_types(u.dtype, v.dtype)), v.to(torch.promote_types(u.dtype, v.dtype))
+    u, n_u, flat_u = centred(u)
+    v, n_v, flat_v = centred(v)
+    flat = flat_u | flat_v
+    if solve == "max":
+        return _ratio(u.amax(-1, keepdim=True), v.amax(-1, keepdim=True), flat, tau, reach)
+    spread_u, spread_v = _std(u, n_u), _std(v, n_v)
+    start = _ratio(spread_u, spread_v, flat, tau, reach)
+    if solve == "std":
+        return start
+    return _exact(u, v, n_v, start.delta, flat, tau, reach)
+
+
+def centred(z: Float[Tensor, "N C"]) -> tuple[Tensor, Tensor, Tensor]:
+    """z less its mean over the valid classes (masked ones become MASKED), their number, and which rows are flat."""
+    valid = ~torch.isneginf(z)
+    n = valid.sum(-1, keepdim=True).clamp_min(1)
+    finite = torch.where(valid, z, 0.0)
+    top = z.amax(-1, keepdim=True)
+    bottom = torch.where(valid, z, torch.inf).amin(-1, keepdim=True)
+    flat = ~(top - bottom > 4 * torch.finfo(z.dtype).eps * finite.abs().amax(-1, keepdim=True))
+    mean = finite.sum(-1, keepdim=True) / n
+    return torch.where(valid, z - mean, MASKED), n, flat
+
+
+def _std(z: Tensor, n: Tensor) -> Tensor:
+    """Standard deviation of centred logits over the valid classes, (N, 1); kept off zero so its slope is finite."""
+    square = torch.where(z > MASKED, z, 0.0).square().sum(-1, keepdim=True) / n
+    return square.clamp_min(torch.finfo(z.dtype).tiny).sqrt()
+
+
+def _ratio(x: Tensor, y: Tensor, bad: Tensor, tau: float, reach: float) -> Solution:
+    """delta of T_t / T_s = x / y within the reach; 0 on bad rows."""
+    x, y = torch.where(bad, 1.0, x), torch.where(bad, 1.0, y)
+    delta = tau * (x - y) / (x + y)
+    return Solution(delta.clamp(-reach * tau, reach * tau), bad, delta.abs() > reach * tau)
+
+
+def _exact(
+    u: Tensor, v: Tensor, n: Tensor, start: Tensor, flat: Tensor, tau: float, reach: float, steps: int = 60
+) -> Solution:
+    """Safeguarded Newton for f(delta) = LSE(u / (tau + delta)) - LSE(v / (tau - delta)), strictly decreasing.
+
+    A row is frozen once |f| is at its rounding noise: without that, noise flips the bracket's sign and the next step
+    bisects away from the root. A step that leaves the bracket goes to its end the first time, and to its middle after.
+    """
+    eps = torch.finfo(u.dtype).eps
+    end = min(reach, 1.0 - 16 * eps) * tau
+    with torch.no_grad():
+        a, b = u.detach(), v.detach()
+        low, high = torch.full_like(start, -end), torch.full_like(start, end)
+        low_seen, high_seen = torch.zeros_like(flat), torch.zeros_like(flat)
+        delta, done, held = start.detach().clamp(-end, end), flat.clone(), torch.zeros_like(flat)
+        for _ in range(steps):
+            f_u, slope_u = _sharpness(a, tau + delta)
+            f_v, slope_v = _sharpness(b, tau - delta)
+            f = f_u - f_v
+            noise = 2.0 * eps * (1.0 + f_u.abs() + f_v.abs())
+            done = done | (f.abs() <= noise)
+            at_low, at_high = delta <= -end, delta >= end
+            held = held | (~done & ((at_low & (f < 0)) | (at_high & (f > 0))))
+            done = done | held
+            if u.device.type == "cpu" and bool(done.all()):
+                break
+            low, high = torch.where(f > 0, delta, low), torch.where(f < 0, delta, high)
+            low_seen, high_seen = low_seen | (f > 0), high_seen | (f < 0)
+            step = delta + f / (slope_u + slope_v)
+            middle = 0.5 * (low + high)
+            below, above = step <= low, step >= high
+            step = torch.where(below, torch.where(low_seen, middle, low), step)
+            step = torch.where(above, torch.where(high_seen, middle, high), step)
+            done = done | (step == delta)
+            delta = torch.where(done, delta, step)
+        delta = torch.where(flat, 0.0, delta)
+    if v.requires_grad and torch.is_grad_enabled():
+        delta = _implicit(a, b, v, n, delta, ~flat & ~held, tau)
+    return Solution(delta, flat, held)
+
+
+def _sharpness(z: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
+    """logsumexp(z / T) and minus its derivative in T, E_p[z] / T^2, (N, 1) each."""
+    x = z / T
+    top = x.amax(-1, keepdim=True)
+    e = (x - top).exp()
+    mass = e.sum(-1, keepdim=True)
+    return top + mass.log(), (e * z).sum(-1, keepdim=True) / (mass * T.square())
+
+
+def _implicit(a: Tensor, b: Tensor, v: Tensor, n: Tensor, delta: Tensor, moves: Tensor, tau: float) -> Tensor:
+    """delta with its implicit derivative in the student's logits attached, by a term whose value is zero."""
+    T_s = tau - delta
+    valid = b > MASKED
+    slope = _sharpness(a, tau + delta)[1] + _sharpness(b, T_s)[1]
+    q = torch.softmax(b / T_s, -1)
+    by_v = torch.where(moves & valid, -(q - 1.0 / n) / (T_s * slope), 0.0)
+    shift = torch.where(valid, v - v.detach(), 0.0)
+    return delta + (by_v * shift).sum(-1, keepdim=True)

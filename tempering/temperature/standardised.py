@@ -1,0 +1,60 @@
+"""Temperatures from the spread of the logits: NormKD, and logit standardisation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tempering.rows import Rows, widened
+from tempering.temperature.base import Policy, Temperatures, positive
+
+Scale = Literal["product", "teacher", "tau"]
+
+
+class Standardised(Policy):
+    """T = tau * std(logits), each side by its own standard deviation, (N, 1): softening z-scored logits at tau.
+
+    ``scale`` names what a softened divergence is multiplied by, since the sources differ: "product" is this house's
+    T_s * T_t; "teacher" NormKD's T_t^2 a row; "tau" logit standardisation's tau^2, in which the spread takes no part.
+    A row with no spread keeps tau. Standard deviations are over the classes that are not masked, with ``ddof`` = 1 as
+    in both released codes.
+
+    References: Chi et al., "NormKD: Normalized Logits for Knowledge Distillation", 2023, arXiv:2308.00520;
+    Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv:2403.01427, equation 7.
+    """
+
+    paper = "arXiv:2308.00520; arXiv:2403.01427"
+
+    def __init__(self, tau: float = 2.0, *, scale: Scale = "product", ddof: int = 1) -> None:
+        super().__init__()
+        positive("Standardised", tau=tau)
+        if scale not in ("product", "teacher", "tau"):
+            raise ValueError(f"Standardised needs scale 'product', 'teacher' or 'tau'; got {scale!r}.")
+        if ddof not in (0, 1):
+            raise ValueError(f"Standardised needs ddof 0 or 1; got {ddof!r}.")
+        self.tau, self.scale, self.ddof = tau, scale, ddof
+
+    @torch.no_grad()
+    def forward(self, rows: Rows, progress: float) -> Temperatures:
+        student = self.tau * spread(rows.student, ddof=self.ddof)
+        teacher = self.tau * spread(rows.teacher, ddof=self.ddof)
+        if self.scale == "product":
+            return Temperatures(student, teacher)
+        factor = teacher.square() if self.scale == "teacher" else torch.full_like(teacher, self.tau**2)
+        return Temperatures(student, teacher, factor)
+
+
+def spread(logits: Float[Tensor, "N C"], *, ddof: int) -> Float[Tensor, "N 1"]:
+    """The standard deviation over the classes that are not masked, (N, 1); 1 where the row has none."""
+    z = widened(logits)
+    valid = ~torch.isneginf(z)
+    count = valid.sum(-1, keepdim=True)
+    z = torch.where(valid, z, 0.0)
+    mean = z.sum(-1, keepdim=True) / count.clamp_min(1)
+    centred = torch.where(valid, z - mean, 0.0)
+    std = (centred.square().sum(-1, keepdim=True) / (count - ddof).clamp_min(1)).sqrt()
+    flat = std <= 1e-6 * (1.0 + mean.abs())
+    return torch.where(flat, torch.ones_like(std), std)

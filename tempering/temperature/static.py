@@ -1,0 +1,24 @@
+"""One temperature for everything."""
+
+from __future__ import annotations
+
+from tempering.rows import Rows
+from tempering.temperature.base import Policy, Temperatures, constant, positive
+
+
+class Static(Policy):
+    """The same temperature for both sides of every row, (1, 1).
+
+    Reference: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531.
+    """
+
+    paper = "arXiv:1503.02531"
+
+    def __init__(self, tau: float = 4.0) -> None:
+        super().__init__()
+        positive("Static", tau=tau)
+        self.tau = tau
+
+    def forward(self, rows: Rows, progress: float) -> Temperatures:
+        T = constant(self.tau, rows.student)
+        return Temperatures(T, T)
