@@ -38,6 +38,11 @@ def pick(name: str, parts: Mapping[str, Part], what: str) -> Part:
     by_lower = {key.lower(): value for key, value in parts.items()}
     if name.lower() in by_lower:
         return by_lower[name.lower()]
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = nearest(name, by_lower)
     raise ValueError(f"no {what} is called {name!r}.{hint} There are: {', '.join(sorted(by_lower))}.")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """ " Did you mean ...?" with the name nearest to a mistyped one; nothing where none is near."""
+    near = difflib.get_close_matches(name.lower(), names, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

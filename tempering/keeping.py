@@ -141,9 +141,7 @@ def facts_of(
         **records.surroundings(),
         "seed": settings.seed,
         "method": key["method"],
-        "policies": {
-            name: {"name": type(p).__name__, **p.hyperparameters()} for name, p in method.policies().items()
-        },
+        "policies": {name: {"name": type(p).__name__, **p.hyperparameters()} for name, p in method.policies().items()},
         "label": type(method).__name__,
         "settings": asdict(settings) | {"total_steps": key["total_steps"], "world": key["world"]},
         "optimizer": key["optimizer"],

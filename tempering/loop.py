@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempering.checkpoints import set_random_state
+from tempering.checkpoints import random_state, set_random_state
 from tempering.keeping import Keeper, facts_of, key_of
 from tempering.methods.base import Method, Step, StepMethod
 from tempering.records import Recorder
 from tempering.rows import Rows, total
-from tempering.runtime import Display, Remembered, Stream, fabric_for, grouped, measured, reseed
+from tempering.runtime import Display, Remembered, Stream, Tapped, fabric_for, grouped, measured, reseed
 from tempering.selfcheck import selfcheck as check_first_batch
 from tempering.settings import At, Run, Settings
 from tempering.tasks.base import Task, on
 from tempering.teachers.base import Teacher
 
+EMPTY = "the training loader yields no batches. Is the data set empty, or smaller than a batch?"
 CHECK_ONLY: ContextVar[bool] = ContextVar("check_only", default=False)
 
 
@@ -82,12 +83,15 @@ class Loop:
         self.stream = Stream(batches, self.fabric)
         self.total_steps = s.steps or (s.epochs or 0) * math.ceil(len(self.stream) / s.accumulate)
         if not self.total_steps:
-            raise ValueError("the training loader yields no batches. Is the data set empty, or smaller than a batch?")
+            raise ValueError(EMPTY)
         self.method.to(self.fabric.device)
+        self.learners = self.method.learners()
         if self.teacher is not None:
             self.teacher.to(self.fabric.device)
         compiled = torch.compile(self.student) if s.compile else self.student
         self.model = self.fabric.setup_module(compiled)  # pyright: ignore[reportArgumentType]
+        self.taps = Tapped.between(self.student, self.teacher, self.task.taps)
+        self._prepare_method()
         groups = [{"params": [p for p in self.model.parameters() if p.requires_grad]}, *self.method.param_groups()]
         self.optimizer: Any = self.fabric.setup_optimizers(optimizer(groups))
         self.schedule = schedule
@@ -110,6 +114,26 @@ class Loop:
             world=self.world,
         )
         self.keeper = Keeper(self.folder, self.fabric, (self.student, self.method, self.optimizer), key)
+
+    @torch.no_grad()
+    def _prepare_method(self) -> None:
+        """Let the method size what it trains on a first block of rows, before there is an optimizer."""
+        if type(self.method).prepare is Method.prepare:
+            return
+        batch = self._first_batch()
+        self.model.eval()
+        self.method.prepare(self._step_of(batch, 1.0).forward()[-1])
+        self.model.train()
+
+    def _first_batch(self) -> Any:
+        """The run's first batch, on the device; the global random numbers are left as they were."""
+        before = random_state()
+        reseed(self.settings.seed, 0, self.fabric.global_rank)
+        batch = next(self.stream.epoch(0, 0), None)
+        set_random_state(before)
+        if batch is None:
+            raise ValueError(EMPTY)
+        return on(self.fabric.device, batch)
 
     # the run
 
@@ -161,7 +185,7 @@ class Loop:
             if at.step >= self.total_steps:
                 break
         if at.step == begun_at and not walked:
-            raise ValueError("the training loader yields no batches. Is the data set empty, or smaller than a batch?")
+            raise ValueError(EMPTY)
         steps_walked = max(1, math.ceil(at.batch / s.accumulate))
         mean_loss = self._mean_over_ranks(float(loss_sum) / steps_walked)
         at.epoch, at.batch, at.loss_sum = at.epoch + 1, 0, 0.0
@@ -203,9 +227,7 @@ class Loop:
 
     def _terms(self, batch: Any, progress: float) -> tuple[list[Rows], list[Mapping[str, Tensor]]]:
         """The blocks of rows of one micro-batch and their terms."""
-        student_in, teacher_in, ids = self.task.inputs(batch)
-        taught = (lambda inputs, ids: None) if self.teacher is None else self.teacher
-        step = Step(self.model, taught, student_in, teacher_in, ids, batch, progress, self.task.rows)
+        step = self._step_of(batch, progress)
         if isinstance(self.method, StepMethod):
             terms = self.method.step(step)
             if step.rows is None:
@@ -213,6 +235,12 @@ class Loop:
             return [step.rows], [terms]
         blocks = step.forward()
         return blocks, [self.method(rows, progress) for rows in blocks]
+
+    def _step_of(self, batch: Any, progress: float) -> Step:
+        student_in, teacher_in, ids = self.task.inputs(batch)
+        taught = (lambda inputs, ids: None) if self.teacher is None else self.teacher
+        features = None if self.taps is None else self.taps.features
+        return Step(self.model, taught, student_in, teacher_in, ids, batch, progress, self.task.rows, features)
 
     def _mass(self, group: list[Any]) -> dict[str, Tensor | float]:
         """Block name -> weight of its rows in the whole step, all micro-batches and ranks; {} if one batch is all."""
@@ -239,8 +267,7 @@ class Loop:
     @torch.no_grad()
     def _learn(self, batch: Any, rows: Rows) -> None:
         """Tell learning policies by how much each row's cross entropy fell; a second forward only if there are any."""
-        learners = self.method.learners()
-        if not learners or rows.target is None:
+        if not self.learners or rows.target is None:
             return
         student_in, _, _ = self.task.inputs(batch)
         self.model.eval()
@@ -249,7 +276,7 @@ class Loop:
         target = rows.target.long()
         fell = nn.functional.cross_entropy(rows.student.detach().float(), target, reduction="none", ignore_index=-100)
         fell = fell - nn.functional.cross_entropy(after.student.float(), target, reduction="none", ignore_index=-100)
-        for policy in learners:
+        for policy in self.learners:
             policy.learn(fell)
 
     # what is seen of it
@@ -257,9 +284,10 @@ class Loop:
     def _check(self, wanted: bool) -> None:
         if not wanted:
             return
-        reseed(self.settings.seed, 0, self.fabric.global_rank)
-        batch = on(self.fabric.device, next(self.stream.epoch(0, 0)))
-        checked = check_first_batch(self.model, self.teacher, batch, method=self.method, task=self.task)
+        features = None if self.taps is None else self.taps.features
+        checked = check_first_batch(
+            self.model, self.teacher, self._first_batch(), method=self.method, task=self.task, features=features
+        )
         self.recorder.update(selfcheck={"line": checked.line, "checks": checked.checks})
         if CHECK_ONLY.get():
             raise CheckedOnly(checked.line)
@@ -339,7 +367,7 @@ class Loop:
             self.keeper.write_weights("best.safetensors")
         else:
             at.stale += 1
-        at.stopped = self.settings.patience is not None and at.stale > self.settings.patience
+        at.stopped = self.settings.patience is not None and at.stale >= self.settings.patience
 
     def _finish(self) -> Run:
         """Weights, analysis and the closed record."""

@@ -62,7 +62,7 @@ def skew_kl(rows: Rows, T: Temperatures, *, skew: float = 0.1) -> Float[Tensor, 
     Reference: Ko et al., "DistiLLM", ICML 2024, arXiv:2402.03898, equation 3. The released code leaves the teacher's
     entropy out of the value; the gradient is the same.
     """
-    fraction("skew_kl", skew=skew)
+    skewed("skew_kl", skew)
     student, teacher = softened(rows, T)
     return T.scale * divergence(teacher, mixture(teacher, student, skew))
 
@@ -75,7 +75,7 @@ def skew_reverse_kl(rows: Rows, T: Temperatures, *, skew: float = 0.1) -> Float[
 
     Reference: Ko et al., "DistiLLM", ICML 2024, arXiv:2402.03898, equation 4.
     """
-    fraction("skew_reverse_kl", skew=skew)
+    skewed("skew_reverse_kl", skew)
     student, teacher = softened(rows, T)
     return T.scale * divergence(student, mixture(student, teacher, skew))
 
@@ -86,8 +86,8 @@ def cross_entropy(rows: Rows) -> Float[Tensor, " N"]:
     Raises:
         ValueError: for rows without targets, or (seen on the CPU alone, where it costs nothing) a target >= C.
     """
-    target = labels(rows, "cross_entropy")
-    return F.cross_entropy(masked(widened(rows.student)), target.clamp_min(-1), ignore_index=-1, reduction="none")
+    target = labels(rows, "cross_entropy").long().clamp_min(-1)
+    return F.cross_entropy(masked(widened(rows.student)), target, ignore_index=-1, reduction="none")
 
 
 def entropy(logits: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
@@ -116,6 +116,12 @@ def fraction(owner: str, **values: float) -> None:
     for name, value in values.items():
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{owner} needs {name} in [0, 1]; got {value!r}.")
+
+
+def skewed(owner: str, skew: float) -> None:
+    """Refuse a skew at which the two sides would be one."""
+    if not 0.0 <= skew < 1.0:
+        raise ValueError(f"{owner} needs skew in [0, 1); got {skew!r}. At 1 both sides are the same, and it is 0.")
 
 
 def softened(rows: Rows, T: Temperatures) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N C"]]:
@@ -150,7 +156,7 @@ def divergence(logp: Float[Tensor, "N C"], logq: Float[Tensor, "N C"]) -> Float[
     gone = torch.isneginf(logp)
     ratio = logp.masked_fill(gone, 0.0) - logq.masked_fill(gone, 0.0)
     value = (logp.exp() * ratio).sum(-1)
-    return value + (value.clamp_min(0.0) - value).detach()
+    return value - value.detach().clamp_max(0.0)
 
 
 def mixture(logp: Float[Tensor, "N C"], logq: Float[Tensor, "N C"], share: float) -> Float[Tensor, "N C"]:

@@ -26,6 +26,7 @@ class Rows:
         weight: (N,) non-negative weights. None: every row weighs 1.
         features: name -> (student's, teacher's) features, for methods that look inside.
         name: of this block of rows, as it stands in records and error messages.
+        ids: which sample of the data set each row is, (N,), for methods that remember samples.
 
     Raises:
         ValueError: for shapes that do not fit, a teacher that requires grad, or a target that is not integer.
@@ -37,6 +38,7 @@ class Rows:
     weight: Float[Tensor, " N"] | None = None
     features: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     name: str = "logits"
+    ids: Int[Tensor, " N"] | None = None
 
     def __post_init__(self) -> None:
         s, t = self.student, self.teacher
@@ -56,7 +58,7 @@ class Rows:
                 f"Rows(name={self.name!r}) needs floating point logits; got student {s.dtype} and teacher {t.dtype}. "
                 "Stored as integers? Convert with .float() first."
             )
-        for label, value in (("target", self.target), ("weight", self.weight)):
+        for label, value in (("target", self.target), ("weight", self.weight), ("ids", self.ids)):
             if value is not None and value.shape != s.shape[:1]:
                 raise ValueError(
                     f"Rows(name={self.name!r}) needs {label} of shape (N,) = ({s.shape[0]},); got {tuple(value.shape)}."

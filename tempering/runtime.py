@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
     from tempering.rows import Rows
+    from tempering.taps import Taps
+    from tempering.teachers.base import Teacher
 
 LOGGERS = ("tensorboard", "csv", "wandb")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true")
@@ -145,6 +147,38 @@ def grouped(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
     """Lists of ``size`` micro-batches, the last one shorter if they do not divide."""
     while group := list(itertools.islice(batches, size)):
         yield group
+
+
+class Tapped:
+    """The features of both models' last forwards, by the names a task gives them."""
+
+    def __init__(self, student: Taps, teacher: Taps, names: Mapping[str, tuple[str, str]]) -> None:
+        self.student, self.teacher, self.names = student, teacher, names
+
+    @classmethod
+    def between(
+        cls, student: nn.Module, teacher: Teacher | None, names: Mapping[str, tuple[str, str]]
+    ) -> Tapped | None:
+        """Taps on both; None where nothing is named.
+
+        Raises:
+            ValueError: for a teacher without a live module, which has no features.
+        """
+        if not names:
+            return None
+        from tempering.taps import Taps
+
+        if teacher is None or teacher.model is None:
+            raise ValueError(
+                f"the task taps {', '.join(names)}, but {'no teacher' if teacher is None else type(teacher).__name__} "
+                "has features. Give the live model: teachers.Live(model)."
+            )
+        sides = [Taps(m, [pair[i] for pair in names.values()]) for i, m in enumerate((student, teacher.model))]
+        return cls(sides[0].__enter__(), sides[1].__enter__(), names)
+
+    def features(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """name -> (student's, teacher's) of the last forwards."""
+        return {name: (self.student[s], self.teacher[t].detach()) for name, (s, t) in self.names.items()}
 
 
 class Remembered:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,15 @@ class Checked(NamedTuple):
         return f"self-check ok: {', '.join(fine)}" + (f"; not checked: {', '.join(rest)}" if rest else "")
 
 
-def selfcheck(student: nn.Module, teacher: Teacher | None, batch: Any, *, method: Method, task: Task) -> Checked:
+def selfcheck(
+    student: nn.Module,
+    teacher: Teacher | None,
+    batch: Any,
+    *,
+    method: Method,
+    task: Task,
+    features: Callable[[], Mapping[str, tuple[Tensor, Tensor]]] | None = None,
+) -> Checked:
     """Look at one batch and leave no trace: modes, random numbers, statistics and the method's state are put back.
 
     Raises:
@@ -49,6 +58,8 @@ def selfcheck(student: nn.Module, teacher: Teacher | None, batch: Any, *, method
             student.eval()
             said = student(student_in)
             blocks = task.rows(said, taught, batch)
+            if features is not None:
+                blocks[-1] = blocks[-1].with_(features=features())
             checks: dict[str, str] = {}
             if teacher is not None:
                 again = task.rows(said, teacher(teacher_in, ids), batch)
@@ -159,7 +170,8 @@ def _loss(method: Method, rows: Rows, taught: bool) -> dict[str, str]:
         checks[name] = "ok"
 
     if taught and method.zero_at_agreement:
-        agree = method(rows.with_(student=rows.teacher), 1.0)
+        agreeing = {name: (t, t) for name, (_, t) in rows.features.items()}
+        agree = method(rows.with_(student=rows.teacher, features=agreeing), 1.0)
         soft = {k: float(v.abs().max()) for k, v in agree.items() if not k.endswith("hard") and len(rows)}
         if any(v > CLOSE for v in soft.values()):
             raise SelfCheckFailed(
@@ -202,6 +214,7 @@ def _cut(rows: Rows, part: slice) -> Rows:
         teacher=rows.teacher[part],
         target=None if rows.target is None else rows.target[part],
         weight=None if rows.weight is None else rows.weight[part],
+        ids=None if rows.ids is None else rows.ids[part],
         features={name: (s[part], t[part]) for name, (s, t) in rows.features.items()},
     )
 
@@ -215,5 +228,6 @@ def _padded(rows: Rows, extra: int = 2) -> Rows:
         teacher=torch.cat((rows.teacher, -rows.teacher[tail].flip(-1))),
         target=None if rows.target is None else torch.cat((rows.target, torch.full_like(rows.target[tail], -100))),
         weight=torch.cat((weight, torch.zeros_like(weight[tail]))),
+        ids=None if rows.ids is None else torch.cat((rows.ids, rows.ids[tail])),
         features={n: (torch.cat((s, s[tail])), torch.cat((t, t[tail]))) for n, (s, t) in rows.features.items()},
     )

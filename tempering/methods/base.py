@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class Method(nn.Module, ABC):
         needs_labels: whether it cannot do without targets, whatever its weights.
         needs_teacher: whether it looks at the teacher at all.
         zero_at_agreement: whether its terms, those named "hard" aside, vanish for a student equal to the teacher.
+        non_negative: whether no term ever falls below zero.
         shift_invariant: whether a constant added to a row's logits changes nothing, its policies aside.
     """
 
@@ -32,6 +33,7 @@ class Method(nn.Module, ABC):
     needs_labels: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = True
     zero_at_agreement: ClassVar[bool] = True
+    non_negative: ClassVar[bool] = True
     shift_invariant: ClassVar[bool] = True
 
     @abstractmethod
@@ -39,11 +41,21 @@ class Method(nn.Module, ABC):
         """The terms of these rows; progress in [0, 1] is the share of the run that is done."""
 
     def __call__(self, rows: Rows, progress: float = 1.0) -> dict[str, Tensor]:
-        return super().__call__(rows, progress)
+        # losses are computed in float32 at least, also inside somebody's autocast
+        with torch.autocast(rows.student.device.type, enabled=False):
+            return super().__call__(rows, progress)
+
+    def prepare(self, rows: Rows) -> None:
+        """See one block of rows before the optimizer is made, to size what the method itself trains."""
 
     def hyperparameters(self) -> dict[str, object]:
         """Constructor arguments by name, as records write them."""
         return hyperparameters(self)
+
+    @classmethod
+    def example(cls) -> Self:
+        """One of it, as the contract tests make it; overridden where the constructor needs arguments."""
+        return cls()
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups of what the method itself trains (projectors, learned temperatures); [] for none."""
@@ -76,11 +88,15 @@ class Step:
     batch: Any
     progress: float
     make_rows: Callable[[Any, Any, Any], list[Rows]]
+    features: Callable[[], Mapping[str, tuple[Tensor, Tensor]]] | None = None
     rows: Rows | None = None
 
     def forward(self) -> list[Rows]:
         """Both forwards on the batch as it is; the last block stays in ``rows``."""
-        blocks = self.make_rows(self.student(self.student_inputs), self.teacher(self.teacher_inputs, self.ids), self.batch)
+        said, taught = self.student(self.student_inputs), self.teacher(self.teacher_inputs, self.ids)
+        blocks = self.make_rows(said, taught, self.batch)
+        if self.features is not None:
+            blocks[-1] = blocks[-1].with_(features=self.features())
         self.rows = blocks[-1]
         return blocks
 
@@ -118,7 +134,8 @@ def share(owner: str, **values: float) -> None:
     for name, value in values.items():
         if not 0.0 <= value <= 1.0:
             raise ValueError(
-                f"{owner} needs {name} in [0, 1], the share of the run (20 of 240 epochs is {name}=20/240); got {value!r}."
+                f"{owner} needs {name} in [0, 1], the share of the run (20 of 240 epochs is {name}=20/240); "
+                f"got {value!r}."
             )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
 from tempering.methods.base import Method, StepMethod
+from tempering.methods.dkd import DKD
+from tempering.methods.kd import KD
 from tempering.rows import Rows
 
 
@@ -43,8 +45,17 @@ class Sum(Method):
             for term, value in method(rows, progress).items()
         }
 
+    def prepare(self, rows: Rows) -> None:
+        for method in self.methods.values():
+            if isinstance(method, Method):
+                method.prepare(rows)
+
     def hyperparameters(self) -> dict[str, object]:
         return {name: m.hyperparameters() for name, m in self.methods.items() if isinstance(m, Method)}
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(KD(hard=0.0), DKD())
 
     def param_groups(self) -> list[dict[str, Any]]:
         return [group for m in self.methods.values() if isinstance(m, Method) for group in m.param_groups()]

@@ -69,9 +69,7 @@ class DKD(Method):
         return terms
 
 
-def decoupled(
-    z: Float[Tensor, "N C"], is_target: Tensor
-) -> tuple[Float[Tensor, "N 2"], Float[Tensor, "N C"]]:
+def decoupled(z: Float[Tensor, "N C"], is_target: Tensor) -> tuple[Float[Tensor, "N 2"], Float[Tensor, "N C"]]:
     """Log-probabilities of (target, any other) and of the classes without the target, which is minus infinity.
 
     Where the target is the only class left, the pair is (0, -inf) and the rest is uniform: neither costs anything.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 Value = float | None
@@ -73,7 +73,8 @@ class Series:
         css: classes that colour it.
         name: said when pointed at.
         low, high: a band round it, or nothing.
-        dots: whether each point is a dot that says its value.
+        dots: whether each point says its value when pointed at.
+        text: written at its end.
     """
 
     css: str
@@ -83,6 +84,7 @@ class Series:
     low: Sequence[Value] = ()
     high: Sequence[Value] = ()
     dots: bool = False
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,10 @@ class Frame:
             out.append(tag("text", figure(value), class_="tick end", x=self.x.start - 6, y=at + 3.5))
         ticks = x_ticks or [(value, figure(value)) for value in self.x.ticks(4 if self.width < 360 else 6)]
         for value, text in ticks:
-            out.append(tag("text", text, class_="tick mid", x=self.x(value), y=self.y.start + 15))
+            at = self.x(value)
+            # a long word at either end would leave the box
+            side = "mid" if len(text) < 5 else "end" if at >= self.x.stop else "start" if at <= self.x.start else "mid"
+            out.append(tag("text", text, class_=f"tick {side}", x=at, y=self.y.start + 15))
         out.append(tag("line", class_="axis", x1=self.x.start, x2=self.x.stop, y1=self.y.start, y2=self.y.start))
         out.append(tag("text", x_label, class_="name end", x=self.x.stop, y=self.y.start + 31))
         out.append(tag("text", y_label, class_="name", x=2, y=11))
@@ -139,18 +144,20 @@ def lines(
     *,
     x_label: str,
     y_label: str,
-    width: int = 480,
-    height: int = 270,
+    size: tuple[int, int] = (480, 270),
     log: bool = False,
     y_range: tuple[float, float] | None = None,
     x_ticks: Sequence[tuple[float, str]] | None = None,
     levels: Sequence[tuple[float, str, str]] = (),
 ) -> Svg:
     """Lines with bands over a common x; ``levels`` are (value, class, text) lines across."""
+    width, height = size
     ys = [v for s in series for v in (*s.y, *s.low, *s.high) if v is not None] + [level[0] for level in levels]
     xs = [v for s in series for v in s.x]
     log = log and min(ys) > 0
     low, high = y_range or _room(ys, log=log)
+    if any(s.text for s in series) and not log:
+        low, high = low - 0.08 * (high - low), high + 0.05 * (high - low)  # room for the texts at the ends
     x_low, x_high = min(xs), max(xs)
     x = Scale(x_low, x_high if x_high > x_low else x_low + 1, 46, width - 12)
     frame = Frame(x, Scale(low, high, height - 38, 22, log), width, height)
@@ -159,17 +166,11 @@ def lines(
         at = frame.y(value)
         out.append(tag("line", class_=f"level {css}", x1=x.start, x2=x.stop, y1=at, y2=at))
         out.append(tag("text", text, class_="tick end", x=x.stop, y=at - 5))
-    for s in series:
-        inside = [tag("title", s.name)]
-        if s.low:
-            inside.append(tag("path", class_="band", d=_band(s, frame)))
-        inside.append(tag("path", class_="line", d=_path(s.x, s.y, frame)))
-        if s.dots:
-            for at, value in zip(s.x, s.y, strict=True):
-                if value is not None:
-                    said = tag("title", f"{s.name}, {x_label} {figure(at)}: {value:.4g}")
-                    inside.append(tag("circle", said, class_="dot", cx=x(at), cy=frame.y(value), r=2.5))
-        out.append(tag("g", *inside, class_=s.css))
+    out += [_drawn(s, frame, x_label) for s in series]
+    ends = [(s, y) for s in series if s.text and (y := s.y[-1]) is not None]
+    for s, y in ends:
+        under = any(other > y for _, other in ends) and frame.y(y) + 15 < frame.y.start
+        out.append(tag("text", s.text, class_=f"end halo {s.css} said", x=x.stop, y=frame.y(y) + (15 if under else -8)))
     return _svg(key, title, told, out, width, height)
 
 
@@ -183,31 +184,31 @@ def strips(
     width: int = 480,
     reference: float | None = None,
     left: int | None = None,
-    write: Callable[[float], str] | None = None,
 ) -> Svg:
     """Rows of marks over one scale; labels above their row, or in a column ``left`` wide."""
     values = [v for r in rows for v in (*(m.value for m in r.marks), *(r.span or ()))]
     values += [] if reference is None else [reference]
     low, high = _room(values)
-    pitch, top = (46, 8) if left is None else (21, 4)
+    pitch, top = (44, 0) if left is None else (21, 4)
     height = top + pitch * len(rows) + 40
-    x = Scale(low, high, 10 if left is None else left, width - 14)
+    x = Scale(low, high, 8 if left is None else left, width - 8)
     foot = height - 36
+    lanes = [(top + pitch * i + (22 if left is None else 0), top + pitch * (i + 1)) for i in range(len(rows))]
+    # labels above their row keep the lines clear of them
+    uprights = lanes if left is None else [(top, foot)]
     out = []
-    for value in x.ticks(6):
+    for value in x.ticks(6 if width > 400 else 5):
         at = x(value)
-        out.append(tag("line", class_="grid", x1=at, x2=at, y1=top, y2=foot))
-        out.append(tag("text", (write or figure)(value), class_="tick mid", x=at, y=foot + 15))
-    out.append(tag("text", x_label, class_="name end", x=width - 14, y=foot + 31))
-    if reference is not None:
-        out.append(tag("line", class_="axis", x1=x(reference), x2=x(reference), y1=top, y2=foot))
-    for i, row in enumerate(rows):
-        base = top + pitch * i
-        at = base + (32 if left is None else pitch / 2)
+        css = "axis" if value == reference else "grid"
+        out += [tag("line", class_=css, x1=at, x2=at, y1=a, y2=b) for a, b in uprights]
+        out.append(tag("text", figure(value), class_="tick mid", x=at, y=foot + 15))
+    out.append(tag("text", x_label, class_="name end", x=width, y=foot + 31))
+    for row, (upper, lower) in zip(rows, lanes, strict=True):
+        at = (upper + lower) / 2
         inside = [tag("title", row.label)]
         if left is None:
-            inside.append(tag("text", _cut(row.label, 44), class_="label halo", x=10, y=base + 17))
-            inside.append(tag("text", row.figure, class_="figure end halo", x=width - 14, y=base + 17))
+            inside.append(tag("text", _cut(row.label, (width - 120) // 7), class_="label", x=0, y=upper - 6))
+            inside.append(tag("text", row.figure, class_="figure end", x=width, y=upper - 6))
         else:
             inside.append(tag("text", _cut(row.label, left // 6 - 1), class_="tick end", x=left - 8, y=at + 3.5))
             inside.append(tag("line", class_="rule", x1=x.start, x2=x.stop, y1=at, y2=at))
@@ -226,27 +227,35 @@ class Bins:
     points: Sequence[tuple[float, float, float]] = field(default_factory=tuple)
 
 
-def reliability(key: str, title: str, told: str, sides: Sequence[Bins], *, size: int = 260) -> Svg:
+def reliability(key: str, title: str, told: str, sides: Sequence[Bins], *, size: tuple[int, int] = (340, 300)) -> Svg:
     """Accuracy over confidence, both in percent, dots as large as their bin is full; the diagonal is calibrated."""
-    x, y = Scale(0, 100, 40, size - 10), Scale(0, 100, size - 38, 22)
-    out = Frame(x, y, size, size).axes("confidence, %", "accuracy, %")
+    width, height = size
+    x, y = Scale(0, 100, 40, width - 10), Scale(0, 100, height - 38, 22)
+    frame = Frame(x, y, width, height)
+    out = frame.axes("confidence, %", "accuracy, %")
     out.append(tag("line", class_="diagonal", x1=x(0), y1=y(0), x2=x(100), y2=y(100)))
     for side in sides:
         whole = math.fsum(count for *_, count in side.points) or 1.0
         at = [100 * c for c, _, _ in side.points]
-        inside = [tag("path", class_="line", d=_path(at, [100 * a for _, a, _ in side.points], Frame(x, y, size, size)))]
+        inside = [tag("path", class_="line", d=_path(at, [100 * a for _, a, _ in side.points], frame))]
         for confidence, accuracy, count in side.points:
-            said = f"{side.name}: confidence {100 * confidence:.1f} %, accuracy {100 * accuracy:.1f} %, {count:.0f} rows"
+            said = (
+                f"{side.name}: confidence {100 * confidence:.1f} %, accuracy {100 * accuracy:.1f} %, {count:.0f} rows"
+            )
             r = 2 + 6 * math.sqrt(count / whole)
-            inside.append(tag("circle", tag("title", said), class_="dot", cx=x(100 * confidence), cy=y(100 * accuracy), r=r))
+            inside.append(
+                tag("circle", tag("title", said), class_="dot", cx=x(100 * confidence), cy=y(100 * accuracy), r=r)
+            )
         out.append(tag("g", *inside, class_=side.css))
-    return _svg(key, title, told, out, size, size)
+    return _svg(key, title, told, out, width, height)
 
 
 def figure(value: float) -> str:
     """A number on an axis, as short as it can be: 0.02, 35, 1.2k."""
     if abs(value) >= 10_000:
         return f"{value / 1000:g}k"
+    if 0 < abs(value) < 0.001:
+        return f"{value:.0e}".replace("e-0", "e-")
     return f"{round(value, 6):g}"
 
 
@@ -254,6 +263,22 @@ def _svg(key: str, title: str, told: str, parts: Iterable[Svg], width: float, he
     named = [tag("title", title, id=f"{key}-t"), tag("desc", told, id=f"{key}-d")]
     box = f"0 0 {_short(width)} {_short(height)}"
     return tag("svg", *named, *parts, viewBox=box, role="img", aria_labelledby=f"{key}-t", aria_describedby=f"{key}-d")
+
+
+def _drawn(s: Series, frame: Frame, x_label: str) -> Svg:
+    """A series' band, line and the points that answer the pointer."""
+    inside = [tag("title", s.name)]
+    if s.low:
+        inside.append(tag("path", class_="band", d=_band(s, frame)))
+    inside.append(tag("path", class_="line", d=_path(s.x, s.y, frame)))
+    if s.dots or len(s.x) == 1:
+        css = "dot" if len(s.x) < 8 else "point"
+        for at, value in zip(s.x, s.y, strict=True):
+            if value is not None:
+                said = tag("title", f"{s.name}, {x_label} {figure(at)}: {value:.4g}".replace(",  ", ", "))
+                r = 2.8 if css == "dot" else 4
+                inside.append(tag("circle", said, class_=css, cx=frame.x(at), cy=frame.y(value), r=r))
+    return tag("g", *inside, class_=s.css)
 
 
 def _mark(mark: Mark, x: Scale, at: float) -> Svg:

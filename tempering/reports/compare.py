@@ -14,6 +14,7 @@ MATCHED = "KD, weight-matched"
 FRACTIONS = ("accuracy", "top5", "agreement", "ece")  # shown in percent
 LOWER = ("loss", "ece", "perplexity", "nll")  # better when lower
 LEVEL = 0.95
+NOT_RUN = "not run"
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class Metric:
 
     @property
     def unit(self) -> str:
-        """" %" or nothing."""
+        """ " %" or nothing."""
         return " %" if self.fraction else ""
 
     @property
     def step(self) -> str:
-        """" points" or nothing: the unit of differences."""
+        """ " points" or nothing: the unit of differences."""
         return " points" if self.fraction else ""
 
     def show(self, value: float | None, *, signed: bool = False) -> str:
@@ -184,7 +185,7 @@ def compare(runs: Sequence[RunRecord], control: str | None = None, *, metric: st
         for label in sorted(groups, key=lambda name: (name != (controls or ("",))[0], list(groups).index(name)))
     }
     arms = _arms(chosen, controls, measure)
-    counted = [run for arm in arms for run in arm.counted]
+    counted = [run for arm in arms if arm.same_student for run in arm.counted]
     notes += [*_mixed_arms(arms), *_fairness(counted), *_choice_of_best(counted)]
     return Comparison(measure, arms, controls, tuple(notes))
 
@@ -298,7 +299,7 @@ def _arms(chosen: Mapping[str, tuple[RunRecord, ...]], controls: tuple[str, ...]
         last, same = values(runs, "last"), net(runs) == own
         there = {run.seed: f"no {metric.name}" if run.status == "done" else run.status for run in runs}
         wanted = sorted(seeds if same else {run.seed for run in runs})
-        missing = {seed: there.get(seed, "not run") for seed in wanted if seed not in last}
+        missing = {seed: there.get(seed, NOT_RUN) for seed in wanted if seed not in last}
         versus = {c: difference(last, values(chosen[c], "last")) for c in controls if c != label and same}
         arms.append(Arm(label, runs, last, values(runs, "best"), missing, versus, same))
     return tuple(arms)
@@ -346,6 +347,7 @@ def _fairness(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def _choice_of_best(runs: Sequence[RunRecord]) -> list[str]:
-    if any(str(run.facts.get("best_by")).startswith("test/") for run in runs):
+    by = dict.fromkeys(str(run.facts["best_by"]) for run in runs if run.facts.get("best_by"))
+    if any(name.startswith("test/") for name in by):
         return ['"Best" is the epoch that was best on the test split itself, so it is too high; "last" is not.']
-    return []
+    return [f'"Best" is the epoch that {" and ".join(name.replace("/", " ") for name in by)} chose.'] if by else []

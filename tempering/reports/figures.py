@@ -12,6 +12,7 @@ from tempering.reports.compare import Arm, Comparison
 from tempering.reports.read import RunRecord, number
 
 POINTS = 120  # of a line, at most: more than that a chart of this width cannot show
+SMALL = (360, 240)  # of a chart, where there are many beside each other
 TEACHER = "teacher"  # CSS class: the teacher is drawn in ink everywhere, arms have colours
 
 
@@ -47,6 +48,11 @@ class Curve:
     high: list[float | None]
     seeds: int
 
+    def since(self, share: float) -> Curve:
+        """The part from that share of its points on."""
+        cut = int(share * len(self.x))
+        return Curve(self.x[cut:], self.y[cut:], self.low[cut:], self.high[cut:], self.seeds)
+
     def series(self, css: str, name: str, *, dots: bool = False) -> Series:
         """As a line with a band; no band for one seed."""
         band = self.seeds > 1
@@ -70,9 +76,13 @@ def curve(runs: Sequence[RunRecord], stream: str, key: str, get: Callable[[Mappi
 
     tracks = []
     for run in runs:
-        found = {x: y for line in getattr(run, stream) if None not in (x := number(line.get(key)), y := number(get(line)))}
-        if found:
-            tracks.append((np.array(sorted(found)), np.array([found[x] for x in sorted(found)])))
+        values: dict[float, float] = {}
+        for line in getattr(run, stream):
+            x, y = number(line.get(key)), number(get(line))
+            if x is not None and y is not None:
+                values[x] = y
+        if values:
+            tracks.append((np.array(sorted(values)), np.array([values[x] for x in sorted(values)])))
     if not tracks:
         return None
     grid = np.unique(np.concatenate([x for x, _ in tracks]))
@@ -120,18 +130,23 @@ def overlay(
     caption: str = "",
     log: bool = False,
     levels: Sequence[tuple[float, str, str]] = (),
+    begin: float = 0.0,
+    size: tuple[int, int] = (480, 270),
 ) -> Figure | None:
-    """One chart with a line an arm; None where no arm has the quantity."""
+    """One chart with a line an arm, from the share ``begin`` of the run on; None where no arm has the quantity."""
     css, series, told = styles(found), [], []
     x = "epoch" if stream == "epochs" else "step"
     for arm in found.arms:
         drawn = curve(shown(arm), stream, x, get)
         if drawn is not None:
-            series.append(drawn.series(css[arm.label], arm.label, dots=stream == "epochs" and len(drawn.x) <= 40))
+            drawn = drawn.since(begin)
+            series.append(drawn.series(css[arm.label], arm.label, dots=stream == "epochs" and len(drawn.x) <= 60))
             told.append(f"{arm.label} ends at {drawn.y[-1]:.4g}")
     if not series:
         return None
-    svg = charts.lines(key, title, "; ".join(told), series, x_label=x, y_label=y_label, log=log, levels=levels)
+    svg = charts.lines(
+        key, title, "; ".join(told), series, x_label=x, y_label=y_label, log=log, levels=levels, size=size
+    )
     return Figure(title, svg, caption)
 
 
@@ -151,10 +166,12 @@ def result(found: Comparison) -> Section:
     figures = []
     if rows:
         told = "; ".join(f"{row.label} {row.figure}" for row in rows)
-        svg = charts.strips("each-seed", f"{name} of every seed", told, rows, x_label=f"{name}{_in(metric.unit)}")
+        svg = charts.strips(
+            "each-seed", f"{name} of every seed", told, rows, x_label=f"{name}{_in(metric.unit)}", width=360
+        )
         figures.append(Figure("Every seed", svg, "A dot is a seed, the upright line their mean."))
     figures += [f for control in found.controls[:2] if (f := _differences(found, control, factor)) is not None]
-    return Section("result", "Result", "", figures, missing="" if figures else "No run has finished.")
+    return Section("result", "Result", "", figures, missing="No run has finished.", many=True)
 
 
 def _differences(found: Comparison, control: str, factor: float) -> Figure | None:
@@ -177,39 +194,45 @@ def _differences(found: Comparison, control: str, factor: float) -> Figure | Non
     told = "; ".join(f"{row.label} {row.figure}" for row in rows)
     unit = "points" if metric.fraction else metric.key
     key = f"versus-{found.controls.index(control)}"
-    svg = charts.strips(key, title, told, rows, x_label=f"difference, {unit}", reference=0.0)
-    return Figure(title, svg, "Bar: 95 % t interval. Large dot: mean, hollow where the interval holds zero. Small: seeds.")
+    svg = charts.strips(key, title, told, rows, x_label=f"difference, {unit}", reference=0.0, width=360)
+    return Figure(title, svg, "Bar: 95 % t interval. Large dot: mean, hollow unless it excludes zero. Small: seeds.")
 
 
 def learning(found: Comparison) -> Section:
-    """Scores and loss over epochs."""
-    figures = []
+    """Scores and losses over epochs."""
     metric = found.metric
-    for split in ("test", "validation"):
-        scale = percent if metric.fraction else (lambda get: get)
-        level = [(100 * taught, "teacher", "teacher")] if split == "test" and (taught := teacher_accuracy(found)) else []
-        figures.append(
-            overlay(
-                found,
-                f"learn-{split}",
-                f"{split.capitalize()} {metric.key}",
-                scale(inside(split, metric.key)),
-                y_label=f"{metric.key}{_in(metric.unit)}",
-                caption="Line: mean over seeds. Band: lowest to highest seed.",
-                levels=level if metric.key == "accuracy" else (),
-            )
-        )
-        if metric.key != "loss":
-            get = inside(split, "loss")
-            title = f"{split.capitalize()} cross entropy"
-            figures.append(overlay(found, f"loss-{split}", title, get, y_label="nats, log scale", log=True))
+    split = _scored(found)
+    get = inside(split, metric.key)
+    get = percent(get) if metric.fraction else get
+    name, unit = f"{split.capitalize()} {metric.key}", f"{metric.key}{_in(metric.unit)}"
+    taught = teacher_accuracy(found) if metric.key == "accuracy" else None
+    levels = [] if taught is None else [(100 * taught, TEACHER, "teacher")]
+    figures = [
+        overlay(found, "score", name, get, y_label=unit, levels=levels),
+        overlay(found, "score-late", f"{name}, second half", get, y_label=unit, levels=levels, begin=0.5),
+        overlay(found, "loss-train", "Loss in training", inside("loss"), y_label="log scale", log=True),
+    ]
+    if metric.key != "loss":
+        title = f"{split.capitalize()} cross entropy"
+        nats = overlay(found, "loss-scored", title, inside(split, "loss"), y_label="nats, log scale", log=True)
+        figures.insert(2, nats)
     return Section(
         "learning",
         "Learning",
-        "How the score grew, epoch by epoch. A band shows how far seeds lie apart.",
+        "Line: mean over seeds. Band: lowest to highest seed. The loss in training adds up other terms in each arm, so "
+        "only its course compares, not its height.",
         [f for f in figures if f is not None],
         missing="No epoch was scored: these runs had neither a validation nor a test loader.",
     )
+
+
+def _scored(found: Comparison) -> str:
+    """The split that the epochs were scored on: the comparison's where it is there."""
+    own = found.metric.name.partition("/")[0]
+    for split in (own, "test", "validation"):
+        if any(split in line for arm in found.arms for run in shown(arm) for line in run.epochs):
+            return split
+    return own
 
 
 def agreement(found: Comparison) -> Section:
@@ -221,9 +244,7 @@ def agreement(found: Comparison) -> Section:
         lambda line: percent(inside("test", "agreement"))(line) or percent(inside("validation", "agreement"))(line),
         y_label="agreement, %",
     )
-    two = overlay(
-        found, "top5", "Top-5 accuracy", percent(inside("test", "top5")), y_label="top-5 accuracy, %"
-    )
+    two = overlay(found, "top5", "Top-5 accuracy", percent(inside("test", "top5")), y_label="top-5 accuracy, %")
     return Section(
         "agreement",
         "Agreement with the teacher",
@@ -243,16 +264,16 @@ def terms(found: Comparison) -> Section:
     figures = []
     for i, name in enumerate(names):
         title = f'Term "{name}"'
+        label = "mean over a batch, log scale"
         get = inside("terms", name)
-        figures.append(
-            overlay(found, f"term-{i}", title, get, stream="steps", y_label="mean over a batch, log scale", log=True)
-        )
+        figures.append(overlay(found, f"term-{i}", title, get, stream="steps", y_label=label, log=True, size=SMALL))
     return Section(
         "terms",
         "Loss terms",
         "What the method adds up, weights and warm-up included. Terms of one name need not be one formula in two arms.",
         [f for f in figures if f is not None],
         missing="No step was logged.",
+        many=True,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,42 +46,75 @@ def calibration(found: Comparison) -> Section:
 
 
 def classes(found: Comparison) -> Section:
-    """Accuracy class by class, arms beside the teacher; of many classes those that moved most."""
-    css = styles(found)
-    means = {arm.label: _per_class(shown(arm), "student") for arm in found.arms}
-    means = {label: values for label, values in means.items() if values}
+    """Accuracy class by class, arms beside the teacher, and what changed; of many classes those that changed most."""
+    means = {arm.label: values for arm in found.arms if (values := _per_class(shown(arm), "student"))}
     taught = next((v for arm in found.arms if (v := _per_class(shown(arm), "teacher"))), [])
     if not means:
         return Section("classes", "Classes", "", missing="No run wrote an analysis.")
-    names = _names(found)
-    main = next((arm.label for arm in found.ranked if arm.label in means and arm.label not in found.controls[:1]), "")
-    main = main or next(iter(means))
-    base = means.get(found.controls[0], taught) if found.controls and main != found.controls[0] else taught
-    count = min(len(values) for values in [*means.values(), *([taught] if taught else [])])
-    moved = [
-        abs(a - b) if base and None not in (a := means[main][k], b := base[k]) and a is not None and b is not None else 0.0
-        for k in range(count)
-    ]
+    main, base = _pair(found, means)
+    changes = _changes(found.arm(main), None if base is None else found.arm(base))
+    count = min(map(len, means.values()))
+    moved = [abs(mean(list(changes[k].values())) or 0.0) if k < len(changes) else 0.0 for k in range(count)]
     picked = sorted(sorted(range(count), key=lambda k: (-moved[k], k))[:MOST])
-    rows = []
+    names, css = _names(found), styles(found)
+    accuracy, change = [], []
     for k in picked:
+        name = _name(names, k)
         marks = [
-            Mark(100 * v, css[label], f"{label}, {_name(names, k)}: {100 * v:.1f} %", "dot")
-            for label, values in means.items()
-            if (v := values[k]) is not None
+            Mark(100 * v, TEACHER, f"teacher, {name}: {100 * v:.1f} %", "tick")
+            for v in taught[k : k + 1]
+            if v is not None
         ]
-        if taught and (v := taught[k]) is not None:
-            marks.insert(0, Mark(100 * v, TEACHER, f"teacher, {_name(names, k)}: {100 * v:.1f} %", "tick"))
-        if marks:
-            rows.append(Strip(_name(names, k), "", marks))
-    few = count > len(picked)
-    lead = "Mean over seeds. Dot: an arm's student. Upright line: the teacher."
-    if few:
-        lead += f" The {len(picked)} of {count} classes on which {main} moved most."
-    left = min(130, 16 + 6 * max(len(row.label) for row in rows)) if rows else 60
-    told = f"{len(rows)} classes, {len(means)} arms"
-    svg = charts.strips("classes-all", "Accuracy per class", told, rows, x_label="accuracy, %", left=left)
-    return Section("classes", "Classes", lead, [Figure("Accuracy per class", svg)])
+        for label, values in means.items():
+            if (v := values[k]) is not None:
+                marks.append(Mark(100 * v, css[label], f"{label}, {name}: {100 * v:.1f} %"))
+        gaps = changes[k] if k < len(changes) else {}
+        seeds = [Mark(100 * v, "", f"{name}, seed {seed}: {100 * v:+.1f} points") for seed, v in gaps.items()]
+        if (middle := mean(list(gaps.values()))) is not None:
+            seeds.append(Mark(100 * middle, "", f"{name}, mean: {100 * middle:+.1f} points", "mean"))
+        accuracy.append(Strip(name, "", marks))
+        change.append(Strip(name, css[main], seeds))
+    few = f" The {len(picked)} of {count} classes that changed most." if count > len(picked) else ""
+    left = min(130, 16 + 6 * max(len(row.label) for row in accuracy))
+    told = f"{len(picked)} classes, {len(means)} arms"
+    title = f"{main} minus {base or 'the teacher'}"
+    figures = []
+    if any(row.marks for row in accuracy):
+        svg = charts.strips("classes-all", "Accuracy per class", told, accuracy, x_label="accuracy, %", left=left)
+        figures.append(
+            Figure("Accuracy per class", svg, "Dot: an arm's student, mean over seeds. Upright: the teacher.")
+        )
+    if any(row.marks for row in change):
+        svg = charts.strips("classes-gap", title, told, change, x_label="points", left=left, reference=0.0)
+        figures.append(Figure(title, svg, "Large dot: mean over seeds. Small dots: seeds."))
+    return Section("classes", "Classes", f"Where the accuracy comes from, class by class.{few}", figures)
+
+
+def _pair(found: Comparison, means: Mapping[str, object]) -> tuple[str, str | None]:
+    """The arm that the classes are about, and the arm it is compared with; None where that is the teacher."""
+    control = next((label for label in found.controls if label in means), None)
+    main = next((arm.label for arm in found.ranked if arm.label in means and arm.label != control), None)
+    return (next(iter(means)), None) if main is None else (main, control)
+
+
+def _changes(arm: Arm, base: Arm | None) -> list[dict[int, float]]:
+    """Class -> seed -> accuracy of the arm minus that of ``base`` for the same seed, or minus the teacher's."""
+
+    def lists(runs: Sequence[RunRecord], side: str) -> dict[int, list[Any]]:
+        return {run.seed: found[0] for run in runs if (found := _analyses([run], "per_class", side))}
+
+    own = lists(shown(arm), "student")
+    other = lists(shown(arm), "teacher") if base is None else lists(shown(base), "student")
+    common = sorted(set(own) & set(other))
+    width = min((min(len(own[s]), len(other[s])) for s in common), default=0)
+    return [
+        {
+            s: own[s][k] - other[s][k]
+            for s in common
+            if number(own[s][k]) is not None and number(other[s][k]) is not None
+        }
+        for k in range(width)
+    ]
 
 
 @dataclass(frozen=True)
@@ -93,9 +126,14 @@ class Confusions:
     seeds: int
     rows: Sequence[dict[str, Any]]
 
+    @property
+    def partly(self) -> bool:
+        """Whether some pair is not in every seed's list."""
+        return any(row["seeds"] < self.seeds for row in self.rows)
+
 
 def confusions(found: Comparison) -> list[Confusions]:
-    """For each arm the pairs (true, predicted) with the largest difference of counts, means over the seeds listing it."""
+    """Of each arm the pairs (true, predicted) whose counts differ most, as means over the seeds that list them."""
     names, css, out = _names(found), styles(found), []
     for arm in found.arms:
         listed: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
@@ -165,5 +203,3 @@ def _names(found: Comparison) -> list[str]:
 
 def _name(names: Sequence[str], k: int) -> str:
     return names[k] if k < len(names) else f"class {k}"
-
-

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tempering.reports import charts
 from tempering.reports.charts import Series
 from tempering.reports.compare import Arm, Comparison
-from tempering.reports.figures import TEACHER, Curve, Figure, Section, curve, inside, overlay, shown, styles
+from tempering.reports.figures import SMALL, TEACHER, Curve, Figure, Section, curve, inside, overlay, shown, styles
 from tempering.reports.read import RunRecord, number
 
 SIDES = (("T_teacher", TEACHER, "teacher"), ("T_student", "", "student"))
@@ -18,7 +18,6 @@ def temperatures(found: Comparison) -> Section:
     dynamic = [arm for arm in found.arms if is_dynamic(shown(arm))]
     limits = _limits(dynamic)
     figures = [_over_steps(found, arm, limits) for arm in dynamic]
-    figures += [f for arm in dynamic if (f := _by_difficulty(found, arm)) is not None]
     gap = overlay(
         found,
         "gap",
@@ -29,14 +28,17 @@ def temperatures(found: Comparison) -> Section:
         caption="Mean distance of the two sides' log-sum-exp, logits centred, at the temperatures in use. "
         "The exact solution keeps it at zero.",
         log=True,
+        size=SMALL,
     )
+    figures += [] if gap is None else [gap]
+    figures += [f for arm in dynamic if (f := _by_difficulty(found, arm)) is not None]
     constant = [f"{arm.label} at {value:g}" for arm in found.arms if (value := _constant(shown(arm))) is not None]
     lead = "What the policy gave each side. Line: mean over rows; band: 5 to 95 % of the rows of a batch."
     return Section(
         "temperatures",
         "Temperatures",
-        lead + (f" Constant: {', '.join(constant)}." if constant else ""),
-        [*figures, *([] if gap is None else [gap])],
+        lead + (f" Constant: {'; '.join(constant)}." if constant else ""),
+        figures,
         missing="No arm of these runs has a temperature.",
         many=True,
     )
@@ -92,12 +94,12 @@ def _over_steps(found: Comparison, arm: Arm, limits: tuple[float, float] | None)
     for css, name, mean, low, high in _bands(arm):
         banded = low is not None and high is not None and low.x == mean.x == high.x
         band = (low.y, high.y) if banded and low is not None and high is not None else ((), ())
-        series.append(Series(css or own, f"{arm.label}: {name}", mean.x, mean.y, *band))
+        series.append(Series(css or own, f"{arm.label}: {name}", mean.x, mean.y, *band, text=name))
         told.append(f"{name} from {mean.y[0]:.2f} to {mean.y[-1]:.2f}")
     key = f"temperature-{found.arms.index(arm)}"
     title = f"{arm.label}: temperatures over the run"
     svg = charts.lines(
-        key, title, "; ".join(told), series, x_label="step", y_label="T", width=360, height=240, y_range=limits
+        key, title, "; ".join(told), series, x_label="step", y_label="temperature", size=SMALL, y_range=limits
     )
     return Figure(arm.label, svg, _fallbacks(shown(arm)), own)
 
@@ -124,9 +126,7 @@ def _fallbacks(runs: Sequence[RunRecord]) -> str:
 def _by_difficulty(found: Comparison, arm: Arm) -> Figure | None:
     """Mean temperatures in the five bins of the analysis, hardest examples first."""
     tables = [
-        bins
-        for run in shown(arm)
-        if (bins := ((run.analysis or {}).get("temperatures") or {}).get("by_difficulty"))
+        bins for run in shown(arm) if (bins := ((run.analysis or {}).get("temperatures") or {}).get("by_difficulty"))
     ]
     if not tables:
         return None
@@ -138,7 +138,9 @@ def _by_difficulty(found: Comparison, arm: Arm) -> Figure | None:
             values = [v for bins in tables if (v := number(bins[i].get(side))) is not None]
             y.append(sum(values) / len(values) if values else None)
         if any(v is not None for v in y):
-            series.append(Series(css or own, f"{arm.label}: {name}", list(map(float, range(length))), y, dots=True))
+            series.append(
+                Series(css or own, f"{arm.label}: {name}", list(map(float, range(length))), y, dots=True, text=name)
+            )
             told.append(f"{name} " + ", ".join("-" if v is None else f"{v:.2f}" for v in y))
     if not series:
         return None
@@ -146,6 +148,8 @@ def _by_difficulty(found: Comparison, arm: Arm) -> Figure | None:
     key = f"difficulty-{found.arms.index(arm)}"
     title = f"{arm.label}: temperature by difficulty"
     svg = charts.lines(
-        key, title, "; ".join(told), series, x_label="", y_label="T", width=360, height=240, x_ticks=ticks
+        key, title, "; ".join(told), series, x_label="", y_label="temperature", size=SMALL, x_ticks=ticks
     )
-    return Figure(f"{arm.label}, by difficulty", svg, "Test examples in bins of the teacher's margin for the label.", own)
+    return Figure(
+        f"{arm.label}, by difficulty", svg, "Test examples in bins of the teacher's margin for the label.", own
+    )

@@ -172,7 +172,7 @@ def read_cell(path: str | Path) -> RunRecord:
     path = Path(path)
     cell = _object(path)
     if cell.get("kind") != "cell":
-        raise ValueError(f"{path} is not a packed run: it lacks \"kind\": \"cell\". pack() and write_cell() make one.")
+        raise ValueError(f'{path} is not a packed run: it lacks "kind": "cell". pack() and write_cell() make one.')
     if cell.get("format") != FORMAT:
         raise ValueError(f"{path} has format {cell.get('format')!r}; this version reads format {FORMAT}.")
     _check_seal(cell, path)
@@ -194,8 +194,9 @@ def _check_seal(cell: Mapping[str, Any], path: Path) -> None:
     made = _hash(cell)
     if cell.get("sha256") != made:
         raise ValueError(
-            f"{path} was edited: its content has sha256 {made[:12]}..., its seal says {str(cell.get('sha256'))[:12]}... "
-            "A record is not changed by hand; pack the run again, or take the file back from git."
+            f"{path} was edited: its content has sha256 {made[:12]}..., and the seal says "
+            f"{str(cell.get('sha256'))[:12]}... A record is not changed by hand; pack the run again, or "
+            "take the file back from git."
         )
 
 

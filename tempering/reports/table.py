@@ -47,7 +47,9 @@ def cells(found: Comparison, arm: Arm) -> list[tuple[str, bool]]:
 
 def markdown(found: Comparison) -> str:
     """The headline, the table and how to read it, as GitHub's markdown, ending in a newline."""
-    rows = [[f"**{_plain(text)}**" if strong else _plain(text) for text, strong in cells(found, arm)] for arm in found.arms]
+    rows = [
+        [f"**{_plain(text)}**" if strong else _plain(text) for text, strong in cells(found, arm)] for arm in found.arms
+    ]
     heads = [_plain(head) for head in columns(found)]
     lines = [" ".join(_plain(sentence) for sentence in words.headline(found)), ""]
     lines += [f"| {' | '.join(heads)} |", f"|{'|'.join(['---', '---', *['---:'] * (len(heads) - 2)])}|"]
@@ -65,7 +67,7 @@ def rich_table(found: Comparison) -> Table:
     for i, head in enumerate(columns(found)):
         table.add_column(Text(head), justify="left" if i < 2 else "right", overflow="fold")
     for arm in found.arms:
-        table.add_row(*(Text(text, style="bold green" if strong else "") for text, strong in cells(found, arm)))
+        table.add_row(*(Text(text, style="bold" if strong else "") for text, strong in cells(found, arm)))
     return table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tempering.reports.compare import Arm, Comparison, Difference
+from tempering.reports.compare import NOT_RUN, Arm, Comparison, Difference
 
 PM = "\u00b1"
 
@@ -13,53 +13,60 @@ def headline(found: Comparison) -> list[str]:
     """What the numbers say, the main thing first, a sentence each."""
     best = next(iter(found.ranked), None)
     if best is None:
-        return ["No run has finished, so there is nothing to compare yet."]
-    said = [_first(found, best), *_second(found, best), *_third(found, best)]
-    return [sentence for sentence in said if sentence]
+        return ["No run has finished, so there is nothing to compare yet.", *_open(found)]
+    return [*_first(found, best), *_second(found, best), *_flattery(found, best), *_open(found)]
 
 
-def _first(found: Comparison, best: Arm) -> str:
-    metric, control = found.metric, next(iter(found.controls), None)
-    score = f"{metric.show(best.mean)}{metric.unit} {_spoken(metric.name)}"
-    others = [arm for arm in found.ranked if arm.label != control]
+def _first(found: Comparison, best: Arm) -> list[str]:
+    control = next(iter(found.controls), None)
+    score = _score(found, best)
     if control is None:
         if len(found.ranked) == 1:
-            return f"{best.label} reaches {score}{_over(best)}; there is no other arm to compare it with."
-        return f"{best.label} has the highest mean, {score}, but no arm is named as the control, so no difference is taken."
+            return [f"{best.label} reaches {score}{_over(best)}.", "There is no other arm to compare it with."]
+        return [
+            f"{best.label} has the highest mean, {score}.",
+            "No arm is named as the control: no difference is taken.",
+        ]
     if found.arm(control).mean is None:
-        return f"{best.label} leads with {score}, but {control}, the control, has no finished run yet."
-    if not others:
-        return f"{control} reaches {score}{_over(best)}; no other arm has finished."
-    gap = others[0].versus.get(control)
-    if gap is None:
-        return f"{best.label} leads with {score}."
-    return _verdict(found, others[0], control, gap)
+        return [f"{best.label} leads with {score}.", f"{control}, the control, has no finished run yet."]
+    other = next((arm for arm in found.ranked if arm.label != control), None)
+    gap = None if other is None else other.versus.get(control)
+    if other is None or gap is None:
+        return [f"{control} reaches {score}{_over(best)}.", "No other arm has finished."]
+    return _verdict(found, other, control, gap)
 
 
-def _verdict(found: Comparison, arm: Arm, control: str, gap: Difference) -> str:
+def _verdict(found: Comparison, arm: Arm, control: str, gap: Difference) -> list[str]:
+    """The best arm that is not the control, against the control."""
     metric = found.metric
-    better = (gap.mean < 0) == metric.lower and gap.mean != 0
+    better = gap.mean != 0 and (gap.mean < 0) == metric.lower
     by = f"{metric.show(abs(gap.mean))}{metric.step}"
-    score = f"{metric.show(arm.mean)}{metric.unit} {_spoken(metric.name)}"
+    figure = f"{metric.show(gap.mean, signed=True)} {PM} {metric.show(gap.half)}{metric.step}"
     if gap.half is None:
-        side = "above" if gap.mean > 0 else "below"
-        return (
-            f"{arm.label} is best of the rest at {score}, {by} {side} {control}; with so few seeds there is no "
-            "interval, so this may be chance."
-        )
+        side = "better" if better else "worse"
+        return [
+            f"{arm.label} is {by} {side} than {control}, on one seed.",
+            f"It reaches {_score(found, arm)}. Without a second seed there is no interval, so this may be chance.",
+        ]
     if gap.shown and better:
-        return f"{arm.label} beats {control} by {by} ({_interval(found, gap)}), reaching {score}."
+        return [
+            f"{arm.label} beats {control} by {by}.",
+            f"It reaches {_score(found, arm)}; the 95 % interval of the gain, {_interval(found, gap)}, excludes zero.",
+        ]
     if gap.shown:
-        return f"Nothing beats {control}: the closest, {arm.label}, is worse by {by} ({_interval(found, gap)})."
-    lead = f"{arm.label} has the best mean, {score}, but" if better else f"Nothing beats {control}:"
-    return (
-        f"{lead} {_seeds(gap.n)} cannot tell {'it' if better else arm.label} from {control}: {metric.show(gap.mean, signed=True)} "
-        f"{PM} {metric.show(gap.half)}{metric.step}, an interval that holds zero."
-    )
+        return [
+            f"Nothing beats {control}.",
+            f"The closest, {arm.label}, is worse by {by}; the 95 % interval, {_interval(found, gap)}, excludes zero.",
+        ]
+    seen = f"{arm.label} against {control}: {figure} over {_seeds(gap.n)}, an interval that holds zero."
+    need = f"A difference had to reach {metric.show(gap.half)}{metric.step} to show."
+    if better:
+        return [f"{arm.label} has the best mean, but these seeds cannot tell it from {control}.", f"{seen} {need}"]
+    return [f"Nothing here beats {control}.", f"{seen} {need}"]
 
 
 def _second(found: Comparison, best: Arm) -> list[str]:
-    """The best arm beside the second control: is it the method, or its weights?"""
+    """The best arm against the second control: is it the method, or its weights?"""
     if len(found.controls) < 2 or best.label in found.controls:
         return []
     matched, metric = found.controls[1], found.metric
@@ -68,20 +75,25 @@ def _second(found: Comparison, best: Arm) -> list[str]:
         return []
     figure = f"{metric.show(gap.mean, signed=True)} {PM} {metric.show(gap.half)}{metric.step}"
     if gap.shown:
-        return [f"Beside {matched} it is {figure}, an interval that excludes zero."]
-    return [f"Beside {matched} it is {figure}: these seeds do not show that the gain is more than the weights."]
+        return [f"Against {matched} it is {figure}, an interval that excludes zero."]
+    return [f"Against {matched} it is {figure}: these seeds do not show that the gain is more than the weights."]
 
 
-def _third(found: Comparison, best: Arm) -> list[str]:
-    said = []
+def _flattery(found: Comparison, best: Arm) -> list[str]:
     rest = [arm for arm in found.ranked if arm.label not in found.controls[:1]]
-    if len(rest) > 2 and found.controls and best is rest[0]:
-        said.append(
-            f"It is the best of {len(rest)} arms, which flatters it: each interval is for one comparison planned ahead."
-        )
-    open_runs = [f"{arm.label} seed {seed} ({why})" for arm in found.arms for seed, why in arm.open.items()]
-    if open_runs:
-        said.append(f"Still open: {_listed(open_runs)}.")
+    if len(rest) < 3 or not found.controls or best is not rest[0] or best.n < 2:
+        return []
+    return [f"Being picked as the best of {len(rest)} flatters it: each interval is for one comparison planned ahead."]
+
+
+def _open(found: Comparison) -> list[str]:
+    begun = [(arm, seed, why) for arm in found.arms for seed, why in arm.open.items() if why != NOT_RUN]
+    missing = sum(why == NOT_RUN for arm in found.arms for why in arm.open.values())
+    said = (
+        [f"Still open: {_listed([f'{arm.label} seed {seed} ({why})' for arm, seed, why in begun])}."] if begun else []
+    )
+    if missing:
+        said.append(f"{_seeds(missing)} of other arms {'was' if missing == 1 else 'were'} not run here.")
     return said
 
 
@@ -101,10 +113,15 @@ def reading(found: Comparison) -> list[str]:
     if any(gap.half is None for gap in gaps) or any(arm.n == 1 for arm in found.arms):
         said.append("One seed gives no spread and no interval: run more seeds before believing such a number.")
     size = _test_size(found)
-    said.append(
-        "Intervals cover what changes with the seed, not the choice of the test set"
-        + (f"; one of its {size} examples is {metric.show(1 / size)}{metric.step}." if size and metric.fraction else ".")
-    )
+    if any(gap.half is not None for gap in gaps):
+        said.append(
+            "Intervals cover what changes with the seed, not the choice of the test set"
+            + (
+                f"; one of its {size} examples is {metric.show(1 / size)}{metric.step}."
+                if size and metric.fraction
+                else "."
+            )
+        )
     return [*said, *found.notes]
 
 
@@ -132,17 +149,24 @@ def spread(found: Comparison, values: tuple[float | None, float | None]) -> str:
 
 
 def seeds(arm: Arm) -> str:
-    """How many seeds finished, and which are open."""
+    """How many seeds finished, and why the others did not."""
     if not arm.open:
         return str(arm.n)
-    return f"{arm.n} of {arm.n + len(arm.open)}; open: {', '.join(f'{s} ({why})' for s, why in arm.open.items())}"
+    reasons: dict[str, list[str]] = {}
+    for seed, why in arm.open.items():
+        reasons.setdefault(why, []).append(str(seed))
+    said = [f"{why}: {', '.join(which)}" for why, which in reasons.items()]
+    return "; ".join([f"{arm.n} of {arm.n + len(arm.open)}", *said])
+
+
+def _score(found: Comparison, arm: Arm) -> str:
+    return f"{found.metric.show(arm.mean)}{found.metric.unit} {_spoken(found.metric.name)}"
 
 
 def _interval(found: Comparison, gap: Difference) -> str:
     assert gap.half is not None
-    ends = sorted(abs(gap.mean) + sign * gap.half for sign in (-1, 1))
-    low, high = (found.metric.show(end) for end in ends)
-    return f"95 % interval {low} to {high}, {_seeds(gap.n)}{', paired' if gap.paired else ', not paired'}"
+    low, high = (found.metric.show(end) for end in sorted(abs(gap.mean) + sign * gap.half for sign in (-1, 1)))
+    return f"{low} to {high}{found.metric.step} over {_seeds(gap.n)} {'paired' if gap.paired else 'not paired'}"
 
 
 def _over(arm: Arm) -> str:

@@ -13,7 +13,13 @@ from tempering.rows import Rows
 
 
 class Task(ABC):
-    """A kind of problem. The engine knows nothing of images or tokens; it asks its task."""
+    """A kind of problem. The engine knows nothing of images or tokens; it asks its task.
+
+    ``taps`` names features for methods that look inside: name -> (student's module, teacher's module). The engine taps
+    them and adds them to the last block of rows.
+    """
+
+    taps: Mapping[str, tuple[str, str]] = {}
 
     @abstractmethod
     def inputs(self, batch: Any) -> tuple[Any, Any, Tensor | None]:

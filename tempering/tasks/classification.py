@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,13 @@ class Classification(Task):
     """Batches of (inputs, labels) or (inputs, labels, ids); models answer (N, C) logits.
 
     A label of -100 means unlabelled. Both models see the same inputs.
+
+    Args:
+        taps: features for methods that look inside, name -> (student's module, teacher's module), shallow to deep.
     """
+
+    def __init__(self, *, taps: Mapping[str, tuple[str, str]] | None = None) -> None:
+        self.taps = dict(taps or {})
 
     def inputs(self, batch: Any) -> tuple[Any, Any, Tensor | None]:
         if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
@@ -36,7 +42,7 @@ class Classification(Task):
                 f"the student answers {student.shape[-1]} classes and the teacher {teacher.shape[-1]}. Give both heads "
                 f"the same classes in the same order, such as models.build(name, classes={teacher.shape[-1]})."
             )
-        return [Rows(student, teacher, batch[1])]
+        return [Rows(student, teacher, batch[1], ids=batch[2] if len(batch) == 3 else None)]
 
     def mass(self, batch: Any) -> dict[str, float]:
         return {"logits": float(len(batch[1]))}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ class Teacher(ABC):
     def __call__(self, inputs: Any, ids: Tensor | None) -> Any:
         """The teacher's outputs for these inputs, without gradient."""
 
-    def to(self, device: torch.device | str) -> Teacher:
+    def to(self, device: torch.device | str) -> Self:
         """The same teacher, answering on ``device``."""
         return self
 
@@ -26,3 +28,29 @@ class Teacher(ABC):
     def model(self) -> nn.Module | None:
         """The live module, where there is one."""
         return None
+
+    def objection(self, batches: Any) -> str | None:
+        """Why its answers do not belong to these batches, and what to do; None if they do. A live one never objects."""
+        return None
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 of a model, in hexadecimal: its modules' names and types, and the bytes of its state.
+
+    The same for the same weights on any device; hyperparameters that are neither state nor a type are not seen.
+    """
+    digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        digest.update(f"{name}: {type(module).__name__}\n".encode())
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        else:
+            digest.update(f"{name}: {value!r}\n".encode())
+    return digest.hexdigest()
+
+
+def key_digest(key: dict[str, Any]) -> str:
+    """sha256 of a JSON-able key, in hexadecimal."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
@@ -63,6 +63,11 @@ class Policy(nn.Module, ABC):
         """Constructor arguments by name, as records write them."""
         return hyperparameters(self)
 
+    @classmethod
+    def example(cls) -> Self:
+        """One of it, as the contract tests make it; overridden where the constructor needs arguments."""
+        return cls()
+
 
 class LearningPolicy(Policy):
     """A policy that is told, after the step, what the step did."""
@@ -99,7 +104,10 @@ def constant(value: float, like: Tensor) -> Float[Tensor, "1 1"]:
 
 @torch.no_grad()
 def sharpness_gap(rows: Rows, T: Temperatures) -> Float[Tensor, ""]:
-    """Mean |logsumexp(u / T_t) - logsumexp(v / T_s)| of the centred logits, (): what DTKD sets out to close."""
+    """Mean |logsumexp(u / T_t) - logsumexp(v / T_s)| of the centred logits, (): what DTKD sets out to close.
+
+    Over the rows that have weight and a class left; 0 where there is none.
+    """
 
     def sharpness(z: Tensor, temperature: Tensor) -> Tensor:
         z = widened(z)
@@ -107,4 +115,8 @@ def sharpness_gap(rows: Rows, T: Temperatures) -> Float[Tensor, ""]:
         mean = torch.where(valid, z, 0.0).sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp_min(1)
         return torch.logsumexp((z - mean) / temperature, -1)
 
-    return (sharpness(rows.teacher, T.teacher) - sharpness(rows.student, T.student)).abs().mean()
+    student, teacher = sharpness(rows.student, T.student), sharpness(rows.teacher, T.teacher)
+    counted = ~torch.isneginf(student) & ~torch.isneginf(teacher)
+    if rows.weight is not None:
+        counted &= rows.weight > 0
+    return torch.where(counted, (teacher - student).abs(), 0.0).sum() / counted.sum().clamp_min(1)

@@ -1,0 +1,9 @@
+"""Data sets as batches of tensors; what reads files imports its libraries only when it reads."""
+
+from tempering.data.batches import Batches, Splits
+from tempering.data.cifar import cifar100
+from tempering.data.digits import digits
+from tempering.data.folders import image_folder
+from tempering.data.hub import hugging_face
+
+__all__ = ["Batches", "Splits", "cifar100", "digits", "hugging_face", "image_folder"]

@@ -1,0 +1,209 @@
+"""CIFAR-100 from disk: packed lossless blocks, or the official archive behind a checksum and a narrow unpickler."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import tarfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from tempering.data.batches import Batches, Splits
+
+MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+ARCHIVE, INNER = "cifar-100-python.tar.gz", "cifar-100-python"
+ADDRESS = f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}"
+MD5 = {  # as torchvision lists them
+    ARCHIVE: "eb9058c3a382ffc7106e4002c42a8d85",
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+    "meta": "7973b15100ade9c7d40fb424638fde48",
+}
+BLOCK = 500  # images in a packed block
+
+
+class Part(NamedTuple):
+    """One split: images (N, 32, 32, 3) uint8 and fine labels (N,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+Reader = Callable[[str, int | None], Part]
+
+
+def cifar100(
+    folder: str | Path,
+    *,
+    batch_size: int = 64,
+    subset: int | None = None,
+    validation: int = 0,
+    test_subset: int | None = None,
+    crop: int = 4,
+    flip: bool = True,
+    seed: int = 0,
+    channels_last: bool = False,
+) -> Splits:
+    """CIFAR-100: 50,000 / 0 / 10,000 images (3, 32, 32) of 100 fine classes, training images cropped and flipped.
+
+    Args:
+        folder: with packed blocks (meta.json, labels.npz, train_000.webp ...), the official archive
+            ``cifar-100-python.tar.gz``, what it unpacks to, or a folder that holds one of these.
+        batch_size: of all splits.
+        subset: training images to use, the classes in proportion; of packed blocks only those needed are decoded.
+        validation: of these, how many to hold out; always the same ones, every class in proportion.
+        test_subset: test images to use.
+        crop, flip: augmentation of the training images.
+        seed: of order and augmentation.
+        channels_last: the inputs' memory format.
+
+    Raises:
+        FileNotFoundError: saying what was looked for, and how to get it.
+        ValueError: for files that are not the published ones, or that hold anything but arrays and plain containers.
+    """
+    for name, count in (("subset", subset), ("test_subset", test_subset)):
+        if count is not None and count < 1:
+            raise ValueError(f"cifar100 needs {name} >= 1, or None for all; got {count}.")
+    read, names = _reader(Path(folder))
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "mean": MEAN,
+        "std": STD,
+        "seed": seed,
+        "channels_last": channels_last,
+        "class_names": names,
+        "name": "cifar100",
+    }
+    train = Batches(*_tensors(read("train", subset)), **settings, shuffle=True, crop=crop, flip=flip)
+    test = Batches(*_tensors(read("test", test_subset)), **settings)
+    train = train if subset is None else train.take(subset)
+    test = test if test_subset is None else test.take(test_subset)
+    if not validation:
+        return Splits(train, None, test)
+    train, held_out = train.split(validation, seed=0)
+    return Splits(train, held_out, test)
+
+
+def _tensors(part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.from_numpy(part.images).permute(0, 3, 1, 2).contiguous()
+    return images, torch.from_numpy(part.labels.astype(np.int64))
+
+
+def _reader(folder: Path) -> tuple[Reader, Sequence[str]]:
+    """How to read what lies there, and the class names."""
+    if (folder / "meta.json").is_file() and (folder / "labels.npz").is_file():
+        meta = json.loads((folder / "meta.json").read_bytes())
+        return lambda split, limit: _packed(folder, meta, split, limit), meta["class_names"]
+    for archive in (folder, folder / ARCHIVE):
+        if archive.is_file():
+            return _official(_from_archive(archive))
+    for place in (folder, folder / INNER):
+        if all((place / name).is_file() for name in ("train", "test", "meta")):
+            return _official({name: (place / name, (place / name).read_bytes()) for name in ("train", "test", "meta")})
+    is_there = "holds none of these" if folder.is_dir() else "is not there"
+    raise FileNotFoundError(
+        f"no CIFAR-100 in {folder}: it {is_there}. Looked for packed blocks (meta.json, labels.npz, train_000.webp "
+        f"...), for {ARCHIVE}, and for {INNER}/ with train, test and meta. To get it: curl -LO {ADDRESS}, then give "
+        f"that file: {ARCHIVE}."
+    )
+
+
+# packed blocks
+
+
+def _packed(folder: Path, meta: dict[str, Any], split: str, limit: int | None) -> Part:
+    """The first ``limit`` images of a split; the whole split's checksum is looked at where all of it is read."""
+    facts = meta["splits"][split]
+    wanted = facts["images"] if limit is None else min(limit, facts["images"])
+    paths = [folder / f"{split}_{i:03d}.webp" for i in range(-(-wanted // BLOCK))]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {len(missing)} of its blocks, the first is {missing[0]}. Copy it again."
+        )
+    # Pillow lets go of the interpreter while it decodes
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        images = np.concatenate(list(pool.map(_block, paths)))[:wanted]
+    if wanted == facts["images"] and hashlib.sha256(images.data).hexdigest() != facts["sha256_uint8_NHWC"]:
+        raise ValueError(f"the {split} blocks in {folder} do not have the checksum of meta.json. Copy them again.")
+    with np.load(folder / "labels.npz", allow_pickle=False) as arrays:
+        return Part(images, arrays[f"{split}_labels"][:wanted])
+
+
+def _block(path: Path) -> np.ndarray:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError('packed CIFAR-100 is read by Pillow: pip install "tempering[data]"') from error
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB")).reshape(-1, 32, 32, 3)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no block of 32 x 32 images ({error}). Copy it again.") from error
+
+
+# the official archive
+
+
+def _from_archive(archive: Path) -> dict[str, tuple[Path, bytes]]:
+    data = archive.read_bytes()
+    _check(archive, ARCHIVE, data)
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as tar:
+        out = {}
+        for name in ("train", "test", "meta"):
+            member = tar.extractfile(f"{INNER}/{name}")
+            assert member is not None
+            out[name] = (archive / name, member.read())
+    return out
+
+
+def _check(path: Path, name: str, data: bytes) -> None:
+    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if found != MD5[name]:
+        raise ValueError(
+            f"{path} has md5 {found}, and the published file {MD5[name]}: it is truncated or another file, and is not "
+            f"read. Get it again: curl -LO {ADDRESS}"
+        )
+
+
+def _official(files: dict[str, tuple[Path, bytes]]) -> tuple[Reader, Sequence[str]]:
+    held = {}
+    for name, (path, data) in files.items():
+        _check(path, name, data)
+        held[name] = _Narrow(data, path).load()
+
+    def read(split: str, limit: int | None) -> Part:
+        pixels = np.asarray(held[split]["data"], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return Part(pixels, np.asarray(held[split]["fine_labels"], np.uint8))
+
+    return read, list(held["meta"]["fine_label_names"])
+
+
+class _Narrow(pickle.Unpickler):
+    """An unpickler that makes numpy arrays and plain containers and nothing else, so it can run no code of a file's."""
+
+    def __init__(self, data: bytes, path: Path) -> None:
+        super().__init__(io.BytesIO(data), encoding="latin1")  # it was written by Python 2
+        self.path = path
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        admitted = {
+            "multiarray._reconstruct": np.empty(0).__reduce__()[0],
+            "numpy.ndarray": np.ndarray,
+            "numpy.dtype": np.dtype,
+        }
+        short = module_name.removeprefix("numpy.core.").removeprefix("numpy._core.")
+        if f"{short}.{global_name}" in admitted:
+            return admitted[f"{short}.{global_name}"]
+        raise ValueError(
+            f"{self.path} asks for {module_name}.{global_name}, which no array or plain container needs: it is not "
+            "CIFAR-100 and is not read further. Do not open it with pickle."
+        )

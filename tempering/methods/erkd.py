@@ -1,0 +1,54 @@
+"""Entropy-reweighted KD: rows on which the teacher is unsure count more."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tempering.methods.base import Method, policy, ramp, share, weights
+from tempering.objectives import cross_entropy, divergence, entropy, softened
+from tempering.rows import Rows, widened
+from tempering.temperature.base import Policy, positive
+from tempering.temperature.static import Static
+
+
+class ERKD(Method):
+    """soft * H(teacher at tau) * T_s T_t KL(teacher || student) + hard * cross entropy; H in nats, in [0, log C].
+
+    Args:
+        soft: weight of the divergence.
+        hard: weight of the cross entropy.
+        tau: temperature at which the entropy is taken, 4 whatever the policy says, as released.
+        warmup: share of the run over which ``soft`` rises linearly; published: none.
+        temperature: any policy; None is Static(4.0).
+
+    Reference: Su et al., "Knowledge From the Dark Side: Entropy-Reweighted Knowledge Distillation for Balanced
+    Knowledge Transfer", 2023, arXiv:2311.13621 (version 1; later versions are another method, EA-KD).
+    """
+
+    paper = "arXiv:2311.13621"
+
+    def __init__(
+        self,
+        *,
+        soft: float = 0.9,
+        hard: float = 0.1,
+        tau: float = 4.0,
+        warmup: float = 0.0,
+        temperature: Policy | None = None,
+    ) -> None:
+        super().__init__()
+        weights("ERKD", soft=soft, hard=hard)
+        share("ERKD", warmup=warmup)
+        positive("ERKD", tau=tau)
+        self.soft, self.hard, self.tau, self.warmup = soft, hard, tau, warmup
+        self.temperature = policy("ERKD", Static(4.0) if temperature is None else temperature)
+
+    def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
+        T = self.temperature(rows, progress)
+        student, teacher = softened(rows, T)
+        unsure = entropy(widened(rows.teacher) / self.tau).clamp_min(0.0)
+        soft = self.soft * ramp(progress, self.warmup)
+        terms = {"soft": soft * unsure * T.scale * divergence(teacher, student)}
+        if self.hard:
+            terms["hard"] = self.hard * cross_entropy(rows)
+        return terms

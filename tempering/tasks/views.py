@@ -1,0 +1,258 @@
+"""Two views of each batch, as two blocks of rows; teacher and student may see different ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tempering.rows import UNLABELLED, Rows, widened
+from tempering.tasks.base import Task
+from tempering.tasks.classification import Classification
+
+Augment = Callable[[Tensor], Tensor]
+
+
+class Views(Task):
+    """Classification on each batch as it comes and on an augmented copy: two blocks of rows, which the loss adds up.
+
+    MLKD and CSKD want ``Views(RandAugment(2, 10, mean=..., std=...))``, R2KD
+    ``Views(CutMix(), names=("clean", "augmented"), labelled=False)``. Both views go through each model as one batch of
+    2 N, so batch normalisation sees them together (the released codes call their student twice).
+
+    Args:
+        augment: (N, C, H, W) normalised images -> the same, drawn anew at every call from torch's random numbers.
+        names: of the two blocks.
+        teacher: "same": sees what the student sees. "first": sees the batch as it comes, and its answers stand beside
+            both of the student's views; the one way for a cached teacher. A callable: makes its own second view.
+        labelled: whether the augmented rows keep their labels. None: if the view is of one image; a mixed one's label
+            is not one class, and -100 leaves hard terms out.
+        pick: of the augmented rows only this many count, those of the largest teacher entropy (CutMixPick); the others
+            weigh 0. None for all. The released code of R2KD takes the entropy of the images before they are mixed.
+
+    Scores and analyses look at batches as they come.
+
+    Raises:
+        ValueError: for options that do not fit together.
+    """
+
+    def __init__(
+        self,
+        augment: Augment,
+        *,
+        names: Sequence[str] = ("weak", "strong"),
+        teacher: Literal["same", "first"] | Augment = "same",
+        labelled: bool | None = None,
+        pick: int | None = None,
+    ) -> None:
+        mixes = bool(getattr(augment, "mixes", False))
+        if not callable(augment):
+            raise ValueError(f"Views needs a callable augment, such as CutMix(); got {augment!r}.")
+        if isinstance(names, str) or len(names) != 2 or names[0] == names[1]:
+            raise ValueError(f"Views needs two different names for its blocks; got {names!r}.")
+        if not callable(teacher) and teacher not in ("same", "first"):
+            raise ValueError(f"Views needs teacher 'same', 'first' or a callable; got {teacher!r}.")
+        if mixes and teacher != "same":
+            raise ValueError(
+                f"{augment!r} mixes images, so a teacher that sees others cannot say what is on them. Use "
+                "teacher='same'."
+            )
+        if mixes and labelled:
+            raise ValueError(f"{augment!r} mixes images, whose label is not one class. Leave labelled=None.")
+        if pick is not None and pick < 1:
+            raise ValueError(f"Views needs pick >= 1, or None for all; got {pick!r}.")
+        self.augment, self.names, self.teacher, self.pick = augment, tuple(names), teacher, pick
+        self.labelled = not mixes if labelled is None else labelled
+        self.inner = Classification()
+
+    def inputs(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, _, ids = self.inner.inputs(batch)
+        if not isinstance(x, Tensor):
+            raise ValueError(f"Views augments one tensor of inputs; got {type(x).__name__}.")
+        both = torch.cat((x, self._second(self.augment, x)))
+        if self.teacher == "first":
+            return both, x, ids
+        twice = None if ids is None else torch.cat((ids, ids))
+        if callable(self.teacher):
+            return both, torch.cat((x, self._second(self.teacher, x))), twice
+        return both, both, twice
+
+    @torch.no_grad()
+    def _second(self, augment: Augment, x: Tensor) -> Tensor:
+        view = augment(x)
+        if view.shape != x.shape:
+            raise ValueError(f"{augment!r} must keep the shape {tuple(x.shape)}; got {tuple(view.shape)}.")
+        return view.to(x.dtype)
+
+    def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
+        student, teacher = getattr(student, "logits", student), getattr(teacher, "logits", teacher)
+        n = len(batch[1])
+        taught = (None, None)
+        if teacher is not None:
+            taught = (teacher, teacher) if self.teacher == "first" else (teacher[:n], teacher[n:])
+            if len(taught[0]) != n or len(taught[1]) != n:
+                raise ValueError(
+                    f"the teacher answered {len(teacher)} rows for two views of {n}. A cached teacher knows no fresh "
+                    "view: use teacher='first', or a live one."
+                )
+        blocks = [
+            self.inner.rows(part, by, batch)[0].with_(name=name)
+            for part, by, name in zip((student[:n], student[n:]), taught, self.names, strict=True)
+        ]
+        if not self.labelled:
+            blocks[1] = blocks[1].with_(target=torch.full_like(batch[1], UNLABELLED))
+        if self.pick is not None:
+            blocks[1] = blocks[1].with_(weight=self._picked(blocks[1].teacher))
+        return blocks
+
+    def _picked(self, logits: Tensor) -> Tensor:
+        """1 for the rows of the largest entropy and 0 for the others, (N,)."""
+        logp = widened(logits).log_softmax(-1)
+        entropy = -(logp.exp() * logp.masked_fill(torch.isneginf(logp), 0.0)).sum(-1)
+        weight = torch.zeros_like(entropy)
+        return weight.index_fill(0, entropy.topk(min(self.pick or 0, len(entropy))).indices, 1.0)
+
+    def mass(self, batch: Any) -> dict[str, float]:
+        n = float(len(batch[1]))
+        return {self.names[0]: n, self.names[1]: n if self.pick is None else min(float(self.pick), n)}
+
+    def score(self, student: nn.Module, batches: Iterable[Any], *, teacher: Any = None) -> dict[str, float]:
+        return self.inner.score(student, batches, teacher=teacher)
+
+    def analyse(
+        self, student: nn.Module, batches: Iterable[Any], *, teacher: Any = None, temperatures: Any = None
+    ) -> dict[str, Any]:
+        return self.inner.analyse(student, batches, teacher=teacher, temperatures=temperatures)
+
+
+class MixUp:
+    """lam * image + (1 - lam) * another of the batch, lam from Beta(alpha, alpha), one a batch.
+
+    Reference: Zhang et al., ICLR 2018, arXiv:1710.09412.
+    """
+
+    mixes = True
+
+    def __init__(self, alpha: float = 0.2) -> None:
+        self.alpha = _positive("MixUp", alpha=alpha)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        lam = float(torch.distributions.Beta(self.alpha, self.alpha).sample())
+        return torch.lerp(x[torch.randperm(len(x), device=x.device)], x, lam)
+
+
+class CutMix:
+    """A rectangle of another image of the batch pasted in, its area 1 - lam, lam from Beta(alpha, alpha), one a batch.
+
+    Cut off at the border, as released.
+
+    Reference: Yun et al., ICCV 2019, arXiv:1905.04899.
+    """
+
+    mixes = True
+
+    def __init__(self, alpha: float = 1.0) -> None:
+        self.alpha = _positive("CutMix", alpha=alpha)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        side = (1.0 - float(torch.distributions.Beta(self.alpha, self.alpha).sample())) ** 0.5
+        spans = []
+        for size in x.shape[-2:]:
+            half, middle = int(size * side) // 2, int(torch.randint(size, ()))
+            spans.append(slice(max(middle - half, 0), middle + half))
+        out = x.clone()
+        out[..., spans[0], spans[1]] = x[torch.randperm(len(x), device=x.device)][..., spans[0], spans[1]]
+        return out
+
+
+class CutOut:
+    """A square set to 0 (the mean colour of normalised images), at a place of each image's own, cut off at the border.
+
+    The released code of R2KD has one place for the whole batch.
+
+    Reference: DeVries & Taylor, 2017, arXiv:1708.04552.
+    """
+
+    mixes = False
+
+    def __init__(self, size: int = 8) -> None:
+        self.size = int(_positive("CutOut", size=size))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        inside = torch.ones(len(x), 1, 1, 1, dtype=torch.bool, device=x.device)
+        for dim in (-2, -1):
+            length = x.shape[dim]
+            start = torch.randint(length, (len(x), 1, 1, 1), device=x.device) - self.size // 2
+            place = torch.arange(length, device=x.device).view((1, 1, -1, 1) if dim == -2 else (1, 1, 1, -1))
+            inside = inside & (place >= start) & (place < start + self.size)
+        return x.masked_fill(inside, 0.0)
+
+
+class _Kornia:
+    """An augmentation of kornia's on images that are normalised by ``mean`` and ``std`` (pixels in [0, 1] before)."""
+
+    mixes = False
+
+    operation: Callable[[Tensor], Tensor]
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        if len(mean) != len(std) or min(std) <= 0:
+            raise ValueError(f"{type(self).__name__} needs a mean and a std > 0 a channel; got {mean!r} and {std!r}.")
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        mean, std = (
+            torch.tensor(v, dtype=torch.float32, device=x.device)[:, None, None] for v in (self.mean, self.std)
+        )
+        return (self.operation((x.float() * std + mean).clamp(0.0, 1.0)) - mean) / std
+
+
+class RandAugment(_Kornia):
+    """``n`` random operations of magnitude ``m`` in (0, 30), by kornia: drawn once a batch, signs an image.
+
+    Args:
+        n, m: how many, how strong; the two-view papers use 2 and 10.
+        mean, std: what the images are normalised by, such as ``batches.mean`` and ``batches.std``.
+
+    Reference: Cubuk et al., 2019, arXiv:1909.13719.
+    """
+
+    def __init__(self, n: int = 2, m: int = 10, *, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__(mean, std)
+        self.n, self.m = n, m
+        self.operation = _kornia().RandAugment(n=n, m=m)
+
+
+class AutoAugment(_Kornia):
+    """A learned policy's sub-policy, by kornia: drawn once a batch.
+
+    Args:
+        policy: "imagenet", "cifar10" or "svhn".
+        mean, std: what the images are normalised by.
+
+    Reference: Cubuk et al., CVPR 2019, arXiv:1805.09501.
+    """
+
+    def __init__(self, policy: str = "imagenet", *, mean: Sequence[float], std: Sequence[float]) -> None:
+        if policy not in ("imagenet", "cifar10", "svhn"):
+            raise ValueError(f"AutoAugment needs policy 'imagenet', 'cifar10' or 'svhn'; got {policy!r}.")
+        super().__init__(mean, std)
+        self.policy = policy
+        self.operation = _kornia().AutoAugment(policy=policy)
+
+
+def _kornia() -> Any:
+    try:
+        from kornia.augmentation import auto
+    except ImportError as error:
+        raise ImportError("RandAugment and AutoAugment are kornia's: pip install 'tempering[views]'.") from error
+    return auto
+
+
+def _positive(owner: str, **values: float) -> float:
+    ((name, value),) = values.items()
+    if not value > 0:
+        raise ValueError(f"{owner} needs {name} > 0; got {value!r}.")
+    return value

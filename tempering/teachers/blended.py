@@ -1,0 +1,83 @@
+"""A teacher blended from two: R2KD's is a net and its own pruned copy."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from tempering.teachers.base import Teacher, key_digest
+from tempering.teachers.live import Live
+
+
+class Blended(Teacher):
+    """share * first's logits + (1 - share) * second's.
+
+    ``Blended(model, pruned(model))`` is R2KD's teacher. Features are tapped from the first.
+
+    Args:
+        first, second: modules (wrapped in Live) or teachers that answer (N, C) logits.
+        share: weight of the first, in [0, 1].
+
+    Reference: Kim et al., IEEE TKDE 2024, arXiv:2311.13934.
+    """
+
+    def __init__(self, first: nn.Module | Teacher, second: nn.Module | Teacher, *, share: float = 0.7) -> None:
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"Blended needs share in [0, 1], the weight of the first teacher; got {share!r}.")
+        self.first, self.second = (x if isinstance(x, Teacher) else Live(x) for x in (first, second))
+        self.share = share
+        self.identity = key_digest({"blend": [self.first.identity, self.second.identity], "share": share})
+
+    @property
+    def model(self) -> nn.Module | None:
+        return self.first.model
+
+    def to(self, device: torch.device | str) -> Self:
+        self.first.to(device)
+        self.second.to(device)
+        return self
+
+    def objection(self, batches: Any) -> str | None:
+        return self.first.objection(batches) or self.second.objection(batches)
+
+    @torch.no_grad()
+    def __call__(self, inputs: Any, ids: Tensor | None = None) -> Tensor:
+        one, other = (_logits(teacher(inputs, ids)) for teacher in (self.first, self.second))
+        if one.shape != other.shape:
+            raise ValueError(
+                f"Blended adds logits of one shape; the first teacher answers {tuple(one.shape)} and the second "
+                f"{tuple(other.shape)}. Both need the same classes in the same order."
+            )
+        return self.share * one + (1.0 - self.share) * other
+
+
+def pruned(model: nn.Module, *, amount: float = 0.1) -> nn.Module:
+    """A copy with the smallest weights of every convolution and linear layer set to 0, ``amount`` of each by |w|.
+
+    Biases are kept, nothing is trained after, as R2KD does it.
+
+    Raises:
+        ValueError: for an amount outside [0, 1), or a model without such layers.
+    """
+    from torch.nn.utils import prune
+
+    if not 0.0 <= amount < 1.0:
+        raise ValueError(f"pruned needs amount in [0, 1), the share of weights set to 0; got {amount!r}.")
+    out = copy.deepcopy(model)
+    layers = [m for m in out.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))]
+    if not layers:
+        raise ValueError(f"pruned found no convolution or linear layer in {type(model).__name__}.")
+    for layer in layers:
+        prune.l1_unstructured(layer, "weight", amount=amount)
+        prune.remove(layer, "weight")
+    return out
+
+
+def _logits(output: Any) -> Tensor:
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"Blended adds logits, and a teacher answers {type(logits).__name__}.")
+    return logits

@@ -1,0 +1,159 @@
+"""A teacher that is asked anew every time: a frozen module in eval mode."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from tempering.rows import widened
+from tempering.teachers.base import Teacher, fingerprint, key_digest
+
+FOLDED = ((nn.Conv1d, nn.BatchNorm1d), (nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Live(Teacher):
+    """Answers in float32 at least, without gradient, whatever is done to the module's mode.
+
+    The module itself is frozen and put in eval mode; ``precision`` and ``fold`` leave it alone and use a frozen copy.
+    ``identity`` is that of the weights as they came, with precision and fold.
+
+    Args:
+        model: the module that answers.
+        precision: "bf16", "fp16" or "fp32", of a copy; None leaves it as it is. Half precision is laid out
+            channels-last where there are convolutions.
+        channels_last: lay weights and images out so; a change of speed, not of values.
+        fold: fold batch normalisation into the convolution before it; equal but for rounding. Only leaf modules of
+            the folded copy are called, so features of whole stages cannot be tapped.
+        compile: torch.compile its forward.
+
+    Raises:
+        TypeError: for something that is no module.
+        ValueError: for a precision that there is not, or a model that cannot be traced to be folded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        precision: str | None = None,
+        channels_last: bool = False,
+        fold: bool = False,
+        compile: bool = False,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Live needs a torch module; got {type(model).__name__}.")
+        if precision is not None and precision not in DTYPES:
+            raise ValueError(f"Live needs precision {', '.join(map(repr, DTYPES))} or None; got {precision!r}.")
+        self.precision, self.channels_last, self.fold, self.compile = precision, channels_last, fold, compile
+        self.identity = key_digest({"weights": fingerprint(model), "precision": precision, "fold": fold})
+        if fold:
+            model = _folded(model)
+        if precision is not None:
+            model = (model if fold else copy.deepcopy(model)).to(DTYPES[precision])
+        self._dtype = None if precision is None else DTYPES[precision]
+        self._images_last = channels_last or (self._dtype in (torch.bfloat16, torch.float16) and _convolves(model))
+        if self._images_last:
+            model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self._model = model.eval().requires_grad_(False)
+        self._modules = list(model.modules())
+        self._forward: Callable[[Any], Any] = torch.compile(model) if compile else model
+        self._warned = False
+
+    @property
+    def model(self) -> nn.Module:
+        """The module that answers: the given one, or the copy in another precision or folded."""
+        return self._model
+
+    def to(self, device: torch.device | str) -> Self:
+        self._model.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, inputs: Any, ids: Tensor | None = None) -> Any:
+        if any(module.training for module in self._modules):
+            self._back_to_eval()
+        return each(self._forward(each(inputs, self._prepared)), _widened)
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        if x.is_floating_point() and self._dtype is not None:
+            x = x.to(self._dtype)
+        return x.contiguous(memory_format=torch.channels_last) if self._images_last and x.ndim == 4 else x
+
+    def _back_to_eval(self) -> None:
+        self._model.eval()
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"somebody put the teacher {type(self._model).__name__} in training mode; it is back in eval mode. Is "
+                "it a part of the student, or does a callback call .train() on everything?",
+                stacklevel=3,
+            )
+
+
+def each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nest of tuples, lists and mappings with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        out: Any = copy.copy(value)  # keeps the class: transformers' outputs are mappings with attributes
+        for key, item in value.items():
+            out[key] = each(item, change)
+        return out
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(each(item, change) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(each(item, change) for item in value)
+    return value
+
+
+def _widened(x: Tensor) -> Tensor:
+    return widened(x) if x.is_floating_point() else x
+
+
+def _convolves(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.Conv2d) for m in model.modules())
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    """A copy in eval mode with each batch normalisation folded into the convolution that feeds it alone.
+
+    Raises:
+        ValueError: for a model that torch.fx cannot trace.
+    """
+    from torch import fx
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    try:
+        traced = fx.symbolic_trace(copy.deepcopy(model).eval())
+    except Exception as error:  # tracing runs the model's own code, which may raise anything
+        raise ValueError(
+            f"torch.fx cannot trace {type(model).__name__}, so it cannot be folded: {error}. Leave out fold=True; "
+            "precision='bf16' makes it faster too."
+        ) from error
+    parts = dict(traced.named_modules())
+    called = [node for node in traced.graph.nodes if node.op == "call_module"]
+    calls = Counter(node.target for node in called)
+    for node in called:
+        norm, before = parts[node.target], node.args[0] if node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module":
+            continue
+        conv = parts[str(before.target)]
+        # exactly these types: a subclass may compute something else from the same weights
+        fits = (type(conv), type(norm)) in FOLDED and getattr(norm, "running_mean", None) is not None
+        if not fits or len(before.users) > 1 or calls[before.target] > 1:
+            continue
+        folded = fuse_conv_bn_eval(conv, norm)  # pyright: ignore[reportArgumentType]
+        parts[str(before.target)] = folded
+        traced.set_submodule(str(before.target), folded)
+        node.replace_all_uses_with(before)
+        traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced

@@ -1,0 +1,109 @@
+"""How the contract tests make their parts and rows: every method and policy found, in all their variants.
+
+A part is made by its ``example()``; every value of its Literal and bool arguments is tried, and every method that takes
+a ``temperature`` with every policy. Rows carry a feature map and ids, for methods that look inside.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import torch
+from torch import Tensor
+
+from tempering.methods import METHODS, Method, StepMethod
+from tempering.rows import Rows, total, widened
+from tempering.temperature import POLICIES, Policy
+from tests.conftest import random_rows
+
+Part = Method | Policy
+
+
+def arguments(part: type[Part] | Part) -> list[str]:
+    parameters = inspect.signature((part if isinstance(part, type) else type(part)).__init__).parameters.values()
+    return [p.name for p in parameters if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def remade(part: Part, **changes: Any) -> Any:
+    return type(part)(**{name: copy.deepcopy(getattr(part, name)) for name in arguments(part)} | changes)
+
+
+def variants(kind: type[Part]) -> Iterator[tuple[str, Any]]:
+    """The example of a class and every combination of its Literal and bool arguments, with a name each."""
+    hints = get_type_hints(kind.__init__)
+    options = {n: get_args(h) for n, h in hints.items() if get_origin(h) is Literal}
+    options |= {n: (False, True) for n, h in hints.items() if h is bool}
+    if not options:
+        yield kind.__name__, kind.example()
+    for values in itertools.product(*options.values()) if options else ():
+        chosen = dict(zip(options, values, strict=True))
+        said = [n if v is True else str(v) for n, v in chosen.items() if v is not False]
+        yield f"{kind.__name__}({','.join(said)})", remade(kind.example(), **chosen)
+
+
+ROW_METHODS = [kind for kind in METHODS.values() if not issubclass(kind, StepMethod)]
+VARIED_POLICIES = [variant for kind in POLICIES.values() for variant in variants(kind)]
+CASES = [variant for kind in ROW_METHODS for variant in variants(kind)] + [
+    (f"{kind.__name__}-{name}", remade(kind.example(), temperature=copy.deepcopy(policy)))
+    for kind in ROW_METHODS
+    if "temperature" in arguments(kind)
+    for name, policy in VARIED_POLICIES
+]
+
+
+def params(cases: list[tuple[str, Any]]) -> list[Any]:
+    return [pytest.param(part, id=name) for name, part in cases]
+
+
+def block(n: int = 6, classes: int = 7, **options: Any) -> Rows:
+    """Random rows that also carry ids and a feature map, (n, 4, 3, 3) on both sides."""
+    rows = random_rows(n, classes, **options)
+    generator = torch.Generator().manual_seed(options.get("seed", 0) + 1)
+    s, t = (torch.randn(n, 4, 3, 3, generator=generator, dtype=torch.float64).to(rows.student.dtype) for _ in "st")
+    return rows.with_(features={"map": (s, t)}, ids=torch.arange(n))
+
+
+def chosen(rows: Rows, part: Any) -> Rows:
+    """Some of the rows."""
+    return rows.with_(
+        student=rows.student[part],
+        teacher=rows.teacher[part],
+        target=None if rows.target is None else rows.target[part],
+        weight=None if rows.weight is None else rows.weight[part],
+        features={name: (s[part], t[part]) for name, (s, t) in rows.features.items()},
+        ids=None if rows.ids is None else rows.ids[part],
+    )
+
+
+def leaves(rows: Rows) -> tuple[Rows, list[Tensor]]:
+    """The same rows on fresh leaves that want a gradient: the student's logits and features."""
+    student = rows.student.detach().clone().requires_grad_()
+    features = {n: (s.detach().clone().requires_grad_(), t.detach()) for n, (s, t) in rows.features.items()}
+    return rows.with_(student=student, features=features), [student, *(s for s, _ in features.values())]
+
+
+def ran(method: Method, rows: Rows, progress: float = 1.0) -> dict[str, Tensor]:
+    """The terms of a copy of the method, so that no call leaves a trace, at fixed random numbers."""
+    torch.default_generator.manual_seed(0)
+    return copy.deepcopy(method).to(widened(rows.student).dtype)(rows, progress)
+
+
+def backward(method: Method, rows: Rows, *, cast: bool = False, **whole: Any) -> tuple[Tensor, list[Tensor]]:
+    """Loss and its gradients in the student's logits and features, all of them finite; ``cast``: under autocast."""
+    rows, wanted = leaves(rows)
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        loss = total(ran(method, rows), rows, **whole)
+    assert loss.requires_grad and loss.shape == ()
+    loss.backward()
+    gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in wanted]
+    assert loss.isfinite() and all(g.isfinite().all() for g in gradients)
+    return loss.detach(), gradients
+
+
+def same(got: Any, want: Any, rtol: float = 1e-9, atol: float = 1e-11) -> None:
+    torch.testing.assert_close(got, want, rtol=rtol, atol=atol)

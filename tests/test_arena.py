@@ -1,0 +1,448 @@
+"""The arena: cells run once, resume, fail alone, and are shown from their records. Most cells here train nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from tempering import arena, arena_plan, arena_view, cli, recipefile
+from tempering.arms import arms_from
+from tempering.checkpoints import found
+from tests.paths import ROOT, SHARED, needs_shared
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="cells are locked by flock, which is POSIX")
+
+# a recipe that writes what a run writes and imports no torch, so that a cell takes a fraction of a second
+FAKE = '''
+"""A run that is none."""
+import json, os, signal, sys, time
+from pathlib import Path
+
+
+def main(*, method: str, seed: int = 0, out: Path, label: str = "", temperature: str = "", epochs: int = 2,
+         fail: str = "", crash: str = "", wait: str = "", quiet: bool = False) -> None:
+    """Write records.
+
+    Args:
+        method: the arm.
+        fail: the method that fails, as a run does.
+        crash: the method that ends before there is a record.
+        wait: the method that never ends.
+    """
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+    with open(out.parent / "begun.txt", "a") as begun:
+        begun.write(out.name + "\\n")
+    if method == crash:
+        raise ValueError("this arm was asked to crash")
+    out.mkdir(parents=True, exist_ok=True)
+    facts = {"format": 1, "status": "running", "label": label, "seed": seed,
+             "started": f"2026-03-01T10:00:0{seed}+00:00", "finished": None, "method": {"name": method}, "result": None,
+             "settings": {"total_steps": 8 * epochs},
+             "student": {"name": "small"}, "data": {"name": "none", "identity": "0"}, "host": {"name": "secret"},
+             "command": sys.argv, "best_by": "test/accuracy", "teacher": None, "versions": {}, "optimizer": []}
+
+    def write() -> None:
+        beside = out / "facts.partial"
+        beside.write_text(json.dumps(facts))
+        beside.replace(out / "facts.json")
+
+    write()
+    score = 0.5 + 0.01 * seed + 0.1 * len(method) / (1 + len(method))
+    with open(out / "steps.jsonl", "w") as steps:
+        for step in range(1, 5):
+            steps.write(json.dumps({"step": step, "epoch": 1, "loss": 1.0 / step, "step_ms": 2.0, "terms": {}}) + "\\n")
+    if method == wait:
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            facts["status"] = "interrupted"
+            write()
+            raise
+    line = {"epoch": epochs, "step": 8 * epochs, "seconds": 1.0, "loss": 0.1, "lr": 0.1, "test": {"accuracy": score}}
+    (out / "epochs.jsonl").write_text(json.dumps(line) + "\\n")
+    facts |= {"status": "done", "finished": f"2026-03-01T10:01:0{seed}+00:00"}
+    if method == fail:
+        facts |= {"status": "failed", "error": "FloatingPointError: the loss is nan at step 3"}
+    else:
+        last = {"epoch": epochs, "test": {"accuracy": score}}
+        facts["result"] = {"last": last, "best": last, "step_ms": 2.0, "seconds": 1.0, "steps": 8 * epochs}
+    write()
+    if method == fail:
+        sys.exit(1)
+'''
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Path:
+    path = tmp_path / "fake.py"
+    path.write_text(FAKE)
+    return path
+
+
+def compare(recipe: Path, out: Path, *args: str, flags: tuple[str, ...] = ()) -> int:
+    own = ("--methods=kd,dkd", "--seeds=2", "--no-controls", "--jobs=2", f"--out={out}", "--quiet", *args)
+    return cli.main(["compare", str(recipe), *own, "--", *flags])
+
+
+def begun(out: Path) -> list[str]:
+    path = out / "work" / "begun.txt"
+    return sorted(path.read_text().split()) if path.is_file() else []
+
+
+def cell_of(out: Path, label: str, seed: int = 0) -> Path:
+    plan = arena_plan.read(out)
+    return arena_plan.record_of(out, next(c for c in plan.cells if (c.label, c.seed) == (label, seed)))
+
+
+def test_a_grid_runs_and_its_records_are_small_and_clean(fake: Path, tmp_path: Path) -> None:
+    out = tmp_path / "grid"
+    assert compare(fake, out) == 0
+    assert len(begun(out)) == 4
+    records = sorted((out / "records").iterdir())
+    assert [r.name.rpartition("-")[0] for r in records] == ["dkd-s0", "dkd-s1", "kd-s0", "kd-s1"]
+    for record in records:
+        text = record.read_text()
+        assert len(text) < 5000
+        assert "secret" not in text and str(tmp_path) not in text
+    assert (out / "work" / ".gitignore").read_text() == "*\n"
+    table = (out / "table.md").read_text()
+    assert "| KD | 2 | 57.17 ± 0.71 |" in table
+    assert (out / "report.html").stat().st_size > 10_000
+
+
+def test_a_finished_cell_never_runs_again_and_a_grid_can_grow(fake: Path, tmp_path: Path) -> None:
+    out = tmp_path / "grid"
+    compare(fake, out, "--seeds=1")
+    before = begun(out)
+    compare(fake, out, "--seeds=1")
+    assert begun(out) == before
+    compare(fake, out, "--methods=kd", "--seeds=2")
+    assert len(begun(out)) == len(before) + 1
+    assert len(arena_plan.read(out).cells) == 3
+
+
+def test_a_run_that_ended_without_its_record_is_packed_and_not_run_again(fake: Path, tmp_path: Path) -> None:
+    out = tmp_path / "grid"
+    compare(fake, out)
+    record = cell_of(out, "KD")
+    text = record.read_text()
+    record.unlink()
+    before = begun(out)
+    assert compare(fake, out) == 0
+    assert (record.read_text(), begun(out)) == (text, before)
+
+
+def test_table_and_page_come_from_the_records_alone_byte_for_byte(fake: Path, tmp_path: Path) -> None:
+    out = tmp_path / "grid"
+    compare(fake, out)
+    made = [(out / name).read_bytes() for name in ("table.md", "report.html")]
+    for name in ("table.md", "report.html"):
+        (out / name).unlink()
+    subprocess.run(["rm", "-r", str(out / "work")], check=True)
+    assert cli.main(["compare", "--tables-only", f"--out={out}"]) == 0
+    assert [(out / name).read_bytes() for name in ("table.md", "report.html")] == made
+
+
+def test_an_edited_record_is_refused(fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "grid"
+    compare(fake, out)
+    record = cell_of(out, "KD")
+    record.write_text(record.read_text().replace('"accuracy":0.5', '"accuracy":0.9'))
+    for args in (["--tables-only"], ["--status"]):
+        assert cli.main(["compare", *args, f"--out={out}"]) == 1
+        assert f"{record} was edited: its content has sha256" in capsys.readouterr().err
+    before = begun(out)
+    assert compare(fake, out, "--seeds=3") == 1
+    assert begun(out) == before, "nothing runs beside a record that cannot be trusted"
+
+
+def test_a_failed_cell_is_shown_and_stops_no_other(
+    fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "grid"
+    assert compare(fake, out, "--methods=kd,dkd,nkd", "--seeds=1", flags=("--fail=kd", "--crash", "dkd")) == 1
+    said = capsys.readouterr().out
+    assert "KD, seed 0: failed: FloatingPointError: the loss is nan at step 3" in said
+    assert "DKD, seed 0: failed: exit code 1: " in said and "log.txt" in said
+    assert cell_of(out, "nkd").is_file() and not cell_of(out, "KD").is_file()
+    assert "this arm was asked to crash" in (out / "work" / cell_of(out, "DKD").stem / "log.txt").read_text()
+    table = (out / "table.md").read_text()
+    assert "| KD | 0 of 1; failed: 0 |" in table
+    assert "| DKD | 0 of 1; open: 0 |" in table
+    cli.main(["compare", "--status", f"--out={out}"])
+    assert "3 cells: 1 done, 1 failed, 1 open" in capsys.readouterr().out
+
+    plan = arena_plan.read(out)  # the same grid, mended
+    mended = tmp_path / "mended" / "fake.py"
+    mended.parent.mkdir()
+    mended.write_text(FAKE.replace("if method == fail", "if False").replace("if method == crash", "if False"))
+    again = arena.Arena(out, plan, mended, ["--fail=kd", "--crash=dkd"], jobs=2, quiet=True)
+    assert again.run() == 0
+    assert not list((out / "records").glob("*.failed.json"))
+
+
+def test_open_cells_are_shown_as_open_and_status_says_so(
+    fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "grid"
+    compare(fake, out, "--seeds=1")
+    arms = arms_from("kd,dkd,dtkd")
+    plan = arena_plan.plan_for(fake, arms, range(2), [])
+    arena_plan.write(out, plan)
+    arena_view.render(out, plan)
+    table = (out / "table.md").read_text()
+    assert "# fake: 2 of 6 runs" in table
+    assert "| KD | 1 of 2; open: 1 |" in table
+    assert "| DTKD exact | 0 of 2; open: 0, 1 |" in table
+    assert "DTKD exact" in (out / "report.html").read_text()
+    cli.main(["compare", "--status", f"--out={out}"])
+    said = capsys.readouterr().out
+    assert "6 cells: 2 done, 4 open; 1 at once: about 4 min left, until" in said
+    assert "test 57.17" not in said.partition("DTKD exact")[2]
+
+
+def test_what_runs_is_seen_from_outside_and_a_stop_reaches_it(
+    fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "grid"
+    args = ["compare", str(fake), "--methods=kd,dkd", "--seeds=1", "--no-controls", f"--out={out}", "--", "--wait=kd"]
+    process = subprocess.Popen([sys.executable, "-m", "tempering.cli", *args], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        _until(lambda: out.is_dir() and any((out / "work").glob("*/steps.jsonl")))
+        cli.main(["compare", "--status", f"--out={out}"])
+        said = capsys.readouterr().out
+        assert "2 cells: 1 running, 1 open" in said
+        assert " 25 %" in said
+
+        # a second arena does not take the cell that the first one runs: it does the rest, then waits
+        plan = arena_plan.read(out)
+        second = arena.Arena(out, plan, fake, ["--wait=kd"], quiet=True)
+        second._set_up()
+        with arena_view.Display(out, plan, quiet=True) as second.display:
+            _until(lambda: second._advance() and cell_of(out, "DKD").is_file())
+            assert second._advance()
+        assert second.running == []
+        assert len(begun(out)) == 2
+    finally:
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=30)[0].decode()
+    assert process.returncode == 130
+    assert "stopped; the same command goes on: 1 cells are open" in said
+    place = out / "work" / cell_of(out, "KD").stem
+    assert json.loads((place / "facts.json").read_text())["status"] == "interrupted"
+    assert not arena_view.held(place)
+
+
+def test_a_lock_outlives_its_arena_with_the_cell(tmp_path: Path) -> None:
+    """An arena that is killed leaves its cells running; nobody may start them a second time."""
+    place = tmp_path / "work" / "cell"
+    lock = arena.taken(place)
+    assert lock is not None
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
+    os.close(lock)
+    assert arena.taken(place) is None and arena_view.held(place)
+    child.communicate(b"\n")
+    lock = arena.taken(place)
+    assert lock is not None
+    os.close(lock)
+
+
+def test_what_is_left_is_told_from_what_was_seen() -> None:
+    cell = arena_plan.Cell("a", "KD", "kd", None, 0)
+    stand = arena_view.Stand
+    assert arena_view.remaining([stand(cell, "open")], 1) is None
+    assert arena_view.remaining([stand(cell, "done", 2, 8, 8, 100.0)], 1) == 0.0
+    found = [stand(cell, "done", 2, 8, 8, 100.0), stand(cell, "running", 1, 6, 8, 120.0), stand(cell, "open")]
+    assert arena_view.remaining(found, 1) == 30.0 + 110.0
+    assert arena_view.remaining(found, 2) == 110.0, "not before the longest cell ends"
+
+
+# what a cell is
+
+
+def test_a_cell_is_made_by_what_it_trains_not_by_where(fake: Path, tmp_path: Path) -> None:
+    def ids(*flags: str, recipe: Path = fake) -> list[str]:
+        return [c.id for c in arena_plan.plan_for(recipe, arms_from("kd,dtkd"), range(2), flags).cells]
+
+    (tmp_path / "a" / "data").mkdir(parents=True)
+    (tmp_path / "b" / "data").mkdir(parents=True)
+    first = ids("--epochs", "6", f"--data={tmp_path / 'a' / 'data'}", "--threads=1")
+    assert len(set(first)) == 4
+    assert first == ids(f"--data={tmp_path / 'b' / 'data'}", "--epochs=6", "--teacher-dir", str(tmp_path))
+    assert first[0] != ids("--epochs=7", f"--data={tmp_path / 'a' / 'data'}")[0]
+    assert first[0] != ids("--epochs=6", "--data=elsewhere")[0]
+    hot = arena_plan.plan_for(fake, arms_from("kd", "static(2)"), range(1), []).cells[0]
+    assert hot.id != arena_plan.plan_for(fake, arms_from("kd"), range(1), []).cells[0].id
+    assert str(tmp_path) not in json.dumps(arena_plan.plan_for(fake, [], [], [f"--data={tmp_path}/x"]).flags)
+
+
+@pytest.mark.parametrize(
+    ("args", "flags", "said"),
+    [
+        (("--seeds=0",), (), "a comparison needs a recipe, --methods and at least one seed"),
+        (("--methods=kdd",), (), "no arm or method is called 'kdd'. Did you mean 'kd'?"),
+        (("--jobs=0",), (), "jobs and threads must be 1 or more; got 0 and 1."),
+        ((), ("--seed=3",), "compare sets --seed itself"),
+        ((), ("seed",), "'seed' behind the -- is no flag of the recipe. Write --name=value."),
+        ((), ("--epochs=3",), "holds another grid: its epochs was None, now it is '3'"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(
+    fake: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    args: tuple[str, ...],
+    flags: tuple[str, ...],
+    said: str,
+) -> None:
+    out = tmp_path / "grid"
+    out.mkdir()
+    arena_plan.write(out, arena_plan.plan_for(fake, [], [], []))
+    assert compare(fake, out, *args, flags=flags) == 1
+    assert said in capsys.readouterr().err
+    assert not begun(out)
+
+
+def test_a_recipe_that_cannot_be_a_cell_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "odd.py"
+    path.write_text("def main(*, method: str) -> None: ...\n")
+    assert compare(path, tmp_path / "grid") == 1
+    assert "main() takes no out, seed; a comparison needs these as its flags." in capsys.readouterr().err
+    assert cli.main(["compare", "--status", f"--out={tmp_path / 'grid'}"]) == 1
+    assert "holds no comparison: there is no plan.json. Start one: tempering compare" in capsys.readouterr().err
+
+
+# real cells
+
+TINY = '''
+"""Two small nets on made-up images."""
+import os, signal
+from pathlib import Path
+import torch
+from torch import nn
+import tempering as kd
+from tempering.arms import arm_from, method_of
+from tempering.data import Batches
+
+
+def images(n: int, salt: int, **how) -> Batches:
+    """Dark, grey and bright ones."""
+    x = torch.randint(0, 64, (n, 1, 6, 6), generator=torch.Generator().manual_seed(salt))
+    y = torch.arange(n) % 3
+    return Batches((x + 80 * y.view(-1, 1, 1, 1)).to(torch.uint8), y, batch_size=32, mean=(0.5,), std=(0.3,), **how)
+
+
+def main(*, method: str = "dtkd", seed: int = 0, out: Path, label: str = "", die_at: int = -1, quiet: bool = False):
+    """Distil.
+
+    Args:
+        die_at: the step at which the process is killed, once.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+    with torch.no_grad():
+        teacher[1].weight.copy_(torch.tensor([[-4.0], [0.0], [4.0]]) / 36)
+        teacher[1].bias.copy_(torch.tensor([0.0, 1.5, 0.0]))
+    torch.manual_seed(seed)
+    student = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(128, 3)
+    ).to(memory_format=torch.channels_last)
+
+    def on_step(step: int, loss: torch.Tensor) -> None:
+        if step == die_at and not (out / "died").exists():
+            (out / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train = images(256, 0, shuffle=True, crop=1, flip=True, seed=seed, channels_last=True)
+    loss = method_of(method)
+    return kd.distill(student, teacher if loss.needs_teacher else None, train, method=loss, epochs=2,
+                      test=images(64, 1, channels_last=True), out=out, seed=seed, log_every=2, checkpoint_every=3,
+                      quiet=quiet, on_step=on_step, facts={"label": label or arm_from(method).label})
+'''
+
+
+def test_a_cell_killed_in_mid_epoch_equals_the_one_that_was_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "tiny.py"
+    recipe.write_text(TINY)
+    out, args = tmp_path / "grid", ("--methods=dtkd", "--seeds=1", "--jobs=1")
+    assert compare(recipe, out, *args, flags=("--die-at=12",)) == 1
+    assert "ended by SIGKILL (out of memory?); the same command resumes it" in capsys.readouterr().out
+    place = out / "work" / cell_of(out, "DTKD exact").stem
+    assert max(found(place / "checkpoints")) == 12, "8 steps an epoch: it died in the second"
+    assert compare(recipe, out, *args, flags=("--die-at=12",)) == 0
+
+    whole = tmp_path / "whole"
+    recipefile.load(recipe)(method="dtkd", out=whole, quiet=True)
+    record = json.loads(cell_of(out, "DTKD exact").read_text())
+    assert record["facts"]["resumed"] == [12]
+    for name in ("student.safetensors", "best.safetensors"):
+        assert (place / name).read_bytes() == (whole / name).read_bytes()
+    lines = [json.loads(line) for line in (whole / "steps.jsonl").read_text().splitlines()]
+    assert [s["loss"] for s in record["steps"]] == [s["loss"] for s in lines]
+    assert not (place / "checkpoints").exists(), "a finished cell needs none"
+
+
+class Seen(Exception):
+    """Ends a recipe where it would train."""
+
+
+def first_of(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> tuple[dict, tuple, Any]:
+    """The student's first weights, its first batch, and the teacher, of a recipe's run."""
+    caught: dict[str, Any] = {}
+
+    def spy(student: torch.nn.Module, teacher: Any, batches: Any, **settings: Any) -> None:
+        batches.set_epoch(0)
+        weights = {name: value.clone() for name, value in student.state_dict().items()}
+        caught.update(weights=weights, batch=next(iter(batches)), teacher=teacher)
+        raise Seen
+
+    monkeypatch.setattr(recipe, "distill", spy)
+    monkeypatch.setattr(recipe, "trained", lambda net, *_, **__: {"test": {"accuracy": 0.5}})
+    torch.rand(torch.randint(9, ()))  # what went before must not matter
+    with pytest.raises(Seen):
+        recipe.main(quiet=True, **flags)
+    return caught["weights"], caught["batch"], caught["teacher"]
+
+
+@pytest.mark.parametrize("name", ["digits", pytest.param("cifar100", marks=needs_shared)])
+def test_paired_seeds_are_paired(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Cells of one seed begin with the same weights and see the same batches, whatever their method."""
+    flags: dict[str, Any] = {"out": tmp_path / "run"}
+    if name == "cifar100":
+        pytest.importorskip("PIL")
+        flags |= {"data": SHARED / "data" / "cifar100", "subset": 100, "test_subset": 100}
+        flags |= {"teacher": "resnet14", "student": "resnet8"}
+    else:
+        pytest.importorskip("sklearn")
+    recipe = sys.modules[recipefile.load(ROOT / "recipes" / f"{name}.py").__module__]
+    first, batch, teacher = first_of(recipe, monkeypatch, method="dtkd", seed=1, **flags)
+    for method in ("supervised", "kd", "dkd-rest-dynamic"):
+        weights, other, taught = first_of(recipe, monkeypatch, method=method, seed=1, **flags)
+        assert all(torch.equal(weights[key], first[key]) for key in first)
+        assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
+        assert (taught is None) == (method == "supervised"), "the student alone does not even make a teacher"
+        if taught is not None:
+            assert taught.identity == teacher.identity
+    weights, other, _ = first_of(recipe, monkeypatch, method="dtkd", seed=2, **flags)
+    assert not all(torch.equal(weights[key], first[key]) for key in first)
+    assert not torch.equal(other[2], batch[2])
+
+
+def _until(true: Any, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.05)

@@ -1,0 +1,350 @@
+"""The command line and the recipes: what they explain, what they refuse, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tempering import cli, recipefile
+from tempering.arms import ARMS
+from tempering.engine import CHECK_ONLY, CheckedOnly
+from tempering.methods import METHODS
+from tempering.temperature import POLICIES
+from tempering.trained import trained
+from tests.paths import ROOT, SHARED, needs_shared
+from tests.records_made import ARMS as MADE
+from tests.records_made import make_run, make_set
+
+RECIPES = [ROOT / "recipes" / f"{name}.py" for name in ("digits", "cifar100")]
+
+TINY = '''
+"""A linear student on random rows."""
+from pathlib import Path
+import torch
+from torch import nn
+import tempering as kd
+from tempering.arms import method_of
+
+
+def main(*, method: str = "kd", flip: bool = False, epochs: int = 1, out: Path | None = None, quiet: bool = False):
+    """Distil a linear student.
+
+    Args:
+        method: an arm, or a method with its arguments.
+        flip: turn the teacher's classes round, so that it knows nothing.
+        epochs: how long.
+        out: the run's folder.
+        quiet: no progress bar.
+    """
+    x = torch.randn(96, 6, generator=torch.Generator().manual_seed(0))
+    teacher, student = nn.Linear(6, 3, bias=False), nn.Linear(6, 3)
+    with torch.no_grad():
+        teacher.weight.copy_(torch.cat((6 * torch.eye(3), torch.zeros(3, 3)), 1))
+    batches = [(part, part[:, :3].argmax(1)) for part in x.split(32)]
+    if flip:
+        batches = [(part, (y + 1) % 3) for part, y in batches]
+    how = {"epochs": epochs, "out": out, "quiet": quiet, "test": batches}
+    return kd.distill(student, teacher, batches, method=method_of(method), **how)
+'''
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.py"
+    path.write_text(TINY)
+    return path
+
+
+def run(*args: object) -> int:
+    return cli.main([str(a) for a in args])
+
+
+def exits(*args: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        run(*args)
+    return int(caught.value.code or 0)
+
+
+def words(text: str) -> str:
+    """A help text without its frames and line breaks."""
+    return " ".join(text.replace("│", " ").split())
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = """
+import sys
+from tempering import cli
+try:
+    cli.main(sys.argv[1:])
+except SystemExit as end:
+    assert end.code == 0, end.code
+heavy = {"torch", "numpy", "lightning_fabric", "scipy", "jinja2", "matplotlib"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    for args in (["--help"], ["compare", "--help"], ["run", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=ROOT, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "usage: tempering" in done.stdout
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exits(command, "--help") == 0
+    said = words(capsys.readouterr().out)
+    assert (cli.COMMANDS[command].__doc__ or "").split(".")[0].split(":")[0] in said
+
+
+def test_a_mistyped_command_or_flag_names_the_nearest(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exits("comparee") == 2
+    assert "compare" in words(capsys.readouterr().err)
+    assert exits("run", tiny, "--epoch", 1) == 2
+    said = words(capsys.readouterr().err)
+    assert "Unrecognized options: --epoch" in said and "Perhaps you meant: --epochs INT how long." in said
+    assert exits("run", tiny, "--epochs=many") == 2
+    assert "many" in capsys.readouterr().err
+
+
+# recipes
+
+
+def test_a_recipe_explains_its_flags_and_runs(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exits("run", tiny, "--help") == 0
+    said = words(capsys.readouterr().out)
+    assert "turn the teacher's classes round, so that it knows nothing." in said
+    assert run("run", tiny, "--method", "kd(soft=0.5, temperature=static(2))", "--quiet", "--out", tmp_path / "r") == 0
+    assert "KD, seed 0: test " in capsys.readouterr().out
+    facts = json.loads((tmp_path / "r" / "facts.json").read_text())
+    assert facts["status"] == "done"
+    assert facts["method"]["temperature"] == {"name": "Static", "tau": 2}
+
+
+def test_a_recipe_that_is_not_there_names_the_near_ones(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("run", tiny.with_name("tyni.py")) == 1
+    assert f"there is no recipe {tiny.with_name('tyni.py')}. Did you mean {tiny}?" in capsys.readouterr().err
+    assert run("run", "cifar10") == 1
+    assert f"Did you mean {recipefile.BUNDLED / 'cifar100.py'}" in capsys.readouterr().err
+    assert recipefile.find("digits") == ROOT / "recipes" / "digits.py"
+    tiny.write_text("x = 1\n")
+    assert run("check", tiny) == 1
+    assert f"{tiny} is no recipe: it has no function main." in capsys.readouterr().err
+    tiny.write_text("def main(:\n")
+    assert run("run", tiny) == 1
+    assert f"{tiny} is not Python" in capsys.readouterr().err
+
+
+def test_errors_that_say_what_to_do_come_without_a_traceback(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("run", tiny, "--method=dkdd", "--quiet") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: no arm or method is called 'dkdd'. Did you mean 'dkd'?")
+    assert said.endswith("(--traceback shows where)\n") and "Traceback" not in said
+    assert run("run", tiny, "--flip", "--quiet") == 1
+    assert "error: the teacher is right on " in capsys.readouterr().err
+    with pytest.raises(ValueError, match="dkdd"):
+        run("run", tiny, "--method=dkdd", "--traceback")
+    monkeypatch.setenv("TEMPERING_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="dkdd"):
+        run("run", tiny, "--method=dkdd")
+
+
+def test_faults_of_the_program_keep_their_traceback(tiny: Path) -> None:
+    tiny.write_text("def main(*, x: int = 1) -> None:\n    raise RuntimeError('a bug')\n")
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("run", tiny)
+
+
+def test_check_looks_and_trains_nothing(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", tiny, "--method", "dtkd") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("self-check ok: teacher frozen, in eval, deterministic, above chance, zero at agreement")
+    assert run("check", tiny, "--flip") == 1
+    assert "error: the teacher is right on " in capsys.readouterr().err
+    assert not CHECK_ONLY.get()
+    tiny.write_text("def main(*, x: int = 1) -> None: ...\n")
+    assert run("check", tiny) == 1
+    assert "ended without training anything, so nothing was checked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_flag_of_the_recipes_is_explained(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    main = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main")
+    said = ast.get_docstring(main) or ""
+    for name in recipefile.flags(path):
+        assert f"\n    {name}: " in said, f"--{name} is not explained"
+    assert "Command: " in (ast.get_docstring(tree) or "")
+
+
+def test_digits_from_the_teacher_to_the_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    args = ("run", "digits", "--epochs=1", "--teacher-epochs=1", "--subset=200", "--threads=1", "--quiet")
+    assert run("check", *args[1:], "--out", tmp_path / "a") == 0
+    assert "(of digits_large, which is trained first: then check again)" in capsys.readouterr().out
+    assert run(*args, "--out", tmp_path / "a", "--method", "dtkd-published") == 0
+    assert "DTKD published, seed 0: validation " in capsys.readouterr().out
+    (teacher,) = (p for p in (tmp_path / "teachers").iterdir() if p.is_dir())
+    before = (teacher / "facts.json").stat().st_mtime_ns
+    assert run(*args, "--out", tmp_path / "b", "--method=supervised", "--seed=1", "--label=alone") == 0
+    assert run(*args, "--out", tmp_path / "c", "--temperature=static(2)") == 0
+    assert (teacher / "facts.json").stat().st_mtime_ns == before, "the teacher is trained once"
+    a, b, c = (json.loads((tmp_path / name / "facts.json").read_text()) for name in "abc")
+    assert a["teacher"]["scores"]["test"]["accuracy"] > 0.2
+    assert a["teacher"]["name"] == "digits_large" and a["teacher"]["identity"] == c["teacher"]["identity"]
+    assert (a["data"]["name"], a["data"]["train"], a["data"]["classes"]) == ("digits", 200, 10)
+    assert (a["student"]["name"], b["teacher"], b["label"], b["seed"]) == ("digits_small", None, "alone", 1)
+    assert (c["label"], c["method"]["temperature"]["name"]) == ("dtkd @ static(2)", "Static")
+    assert run("check", *args[1:], "--out", tmp_path / "a") == 0
+    assert "self-check ok: teacher frozen" in capsys.readouterr().out
+    assert json.loads((tmp_path / "a" / "facts.json").read_text()) == a, "a check leaves the record alone"
+
+
+@needs_shared
+def test_cifar100_with_the_fields_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("PIL")
+    data = SHARED / "data" / "cifar100"
+    args = (
+        *("run", "cifar100", "--data", data, "--teacher=resnet8", "--student=resnet8", "--subset=192"),
+        *(
+            "--test-subset=100",
+            "--validation=64",
+            "--teacher-epochs=1",
+            "--threads=1",
+            "--quiet",
+            "--method=dkd",
+            "--no-selfcheck",
+        ),
+    )
+    assert run(*args, "--epochs=8", "--out", tmp_path / "a") == 0
+    facts = json.loads((tmp_path / "a" / "facts.json").read_text())
+    assert (facts["data"]["train"], facts["data"]["validation"], facts["data"]["test"]) == (128, 64, 100)
+    assert facts["best_by"] == "validation/accuracy"
+    group = facts["optimizer"][0]
+    assert (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]) == (0.05, 0.9, 5e-4, False)
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "a" / "epochs.jsonl").read_text().splitlines()]
+    wanted = [0.05] * 5 + [0.005] + [0.0005] + [0.00005]  # 150, 180 and 210 of 240 are 5, 6 and 7 of 8
+    assert rates == pytest.approx(wanted)
+    assert run(*args, "--epochs=8", "--out", tmp_path / "b", "--data=nowhere") == 1
+    assert "no CIFAR-100 in nowhere: it is not there." in capsys.readouterr().err
+
+
+@needs_shared
+def test_a_teacher_can_be_given(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    recipe = recipefile.load(RECIPES[1])
+    common: dict[str, Any] = {"data": SHARED / "data" / "cifar100", "teacher": "resnet8", "student": "resnet8"}
+    common |= {
+        "subset": 128,
+        "test_subset": 100,
+        "epochs": 1,
+        "threads": 1,
+        "quiet": True,
+        "teacher_epochs": 1,
+        "selfcheck": False,
+    }
+    first = recipe(method="kd", out=tmp_path / "a", **common)
+    weights = next((tmp_path / "teachers").glob("*/student.safetensors"))
+    second = recipe(method="kd", out=tmp_path / "b", teacher_weights=weights, **common)
+    assert first.facts["teacher"]["identity"] == second.facts["teacher"]["identity"]
+    pairs = zip(first.student.state_dict().values(), second.student.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_slow_nets_get_the_fields_learning_rate() -> None:
+    module = sys.modules[recipefile.load(RECIPES[1]).__module__]
+    assert [module._rate(n) for n in ("resnet8x4", "MobileNetV2", "ShuffleV1", "wrn_40_2")] == [0.05, 0.01, 0.01, 0.05]
+    factors = [module.decay(epoch / 240) for epoch in (0, 149, 150, 179, 180, 209, 210, 239)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+# a model trained once
+
+
+def test_what_is_trained_once_is_keyed_by_what_made_it(tmp_path: Path) -> None:
+    begun: list[Path] = []
+
+    def train(model: nn.Module, folder: Path, *, finish: bool = True) -> None:
+        from safetensors.torch import save_file
+
+        begun.append(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not finish:
+            raise KeyboardInterrupt
+        nn.init.constant_(model.weight, 3.0)  # pyright: ignore[reportArgumentType]
+        save_file(model.state_dict(), folder / "student.safetensors")
+        result = {"last": {"epoch": 1, "test": {"accuracy": 0.5}}}
+        (folder / "facts.json").write_text(json.dumps({"status": "done", "result": result}))
+
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    with pytest.raises(KeyboardInterrupt):
+        trained(first, "net", tmp_path, lambda f: train(first, f, finish=False), key={"epochs": 1})
+    assert trained(first, "net", tmp_path, lambda f: train(first, f), key={"epochs": 1}) == {"test": {"accuracy": 0.5}}
+    trained(second, "net", tmp_path, lambda f: train(second, f), key={"epochs": 1})
+    assert begun[0] == begun[1] and len(begun) == 2, "it goes on where it stopped, and is not trained again"
+    assert torch.equal(first.weight, second.weight)
+    trained(second, "net", tmp_path, lambda f: train(second, f), key={"epochs": 2})
+    assert len(set(begun)) == 2
+
+    def checked(_: Path) -> None:
+        raise CheckedOnly("self-check ok")
+
+    with pytest.raises(CheckedOnly, match=r"self-check ok\n\(of net, which is trained first"):
+        trained(first, "net", tmp_path, checked, key={"epochs": 3})
+
+
+# reports and lists
+
+
+def test_report_makes_a_page_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_set(tmp_path / "runs", seeds=2)
+    page = tmp_path / "page.html"
+    assert run("report", tmp_path / "runs", "--out", page, "--control=KD", "--title=Of digits") == 0
+    said = capsys.readouterr().out
+    assert f"report: {page}" in said and "DTKD exact" in said
+    assert "<title>Of digits" in page.read_text()
+    assert run("report", tmp_path / "nothing") == 1
+    assert f"{tmp_path / 'nothing'} is not there." in capsys.readouterr().err
+
+
+def test_list_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("list") == 0
+    said = capsys.readouterr().out
+    for name in (*METHODS, *POLICIES, *ARMS):
+        assert f" {name.lower()} " in said
+    assert "resnet8x4" in said
+
+
+def test_demo_shows_five_arms_and_goes_on_where_it_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[str, int]] = []
+    labels = {"kd-matched": "KD, weight-matched", "dtkd": "DTKD exact", "dtkd-published": "DTKD published"}
+
+    def main(*, method: str, seed: int, out: Path) -> Any:
+        ran.append((method, seed))
+        label = labels.get(method, ARMS[method].label)
+        make_run(out, label, seed, order=list(MADE).index(label))
+        facts = json.loads((out / "facts.json").read_text())
+        return SimpleNamespace(facts=facts, folder=out, last=facts["result"]["last"], best=facts["result"]["best"])
+
+    monkeypatch.setattr(recipefile, "load", lambda _: main)
+    assert run("demo", "--out", tmp_path, "--seeds=3") == 0
+    said = capsys.readouterr().out
+    assert len(ran) == 15
+    assert f"report: {tmp_path / 'report.html'}" in said
+    for label in MADE:
+        assert label in said
+    assert (tmp_path / "report.html").is_file()
+    assert run("demo", "--out", tmp_path) == 0
+    assert len(ran) == 15

@@ -1,0 +1,125 @@
+"""What every policy promises, and what every method and policy says of itself: see tests/contract.py."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tempering.methods import DKD, DTKD, KD, METHODS, Method, Sum, Supervised
+from tempering.rows import Rows
+from tempering.temperature import POLICIES, LearningPolicy, Policy, Sharpness, Static
+from tests.contract import VARIED_POLICIES, Part, arguments, block, chosen, leaves, params, remade, same
+
+# its warning is tested in test_sharpness; here rows that fall back are wanted
+pytestmark = pytest.mark.filterwarnings(r"ignore:Sharpness\(solve='published'\)")
+
+
+@pytest.fixture(params=params(VARIED_POLICIES))
+def policy(request: pytest.FixtureRequest) -> Policy:
+    return copy.deepcopy(request.param)
+
+
+def test_temperatures(policy: Policy) -> None:
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        rows = block(dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = copy.deepcopy(policy)(rows)
+        T = copy.deepcopy(policy)(rows)
+        for side, again in zip(T, cast, strict=True):
+            if side is None or again is None:
+                assert side is again
+                continue
+            assert side.shape in ((6, 1), (1, 1)) and bool((side > 0).all()) and side.isfinite().all()
+            assert side.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            same(again, side, 0.0, 0.0)
+        assert T.scale.shape in ((6,), (1,)) and bool((T.scale > 0).all())
+
+
+def test_temperatures_carry_no_gradient_unless_asked(policy: Policy) -> None:
+    rows, _ = leaves(block())
+    learns = getattr(policy, "attached", False) or any(p.requires_grad for p in policy.parameters())
+    T = policy(rows)
+    assert any(side is not None and side.requires_grad for side in T) == bool(learns)
+    assert policy.last is not None and not any(side is not None and side.requires_grad for side in policy.last)
+
+
+def test_what_a_row_s_temperature_depends_on(policy: Policy) -> None:
+    def found(rows: Rows, part: Any = slice(None)) -> list[Tensor]:
+        torch.default_generator.manual_seed(0)
+        T = copy.deepcopy(policy)(rows).detached()
+        return [side.expand(len(rows), 1)[part] for side in T if side is not None]
+
+    rows, part = block(), torch.tensor([4, 1])
+    alone, together = found(chosen(rows, part)), found(rows, part)
+    assert policy.relational != all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(alone, together, strict=True))
+    by = torch.linspace(-9.0, 9.0, len(rows), dtype=torch.float64).unsqueeze(1)
+    moved = found(rows.with_(student=rows.student + by, teacher=rows.teacher - 2 * by))
+    pairs = zip(moved, found(rows), strict=True)
+    assert policy.shift_invariant == all(torch.allclose(a, b, rtol=1e-9) for a, b in pairs)
+
+
+def test_what_a_policy_reports(policy: Policy) -> None:
+    policy(block())
+    assert all(isinstance(name, str) and count.shape == () for name, count in policy.report().items())
+    for empty in (block(0), block(0, weighted=True)):
+        assert policy(empty).student.shape in ((0, 1), (1, 1))
+
+
+@pytest.mark.parametrize("kind", [*METHODS.values(), *POLICIES.values()], ids=lambda kind: kind.__name__)
+def test_says_where_it_is_from_and_keeps_its_arguments(kind: type[Part]) -> None:
+    cited = r"arXiv:\d{4}\.\d{4,5}"
+    assert re.fullmatch(rf"none: .+|{cited}(; {cited})*", kind.paper), kind.paper
+    doc = inspect.getdoc(kind) or ""
+    assert "Reference" in doc and all(source in doc for source in re.findall(cited, kind.paper))
+    part = kind.example()
+    assert isinstance(part, kind) and isinstance(part, nn.Module)
+    assert all(hasattr(part, name) for name in arguments(part))
+    said = part.hyperparameters()
+    assert json.loads(json.dumps(said)) and (not arguments(part) or list(said) == arguments(part))
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    assert not any(p.kind is p.VAR_KEYWORD for p in parameters)
+    assert not issubclass(kind, LearningPolicy) or callable(kind.learn)
+
+
+@pytest.mark.parametrize("kind", METHODS.values(), ids=lambda kind: kind.__name__)
+def test_slips_in_a_constructor_are_named(kind: type[Method]) -> None:
+    part, names = kind.example(), arguments(kind)
+    for name in {"soft", "hard", "dynamic", "target", "rest", "feature"} & set(names):
+        for bad in (-0.5, float("nan"), float("inf"), None):
+            with pytest.raises(ValueError, match=rf"^{kind.__name__} needs {name} >= 0 and finite; got {bad}"):
+                remade(part, **{name: bad})
+    if "warmup" in names:
+        with pytest.raises(ValueError, match=r"needs warmup in \[0, 1\], the share of the run .*; got 20.0"):
+            remade(part, warmup=20.0)
+    if "temperature" in names:
+        with pytest.raises(TypeError, match=rf"^{kind.__name__} needs a temperature policy; got 2.*\.Static\(2\)\."):
+            remade(part, temperature=2)
+    if names:
+        with pytest.raises(TypeError, match="positional argument"):
+            kind(*(getattr(part, name) for name in names))
+
+
+def test_sum() -> None:
+    both = Sum(KD(hard=0.0), DKD(hard=2.0), KD(soft=0.5), Supervised())
+    rows = block()
+    terms = both(rows)
+    assert list(terms) == ["kd.soft", "dkd.target", "dkd.rest", "dkd.hard", "kd2.soft", "kd2.hard", "supervised.hard"]
+    same(terms["dkd.rest"], DKD()(rows)["rest"])
+    same(terms["kd2.soft"], KD(soft=0.5)(rows)["soft"])
+    assert set(both.policies()) == {f"methods.{name}.temperature" for name in ("kd", "dkd", "kd2")}
+    assert both.param_groups() == [] and not both.is_relational()
+    said: dict[str, Any] = both.hyperparameters()
+    assert said["kd2"]["soft"] == 0.5 and said["dkd"]["temperature"] == {"name": "Static", "tau": 4.0}
+    dynamic = Sum(DTKD(hard=0.0), DKD(temperature=Sharpness(4.0)))(rows)
+    same(dynamic["dkd.target"], DKD(temperature=Sharpness(4.0))(rows)["target"])
+    with pytest.raises(ValueError, match=r"Sum needs at least one method, such as Sum\(KD\(hard=0.0\), DKD\(\)\)"):
+        Sum()
+    with pytest.raises(TypeError, match=r"Sum adds methods over rows; got \['Static'\]"):
+        Sum(KD(), Static(4.0))  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,154 @@
+"""Rows, what they refuse, and total: the one reduction."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tempering
+from tempering.rows import UNLABELLED, Rows, shared, total, widened
+from tests.conftest import random_rows
+
+Z = torch.zeros(4, 3)
+
+
+def test_the_fields_and_their_defaults() -> None:
+    rows = Rows(Z, Z + 1)
+    assert (rows.target, rows.weight, dict(rows.features), rows.name, rows.ids) == (None, None, {}, "logits", None)
+    assert len(rows) == 4 and float(rows.mass) == 4.0
+    assert tempering.Rows is Rows and tempering.total is total
+    assert UNLABELLED == -100
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rows.student = Z  # pyright: ignore[reportAttributeAccessIssue]
+    changed = rows.with_(name="anchors", weight=torch.ones(4))
+    assert (changed.name, rows.name) == ("anchors", "logits") and changed.student is rows.student
+    with pytest.raises(ValueError, match=r"Rows\(name='anchors'\) needs weight of shape \(N,\) = \(4,\); got \(3,\)"):
+        changed.with_(weight=torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"teacher": torch.zeros(4, 5)}, r"student and teacher of one shape \(N, C\); got \(4, 3\) and \(4, 5\)"),
+        ({"teacher": torch.zeros(4, 5)}, r"Cut, map or mask them \(minus infinity on both sides\) in the task"),
+        ({"student": Z[0], "teacher": Z[0]}, r"got \(3,\) and \(3,\)"),
+        ({"student": Z[None], "teacher": Z[None]}, r"Flatten them: logits.flatten\(0, -2\)"),
+        (
+            {"teacher": Z.clone().requires_grad_()},
+            r"would be trained. Wrap it in teachers.Live\(model\), or .detach\(\)",
+        ),
+        ({"student": Z.long()}, r"floating point logits; got student torch.int64 .*Convert with .float\(\) first"),
+        ({"teacher": Z.to(torch.uint8)}, r"floating point logits; got student torch.float32 and teacher torch.uint8"),
+        ({"target": torch.zeros(5, dtype=torch.long)}, r"needs target of shape \(N,\) = \(4,\); got \(5,\)"),
+        ({"target": torch.zeros(4, 3, dtype=torch.long)}, r"needs target of shape \(N,\) = \(4,\); got \(4, 3\)"),
+        ({"target": torch.zeros(4)}, r"an integer tensor; got torch.float32. .*Pass labels.argmax\(-1\)"),
+        ({"target": torch.zeros(4, dtype=torch.bool)}, r"needs class indices as target.*got torch.bool"),
+        ({"weight": torch.ones(4, 1)}, r"needs weight of shape \(N,\) = \(4,\); got \(4, 1\)"),
+        ({"ids": torch.arange(3)}, r"needs ids of shape \(N,\) = \(4,\); got \(3,\)"),
+    ],
+)
+def test_what_rows_refuse(arguments: dict, error: str) -> None:
+    with pytest.raises(ValueError, match=r"Rows\(name='logits'\)") as caught:
+        Rows(**({"student": Z, "teacher": Z} | arguments))
+    assert caught.match(error)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_any_integer_is_a_target(dtype: torch.dtype) -> None:
+    assert len(Rows(Z, Z, torch.zeros(4, dtype=dtype))) == 4
+
+
+def test_mass_counts_in_float32_at_least() -> None:
+    weight = torch.full((5000,), 1.0, dtype=torch.bfloat16)
+    rows = Rows(torch.zeros(5000, 2), torch.zeros(5000, 2), weight=weight)
+    assert rows.mass.dtype == torch.float32 and float(rows.mass) == 5000.0
+    assert float(Rows(Z[:0], Z[:0]).mass) == 0.0
+    assert Rows(Z, Z, weight=torch.ones(4, dtype=torch.float64)).mass.dtype == torch.float64
+
+
+def test_widened() -> None:
+    kept = {torch.float64: torch.float64, torch.float32: torch.float32}
+    for dtype, want in (kept | dict.fromkeys((torch.float16, torch.bfloat16), torch.float32)).items():
+        assert widened(Z.to(dtype)).dtype == want
+    assert widened(Z) is Z
+
+
+def test_shared_is_its_own_mean() -> None:
+    value = torch.tensor(2.5, requires_grad=True)
+    rows = Rows(Z, Z)
+    spread = shared(value, rows)
+    assert spread.shape == (4,)
+    loss = total({"block": spread}, rows)
+    loss.backward()
+    assert value.grad is not None and float(loss.detach()) == 2.5 and float(value.grad) == 1.0
+
+
+def test_total_is_the_weighted_mean_of_summed_terms() -> None:
+    rows = random_rows(weighted=True)
+    a, b = torch.arange(6.0, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
+    assert rows.weight is not None
+    want = ((a + b) * rows.weight).sum() / rows.weight.sum()
+    torch.testing.assert_close(total({"a": a, "b": b}, rows), want)
+    torch.testing.assert_close(total({"a": a}, rows.with_(weight=None)), a.mean())
+    torch.testing.assert_close(total({"a": a}, rows, rows_in_batch=24.0), (a * rows.weight).sum() / 24)
+    torch.testing.assert_close(total({"a": a}, rows, rows_in_batch=torch.tensor(24)), (a * rows.weight).sum() / 24)
+    assert total({"a": a}, rows).shape == ()
+
+
+@pytest.mark.parametrize("whole", [None, 0.0, torch.tensor(0.0), 8.0], ids=str)
+@pytest.mark.parametrize("n", [0, 4])
+def test_nothing_to_learn_from_is_zero_with_a_gradient_path(n: int, whole: object) -> None:
+    term = torch.full((n,), 7.0, requires_grad=True)
+    rows = Rows(Z[:n], Z[:n], weight=torch.zeros(n))
+    loss = total({"a": term}, rows, rows_in_batch=whole)  # pyright: ignore[reportArgumentType]
+    loss.backward()
+    assert term.grad is not None and float(loss.detach()) == 0.0 and not term.grad.any()
+    assert float(total({"a": term[:0]}, Rows(Z[:0], Z[:0]), rows_in_batch=whole).detach()) == 0.0  # pyright: ignore
+
+
+def test_an_infinity_in_a_row_of_weight_zero_is_left_out() -> None:
+    logits = Z.clone().index_put_((torch.tensor([1]), torch.tensor([0])), torch.tensor(-torch.inf)).requires_grad_()
+    rows = Rows(logits, Z, torch.zeros(4, dtype=torch.long), torch.tensor([1.0, 0, 1, 1]))
+    terms = {"hard": tempering.objectives.cross_entropy(rows)}  # infinite in row 1: its label is masked
+    assert terms["hard"].isinf().sum() == 1
+    loss = total(terms, rows)
+    loss.backward()
+    assert logits.grad is not None and logits.grad.isfinite().all() and not logits.grad[1].any()
+    torch.testing.assert_close(loss.detach(), torch.tensor(3.0).log())
+
+
+def test_what_total_refuses() -> None:
+    rows = Rows(Z, Z)
+    with pytest.raises(ValueError, match=r"total\(\) got no terms; a method returns at least one, \{name: \(N,\)\}"):
+        total({}, rows)
+    for wrong in (torch.zeros(()), torch.zeros(4, 1), torch.zeros(3)):
+        with pytest.raises(ValueError, match=r"every term must have shape \(N,\) = \(4,\), unreduced; got \{'bad': "):
+            total({"good": torch.zeros(4), "bad": wrong}, rows)
+
+
+@settings(deadline=None, derandomize=True, max_examples=40, database=None)
+@given(
+    st.lists(st.tuples(st.floats(0, 100), st.sampled_from([0.0, 0.25, 1.0, 3.0])), min_size=1, max_size=12),
+    st.lists(st.integers(0, 12), max_size=3),
+    st.booleans(),
+)
+def test_the_loss_does_not_depend_on_the_split(values: list, cuts: list[int], weighted: bool) -> None:
+    term, weight = (torch.tensor(x, dtype=torch.float64) for x in zip(*values, strict=True))
+    term.requires_grad_()
+    empty = torch.zeros(len(term), 2, dtype=torch.float64)
+    rows = Rows(empty, empty, weight=weight if weighted else None)
+    loss = total({"a": term}, rows)
+    (want,) = torch.autograd.grad(loss, term)
+    places = [0, *sorted(min(c, len(term)) for c in cuts), len(term)]
+    parts = []
+    for a, b in itertools.pairwise(places):
+        part = Rows(empty[a:b], empty[a:b], weight=weight[a:b] if weighted else None)
+        parts.append(total({"a": term[a:b]}, part, rows_in_batch=rows.mass))
+    together = torch.stack(parts).sum()
+    torch.testing.assert_close(together, loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(together, term)[0], want, rtol=1e-12, atol=1e-12)
