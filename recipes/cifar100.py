@@ -53,6 +53,7 @@ def main(
     seed: int = 0,
     teacher_weights: Path | None = None,
     teacher_epochs: int | None = None,
+    teacher_subset: int | None = None,
     teacher_dir: Path | None = None,
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true",
     teacher_precision: Literal["auto", "bf16", "fp32"] = "auto",
@@ -89,6 +90,7 @@ def main(
         seed: of the student's first weights, of the order and of the augmentation.
         teacher_weights: a safetensors file of a trained teacher; by itself it is trained here.
         teacher_epochs: how long the teacher is trained; by itself as long as the student.
+        teacher_subset: train the teacher on this many images, 50,000 for all; by itself on the student's.
         teacher_dir: where trained teachers are kept and found again; by itself "teachers" beside the run's folder.
         precision: of the student's training, and of the teacher's.
         teacher_precision: in which the teacher is asked; auto is bf16 where the hardware computes in it, else fp32.
@@ -140,9 +142,13 @@ def main(
             load(net, teacher_weights)
         else:
             length, rate = teacher_epochs or epochs, lr or _rate(teacher)
-            teach = partial(_teach, net, teacher, read, partial(train, epochs=length, optimizer=_sgd(rate)))
-            key = {"data": splits.train.identity, "epochs": length, "batch_size": batch_size, "lr": rate, "seed": 0}
-            key["precision"] = precision
+            own = read if teacher_subset is None else partial(read, subset=teacher_subset)
+            teach = partial(_teach, net, teacher, own, partial(train, epochs=length, optimizer=_sgd(rate)))
+            key = {"epochs": length, "batch_size": batch_size, "lr": rate, "seed": 0, "precision": precision}
+            # a larger set is not decoded to name it: the test images say which data it is, and the count how many
+            key["data"] = (
+                splits.train.identity if teacher_subset is None else [splits.test.identity, teacher_subset, validation]
+            )
             said["scores"] = trained(net, teacher, teacher_dir or out.parent / "teachers", teach, key=key)
         auto = "bf16" if _computes_bf16() else "fp32"
         said["precision"] = auto if teacher_precision == "auto" else teacher_precision

@@ -1,0 +1,19 @@
+"""The nets that this field's tables are made of, by the field's names, and classifiers of other libraries.
+
+A family is one file with a dict ``NETS``, name -> (classes, channels) -> module; nothing else is edited. Stages are the
+modules ``stem``, ``stage1``, ``stage2``, ..., and what the head sees is ``pool``: names for ``Taps``.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+
+from torch import nn
+
+from tempering.models.building import build, load
+
+MODELS: dict[str, Callable[[int, int], nn.Module]] = {}
+for _info in pkgutil.iter_modules(__path__):
+    MODELS |= getattr(importlib.import_module(f"{__name__}.{_info.name}"), "NETS", {})
+
+__all__ = ["MODELS", "build", "load"]

@@ -1,0 +1,55 @@
+"""MobileNetV2 at half width, as CIFAR tables use it.
+
+Reference: Sandler et al., "MobileNetV2", CVPR 2018, arXiv:1801.04381; strides and widths of the field's tables.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tempering.models.parts import Staged, conv_norm, fan_out, pooled
+
+# stages of (expansion, width, blocks, stride); half of the paper's widths
+STAGES = (
+    ((1, 8, 1, 1), (6, 12, 2, 1)),
+    ((6, 16, 3, 2),),
+    ((6, 32, 4, 2), (6, 48, 3, 1)),
+    ((6, 80, 3, 2), (6, 160, 1, 1)),
+)
+
+
+class Block(nn.Module):
+    """Widen, convolve depthwise, narrow; beside the identity where nothing changes size."""
+
+    def __init__(self, wide_in: int, wide: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = wide_in * expansion
+        self.same = stride == 1 and wide_in == wide
+        self.residual = nn.Sequential(
+            *conv_norm(wide_in, inner, 1),
+            nn.ReLU(),
+            *conv_norm(inner, inner, 3, stride, groups=inner),
+            nn.ReLU(),
+            *conv_norm(inner, wide, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.residual(x) if self.same else self.residual(x)
+
+
+def mobilenet_v2(classes: int, channels: int) -> nn.Module:
+    """(N, channels, 32, 32) -> (N, classes)."""
+    stem, wide_in = nn.Sequential(*conv_norm(channels, 16, 3, 2), nn.ReLU()), 16
+    stages = []
+    for groups in STAGES:
+        blocks = []
+        for expansion, wide, count, stride in groups:
+            for number in range(count):
+                blocks.append(Block(wide_in, wide, stride if number == 0 else 1, expansion))
+                wide_in = wide
+        stages.append(nn.Sequential(*blocks))
+    pool = nn.Sequential(*conv_norm(wide_in, 1280, 1), nn.ReLU(), *pooled())
+    return fan_out(Staged(stem, stages, pool, nn.Linear(1280, classes)), head=0.01)
+
+
+NETS = {"MobileNetV2": mobilenet_v2}

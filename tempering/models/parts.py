@@ -1,0 +1,54 @@
+"""What the families share."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+
+def conv(wide_in: int, wide_out: int, size: int = 3, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """A convolution without bias that keeps the size at stride 1."""
+    return nn.Conv2d(wide_in, wide_out, size, stride, size // 2, groups=groups, bias=False)
+
+
+def conv_norm(wide_in: int, wide_out: int, size: int = 3, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    """A convolution and its batch normalisation."""
+    return [conv(wide_in, wide_out, size, stride, groups), nn.BatchNorm2d(wide_out)]
+
+
+def pooled() -> nn.Sequential:
+    """The mean over the positions, (N, C, H, W) -> (N, C)."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class Staged(nn.Module):
+    """stem -> stage1 -> ... -> pool -> head; the shape all nets of the zoo have."""
+
+    def __init__(self, stem: nn.Module, stages: list[nn.Module], pool: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.stem = stem
+        self.stages = [f"stage{i}" for i in range(1, len(stages) + 1)]
+        for name, stage in zip(self.stages, stages, strict=True):
+            self.add_module(name, stage)
+        self.pool, self.head = pool, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for name in self.stages:
+            x = getattr(self, name)(x)
+        return self.head(self.pool(x))
+
+
+def fan_out(net: nn.Module, *, head: float | None = None) -> nn.Module:
+    """He's initialisation by fan-out of the convolutions, as the field's nets have it; ``head``: std of the linear."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            fan = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+            nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear) and head is not None:
+            nn.init.normal_(module.weight, 0.0, head)
+            nn.init.zeros_(module.bias)
+    return net

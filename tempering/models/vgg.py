@@ -1,0 +1,31 @@
+"""VGG for CIFAR, with batch normalisation and one linear layer.
+
+Reference: Simonyan and Zisserman, 2015, arXiv:1409.1556; the layer counts of the field's tables.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+
+from tempering.models.parts import Staged, fan_out, pooled
+
+WIDTHS = (64, 128, 256, 512, 512)
+COUNTS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+
+
+def vgg(depth: int, classes: int, channels: int) -> nn.Module:
+    """Five groups of convolutions, halved between the first four; (N, channels, 32, 32) -> (N, classes)."""
+    groups, wide_in = [], channels
+    for number, (wide, count) in enumerate(zip(WIDTHS, COUNTS[depth], strict=True)):
+        layers: list[nn.Module] = [nn.MaxPool2d(2)] if 0 < number < 4 else []
+        for _ in range(count):
+            layers += [nn.Conv2d(wide_in, wide, 3, padding=1), nn.BatchNorm2d(wide), nn.ReLU()]
+            wide_in = wide
+        groups.append(nn.Sequential(*layers))
+    stem, *stages = groups
+    return fan_out(Staged(stem, stages, pooled(), nn.Linear(wide_in, classes)), head=0.01)
+
+
+NETS = {f"vgg{depth}": partial(vgg, depth) for depth in COUNTS}
