@@ -115,7 +115,7 @@ def alone(x, y, *, steps: int, seed: int, width: int = 8):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--solve", choices=("exact", "published"), default="exact", help="how the temperatures are set")
     parser.add_argument("--steps", type=int, default=600, help="updates of each net")
     parser.add_argument("--seed", type=int, default=0, help="of initialisation and order")

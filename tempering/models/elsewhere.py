@@ -41,7 +41,7 @@ def from_library(library: str, name: str, *, classes: int, channels: int, pretra
 
 
 def _timm(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
-    import timm
+    import timm  # pyright: ignore[reportMissingImports]
 
     if not timm.is_model(name):
         near = timm.list_models(f"*{name[:6]}*")[:5]
@@ -50,7 +50,7 @@ def _timm(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module
 
 
 def _torchvision(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
-    from torchvision import models
+    from torchvision import models  # pyright: ignore[reportMissingImports]
 
     if name not in models.list_models(module=models):
         raise ValueError(

@@ -54,7 +54,7 @@ class BlockV2(nn.Module):
     def __init__(self, wide: int) -> None:
         super().__init__()
         half = wide // 2
-        self.half = half
+        self.kept = half
         self.residual = nn.Sequential(
             *conv_norm(half, half, 1),
             nn.ReLU(),
@@ -65,7 +65,7 @@ class BlockV2(nn.Module):
         self.shuffle = Shuffle(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.shuffle(torch.cat((x[:, : self.half], self.residual(x[:, self.half :])), 1))
+        return self.shuffle(torch.cat((x[:, : self.kept], self.residual(x[:, self.kept :])), 1))
 
 
 class HalveV2(nn.Module):
