@@ -28,6 +28,18 @@ test: $(READY)  ## the tests
 demo: $(READY)  ## a teacher and students on the bundled digits, a table and a report
 	$(BIN)/tempering demo
 
+# one whole run of the field's recipe on a CUDA device: teacher and students at full size, images augmented on the device
+DATA ?= ../shared/data/cifar100
+ARMS ?= supervised,kd,kd-matched,dkd,dtkd-published,dtkd
+SEEDS ?= 3
+EPOCHS ?= 240
+FULL ?= benchmarks/results/cifar100-resnet32x4-resnet8x4
+gpu: $(READY)  ## CIFAR-100 at full size on a CUDA device; resumes; records and table under benchmarks/results/
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu needs a CUDA device \
+	and a CUDA build of torch; this is torch " + torch.__version__ + ". Install one: make gpu CONSTRAINTS=/dev/null")'
+	$(BIN)/tempering compare recipes/cifar100.py --methods $(ARMS) --seeds $(SEEDS) --out $(FULL) -- --data $(DATA) \
+	--teacher resnet32x4 --student resnet8x4 --epochs $(EPOCHS) --precision bf16-mixed --accelerator cuda
+
 wheel: $(READY)  ## builds the wheel, installs it into an empty environment, runs it
 	rm -rf build dist
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null

@@ -21,9 +21,12 @@ from torch import nn
 from tempering import Run, distill
 from tempering.arms import arm_from, method_of, slug
 from tempering.data import Splits, cifar100
+from tempering.data.cifar import MEAN, STD
 from tempering.engine import CHECK_ONLY
 from tempering.methods.supervised import Supervised
-from tempering.models import build, load
+from tempering.models import build, load, stages
+from tempering.tasks import Classification, Task
+from tempering.tasks.views import CutMix, CutOut, MixUp, RandAugment, Views
 from tempering.teachers import Live
 from tempering.trained import trained
 
@@ -43,6 +46,7 @@ def main(
     student: str = "resnet8x4",
     method: str = "dtkd",
     temperature: str | None = None,
+    views: Literal["one", "strong", "cutmix", "mixup", "cutout"] = "one",
     label: str | None = None,
     epochs: int = 240,
     batch_size: int = 64,
@@ -79,6 +83,8 @@ def main(
         method: an arm or a method, such as supervised, kd, kd-matched, dtkd-published, or
             "dtkd(soft=0.5, temperature=sharpness(4, solve=std))".
         temperature: a policy in place of the method's own, such as "sharpness(4, solve=max)" or "static(2)".
+        views: a second, augmented view of every batch: "strong" for methods of two views (MLKD, CSKD), "cutmix" for
+            R2KD.
         label: what tables call this run; by itself it follows from the method.
         epochs: how long; decay and warm-up are shares of it.
         batch_size: images a step.
@@ -94,8 +100,8 @@ def main(
         teacher_dir: where trained teachers are kept and found again; by itself "teachers" beside the run's folder.
         precision: of the student's training, and of the teacher's.
         teacher_precision: in which the teacher is asked; auto is bf16 where the hardware computes in it, else fp32.
-        fast: fold the teacher's batch norms into its convolutions, and lay images out channels-last: the same but for
-            rounding.
+        fast: fold the teacher's batch norms into its convolutions, where nothing is tapped, and lay images out
+            channels-last: the same but for rounding.
         compile: torch.compile the student.
         accelerator: auto, cpu, cuda or mps.
         devices: how many.
@@ -134,7 +140,8 @@ def main(
         quiet=quiet,
     )
     splits = read(seed=seed)
-    taught, said = None, None
+    learner, taught, said = _new(student, splits, fast, seed=seed), None, None
+    taps = {name: (name, name) for name in loss.features(stages(learner))}
     if loss.needs_teacher:
         net = _new(teacher, splits, fast, seed=0)
         said = {"name": teacher, "parameters": sum(p.numel() for p in net.parameters())}
@@ -152,12 +159,13 @@ def main(
             said["scores"] = trained(net, teacher, teacher_dir or out.parent / "teachers", teach, key=key)
         auto = "bf16" if _computes_bf16() else "fp32"
         said["precision"] = auto if teacher_precision == "auto" else teacher_precision
-        taught = Live(net, precision=said["precision"], channels_last=fast, fold=fast)
+        taught = Live(net, precision=said["precision"], channels_last=fast, fold=fast and not taps)
     return train(
-        _new(student, splits, fast, seed=seed),
+        learner,
         taught,
         splits.train,
         method=loss,
+        task=_task(views, taps),
         optimizer=_sgd(lr or _rate(student)),
         epochs=epochs,
         validation=splits.validation,
@@ -183,6 +191,18 @@ def _teach(net: nn.Module, name: str, read: Callable[..., Splits], train: Callab
         out=None if CHECK_ONLY.get() else folder,
         facts={"label": f"teacher {name}", "student": {"name": name}, "data": own.facts()},
     )
+
+
+def _task(views: str, taps: dict[str, tuple[str, str]]) -> Task:
+    """Batches as they come, or beside an augmented copy."""
+    if views == "one":
+        return Classification(taps=taps)
+    if taps:
+        raise ValueError(f"--views {views} makes two blocks of rows, and features are tapped for one: --views one.")
+    if views == "strong":
+        return Views(RandAugment(2, 10, mean=MEAN, std=STD))
+    second = {"cutmix": CutMix, "mixup": MixUp, "cutout": CutOut}[views]()
+    return Views(second, names=("clean", "augmented"), labelled=False)
 
 
 def _new(name: str, splits: Splits, channels_last: bool, *, seed: int) -> nn.Module:

@@ -16,7 +16,8 @@ from tempering.arms import arm_from, method_of, slug
 from tempering.data import digits
 from tempering.engine import CHECK_ONLY
 from tempering.methods.supervised import Supervised
-from tempering.models import build
+from tempering.models import build, stages
+from tempering.tasks import Classification
 from tempering.teachers import Live
 from tempering.trained import trained
 
@@ -71,7 +72,7 @@ def main(
     arm, loss = arm_from(method, temperature), method_of(method, temperature)
     out = out or Path("runs/digits", f"{slug(arm.name)}-{seed}")
     train = partial(distill, optimizer=partial(SGD, lr=lr), schedule=decay, resume=resume, quiet=quiet, log_every=10)
-    taught, said = None, None
+    learner, taught, said = _new(student, seed=seed), None, None
     if loss.needs_teacher:
         net = _new(teacher, seed=0)
         key = {"epochs": teacher_epochs, "batch_size": batch_size, "lr": lr}
@@ -81,10 +82,11 @@ def main(
     data = digits(batch_size=batch_size, seed=seed)
     images = data.train if subset is None else data.train.take(subset)
     return train(
-        _new(student, seed=seed),
+        learner,
         taught,
         images,
         method=loss,
+        task=Classification(taps={name: (name, name) for name in loss.features(stages(learner))}),
         epochs=epochs,
         validation=data.validation,
         test=data.test,

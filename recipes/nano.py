@@ -84,7 +84,7 @@ def train(model, x, y, loss_of, *, steps: int, seed: int, lr: float = 0.1, batch
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 

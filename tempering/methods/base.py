@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tempering.rows import Rows
 from tempering.temperature.base import LearningPolicy, Policy, hyperparameters
+from tempering.temperature.base import share as share
 
 
 class Method(nn.Module, ABC):
@@ -46,7 +47,22 @@ class Method(nn.Module, ABC):
             return super().__call__(rows, progress)
 
     def prepare(self, rows: Rows) -> None:
-        """See one block of rows before the optimizer is made, to size what the method itself trains."""
+        """See one block of rows before the optimizer is made, to size what the method and its policies train."""
+        for found in self.policies().values():
+            found.prepare(rows)
+
+    def wants_rows(self) -> bool:
+        """Whether ``prepare`` has anything to do."""
+        plain = all(type(found).prepare is Policy.prepare for found in self.policies().values())
+        return type(self).prepare is not Method.prepare or not plain
+
+    def features(self, stages: Sequence[str]) -> tuple[str, ...]:
+        """Settle on the features to compare, of nets with these stages (shallow to deep) and "pool"; () for none.
+
+        Recipes tap what this names. A method that was told its ``names`` keeps them.
+        """
+        parts = [m for m in self.modules() if isinstance(m, Method) and m is not self]
+        return tuple(dict.fromkeys(name for part in parts for name in part.features(stages)))
 
     def hyperparameters(self) -> dict[str, object]:
         """Constructor arguments by name, as records write them."""
@@ -59,8 +75,10 @@ class Method(nn.Module, ABC):
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups of what the method itself trains (projectors, learned temperatures); [] for none."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        return [{"params": trained}] if trained else []
+        apart = [group for found in self.policies().values() for group in found.param_groups()]
+        taken = {id(p) for group in apart for p in group["params"]}
+        trained = [p for p in self.parameters() if p.requires_grad and id(p) not in taken]
+        return [{"params": trained}, *apart] if trained else apart
 
     def policies(self) -> dict[str, Policy]:
         """Every temperature policy inside, by its path in the module."""
@@ -127,16 +145,6 @@ def weights(owner: str, **values: float) -> None:
     for name, value in values.items():
         if not isinstance(value, (int, float)) or not 0.0 <= value < float("inf"):
             raise ValueError(f"{owner} needs {name} >= 0 and finite; got {value!r}.")
-
-
-def share(owner: str, **values: float) -> None:
-    """Refuse a share of the run outside [0, 1]; epochs are a common slip."""
-    for name, value in values.items():
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(
-                f"{owner} needs {name} in [0, 1], the share of the run (20 of 240 epochs is {name}=20/240); "
-                f"got {value!r}."
-            )
 
 
 def policy(owner: str, temperature: object) -> Policy:

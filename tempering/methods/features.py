@@ -33,6 +33,14 @@ class FeatureMethod(Method):
         weights(type(self).__name__, feature=feature, hard=hard)
         self.feature, self.hard, self.names = feature, hard, tuple(names)
 
+    def features(self, stages: Sequence[str]) -> tuple[str, ...]:
+        self.names = self.names or self.usual(stages)
+        return self.names
+
+    def usual(self, stages: Sequence[str]) -> tuple[str, ...]:
+        """What the field's tables compare: the pooled vector, or the maps of all stages."""
+        return ("pool",) if self.wants == "vectors" else tuple(stages)
+
     @abstractmethod
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:
         """The unweighted term of these (student, teacher) features: () for the block, or a value a row."""

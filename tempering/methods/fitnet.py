@@ -25,6 +25,9 @@ class FitNet(Projected):
     def __init__(self, *, feature: float = 100.0, hard: float = 1.0, names: Sequence[str] = ()) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
 
+    def usual(self, stages: Sequence[str]) -> tuple[str, ...]:
+        return tuple(stages[len(stages) // 2 :][:1])  # the middle one, as the tables have it
+
     def build(self, pairs: list[tuple[Tensor, Tensor]]) -> list[nn.Module]:
         return [regressor(s, t) for s, t in pairs]
 

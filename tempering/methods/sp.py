@@ -14,7 +14,7 @@ from tempering.rows import Rows
 class SP(FeatureMethod):
     """feature * mean over pairs of rows of (G_s - G_t)^2, G the row-normalised Gram matrix of the block; summed.
 
-    The released code takes the last stage alone: ``names=["last"]``.
+    The released code takes the last stage alone, as recipes do where no ``names`` are given.
 
     Reference: Tung & Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, arXiv:1907.09682, equation 4.
     """
@@ -24,6 +24,9 @@ class SP(FeatureMethod):
 
     def __init__(self, *, feature: float = 3000.0, hard: float = 1.0, names: Sequence[str] = ()) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
+
+    def usual(self, stages: Sequence[str]) -> tuple[str, ...]:
+        return tuple(stages[-1:])
 
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:
         distances = [(F.normalize(s @ s.T) - F.normalize(t @ t.T)).square().mean() for s, t in pairs]

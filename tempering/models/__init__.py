@@ -16,4 +16,10 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {}
 for _info in pkgutil.iter_modules(__path__):
     MODELS |= getattr(importlib.import_module(f"{__name__}.{_info.name}"), "NETS", {})
 
-__all__ = ["MODELS", "build", "load"]
+
+def stages(net: nn.Module) -> list[str]:
+    """Names of the net's stages, shallow to deep; [] for a net that is not of the zoo."""
+    return getattr(net, "stages", [])
+
+
+__all__ = ["MODELS", "build", "load", "stages"]

@@ -23,7 +23,9 @@ def pooled() -> nn.Sequential:
 
 
 class Staged(nn.Module):
-    """stem -> stage1 -> ... -> pool -> head; the shape all nets of the zoo have."""
+    """stem -> stage1 -> ... -> pool -> head; the shape all nets of the zoo have. ``stages`` names the stages."""
+
+    stages: list[str]
 
     def __init__(self, stem: nn.Module, stages: list[nn.Module], pool: nn.Module, head: nn.Linear) -> None:
         super().__init__()
