@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 Value = float | None
+FEW = 10  # examples in a bin, whose accuracy is noise below that
 
 
 class Svg(str):
@@ -124,7 +125,8 @@ class Frame:
             at = self.y(value)
             out.append(tag("line", class_="grid", x1=self.x.start, x2=self.x.stop, y1=at, y2=at))
             out.append(tag("text", figure(value), class_="tick end", x=self.x.start - 6, y=at + 3.5))
-        ticks = x_ticks or [(value, figure(value)) for value in self.x.ticks(4 if self.width < 360 else 6)]
+        whole = [value for value in self.x.ticks(4 if self.width < 360 else 6) if value == round(value)]
+        ticks = x_ticks or [(value, figure(value)) for value in whole]  # there is no half epoch
         for value, text in ticks:
             at = self.x(value)
             # a long word at either end would leave the box
@@ -236,8 +238,9 @@ def reliability(key: str, title: str, told: str, sides: Sequence[Bins], *, size:
     out.append(tag("line", class_="diagonal", x1=x(0), y1=y(0), x2=x(100), y2=y(100)))
     for side in sides:
         whole = math.fsum(count for *_, count in side.points) or 1.0
-        at = [100 * c for c, _, _ in side.points]
-        inside = [tag("path", class_="line", d=_path(at, [100 * a for _, a, _ in side.points], frame))]
+        full = [point for point in side.points if point[2] >= FEW]
+        d = _path([100 * c for c, _, _ in full], [100 * a for _, a, _ in full], frame)
+        inside = [tag("path", class_="line", d=d)]
         for confidence, accuracy, count in side.points:
             said = (
                 f"{side.name}: confidence {100 * confidence:.1f} %, accuracy {100 * accuracy:.1f} %, {count:.0f} rows"

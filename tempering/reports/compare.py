@@ -1,19 +1,19 @@
-"""Comparing arms: mean, spread, and the difference to a control with what these seeds can say about it."""
+"""Comparing arms: runs grouped by label, each arm beside its controls, and what a reader must know to trust it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tempering.discovery import pick
+from tempering.reports.intervals import Difference, deviation, difference, mean
 from tempering.reports.read import RunRecord, number
+from tempering.reports.reported import published
 
 CONTROL = "student alone"
 MATCHED = "KD, weight-matched"
 FRACTIONS = ("accuracy", "top5", "agreement", "ece")  # shown in percent
 LOWER = ("loss", "ece", "perplexity", "nll")  # better when lower
-LEVEL = 0.95
 NOT_RUN = "not run"
 
 
@@ -52,33 +52,9 @@ class Metric:
         """The number with 2 decimals in percent, or with 4."""
         if value is None:
             return "-"
-        text = f"{100 * value:+.2f}" if self.fraction else f"{value:+.4f}"
+        value, digits = (100 * value, 2) if self.fraction else (value, 4)
+        text = f"{round(value, digits) + 0.0:+.{digits}f}"  # + 0.0: no negative zero
         return text if signed else text.lstrip("+")
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Arm minus control.
-
-    Attributes:
-        mean: the difference.
-        half: half-width of its 95 % t interval, so the smallest difference these seeds could have shown; None where
-            there are too few seeds for one.
-        n: pairs, or the runs of the smaller arm where it is not paired.
-        paired: whether runs of the same seed were subtracted; else it is Welch's interval of two independent means.
-        each: seed -> its difference, where paired.
-    """
-
-    mean: float
-    half: float | None
-    n: int
-    paired: bool
-    each: Mapping[int, float] = field(default_factory=dict)
-
-    @property
-    def shown(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.half is not None and abs(self.mean) > self.half
 
 
 @dataclass(frozen=True)
@@ -93,6 +69,7 @@ class Arm:
         open: seed -> why there is no number, for the seeds that this comparison has.
         versus: control's label -> difference to it; None where it cannot be had.
         same_student: whether it trains the control's network, so that a difference says something about the method.
+        reported: a published number of this arm on this data and pair of networks, and its source.
     """
 
     label: str
@@ -102,6 +79,7 @@ class Arm:
     open: Mapping[int, str]
     versus: Mapping[str, Difference | None]
     same_student: bool = True
+    reported: tuple[float, str] | None = None
 
     @property
     def n(self) -> int:
@@ -127,6 +105,11 @@ class Arm:
         """Mean over finished runs of a number of the result, such as "step_ms"."""
         return mean([v for run in self.counted if (v := number(run.of("result").get(key))) is not None])
 
+    def epochs(self, which: str) -> list[int]:
+        """The epoch of the "last" or the "best" score of every finished run that says it, by seed."""
+        told = [(run.of("result").get(which) or {}).get("epoch") for run in self.counted]
+        return [epoch for epoch in told if isinstance(epoch, int)]
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -136,12 +119,15 @@ class Comparison:
         metric: what is compared.
         arms: see ``Arm``.
         controls: labels of the arms that differences are taken to, at most two.
+        main: the control that decides: the one asked for, else KD at the same total weights where it has a number,
+            since to beat the student alone is not yet to beat plain distillation; None where no control has one.
         notes: what a reader must know before trusting it, in sentences.
     """
 
     metric: Metric
     arms: tuple[Arm, ...]
     controls: tuple[str, ...]
+    main: str | None
     notes: tuple[str, ...]
 
     @property
@@ -165,19 +151,22 @@ def compare(runs: Sequence[RunRecord], control: str | None = None, *, metric: st
 
     Args:
         control: label of the arm to subtract; None takes "student alone" where it is there. An arm "KD,
-            weight-matched" is a second control where it is there.
+            weight-matched" is another control where it is there.
         metric: as in "test/accuracy"; None takes the test accuracy, or what the records have in its place.
 
     Raises:
-        ValueError: for no runs, runs on different data, or a control that is not there.
+        ValueError: for no runs, runs on different data, an arm of two students or two teachers, or a control that is
+            not there.
     """
     if not runs:
         raise ValueError("there are no runs to compare. Give records: folders that runs wrote to, or packed cells.")
+    runs = sorted(runs, key=lambda r: (str(r.facts.get("started")), r.label, r.seed, str(r.source)))
     _one_data_set(runs)
+    _one_kind_an_arm(runs)
     measure = Metric(metric or _metric_of(runs))
     notes: list[str] = []
     groups: dict[str, list[RunRecord]] = {}
-    for run in sorted(runs, key=lambda r: (str(r.facts.get("started")), r.label, r.seed, str(r.source))):
+    for run in runs:
         groups.setdefault(run.label, []).append(run)
     controls = _controls(groups, control)
     chosen = {
@@ -186,58 +175,10 @@ def compare(runs: Sequence[RunRecord], control: str | None = None, *, metric: st
     }
     arms = _arms(chosen, controls, measure)
     counted = [run for arm in arms if arm.same_student for run in arm.counted]
+    numbered = [arm.label for arm in arms if arm.label in controls and arm.mean is not None]
+    main = controls[0] if control is not None else next((c for c in reversed(controls) if c in numbered), None)
     notes += [*_mixed_arms(arms), *_fairness(counted), *_choice_of_best(counted)]
-    return Comparison(measure, arms, controls, tuple(notes))
-
-
-def difference(arm: Mapping[int, float], control: Mapping[int, float]) -> Difference | None:
-    """Arm minus control over seeds: paired where two seeds or more are in both, else Welch's; None where one is empty.
-
-    Source: Welch (1947), "The generalization of Student's problem when several different population variances are
-    involved", for the interval of unpaired seeds.
-    """
-    common = sorted(set(arm) & set(control))
-    if len(common) >= 2 or (len(arm) == len(control) == len(common) == 1):
-        each = {seed: arm[seed] - control[seed] for seed in common}
-        gaps = list(each.values())
-        spread = deviation(gaps)
-        half = None if spread is None else _quantile(len(gaps) - 1) * spread / math.sqrt(len(gaps))
-        return Difference(math.fsum(gaps) / len(gaps), half, len(gaps), True, each)
-    a, b = list(arm.values()), list(control.values())
-    if not a or not b:
-        return None
-    gap = math.fsum(a) / len(a) - math.fsum(b) / len(b)
-    sa, sb = deviation(a), deviation(b)
-    n = min(len(a), len(b))
-    if sa is None or sb is None:
-        return Difference(gap, None, n, False)
-    va, vb = sa**2 / len(a), sb**2 / len(b)
-    if va + vb == 0:
-        return Difference(gap, 0.0, n, False)
-    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    return Difference(gap, _quantile(freedom) * math.sqrt(va + vb), n, False)
-
-
-def mean(values: Sequence[float]) -> float | None:
-    """The mean; None of nothing."""
-    return math.fsum(values) / len(values) if values else None
-
-
-def deviation(values: Sequence[float]) -> float | None:
-    """Sample standard deviation (n - 1); None of fewer than two."""
-    if len(values) < 2:
-        return None
-    middle = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((v - middle) ** 2 for v in values) / (len(values) - 1))
-
-
-def _quantile(freedom: float) -> float:
-    """Of Student's t distribution, two-sided at ``LEVEL``."""
-    try:
-        from scipy.stats import t
-    except ImportError as error:
-        raise ImportError("intervals need scipy: pip install 'tempering[report]'.") from error
-    return float(t.ppf(0.5 + LEVEL / 2, freedom))
+    return Comparison(measure, arms, controls, main, tuple(notes))
 
 
 def _one_data_set(runs: Sequence[RunRecord]) -> None:
@@ -249,6 +190,27 @@ def _one_data_set(runs: Sequence[RunRecord]) -> None:
     if len(seen) > 1:
         said = " and ".join(f"{name} (identity {key[:12]}) in {run.source}" for (name, key), run in seen.items())
         raise ValueError(f"runs on different data cannot be compared; got {said}. Give the runs of one data set.")
+
+
+def _one_kind_an_arm(runs: Sequence[RunRecord]) -> None:
+    """An arm trains one student; and one seed of it has one teacher."""
+    seen: dict[tuple[object, ...], tuple[str, RunRecord]] = {}
+    for run in runs:
+        for part, key, place in (("student", "name", None), ("teacher", "identity", run.seed)):
+            own = run.of(part).get(key)
+            if own is None:
+                continue
+            other, first = seen.setdefault((run.label, part, place), (str(own), run))
+            if other != str(own):
+                raise ValueError(
+                    f"the arm {run.label!r} has two {part}s: {_called(first, part)} in {first.source} and "
+                    f"{_called(run, part)} in {run.source}. Give the runs of one {part}, or label them apart."
+                )
+
+
+def _called(run: RunRecord, part: str) -> str:
+    net = run.of(part)
+    return " ".join(str(net[key])[:20] for key in ("name", "identity") if net.get(key))
 
 
 def _metric_of(runs: Sequence[RunRecord]) -> str:
@@ -275,7 +237,9 @@ def _one_a_seed(runs: Sequence[RunRecord], notes: list[str]) -> tuple[RunRecord,
     """One run a seed: a finished one before an unfinished one, then the one begun last."""
     by_seed: dict[int, RunRecord] = {}
     for run in sorted(runs, key=lambda r: (r.done, str(r.facts.get("started")), str(r.source))):
-        if run.seed in by_seed and (run.done == by_seed[run.seed].done):
+        other = by_seed.get(run.seed)
+        # a run and the cell it was packed into are one run
+        if other and run.done == other.done and run.facts.get("started") != other.facts.get("started"):
             notes.append(
                 f"{run.label}, seed {run.seed}, was run more than once; the one begun last ({run.name}) is shown."
             )
@@ -293,7 +257,8 @@ def _arms(chosen: Mapping[str, tuple[RunRecord, ...]], controls: tuple[str, ...]
 
     nets = [net(runs) for runs in chosen.values()]
     own = net(chosen[controls[0]]) if controls else max(nets, key=nets.count)
-    seeds = {run.seed for runs in chosen.values() if net(runs) == own for run in runs}
+    own_runs = [run for runs in chosen.values() if net(runs) == own for run in runs]
+    seeds = {run.seed for run in own_runs}
     arms = []
     for label, runs in chosen.items():
         last, same = values(runs, "last"), net(runs) == own
@@ -301,8 +266,25 @@ def _arms(chosen: Mapping[str, tuple[RunRecord, ...]], controls: tuple[str, ...]
         wanted = sorted(seeds if same else {run.seed for run in runs})
         missing = {seed: there.get(seed, NOT_RUN) for seed in wanted if seed not in last}
         versus = {c: difference(last, values(chosen[c], "last")) for c in controls if c != label and same}
-        arms.append(Arm(label, runs, last, values(runs, "best"), missing, versus, same))
+        reported = _reported(runs, _teachers(runs) or _teachers(own_runs), metric)
+        arms.append(Arm(label, runs, last, values(runs, "best"), missing, versus, same, reported))
     return tuple(arms)
+
+
+def _teachers(runs: Sequence[RunRecord]) -> list[str]:
+    return list(dict.fromkeys(str(name) for run in runs if (name := run.of("teacher").get("name"))))
+
+
+def _reported(runs: Sequence[RunRecord], teachers: Sequence[str], metric: Metric) -> tuple[float, str] | None:
+    """What a record carries as ``facts["reported"]`` = {"value", "source"}, else what is known of its pair of nets."""
+    for run in runs:
+        value = number(run.of("reported").get("value"))
+        if value is not None:
+            return value, str(run.of("reported").get("source") or "no source given")
+    data, student = (str(runs[0].of(part).get("name")) for part in ("data", "student"))
+    if metric.name != "test/accuracy" or len(teachers) != 1:
+        return None
+    return published(runs[0].label, teachers[0], student, data)
 
 
 def _mixed_arms(arms: Sequence[Arm]) -> list[str]:
@@ -311,7 +293,7 @@ def _mixed_arms(arms: Sequence[Arm]) -> list[str]:
         if len({str(run.facts.get("method")) for run in arm.runs}) > 1:
             said.append(f"Runs labelled {arm.label} do not share one method; their mean says little.")
         if not arm.same_student:
-            said.append(f"{arm.label} trains another network, so no difference to it is taken.")
+            said.append(f"{arm.label} trains another network: it is in the table alone, without differences.")
     return said
 
 

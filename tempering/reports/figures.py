@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from tempering.reports.compare import Arm, Comparison
 from tempering.reports.read import RunRecord, number
 
 POINTS = 120  # of a line, at most: more than that a chart of this width cannot show
+BANDED = 8  # arms in a chart, at most: bands of more cover each other
 SMALL = (360, 240)  # of a chart, where there are many beside each other
 TEACHER = "teacher"  # CSS class: the teacher is drawn in ink everywhere, arms have colours
 
@@ -48,21 +50,26 @@ class Curve:
     high: list[float | None]
     seeds: int
 
-    def since(self, share: float) -> Curve:
-        """The part from that share of its points on."""
-        cut = int(share * len(self.x))
+    def since(self, begin: float) -> Curve:
+        """The part from that x on."""
+        cut = bisect.bisect_left(self.x, begin)
         return Curve(self.x[cut:], self.y[cut:], self.low[cut:], self.high[cut:], self.seeds)
 
-    def series(self, css: str, name: str, *, dots: bool = False) -> Series:
+    def series(self, css: str, name: str, *, dots: bool = False, band: bool = True) -> Series:
         """As a line with a band; no band for one seed."""
-        band = self.seeds > 1
+        band = band and self.seeds > 1
         return Series(css, name, self.x, self.y, self.low if band else (), self.high if band else (), dots)
+
+
+def drawn(found: Comparison) -> list[Arm]:
+    """The arms that charts show; one that trains another network would only set their scale."""
+    return [arm for arm in found.arms if arm.same_student]
 
 
 def styles(found: Comparison) -> dict[str, str]:
     """Arm -> its CSS class; the control is a0, which is grey."""
-    first = 0 if found.controls else 1
-    return {arm.label: f"a{i + first}" for i, arm in enumerate(found.arms)}
+    first, last = 0 if found.controls else 1, [arm for arm in found.arms if not arm.same_student]
+    return {arm.label: f"a{i + first}" for i, arm in enumerate([*drawn(found), *last])}
 
 
 def shown(arm: Arm) -> tuple[RunRecord, ...]:
@@ -133,15 +140,16 @@ def overlay(
     begin: float = 0.0,
     size: tuple[int, int] = (480, 270),
 ) -> Figure | None:
-    """One chart with a line an arm, from the share ``begin`` of the run on; None where no arm has the quantity."""
-    css, series, told = styles(found), [], []
-    x = "epoch" if stream == "epochs" else "step"
-    for arm in found.arms:
-        drawn = curve(shown(arm), stream, x, get)
-        if drawn is not None:
-            drawn = drawn.since(begin)
-            series.append(drawn.series(css[arm.label], arm.label, dots=stream == "epochs" and len(drawn.x) <= 60))
-            told.append(f"{arm.label} ends at {drawn.y[-1]:.4g}")
+    """One chart with a line an arm, from the share ``begin`` of the longest run on; None where no arm has it."""
+    css, x = styles(found), "epoch" if stream == "epochs" else "step"
+    curves = {arm.label: c for arm in drawn(found) if (c := curve(shown(arm), stream, x, get)) is not None}
+    end = max((c.x[-1] for c in curves.values()), default=0.0)
+    curves = {label: c for label, whole in curves.items() if (c := whole.since(begin * end)).x}
+    series, told, few = [], [], len(curves) <= BANDED
+    for label, line in curves.items():
+        dots = stream == "epochs" and len(line.x) <= 60
+        series.append(line.series(css[label], label, dots=dots, band=few))
+        told.append(f"{label} ends at {line.y[-1]:.4g}")
     if not series:
         return None
     svg = charts.lines(
@@ -155,7 +163,7 @@ def result(found: Comparison) -> Section:
     metric, css = found.metric, styles(found)
     factor = 100.0 if metric.fraction else 1.0
     rows = []
-    for arm in found.arms:
+    for arm in drawn(found):
         if arm.mean is not None:
             marks = [
                 Mark(factor * v, "", f"seed {seed}: {metric.show(v)}{metric.unit}") for seed, v in arm.last.items()
@@ -209,13 +217,18 @@ def learning(found: Comparison) -> Section:
     levels = [] if taught is None else [(100 * taught, TEACHER, "teacher")]
     figures = [
         overlay(found, "score", name, get, y_label=unit, levels=levels),
-        overlay(found, "score-late", f"{name}, second half", get, y_label=unit, levels=levels, begin=0.5),
+        overlay(found, "score-late", f"{name}, second half", get, y_label=unit, begin=0.5),
         overlay(found, "loss-train", "Loss in training", inside("loss"), y_label="log scale", log=True),
     ]
     if metric.key != "loss":
         title = f"{split.capitalize()} cross entropy"
         nats = overlay(found, "loss-scored", title, inside(split, "loss"), y_label="nats, log scale", log=True)
         figures.insert(2, nats)
+    if metric.key == "accuracy":
+        top5 = percent(inside(split, "top5"))
+        figures.append(
+            overlay(found, "top5", f"{split.capitalize()} top-5 accuracy", top5, y_label="top-5 accuracy, %")
+        )
     return Section(
         "learning",
         "Learning",
@@ -244,12 +257,11 @@ def agreement(found: Comparison) -> Section:
         lambda line: percent(inside("test", "agreement"))(line) or percent(inside("validation", "agreement"))(line),
         y_label="agreement, %",
     )
-    two = overlay(found, "top5", "Top-5 accuracy", percent(inside("test", "top5")), y_label="top-5 accuracy, %")
     return Section(
         "agreement",
         "Agreement with the teacher",
         "The share of examples on which student and teacher predict the same class, right or wrong.",
-        [f for f in (one, two) if f is not None] if one is not None else [],
+        [] if one is None else [one],
         missing="No run was scored beside a teacher.",
     )
 
@@ -257,7 +269,7 @@ def agreement(found: Comparison) -> Section:
 def terms(found: Comparison) -> Section:
     """Each named part of the loss over steps."""
     names: dict[str, None] = {}
-    for arm in found.arms:
+    for arm in drawn(found):
         for run in shown(arm):
             for line in run.steps:
                 names |= dict.fromkeys(line.get("terms") or {})

@@ -9,8 +9,9 @@ from typing import Any
 
 from tempering.reports import charts
 from tempering.reports.charts import Bins, Mark, Strip
-from tempering.reports.compare import Arm, Comparison, mean
-from tempering.reports.figures import TEACHER, Figure, Section, shown, styles
+from tempering.reports.compare import Arm, Comparison
+from tempering.reports.figures import TEACHER, Figure, Section, drawn, shown, styles
+from tempering.reports.intervals import mean
 from tempering.reports.read import RunRecord, number
 
 MOST = 20  # classes shown one by one
@@ -20,12 +21,12 @@ PAIRS = 8  # confusions shown of an arm
 def calibration(found: Comparison) -> Section:
     """A reliability diagram of every arm, student over teacher, and both errors."""
     figures = []
-    for i, arm in enumerate(found.arms):
+    for i, arm in enumerate(drawn(found)):
         own = styles(found)[arm.label]
         sides = [
             Bins(css, f"{arm.label}: {side}", points)
-            for side, css in (("teacher", TEACHER), ("student", own))
-            if (points := _pooled(shown(arm), side))
+            for side, css, runs in (("teacher", TEACHER, _teachers(shown(arm))), ("student", own, shown(arm)))
+            if (points := _pooled(runs, side))
         ]
         if not sides:
             continue
@@ -38,7 +39,8 @@ def calibration(found: Comparison) -> Section:
         "calibration",
         "Calibration",
         "Confidence against accuracy. On the diagonal a model is as sure as it is right; below it, too sure. "
-        "Seeds pooled; a dot is as large as its bin is full. ECE: expected calibration error, 15 bins.",
+        f"Seeds pooled; a dot is as large as its bin is full, and no line goes through bins of fewer than {charts.FEW} "
+        "examples. ECE: expected calibration error, mean over seeds.",
         figures,
         missing="No run wrote an analysis.",
         many=True,
@@ -47,8 +49,8 @@ def calibration(found: Comparison) -> Section:
 
 def classes(found: Comparison) -> Section:
     """Accuracy class by class, arms beside the teacher, and what changed; of many classes those that changed most."""
-    means = {arm.label: values for arm in found.arms if (values := _per_class(shown(arm), "student"))}
-    taught = next((v for arm in found.arms if (v := _per_class(shown(arm), "teacher"))), [])
+    means = {arm.label: values for arm in drawn(found) if (values := _per_class(shown(arm), "student"))}
+    taught = next((v for arm in drawn(found) if (v := _per_class(shown(arm), "teacher"))), [])
     if not means:
         return Section("classes", "Classes", "", missing="No run wrote an analysis.")
     main, base = _pair(found, means)
@@ -135,7 +137,7 @@ class Confusions:
 def confusions(found: Comparison) -> list[Confusions]:
     """Of each arm the pairs (true, predicted) whose counts differ most, as means over the seeds that list them."""
     names, css, out = _names(found), styles(found), []
-    for arm in found.arms:
+    for arm in drawn(found):
         listed: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
         runs = [run for run in shown(arm) if (run.analysis or {}).get("confusions")]
         for run in runs:
@@ -177,12 +179,17 @@ def _pooled(runs: Sequence[RunRecord], side: str) -> list[tuple[float, float, fl
         for one in bins:
             count = number(one.get("count"))
             confidence, accuracy = number(one.get("confidence")), number(one.get("accuracy"))
-            if count and confidence is not None and accuracy is not None:
+            if count and count > 0 and confidence is not None and accuracy is not None:
                 sums = pooled.setdefault(float(one["low"]), [0.0, 0.0, 0.0])
                 sums[0] += count * confidence
                 sums[1] += count * accuracy
                 sums[2] += count
     return [(c / n, a / n, n) for _, (c, a, n) in sorted(pooled.items())]
+
+
+def _teachers(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """One run of each teacher: seeds that share it would only count its answers again."""
+    return list({run.of("teacher").get("identity"): run for run in reversed(runs)}.values())
 
 
 def _per_class(runs: Sequence[RunRecord], side: str) -> list[float | None]:
@@ -202,4 +209,4 @@ def _names(found: Comparison) -> list[str]:
 
 
 def _name(names: Sequence[str], k: int) -> str:
-    return names[k] if k < len(names) else f"class {k}"
+    return names[k] if 0 <= k < len(names) else f"class {k}"

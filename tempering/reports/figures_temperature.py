@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from tempering.reports import charts
 from tempering.reports.charts import Series
 from tempering.reports.compare import Arm, Comparison
-from tempering.reports.figures import SMALL, TEACHER, Curve, Figure, Section, curve, inside, overlay, shown, styles
+from tempering.reports.figures import (
+    SMALL,
+    TEACHER,
+    Curve,
+    Figure,
+    Section,
+    curve,
+    drawn,
+    inside,
+    overlay,
+    shown,
+    styles,
+)
 from tempering.reports.read import RunRecord, number
 
+COUNTS = {
+    "fallback": ("Rows that fell back", "Their equation has no usable solution, so both sides got the reference."),
+    "clamped": ("Rows held at the reach", "Their solution lies further from the reference than the policy may go."),
+}
+Bands = list[tuple[str, str, Curve, Curve | None, Curve | None]]
 SIDES = (("T_teacher", TEACHER, "teacher"), ("T_student", "", "student"))
 
 
 def temperatures(found: Comparison) -> Section:
     """Both temperatures of every arm whose policy moves them, and the gap they are to close."""
-    dynamic = [arm for arm in found.arms if is_dynamic(shown(arm))]
-    limits = _limits(dynamic)
-    figures = [_over_steps(found, arm, limits) for arm in dynamic]
+    dynamic = [arm for arm in drawn(found) if is_dynamic(shown(arm))]
+    bands = [_bands(arm) for arm in dynamic]
+    limits = _limits(bands)
+    figures = [_over_steps(found, arm, own, limits) for arm, own in zip(dynamic, bands, strict=True)]
     gap = overlay(
         found,
         "gap",
@@ -26,13 +46,19 @@ def temperatures(found: Comparison) -> Section:
         stream="steps",
         y_label="mean |gap|, log scale",
         caption="Mean distance of the two sides' log-sum-exp, logits centred, at the temperatures in use. "
-        "The exact solution keeps it at zero.",
+        "The exact solution keeps it at zero, but for rows that are held at the reach.",
         log=True,
         size=SMALL,
     )
     figures += [] if gap is None else [gap]
+    for name, (title, what) in COUNTS.items():
+        if any(number(inside("policy", name)(line)) for arm in dynamic for run in shown(arm) for line in run.steps):
+            share = partial(_share, name)
+            label = "% of a batch"
+            held = overlay(found, name, title, share, stream="steps", y_label=label, caption=what, size=SMALL)
+            figures += [] if held is None else [held]
     figures += [f for arm in dynamic if (f := _by_difficulty(found, arm)) is not None]
-    constant = [f"{arm.label} at {value:g}" for arm in found.arms if (value := _constant(shown(arm))) is not None]
+    constant = [f"{arm.label} at {value:g}" for arm in drawn(found) if (value := _constant(shown(arm))) is not None]
     lead = "What the policy gave each side. Line: mean over rows; band: 5 to 95 % of the rows of a batch."
     return Section(
         "temperatures",
@@ -42,6 +68,18 @@ def temperatures(found: Comparison) -> Section:
         missing="No arm of these runs has a temperature.",
         many=True,
     )
+
+
+def _share(name: str, line: Mapping[str, Any]) -> float | None:
+    """The share of a logged batch that the policy counted under ``name``, in percent."""
+    count, rows = number(inside("policy", name)(line)), _rows(line)
+    return None if count is None or not rows else 100 * count / rows
+
+
+def _rows(line: Mapping[str, Any]) -> float:
+    """How many rows a line of steps.jsonl is about; 0 where it does not say."""
+    speed, took = number(line.get("rows_per_second")), number(line.get("step_ms"))
+    return 0.0 if speed is None or took is None else speed * took / 1000
 
 
 def is_dynamic(runs: Sequence[RunRecord]) -> bool:
@@ -62,7 +100,7 @@ def _numbers(side: object) -> list[float]:
     return [v for x in side.values() if (v := number(x)) is not None] if isinstance(side, dict) else []
 
 
-def _bands(arm: Arm) -> list[tuple[str, str, Curve, Curve | None, Curve | None]]:
+def _bands(arm: Arm) -> Bands:
     """(class, name, mean, 5 %, 95 %) of each side over steps, all means over seeds."""
     out = []
     for side, css, name in SIDES:
@@ -72,15 +110,15 @@ def _bands(arm: Arm) -> list[tuple[str, str, Curve, Curve | None, Curve | None]]
     return out
 
 
-def _limits(arms: Sequence[Arm]) -> tuple[float, float] | None:
+def _limits(arms: Sequence[Bands]) -> tuple[float, float] | None:
     """One range for all arms, so that they compare at a glance."""
     values = [
         v
-        for arm in arms
-        for _, _, *curves in _bands(arm)
-        for drawn in curves
-        if drawn is not None
-        for v in drawn.y
+        for bands in arms
+        for _, _, *curves in bands
+        for one in curves
+        if one is not None
+        for v in one.y
         if v is not None
     ]
     if not values:
@@ -89,9 +127,9 @@ def _limits(arms: Sequence[Arm]) -> tuple[float, float] | None:
     return max(0.0, min(values) - air), max(values) + air
 
 
-def _over_steps(found: Comparison, arm: Arm, limits: tuple[float, float] | None) -> Figure:
+def _over_steps(found: Comparison, arm: Arm, bands: Bands, limits: tuple[float, float] | None) -> Figure:
     own, series, told = styles(found)[arm.label], [], []
-    for css, name, mean, low, high in _bands(arm):
+    for css, name, mean, low, high in bands:
         banded = low is not None and high is not None and low.x == mean.x == high.x
         band = (low.y, high.y) if banded and low is not None and high is not None else ((), ())
         series.append(Series(css or own, f"{arm.label}: {name}", mean.x, mean.y, *band, text=name))
@@ -112,10 +150,9 @@ def _fallbacks(runs: Sequence[RunRecord]) -> str:
         for run in runs:
             for line in run.steps:
                 count = number((line.get("policy") or {}).get(name))
-                speed, took = number(line.get("rows_per_second")), number(line.get("step_ms"))
                 if count is not None:
                     counts.append(count)
-                    rows += speed * took / 1000 if speed is not None and took is not None else 0.0
+                    rows += _rows(line)
         if counts:
             total = sum(counts)
             share = f" ({100 * total / rows:.2g} % of the rows logged)" if rows and total else ""

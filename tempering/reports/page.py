@@ -14,6 +14,8 @@ from tempering.reports.read import RunRecord, number
 
 HERE = Path(__file__).parent
 LIMIT = 2_000_000  # bytes: what a mail takes and a browser opens at once
+COLOURS = 6  # of page.css, beside the control's grey
+DASHES = ("none", "8 3", "8 3 2 3", "2 3")
 
 
 def write_page(
@@ -70,9 +72,10 @@ def render(runs: Sequence[RunRecord], *, title: str | None = None, control: str 
         verdict=said[0],
         more=said[1:],
         cards=_cards(found),
-        arms=[(css[arm.label], arm.label, arm.n == 0) for arm in found.arms],
-        columns=table.columns(found),
-        rows=[(css[arm.label], table.cells(found, arm)) for arm in found.arms],
+        arms=[(css[arm.label], arm.label, arm.n == 0) for arm in figures.drawn(found)],
+        colours=[_colour(name) for name in css.values()],
+        columns=list(table.cells(found, found.arms[0])),
+        rows=[(css[arm.label], list(table.cells(found, arm).values())) for arm in found.arms],
         reading=words.reading(found),
         sections={section.key: section for section in sections},
         confusions=figures_analysis.confusions(found),
@@ -80,6 +83,12 @@ def render(runs: Sequence[RunRecord], *, title: str | None = None, control: str 
         style=Svg((HERE / "page.css").read_text(encoding="utf-8")),
     )
     return text + "\n"
+
+
+def _colour(css: str) -> tuple[str, int, str]:
+    """(class, colour, dashes) of an arm: the first is grey, six have colours, those after them these again, dashed."""
+    turn, colour = divmod(int(css[1:]) - 1, COLOURS) if css != "a0" else (0, -1)
+    return css, colour + 1, DASHES[min(turn, len(DASHES) - 1)]
 
 
 def _title(found: Comparison) -> str:
@@ -106,23 +115,18 @@ def _subtitle(found: Comparison) -> str:
 def _cards(found: Comparison) -> list[dict[str, str]]:
     """The few numbers to take home: teacher, control, best arm, and how much of the way between them it went."""
     metric, cards = found.metric, []
-    control = next((arm for arm in found.arms if arm.label in found.controls[:1] and arm.mean is not None), None)
-    best = next((arm for arm in found.ranked if arm is not control), None)
+    controls = [arm for arm in found.arms if arm.label in found.controls and arm.mean is not None]
+    best = next((arm for arm in found.ranked if arm not in controls), None)
     taught = figures.teacher_accuracy(found) if metric.key == "accuracy" else None
     name = metric.name.replace("/", " ")
-    for arm in (control, best):
-        if arm is not None:
-            role = (
-                "control"
-                if arm is control
-                else ("best arm" if arm is found.ranked[0] else "best of the rest")
-                if control
-                else "highest mean"
-            )
-            value = f"{metric.show(arm.mean)}{metric.unit}"
-            cards.append({"value": value, "what": arm.label, "note": f"{name}, {role}"})
+    for arm in [*controls, *([] if best is None else [best])]:
+        role = "best arm" if arm is found.ranked[0] else "best of the rest" if controls else "highest mean"
+        value = f"{metric.show(arm.mean)}{metric.unit}"
+        note = f"{name}, {'control' if arm in controls else role}"
+        cards.append({"value": value, "what": arm.label, "note": note})
     if taught is not None:
         cards.append({"value": f"{metric.show(taught)}{metric.unit}", "what": "teacher", "note": name})
+    control = next((arm for arm in controls if arm.label == found.controls[0]), None)
     low, high = (None if arm is None else arm.mean for arm in (control, best))
     if control and taught is not None and low is not None and high is not None and low < min(taught, high):
         share = (high - low) / (taught - low)
@@ -131,7 +135,7 @@ def _cards(found: Comparison) -> list[dict[str, str]]:
     small, large = _sizes(found)
     if cards and small and large:
         note = f"{_count(small)} parameters, the teacher has {_count(large)}"
-        cards.append({"value": f"{large / small:.1f}\u00d7", "what": "smaller", "note": note})
+        cards.append({"value": f"{large / small:.3g}\u00d7", "what": "smaller", "note": note})
     return cards
 
 

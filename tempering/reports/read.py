@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tempering.reports.shape import misfit
+
 FORMAT = 1
 # a path that starts at the root of a machine, up to its last part; not the slashes of an address or a relative path
 MACHINE_PATH = re.compile(r"(?<![\w.~/:-])/(?:[^\s/'\"=,]+/)+")
@@ -61,8 +63,9 @@ class RunRecord:
         return "/".join(self.source.absolute().parts[-2:])
 
     def of(self, part: str) -> dict[str, Any]:
-        """A part of the facts, such as "student"; {} where it is null or not there."""
-        return self.facts.get(part) or {}
+        """A part of the facts, such as "student"; {} where it is null, not there, or has no parts itself."""
+        value = self.facts.get(part)
+        return value if isinstance(value, dict) else {}
 
     def score(self, metric: str, which: str = "last") -> float | None:
         """The result by its name, such as "test/accuracy", last or best; None where there is no such finite number."""
@@ -92,16 +95,14 @@ def load_run(path: str | Path) -> RunRecord:
         raise FileNotFoundError(
             f"{path} holds no run: there is no facts.json. Give a folder that a run wrote to (its out=), or one above."
         )
-    facts = _object(path / "facts.json")
-    _check_facts(facts, path / "facts.json")
     analysis = path / "analysis.json"
-    return RunRecord(
-        path,
-        facts,
-        epochs=_lines(path / "epochs.jsonl"),
-        steps=_lines(path / "steps.jsonl"),
-        analysis=_object(analysis) if analysis.is_file() else None,
-    )
+    content = {
+        "facts": _object(path / "facts.json"),
+        "epochs": _lines(path / "epochs.jsonl"),
+        "steps": _lines(path / "steps.jsonl"),
+        "analysis": _object(analysis) if analysis.is_file() else None,
+    }
+    return _record(path, content, path / "facts.json")
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Path]:
@@ -176,13 +177,20 @@ def read_cell(path: str | Path) -> RunRecord:
     if cell.get("format") != FORMAT:
         raise ValueError(f"{path} has format {cell.get('format')!r}; this version reads format {FORMAT}.")
     _check_seal(cell, path)
-    _check_facts(cell["facts"], path)
-    return RunRecord(path, cell["facts"], cell["epochs"], cell["steps"], cell["analysis"])
+    return _record(path, cell, path)
 
 
 def canonical(value: object) -> str:
     """The one way to write ``value`` as JSON: keys sorted, no spaces, floats by their shortest exact form."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _record(source: Path, content: Mapping[str, Any], path: Path) -> RunRecord:
+    _check_facts(content.get("facts"), path)
+    parts = {part: content.get(part) for part in ("facts", "epochs", "steps", "analysis")}
+    if wrong := misfit(parts):
+        raise ValueError(f"{path.parent if path.name == 'facts.json' else path}: {wrong}. Was it edited by hand?")
+    return RunRecord(source, **{part: value for part, value in parts.items() if value is not None})
 
 
 def _hash(content: Mapping[str, Any]) -> str:
@@ -191,11 +199,14 @@ def _hash(content: Mapping[str, Any]) -> str:
 
 
 def _check_seal(cell: Mapping[str, Any], path: Path) -> None:
-    made = _hash(cell)
+    try:
+        made = _hash(cell)
+    except ValueError:
+        made = "none, a number in it is not finite,"
     if cell.get("sha256") != made:
         raise ValueError(
-            f"{path} was edited: its content has sha256 {made[:12]}..., and the seal says "
-            f"{str(cell.get('sha256'))[:12]}... A record is not changed by hand; pack the run again, or "
+            f"{path} was edited: its content has sha256 {made}, and the seal says "
+            f"{cell.get('sha256')}. A record is not changed by hand; pack the run again, or "
             "take the file back from git."
         )
 
@@ -241,7 +252,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _broken(path: Path, line: int, why: str) -> str:
-    return f"{path}, line {line}, is not the JSON of a record: {why}. Was it edited by hand, or is the disk full?"
+    return f"{path}, line {line}, is not the JSON of a record: {why}. Was it cut short or edited by hand?"
 
 
 def _below(path: Path) -> list[Path]:
@@ -258,10 +269,11 @@ def _below(path: Path) -> list[Path]:
 
 
 def _is_cell(path: Path) -> bool:
+    """Whether a .json file is a packed run; one that is no JSON may have been one, and is not passed over."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except json.JSONDecodeError as error:
+        raise ValueError(_broken(path, error.lineno, error.msg)) from error
     return isinstance(value, dict) and value.get("kind") == "cell"
 
 

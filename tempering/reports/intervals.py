@@ -1,0 +1,112 @@
+"""Mean, spread, and the interval of a difference: what these seeds say, and what they could have said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+LEVEL = 0.95  # of every interval, two-sided
+POWER = 0.8  # of ``Difference.detectable``
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Arm minus control.
+
+    Attributes:
+        mean: the difference.
+        half: half-width of its 95 % t interval, so the smallest difference that would have been shown at this spread;
+            None where there are too few seeds for one, or where they do not differ at all: scores are counts of a test
+            set, and a t interval of no width would be certainty out of a coincidence.
+        n: pairs, or the runs of the smaller arm where it is not paired.
+        paired: whether runs of the same seed were subtracted; else it is Welch's interval of two independent means.
+        freedom: degrees of freedom of the interval, 0 where there is none.
+        each: seed -> its difference, where paired.
+    """
+
+    mean: float
+    half: float | None
+    n: int
+    paired: bool
+    freedom: float = 0.0
+    each: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> bool:
+        """Whether the interval excludes zero."""
+        return self.half is not None and abs(self.mean) > self.half
+
+    @property
+    def detectable(self) -> float | None:
+        """The true difference that 80 % of such experiments would show at this spread; None without an interval.
+
+        Source: the power of the t test by the noncentral t distribution.
+        """
+        return self.half and self.half * _needed(self.freedom)
+
+
+def difference(arm: Mapping[int, float], control: Mapping[int, float]) -> Difference | None:
+    """Arm minus control over seeds: paired where two seeds or more are in both, else Welch's; None where one is empty.
+
+    Source: Welch (1947), "The generalization of Student's problem when several different population variances are
+    involved", for the interval of unpaired seeds.
+    """
+    common = sorted(set(arm) & set(control))
+    if len(common) >= 2 or (len(arm) == len(control) == len(common) == 1):
+        each = {seed: arm[seed] - control[seed] for seed in common}
+        gaps = list(each.values())
+        spread, freedom = deviation(gaps), len(gaps) - 1
+        half = _quantile(freedom) * spread / math.sqrt(len(gaps)) if spread else None
+        return Difference(math.fsum(gaps) / len(gaps), half, len(gaps), True, freedom if half else 0.0, each)
+    a, b = list(arm.values()), list(control.values())
+    if not a or not b:
+        return None
+    gap = math.fsum(a) / len(a) - math.fsum(b) / len(b)
+    sa, sb = deviation(a), deviation(b)
+    n = min(len(a), len(b))
+    if sa is None or sb is None or not (sa or sb):
+        return Difference(gap, None, n, False)
+    va, vb = sa**2 / len(a), sb**2 / len(b)
+    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
+    return Difference(gap, _quantile(freedom) * math.sqrt(va + vb), n, False, freedom)
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """The mean; None of nothing."""
+    return math.fsum(values) / len(values) if values else None
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """Sample standard deviation (n - 1), 0 where they agree but for rounding; None of fewer than two."""
+    if len(values) < 2:
+        return None
+    middle = math.fsum(values) / len(values)
+    spread = math.sqrt(math.fsum((v - middle) ** 2 for v in values) / (len(values) - 1))
+    return spread if spread > 1e-12 * max(1.0, *map(abs, values)) else 0.0
+
+
+@lru_cache
+def _needed(freedom: float) -> float:
+    """The true difference, in half-widths of the interval, at which it excludes zero with probability ``POWER``."""
+    from scipy.optimize import brentq
+    from scipy.stats import nct
+
+    edge = _quantile(freedom)
+
+    def lacking(shift: float) -> float:
+        return float(nct.sf(edge, freedom, shift)) - POWER  # the tail on the other side adds less than 1e-6
+
+    root: Any = brentq(lacking, 0.0, 4.0 * edge)
+    return float(root) / edge
+
+
+def _quantile(freedom: float) -> float:
+    """Of Student's t distribution, two-sided at ``LEVEL``."""
+    try:
+        from scipy.stats import t
+    except ImportError as error:
+        raise ImportError("intervals need scipy: pip install 'tempering[report]'.") from error
+    return float(t.ppf(0.5 + LEVEL / 2, freedom))
