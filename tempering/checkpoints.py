@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 NAME = "step-{:08d}"
+OLD = ".replaced"  # a checkpoint that makes way for a newer one of its step
 STATE, TENSORS = "state.json", "tensors.safetensors"
+FORMAT = 1
 
 
 class BrokenCheckpoint(RuntimeError):
@@ -27,36 +29,32 @@ class BrokenCheckpoint(RuntimeError):
 def save(folder: Path, step: int, state: Mapping[str, Any], *, keep: int = 2) -> Path:
     """Write ``state`` (nested dicts and lists of tensors and plain values) as the checkpoint of ``step``.
 
-    It is written beside its place, flushed, and renamed, so a kill leaves the older ones whole. All but the newest
-    ``keep`` are removed.
+    It is written beside its place, flushed, and renamed, so a kill at any moment leaves a whole one. All but the
+    newest ``keep`` are removed.
 
     Raises:
         OSError: when it cannot be written, saying how much was needed; the older checkpoints stay.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    place, beside = folder / NAME.format(step), folder / (NAME.format(step) + ".partial")
+    place = folder / NAME.format(step)
+    beside, old = place.with_name(place.name + ".partial"), place.with_name(place.name + OLD)
     tensors: dict[str, Tensor] = {}
     plain = _part(state, "", tensors)
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        beside.mkdir()
+        beside.mkdir(parents=True)
         _write_tensors(beside / TENSORS, tensors)
-        digest = _sha256(beside / TENSORS)
-        text = json.dumps({"format": 1, "step": step, TENSORS: digest, "state": plain})
-        _write(beside / STATE, text.encode())
-        shutil.rmtree(place, ignore_errors=True)
+        record = {"format": FORMAT, "step": step, TENSORS: _sha256(beside / TENSORS), "state": plain}
+        _write(beside / STATE, json.dumps({**record, "sha256": _digest(record)}).encode())
+        if place.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+            place.rename(old)
         beside.rename(place)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
-        raise OSError(
-            error.errno,
-            f"cannot write the checkpoint of step {step} ({size / 2**20:.1f} MB) under {folder}: {error.strerror}. "
-            "Free some space there, or give another out=; older checkpoints are untouched, and the run resumes from "
-            "them when it is started again.",
-        ) from error
-    for old in sorted(found(folder))[:-keep]:
-        shutil.rmtree(folder / NAME.format(old), ignore_errors=True)
+        raise _unwritten(f"the checkpoint of step {step}", tensors, folder, error) from error
+    gone = [NAME.format(step) for step in sorted(found(folder))[:-keep]]
+    for name in (old.name, *gone, *(f"{name}{OLD}" for name in gone), *(p.name for p in folder.glob("*.partial"))):
+        shutil.rmtree(folder / name, ignore_errors=True)
     return place
 
 
@@ -64,8 +62,8 @@ def found(folder: Path) -> list[int]:
     """The steps that have a checkpoint here, in no order."""
     if not folder.is_dir():
         return []
-    matches = (re.fullmatch(r"step-(\d{8,})", p.name) for p in folder.iterdir())
-    return [int(m.group(1)) for m in matches if m]
+    matches = (re.fullmatch(rf"step-(\d{{8,}})({re.escape(OLD)})?", p.name) for p in folder.iterdir())
+    return list({int(m.group(1)) for m in matches if m})
 
 
 def load(folder: Path) -> dict[str, Any] | None:
@@ -78,25 +76,43 @@ def load(folder: Path) -> dict[str, Any] | None:
     if not steps:
         return None
     place = folder / NAME.format(max(steps))
+    if not place.is_dir():
+        place = place.with_name(place.name + OLD)
     try:
-        record = json.loads((place / STATE).read_bytes())
-        whole = record["format"] == 1 and _sha256(place / TENSORS) == record[TENSORS]
-        reason = "its tensors are not those it was written with (truncated or edited)"
-        tensors = _read_tensors(place / TENSORS) if whole else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        whole, reason, tensors, record = False, f"it cannot be read ({error})", {}, {}
-    if not whole:
+        return _read(place)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         rest = [s for s in steps if s != max(steps)]
         older = f"from step {max(rest)}" if rest else "from the start: there is no older one"
-        raise BrokenCheckpoint(f"the checkpoint {place} is broken: {reason}. Remove that folder to resume {older}.")
-    return _whole(record["state"], tensors)
+        raise BrokenCheckpoint(
+            f"the checkpoint {place} is broken: {error}. Remove that folder to resume {older}."
+        ) from error
+
+
+def _read(place: Path) -> dict[str, Any]:
+    """The state in one checkpoint, each file compared with its hash."""
+    record = json.loads((place / STATE).read_bytes())
+    if record.pop("sha256") != _digest(record):
+        raise ValueError(f"{STATE} is not as it was written (edited)")
+    if record["format"] != FORMAT:
+        raise ValueError(f"its format is {record['format']!r}, and this version reads {FORMAT}")
+    if _sha256(place / TENSORS) != record[TENSORS]:
+        raise ValueError(f"{TENSORS} is not as it was written (truncated or edited)")
+    return _whole(record["state"], _read_tensors(place / TENSORS))
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Weights alone as one safetensors file, written beside and renamed."""
+    """Weights alone as one safetensors file, written beside and renamed.
+
+    Raises:
+        OSError: when it cannot be written; an older file stays.
+    """
     beside = path.with_name(path.name + ".partial")
-    _write_tensors(beside, {name: t.detach() for name, t in tensors.items()})
-    beside.replace(path)
+    try:
+        _write_tensors(beside, {name: t.detach() for name, t in tensors.items()})
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise _unwritten(f"the weights {path.name}", tensors, path.parent, error) from error
 
 
 def gather(student: nn.Module, method: nn.Module | None, optimizer: Any) -> dict[str, Any]:
@@ -214,11 +230,24 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(str(error)) from error
 
 
+def _unwritten(what: str, tensors: Mapping[str, Tensor], folder: Path, error: OSError) -> OSError:
+    size = sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20
+    return OSError(
+        error.errno,
+        f"cannot write {what} ({size:.1f} MB) under {folder}: {error.strerror}. Free some space there, or give another "
+        "out=; older checkpoints are untouched, and the run resumes from them when it is started again.",
+    )
+
+
 def _write(path: Path, data: bytes) -> None:
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

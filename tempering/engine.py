@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tempering.loop import CHECK_ONLY, CheckedOnly, Loop
 from tempering.methods.base import Method
+from tempering.searching import SEARCHING
 from tempering.settings import Run, Settings
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
@@ -60,7 +61,8 @@ def distill(
     Args:
         student: the net that is trained, in place.
         teacher: a module (wrapped in ``teachers.Live``), a Teacher, or None for a method that looks at none.
-        batches: training batches, walked anew every epoch.
+        batches: training batches, walked anew every epoch. With several processes a batch of ``tempering.data.Batches``
+            is shared out to them; the batches of a DataLoader are each process's own.
         method: the loss, with its temperature policy.
         task: how batches become rows; None is Classification().
         optimizer: parameter groups -> optimizer; groups of the method's own parameters follow the student's.
@@ -72,22 +74,27 @@ def distill(
         seed: of the order, augmentation and dropout of every epoch; initialise the student before.
         accumulate: batches in one step. The loss is the mean over all of them, however they are split.
         clip: largest norm of the gradient.
-        precision, accelerator, devices, strategy: Fabric's; strategy "fsdp" is FSDP2.
+        precision, accelerator, devices, strategy: Fabric's; strategy "fsdp" is FSDP2, and leaves the student sharded.
+            With several devices the script runs once for each; parameters are as with one and the same batch.
         compile: compile the student's forward.
-        checkpoint_every: steps between checkpoints within an epoch; there is one at every epoch's end.
+        checkpoint_every: steps between checkpoints within an epoch; there is one at every epoch's end. A run killed at
+            any moment goes on from the last one, to the same bits.
         keep: how many checkpoints stay.
         patience: evaluations without a better score after which to stop.
         resume: False begins again and removes what ``out`` holds of an earlier run.
         loggers: "tensorboard", "csv", "wandb", or Fabric loggers.
         selfcheck: look at the first batch before training.
         facts: more for facts.json, such as "label" and "data".
-        on_step: called after every step with its number (from 0) and its loss, ().
+        on_step: called after every step with its number (from 0) and its loss, (); with several processes, the mean
+            over them is the step's loss.
 
     Raises:
-        ValueError: for settings that do not fit together, or an ``out`` that holds another run.
+        ValueError: for settings that do not fit together, a method that a split of the step would change, or an
+            ``out`` that holds another run.
         SelfCheckFailed: when the first batch shows that the run would be wrong.
         BrokenCheckpoint: when the newest checkpoint is truncated or edited.
         FloatingPointError: when the loss is no number.
+        OSError: when there is no space for a checkpoint; the earlier ones stay.
     """
     settings = Settings(
         steps=steps,
@@ -109,18 +116,38 @@ def distill(
         selfcheck=selfcheck,
         quiet=quiet,
     )
-    if task is None:
-        from tempering.tasks.classification import Classification
-
-        task = Classification()
-    loop = Loop(student, _teacher(teacher, method), method, task, settings, folder=None if out is None else Path(out))
-    loop.set_up(batches, optimizer, schedule, loggers, evaluations={"validation": validation, "test": test})
+    taught, folder = _teacher(teacher, method, batches), None if out is None else Path(out)
+    loop = Loop(student, taught, method, _task(task), settings, folder=folder)
+    loop.set_up(batches, optimizer, schedule, loggers, evaluations=_evaluations(validation, test))
     loop.on_step = on_step
     return loop.run(dict(facts or {}))
 
 
-def _teacher(teacher: nn.Module | Teacher | None, method: Method) -> Teacher | None:
+def _task(task: Task | None) -> Task:
+    if task is not None:
+        return task
+    from tempering.tasks.classification import Classification
+
+    return Classification()
+
+
+def _evaluations(validation: Iterable[Any] | None, test: Iterable[Any] | None) -> dict[str, Iterable[Any] | None]:
+    """The splits that are scored; in a search the validation split alone."""
+    if not SEARCHING.get():
+        return {"validation": validation, "test": test}
+    if validation is None:
+        raise ValueError(
+            "a search scores its trials on a validation split, so that the test split stays unseen, and this run has "
+            "none. Give the recipe one, such as --validation=5000."
+        )
+    return {"validation": validation}
+
+
+def _teacher(teacher: nn.Module | Teacher | None, method: Method, batches: Iterable[Any]) -> Teacher | None:
     if isinstance(teacher, Teacher):
+        known = getattr(batches, "identity", None) is not None  # somebody else's loader says nothing of its data
+        if known and (why := teacher.objection(batches)) is not None:
+            raise ValueError(why)
         return teacher
     if isinstance(teacher, nn.Module):
         from tempering.teachers.live import Live

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from tempering import checkpoints, records
 from tempering.methods.base import Method
+from tempering.ranks import of_every_rank
 from tempering.settings import At, Settings
 from tempering.teachers.base import Teacher
 
@@ -35,7 +36,7 @@ class Keeper:
     ) -> None:
         self.folder, self.fabric = folder, fabric
         self.student, self.method, self.optimizer = parts
-        self.key: dict[str, Any] = json.loads(json.dumps(key, default=str))
+        self.key: dict[str, Any] = json.loads(json.dumps(key, default=_said))
 
     def resume(self, *, begin_again: bool) -> tuple[At, dict[str, Any] | None]:
         """Where the newest checkpoint stands and this rank's random numbers; the start where there is none.
@@ -66,20 +67,17 @@ class Keeper:
                 )
         checkpoints.scatter(state, self.student, self.method, self.optimizer)
         self.fabric.strategy.precision.load_state_dict(state["precision"])
-        return At(**state["at"]), state["random"][self.fabric.global_rank]
+        random, loss_sum = state["ranks"][self.fabric.global_rank]
+        return replace(At(**state["at"]), loss_sum=loss_sum), random
 
     def save(self, at: At, *, keep: int) -> None:
         """A checkpoint of everything, where there is a folder."""
         if self.folder is None:
             return
-        randoms: list[Any] = [checkpoints.random_state()]
-        if self.fabric.world_size > 1:
-            randoms = [None] * self.fabric.world_size
-            torch.distributed.all_gather_object(randoms, checkpoints.random_state())
         state = {
             "key": json.dumps(self.key),
             "at": asdict(at),
-            "random": randoms,
+            "ranks": of_every_rank([checkpoints.random_state(), at.loss_sum], self.fabric),
             "precision": self.fabric.strategy.precision.state_dict(),
             **checkpoints.gather(self.student, self.method, self.optimizer),
         }
@@ -94,6 +92,11 @@ class Keeper:
         weights = checkpoints.gather(self.student, None, None)["student"]
         if self.fabric.is_global_zero:
             checkpoints.save_weights(self.folder / name, weights)
+
+
+def _said(value: Any) -> str:
+    """Anything as text that is the same in the next process: without addresses."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def key_of(

@@ -16,9 +16,25 @@ from torch import Tensor, nn
 from tempering.checkpoints import random_state, set_random_state
 from tempering.keeping import Keeper, facts_of, key_of
 from tempering.methods.base import Method, Step, StepMethod
+from tempering.ranks import alike, clip, mean_over_ranks, refuse_split, share_gradients, whole_mass
 from tempering.records import Recorder
 from tempering.rows import Rows, total
-from tempering.runtime import Display, Remembered, Stream, Tapped, fabric_for, grouped, measured, reseed
+from tempering.runtime import (
+    Display,
+    Remembered,
+    Stream,
+    Tapped,
+    apart,
+    fabric_for,
+    fits,
+    grouped,
+    may_differentiate,
+    measured,
+    not_finite,
+    on_cpu,
+    repeatable,
+    reseed,
+)
 from tempering.selfcheck import selfcheck as check_first_batch
 from tempering.settings import At, Run, Settings
 from tempering.tasks.base import Task, on
@@ -50,16 +66,10 @@ class Loop:
         self.at = At()
         self.on_step: Callable[[int, Tensor], None] | None = None
         self.resumed: dict[str, Any] | None = None
-        if isinstance(method, StepMethod) and method.needs_double_backward and settings.compile:
-            raise ValueError(
-                f"{type(method).__name__} differentiates twice, which torch.compile cannot. Leave out compile=True."
-            )
-        if method.is_relational() and settings.accumulate > 1:
-            raise ValueError(
-                f"{type(method).__name__} compares rows with each other, so its loss depends on how a step is split: "
-                f"accumulate={settings.accumulate} would change it. Use accumulate=1 and smaller batches, or a method "
-                "over single rows."
-            )
+        if isinstance(method, StepMethod):
+            fits(method, teacher, settings)
+        refuse_split(method, accumulate=settings.accumulate)
+        apart(student, teacher)
 
     def set_up(
         self,
@@ -80,28 +90,31 @@ class Loop:
             folder=self.folder,
         )
         self.world, self.first = self.fabric.world_size, self.fabric.is_global_zero
-        self.stream = Stream(batches, self.fabric)
+        refuse_split(self.method, world=self.world)
+        self.learners = self.method.learners()
+        for policy in self.learners:
+            batches = policy.feed(batches, self.teacher)
+        self.stream = Stream(batches, self.fabric, seed=s.seed)
         self.total_steps = s.steps or (s.epochs or 0) * math.ceil(len(self.stream) / s.accumulate)
         if not self.total_steps:
             raise ValueError(EMPTY)
         self.method.to(self.fabric.device)
-        self.learners = self.method.learners()
         if self.teacher is not None:
             self.teacher.to(self.fabric.device)
+        alike(self.student, self.fabric)
         compiled = torch.compile(self.student) if s.compile else self.student
         self.model = self.fabric.setup_module(compiled)  # pyright: ignore[reportArgumentType]
+        if isinstance(self.method, StepMethod):
+            may_differentiate(self.model, self.method)
+            self.method.meet(None if self.teacher is None else self.teacher.model)
         self.taps = Tapped.between(self.student, self.teacher, self.task.taps)
         self._prepare_method()
+        alike(self.method, self.fabric)
         groups = [{"params": [p for p in self.model.parameters() if p.requires_grad]}, *self.method.param_groups()]
         self.optimizer: Any = self.fabric.setup_optimizers(optimizer(groups))
         self.schedule = schedule
         self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
-        self.evaluations = {name: loader for name, loader in evaluations.items() if loader is not None}
-        self.taught = {} if self.teacher is None else {name: Remembered(self.teacher) for name in self.evaluations}
-        metric, self.higher = self.task.headline()
-        self.best_by = next((f"{name}/{metric}" for name in ("validation", "test") if name in self.evaluations), None)
-        if s.patience is not None and self.best_by is None:
-            raise ValueError("patience= stops by a score, and there is none: give validation=.")
+        self._set_up_scores(evaluations)
         self.recorder = Recorder(self.folder if self.first else None)
         key = key_of(
             self.student,
@@ -115,10 +128,22 @@ class Loop:
         )
         self.keeper = Keeper(self.folder, self.fabric, (self.student, self.method, self.optimizer), key)
 
+    def _set_up_scores(self, evaluations: Mapping[str, Iterable[Any] | None]) -> None:
+        """The splits that are scored, what the teacher says on them, and the score that chooses the best epoch."""
+        self.evaluations = {name: loader for name, loader in evaluations.items() if loader is not None}
+        for name, loader in self.evaluations.items():
+            repeatable(name, loader)
+        still = not (isinstance(self.method, StepMethod) and self.method.trains_teacher)
+        self.taught = {n: Remembered(self.teacher, still=still) for n in self.evaluations if self.teacher is not None}
+        metric, self.higher = self.task.headline()
+        self.best_by = next((f"{name}/{metric}" for name in ("validation", "test") if name in self.evaluations), None)
+        if self.settings.patience is not None and self.best_by is None:
+            raise ValueError("patience= stops by a score, and there is none: give validation=.")
+
     @torch.no_grad()
     def _prepare_method(self) -> None:
         """Let the method size what it trains on a first block of rows, before there is an optimizer."""
-        if type(self.method).prepare is Method.prepare:
+        if not self.method.wants_rows():
             return
         batch = self._first_batch()
         self.model.eval()
@@ -165,10 +190,10 @@ class Loop:
         s, at = self.settings, self.at
         reseed(s.seed, at.epoch, self.fabric.global_rank)
         stream = self.stream.epoch(at.epoch, at.batch)
-        if self.resumed is not None:
+        if self.resumed is not None and at.batch:
             # only now: the reseeding above gave a DataLoader the order it had before the interruption
             set_random_state(self.resumed)
-            self.resumed = None
+        self.resumed = None
         self.model.train()
         self.method.train()
         begun, loss_sum, begun_at = time.perf_counter(), at.loss_sum, at.step
@@ -180,28 +205,29 @@ class Loop:
             at.step, at.batch = at.step + 1, at.batch + len(group)
             at.seconds = seconds + time.perf_counter() - begun
             if s.checkpoint_every and at.step % s.checkpoint_every == 0:
-                at.loss_sum = float(loss_sum)
+                at.loss_sum = self._finite(float(loss_sum))
                 self.keeper.save(at, keep=s.keep)
             if at.step >= self.total_steps:
                 break
         if at.step == begun_at and not walked:
             raise ValueError(EMPTY)
         steps_walked = max(1, math.ceil(at.batch / s.accumulate))
-        mean_loss = self._mean_over_ranks(float(loss_sum) / steps_walked)
+        mean_loss = mean_over_ranks(self._finite(float(loss_sum)) / steps_walked, self.fabric)
         at.epoch, at.batch, at.loss_sum = at.epoch + 1, 0, 0.0
         if at.epoch % s.evaluate_every == 0 or at.step >= self.total_steps:
             self._evaluate(mean_loss)
         self.keeper.save(at, keep=s.keep)
 
     def _step(self, group: list[Any]) -> Tensor:
-        """One update of the weights from the micro-batches of ``group``; the loss of this rank's share, ()."""
+        """One update of the weights from the micro-batches of ``group``; the loss, (), whose mean over ranks counts."""
         at, progress = self.at, (self.at.step + 1) / self.total_steps
         if self.schedule is not None:
             factor = self.schedule(at.step / self.total_steps)
             for param_group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
                 param_group["lr"] = lr * factor
         group = [on(self.fabric.device, batch) for batch in group]
-        mass = self._mass(group)
+        alone = len(group) == 1 and self.world == 1
+        mass = {} if alone else whole_mass([self.task.mass(batch) for batch in group], self.fabric)
         summed: Tensor | None = None
         blocks: list[Rows] = []
         terms: list[Mapping[str, Tensor]] = []
@@ -213,12 +239,13 @@ class Loop:
                 ]
                 loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
                 # ranks are averaged by the strategy, and each has only its share of the one mean
-                self.fabric.backward(loss * self.world if self.world > 1 else loss)
+                loss = loss * self.world if self.world > 1 else loss
+                self.fabric.backward(loss)
             summed = loss.detach() if summed is None else summed + loss.detach()
         assert summed is not None
-        self._share_method_gradients()
+        share_gradients(self.method, self.fabric)
         if self.settings.clip is not None:
-            self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.settings.clip)
+            clip(self.optimizer, self.fabric, max_norm=self.settings.clip)
         self.optimizer.step()
         self._learn(group[-1], blocks[-1])
         self.optimizer.zero_grad(set_to_none=True)
@@ -239,45 +266,25 @@ class Loop:
     def _step_of(self, batch: Any, progress: float) -> Step:
         student_in, teacher_in, ids = self.task.inputs(batch)
         taught = (lambda inputs, ids: None) if self.teacher is None else self.teacher
+        attached = None if self.teacher is None else self.teacher.attached
         features = None if self.taps is None else self.taps.features
-        return Step(self.model, taught, student_in, teacher_in, ids, batch, progress, self.task.rows, features)
-
-    def _mass(self, group: list[Any]) -> dict[str, Tensor | float]:
-        """Block name -> weight of its rows in the whole step, all micro-batches and ranks; {} if one batch is all."""
-        if len(group) == 1 and self.world == 1:
-            return {}
-        summed: dict[str, Any] = {}
-        for batch in group:
-            for name, mass in self.task.mass(batch).items():
-                summed[name] = summed.get(name, 0.0) + mass
-        if self.world == 1:
-            return summed
-        names = sorted(summed)
-        stacked = torch.stack([torch.as_tensor(summed[n], dtype=torch.float64).cpu() for n in names])
-        stacked = self.fabric.all_reduce(stacked.to(self.fabric.device), reduce_op="sum")
-        return dict(zip(names, stacked.unbind(), strict=True))  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _share_method_gradients(self) -> None:
-        if self.world > 1:
-            for p in self.method.parameters():
-                if p.requires_grad:
-                    grad = torch.zeros_like(p) if p.grad is None else p.grad
-                    p.grad = self.fabric.all_reduce(grad, reduce_op="mean")  # pyright: ignore[reportAttributeAccessIssue]
+        args = (student_in, teacher_in, ids, batch, progress, self.task.rows)
+        return Step(self.model, taught, *args, features=features, attached=attached)
 
     @torch.no_grad()
     def _learn(self, batch: Any, rows: Rows) -> None:
-        """Tell learning policies by how much each row's cross entropy fell; a second forward only if there are any."""
-        if not self.learners or rows.target is None:
-            return
-        student_in, _, _ = self.task.inputs(batch)
-        self.model.eval()
-        after = self.task.rows(self.model(student_in), None, batch)[-1]
-        self.model.train()
-        target = rows.target.long()
-        fell = nn.functional.cross_entropy(rows.student.detach().float(), target, reduction="none", ignore_index=-100)
-        fell = fell - nn.functional.cross_entropy(after.student.float(), target, reduction="none", ignore_index=-100)
+        """Tell learning policies by how much each row's cross entropy fell; a second forward only if one asks."""
+        fell: Tensor | None = None
+        if rows.target is not None and any(policy.wants_reward for policy in self.learners):
+            student_in, _, _ = self.task.inputs(batch)
+            self.model.eval()
+            after = self.task.rows(self.model(student_in), None, batch)[-1]
+            self.model.train()
+            before, target = rows.student.detach().float(), rows.target.long()
+            fell = nn.functional.cross_entropy(before, target, reduction="none", ignore_index=-100)
+            fell -= nn.functional.cross_entropy(after.student.float(), target, reduction="none", ignore_index=-100)
         for policy in self.learners:
-            policy.learn(fell)
+            policy.learn(fell if policy.wants_reward else None)
 
     # what is seen of it
 
@@ -300,7 +307,7 @@ class Loop:
         """A line of steps.jsonl every ``log_every`` steps; on a device only then is it waited for."""
         step, due = self.at.step, self.at.step % self.settings.log_every == 0 or self.at.step + 1 == self.total_steps
         if (due or loss.device.type == "cpu") and not math.isfinite(value := float(loss)):
-            raise FloatingPointError(self._why_not_finite(value, blocks, terms))
+            raise not_finite(value, step + 1, self.folder, blocks=blocks, terms=terms)
         if self.on_step is not None:
             self.on_step(step, loss)
         self.display.show(step + 1)
@@ -314,7 +321,7 @@ class Loop:
             "step": step + 1,
             "epoch": self.at.epoch + 1,
             "progress": progress,
-            "loss": self._mean_over_ranks(float(loss) * self.world),
+            "loss": mean_over_ranks(float(loss), self.fabric),
             "lr": self.optimizer.param_groups[0]["lr"],
             "rows_per_second": rows_seen / took,
             "step_ms": 1000.0 * took,
@@ -326,22 +333,11 @@ class Loop:
         flat |= {f"train/{side}": line[side]["mean"] for side in ("T_teacher", "T_student") if side in line}
         self.fabric.log_dict(flat, step=step + 1)
 
-    def _why_not_finite(self, value: float, blocks: list[Rows], terms: list[Mapping[str, Tensor]]) -> str:
-        rows = blocks[-1]
-        named = {k: float(v.detach().sum()) for part in terms for k, v in part.items()}
-        sides = {
-            "student": rows.student,
-            "teacher": rows.teacher,
-        }
-        bad = [side for side, z in sides.items() if (torch.isnan(z) | torch.isposinf(z)).any()]
-        where = (
-            f"the {' and the '.join(bad)}'s logits hold NaN or infinity" if bad else "both models' logits are finite"
-        )
-        saved = "" if self.folder is None else f" The last checkpoint under {self.folder} is from before."
-        return (
-            f"the loss is {value} at step {self.at.step + 1}: {where}; terms {named}. A lower learning rate, clip=1.0, "
-            f"or precision='32-true' are what to try.{saved}"
-        )
+    def _finite(self, loss_sum: float) -> float:
+        """The same number; on a device this is where a step that was not looked at is found out."""
+        if not math.isfinite(loss_sum):
+            raise not_finite(loss_sum, self.at.step, self.folder)
+        return loss_sum
 
     @torch.no_grad()
     def _evaluate(self, loss: float) -> None:
@@ -360,7 +356,7 @@ class Loop:
         if self.best_by is None:
             return
         split, metric = self.best_by.split("/")
-        value = line[split][metric]
+        value = self.fabric.broadcast(line[split][metric])  # all ranks stop together
         self.display.show(at.step, f"{split} {metric} {value:.4f}")
         if at.best_value is None or (value > at.best_value if self.higher else value < at.best_value):
             at.best_value, at.best, at.stale = value, at.last, 0
@@ -373,9 +369,9 @@ class Loop:
         """Weights, analysis and the closed record."""
         self.keeper.write_weights("student.safetensors")
         name = "test" if "test" in self.evaluations else next(iter(self.evaluations), None)
-        if name is not None and self.recorder.facts["status"] != "done":
-            policy = next(iter(self.method.policies().values()), None)
-            ask = _on_cpu(policy, self.fabric.device)
+        if name is not None:
+            policy = next(iter(self.method.eval().policies().values()), None)
+            ask = on_cpu(policy, self.fabric.device)
             taught = self.taught[name].rewind() if name in self.taught else None
             found = self.task.analyse(self.model, self.evaluations[name], teacher=taught, temperatures=ask)
             if found and self.first:
@@ -397,22 +393,3 @@ class Loop:
             logger.finalize("success")
         self.fabric.barrier()
         return Run(self.student, self.folder, self.recorder.facts, self.recorder.epochs)
-
-    def _mean_over_ranks(self, value: float) -> float:
-        if self.world == 1:
-            return value
-        tensor = torch.tensor(value, device=self.fabric.device, dtype=torch.float64)
-        return float(self.fabric.all_reduce(tensor, reduce_op="mean"))  # pyright: ignore[reportArgumentType]
-
-
-def _on_cpu(ask: Callable[[Rows], Any] | None, device: torch.device) -> Callable[[Rows], Any] | None:
-    """A policy that lives on ``device``, asked with rows that live on the CPU."""
-    if ask is None:
-        return None
-
-    def asked(rows: Rows) -> Any:
-        target = None if rows.target is None else rows.target.to(device)
-        T = ask(rows.with_(student=rows.student.to(device), teacher=rows.teacher.to(device), target=target))
-        return type(T)(*(None if x is None else x.detach().cpu() for x in T))
-
-    return asked

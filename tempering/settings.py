@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+COUNTS = ("steps", "epochs", "evaluate_every", "accumulate", "log_every", "checkpoint_every", "keep", "patience")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -35,7 +37,7 @@ class Settings:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"give steps= or epochs=, one of them; got steps={self.steps}, epochs={self.epochs}.")
-        for name in ("steps", "epochs", "evaluate_every", "accumulate", "log_every", "checkpoint_every", "keep"):
+        for name in COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more; got {value}.")
@@ -51,7 +53,7 @@ class At:
     epoch: int = 0
     batch: int = 0  # of the epoch, in micro-batches
     seconds: float = 0.0  # of training, evaluation left out
-    loss_sum: float = 0.0
+    loss_sum: float = 0.0  # of the epoch so far, of this rank
     best_value: float | None = None
     best: dict[str, Any] | None = None
     last: dict[str, Any] | None = None

@@ -1,0 +1,107 @@
+"""Two gloo processes give what one gives with the same global batch, under DDP and under FSDP2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tempering import checkpoints
+from tests.paths import ROOT
+from tests.runs import STEPS, identical, left, student_net
+from tests.two_ranks import RUNS, one, pictures
+
+CLOSE = {"weights": 1e-12, "accumulated": 1e-12, "own parameters": 1e-6}
+STRATEGIES = ("ddp", "fsdp")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what tests/two_ranks.py made."""
+    folder = tmp_path_factory.mktemp("two")
+    known = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    env = {name: value for name, value in os.environ.items() if name not in known}
+    command = [sys.executable, "-m", "tests.two_ranks", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same runs on one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name in RUNS:
+        one(name, folder / name)
+    pictures(folder / "pictures")
+    return folder
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([t.double().flatten() for _, t in sorted(tensors.items())])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_are_one(name: str, strategy: str, two: Path, alone: Path) -> None:
+    """Also the optimizer's state, the method's own parameters, and the loss that is written down."""
+    ours, theirs = two / strategy / name, alone / name
+    a, b = (load_file(out / "student.safetensors") for out in (ours, theirs))
+    assert list(a) == list(b) and not torch.allclose(flat(a), flat(dict(student_net().state_dict())), atol=1e-2)
+    torch.testing.assert_close(flat(a), flat(b), rtol=0.0, atol=CLOSE[name])
+    states = [checkpoints.load(out / "checkpoints") for out in (ours, theirs)]
+    assert states[0] is not None and states[1] is not None
+    assert states[0]["at"]["step"] == states[1]["at"]["step"] > 0
+    if name == "own parameters":
+        torch.testing.assert_close(flat(states[0]["method"]), flat(states[1]["method"]), rtol=0.0, atol=CLOSE[name])
+        assert abs(float(states[0]["method"]["scale"]) - 1.0) > 1e-3
+    for file, count in (("steps.jsonl", states[0]["at"]["step"]), ("epochs.jsonl", None)):
+        losses = [_column(out / file, "loss") for out in (ours, theirs)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6) and (count is None or len(losses[0]) == count)
+
+
+def test_the_shares_of_a_batch_of_images(two: Path, alone: Path) -> None:
+    a, b = (load_file(out / "student.safetensors") for out in (two / "ddp" / "pictures", alone / "pictures"))
+    torch.testing.assert_close(flat(a), flat(b), rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["shuffled", "sharded"], ids=["ddp", "fsdp"])
+def test_stopped_and_resumed_bit_for_bit(name: str, two: Path) -> None:
+    """A DataLoader's order and augmentation, dropout on each rank, sharded optimizer state."""
+    whole, stopped = left(two / name / "whole"), left(two / name / "stopped")
+    assert whole["state"]["at"]["step"] == STEPS and len(whole["state"]["ranks"]) == 2
+    assert not identical(whole["state"]["ranks"][0], whole["state"]["ranks"][1]), "each rank draws its own numbers"
+    assert "resumed" in (two / name / "stopped" / "facts.json").read_text()
+    assert identical(whole, stopped)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_students_that_begin_apart_end_alike(strategy: str, two: Path, alone: Path) -> None:
+    """Both processes have the first one's weights from the start (the worker asserts that both end with the same)."""
+    a, b = (load_file(out / "student.safetensors") for out in (two / f"apart {strategy}", alone / "own parameters"))
+    torch.testing.assert_close(flat(a), flat(b), rtol=0.0, atol=1e-6)
+
+
+def test_what_a_split_would_change_is_refused(two: Path) -> None:
+    relational, learning, unshared = (two / "refused.txt").read_text().splitlines()
+    assert relational == (
+        "DIST compares rows with each other, so its loss depends on how a step is split: devices=2 would change it. "
+        "Use devices=1 and smaller batches, or a method over single rows."
+    )
+    assert learning == (
+        "Grown learns from what a step did to the rows of its own process, so 2 processes would learn 2 different "
+        "temperatures. Use devices=1, or another policy."
+    )
+    assert unshared == ("list cannot be shared out over 2 processes. Use a DataLoader, or give it shard(rank, world).")
+
+
+def _column(path: Path, name: str) -> list[float]:
+    from tempering.records import lines
+
+    return [line[name] for line in lines(path)]

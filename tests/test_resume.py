@@ -1,0 +1,166 @@
+"""A run that was stopped, in whatever moment, goes on to the same bits as one that was not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tempering import checkpoints
+from tempering.keeping import _said
+from tempering.methods import KD
+from tempering.runtime import Stream, fabric_for
+from tests.killed import KILLS
+from tests.paths import ROOT
+from tests.runs import ADAMW, LOADERS, SGD, STEPS, Noisy, identical, left, resumable, stop_at
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What runs leave that nobody stopped, by loader."""
+    folder = tmp_path_factory.mktemp("whole")
+    out = {}
+    for loader in LOADERS:
+        resumable(loader, folder / loader)
+        out[loader] = left(folder / loader)
+    return out
+
+
+def same(out: Path, reference: dict[str, Any]) -> None:
+    found = left(out)
+    for part in ("student", "method", "optimizer", "ranks", "at", "precision", "key"):
+        assert identical(found["state"][part], reference["state"][part]), part
+    assert found["lines"] == reference["lines"]
+    assert found["files"] == reference["files"]
+
+
+def test_the_runs_are_worth_comparing(whole: dict[str, dict[str, Any]]) -> None:
+    """Every loader makes other weights, the method learned something, and every step left a line."""
+    students = [w["files"]["student.safetensors"] for w in whole.values()]
+    assert len(set(students)) == len(students)
+    for found in whole.values():
+        assert float(found["state"]["method"]["scale"]) != 1.0
+        assert [line["step"] for line in found["lines"]["steps.jsonl"]] == list(range(1, STEPS + 1))
+        assert [line["epoch"] for line in found["lines"]["epochs.jsonl"]] == [1, 2, 3]
+        assert found["state"]["optimizer"]["state"]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("stop", [4, 10, 16], ids=["in mid-epoch", "half-way", "at an epoch's end"])
+def test_stopped_and_resumed(loader: str, stop: int, tmp_path: Path, whole: dict[str, dict[str, Any]]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        resumable(loader, tmp_path, on_step=stop_at(stop))
+    assert json.loads((tmp_path / "facts.json").read_text())["status"] == "interrupted"
+    told = []
+    run = resumable(loader, tmp_path, on_step=lambda number, loss: told.append(number))
+    assert told == list(range(run.facts["resumed"][0], STEPS)) and told[0] <= stop
+    same(tmp_path, whole[loader])
+
+
+def test_stopped_again_and_again(tmp_path: Path, whole: dict[str, dict[str, Any]]) -> None:
+    for stop in (3, 6, 7, 12, 19):
+        with pytest.raises(KeyboardInterrupt):
+            resumable("shuffled", tmp_path, on_step=stop_at(stop))
+    run = resumable("shuffled", tmp_path)
+    assert run.facts["resumed"] == [3, 6, 6, 12, 18]
+    same(tmp_path, whole["shuffled"])
+
+
+def test_how_often_there_are_checkpoints_changes_nothing(tmp_path: Path, whole: dict[str, dict[str, Any]]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        resumable("shuffled", tmp_path, on_step=stop_at(13), checkpoint_every=5)
+    resumable("shuffled", tmp_path, checkpoint_every=None)
+    same(tmp_path, whole["shuffled"])
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_accumulated_and_resumed(optimizer: Any, tmp_path: Path) -> None:
+    more = {"accumulate": 3, "optimizer": optimizer, "method": KD(), "steps": 9, "checkpoint_every": 1}
+    resumable("shuffled", tmp_path / "whole", **more)
+    with pytest.raises(KeyboardInterrupt):
+        resumable("shuffled", tmp_path / "stopped", on_step=stop_at(5), **more)
+    resumable("shuffled", tmp_path / "stopped", **more)
+    same(tmp_path / "stopped", left(tmp_path / "whole"))
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path, whole: dict[str, dict[str, Any]]) -> None:
+    first = resumable("shuffled", tmp_path)
+    told = []
+    again = resumable("shuffled", tmp_path, on_step=lambda number, loss: told.append(number))
+    assert not told and again.last == first.last and again.best == first.best and again.epochs == first.epochs
+    assert identical(dict(again.student.state_dict()), dict(first.student.state_dict()))
+    same(tmp_path, whole["shuffled"])
+
+
+# killed
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the runs of tests/killed.py left behind."""
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-m", "tests.killed", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", KILLS)
+def test_killed_and_resumed(name: str, killed: Path, whole: dict[str, dict[str, Any]]) -> None:
+    loader, what, _ = KILLS[name]
+    out = killed / name
+    facts = json.loads((out / "facts.json").read_text())
+    assert facts["status"] == "running" and not (out / "student.safetensors").exists()
+    leftovers = [p.name for p in (out / "checkpoints").glob("*")] if (out / "checkpoints").exists() else []
+    if what in ("tensors.safetensors", "state.json"):
+        assert any(n.endswith(".partial") for n in leftovers), leftovers
+    if what == "replace":
+        assert not [n for n in leftovers if n == "step-00000008"], "the moment in which neither is in its place"
+    run = resumable(loader, out)
+    assert run.facts["status"] == "done"
+    assert run.facts.get("resumed", []) == ([] if name == "before the first checkpoint" else [_resumed(leftovers)])
+    same(out, whole[loader])
+    assert not list(out.rglob("*.partial")) and not list(out.rglob(f"*{checkpoints.OLD}"))
+
+
+def _resumed(names: list[str]) -> int:
+    """The newest step among these names of whole checkpoints."""
+    return max(int(n.removesuffix(checkpoints.OLD)[5:]) for n in names if not n.endswith(".partial"))
+
+
+# what it stands on
+
+
+def test_the_global_random_numbers_of_an_epoch_depend_on_nothing_before_it(tmp_path: Path) -> None:
+    """What evaluation draws, or a self-check, leaves the training as it is."""
+    resumable("shuffled", tmp_path / "a", selfcheck=True, evaluate_every=1)
+    torch.rand(5)
+    resumable("shuffled", tmp_path / "b", selfcheck=False, evaluate_every=3)
+    a, b = (left(tmp_path / name) for name in "ab")
+    assert a["files"]["student.safetensors"] == b["files"]["student.safetensors"]
+
+
+def test_a_loader_with_its_own_generator_keeps_the_users_seed() -> None:
+    def order(seed: int, epoch: int, start: int = 0) -> list[float]:
+        generator = torch.Generator().manual_seed(seed)
+        loader = torch.utils.data.DataLoader(Noisy(12).y.tolist(), batch_size=2, shuffle=True, generator=generator)
+        stream = Stream(loader, fabric)
+        list(stream.epoch(0, 0))
+        return [tuple(batch.tolist()) for batch in stream.epoch(epoch, start)]
+
+    fabric = fabric_for(accelerator="cpu", devices=1, strategy="auto", precision="32-true", loggers=(), folder=None)
+    assert order(3, 2) == order(3, 2) != order(3, 1)
+    assert order(3, 2) != order(4, 2)
+    assert order(3, 2, start=4) == order(3, 2)[4:]
+    assert order(3, 2, start=99) == []
+
+
+def test_a_key_holds_no_addresses() -> None:
+    assert _said(stop_at) == "<function stop_at>"
+    assert " at 0x" not in _said(nn.ReLU().forward) and _said(torch.float32) == "torch.float32"

@@ -1,0 +1,126 @@
+"""The runs of test_distributed on two gloo processes: ``python -m tests.two_ranks OUT``.
+
+Fabric starts the second process by the same command. All runs share the two, one after the other; each leaves its
+folder, and what is asserted of both processes is asserted here.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tempering import checkpoints
+from tempering.methods import DIST, DTKD, KD
+from tempering.rows import Rows
+from tempering.settings import Run
+from tempering.temperature import LearningPolicy, Temperatures
+from tests.runs import (
+    ADAMW,
+    SGD,
+    STEPS,
+    Learned,
+    Shared,
+    Weighted,
+    cut,
+    flattened,
+    go,
+    images,
+    resumable,
+    stop_at,
+    student_net,
+    teacher_net,
+    weighted,
+)
+
+
+class Grown(LearningPolicy):
+    """A policy that learns from what a step did."""
+
+    paper = "none: a test's"
+    tau = 4.0
+
+    def forward(self, rows: Rows, progress: float) -> Temperatures:
+        return Temperatures(*(torch.full((1, 1), self.tau),) * 2)
+
+    def learn(self, reward: Tensor | None) -> None:
+        self.tau += 1.0
+
+
+def unequal(dtype: torch.dtype = torch.float32) -> Shared:
+    """Ten batches of 24, a third of each for rank 0; its weights are smaller, some are 0."""
+    return Shared(cut(weighted(240, dtype=dtype), 24))
+
+
+# name -> what to run; each also on one process, with the same global batch
+RUNS: dict[str, dict[str, Any]] = {
+    "weights": {"method": DTKD, "precision": "64-true"},
+    "accumulated": {"method": DTKD, "precision": "64-true", "accumulate": 2, "clip": 0.05, "steps": 10},
+    "own parameters": {"method": Learned, "optimizer": ADAMW, "clip": 0.5},
+}
+
+
+def one(name: str, out: Path | None, *, seed: int = 1, **more: Any) -> Run:
+    """20 steps of one of RUNS; ``seed`` is of the student's weights."""
+    wanted = {"steps": STEPS, "task": Weighted(), "selfcheck": False} | RUNS[name] | more
+    dtype = torch.float64 if wanted.get("precision") == "64-true" else torch.float32
+    student, teacher, batches = student_net(seed=seed), teacher_net(dtype), unequal(dtype)
+    torch.manual_seed(77)  # of the method's projector
+    return go(batches, student=student, teacher=teacher, out=out, **(wanted | {"method": wanted["method"]()}))
+
+
+def pictures(out: Path | None, **more: Any) -> Run:
+    """Augmented images in a random order, shared out by tempering.data."""
+    net, taught = flattened(student_net()), flattened(teacher_net())
+    return go(images(), student=net, teacher=taught, out=out, steps=STEPS, selfcheck=False, **more)
+
+
+def refusal(batches: Any = None, **more: Any) -> str:
+    try:
+        go(batches or unequal(), task=Weighted(), steps=1, **more)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("nothing was refused")
+
+
+def stopped_and_whole(out: Path, loader: str, **both: Any) -> None:
+    """A run that nobody stops, and the same one stopped in mid-epoch and taken up again."""
+    resumable(loader, out / "whole", **both)
+    try:
+        resumable(loader, out / "stopped", on_step=stop_at(4), **both)
+        raise AssertionError("it was not stopped")
+    except KeyboardInterrupt:
+        pass
+    resumable(loader, out / "stopped", **both)
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    ddp = {"devices": 2, "strategy": "ddp"}
+    for strategy in ("ddp", "fsdp"):
+        both = ddp | {"strategy": strategy}
+        for name in RUNS:
+            one(name, out / strategy / name, **both)
+    pictures(out / "ddp" / "pictures", **ddp)
+    stopped_and_whole(out / "shuffled", "shuffled", **ddp)
+    stopped_and_whole(out / "sharded", "batches", **(ddp | {"strategy": "fsdp", "optimizer": SGD}))
+    # each process begins with weights of its own, and both end with the first one's
+    rank = torch.distributed.get_rank()
+    for strategy in ("ddp", "fsdp"):
+        both = ddp | {"strategy": strategy}
+        run = one("own parameters", out / f"apart {strategy}", seed=1 + rank, **both)
+        every = [None, None]
+        state = checkpoints.gather(run.student, None, None)["student"]
+        torch.distributed.all_gather_object(every, {name: value.tolist() for name, value in state.items()})
+        assert every[0] == every[1], "the processes ended with other weights"
+    said = [refusal(method=DIST(), **ddp), refusal(method=KD(temperature=Grown()), **ddp)]
+    said.append(refusal(batches=cut(weighted(24), 8), method=KD(), **ddp))
+    if not rank:
+        (out / "refused.txt").write_text("\n".join(said))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
