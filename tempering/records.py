@@ -64,7 +64,8 @@ class Recorder:
 
     def end(self, status: str, **facts: Any) -> None:
         """Close the record with how it went: done, interrupted or failed."""
-        self.update(status=status, finished=_now(), **facts)
+        self.facts.update(facts, status=status, finished=_now())
+        self._write_facts()
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if self.folder is not None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tempering.checkpoints import random_state, set_random_state
 from tempering.methods.base import Method, StepMethod
@@ -17,6 +18,9 @@ from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 
 CLOSE = 1e-4  # how far two ways to one number may lie apart, relative: float32 losses of a few thousand classes
+AGAIN = (
+    1e-2  # how far two answers to one batch may lie apart, relative to the largest logit: half precision on a device
+)
 
 
 class SelfCheckFailed(RuntimeError):
@@ -50,7 +54,7 @@ def selfcheck(
     Raises:
         SelfCheckFailed: naming what is wrong and what to do about it.
     """
-    before, training = random_state(), student.training
+    before, modes = random_state(), {module: module.training for module in student.modules()}
     try:
         with torch.no_grad():
             student_in, teacher_in, ids = task.inputs(batch)
@@ -61,20 +65,23 @@ def selfcheck(
             if features is not None:
                 blocks[-1] = blocks[-1].with_(features=features())
             checks: dict[str, str] = {}
+            for rows in blocks:
+                _values(rows)
             if teacher is not None:
                 again = task.rows(said, teacher(teacher_in, ids), batch)
-                checks |= _teacher(teacher, blocks, again)
+                learns = isinstance(method, StepMethod) and method.trains_teacher
+                checks |= _teacher(teacher, blocks, again, learns=learns)
         _masses(task, batch, blocks)
         for rows in blocks:
-            _values(rows)
-            checks |= _loss(copy.deepcopy(method), rows, teacher is not None)
+            checks |= _loss(method, rows, teacher is not None)
     finally:
-        student.train(training)
+        for module, mode in modes.items():
+            module.training = mode
         set_random_state(before)
     return Checked(checks)
 
 
-def _teacher(teacher: Teacher, blocks: list[Rows], again: list[Rows]) -> dict[str, str]:
+def _teacher(teacher: Teacher, blocks: list[Rows], again: list[Rows], *, learns: bool) -> dict[str, str]:
     checks = {}
     model = teacher.model
     if model is not None:
@@ -86,7 +93,7 @@ def _teacher(teacher: Teacher, blocks: list[Rows], again: list[Rows]) -> dict[st
                 f"the teacher is in training mode ({loose[0]}): its answers depend on the batch and on dropout. Wrap "
                 "it in teachers.Live(model), and do not call .train() on it."
             )
-        checks |= {"teacher frozen": "ok", "in eval": "ok"}
+        checks |= {"teacher frozen": "the method trains it" if learns else "ok", "in eval": "ok"}
     for rows in blocks:
         if torch.isnan(rows.teacher).any() or torch.isposinf(rows.teacher).any():
             row = int((torch.isnan(rows.teacher) | torch.isposinf(rows.teacher)).any(-1).nonzero()[0])
@@ -94,7 +101,7 @@ def _teacher(teacher: Teacher, blocks: list[Rows], again: list[Rows]) -> dict[st
                 f"the teacher's logits hold NaN or infinity (first in row {row} of the first batch). Is its checkpoint "
                 "whole, are its inputs normalised as in its training, does its precision suffice? Try precision='fp32'."
             )
-    if not all(torch.equal(a.teacher, b.teacher) for a, b in zip(again, blocks, strict=True)):
+    if not all(_alike(a.teacher, b.teacher) for a, b in zip(again, blocks, strict=True)):
         raise SelfCheckFailed(
             "the teacher answers the same batch differently the second time. Dropout left on, or random augmentation "
             "inside the model? Wrap it in teachers.Live(model), or give it the inputs without augmentation."
@@ -103,6 +110,14 @@ def _teacher(teacher: Teacher, blocks: list[Rows], again: list[Rows]) -> dict[st
     for rows in blocks:
         checks["above chance"] = _above_chance(rows)
     return checks
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    finite = torch.isfinite(a)
+    if not torch.equal(finite, torch.isfinite(b)):
+        return False
+    a, b = a[finite].double(), b[finite].double()
+    return not len(a) or bool((a - b).abs().max() <= AGAIN * a.abs().max())
 
 
 def _above_chance(rows: Rows) -> str:
@@ -114,15 +129,20 @@ def _above_chance(rows: Rows) -> str:
     if n < 8 or classes < 2:
         return f"only {n} labelled rows of {classes} classes"
     right = int((rows.teacher.argmax(-1) == rows.target)[known].sum())
-    # the probability that guessing gets as many right
-    p = sum(math.comb(n, k) * (1 / classes) ** k * (1 - 1 / classes) ** (n - k) for k in range(right, n + 1))
-    if p > 0.05:
+    if _by_guessing(right, n, classes) > 0.05:
         raise SelfCheckFailed(
             f"the teacher is right on {right} of {n} rows, as a guess among {classes} classes would be. Are its "
             "classes in the labels' order, its weights loaded, its inputs normalised as in its training? "
             "selfcheck=False runs it all the same."
         )
     return f"ok ({100 * right / n:.1f} % on the first batch)"
+
+
+def _by_guessing(right: int, n: int, classes: int) -> float:
+    """The probability that guesses among ``classes`` are right ``right`` times of ``n`` or more, for classes > 1."""
+    k = torch.arange(right, n + 1, dtype=torch.float64)
+    ways = math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+    return float((ways - k * math.log(classes) + (n - k) * math.log1p(-1 / classes)).exp().sum())
 
 
 def _masses(task: Task, batch: Any, blocks: list[Rows]) -> None:
@@ -156,36 +176,32 @@ def _loss(method: Method, rows: Rows, taught: bool) -> dict[str, str]:
         return {"loss": "the method owns its step"}
     rows = rows.with_(student=widened(rows.student.detach()), teacher=widened(rows.teacher))
 
-    def value(changed: Rows, **whole: Any) -> float:
+    def value(changed: Rows, whole: float | None = None) -> float:
         with torch.no_grad():
-            return float(total(method(changed, 1.0), changed, **whole))
+            return float(total(_ask(copy.deepcopy(method), changed), changed, rows_in_batch=whole))
 
-    checks, whole, reference = {}, float(rows.mass), value(rows)
+    name, whole, reference = type(method).__name__, float(rows.mass), value(rows)
     if not math.isfinite(reference):
-        raise SelfCheckFailed(f"the loss of the first batch is {reference}. Look at the logits of both models there.")
+        raise SelfCheckFailed(
+            f"{name}: the loss of the first batch is {reference}. Look at the logits of both models there."
+        )
+    checks = _agreement(method, rows) if taught and method.zero_at_agreement else {}
 
-    def same(name: str, got: float, why: str) -> None:
-        if abs(got - reference) > CLOSE * (1.0 + abs(reference)):
-            raise SelfCheckFailed(f"{type(method).__name__}: the loss is {reference:.6g}, and {got:.6g} {why}")
-        checks[name] = "ok"
+    def same(check: str, got: float, why: str) -> None:
+        # "not <=" and not ">": a loss that is no number is not the same
+        if not abs(got - reference) <= CLOSE * (1.0 + abs(reference)):
+            raise SelfCheckFailed(f"{name}: the loss is {reference:.6g}, and {got:.6g} {why}")
+        checks[check] = "ok"
 
-    if taught and method.zero_at_agreement:
-        agreeing = {name: (t, t) for name, (_, t) in rows.features.items()}
-        agree = method(rows.with_(student=rows.teacher, features=agreeing), 1.0)
-        soft = {k: float(v.abs().max()) for k, v in agree.items() if not k.endswith("hard") and len(rows)}
-        if any(v > CLOSE for v in soft.values()):
-            raise SelfCheckFailed(
-                f"{type(method).__name__}: the loss of a student equal to its teacher is {soft}, not 0."
-            )
-        checks["zero at agreement"] = "ok"
     if method.is_relational() or len(rows) < 2:
         checks["split"] = "rows are compared with each other" if len(rows) > 1 else "one row"
     else:
         half = len(rows) // 2
         parts = (_cut(rows, slice(None, half)), _cut(rows, slice(half, None)))
-        same("same when split", sum(value(p, rows_in_batch=whole) for p in parts), "when the batch is split in two.")
-        padded = _padded(rows)
-        same("same when padded", value(padded), "with rows of weight 0 added.")
+        split = sum(value(p, whole) for p in parts)
+        same("same when split", split, f"when the batch is split in two. Is {name} a method with relational = True?")
+        padded = "with rows of weight 0 added: leave them out, or weigh what is summed over rows."
+        same("same when padded", value(_padded(rows)), padded)
     if all(p.shift_invariant for p in method.policies().values()) and method.shift_invariant:
         moved = rows.with_(student=rows.student + 3.0, teacher=rows.teacher - 5.0)
         same("same when shifted", value(moved), "with a constant added to the logits, which softmax ignores.")
@@ -195,15 +211,52 @@ def _loss(method: Method, rows: Rows, taught: bool) -> dict[str, str]:
     return checks | {"finite gradients": "ok"}
 
 
-def _gradients(method: Method, rows: Rows) -> None:
-    leaf = rows.student.clone().requires_grad_()
-    with torch.enable_grad():
-        made = rows.with_(student=leaf)
-        (gradient,) = torch.autograd.grad(total(method(made, 1.0), made), leaf)
-    if not torch.isfinite(gradient).all():
-        row = int((~torch.isfinite(gradient)).any(-1).nonzero()[0])
+def _ask(method: Method, rows: Rows) -> dict[str, Tensor]:
+    """The terms of a fresh copy, which may remember rows, always with the same random numbers."""
+    torch.default_generator.manual_seed(0)
+    if rows.student.is_cuda:
+        torch.cuda.manual_seed_all(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself warns, of rows that are its own
+        return method(rows, 1.0)
+
+
+def _agreement(method: Method, rows: Rows) -> dict[str, str]:
+    agreeing = {name: (t, t) for name, (_, t) in rows.features.items()}
+    with torch.no_grad():
+        terms = _ask(copy.deepcopy(method), rows.with_(student=rows.teacher, features=agreeing))
+    kept = slice(None) if rows.weight is None else rows.weight > 0
+    soft = {k: v[kept].abs().max().item() for k, v in terms.items() if not k.endswith("hard") and len(v[kept])}
+    if not all(v <= CLOSE for v in soft.values()):
+        said = ", ".join(f"{k} = {v:.3g}" for k, v in soft.items())
         raise SelfCheckFailed(
-            f"{type(method).__name__}: the gradient is not finite in row {row} of the first batch. If classes are "
+            f"{type(method).__name__}: the loss of a student equal to its teacher is not 0 but {said} at most in a "
+            "row. If it is meant so, the method says zero_at_agreement = False."
+        )
+    return {"zero at agreement": "ok"}
+
+
+def _gradients(method: Method, rows: Rows) -> None:
+    with torch.enable_grad():
+        student = rows.student.clone().requires_grad_()
+        features = {n: (s.detach().clone().requires_grad_(), t) for n, (s, t) in rows.features.items()}
+        made, own = rows.with_(student=student, features=features), copy.deepcopy(method)
+        leaves = {"the student's logits": student} | {f"the feature {n!r}": s for n, (s, _) in features.items()}
+        leaves |= {f"its own {n}": p for n, p in own.named_parameters() if p.requires_grad}
+        loss = total(_ask(own, made), made)
+        if not loss.requires_grad:
+            raise SelfCheckFailed(
+                f"{type(method).__name__}: no gradient reaches the student. Is its side detached, or under no_grad?"
+            )
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    for what, gradient in zip(leaves, gradients, strict=True):
+        if gradient is None or torch.isfinite(gradient).all():
+            continue
+        where = ""
+        if not what.startswith("its own"):
+            where = f", first in row {int((~torch.isfinite(gradient)).flatten(1).any(1).nonzero()[0])}"
+        raise SelfCheckFailed(
+            f"{type(method).__name__}: the gradient in {what} is not finite on the first batch{where}. If classes are "
             "masked, mask them on both sides."
         )
 

@@ -37,6 +37,9 @@ class Sum(Method):
                 number += 1
                 name = f"{kind}{number}"
             self.methods[name] = method
+        self.needs_teacher = any(m.needs_teacher for m in methods)  # pyright: ignore[reportAttributeAccessIssue]
+        for told in ("zero_at_agreement", "non_negative", "shift_invariant"):
+            setattr(self, told, all(getattr(m, told) for m in methods))
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         return {

@@ -1,0 +1,4 @@
+"""Distillation inside somebody else's trainer: ``adapters.huggingface`` and ``adapters.lightning``.
+
+Neither is imported before it is named: ``from tempering.adapters.huggingface import DistillMixin``.
+"""

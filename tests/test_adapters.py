@@ -1,0 +1,521 @@
+"""The adapters: the Trainer of transformers and Lightning's, held to a loop written by hand and to any split of it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import tempering as kd
+from tempering.adapters.huggingface import METHOD, DistillMixin, Labelled, Unpacked
+from tempering.methods import DIST, DTKD, KD, FitNet, StepMethod, Sum, Supervised
+from tempering.rows import Rows, total
+from tempering.selfcheck import SelfCheckFailed
+from tempering.tasks import Classification
+from tempering.temperature import LearningPolicy, Static, Temperatures
+
+CLASSES, IMAGES = 4, 72
+
+
+class LearnedT(Static):
+    """A temperature that the loss trains: what a method may own."""
+
+    def __init__(self, tau: float = 4.0) -> None:
+        super().__init__(tau)
+        self.log = nn.Parameter(torch.zeros(()))
+
+    def forward(self, rows: Rows, progress: float) -> Temperatures:
+        T = (self.tau * self.log.exp()).reshape(1, 1)
+        return Temperatures(T, T, T.detach() ** 0)
+
+
+class Told(LearningPolicy):
+    paper, tau = "none", 4.0
+
+    def forward(self, rows: Rows, progress: float) -> Temperatures:
+        return Static(4.0)(rows)
+
+    def learn(self, reward: Tensor) -> None:
+        raise AssertionError
+
+
+class Owner(StepMethod):
+    paper = "none"
+
+    def step(self, step: Any) -> dict[str, Tensor]:
+        raise AssertionError
+
+
+def images(n: int = IMAGES) -> list[dict[str, Tensor]]:
+    x = torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return [{"pixel_values": a, "labels": a.flatten()[:CLASSES].argmax()} for a in x]
+
+
+def hand_written(
+    student: nn.Module, teacher: nn.Module, method: Any, steps: list[list[dict]], lr: float
+) -> list[float]:
+    """The losses of plain SGD on these steps of micro-batches, each step as one batch."""
+    optimizer = torch.optim.SGD([*student.parameters(), *method.parameters()], lr=lr)
+    losses = []
+    for number, parts in enumerate(steps):
+        batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            taught = teacher(**batch).logits
+        said = student(**batch).logits
+        if said.ndim == 3:
+            said, taught, labels = (z[:, s].flatten(0, 1) for z, s in zip((said, taught, labels), SHIFTED, strict=True))
+            rows = Rows(said[labels >= 0], taught[labels >= 0], labels[labels >= 0])
+        else:
+            rows = Rows(said, taught, labels)
+        loss = total(method(rows, (number + 1) / len(steps)), rows)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+SHIFTED = (slice(None, -1), slice(None, -1), slice(1, None))
+
+
+def alike(a: nn.Module, b: nn.Module, atol: float = 1e-6) -> None:
+    for (name, x), y in zip(a.named_parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# transformers
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Any:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+
+    class KDTrainer(DistillMixin, transformers.Trainer):
+        """Keeps what it saw: the losses and batches of every step."""
+
+        def training_step(self, model: Any, inputs: Any, *rest: Any) -> Tensor:
+            self.seen = [*getattr(self, "seen", []), (self.state.global_step, copy.deepcopy(dict(inputs)))]
+            loss = super().training_step(model, inputs, *rest)
+            self.losses = getattr(self, "losses", {})
+            self.losses[self.state.global_step] = self.losses.get(self.state.global_step, 0.0) + float(loss)
+            return loss
+
+        def steps(self) -> list[list[dict]]:
+            return [[b for step, b in self.seen if step == i] for i in range(self.state.max_steps)]
+
+    def make(student: nn.Module, data: Any, *, batch: int = 32, accumulate: int = 1, options: Any = None, **own: Any):
+        defaults = {"max_steps": 3, "learning_rate": 0.05, "optim": "sgd", "lr_scheduler_type": "constant"}
+        defaults |= {"max_grad_norm": 0.0, "report_to": [], "use_cpu": True, "save_strategy": "no"}
+        defaults |= {"disable_tqdm": True, "logging_strategy": "no", "dataloader_pin_memory": False}
+        args = transformers.TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+            **defaults | (options or {}),
+        )
+        return KDTrainer(student, args, train_dataset=data, **own)
+
+    return make
+
+
+def vit(width: int, seed: int) -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1, "num_attention_heads": 2}
+    drops = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=CLASSES, **sizes, **drops)
+    return ViTForImageClassification(config)
+
+
+def gpt(width: int, seed: int) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=width, n_layer=1, n_head=2, **drops))
+
+
+def sentences(n: int = 48) -> list[dict[str, Tensor]]:
+    """Of eight tokens, with an uneven number of labels left out at the front."""
+    generator = torch.Generator().manual_seed(0)
+    out = []
+    for i in range(n):
+        ids = torch.randint(11, (8,), generator=generator)
+        out.append({"input_ids": ids, "labels": ids.masked_fill(torch.arange(8) < (i * 5) % 8, -100)})
+    return out
+
+
+@pytest.mark.parametrize(("batch", "accumulate"), [(32, 1), (8, 4)])
+def test_the_trainer_of_transformers_is_the_hand_written_loop(hf: Any, batch: int, accumulate: int) -> None:
+    """72 images: the last step of the epoch is a short one, of 8 images."""
+    teacher, student = vit(16, 0), vit(8, 1)
+    plain, method = copy.deepcopy(student), DTKD(temperature=LearnedT())
+    own = copy.deepcopy(method)
+    trainer = hf(student, images(), batch=batch, accumulate=accumulate, teacher=teacher, method=method, selfcheck=False)
+    trainer.train()
+    steps = trainer.steps()
+    assert [sum(len(b["labels"]) for b in s) for s in steps] == [32, 32, 8]
+    want = hand_written(plain, teacher, own, steps, 0.05)
+    torch.testing.assert_close([trainer.losses[i] for i in range(3)], want, rtol=1e-6, atol=1e-6)
+    alike(student, plain)
+    alike(method, own)
+    assert method.temperature.log.item() != 0.0, "what the method owns is trained"
+
+
+def test_a_split_step_of_tokens_is_the_whole_one(hf: Any) -> None:
+    """Every micro-batch has another number of tokens, and the labels are shifted."""
+    teacher, student, plain = gpt(16, 0), gpt(8, 1), gpt(8, 1)
+    own: dict[str, Any] = {"teacher": teacher, "method": DTKD(), "task": Labelled(shift=True), "selfcheck": False}
+    trainer = hf(student, sentences(), batch=4, accumulate=8, options={"max_steps": 2}, **own)
+    trainer.train()
+    want = hand_written(plain, teacher, DTKD(), trainer.steps(), 0.05)
+    torch.testing.assert_close([trainer.losses[i] for i in range(2)], want, rtol=1e-6, atol=1e-6)
+    alike(student, plain)
+
+
+def test_teacher_is_frozen_and_in_no_checkpoint_and_resume_goes_on(hf: Any, tmp_path: Path) -> None:
+    teacher, method = Conv(3, 0), Sum(FitNet(hard=0.0), KD(temperature=LearnedT()))
+    task = Labelled(taps={"map": ("map", "map")})
+    own: dict[str, Any] = {"teacher": teacher, "task": task, "selfcheck": False}
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    weights = copy.deepcopy(teacher.state_dict())
+    straight = hf(Conv(2, 1), images(), method=method, options=options, **own)
+    straight.train()
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert all(torch.equal(v, weights[k]) for k, v in teacher.state_dict().items())
+    saved = tmp_path / "checkpoint-2"
+    assert len(load_file(saved / "model.safetensors")) == len(straight.model.state_dict())
+    assert load_file(saved / METHOD).keys() == method.state_dict().keys()
+    groups = straight.optimizer.param_groups
+    assert [g["weight_decay"] for g in groups[-2:]] == [0.0, 0.0]
+    assert {id(p) for g in groups for p in g["params"]} >= {id(p) for p in method.parameters()}
+
+    again = Sum(FitNet(hard=0.0), KD(temperature=LearnedT()))
+    resumed = hf(Conv(2, 2), images(), method=again, options=options, **own)
+    resumed.train(resume_from_checkpoint=str(saved))
+    alike(resumed.model, straight.model)
+    alike(again, method)
+    (saved / METHOD).unlink()
+    with pytest.raises(ValueError, match=rf"{METHOD} is not there, so Sum cannot go on with what it trained"):
+        hf(Conv(2, 2), images(), method=Sum(FitNet(hard=0.0), KD()), options=options, **own).train(str(saved))
+
+
+def test_evaluation_is_the_method_on_the_rows(hf: Any) -> None:
+    teacher, student, method = vit(16, 0), vit(8, 1), KD()
+    trainer = hf(student, images(), teacher=teacher, method=method, options={"per_device_eval_batch_size": 40})
+    batch = {k: torch.stack([x[k] for x in images(40)]) for k in ("pixel_values", "labels")}
+    with torch.no_grad():
+        rows = Rows(student(batch["pixel_values"]).logits, teacher(batch["pixel_values"]).logits, batch["labels"])
+    assert trainer.evaluate(images(40))["eval_loss"] == pytest.approx(float(total(method(rows), rows)), rel=1e-6)
+    predicted = trainer.predict(images(40))
+    torch.testing.assert_close(torch.from_numpy(predicted.predictions), rows.student, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_answers_a_bare_tensor_is_evaluated_whole(hf: Any) -> None:
+    options = {"max_steps": 1}
+    trainer = hf(BareHead(), images(), teacher=BareHead(), method=KD(), selfcheck=False, options=options)
+    trainer.train()
+    assert trainer.predict(images(10)).predictions.shape == (10, CLASSES)
+
+
+def test_first_batch_is_checked_in_the_trainer(hf: Any, caplog: pytest.LogCaptureFixture) -> None:
+    teacher = Unpacked(Knowing())
+    with caplog.at_level("INFO", "tempering"):
+        hf(vit(8, 1), images(), teacher=teacher, method=DTKD(), options={"max_steps": 1}).train()
+    assert "self-check ok: teacher frozen, in eval, deterministic, above chance" in caplog.text
+    other = [{**x, "labels": (x["labels"] + 1) % CLASSES} for x in images()]
+    with pytest.raises(SelfCheckFailed, match="as a guess among 4 classes"):
+        hf(vit(8, 1), other, teacher=teacher, method=DTKD()).train()
+
+
+class BareHead(nn.Module):
+    """A model that answers a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, CLASSES)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.head(pixel_values.flatten(1))
+
+
+class Conv(nn.Module):
+    def __init__(self, channels: int, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.map, self.head = nn.Conv2d(1, channels, 3), nn.Linear(36 * channels, CLASSES)
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(self.map(pixel_values).flatten(1))}
+
+
+class Knowing(nn.Module):
+    """Always right about ``images``."""
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return 4.0 * pixel_values.flatten(1)[:, :CLASSES]
+
+
+def test_what_the_trainer_of_transformers_refuses(hf: Any) -> None:
+    student = vit(8, 1)
+    own: dict[str, Any] = {"teacher": vit(16, 0), "method": KD()}
+    for changed, error, text in [
+        ({"method": DIST(), "accumulate": 2}, ValueError, "DIST compares rows .* gradient_accumulation_steps=2 would"),
+        ({"method": Owner()}, TypeError, "Owner owns its step, and so does this trainer. Run it by tempering.distill"),
+        ({"method": KD(temperature=Told())}, ValueError, "Told learns from a second forward after every step"),
+        ({"method": "kd"}, TypeError, r"method must be a Method, such as methods.DTKD\(\); got str"),
+        ({"teacher": None}, ValueError, "KD needs a teacher, and teacher is None"),
+        ({"teacher": "bert"}, TypeError, "teacher must be a module, a Teacher or None; got str"),
+        ({"teacher": student}, ValueError, r"shares weights with the student: frozen, .* copy.deepcopy\(model\)"),
+        ({"options": {"label_smoothing_factor": 0.1}}, ValueError, "the method makes the loss, so label_smoothing_fac"),
+    ]:
+        with pytest.raises(error, match=text):
+            hf(student, images(), **own | changed)
+    assert student.training and all(p.requires_grad for p in student.parameters())
+    hf(student, images(), teacher=None, method=Supervised(), options={"max_steps": 1}).train()
+
+
+# the task for batches of transformers
+
+
+def test_labelled_makes_rows_of_classes_and_of_tokens() -> None:
+    task, z = Labelled(), torch.randn(2, 3)
+    batch = {"x": z, "labels": torch.tensor([1, -100]), "ids": torch.tensor([5, 6])}
+    said, taught, ids = task.inputs(batch)
+    assert said.keys() == taught.keys() == {"x"} and ids is batch["ids"]
+    assert Labelled(keep_labels=True).inputs(batch)[0].keys() == {"x", "labels"}
+    (rows,) = task.rows(z, z.detach(), batch)
+    assert rows.weight is None and rows.ids is batch["ids"] and task.mass(batch) == {"logits": 2.0}
+    assert task.rows(z, None, {"x": z})[0].target is None and task.mass({"x": z}) == {"logits": 2.0}
+
+    tokens, labels = torch.randn(2, 4, 3), torch.tensor([[0, 1, -100, 2], [-100, -100, 1, -100]])
+    (rows,) = task.rows({"logits": tokens}, tokens.clone(), {"labels": labels})
+    assert rows.student.shape == (8, 3) and float(rows.mass) == 4.0 == float(task.mass({"labels": labels})["logits"])
+    shifted = Labelled(shift=True)
+    (rows,) = shifted.rows(tokens, tokens.clone(), {"labels": labels})
+    assert float(rows.mass) == 3.0 == float(shifted.mass({"labels": labels})["logits"])
+    torch.testing.assert_close(rows.student, tokens[:, :-1].reshape(6, 3))
+    assert rows.target is not None and rows.target.tolist() == [1, -100, 2, -100, 1, -100]
+
+
+def test_labelled_loss_is_that_of_the_model_of_transformers() -> None:
+    pytest.importorskip("transformers")
+    model = gpt(8, 0)
+    batch = {k: torch.stack([x[k] for x in sentences(6)]) for k in ("input_ids", "labels")}
+    (rows,) = Labelled(shift=True).rows(model(batch["input_ids"]), None, batch)
+    torch.testing.assert_close(total(Supervised()(rows), rows), model(**batch).loss)
+
+
+def test_labelled_refuses_what_does_not_fit() -> None:
+    task, tokens = Labelled(), torch.zeros(2, 4, 3)
+    with pytest.raises(ValueError, match=r"mappings, as collators of transformers make; got tuple.*Classification\(\)"):
+        task.inputs((tokens, tokens))
+    with pytest.raises(ValueError, match=r"need labels of shape \(N, L\) = \(2, 4\), .*got none. Collate with labels"):
+        task.rows(tokens, None, {"x": tokens})
+    with pytest.raises(ValueError, match=r"got \(2, 3\)"):
+        task.rows(tokens, None, {"labels": torch.zeros(2, 3)})
+    with pytest.raises(
+        ValueError, match=r"student answers \(2, 4, 3\) and the teacher \(2, 4, 5\): they need the same"
+    ):
+        task.rows(tokens, torch.zeros(2, 4, 5), {"labels": tokens[..., 0].long()})
+    with pytest.raises(ValueError, match=r"teacher must answer \(N, C\) or \(N, L, C\) logits.*got str"):
+        task.rows(tokens, "no", {})
+
+
+def test_a_whole_run_on_batches_of_transformers() -> None:
+    data = images(64)
+    batches = [{k: torch.stack([x[k] for x in data[i : i + 32]]) for k in data[0]} for i in (0, 32)]
+    run = kd.distill(
+        Unpacked(BareHead()),
+        Unpacked(Knowing()),
+        batches,
+        method=KD(),
+        task=Labelled(),
+        epochs=2,
+        test=batches,
+        quiet=True,
+        log_every=1,
+    )
+    assert run.last["test"].keys() == {"accuracy", "loss", "agreement"}
+    assert run.last["test"]["agreement"] == run.last["test"]["accuracy"], "the teacher is always right"
+    with pytest.raises(ValueError, match="no row has a label"):
+        Labelled().score(run.student, [{**batches[0], "labels": torch.full((32,), -100)}])
+
+
+# Lightning
+
+
+@pytest.fixture
+def pl() -> Any:
+    return pytest.importorskip("lightning.pytorch")
+
+
+def flat() -> tuple[Tensor, Tensor]:
+    data = images()
+    return torch.stack([x["pixel_values"].flatten() for x in data]), torch.stack([x["labels"] for x in data])
+
+
+def mlp(width: int, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, CLASSES))
+
+
+class Padded(Classification):
+    """Batches of (inputs, labels, ...) of which samples with an odd index weigh nothing."""
+
+    def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
+        (rows,) = super().rows(student, teacher, batch)
+        return [rows.with_(weight=(batch[2] % 3 > 0).float())]
+
+    def mass(self, batch: Any) -> dict[str, float]:
+        return {"logits": float((batch[2] % 3 > 0).sum())}
+
+
+def fit(pl: Any, module: Any, data: Any, *, batch: int, accumulate: int = 1, epochs: int = 2, **options: Any) -> Any:
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=batch)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False} | options
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=epochs,
+        accumulate_grad_batches=accumulate,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(module, loader, loader)
+    return trainer
+
+
+# counsel on loaders, and what it calls of torch
+LIGHTNING = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec:FutureWarning")
+
+
+@LIGHTNING
+@pytest.mark.parametrize(("batch", "accumulate"), [(32, 1), (8, 4)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_lightning_is_the_hand_written_loop(pl: Any, batch: int, accumulate: int, padded: bool) -> None:
+    """72 samples: the last step of an epoch is a short group, 8 samples; clipping sees the whole step's gradient."""
+    from tempering.adapters.lightning import DistillModule
+
+    x, y = flat()
+    ids, teacher, student = torch.arange(len(x)), mlp(32, 0), mlp(8, 1)
+    plain, method, own = copy.deepcopy(student), DTKD(temperature=LearnedT()), DTKD(temperature=LearnedT())
+    task = Padded() if padded else Classification()
+    module = DistillModule(
+        student,
+        teacher,
+        method=method,
+        task=task,
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1),
+        schedule=lambda progress: 1.0 - progress / 2,
+        selfcheck=False,
+    )
+    fit(pl, module, (x, y, ids), batch=batch, accumulate=accumulate, gradient_clip_val=0.5)
+
+    trained = [*plain.parameters(), *own.parameters()]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    for step in range(6):
+        part = slice(32 * (step % 3), 32 * (step % 3) + 32)
+        with torch.no_grad():
+            taught = teacher(x[part])
+        weight = (ids[part] % 3 > 0).float() if padded else None
+        rows = Rows(plain(x[part]), taught, y[part], weight)
+        optimizer.zero_grad()
+        total(own(rows, (step + 1) / 6), rows).backward()
+        nn.utils.clip_grad_norm_(trained, 0.5)
+        optimizer.param_groups[0]["lr"] = 0.1 * (1.0 - step / 12)
+        optimizer.step()
+    alike(student, plain)
+    alike(method, own)
+
+
+@LIGHTNING
+def test_lightning_module_holds_student_and_method_and_no_teacher(pl: Any, tmp_path: Path) -> None:
+    from tempering.adapters.lightning import DistillModule
+
+    x, y = flat()
+    teacher, data = nn.Sequential(nn.Flatten(), Knowing()), (x.view(-1, 1, 8, 8), y)
+
+    def made(seed: int) -> Any:
+        torch.manual_seed(seed)
+        student = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, CLASSES))
+        large = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(108, CLASSES))
+        task = Classification(taps={"map": ("0", "0")})
+        module = DistillModule(student, large, method=Sum(FitNet(hard=0.0), KD()), task=task, selfcheck=False)
+        module.prepare((data[0][:8], data[1][:8]))
+        return module
+
+    module = made(0)
+    large = module.teacher.model
+    assert not any(m is large or m is teacher for m in module.modules())
+    assert {name.split(".")[0] for name in module.state_dict()} == {"student", "method"}
+    before = copy.deepcopy(module.method.state_dict())
+    trainer = fit(pl, module, data, batch=24, epochs=1, enable_checkpointing=True, default_root_dir=tmp_path)
+    assert any(not torch.equal(v, before[k]) for k, v in module.method.named_parameters()), "projectors are trained"
+    assert not large.training and not any(p.requires_grad for p in large.parameters())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = made(1)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.validate(again, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=24))
+    again.load_state_dict(module.state_dict())
+    alike(again, module, atol=0.0)
+
+
+@LIGHTNING
+def test_lightning_logs_checks_and_scores(pl: Any, caplog: pytest.LogCaptureFixture) -> None:
+    from tempering.adapters.lightning import DistillModule
+
+    x, y = flat()
+
+    class Knows(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 4.0 * x[:, :CLASSES]
+
+    student, method = mlp(8, 1), DTKD()
+    module = DistillModule(student, Knows(), method=method)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=24)
+    with caplog.at_level("INFO"):
+        trainer = fit(pl, module, (x, y), batch=24, epochs=1)
+    assert "self-check ok: teacher frozen" in caplog.text and "train_loss" in trainer.logged_metrics
+    scores = trainer.validate(module, loader, verbose=False)[0]
+    with torch.no_grad():
+        rows = Rows(student(x), Knows()(x), y)
+        assert scores["val_loss"] == pytest.approx(float(total(method(rows), rows)), rel=1e-5)
+        assert scores["val_accuracy"] == pytest.approx(float((student(x).argmax(-1) == y).float().mean()))
+        torch.testing.assert_close(module(x), rows.student)
+    with pytest.raises(SelfCheckFailed, match="as a guess among 4 classes"):
+        fit(pl, DistillModule(student, Knows(), method=method), (x, (y + 1) % CLASSES), batch=24)
+
+
+@LIGHTNING
+def test_what_lightning_refuses(pl: Any) -> None:
+    from tempering.adapters.lightning import DistillModule
+
+    data, teacher = flat(), mlp(32, 0)
+    with pytest.raises(ValueError, match=r"DIST compares rows .* accumulate_grad_batches=2 would change it"):
+        fit(pl, DistillModule(mlp(8, 1), teacher, method=DIST(), selfcheck=False), data, batch=24, accumulate=2)
+    fit(pl, DistillModule(mlp(8, 1), teacher, method=DIST(), selfcheck=False), data, batch=24, epochs=1)
+    with pytest.raises(ValueError, match=r"needs its end: give the Trainer max_epochs= or max_steps="):
+        fit(pl, DistillModule(mlp(8, 1), teacher, method=KD(), selfcheck=False), data, batch=24, epochs=-1)
+    with pytest.raises(TypeError, match="Owner owns its step"):
+        DistillModule(mlp(8, 1), teacher, method=Owner())
+
+    class Twice(Classification):
+        def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
+            (rows,) = super().rows(student, teacher, batch)
+            return [rows, rows.with_(name="again")]
+
+    def two() -> Any:
+        return DistillModule(mlp(8, 1), teacher, method=KD(), task=Twice(), selfcheck=False)
+
+    with pytest.raises(ValueError, match=r"Twice makes 2 blocks of rows a batch.*=1 on one device"):
+        fit(pl, two(), data, batch=24, accumulate=3)
+    fit(pl, two(), data, batch=24, epochs=1)
