@@ -40,6 +40,17 @@ ARMS = {
         ("dkd-dynamic", "DKD, dynamic", "dkd(temperature=sharpness(4))"),
         ("dkd-target-dynamic", "DKD, target only, dynamic", "dkd(rest=0, temperature=sharpness(4))"),
         ("dkd-rest-dynamic", "DKD, rest only, dynamic", "dkd(target=0, temperature=sharpness(4))"),
+        ("ctkd", "CTKD", "kd(temperature=curriculum)"),
+        ("ctkd-instance", "CTKD, by instance", "kd(temperature=curriculum(form=instance))"),
+        ("itkd", "ITKD", "kd(temperature=instance)"),
+        ("cosine", "KD, cosine-weighted T", "kd(temperature=cosine)"),
+        ("standardised", "NormKD", "kd(temperature=standardised(2, scale=teacher))"),
+        ("energy", "EnergyKD, bounds by block", "kd(temperature=energy)"),
+        ("adaptive", "KD, T by difficulty (AdaKD)", "kd(temperature=adaptive(4))"),
+        ("annealed", "KD, T annealed from 4 to 1", "kd(temperature=scheduled(static(4), end=1))"),
+        ("dts", "DTS", "kd(temperature=dts)"),
+        ("entropy", "DTKD, equal entropies", "dtkd(temperature=entropy(4))"),
+        ("dtkd-annealed", "DTKD, tau annealed from 4 to 2", "dtkd(temperature=scheduled(sharpness(4), end=2))"),
     )
 }
 

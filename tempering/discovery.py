@@ -46,3 +46,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """ " Did you mean ...?" with the name nearest to a mistyped one; nothing where none is near."""
     near = difflib.get_close_matches(name.lower(), names, n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def plain_net(name: str) -> str:
+    """A net's name without case, dashes, dots and underscores; shufflenet is shuffle, as tables abbreviate it."""
+    return "".join(c for c in name.lower() if c.isalnum()).replace("shufflenet", "shuffle")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import keyword as words
 import operator
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +18,11 @@ from tempering.temperature.base import Policy
 
 EXAMPLE = "dtkd(soft=0.5, temperature=sharpness(4, solve=published))"
 CONSTANTS = {"true": True, "false": False, "none": None}
+# a word that Python keeps for itself is a word here all the same: curriculum(form=global)
+KEPT = re.compile(rf"=\s*({'|'.join(w for w in words.kwlist if w.lower() not in CONSTANTS)})\b")
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-SLOTS = {"temperature": POLICIES}  # arguments whose bare name can only be a part, so that a typo is seen
+# arguments whose bare name can only be a part, so that a typo is seen
+SLOTS = {"temperature": POLICIES, "policy": POLICIES}
 PARTS: dict[str, type[Any]] = {**METHODS, **POLICIES}
 
 
@@ -56,7 +61,7 @@ def policy_from(text: str) -> Policy:
 
 def _parsed(text: str) -> ast.expr:
     try:
-        return ast.parse(text.strip(), mode="eval").body
+        return ast.parse(KEPT.sub(r"='\1'", text.strip()), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{text!r} cannot be read ({error}). Write it as in {EXAMPLE!r}.") from error
 

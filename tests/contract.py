@@ -1,7 +1,8 @@
 """How the contract tests make their parts and rows: every method and policy found, in all their variants.
 
-A part is made by its ``example()``; every value of its Literal and bool arguments is tried, and every method that takes
-a ``temperature`` with every policy. Rows carry a feature map and ids, for methods that look inside.
+A part is made by its ``example()``; every value of its Literal and bool arguments is tried. KD, DKD and DTKD meet every
+policy; the other methods that take a ``temperature`` meet a few each, in turn, and between them all. Rows carry a
+feature map and ids, for methods that look inside.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tempering.methods import METHODS, Method, StepMethod
+from tempering.methods import METHODS, Method, Step, StepMethod
 from tempering.rows import Rows, total, widened
+from tempering.teachers import Live
 from tempering.temperature import POLICIES, Policy
 from tests.conftest import random_rows
 
@@ -47,12 +49,26 @@ def variants(kind: type[Part]) -> Iterator[tuple[str, Any]]:
 
 
 ROW_METHODS = [kind for kind in METHODS.values() if not issubclass(kind, StepMethod)]
+STEP_METHODS = [kind for kind in METHODS.values() if issubclass(kind, StepMethod)]
 VARIED_POLICIES = [variant for kind in POLICIES.values() for variant in variants(kind)]
+MEET_ALL = {"KD", "DKD", "DTKD"}
+TEMPERED = [kind for kind in ROW_METHODS if "temperature" in arguments(kind)]
+MEET_SOME = [kind for kind in TEMPERED if kind.__name__ not in MEET_ALL]
+EACH = max(3, -(-len(VARIED_POLICIES) // len(MEET_SOME)))
+
+
+def met(kind: type[Method]) -> list[tuple[str, Any]]:
+    """The policies a method is tried with: all of them, or a few, other ones for each method."""
+    if kind.__name__ in MEET_ALL:
+        return VARIED_POLICIES
+    first = EACH * MEET_SOME.index(kind)
+    return [VARIED_POLICIES[(first + i) % len(VARIED_POLICIES)] for i in range(EACH)]
+
+
 CASES = [variant for kind in ROW_METHODS for variant in variants(kind)] + [
     (f"{kind.__name__}-{name}", remade(kind.example(), temperature=copy.deepcopy(policy)))
-    for kind in ROW_METHODS
-    if "temperature" in arguments(kind)
-    for name, policy in VARIED_POLICIES
+    for kind in TEMPERED
+    for name, policy in met(kind)
 ]
 
 
@@ -90,14 +106,19 @@ def leaves(rows: Rows) -> tuple[Rows, list[Tensor]]:
 def ran(method: Method, rows: Rows, progress: float = 1.0) -> dict[str, Tensor]:
     """The terms of a copy of the method, so that no call leaves a trace, at fixed random numbers."""
     torch.default_generator.manual_seed(0)
-    return copy.deepcopy(method).to(widened(rows.student).dtype)(rows, progress)
+    made = copy.deepcopy(method)
+    for policy in made.policies().values():
+        policy.prepare(rows)  # one that is made for a number of classes is made anew for another
+    return made.to(widened(rows.student).dtype)(rows, progress)
 
 
-def backward(method: Method, rows: Rows, *, cast: bool = False, **whole: Any) -> tuple[Tensor, list[Tensor]]:
+def backward(
+    method: Method, rows: Rows, progress: float = 1.0, *, cast: bool = False, **whole: Any
+) -> tuple[Tensor, list[Tensor]]:
     """Loss and its gradients in the student's logits and features, all of them finite; ``cast``: under autocast."""
     rows, wanted = leaves(rows)
     with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-        loss = total(ran(method, rows), rows, **whole)
+        loss = total(ran(method, rows, progress), rows, **whole)
     assert loss.requires_grad and loss.shape == ()
     loss.backward()
     gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in wanted]
@@ -107,3 +128,63 @@ def backward(method: Method, rows: Rows, *, cast: bool = False, **whole: Any) ->
 
 def same(got: Any, want: Any, rtol: float = 1e-9, atol: float = 1e-11) -> None:
     torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+
+
+# methods that own their step: a batch of images, two small nets, and one step
+
+
+class Lesson:
+    """A student, its teacher and one batch of (images, labels, weights), and the step that a method makes of them."""
+
+    def __init__(
+        self, n: int = 6, classes: int = 5, *, dtype: torch.dtype = torch.float64, scale: float = 1.0, seed: int = 0
+    ) -> None:
+        def net(hidden: int) -> nn.Module:
+            made = nn.Sequential(nn.Flatten(), nn.Linear(12, hidden), nn.Tanh(), nn.Linear(hidden, classes))
+            with torch.no_grad():
+                for p in made.parameters():
+                    p.copy_(torch.randn(p.shape, generator=generator) * scale)
+            return made.to(torch.float64)
+
+        generator = torch.Generator().manual_seed(seed)
+        self.student, taught = net(6).to(dtype), net(8)
+        self.teacher = Live(taught if dtype == torch.float64 else taught.float())
+        self.images = torch.randn(n, 3, 2, 2, generator=generator, dtype=torch.float64).to(dtype)
+        self.labels = torch.randint(classes, (n,), generator=generator)
+        self.weights: Tensor | None = None
+
+    def step(self, progress: float = 1.0) -> Step:
+        batch = {"x": self.images, "y": self.labels} | ({} if self.weights is None else {"w": self.weights})
+        seen = self.images if self.images.dtype == torch.float64 else self.images.float()
+
+        def rows(student: Tensor, teacher: Tensor | None, batch: dict[str, Tensor]) -> list[Rows]:
+            return [Rows(student, student.detach() if teacher is None else teacher, batch["y"], batch.get("w"))]
+
+        args = (self.student, self.teacher, self.images, seen, None, batch, progress, rows)
+        return Step(*args, attached=self.teacher.attached)
+
+    def loss(self, method: StepMethod, progress: float = 1.0) -> tuple[Tensor, dict[str, Tensor], Rows]:
+        """The loss, the terms and the rows of one step."""
+        torch.default_generator.manual_seed(0)
+        with torch.no_grad():
+            method.prepare(self.step().forward()[-1])
+        method.to(widened(self.images).dtype).meet(self.teacher.model)
+        step = self.step(progress)
+        terms = dict(method.step(step))
+        assert step.rows is not None
+        return total(terms, step.rows), terms, step.rows
+
+    def backward(self, method: StepMethod, progress: float = 1.0) -> tuple[Tensor, list[Tensor]]:
+        """The loss and its gradients in the student's weights, all of them finite."""
+        loss = self.loss(copy.deepcopy(method), progress)[0]
+        assert loss.requires_grad and loss.shape == ()
+        gradients = torch.autograd.grad(loss, list(self.student.parameters()))
+        assert loss.isfinite() and all(g.isfinite().all() for g in gradients)
+        return loss.detach(), list(gradients)
+
+
+STEP_CASES = [variant for kind in STEP_METHODS for variant in variants(kind)] + [
+    (f"{kind.__name__}-{name}", remade(kind.example(), temperature=copy.deepcopy(policy)))
+    for kind in STEP_METHODS
+    for name, policy in VARIED_POLICIES[:: max(1, len(VARIED_POLICIES) // 6)]
+]

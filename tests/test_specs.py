@@ -41,6 +41,8 @@ def test_arguments_are_numbers_words_lists_and_parts() -> None:
     assert isinstance(method_from("dtkd(temperature=static)").temperature, Static)
     assert method_from('dtkd(temperature=sharpness(4, solve="std"))').temperature.solve == "std"
     assert method_from("at(names=(a, b))").names == ("a", "b")
+    # a word that Python keeps for itself
+    assert method_from("kd(temperature=curriculum(form=global, low=2))").temperature.form == "global"
 
 
 def test_methods_add_up() -> None:

@@ -96,7 +96,10 @@ class Method(nn.Module, ABC):
 
 @dataclass
 class Step:
-    """One micro-batch as a step-owning method sees it: the models, the batch, and how to turn outputs into rows."""
+    """One micro-batch as a step-owning method sees it: the models, the batch, and how to turn outputs into rows.
+
+    ``attached`` is the teacher's answer with a gradient path, None where it has none.
+    """
 
     student: nn.Module
     teacher: Callable[[Any, Tensor | None], Any]
@@ -108,6 +111,11 @@ class Step:
     make_rows: Callable[[Any, Any, Any], list[Rows]]
     features: Callable[[], Mapping[str, tuple[Tensor, Tensor]]] | None = None
     rows: Rows | None = None
+    attached: Callable[[Any, Tensor | None], Any] | None = None
+
+    def answers(self, output: Any) -> Rows:
+        """What one model said, as the student of rows without a teacher: so a teacher's logits may carry a gradient."""
+        return single(self.make_rows(output, None, self.batch))
 
     def forward(self) -> list[Rows]:
         """Both forwards on the batch as it is; the last block stays in ``rows``."""
@@ -119,13 +127,37 @@ class Step:
         return blocks
 
 
+def single(blocks: list[Rows]) -> Rows:
+    """The one block of rows that a method which owns its step works on.
+
+    Raises:
+        ValueError: for a task that makes several.
+    """
+    if len(blocks) != 1:
+        raise ValueError(
+            f"a method that owns its step takes one block of rows, and the task makes {len(blocks)}: "
+            f"{', '.join(rows.name for rows in blocks)}. Give it one view of each batch: Classification()."
+        )
+    return blocks[0]
+
+
 class StepMethod(Method):
     """A method that owns its step, for what rows alone cannot say: input gradients, a teacher that learns.
 
-    ``needs_double_backward`` makes the engine refuse torch.compile, which cannot differentiate twice.
+    Class attributes:
+        needs_double_backward: whether it takes derivatives within its step and then goes through them once more. The
+            engine refuses torch.compile, FSDP and fp16 with a loss scale, which cannot.
+        needs_live: whether it goes back through the teacher, so that stored answers do not do.
+        trains_teacher: whether its step changes the teacher's weights. ``meet`` shows it the module; its state_dict
+            then holds the teacher's weights and what trains them, and the engine remembers no answers.
     """
 
     needs_double_backward: ClassVar[bool] = False
+    needs_live: ClassVar[bool] = False
+    trains_teacher: ClassVar[bool] = False
+
+    def meet(self, teacher: nn.Module | None) -> None:
+        """See the teacher's module, None where there is none, on its device and before any checkpoint is read."""
 
     @abstractmethod
     def step(self, step: Step) -> Mapping[str, Tensor]:

@@ -85,7 +85,7 @@ class CSKD(Method):
     def _cosines(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         rise, T = ramp(progress, self.warmup), self.temperature(rows, progress)
         kept, counted = taking_part(rows)
-        levels: list[Temperatures] = [Static(self.temperature.tau)(rows), T]
+        levels: list[Temperatures] = [Static(self.temperature.tau_at(progress))(rows), T]
         softened = [soften(kept, counted, level) for level in levels]
         fixed, weighted = (
             block_scale(level, counted) * class_unlikeness(s, centred=False, eps=self.eps)

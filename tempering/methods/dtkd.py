@@ -53,7 +53,7 @@ class DTKD(Method):
         T = self.temperature(rows, progress)
         terms = {"dynamic": self.dynamic * rise * kl(rows, T)}
         if self.soft:
-            terms["soft"] = self.soft * rise * kl(rows, Static(self.temperature.tau)(rows))
+            terms["soft"] = self.soft * rise * kl(rows, Static(self.temperature.tau_at(progress))(rows))
         if self.hard:
             terms["hard"] = self.hard * cross_entropy(rows)
         return terms

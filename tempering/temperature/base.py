@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple, Self
+from collections.abc import Iterable
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
@@ -29,6 +30,10 @@ class Temperatures(NamedTuple):
         product = self.student * self.teacher if self.factor is None else self.factor
         return product.squeeze(-1)
 
+    def times(self, by: float) -> Temperatures:
+        """Both sides multiplied by ``by``, and so the scale by its square."""
+        return Temperatures(self.student * by, self.teacher * by, None if self.factor is None else self.factor * by**2)
+
     def detached(self) -> Temperatures:
         """The same, cut from the graph."""
         return Temperatures(*(None if x is None else x.detach() for x in self))  # pyright: ignore[reportArgumentType]
@@ -44,6 +49,7 @@ class Policy(nn.Module, ABC):
     relational: ClassVar[bool] = False  # whether a row's temperature depends on the other rows of its block
     tau: float
     shift_invariant: bool = True  # whether a constant added to a row's logits leaves its temperatures alone
+    by_class: bool = False  # whether it is made for one number of classes, and tells them apart
     last: Temperatures | None = None  # what the last call answered, detached; the engine logs it
 
     @abstractmethod
@@ -54,6 +60,21 @@ class Policy(nn.Module, ABC):
         temperatures: Temperatures = super().__call__(rows, progress)
         self.last = temperatures.detached()
         return temperatures
+
+    def at(self, tau: float, rows: Rows, progress: float) -> Temperatures:
+        """The temperatures round another reference: multiplied by tau / self.tau, where a policy knows no better."""
+        return self(rows, progress).times(tau / self.tau)
+
+    def tau_at(self, progress: float) -> float:
+        """The reference temperature at that share of the run; only a schedule moves it."""
+        return self.tau
+
+    def prepare(self, rows: Rows) -> None:
+        """See one block of rows before the optimizer is made, to size what the policy trains."""
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups of parameters that want options of their own; the rest share one group."""
+        return []
 
     def report(self) -> dict[str, Tensor]:
         """Counts the policy wants logged, {name: ()}, of the last call; such as rows that fell back."""
@@ -72,9 +93,21 @@ class Policy(nn.Module, ABC):
 class LearningPolicy(Policy):
     """A policy that is told, after the step, what the step did."""
 
+    @property
+    def wants_reward(self) -> bool:
+        """Whether it wants the rows' rewards of this step: for those the engine runs the student a second time."""
+        return True
+
     @abstractmethod
-    def learn(self, reward: Float[Tensor, " N"]) -> None:
-        """Take the rows' rewards (by how much the student's loss on each fell) and improve."""
+    def learn(self, reward: Float[Tensor, " N"] | None) -> None:
+        """Take the rows' rewards (by how much the student's loss on each fell) and improve.
+
+        Called after every step; None where the rewards are not wanted, or there are no labels to tell them by.
+        """
+
+    def feed(self, batches: Iterable[Any], teacher: Any) -> Iterable[Any]:
+        """The training batches, for a policy that has a say in them."""
+        return batches
 
 
 def hyperparameters(module: nn.Module) -> dict[str, object]:
@@ -94,6 +127,23 @@ def positive(owner: str, **values: float) -> None:
     for name, value in values.items():
         if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise ValueError(f"{owner} needs {name} > 0 and finite; got {value!r}. Hinton's usual value is 4.0.")
+
+
+def share(owner: str, **values: float) -> None:
+    """Refuse a share of the run outside [0, 1]; epochs are a common slip."""
+    for name, value in values.items():
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(
+                f"{owner} needs {name} in [0, 1], the share of the run (20 of 240 epochs is {name}=20/240); "
+                f"got {value!r}."
+            )
+
+
+def inner(owner: str, policy: object) -> Policy:
+    """``policy`` itself, refused where it is none; a bare number is a common slip."""
+    if isinstance(policy, Policy):
+        return policy
+    raise TypeError(f"{owner} goes round another policy, such as {owner}(Static(4.0), ...); got {policy!r}.")
 
 
 def constant(value: float, like: Tensor) -> Float[Tensor, "1 1"]:

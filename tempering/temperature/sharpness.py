@@ -59,12 +59,15 @@ class Sharpness(Policy):
         self.warned = False
 
     def forward(self, rows: Rows, progress: float) -> Temperatures:
+        return self.at(self.tau, rows, progress)
+
+    def at(self, tau: float, rows: Rows, progress: float) -> Temperatures:
         with torch.autocast(rows.student.device.type, enabled=False), torch.set_grad_enabled(self._follows(rows)):
-            found = solve_delta(rows.teacher, rows.student, tau=self.tau, solve=self.solve, reach=self.reach)
-        counted = slice(None) if rows.weight is None else rows.weight > 0
-        self.counts = {"fallback": found.fallback[counted].sum(), "clamped": found.clamped[counted].sum()}
+            found = solve_delta(rows.teacher, rows.student, tau=tau, solve=self.solve, reach=self.reach)
+        weighs = True if rows.weight is None else (rows.weight > 0).unsqueeze(1)
+        self.counts = {"fallback": (found.fallback & weighs).sum(), "clamped": (found.clamped & weighs).sum()}
         self._warn_once(len(rows))
-        return Temperatures(self.tau - found.delta, self.tau + found.delta)
+        return Temperatures(tau - found.delta, tau + found.delta)
 
     def report(self) -> dict[str, Tensor]:
         """Rows of the last call that fell back to tau, and rows held at the reach."""
