@@ -40,6 +40,9 @@ gpu: $(READY)  ## CIFAR-100 at full size on a CUDA device; resumes; records and 
 	$(BIN)/tempering compare recipes/cifar100.py --methods $(ARMS) --seeds $(SEEDS) --out $(FULL) -- --data $(DATA) \
 	--teacher resnet32x4 --student resnet8x4 --epochs $(EPOCHS) --precision bf16-mixed --accelerator cuda
 
+docs: $(READY)  ## docs/papers.md, from docstrings, presets and records
+	$(BIN)/python -m tempering.papersdoc .
+
 wheel: $(READY)  ## builds the wheel, installs it into an empty environment, runs it
 	rm -rf build dist
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null

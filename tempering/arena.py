@@ -148,6 +148,7 @@ class Arena:
                 pass_fds=(lock,),
                 start_new_session=True,
             )
+        _as_nice(process.pid)
         self.running.append(Running(cell, process, lock, slot))
         self.display.began(cell)
 
@@ -175,7 +176,7 @@ class Arena:
             failure.unlink(missing_ok=True)
             shutil.rmtree(place / "checkpoints", ignore_errors=True)
         else:
-            self.failed[cell.id] = _why(place, facts, code)
+            self.failed[cell.id] = why(place, facts, code)
             if facts.get("status") == "failed":
                 write_cell(failure, pack(place))
         self.display.ended(cell, self.failed.get(cell.id), None if cell.id in self.failed else read_cell(record))
@@ -226,8 +227,16 @@ def lowest_priority() -> None:
             return  # where a sandbox forbids it, nice 19 has to do
 
 
-def _why(place: Path, facts: Mapping[str, Any], code: int) -> str:
-    """What went wrong in a cell, in a line, and where to read more."""
+def _as_nice(pid: int) -> None:
+    """Give a new session our niceness: Linux shares the CPU between sessions first, and a new one has none."""
+    try:
+        Path(f"/proc/{pid}/autogroup").write_text(str(os.nice(0)))
+    except OSError:
+        return  # no such thing here: then niceness alone counts
+
+
+def why(place: Path, facts: Mapping[str, Any], code: int) -> str:
+    """What went wrong in a run, in a line, and where to read more."""
     if facts.get("status") == "failed" and facts.get("error"):
         return str(facts["error"])
     log = place / "log.txt"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from tempering.arms import Arm, slug
 from tempering.reports.read import MACHINE_PATH
 
 FILE = "plan.json"
+OWN = ("method", "temperature", "seed", "label", "out")  # flags that a cell sets
 ELSEWHERE = {"threads", "teacher_dir", "quiet", "out"}  # flags that say where or how fast, not what
 
 
@@ -60,17 +61,25 @@ def plan_for(
     Raises:
         ValueError: for flags that cannot be read, or that the grid sets itself.
     """
-    shared = dict(sorted(_pairs(flags)))
-    own = sorted(set(shared) & {"method", "temperature", "seed", "label", "out"})
-    if own:
-        raise ValueError(f"compare sets --{own[0]} itself, in every cell another; take it out from behind the --.")
-    what = {name: value for name, value in shared.items() if name not in ELSEWHERE}
+    what = shared(flags, OWN, "compare")
     cells = [
         Cell(_id(recipe.stem, arm, seed, what), arm.label, arm.spec, arm.temperature, seed)
         for arm in arms
         for seed in seeds
     ]
     return Plan(recipe.stem, what, control, tuple(cells))
+
+
+def shared(flags: Sequence[str], own: Collection[str], command: str) -> dict[str, str]:
+    """The flags that say what is run, name -> value, sorted; those of ``ELSEWHERE`` left out.
+
+    Raises:
+        ValueError: for flags that cannot be read, or that ``command`` sets itself, which are ``own``.
+    """
+    found = dict(sorted(_pairs(flags)))
+    if taken := sorted(set(found) & set(own)):
+        raise ValueError(f"{command} sets --{taken[0]} itself, in every run another; take it out from behind the --.")
+    return {name: value for name, value in found.items() if name not in ELSEWHERE}
 
 
 def merged(folder: Path, plan: Plan) -> Plan:

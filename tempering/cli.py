@@ -130,6 +130,60 @@ def compare(
     return code
 
 
+def tune(
+    recipe: Annotated[Path, Positional, arg(metavar="RECIPE", help=RECIPE)],
+    *,
+    out: Annotated[Path, arg(metavar="FOLDER")],
+    method: str = "dtkd",
+    trials: int = 20,
+    space: str = "",
+    seed: int = 0,
+    jobs: int = 1,
+    threads: int = 1,
+    prune: bool = True,
+    quiet: bool = False,
+) -> int:
+    """Search temperature and weights of a method on the validation split; the test split is not looked at.
+
+    tempering tune RECIPE --method dtkd --trials 20 --out runs/tune -- --data DIR --epochs 60 --validation 5000
+
+    What stands behind the -- are the recipe's flags. A killed search goes on with the same command, and more --trials
+    widen it. The best flags are printed as they are typed, and FOLDER/tune.html shows what mattered.
+
+    Args:
+        out: the search's folder.
+        method: an arm or a method, which the search begins with; or one with places in braces that --space names, as
+            in "lskd(kd(soft={soft}, hard=0))".
+        trials: how many, those of earlier calls counted.
+        space: what to search, by itself every weight but the labels', the warm-up and the temperature: "soft=0.1..10"
+            is a range, by its logarithm where it spans a factor of ten ("log" or "linear" behind it says otherwise),
+            "temperature.solve=exact|std" a choice, "soft=4" holds it; the recipe's flags too: "lr=0.01..0.1".
+        seed: of every trial's run, and of the search.
+        jobs: trials at once.
+        threads: of each trial.
+        prune: cut a trial that is worse, after the same epoch, than the median of those before.
+        quiet: print the best flags alone.
+    """
+    from tempering import recipefile
+    from tempering import tune as tuning
+    from tempering.tune_space import space_of
+    from tempering.tune_study import best
+    from tempering.tune_view import words, write_page
+
+    file, flags = recipefile.find(str(recipe)), BEHIND.get()
+    wanted = space_of(method, space, recipefile.flags(file))
+    how = {"trials": trials, "seed": seed, "jobs": jobs, "threads": threads, "prune": prune, "quiet": quiet}
+    search = tuning.Search(out, file, flags, wanted, **how)
+    if code := search.run():
+        return code
+    typed = tuning.command(recipe, flags, best(search.study))
+    page = write_page(out, search.study, wanted, typed)
+    if not quiet:
+        _print(*words(search.study, wanted), f"page: {page}", "the best flags:")
+    _print(typed)
+    return 0
+
+
 def report(
     runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN...")],
     *,
@@ -206,6 +260,7 @@ COMMANDS = {
     "demo": demo,
     "run": run,
     "compare": compare,
+    "tune": tune,
     "report": report,
     "check": check,
     "list": list_parts,
@@ -216,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code. Errors that say what to do are printed as they are, without a traceback."""
     args = list(sys.argv[1:] if argv is None else argv)
     loud = "--traceback" in args or os.environ.get("TEMPERING_TRACEBACK", "0") not in ("", "0")
-    args = [a for a in args if a != "--traceback"]
+    args = [part for a in args if a != "--traceback" for part in _flag(a)]
     args, behind = _divided(args)
     token = BEHIND.set(behind)
     before = signal.signal(signal.SIGTERM, _interrupt)
@@ -231,6 +286,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `tempering list | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         if loud or not _speaks(error):
             raise
@@ -241,8 +299,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
+def _flag(text: str) -> list[str]:
+    """--flag=value as two words, so that a mistyped name with a value is matched by its name."""
+    return text.split("=", 1) if text.startswith("--") and "=" in text else [text]
+
+
 def _divided(args: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Our arguments, and those that a recipe reads itself: behind RECIPE for run and check, behind -- for compare."""
+    """Our arguments, and those that a recipe reads itself: behind RECIPE for run and check, behind -- for others."""
     if args[:1] in (["run"], ["check"]) and len(args) > 1 and not args[1].startswith("-"):
         return args[:2], tuple(a for a in args[2:] if a != "--")
     if "--" in args:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Literal, TypeVar
 
+from tempering.discovery import plain_net
 from tempering.methods.ats import ATS
 from tempering.methods.dist import DIST
 from tempering.methods.dkd import DKD
@@ -22,7 +23,10 @@ from tempering.methods.nkd import NKD, USKD
 from tempering.methods.r2kd import R2KD
 from tempering.methods.rld import RLD
 from tempering.methods.ttm import TTM, WTTM
+from tempering.temperature.curriculum import Curriculum
+from tempering.temperature.instance import Instance
 from tempering.temperature.sharpness import Sharpness
+from tempering.temperature.standardised import Standardised
 from tempering.temperature.static import Static
 
 Data = Literal["cifar100", "imagenet", "tiny_imagenet"]
@@ -58,6 +62,14 @@ LATER: tuple[Pair, ...] = (
 )
 
 
+class UnknownPair(ValueError):
+    """A pair of nets whose values are not known; ``known`` has, by data set, the pairs whose values are."""
+
+    def __init__(self, said: str, known: dict[str, list[Pair]]) -> None:
+        super().__init__(said)
+        self.known = known
+
+
 def kd(teacher: str, student: str, *, data: Data = "cifar100") -> KD:
     """KD as mdistiller configures it: 0.9 and 0.1 at T = 4 on CIFAR-100, 0.5 and 0.5 at T = 1 on ImageNet."""
     known = {"cifar100": _all((*SAME, *OTHER), (0.9, 0.1, 4.0)), "imagenet": _all(IMAGENET, (0.5, 0.5, 1.0))}
@@ -87,6 +99,34 @@ def dtkd(teacher: str, student: str, *, data: Data = "cifar100", published: bool
     dynamic, soft = _find("dtkd", {"cifar100": cifar}, teacher, student, data)
     T = Sharpness(4.0, solve="published", attached=True) if published else Sharpness(4.0)
     return DTKD(dynamic=dynamic, soft=soft, hard=1.0, warmup=20 / 240, temperature=T)
+
+
+def ctkd(teacher: str, student: str, *, data: Data = "cifar100") -> KD:
+    """KD under a curriculum temperature (arXiv:2211.16231), global form, as released."""
+    cifar = _all((*(pair for pair in SAME if pair[1] != "resnet8x4"), *OTHER), (0.9, 0.1, 10 / 240))
+    known = {"cifar100": cifar, "imagenet": {IMAGENET[0]: (1.0, 1.0, 5 / 120)}}
+    soft, hard, over = _find("ctkd", known, teacher, student, data)
+    return KD(soft=soft, hard=hard, temperature=Curriculum(over=over))
+
+
+def itkd(teacher: str, student: str, *, data: Data = "cifar100", published: bool = False) -> KD:
+    """KD under instance temperatures (ITKD, arXiv:2407.00115); ``published`` takes the released code's formulas."""
+    soft, hard = _find("itkd", {"cifar100": {("resnet110", "resnet20"): (0.9, 0.1)}}, teacher, student, data)
+    return KD(soft=soft, hard=hard, temperature=Instance(form="published" if published else "ppo"))
+
+
+def itkd_dkd(teacher: str, student: str, *, data: Data = "cifar100", published: bool = False) -> DKD:
+    """DKD under instance temperatures (ITKD, arXiv:2407.00115); ``published`` takes the released code's formulas."""
+    two = ("resnet56", "resnet20"), ("resnet110", "resnet32"), ("wrn_40_2", "wrn_16_2"), ("wrn_40_2", "wrn_40_1")
+    cifar = _all(two, 2.0) | {("resnet32x4", "resnet8x4"): 8.0}
+    rest = _find("itkd_dkd", {"cifar100": cifar}, teacher, student, data)
+    T = Instance(form="published" if published else "ppo")
+    return DKD(target=1.0, rest=rest, hard=1.0, warmup=20 / 240, temperature=T)
+
+
+def normkd() -> KD:
+    """KD at temperatures that follow the logits' spread (NormKD, arXiv:2308.00520); one set of values for all pairs."""
+    return KD(soft=0.9, hard=0.1, temperature=Standardised(2.0, scale="teacher"))
 
 
 def dist(teacher: str, student: str, *, data: Data = "cifar100") -> DIST:
@@ -239,11 +279,6 @@ def ats(teacher: str, student: str, *, data: Data = "cifar100", published: bool 
     return ATS(soft=0.5, hard=0.5, correct=correct, wrong=wrong, centred=not published)
 
 
-def plain(name: str) -> str:
-    """A net's name without case, dashes, dots and underscores; shufflenet is shuffle, as tables abbreviate it."""
-    return "".join(c for c in name.lower() if c.isalnum()).replace("shufflenet", "shuffle")
-
-
 def _all(pairs: Iterable[Pair], value: Value) -> dict[Pair, Value]:
     """The same value for each pair."""
     return dict.fromkeys(pairs, value)
@@ -253,13 +288,14 @@ def _find(name: str, known: Mapping[str, Mapping[Pair, Value]], teacher: str, st
     """The values of this pair.
 
     Raises:
-        ValueError: for a pair that has none, with those that have.
+        UnknownPair: for a pair that has none, with those that have.
     """
     for (t, s), value in known.get(data, {}).items():
-        if (plain(t), plain(s)) == (plain(teacher), plain(student)):
+        if (plain_net(t), plain_net(s)) == (plain_net(teacher), plain_net(student)):
             return value
     said = "; ".join(f"{where}: {', '.join(f'{t} -> {s}' for t, s in pairs)}" for where, pairs in known.items())
-    raise ValueError(
+    raise UnknownPair(
         f"papers.{name} knows no values for {teacher} -> {student} on {data}. It knows {said}. For another pair, "
-        "configure the method itself."
+        "configure the method itself.",
+        {where: list(pairs) for where, pairs in known.items()},
     )

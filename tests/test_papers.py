@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from tempering import papers
 from tempering.methods import DKD, KD, METHODS
+from tempering.papersdoc import GOLDEN, made_by, page, presets, told
+from tempering.reports.read import pack, write_cell
+from tempering.reports.reported import PUBLISHED, published, reported
 from tempering.rows import total
+from tempering.specs import method_from
+from tempering.temperature import POLICIES, Curriculum, Instance  # pyright: ignore[reportAttributeAccessIssue]
+from tempering.tune_space import written
 from tests.conftest import random_rows
+from tests.paths import ROOT, SHARED
+from tests.records_made import make_run
 
 PRESETS = {
     "kd": papers.kd,
@@ -76,3 +86,110 @@ def test_presets_invent_nothing() -> None:
         papers.dtkd("resnet34", "resnet18", data="imagenet")
     with pytest.raises(ValueError, match=r"It knows tiny_imagenet: resnet32x4 -> resnet8x4, .* configure the method"):
         papers.r2kd("resnet32x4", "resnet8x4", data="cifar100")
+
+
+# every preset, and the page made of them
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_value_of_every_preset_can_be_typed(name: str) -> None:
+    known = made_by(presets()[name])
+    assert known and all(known.values())
+    for pairs in known.values():
+        for method in pairs.values():
+            typed = method_from(written(method, whole=True))
+            assert json.dumps(typed.hyperparameters()) == json.dumps(method.hyperparameters())
+
+
+def test_presets_of_temperatures() -> None:
+    ctkd = papers.ctkd("resnet34", "resnet18", data="imagenet")
+    assert (ctkd.soft, ctkd.hard) == (1.0, 1.0)
+    assert isinstance(ctkd.temperature, Curriculum) and ctkd.temperature.over == 5 / 120
+    assert papers.ctkd("vgg13", "vgg8").hyperparameters()["soft"] == 0.9
+    with pytest.raises(papers.UnknownPair, match=r"papers.ctkd knows no values for resnet32x4 -> resnet8x4"):
+        papers.ctkd("resnet32x4", "resnet8x4")
+    itkd = papers.itkd("resnet110", "resnet20", published=True).temperature
+    assert isinstance(itkd, Instance) and itkd.form == "published"
+    assert [papers.itkd_dkd(*pair).rest for pair in (("resnet32x4", "resnet8x4"), ("resnet56", "resnet20"))] == [8, 2]
+    assert papers.normkd().hyperparameters()["temperature"] == {
+        "name": "Standardised",
+        "tau": 2.0,
+        "scale": "teacher",
+        "ddof": 1,
+    }
+
+
+def test_papers_md_is_up_to_date_and_lists_everything() -> None:
+    text = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    assert text == page(ROOT / "benchmarks" / "results"), "docs/papers.md is out of date; make docs"
+    for name in (*METHODS, *POLICIES):
+        assert text.count(f"\n### {name}\n") == 1
+    assert set(GOLDEN) <= {*METHODS, *POLICIES}
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    for named in {part for files in GOLDEN.values() for part in files.split(" and ")}:
+        assert f'"{named.removesuffix(".npz")}"' in tests or named in tests, f"no test reads {named}"
+        assert not (SHARED / "golden").is_dir() or (SHARED / "golden" / named).is_file()
+
+
+def test_what_a_docstring_says() -> None:
+    class Made:
+        """a * (b - c),
+        over rows of ``x``.
+
+        As released, but for the sign. Stars * and under_scores stay.
+
+        Args:
+            eps: the released code adds 1e-8
+                to the norm.
+            size: of it.
+            warmup: published: none.
+
+        Nothing of interest.
+
+        Reference: Somebody, 2024, arXiv:2401.00001.
+        """
+
+    equation, differs, reference = told(Made)
+    assert equation == "a * (b - c), over rows of x."
+    assert differs == [
+        r"As released, but for the sign. Stars \* and under\_scores stay.",
+        "`eps`: the released code adds 1e-8 to the norm.",
+    ]
+    assert reference == "Somebody, 2024, arXiv:2401.00001."
+
+
+def test_records_become_results(tmp_path: Path) -> None:
+    for i, label in enumerate(("student alone", "KD", "DTKD exact")):
+        for seed in range(2):
+            run = make_run(tmp_path / "runs" / f"{i}-{seed}", label, seed, order=i)
+            write_cell(tmp_path / "results" / "digits" / "records" / f"{i}-{seed}.json", pack(run))
+    text = page(tmp_path / "results")
+    (kd,) = re.findall(r"\n### KD\n.*?(?=\n### )", text, re.DOTALL)
+    assert re.search(
+        r"- KD: test accuracy \d\d\.\d\d ± \d\.\d\d %, best epoch \d\d\.\d\d, 2 seeds; [+-]\d\.\d\d to student alone "
+        r"\(`benchmarks/results/digits`\)",
+        kd,
+    )
+    (sharpness,) = re.findall(r"\n### Sharpness\n.*?(?=\n### )", text, re.DOTALL)
+    assert "- DTKD exact: test accuracy" in sharpness and "- KD:" not in sharpness
+    (dist,) = re.findall(r"\n### DIST\n.*?(?=\n### )", text, re.DOTALL)
+    assert "**Measured.** Not measured." in dist
+
+
+def test_reported_numbers_invent_nothing() -> None:
+    assert reported("DKD", "ResNet32x4", "resnet-8x4", "cifar100") == pytest.approx(0.7632)
+    assert reported("DTKD published", "resnet14", "resnet8", "CIFAR100") == pytest.approx(0.6288)
+    assert reported("dist", "resnet34", "resnet18", "imagenet") == pytest.approx(0.7207)
+    found = published("KD @ curriculum", "vgg13", "vgg8", "cifar100")
+    assert found is not None and found.source == "CTKD's project page" and found.value == pytest.approx(0.7352)
+    for label, pair, data in (
+        ("DTKD exact", ("resnet14", "resnet8"), "cifar100"),  # not what the paper ran
+        ("DTKD published", ("resnet32x4", "resnet8x4"), "cifar100"),  # its tables could not be seen
+        ("dkd(rest=2)", ("resnet32x4", "resnet8x4"), "cifar100"),
+        ("KD", ("resnet14", "resnet20"), "cifar100"),
+        ("KD", ("resnet32x4", "resnet8x4"), "digits"),
+        ("r2kd", ("vgg13", "vgg8"), "cifar100"),
+    ):
+        assert reported(label, *pair, data) is None
+    values = [found.value for table in PUBLISHED.values() for found in table.values()]
+    assert len(values) > 150 and all(0.5 < value < 0.8 for value in values)

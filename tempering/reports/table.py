@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["cells", "compare", "markdown", "rich_table"]
 
-WIDE = ("best", "reported", "detectable", "train", "peak")  # headings that begin so are left to the page: 80 columns are few
+# headings that begin so are left to the page: 80 columns are few
+WIDE = ("best", "reported", "detectable", "train", "peak")
 
 
 def cells(found: Comparison, arm: Arm) -> dict[str, tuple[str, bool]]:
