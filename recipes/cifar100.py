@@ -27,7 +27,7 @@ from tempering.methods.supervised import Supervised
 from tempering.models import build, load, stages
 from tempering.tasks import Classification, Task
 from tempering.tasks.views import CutMix, CutOut, MixUp, RandAugment, Views
-from tempering.teachers import Live
+from tempering.teachers import Live, record
 from tempering.trained import trained
 
 MILESTONES = (150 / 240, 180 / 240, 210 / 240)
@@ -59,6 +59,7 @@ def main(
     teacher_epochs: int | None = None,
     teacher_subset: int | None = None,
     teacher_dir: Path | None = None,
+    teacher_cache: int | None = None,
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true",
     teacher_precision: Literal["auto", "bf16", "fp32"] = "auto",
     fast: bool = True,
@@ -98,6 +99,8 @@ def main(
         teacher_epochs: how long the teacher is trained; by itself as long as the student.
         teacher_subset: train the teacher on this many images, 50,000 for all; by itself on the student's.
         teacher_dir: where trained teachers are kept and found again; by itself "teachers" beside the run's folder.
+        teacher_cache: ask the teacher once and keep its answers: 0 to clean images, k to k augmentations of each that
+            training then replays; by itself it is asked at every step.
         precision: of the student's training, and of the teacher's.
         teacher_precision: in which the teacher is asked; auto is bf16 where the hardware computes in it, else fp32.
         fast: fold the teacher's batch norms into its convolutions, where nothing is tapped, and lay images out
@@ -160,10 +163,15 @@ def main(
         auto = "bf16" if _computes_bf16() else "fp32"
         said["precision"] = auto if teacher_precision == "auto" else teacher_precision
         taught = Live(net, precision=said["precision"], channels_last=fast, fold=fast and not taps)
+        if teacher_cache is not None:
+            of = f"{taught.identity[:10]}-{splits.train.identity[:10]}-{teacher_cache}"
+            place = (teacher_dir or out.parent / "teachers") / f"answers-{of}"
+            taught = record(taught, splits.train, place, views=teacher_cache or None, quiet=quiet)
+            said["calls"] = taught.rows
     return train(
         learner,
         taught,
-        splits.train,
+        splits.train.replay(teacher_cache) if taught is not None and teacher_cache else splits.train,
         method=loss,
         task=_task(views, taps),
         optimizer=_sgd(lr or _rate(student)),

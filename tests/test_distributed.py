@@ -15,7 +15,7 @@ from torch import Tensor
 from tempering import checkpoints
 from tests.paths import ROOT
 from tests.runs import STEPS, identical, left, student_net
-from tests.two_ranks import RUNS, one, pictures
+from tests.two_ranks import RUNS, aligned, one, pictures
 
 CLOSE = {"weights": 1e-12, "accumulated": 1e-12, "own parameters": 1e-6}
 STRATEGIES = ("ddp", "fsdp")
@@ -40,6 +40,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in RUNS:
         one(name, folder / name)
     pictures(folder / "pictures")
+    aligned(folder / "aligned")
     return folder
 
 
@@ -66,9 +67,10 @@ def test_two_processes_are_one(name: str, strategy: str, two: Path, alone: Path)
         assert losses[0] == pytest.approx(losses[1], rel=1e-6) and (count is None or len(losses[0]) == count)
 
 
-def test_the_shares_of_a_batch_of_images(two: Path, alone: Path) -> None:
-    a, b = (load_file(out / "student.safetensors") for out in (two / "ddp" / "pictures", alone / "pictures"))
-    torch.testing.assert_close(flat(a), flat(b), rtol=0.0, atol=1e-6)
+@pytest.mark.parametrize(("name", "close"), [("pictures", 1e-6), ("aligned", 1e-12)])
+def test_shares_of_images_and_a_second_backward(name: str, close: float, two: Path, alone: Path) -> None:
+    a, b = (load_file(out / "student.safetensors") for out in (two / "ddp" / name, alone / name))
+    torch.testing.assert_close(flat(a), flat(b), rtol=0.0, atol=close)
 
 
 @pytest.mark.parametrize("name", ["shuffled", "sharded"], ids=["ddp", "fsdp"])

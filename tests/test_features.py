@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+
 from tempering.methods.at import AT
 from tempering.methods.crd import CRD
 from tempering.methods.fitnet import FitNet
@@ -17,7 +19,6 @@ from tempering.methods.sp import SP
 from tempering.methods.vid import VID
 from tempering.rows import Rows, total
 from tests.paths import SHARED, needs_shared
-from torch import Tensor, nn
 
 MAPS = {"early": ((6, 5, 8, 8), (6, 7, 8, 8)), "late": ((6, 8, 4, 4), (6, 10, 4, 4))}
 VECTORS = {"pooled": ((6, 16), (6, 24))}
@@ -39,7 +40,8 @@ def block(shapes: dict, *, seed: int = 0, weight: Tensor | None = None, same: bo
 def golden(case: str, names: list[tuple[str, str]]) -> tuple[Rows, dict[str, Tensor]]:
     with np.load(SHARED / "golden" / "features.npz", allow_pickle=False) as file:
         prefix = f"{case}__"
-        found = {k[len(prefix) :]: torch.from_numpy(file[k]) for k in file if k.startswith(prefix) and "config" not in k}
+        names_here = [k for k in file if k.startswith(prefix) and "config" not in k]
+        found = {k[len(prefix) :]: torch.from_numpy(file[k]) for k in names_here}
     features = {s: (found[s].clone().requires_grad_(), found[t]) for s, t in names}
     n = len(found[names[0][0]])
     z = torch.zeros(n, 4, dtype=torch.float64)
@@ -206,9 +208,7 @@ def test_crd_learns_to_tell_samples_apart() -> None:
     logits = torch.zeros(32, 4)
 
     def rows() -> Rows:
-        return Rows(
-            logits, logits, features={"pooled": (student(teacher), teacher)}, ids=torch.arange(32)
-        )
+        return Rows(logits, logits, features={"pooled": (student(teacher), teacher)}, ids=torch.arange(32))
 
     method.prepare(rows())
     optimizer = torch.optim.Adam([*student.parameters(), *method.parameters()], lr=0.01)

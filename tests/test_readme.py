@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tests.paths import ROOT
 
 README = (ROOT / "README.md").read_text()

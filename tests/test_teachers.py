@@ -19,7 +19,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tempering import distill
 from tempering.data import Batches
+from tempering.methods.kd import KD
 from tempering.teachers import Cached, Live, Teacher, fingerprint, record, recording
 from tempering.teachers.cached import BrokenCache
 from tests.paths import ROOT
@@ -284,10 +286,12 @@ def test_ids_are_needed_and_must_be_there(tmp_path: Path) -> None:
 
 
 def test_a_second_recording_of_the_same_is_not_made(tmp_path: Path) -> None:
-    live, batches = Live(net()), data()
+    live, batches = Live(net()), data(200)
     first = record(live, batches, tmp_path / "cache", quiet=True)
-    again = record(Refuses(live), batches, tmp_path / "cache", quiet=True)
+    counting = Told(live)
+    again = record(counting, batches, tmp_path / "cache", quiet=True)
     assert again.identity == first.identity
+    assert 0 < counting.asked <= 32, "a sample is compared, and no more is asked"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache"]
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["key.json", "logits.npy"]
 
@@ -310,9 +314,16 @@ class Told(Teacher):
         return self.change(self.teacher(inputs, ids).clone(), ids)
 
 
-class Refuses(Told):
+class Shifted(Told):
     def change(self, logits: Tensor, ids: Tensor) -> Tensor:
-        raise AssertionError("it should not have been asked")
+        return logits.roll(1, -1)
+
+
+def test_a_recording_that_the_teacher_would_not_repeat_is_refused(tmp_path: Path) -> None:
+    live, batches = Live(net()), data()
+    record(live, batches, tmp_path / "cache", quiet=True)
+    with pytest.raises(ValueError, match="is not what the teacher answers now"):
+        record(Shifted(live), batches, tmp_path / "cache", quiet=True)
 
 
 def test_another_key_is_refused_naming_the_field_and_both_values(tmp_path: Path) -> None:
@@ -583,7 +594,8 @@ def test_of_several_processes_one_records_and_all_read(tmp_path: Path) -> None:
     for process in workers:
         process.join(timeout=60)
         assert process.exitcode == 0
-    assert sorted(counts) == [0, 80]
+    few, all_rows = sorted(counts)
+    assert all_rows == 80 and few <= 32, "one records; one that comes when it is done compares a sample"
     cached = Cached(tmp_path / "cache", batches=augmented().replay(2))
     assert logits[0] == logits[1] == cached(torch.zeros(1), torch.arange(80)).tolist()
 
@@ -594,3 +606,17 @@ def test_a_cache_travels_by_its_path(tmp_path: Path) -> None:
     ids = torch.arange(40)
     assert torch.equal(twin(torch.zeros(1), ids), cached(torch.zeros(1), ids))
     assert twin.identity == cached.identity
+
+
+def test_a_cache_of_the_training_set_is_not_asked_about_another(tmp_path: Path) -> None:
+    """Its rows are the training set's; the test set's ids would find other images' answers in it."""
+    train, test = data(), data(pixels_seed=1)
+    live, student = Live(net()), net()
+    cached = record(live, train, tmp_path / "cache", quiet=True)
+    options = {"method": KD(hard=1.0), "epochs": 1, "quiet": True, "selfcheck": False}
+    run = distill(copy.deepcopy(student), cached, train, test=test, **options)
+    assert "agreement" not in run.last["test"]
+    asked = distill(copy.deepcopy(student), live, train, test=test, **options)
+    assert "agreement" in asked.last["test"]
+    seen = distill(copy.deepcopy(student), cached, train, test=train.clean(), **options)
+    assert "agreement" in seen.last["test"], "about its own images it is"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tempering import checkpoints
-from tempering.methods import DIST, DTKD, KD
+from tempering.methods import DIST, DTKD, KD, KDIGA
 from tempering.rows import Rows
 from tempering.settings import Run
 from tempering.temperature import LearningPolicy, Temperatures
@@ -78,6 +78,13 @@ def pictures(out: Path | None, **more: Any) -> Run:
     return go(images(), student=net, teacher=taught, out=out, steps=STEPS, selfcheck=False, **more)
 
 
+def aligned(out: Path | None, **more: Any) -> Run:
+    """A loss of input gradients, whose backward is a second one through the wrapped student."""
+    batches, teacher, method = unequal(torch.float64), teacher_net(torch.float64), KDIGA(align=2.0, warmup=0.5)
+    wanted: dict[str, Any] = {"task": Weighted(), "steps": STEPS, "precision": "64-true", "selfcheck": False}
+    return go(batches, teacher=teacher, method=method, out=out, **(wanted | more))
+
+
 def refusal(batches: Any = None, **more: Any) -> str:
     try:
         go(batches or unequal(), task=Weighted(), steps=1, **more)
@@ -105,6 +112,7 @@ def main(out: Path) -> None:
         for name in RUNS:
             one(name, out / strategy / name, **both)
     pictures(out / "ddp" / "pictures", **ddp)
+    aligned(out / "ddp" / "aligned", **ddp)
     stopped_and_whole(out / "shuffled", "shuffled", **ddp)
     stopped_and_whole(out / "sharded", "batches", **(ddp | {"strategy": "fsdp", "optimizer": SGD}))
     # each process begins with weights of its own, and both end with the first one's

@@ -97,9 +97,9 @@ def spread_out(value: Tensor, rows: Rows) -> Tensor:
 def fitted(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Both maps at the smaller one's size: the larger is average-pooled."""
     if s.shape[-1] > t.shape[-1]:
-        s = F.adaptive_avg_pool2d(s, t.shape[-2:])
+        s = F.adaptive_avg_pool2d(s, (t.shape[-2], t.shape[-1]))
     elif s.shape[-1] < t.shape[-1]:
-        t = F.adaptive_avg_pool2d(t, s.shape[-2:])
+        t = F.adaptive_avg_pool2d(t, (s.shape[-2], s.shape[-1]))
     return s, t
 
 

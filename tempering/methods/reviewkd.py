@@ -69,8 +69,9 @@ class Fuse(nn.Module):
         self.reduce = nn.Sequential(nn.Conv2d(student, middle, 1, bias=False), nn.BatchNorm2d(middle))
         self.expand = nn.Sequential(nn.Conv2d(middle, teacher, 3, padding=1, bias=False), nn.BatchNorm2d(teacher))
         self.attend = nn.Sequential(nn.Conv2d(2 * middle, 2, 1), nn.Sigmoid()) if fuse else None
-        for module in (self.reduce[0], self.expand[0]):
-            nn.init.kaiming_uniform_(module.weight, a=1)
+        for module in (*self.reduce, *self.expand):
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
 
     def forward(self, s: Tensor, deeper: Tensor | None, size: torch.Size) -> tuple[Tensor, Tensor]:
         x = self.reduce(s)

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tempering.discovery import nearest
+
 LIBRARIES = ("timm", "torchvision", "transformers")
 
 
@@ -44,18 +46,15 @@ def _timm(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module
     import timm  # pyright: ignore[reportMissingImports]
 
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name[:6]}*")[:5]
-        raise ValueError(f"timm has no model {name!r}. Near it: {', '.join(near) or 'none'}.")
+        raise ValueError(f"timm has no model {name!r}.{nearest(name, timm.list_models())} See timm.list_models().")
     return timm.create_model(name, pretrained=pretrained, num_classes=classes, in_chans=channels)
 
 
 def _torchvision(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
     from torchvision import models  # pyright: ignore[reportMissingImports]
 
-    if name not in models.list_models(module=models):
-        raise ValueError(
-            f"torchvision has no classifier {name!r}. It has: {', '.join(models.list_models(models)[:8])}..."
-        )
+    if name not in (known := models.list_models(module=models)):
+        raise ValueError(f"torchvision has no classifier {name!r}.{nearest(name, known)} See models.list_models().")
     if channels != 3:
         raise ValueError(f"torchvision's classifiers take 3 channels; got channels={channels}.")
     if not pretrained:

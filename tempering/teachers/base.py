@@ -20,6 +20,16 @@ class Teacher(ABC):
     def __call__(self, inputs: Any, ids: Tensor | None) -> Any:
         """The teacher's outputs for these inputs, without gradient."""
 
+    def attached(self, inputs: Any, ids: Tensor | None) -> Any:
+        """The same answers with a gradient path to the inputs, and to such weights as require grad.
+
+        Raises:
+            TypeError: for a teacher that has no way back.
+        """
+        raise TypeError(
+            f"{type(self).__name__} has answers and no gradient. Give the model itself: teachers.Live(model)."
+        )
+
     def to(self, device: torch.device | str) -> Self:
         """The same teacher, answering on ``device``."""
         return self

@@ -45,7 +45,13 @@ class Blended(Teacher):
 
     @torch.no_grad()
     def __call__(self, inputs: Any, ids: Tensor | None = None) -> Tensor:
-        one, other = (_logits(teacher(inputs, ids)) for teacher in (self.first, self.second))
+        return self._blend(self.first(inputs, ids), self.second(inputs, ids))
+
+    def attached(self, inputs: Any, ids: Tensor | None = None) -> Tensor:
+        return self._blend(self.first.attached(inputs, ids), self.second.attached(inputs, ids))
+
+    def _blend(self, first: Any, second: Any) -> Tensor:
+        one, other = _logits(first), _logits(second)
         if one.shape != other.shape:
             raise ValueError(
                 f"Blended adds logits of one shape; the first teacher answers {tuple(one.shape)} and the second "

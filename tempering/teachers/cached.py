@@ -235,11 +235,12 @@ def record(
         quiet: no progress bar.
 
     Returns:
-        A Cached opened for these batches; one of clean images serves their augmentations too.
+        A Cached opened for these batches; of an older recording a sample of rows is compared with what the teacher
+        answers now. One of clean images serves their augmentations too.
 
     Raises:
         ValueError: where ``path`` holds another recording, naming what differs; for a teacher that answers NaN, or
-            logits beyond the precision's range.
+            logits beyond the precision's range; for a row that the teacher now answers otherwise.
         OSError: when it cannot be written, saying how much is needed; what is done is kept.
     """
     path = Path(path)
@@ -258,10 +259,13 @@ def record(
         "precision": precision,
         "rows": seen.rows,
     }
-    if not (path / KEY).is_file():
+    if made := not (path / KEY).is_file():
         Recording(path, teacher, seen, key, quiet=quiet).run()
     refuse_other(path, key)
-    return Cached(path, batches=seen, teacher=teacher, clean=views is None)
+    cached = Cached(path, batches=seen, teacher=teacher, clean=views is None)
+    if not made:
+        cached.verify(teacher, batches)
+    return cached
 
 
 def _key(path: Path) -> dict[str, Any]:

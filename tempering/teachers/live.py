@@ -77,6 +77,9 @@ class Live(Teacher):
 
     @torch.no_grad()
     def __call__(self, inputs: Any, ids: Tensor | None = None) -> Any:
+        return self.attached(inputs, ids)
+
+    def attached(self, inputs: Any, ids: Tensor | None = None) -> Any:
         if any(module.training for module in self._modules):
             self._back_to_eval()
         return each(self._forward(each(inputs, self._prepared)), _widened)
@@ -93,7 +96,7 @@ class Live(Teacher):
             warnings.warn(
                 f"somebody put the teacher {type(self._model).__name__} in training mode; it is back in eval mode. Is "
                 "it a part of the student, or does a callback call .train() on everything?",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

@@ -1,0 +1,118 @@
+"""Input-gradient alignment: the student's loss is to slope as the teacher's does, at the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tempering.methods.base import Step, StepMethod, policy, ramp, share, weights
+from tempering.methods.features import spread_out
+from tempering.objectives import cross_entropy, kl
+from tempering.rows import Rows, shared, widened
+from tempering.temperature.base import Policy
+from tempering.temperature.static import Static
+
+
+class KDIGA(StepMethod):
+    """soft * KD's divergence + hard * CE + align * the l2 distance of both models' input gradients of their own CE.
+
+    A row's gradient is that of its own loss in its own input (of all losses, where batch norm in training mode ties
+    rows together). It is taken in what the models are given: normalise inside both models to align slopes in pixels.
+    Gradients of the teacher's weights are not computed. It costs about twice a KD step.
+
+    Attention of the student runs through torch's math kernel, since fused kernels have no second derivative. Inputs are
+    one floating point tensor, with as many rows as the task makes.
+
+    Args:
+        soft, hard: weights of KD's terms; the code's alpha and 1 - alpha.
+        align: weight of the distance. The code's gamma of 1000 at its batch of 128 is about 0.7 here.
+        temperature: of the soft term, any policy; None is Static(1.0), as released.
+        warmup: share of the run over which ``align`` rises linearly from 0. Our addition: a constant student has no
+            slope, and a large weight from the first step finds it. 0 for none, as published.
+        published: the released code's scales: the divergence is divided by the number of classes (torch's "mean"), and
+            the distance is one norm over the batch, of gradients of the mean loss, divided by the number of rows. It
+            falls with the batch size to the power 1.5.
+
+    Reference: Shao et al., "How and When Adversarial Robustness Transfers in Knowledge Distillation?", 2021,
+    arXiv:2110.12072. The weights and the form of the norm are the first author's code's; the paper's are not known.
+    """
+
+    paper = "arXiv:2110.12072"
+    needs_labels = True
+    needs_double_backward = True
+    needs_live = True
+
+    def __init__(
+        self,
+        *,
+        soft: float = 0.5,
+        hard: float = 0.5,
+        align: float = 1.0,
+        temperature: Policy | None = None,
+        warmup: float = 0.5,
+        published: bool = False,
+    ) -> None:
+        super().__init__()
+        weights("KDIGA", soft=soft, hard=hard, align=align)
+        share("KDIGA", warmup=warmup)
+        self.soft, self.hard, self.align = soft, hard, align
+        self.warmup, self.published = warmup, published
+        self.temperature = policy("KDIGA", Static(1.0) if temperature is None else temperature)
+        self.relational = published  # pyright: ignore[reportAttributeAccessIssue]
+
+    def step(self, step: Step) -> Mapping[str, Tensor]:
+        if step.attached is None:
+            raise ValueError("KDIGA needs a teacher with a gradient: teachers.Live(model).")
+        seen, shown = _leaf(step.student_inputs), _leaf(step.teacher_inputs)
+        if seen.shape != shown.shape:
+            raise ValueError(
+                f"KDIGA compares gradients in one input; the student sees {tuple(seen.shape)} and the teacher "
+                f"{tuple(shown.shape)}. Give both the same view."
+            )
+        taught = step.answers(step.attached(shown, step.ids))
+        toward = _slope(taught, shown, further=False)
+        with sdpa_kernel(SDPBackend.MATH):
+            said = step.answers(step.student(seen))
+        step.rows = rows = said.with_(teacher=taught.student.detach())
+        T = self.temperature(rows, step.progress)
+        gap = _slope(rows, seen, further=True) - toward
+        classes = rows.student.shape[1] if self.published else 1
+        return {
+            "soft": self.soft / classes * kl(rows, T),
+            "hard": self.hard * cross_entropy(rows),
+            "align": self.align * ramp(step.progress, self.warmup) * self._distance(gap, rows),
+        }
+
+    def _distance(self, gap: Tensor, rows: Rows) -> Float[Tensor, " N"]:
+        """How far apart the slopes of each row lie, (N,); 0 on rows of weight 0."""
+        kept = gap.flatten(1) if rows.weight is None else gap.flatten(1)[rows.weight > 0]
+        if not self.published:
+            return spread_out(torch.linalg.vector_norm(kept, dim=1), rows)
+        return shared(torch.linalg.vector_norm(kept) / max(1, len(kept)) ** 2, rows)
+
+
+def _leaf(inputs: Any) -> Tensor:
+    """The inputs as a leaf to take the gradient in."""
+    if isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.ndim > 1:
+        return inputs.detach().requires_grad_()
+    got = f"{inputs.dtype} of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
+    raise ValueError(
+        f"KDIGA takes gradients in the inputs, so they are one floating point tensor (N, ...); got {got}. Tokens have "
+        "no gradient; a mapping of images goes through a module that takes the images alone."
+    )
+
+
+def _slope(rows: Rows, inputs: Tensor, *, further: bool) -> Tensor:
+    """The gradient of the rows' summed cross entropies in the inputs; ``further``: with a graph of its own."""
+    if len(rows) != len(inputs):
+        raise ValueError(f"KDIGA needs a row for each input; got {len(rows)} rows of {len(inputs)} inputs.")
+    loss = cross_entropy(rows)
+    if rows.weight is not None:
+        loss = torch.where(rows.weight > 0, loss, 0.0)
+    # the student's graph is gone through again by its loss
+    return widened(torch.autograd.grad(loss.sum(), inputs, create_graph=further, retain_graph=further)[0])
