@@ -23,7 +23,7 @@ check: $(READY)  ## lint, format, types
 	$(BIN)/pyright
 
 test: $(READY)  ## the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 demo: $(READY)  ## a teacher and students on the bundled digits, a table and a report
 	$(BIN)/tempering demo

@@ -217,15 +217,21 @@ def list_parts() -> None:
     from tempering.models import MODELS
     from tempering.temperature import POLICIES
 
-    arms = Table("name", "in tables", "method", title="Arms", title_justify="left")
+    def table(title: str, *heads: str) -> Table:
+        made = Table(title=title, title_justify="left")
+        for head in heads:
+            made.add_column(head, overflow="fold")
+        return made
+
+    arms = table("Arms", "name", "in tables", "method")
     for arm in ARMS.values():
         arms.add_row(arm.name, arm.label, arm.spec)
     tables = [arms]
     for title, parts in (("Methods", METHODS), ("Temperature policies", POLICIES)):
-        table = Table("name", "paper", "what it is", title=title, title_justify="left")
+        listed = table(title, "name", "paper", "what it is")
         for name, part in parts.items():
-            table.add_row(name.lower(), part.paper, (part.__doc__ or "").strip().splitlines()[0])
-        tables.append(table)
+            listed.add_row(name.lower(), part.paper, (part.__doc__ or "").strip().splitlines()[0])
+        tables.append(listed)
     _print(*tables, f"Nets: {', '.join(sorted(MODELS))}", markup=False)
 
 
@@ -271,15 +277,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code. Errors that say what to do are printed as they are, without a traceback."""
     args = list(sys.argv[1:] if argv is None else argv)
     loud = "--traceback" in args or os.environ.get("TEMPERING_TRACEBACK", "0") not in ("", "0")
-    args = [part for a in args if a != "--traceback" for part in _flag(a)]
-    args, behind = _divided(args)
+    args, behind = _divided([a for a in args if a != "--traceback"])
     token = BEHIND.set(behind)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         said = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="tempering",
-            args=args,
+            args=_apart(args),
             description="Knowledge distillation, with the temperature under control.",
         )
         return said or 0
@@ -299,15 +304,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def _flag(text: str) -> list[str]:
+def _apart(args: Sequence[str]) -> list[str]:
     """--flag=value as two words, so that a mistyped name with a value is matched by its name."""
-    return text.split("=", 1) if text.startswith("--") and "=" in text else [text]
+    return [word for a in args for word in (a.split("=", 1) if a.startswith("--") and "=" in a else [a])]
 
 
 def _divided(args: list[str]) -> tuple[list[str], tuple[str, ...]]:
     """Our arguments, and those that a recipe reads itself: behind RECIPE for run and check, behind -- for others."""
     if args[:1] in (["run"], ["check"]) and len(args) > 1 and not args[1].startswith("-"):
-        return args[:2], tuple(a for a in args[2:] if a != "--")
+        return args[:2], tuple(_apart([a for a in args[2:] if a != "--"]))
     if "--" in args:
         place = args.index("--")
         return args[:place], tuple(args[place + 1 :])

@@ -221,7 +221,7 @@ def test_a_mistyped_flag_of_a_recipe_names_the_nearest(
     flag: str, near: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        run("run", CIFAR, "--data=nowhere", flag, "1")
+        run("run", CIFAR, "--data=nowhere", f"{flag}=1")
     assert caught.value.code == 2
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert f"Unrecognized options: {flag}" in said and f"Perhaps you meant: {near} " in said
