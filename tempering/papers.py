@@ -126,7 +126,7 @@ def itkd_dkd(teacher: str, student: str, *, data: Data = "cifar100", published: 
 
 def normkd() -> KD:
     """KD at temperatures that follow the logits' spread (NormKD, arXiv:2308.00520); one set of values for all pairs."""
-    return KD(soft=0.9, hard=0.1, temperature=Standardised(2.0, scale="teacher"))
+    return KD(soft=0.9, hard=0.1, temperature=Standardised(2.0, scale="teacher", attached=True))
 
 
 def dist(teacher: str, student: str, *, data: Data = "cifar100") -> DIST:

@@ -292,15 +292,20 @@ def test_dtkd_exact_held_at_its_reach(case: Case, attached: bool) -> None:
 
 @cases("logit_methods", "c10", "c100")
 def test_standardised_temperatures(case: Case) -> None:
-    """NormKD and logit standardisation, alone and on DKD: values alone, since our temperatures carry no gradient."""
+    """NormKD and logit standardisation, alone and on DKD; NormKD's gradient flows through the student's deviation."""
     c, rows = case.config, case.rows()
-    normal = Standardised(c["normkd_t"], scale="teacher")
+    normal = Standardised(c["normkd_t"], scale="teacher", attached=True)
     T = normal(rows)
     case.agree("normkd_T_student", T.student)
     case.agree("normkd_T_teacher", T.teacher)
     dkd = {"target": c["dkd_alpha"], "rest": c["dkd_beta"], "hard": 0.0, "warmup": 0.0}
-    case.agree("normkd", total(KD(soft=1.0, hard=0.0, temperature=normal)(rows), rows))
-    case.agree("normkd_dkd", total(DKD(**dkd, temperature=normal)(rows), rows))
+    for name, method in (
+        ("normkd", KD(soft=1.0, hard=0.0, temperature=normal)),
+        ("normkd_dkd", DKD(**dkd, temperature=normal)),
+    ):
+        loss = total(method(rows), rows)
+        case.agree(name, loss)
+        case.agree(f"grad_{name}", torch.autograd.grad(loss, rows.student)[0])
     plain = Standardised(c["lskd_T"], scale="tau")
     loss = total(KD(soft=1.0, hard=0.0, temperature=plain)(rows), rows)
     loss.backward()

@@ -22,24 +22,28 @@ class Standardised(Policy):
     A row with no spread keeps tau. Standard deviations are over the classes that are not masked, with ``ddof`` = 1 as
     in both released codes.
 
+    ``attached`` lets the gradient flow through the student's standard deviation, as both released codes do: then a step
+    does not change a row's scale to first order. Without it each step pulls at the scale that the temperature follows,
+    and with ``scale="teacher"`` and no warm-up the student can run away.
+
     References: Chi et al., "NormKD: Normalized Logits for Knowledge Distillation", 2023, arXiv:2308.00520;
     Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv:2403.01427, equation 7.
     """
 
     paper = "arXiv:2308.00520; arXiv:2403.01427"
 
-    def __init__(self, tau: float = 2.0, *, scale: Scale = "product", ddof: int = 1) -> None:
+    def __init__(self, tau: float = 2.0, *, scale: Scale = "product", ddof: int = 1, attached: bool = False) -> None:
         super().__init__()
         positive("Standardised", tau=tau)
         if scale not in ("product", "teacher", "tau"):
             raise ValueError(f"Standardised needs scale 'product', 'teacher' or 'tau'; got {scale!r}.")
         if ddof not in (0, 1):
             raise ValueError(f"Standardised needs ddof 0 or 1; got {ddof!r}.")
-        self.tau, self.scale, self.ddof = tau, scale, ddof
+        self.tau, self.scale, self.ddof, self.attached = tau, scale, ddof, attached
 
-    @torch.no_grad()
     def forward(self, rows: Rows, progress: float) -> Temperatures:
-        student = self.tau * spread(rows.student, ddof=self.ddof)
+        with torch.set_grad_enabled(self.attached and torch.is_grad_enabled()):
+            student = self.tau * spread(rows.student, ddof=self.ddof)
         teacher = self.tau * spread(rows.teacher, ddof=self.ddof)
         if self.scale == "product":
             return Temperatures(student, teacher)
@@ -55,6 +59,7 @@ def spread(logits: Float[Tensor, "N C"], *, ddof: int) -> Float[Tensor, "N 1"]:
     z = torch.where(valid, z, 0.0)
     mean = z.sum(-1, keepdim=True) / count.clamp_min(1)
     centred = torch.where(valid, z - mean, 0.0)
-    std = (centred.square().sum(-1, keepdim=True) / (count - ddof).clamp_min(1)).sqrt()
-    flat = std <= 1e-6 * (1.0 + mean.abs())
-    return torch.where(flat, torch.ones_like(std), std)
+    square = centred.square().sum(-1, keepdim=True) / (count - ddof).clamp_min(1)
+    flat = square <= (1e-6 * (1.0 + mean.abs())).square()
+    # where before the root: its slope at 0 is infinite
+    return torch.where(flat, torch.ones_like(square), square).sqrt()
