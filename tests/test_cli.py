@@ -331,7 +331,7 @@ def test_demo_shows_five_arms_and_goes_on_where_it_stopped(
     ran: list[tuple[str, int]] = []
     labels = {"kd-matched": "KD, weight-matched", "dtkd": "DTKD exact", "dtkd-published": "DTKD published"}
 
-    def main(*, method: str, seed: int, out: Path) -> Any:
+    def main(*, method: str, seed: int, out: Path, threads: int) -> Any:
         ran.append((method, seed))
         label = labels.get(method, ARMS[method].label)
         make_run(out, label, seed, order=list(MADE).index(label))

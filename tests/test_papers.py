@@ -116,6 +116,7 @@ def test_presets_of_temperatures() -> None:
         "tau": 2.0,
         "scale": "teacher",
         "ddof": 1,
+        "attached": True,
     }
 
 
