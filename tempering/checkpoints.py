@@ -79,7 +79,7 @@ def load(folder: Path) -> dict[str, Any] | None:
     if not place.is_dir():
         place = place.with_name(place.name + OLD)
     try:
-        return _read(place)
+        return read(place)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         rest = [s for s in steps if s != max(steps)]
         older = f"from step {max(rest)}" if rest else "from the start: there is no older one"
@@ -88,8 +88,12 @@ def load(folder: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def _read(place: Path) -> dict[str, Any]:
-    """The state in one checkpoint, each file compared with its hash."""
+def read(place: Path) -> dict[str, Any]:
+    """The state in one checkpoint's folder, each file compared with its hash.
+
+    Raises:
+        ValueError: for one that is not as it was written.
+    """
     record = json.loads((place / STATE).read_bytes())
     if record.pop("sha256") != _digest(record):
         raise ValueError(f"{STATE} is not as it was written (edited)")

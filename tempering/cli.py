@@ -6,15 +6,16 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from tyro.conf import Positional, arg
 
+from tempering.auditing import audit
+from tempering.recipefile import BEHIND
+
 RECIPE = "A recipe's file; or digits, cifar100."
-BEHIND: ContextVar[tuple[str, ...]] = ContextVar("behind", default=())  # a recipe's flags, which it reads itself
 OURS = ("SelfCheckFailed", "BrokenCheckpoint")  # by name: their modules import torch
 
 
@@ -269,6 +270,7 @@ COMMANDS = {
     "tune": tune,
     "report": report,
     "check": check,
+    "audit": audit,
     "list": list_parts,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,21 @@ from tempering.settings import Run, Settings
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 
-__all__ = ["CHECK_ONLY", "SGD", "CheckedOnly", "Run", "Settings", "distill"]
+__all__ = ["CHECK_ONLY", "LOOK_ONLY", "SGD", "CheckedOnly", "Looked", "Run", "Settings", "distill"]
+
+# while it is on, distill() trains nothing and raises what it was given: an audit looks at a run through its recipe
+LOOK_ONLY: ContextVar[bool] = ContextVar("look_only", default=False)
+
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
+
+
+class Looked(CheckedOnly):
+    """Raised in place of a run where ``LOOK_ONLY`` is set, with its models and its data."""
+
+    def __init__(self, student: nn.Module, teacher: Teacher | None, splits: dict[str, Any]) -> None:
+        super().__init__("the run was looked at, and not trained")
+        self.student, self.teacher, self.splits = student, teacher, splits
 
 
 def distill(
@@ -117,18 +130,27 @@ def distill(
         quiet=quiet,
     )
     taught, folder = _teacher(teacher, method, batches), None if out is None else Path(out)
-    loop = Loop(student, taught, method, _task(task), settings, folder=folder)
+    _look(student, taught, {"train": batches, "validation": validation, "test": test})
+    loop = Loop(student, taught, method, _task(task, student, taught), settings, folder=folder)
     loop.set_up(batches, optimizer, schedule, loggers, evaluations=_evaluations(validation, test))
     loop.on_step = on_step
     return loop.run(dict(facts or {}))
 
 
-def _task(task: Task | None) -> Task:
-    if task is not None:
-        return task
-    from tempering.tasks.classification import Classification
+def _look(student: nn.Module, teacher: Teacher | None, splits: dict[str, Any]) -> None:
+    if LOOK_ONLY.get():
+        raise Looked(student, teacher, splits)
 
-    return Classification()
+
+def _task(task: Task | None, student: nn.Module, teacher: Teacher | None) -> Task:
+    if task is None:
+        from tempering.tasks.classification import Classification
+
+        return Classification()
+    for model in (student, None if teacher is None else teacher.model):
+        if model is not None:
+            task.meet(model)
+    return task
 
 
 def _evaluations(validation: Iterable[Any] | None, test: Iterable[Any] | None) -> dict[str, Iterable[Any] | None]:

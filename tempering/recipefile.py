@@ -7,11 +7,13 @@ import difflib
 import importlib.util
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import tempering
 
+BEHIND: ContextVar[tuple[str, ...]] = ContextVar("behind", default=())  # a recipe's flags, which it reads itself
 BUNDLED = Path(tempering.__file__).resolve().parents[1] / "recipes"  # beside the package in a checkout
 
 

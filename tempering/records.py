@@ -41,6 +41,8 @@ class Recorder:
             write_atomic(self.folder / name, "".join(json.dumps(line) + "\n" for line in kept))
             self.epochs = kept  # the epochs', which come last
         (self.folder / "analysis.json").unlink(missing_ok=True)
+        if not upto:  # the findings of audits are of other weights
+            (self.folder / "audits.json").unlink(missing_ok=True)
         self._write_facts()
 
     def update(self, **facts: Any) -> None:

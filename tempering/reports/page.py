@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tempering.reports import figures, figures_analysis, figures_temperature, table, words
+from tempering.reports import audited, figures, figures_analysis, figures_temperature, table, words
 from tempering.reports.compare import Comparison, compare
 from tempering.reports.read import RunRecord, number
 
@@ -79,6 +79,7 @@ def render(runs: Sequence[RunRecord], *, title: str | None = None, control: str 
         reading=words.reading(found),
         sections={section.key: section for section in sections},
         confusions=figures_analysis.confusions(found),
+        audits=audited.audits(found),
         runs=[_run(run, css[run.label]) for arm in found.arms for run in arm.runs],
         style=Svg((HERE / "page.css").read_text(encoding="utf-8")),
     )

@@ -29,6 +29,7 @@ class RunRecord:
         epochs: the lines of epochs.jsonl.
         steps: the lines of steps.jsonl.
         analysis: the content of analysis.json; None for a run that wrote none.
+        audits: the content of audits.json; None for a run that was not audited.
     """
 
     source: Path
@@ -36,6 +37,7 @@ class RunRecord:
     epochs: list[dict[str, Any]] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
     analysis: dict[str, Any] | None = None
+    audits: dict[str, Any] | None = None
 
     @property
     def label(self) -> str:
@@ -95,12 +97,13 @@ def load_run(path: str | Path) -> RunRecord:
         raise FileNotFoundError(
             f"{path} holds no run: there is no facts.json. Give a folder that a run wrote to (its out=), or one above."
         )
-    analysis = path / "analysis.json"
+    analysis, audits = path / "analysis.json", path / "audits.json"
     content = {
         "facts": _object(path / "facts.json"),
         "epochs": _lines(path / "epochs.jsonl"),
         "steps": _lines(path / "steps.jsonl"),
         "analysis": _object(analysis) if analysis.is_file() else None,
+        "audits": _object(audits) if audits.is_file() else None,
     }
     return _record(path, content, path / "facts.json")
 
@@ -144,6 +147,7 @@ def pack(run_dir: str | Path, max_steps: int = 60) -> dict[str, Any]:
         "epochs": run.epochs,
         "steps": kept,
         "analysis": run.analysis,
+        **({} if run.audits is None else {"audits": run.audits}),
     }
     content = _clean(content)
     return {**content, "sha256": _hash(content)}
@@ -187,7 +191,7 @@ def canonical(value: object) -> str:
 
 def _record(source: Path, content: Mapping[str, Any], path: Path) -> RunRecord:
     _check_facts(content.get("facts"), path)
-    parts = {part: content.get(part) for part in ("facts", "epochs", "steps", "analysis")}
+    parts = {part: content.get(part) for part in ("facts", "epochs", "steps", "analysis", "audits")}
     if wrong := misfit(parts):
         raise ValueError(f"{path.parent if path.name == 'facts.json' else path}: {wrong}. Was it edited by hand?")
     return RunRecord(source, **{part: value for part, value in parts.items() if value is not None})

@@ -7,6 +7,7 @@ from typing import Any
 # an object: its members, "*" for any, "!" behind those that must be there; [shape]: a list; float: a number
 SCORES = {"test": {}, "validation": {}}
 BIN = {"low!": float, "count!": float, "confidence": float, "accuracy": float}
+FINDING = {"name!": str, "of!": str, "meaning!": str, "value": float, "low": float, "high": float, "n": int}
 PAIR = {"true!": int, "predicted!": int, "student!": float, "teacher!": float}
 RECORD = {
     "facts": {
@@ -26,6 +27,7 @@ RECORD = {
         "confusions": [PAIR],
         "temperatures": {"by_difficulty": [{}]},
     },
+    "audits": {"audits!": {"*": {"findings!": [FINDING]}}},
 }
 NAMES = {dict: "an object", list: "a list", float: "a number", int: "a whole number", str: "a text"}
 

@@ -1,0 +1,129 @@
+"""Explanation: what came over from the teacher, by class and by difficulty, in gradients and in representations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tempering.audits.base import Audit, Finding, answering, answers, data, fits, positive
+from tempering.audits.intervals import average, share
+from tempering.audits.membership import confidence
+from tempering.audits.similarity import alike, cka, cka_interval, slopes
+from tempering.taps import Taps
+
+PARTS = ("hardest", "hard", "middling", "easy", "easiest")
+
+
+class Explanation(Audit):
+    """Agreement of student and teacher by class and by difficulty, likeness of their input gradients, and linear CKA.
+
+    Difficulty is the teacher's log-odds of the label, in fifths. Gradients are those of each model's own cross-entropy
+    in the inputs as they are given. It needs a teacher, and models of one input.
+
+    Args:
+        layers: name -> (student's module, teacher's module), whose outputs are compared by CKA; the logits always are.
+        classes: how many classes are named, those with the least agreement.
+        class_names: one a class.
+        samples: rows to look at, None for all.
+        inside: of these, how many for gradients and CKA, whose cost grows with their square.
+        batch: inputs at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: Mapping[str, tuple[str, str]] | None = None,
+        classes: int = 5,
+        class_names: Sequence[str] | None = None,
+        samples: int | None = None,
+        inside: int = 500,
+        batch: int = 250,
+    ) -> None:
+        positive({"inside": inside, "batch": batch})
+        self.layers, self.classes, self.class_names = dict(layers or {}), classes, class_names
+        self.samples, self.inside, self.batch = samples, inside, batch
+
+    def examine(self, models: Mapping[str, nn.Module], batches: Iterable[Any]) -> list[Finding]:
+        if "teacher" not in models:
+            raise ValueError("Explanation compares a student with its teacher, and there is none.")
+        said, y = answers(models, batches, self.samples)
+        student, teacher = said["student"], said["teacher"]
+        same = student.argmax(-1) == teacher.argmax(-1)
+        wrong = teacher.argmax(-1) != y
+        kl = (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1)
+        found = [
+            share("agreement", "both", same, "Same answer of both."),
+            share("agreement_wrong", "both", same[wrong], "Same answer where the teacher is wrong: its mistakes too."),
+            average("kl", "both", kl, "KL(teacher || student) at temperature 1, nats a sample; 0 is a perfect copy."),
+        ]
+        found += self._by_class(same, y) + self._by_difficulty(same, confidence(teacher, y))
+        x, y = data(batches, min(self.inside, len(y)))
+        fits(models, x, y)
+        return found + self._inside(models, x, y)
+
+    def _by_class(self, same: Tensor, y: Tensor) -> list[Finding]:
+        present = y.unique().tolist()
+        by_class = {k: same[y == k] for k in present}
+        least = sorted(present, key=lambda k: (float(by_class[k].double().mean()), k))[: self.classes]
+        names = self.class_names
+        found = []
+        for k in least:
+            name = names[k] if names is not None and k < len(names) else f"class {k}"
+            meaning = (
+                f"Same answer of both on {name}, among the {len(least)} of {len(present)} with the least agreement."
+            )
+            found.append(share(f"agreement_class_{k}", "both", by_class[k], meaning))
+        return found
+
+    def _by_difficulty(self, same: Tensor, odds: Float[Tensor, " N"]) -> list[Finding]:
+        parts = torch.argsort(odds, stable=True).tensor_split(len(PARTS))
+        return [
+            share(
+                f"agreement_{name}",
+                "both",
+                same[part],
+                f"Same answer of both on the {name} fifth by the teacher's log-odds of the label, mean "
+                f"{float(odds[part].mean()):.2f}.",
+            )
+            for name, part in zip(PARTS, parts, strict=True)
+            if len(part)
+        ]
+
+    def _inside(self, models: Mapping[str, nn.Module], x: Tensor, y: Tensor) -> list[Finding]:
+        """Gradients and representations of the first samples."""
+        sides = tuple(models)
+        ends: dict[str, dict[str, Tensor]] = {}
+        toward: dict[str, list[Tensor]] = {side: [] for side in sides}
+        for i, side in enumerate(sides):
+            answer, kept = answering(models[side], side), {"logits": []} | {name: [] for name in self.layers}
+            with Taps(models[side], [pair[i] for pair in self.layers.values()]) as taps:
+                for a, b in zip(x.split(self.batch), y.split(self.batch), strict=True):
+                    if x.is_floating_point():
+                        toward[side].append(slopes(lambda z, f=answer: f(z).to(z.device), a, b))
+                    with torch.no_grad():
+                        kept["logits"].append(answer(a).cpu())
+                    for name, pair in self.layers.items():
+                        kept[name].append(taps[pair[i]].detach().flatten(1).cpu())
+            ends[side] = {name: torch.cat(parts) for name, parts in kept.items()}
+        found = []
+        if x.is_floating_point():
+            cosine = alike(*(torch.cat(toward[side]) for side in ("student", "teacher")))
+            meaning = (
+                "Cosine of the angle between the two models' input gradients, mean over samples: whether both would be "
+                "moved by the same pixels. Unrelated models are near 0."
+            )
+            found.append(average("gradient_cosine", "both", cosine, meaning))
+        for name in ends["student"]:
+            pair = ends["student"][name], ends["teacher"][name]
+            meaning = (
+                f"Linear CKA (unbiased) of both models' {name}: 1 is one representation up to rotation and scale, 0 "
+                "nothing in common. It is led by the directions of largest variance."
+            )
+            interval = cka_interval(*pair) if len(y) >= 8 else (None, None)
+            value = cka(*pair) if len(y) >= 4 else None
+            found.append(Finding(f"cka_{name}", "both", value, meaning, *interval, n=len(y)))
+        return found
