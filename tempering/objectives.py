@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from tempering.fusable import fusable
 from tempering.rows import Rows, widened
 from tempering.temperature.base import Temperatures
 
 
+@fusable
 def kl(rows: Rows, T: Temperatures) -> Float[Tensor, " N"]:
     """T_s T_t KL(teacher || student), (N,); 0 exactly where the softened two agree.
 
@@ -80,6 +82,50 @@ def skew_reverse_kl(rows: Rows, T: Temperatures, *, skew: float = 0.1) -> Float[
     return T.scale * divergence(student, mixture(student, teacher, skew))
 
 
+def tvd(rows: Rows, T: Temperatures) -> Float[Tensor, " N"]:
+    """T_s T_t times half the sum of |teacher - student|, the total variation distance, (N,); unscaled in [0, 1].
+
+    Where the two agree on a class its slope is 0, as torch has it.
+
+    Reference: Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation", ACL 2023,
+    arXiv:2307.15190.
+    """
+    student, teacher = softened(rows, T)
+    return T.scale * 0.5 * (teacher.exp() - student.exp()).abs().sum(-1)
+
+
+def adaptive_kl(rows: Rows, T: Temperatures, *, head: float = 0.5) -> Float[Tensor, " N"]:
+    """T_s T_t [w KL(teacher || student) + (1 - w) KL(student || teacher)], (N,), with a weight w for each row.
+
+    w is the part of |teacher - student| that lies in the teacher's head, held constant: the likeliest classes whose
+    probabilities together stay within ``head``, and the likeliest one always. Where the two agree w is 1/2.
+
+    Raises:
+        ValueError: for head outside [0, 1].
+
+    Reference: Wu et al., "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models",
+    COLING 2025, arXiv:2404.02657. The released code calls the reverse divergence with its arguments exchanged.
+    """
+    fraction("adaptive_kl", head=head)
+    student, teacher = softened(rows, T)
+    w = head_share(teacher.detach().exp(), student.detach().exp(), head)
+    return T.scale * (w * divergence(teacher, student) + (1.0 - w) * divergence(student, teacher))
+
+
+def head_share(p: Float[Tensor, "N C"], q: Float[Tensor, "N C"], head: float) -> Float[Tensor, " N"]:
+    """Which part of sum |p - q| lies in the head of p, the likeliest classes up to mass ``head``, (N,), in [0, 1]."""
+    if not p.shape[-1]:
+        return p.sum(-1)
+    likeliest, order = p.sort(dim=-1, descending=True, stable=True)
+    inside = likeliest.cumsum(-1) <= head
+    inside[..., 0] = True
+    apart = (p - q).abs().gather(-1, order)
+    whole = apart.sum(-1)
+    share = (apart * inside).sum(-1) / torch.where(whole > 0, whole, torch.ones_like(whole))
+    return torch.where(whole > 0, share, torch.full_like(share, 0.5))
+
+
+@fusable
 def cross_entropy(rows: Rows) -> Float[Tensor, " N"]:
     """-log p(target) of the student at temperature 1, (N,); 0 on rows without a label.
 

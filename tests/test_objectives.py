@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tempering.objectives import (
+    adaptive_kl,
     cross_entropy,
     divergence,
     entropy,
@@ -25,6 +26,7 @@ from tempering.objectives import (
     skew_kl,
     skew_reverse_kl,
     softened,
+    tvd,
 )
 from tempering.rows import UNLABELLED, Rows
 from tempering.temperature import Temperatures
@@ -42,6 +44,9 @@ DIVERGENCES: dict[str, Objective] = {
     "skew_kl(0)": partial(skew_kl, skew=0.0),
     "skew_reverse_kl": skew_reverse_kl,
     "skew_reverse_kl(0.9)": partial(skew_reverse_kl, skew=0.9),
+    "adaptive_kl": adaptive_kl,
+    "adaptive_kl(0.9)": partial(adaptive_kl, head=0.9),
+    "tvd": tvd,
 }
 
 
@@ -67,6 +72,15 @@ def defined(name: str, p: Tensor, q: Tensor) -> Tensor:
     def from_to(a: Tensor, b: Tensor) -> Tensor:
         return (a * (a.log() - b.log())).sum(-1)
 
+    if name.startswith("adaptive_kl"):
+        head = torch.zeros_like(p, dtype=torch.bool)
+        for row, probabilities in enumerate(p.tolist()):
+            mass = 0.0
+            for place, c in enumerate(sorted(range(len(probabilities)), key=lambda c: -probabilities[c])):
+                mass += probabilities[c]
+                head[row, c] = place == 0 or mass <= (0.9 if "(" in name else 0.5)
+        w = ((p - q).abs() * head).sum(-1) / (p - q).abs().sum(-1)
+        return w * from_to(p, q) + (1 - w) * from_to(q, p)
     if name.startswith("jsd"):
         beta = {"jsd": 0.5, "jsd(0.1)": 0.1}.get(name)
         if beta is None:
@@ -76,6 +90,7 @@ def defined(name: str, p: Tensor, q: Tensor) -> Tensor:
     return {
         "kl": lambda: from_to(p, q),
         "reverse_kl": lambda: from_to(q, p),
+        "tvd": lambda: 0.5 * (p - q).abs().sum(-1),
         "skew_kl": lambda: from_to(p, 0.1 * p + 0.9 * q),
         "skew_kl(0)": lambda: from_to(p, q),
         "skew_reverse_kl": lambda: from_to(q, 0.1 * q + 0.9 * p),
@@ -184,8 +199,10 @@ def test_a_temperature_that_learns_gets_a_finite_slope(objective: Objective) -> 
     torch.testing.assert_close(found, want)
 
 
-def test_gradients(objective: Objective) -> None:
+def test_gradients(objective: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = random_rows(3, 4)
+    # the weight of adaptive_kl is held constant, and so it is here
+    monkeypatch.setattr("tempering.objectives.head_share", lambda *_: torch.tensor([0.2, 0.5, 0.9]).double())
     T = Temperatures(*(t.requires_grad_() for t in temperatures(3)[:2]))
 
     def value(student: Tensor, T_s: Tensor, T_t: Tensor) -> Tensor:

@@ -5,5 +5,6 @@ from tempering.data.cifar import cifar100
 from tempering.data.digits import digits
 from tempering.data.folders import image_folder
 from tempering.data.hub import hugging_face
+from tempering.data.tokens import Tokens
 
-__all__ = ["Batches", "Splits", "cifar100", "digits", "hugging_face", "image_folder"]
+__all__ = ["Batches", "Splits", "Tokens", "cifar100", "digits", "hugging_face", "image_folder"]

@@ -21,6 +21,10 @@ class Task(ABC):
 
     taps: Mapping[str, tuple[str, str]] = {}
 
+    def meet(self, model: nn.Module) -> None:
+        """See each model of a run before it is asked, to let it take what ``inputs`` gives."""
+        return
+
     @abstractmethod
     def inputs(self, batch: Any) -> tuple[Any, Any, Tensor | None]:
         """The student's inputs, the teacher's (the two views may differ), and sample ids (N,) where there are some."""

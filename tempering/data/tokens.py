@@ -1,0 +1,100 @@
+"""A data set of texts as batches of token ids, with an identity, so that a teacher's answers can be recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tempering.data.text import Example, collate
+
+
+class Tokens:
+    """Batches of examples padded to one length, with their sample ids: input_ids, attention_mask, labels, ids.
+
+    Args:
+        examples: such as ``prompted`` and ``windows`` make.
+        batch_size: of every batch but the last.
+        length: every batch is (B, length); None is the longest example.
+        pad, side: of the padding, as in ``collate``.
+        shuffle: draw another order every epoch, from ``seed`` and the epoch's number.
+        seed: of the order.
+
+    Raises:
+        ValueError: for no examples, or one longer than ``length``.
+    """
+
+    augmentation: dict[str, Any] = {"views": None}
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        batch_size: int = 8,
+        length: int | None = None,
+        pad: int = 0,
+        side: str = "right",
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> None:
+        longest = max(map(len, examples), default=0)
+        if not longest or batch_size < 1 or longest > (length or longest):
+            raise ValueError(
+                f"Tokens needs examples no longer than length={length} and batch_size >= 1; got {len(examples)} of at "
+                f"most {longest} tokens, and {batch_size}."
+            )
+        self.examples, self.batch_size, self.length = list(examples), batch_size, length or longest
+        self.pad, self.side, self.shuffle, self.seed, self.number = pad, side, shuffle, seed, 0
+        digest = hashlib.sha256(repr((self.length, pad, side)).encode())
+        for example in self.examples:
+            digest.update(np.asarray([len(example), *example.ids, *example.learn], dtype=np.int64).tobytes())
+        self.identity = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.examples) / self.batch_size)
+
+    @property
+    def rows(self) -> int:
+        """How many examples there are."""
+        return len(self.examples)
+
+    def set_epoch(self, number: int) -> None:
+        """Choose the epoch whose order is drawn."""
+        self.number = number
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self.iterate(0)
+
+    def iterate(self, start: int) -> Iterator[dict[str, Tensor]]:
+        """The batches of the epoch from batch ``start`` on."""
+        order = np.arange(self.rows)
+        if self.shuffle:
+            order = np.random.Generator(np.random.Philox(key=[self.seed, self.number])).permutation(self.rows)
+        for first in range(start * self.batch_size, self.rows, self.batch_size):
+            yield self.batch(order[first : first + self.batch_size].tolist())
+
+    def batch(self, ids: Sequence[int]) -> dict[str, Tensor]:
+        """The batch of these examples."""
+        chosen = [self.examples[i] for i in ids]
+        return collate(chosen, pad=self.pad, side=self.side, length=self.length, ids=ids)
+
+    def at(self, ids: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """(batch, labels, ids) of any ids, as a recording asks for them."""
+        batch = self.batch(ids.tolist())
+        return batch, batch["labels"], ids
+
+    def clean(self) -> Tokens:
+        """The same: texts are not augmented."""
+        return self
+
+    def replay(self, views: int) -> Tokens:
+        """Texts have no views.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"texts are not augmented, so there are no {views} views of one. Leave out views=.")

@@ -1,0 +1,228 @@
+"""Teachers of which few tokens a position are kept: the likeliest with a bucket for the rest, or unbiased samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tempering.buckets import Sparse
+from tempering.rows import widened
+from tempering.teachers.base import Teacher, key_digest
+from tempering.teachers.cached import Cached
+from tempering.teachers.recording import FORMAT, KEY, Recordable, Recording, device_of, refuse_other
+
+NEVER = -1e4  # the log-probability of a token that is kept for its label's sake: exp() of it is exactly 0
+
+
+def top(
+    logits: Float[Tensor, "*N V"], k: int, *, besides: Int[Tensor, "*N"] | None = None, temperature: float = 1.0
+) -> Sparse:
+    """The k likeliest tokens, and all others in one bucket; ``besides`` is kept as well, so K is then k + 1.
+
+    The bucket is summed over the others themselves, so it is never negative and not lost to rounding. The divergence
+    to it is "with ghost token": without the bucket the kept tokens would be scaled up, and their teacher is worse than
+    none up to k = 25.
+
+    Raises:
+        ValueError: for k outside [1, V).
+
+    Reference: Anshumann et al., "Sparse Logit Sampling", ACL 2025, arXiv:2503.16870, for the bucket.
+    """
+    width = k + (besides is not None)
+    if k < 1 or width > logits.shape[-1]:
+        raise ValueError(f"top needs 1 <= k <= {logits.shape[-1] - (besides is not None)}; got k={k}.")
+    logp = torch.log_softmax(widened(logits) / temperature, -1)
+    ids = logp.topk(width, -1).indices
+    if besides is not None:
+        absent = (ids[..., :k] != besides[..., None]).all(-1)
+        ids[..., -1] = torch.where(absent, besides, ids[..., -1])
+    others = logp.scatter(-1, ids, -torch.inf)
+    none = torch.isneginf(others.amax(-1))
+    rest = torch.logsumexp(others.masked_fill(none[..., None], 0.0), -1).masked_fill(none, -torch.inf)
+    return Sparse(ids, logp.gather(-1, ids), rest)
+
+
+def drawn(
+    logits: Float[Tensor, "*N V"],
+    samples: int,
+    *,
+    besides: Int[Tensor, "*N"] | None = None,
+    generator: torch.Generator | None = None,
+) -> Sparse:
+    """``samples`` tokens drawn with replacement, each as likely as it was drawn often: in the mean the teacher itself.
+
+    The gradient of ``kl`` to it is that of ``kl`` to the teacher in expectation, since that is linear in the teacher's
+    probabilities; its value is not, nor is anything at another temperature than 1, and reverse divergences are
+    infinite. There is no rest. ``besides`` is kept as well, with probability 0 where it was not drawn.
+
+    Raises:
+        ValueError: for samples < 1.
+
+    Reference: Anshumann et al., "Sparse Logit Sampling", ACL 2025, arXiv:2503.16870.
+    """
+    if samples < 1:
+        raise ValueError(f"drawn needs samples >= 1; got {samples}.")
+    p = torch.softmax(widened(logits), -1)
+    ids = torch.multinomial(p.flatten(0, -2), samples, replacement=True, generator=generator)
+    return counted(ids.view(*logits.shape[:-1], samples), besides=besides, dtype=p.dtype)
+
+
+def counted(
+    ids: Int[Tensor, "*N S"], *, besides: Int[Tensor, "*N"] | None = None, dtype: torch.dtype = torch.float32
+) -> Sparse:
+    """Drawn tokens with their shares, the commonest first; K = S, or S + 1 with ``besides``."""
+    samples = ids.shape[-1]
+    ids = ids.sort(-1).values
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[..., 1:] = ids[..., 1:] != ids[..., :-1]
+    group = first.long().cumsum(-1) - 1
+    counts = torch.zeros_like(ids, dtype=dtype).scatter_add_(-1, group, torch.ones_like(ids, dtype=dtype))
+    unique = torch.zeros_like(ids).scatter_(-1, group, ids)
+    counts, order = counts.sort(dim=-1, descending=True, stable=True)
+    unique, logp = unique.gather(-1, order), (counts / samples).log()
+    if besides is not None:
+        known = ((unique == besides[..., None]) & (counts > 0)).any(-1, keepdim=True)
+        extra = torch.full_like(logp[..., :1], NEVER).masked_fill(known, -torch.inf)
+        unique, logp = torch.cat((unique, besides[..., None]), -1), torch.cat((logp, extra), -1)
+    return Sparse(unique, logp, torch.full_like(logp[..., 0], -torch.inf))
+
+
+class Kept(Teacher):
+    """A teacher of which few tokens a position are kept: answers ``Sparse`` (B, L, K) to batches of a Generation task.
+
+    The next token of the text is kept with them, so that a hard term has its label.
+
+    Args:
+        teacher: the one that is asked, such as Live(model).
+        top: how many of the likeliest tokens, beside the bucket of the rest.
+        samples: in its place, how many draws; for forward divergences at Static(1.0), see ``drawn``.
+        seed: of the draws, which are those of a sample of the data set wherever it stands; without ids, of the batch.
+
+    Raises:
+        ValueError: unless exactly one of ``top`` and ``samples`` is given.
+    """
+
+    def __init__(self, teacher: Teacher, *, top: int | None = None, samples: int | None = None, seed: int = 0) -> None:
+        if (top is None) == (samples is None) or (top or samples or 0) < 1:
+            raise ValueError(f"Kept needs one of top and samples, at least 1; got top={top} and samples={samples}.")
+        self.teacher, self.top, self.samples, self.seed = teacher, top, samples, seed
+        how = {"top": top} if top is not None else {"samples": samples, "seed": seed}
+        self.identity = key_digest({"teacher": teacher.identity, **how})
+
+    @property
+    def model(self) -> nn.Module | None:
+        return self.teacher.model
+
+    def to(self, device: torch.device | str) -> Self:
+        self.teacher.to(device)
+        return self
+
+    def __call__(self, inputs: Any, ids: Tensor | None) -> Sparse:
+        said = self.teacher(inputs, ids)
+        logits, tokens = getattr(said, "logits", said), inputs["input_ids"]
+        following = torch.cat((tokens[:, 1:], tokens[:, -1:]), 1)
+        if self.top is not None:
+            return top(logits, self.top, besides=following)
+        assert self.samples is not None
+        parts = []
+        for row, z in enumerate(logits.cpu()):
+            number = row if ids is None else int(ids[row])
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+            parts.append(drawn(z, self.samples, besides=following[row].cpu(), generator=generator))
+        stacked = (torch.stack([getattr(part, name) for part in parts]) for name in ("ids", "logp", "rest"))
+        return Sparse(*stacked).to(logits.device)
+
+
+class CachedSparse(Teacher):
+    """Looks the kept tokens up by sample id: ``Sparse`` (B, L, K), float32, on the ids' device.
+
+    Args:
+        path: the folder that ``record_sparse`` wrote.
+        batches: refuse to open for other texts, another length or another padding.
+
+    Raises:
+        FileNotFoundError, BrokenCache, ValueError: as ``Cached`` does.
+    """
+
+    def __init__(self, path: str | Path, *, batches: Any = None, teacher: Teacher | None = None) -> None:
+        self.cached = Cached(path, batches=batches, teacher=teacher)
+        self.path, self.identity, self.length = self.cached.path, self.cached.identity, self.cached.key["length"]
+
+    def __call__(self, inputs: Any, ids: Int[Tensor, " B"] | None) -> Sparse:
+        flat = self.cached(inputs, ids)
+        table = flat.view(len(flat), self.length, -1)
+        kept = (table.shape[-1] - 1) // 2
+        return Sparse(table[..., :kept].long(), table[..., kept:-1], table[..., -1])
+
+    def to(self, device: torch.device | str) -> Self:
+        self.cached.to(device)
+        return self
+
+    def objection(self, batches: Any) -> str | None:
+        return self.cached.objection(batches)
+
+
+def record_sparse(
+    teacher: Kept,
+    batches: Recordable,
+    path: str | Path,
+    *,
+    inputs: Callable[[Any], tuple[Any, Any, Any]],
+    quiet: bool = False,
+) -> CachedSparse:
+    """Ask the teacher once about every text, and open the result; goes on where a recording was cut short.
+
+    Of several processes that call this one records, and the others wait. A token's record takes 8 K + 4 bytes, float32
+    throughout; the 36 bytes of the paper's own packing are not reached.
+
+    Args:
+        teacher: what is kept of it, ``Kept(Live(model), top=16)``.
+        batches: texts of one length, ``data.tokens.Tokens``.
+        path: the folder to write.
+        inputs: how a batch becomes the models' inputs: ``Generation().inputs``. The model must take them: ``.meet``.
+        quiet: no progress bar.
+
+    Raises:
+        ValueError: where ``path`` holds another recording, naming what differs; for a teacher that answers NaN.
+    """
+    path, encoded = Path(path), _Encoded(teacher, inputs)
+    length = batches.at(torch.tensor([0]))[0]["input_ids"].shape[1]
+    key = {
+        "format": FORMAT,
+        "data": batches.identity,
+        "teacher": teacher.identity,
+        "augmentation": batches.augmentation,
+        "precision": "fp32",
+        "rows": batches.rows,
+        "length": length,
+    }
+    if not (path / KEY).is_file():
+        Recording(path, encoded, batches, key, quiet=quiet).run()
+    refuse_other(path, key)
+    return CachedSparse(path, batches=batches, teacher=teacher)
+
+
+class _Encoded(Teacher):
+    """What is kept of a teacher as one row of numbers a text, as a recording holds them."""
+
+    def __init__(self, kept: Kept, inputs: Callable[[Any], tuple[Any, Any, Any]]) -> None:
+        self.kept, self.inputs, self.identity = kept, inputs, kept.identity
+
+    @property
+    def model(self) -> nn.Module | None:
+        return self.kept.model
+
+    def __call__(self, inputs: Any, ids: Tensor | None) -> Float[Tensor, "B C"]:
+        device = device_of(self.kept)
+        batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        found = self.kept(self.inputs(batch)[1], ids)
+        if found.ids.numel() and int(found.ids.max()) >= 2**24:
+            raise ValueError(f"token ids from {2**24} on cannot be recorded; got {int(found.ids.max())}.")
+        if torch.isnan(found.logp).any():
+            raise ValueError("the teacher gives NaN: nothing can be learned from it. Is its checkpoint whole?")
+        return torch.cat((found.ids.float(), found.logp.float(), found.rest.float()[..., None]), -1).flatten(1)

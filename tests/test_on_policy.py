@@ -1,0 +1,259 @@
+"""Texts that a student writes, alone and under its teacher's eye: the caches, the draws, and what is learned of it."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tempering import distill
+from tempering.data.text import collate
+from tempering.methods import Divergence, Supervised  # pyright: ignore[reportAttributeAccessIssue]
+from tempering.rows import UNLABELLED, total
+from tempering.tasks import Generation, OnPolicy, Sampling, Speculative
+from tempering.tasks.writing import judged, prompts_of, write
+from tempering.teachers import Live
+from tests.paths import needs_shared
+from tests.test_generation import EOS, MODELS, PAD, V, gpt2, llama, texts
+from tests.test_golden import Case, case, cases  # noqa: F401
+
+GREEDY = Sampling(temperature=0.0)
+
+
+@needs_shared
+@cases("llm_skd", "k25", "k5", "k1", "kV")
+def test_what_a_teacher_accepts(case: Case) -> None:  # noqa: F811
+    proposed = torch.tensor(case.values["candidates"])
+    block = proposed.shape[1]
+    found = judged(torch.tensor(case.values["teacher_logits"])[:, :block], proposed, case.config["top_k"])
+    case.agree("rank", found.rank)
+    case.agree("accepted_mask", found.ok)
+    case.agree("accepted", found.accepted)
+    case.agree("replaced", found.accepted < block)
+    case.agree("replace_position", found.accepted)
+    case.agree("emitted_tokens", found.accepted + (found.accepted < block))
+    case.all_seen("candidates")
+
+
+def ragged() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(V - 1, (n,), generator=generator).tolist() for n in (4, 1, 6, 2)]
+
+
+def after(batch: dict[str, Tensor]) -> list[list[int]]:
+    """What was written in each row."""
+    return [ids[learn].tolist() for ids, learn in zip(batch["input_ids"], batch["learn"], strict=True)]
+
+
+@torch.no_grad()
+def by_definition(
+    student: nn.Module, teacher: nn.Module | None, prompt: list[int], *, top_k: int, length: int, eos: int | None
+) -> tuple[list[int], list[bool]]:
+    """Token by token, without caches or blocks, both sides greedy."""
+    ids, replaced = list(prompt), []
+    for _ in range(length):
+        token, other = int(student(input_ids=torch.tensor([ids])).logits[0, -1].argmax()), False
+        if teacher is not None:
+            z = teacher(input_ids=torch.tensor([ids])).logits[0, -1]
+            if other := int((z > z[token]).sum()) >= top_k:
+                token = int(z.argmax())
+        ids.append(token)
+        replaced.append(other)
+        if token == eos:
+            break
+    return ids[len(prompt) :], replaced
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("top_k", [1, 60, V])
+@pytest.mark.parametrize("block", [1, 4])
+def test_blocks_and_caches_write_what_the_definition_does(family: str, top_k: int, block: int) -> None:
+    student, teacher = MODELS[family](8, 3).eval(), MODELS[family](12, 4).eval()
+    for eos in (None, by_definition(student, teacher, ragged()[0], top_k=top_k, length=5, eos=None)[0][-1]):
+        want = [by_definition(student, teacher, p, top_k=top_k, length=9, eos=eos) for p in ragged()]
+        own: dict[str, Any] = {"drawn": GREEDY, "redrawn": GREEDY, "top_k": top_k, "block": block, "eos": eos, "pad": 3}
+        batch, pace = write(student, teacher, ragged(), length=9, **own)
+        assert after(batch) == [ids for ids, _ in want]
+        flags = [f[learn].tolist() for f, learn in zip(batch["replaced"], batch["learn"], strict=True)]
+        assert flags == [f for _, f in want]
+        assert pace.tokens == sum(len(ids) for ids, _ in want) and pace.replaced == sum(sum(f) for _, f in want)
+        assert pace.ended == sum(ids[-1] == eos for ids, _ in want) and pace.texts == 4
+        if top_k == 60 and eos is None:
+            assert 0 < pace.replaced < pace.tokens and pace.report()["replaced"] == pace.replaced / pace.tokens
+
+
+def test_all_of_the_vocabulary_is_on_policy_and_one_is_the_teacher() -> None:
+    student, teacher = gpt2(8, 3), gpt2(12, 4)
+    own: dict[str, Any] = {"length": 12, "eos": EOS, "pad": PAD, "seed": 7}
+    alone, _ = write(student, None, ragged(), **own)
+    both, pace = write(student, teacher, ragged(), top_k=V, **own)
+    assert after(alone) == after(both) and pace.replaced == 0 and pace.report()["acceptance"] == 1.0
+    assert after(alone) != after(write(student, None, ragged(), **own | {"seed": 8})[0])
+    one, pace = write(student, teacher, ragged(), top_k=1, redrawn=GREEDY, **own)
+    said, _ = write(teacher, None, ragged(), drawn=GREEDY, **own)
+    assert after(one) == after(said) and pace.replaced > 0
+    for prompt, ids in zip(ragged(), after(said), strict=True):
+        options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": EOS, "pad_token_id": PAD}
+        mask = torch.ones(1, len(prompt), dtype=torch.long)
+        whole = teacher.generate(torch.tensor([prompt]), attention_mask=mask, **options)  # pyright: ignore
+        assert whole[0, len(prompt) :].tolist() == ids
+
+
+@pytest.mark.parametrize("sizes", [(V + 15, V), (V, V + 15)])
+def test_a_token_that_one_side_lacks_is_not_written(sizes: tuple[int, int]) -> None:
+    student, teacher = gpt2(8, 3, sizes[0]), gpt2(12, 4, sizes[1])
+    with torch.no_grad():  # each would say little else than what the other lacks
+        for model in (student, teacher):
+            model.transformer.wte.weight[V:] *= 20  # pyright: ignore
+    batch, pace = write(student, teacher, ragged(), length=20, top_k=20)
+    assert 0 < pace.replaced < pace.tokens and int(batch["input_ids"].max()) < V
+    assert not judged(torch.zeros(1, 1, V), torch.tensor([[V]]), V).ok.any()
+
+
+class Toy(nn.Module):
+    """A model whose next token depends on nothing; it has a cache in name."""
+
+    def __init__(self, logits: list[float]) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits, dtype=torch.float64))
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, **_: Any) -> Any:
+        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1), past_key_values=past_key_values)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("block", [1, 4])
+def test_tokens_are_distributed_as_the_definition_says(rows: int, block: int) -> None:
+    """Of 2,000 tokens; the statistic has 4 degrees of freedom, and 23.5 is passed once in 10,000."""
+    q, p = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).double(), torch.tensor([0.05, 0.35, 0.1, 0.3, 0.2]).double()
+    top = (p[:, None] < p).sum(1) < 2  # the teacher's first two
+    want = q * top + q[~top].sum() * p
+    toys = Toy(q.log().tolist()), Toy(p.log().tolist())
+    counts, replaced = torch.zeros(5), 0
+    for seed in range(8 // rows):
+        batch, pace = write(*toys, [[0]] * rows, length=250, top_k=2, block=block, seed=seed)
+        counts += torch.bincount(torch.tensor(sum(after(batch), [])), minlength=5)  # noqa: RUF017
+        replaced += pace.replaced
+    n = counts.sum()
+    assert n == 2000
+    assert ((counts - n * want) ** 2 / (n * want)).sum() < 23.5
+    assert abs(replaced / 2000 - float(q[~top].sum())) < 0.04
+
+
+def test_sampling_cuts_and_sharpens() -> None:
+    z, generator = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, -1), torch.Generator().manual_seed(0)
+
+    def shares(sampling: Sampling) -> Tensor:
+        return torch.bincount(sampling.draw(z, generator), minlength=4) / 4000
+
+    near = partial(torch.testing.assert_close, rtol=0.0, atol=0.03)
+    near(shares(Sampling()), torch.tensor([0.5, 0.3, 0.15, 0.05]))
+    near(shares(Sampling(top_p=0.5)), torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    near(shares(Sampling(top_p=0.6)), torch.tensor([0.625, 0.375, 0.0, 0.0]))
+    sharp = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
+    near(shares(Sampling(temperature=0.5)), sharp / sharp.sum())
+    assert shares(GREEDY)[0] == 1.0
+    with pytest.raises(ValueError, match="temperature >= 0 and top_p"):
+        Sampling(top_p=0.0)
+
+
+def test_prompts_are_what_comes_before_the_first_learned_token() -> None:
+    examples = texts()
+    want = [[i for i, learn in zip(e.ids, e.learn, strict=True) if not learn] for e in examples]
+    for side in ("left", "right"):
+        assert prompts_of(collate(examples, pad=PAD, side=side)) == want
+    whole = {"input_ids": torch.arange(12).view(2, 6)}
+    assert prompts_of(whole) == [[0], [6]] and prompts_of(whole, 3) == [[0, 1, 2], [6, 7, 8]]
+
+
+def loader(batches: int = 3) -> list[dict[str, Tensor]]:
+    return [collate(texts()[i : i + 3], pad=PAD, ids=range(i, i + 3)) for i in range(batches)]
+
+
+def test_written_batches_are_rows_without_labels_that_count_the_end_once() -> None:
+    student, teacher = gpt2(8, 3), gpt2(12, 4)
+    before = copy.deepcopy(student.state_dict())
+    student.train()
+    student.transformer.drop.eval()  # pyright: ignore[reportAttributeAccessIssue]
+    state = torch.get_rng_state()
+    source = Speculative(student, Live(teacher), loader(), top_k=60, length=6, eos=EOS, pad=PAD, vocabulary=V)
+    task = Generation()
+    for model in (student, teacher):
+        task.meet(model)
+    for batch, given in zip(source, loader(), strict=True):
+        assert "ids" not in batch and (batch["labels"] == UNLABELLED).all()
+        starts = prompts_of(given)
+        rows = [p + w for p, w in zip(starts, after(batch), strict=True)]
+        assert rows == [
+            ids[m == 1].tolist() for ids, m in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        assert int(task.mass(batch)["logits"]) == sum(map(len, after(batch))) <= 18
+        (made,) = task.rows(student(task.inputs(batch)[0]), teacher(task.inputs(batch)[0]).logits.detach(), batch)
+        loss = total(Divergence(objective="jsd", hard=1.0)(made), made)
+        loss.backward()
+        assert loss > 0 and made.target is not None and (made.target == UNLABELLED).all()
+    assert student.training and not student.transformer.drop.training  # pyright: ignore[reportAttributeAccessIssue]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, before[name]) for name, a in student.state_dict().items())
+    report = source.report()
+    assert 0 < report["acceptance"] < 1 and report["acceptance"] + report["replaced"] == pytest.approx(1.0)
+    assert report["tokens_per_teacher_forward"] > 0 and report["length"] <= 6
+
+
+def test_a_share_of_the_batches_is_written_and_any_place_of_an_epoch_is_found_again() -> None:
+    def sources(share: float) -> OnPolicy:
+        return OnPolicy(gpt2(8, 3), loader() * 10, share=share, length=3, pad=PAD)
+
+    def seen(source: OnPolicy, start: int = 0) -> list[tuple[bool, list]]:
+        return [("learn" in batch, batch["input_ids"].tolist()) for batch in source.iterate(start)]
+
+    assert not any(flag for flag, _ in seen(sources(0.0))) and all(flag for flag, _ in seen(sources(1.0)))
+    source = sources(0.5)
+    first = seen(source)
+    assert len(source) == 30 and 8 <= sum(flag for flag, _ in first) <= 22
+    assert seen(source, 17) == first[17:]
+    source.set_epoch(1)
+    assert seen(source) != first and source.report()["tokens_per_teacher_forward"] == 0.0
+    source.set_epoch(0)
+    assert seen(source) == first
+
+
+@pytest.mark.parametrize("kind", ["on-policy", "speculative"])
+def test_runs_in_distill(kind: str) -> None:
+    student, teacher = llama(8, 0).float(), llama(12, 1).float()
+    data, task = loader(), Generation(vocabulary=V)
+    adam = partial(torch.optim.Adam, lr=1e-2)
+    distill(teacher, None, data, method=Supervised(), task=task, optimizer=adam, epochs=5, quiet=True)
+    own: dict[str, Any] = {"length": 5, "eos": EOS, "pad": PAD, "vocabulary": V}
+    source = OnPolicy(student, data, share=1.0, **own)
+    if kind == "speculative":
+        source = Speculative(student, teacher, data, top_k=20, **own)
+    method = Divergence(objective="kl")
+    start = task.score(student, data, teacher=Live(teacher))["loss"]
+    run = distill(student, teacher, source, method=method, task=task, optimizer=adam, epochs=6, test=data, quiet=True)
+    assert run.best["test"]["loss"] < start
+    assert "only" in run.facts["selfcheck"]["line"] and source.report()["length"] > 0
+
+
+def test_what_is_refused() -> None:
+    student = gpt2(8, 3)
+    with pytest.raises(ValueError, match=r"share in \[0, 1\].*got 1.5"):
+        OnPolicy(student, [], share=1.5)
+    with pytest.raises(ValueError, match="walked again"):
+        OnPolicy(student, iter([]))
+    with pytest.raises(ValueError, match="top_k and block >= 1; got 0 and 5"):
+        Speculative(student, student, [], top_k=0)
+    with pytest.raises(TypeError, match="asks a teacher's model; got str"):
+        Speculative(student, "gpt", [])
+    with pytest.raises(TypeError, match="Linear has no cache"):
+        write(nn.Linear(2, 2), None, [[1]], length=2)
+    with pytest.raises(ValueError, match="the shortest of 0 tokens"):
+        write(student, None, [[1], []], length=2)
+    packed = {"input_ids": torch.zeros(1, 4, dtype=torch.long), "position_ids": torch.arange(4)[None]}
+    with pytest.raises(ValueError, match="OnPolicy takes padded texts"):
+        list(OnPolicy(student, [packed], share=1.0))

@@ -1,0 +1,198 @@
+"""Few tokens of many: the bucket, the unbiased samples, and their recordings."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tempering import distill
+from tempering.buckets import Sparse, bucketed
+from tempering.data.text import Example
+from tempering.data.tokens import Tokens
+from tempering.methods import KD, Divergence  # pyright: ignore[reportAttributeAccessIssue]
+from tempering.objectives import cross_entropy, jsd, kl, reverse_kl
+from tempering.rows import UNLABELLED, Rows, total
+from tempering.tasks import Generation
+from tempering.teachers import CachedSparse, Kept, Live, record_sparse
+from tempering.teachers.sparse import counted, drawn, top
+from tempering.temperature import Static
+from tests.conftest import random_rows
+from tests.paths import needs_shared
+from tests.test_generation import PAD, gpt2, texts
+from tests.test_golden import Case, case, cases  # noqa: F401
+
+
+def of(rows: Rows, kept: Sparse) -> Rows:
+    student, teacher, target = bucketed(rows.student, kept, rows.target)
+    return Rows(student, teacher, target, rows.weight)
+
+
+@needs_shared
+@cases("llm_topk", "k8", "k1", "k32_T")
+def test_the_numbers_of_trl_and_of_dense_formulas(case: Case) -> None:  # noqa: F811
+    c, tau = case.config, case.config["temperature"]
+    student, teacher = (torch.tensor(case.values[f"{who}_logits"]) for who in ("student", "teacher"))
+    labels = torch.tensor(case.values["labels"]).flatten()
+    leaf, T = student.flatten(0, 1).requires_grad_(), Static(1.0)(random_rows(1))
+    rows = Rows(leaf / tau, teacher.flatten(0, 1) / tau, labels, (labels != UNLABELLED).double())
+    kept = top(teacher, c["top_k"], temperature=tau)
+    case.agree("topk_ids", kept.ids)
+    case.agree("topk_logprobs", kept.logp)
+    case.agree("teacher_tail_mass", kept.rest.exp())
+    flat = kept.at(torch.arange(len(rows)), tuple(labels.view(teacher.shape[:2]).shape))
+    found = of(rows, flat)
+    case.agree("student_tail_mass", found.student[:, -1].exp().view(teacher.shape[:2]))
+
+    def both(key: str, value: Tensor, grad: str) -> None:
+        case.agree(key, value)
+        if grad in case.values:
+            slope = torch.autograd.grad(value, leaf, retain_graph=True)[0]
+            case.agree(grad, slope.view(case.values[grad].shape))
+
+    both("tail_fkl", total({"kl": kl(found, T)}, found), "grad_tail_fkl")
+    both("trl_tail", total({"kl": kl(found, T)}, found), "grad_trl_tail")
+    both("tail_rkl", total({"kl": reverse_kl(found, T)}, found), "grad_tail_rkl")
+    both("tail_jsd", total({"kl": jsd(found, T, beta=c["jsd_beta"])}, found), "grad_tail_jsd")
+    case.agree("full_fkl", total({"kl": kl(rows, T)}, rows))
+    samples = counted(torch.tensor(case.values["rs_sample_ids"]).flatten(0, 1), dtype=torch.float64)
+    found = of(rows, samples)
+    both("rs_kl", total({"kl": kl(found, T)}, found), "grad_rs")
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_never_negative_zero_at_agreement_and_below_the_whole(k: int) -> None:
+    rows, T = random_rows(8, 7), Static(1.0)(random_rows(8, 7))
+    kept = top(rows.teacher, k, besides=rows.target)
+    assert kept.ids.shape == (8, k + 1) and all(len(set(ids)) == k + 1 for ids in kept.ids.tolist())
+    mass = torch.cat((kept.logp, kept.rest[:, None]), -1).exp().sum(-1)
+    torch.testing.assert_close(mass, torch.ones_like(mass), rtol=1e-12, atol=0.0)
+    for objective in (kl, reverse_kl, jsd):
+        value = objective(of(rows, kept), T)
+        assert (value > 0).all() and (value <= objective(rows, T) + 1e-12).all()
+        assert objective(of(rows.with_(student=rows.teacher), kept), T).abs().max() < 1e-12
+    # the label is among the kept tokens, so the hard term is exact
+    torch.testing.assert_close(cross_entropy(of(rows, kept)), cross_entropy(rows), rtol=1e-12, atol=1e-13)
+
+
+def test_all_tokens_kept_are_the_dense_loss_and_extremes_are_finite() -> None:
+    rows = random_rows(6, 7)
+    leaf = rows.student.clone().requires_grad_()
+    rows = rows.with_(student=leaf)
+    kept = top(rows.teacher, 7)
+    assert torch.isneginf(kept.rest).all()
+    method = KD(temperature=Static(3.0))
+    want = total(method(rows), rows)
+    found = of(rows, kept)
+    got = total(method(found), found)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(torch.autograd.grad(got, leaf), torch.autograd.grad(want, leaf), strict=True):
+        torch.testing.assert_close(a, b)
+    for scale in (1e4, 0.0):
+        far = rows.with_(student=(scale * rows.student.detach()).requires_grad_(), teacher=scale * rows.teacher)
+        found = of(far, top(far.teacher, 2, besides=far.target))
+        loss = total(KD()(found), found)
+        (slope,) = torch.autograd.grad(loss, far.student)
+        assert loss.isfinite() and slope.isfinite().all() and loss >= 0
+
+
+def test_samples_are_unbiased_and_a_label_that_was_not_drawn_has_no_part() -> None:
+    rows, T = random_rows(2, 5, scale=1.0), Static(1.0)(random_rows(1))
+    leaf = rows.student.clone().requires_grad_()
+    rows = rows.with_(student=leaf)
+    (want,) = torch.autograd.grad(total({"kl": kl(rows, T)}, rows), leaf)
+    generator, n = torch.Generator().manual_seed(0), 4000
+    many = Rows(leaf.repeat(n, 1), rows.teacher.repeat(n, 1), rows.target.repeat(n))  # pyright: ignore
+    kept = drawn(many.teacher, 6, besides=many.target, generator=generator)
+    found = of(many, kept)
+    (slope,) = torch.autograd.grad(total({"kl": kl(found, T)}, found), leaf, retain_graph=True)
+    torch.testing.assert_close(slope, want, rtol=0.0, atol=0.01)
+    assert (found.target >= 0).all() and (kl(found, T) >= 0).all()  # pyright: ignore[reportOptionalOperand]
+    torch.testing.assert_close(cross_entropy(found), cross_entropy(many))
+    shares = torch.zeros_like(many.teacher).scatter_add_(1, kept.ids, kept.logp.exp())
+    torch.testing.assert_close(shares.sum(-1), torch.ones(2 * n).double())
+    torch.testing.assert_close(shares.view(n, 2, 5).mean(0), rows.teacher.softmax(-1), rtol=0.0, atol=0.02)
+
+
+def data(**options: Any) -> Tokens:
+    return Tokens(texts(), batch_size=2, pad=PAD, **options)
+
+
+def kept_of(seed: int = 1, **how: Any) -> Kept:
+    model = gpt2(12, seed).float()
+    Generation().meet(model)
+    return Kept(Live(model), **how)
+
+
+@pytest.mark.parametrize("how", [{"top": 4}, {"samples": 6}])
+def test_a_recording_answers_as_the_teacher_and_trains_as_it(tmp_path: Path, how: dict[str, int]) -> None:
+    teacher, task, tokens = kept_of(**how), Generation(), data()
+    ask = partial(record_sparse, inputs=task.inputs, quiet=True)
+    cached = ask(teacher, tokens, tmp_path / "kept")
+    for batch in tokens:
+        _, inputs, ids = task.inputs(batch)
+        live, found = teacher(inputs, ids), cached(inputs, ids)
+        assert torch.equal(live.ids, found.ids)
+        torch.testing.assert_close(found.logp, live.logp, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.rest, live.rest, rtol=1e-4, atol=1e-4)
+    losses = []
+    for source in (teacher, cached):
+        student = gpt2(8, 0).float()
+        options: dict[str, Any] = {"task": task, "epochs": 1, "quiet": True, "selfcheck": False, "test": data()}
+        run = distill(student, source, tokens, method=Divergence(objective="kl", hard=0.5), **options)
+        losses.append(run.best["test"])
+    assert losses[0]["loss"] == pytest.approx(losses[1]["loss"], rel=1e-4)
+    again = ask(teacher, tokens, tmp_path / "kept")
+    assert again.identity == cached.identity
+
+
+def test_a_recording_is_refused_for_anything_else(tmp_path: Path) -> None:
+    task, path = Generation(), tmp_path / "kept"
+    ask = partial(record_sparse, path=path, inputs=task.inputs, quiet=True)
+    ask(kept_of(top=3), data())
+    with pytest.raises(ValueError, match="its teacher is"):
+        ask(kept_of(top=4), data())
+    with pytest.raises(ValueError, match="its data is"):
+        ask(kept_of(top=3), data(side="left"))
+    other = Tokens([*texts()[:4], Example((1, 2, 3), (False, True, True))], batch_size=2, pad=PAD)
+    with pytest.raises(ValueError, match="holds answers to other data"):
+        CachedSparse(path, batches=other)
+    with pytest.raises(ValueError, match="holds answers to other data"):
+        distill(gpt2(8, 0), CachedSparse(path), other, method=KD(), task=task, epochs=1, quiet=True)
+    held = json.loads((path / "key.json").read_text())
+    assert held["rows"] == 5 and held["length"] == 14
+    numbers = (path / "logits.npy").read_bytes()
+    (path / "logits.npy").write_bytes(numbers[:-4] + b"\0\0\0\1")
+    with pytest.raises(RuntimeError, match="was changed since it was recorded"):
+        CachedSparse(path)
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match="one of top and samples"):
+        Kept(Live(gpt2(8, 0)), top=3, samples=3)
+    with pytest.raises(ValueError, match="1 <= k <= 7"):
+        top(torch.zeros(2, 7), 8)
+    with pytest.raises(ValueError, match="samples >= 1"):
+        drawn(torch.zeros(2, 7), 0)
+    with pytest.raises(ValueError, match="speaks of token 6, and the student has 5"):
+        bucketed(torch.zeros(1, 5), top(torch.arange(7.0)[None], 2))
+    with pytest.raises(ValueError, match=r"answers \(2,\) positions, and the batch has \(1, 3\)"):
+        top(torch.zeros(2, 7), 2).at(torch.tensor([0]), (1, 3))
+    with pytest.raises(ValueError, match="no longer than length=2"):
+        data(length=2)
+    with pytest.raises(ValueError, match="no 2 views"):
+        data().replay(2)
+
+
+def test_the_order_of_tokens_is_drawn_anew_every_epoch_and_starts_anywhere() -> None:
+    tokens = data(seed=3)
+    first = [batch["ids"].tolist() for batch in tokens]
+    tokens.set_epoch(1)
+    second = [batch["ids"].tolist() for batch in tokens]
+    assert first != second and sorted(i for ids in second for i in ids) == list(range(5)) and len(tokens) == 3
+    assert [batch["ids"].tolist() for batch in tokens.iterate(2)] == second[2:]
