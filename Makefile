@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)
 
-.PHONY: all check test demo bench docs gpu wheel clean
+.PHONY: all check test demo bench docs gpu arena-arms wheel clean
 all: check test wheel
 
 $(READY):
@@ -31,6 +31,8 @@ demo: $(READY)  ## a teacher and students on the bundled digits, a table and a r
 # one whole run of the field's recipe on a CUDA device: teacher and students at full size, images augmented on the device
 DATA ?= ../shared/data/cifar100
 ARMS ?= supervised,kd,kd-matched,dkd,dtkd-published,dtkd
+# the whole arena: make gpu ARMS="$(make -s arena-arms)"
+ARENA := $(ARMS),dtkd-max,dtkd-std,entropy,ctkd,cosine,normkd,energy,itkd,dist,ttm,wttm,nkd,lskd,rld,erkd,cskd,r2kd,ats,sp,pkt
 SEEDS ?= 3
 EPOCHS ?= 240
 FULL ?= benchmarks/results/cifar100-resnet32x4-resnet8x4
@@ -40,8 +42,17 @@ gpu: $(READY)  ## CIFAR-100 at full size on a CUDA device; resumes; records and 
 	$(BIN)/tempering compare recipes/cifar100.py --methods $(ARMS) --seeds $(SEEDS) --out $(FULL) -- --data $(DATA) \
 	--teacher resnet32x4 --student resnet8x4 --epochs $(EPOCHS) --precision bf16-mixed --accelerator cuda
 
-docs: $(READY)  ## docs/papers.md, from docstrings, presets and records
+docs: $(READY)  ## docs/papers.md, from docstrings, presets and records; docs/performance.md, from what make bench wrote
 	$(BIN)/python -m tempering.papersdoc .
+	$(BIN)/python benchmarks/page.py
+
+arena-arms:
+	@echo $(ARENA)
+
+BENCH ?= step loss fused_linear overhead cache augment startup
+bench: $(READY)  ## every benchmark, side by side with peers; CSVs under benchmarks/results/speed and docs/performance.md
+	@set -e; for name in $(BENCH); do $(BIN)/python benchmarks/$$name.py; done
+	$(BIN)/python benchmarks/page.py
 
 wheel: $(READY)  ## builds the wheel, installs it into an empty environment, runs it
 	rm -rf build dist

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tempering import data as data
+    from tempering import kernels as kernels
     from tempering import methods as methods
     from tempering import models as models
     from tempering import objectives as objectives
@@ -32,7 +33,7 @@ _HOMES = {
     "Run": "tempering.settings",
     "Taps": "tempering.taps",
 }
-_PARTS = ("data", "methods", "models", "objectives", "tasks", "teachers", "temperature")
+_PARTS = ("data", "kernels", "methods", "models", "objectives", "tasks", "teachers", "temperature")
 
 __all__ = [*_HOMES, *_PARTS, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 

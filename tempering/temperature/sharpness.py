@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tempering.fusable import fusable
 from tempering.rows import Rows, widened
 from tempering.temperature.base import Policy, Temperatures, positive
 
@@ -120,6 +121,7 @@ def solve_delta(
     return _exact(u, v, n_v, start.delta, flat, tau, reach)
 
 
+@fusable
 def centred(z: Float[Tensor, "N C"]) -> tuple[Tensor, Tensor, Tensor]:
     """z less its mean over the valid classes (masked ones become MASKED), their number, and which rows are flat."""
     valid = ~torch.isneginf(z)
@@ -132,6 +134,7 @@ def centred(z: Float[Tensor, "N C"]) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(valid, z - mean, MASKED), n, flat
 
 
+@fusable
 def _std(z: Tensor, n: Tensor) -> Tensor:
     """Standard deviation of centred logits over the valid classes, (N, 1); kept off zero so its slope is finite."""
     square = torch.where(z > MASKED, z, 0.0).square().sum(-1, keepdim=True) / n
@@ -190,6 +193,7 @@ def _exact(
     return Solution(delta, flat, held)
 
 
+@fusable
 def _sharpness(z: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
     """logsumexp(z / T) and minus its derivative in T, E_p[z] / T^2, (N, 1) each."""
     x = z / T

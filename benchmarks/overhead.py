@@ -1,0 +1,91 @@
+"""What the engine adds to a step: a null model under distill() against the bare loop with the same method.
+
+A leg is so many steps of each; the engine's set-up and its epoch's end are outside of what is timed.
+
+Usage:
+    python benchmarks/overhead.py [--rounds 9] [--steps 300] [--tiny]
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from timing import Sheet, arguments
+from torch import Tensor, nn
+
+from tempering import distill
+from tempering.methods import KD
+from tempering.rows import Rows, total
+from tempering.teachers import Live
+
+SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+
+
+def bare(batch: tuple[Tensor, Tensor], steps: int) -> float:
+    """CPU seconds of the loop that one writes by hand, the check that the loss is a number included."""
+    student, teacher, method = nn.Linear(8, 10), Live(nn.Linear(8, 10)), KD()
+    optimizer = SGD(student.parameters())
+    begun = 0.0
+    for step in range(steps + 1):
+        if step == 1:  # the first step warms up
+            begun = time.process_time()
+        rows = Rows(student(batch[0]), teacher(batch[0]), batch[1])
+        loss = total(method(rows, step / steps), rows)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {float(loss)}")
+    return time.process_time() - begun
+
+
+def engine(batch: tuple[Tensor, Tensor], steps: int) -> float:
+    """CPU seconds of the same steps by ``distill``."""
+    at: dict[int, float] = {}
+
+    def look(step: int, loss: Tensor) -> None:
+        if step in (0, steps):
+            at[step] = time.process_time()
+
+    distill(
+        nn.Linear(8, 10),
+        nn.Linear(8, 10),
+        [batch] * (steps + 1),
+        method=KD(),
+        optimizer=SGD,
+        steps=steps + 1,
+        accelerator="cpu",
+        selfcheck=False,
+        quiet=True,
+        on_step=look,
+    )
+    return at[steps] - at[0]
+
+
+def main() -> None:
+    """Time legs in turn; the milliseconds are those of a step."""
+    parser = arguments(__doc__, rounds=9)
+    parser.add_argument("--steps", type=int, default=300)
+    args = parser.parse_args()
+    sheet = Sheet("overhead", args)
+    steps = 5 if args.tiny else args.steps
+    torch.manual_seed(0)
+    batch = torch.randn(8, 8), torch.randint(10, (8,))
+    legs: dict[str, Callable[[tuple[Tensor, Tensor], int], float]] = {"bare loop": bare, "tempering.distill": engine}
+    taken: dict[str, list[float]] = {name: [] for name in legs}
+    for round_ in range(1 + args.rounds):
+        for name, leg in legs.items():
+            took = leg(batch, steps)
+            if round_:
+                taken[name].append(took)
+    added = sorted(1e3 * (b - a) / steps for a, b in zip(*taken.values(), strict=True))[args.rounds // 2]
+    notes = {"tempering.distill": f"{added:.3f} ms a step on top, the median of the rounds"}
+    sheet.add("null model, a step", taken, notes=notes, per=steps)
+    print(sheet.write())
+
+
+if __name__ == "__main__":
+    main()

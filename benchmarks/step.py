@@ -1,0 +1,86 @@
+"""One classification step, a batch to updated weights: mdistiller's loop against ours, live and cached teacher.
+
+Usage:
+    python benchmarks/step.py [--rounds 7] [--threads 1] [--batch 64] [--tiny]
+
+mdistiller is a repository: its step with KD is re-stated in peers.py. Ours has the DTKD loss.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from peers import RESTATED, Meters, mdistiller_step
+from timing import Arm, Sheet, arguments, device, in_turn
+from torch import Tensor, nn
+
+from tempering.methods import DTKD
+from tempering.models import build
+from tempering.rows import Rows, total
+from tempering.teachers import Live, Teacher
+
+PAIRS = {"resnet32x4 -> resnet8x4": ("resnet32x4", "resnet8x4"), "resnet14 -> resnet8": ("resnet14", "resnet8")}
+Batch = tuple[Tensor, Tensor]
+
+
+def mdistiller(student: nn.Module, teacher: nn.Module, batch: Batch) -> Arm:
+    """Its step with KD, as its loop runs it."""
+    student, teacher = copy.deepcopy(student), copy.deepcopy(teacher).eval()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    meters = Meters()
+    return lambda: mdistiller_step(student, teacher, optimizer, meters, batch)
+
+
+def ours(student: nn.Module, teacher: Teacher | Tensor, batch: Batch, *, bf16: bool) -> Arm:
+    """Channels-last, DTKD, the mean loss kept where it is; a tensor for a teacher is a cache that holds its answers."""
+    student = copy.deepcopy(student).to(memory_format=torch.channels_last)  # pyright: ignore
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, foreach=True)
+    method, x = DTKD(warmup=0.0), batch[0].contiguous(memory_format=torch.channels_last)
+    seen = torch.zeros((), device=x.device)
+    order = torch.arange(len(x), device=x.device)
+
+    def run() -> None:
+        taught = teacher.index_select(0, order).float() if isinstance(teacher, Tensor) else teacher(x, None)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            logits = student(x)
+        rows = Rows(logits, taught, batch[1])
+        loss = total(method(rows), rows)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen.add_(loss.detach())
+
+    return run
+
+
+def main() -> None:
+    """Time the arms of every pair."""
+    parser = arguments(__doc__, rounds=7)
+    parser.add_argument("--batch", type=int, default=64)
+    args = parser.parse_args()
+    sheet = Sheet("step", args)
+    n = 4 if args.tiny else args.batch
+    pairs = {"resnet14 -> resnet8": ("resnet14", "resnet8")} if args.tiny else PAIRS
+    for case, (large, small) in pairs.items():
+        torch.manual_seed(0)
+        x, y = torch.randn(n, 3, 32, 32, device=device()), torch.randint(100, (n,), device=device())
+        student, teacher = (build(name, classes=100).to(device()) for name in (small, large))
+        kept = Live(copy.deepcopy(teacher))(x).half()
+        folded = Live(teacher, channels_last=True, fold=True)
+        half = Live(teacher, precision="bf16", fold=True)
+        arms = {
+            "mdistiller, KD": mdistiller(student, teacher, (x, y)),
+            "ours, fp32": ours(student, Live(copy.deepcopy(teacher), channels_last=True), (x, y), bf16=False),
+            "ours, fp32, teacher folded": ours(student, folded, (x, y), bf16=False),
+            "ours, bf16, teacher folded": ours(student, half, (x, y), bf16=True),
+            "ours, fp32, teacher cached": ours(student, kept, (x, y), bf16=False),
+            "ours, bf16, teacher cached": ours(student, kept, (x, y), bf16=True),
+        }
+        taken = in_turn(arms, rounds=args.rounds, warm=2)
+        sheet.add(f"{case}, batch {n}", taken, notes={"mdistiller, KD": RESTATED})
+    print(sheet.write())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""What the benchmarks share: arms timed in turn in one process, peaks in one of their own, and the CSV they write."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "speed"
+FIELDS = ("case", "arm", "ms", "speed", "low", "high", "peak", "unit", "rounds", "note")
+FACTS = ("host", "device", "threads", "torch", "python", "commit")
+Arm = Callable[[], object]
+
+
+def arguments(doc: str | None, *, rounds: int) -> argparse.ArgumentParser:
+    """The flags that every benchmark has."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="the smallest sizes: shows that it runs, times nothing")
+    parser.add_argument("--rounds", type=int, default=rounds, help="times that every arm is run")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
+    parser.add_argument("--peak", default=None, help=argparse.SUPPRESS)  # CASE|ARM: what peak_of() asks for
+    return parser
+
+
+def device() -> torch.device:
+    """CUDA where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def seconds(arm: Arm) -> float:
+    """CPU seconds of one call on a CPU, seconds of the clock where a device is waited for."""
+    if not torch.cuda.is_available():
+        begun = time.process_time()
+        arm()
+        return time.process_time() - begun
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    arm()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def in_turn(arms: Mapping[str, Arm], *, rounds: int, warm: int = 1) -> dict[str, list[float]]:
+    """Seconds of every arm in every round; a round runs each of them once, so that a busy machine slows all alike."""
+    taken: dict[str, list[float]] = {name: [] for name in arms}
+    for round_ in range(warm + rounds):
+        for name, arm in arms.items():
+            took = seconds(arm)
+            if round_ >= warm:
+                taken[name].append(took)
+    return taken
+
+
+def peak_of(script: str, what: str, *, tiny: bool, threads: int) -> float:
+    """What ``script --peak WHAT`` prints: bytes at most beside what was there before."""
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--peak", what, "--threads", str(threads)]
+    done = subprocess.run([*command, *(["--tiny"] if tiny else [])], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return float(done.stdout.splitlines()[-1])
+
+
+def grown(arm: Arm, small: Arm) -> float:
+    """Bytes by which the process, or the device's allocator, grows at most during ``arm``; ``small`` is run before."""
+    small()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        arm()
+        return float(torch.cuda.max_memory_allocated() - before)
+    try:  # Linux: the high-water mark set back to what is held now, so that nothing earlier hides what the arm takes
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        arm()
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024.0
+    before = _held("VmRSS")
+    arm()
+    return _held("VmHWM") - before
+
+
+def _held(name: str) -> float:
+    """Bytes of this process, as Linux counts them."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{name}:"))
+    return float(line.split()[1]) * 1024.0
+
+
+def installed(name: str) -> bool:
+    """Whether a peer is here."""
+    return importlib.util.find_spec(name) is not None
+
+
+class Sheet:
+    """The lines of one benchmark, shown as they come and written as CSV at the end."""
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        self.name, self.args = name, args
+        self.lines: list[dict[str, object]] = []
+        torch.set_num_threads(args.threads)
+
+    def add(
+        self,
+        case: str,
+        taken: Mapping[str, Sequence[float]],
+        *,
+        notes: Mapping[str, str] | None = None,
+        peaks: Mapping[str, float] | None = None,
+        per: int = 1,
+        unit: str = "",
+    ) -> None:
+        """A line an arm: median milliseconds of one of ``per``, and how many times as fast as the first arm.
+
+        ``low`` and ``high`` are the quartiles of that ratio over the rounds.
+        """
+        first = taken[next(iter(taken))]
+        for arm, values in taken.items():
+            ratios = sorted(a / max(b, 1e-9) for a, b in zip(first, values, strict=True))
+            line = {
+                "case": case,
+                "arm": arm,
+                "ms": f"{1e3 * statistics.median(values) / per:.4g}",
+                "speed": f"{statistics.median(ratios):.4g}",
+                "low": f"{ratios[len(ratios) // 4]:.4g}",
+                "high": f"{ratios[-1 - len(ratios) // 4]:.4g}",
+                "peak": "" if peaks is None or arm not in peaks else f"{peaks[arm]:.3g}",
+                "unit": unit,
+                "rounds": len(values),
+                "note": (notes or {}).get(arm, ""),
+            }
+            self.lines.append(line)
+            print(f"{case:34s} {arm:44s} {line['ms']:>9} ms {line['speed']:>7} x  {line['peak']:>6}", flush=True)
+
+    def write(self) -> Path:
+        """The CSV, with the facts of the machine on every line."""
+        facts = machine(self.args.threads)
+        self.args.out.mkdir(parents=True, exist_ok=True)
+        path = self.args.out / f"{self.name}.csv"
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, (*FIELDS, *FACTS), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({**line, **facts} for line in self.lines)
+        return path
+
+
+def machine(threads: int) -> dict[str, object]:
+    """What a number depends on beside the code: host, device, threads, versions, commit."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        named = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
+        cpu = named[0].split(":", 1)[1].strip() if named else cpu
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
+    return {
+        "host": f"{platform.system()} {platform.machine()}, {cpu}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": threads,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit or "unknown",
+    }

@@ -1,0 +1,119 @@
+"""The KL family with its gradient in closed form, and what Inductor may compile of a chunk.
+
+With the temperatures held constant, L = scale KL(p || q), p = softmax(u / T_t) and q = softmax(v / T_s), has
+dL/dv = scale / T_s (q - p). Value and gradient come of one look at the two sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tempering.objectives import labels, log_softmax
+from tempering.rows import Rows, widened
+from tempering.temperature.base import Temperatures
+
+Fast = dict[str, Callable[..., Any]]
+
+
+class _Known(torch.autograd.Function):
+    """A value a row whose slope in the logits is already known. The slope is used up by the one way back."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, slope: Tensor, student: Tensor) -> Tensor:
+        ctx.slope = slope
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:  # pyright: ignore
+        slope, ctx.slope = ctx.slope, None
+        return None, None, slope.mul_(grads[0].unsqueeze(1))
+
+
+def divergence_and_slope(u: Tensor, v: Tensor, T_t: Tensor, T_s: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """scale KL(p || q), (n,), and its slope in ``v``, (n, C); as ``objectives.kl`` has them, masks included."""
+    zt, zs = u / T_t, v / T_s
+    logp, logq = log_softmax(zt), log_softmax(zs)
+    gone = torch.isneginf(logp)
+    p = logp.exp()
+    value = (p * (logp.masked_fill(gone, 0.0) - logq.masked_fill(gone, 0.0))).sum(-1)
+    # a row with no class left has no slope, as where its logits were replaced
+    empty = torch.isneginf(zs.amax(-1, keepdim=True))
+    by = torch.where(empty, 0.0, scale.unsqueeze(1) / T_s)
+    return scale * value.clamp_min(0.0), (logq.exp() - p) * by
+
+
+def cross_entropy_and_slope(v: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """-log softmax(v)[target], (n,), and its slope in ``v``, (n, C); 0 both where the target is negative.
+
+    NaN where it names no class, which on a device nobody has looked at.
+    """
+    logq = log_softmax(v)
+    known = (target >= 0).unsqueeze(1)
+    is_label = torch.arange(v.shape[1], device=v.device) == target.unsqueeze(1)
+    value = torch.where(target < v.shape[1], -torch.where(is_label, logq, 0.0).sum(-1), torch.nan)
+    empty = torch.isneginf(v.amax(-1, keepdim=True))
+    return value, torch.where(known & ~empty, logq.exp() - is_label.to(logq.dtype), 0.0)
+
+
+class Stand:
+    """The fast versions for one walk over chunks, and which of them were used.
+
+    Args:
+        compiled: Inductor's versions by name, {} for none; what is not there runs as it is written.
+    """
+
+    def __init__(self, compiled: Fast) -> None:
+        self.compiled = compiled
+        self.used: set[str] = set()
+        self.plain: set[str] = set()
+
+    def functions(self) -> Fast:
+        """What ``fusable.standing_in`` takes."""
+        solving = {name: self._solving(name) for name in ("centred", "_std", "_sharpness") if name in self.compiled}
+        return {"kl": self._kl, "cross_entropy": self._cross_entropy, **solving}
+
+    def _kl(self, plain: Callable[..., Tensor], rows: Rows, T: Temperatures) -> Tensor:
+        if any(x is not None and x.requires_grad for x in T) or not _logits(rows):
+            self.plain.add("kl")
+            return plain(rows, T)
+        self.used.add("kl")
+        n = len(rows)
+        u, v = widened(rows.teacher), widened(rows.student)
+        fast = self.compiled.get("kl", divergence_and_slope)
+        T_t, T_s, scale = T.teacher.expand(n, 1), T.student.expand(n, 1), T.scale.expand(n)
+        return _differentiable(rows.student, *fast(u, v.detach(), T_t, T_s, scale))
+
+    def _cross_entropy(self, plain: Callable[..., Tensor], rows: Rows) -> Tensor:
+        if not _logits(rows):
+            self.plain.add("cross_entropy")
+            return plain(rows)
+        target = labels(rows, "cross_entropy").long()
+        self.used.add("cross_entropy")
+        fast = self.compiled.get("cross_entropy", cross_entropy_and_slope)
+        return _differentiable(rows.student, *fast(widened(rows.student).detach(), target))
+
+    def _solving(self, name: str) -> Callable[..., Any]:
+        def solve(plain: Callable[..., Any], z: Tensor, other: Tensor | None = None) -> Any:
+            args = (z,) if other is None else (z, other)
+            if not len(z) or (torch.is_grad_enabled() and any(x.requires_grad for x in args)):
+                return plain(*args)
+            self.used.add("temperature")
+            return self.compiled[name](*args)
+
+        return solve
+
+
+def _logits(rows: Rows) -> bool:
+    return len(rows) > 0 and rows.student.shape[1] > 0
+
+
+def _differentiable(student: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    if not (student.requires_grad and torch.is_grad_enabled()):
+        return value
+    return _Known.apply(value, slope.to(student.dtype), student)  # pyright: ignore[reportReturnType]

@@ -1,0 +1,256 @@
+"""Any row-wise method, a few rows at a time: the loss of the whole, in the memory of a chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tempering.fusable import standing_in
+from tempering.kernels.analytic import Stand
+from tempering.kernels.compiled import fast_versions
+from tempering.methods.base import Method, StepMethod
+from tempering.rows import Rows, total, widened
+from tempering.temperature.base import Policy, Temperatures
+
+COPIES = 8  # of a chunk's logits that are alive at once, in float32, where nothing is fused
+MEMORY = {"cpu": 2**23}  # bytes of them; a CPU is fastest while they stay in its cache
+ELSEWHERE = 2**28
+
+
+class Path(NamedTuple):
+    """Which path ran: how many chunks of how many rows at most, what was fused, compiled or not and why not."""
+
+    chunks: int
+    rows: int
+    analytic: tuple[str, ...]
+    autograd: tuple[str, ...]
+    compiled: bool
+    why: str
+
+
+class Chunked(NamedTuple):
+    """The loss, (), with its gradient; the terms, {name: (N,)}, without; and the path that ran."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    path: Path
+
+
+def chunked(
+    method: Method,
+    rows: Rows,
+    progress: float = 1.0,
+    *,
+    rows_in_batch: Tensor | float | None = None,
+    memory: int | None = None,
+    compile: bool | None = None,
+) -> Chunked:
+    """``total(method(rows, progress), rows, rows_in_batch=...)``, whose gradient is made chunk by chunk on the way.
+
+    Beside the gradient itself, (N, C), only a chunk's copies are held. Any method and policy that looks at a row at a
+    time will do, with what it trains. ``objectives.kl`` (KD, DTKD and others) and the cross entropy have their
+    gradients in closed form where the temperatures carry none; other terms go by autograd within the chunk. Chunks of
+    half precision are computed in float32, and their gradient rounded once.
+
+    The way back is open once. There is no second derivative.
+
+    Args:
+        method: row-wise; a relational one is refused.
+        rows: the whole.
+        progress: the share of the run that is done.
+        rows_in_batch: as for ``total``.
+        memory: bytes for the copies of one chunk; None is 8 MiB on a CPU, 256 MiB elsewhere. A chunk is one row at
+            least.
+        compile: True compiles the KL, the cross entropy and the solver of Sharpness by Inductor, False does not; None
+            does for 2^24 logits and more, and goes without where there is no compiler (``path.why`` says so).
+
+    Raises:
+        ValueError: for a method that is relational or owns its step, or memory that is not positive.
+        RuntimeError: with compile=True where that is not possible; or going back a second time.
+    """
+    walk = Walk(method, progress, _whole(rows, rows_in_batch), memory)
+    walk.compile(compile, rows.student)
+    wanted = rows.student.requires_grad and torch.is_grad_enabled()
+    # float16 would lose small slopes before a loss scale has met them
+    kept = torch.float32 if rows.student.dtype == torch.float16 else rows.student.dtype
+    slope = torch.empty_like(rows.student, dtype=kept, memory_format=torch.contiguous_format) if wanted else None
+    walk.over(rows, slope)
+    return walk.result([] if slope is None else [(rows.student, slope)])
+
+
+class Walk:
+    """One loss under way: what the chunks so far add up to."""
+
+    def __init__(self, method: Method, progress: float, whole: Tensor | float, memory: int | None) -> None:
+        _refuse(method)
+        if memory is not None and memory <= 0:
+            raise ValueError(f"memory is bytes for a chunk, > 0; got {memory!r}. None chooses.")
+        self.method, self.progress, self.whole, self.memory = method, progress, whole, memory
+        self.losses: list[Tensor] = []
+        self.terms: dict[str, list[Tensor]] = {}
+        self.policies = [(policy, [], []) for policy in method.policies().values()]
+        self.trained = [p for p in method.parameters() if p.requires_grad and torch.is_grad_enabled()]
+        self.slopes = [torch.zeros_like(p) for p in self.trained]
+        # a running mean moves once a step: every chunk finds what the first one found
+        self.state = [(b, b.clone()) for b in method.buffers()]
+        self.features: list[tuple[Tensor, Tensor]] = []
+        self.largest = 0
+        self.stand, self.why = Stand({}), ""
+
+    def compile(self, wanted: bool | None, logits: Tensor, numel: int | None = None) -> None:
+        """Take Inductor's versions for logits like these."""
+        fast, self.why = fast_versions(wanted, logits.device, logits.numel() if numel is None else numel)
+        self.stand = Stand(fast)
+
+    def over(self, rows: Rows, slope: Tensor | None) -> None:
+        """Add these rows, and write their slope into ``slope``, (N, C), which may be the student's logits themselves.
+
+        None where none is wanted.
+        """
+        features = {name: s for name, (s, _) in rows.features.items() if s.requires_grad and torch.is_grad_enabled()}
+        by_name = {name: torch.zeros_like(s) for name, s in features.items()}
+        self.features += [(s, by_name[name]) for name, s in features.items()]
+        size = max(1, self._budget(rows) // (COPIES * rows.student.shape[1] * _bytes(rows) or 1))
+        for part in parts(len(rows), size):
+            leaf = widened(rows.student[part]).detach()
+            leaf.requires_grad_(slope is not None)
+            cut = {n: s[part].detach().requires_grad_(n in features) for n, (s, _) in rows.features.items()}
+            chunk = _cut(rows, part, leaf, cut)
+            found = self._chunk(chunk, [leaf, *(cut[n] for n in features)])
+            self.largest = max(self.largest, len(leaf))
+            if slope is not None:
+                gone = None if rows.weight is None else (rows.weight[part] <= 0).unsqueeze(1)
+                slope[part] = found[0] if gone is None else found[0].masked_fill(gone, 0.0)
+            for by, grad in zip(by_name.values(), found[1 : 1 + len(features)], strict=True):
+                by[part] = grad
+            for grown, grad in zip(self.slopes, found[1 + len(features) :], strict=True):
+                grown.add_(grad)
+
+    def _chunk(self, rows: Rows, leaves: list[Tensor]) -> list[Tensor]:
+        """The chunk's slopes in its leaves and in what the method trains; 0 where they take no part."""
+        wanted = [x for x in [*leaves, *self.trained] if x.requires_grad]
+        for buffer, found in self.state if self.losses else ():
+            buffer.copy_(found)
+        with torch.set_grad_enabled(bool(wanted)), standing_in(self.stand.functions()):
+            terms = self.method(rows, self.progress)
+            loss = total(terms, rows, rows_in_batch=self.whole)
+        self.losses.append(loss.detach())
+        for name, term in terms.items():
+            self.terms.setdefault(name, []).append(term.detach())
+        for policy, last, counts in self.policies:
+            last.append(policy.last)
+            counts.append(dict(getattr(policy, "counts", {})))
+        if not loss.requires_grad:
+            return [torch.zeros_like(x) for x in [*leaves, *self.trained]]
+        grads = iter(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
+        return [next(grads) if x.requires_grad else x for x in [*leaves, *self.trained]]
+
+    def result(self, slopes: list[tuple[Tensor, Tensor]]) -> Chunked:
+        """The loss with the slopes in its inputs attached to it, and its parts put together."""
+        loss = torch.stack(self.losses).sum()
+        slopes = [*slopes, *self.features, *zip(self.trained, self.slopes, strict=True)]
+        if slopes:
+            loss = _Attached.apply(loss, [slope for _, slope in slopes], *(x for x, _ in slopes))
+        for policy, last, counts in self.policies:
+            _remember(policy, last, counts, self.largest)
+        path = Path(
+            len(self.losses),
+            self.largest,
+            tuple(sorted(self.stand.used)),
+            tuple(sorted(self.stand.plain)),
+            bool(self.stand.compiled),
+            self.why,
+        )
+        return Chunked(loss, {name: torch.cat(found) for name, found in self.terms.items()}, path)  # pyright: ignore
+
+    def _budget(self, rows: Rows) -> int:
+        return self.memory or MEMORY.get(rows.student.device.type, ELSEWHERE)
+
+
+class _Attached(torch.autograd.Function):
+    """A loss whose slopes are already known; they are used up by the one way back."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, slopes: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.slopes, ctx.dtypes = slopes, [x.dtype for x in inputs]
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        if ctx.slopes is None:
+            raise RuntimeError(
+                "a chunked loss goes back once: its gradient was made on the way and is used up. Call it again, or use "
+                "the plain loss, total(method(rows, progress), rows), where the graph is to be kept."
+            )
+        slopes, ctx.slopes = ctx.slopes, None
+        found = [
+            slope.mul_(grads[0].to(slope.device)).to(dtype) for slope, dtype in zip(slopes, ctx.dtypes, strict=True)
+        ]
+        return None, None, *found
+
+
+def parts(n: int, size: int) -> Iterator[slice]:
+    """Slices of ``size`` rows, the last one shorter; one of none for no rows."""
+    yield from (slice(start, min(start + size, n)) for start in range(0, max(n, 1), size))
+
+
+def _refuse(method: Method) -> None:
+    owner = type(method).__name__
+    if isinstance(method, StepMethod):
+        raise ValueError(f"{owner} owns its step and cannot be taken in chunks; run it by tempering.distill.")
+    if method.is_relational():
+        inside = [m for m in method.modules() if isinstance(m, Method | Policy) and m.relational]
+        raise ValueError(
+            f"{', '.join(dict.fromkeys(type(m).__name__ for m in inside))} compares rows with each other, so the loss "
+            "of chunks is not that of the whole. Use the plain loss: total(method(rows, progress), rows)."
+        )
+
+
+def _whole(rows: Rows, rows_in_batch: Tensor | float | None) -> Tensor | float:
+    if rows_in_batch is not None:
+        return rows_in_batch
+    return rows.mass if rows.weight is not None else float(len(rows))
+
+
+def _bytes(rows: Rows) -> int:
+    return 8 if torch.float64 in (rows.student.dtype, rows.teacher.dtype) else 4
+
+
+def _cut(rows: Rows, part: slice, student: Tensor, features: dict[str, Tensor]) -> Rows:
+    def of(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[part]
+
+    return rows.with_(
+        student=student,
+        teacher=widened(rows.teacher[part]),
+        target=of(rows.target),
+        weight=of(rows.weight),
+        ids=of(rows.ids),
+        features={name: (features[name], t[part]) for name, (_, t) in rows.features.items()},
+    )
+
+
+def _remember(policy: Policy, last: list[Temperatures | None], counts: list[dict[str, Tensor]], largest: int) -> None:
+    """What the policy would say of its last call, had it seen all rows at once."""
+    seen = [T for T in last if T is not None]
+    if len(seen) < 2:
+        return
+
+    def together(values: list[Tensor | None]) -> Tensor | None:
+        found = [x for x in values if x is not None]
+        # (1, 1) of chunks of more rows is one temperature for all
+        return None if not found else found[0] if largest > 1 and _single(found) else torch.cat(found)
+
+    one = largest > 1 and _single([T.student for T in seen])
+    policy.last = Temperatures(*(together(list(side)) for side in zip(*seen, strict=True)))  # pyright: ignore
+    if not one:
+        policy.counts = {n: torch.stack([c[n] for c in counts]).sum(0) for n in counts[-1]}  # pyright: ignore
+
+
+def _single(found: list[Tensor]) -> bool:
+    return all(len(x) == 1 for x in found)

@@ -1,0 +1,409 @@
+"""The fast paths, held to the plain loss: values, gradients, masks, weights, half precision, and memory."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tempering.kernels import chunked, linear_loss
+from tempering.kernels import compiled as compiling
+from tempering.methods import DIST, DKD, DTKD, KD, KDIGA, LSKD, Method, Sum
+from tempering.objectives import kl
+from tempering.rows import Rows, total
+from tempering.temperature import Capped, Cosine, Curriculum, Entropy, Sharpness, Standardised, Static
+from tests.conftest import random_rows
+from tests.contract import CASES, block, leaves, params, same
+from tests.paths import ROOT
+
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore:Sharpness\(solve='published'\)"),
+    pytest.mark.filterwarnings(r"ignore:Curriculum's temperature sits at a bound"),
+]
+ROW_WISE = [(name, part) for name, part in CASES if not part.is_relational()]
+METHODS = [
+    KD(temperature=Sharpness(4.0)),
+    KD(hard=0.0, temperature=Standardised(scale="tau")),
+    DTKD(warmup=0.0),
+    DTKD(warmup=0.0, temperature=Sharpness(3.0, solve="published")),
+    Sum(KD(hard=0.0), DKD()),
+]
+ids = [f"{type(m).__name__}{i}" for i, m in enumerate(METHODS)]
+
+
+def one_row(rows: Rows) -> int:
+    return 8 * rows.student.shape[1] * 8 * 2  # bytes of two rows' copies in float64
+
+
+def plain(method: Method, rows: Rows, progress: float = 1.0, **whole: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Loss, slopes in the rows' leaves, slopes in what the method trains."""
+    rows, wanted = leaves(rows)
+    loss = total(method(rows, progress), rows, **whole)
+    return loss.detach(), *gradients(loss, method, wanted)
+
+
+def in_chunks(
+    method: Method, rows: Rows, progress: float = 1.0, **how: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    rows, wanted = leaves(rows)
+    how.setdefault("memory", one_row(rows))
+    loss = chunked(method, rows, progress, **how).loss
+    return loss.detach(), *gradients(loss, method, wanted)
+
+
+def gradients(loss: Tensor, method: Method, wanted: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    trained = [p for p in method.parameters() if p.requires_grad]
+    found = torch.autograd.grad(3.0 * loss, [*wanted, *trained], allow_unused=True, materialize_grads=True)
+    return list(found[: len(wanted)]), list(found[len(wanted) :])
+
+
+@pytest.mark.parametrize("method", params(ROW_WISE))
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+def test_every_row_wise_method_and_policy(method: Method, weighted: bool) -> None:
+    """Loss, gradients in logits, features and parameters, terms, and what the policy says of itself."""
+    rows = block(7, weighted=weighted)
+    if rows.weight is not None:
+        rows = rows.with_(weight=rows.weight * torch.tensor([1.0, 0, 1, 1, 0, 0, 1]).double())
+    method = copy.deepcopy(method)
+    method.prepare(rows)
+    method.double()
+    want = plain(copy.deepcopy(method), rows, 0.3)
+    same(in_chunks(copy.deepcopy(method), rows, 0.3), want, 1e-10, 1e-12)
+    again = copy.deepcopy(method)
+    terms = {name: term.detach() for name, term in method(rows, 0.3).items()}
+    same(chunked(again, rows, 0.3, memory=one_row(rows)).terms, terms, 1e-10, 1e-12)
+    same(dict(again.state_dict()), dict(method.state_dict()))
+    for name, policy in method.policies().items():
+        if policy.last is not None:
+            same(tuple(again.policies()[name].last or ()), tuple(policy.last))
+        same(again.policies()[name].report(), policy.report())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=ids)
+def test_masks_padding_constants_and_large_logits(method: Method) -> None:
+    rows = random_rows(9, 11, weighted=True, scale=3.0)
+    student, teacher = rows.student.clone(), rows.teacher.clone()
+    for z in (student, teacher):
+        z[:, 8:] = -torch.inf  # a padded vocabulary
+        z[2, :4] = -torch.inf
+        z[3] = -torch.inf
+        z[4, :8] = 1.0
+        z[5] *= 1e4 / 3
+        z[6, 1:8] = -torch.inf
+    target = torch.tensor([0, -100, 5, 1, 2, 3, 0, -1, 7])
+    made = rows.with_(student=student, teacher=teacher, target=target)
+    got, want = in_chunks(method, made), plain(method, made)
+    same(got, want, 1e-9, 1e-11)
+    assert all(g.isfinite().all() for g in got[1])
+
+
+def test_the_kl_itself() -> None:
+    """objectives.kl + total, to the last bits, with one temperature and with one a row and side."""
+    rows = random_rows(50, 30, weighted=True)
+    rows = rows.with_(weight=rows.weight * (torch.arange(50) % 3 > 0))  # pyright: ignore
+    for policy in (Static(2.0), Sharpness(4.0), Standardised(), Entropy(), Capped(Sharpness(4.0))):
+        made, wanted = leaves(rows)
+        loss = total({"soft": kl(made, policy(made, 1.0).detached())}, made)
+        slope = torch.autograd.grad(loss, wanted)
+        got = in_chunks(KD(soft=1.0, hard=0.0, temperature=policy), rows)
+        same(got[0], loss.detach(), 1e-13, 1e-14)
+        same(got[1][0], 3.0 * slope[0], 1e-12, 1e-14)
+        assert not got[1][0][rows.weight == 0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("method", METHODS[:3], ids=ids[:3])
+def test_half_precision_is_computed_in_float32(method: Method, dtype: torch.dtype) -> None:
+    """As the same numbers in float32; the gradient is rounded once, tails included."""
+    rows = random_rows(40, 1000, dtype=dtype, scale=6.0)
+    wide = rows.with_(student=rows.student.float(), teacher=rows.teacher.float())
+    loss, (slope,), _ = in_chunks(method, rows, memory=2**16)
+    want, (exact,), _ = in_chunks(method, wide, memory=2**16)
+    same(loss, want, 1e-6, 0.0)
+    assert slope.dtype == dtype
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+    assert bool(((slope.double() - exact.double()).abs() <= 2 * eps * exact.double().abs() + tiny).all())
+    value, (dense,), _ = plain(method, wide)
+    same((want, exact), (value, dense), 1e-4, 1e-7)
+
+
+def test_rows_of_weight_0_may_hold_anything() -> None:
+    rows = random_rows(6, 5, weighted=True)
+    student, weight = rows.student.clone(), rows.weight.clone()  # pyright: ignore
+    student[2], student[4], weight[2], weight[4] = torch.nan, torch.inf, 0.0, 0.0
+    got = in_chunks(DTKD(temperature=Static(4.0)), rows.with_(student=student, weight=weight))
+    kept = in_chunks(DTKD(temperature=Static(4.0)), rows.with_(weight=weight))
+    same(got, kept)
+    nothing = in_chunks(KD(), rows.with_(weight=torch.zeros(6).double()))
+    assert nothing[0] == 0.0 and not nothing[1][0].any()
+
+
+@pytest.mark.parametrize(("n", "classes"), [(0, 5), (1, 1), (3, 1), (1, 7)])
+def test_small_shapes(n: int, classes: int) -> None:
+    rows = random_rows(n, classes)
+    for memory in (1, 2**20):
+        same(
+            in_chunks(KD(temperature=Sharpness(4.0)), rows, memory=memory), plain(KD(temperature=Sharpness(4.0)), rows)
+        )
+
+
+def test_the_parts_of_a_step_add_up() -> None:
+    rows = random_rows(8, 5, weighted=True)
+    whole = plain(DTKD(), rows)
+    halves = [
+        in_chunks(
+            DTKD(),
+            Rows(*(x[p] for x in (rows.student, rows.teacher, rows.target, rows.weight))),
+            rows_in_batch=rows.mass,
+        )
+        for p in (slice(0, 3), slice(3, 8))
+    ]
+    same(sum(h[0] for h in halves), whole[0])
+    same(torch.cat([h[1][0] for h in halves]), whole[1][0])
+
+
+def test_which_path_ran() -> None:
+    rows = random_rows(10, 100)
+    path = chunked(DTKD(), rows, memory=4 * 8 * 100 * 8).path
+    assert (path.chunks, path.rows, path.compiled) == (3, 4, False)
+    assert path.analytic == ("cross_entropy", "kl") and path.autograd == () and "fewer than" in path.why
+    learned = chunked(KD(temperature=Curriculum()), rows).path
+    assert learned.autograd == ("kl",) and learned.analytic == ("cross_entropy",)
+    assert chunked(LSKD(), rows).path.analytic == ("cross_entropy", "kl")
+
+
+def test_what_is_refused() -> None:
+    rows = random_rows(4, 5)
+    with pytest.raises(ValueError, match="DIST compares rows with each other"):
+        chunked(DIST(), rows)
+    with pytest.raises(ValueError, match="Cosine compares rows"):
+        chunked(KD(temperature=Cosine()), rows)
+    with pytest.raises(ValueError, match="KDIGA owns its step"):
+        chunked(KDIGA.example(), rows)
+    with pytest.raises(ValueError, match="memory is bytes"):
+        chunked(KD(), rows, memory=0)
+    with pytest.raises(ValueError, match="needs labels"):
+        chunked(KD(), random_rows(4, 5, labels=False))
+    made, (student, *_) = leaves(rows)
+    loss = chunked(KD(), made).loss
+    loss.backward(retain_graph=True)
+    assert student.grad is not None
+    with pytest.raises(RuntimeError, match="goes back once"):
+        loss.backward()
+
+
+def test_no_gradient_is_made_unasked() -> None:
+    rows = random_rows(4, 5)
+    assert not chunked(DTKD(), rows).loss.requires_grad
+    made, _ = leaves(rows)
+    with torch.no_grad():
+        loss = chunked(DTKD(), made).loss
+    same(loss, total(DTKD()(rows), rows))
+    assert not loss.requires_grad
+
+
+def test_nothing_stands_in_outside_the_chunks() -> None:
+    """The plain loss keeps its second derivative, also after a chunk has failed."""
+    with pytest.raises(ValueError, match="needs labels"):
+        chunked(KD(), random_rows(4, 5, labels=False))
+    made, (student, *_) = leaves(random_rows(4, 5))
+    (slope,) = torch.autograd.grad(total(KD()(made), made), student, create_graph=True)
+    (second,) = torch.autograd.grad(slope.square().sum(), student)
+    assert bool(second.abs().max() > 0)
+
+
+# compiled
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None goes without and says so; True says what is missing."""
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    monkeypatch.setattr(compiling, "LARGE", 1)
+    monkeypatch.setattr(compiling, "_made", lambda device: ({}, InvalidCxxCompiler()))
+    rows = random_rows(4, 5)
+    result = chunked(KD(), rows)
+    assert not result.path.compiled and "InvalidCxxCompiler" in result.path.why
+    same(result.loss, total(KD()(rows), rows))
+    with pytest.raises(RuntimeError, match=r"compile=True, and Inductor cannot compile for 'cpu'"):
+        chunked(KD(), rows, compile=True)
+
+
+def test_compiled(tmp_path: Any) -> None:
+    """In a process of its own, without the shape checks, which Dynamo cannot trace: equal to the plain loss."""
+    code = """
+import torch
+from tempering.kernels import chunked
+from tempering.methods import DTKD
+from tempering.rows import Rows, total
+torch.set_num_threads(1)
+u, v = (torch.randn(23, 50) * 4).bfloat16(), (torch.randn(23, 50) * 3).bfloat16()
+u[:, -3:] = v[:, -3:] = -torch.inf
+y, w = torch.randint(-1, 30, (23,)), (torch.arange(23) % 4).float()
+a, b = v.clone().requires_grad_(), v.float().requires_grad_()
+rows = Rows(b, u, y, w)
+want = total(DTKD()(rows), rows)
+want.backward()
+got = chunked(DTKD(), Rows(a, u, y, w), memory=8 * 4 * 50 * 5, compile=True)
+got.loss.backward()
+assert got.path.compiled and got.path.analytic == ("cross_entropy", "kl", "temperature"), got.path
+torch.testing.assert_close(got.loss, want, rtol=1e-5, atol=0.0)
+torch.testing.assert_close(a.grad.float(), b.grad, rtol=1e-2, atol=1e-6)
+print("equal")
+"""
+    if subprocess.run(["g++", "--version"], capture_output=True, check=False).returncode:
+        pytest.skip("no C++ compiler, which torch.compile needs on a CPU")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.strip() == "equal", done.stderr[-3000:]
+
+
+# from hidden states
+
+
+class Heads:
+    """Hidden states and heads of both sides."""
+
+    def __init__(self, n: int = 13, classes: int = 17, dtype: torch.dtype = torch.float64, bias: bool = True) -> None:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        generator = torch.Generator().manual_seed(0)
+        self.student, self.teacher = nn.Linear(6, classes, bias=bias), nn.Linear(8, classes, bias=bias)
+        self.student.to(dtype), self.teacher.to(dtype)
+        for p in [*self.student.parameters(), *self.teacher.parameters()]:
+            p.data = normal(*p.shape)
+        self.hs, self.ht = normal(n, 6).requires_grad_(), normal(n, 8)
+        self.target = torch.randint(-1, 5, (n,), generator=generator)
+        self.weight = torch.rand(n, generator=generator) * (torch.arange(n) % 4 > 0)
+
+    @property
+    def trained(self) -> list[Tensor]:
+        return [self.hs, *self.student.parameters()]
+
+    def fused(self, method: Method, **how: Any) -> tuple[Tensor, list[Tensor]]:
+        how = {"memory": 17 * 8 * 2 * 4, "target": self.target, "weight": self.weight} | how
+        loss = linear_loss(method, self.hs, self.student, self.ht, self.teacher, **how).loss
+        return loss.detach(), self.slopes(loss)
+
+    def dense(
+        self, method: Method, classes: int | None = None, allowed: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        v, u = self.student(self.hs)[:, :classes], self.teacher(self.ht).detach()[:, :classes]
+        if allowed is not None:
+            v, u = v.masked_fill(~allowed, -torch.inf), u.masked_fill(~allowed, -torch.inf)
+        rows = Rows(v, u, self.target, self.weight)
+        loss = total(method(rows, 1.0), rows)
+        return loss.detach(), self.slopes(loss)
+
+    def slopes(self, loss: Tensor) -> list[Tensor]:
+        wanted = [x for x in self.trained if x.requires_grad]
+        return list(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=ids)
+@pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float64, 1e-12, 1e-12), (torch.float32, 1e-5, 1e-6)])
+def test_linear_is_the_dense_loss(method: Method, dtype: torch.dtype, rtol: float, atol: float) -> None:
+    made = Heads(dtype=dtype)
+    allowed = torch.arange(17) != 9
+    same(made.fused(method), made.dense(method), rtol, atol)
+    same(made.fused(method, classes=15), made.dense(method, classes=15), rtol, atol)
+    same(made.fused(method, allowed=allowed), made.dense(method, allowed=allowed), rtol, atol)
+
+
+def test_linear_with_frozen_parts_and_bare_weights() -> None:
+    made = Heads(bias=False)
+    made.student.weight.requires_grad_(False)
+    same(made.fused(DTKD()), made.dense(DTKD()), 1e-12, 1e-12)
+    made.student.weight.requires_grad_(True)
+    made.hs.requires_grad_(False)
+    same(made.fused(DTKD()), made.dense(DTKD()), 1e-12, 1e-12)
+    loss = linear_loss(KD(hard=0.0), made.hs, made.student.weight, made.ht, made.teacher.weight).loss
+    assert loss.requires_grad and loss.ndim == 0
+    made.student.weight.requires_grad_(False)
+    assert not linear_loss(KD(hard=0.0), made.hs, made.student, made.ht, made.teacher).loss.requires_grad
+
+
+def test_linear_in_half_precision() -> None:
+    """The default makes logits in float32: near the float64 gradient, and nearer than rounded logits."""
+    made = Heads(64, 300, torch.bfloat16)
+    method = DTKD(warmup=0.0)
+    got, rounded = made.fused(method, memory=2**16)[1], made.fused(method, memory=2**16, wide=False)[1]
+    exact = Heads(64, 300, torch.bfloat16)
+    for part in (exact.student, exact.teacher):
+        part.double()
+    exact.hs, exact.ht = exact.hs.detach().double().requires_grad_(), exact.ht.double()
+    for a, b, want in zip(got, rounded, exact.dense(method)[1], strict=True):
+        off = [float((x.double() - want).norm() / want.norm()) for x in (a, b)]
+        assert a.dtype == torch.bfloat16 and off[0] < 0.01 and off[0] < off[1]
+    half = Heads(64, 300, torch.float16)
+    assert all(g.dtype == torch.float16 and g.isfinite().all() for g in half.fused(method, memory=2**16)[1])
+
+
+def test_linear_trains_a_policy_too() -> None:
+    made, policy = Heads(), Curriculum(lambda_first=-1.0).double()
+    method = KD(temperature=policy)
+    loss = linear_loss(method, made.hs, made.student, made.ht, made.teacher, target=made.target, memory=1).loss
+    rows = Rows(made.student(made.hs), made.teacher(made.ht).detach(), made.target)
+    want = torch.autograd.grad(total(method(rows, 1.0), rows), policy.raw)  # pyright: ignore
+    same(torch.autograd.grad(loss, policy.raw), want)  # pyright: ignore
+
+
+def test_linear_refuses() -> None:
+    made = Heads()
+
+    def call(**changes: Any) -> None:
+        kept = {"hidden_student": made.hs, "head_student": made.student, "hidden_teacher": made.ht}
+        linear_loss(KD(), **({**kept, "head_teacher": made.teacher, "target": made.target} | changes))
+
+    with pytest.raises(ValueError, match=r"A padded vocabulary\? Give classes=16"):
+        call(head_teacher=nn.Linear(8, 16).double())
+    with pytest.raises(ValueError, match="would be trained"):
+        call(hidden_teacher=made.ht.clone().requires_grad_())
+    with pytest.raises(ValueError, match="one dtype"):
+        call(hidden_student=made.hs.float())
+    with pytest.raises(ValueError, match=r"\(N, H\) and a head \(C, H\)"):
+        call(hidden_student=made.hs.unsqueeze(0))
+    with pytest.raises(ValueError, match=r"target and weight of shape \(N,\) = \(13,\)"):
+        call(target=made.target[:5])
+    with pytest.raises(ValueError, match=r"allowed of shape \(C,\) = \(17,\)"):
+        call(allowed=torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="classes must be from 1 to 17"):
+        call(classes=18)
+
+
+PEAK = """
+import resource, torch
+from tempering.kernels import linear_loss, chunked
+from tempering.methods import DTKD
+from tempering.rows import Rows, total
+torch.set_num_threads(1)
+method = DTKD(warmup=0.0)
+def step(how, n, V, H=16):
+    hs, ht = torch.randn(n, H).requires_grad_(), torch.randn(n, H)
+    ws, wt = torch.randn(V, H).requires_grad_(), torch.randn(V, H)
+    y = torch.randint(V, (n,))
+    if how == "fused":
+        return linear_loss(method, hs, ws, ht, wt, target=y, memory=2**21).loss.backward()
+    rows = Rows(hs @ ws.T, ht @ wt.T, y)
+    loss = chunked(method, rows, memory=2**21).loss if how == "chunked" else total(method(rows), rows)
+    loss.backward()
+for how in ("fused", "chunked", "plain"):
+    step(how, 8, 64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for how in ("fused", "chunked", "plain"):  # each has the larger peak
+    step(how, 512, 8192)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (512 * 8192 * 4))
+"""
+
+
+def test_memory() -> None:
+    """Peaks in units of one (N, V) tensor: fused, in chunks (two logits and one gradient are held), and plain."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert not done.returncode, done.stderr
+    fused, chunks, dense = map(float, done.stdout.split())
+    assert fused < 0.9 and chunks < 3.9 and dense > 7.0
