@@ -45,6 +45,7 @@ GOLDEN = {
     "Cosine": "cskd.npz",
     "Curriculum": "ctkd.npz",
     "DKD": "dkd.npz",
+    "Divergence": "llm_jsd.npz and llm_kl.npz and llm_skd.npz",
     "DTKD": "dtkd_published.npz and dtkd_exact.npz",
     "Instance": "itkd.npz",
     "KD": "kd.npz",

@@ -24,7 +24,7 @@ from tests.paths import ROOT, SHARED, needs_shared
 from tests.records_made import ARMS as MADE
 from tests.records_made import make_run, make_set
 
-RECIPES = [ROOT / "recipes" / f"{name}.py" for name in ("digits", "cifar100")]
+RECIPES = [ROOT / "recipes" / f"{name}.py" for name in ("digits", "cifar100", "language")]
 
 TINY = '''
 """A linear student on random rows."""

@@ -143,6 +143,21 @@ def test_batch_split(method: Method, weighted: bool) -> None:
     assert differ, "it says that it compares rows with each other"
 
 
+def test_rows_of_weight_zero_may_hold_anything(method: Method) -> None:
+    """NaN and infinity in a row without weight: the others' loss and gradients are what they are without it."""
+    rows = block(weighted=True)
+    assert rows.weight is not None
+    rows.weight[2] = 0.0
+    loss, gradients = backward(method, rows)
+    broken = rows.with_(student=rows.student.clone(), teacher=rows.teacher.clone())
+    broken.student[2], broken.teacher[2] = torch.nan, torch.inf
+    found, others = backward(method, broken)
+    same(found, loss)
+    for got, want in zip(others, gradients, strict=True):
+        same(got, want)
+        assert not got[2].any()
+
+
 def test_rows_of_weight_zero_take_no_part(method: Method) -> None:
     rows = block(weighted=True)
     loss, gradients = backward(method, rows)
@@ -309,7 +324,9 @@ def slopes_agree(method: Method) -> bool:
     return torch.autograd.gradcheck(loss, tuple(wanted), fast_mode=True)
 
 
-def test_gradient_at_held_temperatures(method: Method) -> None:
+def test_gradient_at_held_temperatures(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    # adaptive_kl's weight is held too
+    monkeypatch.setattr("tempering.objectives.head_share", lambda p, q, head: torch.full_like(p[:, 0], 0.3))
     method.prepare(block(4, 5))
     for path, found in method.policies().items():
         owner = method.get_submodule(path.rpartition(".")[0])

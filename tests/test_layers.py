@@ -15,16 +15,17 @@ from tests.paths import ROOT
 PACKAGE = ROOT / "tempering"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # what each part may import of tempering beside itself; a name covers what is inside it
-BOTTOM = {"discovery", "searching", "taps", "records", "checkpoints", "settings", "wandb_logger"}
+BOTTOM = {"discovery", "fusable", "searching", "taps", "records", "checkpoints", "settings", "wandb_logger"}
 LAYERS = {part: set() for part in ("rows", *BOTTOM)} | {
     "data": {"rows"},
     "models": {"discovery"},
-    "temperature": {"rows", "discovery"},
-    "teachers": {"rows", "taps"},
-    "tasks": {"rows", "taps", "discovery"},
-    "audits": {"rows", "discovery"},
-    "objectives": {"rows", "temperature.base"},
-    "kernels": {"rows", "temperature", "objectives"},
+    "temperature": {"rows", "discovery", "fusable"},
+    "buckets": {"rows"},
+    "teachers": {"rows", "taps", "buckets"},
+    "tasks": {"rows", "taps", "discovery", "buckets"},
+    "audits": {"rows", "discovery", "taps"},
+    "objectives": {"rows", "fusable", "temperature.base"},
+    "kernels": {"rows", "fusable", "temperature", "objectives", "methods.base"},
     "methods": {"rows", "discovery", "temperature", "objectives"},
     "reports": {"discovery"},
 }
@@ -39,6 +40,7 @@ LAYERS |= {
     "arms": {"discovery", "methods", "specs"},
     "trained": {"loop"},
     "recipefile": set(),
+    "auditing": {"audits", "checkpoints", "engine", "models", "recipefile", "records", "reports", "teachers.base"},
     "papers": {"discovery", "methods", "temperature"},
     "papersdoc": {"papers", "methods", "temperature", "reports", "tune_space"},
     "tune_space": {"arms", "discovery"},
@@ -53,10 +55,11 @@ LAYERS |= {
 # the loop is somebody else's there: what the engine may see, and the tasks and the teacher of where nobody chose
 LAYERS["adapters"] = LAYERS["engine"]
 TOP = {"cli", "__main__"}  # may import everything; nothing imports them
-# a copy with fields exchanged: dataclasses.replace is what knows their names; a mixin: its Trainer knows its own
-SPREADS = {("rows", "with_"), ("adapters.huggingface", "__init__")}
+# a copy with fields exchanged: dataclasses.replace is what knows their names; a mixin: its Trainer knows its own; and
+# a function's double
+SPREADS = {("rows", "with_"), ("adapters.huggingface", "__init__"), ("fusable", "call")}
 HEAVY = {"lightning_fabric", "torchvision", "timm", "transformers", "datasets", "sklearn", "PIL", "matplotlib", "scipy"}
-HEAVY |= {"torchmetrics", "tensorboard", "wandb", "jinja2", "lightning", "optuna", "kornia"}
+HEAVY |= {"torchmetrics", "tensorboard", "wandb", "jinja2", "lightning", "optuna", "kornia", "pyautoattack"}
 
 
 def name_of(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""What is committed under benchmarks/results: every record is as its run wrote it, and every table is made from them."""
+"""What is committed under benchmarks/results: records are as their runs wrote them, tables are made from them."""
 
 from __future__ import annotations
 

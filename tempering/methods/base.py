@@ -44,7 +44,7 @@ class Method(nn.Module, ABC):
     def __call__(self, rows: Rows, progress: float = 1.0) -> dict[str, Tensor]:
         # losses are computed in float32 at least, also inside somebody's autocast
         with torch.autocast(rows.student.device.type, enabled=False):
-            return super().__call__(rows, progress)
+            return super().__call__(emptied(rows), progress)
 
     def prepare(self, rows: Rows) -> None:
         """See one block of rows before the optimizer is made, to size what the method and its policies train."""
@@ -165,6 +165,14 @@ class StepMethod(Method):
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         raise TypeError(f"{type(self).__name__} owns its step: call .step(...), or run it by tempering.distill.")
+
+
+def emptied(rows: Rows) -> Rows:
+    """The rows with logits of 0 in those of weight 0, which may hold anything: a NaN times 0 would still be NaN."""
+    if rows.weight is None:
+        return rows
+    kept = (rows.weight > 0).unsqueeze(1)
+    return rows.with_(student=torch.where(kept, rows.student, 0.0), teacher=torch.where(kept, rows.teacher, 0.0))
 
 
 def ramp(progress: float, warmup: float) -> float:

@@ -1,0 +1,84 @@
+"""recipes/language.py from a text file to records, and a killed on-policy run that goes on to the same bits."""
+
+from __future__ import annotations
+
+import gzip
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tempering import distill
+from tempering.data import Tokens
+from tempering.methods import Divergence  # pyright: ignore[reportAttributeAccessIssue]
+from tempering.recipefile import load
+from tempering.tasks import Generation, OnPolicy, Speculative
+from tests.paths import ROOT
+from tests.test_generation import EOS, PAD, gpt2, texts
+
+main = load(ROOT / "recipes" / "language.py")
+
+
+@pytest.mark.parametrize("writes", ["data", "on-policy", "speculative"])
+def test_from_a_text_to_records(tmp_path: Path, writes: str) -> None:
+    text = tmp_path / "text.txt.gz"
+    text.write_bytes(gzip.compress(b"to be, or not to be, that is the question: " * 40))
+    sizes: dict[str, Any] = {"teacher_width": 32, "teacher_layers": 1, "student_width": 32, "student_layers": 1}
+    sizes |= {"length": 16, "prompt": 4, "written": 4, "batch_size": 16, "epochs": 2, "teacher_epochs": 3, "lr": 1e-2}
+    run = main(text=text, writes=writes, quiet=True, out=tmp_path / "runs" / "one", **sizes)
+    assert run.facts["label"] == ("DTKD exact" if writes == "data" else f"DTKD exact, {writes}")
+    assert run.facts["status"] == "done" and run.facts["teacher"]["scores"]["test"]["loss"] < 4.0
+    assert run.epochs[-1]["test"]["loss"] < run.epochs[0]["test"]["loss"] < 5.6
+    if writes == "data":
+        with pytest.raises(ValueError, match="its validation part has 86 bytes, length=128"):
+            main(text=text, quiet=True, out=tmp_path / "runs" / "two")
+
+
+class Killed(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["on-policy", "speculative"])
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, kind: str) -> None:
+    def run(out: Path, kill: int | None = None) -> dict[str, torch.Tensor]:
+        def on_step(step: int, loss: torch.Tensor) -> None:
+            if step == kill:
+                raise Killed
+
+        student, teacher = gpt2(8, 3).float(), gpt2(12, 4).float()
+        own: dict[str, Any] = {"length": 4, "eos": EOS, "pad": PAD, "share": 0.7}
+        data = Tokens(texts() * 3, batch_size=3, pad=PAD)
+        source = OnPolicy(student, data, **own)
+        if kind == "speculative":
+            source = Speculative(student, teacher, data, top_k=60, **own)
+        options: dict[str, Any] = {"task": Generation(), "epochs": 2, "checkpoint_every": 2, "selfcheck": False}
+        adam = partial(torch.optim.Adam, lr=1e-2)
+        distill(
+            student,
+            teacher,
+            source,
+            method=Divergence(),
+            optimizer=adam,
+            out=out,
+            on_step=on_step,
+            quiet=True,
+            **options,
+        )
+        return student.state_dict()
+
+    straight = run(tmp_path / "straight")
+    for kill in (3, 7):
+        with pytest.raises(Killed):
+            run(tmp_path / f"killed{kill}", kill)
+        resumed = run(tmp_path / f"killed{kill}")
+        assert all(torch.equal(a, straight[name]) for name, a in resumed.items())
+
+
+def test_the_page_s_example_runs() -> None:
+    code = (ROOT / "docs" / "language.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    space: dict[str, Any] = {}
+    exec(compile(code, "docs/language.md", "exec"), space)
+    report = space["both"].report()
+    assert 0.0 <= report["acceptance"] <= 1.0 and 1.0 <= report["length"] <= 4.0
