@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
@@ -32,6 +31,7 @@ from tempering.runtime import (
     measured,
     not_finite,
     on_cpu,
+    peak_mb,
     repeatable,
     reseed,
 )
@@ -379,9 +379,6 @@ class Loop:
             found = self.task.analyse(self.model, self.evaluations[name], teacher=taught, temperatures=ask)
             if found and self.first:
                 self.recorder.analysis({"split": name, **found})
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        if self.fabric.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2**20
         result = {
             "last": self.at.last,
             "best": self.at.best,
@@ -389,7 +386,7 @@ class Loop:
             "seconds": self.at.seconds,
             "steps": self.at.step,
             "stopped_early": self.at.stopped,
-            "peak_mb": peak,
+            "peak_mb": peak_mb(self.fabric.device),
         }
         self.recorder.end("done", result=result)
         for logger in self.fabric.loggers:

@@ -153,6 +153,19 @@ def may_differentiate(model: Any, method: StepMethod) -> None:
         vars(model)["_register_backward_hook"] = _as_it_is
 
 
+def peak_mb(device: torch.device) -> float:
+    """The most memory held so far, in MB: of the device's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:  # getrusage would count what the process held that started this one
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) / 1024
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def reseed(seed: int, epoch: int, rank: int) -> None:
     """Set every global generator from (seed, epoch, rank), so an epoch's randomness depends on nothing before it."""
     digest = hashlib.sha256(f"{seed}/{epoch}/{rank}".encode()).digest()
