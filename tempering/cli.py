@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,11 +103,13 @@ def compare(
         )
         return 0
     if tables_only:
-        print("made again: {} and {}".format(*arena_view.render(out, arena_plan.read(out))))
+        plan = arena_plan.read(out)
+        print("made again: {} and {}".format(*arena_view.render(out, replace(plan, control=control or plan.control))))
         return 0
     from tempering import recipefile
     from tempering.arena import Arena, lowest_priority
     from tempering.arms import arms_from, with_controls
+    from tempering.discovery import pick
 
     if recipe is None or not methods or seeds < 1:
         raise ValueError(
@@ -114,6 +117,7 @@ def compare(
             f"--out {out}. --status and --tables-only need --out alone."
         )
     file = recipefile.find(str(recipe))
+    recipefile.refuse_unknown(file, BEHIND.get())
     arms = arms_from(methods, temperatures)
     if controls:
         arms, added = with_controls(arms)
@@ -121,6 +125,8 @@ def compare(
             arena_view.say(f"added as a control: {arm.label} = {arm.spec} (--no-controls leaves it out)", quiet=quiet)
     grid = arena_plan.plan_for(file, arms, range(first_seed, first_seed + seeds), BEHIND.get(), control)
     grid = arena_plan.merged(out, grid)
+    if control is not None:  # before hours are spent
+        pick(control, {cell.label: cell for cell in grid.cells}, "arm")
     if nice:
         lowest_priority()
     ids = [part.strip() for part in gpus.split(",") if part.strip()]
@@ -172,6 +178,7 @@ def tune(
     from tempering.tune_view import words, write_page
 
     file, flags = recipefile.find(str(recipe)), BEHIND.get()
+    recipefile.refuse_unknown(file, flags)
     wanted = space_of(method, space, recipefile.flags(file))
     how = {"trials": trials, "seed": seed, "jobs": jobs, "threads": threads, "prune": prune, "quiet": quiet}
     search = tuning.Search(out, file, flags, wanted, **how)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +24,34 @@ from tempering.teachers.base import Teacher
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+
+@contextmanager
+def alone_in(folder: Path | None) -> Iterator[None]:
+    """Hold the run's folder, so that no second process writes its records and checkpoints between ours.
+
+    Raises:
+        ValueError: where another process holds it.
+    """
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        _lock(lock, folder)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(lock: int, folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another process is writing to {folder}. Wait for it, or give another out= (--out)."
+        ) from None
 
 
 class Keeper:
@@ -63,7 +94,7 @@ class Keeper:
             if theirs.get(name) != ours:
                 raise ValueError(
                     f"{self.folder} holds another run: its {name} was {theirs.get(name)!r}, now it is {ours!r}. Give "
-                    "another out=, or resume=False to begin again there (the earlier run is removed)."
+                    "another out=, or resume=False (--no-resume) to begin again there (the earlier run is removed)."
                 )
         checkpoints.scatter(state, self.student, self.method, self.optimizer)
         self.fabric.strategy.precision.load_state_dict(state["precision"])

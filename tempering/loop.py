@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.checkpoints import random_state, set_random_state
-from tempering.keeping import Keeper, facts_of, key_of
+from tempering.keeping import Keeper, alone_in, facts_of, key_of
 from tempering.methods.base import Method, Step, StepMethod
 from tempering.ranks import alike, clip, mean_over_ranks, refuse_split, share_gradients, whole_mass
 from tempering.records import Recorder
@@ -167,6 +167,10 @@ class Loop:
 
     def run(self, facts: dict[str, Any]) -> Run:
         """Everything from the first batch to the last record."""
+        with alone_in(self.folder if self.first else None):
+            return self._run(facts)
+
+    def _run(self, facts: dict[str, Any]) -> Run:
         self.at, self.resumed = self.keeper.resume(begin_again=not self.settings.resume)
         begun = facts_of(
             self.keeper.key, self.student, self.teacher, self.method, self.settings, best_by=self.best_by, more=facts

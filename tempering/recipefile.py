@@ -5,13 +5,15 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import tempering
+from tempering.discovery import nearest
 
 BEHIND: ContextVar[tuple[str, ...]] = ContextVar("behind", default=())  # a recipe's flags, which it reads itself
 BUNDLED = Path(tempering.__file__).resolve().parents[1] / "recipes"  # beside the package in a checkout
@@ -53,6 +55,24 @@ def load(path: Path) -> Callable[..., Any]:
         sys.path.insert(0, folder)
     spec.loader.exec_module(module)
     return module.main
+
+
+def refuse_unknown(path: Path, given: Sequence[str]) -> None:
+    """Look at flags before anything is started with them.
+
+    Raises:
+        ValueError: for one that ``main`` does not take, with the nearest.
+    """
+    known = flags(path)
+    for word in given:
+        if not word.startswith("--") or word == "--help":
+            continue
+        name = re.split(r"[=.]", word[2:])[0].replace("-", "_")
+        if name not in known and name.removeprefix("no_") not in known:
+            raise ValueError(
+                f"{path} takes no --{word[2:].split('=')[0]}.{nearest(name, known)} `tempering run {path} --help` "
+                "explains its flags."
+            )
 
 
 def flags(path: Path) -> set[str]:

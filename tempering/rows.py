@@ -29,7 +29,8 @@ class Rows:
         ids: which sample of the data set each row is, (N,), for methods that remember samples.
 
     Raises:
-        ValueError: for shapes that do not fit, a teacher that requires grad, or a target that is not integer.
+        ValueError: for shapes that do not fit, a teacher that requires grad, a target that is not integer, or (seen on
+            the CPU alone) weights that are negative or not finite.
     """
 
     student: Float[Tensor, "N C"]
@@ -63,6 +64,13 @@ class Rows:
                 raise ValueError(
                     f"Rows(name={self.name!r}) needs {label} of shape (N,) = ({s.shape[0]},); got {tuple(value.shape)}."
                 )
+        w = self.weight
+        # looked at on the CPU alone, where it costs nothing
+        if w is not None and w.device.type == "cpu" and not bool(((w >= 0) & torch.isfinite(w)).all()):
+            raise ValueError(
+                f"Rows(name={self.name!r}) needs weights >= 0 and finite; got {w.min().item():g} to "
+                f"{w.max().item():g}. 0 leaves a row out."
+            )
         if self.target is not None and (self.target.is_floating_point() or self.target.dtype == torch.bool):
             raise ValueError(
                 f"Rows(name={self.name!r}) needs class indices as target, an integer tensor; got {self.target.dtype}. "

@@ -133,7 +133,7 @@ def _above_chance(rows: Rows) -> str:
         raise SelfCheckFailed(
             f"the teacher is right on {right} of {n} rows, as a guess among {classes} classes would be. Are its "
             "classes in the labels' order, its weights loaded, its inputs normalised as in its training? "
-            "selfcheck=False runs it all the same."
+            "selfcheck=False (--no-selfcheck) runs it all the same."
         )
     return f"ok ({100 * right / n:.1f} % on the first batch)"
 

@@ -92,7 +92,9 @@ def _made(node: ast.expr, parts: Mapping[str, type[Any]], what: str, text: str) 
     try:
         return kind(*args, **given)
     except TypeError as error:
-        raise ValueError(f"{text!r}: {error}") from error
+        missing = [n for n, x in parameters.items() if x.default is x.empty and x is not several and n not in given]
+        example = f" Write {kind.__name__.lower()}({', '.join(f'{n}=...' for n in missing)})." if missing else ""
+        raise ValueError(f"{text!r}: {error}.{example}") from error
 
 
 def _value(node: ast.expr, parameter: inspect.Parameter | None, text: str) -> Any:

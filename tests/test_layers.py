@@ -39,7 +39,7 @@ LAYERS |= {
     "specs": {"discovery", "methods", "temperature"},
     "arms": {"discovery", "methods", "specs"},
     "trained": {"loop"},
-    "recipefile": set(),
+    "recipefile": {"discovery"},
     "auditing": {"audits", "checkpoints", "engine", "models", "recipefile", "records", "reports", "teachers.base"},
     "papers": {"discovery", "methods", "temperature"},
     "papersdoc": {"papers", "methods", "temperature", "reports", "tune_space"},

@@ -261,3 +261,31 @@ def test_weights_of_a_teacher_that_cannot_be_used(cifar: Path, capsys: pytest.Ca
     nan = {name: value * torch.nan if value.is_floating_point() else value for name, value in net.state_dict().items()}
     save_weights(place, nan)
     assert "error: the teacher's logits hold NaN or infinity (first in row 0 of the first batch)" in said()
+
+
+def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
+    from tempering.keeping import alone_in
+
+    with alone_in(tmp_path / "run"):
+        with pytest.raises(ValueError, match=r"another process is writing to .*run. Wait for it, or give another out="):
+            with alone_in(tmp_path / "run"):
+                raise AssertionError("held twice")
+    with alone_in(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir(), "given back"
+
+
+@pytest.mark.parametrize("command", [("compare", "--methods=kd"), ("tune", "--method=kd", "--trials=1")])
+def test_a_mistyped_flag_behind_starts_nothing(
+    command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "grid"
+    assert run(command[0], DIGITS, *command[1:], "--out", out, "--", "--epohs=1") == 1
+    assert "takes no --epohs. Did you mean 'epochs'?" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_control_that_is_no_arm_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "grid"
+    assert run("compare", DIGITS, "--methods=kd", "--control=dkt", "--out", out) == 1
+    assert "no arm is called 'dkt'" in capsys.readouterr().err
+    assert not out.exists()

@@ -152,3 +152,10 @@ def test_the_loss_does_not_depend_on_the_split(values: list, cuts: list[int], we
     together = torch.stack(parts).sum()
     torch.testing.assert_close(together, loss, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(together, term)[0], want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, float("nan"), float("inf")])
+def test_weights_that_are_no_weights(wrong: float) -> None:
+    z = torch.zeros(3, 2)
+    with pytest.raises(ValueError, match=r"needs weights >= 0 and finite; got .* 0 leaves a row out"):
+        Rows(z, z, weight=torch.tensor([wrong, 1.0, 1.0]))
