@@ -266,10 +266,9 @@ def test_weights_of_a_teacher_that_cannot_be_used(cifar: Path, capsys: pytest.Ca
 def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
     from tempering.keeping import alone_in
 
-    with alone_in(tmp_path / "run"):
-        with pytest.raises(ValueError, match=r"another process is writing to .*run. Wait for it, or give another out="):
-            with alone_in(tmp_path / "run"):
-                raise AssertionError("held twice")
+    refused = pytest.raises(ValueError, match=r"another process is writing to .*run. Wait for it, or give another out=")
+    with alone_in(tmp_path / "run"), refused, alone_in(tmp_path / "run"):
+        raise AssertionError("held twice")
     with alone_in(tmp_path / "run"):
         assert (tmp_path / "run").is_dir(), "given back"
 
