@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -36,22 +34,19 @@ def alone_in(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
+    from filelock import FileLock, Timeout
+
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    lock = FileLock(folder / ".lock")
     try:
-        _lock(lock, folder)
+        lock.acquire(timeout=0)
+    except Timeout:
+        wanted = "Wait for it, or give another out= (--out)."
+        raise ValueError(f"another process is writing to {folder}. {wanted}") from None
+    try:
         yield
     finally:
-        os.close(lock)
-
-
-def _lock(lock: int, folder: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"another process is writing to {folder}. Wait for it, or give another out= (--out)."
-        ) from None
+        lock.release()
 
 
 class Keeper:
