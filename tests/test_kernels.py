@@ -171,7 +171,7 @@ def test_the_parts_of_a_step_add_up() -> None:
 def test_which_path_ran() -> None:
     rows = random_rows(10, 100)
     path = chunked(DTKD(), rows, memory=4 * 8 * 100 * 8).path
-    assert (path.chunks, path.rows, path.compiled) == (3, 4, False)
+    assert (path.chunks, path.rows, path.compiled) == (3, 4, "")
     assert path.analytic == ("cross_entropy", "kl") and path.autograd == () and "fewer than" in path.why
     learned = chunked(KD(temperature=Curriculum()), rows).path
     assert learned.autograd == ("kl",) and learned.analytic == ("cross_entropy",)
@@ -225,13 +225,13 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """None goes without and says so; True says what is missing."""
     from torch._inductor.exc import InvalidCxxCompiler
 
-    monkeypatch.setattr(compiling, "LARGE", 1)
+    monkeypatch.setattr(compiling, "LARGE", {"cpu": 1})
     monkeypatch.setattr(compiling, "_made", lambda device: ({}, InvalidCxxCompiler()))
     rows = random_rows(4, 5)
     result = chunked(KD(), rows)
     assert not result.path.compiled and "InvalidCxxCompiler" in result.path.why
     same(result.loss, total(KD()(rows), rows))
-    with pytest.raises(RuntimeError, match=r"compile=True, and Inductor cannot compile for 'cpu'"):
+    with pytest.raises(RuntimeError, match=r"compile=True, and inductor cannot compile for 'cpu'"):
         chunked(KD(), rows, compile=True)
 
 
@@ -252,7 +252,7 @@ want = total(DTKD()(rows), rows)
 want.backward()
 got = chunked(DTKD(), Rows(a, u, y, w), memory=8 * 4 * 50 * 5, compile=True)
 got.loss.backward()
-assert got.path.compiled and got.path.analytic == ("cross_entropy", "kl", "temperature"), got.path
+assert got.path.compiled == "inductor" and got.path.analytic == ("cross_entropy", "kl", "temperature"), got.path
 torch.testing.assert_close(got.loss, want, rtol=1e-5, atol=0.0)
 torch.testing.assert_close(a.grad.float(), b.grad, rtol=1e-2, atol=1e-6)
 print("equal")
@@ -307,13 +307,20 @@ class Heads:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=ids)
-@pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float64, 1e-12, 1e-12), (torch.float32, 1e-5, 1e-6)])
-def test_linear_is_the_dense_loss(method: Method, dtype: torch.dtype, rtol: float, atol: float) -> None:
-    made = Heads(dtype=dtype)
-    allowed = torch.arange(17) != 9
-    same(made.fused(method), made.dense(method), rtol, atol)
-    same(made.fused(method, classes=15), made.dense(method, classes=15), rtol, atol)
-    same(made.fused(method, allowed=allowed), made.dense(method, allowed=allowed), rtol, atol)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_linear_is_the_dense_loss(method: Method, dtype: torch.dtype) -> None:
+    """To 1e-12 in float64; to 1e-6 of the largest entry in float32, in which both are as far from the exact one.
+
+    Entry by entry float32 cannot promise that: a product of matrices sums in another order for another number of rows,
+    and an entry that cancels to nearly nothing keeps the rounding of its summands.
+    """
+    made, allowed = Heads(dtype=dtype), torch.arange(17) != 9
+    exact = 1e-12 if dtype == torch.float64 else 1e-6
+    for how in ({}, {"classes": 15}, {"allowed": allowed}):
+        (loss, slopes), (want, dense) = made.fused(method, **how), made.dense(method, **how)
+        same(loss, want, exact, 0.0)
+        for got, slope in zip(slopes, dense, strict=True):
+            same(got, slope, 0.0, exact * float(slope.abs().max()))
 
 
 def test_linear_with_frozen_parts_and_bare_weights() -> None:

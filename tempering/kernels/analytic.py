@@ -1,4 +1,4 @@
-"""The KL family with its gradient in closed form, and what Inductor may compile of a chunk.
+"""The KL family with its gradient in closed form, and what Inductor or Triton may stand in for within a chunk.
 
 With the temperatures held constant, L = scale KL(p || q), p = softmax(u / T_t) and q = softmax(v / T_s), has
 dL/dv = scale / T_s (q - p). Value and gradient come of one look at the two sides.
@@ -37,15 +37,26 @@ class _Known(torch.autograd.Function):
 
 def divergence_and_slope(u: Tensor, v: Tensor, T_t: Tensor, T_s: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """scale KL(p || q), (n,), and its slope in ``v``, (n, C); as ``objectives.kl`` has them, masks included."""
-    zt, zs = u / T_t, v / T_s
-    logp, logq = log_softmax(zt), log_softmax(zs)
+    (et, mt, lt), (es, ms, ls) = _exponents(u / T_t), _exponents(v / T_s)
+    p, q = et / mt, es / ms
+    logp, logq = lt - mt.log(), ls - ms.log()
     gone = torch.isneginf(logp)
-    p = logp.exp()
-    value = (p * (logp.masked_fill(gone, 0.0) - logq.masked_fill(gone, 0.0))).sum(-1)
+    value = torch.where(gone, 0.0, p * (logp - logq)).sum(-1)
     # a row with no class left has no slope, as where its logits were replaced
-    empty = torch.isneginf(zs.amax(-1, keepdim=True))
+    empty = torch.isneginf(v.amax(-1, keepdim=True))
     by = torch.where(empty, 0.0, scale.unsqueeze(1) / T_s)
-    return scale * value.clamp_min(0.0), (logq.exp() - p) * by
+    return scale * value.clamp_min(0.0), (q - p) * by
+
+
+def _exponents(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(z - max), its sum over the classes, (n, 1), and z - max: once each, where a softmax and its log take two.
+
+    A row with no class left is uniform.
+    """
+    top = z.amax(-1, keepdim=True)
+    below = torch.where(torch.isneginf(top), 0.0, z - top)
+    e = below.exp()
+    return e, e.sum(-1, keepdim=True), below
 
 
 def cross_entropy_and_slope(v: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +76,7 @@ class Stand:
     """The fast versions for one walk over chunks, and which of them were used.
 
     Args:
-        compiled: Inductor's versions by name, {} for none; what is not there runs as it is written.
+        compiled: Inductor's or Triton's versions by name, {} for none; what is not there runs as it is written.
     """
 
     def __init__(self, compiled: Fast) -> None:
@@ -75,7 +86,9 @@ class Stand:
 
     def functions(self) -> Fast:
         """What ``fusable.standing_in`` takes."""
-        solving = {name: self._solving(name) for name in ("centred", "_std", "_sharpness") if name in self.compiled}
+        solving = {name: self._solving(name) for name in ("centred", "_sharpness") if name in self.compiled}
+        if "exact" in self.compiled:
+            solving["solve_delta"] = self._solve_delta
         return {"kl": self._kl, "cross_entropy": self._cross_entropy, **solving}
 
     def _kl(self, plain: Callable[..., Tensor], rows: Rows, T: Temperatures) -> Tensor:
@@ -85,7 +98,7 @@ class Stand:
         self.used.add("kl")
         n = len(rows)
         u, v = widened(rows.teacher), widened(rows.student)
-        fast = self.compiled.get("kl", divergence_and_slope)
+        fast = self._fast("kl", divergence_and_slope, torch.promote_types(u.dtype, v.dtype))
         T_t, T_s, scale = T.teacher.expand(n, 1), T.student.expand(n, 1), T.scale.expand(n)
         return _differentiable(rows.student, *fast(u, v.detach(), T_t, T_s, scale))
 
@@ -95,18 +108,30 @@ class Stand:
             return plain(rows)
         target = labels(rows, "cross_entropy").long()
         self.used.add("cross_entropy")
-        fast = self.compiled.get("cross_entropy", cross_entropy_and_slope)
+        fast = self._fast("cross_entropy", cross_entropy_and_slope, rows.student.dtype)
         return _differentiable(rows.student, *fast(widened(rows.student).detach(), target))
 
+    def _fast(self, name: str, plain: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+        """Triton's versions sum in float32, which is too little for float64."""
+        return plain if dtype == torch.float64 and "exact" in self.compiled else self.compiled.get(name, plain)
+
     def _solving(self, name: str) -> Callable[..., Any]:
-        def solve(plain: Callable[..., Any], z: Tensor, other: Tensor | None = None) -> Any:
-            args = (z,) if other is None else (z, other)
-            if not len(z) or (torch.is_grad_enabled() and any(x.requires_grad for x in args)):
+        def solve(plain: Callable[..., Any], *args: Tensor) -> Any:
+            if not len(args[0]) or (torch.is_grad_enabled() and any(x.requires_grad for x in args)):
                 return plain(*args)
             self.used.add("temperature")
             return self.compiled[name](*args)
 
         return solve
+
+    def _solve_delta(
+        self, plain: Callable[..., Any], u: Tensor, v: Tensor, *, tau: float, solve: str, reach: float
+    ) -> Any:
+        follows = v.requires_grad and torch.is_grad_enabled()
+        if solve != "exact" or not v.numel() or follows or torch.float64 in (u.dtype, v.dtype):
+            return plain(u, v, tau=tau, solve=solve, reach=reach)
+        self.used.add("temperature")
+        return self.compiled["exact"](u.detach(), v.detach(), tau, reach)
 
 
 def _logits(rows: Rows) -> bool:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from tempering.fusable import standing_in
 from tempering.kernels.analytic import Stand
-from tempering.kernels.compiled import fast_versions
+from tempering.kernels.compiled import Versions, Wanted, fast_versions
 from tempering.methods.base import Method, StepMethod
 from tempering.rows import Rows, total, widened
 from tempering.temperature.base import Policy, Temperatures
@@ -22,13 +22,16 @@ ELSEWHERE = 2**28
 
 
 class Path(NamedTuple):
-    """Which path ran: how many chunks of how many rows at most, what was fused, compiled or not and why not."""
+    """Which path ran: how many chunks of how many rows at most, what was fused, who compiled it and why nobody did.
+
+    ``compiled`` is "triton", "inductor" or "".
+    """
 
     chunks: int
     rows: int
     analytic: tuple[str, ...]
     autograd: tuple[str, ...]
-    compiled: bool
+    compiled: str
     why: str
 
 
@@ -47,7 +50,7 @@ def chunked(
     *,
     rows_in_batch: Tensor | float | None = None,
     memory: int | None = None,
-    compile: bool | None = None,
+    compile: Wanted = None,
 ) -> Chunked:
     """``total(method(rows, progress), rows, rows_in_batch=...)``, whose gradient is made chunk by chunk on the way.
 
@@ -65,8 +68,9 @@ def chunked(
         rows_in_batch: as for ``total``.
         memory: bytes for the copies of one chunk; None is 8 MiB on a CPU, 256 MiB elsewhere. A chunk is one row at
             least.
-        compile: True compiles the KL, the cross entropy and the solver of Sharpness by Inductor, False does not; None
-            does for 2^24 logits and more, and goes without where there is no compiler (``path.why`` says so).
+        compile: True compiles the KL, the cross entropy and the solver of Sharpness, by Triton on CUDA where it is
+            installed and else by Inductor; "triton" and "inductor" insist; False does not; None does for 2^24 logits
+            and more on a CPU, 2^20 elsewhere, and goes without where there is no compiler (``path.why`` says so).
 
     Raises:
         ValueError: for a method that is relational or owns its step, or memory that is not positive.
@@ -99,18 +103,23 @@ class Walk:
         self.state = [(b, b.clone()) for b in method.buffers()]
         self.features: list[tuple[Tensor, Tensor]] = []
         self.largest = 0
-        self.stand, self.why = Stand({}), ""
+        self.stand, self.fast = Stand({}), Versions({}, "", "")
 
-    def compile(self, wanted: bool | None, logits: Tensor, numel: int | None = None) -> None:
-        """Take Inductor's versions for logits like these."""
-        fast, self.why = fast_versions(wanted, logits.device, logits.numel() if numel is None else numel)
-        self.stand = Stand(fast)
+    def compile(self, wanted: Wanted, logits: Tensor, numel: int | None = None) -> None:
+        """Take compiled versions for logits like these."""
+        self.fast = fast_versions(wanted, logits.device, logits.numel() if numel is None else numel)
+        self.stand = Stand(self.fast.functions)
 
     def over(self, rows: Rows, slope: Tensor | None) -> None:
         """Add these rows, and write their slope into ``slope``, (N, C), which may be the student's logits themselves.
 
         None where none is wanted.
         """
+        if rows.hard is not None:
+            raise ValueError(
+                f"Rows(name={rows.name!r}) carry their task's own losses (hard), whose gradient chunks would lose. Use the "
+                "plain loss: total(method(rows, progress), rows)."
+            )
         features = {name: s for name, (s, _) in rows.features.items() if s.requires_grad and torch.is_grad_enabled()}
         by_name = {name: torch.zeros_like(s) for name, s in features.items()}
         self.features += [(s, by_name[name]) for name, s in features.items()]
@@ -162,8 +171,8 @@ class Walk:
             self.largest,
             tuple(sorted(self.stand.used)),
             tuple(sorted(self.stand.plain)),
-            bool(self.stand.compiled),
-            self.why,
+            self.fast.by,
+            self.fast.why,
         )
         return Chunked(loss, {name: torch.cat(found) for name, found in self.terms.items()}, path)  # pyright: ignore
 
@@ -231,6 +240,8 @@ def _cut(rows: Rows, part: slice, student: Tensor, features: dict[str, Tensor]) 
         target=of(rows.target),
         weight=of(rows.weight),
         ids=of(rows.ids),
+        places=of(rows.places),
+        private=of(rows.private),
         features={name: (features[name], t[part]) for name, (_, t) in rows.features.items()},
     )
 

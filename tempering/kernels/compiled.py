@@ -1,11 +1,11 @@
-"""Inductor's versions of what a chunk spends its time on, made once a process and never required."""
+"""Inductor's and Triton's versions of what a chunk spends its time on, made once a process and never required."""
 
 from __future__ import annotations
 
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
@@ -14,40 +14,85 @@ from torch._inductor.exc import InvalidCxxCompiler
 from tempering.kernels.analytic import Fast, cross_entropy_and_slope, divergence_and_slope
 from tempering.temperature import sharpness
 
-LARGE = 2**24  # logits of one side from which on compiling, some ten seconds once a process, is worth it
+LARGE = {"cpu": 2**24}  # logits of one side from which on compiling, some ten seconds once a process, is worth it
+ELSEWHERE = 2**20  # Triton's kernels compile in a second or two
+Wanted = bool | Literal["triton", "inductor"] | None
 
 
-def fast_versions(wanted: bool | None, device: torch.device, numel: int) -> tuple[Fast, str]:
-    """Compiled functions by the names they stand in for, {} for none, and why there are none.
+class Versions(NamedTuple):
+    """Compiled functions by the names they stand in for, who compiled them, "" for nobody, and why nobody did."""
 
-    ``wanted`` None compiles for ``LARGE`` logits and more, and goes without, silently but for the answer, where
-    Inductor finds no compiler or does not know the device.
+    functions: Fast
+    by: str
+    why: str
+
+
+def fast_versions(wanted: Wanted, device: torch.device, numel: int) -> Versions:
+    """What runs a walk over chunks: Triton's kernels on CUDA where triton is installed, Inductor's elsewhere.
+
+    ``wanted`` None compiles for many logits (``LARGE``), and goes without, silently but for the answer, where there is
+    no compiler or the device is not known.
 
     Raises:
+        ValueError: for a word that is neither.
         RuntimeError: where compiling was asked for and is not possible.
     """
+    if wanted not in (None, True, False, "triton", "inductor"):
+        raise ValueError(f"compile must be True, False, None, 'triton' or 'inductor'; got {wanted!r}.")
     if wanted is False:
-        return {}, "compile=False"
-    if wanted is None and numel < LARGE:
-        return {}, f"fewer than {LARGE} logits"
-    made, error = _made(device.type)
-    why = "" if error is None else f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    if wanted and error is not None:
+        return Versions({}, "", "compile=False")
+    least = LARGE.get(device.type, ELSEWHERE)
+    if wanted is None and numel < least:
+        return Versions({}, "", f"fewer than {least} logits")
+    by, why = "triton" if wanted == "triton" or (wanted != "inductor" and device.type == "cuda") else "inductor", ""
+    made, error = _triton(device.type) if by == "triton" else _made(device.type)
+    if by == "triton" and error is not None and wanted != "triton":
+        why = f"no triton ({_said(error)}); "
+        by, (made, error) = "inductor", _made(device.type)
+    if error is None:
+        return Versions(made, by, why)
+    why += _said(error)
+    if wanted:
         raise RuntimeError(
-            f"compile=True, and Inductor cannot compile for {device.type!r} here ({why}). A CPU needs a C++ compiler, "
-            "such as g++. Leave compile out: the chunks run without it."
+            f"compile={wanted!r}, and {by} cannot compile for {device.type!r} here ({why}). A CPU needs a C++ "
+            "compiler, such as g++, and Triton a CUDA device. Leave compile out: the chunks run without it."
         ) from error
-    return made, why
+    return Versions({}, "", why)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+
+
+@functools.cache
+def _triton(device: str) -> tuple[Fast, Exception | None]:
+    """Triton's kernels, tried on two rows; on a CPU its interpreter alone can run them."""
+    z, one = torch.zeros(2, 8, device=device), torch.ones(2, 1, device=device)
+    try:
+        from triton.runtime.errors import TritonError  # pyright: ignore[reportMissingImports]
+
+        from tempering.kernels import triton_rows
+    except ImportError as error:
+        return {}, error
+    made: Fast = {
+        "kl": triton_rows.divergence_and_slope,
+        "cross_entropy": triton_rows.cross_entropy_and_slope,
+        "exact": triton_rows.exact,
+    }
+    try:
+        made["kl"](z, z, one, one, one.squeeze(1))
+    except (TritonError, RuntimeError) as error:  # RuntimeError: no driver for this device
+        return {}, error
+    return made, None
 
 
 @functools.cache
 def _made(device: str) -> tuple[Fast, Exception | None]:
-    """The functions, the largest one tried on two rows, so that a missing compiler shows here and nowhere else."""
+    """Inductor's, the largest one tried on two rows, so that a missing compiler shows here and nowhere else."""
     plain: dict[str, Callable[..., Any]] = {
         "kl": divergence_and_slope,
         "cross_entropy": cross_entropy_and_slope,
         "centred": _plain(sharpness.centred),
-        "_std": _plain(sharpness._std),
         "_sharpness": _plain(sharpness._sharpness),
     }
     made = {name: _quiet(torch.compile(function, dynamic=True)) for name, function in plain.items()}

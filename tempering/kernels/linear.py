@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.kernels.chunked import ELSEWHERE, Chunked, Walk, parts
+from tempering.kernels.compiled import Wanted
 from tempering.methods.base import Method
 from tempering.rows import Rows
 
@@ -29,7 +30,7 @@ def linear_loss(
     allowed: Tensor | None = None,
     wide: bool = True,
     memory: int | None = None,
-    compile: bool | None = None,
+    compile: Wanted = None,
     name: str = "logits",
 ) -> Chunked:
     """``total`` of the method on the logits of two heads, made and used a few rows at a time: (N, C) is never held.
@@ -94,6 +95,11 @@ class _Side:
     """One model's last layer: hidden states, a head, and the slopes in them."""
 
     def __init__(self, hidden: Tensor, head: Head, classes: int | None) -> None:
+        if not isinstance(head, (nn.Linear, Tensor)):
+            raise ValueError(
+                f"linear_loss needs an nn.Linear or its weight (C, H); got {type(head).__name__}. A head with "
+                "an adapter (LoRA)? Give the weight that it amounts to, or leave the head out of its target_modules."
+            )
         self.hidden, self.weight = hidden.detach(), (head.weight if isinstance(head, nn.Linear) else head).detach()
         self.bias = None if not isinstance(head, nn.Linear) or head.bias is None else head.bias.detach()
         if hidden.ndim != 2 or self.weight.ndim != 2 or hidden.shape[1] != self.weight.shape[1]:

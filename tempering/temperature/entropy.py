@@ -45,7 +45,7 @@ class Entropy(Policy):
         kind = torch.promote_types(u.dtype, v.dtype)
         u, v = u.to(kind), v.to(kind)
         spreads = spread(u, ddof=0), spread(v, ddof=0)
-        flat = centred(u)[2] | centred(v)[2]
+        flat = centred(u).flat | centred(v).flat
         start = torch.where(flat, 0.0, tau * (spreads[0] - spreads[1]) / (spreads[0] + spreads[1]))
         delta, held = _solve(u, v, start, flat, tau, self.reach)
         counted = True if rows.weight is None else (rows.weight > 0).unsqueeze(1)

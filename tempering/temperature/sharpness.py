@@ -102,6 +102,7 @@ class Solution(NamedTuple):
     clamped: Bool[Tensor, "N 1"]
 
 
+@fusable
 def solve_delta(
     teacher: Float[Tensor, "N C"], student: Float[Tensor, "N C"], *, tau: float, solve: Solve, reach: float
 ) -> Solution:
@@ -113,36 +114,46 @@ def solve_delta(
         bad = (x <= floor * y.abs().clamp_min(1.0)) | (y <= floor * x.abs().clamp_min(1.0))
         return _ratio(x, y, bad, tau, reach)
     u, v = u.to(torch.promote_types(u.dtype, v.dtype)), v.to(torch.promote_types(u.dtype, v.dtype))
-    u, n_u, flat_u = centred(u)
-    v, n_v, flat_v = centred(v)
-    flat = flat_u | flat_v
+    a, b = centred(u), centred(v)
+    flat = a.flat | b.flat
     if solve == "max":
-        return _ratio(u.amax(-1, keepdim=True), v.amax(-1, keepdim=True), flat, tau, reach)
-    spread_u, spread_v = _std(u, n_u), _std(v, n_v)
-    start = _ratio(spread_u, spread_v, flat, tau, reach)
+        return _ratio(a.top, b.top, flat, tau, reach)
+    start = _ratio(a.std, b.std, flat, tau, reach)
     if solve == "std":
         return start
-    return _exact(u, v, n_v, start.delta, flat, tau, reach)
+    return _exact(a, b, start.delta, flat, tau, reach)
+
+
+class Centred(NamedTuple):
+    """Logits less their mean over the valid classes, and what is known of each row, (N, 1) each."""
+
+    z: Float[Tensor, "N C"]
+    """centred; masked classes become MASKED"""
+    n: Tensor
+    """how many classes are valid, 1 at least"""
+    top: Tensor
+    """the largest"""
+    std: Tensor
+    """the standard deviation over the valid classes, kept off zero so that its slope is finite"""
+    flat: Tensor
+    """whether the row is constant"""
 
 
 @fusable
-def centred(z: Float[Tensor, "N C"]) -> tuple[Tensor, Tensor, Tensor]:
-    """z less its mean over the valid classes (masked ones become MASKED), their number, and which rows are flat."""
+def centred(z: Float[Tensor, "N C"]) -> Centred:
+    """Each row's valid logits less their mean; classes of minus infinity are not valid."""
     valid = ~torch.isneginf(z)
-    n = valid.sum(-1, keepdim=True).clamp_min(1)
+    n = valid.to(z.dtype).sum(-1, keepdim=True).clamp_min(1.0)
     finite = torch.where(valid, z, 0.0)
     top = z.amax(-1, keepdim=True)
     bottom = torch.where(valid, z, torch.inf).amin(-1, keepdim=True)
-    flat = ~(top - bottom > 4 * torch.finfo(z.dtype).eps * finite.abs().amax(-1, keepdim=True))
+    info = torch.finfo(z.dtype)
+    flat = ~(top - bottom > 4 * info.eps * torch.maximum(top.abs(), bottom.abs()))
     mean = finite.sum(-1, keepdim=True) / n
-    return torch.where(valid, z - mean, MASKED), n, flat
-
-
-@fusable
-def _std(z: Tensor, n: Tensor) -> Tensor:
-    """Standard deviation of centred logits over the valid classes, (N, 1); kept off zero so its slope is finite."""
-    square = torch.where(z > MASKED, z, 0.0).square().sum(-1, keepdim=True) / n
-    return square.clamp_min(torch.finfo(z.dtype).tiny).sqrt()
+    off = torch.where(valid, z - mean, 0.0)
+    std = (off.square().sum(-1, keepdim=True) / n).clamp_min(info.tiny).sqrt()
+    top = torch.where(torch.isneginf(top), MASKED, top - mean)
+    return Centred(torch.where(valid, off, MASKED), n, top, std, flat)
 
 
 def _ratio(x: Tensor, y: Tensor, bad: Tensor, tau: float, reach: float) -> Solution:
@@ -153,7 +164,7 @@ def _ratio(x: Tensor, y: Tensor, bad: Tensor, tau: float, reach: float) -> Solut
 
 
 def _exact(
-    u: Tensor, v: Tensor, n: Tensor, start: Tensor, flat: Tensor, tau: float, reach: float, steps: int = 12
+    teacher: Centred, student: Centred, start: Tensor, flat: Tensor, tau: float, reach: float, steps: int = 12
 ) -> Solution:
     """Safeguarded Newton for f(delta) = LSE(u / (tau + delta)) - LSE(v / (tau - delta)), strictly decreasing.
 
@@ -164,23 +175,23 @@ def _exact(
     and the next step bisects away from the root. A step that leaves the bracket goes to its end the first time, and to
     its middle after.
     """
-    eps = torch.finfo(u.dtype).eps
-    end = min(reach, 1.0 - 16 * eps) * tau
+    v, eps = student.z, torch.finfo(student.z.dtype).eps
+    end, close = min(reach, 1.0 - 16 * eps) * tau, 0.25 * eps**0.5
     with torch.no_grad():
-        a, b = u.detach(), v.detach()
+        a, b, top_a, top_b = teacher.z.detach(), v.detach(), teacher.top.detach(), student.top.detach()
         low, high = torch.full_like(start, -end), torch.full_like(start, end)
         low_seen, high_seen = torch.zeros_like(flat), torch.zeros_like(flat)
         delta, done, held = start.detach().clamp(-end, end), flat.clone(), torch.zeros_like(flat)
         for _ in range(steps):
-            f_u, slope_u = _sharpness(a, tau + delta)
-            f_v, slope_v = _sharpness(b, tau - delta)
+            f_u, slope_u = _sharpness(a, tau + delta, top_a)
+            f_v, slope_v = _sharpness(b, tau - delta, top_b)
             f, slope = f_u - f_v, slope_u + slope_v
             noise = 2.0 * eps * (1.0 + f_u.abs() + f_v.abs() + tau * slope)
             done = done | (f.abs() <= noise)
             at_low, at_high = delta <= -end, delta >= end
             held = held | (~done & ((at_low & (f < 0)) | (at_high & (f > 0))))
             done = done | held
-            if u.device.type == "cpu" and bool(done.all()):
+            if v.device.type == "cpu" and bool(done.all()):
                 break
             low, high = torch.where(f > 0, delta, low), torch.where(f < 0, delta, high)
             low_seen, high_seen = low_seen | (f > 0), high_seen | (f < 0)
@@ -190,29 +201,29 @@ def _exact(
             below, above = step <= low, step >= high
             step = torch.where(below, torch.where(low_seen, middle, low), step)
             step = torch.where(above, torch.where(high_seen, middle, high), step)
-            done = done | (step == delta)
-            delta = torch.where(done, delta, step)
+            step = torch.where(done, delta, step)
+            # Newton squares the error: after so small a step, what is left is rounding
+            done = done | (((step - delta).abs() <= close * (tau - delta.abs())) & (step.abs() < end))
+            delta = step
     if v.requires_grad and torch.is_grad_enabled():
-        delta = _implicit(a, b, v, n, delta, ~flat & ~held, tau)
+        delta = _implicit(a, student, delta, ~flat & ~held, tau, top_a)
     return Solution(delta, flat, held)
 
 
 @fusable
-def _sharpness(z: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
-    """logsumexp(z / T) and minus its derivative in T, E_p[z] / T^2, (N, 1) each."""
-    x = z / T
-    top = x.amax(-1, keepdim=True)
-    e = (x - top).exp()
+def _sharpness(z: Tensor, T: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """logsumexp(z / T) and minus its derivative in T, E_p[z] / T^2, (N, 1) each; ``top`` is the row's largest z."""
+    e = ((z - top) / T).exp()
     mass = e.sum(-1, keepdim=True)
-    return top + mass.log(), (e * z).sum(-1, keepdim=True) / (mass * T.square())
+    return top / T + mass.log(), (e * z).sum(-1, keepdim=True) / (mass * T.square())
 
 
-def _implicit(a: Tensor, b: Tensor, v: Tensor, n: Tensor, delta: Tensor, moves: Tensor, tau: float) -> Tensor:
+def _implicit(a: Tensor, student: Centred, delta: Tensor, moves: Tensor, tau: float, top: Tensor) -> Tensor:
     """delta with its implicit derivative in the student's logits attached, by a term whose value is zero."""
-    T_s = tau - delta
-    valid = b > MASKED
-    slope = _sharpness(a, tau + delta)[1] + _sharpness(b, T_s)[1]
+    T_s, v = tau - delta, student.z
+    b, valid = v.detach(), v > MASKED
+    slope = _sharpness(a, tau + delta, top)[1] + _sharpness(b, T_s, student.top.detach())[1]
     q = torch.softmax(b / T_s, -1)
-    by_v = torch.where(moves & valid, -(q - 1.0 / n) / (T_s * slope), 0.0)
-    shift = torch.where(valid, v - v.detach(), 0.0)
+    by_v = torch.where(moves & valid, -(q - 1.0 / student.n) / (T_s * slope), 0.0)
+    shift = torch.where(valid, v - b, 0.0)
     return delta + (by_v * shift).sum(-1, keepdim=True)

@@ -1,0 +1,136 @@
+"""Triton's kernels: run by its interpreter against the plain loss, and compiled for a device that need not be here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tempering.kernels import chunked
+from tempering.kernels import compiled as compiling
+from tempering.methods import DTKD, KD
+from tempering.rows import total
+from tests.conftest import random_rows
+from tests.contract import same
+from tests.paths import ROOT
+
+
+def said_by(code: str, **env: str) -> str:
+    """What a process of its own prints: the interpreter is chosen when triton is first imported."""
+    pytest.importorskip("triton", reason="triton is not installed; pip install triton runs these")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | env,
+        check=False,
+    )
+    assert not done.returncode, done.stderr[-3000:]
+    return done.stdout.strip()
+
+
+def test_the_interpreter_equals_the_plain_loss() -> None:
+    """Value and gradient of DTKD and of CE, with masks, padding, constants, large logits, bf16 tails, rows left out."""
+    code = """
+import torch
+from tempering.kernels import chunked, linear_loss
+from tempering.methods import DTKD, KD, Divergence
+from tempering.rows import Rows, total
+from tempering.temperature import Sharpness
+torch.set_num_threads(1)
+torch.manual_seed(0)
+for classes in (50, 4097):
+    for dtype in (torch.float32, torch.bfloat16):
+        u, v = (torch.randn(23, classes) * 4).to(dtype), (torch.randn(23, classes) * 3).to(dtype)
+        u[:, -3:] = v[:, -3:] = -torch.inf
+        u[1], v[2], u[3, 1:], v[3, 1:] = 1.0, -2.0, -torch.inf, -torch.inf
+        v[4] *= 1e4
+        u[5], v[5] = -torch.inf, -torch.inf
+        u[6, 0], v[6, 0] = 40.0, 40.0
+        y, w = torch.randint(-1, 30, (23,)), (torch.arange(23) % 4).float()
+        y[3:6] = -100
+        for method in (DTKD(warmup=0.0), DTKD(temperature=Sharpness(4.0, solve="std")), KD()):
+            a, b = v.clone().requires_grad_(), v.float().clone().requires_grad_()
+            want = total(method(Rows(b, u, y, w)), Rows(b, u, y, w))
+            want.backward()
+            got = chunked(method, Rows(a, u, y, w), memory=8 * 4 * classes * 9, compile="triton")
+            got.loss.backward()
+            assert got.path.compiled == "triton" and got.path.autograd == (), got.path
+            if getattr(method.temperature, "solve", "") == "exact":
+                assert "temperature" in got.path.analytic, got.path
+            torch.testing.assert_close(got.loss, want, rtol=2e-5, atol=1e-6)
+            near = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-6}
+            torch.testing.assert_close(a.grad.float(), b.grad, **near)
+            assert not a.grad[w == 0].any()
+u, v = torch.randn(3, 20).double(), torch.randn(3, 20).double().requires_grad_()
+wide = chunked(DTKD(hard=0.0), Rows(v, u), compile="triton").loss
+torch.testing.assert_close(wide, total(DTKD(hard=0.0)(Rows(v, u)), Rows(v, u)), rtol=1e-12, atol=0.0)
+print("equal")
+"""
+    assert said_by(code, TRITON_INTERPRET="1") == "equal"
+
+
+def test_the_solver_itself() -> None:
+    """delta, the rows that fell back and the rows that were held are the plain solver's."""
+    code = """
+import torch
+from tempering.kernels.triton_rows import exact
+from tempering.temperature.sharpness import solve_delta
+torch.set_num_threads(1)
+torch.manual_seed(1)
+for classes, by in ((2, 1.0), (11, 3.0), (5000, 2.0)):
+    u, v = torch.randn(40, classes) * by, torch.randn(40, classes) * torch.logspace(-3, 3, 40)[:, None]
+    u[0], v[1], u[2, 0] = 3.0, 0.0, -torch.inf
+    v[2, 0] = -torch.inf
+    got, want = exact(u, v, 4.0, 0.9), solve_delta(u, v, tau=4.0, solve="exact", reach=0.9)
+    torch.testing.assert_close(got.delta, want.delta, rtol=0.0, atol=2e-2)
+    wide = solve_delta(u.double(), v.double(), tau=4.0, solve="exact", reach=0.9)
+    ordinary = slice(8, None)  # nearly flat rows carry few digits in float32, as Sharpness says
+    torch.testing.assert_close(got.delta[ordinary].double(), wide.delta[ordinary], rtol=0.0, atol=1e-3)
+    assert torch.equal(got.fallback, want.fallback) and torch.equal(got.clamped, want.clamped)
+    assert got.clamped.any() or classes == 2
+print("equal")
+"""
+    assert said_by(code, TRITON_INTERPRET="1") == "equal"
+
+
+def test_it_compiles_for_cuda() -> None:
+    """To a cubin for compute capability 9.0, which needs no device."""
+    code = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from tempering.kernels import triton_rows as rows
+for logits in ("*fp32", "*bf16"):
+    for name, types in {
+        "_kl_rows": [logits, logits, "*fp32", "*fp32", "*fp32", "*fp32", "*fp32", "i32"],
+        "_label_rows": [logits, "*i64", "*fp32", "*fp32", "i32"],
+        "_exact_rows": [logits, logits, "*fp32", "*i8", "*i8", "i32", "fp32", "fp32", "fp32", "fp32"],
+    }.items():
+        kernel = getattr(rows, name)
+        fixed = {"STEPS": 12, "BLOCK": 1024}
+        fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
+        signature = dict(zip(kernel.arg_names, [*types, *["constexpr"] * len(fixed)], strict=True))
+        made = compile(ASTSource(kernel, signature, fixed), target=GPUTarget("cuda", 90, 32))
+        assert made.asm["cubin"]
+print("compiled")
+"""
+    assert said_by(code) == "compiled"
+
+
+def test_a_path_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A word that is none is refused; Triton is refused where it cannot run, and gone without where nobody insists."""
+    rows = random_rows(4, 5)
+    with pytest.raises(ValueError, match=r"compile must be True, False, None, 'triton' or 'inductor'; got 'cuda'"):
+        chunked(KD(), rows, compile="cuda")  # pyright: ignore
+    monkeypatch.setattr(compiling, "_triton", lambda device: ({}, ImportError("no triton here")))
+    with pytest.raises(RuntimeError, match=r"compile='triton', and triton cannot compile for 'cpu' here \(ImportError"):
+        chunked(KD(), rows, compile="triton")
+    monkeypatch.setattr(compiling, "_made", lambda device: ({}, ImportError("no compiler either")))
+    found = compiling.fast_versions(None, torch.device("cuda"), 2**30)
+    assert not found.by and found.why == "no triton (ImportError: no triton here); ImportError: no compiler either"
+    same(chunked(DTKD(), rows).loss, total(DTKD()(rows), rows))
