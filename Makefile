@@ -49,7 +49,7 @@ docs: $(READY)  ## docs/papers.md, from docstrings, presets and records; docs/pe
 arena-arms:
 	@echo $(ARENA)
 
-BENCH ?= step loss fused_linear overhead cache augment startup
+BENCH ?= step loss fused_linear overhead cache speculative augment startup growth
 bench: $(READY)  ## every benchmark, side by side with peers; CSVs under benchmarks/results/speed and docs/performance.md
 	@set -e; for name in $(BENCH); do $(BIN)/python benchmarks/$$name.py; done
 	$(BIN)/python benchmarks/page.py

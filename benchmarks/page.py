@@ -1,4 +1,4 @@
-"""docs/performance.md, from the CSVs that the benchmarks wrote; nothing in it is typed by hand.
+"""docs/performance.md and its plots, from the CSVs that the benchmarks wrote; nothing in it is typed by hand.
 
 Usage:
     python benchmarks/page.py [--results benchmarks/results/speed] [--out docs/performance.md]
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
+from plots import bars, curves
 from timing import FACTS, RESULTS, ROOT
 
 HEAD = """# Performance
@@ -27,10 +28,14 @@ PARTS = {
     "step": "A classification step",
     "loss": "The loss alone, forward and backward",
     "fused_linear": "From hidden states to the loss",
+    "memory": "Peak memory at a real vocabulary",
     "overhead": "What the engine adds",
     "cache": "Reading stored teacher answers",
     "augment": "Augmentation",
     "startup": "Start-up",
+    "speculative": "Speculative generation",
+    "memory": "Memory of a large vocabulary",
+    "growth": "How cost grows",
 }
 Line = dict[str, str]
 
@@ -51,8 +56,22 @@ def table(case: str, lines: list[Line]) -> Iterator[str]:
     yield ""
 
 
-def page(results: Path) -> str:
-    """The whole page; a benchmark that has not been run is named as missing."""
+def plots(name: str, lines: list[Line]) -> dict[str, tuple[str, str]]:
+    """Title -> (file name, SVG): bars of speed a case, or one set of curves for all cases of one kind of size."""
+    cases = [(case, list(found)) for case, found in groupby(lines, key=lambda line: line["case"])]
+    if name != "growth":
+        made = {case: bars(case, [(x["arm"], float(x["speed"])) for x in found]) for case, found in cases}
+    else:
+        kinds: dict[str, list[tuple[str, list[tuple[float, float]]]]] = {}
+        for case, found in cases:
+            kind, _, said = case.partition(": ")
+            kinds.setdefault(kind, []).append((said, [(float(x["arm"]), float(x["ms"])) for x in found]))
+        made = {kind: curves(kind, kind.split(",")[0], series) for kind, series in kinds.items()}
+    return {title: (f"{name}-{i}.svg", svg) for i, (title, svg) in enumerate(made.items())}
+
+
+def page(results: Path, figures: Path | None = None) -> str:
+    """The whole page; a benchmark that has not been run is named as missing. Plots are written into ``figures``."""
     out, missing = [HEAD], []
     for name, title in PARTS.items():
         path = results / f"{name}.csv"
@@ -63,6 +82,10 @@ def page(results: Path) -> str:
             lines = list(csv.DictReader(file))
         out.append(f"## {title}\n")
         out.append(f"`python benchmarks/{name}.py`\n")
+        for title, (file_name, svg) in plots(name, lines).items() if figures is not None else ():
+            figures.mkdir(parents=True, exist_ok=True)
+            (figures / file_name).write_text(svg + "\n", encoding="utf-8")
+            out.append(f"![{title}]({figures.parent.name}/{figures.name}/{file_name})\n")
         for case, found in groupby(lines, key=lambda line: line["case"]):
             out += table(case, list(found))
         out.append(", ".join(f"{fact} {lines[0][fact]}" for fact in FACTS) + f", {lines[0]['rounds']} rounds.\n")
@@ -77,7 +100,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "performance.md")
     args = parser.parse_args()
-    args.out.write_text(page(args.results), encoding="utf-8")
+    args.out.write_text(page(args.results, args.out.parent / "figures" / "performance"), encoding="utf-8")
     print(args.out)
 
 

@@ -6,6 +6,7 @@ import csv
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tests.conftest import random_rows
 from tests.paths import ROOT
 
 FOLDER = ROOT / "benchmarks"
-SCRIPTS = ("loss", "fused_linear", "step", "overhead", "cache", "augment", "startup")
+SCRIPTS = ("loss", "fused_linear", "memory", "step", "overhead", "cache", "speculative", "augment", "startup", "growth")
 
 
 def ran(*command: object) -> subprocess.CompletedProcess[str]:
@@ -57,6 +58,11 @@ def test_the_page(results: Path, tmp_path: Path) -> None:
     assert not done.returncode, done.stderr
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
     (tmp_path / "step.csv").rename(results / "step.csv")
+    plot = tmp_path / "figures" / "performance" / "step-0.svg"
+    assert f"(figures/performance/{plot.name})" in text
+    assert ElementTree.parse(plot).getroot().tag.endswith("svg") and "mdistiller, KD" in plot.read_text(
+        encoding="utf-8"
+    )
     assert "| mdistiller, KD |" in text and "re-stated" in text and "Not measured here yet: loss" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert len(widths) == 1, "every line of the table has its columns"
