@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from tempering.data import Splits, cifar100
 from tempering.data.cifar import MEAN, STD
 from tempering.engine import CHECK_ONLY
 from tempering.methods.supervised import Supervised
-from tempering.models import build, load, stages
+from tempering.models import build, explainer, load, parted, stages
 from tempering.tasks import Classification, Task
 from tempering.tasks.views import CutMix, CutOut, MixUp, RandAugment, Views
 from tempering.teachers import Live, record
@@ -44,6 +44,7 @@ def main(
     data: Path,
     teacher: str = "resnet32x4",
     student: str = "resnet8x4",
+    tree: Path | None = None,
     method: str = "dtkd",
     temperature: str | None = None,
     views: Literal["one", "strong", "cutmix", "mixup", "cutout"] = "one",
@@ -80,7 +81,8 @@ def main(
     Args:
         data: the official cifar-100-python archive or folder, or this project's packed blocks.
         teacher: net of the teacher, such as resnet14, resnet32x4, wrn_40_2; `tempering list` names them.
-        student: net of the student.
+        student: net of the student; "vam:resnet8" attends to 4 virtual blocks of its maps, "vam8:resnet8" to 8.
+        tree: of an "explainer" student: weights of a finished run, whose tree is kept while all else is drawn anew.
         method: an arm or a method, such as supervised, kd, kd-matched, dtkd-published, or
             "dtkd(soft=0.5, temperature=sharpness(4, solve=std))".
         temperature: a policy in place of the method's own, such as "sharpness(4, solve=max)" or "static(2)".
@@ -89,7 +91,8 @@ def main(
         label: what tables call this run; by itself it follows from the method.
         epochs: how long; decay and warm-up are shares of it.
         batch_size: images a step.
-        lr: learning rate at the start; by itself 0.05, and 0.01 for MobileNets and ShuffleNets.
+        lr: learning rate at the start; by itself 0.05, and 0.01 for MobileNets and ShuffleNets. Explainers have Adam
+            and a linear decay until they have a tree, and then halve it ten times.
         subset: train on this many images, classes in proportion; by itself all 50,000.
         test_subset: test on this many images, classes in proportion; by itself all 10,000.
         validation: training images held out to choose the best epoch by; 0 trains on all, as the field does, and the
@@ -144,6 +147,9 @@ def main(
     )
     splits = read(seed=seed)
     learner, taught, said = _new(student, splits, fast, seed=seed), None, None
+    if tree is not None:
+        explainer.restart(load(learner, tree))
+    optimizer, schedule = _trains(learner, lr or rate(student), staged=tree is not None)
     taps = {name: (name, name) for name in loss.features(stages(learner))}
     if loss.needs_teacher:
         net = _new(teacher, splits, fast, seed=0)
@@ -151,10 +157,10 @@ def main(
         if teacher_weights is not None:
             load(net, teacher_weights)
         else:
-            length, rate = teacher_epochs or epochs, lr or _rate(teacher)
+            length, speed = teacher_epochs or epochs, lr or rate(teacher)
             own = read if teacher_subset is None else partial(read, subset=teacher_subset)
-            teach = partial(_teach, net, teacher, own, partial(train, epochs=length, optimizer=_sgd(rate)))
-            key = {"epochs": length, "batch_size": batch_size, "lr": rate, "seed": 0, "precision": precision}
+            teach = partial(_teach, net, teacher, own, partial(train, epochs=length, optimizer=sgd(speed)))
+            key = {"epochs": length, "batch_size": batch_size, "lr": speed, "seed": 0, "precision": precision}
             # a larger set is not decoded to name it: the test images say which data it is, and the count how many
             key["data"] = (
                 splits.train.identity if teacher_subset is None else [splits.test.identity, teacher_subset, validation]
@@ -174,7 +180,8 @@ def main(
         splits.train.replay(teacher_cache) if taught is not None and teacher_cache else splits.train,
         method=loss,
         task=_task(views, taps),
-        optimizer=_sgd(lr or _rate(student)),
+        optimizer=optimizer,
+        schedule=schedule,
         epochs=epochs,
         validation=splits.validation,
         test=splits.test,
@@ -182,7 +189,12 @@ def main(
         strategy=strategy,
         seed=seed,
         out=None if CHECK_ONLY.get() else out,
-        facts={"label": label or arm.label, "student": {"name": student}, "teacher": said, "data": splits.facts()},
+        facts={
+            "label": label or _label(arm.label, student, staged=tree is not None),
+            "student": _net(student),
+            "teacher": said,
+            "data": splits.facts(),
+        },
     )
 
 
@@ -220,11 +232,30 @@ def _new(name: str, splits: Splits, channels_last: bool, *, seed: int) -> nn.Mod
     return net.to(memory_format=torch.channels_last) if channels_last else net  # pyright: ignore[reportCallIssue]
 
 
-def _rate(name: str) -> float:
-    return 0.01 if name.lower().startswith(SLOW) else 0.05
+def rate(name: str) -> float:
+    return 0.01 if parted(name)[1].lower().startswith(SLOW) else 0.05
 
 
-def _sgd(lr: float) -> partial[torch.optim.SGD]:
+def _net(name: str) -> dict[str, str]:
+    """A student in the records. One that attends is the same net when it is folded, so tables compare the two."""
+    attention, plain = parted(name)
+    return {"name": plain, "attention": attention} if attention else {"name": plain}
+
+
+def _label(arm: str, student: str, *, staged: bool) -> str:
+    """What tables call a run by itself: its arm, and what its student has beside it."""
+    attention, _ = parted(student)
+    return arm + (f" + {attention.upper()}" if attention else "") + (", second stage" if staged else "")
+
+
+def _trains(net: nn.Module, lr: float, *, staged: bool) -> tuple[Callable[..., Any], Callable[[float], float]]:
+    """Optimizer and schedule of a student; an explainer's are its code's, of its first or its second stage."""
+    if isinstance(net, explainer.Explainer) and not staged:
+        return partial(explainer.adam, net=net, lr=lr), explainer.rate
+    return sgd(lr), explainer.halving if staged else decay
+
+
+def sgd(lr: float) -> partial[torch.optim.SGD]:
     return partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=5e-4)
 
 

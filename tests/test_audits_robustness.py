@@ -153,7 +153,8 @@ def test_a_certificate_of_a_linear_net_is_below_the_true_radius_and_near_it() ->
 # corruptions
 
 
-@pytest.mark.parametrize("name", sorted(CORRUPTIONS))
+# three of them do not grow in plain distance, by CIFAR-C's own constants: tests/test_corruptions.py
+@pytest.mark.parametrize("name", sorted(set(CORRUPTIONS) - {"elastic", "frost", "glass_blur"}))
 def test_corruptions_grow_with_severity_and_stay_in_range(name: str) -> None:
     if name in ("pixelate", "jpeg"):
         pytest.importorskip("PIL")

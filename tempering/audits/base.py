@@ -85,6 +85,10 @@ class Audit(ABC):
     def examine(self, models: Mapping[str, nn.Module], batches: Iterable[Any]) -> list[Finding]:
         """The findings on "student" and, where there is one, "teacher", both in eval mode and frozen."""
 
+    def drawn(self, student: nn.Module) -> dict[str, Any]:
+        """What the report draws beside the findings, plain enough for JSON; {} for nothing."""
+        return {}
+
 
 def _module(model: Any, side: str) -> nn.Module:
     found = model if isinstance(model, nn.Module) else getattr(model, "model", None)
@@ -131,13 +135,15 @@ def answering(model: nn.Module, side: str) -> Answer:
     return answer
 
 
-def labelled(batches: Iterable[Any], samples: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """(inputs, labels) of the labelled rows, batch by batch, the first ``samples`` of them.
+def identified(batches: Iterable[Any], samples: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(inputs, labels, ids) of the labelled rows, batch by batch, the first ``samples`` of them.
+
+    Ids are the batches' third part, else the rows' numbers in the order in which they come.
 
     Raises:
         ValueError: for batches of another form, or where there is no labelled row at all.
     """
-    seen = 0
+    seen = walked = 0
     for batch in batches:
         if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not all(isinstance(b, Tensor) for b in batch[:2]):
             raise ValueError(f"an audit needs batches (inputs, labels, ...) of tensors; got {type(batch).__name__}.")
@@ -146,17 +152,25 @@ def labelled(batches: Iterable[Any], samples: int | None = None) -> Iterator[tup
             raise ValueError(
                 f"an audit needs a class index (N,) for each of {len(x)} inputs; got {y.dtype} {tuple(y.shape)}."
             )
+        given = batch[2] if len(batch) > 2 else None
+        if not isinstance(given, Tensor) or given.shape != y.shape or given.is_floating_point():
+            given = torch.arange(walked, walked + len(y), device=y.device)
+        walked += len(y)
         kept = y >= 0
-        x, y = x[kept], y[kept]
-        if samples is not None:
-            x, y = x[: samples - seen], y[: samples - seen]
+        x, y, ids = (part[kept] if samples is None else part[kept][: samples - seen] for part in (x, y, given))
         seen += len(y)
         if len(y):
-            yield x, y
+            yield x, y, ids
         if samples is not None and seen >= samples:
             break
     if not seen:
         raise ValueError("there is nothing to audit: the batches hold no labelled row. Is the split empty?")
+
+
+def labelled(batches: Iterable[Any], samples: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same without ids."""
+    for x, y, _ in identified(batches, samples):
+        yield x, y
 
 
 def data(batches: Iterable[Any], samples: int | None) -> tuple[Tensor, Int[Tensor, " N"]]:
@@ -166,24 +180,33 @@ def data(batches: Iterable[Any], samples: int | None) -> tuple[Tensor, Int[Tenso
 
 
 @torch.no_grad()
-def answers(
+def answered(
     models: Mapping[str, nn.Module], batches: Iterable[Any], samples: int | None = None
-) -> tuple[dict[str, Float[Tensor, "N C"]], Int[Tensor, " N"]]:
-    """What each model says, side -> (N, C) float64 on the CPU, and the labels (N,).
+) -> tuple[dict[str, Float[Tensor, "N C"]], Int[Tensor, " N"], Int[Tensor, " N"]]:
+    """What each model says, side -> (N, C) float64 on the CPU, the labels (N,) and the ids (N,).
 
     Raises:
         ValueError: where the two have other numbers of classes, or a label fits none.
     """
     asked = {side: answering(model, side) for side, model in models.items()}
     said: dict[str, list[Tensor]] = {side: [] for side in models}
-    labels = []
-    for x, y in labelled(batches, samples):
+    labels, known = [], []
+    for x, y, ids in identified(batches, samples):
         labels.append(y.cpu())
+        known.append(ids.cpu())
         for side, answer in asked.items():
             said[side].append(answer(x).cpu().double())
     whole, y = {side: torch.cat(parts) for side, parts in said.items()}, torch.cat(labels)
     _fits({side: z.shape[1] for side, z in whole.items()}, y)
-    return whole, y
+    return whole, y, torch.cat(known)
+
+
+def answers(
+    models: Mapping[str, nn.Module], batches: Iterable[Any], samples: int | None = None
+) -> tuple[dict[str, Float[Tensor, "N C"]], Int[Tensor, " N"]]:
+    """The same without ids."""
+    said, y, _ = answered(models, batches, samples)
+    return said, y
 
 
 def fits(models: Mapping[str, nn.Module], x: Tensor, y: Tensor) -> int:

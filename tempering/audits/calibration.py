@@ -46,6 +46,7 @@ class Calibration(Audit):
     ) -> None:
         positive({"bins": bins, "draws": draws})
         self.bins, self.taught, self.samples, self.draws, self.seed = bins, taught, samples, draws, seed
+        self._drawn: dict[str, Any] = {}
 
     def examine(self, models: Mapping[str, nn.Module], batches: Iterable[Any]) -> list[Finding]:
         said, y = answers(models, batches, self.samples)
@@ -54,12 +55,20 @@ class Calibration(Audit):
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(self.seed))
         fitted, held = order[: len(y) // 2], order[len(y) // 2 :]
         found: list[Finding] = []
+        self._drawn = {"temperature": {}, "plain": {}, "tempered": {}}
         for side, z in said.items():
             T = fit_temperature(z[fitted], y[fitted])
             found += self._scores(side, z[held], y[held], "")
             found.append(self._temperature(side, T, len(fitted)))
             found += self._scores(side, z[held] / T.value, y[held], "_tempered")
+            self._drawn["temperature"][side] = T.value
+            for when, by in (("plain", 1.0), ("tempered", T.value)):
+                self._drawn[when][side] = diagram(z[held] / by, y[held], bins=self.bins)
         return found
+
+    def drawn(self, student: nn.Module) -> dict[str, Any]:
+        """The reliability diagrams of the half that fits nothing, before and after the fitted temperature."""
+        return {"reliability": self._drawn}
 
     def _scores(self, side: str, z: Tensor, y: Tensor, after: str) -> list[Finding]:
         """The four scores of these logits on the half that fits nothing."""
@@ -133,8 +142,25 @@ def ece(confidence: Float[Tensor, " N"], right: Bool[Tensor, " N"], *, bins: int
         place = torch.empty(len(gap), dtype=torch.long)
         place[torch.argsort(confidence, stable=True)] = torch.arange(len(gap)) * bins // len(gap)
     else:
-        place = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
+        place = _place(confidence, bins)
     return float(torch.bincount(place, gap, minlength=bins).abs().sum() / len(gap))
+
+
+def diagram(z: Float[Tensor, "N C"], y: Int[Tensor, " N"], *, bins: int = 15) -> list[dict[str, float]]:
+    """Confidence beside accuracy in the bins of equal width that hold a row, as records write a reliability diagram."""
+    confidence, predicted = z.softmax(-1).max(-1)
+    place = _place(confidence, bins)
+    found = []
+    for i in place.unique().tolist():
+        at = place == i
+        said, right = confidence[at].double().mean(), (predicted == y)[at].double().mean()
+        found.append({"low": i / bins, "high": (i + 1) / bins, "count": int(at.sum())})
+        found[-1] |= {"confidence": float(said), "accuracy": float(right)}
+    return found
+
+
+def _place(confidence: Tensor, bins: int) -> Tensor:
+    return (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
 
 
 def noise(

@@ -9,27 +9,33 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tempering.audits.base import Audit, Finding, answering, answers, data, fits, positive
+from tempering.audits import gradcam, hardness
+from tempering.audits.base import Audit, Finding, answered, answering, data, fits, positive
 from tempering.audits.intervals import average, share
 from tempering.audits.membership import confidence
 from tempering.audits.similarity import alike, cka, cka_interval, slopes
+from tempering.audits.trees import findings, tree_of
 from tempering.taps import Taps
+from tempering.temperature.base import Policy
 
 PARTS = ("hardest", "hard", "middling", "easy", "easiest")
 
 
 class Explanation(Audit):
-    """Agreement of student and teacher by class and by difficulty, likeness of their input gradients, and linear CKA.
+    """Agreement of student and teacher by class and by difficulty, likeness of their input gradients, of their Grad-CAM
+    maps and of their representations (linear CKA), and which samples a dynamic temperature treats as hard.
 
     Difficulty is the teacher's log-odds of the label, in fifths. Gradients are those of each model's own cross-entropy
-    in the inputs as they are given. It needs a teacher, and models of one input.
+    in the inputs as they are given. It needs a teacher, and models of one input. A student with a ``tree()``, which is
+    KDExplainer's, is asked for that too.
 
     Args:
         layers: name -> (student's module, teacher's module), whose outputs are compared by CKA; the logits always are.
+        policy: whose temperatures are looked at, such as the run's own; None is Sharpness(4.0), as the findings say.
         classes: how many classes are named, those with the least agreement.
         class_names: one a class.
         samples: rows to look at, None for all.
-        inside: of these, how many for gradients and CKA, whose cost grows with their square.
+        inside: of these, how many for gradients, Grad-CAM and CKA, whose cost grows with their square.
         batch: inputs at once.
     """
 
@@ -37,6 +43,7 @@ class Explanation(Audit):
         self,
         *,
         layers: Mapping[str, tuple[str, str]] | None = None,
+        policy: Policy | None = None,
         classes: int = 5,
         class_names: Sequence[str] | None = None,
         samples: int | None = None,
@@ -45,12 +52,13 @@ class Explanation(Audit):
     ) -> None:
         positive({"inside": inside, "batch": batch})
         self.layers, self.classes, self.class_names = dict(layers or {}), classes, class_names
+        self.policy, self._drawn = policy, {}
         self.samples, self.inside, self.batch = samples, inside, batch
 
     def examine(self, models: Mapping[str, nn.Module], batches: Iterable[Any]) -> list[Finding]:
         if "teacher" not in models:
             raise ValueError("Explanation compares a student with its teacher, and there is none.")
-        said, y = answers(models, batches, self.samples)
+        said, y, ids = answered(models, batches, self.samples)
         student, teacher = said["student"], said["teacher"]
         same = student.argmax(-1) == teacher.argmax(-1)
         wrong = teacher.argmax(-1) != y
@@ -61,9 +69,19 @@ class Explanation(Audit):
             average("kl", "both", kl, "KL(teacher || student) at temperature 1, nats a sample; 0 is a perfect copy."),
         ]
         found += self._by_class(same, y) + self._by_difficulty(same, confidence(teacher, y))
+        hard = hardness.hardness(self.policy, student, teacher, y)
+        found += hardness.findings(hard, ids.tolist())
+        self._drawn = {"temperatures": hardness.drawn(hard)}
+        if (tree := tree_of(models["student"])) is not None:
+            found += findings(tree, teacher, y)
         x, y = data(batches, min(self.inside, len(y)))
         fits(models, x, y)
         return found + self._inside(models, x, y)
+
+    def drawn(self, student: nn.Module) -> dict[str, Any]:
+        """Temperatures by difficulty, and the concept tree of a student that has one."""
+        tree = tree_of(student)
+        return self._drawn | ({} if tree is None else {"tree": tree, "class_names": list(self.class_names or ())})
 
     def _by_class(self, same: Tensor, y: Tensor) -> list[Finding]:
         present = y.unique().tolist()
@@ -117,6 +135,7 @@ class Explanation(Audit):
                 "moved by the same pixels. Unrelated models are near 0."
             )
             found.append(average("gradient_cosine", "both", cosine, meaning))
+            found.append(gradcam.looks_alike(models, self.layers, x, y, batch=self.batch))
         for name in ends["student"]:
             pair = ends["student"][name], ends["teacher"][name]
             meaning = (

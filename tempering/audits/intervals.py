@@ -62,6 +62,29 @@ def average(name: str, of: str, values: Float[Tensor, " N"], meaning: str, *, sh
     return Finding(name, of, middle, meaning, low, high, n, share)
 
 
+def correlation(name: str, of: str, a: Float[Tensor, " N"], b: Float[Tensor, " N"], meaning: str) -> Finding:
+    """Spearman's rank correlation as a finding, in [-1, 1], ties at their mean rank; None where one side is constant.
+
+    Reference: the interval is that of Bonett and Wright, "Sample size requirements for estimating Pearson, Kendall and
+    Spearman correlations", Psychometrika 2000, equation 8.
+    """
+    n, (x, y) = len(a), (_ranks(v.double()) for v in (a, b))
+    spread = float(x.square().sum() * y.square().sum()) ** 0.5
+    if n < 4 or spread == 0:
+        why = f"there are {n} samples" if n < 4 else "one of the two is the same for all samples"
+        return Finding(name, of, None, f"There is no correlation: {why}. {meaning}", n=n)
+    r = max(-1.0, min(1.0, float((x * y).sum()) / spread))
+    middle, half = math.atanh(r * (1 - 1e-12)), Z * math.sqrt((1 + r**2 / 2) / (n - 3))
+    return Finding(name, of, r, meaning, min(r, math.tanh(middle - half)), max(r, math.tanh(middle + half)), n)
+
+
+def _ranks(v: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Centred ranks, the mean one for values that are equal."""
+    _, place, counts = torch.unique(v, return_inverse=True, return_counts=True)
+    rank = (counts.cumsum(0) - (counts - 1) / 2).double()[place]
+    return rank - rank.mean()
+
+
 def bootstrap(
     statistic: Callable[[Tensor], float], n: int, *, draws: int, seed: int, biased: bool = False
 ) -> tuple[float, float]:

@@ -21,7 +21,7 @@ Attack = Callable[[Answer, Tensor, Tensor], Attacked]
 class Robustness(Audit):
     """Accuracy of both models under FGSM and PGD, whether it may be believed, and how much of it is the teacher's.
 
-    Beside it: the certified accuracy of the smoothed models, and accuracy under eight of CIFAR-C's corruptions. Attacks
+    Beside it: the certified accuracy of the smoothed models, and accuracy under CIFAR-C's fifteen corruptions. Attacks
     work on pixels in [0, 1], whatever the models are normalised with, and never leave it. Accuracy under an attack is
     an upper bound of robust accuracy: a stronger attack may find less.
 
@@ -258,7 +258,8 @@ class Robustness(Audit):
             found.append(average(f"corrupted_{name}", side, per_image, meaning, share=True))
         if every:
             meaning = (
-                f"Mean accuracy over {', '.join(self.corruptions)}: not the mCE, which has fifteen and a baseline."
+                f"Mean accuracy over {', '.join(self.corruptions)}: not the mCE, which is relative to a baseline. The "
+                "published files have other random numbers, and photographs of frost."
             )
             found.append(average("corrupted", side, torch.stack(every).mean(0), meaning, share=True))
         return found

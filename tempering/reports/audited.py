@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tempering.reports import audit_figures
 from tempering.reports.compare import Comparison
-from tempering.reports.figures import styles
+from tempering.reports.figures import Figure, styles
 from tempering.reports.read import number
+from tempering.reports.trees import tree_figure, whole
 
 TITLES = {
     "calibration": "Calibration",
@@ -38,6 +40,7 @@ class Audited:
     css: str
     seed: int
     parts: Sequence[tuple[str, Sequence[Said]]]
+    figures: Sequence[Figure] = ()
 
 
 def audits(found: Comparison) -> list[Audited]:
@@ -48,8 +51,32 @@ def audits(found: Comparison) -> list[Audited]:
             there = (run.audits or {}).get("audits") or {}
             parts = [(title, [said(f) for f in there[k]["findings"]]) for k, title in TITLES.items() if there.get(k)]
             if parts:
-                out.append(Audited(arm.label, css[arm.label], run.seed, parts))
+                colour = css[arm.label]
+                out.append(Audited(arm.label, colour, run.seed, parts, _figures(there, colour, len(out))))
     return out
+
+
+def _figures(there: Mapping[str, Any], css: str, number: int) -> list[Figure]:
+    """What the audits of a run drew."""
+    drawn = {kind: (there.get(kind) or {}).get("drawn") or {} for kind in TITLES}
+    return [
+        *audit_figures.reliability(drawn["calibration"], css, f"reliability-{number}"),
+        *audit_figures.temperatures(drawn["explanation"], css, f"hardness-{number}"),
+        *_tree(drawn["explanation"], css, f"tree-{number}"),
+    ]
+
+
+def _tree(drawn: Mapping[str, Any], css: str, key: str) -> list[Figure]:
+    """The concept tree of a student that has one."""
+    tree = drawn.get("tree") or ()
+    if not whole(tree):
+        return []
+    caption = (
+        "Each class hangs on the expert that it hears first, and so on back to the image; a line is as strong as the "
+        "share it takes. Experts on no class's way are left out."
+    )
+    svg = tree_figure(key, tree, drawn.get("class_names") or (), css=css)
+    return [Figure("KDExplainer's tree where it was used", svg, caption)]
 
 
 def said(finding: Mapping[str, Any]) -> Said:

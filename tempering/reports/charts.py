@@ -173,7 +173,7 @@ def lines(
     for s, y in ends:
         under = any(other > y for _, other in ends) and frame.y(y) + 15 < frame.y.start
         out.append(tag("text", s.text, class_=f"end halo {s.css} said", x=x.stop, y=frame.y(y) + (15 if under else -8)))
-    return _svg(key, title, told, out, width, height)
+    return svg(key, title, told, out, width, height)
 
 
 def strips(
@@ -217,7 +217,7 @@ def strips(
         if row.span is not None:
             inside.append(tag("line", class_="span", x1=x(row.span[0]), x2=x(row.span[1]), y1=at, y2=at))
         out.append(tag("g", *inside, *(_mark(mark, x, at) for mark in row.marks), class_=row.css))
-    return _svg(key, title, told, out, width, height)
+    return svg(key, title, told, out, width, height)
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def reliability(key: str, title: str, told: str, sides: Sequence[Bins], *, size:
                 tag("circle", tag("title", said), class_="dot", cx=x(100 * confidence), cy=y(100 * accuracy), r=r)
             )
         out.append(tag("g", *inside, class_=side.css))
-    return _svg(key, title, told, out, width, height)
+    return svg(key, title, told, out, width, height)
 
 
 def figure(value: float) -> str:
@@ -262,7 +262,8 @@ def figure(value: float) -> str:
     return f"{round(value, 6):g}"
 
 
-def _svg(key: str, title: str, told: str, parts: Iterable[Svg], width: float, height: float) -> Svg:
+def svg(key: str, title: str, told: str, parts: Iterable[Svg], width: float, height: float) -> Svg:
+    """A drawing that says what it is; ``key`` is its own on the page."""
     named = [tag("title", title, id=f"{key}-t"), tag("desc", told, id=f"{key}-d")]
     box = f"0 0 {_short(width)} {_short(height)}"
     return tag("svg", *named, *parts, viewBox=box, role="img", aria_labelledby=f"{key}-t", aria_describedby=f"{key}-d")

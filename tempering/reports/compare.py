@@ -12,7 +12,7 @@ from tempering.reports.reported import published
 
 CONTROL = "student alone"
 MATCHED = "KD, weight-matched"
-FRACTIONS = ("accuracy", "top5", "agreement", "ece")  # shown in percent
+FRACTIONS = ("accuracy", "top5", "agreement", "ece", "fgsm", "pgd", "map", "map50", "map75")  # shown in percent
 LOWER = ("loss", "ece", "perplexity", "nll")  # better when lower
 NOT_RUN = "not run"
 
@@ -36,7 +36,7 @@ class Metric:
     @property
     def lower(self) -> bool:
         """Whether less is better."""
-        return self.key in LOWER
+        return self.key in LOWER or self.key.startswith("exposure")
 
     @property
     def unit(self) -> str:
@@ -105,6 +105,10 @@ class Arm:
         """Mean over finished runs of a number of the result, such as "step_ms"."""
         return mean([v for run in self.counted if (v := number(run.of("result").get(key))) is not None])
 
+    def scores(self, metric: Metric) -> list[float]:
+        """Another metric at the end of every finished run that has it, by seed."""
+        return [v for run in self.counted if (v := run.score(metric.name)) is not None]
+
     def epochs(self, which: str) -> list[int]:
         """The epoch of the "last" or the "best" score of every finished run that says it, by seed."""
         told = [(run.of("result").get(which) or {}).get("epoch") for run in self.counted]
@@ -122,6 +126,7 @@ class Comparison:
         main: the control that decides: the one asked for, else KD at the same total weights where it has a number,
             since to beat the student alone is not yet to beat plain distillation; None where no control has one.
         notes: what a reader must know before trusting it, in sentences.
+        columns: other metrics that the records want shown beside it.
     """
 
     metric: Metric
@@ -129,6 +134,7 @@ class Comparison:
     controls: tuple[str, ...]
     main: str | None
     notes: tuple[str, ...]
+    columns: tuple[Metric, ...] = ()
 
     @property
     def seeds(self) -> list[int]:
@@ -152,7 +158,8 @@ def compare(runs: Sequence[RunRecord], control: str | None = None, *, metric: st
     Args:
         control: label of the arm to subtract; None takes "student alone" where it is there. An arm "KD,
             weight-matched" is another control where it is there.
-        metric: as in "test/accuracy"; None takes the test accuracy, or what the records have in its place.
+        metric: as in "test/accuracy"; None takes the first of the records' own ``columns``, else the test accuracy, or
+            what they have in its place.
 
     Raises:
         ValueError: for no runs, runs on different data, an arm of two students or two teachers, or a control that is
@@ -178,7 +185,8 @@ def compare(runs: Sequence[RunRecord], control: str | None = None, *, metric: st
     numbered = [arm.label for arm in arms if arm.label in controls and arm.mean is not None]
     main = controls[0] if control is not None else next((c for c in reversed(controls) if c in numbered), None)
     notes += [*_mixed_arms(arms), *_fairness(counted), *_choice_of_best(counted)]
-    return Comparison(measure, arms, controls, main, tuple(notes))
+    columns = tuple(Metric(name) for name in _columns(runs) if name != measure.name)
+    return Comparison(measure, arms, controls, main, tuple(notes), columns)
 
 
 def _one_data_set(runs: Sequence[RunRecord]) -> None:
@@ -214,7 +222,10 @@ def _called(run: RunRecord, part: str) -> str:
 
 
 def _metric_of(runs: Sequence[RunRecord]) -> str:
-    """The metric that these records are about: accuracy, or what chose the best epoch; test before validation."""
+    """The metric that these records are about: their first column, else accuracy, or what chose the best epoch; test
+    before validation."""
+    if columns := _columns(runs):
+        return columns[0]
     for split in ("test", "validation"):
         for run in runs:
             scores = (run.of("result").get("last") or {}).get(split) or {}
@@ -223,6 +234,11 @@ def _metric_of(runs: Sequence[RunRecord]) -> str:
                 if number(scores.get(key)) is not None:
                     return f"{split}/{key}"
     return "test/accuracy"
+
+
+def _columns(runs: Sequence[RunRecord]) -> list[str]:
+    """The metrics that the records name for a table, ``facts["columns"]``, in their order."""
+    return list(dict.fromkeys(str(name) for run in runs for name in run.facts.get("columns") or ()))
 
 
 def _controls(groups: Mapping[str, object], control: str | None) -> tuple[str, ...]:

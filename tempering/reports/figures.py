@@ -213,7 +213,7 @@ def learning(found: Comparison) -> Section:
     get = inside(split, metric.key)
     get = percent(get) if metric.fraction else get
     name, unit = f"{split.capitalize()} {metric.key}", f"{metric.key}{_in(metric.unit)}"
-    taught = teacher_accuracy(found) if metric.key == "accuracy" else None
+    taught = teacher_accuracy(found)
     levels = [] if taught is None else [(100 * taught, TEACHER, "teacher")]
     figures = [
         overlay(found, "score", name, get, y_label=unit, levels=levels),
@@ -290,11 +290,14 @@ def terms(found: Comparison) -> Section:
 
 
 def teacher_accuracy(found: Comparison) -> float | None:
-    """Of the teacher on the split that was analysed; None where no record says it."""
+    """Of the teacher on the split that was analysed, or its map; None where no record says it."""
+    key = found.metric.key
     for arm in found.arms:
         for run in shown(arm):
-            value = number(((run.analysis or {}).get("accuracy") or {}).get("teacher"))
-            if value is not None and (run.analysis or {}).get("split") == found.metric.name.partition("/")[0]:
+            said = run.analysis or {}
+            part = said.get("accuracy") if key == "accuracy" else (said.get("detection") or {}).get(key)
+            value = number((part or {}).get("teacher"))
+            if value is not None and said.get("split") == found.metric.name.partition("/")[0]:
                 return value
     return None
 

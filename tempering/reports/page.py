@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tempering.reports import audited, figures, figures_analysis, figures_temperature, table, words
+from tempering.reports import audited, figures, figures_analysis, figures_boxes, figures_temperature, table, words
 from tempering.reports.compare import Comparison, compare
 from tempering.reports.read import RunRecord, number
 
@@ -65,6 +65,7 @@ def render(runs: Sequence[RunRecord], *, title: str | None = None, control: str 
         figures.agreement(found),
         figures_analysis.calibration(found),
         figures_analysis.classes(found),
+        *figures_boxes.boxes(found),
     ]
     text = environment.get_template("page.html").render(
         title=title or _title(found),
@@ -118,7 +119,7 @@ def _cards(found: Comparison) -> list[dict[str, str]]:
     metric, cards = found.metric, []
     controls = [arm for arm in found.arms if arm.label in found.controls and arm.mean is not None]
     best = next((arm for arm in found.ranked if arm not in controls), None)
-    taught = figures.teacher_accuracy(found) if metric.key == "accuracy" else None
+    taught = figures.teacher_accuracy(found)
     name = metric.name.replace("/", " ")
     for arm in [*controls, *([] if best is None else [best])]:
         role = "best arm" if arm is found.ranked[0] else "best of the rest" if controls else "highest mean"

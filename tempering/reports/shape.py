@@ -7,14 +7,25 @@ from typing import Any
 # an object: its members, "*" for any, "!" behind those that must be there; [shape]: a list; float: a number
 SCORES = {"test": {}, "validation": {}}
 BIN = {"low!": float, "count!": float, "confidence": float, "accuracy": float}
+DOT = {"count!": float, "confidence!": float, "accuracy!": float}
 FINDING = {"name!": str, "of!": str, "meaning!": str, "value": float, "low": float, "high": float, "n": int}
 PAIR = {"true!": int, "predicted!": int, "student!": float, "teacher!": float}
+LEVEL = {"level!": str, "parents!": int, "parent!": [int], "attention!": [[float]], "entropy!": [float]}
+PART = {"loss!": float, "T_student!": float, "T_teacher!": float}
+DRAWN = {
+    "tree": [LEVEL],
+    "class_names": [str],
+    "temperatures": {"policy!": str, "by_difficulty": [PART]},
+    "reliability": {"temperature": {"*": float}, "plain": {"*": [DOT]}, "tempered": {"*": [DOT]}},
+}
+PICTURE = {"jpeg!": str, "width!": float, "height!": float, "boxes!": {"*": [[float]]}}
 RECORD = {
     "facts": {
         "result": {"last": SCORES, "best": SCORES},
         "student": {"name": str},
         "teacher": {"identity": str},
         "optimizer": [],
+        "columns": [str],
     },
     "epochs": [SCORES],
     "steps": [{"terms": {}, "policy": {}}],
@@ -26,8 +37,9 @@ RECORD = {
         "per_class": {"*": [float]},
         "confusions": [PAIR],
         "temperatures": {"by_difficulty": [{}]},
+        "detection": {"map": {}, "map_by_class": {"*": [float]}, "pictures": [PICTURE]},
     },
-    "audits": {"audits!": {"*": {"findings!": [FINDING]}}},
+    "audits": {"audits!": {"*": {"findings!": [FINDING], "drawn": DRAWN}}},
 }
 NAMES = {dict: "an object", list: "a list", float: "a number", int: "a whole number", str: "a text"}
 

@@ -7,7 +7,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from tempering.reports import words
-from tempering.reports.compare import Arm, Comparison, compare
+from tempering.reports.compare import Arm, Comparison, Metric, compare
 from tempering.reports.intervals import deviation, mean
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def cells(found: Comparison, arm: Arm) -> dict[str, tuple[str, bool]]:
     }
     if any(other.reported for other in found.arms):
         row[f"reported{unit}"] = (metric.show(arm.reported and arm.reported[0]), False)
+    row |= {_head(other): (_spread(other, arm.scores(other)), False) for other in found.columns}
     row |= {f"vs {control}{step}": words.cell(found, arm, control) for control in found.controls}
     if found.main is not None:
         gap = arm.versus.get(found.main)
@@ -68,13 +69,24 @@ def rich_table(found: Comparison) -> Table:
 
     said = Text(" ".join(words.headline(found)[:2]))
     table = Table(box=SIMPLE_HEAD, header_style="bold", caption=said, caption_justify="left", padding=(0, 1, 0, 0))
-    for i, head in enumerate(head for head in cells(found, found.arms[0]) if not head.startswith(WIDE)):
+    wide = (*WIDE, *map(_head, found.columns))
+    for i, head in enumerate(head for head in cells(found, found.arms[0]) if not head.startswith(wide)):
         lines = textwrap.wrap(head, 12, break_long_words=False)
         table.add_column(Text("\n".join(lines)), justify="left" if i < 2 else "right", overflow="fold", no_wrap=i > 1)
     for arm in found.arms:
-        row = [cell for head, cell in cells(found, arm).items() if not head.startswith(WIDE)]
+        row = [cell for head, cell in cells(found, arm).items() if not head.startswith(wide)]
         table.add_row(*(Text(text, style="bold" if strong else "") for text, strong in row))
     return table
+
+
+def _head(metric: Metric) -> str:
+    return metric.name.replace("/", " ").replace("_", " ") + (" (%)" if metric.fraction else "")
+
+
+def _spread(metric: Metric, values: list[float]) -> str:
+    """Mean and standard deviation of another metric, as its column shows them."""
+    text, sd = metric.show(mean(values)), deviation(values)
+    return text if sd is None else f"{text} {words.PM} {metric.show(sd)}"
 
 
 def _plain(text: str) -> str:
