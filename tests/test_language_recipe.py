@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tests.test_generation import EOS, PAD, gpt2, texts
 main = load(ROOT / "recipes" / "language.py")
 
 
-@pytest.mark.parametrize("writes", ["data", "on-policy", "speculative"])
+@pytest.mark.parametrize("writes", ["data", "teacher", "on-policy", "speculative"])
 def test_from_a_text_to_records(tmp_path: Path, writes: str) -> None:
     text = tmp_path / "text.txt.gz"
     text.write_bytes(gzip.compress(b"to be, or not to be, that is the question: " * 40))
@@ -34,6 +35,33 @@ def test_from_a_text_to_records(tmp_path: Path, writes: str) -> None:
     if writes == "data":
         with pytest.raises(ValueError, match="its validation part has 86 bytes, length=128"):
             main(text=text, quiet=True, out=tmp_path / "runs" / "two")
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+@pytest.mark.parametrize(("score", "writes"), [("rouge_l", "speculative"), ("answers", "on-policy")])
+def test_pairs_are_learned_and_graded(tmp_path: Path, kind: str, score: str, writes: str) -> None:
+    fields = ("dialogue", "summary") if score == "rouge_l" else ("question", "answer")
+    answer = "" if score == "rouge_l" else "#### "
+    lines = [dict(zip(fields, (f"what is {i % 2} ?", f"{answer}{i % 2}"), strict=True)) for i in range(80)]
+    lines.append({fields[0]: "too long", fields[1]: answer + "9" * 40})
+    text = tmp_path / "pairs.jsonl"
+    text.write_text("\n".join(map(json.dumps, lines)))
+    sizes: dict[str, Any] = {"teacher_width": 32, "teacher_layers": 1, "student_width": 32, "student_layers": 1}
+    sizes |= {"length": 24, "written": 8, "batch_size": 12, "epochs": 2, "teacher_epochs": 4, "lr": 3e-2}
+    sizes |= {"text": text, "kind": kind, "quiet": True, "method": "divergence(hard=1)"}
+    run = main(writes=writes, out=tmp_path / "runs" / "one", **sizes)
+    scores, family = run.epochs[-1]["test"], "gpt" if kind == "causal" else "t5"
+    assert run.facts["student"]["name"] == f"{family}-1x32" and 0.0 <= scores[score] <= 1.0
+    assert scores["loss"] < run.epochs[0]["test"]["loss"] and score in run.facts["teacher"]["scores"]["test"]
+    if writes == "on-policy":
+        return
+    with pytest.raises(ValueError, match=r"no pairs for train: of 81 in pairs.jsonl 0 have a target of at most"):
+        main(out=tmp_path / "runs" / "two", **sizes | {"length": 1})
+    plain = tmp_path / "plain.txt"
+    plain.write_text("a b" * 200)
+    if kind == "seq2seq":
+        with pytest.raises(ValueError, match=r"seq2seq learns pairs, and plain\.txt is a running text"):
+            main(out=tmp_path / "runs" / "three", **sizes | {"text": plain})
 
 
 class Killed(RuntimeError):
@@ -76,9 +104,11 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, kind: str) -> Non
         assert all(torch.equal(a, straight[name]) for name, a in resumed.items())
 
 
-def test_the_page_s_example_runs() -> None:
-    code = (ROOT / "docs" / "language.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+def test_the_page_s_examples_run() -> None:
+    page = (ROOT / "docs" / "language.md").read_text(encoding="utf-8")
     space: dict[str, Any] = {}
-    exec(compile(code, "docs/language.md", "exec"), space)
+    for block in page.split("```python\n")[1:3]:
+        exec(compile(block.split("```")[0], "docs/language.md", "exec"), space)
+    assert 0.0 <= space["run"].best["test"]["rouge_l"] <= 1.0
     report = space["both"].report()
     assert 0.0 <= report["acceptance"] <= 1.0 and 1.0 <= report["length"] <= 4.0

@@ -15,7 +15,7 @@ from tempering import distill
 from tempering.data.text import collate
 from tempering.methods import Divergence, Supervised  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.rows import UNLABELLED, total
-from tempering.tasks import Generation, OnPolicy, Sampling, Speculative
+from tempering.tasks import Generation, OnPolicy, Sampling, SequenceLevel, Speculative
 from tempering.tasks.writing import judged, prompts_of, write
 from tempering.teachers import Live
 from tests.paths import needs_shared
@@ -238,6 +238,30 @@ def test_runs_in_distill(kind: str) -> None:
     run = distill(student, teacher, source, method=method, task=task, optimizer=adam, epochs=6, test=data, quiet=True)
     assert run.best["test"]["loss"] < start
     assert "only" in run.facts["selfcheck"]["line"] and source.report()["length"] > 0
+
+
+def test_a_teacher_s_own_texts_are_labels() -> None:
+    """Greedy texts of the teacher, the same in every epoch; of rows that are learned all have labels and no others."""
+    teacher, given = llama(16, 1).eval(), loader()
+    source = SequenceLevel(Live(teacher), given, length=6, eos=EOS, pad=PAD, vocabulary=V)
+    first = list(source)
+    for batch, data in zip(first, given, strict=True):
+        for prompt, ids, labels in zip(prompts_of(data), batch["input_ids"], batch["labels"], strict=True):
+            want, _ = by_definition(teacher, None, prompt, top_k=1, length=6, eos=EOS)
+            assert labels[labels != UNLABELLED].tolist() == want
+            assert ids[: len(prompt) + len(want)].tolist() == prompt + want
+    source.set_epoch(1)
+    for batch, again in zip(first, source, strict=True):
+        assert all(torch.equal(batch[name], again[name]) for name in batch)
+    student, task = gpt2(8, 3), Generation()
+    task.meet(student)
+    (rows,) = task.rows(student(task.inputs(first[0])[0]), None, first[0])
+    loss = total(Supervised()(rows, 1.0), rows)
+    loss.backward()
+    assert len(rows) == int((first[0]["labels"] != UNLABELLED).sum()) and float(loss.detach()) > 0.0
+    assert any(bool(p.grad.any()) for p in student.parameters() if p.grad is not None)
+    with pytest.raises(TypeError, match="SequenceLevel has a teacher's model write; got str"):
+        SequenceLevel("teacher", given)
 
 
 def test_what_is_refused() -> None:

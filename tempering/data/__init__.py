@@ -2,9 +2,27 @@
 
 from tempering.data.batches import Batches, Splits
 from tempering.data.cifar import cifar100
+from tempering.data.coco import coco
 from tempering.data.digits import digits
 from tempering.data.folders import image_folder
+from tempering.data.glue import Sentences
 from tempering.data.hub import hugging_face
+from tempering.data.pairs import Pairs
+from tempering.data.scenes import Scenes
+from tempering.data.shapes import shapes
 from tempering.data.tokens import Tokens
 
-__all__ = ["Batches", "Splits", "Tokens", "cifar100", "digits", "hugging_face", "image_folder"]
+__all__ = [
+    "Batches",
+    "Pairs",
+    "Scenes",
+    "Sentences",
+    "Splits",
+    "Tokens",
+    "cifar100",
+    "coco",
+    "digits",
+    "hugging_face",
+    "image_folder",
+    "shapes",
+]

@@ -51,6 +51,7 @@ def cifar100(
     flip: bool = True,
     seed: int = 0,
     channels_last: bool = False,
+    pixels: bool = False,
 ) -> Splits:
     """CIFAR-100: 50,000 / 0 / 10,000 images (3, 32, 32) of 100 fine classes, training images cropped and flipped.
 
@@ -64,6 +65,7 @@ def cifar100(
         crop, flip: augmentation of the training images.
         seed: of order and augmentation.
         channels_last: the inputs' memory format.
+        pixels: inputs are pixels in [0, 1] as they are, for nets that normalise inside (``models.Normalised``).
 
     Raises:
         FileNotFoundError: saying what was looked for, and how to get it.
@@ -75,8 +77,8 @@ def cifar100(
     read, names = _reader(Path(folder))
     settings: dict[str, Any] = {
         "batch_size": batch_size,
-        "mean": MEAN,
-        "std": STD,
+        "mean": (0.0, 0.0, 0.0) if pixels else MEAN,
+        "std": (1.0, 1.0, 1.0) if pixels else STD,
         "seed": seed,
         "channels_last": channels_last,
         "class_names": names,

@@ -14,7 +14,7 @@ from tempering.rows import UNLABELLED
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One text: its token ids, and which of them are to be learned.
+    """One text: its token ids, which of them are to be learned, and how private each is (0 to 1; None: none is).
 
     Raises:
         ValueError: for lists of two lengths.
@@ -22,17 +22,28 @@ class Example:
 
     ids: tuple[int, ...]
     learn: tuple[bool, ...]
+    private: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.learn):
             raise ValueError(f"Example needs a flag for every id; got {len(self.ids)} ids and {len(self.learn)} flags.")
+        if self.private is not None and len(self.ids) != len(self.private):
+            raise ValueError(
+                f"Example needs a privacy for every id; got {len(self.ids)} ids and {len(self.private)}. "
+                "data.private.scores makes them of the same tokens."
+            )
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
 def prompted(
-    prompt: Sequence[int], completion: Sequence[int], *, eos: int | None = None, length: int | None = None
+    prompt: Sequence[int],
+    completion: Sequence[int],
+    *,
+    eos: int | None = None,
+    length: int | None = None,
+    private: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Example:
     """A prompt that is read and a completion that is learned, with one end-of-sequence.
 
@@ -43,6 +54,7 @@ def prompted(
         eos: appended where the completion does not end with it yet; None for none.
         length: at most so many tokens. The prompt is cut at its front, the completion at its end, which then has no
             eos: it did not end there.
+        private: how private each token is, of the prompt and of the completion; an appended eos is not.
 
     Raises:
         ValueError: where nothing of the completion is left.
@@ -55,7 +67,16 @@ def prompted(
         read = read[len(read) - max(0, min(len(read), length - len(learned))) :]
     if not learned:
         raise ValueError(f"the completion has no token to learn (length={length}, eos={eos}).")
-    return Example((*read, *learned), (False,) * len(read) + (True,) * len(learned))
+    flags = (False,) * len(read) + (True,) * len(learned)
+    if private is None:
+        return Example((*read, *learned), flags)
+    if [*map(len, private)] != [len(prompt), len(completion)]:
+        raise ValueError(
+            f"prompted needs a privacy for each of {len(prompt)} and {len(completion)} ids; got {len(private[0])} and "
+            f"{len(private[1])}."
+        )
+    scores = [*private[0][len(prompt) - len(read) :], *private[1], 0.0][: len(flags)]
+    return Example((*read, *learned), flags, tuple(scores))
 
 
 def chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, length: int | None = None) -> Example:
@@ -90,16 +111,22 @@ def chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, length: int |
     return Example(tuple(whole[:length]), tuple(learn[:length]))
 
 
-def windows(ids: Sequence[int], length: int, *, stride: int | None = None) -> list[Example]:
+def windows(
+    ids: Sequence[int], length: int, *, stride: int | None = None, private: Sequence[float] | None = None
+) -> list[Example]:
     """A long text in pieces of ``length`` tokens, every token of which is learned; a shorter rest is left out.
 
     Neighbours share one token where ``stride`` is None (length - 1), so each token but the first is predicted once.
+    ``private`` says how private each of the ids is.
     """
     step = length - 1 if stride is None else stride
     if length < 2 or step < 1:
         raise ValueError(f"windows needs length >= 2 and stride >= 1; got {length} and {step}.")
     starts = range(0, len(ids) - length + 1, step)
-    return [Example(tuple(ids[i : i + length]), (True,) * length) for i in starts]
+    if private is not None and len(private) != len(ids):
+        raise ValueError(f"windows needs a privacy for every id; got {len(ids)} ids and {len(private)}.")
+    scores = [None if private is None else tuple(private[i : i + length]) for i in starts]
+    return [Example(tuple(ids[i : i + length]), (True,) * length, p) for i, p in zip(starts, scores, strict=True)]
 
 
 def collate(
@@ -112,6 +139,8 @@ def collate(
     ids: Iterable[int] | None = None,
 ) -> dict[str, Tensor]:
     """A batch of padded texts: input_ids, attention_mask and labels (-100 where nothing is learned), each (B, L).
+
+    And "private" (B, L), where some text says how private its tokens are; other tokens are not.
 
     ``DataLoader(examples, collate_fn=partial(collate, pad=tokenizer.pad_token_id))`` takes it as it is. ``pad`` may be
     the end-of-sequence: padding is told by the mask, not by its id.
@@ -133,11 +162,15 @@ def collate(
         "attention_mask": torch.zeros(len(examples), length, dtype=torch.long),
         "labels": torch.full((len(examples), length), UNLABELLED),
     }
+    if any(example.private is not None for example in examples):
+        batch["private"] = torch.zeros(len(examples), length)
     for row, example in enumerate(examples):
         part = slice(0, len(example)) if side == "right" else slice(length - len(example), length)
         batch["input_ids"][row, part] = torch.tensor(example.ids, dtype=torch.long)
         batch["attention_mask"][row, part] = 1
         batch["labels"][row, part] = _labels(example)
+        if example.private is not None:
+            batch["private"][row, part] = torch.tensor(example.private)
     return batch if ids is None else batch | {"ids": torch.tensor(list(ids))}
 
 
@@ -145,7 +178,8 @@ def pack(examples: Iterable[Example], length: int, *, pad: int = 0) -> list[dict
     """The texts in as few rows of ``length`` as first-fit finds: batches of one row, of which ``torch.cat`` makes more.
 
     Each has input_ids, labels and position_ids (1, length), which start again at 0 with every text, and no
-    attention_mask: so models of transformers keep the texts apart, and the loss is that of the padded texts.
+    attention_mask: so models of transformers keep the texts apart, and the loss is that of the padded texts. And
+    "private", where one of its texts says how private its tokens are.
 
     Raises:
         ValueError: for a text longer than ``length``.
@@ -163,10 +197,13 @@ def _packed(examples: list[Example], length: int, pad: int) -> dict[str, Tensor]
     rest = length - sum(map(len, examples))
     filler = [Example((pad,) * rest, (False,) * rest)] if rest else []
     parts = [*examples, *filler]
+    scores = [p for part in parts for p in part.private or (0.0,) * len(part)]
+    marked = any(part.private is not None for part in parts)
     return {
         "input_ids": torch.tensor([[i for part in parts for i in part.ids]]),
         "labels": torch.cat([_labels(part) for part in parts])[None],
         "position_ids": torch.cat([torch.arange(len(part)) for part in parts])[None],
+        **({"private": torch.tensor([scores])} if marked else {}),
     }
 
 

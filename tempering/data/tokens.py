@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from torch import Tensor
 
+from tempering.data.canaries import Canary
 from tempering.data.text import Example, collate
 
 
 class Tokens:
     """Batches of examples padded to one length, with their sample ids: input_ids, attention_mask, labels, ids.
+
+    And "private", where some example has it (``collate``), which is a part of the data's identity then.
 
     Args:
         examples: such as ``prompted`` and ``windows`` make.
@@ -23,6 +26,7 @@ class Tokens:
         pad, side: of the padding, as in ``collate``.
         shuffle: draw another order every epoch, from ``seed`` and the epoch's number.
         seed: of the order.
+        canaries: the secrets that were planted in the texts, ``data.canaries.Canary``, for audits to ask after.
 
     Raises:
         ValueError: for no examples, or one longer than ``length``.
@@ -40,6 +44,7 @@ class Tokens:
         side: str = "right",
         shuffle: bool = True,
         seed: int = 0,
+        canaries: Sequence[Canary] = (),
     ) -> None:
         longest = max(map(len, examples), default=0)
         if not longest or batch_size < 1 or longest > (length or longest):
@@ -49,13 +54,18 @@ class Tokens:
             )
         self.examples, self.batch_size, self.length = list(examples), batch_size, length or longest
         self.pad, self.side, self.shuffle, self.seed, self.number = pad, side, shuffle, seed, 0
+        self.rank, self.world = 0, 1
+        self.canaries = tuple(canaries)
         digest = hashlib.sha256(repr((self.length, pad, side)).encode())
         for example in self.examples:
             digest.update(np.asarray([len(example), *example.ids, *example.learn], dtype=np.int64).tobytes())
+            if example.private is not None:
+                digest.update(np.asarray(example.private, dtype=np.float64).tobytes())
         self.identity = digest.hexdigest()
 
     def __len__(self) -> int:
-        return math.ceil(len(self.examples) / self.batch_size)
+        whole, tail = divmod(self.rows, self.batch_size)
+        return whole + (tail >= self.world)
 
     @property
     def rows(self) -> int:
@@ -74,8 +84,28 @@ class Tokens:
         order = np.arange(self.rows)
         if self.shuffle:
             order = np.random.Generator(np.random.Philox(key=[self.seed, self.number])).permutation(self.rows)
-        for first in range(start * self.batch_size, self.rows, self.batch_size):
-            yield self.batch(order[first : first + self.batch_size].tolist())
+        for step in range(start, len(self)):
+            low = step * self.batch_size
+            count = min(self.batch_size, self.rows - low)
+            first, last = (low + count * r // self.world for r in (self.rank, self.rank + 1))
+            yield self.batch(order[first:last].tolist())
+
+    def shard(self, rank: int, world: int) -> Self:
+        """This rank's contiguous share of every batch; the ranks' shares together are the batch.
+
+        A short last batch is shared as evenly as can be, or left out on all ranks if it has fewer texts than ranks.
+
+        Raises:
+            ValueError: for a batch size that ``world`` does not divide.
+        """
+        if self.batch_size % world or not 0 <= rank < world:
+            raise ValueError(
+                f"batch_size={self.batch_size} texts cannot be shared out evenly to {world} processes (rank {rank}). "
+                f"Use a multiple, such as batch_size={max(1, round(self.batch_size / world)) * world}."
+            )
+        out = copy.copy(self)
+        out.rank, out.world = rank, world
+        return out
 
     def batch(self, ids: Sequence[int]) -> dict[str, Tensor]:
         """The batch of these examples."""

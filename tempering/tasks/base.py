@@ -16,10 +16,12 @@ class Task(ABC):
     """A kind of problem. The engine knows nothing of images or tokens; it asks its task.
 
     ``taps`` names features for methods that look inside: name -> (student's module, teacher's module). The engine taps
-    them and adds them to the last block of rows.
+    them and adds them to the last block of rows. ``comparable`` says whether a class is the same one on both sides.
     """
 
     taps: Mapping[str, tuple[str, str]] = {}
+    comparable: bool = True
+    remember: bool = True  # whether the teacher's answers on the scored splits are small enough to be kept
 
     def meet(self, model: nn.Module) -> None:
         """See each model of a run before it is asked, to let it take what ``inputs`` gives."""
@@ -58,7 +60,10 @@ class Task(ABC):
         teacher: Callable[[Any, Tensor | None], Any] | None = None,
         temperatures: Callable[[Rows], Any] | None = None,
     ) -> dict[str, Any]:
-        """What the report shows beyond scores, JSON-able; {} where a task has nothing to say."""
+        """What the report shows beyond scores, JSON-able; {} where a task has nothing to say.
+
+        "scores" in it join the last epoch's of this split: metrics of the finished student that are too dear for more.
+        """
         return {}
 
 

@@ -49,9 +49,12 @@ class Classification(Task):
 
     def score(self, student: nn.Module, batches: Iterable[Any], *, teacher: Teaches | None = None) -> dict[str, float]:
         """accuracy, top5 and ece in [0, 1], loss in nats, and agreement with the teacher where there is one."""
+        return self.scores(collect(self, student, batches, teacher))
+
+    def scores(self, answers: Answers) -> dict[str, float]:
+        """What ``score`` says of these answers."""
         from torchmetrics.functional.classification import multiclass_calibration_error
 
-        answers = collect(self, student, batches, teacher)
         z, y = answers.student, answers.labels
         out = {
             "accuracy": float((z.argmax(-1) == y).double().mean()),

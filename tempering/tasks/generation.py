@@ -10,16 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tempering.answers import Hidden, Taught
 from tempering.buckets import Sparse, bucketed
 from tempering.rows import UNLABELLED, Rows, widened
 from tempering.tasks.base import Task, on
+from tempering.tasks.graded import Graded
+from tempering.tasks.reading import encodes
 
-NO_INPUTS = {"labels", "ids", "learn", "replaced"}
+NO_INPUTS = {"labels", "ids", "learn", "replaced", "private", "taught"}
 OPTIONAL = ("use_cache", "position_ids")  # what a model that does not name them goes without
 
 
 class Generation(Task):
     """Batches are mappings of (B, L) input_ids with attention_mask, labels or both; models answer (B, L, V) .logits.
+
+    The models are causal; for encoder-decoders see ``Seq2Seq``.
 
     Position i answers for the token of i + 1. A row is a token whose label is not -100, which is no padding and whose
     predecessor belongs to the same text; the others are no rows at all. So padding on either side, and micro-batches
@@ -33,22 +38,38 @@ class Generation(Task):
 
     A teacher with another number of logits shares the first ``vocabulary`` of them: the columns of padding are left
     out on both sides, which is what minus infinity on both sides amounts to. "ids", where a batch has them, are those
-    of the samples, for teachers that look their answers up.
+    of the samples, for teachers that look their answers up. "private", (B, L) in [0, 1], says how private each token
+    is; a row has that of the token it predicts.
 
     Args:
         vocabulary: how many tokens there are, such as ``tasks.shared_vocabulary(student, teacher)``; None takes the
             smaller of the two heads (and the student's where there is no teacher, as scores without one do).
         taps: features for methods that look inside, name -> (student's module, teacher's module), shallow to deep.
+        graded: a score of what the student writes by itself, beside those of single tokens.
     """
 
-    def __init__(self, *, vocabulary: int | None = None, taps: Mapping[str, tuple[str, str]] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        vocabulary: int | None = None,
+        taps: Mapping[str, tuple[str, str]] | None = None,
+        graded: Graded | None = None,
+    ) -> None:
         if vocabulary is not None and vocabulary < 1:
-            raise ValueError(f"Generation needs vocabulary >= 1 or None; got {vocabulary!r}.")
-        self.vocabulary, self.taps = vocabulary, dict(taps or {})
+            raise ValueError(f"{type(self).__name__} needs vocabulary >= 1 or None; got {vocabulary!r}.")
+        self.vocabulary, self.taps, self.graded = vocabulary, dict(taps or {}), graded
 
     def meet(self, model: nn.Module) -> None:
-        """Let a model of transformers be asked with one mapping of inputs; one that takes a mapping stays as it is."""
-        takes = inspect.signature(model.forward).parameters
+        """Let a model of transformers be asked with one mapping of inputs; one that takes a mapping stays as it is.
+
+        Raises:
+            TypeError: for an encoder-decoder.
+        """
+        if encodes(model):
+            raise TypeError(f"{type(model).__name__} is an encoder-decoder. Its task is tasks.Seq2Seq().")
+        # peft's own forward names but a few of the inputs, and hands the others on
+        bare: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+        takes = inspect.signature(bare.forward).parameters
         wraps = any(p.kind is p.VAR_KEYWORD for p in takes.values()) and "input_ids" not in takes
         met = any(isinstance(hook, _Unpack) for hook in model._forward_pre_hooks.values())
         if met or not (wraps or "input_ids" in takes):
@@ -61,23 +82,26 @@ class Generation(Task):
         given = {name: value for name, value in batch.items() if name not in NO_INPUTS} | {"use_cache": False}
         if "attention_mask" in batch and "position_ids" not in batch:
             given["position_ids"] = (batch["attention_mask"].long().cumsum(-1) - 1).clamp_min(0)
-        return given, given, batch.get("ids")
+        return given, with_answers(given, batch), batch.get("ids")
 
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
-        _check(batch)
-        shape = batch["input_ids"].shape
+        shape = self._shape(batch)
         said = _logits(student, "student", shape)
         place, target, weight = self._places(batch)
         ids = batch["ids"].index_select(0, place // shape[1]) if "ids" in batch else None
         found = said.flatten(0, 1).index_select(0, place)[:, : self.vocabulary]
+        own = {"ids": ids, "places": place % shape[1], "private": _private(batch, place)}
         if isinstance(teacher, Sparse):
             found, taught, target = bucketed(found, teacher.at(place, shape), target)
-            return [Rows(found, taught, target, weight, ids=ids)]
+            return [Rows(found, taught, target, weight, **own)]
         if teacher is None:
-            return [Rows(found, found.detach(), target, weight, ids=ids)]
-        taught = _logits(teacher, "teacher", shape).flatten(0, 1).index_select(0, place)
+            return [Rows(found, found.detach(), target, weight, **own)]
+        if isinstance(teacher, Hidden | Taught):
+            taught = teacher.at(place, shape)
+        else:
+            taught = _logits(teacher, "teacher", shape).flatten(0, 1).index_select(0, place)
         known = min(found.shape[1], taught.shape[1])
-        return [Rows(found[:, :known], taught[:, :known], target, weight, ids=ids)]
+        return [Rows(found[:, :known], taught[:, :known], target, weight, **own)]
 
     def mass(self, batch: Any) -> dict[str, Tensor | float]:
         return {"logits": valid(batch).sum()}
@@ -86,7 +110,10 @@ class Generation(Task):
     def score(
         self, student: nn.Module, batches: Iterable[Any], *, teacher: Callable[[Any, Tensor | None], Any] | None = None
     ) -> dict[str, float]:
-        """loss in nats a token, its perplexity, accuracy and agreement of the likeliest token, in [0, 1]."""
+        """loss in nats a token, its perplexity, accuracy and agreement of the likeliest token, in [0, 1].
+
+        And what ``graded`` says of the texts that the student writes.
+        """
         for model in (student, getattr(teacher, "model", None)):
             if isinstance(model, nn.Module):
                 self.meet(model)
@@ -105,7 +132,7 @@ class Generation(Task):
                 z, y = widened(rows.student)[kept], rows.target[kept]  # pyright: ignore[reportOptionalSubscript]
                 likeliest = rows.teacher[kept].argmax(-1)
                 if sparse:
-                    likeliest = taught.at(self._places(batch)[0], batch["input_ids"].shape).ids[kept, 0]
+                    likeliest = taught.at(self._places(batch)[0], self._shape(batch)).ids[kept, 0]
                 sums["loss"] += float(nn.functional.cross_entropy(z.double(), y, reduction="sum"))
                 sums["accuracy"] += float((z.argmax(-1) == y).sum())
                 sums["agreement"] += float((z.argmax(-1) == likeliest).sum())
@@ -115,10 +142,17 @@ class Generation(Task):
         if not count:
             raise ValueError("there is nothing to score: no token has a label. Is the split empty?")
         out = {name: value / count for name, value in sums.items() if name != "agreement" or teacher is not None}
-        return out | {"perplexity": math.exp(min(out["loss"], 700.0))}
+        out["perplexity"] = math.exp(min(out["loss"], 700.0))
+        return out if self.graded is None else out | self.graded(student, batches, vocabulary=self.vocabulary)
 
     def headline(self) -> tuple[str, bool]:
         return "loss", False
+
+    def _shape(self, batch: Any) -> tuple[int, int]:
+        """(B, L) of the positions that a model answers for."""
+        _check(batch)
+        B, L = batch["input_ids"].shape
+        return B, L
 
     def _places(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Which of the B * L positions are rows, their targets, and a weight: a batch with none keeps one, of 0."""
@@ -145,8 +179,21 @@ def valid(batch: Mapping[str, Any]) -> Tensor:
     return keep
 
 
+def with_answers(given: dict[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The teacher's inputs: with answers of its own, where the batch has some, which it need not be asked for again."""
+    return given | {"taught": batch["taught"]} if "taught" in batch else given
+
+
 def _labels(batch: Mapping[str, Any]) -> Tensor:
     return batch["input_ids"] if batch.get("labels") is None else batch["labels"]
+
+
+def _private(batch: Mapping[str, Any], place: Tensor) -> Tensor | None:
+    """How private the tokens are that these of the B * L positions predict; None where the batch does not say."""
+    scores = batch.get("private")
+    if scores is None:
+        return None
+    return scores.roll(-1, 1).flatten().index_select(0, place)  # a text's last position predicts nothing
 
 
 class _Unpack:
@@ -163,7 +210,7 @@ class _Unpack:
                 f"{type(model).__name__} takes no position_ids, so it cannot keep packed texts apart. Pad them: "
                 "data.text.collate(examples)."
             )
-        return args, {name: value for name, value in kwargs.items() if name not in self.absent}
+        return args, {name: value for name, value in kwargs.items() if name not in (*self.absent, "taught")}
 
 
 def _check(batch: Any) -> None:
@@ -175,7 +222,7 @@ def _check(batch: Any) -> None:
             f"Generation needs batches that are mappings with input_ids (B, L); got {got}. data.text.collate makes "
             "them."
         )
-    for name in ("attention_mask", "labels", "learn", "position_ids"):
+    for name in ("attention_mask", "labels", "learn", "position_ids", "private"):
         value = batch.get(name)
         if value is not None and value.shape != ids.shape:
             raise ValueError(

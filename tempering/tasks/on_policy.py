@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import random
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
-from tempering.tasks.writing import Pace, Sampling, prompts_of, write
+from tempering.tasks.writing import Pace, Sampling, asked_for, write
 
 
 class OnPolicy:
@@ -22,15 +23,18 @@ class OnPolicy:
     weights, the run's epoch and the batch's number, so a resumed run goes on to the same texts. Packed batches are not
     taken. Teachers that look their answers up have none for these texts.
 
+    An encoder-decoder answers to a batch's sources, for ``Seq2Seq``; it is asked without a cache, so its work grows
+    with the square of the length.
+
     Args:
-        student: the model that is trained, a causal one of transformers.
+        student: the model that is trained, of transformers.
         batches: any loader of a Generation task's batches; what comes before the first learned token is the prompt.
         share: of batches, in [0, 1]: GKD's lambda.
         length: how many tokens are written at most.
         eos: the token that ends a text; None for none.
         pad: of the batches.
         sampling: of the student; None draws from its own distribution.
-        prompt: how many tokens of a text are its prompt at least.
+        prompt: how many tokens of a text are its prompt at least, of a causal model.
         vocabulary: how many tokens there are, as in ``Generation``.
         seed: of the coin and the draws.
 
@@ -68,7 +72,7 @@ class OnPolicy:
             pad,
         )
         self.sampling, self.prompt, self.vocabulary, self.seed = sampling, prompt, vocabulary, seed
-        self.number, self.pace = 0, Pace()
+        self.number, self.pace, self.rank = 0, Pace(), 0
 
     def __len__(self) -> int:
         return len(self.batches)  # pyright: ignore[reportArgumentType]
@@ -99,21 +103,38 @@ class OnPolicy:
         """What was written since the epoch began: see ``Pace.report``."""
         return self.pace.report()
 
+    def shard(self, rank: int, world: int) -> Self:
+        """This rank's share of every batch, written with draws of its own; the coin falls the same for all ranks.
+
+        Raises:
+            ValueError: for batches that cannot be shared out.
+        """
+        if not hasattr(self.batches, "shard"):
+            raise ValueError(
+                f"{type(self.batches).__name__} cannot be shared out over {world} processes. Use data.Tokens or "
+                "data.Pairs, or give it shard(rank, world)."
+            )
+        out = copy.copy(self)
+        out.batches, out.rank, out.pace = self.batches.shard(rank, world), rank, Pace()  # pyright: ignore
+        return out
+
     def _written(self, batch: Any, seed: int, teacher: nn.Module | None, judging: dict[str, Any]) -> dict[str, Any]:
         if "position_ids" in batch:
             raise ValueError(
                 f"{type(self).__name__} takes padded texts, and this batch is packed. See data.text.collate."
             )
+        prompts, source = asked_for(self.student, batch, self.prompt)
         out, pace = write(
             self.student,
             teacher,
-            prompts_of(batch, self.prompt),
+            prompts,
             length=self.length,
             eos=self.eos,
             pad=self.pad,
             drawn=self.sampling,
             vocabulary=self.vocabulary,
-            seed=seed,
+            seed=seed + self.rank,
+            source=source,
             **judging,
         )
         self.pace.add(pace)

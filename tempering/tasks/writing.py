@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from tempering.answers import Taught
 from tempering.rows import UNLABELLED, widened
-
-CACHES = ("past_key_values", "cache")  # what transformers call it, before and since version 5.2x
+from tempering.tasks.reading import Reader, Rereader, encodes, start_of
 
 
 @dataclass(frozen=True)
@@ -99,34 +98,6 @@ class Pace:
         }
 
 
-class Reader:
-    """A causal model reading on, token by token, with its cache. Slots that turned out wrong are masked, not removed.
-
-    Each row counts its own positions, so rows may go on at their own pace. Needs attention over all slots: a sliding
-    window or a recurrent state would count the masked ones.
-
-    Raises:
-        TypeError: for a model without a cache.
-    """
-
-    def __init__(self, model: nn.Module, vocabulary: int | None) -> None:
-        takes = inspect.signature(model.forward).parameters
-        self.name = next((name for name in CACHES if name in takes), None)
-        if self.name is None:
-            raise TypeError(
-                f"{type(model).__name__} has no cache: its forward takes neither {' nor '.join(CACHES)}. Causal models "
-                "of transformers do."
-            )
-        self.model, self.vocabulary, self.cache, self.forwards = model, vocabulary, None, 0
-
-    def read(self, ids: Int[Tensor, "B n"], positions: Int[Tensor, "B n"], mask: Int[Tensor, "B slots"]) -> Tensor:
-        """The logits after each of these tokens, (B, n, V)."""
-        held: dict[str, Any] = {str(self.name): self.cache, "use_cache": True}
-        out = self.model(input_ids=ids, position_ids=positions, attention_mask=mask, **held)
-        self.cache, self.forwards = getattr(out, str(self.name)), self.forwards + 1
-        return out.logits[..., : self.vocabulary]
-
-
 class Draft:
     """A batch of texts being written: what is there of each row, and the mask of its slots in the caches."""
 
@@ -134,6 +105,7 @@ class Draft:
         self.prompts, self.length, self.eos = prompts, length, eos
         self.written: list[list[int]] = [[] for _ in prompts]
         self.replaced: list[list[bool]] = [[] for _ in prompts]
+        self.said: list[list[Tensor]] = [[] for _ in prompts]
         self.done = [length < 1] * len(prompts)
         width = max(map(len, prompts)) - 1  # the last token of a prompt is read with the first block
         ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
@@ -158,8 +130,11 @@ class Draft:
         """The mask with ``count`` slots of the block behind it."""
         return torch.cat((self.mask, self.mask.new_ones(len(self.prompts), count)), 1)
 
-    def take(self, block: Int[Tensor, "B G"], accepted: list[int]) -> None:
-        """Add what stands of a block: its accepted tokens and, where it was longer, the one that replaces the next."""
+    def take(self, block: Int[Tensor, "B G"], accepted: list[int], said: Float[Tensor, "B G V"] | None = None) -> None:
+        """Add what stands of a block: its accepted tokens and, where it was longer, the one that replaces the next.
+
+        ``said`` are logits before each of its tokens, kept of those that stand.
+        """
         tokens, width = block.tolist(), block.shape[1]
         kept = torch.zeros(len(tokens), dtype=torch.long)
         for row, (ids, n) in enumerate(zip(tokens, accepted, strict=True)):
@@ -172,6 +147,8 @@ class Draft:
             self.replaced[row] += [i == n for i in range(len(ids))]
             self.done[row] = len(self.written[row]) >= self.length or ids[-1] == self.eos
             kept[row] = len(ids)
+            if said is not None:
+                self.said[row].append(said[row, : len(ids)].clone())
         kept = kept.to(block.device)
         self.last = torch.where(kept > 0, block.gather(1, (kept - 1).clamp_min(0)[:, None])[:, 0], self.last)
         # the block's slots hold the token before it and all of it but the last
@@ -192,6 +169,12 @@ class Draft:
             out["learn"][i, begin : len(row)] = True
             out["replaced"][i, begin : len(row)] = torch.tensor(self.replaced[i], dtype=torch.bool, device=device)
         return out
+
+    def answer(self, pad: int, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What was written behind an encoder-decoder's start, with the source: a batch for ``Seq2Seq``."""
+        whole = self.batch(pad)
+        held = {name: whole[name][:, 1:] for name in ("labels", "learn", "replaced")}
+        return {**source, **held, "written": whole["input_ids"][:, 1:]}
 
     def pace(self) -> Pace:
         """The counts of this batch."""
@@ -216,7 +199,9 @@ def write(
     redrawn: Sampling | None = None,
     vocabulary: int | None = None,
     seed: int = 0,
-) -> tuple[dict[str, Tensor], Pace]:
+    source: Mapping[str, Tensor] | None = None,
+    reuse: bool = False,
+) -> tuple[dict[str, Any], Pace]:
     """What the student writes after the prompts, with what the teacher replaces: a batch for ``Generation``, counts.
 
     The student proposes a block, the teacher reads it in one forward, and the first token outside the ``top_k`` of its
@@ -224,8 +209,12 @@ def write(
     student writes alone. Student and teacher draw from generators of their own, so ``top_k`` of the whole vocabulary
     writes what the student alone would. Both are in eval mode meanwhile.
 
+    Args:
+        source: what an encoder-decoder reads; the prompts are then its start, and the batch is for ``Seq2Seq``.
+        reuse: keep the teacher's logits of what was written as the batch's "taught": 4 V bytes a token in float32.
+
     Raises:
-        TypeError: for a model without a cache.
+        TypeError: for a model without a cache, or an encoder-decoder without a source.
         ValueError: for no prompts, an empty one, or top_k, block or length below 1.
     """
     if not prompts or not all(prompts) or min(top_k, block, length) < 1:
@@ -234,19 +223,21 @@ def write(
             f"the shortest of {min(map(len, prompts), default=0)} tokens, {top_k}, {block} and {length}."
         )
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
+    source = None if source is None else {name: x.to(device) for name, x in source.items()}
     draft = Draft(prompts, length=length, eos=eos, device=device)
     generators = [torch.Generator(device).manual_seed((2 * seed + side) % 2**63) for side in (0, 1)]
     drawn, redrawn = drawn or Sampling(), redrawn or Sampling()
     with still(student, teacher):
         models = [model for model in (student, teacher) if model is not None]
-        readers = [Reader(model, _known(models, vocabulary)) for model in models]
+        known = _known(models, vocabulary)
+        readers = [Reader(m, known) if source is None else Rereader(m, known, source, most=length) for m in models]
         if draft.start.shape[1]:
             positions = (draft.mask.cumsum(-1) - 1).clamp_min(0)
             for reader in readers:
                 reader.read(draft.start, positions, draft.mask)
         while not all(draft.done):
             proposed, read = _proposed(readers[0], draft, block, drawn, generators[0])
-            accepted = [block] * len(prompts)
+            accepted, said = [block] * len(prompts), None
             if teacher is not None:
                 logits = readers[1].read(read, draft.positions(0, block), draft.seen(block))
                 found = judged(logits, proposed, top_k)
@@ -256,11 +247,25 @@ def write(
                 )
                 replace = (found.accepted < block)[:, None] & (torch.arange(block, device=device) == at)
                 proposed, accepted = torch.where(replace, instead[:, None], proposed), found.accepted.tolist()
-            draft.take(proposed, accepted)
+                said = logits if reuse else None
+            draft.take(proposed, accepted, said)
     pace = draft.pace()
     pace.student_forwards = readers[0].forwards
     pace.teacher_forwards = readers[1].forwards if teacher is not None else 0
-    return draft.batch(pad), pace
+    batch: dict[str, Any] = draft.batch(pad) if source is None else draft.answer(pad, source)
+    if reuse and teacher is not None:
+        batch["taught"] = Taught(torch.cat([part for row in draft.said for part in row]), teacher)
+    return batch, pace
+
+
+def asked_for(
+    model: nn.Module, batch: Mapping[str, Any], least: int
+) -> tuple[list[list[int]], dict[str, Tensor] | None]:
+    """The prompts of a batch, and what an encoder-decoder reads: then its prompts are its own start."""
+    if not encodes(model):
+        return prompts_of(batch, least), None
+    source = {name: batch[name] for name in ("input_ids", "attention_mask") if batch.get(name) is not None}
+    return [[start_of(model)] for _ in batch["input_ids"]], source
 
 
 def _known(models: list[nn.Module], vocabulary: int | None) -> int | None:
@@ -271,7 +276,7 @@ def _known(models: list[nn.Module], vocabulary: int | None) -> int | None:
 
 
 def _proposed(
-    reader: Reader, draft: Draft, block: int, drawn: Sampling, generator: torch.Generator
+    reader: Reader | Rereader, draft: Draft, block: int, drawn: Sampling, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """A block that the student goes on with, (B, block), and the tokens that were read for it, one before."""
     read, tokens = [draft.last], []

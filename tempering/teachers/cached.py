@@ -64,7 +64,11 @@ class Cached(Teacher):
         checksum: bool | None = None,
     ) -> None:
         self.path, self.clean, self.checksum = Path(path), clean, checksum
-        self.key = _key(self.path)
+        self.key = key_in(self.path)
+        if "kind" in self.key:
+            raise ValueError(
+                f"{self.path} holds {self.key['kind']}, no table of logits. See teachers.CachedHidden, CachedDrawn."
+            )
         self.rows, self.classes = self.key["rows"], self.key["classes"]
         self.identity = key_digest({name: value for name, value in self.key.items() if name != "made"})
         self._table = self._opened()
@@ -104,15 +108,9 @@ class Cached(Teacher):
 
     def objection(self, batches: Any) -> str | None:
         """Which of data and augmentation are not those that were recorded, and what to do; None if all are."""
+        if (why := objection_to(self.path, self.key, batches)) is not None:
+            return why
         name = getattr(batches, "name", type(batches).__name__)
-        identity = getattr(batches, "identity", None)
-        if identity != self.key["data"]:
-            has = "has no identity" if identity is None else f"is {identity}"
-            return (
-                f"{self.path} holds answers to other data: its data is {self.key['data']}, and {name} {has} (images, "
-                "labels, mean, std and their order count). Give the batches it was recorded with, or record anew: "
-                "teachers.record(teacher, batches, ANOTHER_PATH)."
-            )
         ours, theirs = self.key["augmentation"], batches.augmentation
         if ours == theirs:
             return None
@@ -268,7 +266,20 @@ def record(
     return cached
 
 
-def _key(path: Path) -> dict[str, Any]:
+def objection_to(path: Path, key: dict[str, Any], batches: Any) -> str | None:
+    """Whether these batches are other data than the key's, and what to do."""
+    name, identity = getattr(batches, "name", type(batches).__name__), getattr(batches, "identity", None)
+    if identity == key["data"]:
+        return None
+    has = "has no identity" if identity is None else f"is {identity}"
+    return (
+        f"{path} holds answers to other data: its data is {key['data']}, and {name} {has} (images, labels, mean, std "
+        "and their order count). Give the batches it was recorded with, or record anew: teachers.record(teacher, "
+        "batches, ANOTHER_PATH)."
+    )
+
+
+def key_in(path: Path) -> dict[str, Any]:
     try:
         key = json.loads((path / KEY).read_bytes())
     except OSError:

@@ -104,7 +104,7 @@ class Recording:
     def run(self) -> None:
         """Take up what is there, ask about the rest, and move the whole to its path. Waits for another who does so."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _alone(self.folder):
+        with alone(self.folder):
             if (self.path / KEY).is_file():
                 shutil.rmtree(self.folder, ignore_errors=True)  # the other one has finished
                 return
@@ -132,7 +132,7 @@ class Recording:
 
     def _ask(self) -> None:
         total, size = self.key["rows"], self.batches.batch_size
-        with _progress(total, self.done, self.quiet) as advance:
+        with progress(total, self.done, self.quiet) as advance:
             first, waiting, since = self.done, [], time.monotonic()
             while first < total:
                 ids = torch.arange(first, min(first + size, total))
@@ -146,27 +146,8 @@ class Recording:
 
     def _stored(self, logits: Tensor, first: int) -> np.ndarray:
         """The rows as the file holds them."""
-        precision = self.key["precision"]
-        broken = torch.isnan(logits) | torch.isposinf(logits)
-        if broken.any():
-            row = int(broken.any(-1).nonzero()[0])
-            what = "NaN" if torch.isnan(logits[row]).any() else "infinity"
-            raise ValueError(
-                f"the teacher gives {what} on row {first + row}: nothing can be learned from it. Is its checkpoint "
-                "whole, are its inputs normalised as in its training? In half precision, try Live(precision='fp32')."
-            )
-        dtype, _ = STORED[precision]
-        cast = logits.to(dtype)
-        beyond = torch.isinf(cast) & torch.isfinite(logits)
-        if beyond.any():
-            largest, row = float(logits[beyond].abs().max()), int(beyond.any(-1).nonzero()[0])
-            other = "'bf16' or 'fp32'" if precision == "fp16" else "'fp32'"
-            raise ValueError(
-                f"the teacher's logits reach {largest:.6g} (first in row {first + row}), and {precision} ends at "
-                f"{torch.finfo(dtype).max:.6g}. Record with precision={other}."
-            )
-        cast = cast.cpu().contiguous()
-        return cast.view(torch.uint16).numpy() if dtype == torch.bfloat16 else cast.numpy()
+        cast = narrowed(logits, self.key["precision"], first).cpu().contiguous()
+        return cast.view(torch.uint16).numpy() if cast.dtype == torch.bfloat16 else cast.numpy()
 
     def _write(self, blocks: list[np.ndarray]) -> None:
         """Append blocks and make them last, then say so in the log and make that last."""
@@ -174,7 +155,7 @@ class Recording:
             self.classes = blocks[0].shape[1]
             for name in (LOG, LOGITS):
                 (self.folder / name).unlink(missing_ok=True)
-            _write(self.folder / KEY, "w", lambda file: json.dump(self.key, file))
+            lasting(self.folder / KEY, "w", lambda file: json.dump(self.key, file))
 
         def rows(file: IO[Any]) -> None:
             if not self.done:
@@ -183,10 +164,10 @@ class Recording:
             for block in blocks:
                 file.write(block.data)
 
-        _write(self.folder / LOGITS, "ab", rows)
+        lasting(self.folder / LOGITS, "ab", rows)
         self.done += sum(map(len, blocks))
         entry = {"done": self.done, "classes": self.classes, "bytes": (self.folder / LOGITS).stat().st_size}
-        _write(self.folder / LOG, "a", lambda file: file.write(json.dumps(entry) + "\n"))
+        lasting(self.folder / LOG, "a", lambda file: file.write(json.dumps(entry) + "\n"))
 
     def _finish(self) -> None:
         """The key with its checksum, then the folder under its own name."""
@@ -201,7 +182,7 @@ class Recording:
         }
         whole = {"classes": self.classes, "bytes": array.stat().st_size, "sha256": sha256_of(array), "made": made}
         beside = self.folder / (KEY + ".new")
-        _write(beside, "w", lambda file: json.dump({**self.key, **whole}, file, indent=1))
+        lasting(beside, "w", lambda file: json.dump({**self.key, **whole}, file, indent=1))
         beside.replace(self.folder / KEY)
         (self.folder / LOCK).unlink(missing_ok=True)
         self.folder.rename(self.path)
@@ -218,6 +199,33 @@ class Recording:
                 f"cannot write the teacher's answers ({needed / 2**20:.1f} MB) under {self.folder}: {error.strerror}. "
                 "Free some space there and call record() again: it goes on where it stopped.",
             ) from error
+
+
+def narrowed(values: Float[Tensor, "B C"], precision: str, first: int, *, what: str = "logits") -> Float[Tensor, "B C"]:
+    """The rows in a stored precision; ``first`` is the number of the first of them, for errors.
+
+    Raises:
+        ValueError: for a row with NaN or infinity, or beyond the precision's range.
+    """
+    broken = torch.isnan(values) | torch.isposinf(values)
+    if broken.any():
+        row = int(broken.any(-1).nonzero()[0])
+        found = "NaN" if torch.isnan(values[row]).any() else "infinity"
+        raise ValueError(
+            f"the teacher gives {found} on row {first + row}: nothing can be learned from it. Is its checkpoint "
+            "whole, are its inputs normalised as in its training? In half precision, try Live(precision='fp32')."
+        )
+    dtype, _ = STORED[precision]
+    cast = values.to(dtype)
+    beyond = torch.isinf(cast) & torch.isfinite(values)
+    if beyond.any():
+        largest, row = float(values[beyond].abs().max()), int(beyond.any(-1).nonzero()[0])
+        other = "'bf16' or 'fp32'" if precision == "fp16" else "'fp32'"
+        raise ValueError(
+            f"the teacher's {what} reach {largest:.6g} (first in row {first + row}), and {precision} ends at "
+            f"{torch.finfo(dtype).max:.6g}. Record with precision={other}."
+        )
+    return cast
 
 
 def refuse_other(folder: Path, key: dict[str, Any]) -> None:
@@ -241,7 +249,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write(path: Path, mode: str, what: Callable[[IO[Any]], Any]) -> None:
+def lasting(path: Path, mode: str, what: Callable[[IO[Any]], Any]) -> None:
     """Write and do not return before it is on the disk."""
     with open(path, mode) as file:
         what(file)
@@ -250,7 +258,7 @@ def _write(path: Path, mode: str, what: Callable[[IO[Any]], Any]) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Wait until no other process records in this folder; the system lets go of the lock when a process dies."""
     import fcntl
 
@@ -260,7 +268,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(total: int, done: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+def progress(total: int, done: int, quiet: bool) -> Iterator[Callable[[int], None]]:
     if quiet:
         yield lambda count: None
         return

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +15,9 @@ from tempering.rows import widened
 from tempering.teachers.base import Teacher, key_digest
 from tempering.teachers.cached import Cached
 from tempering.teachers.recording import FORMAT, KEY, Recordable, Recording, device_of, refuse_other
+
+if TYPE_CHECKING:
+    from tempering.teachers.drawn import CachedDrawn
 
 NEVER = -1e4  # the log-probability of a token that is kept for its label's sake: exp() of it is exactly 0
 
@@ -123,19 +126,26 @@ class Kept(Teacher):
         return self
 
     def __call__(self, inputs: Any, ids: Tensor | None) -> Sparse:
-        said = self.teacher(inputs, ids)
-        logits, tokens = getattr(said, "logits", said), inputs["input_ids"]
-        following = torch.cat((tokens[:, 1:], tokens[:, -1:]), 1)
+        said = self.teacher({name: x for name, x in inputs.items() if name != "taught"}, ids)
+        logits, label = getattr(said, "logits", said), following(inputs)
         if self.top is not None:
-            return top(logits, self.top, besides=following)
+            return top(logits, self.top, besides=label)
         assert self.samples is not None
         parts = []
         for row, z in enumerate(logits.cpu()):
             number = row if ids is None else int(ids[row])
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
-            parts.append(drawn(z, self.samples, besides=following[row].cpu(), generator=generator))
+            parts.append(drawn(z, self.samples, besides=label[row].cpu(), generator=generator))
         stacked = (torch.stack([getattr(part, name) for part in parts]) for name in ("ids", "logp", "rest"))
         return Sparse(*stacked).to(logits.device)
+
+
+def following(inputs: Mapping[str, Any]) -> Int[Tensor, "B L"]:
+    """The token of the text that each position answers for; of an encoder-decoder that is its label."""
+    if "labels" in inputs:
+        return inputs["labels"].clamp_min(0)
+    tokens = inputs["input_ids"]
+    return torch.cat((tokens[:, 1:], tokens[:, -1:]), 1)
 
 
 class CachedSparse(Teacher):
@@ -168,20 +178,20 @@ class CachedSparse(Teacher):
 
 
 def record_sparse(
-    teacher: Kept,
+    teacher: Teacher,
     batches: Recordable,
     path: str | Path,
     *,
     inputs: Callable[[Any], tuple[Any, Any, Any]],
     quiet: bool = False,
-) -> CachedSparse:
+) -> CachedSparse | CachedDrawn:
     """Ask the teacher once about every text, and open the result; goes on where a recording was cut short.
 
     Of several processes that call this one records, and the others wait. A token's record takes 8 K + 4 bytes, float32
-    throughout; the 36 bytes of the paper's own packing are not reached.
+    throughout; samples go to ``record_drawn``, in about 37 bytes.
 
     Args:
-        teacher: what is kept of it, ``Kept(Live(model), top=16)``.
+        teacher: one that answers ``Sparse``: what is kept of another, ``Kept(Live(model), top=16)``, or ``Served``.
         batches: texts of one length, ``data.tokens.Tokens``.
         path: the folder to write.
         inputs: how a batch becomes the models' inputs: ``Generation().inputs``. The model must take them: ``.meet``.
@@ -190,8 +200,12 @@ def record_sparse(
     Raises:
         ValueError: where ``path`` holds another recording, naming what differs; for a teacher that answers NaN.
     """
+    if isinstance(teacher, Kept) and teacher.samples is not None:
+        from tempering.teachers.drawn import record_drawn
+
+        return record_drawn(teacher, batches, path, inputs=inputs, quiet=quiet)
     path, encoded = Path(path), _Encoded(teacher, inputs)
-    length = batches.at(torch.tensor([0]))[0]["input_ids"].shape[1]
+    length = batches.at(torch.tensor([0]))[0]["labels"].shape[1]
     key = {
         "format": FORMAT,
         "data": batches.identity,
@@ -210,7 +224,7 @@ def record_sparse(
 class _Encoded(Teacher):
     """What is kept of a teacher as one row of numbers a text, as a recording holds them."""
 
-    def __init__(self, kept: Kept, inputs: Callable[[Any], tuple[Any, Any, Any]]) -> None:
+    def __init__(self, kept: Teacher, inputs: Callable[[Any], tuple[Any, Any, Any]]) -> None:
         self.kept, self.inputs, self.identity = kept, inputs, kept.identity
 
     @property
@@ -221,6 +235,11 @@ class _Encoded(Teacher):
         device = device_of(self.kept)
         batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
         found = self.kept(self.inputs(batch)[1], ids)
+        if not isinstance(found, Sparse):
+            raise TypeError(
+                f"only Sparse answers can be recorded so; {type(self.kept).__name__} answers {type(found).__name__}. "
+                "Say what is kept of it: Kept(teacher, top=16)."
+            )
         if found.ids.numel() and int(found.ids.max()) >= 2**24:
             raise ValueError(f"token ids from {2**24} on cannot be recorded; got {int(found.ids.max())}.")
         if torch.isnan(found.logp).any():
