@@ -102,9 +102,14 @@ def _last(run: RunRecord) -> dict[str, Any]:
 
 
 def scores(line: Mapping[str, Any]) -> str:
-    """The accuracies of an evaluation, else its losses, in words."""
+    """The accuracies (a detector's mAP) of an evaluation, else its losses, in words."""
     splits = {split: line[split] for split in ("validation", "test") if isinstance(line.get(split), Mapping)}
-    right = [f"{split} {100 * v:.2f} %" for split, s in splits.items() if (v := number(s.get("accuracy"))) is not None]
+    right = [
+        f"{split} {'mAP ' * (key == 'map')}{100 * v:.2f} %"
+        for key in ("accuracy", "map")
+        for split, s in splits.items()
+        if (v := number(s.get(key))) is not None
+    ]
     return ", ".join(right or [f"{split} loss {v:.4g}" for split, s in splits.items() if (v := number(s.get("loss")))])
 
 

@@ -51,6 +51,8 @@ ARMS = {
         ("annealed", "KD, T annealed from 4 to 1", "kd(temperature=scheduled(static(4), end=1))"),
         ("dts", "DTS", "kd(temperature=dts)"),
         ("entropy", "DTKD, equal entropies", "dtkd(temperature=entropy(4))"),
+        ("swing", "Swing", "swing"),
+        ("redacted", "KD, private tokens left out", "swing(redact=True)"),
         ("dtkd-annealed", "DTKD, tau annealed from 4 to 2", "dtkd(temperature=scheduled(sharpness(4), end=2))"),
     )
 }

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tempering.audits import Audit
     from tempering.engine import Looked
     from tempering.teachers.base import Teacher
+    from tempering.temperature.base import Policy
 
 FORMAT = 1
 KINDS = ("calibration", "explanation", "robustness", "privacy")  # cheap ones first
@@ -68,9 +69,10 @@ def audit(
     Args:
         run: a run's folder; or weights, a .safetensors file or a checkpoint's folder.
         calibration: ECE, Brier score, NLL, and the temperature that would mend them.
-        explanation: agreement by class and by difficulty, input gradients, representations.
+        explanation: agreement by class and by difficulty, input gradients, Grad-CAM, representations, which samples the
+            temperature treated as hard; an explainer's tree.
         robustness: FGSM, PGD and whether they may be believed, certified radii, common corruptions.
-        privacy: membership inference.
+        privacy: membership inference; of a text with planted canaries, their exposure.
         recipe: the recipe, where the run does not say; then its flags are those behind the -- alone.
         split: of the data that is looked at: test or validation. Members, for privacy, are those of the training split.
         samples: rows to look at; by itself all for calibration and agreement, 1000 for attacks, 2000 for privacy.
@@ -214,7 +216,11 @@ def _identities(student: nn.Module, looked: Looked, data: Any) -> dict[str, Any]
 
 def _auditor(kind: str, asked: Asked, folder: Path | None, looked: Looked, data: Any) -> Audit:
     from tempering.audits import AUDITS
+    from tempering.audits.canaries import Canaries
 
+    planted = getattr(looked.splits["train"], "canaries", ())
+    if kind == "privacy" and planted:  # a text's secrets, rather than whether its pieces were trained on
+        return Canaries(planted, seed=asked.seed)
     return AUDITS[kind.capitalize()](**_settings(kind, asked, folder, looked, data))
 
 
@@ -235,6 +241,7 @@ def _settings(kind: str, asked: Asked, folder: Path | None, looked: Looked, data
         theirs = {} if model is None or isinstance(model, GraphModule) else dict(model.named_modules())
         how["layers"] = {name: (name, name) for name in stages(looked.student) if name in theirs}
         how["class_names"] = getattr(data, "class_names", None)
+        how["policy"] = _policy(folder, looked, data)
     elif kind == "robustness":
         if not hasattr(data, "mean") or not hasattr(data, "std"):
             raise ValueError(
@@ -247,6 +254,31 @@ def _settings(kind: str, asked: Asked, folder: Path | None, looked: Looked, data
         members = looked.splits["train"]
         how |= {"members": members.clean() if hasattr(members, "clean") else members, "shadows": asked.shadows}
     return how
+
+
+def _policy(folder: Path | None, looked: Looked, data: Any) -> Policy | None:
+    """The run's own policy that can tell samples apart; one that learned, with what the last checkpoint holds of it.
+
+    None where there is none, where no run says which, or where what it learned is not there any more.
+    """
+    from tempering import checkpoints
+    from tempering.audits.base import answers
+    from tempering.rows import Rows
+    from tempering.temperature.static import Static
+
+    named = looked.method.policies()
+    name = next((name for name, policy in named.items() if not isinstance(policy, Static)), None)
+    if folder is None or name is None or looked.teacher is None or looked.teacher.model is None:
+        return None
+    said, y = answers({"student": looked.student, "teacher": _teacher(looked.teacher)}, data, 8)
+    named[name].prepare(Rows(said["student"].float(), said["teacher"].float(), y))
+    if named[name].state_dict():
+        state = checkpoints.load(folder / "checkpoints")
+        if state is None:
+            return None
+        inside = [key for key in state["method"] if key.startswith(f"{name}.")]
+        named[name].load_state_dict({key.removeprefix(f"{name}."): state["method"][key] for key in inside})
+    return named[name]
 
 
 def _taught(folder: Path | None) -> dict[str, float] | None:
@@ -277,13 +309,15 @@ class _Record:
         """The findings: those there are of the same settings, else new ones, written as soon as they are whole."""
         from tempering.records import surroundings, write_atomic
 
-        settings = json.loads(json.dumps(_plain(vars(auditor))))
+        settings = json.loads(json.dumps(_plain(vars(auditor)), default=dataclasses.asdict))
         older = self.content["audits"].get(kind)
         if older and older["settings"] == settings and not self.again:
             return older["findings"]
         begin = time.monotonic()
         found = [dataclasses.asdict(f) for f in auditor(student, teacher, data)]
         said = {"settings": settings, "seconds": round(time.monotonic() - begin, 1), "findings": found}
+        if drawn := auditor.drawn(student):
+            said["drawn"] = drawn
         around = {k: v for k, v in surroundings().items() if k != "host"}
         self.content["audits"][kind] = {**said, **around}
         write_atomic(self.place, json.dumps(self.content, indent=1, allow_nan=False))
@@ -296,7 +330,7 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value if isinstance(value, plain) else getattr(value, "identity", type(value).__name__)
         for name, value in settings.items()
-        if name != "members" or hasattr(value, "identity")
+        if not name.startswith("_") and (name != "members" or hasattr(value, "identity"))
     }
 
 

@@ -28,11 +28,11 @@ SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
 
 
 class Looked(CheckedOnly):
-    """Raised in place of a run where ``LOOK_ONLY`` is set, with its models and its data."""
+    """Raised in place of a run where ``LOOK_ONLY`` is set, with its models, its method and its data."""
 
-    def __init__(self, student: nn.Module, teacher: Teacher | None, splits: dict[str, Any]) -> None:
+    def __init__(self, student: nn.Module, teacher: Teacher | None, method: Method, splits: dict[str, Any]) -> None:
         super().__init__("the run was looked at, and not trained")
-        self.student, self.teacher, self.splits = student, teacher, splits
+        self.student, self.teacher, self.method, self.splits = student, teacher, method, splits
 
 
 def distill(
@@ -130,16 +130,16 @@ def distill(
         quiet=quiet,
     )
     taught, folder = _teacher(teacher, method, batches), None if out is None else Path(out)
-    _look(student, taught, {"train": batches, "validation": validation, "test": test})
+    _look(student, taught, method, {"train": batches, "validation": validation, "test": test})
     loop = Loop(student, taught, method, _task(task, student, taught), settings, folder=folder)
     loop.set_up(batches, optimizer, schedule, loggers, evaluations=_evaluations(validation, test))
     loop.on_step = on_step
     return loop.run(dict(facts or {}))
 
 
-def _look(student: nn.Module, teacher: Teacher | None, splits: dict[str, Any]) -> None:
+def _look(student: nn.Module, teacher: Teacher | None, method: Method, splits: dict[str, Any]) -> None:
     if LOOK_ONLY.get():
-        raise Looked(student, teacher, splits)
+        raise Looked(student, teacher, method, splits)
 
 
 def _task(task: Task | None, student: nn.Module, teacher: Teacher | None) -> Task:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tempering.checkpoints import random_state, set_random_state
 from tempering.keeping import Keeper, alone_in, facts_of, key_of
-from tempering.methods.base import Method, Step, StepMethod
+from tempering.methods.base import Method, Step, StepMethod, asked
 from tempering.ranks import alike, clip, mean_over_ranks, refuse_split, share_gradients, whole_mass
 from tempering.records import Recorder
 from tempering.rows import Rows, total
@@ -92,8 +92,8 @@ class Loop:
         self.world, self.first = self.fabric.world_size, self.fabric.is_global_zero
         refuse_split(self.method, world=self.world)
         self.learners = self.method.learners()
-        for policy in self.learners:
-            batches = policy.feed(batches, self.teacher)
+        for part in (self.method, *self.learners):
+            batches = part.feed(batches, self.teacher)
         self.stream = Stream(batches, self.fabric, seed=s.seed)
         self.total_steps = s.steps or (s.epochs or 0) * math.ceil(len(self.stream) / s.accumulate)
         if not self.total_steps:
@@ -133,11 +133,11 @@ class Loop:
         self.evaluations = {name: loader for name, loader in evaluations.items() if loader is not None}
         for name, loader in self.evaluations.items():
             repeatable(name, loader)
-        still = not (isinstance(self.method, StepMethod) and self.method.trains_teacher)
+        learns = isinstance(self.method, StepMethod) and self.method.trains_teacher
         teacher = self.teacher
         # a cache of the training set knows no other split, and would answer with rows of its own
         asked = {n for n, x in self.evaluations.items() if teacher is not None and teacher.objection(x) is None}
-        self.taught = {n: Remembered(teacher, still=still) for n in asked if teacher is not None}
+        self.taught = {n: Remembered(teacher, still=self.task.remember and not learns) for n in asked if teacher is not None}
         metric, self.higher = self.task.headline()
         self.best_by = next((f"{name}/{metric}" for name in ("validation", "test") if name in self.evaluations), None)
         if self.settings.patience is not None and self.best_by is None:
@@ -268,7 +268,7 @@ class Loop:
                 raise TypeError(f"{type(self.method).__name__}.step() must fill step.rows; step.forward() does.")
             return [step.rows], [terms]
         blocks = step.forward()
-        return blocks, [self.method(rows, progress) for rows in blocks]
+        return blocks, asked(self.method, blocks, progress)
 
     def _step_of(self, batch: Any, progress: float) -> Step:
         student_in, teacher_in, ids = self.task.inputs(batch)
@@ -323,7 +323,7 @@ class Loop:
         now, (then, before) = time.perf_counter(), self.timer
         took = (now - then) / max(1, step + 1 - before)
         self.timer = (now, step + 1)
-        rows_seen = len(blocks[0]) * self.settings.accumulate * self.world
+        rows_seen = len(blocks[-1]) * self.settings.accumulate * self.world
         line = {
             "step": step + 1,
             "epoch": self.at.epoch + 1,
@@ -332,7 +332,7 @@ class Loop:
             "lr": self.optimizer.param_groups[0]["lr"],
             "rows_per_second": rows_seen / took,
             "step_ms": 1000.0 * took,
-            **measured(blocks[-1], terms[-1], self.method.policies()),
+            **measured(blocks, terms, self.method.policies()),
         }
         self.recorder.step(line)
         flat = {"train/loss": line["loss"], "train/lr": line["lr"], "train/step_ms": line["step_ms"]}
@@ -381,6 +381,7 @@ class Loop:
             ask = on_cpu(policy, self.fabric.device)
             taught = self.taught[name].rewind() if name in self.taught else None
             found = self.task.analyse(self.model, self.evaluations[name], teacher=taught, temperatures=ask)
+            (self.at.last or {}).get(name, {}).update(found.pop("scores", {}))
             if found and self.first:
                 self.recorder.analysis({"split": name, **found})
         result = {

@@ -129,9 +129,13 @@ def head_share(p: Float[Tensor, "N C"], q: Float[Tensor, "N C"], head: float) ->
 def cross_entropy(rows: Rows) -> Float[Tensor, " N"]:
     """-log p(target) of the student at temperature 1, (N,); 0 on rows without a label.
 
+    Rows that carry ``hard``, their task's own supervised loss, give that.
+
     Raises:
         ValueError: for rows without targets, or (seen on the CPU alone, where it costs nothing) a target >= C.
     """
+    if rows.hard is not None:
+        return widened(rows.hard)
     target = labels(rows, "cross_entropy").long().clamp_min(-1)
     return F.cross_entropy(masked(widened(rows.student)), target, ignore_index=-1, reduction="none")
 

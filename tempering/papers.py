@@ -16,8 +16,11 @@ from tempering.methods.dist import DIST
 from tempering.methods.dkd import DKD
 from tempering.methods.dtkd import DTKD
 from tempering.methods.erkd import ERKD
+from tempering.methods.fgd import FGD
+from tempering.methods.inconsistent import InconsistentDetection
 from tempering.methods.kd import KD
 from tempering.methods.lskd import LSKD
+from tempering.methods.mgd import MGD
 from tempering.methods.mlkd import MLKD
 from tempering.methods.nkd import NKD, USKD
 from tempering.methods.r2kd import R2KD
@@ -29,7 +32,7 @@ from tempering.temperature.sharpness import Sharpness
 from tempering.temperature.standardised import Standardised
 from tempering.temperature.static import Static
 
-Data = Literal["cifar100", "imagenet", "tiny_imagenet"]
+Data = Literal["cifar100", "imagenet", "tiny_imagenet", "coco"]
 Pair = tuple[str, str]
 Value = TypeVar("Value")
 
@@ -59,6 +62,14 @@ LATER: tuple[Pair, ...] = (
     ("resnet32x4", "wrn_40_2"),
     ("wrn_40_2", "resnet8x4"),
     ("wrn_40_2", "mobilenetv2"),
+)
+
+
+# Inconsistent KD's configurations: RetinaNet, RepPoints, and Mask R-CNN of a Cascade Mask R-CNN, all to ResNet-50
+DETECTORS: tuple[Pair, Pair, Pair] = (
+    ("retina_rx101", "retina_r50"),
+    ("reppoints_rx101", "reppoints_r50"),
+    ("cascade_mask_rcnn_rx101", "mask_rcnn_r50"),
 )
 
 
@@ -277,6 +288,36 @@ def ats(teacher: str, student: str, *, data: Data = "cifar100", published: bool 
     known = {"cifar100": _all((("resnet110", "vgg8"), ("resnet14", "vgg8")), (4.0, 2.0))}
     correct, wrong = _find("ats", known, teacher, student, data)
     return ATS(soft=0.5, hard=0.5, correct=correct, wrong=wrong, centred=not published)
+
+
+def fgd(teacher: str, student: str, *, data: Data = "coco") -> FGD:
+    """FGD (arXiv:2111.11837), from the configurations of Inconsistent KD, which are built on it."""
+    known = dict(zip(DETECTORS, _FGD, strict=True))
+    foreground, background, attention, relation = _find("fgd", {"coco": known}, teacher, student, data)
+    return FGD(foreground=foreground, background=background, attention=attention, relation=relation)
+
+
+def mgd(teacher: str, student: str, *, data: Data = "coco") -> MGD:
+    """MGD (arXiv:2205.01529), from the configurations of Inconsistent KD, which are built on it."""
+    feature, masked = _find("mgd", {"coco": dict(zip(DETECTORS, _MGD, strict=True))}, teacher, student, data)
+    return MGD(feature=feature, masked=masked)
+
+
+def inconsistent_fgd(teacher: str, student: str, *, data: Data = "coco") -> InconsistentDetection:
+    """Inconsistent KD (arXiv:2209.09841) on FGD, from its released configurations."""
+    weight = _find("inconsistent_fgd", {"coco": _ADVERSARIAL}, teacher, student, data)
+    return InconsistentDetection(fgd(teacher, student, data=data), adversarial=weight)
+
+
+def inconsistent_mgd(teacher: str, student: str, *, data: Data = "coco") -> InconsistentDetection:
+    """Inconsistent KD (arXiv:2209.09841) on MGD, from its released configurations."""
+    weight = _find("inconsistent_mgd", {"coco": _ADVERSARIAL}, teacher, student, data)
+    return InconsistentDetection(mgd(teacher, student, data=data), adversarial=weight)
+
+
+_FGD = ((1e-3, 5e-4, 5e-4, 5e-6), (1.6e-3, 8e-4, 8e-4, 8e-6), (5e-5, 2.5e-5, 5e-5, 5e-7))
+_MGD = ((2e-5, 0.65), (2e-5, 0.65), (5e-7, 0.45))
+_ADVERSARIAL: dict[Pair, float] = dict(zip(DETECTORS, (1e-5, 1e-5, 2.5e-7), strict=True))
 
 
 def _all(pairs: Iterable[Pair], value: Value) -> dict[Pair, Value]:

@@ -54,6 +54,7 @@ GOLDEN = {
     "R2KD": "r2kd.npz",
     "Sharpness": "dtkd_published.npz and dtkd_exact.npz",
     "Standardised": "logit_methods.npz",
+    "ULD": "llm_skd.npz",
 }
 DIFFERS = re.compile(r"\b(released|published|the source|the copy|differs?|paper|erratum|not known)\b", re.I)
 ROUND = re.compile(r"\d+\.\d+(?:e-?\d+)?")

@@ -27,10 +27,14 @@ class Rows:
         features: name -> (student's, teacher's) features, for methods that look inside.
         name: of this block of rows, as it stands in records and error messages.
         ids: which sample of the data set each row is, (N,), for methods that remember samples.
+        places: where in its sample each row stands, (N,), such as the position of the token before it.
+        private: how private what each row predicts is, (N,), 0 for not at all to 1. None: nothing is.
+        hard: the task's own supervised loss of each row, (N,), with its gradient, where that is not the cross entropy of
+            the target, as a detector's is not. Hard terms are then this.
 
     Raises:
         ValueError: for shapes that do not fit, a teacher that requires grad, a target that is not integer, or (seen on
-            the CPU alone) weights that are negative or not finite.
+            the CPU alone) weights that are negative or not finite, or a privacy outside [0, 1] where there is weight.
     """
 
     student: Float[Tensor, "N C"]
@@ -40,6 +44,9 @@ class Rows:
     features: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     name: str = "logits"
     ids: Int[Tensor, " N"] | None = None
+    places: Int[Tensor, " N"] | None = None
+    private: Float[Tensor, " N"] | None = None
+    hard: Float[Tensor, " N"] | None = None
 
     def __post_init__(self) -> None:
         s, t = self.student, self.teacher
@@ -59,7 +66,8 @@ class Rows:
                 f"Rows(name={self.name!r}) needs floating point logits; got student {s.dtype} and teacher {t.dtype}. "
                 "Stored as integers? Convert with .float() first."
             )
-        for label, value in (("target", self.target), ("weight", self.weight), ("ids", self.ids)):
+        for label in ("target", "weight", "ids", "places", "private", "hard"):
+            value = getattr(self, label)
             if value is not None and value.shape != s.shape[:1]:
                 raise ValueError(
                     f"Rows(name={self.name!r}) needs {label} of shape (N,) = ({s.shape[0]},); got {tuple(value.shape)}."
@@ -71,6 +79,13 @@ class Rows:
                 f"Rows(name={self.name!r}) needs weights >= 0 and finite; got {w.min().item():g} to "
                 f"{w.max().item():g}. 0 leaves a row out."
             )
+        if self.private is not None and self.private.device.type == "cpu":
+            seen = self.private if w is None else self.private[w > 0]
+            if not ((seen >= 0) & (seen <= 1)).all():
+                raise ValueError(
+                    f"Rows(name={self.name!r}) needs a privacy in [0, 1]; got {seen.min().item():g} to "
+                    f"{seen.max().item():g}. 0 is public."
+                )
         if self.target is not None and (self.target.is_floating_point() or self.target.dtype == torch.bool):
             raise ValueError(
                 f"Rows(name={self.name!r}) needs class indices as target, an integer tensor; got {self.target.dtype}. "

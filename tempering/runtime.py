@@ -344,9 +344,18 @@ def on_cpu(ask: Callable[[Rows], Any] | None, device: torch.device) -> Callable[
     return asked
 
 
-def measured(rows: Rows, terms: Mapping[str, Tensor], policies: Mapping[str, Policy]) -> dict[str, Any]:
-    """What a line of steps.jsonl says of a batch: mean terms, and the temperatures with their spread."""
-    line: dict[str, Any] = {"terms": {name: float(term.detach().float().mean()) for name, term in terms.items()}}
+def measured(
+    blocks: Sequence[Rows], terms: Sequence[Mapping[str, Tensor]], policies: Mapping[str, Policy]
+) -> dict[str, Any]:
+    """What a line of steps.jsonl says of a batch: the blocks' mean terms, and the temperatures with their spread.
+
+    Terms of one name add up over the blocks, as they do in the loss. Temperatures are the last block's that has classes.
+    """
+    summed: dict[str, float] = {}
+    for name, term in (item for named in terms for item in named.items()):
+        summed[name] = summed.get(name, 0.0) + float(term.detach().float().mean())
+    line: dict[str, Any] = {"terms": summed}
+    rows = next((block for block in reversed(blocks) if block.student.shape[1] > 1), blocks[-1])
     policy = next((p for p in policies.values() if p.last is not None), None)
     if policy is None or policy.last is None or not len(rows):
         return line

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tempering.methods import METHODS, Method, Step, StepMethod
+from tempering.methods import METHODS, InconsistentDetection, Method, Step, StepMethod
 from tempering.rows import Rows, total, widened
 from tempering.teachers import Live
 from tempering.temperature import POLICIES, Policy
@@ -77,11 +77,17 @@ def params(cases: list[tuple[str, Any]]) -> list[Any]:
 
 
 def block(n: int = 6, classes: int = 7, **options: Any) -> Rows:
-    """Random rows that also carry ids and a feature map, (n, 4, 3, 3) on both sides."""
+    """Random rows that also carry ids, a feature map, (n, 4, 3, 3) on both sides, and boxes and scores beside it."""
     rows = random_rows(n, classes, **options)
     generator = torch.Generator().manual_seed(options.get("seed", 0) + 1)
     s, t = (torch.randn(n, 4, 3, 3, generator=generator, dtype=torch.float64).to(rows.student.dtype) for _ in "st")
-    return rows.with_(features={"map": (s, t)}, ids=torch.arange(n))
+    edges = torch.rand(2, n, 3, 2, generator=generator).sort(0).values
+    boxes = torch.cat((edges[0], edges[1]), -1).to(rows.student.dtype)
+    boxes[:, 2] = -1.0  # no third one
+    boxes[1::3] = -1.0  # an image without any
+    scores = torch.rand(n, 9, generator=generator).to(rows.student.dtype)
+    beside = {name: (x, x.clone()) for name, x in (("boxes", boxes), ("scores", scores))}
+    return rows.with_(features={"map": (s, t)} | beside, ids=torch.arange(n))
 
 
 def chosen(rows: Rows, part: Any) -> Rows:
@@ -93,6 +99,7 @@ def chosen(rows: Rows, part: Any) -> Rows:
         weight=None if rows.weight is None else rows.weight[part],
         features={name: (s[part], t[part]) for name, (s, t) in rows.features.items()},
         ids=None if rows.ids is None else rows.ids[part],
+        hard=None if rows.hard is None else rows.hard[part],
     )
 
 
@@ -133,14 +140,33 @@ def same(got: Any, want: Any, rtol: float = 1e-9, atol: float = 1e-11) -> None:
 # methods that own their step: a batch of images, two small nets, and one step
 
 
+class Watcher(nn.Sequential):
+    """A net that is also a detector: it has one level, its hidden units, and its boxes' class is the image's."""
+
+    def forward(self, input: Any) -> Any:
+        if not isinstance(input, dict):
+            return super().forward(input)
+        return self.levels_of(input["images"]) if "only" in input else super().forward(input["images"])
+
+    def levels_of(self, images: Tensor) -> list[Tensor]:
+        return [self[2](self[1](self[0](images)))[:, :, None, None]]
+
+    def class_loss(self, inputs: dict[str, Any]) -> Tensor:
+        labels = torch.stack([target["labels"][0] for target in inputs["targets"]])
+        return nn.functional.cross_entropy(super().forward(inputs["images"]), labels, reduction="none")
+
+
 class Lesson:
-    """A student, its teacher and one batch of (images, labels, weights), and the step that a method makes of them."""
+    """A student, its teacher and one batch of (images, labels, weights), and the step that a method makes of them.
+
+    A method of detectors gets the images in [0, 1] with a box each, and the nets' levels beside the rows.
+    """
 
     def __init__(
         self, n: int = 6, classes: int = 5, *, dtype: torch.dtype = torch.float64, scale: float = 1.0, seed: int = 0
     ) -> None:
         def net(hidden: int) -> nn.Module:
-            made = nn.Sequential(nn.Flatten(), nn.Linear(12, hidden), nn.Tanh(), nn.Linear(hidden, classes))
+            made = Watcher(nn.Flatten(), nn.Linear(12, hidden), nn.Tanh(), nn.Linear(hidden, classes))
             with torch.no_grad():
                 for p in made.parameters():
                     p.copy_(torch.randn(p.shape, generator=generator) * scale)
@@ -153,7 +179,9 @@ class Lesson:
         self.labels = torch.randint(classes, (n,), generator=generator)
         self.weights: Tensor | None = None
 
-    def step(self, progress: float = 1.0) -> Step:
+    def step(self, progress: float = 1.0, method: StepMethod | None = None) -> Step:
+        if isinstance(method, InconsistentDetection):
+            return self._watched(progress)
         batch = {"x": self.images, "y": self.labels} | ({} if self.weights is None else {"w": self.weights})
         seen = self.images if self.images.dtype == torch.float64 else self.images.float()
 
@@ -163,13 +191,29 @@ class Lesson:
         args = (self.student, self.teacher, self.images, seen, None, batch, progress, rows)
         return Step(*args, attached=self.teacher.attached)
 
+    def _watched(self, progress: float) -> Step:
+        images, n = self.images.sigmoid(), len(self.images)
+        box = torch.tensor([0.5, 0.0, 1.5, 2.0])
+        inputs = {"images": images, "targets": [{"boxes": box[None], "labels": y[None]} for y in self.labels]}
+
+        def rows(student: Tensor, teacher: Tensor | None, batch: Any) -> list[Rows]:
+            with torch.no_grad():
+                taught = self.teacher.model.levels_of(widened(images))[0]
+            levels = {"p0": (self.student.levels_of(images)[0], taught)}
+            features = levels | {"boxes": ((box / 2).expand(n, 1, 4),) * 2}
+            teacher = student.detach() if teacher is None else teacher
+            return [Rows(student, teacher, self.labels, self.weights, features, "images")]
+
+        shown = {"images": widened(images)}
+        return Step(self.student, self.teacher, inputs, shown, None, inputs, progress, rows)
+
     def loss(self, method: StepMethod, progress: float = 1.0) -> tuple[Tensor, dict[str, Tensor], Rows]:
         """The loss, the terms and the rows of one step."""
         torch.default_generator.manual_seed(0)
         with torch.no_grad():
-            method.prepare(self.step().forward()[-1])
+            method.prepare(self.step(method=method).forward()[-1])
         method.to(widened(self.images).dtype).meet(self.teacher.model)
-        step = self.step(progress)
+        step = self.step(progress, method)
         terms = dict(method.step(step))
         assert step.rows is not None
         return total(terms, step.rows), terms, step.rows
@@ -183,8 +227,11 @@ class Lesson:
         return loss.detach(), list(gradients)
 
 
+# those that take any batch of images; the others have runs of their own
+PLAIN_STEP_METHODS = [kind for kind in STEP_METHODS if kind is not InconsistentDetection]
 STEP_CASES = [variant for kind in STEP_METHODS for variant in variants(kind)] + [
     (f"{kind.__name__}-{name}", remade(kind.example(), temperature=copy.deepcopy(policy)))
     for kind in STEP_METHODS
+    if "temperature" in arguments(kind)
     for name, policy in VARIED_POLICIES[:: max(1, len(VARIED_POLICIES) // 6)]
 ]

@@ -24,7 +24,7 @@ from tests.paths import ROOT, SHARED, needs_shared
 from tests.records_made import ARMS as MADE
 from tests.records_made import make_run, make_set
 
-RECIPES = [ROOT / "recipes" / f"{name}.py" for name in ("digits", "cifar100", "language")]
+RECIPES = [ROOT / "recipes" / f"{name}.py" for name in ("digits", "cifar100", "language", "robust")]
 
 TINY = '''
 """A linear student on random rows."""
@@ -263,7 +263,7 @@ def test_a_teacher_can_be_given(tmp_path: Path) -> None:
 
 def test_slow_nets_get_the_fields_learning_rate() -> None:
     module = sys.modules[recipefile.load(RECIPES[1]).__module__]
-    assert [module._rate(n) for n in ("resnet8x4", "MobileNetV2", "ShuffleV1", "wrn_40_2")] == [0.05, 0.01, 0.01, 0.05]
+    assert [module.rate(n) for n in ("resnet8x4", "MobileNetV2", "ShuffleV1", "wrn_40_2")] == [0.05, 0.01, 0.01, 0.05]
     factors = [module.decay(epoch / 240) for epoch in (0, 149, 150, 179, 180, 209, 210, 239)]
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 

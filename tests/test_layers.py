@@ -20,13 +20,14 @@ LAYERS = {part: set() for part in ("rows", *BOTTOM)} | {
     "data": {"rows"},
     "models": {"discovery"},
     "temperature": {"rows", "discovery", "fusable"},
+    "answers": {"rows"},
     "buckets": {"rows"},
-    "teachers": {"rows", "taps", "buckets"},
-    "tasks": {"rows", "taps", "discovery", "buckets"},
-    "audits": {"rows", "discovery", "taps"},
+    "teachers": {"rows", "taps", "answers", "buckets"},
+    "tasks": {"rows", "taps", "discovery", "answers", "buckets", "models.boxes", "models.detector"},
+    "audits": {"rows", "discovery", "taps", "temperature", "data.canaries"},
     "objectives": {"rows", "fusable", "temperature.base"},
     "kernels": {"rows", "fusable", "temperature", "objectives", "methods.base"},
-    "methods": {"rows", "discovery", "temperature", "objectives"},
+    "methods": {"rows", "discovery", "temperature", "objectives", "teachers.base"},
     "reports": {"discovery"},
 }
 # the engine's files see base classes only; what distill() makes where nobody chose is named here
@@ -40,7 +41,8 @@ LAYERS |= {
     "arms": {"discovery", "methods", "specs"},
     "trained": {"loop"},
     "recipefile": {"discovery"},
-    "auditing": {"audits", "checkpoints", "engine", "models", "recipefile", "records", "reports", "teachers.base"},
+    "auditing": {"audits", "checkpoints", "engine", "models", "recipefile", "records", "reports", "rows"}
+    | {"teachers.base", "temperature"},
     "papers": {"discovery", "methods", "temperature"},
     "papersdoc": {"papers", "methods", "temperature", "reports", "tune_space"},
     "tune_space": {"arms", "discovery"},
@@ -59,7 +61,8 @@ TOP = {"cli", "__main__"}  # may import everything; nothing imports them
 # a function's double
 SPREADS = {("rows", "with_"), ("adapters.huggingface", "__init__"), ("fusable", "call")}
 HEAVY = {"lightning_fabric", "torchvision", "timm", "transformers", "datasets", "sklearn", "PIL", "matplotlib", "scipy"}
-HEAVY |= {"torchmetrics", "tensorboard", "wandb", "jinja2", "lightning", "optuna", "kornia", "pyautoattack"}
+HEAVY |= {"torchmetrics", "tensorboard", "wandb", "jinja2", "lightning", "optuna", "kornia", "pyautoattack", "captum"}
+HEAVY |= {"pycocotools"}
 
 
 def name_of(file: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tempering import papers
-from tempering.methods import DKD, KD, METHODS
+from tempering.methods import DKD, KD, METHODS, MGD
 from tempering.papersdoc import GOLDEN, made_by, page, presets, told
 from tempering.reports.read import pack, write_cell
 from tempering.reports.reported import PUBLISHED, published, reported
@@ -79,6 +79,16 @@ def test_presets_are_the_papers() -> None:
     assert papers.mlkd("resnet34", "resnet18", data="imagenet").temperatures == (1.0, 3.0, 5.0, 2.0, 6.0)
     assert not papers.ats("resnet110", "vgg8", published=True).centred
     assert papers.rld("resnet50", "mobilenetv1", data="imagenet").masked == 2.0
+    reppoints = papers.fgd("RepPoints-RX101", "reppoints_r50")
+    assert (reppoints.foreground, reppoints.background, reppoints.attention, reppoints.relation) == (
+        1.6e-3,
+        8e-4,
+        8e-4,
+        8e-6,
+    )
+    both = papers.inconsistent_mgd("cascade_mask_rcnn_rx101", "mask_rcnn_r50")
+    assert isinstance(both.base, MGD) and (both.base.feature, both.base.masked) == (5e-7, 0.45)
+    assert both.adversarial == 2.5e-7
 
 
 def test_presets_invent_nothing() -> None:

@@ -10,7 +10,7 @@ import pytest
 from tempering import arena_plan, arena_view
 from tests.paths import ROOT
 
-GRIDS = sorted(path.parent for path in (ROOT / "benchmarks" / "results").glob("*/plan.json"))
+GRIDS = sorted(path.parent for path in (ROOT / "benchmarks" / "results").rglob("plan.json"))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda path: path.name)

@@ -7,19 +7,25 @@ folder, and what is asserted of both processes is asserted here.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tempering import checkpoints
-from tempering.methods import DIST, DTKD, KD, KDIGA
+from tempering.data.shapes import shapes
+from tempering.methods import DIST, DTKD, FGD, KD, KDIGA, Explainer, InconsistentDetection
+from tempering.models.attention import attend
+from tempering.models.fcos import FCOS
 from tempering.rows import Rows
 from tempering.settings import Run
+from tempering.tasks.detection import Detection
 from tempering.temperature import LearningPolicy, Temperatures
 from tests.runs import (
     ADAMW,
+    CLASSES,
     SGD,
     STEPS,
     Learned,
@@ -85,6 +91,28 @@ def aligned(out: Path | None, **more: Any) -> Run:
     return go(batches, teacher=teacher, method=method, out=out, **(wanted | more))
 
 
+def attending(out: Path | None, **more: Any) -> Run:
+    """A student that attends, whose entropy is a term: its parameters are met in the forward and outside of it."""
+    torch.manual_seed(5)
+    layers = [nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 8, 1), nn.Tanh(), nn.Conv2d(8, 6, 1), nn.Flatten()]
+    student = attend(nn.Sequential(*layers, nn.Linear(36, CLASSES)).double())
+    batches, teacher, method = unequal(torch.float64), teacher_net(torch.float64), Explainer(entropy=0.5)
+    wanted: dict[str, Any] = {"task": Weighted(), "steps": STEPS, "precision": "64-true", "selfcheck": False}
+    return go(batches, student=student, teacher=teacher, method=method, out=out, **(wanted | more))
+
+
+def detecting(name: str, out: Path | None, **more: Any) -> Run:
+    """Images with boxes, and methods over necks; the adversaries are made on each process."""
+    torch.manual_seed(7)
+    student, teacher = (FCOS(3, width=0.5, neck=neck, norm="group") for neck in (16, 24))
+    made = FGD() if name == "fgd" else InconsistentDetection(FGD(), adversarial=1e-4)
+    splits = shapes(size=64, train=8, test=4, batch_size=4)
+    wanted: dict[str, Any] = {"task": Detection(class_rows=False), "steps": 3, "optimizer": partial(SGD, lr=0.01)}
+    torch.manual_seed(78)  # of the method's own modules
+    models = {"student": student, "teacher": teacher, "selfcheck": False}
+    return go(splits.train, method=made, out=out, **(models | wanted | more))
+
+
 def refusal(batches: Any = None, **more: Any) -> str:
     try:
         go(batches or unequal(), task=Weighted(), steps=1, **more)
@@ -113,6 +141,9 @@ def main(out: Path) -> None:
             one(name, out / strategy / name, **both)
     pictures(out / "ddp" / "pictures", **ddp)
     aligned(out / "ddp" / "aligned", **ddp)
+    attending(out / "ddp" / "attending", **ddp)
+    for name in ("fgd", "inconsistent"):
+        detecting(name, out / "ddp" / name, **ddp)
     stopped_and_whole(out / "shuffled", "shuffled", **ddp)
     stopped_and_whole(out / "sharded", "batches", **(ddp | {"strategy": "fsdp", "optimizer": SGD}))
     # each process begins with weights of its own, and both end with the first one's

@@ -76,5 +76,5 @@ def blocks_of(
     taught = None if teacher is None else teacher(teacher_in, ids)
     blocks = task.rows(said, taught, batch)
     if taps is not None:
-        blocks[-1] = blocks[-1].with_(features=taps.features())
+        blocks[-1] = blocks[-1].with_(features={**blocks[-1].features, **taps.features()})
     return said, blocks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -24,7 +24,8 @@ class Method(nn.Module, ABC):
             the engine refuses to split it.
         needs_labels: whether it cannot do without targets, whatever its weights.
         needs_teacher: whether it looks at the teacher at all.
-        zero_at_agreement: whether its terms, those named "hard" aside, vanish for a student equal to the teacher.
+        zero_at_agreement: whether its terms, those named "hard" aside, vanish for a student equal to the teacher, on
+            rows that are not private.
         non_negative: whether no term ever falls below zero.
         shift_invariant: whether a constant added to a row's logits changes nothing, its policies aside.
     """
@@ -63,6 +64,10 @@ class Method(nn.Module, ABC):
         """
         parts = [m for m in self.modules() if isinstance(m, Method) and m is not self]
         return tuple(dict.fromkeys(name for part in parts for name in part.features(stages)))
+
+    def feed(self, batches: Iterable[Any], teacher: Any) -> Iterable[Any]:
+        """The training batches, for a method that has a say in them."""
+        return batches
 
     def hyperparameters(self) -> dict[str, object]:
         """Constructor arguments by name, as records write them."""
@@ -122,7 +127,7 @@ class Step:
         said, taught = self.student(self.student_inputs), self.teacher(self.teacher_inputs, self.ids)
         blocks = self.make_rows(said, taught, self.batch)
         if self.features is not None:
-            blocks[-1] = blocks[-1].with_(features=self.features())
+            blocks[-1] = blocks[-1].with_(features={**blocks[-1].features, **self.features()})
         self.rows = blocks[-1]
         return blocks
 
@@ -145,7 +150,7 @@ class StepMethod(Method):
     """A method that owns its step, for what rows alone cannot say: input gradients, a teacher that learns.
 
     Class attributes:
-        needs_double_backward: whether it takes derivatives within its step and then goes through them once more. The
+        needs_double_backward: whether it takes derivatives within its step, and may go through them once more. The
             engine refuses torch.compile, FSDP and fp16 with a loss scale, which cannot.
         needs_live: whether it goes back through the teacher, so that stored answers do not do.
         trains_teacher: whether its step changes the teacher's weights. ``meet`` shows it the module; its state_dict
@@ -168,11 +173,22 @@ class StepMethod(Method):
 
 
 def emptied(rows: Rows) -> Rows:
-    """The rows with logits of 0 in those of weight 0, which may hold anything: a NaN times 0 would still be NaN."""
+    """The rows with 0 for the numbers in those of weight 0, which may hold anything: a NaN times 0 would be NaN."""
     if rows.weight is None:
         return rows
     kept = (rows.weight > 0).unsqueeze(1)
-    return rows.with_(student=torch.where(kept, rows.student, 0.0), teacher=torch.where(kept, rows.teacher, 0.0))
+    hard = None if rows.hard is None else torch.where(rows.weight > 0, rows.hard, 0.0)
+    student, teacher = (torch.where(kept, side, 0.0) for side in (rows.student, rows.teacher))
+    return rows.with_(student=student, teacher=teacher, hard=hard)
+
+
+def asked(
+    method: Callable[[Rows, float], Mapping[str, Tensor]], blocks: Sequence[Rows], progress: float
+) -> list[Mapping[str, Tensor]]:
+    """The method's terms of each block; those of one class come first, so that policies remember the others."""
+    order = sorted(range(len(blocks)), key=lambda i: blocks[i].student.shape[1] > 1)
+    terms = {i: method(blocks[i], progress) for i in order}
+    return [terms[i] for i in range(len(blocks))]
 
 
 def ramp(progress: float, warmup: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from tempering.methods.base import Method, weights, zero
 from tempering.objectives import cross_entropy
 from tempering.rows import Rows, shared, widened
 
+BESIDE = ("boxes", "scores")  # of a detector's images: what some methods read beside the maps
+
 
 class FeatureMethod(Method):
     """A loss over pairs of features, plus hard * cross entropy.
@@ -20,13 +23,17 @@ class FeatureMethod(Method):
     Args:
         feature: weight of the features' term.
         hard: weight of the cross entropy; beside another method in a Sum it is usually 0.
-        names: which of ``rows.features``, in order; () for all of them.
+        names: which of ``rows.features``, in order; () for all of them (but a detector's boxes and scores).
 
     Only rows of weight > 0 take part. Features are (N, C, H, W) maps or (N, D) vectors, as the method says.
     """
 
     relational = True
     wants = "maps"  # or "vectors": what a pair is flattened to
+    weighs: ClassVar[tuple[str, ...]] = ("feature",)  # its terms but the hard one, each under the name of its weight
+    hint = "Name modules to tap in the task, such as Classification(taps={'last': ('stage3', 'stage3')}) " + (
+        "(student's module, teacher's module)."
+    )
 
     def __init__(self, *, feature: float, hard: float = 1.0, names: Sequence[str] = ()) -> None:
         super().__init__()
@@ -42,20 +49,30 @@ class FeatureMethod(Method):
         return ("pool",) if self.wants == "vectors" else tuple(stages)
 
     @abstractmethod
-    def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:
-        """The unweighted term of these (student, teacher) features: () for the block, or a value a row."""
+    def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor | dict[str, Tensor]:
+        """The unweighted term of these (student, teacher) features: () for the block, or a value a row.
+
+        Several are named as in ``weighs``.
+        """
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         pairs = self.pairs(rows)
-        if not pairs[0][0].shape[0]:
-            term = zero(rows)
-        else:
-            value = self.compare(pairs, rows)
-            term = shared(value, rows) if value.ndim == 0 else spread_out(value, rows)
-        terms = {"feature": self.feature * term}
+        found = self.compare(pairs, rows) if pairs[0][0].shape[0] else dict.fromkeys(self.weighs, zero(rows))
+        found = {"feature": found} if isinstance(found, Tensor) else found
+        terms = {name: getattr(self, name) * self._placed(value, rows) for name, value in found.items()}
         if self.hard:
             terms["hard"] = self.hard * cross_entropy(rows)
         return terms
+
+    @staticmethod
+    def _placed(value: Tensor, rows: Rows) -> Tensor:
+        if value.ndim == 0:
+            return shared(value, rows)
+        return value if len(value) == len(rows) else spread_out(value, rows)
+
+    def chosen(self, rows: Rows) -> tuple[str, ...]:
+        """The names of the features that are compared."""
+        return self.names or tuple(name for name in rows.features if name not in BESIDE)
 
     def pairs(self, rows: Rows) -> list[tuple[Tensor, Tensor]]:
         """The chosen pairs in float32 at least, rows of weight 0 left out.
@@ -63,14 +80,13 @@ class FeatureMethod(Method):
         Raises:
             ValueError: for features that are not there, or of the wrong kind.
         """
-        names = self.names or tuple(rows.features)
+        names = self.chosen(rows)
         missing = [name for name in names if name not in rows.features]
         owner = type(self).__name__
         if missing or not names:
             raise ValueError(
                 f"{owner} compares features, and Rows(name={rows.name!r}) has {sorted(rows.features) or 'none'}; "
-                f"missing: {missing or 'any'}. Name modules to tap in the task, such as "
-                "Classification(taps={'last': ('stage3', 'stage3')}) (student's module, teacher's module)."
+                f"missing: {missing or 'any'}. {self.hint}"
             )
         kept = slice(None) if rows.weight is None else rows.weight > 0
         out = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tempering.methods._exams import Exams
 from tempering.methods._rehearsal import Rehearsal, parted
 from tempering.methods.base import Step, StepMethod, policy, single, weights
 from tempering.objectives import cross_entropy, kl, log_softmax, tempered
@@ -24,8 +25,9 @@ class Interactive(StepMethod):
     The exam rehearses the course on a part of the batch: one plain step of ``course_lr`` from the student's weights.
     The other part examines the weights so found by their cross entropy, and the teacher steps down the gradient of that
     in its own weights. Of the rehearsal nothing stays; the course proper is the engine's own step on the whole batch,
-    with the new teacher. The paper says that both steps alternate; how is not known, and this is MetaDistil's way
-    (arXiv:2106.04570), as the defaults of ``teacher_lr`` and ``clip`` are its.
+    or with samples ``held`` out on those that are not, with the new teacher. The paper says that both steps alternate;
+    how is not known, and this is MetaDistil's way (arXiv:2106.04570), as the defaults of ``teacher_lr`` and ``clip``
+    are its.
 
     The teacher's part of the course's gradient is linear in its softened probabilities p. So with v the exam's gradient
     in the rehearsed weights, dz the rate at which the student's logits move along v, and J = dz / T_s, it is exactly
@@ -44,6 +46,9 @@ class Interactive(StepMethod):
         teacher_lr: of the teacher's Adam.
         course_lr: of the rehearsed step; the student's own learning rate is the natural choice.
         exam_share: of the batch's samples, the last ones, that examine; a batch of one sample holds no exam.
+        held: training samples that are held out for exams alone: the student never learns them, and every batch is
+            widened by as many of them as make ``exam_share`` of it. 0 examines by a part of the batch, which is learned
+            as well.
         every: steps from exam to exam.
         clip: largest norm of the teacher's gradient.
         derivative: "exact" takes dz in forward mode; "difference" from two more forward passes, as fast attention
@@ -71,6 +76,7 @@ class Interactive(StepMethod):
         teacher_lr: float = 1e-5,
         course_lr: float = 0.05,
         exam_share: float = 0.5,
+        held: int = 0,
         every: int = 1,
         clip: float = 1.0,
         derivative: Literal["exact", "difference"] = "exact",
@@ -83,6 +89,8 @@ class Interactive(StepMethod):
                 raise ValueError(f"Interactive needs {name} > 0 and finite; got {value!r}.")
         if not 0.0 < exam_share < 1.0:
             raise ValueError(f"Interactive needs exam_share in (0, 1), the share of a batch; got {exam_share!r}.")
+        if held < 0:
+            raise ValueError(f"Interactive needs held >= 0, samples held out for exams; got {held!r}.")
         if every < 1:
             raise ValueError(f"Interactive needs every >= 1, steps from exam to exam; got {every!r}.")
         if derivative not in ("exact", "difference"):
@@ -90,7 +98,7 @@ class Interactive(StepMethod):
         self.soft, self.hard, self.supervised = soft, hard, supervised
         self.temperature = policy("Interactive", Static(4.0) if temperature is None else temperature)
         self.teacher_lr, self.course_lr, self.clip = teacher_lr, course_lr, clip
-        self.exam_share, self.every = exam_share, every
+        self.exam_share, self.held, self.every = exam_share, held, every
         self.derivative, self.layers = derivative, tuple(layers)
         self.steps = 0
         self._met: tuple[nn.Module, torch.optim.Optimizer, list[nn.Parameter]] | None = None
@@ -116,24 +124,27 @@ class Interactive(StepMethod):
         parameters = list(learning.values())
         self._met, self.steps = (teacher, torch.optim.Adam(parameters, lr=self.teacher_lr), parameters), 0
 
+    def feed(self, batches: Iterable[Any], teacher: Any) -> Iterable[Any]:
+        """The training batches, widened by the held-out samples where there are some."""
+        return Exams(batches, held=self.held, share=self.exam_share) if self.held else batches
+
     def step(self, step: Step) -> Mapping[str, Tensor]:
-        if self.steps % self.every == 0:
-            self._exam(step)
+        parts = parted(step, self.exam_share)
+        if parts is not None and self.steps % self.every == 0:
+            self._exam(*parts)
         self.steps += 1
-        rows = single(step.forward())
+        lesson = step if parts is None or not self.held else parts[0]
+        rows = single(lesson.forward())
+        step.rows = lesson.rows
         return self._course(rows, self.temperature(rows, step.progress))
 
     def _course(self, rows: Rows, T: Temperatures) -> dict[str, Tensor]:
         return {"soft": self.soft * kl(rows, T), "hard": self.hard * cross_entropy(rows)}
 
-    def _exam(self, step: Step) -> None:
-        parts = parted(step, self.exam_share)
-        if parts is None:
-            return
+    def _exam(self, course: Step, exam: Step) -> None:
         if self._met is None:
             raise RuntimeError("Interactive has met no teacher: call method.meet(teacher.model) before the first step.")
-        course, exam = parts
-        told, T = self.feedback(Rehearsal(step.student), course, exam)
+        told, T = self.feedback(Rehearsal(course.student), course, exam)
         _, optimizer, parameters = self._met
         with _learning(parameters):
             loss = self.teacher_loss(course, told, T)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from tempering.models.building import build, load
+from tempering.models.building import build, load, parted
+from tempering.models.normalised import Normalised
 
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {}
 for _info in pkgutil.iter_modules(__path__):
@@ -22,4 +23,4 @@ def stages(net: nn.Module) -> list[str]:
     return getattr(net, "stages", [])
 
 
-__all__ = ["MODELS", "build", "load", "stages"]
+__all__ = ["MODELS", "Normalised", "build", "load", "parted", "stages"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from torch import nn
 
 from tempering.discovery import pick
+from tempering.models.attention import attend
 from tempering.models.elsewhere import LIBRARIES, from_library
 
 
@@ -15,7 +17,8 @@ def build(name: str, *, classes: int, channels: int = 3, pretrained: bool = Fals
 
     Args:
         name: of the zoo, such as "resnet8x4" (letter case aside), or LIBRARY:NAME with timm, torchvision or
-            transformers, such as "timm:resnet18" or "transformers:google/vit-base-patch16-224".
+            transformers, such as "timm:resnet18" or "transformers:google/vit-base-patch16-224". "vam:" before any of
+            them wraps it by attention.attend, "vam8:" with 8 blocks.
         classes: width of the head.
         channels: of the images.
         pretrained: weights that the library has or fetches; the zoo has none.
@@ -26,6 +29,11 @@ def build(name: str, *, classes: int, channels: int = 3, pretrained: bool = Fals
     """
     if classes < 1 or channels < 1:
         raise ValueError(f"a net needs classes >= 1 and channels >= 1; got classes={classes}, channels={channels}.")
+    attention, name = parted(name)
+    if attention:
+        net = build(name, classes=classes, channels=channels, pretrained=pretrained)
+        blocks = attention.removeprefix("vam")
+        return attend(net, blocks=int(blocks)) if blocks else attend(net)
     library, colon, inner = name.partition(":")
     if colon:
         if library not in LIBRARIES:
@@ -36,6 +44,12 @@ def build(name: str, *, classes: int, channels: int = 3, pretrained: bool = Fals
     if pretrained:
         raise ValueError(f"the zoo has no weights of {name!r}; train it, or load(net, path) a safetensors file.")
     return pick(name, MODELS, "net")(classes, channels)
+
+
+def parted(name: str) -> tuple[str, str]:
+    """("vam8", "resnet8") for "vam8:resnet8": how a net attends, "" where it does not, and the net itself."""
+    found = re.fullmatch(r"(vam\d*):(.*)", name, re.IGNORECASE)
+    return ("", name) if found is None else (found[1].lower(), found[2])
 
 
 def load(net: nn.Module, path: str | Path) -> nn.Module:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 
@@ -20,6 +22,11 @@ def conv_norm(wide_in: int, wide_out: int, size: int = 3, stride: int = 1, group
 def pooled() -> nn.Sequential:
     """The mean over the positions, (N, C, H, W) -> (N, C)."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def row_entropy(shares: Float[Tensor, "rows parts"]) -> Float[Tensor, " rows"]:
+    """Entropy of each row of shares in nats; its gradient stays finite where a share is 0."""
+    return -(shares * shares.clamp_min(torch.finfo(shares.dtype).tiny).log()).sum(-1)
 
 
 class Staged(nn.Module):

@@ -1,0 +1,287 @@
+"""Images with boxes: COCO's files in every state, batches that resume and share out, and drawn shapes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tempering.data.coco import GROUND, coco
+from tempering.data.scenes import Scenes
+from tempering.data.shapes import SHAPES, shapes
+from tests.paths import SHARED, needs_shared
+
+Image = pytest.importorskip("PIL.Image")
+CATEGORIES = [{"id": 7, "name": "b"}, {"id": 3, "name": "a"}]
+
+
+def folder(
+    root: Path, boxes: list[dict[str, Any]], *, splits: tuple[str, ...] = ("train", "test"), **more: Any
+) -> Path:
+    """Three images of 40 x 20, 20 x 20 in grey and 40 x 40 with a palette; the same annotations in every split."""
+    (root / "images").mkdir(parents=True)
+    wide = np.zeros((20, 40, 3), np.uint8)
+    wide[:, :20] = 255
+    Image.fromarray(wide).save(root / "images" / "wide.png")
+    Image.fromarray(np.full((20, 20), 90, np.uint8)).save(root / "images" / "grey.png")
+    Image.fromarray(np.full((40, 40, 3), 10, np.uint8)).convert("P").save(root / "images" / "palette.png")
+    sizes = {"wide.png": (40, 20), "grey.png": (20, 20), "palette.png": (40, 40)}
+    images = [{"id": i, "file_name": n, "width": w, "height": h} for i, (n, (w, h)) in enumerate(sizes.items(), 10)]
+    listed = [{"id": i, "category_id": 3, "iscrowd": 0} | one for i, one in enumerate(boxes)]
+    content = {"images": images, "annotations": listed, "categories": CATEGORIES} | more
+    for split in splits:
+        (root / f"annotations_{split}.json").write_text(json.dumps(content))
+    return root
+
+
+def box(image: int, *bbox: float, **more: Any) -> dict[str, Any]:
+    return {"image_id": image, "bbox": list(bbox)} | more
+
+
+def test_boxes_follow_their_image(tmp_path: Path) -> None:
+    root = folder(tmp_path, [box(10, 20, 0, 20, 10, category_id=7), box(11, 5, 5, 10, 10)])
+    train, none, test = coco(root, size=64, flip=False)
+    assert none is None and train.class_names == ("a", "b") and train.size == test.size == 3
+    assert [b.tolist() for b in test.boxes] == [[[32, 16, 64, 32]], [[16, 16, 48, 48]], []]
+    assert [y.tolist() for y in test.labels] == [[1], [0], []]
+    torch.testing.assert_close(test.scales, torch.tensor([1.6, 3.2, 1.6]))
+    assert (test.images[0, :, :16] == GROUND).all() and (test.images[0, :, 17:47, :28] == 255).all()
+    assert (test.images[1] == 90).all() and test.images[2].float().mean() == pytest.approx(10, abs=2)
+    _, _, stretched = coco(root, size=64, fit="stretch")
+    assert stretched.boxes[0].tolist() == [[32, 0, 64, 32]] and stretched.scales[0] == pytest.approx((1.6 * 3.2) ** 0.5)
+
+
+def test_boxes_that_are_none(tmp_path: Path) -> None:
+    """Of no size, outside, in a crowd: left out and counted. Half outside: cut, also where letterboxing has room."""
+    lost = [box(10, 5, 5, 0, 9), box(10, 100, 5, 9, 9), box(10, 0, 0, 9, 9, iscrowd=1), box(10, 5, -30, 9, 9)]
+    test = coco(folder(tmp_path, [*lost, box(10, -5, -5, 15, 40)]), size=64).test
+    assert test.dropped == {"crowd": 1, "zero size": 1, "outside the image": 2}
+    assert test.boxes[0].tolist() == [[0, 16, 16, 48]]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"annotations": [box(10, 0, 0, 5, category_id=3)]},
+            r"annotation None needs bbox \[x, y, width, height\]; got \[0, 0, 5\]",
+        ),
+        ({"annotations": [box(10, 0, 0, 5, float("nan"), id=4, category_id=3)]}, "annotation 4 needs bbox"),
+        ({"annotations": [box(99, 0, 0, 5, 5, category_id=3)]}, "is of image 99 and category 3, and one of them"),
+        ({"annotations": [box(10, 0, 0, 5, 5, category_id=1)]}, "is of image 10 and category 1, and one of them"),
+        ({"images": []}, "lists no images"),
+        ({"categories": []}, "has no categories"),
+        (
+            {"images": [{"id": 1, "file_name": "wide.png", "width": 41, "height": 20}], "annotations": []},
+            r"says \(41, 20\)",
+        ),
+        ({"images": [{"id": 1, "file_name": "x.png", "width": 1, "height": 1}] * 2}, "lists two images of one id"),
+    ],
+)
+def test_files_that_do_not_fit(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        coco(folder(tmp_path, [], **change), size=32)
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no training annotations. Looked for annotations_train.json"):
+        coco(tmp_path, size=32)
+    root = folder(tmp_path / "a", [box(10, 0, 0, 5, 5)], splits=("train",))
+    with pytest.raises(ValueError, match="a has no test split"):
+        coco(root, size=32)
+    held = coco(root, size=32, test=1)
+    assert (held.train.size, held.test.size) == (2, 1) and not held.test.augmented
+    (root / "images" / "grey.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"grey.png cannot be read as an image"):
+        coco(root, size=32, test=1)
+    (root / "images" / "grey.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lists the image grey.png, which is not in .*images"):
+        coco(root, size=32, test=1)
+    (root / "annotations_train.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        coco(root, size=32)
+    (root / "annotations_train.json").write_text("[]")
+    with pytest.raises(ValueError, match="lacks images, annotations, categories"):
+        coco(root, size=32)
+
+
+def test_splits_of_other_classes_are_refused(tmp_path: Path) -> None:
+    root = folder(tmp_path, [])
+    other = json.loads((root / "annotations_test.json").read_text()) | {"categories": CATEGORIES[:1], "annotations": []}
+    (root / "annotations_test.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"annotations_test.json has the categories 7=b, and .* has 3=a, 7=b"):
+        coco(root, size=32)
+
+
+def test_coco_s_own_layout(tmp_path: Path) -> None:
+    root = folder(tmp_path, [box(10, 0, 0, 5, 5)], splits=("train",))
+    (root / "annotations").mkdir()
+    content = (root / "annotations_train.json").read_text()
+    (root / "annotations_train.json").unlink()
+    for split in ("train", "val"):
+        (root / "annotations" / f"instances_{split}2017.json").write_text(content)
+    (root / "images").rename(root / "train2017")
+    (root / "val2017").symlink_to(root / "train2017")
+    found = coco(root, size=32, subset=2)
+    assert found.train.size == 2 and found.validation is None and found.test.size == 3, "val is the test split"
+
+
+@needs_shared
+def test_real_folders() -> None:
+    found = coco(SHARED / "data" / "raccoon", size=32)
+    assert (found.train.size, found.test.size) == (160, 40) and found.train.class_names == ("raccoon",)
+    assert sum(map(len, found.train.boxes)) == 173 and sum(map(len, found.test.boxes)) == 44
+
+
+# batches
+
+
+def scenes(n: int = 10, **more: Any) -> Scenes:
+    """Image i is of the value i, with i % 3 boxes."""
+    pixels = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 8, 8).clone()
+    boxes = [torch.tensor([[1.0, 1, 3 + j, 5] for j in range(i % 3)]).view(-1, 4) for i in range(n)]
+    labels = [torch.arange(i % 3) for i in range(n)]
+    return Scenes(pixels, boxes, labels, **({"batch_size": 4, "class_names": ["a", "b"]} | more))
+
+
+def flat(batch: dict[str, Any]) -> list[Tensor]:
+    return [batch["images"], batch["ids"], *(t[k] for t in batch["targets"] for k in ("boxes", "labels"))]
+
+
+def same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
+    return len(a) == len(b) and all(
+        len(x) == len(y) and all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
+        for x, y in zip(map(flat, a), map(flat, b), strict=True)
+    )
+
+
+def jitter(image: Tensor, target: dict[str, Any], generator: torch.Generator, progress: float) -> Any:
+    """Brighter by a draw, its boxes moved by it, until half of the run."""
+    assert target["scale"] == 1.0
+    step = int(torch.randint(1, 9, (), generator=generator)) if progress < 0.5 else 0
+    return image + step, target | {"boxes": target["boxes"] + step / 4}
+
+
+def test_an_epoch_goes_on_anywhere_and_comes_again() -> None:
+    made = scenes(shuffle=True, flip=True, augment=[jitter], epochs=4)
+    state = torch.get_rng_state()
+    whole = list(made)
+    assert same(whole[1:], list(made.iterate(1))) and same(whole, list(made)) and len(whole) == len(made) == 3
+    assert torch.equal(state, torch.get_rng_state()), "no global random number is drawn"
+    made.set_epoch(1)
+    assert not same(whole, list(made)) and not same(list(scenes(shuffle=True, seed=1)), list(scenes(shuffle=True)))
+    assert sorted(i for b in whole for i in b["ids"].tolist()) == list(range(10))
+    for batch in whole:
+        moved = (batch["images"][:, 0, 0, 0] * 255).round() - batch["ids"]
+        assert (moved >= 1).all() and (moved <= 8).all()
+    made.set_epoch(2)
+    assert all(torch.equal((b["images"][:, 0, 0, 0] * 255).round().long(), b["ids"]) for b in made), "switched off"
+
+
+def test_flips_carry_their_boxes() -> None:
+    """A mark inside each box stays there, and about half of the images are flipped."""
+    made = scenes(60, flip=True, batch_size=60)
+    made.images[..., 1:5, 1:3] = 255
+    (batch,) = made
+    flipped = 0
+    for image, target in zip(batch["images"], batch["targets"], strict=True):
+        for x1, y1, x2, y2 in target["boxes"].long().tolist():
+            inside = image[0, y1:y2, x1:x2] == 1
+            assert inside.any() and (image[0] == 1).sum() == 8
+            flipped += int(inside[:, -1].all() and x1 >= 3)
+    assert 10 < flipped < 50
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_a_batch(world: int) -> None:
+    made = scenes(shuffle=True, flip=True, augment=[jitter])
+    shares = [list(made.shard(rank, world)) for rank in range(world)]
+    whole = list(made)[: len(shares[0])]
+    for number, batch in enumerate(whole):
+        parts = [share[number] for share in shares]
+        assert torch.equal(torch.cat([p["ids"] for p in parts]), batch["ids"])
+        assert torch.equal(torch.cat([p["images"] for p in parts]), batch["images"])
+    with pytest.raises(ValueError, match="batch_size=4 images cannot be shared out evenly to 3 processes"):
+        made.shard(0, 3)
+
+
+def test_variants() -> None:
+    made = scenes(shuffle=True, flip=True, augment=[jitter], dropped={"crowd": 2})
+    assert made.augmentation == {"flip": True, "augment": ["jitter"], "seed": 0, "views": None}
+    assert not made.clean().augmented and next(iter(made.clean()))["ids"].tolist() == [0, 1, 2, 3]
+    part, (rest, held) = made.take(4), made.split(3)
+    assert part.size == 4 and part.identity != made.identity == scenes().identity
+    kept = sorted([*rest.images[:, 0, 0, 0].tolist(), *held.images[:, 0, 0, 0].tolist()])
+    assert kept == list(range(10)) and (rest.size, held.size) == (7, 3)
+    assert [len(b) for b in held.boxes] == [i % 3 for i in held.images[:, 0, 0, 0].tolist()]
+    assert made.take(10) is made and torch.equal(made.take(4).images, made.take(4).images)
+
+
+def test_answers_are_not_recorded() -> None:
+    from tempering.models import build
+    from tempering.teachers import Live, record
+
+    with pytest.raises(
+        ValueError, match="a detector's answers are maps, boxes and logits of every anchor, which are not"
+    ):
+        record(Live(build("fcos_nano", classes=2)), scenes(), "nowhere", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"class_names": ["a"]}, r"image 2 has the label 1 or 0, and there are 1 classes"),
+        ({"batch_size": 0}, "batch_size >= 1; got 0"),
+        ({"epochs": 0}, "epochs >= 1; got 0"),
+        ({"scales": torch.ones(3)}, "a scale for each of 10 images"),
+    ],
+)
+def test_scenes_that_do_not_fit(more: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        scenes(**more)
+
+
+def test_boxes_and_augmentations_that_do_not_fit() -> None:
+    image, label = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    named: dict[str, Any] = {"batch_size": 1, "class_names": ["a"]}
+    with pytest.raises(
+        ValueError, match=r"image 0 needs boxes \(M, 4\) as xyxy and labels \(M,\); got \(4,\) and \(1,\)"
+    ):
+        Scenes(image, [torch.zeros(4)], [label], **named)
+    with pytest.raises(ValueError, match="has a box that is not finite"):
+        Scenes(image, [torch.full((1, 4), torch.nan)], [label], **named)
+    with pytest.raises(ValueError, match="labels in int64"):
+        Scenes(image, [torch.zeros(1, 4)], [label.float()], **named)
+    with pytest.raises(ValueError, match="in uint8, N > 0"):
+        Scenes(image.float(), [torch.zeros(1, 4)], [label], **named)
+    with pytest.raises(ValueError, match=r"must keep an image \(3, 8, 8\) uint8; got \(3, 4, 8\)"):
+        next(iter(scenes(augment=[lambda image, target, generator, progress: (image[:, :4], target)])))
+
+
+# shapes
+
+
+def test_shapes_are_drawn_where_they_say() -> None:
+    train, none, test = shapes(size=32, train=40, test=20, batch_size=8)
+    assert none is None and train.class_names == SHAPES and train.flip and not test.augmented
+    again = shapes(size=32, train=20, test=20, seed=5)
+    assert torch.equal(again.test.images, test.images) and torch.equal(again.train.images, train.images[:20])
+    counts = [len(b) for b in train.boxes]
+    assert 0 in counts and max(counts) > 1 and {int(y) for own in train.labels for y in own} == {0, 1, 2}
+    found = 0
+    for image, boxes, labels in zip(train.images.float(), train.boxes, train.labels, strict=True):
+        ground = image.flatten(1).median(1).values
+        for own, label in zip(boxes, labels, strict=True):
+            x, y = ((own[:2] + own[2:]) / 2).long().tolist()
+            # more of the class's own channel than the ground has, or another difference: it is seen at its middle
+            apart = image[:, y - 1 : y + 2, x - 1 : x + 2].mean((1, 2)) - ground
+            found += int(apart.abs().max() > 30)
+            assert 0 <= label < 3 and (own[2:] - own[:2]).min() >= 0.16 * 32 - 1e-3
+    assert found > 0.9 * sum(counts)
+    with pytest.raises(ValueError, match="size >= 16"):
+        shapes(size=8)

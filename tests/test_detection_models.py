@@ -1,0 +1,297 @@
+"""Detectors: the tiny FCOS, its boxes and losses, and the wrapped ones of other libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tempering.models import build
+from tempering.models.boxes import areas, centred, cornered, giou, iou, nms
+from tempering.models.detector import Detected, Detector, detections, inherit
+from tempering.models.detectors_elsewhere import TorchvisionDetector, TransformersDetector, detector, torchvision
+from tempering.models.fcos import FCOS, STRIDES, assign, grid
+from tempering.teachers import Live
+
+SIZE = (64, 96)
+
+
+def targets(dtype: torch.dtype = torch.float32) -> list[dict[str, Tensor]]:
+    """Of three images: two boxes, none, one."""
+    none = torch.zeros(0, 4, dtype=dtype), torch.zeros(0, dtype=torch.int64)
+    two = torch.tensor([[10.0, 10, 50, 40], [60, 5, 80, 25]], dtype=dtype), torch.tensor([1, 2])
+    one = torch.tensor([[0.0, 0, 96, 64]], dtype=dtype), torch.tensor([0])
+    return [{"boxes": boxes, "labels": labels} for boxes, labels in (two, none, one)]
+
+
+def images(n: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.rand(n, 3, *SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+def small(bins: int | None = None, **more: Any) -> FCOS:
+    torch.manual_seed(3)
+    return FCOS(3, width=0.5, neck=16, bins=bins, **more)
+
+
+def added(said: Detected) -> Tensor:
+    return torch.stack(list(said.losses.values())).sum(0)
+
+
+# boxes
+
+
+def test_overlaps_are_their_definitions() -> None:
+    a = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 4], [0, 0, 0, 0], [1, 1, 3, 3]])
+    b = torch.tensor([[2.0, 2, 6, 6], [4, 4, 8, 8], [0, 0, 0, 0], [0, 0, 4, 4]])
+    torch.testing.assert_close(iou(a, b), torch.tensor([4 / 28, 0.0, 0.0, 4 / 16]))
+    torch.testing.assert_close(giou(a, b), torch.tensor([4 / 28 - 8 / 36, -32 / 64, 0.0, 4 / 16]))
+    torch.testing.assert_close(cornered(centred(b)), b)
+    assert areas(torch.tensor([3.0, 3, 1, 5])) == 0
+
+
+def greedy(boxes: Tensor, scores: Tensor, labels: Tensor, overlap: float) -> list[int]:
+    kept: list[int] = []
+    for i in scores.argsort(descending=True, stable=True).tolist():
+        if all(labels[i] != labels[j] or iou(boxes[i], boxes[j]) <= overlap for j in kept):
+            kept.append(i)
+    return kept
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_suppression_is_greedy_suppression(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(60, 2, generator=generator) * 20
+    boxes = torch.cat((corner, corner + 1 + torch.rand(60, 2, generator=generator) * 20), 1)
+    scores, labels = torch.rand(60, generator=generator), torch.randint(2, (60,), generator=generator)
+    found = nms(boxes, scores, labels, overlap=0.4)
+    assert found.tolist() == greedy(boxes, scores, labels, 0.4) and 2 < len(found) < 60
+    assert not len(nms(boxes[:0], scores[:0], labels[:0], overlap=0.4))
+
+
+# the tiny one
+
+
+def test_the_zoo_has_it_small_and_wide() -> None:
+    sizes = {name: sum(p.numel() for p in build(name, classes=3).parameters()) for name in ("fcos_tiny", "fcos_wide")}
+    assert sizes["fcos_tiny"] < 1_000_000 < sizes["fcos_wide"]
+    assert isinstance(detector("FCOS_tiny_bins", classes=2), FCOS)
+    with pytest.raises(ValueError, match="resnet8 is no detector"):
+        detector("resnet8", classes=2)
+    with pytest.raises(ValueError, match="channels=1"):
+        build("fcos_tiny", classes=3, channels=1)
+
+
+@pytest.mark.parametrize("bins", [None, 9])
+def test_what_it_says(bins: int | None) -> None:
+    net = small(bins)
+    said = net({"images": images(), "targets": targets()})
+    points = sum((SIZE[0] // s) * (SIZE[1] // s) for s in STRIDES)
+    assert [tuple(x.shape) for x in said.levels] == [(3, 16, SIZE[0] // s, SIZE[1] // s) for s in STRIDES]
+    assert said.logits.shape == (3, points, 3) and said.boxes.shape == (3, points, 4) and said.sigmoid
+    assert (said.bins is None) == (bins is None) and (bins is None or said.bins.shape == (3, points, 4, bins))
+    assert (said.boxes[..., 2:] >= said.boxes[..., :2]).all()
+    assert set(said.losses) == {"class", "box", "quality"} | (set() if bins is None else {"bins"})
+    assert all(loss.shape == (3,) and torch.isfinite(loss).all() for loss in said.losses.values())
+    assert said.losses["box"][1] == 0 and said.losses["class"][1] > 0
+    added(said).sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+    assert not net({"images": images(), "targets": None}).losses
+    levels = net.eval()({"images": images(), "only": "levels"})
+    torch.testing.assert_close(levels, net({"images": images()}).levels)
+
+
+def test_an_image_without_boxes_still_reaches_every_weight() -> None:
+    net = small(9)
+    added(net({"images": images(1), "targets": targets()[1:2]})).sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+    assert net.class_head.weight.grad.abs().sum() > 0  # pyright: ignore
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_losses_are_an_images_own(norm: Any) -> None:
+    """In float64, in eval mode; with group norm in training too."""
+    net = small(9, norm=norm).double().train(norm == "group")
+    x, truth = images(dtype=torch.float64), targets(torch.float64)
+    whole = net({"images": x, "targets": truth})
+    for i in range(3):
+        one = net({"images": x[i : i + 1], "targets": truth[i : i + 1]})
+        for name, loss in one.losses.items():
+            torch.testing.assert_close(loss[0], whole.losses[name][i], rtol=0, atol=1e-12)
+
+
+def test_the_attack_s_loss_is_the_class_loss_and_has_a_way_to_the_pixels() -> None:
+    net, x = small().eval(), images().requires_grad_()
+    inputs = {"images": x, "targets": targets()}
+    torch.testing.assert_close(net.class_loss(inputs), net(inputs).losses["class"])
+    torch.testing.assert_close(Detector.class_loss(net, inputs), net.class_loss(inputs))
+    (gradient,) = torch.autograd.grad(net.class_loss(inputs).sum(), x)
+    assert gradient.abs().sum((1, 2, 3)).gt(0).all()
+
+
+def test_points_answer_for_the_smallest_box_of_their_size() -> None:
+    points, strides = grid([(SIZE[0] // s, SIZE[1] // s) for s in STRIDES])
+    boxes = torch.tensor([[0.0, 0, 96, 64], [20, 20, 44, 44], [1, 1, 4, 4]])
+    found = assign([{"boxes": boxes, "labels": torch.tensor([0, 1, 2])}], points, strides, boxes)
+    labels, inside = found.labels[0], (points[:, None] > boxes[:, :2]) & (points[:, None] < boxes[:, 2:])
+    for label in (0, 1):
+        own = labels == label
+        assert own.any() and inside[own, label].all()
+        torch.testing.assert_close(found.boxes[0, own], boxes[label].expand(int(own.sum()), 4))
+    assert set(strides[labels == 1].tolist()) == {8.0} and 8.0 not in strides[labels == 0]
+    assert not (labels == 2).any(), "no point lies in it"
+
+
+def test_a_perfect_answer_is_found_again() -> None:
+    boxes = torch.tensor([[[10.0, 10, 50, 40], [11, 11, 51, 41], [10, 10, 50, 40], [-9, 5, 20, 200]]])
+    logits = torch.tensor([[[4.0, -9], [3, -9], [-9, 2], [-9, 1]]])
+    said = Detected([], logits, boxes, None, {}, True)
+    (found,) = detections(said, SIZE)
+    assert found["labels"].tolist() == [0, 1, 1] and found["scores"].tolist() == sorted(found["scores"], reverse=True)
+    assert found["boxes"][2].tolist() == [0, 5, 20, 64]
+    assert len(detections(said._replace(queries=True), SIZE)[0]["labels"]) == 4
+    assert len(detections(said, SIZE, most=1)[0]["labels"]) == 1
+    assert not len(detections(said, SIZE, score=0.999)[0]["labels"])
+    soft = said._replace(sigmoid=False, logits=torch.cat((logits, torch.full((1, 4, 1), 9.0)), -1))
+    assert not len(detections(soft, SIZE)[0]["labels"]), "all background"
+
+
+def test_sizes_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"multiples of 32; got \(1, 3, 60, 96\)"):
+        small()({"images": torch.rand(1, 3, 60, 96)})
+    with pytest.raises(ValueError, match="neck a multiple of 8"):
+        FCOS(3, neck=20)
+    with pytest.raises(ValueError, match="norm 'batch' or 'group'"):
+        FCOS(3, norm="layer")  # pyright: ignore
+
+
+def test_a_teacher_s_wrapper_passes_it_on() -> None:
+    said = Live(small(), precision="bf16")({"images": images(), "targets": None})
+    assert isinstance(said, Detected) and said.logits.dtype == torch.float32 and said.levels[0].dtype == torch.float32
+    assert not said.logits.requires_grad
+
+
+def test_neck_and_head_are_inherited_where_they_fit() -> None:
+    torch.manual_seed(1)
+    teacher, student = FCOS(3, width=1.0, neck=16), FCOS(3, width=0.5, neck=16)
+    before = copy.deepcopy(student.state_dict())
+    left = inherit(student, teacher)
+    assert left and all(name.startswith("laterals") and name.endswith("weight") for name in left)
+    torch.testing.assert_close(student.class_tower.state_dict(), teacher.class_tower.state_dict())
+    torch.testing.assert_close(
+        student.stem.state_dict(), {k[5:]: v for k, v in before.items() if k.startswith("stem.")}
+    )
+    with pytest.raises(ValueError, match="cannot inherit"):
+        inherit(student, TransformersDetector(tiny("d_fine")))
+
+
+# other libraries
+
+
+def needs_transformers() -> Any:
+    with contextlib.suppress(ImportError):
+        torchvision()
+    return pytest.importorskip("transformers")
+
+
+def tiny(kind: str) -> Any:
+    """A transformers detector of under half a million parameters."""
+    transformers = needs_transformers()
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 96], "depths": [1] * 4, "layer_type": "basic"}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    heads |= {"d_model": 32, "decoder_layers": 2, "num_queries": 20, "num_labels": 3}
+    if kind == "detr":
+        backbone = transformers.ResNetConfig(**sizes, out_features=["stage4"])
+        own = {"use_timm_backbone": False, "backbone": None, "encoder_layers": 1, "auxiliary_loss": True}
+        return transformers.DetrForObjectDetection(transformers.DetrConfig(backbone_config=backbone, **own, **heads))
+    backbone = transformers.RTDetrResNetConfig(**sizes, out_features=["stage2", "stage3", "stage4"])
+    own = {"encoder_in_channels": [32, 64, 96], "decoder_in_channels": [32] * 3, "encoder_hidden_dim": 32}
+    own |= {"anchor_image_size": None, "backbone_config": backbone}
+    name = {"d_fine": "DFine", "rt_detr": "RTDetr", "rt_detr_v2": "RTDetrV2"}[kind]
+    config = getattr(transformers, f"{name}Config")(**own, **heads)
+    return getattr(transformers, f"{name}ForObjectDetection")(config)
+
+
+@pytest.mark.parametrize("kind", ["d_fine", "rt_detr", "rt_detr_v2", "detr"])
+def test_transformers_detectors(kind: str) -> None:
+    net = TransformersDetector(tiny(kind)).eval()
+    said = net({"images": images(), "targets": targets()})
+    assert said.queries and said.sigmoid == (kind != "detr") and said.foreground.shape == (3, 20, 3)
+    strides = [32] if kind == "detr" else STRIDES
+    assert [x.shape[2:] for x in said.levels] == [(SIZE[0] // s, SIZE[1] // s) for s in strides]
+    assert said.boxes.shape == (3, 20, 4) and 1.0 < said.boxes.amax() < 1.5 * max(SIZE)
+    assert (said.bins is not None) == (kind == "d_fine")
+    for i in range(3):
+        one = net({"images": images()[i : i + 1], "targets": targets()[i : i + 1]})
+        torch.testing.assert_close(added(one)[0], added(said)[i], rtol=1e-4, atol=1e-4)
+    own = net.model(net.normalised(images()[:1]), labels=labels(targets()[:1]))
+    torch.testing.assert_close(own.loss, added(said)[0], rtol=1e-4, atol=1e-4)
+    added(net.train()({"images": images(), "targets": targets()})).sum().backward()
+    idle = [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None]
+    assert not [n for n in idle if not n.endswith(("reg_scale", "up"))]
+    assert net.class_loss({"images": images(), "targets": targets()}).shape == (3,)
+    assert not inherit(TransformersDetector(tiny(kind)), net)
+
+
+def labels(truth: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    scale = torch.tensor([SIZE[1], SIZE[0], SIZE[1], SIZE[0]])
+    return [{"class_labels": t["labels"], "boxes": centred(t["boxes"] / scale)} for t in truth]
+
+
+def test_other_transformers_are_refused() -> None:
+    transformers = needs_transformers()
+    config = transformers.YolosConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16)
+    with pytest.raises(TypeError, match="wraps d_fine, rt_detr, rt_detr_v2, detr; got yolos"):
+        TransformersDetector(transformers.YolosForObjectDetection(config))
+
+
+@pytest.fixture(scope="module")
+def library() -> Any:
+    try:
+        return torchvision()
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+class Pyramid(torch.nn.Module):
+    """Two levels of 32 channels, as torchvision wants a backbone."""
+
+    out_channels = 32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fpn = torch.nn.ModuleList(torch.nn.Conv2d(a, 32, 3, s, 1) for a, s in ((3, 8), (32, 2)))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        first = self.fpn[0](x)
+        return {"0": first, "1": self.fpn[1](first)}
+
+
+@pytest.mark.parametrize("kind", ["FCOS", "RetinaNet"])
+def test_torchvision_detectors(kind: str, library: Any) -> None:
+    from torchvision.models import detection  # pyright: ignore[reportMissingImports]
+
+    torch.manual_seed(0)
+    anchors = detection.anchor_utils.AnchorGenerator(((8,), (16,)), ((1.0,),) * 2)
+    net = TorchvisionDetector(getattr(detection, kind)(Pyramid(), 3, anchor_generator=anchors)).eval()
+    said = net({"images": images(), "targets": targets()})
+    count = sum((SIZE[0] // s) * (SIZE[1] // s) for s in (8, 16))
+    assert said.logits.shape == (3, count, 3) and said.boxes.shape == (3, count, 4) and len(said.levels) == 2
+    assert (said.quality is not None) == (kind == "FCOS")
+    for i in range(3):
+        one = net({"images": images()[i : i + 1], "targets": targets()[i : i + 1]})
+        torch.testing.assert_close(added(one)[0], added(said)[i])
+    added(said).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+    assert len(detections(said, SIZE)) == 3 and net.class_loss({"images": images(), "targets": targets()}).shape == (3,)
+
+
+def test_two_stage_detectors_are_refused() -> None:
+    with pytest.raises(ValueError, match="torchvision:fasterrcnn_resnet50_fpn is not supported"):
+        detector("torchvision:fasterrcnn_resnet50_fpn", classes=3)
+    with pytest.raises(TypeError, match="wraps FCOS and RetinaNet; got Linear"):
+        TorchvisionDetector(torch.nn.Linear(1, 1))
