@@ -34,7 +34,6 @@ PARTS = {
     "augment": "Augmentation",
     "startup": "Start-up",
     "speculative": "Speculative generation",
-    "memory": "Memory of a large vocabulary",
     "growth": "How cost grows",
 }
 Line = dict[str, str]

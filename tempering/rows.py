@@ -29,8 +29,8 @@ class Rows:
         ids: which sample of the data set each row is, (N,), for methods that remember samples.
         places: where in its sample each row stands, (N,), such as the position of the token before it.
         private: how private what each row predicts is, (N,), 0 for not at all to 1. None: nothing is.
-        hard: the task's own supervised loss of each row, (N,), with its gradient, where that is not the cross entropy of
-            the target, as a detector's is not. Hard terms are then this.
+        hard: the task's own supervised loss of each row, (N,), with its gradient, where that is not the cross entropy
+            of the target, as a detector's is not. Hard terms are then this.
 
     Raises:
         ValueError: for shapes that do not fit, a teacher that requires grad, a target that is not integer, or (seen on

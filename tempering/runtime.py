@@ -349,7 +349,8 @@ def measured(
 ) -> dict[str, Any]:
     """What a line of steps.jsonl says of a batch: the blocks' mean terms, and the temperatures with their spread.
 
-    Terms of one name add up over the blocks, as they do in the loss. Temperatures are the last block's that has classes.
+    Terms of one name add up over the blocks, as they do in the loss. Temperatures are those of the last block that has
+    classes.
     """
     summed: dict[str, float] = {}
     for name, term in (item for named in terms for item in named.items()):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tempering.kernels import chunked, linear_loss
 from tempering.kernels import compiled as compiling
-from tempering.methods import DIST, DKD, DTKD, KD, KDIGA, LSKD, Method, Sum
+from tempering.methods import DIST, DKD, DTKD, KD, KDIGA, LSKD, Method, Sum, Swing
 from tempering.objectives import kl
 from tempering.rows import Rows, total
 from tempering.temperature import Capped, Cosine, Curriculum, Entropy, Sharpness, Standardised, Static
@@ -323,6 +323,27 @@ def test_linear_is_the_dense_loss(method: Method, dtype: torch.dtype) -> None:
             same(got, slope, 0.0, exact * float(slope.abs().max()))
 
 
+def test_private_rows_swing_as_in_the_plain_loss() -> None:
+    """What a row is, beside its label and its weight, is cut with the logits: noise by place, heat by privacy."""
+    x = Heads(classes=11)
+    rows = Rows(
+        x.student(x.hs),
+        x.teacher(x.ht).detach(),
+        x.target,
+        ids=torch.arange(13) // 4,
+        places=torch.arange(13) % 4,
+        private=(torch.arange(13) % 3 / 2).double(),
+    )
+    method = Swing(noise=2.0)
+    want = total(method(rows), rows)
+    slopes = torch.autograd.grad(want, x.trained)
+    told = {name: getattr(rows, name) for name in ("ids", "places", "private")}
+    got = linear_loss(method, x.hs, x.student, x.ht, x.teacher, target=x.target, memory=11 * 8 * 2 * 3, **told).loss
+    same((got.detach(), torch.autograd.grad(got, x.trained)), (want.detach(), slopes), 1e-10, 1e-12)
+    public = linear_loss(method, x.hs, x.student, x.ht, x.teacher, target=x.target).loss
+    assert abs(float((got - public).detach())) > 1e-3
+
+
 def test_linear_with_frozen_parts_and_bare_weights() -> None:
     made = Heads(bias=False)
     made.student.weight.requires_grad_(False)
@@ -376,7 +397,7 @@ def test_linear_refuses() -> None:
         call(hidden_student=made.hs.float())
     with pytest.raises(ValueError, match=r"\(N, H\) and a head \(C, H\)"):
         call(hidden_student=made.hs.unsqueeze(0))
-    with pytest.raises(ValueError, match=r"target and weight of shape \(N,\) = \(13,\)"):
+    with pytest.raises(ValueError, match=r"needs target of shape \(N,\) = \(13,\)"):
         call(target=made.target[:5])
     with pytest.raises(ValueError, match=r"allowed of shape \(C,\) = \(17,\)"):
         call(allowed=torch.ones(3, dtype=torch.bool))

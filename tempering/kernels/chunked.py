@@ -117,8 +117,8 @@ class Walk:
         """
         if rows.hard is not None:
             raise ValueError(
-                f"Rows(name={rows.name!r}) carry their task's own losses (hard), whose gradient chunks would lose. Use the "
-                "plain loss: total(method(rows, progress), rows)."
+                f"Rows(name={rows.name!r}) carry their task's own losses (hard), whose gradient chunks would lose. Use "
+                "the plain loss: total(method(rows, progress), rows)."
             )
         features = {name: s for name, (s, _) in rows.features.items() if s.requires_grad and torch.is_grad_enabled()}
         by_name = {name: torch.zeros_like(s) for name, s in features.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,9 @@ def linear_loss(
     *,
     target: Tensor | None = None,
     weight: Tensor | None = None,
+    ids: Tensor | None = None,
+    places: Tensor | None = None,
+    private: Tensor | None = None,
     progress: float = 1.0,
     rows_in_batch: Tensor | float | None = None,
     classes: int | None = None,
@@ -46,6 +51,7 @@ def linear_loss(
         head_teacher: the same for the teacher; it is never trained.
         target: (N,) class indices, negative for none.
         weight: (N,), non-negative.
+        ids, places, private: (N,) each, as ``Rows`` has them, for methods that ask.
         progress: the share of the run that is done.
         rows_in_batch: as for ``total``.
         classes: how many classes of each head take part, the first ones, where a vocabulary is padded.
@@ -63,7 +69,8 @@ def linear_loss(
         RuntimeError: going back a second time.
     """
     student, teacher = _Side(hidden_student, head_student, classes), _Side(hidden_teacher, head_teacher, classes)
-    _fit(student, teacher, name, target, weight, allowed=allowed)
+    of_rows = {"target": target, "weight": weight, "ids": ids, "places": places, "private": private}
+    _fit(student, teacher, name, of_rows, allowed=allowed)
     if hidden_teacher.requires_grad:
         raise ValueError(
             f"linear_loss(name={name!r}): the teacher's hidden states require grad, so the teacher would be trained. "
@@ -79,13 +86,14 @@ def linear_loss(
     slopes = student.slopes(hidden_student, head_student, wide=wide)
     gone = None if allowed is None else ~allowed
     with torch.autocast(hidden_student.device.type, enabled=False):
+        room = student.room(min(size, n)), teacher.room(min(size, n))
         for part in parts(n, size):
             with torch.no_grad():
-                v, u = student.logits(part, gone, wide=wide), teacher.logits(part, gone, wide=wide)
-            y, w = (None if x is None else x[part] for x in (target, weight))
+                v, u = (x.logits(part, gone, to, wide=wide) for x, to in zip((student, teacher), room, strict=True))
+            cut = {key: x[part] for key, x in of_rows.items() if x is not None}
             if not walk.losses:
                 walk.compile(compile, v, n * C)
-            walk.over(Rows(v, u, y, w, name=name), v if slopes else None)
+            walk.over(Rows(v, u, name=name).with_(**cut), v if slopes else None)
             if slopes:
                 student.back(v, part)
     return walk.result(slopes)
@@ -122,17 +130,22 @@ class _Side:
         self.by_weight: Tensor | None = None
         self.by_bias: Tensor | None = None
 
-    def logits(self, part: slice, gone: Tensor | None, *, wide: bool) -> Tensor:
-        """The logits of some rows, (n, C), in float32 at least."""
+    def room(self, rows: int) -> Tensor:
+        """Where some rows' logits go, chunk after chunk: a heap that gives and takes them anew does not shrink."""
+        dtype = torch.float32 if self.half else self.weight.dtype
+        return torch.empty(rows, len(self.weight), dtype=dtype, device=self.weight.device)
+
+    def logits(self, part: slice, gone: Tensor | None, room: Tensor, *, wide: bool) -> Tensor:
+        """The logits of some rows, (n, C), in float32 at least, written into ``room``."""
         x = self.hidden[part]
+        z = room[: len(x)]
         if not self.half:
-            z = x @ self.weight.T
+            torch.mm(x, self.weight.T, out=z)
         elif not wide:
-            z = (x @ self.weight.T).float()
+            z.copy_(x @ self.weight.T)
         elif x.is_cuda:
             z = torch.mm(x, self.weight.T, out_dtype=torch.float32)
         else:
-            z = torch.empty(len(x), len(self.weight), dtype=torch.float32, device=x.device)
             x = x.float()
             for block in self._blocks():
                 torch.mm(x, self.weight[block].float().T, out=z[:, block])
@@ -183,7 +196,9 @@ class _Side:
         return list(parts(len(self.weight), max(1, BLOCK // self.weight.shape[1])))
 
 
-def _fit(student: _Side, teacher: _Side, name: str, *per_row: Tensor | None, allowed: Tensor | None) -> None:
+def _fit(
+    student: _Side, teacher: _Side, name: str, of_rows: Mapping[str, Tensor | None], *, allowed: Tensor | None
+) -> None:
     """Refuse sides that do not make rows together."""
     C, D = len(student.weight), len(teacher.weight)
     if len(student.hidden) != len(teacher.hidden) or C != D:
@@ -192,10 +207,10 @@ def _fit(student: _Side, teacher: _Side, name: str, *per_row: Tensor | None, all
             f"{tuple(student.hidden.shape)} and {tuple(teacher.hidden.shape)}, heads of {C} and {D} "
             f"classes. A padded vocabulary? Give classes={min(C, D)}."
         )
-    for x in per_row:
+    for key, x in of_rows.items():
         if x is not None and x.shape != (len(student.hidden),):
             raise ValueError(
-                f"linear_loss(name={name!r}) needs target and weight of shape (N,) = ({len(student.hidden)},); got "
+                f"linear_loss(name={name!r}) needs {key} of shape (N,) = ({len(student.hidden)},); got "
                 f"{tuple(x.shape)}."
             )
     if allowed is not None and (allowed.shape != (len(student.weight),) or allowed.dtype != torch.bool):
