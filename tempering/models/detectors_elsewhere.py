@@ -97,15 +97,13 @@ class TorchvisionDetector(_Normalised):
     def detect(self, images: Tensor, targets: Sequence[Target] | None) -> Detected:
         from torchvision.models.detection.image_list import ImageList  # pyright: ignore[reportMissingImports]
 
-        levels, model, head = self.levels_of(images), self.model, cast(Any, self.model).head
-        said: dict[str, Tensor] = head(levels)
+        levels, model = self.levels_of(images), cast(Any, self.model)
+        said: dict[str, Tensor] = model.head(levels)
         size = (images.shape[2], images.shape[3])
-        anchors: list[Tensor] = model.anchor_generator(ImageList(images, [size] * len(images)), levels)  # pyright: ignore
-        shifts, coder = said["bbox_regression"], model.box_coder if hasattr(model, "box_coder") else None
-        if coder is None:
-            coder = head.regression_head.box_coder
-        one = coder.decode if "bbox_ctrness" in said else coder.decode_single  # pyright: ignore
-        boxes = torch.stack([one(own, at) for own, at in zip(shifts, anchors, strict=True)])
+        anchors: list[Tensor] = model.anchor_generator(ImageList(images, [size] * len(images)), levels)
+        coder = model.box_coder
+        decode = coder.decode if "bbox_ctrness" in said else coder.decode_single
+        boxes = torch.stack([decode(own, at) for own, at in zip(said["bbox_regression"], anchors, strict=True)])
         quality = said["bbox_ctrness"].squeeze(-1) if "bbox_ctrness" in said else None
         losses = {} if targets is None else self._losses(said, targets, anchors, levels)
         return Detected(levels, said["cls_logits"], boxes, None, losses, True, quality)
