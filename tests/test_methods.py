@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tempering.methods import ATS, CSKD, DIST, DKD, ERKD, KD, LSKD, MLKD, NKD, R2KD, RLD, TTM, USKD, WTTM, Method
+from tempering.methods import ATS, CSKD, DIST, DKD, DTKD, ERKD, KD, LSKD, MLKD, NKD, R2KD, RLD, TTM, USKD, WTTM, Method
 from tempering.methods import cskd as cskd_module
 from tempering.methods import mlkd as mlkd_module
 from tempering.methods import r2kd as r2kd_module
@@ -592,3 +592,21 @@ def test_row_unlikeness_is_one_less_the_cosine() -> None:
     both = soften(kept, counted, Static(2.0)(rows))
     p, q = (rows.student / 2.0).softmax(1), (rows.teacher / 2.0).softmax(1)
     close(row_unlikeness(both, centred=False, eps=0.0), 1.0 - torch.cosine_similarity(p, q))
+
+
+@pytest.mark.parametrize("progress", [0.01, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("tau", [2.0, 4.0])
+def test_dtkd_at_one_temperature_is_kd_at_its_total_weights(tau: float, progress: float) -> None:
+    """The control of every table: DTKD with both temperatures forced to tau, loss and gradient, warm-up included."""
+    found = []
+    for method in (
+        DTKD(temperature=Static(tau)),
+        KD(soft=4.0, hard=1.0, warmup=20 / 240, temperature=Static(tau)),
+    ):
+        rows = random_rows(30, 10, weighted=True)
+        student = rows.student.clone().requires_grad_()
+        rows = rows.with_(student=student)
+        loss = total(method(rows, progress), rows)
+        found.append((loss.detach(), *torch.autograd.grad(loss, student)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-14)
+    assert found[0][1].abs().max() > 0
