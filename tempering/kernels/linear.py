@@ -13,7 +13,8 @@ from tempering.methods.base import Method
 from tempering.rows import Rows
 
 Head = nn.Linear | Tensor
-LOGITS = {"cpu": 2**25}  # bytes of both sides' logits: enough rows for the products to be efficient
+LOGITS = {"cpu": 2**25}  # bytes of both sides' logits
+ROWS = 256  # at least, where nobody sets the bytes: with fewer the products are slow, and their library takes more room
 BLOCK = 2**22  # numbers of a head that are widened at once, where torch cannot accumulate in float32 by itself
 
 
@@ -60,7 +61,7 @@ def linear_loss(
             inputs' dtype: faster, half the memory for the head, and DTKD's gradient is off by 5 to 12 %, since its
             temperatures divide small differences.
         memory: bytes of both sides' logits at once, and again for what is computed on a chunk of them; None is 32 and
-            8 MiB on a CPU, 256 MiB each elsewhere.
+            8 MiB on a CPU, 256 MiB each elsewhere, and 256 rows at least.
         compile: as for ``chunked``.
         name: of the rows, in errors.
 
@@ -83,6 +84,7 @@ def linear_loss(
     walk = Walk(method, progress, whole, memory)
     budget = memory or LOGITS.get(hidden_student.device.type, ELSEWHERE)
     size = max(1, budget // (2 * C * (8 if student.weight.dtype == torch.float64 else 4) or 1))
+    size = max(ROWS, size) if memory is None else size
     slopes = student.slopes(hidden_student, head_student, wide=wide)
     gone = None if allowed is None else ~allowed
     with torch.autocast(hidden_student.device.type, enabled=False):
