@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
+
+from tempering.data.sharing import Shared
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -27,7 +28,7 @@ class Drawn:
     flip: Bool[Tensor, " N"]
 
 
-class Batches:
+class Batches(Shared):
     """Batches of (inputs (B, C, H, W) float32 normalised, labels (B,), ids (B,)) of images that lie in memory.
 
     The order and the augmentation of an epoch depend on (seed, epoch, sample) alone: no global random number is drawn,
@@ -157,8 +158,7 @@ class Batches:
     # walking
 
     def __len__(self) -> int:
-        whole, tail = divmod(self.size, self.batch_size)
-        return whole + (not self.drop_last and tail >= self.world)
+        return self.size // self.batch_size if self.drop_last else self._steps(self.size)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose which epoch the next walk is."""
@@ -179,10 +179,7 @@ class Batches:
         order, view = order.to(device), epoch % self.views if self.views else epoch
         words = self._words(view).to(device) if self.augmented else None
         for step in range(start, len(self)):
-            low = step * self.batch_size
-            count = min(self.batch_size, n - low)
-            first, last = (low + count * r // self.world for r in (self.rank, self.rank + 1))
-            index = order[first:last]
+            index = order[self._share(step, n)]
             inputs = self._inputs(index, None if words is None else words[index])
             yield inputs, self.labels[index], index + view * n if self.views else index
 
@@ -245,21 +242,6 @@ class Batches:
         made._set_scale()
         return made
 
-    def shard(self, rank: int, world: int) -> Batches:
-        """This rank's contiguous share of every batch; the ranks' shares together are the batch.
-
-        A short last batch is shared as evenly as can be, or left out on all ranks if it has fewer images than ranks.
-
-        Raises:
-            ValueError: for a batch size that ``world`` does not divide.
-        """
-        if self.batch_size % world or not 0 <= rank < world:
-            raise ValueError(
-                f"batch_size={self.batch_size} images cannot be shared out evenly to {world} processes (rank {rank}). "
-                f"Use a multiple, such as batch_size={max(1, round(self.batch_size / world)) * world}."
-            )
-        return self._with(rank=rank, world=world)
-
     def take(self, n: int) -> Batches:
         """The first ``n`` images in proportion to the classes, in their old order."""
         if not 0 < n <= self.size:
@@ -281,12 +263,6 @@ class Batches:
     def _only(self, index: np.ndarray) -> Batches:
         kept = torch.from_numpy(np.sort(index)).to(self.images.device)
         return self._with(images=self.images.index_select(0, kept), labels=self.labels[kept], _known={})
-
-    def _with(self, **changes: Any) -> Batches:
-        made = copy.copy(self)
-        for name, value in changes.items():
-            setattr(made, name, value)
-        return made
 
 
 class Splits(NamedTuple):

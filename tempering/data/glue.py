@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gzip
 import hashlib
 import json
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from tempering.data.batches import _order, _proportional, _words
 from tempering.data.folders import SPLITS
+from tempering.data.sharing import Shared
 
 KEYS = (
     ("sentence1", "sentence2"),
@@ -148,7 +148,7 @@ def trained_tokenizer(texts: Sequence[tuple[str, ...]], *, vocabulary: int = 400
     return PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=inputs, **SPECIAL)
 
 
-class Sentences:
+class Sentences(Shared):
     """Batches of (inputs, labels (B,), ids (B,)): inputs is a mapping of (B, L) token ids, their mask and types.
 
     L is that of the longest text of the batch. The order of an epoch depends on (seed, epoch) alone, ``iterate(start)``
@@ -169,6 +169,7 @@ class Sentences:
         ValueError: for no texts, or as many labels as there are not texts.
     """
 
+    things = "texts"
     augmentation: dict[str, Any] = {"views": None}
 
     def __init__(
@@ -217,8 +218,7 @@ class Sentences:
         return int(self.labels.max()) + 1
 
     def __len__(self) -> int:
-        whole, tail = divmod(self.size, self.batch_size)
-        return whole + (tail >= self.world)
+        return self._steps(self.size)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose which epoch the next walk is."""
@@ -231,9 +231,7 @@ class Sentences:
         """The epoch's batches from number ``start`` on."""
         order = _order(self.size, self.seed, self.epoch) if self.shuffle else torch.arange(self.size)
         for step in range(start, len(self)):
-            low, count = step * self.batch_size, min(self.batch_size, self.size - step * self.batch_size)
-            first, last = (low + count * r // self.world for r in (self.rank, self.rank + 1))
-            yield self.at(order[first:last])
+            yield self.at(order[self._share(step, self.size)])
 
     def at(self, ids: Tensor) -> tuple[Inputs, Tensor, Tensor]:
         """The batch of these ids, in their order."""
@@ -260,10 +258,6 @@ class Sentences:
         """
         raise ValueError(f"texts are not augmented, so there are no {views} views of one. Leave out views=.")
 
-    def shard(self, rank: int, world: int) -> Sentences:
-        """This rank's share of every batch."""
-        return self._with(rank=rank, world=world)
-
     def take(self, n: int) -> Sentences:
         """The first ``n`` texts in proportion to the classes, in their old order."""
         if not 0 < n <= self.size:
@@ -283,12 +277,6 @@ class Sentences:
     def _only(self, places: np.ndarray) -> Sentences:
         made = self._with(index=self.index[np.sort(places)])
         made._seal()
-        return made
-
-    def _with(self, **changes: Any) -> Sentences:
-        made = copy.copy(self)
-        for name, value in changes.items():
-            setattr(made, name, value)
         return made
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,13 +13,14 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from tempering.data.batches import _order, _words
+from tempering.data.sharing import Shared
 
 Target = dict[str, Any]
 # (image (3, H, W) uint8, target, generator, progress in [0, 1)) -> the same two, the image of the same size
 Augment = Callable[[Tensor, Target, torch.Generator, float], tuple[Tensor, Target]]
 
 
-class Scenes:
+class Scenes(Shared):
     """Batches of {"images" (B, 3, H, W) float32 in [0, 1], "targets" [{"boxes" (M, 4), "labels" (M,)}], "ids" (B,)}.
 
     Boxes are xyxy in pixels; an image may have none. Order and augmentation of an epoch depend on (seed, epoch, sample)
@@ -155,8 +155,7 @@ class Scenes:
     # walking
 
     def __len__(self) -> int:
-        whole, tail = divmod(self.size, self.batch_size)
-        return whole + (tail >= self.world)
+        return self._steps(self.size)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose which epoch the next walk is."""
@@ -175,10 +174,8 @@ class Scenes:
         order = _order(self.size, self.seed, epoch) if self.shuffle else torch.arange(self.size)
         words = _words(self.size, self.seed, "augment", epoch) if self.augmented else None
         for step in range(start, len(self)):
-            low = step * self.batch_size
-            count = min(self.batch_size, self.size - low)
-            first, last = (low + count * r // self.world for r in (self.rank, self.rank + 1))
-            yield self._batch(order[first:last], None if words is None else words[order[first:last]], epoch)
+            index = order[self._share(step, self.size)]
+            yield self._batch(index, None if words is None else words[index], epoch)
 
     def _batch(self, index: Tensor, words: Tensor | None, epoch: int) -> dict[str, Any]:
         device = self.images.device
@@ -234,19 +231,6 @@ class Scenes:
         boxes, labels = ([x.to(device) for x in parts] for parts in (self.boxes, self.labels))
         return self._with(images=self.images.to(device), boxes=boxes, labels=labels)
 
-    def shard(self, rank: int, world: int) -> Scenes:
-        """This rank's contiguous share of every batch; the ranks' shares together are the batch.
-
-        Raises:
-            ValueError: for a batch size that ``world`` does not divide.
-        """
-        if self.batch_size % world or not 0 <= rank < world:
-            raise ValueError(
-                f"batch_size={self.batch_size} images cannot be shared out evenly to {world} processes (rank {rank}). "
-                f"Use a multiple, such as batch_size={max(1, round(self.batch_size / world)) * world}."
-            )
-        return self._with(rank=rank, world=world)
-
     def take(self, n: int) -> Scenes:
         """The first ``n`` images of a fixed random order, in their old order."""
         if not 0 < n <= self.size:
@@ -266,12 +250,6 @@ class Scenes:
         return self._with(
             images=self.images[kept], boxes=boxes, labels=labels, scales=self.scales[kept], dropped={}, _known={}
         )
-
-    def _with(self, **changes: Any) -> Scenes:
-        made = copy.copy(self)
-        for name, value in changes.items():
-            setattr(made, name, value)
-        return made
 
 
 def inside(boxes: Tensor, labels: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, dict[str, int]]:

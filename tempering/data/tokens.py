@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from tempering.data.canaries import Canary
+from tempering.data.sharing import Shared
 from tempering.data.text import Example, collate
 
 
-class Tokens:
+class Tokens(Shared):
     """Batches of examples padded to one length, with their sample ids: input_ids, attention_mask, labels, ids.
 
     And "private", where some example has it (``collate``), which is a part of the data's identity then.
@@ -32,6 +32,7 @@ class Tokens:
         ValueError: for no examples, or one longer than ``length``.
     """
 
+    things = "texts"
     augmentation: dict[str, Any] = {"views": None}
 
     def __init__(
@@ -64,8 +65,7 @@ class Tokens:
         self.identity = digest.hexdigest()
 
     def __len__(self) -> int:
-        whole, tail = divmod(self.rows, self.batch_size)
-        return whole + (tail >= self.world)
+        return self._steps(self.rows)
 
     @property
     def rows(self) -> int:
@@ -85,27 +85,7 @@ class Tokens:
         if self.shuffle:
             order = np.random.Generator(np.random.Philox(key=[self.seed, self.number])).permutation(self.rows)
         for step in range(start, len(self)):
-            low = step * self.batch_size
-            count = min(self.batch_size, self.rows - low)
-            first, last = (low + count * r // self.world for r in (self.rank, self.rank + 1))
-            yield self.batch(order[first:last].tolist())
-
-    def shard(self, rank: int, world: int) -> Self:
-        """This rank's contiguous share of every batch; the ranks' shares together are the batch.
-
-        A short last batch is shared as evenly as can be, or left out on all ranks if it has fewer texts than ranks.
-
-        Raises:
-            ValueError: for a batch size that ``world`` does not divide.
-        """
-        if self.batch_size % world or not 0 <= rank < world:
-            raise ValueError(
-                f"batch_size={self.batch_size} texts cannot be shared out evenly to {world} processes (rank {rank}). "
-                f"Use a multiple, such as batch_size={max(1, round(self.batch_size / world)) * world}."
-            )
-        out = copy.copy(self)
-        out.rank, out.world = rank, world
-        return out
+            yield self.batch(order[self._share(step, self.rows)].tolist())
 
     def batch(self, ids: Sequence[int]) -> dict[str, Tensor]:
         """The batch of these examples."""
