@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tempering.buckets import Sparse
 from tempering.teachers.base import Teacher
-from tempering.teachers.recording import FORMAT, KEY, Recordable, device_of, refuse_other
-from tempering.teachers.shards import Shards, Tensors, record_shards, room
+from tempering.teachers.recording import Recordable, device_of
+from tempering.teachers.shards import Shards, Tensors, given, key_of, record_shards, room
 from tempering.teachers.sparse import NEVER, Kept, following
 
 KIND = "drawn tokens"
@@ -91,20 +91,8 @@ def record_drawn(
     if teacher.samples is None:
         raise ValueError(f"record_drawn keeps draws; got Kept(top={teacher.top}). See record_sparse.")
     path, asked = Path(path), _Asked(teacher, batches, inputs)
-    length = batches.at(torch.tensor([0]))[0]["labels"].shape[1]
-    key = {
-        "format": FORMAT,
-        "kind": KIND,
-        "data": batches.identity,
-        "teacher": teacher.identity,
-        "augmentation": batches.augmentation,
-        "samples": teacher.samples,
-        "rows": batches.rows,
-        "length": length,
-    }
-    if not (path / KEY).is_file():
-        record_shards(path, key, asked, teacher, size=room(16 * length * teacher.samples), quiet=quiet)
-    refuse_other(path, key)
+    key = key_of(KIND, batches, teacher, samples=teacher.samples)
+    record_shards(path, key, asked, teacher, size=room(16 * key["length"] * teacher.samples), quiet=quiet)
     return CachedDrawn(path, batches=batches, teacher=teacher)
 
 
@@ -166,17 +154,13 @@ class _Asked:
         return packed(*(torch.cat(side) for side in zip(*parts, strict=True)))
 
     def _asked(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        device = device_of(self.kept)
-        batch, labels, _ = self.batches.at(ids)
-        batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
-        given = self.inputs(batch)[1]
-        found = self.kept(given, ids).to("cpu")
+        asked, labels = given(self.batches, ids, self.inputs, device_of(self.kept))
+        found = self.kept(asked, ids).to("cpu")
         if torch.isnan(found.logp).any():
             raise ValueError("the teacher gives NaN: nothing can be learned from it. Is its checkpoint whole?")
-        drawn = (
-            (found.logp[..., :-1].exp() * float(self.kept.samples or 0)).round().long()
-        )  # without the text's own token
-        mask = labels >= 0 if "labels" in given else given.get("attention_mask")
+        # without the text's own token
+        drawn = (found.logp[..., :-1].exp() * float(self.kept.samples or 0)).round().long()
+        mask = labels >= 0 if "labels" in asked else asked.get("attention_mask")
         if mask is not None:
             drawn = drawn * (mask.cpu() != 0)[..., None]
         return found.ids[..., :-1], drawn

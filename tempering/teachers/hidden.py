@@ -16,8 +16,8 @@ from tempering.answers import Head, Hidden
 from tempering.rows import widened
 from tempering.teachers.base import Teacher
 from tempering.teachers.live import Live
-from tempering.teachers.recording import FORMAT, KEY, STORED, Recordable, device_of, narrowed, refuse_other
-from tempering.teachers.shards import Shards, record_shards, room
+from tempering.teachers.recording import STORED, Recordable, device_of, narrowed
+from tempering.teachers.shards import Shards, given, key_of, record_shards, room
 
 KIND, HEAD = "hidden states", "head.safetensors"
 
@@ -98,24 +98,11 @@ def record_hidden(
         raise ValueError(f"record_hidden needs precision {', '.join(map(repr, STORED))}; got {precision!r}.")
     path, head = Path(path), head or head_of(teacher.model)
     asked = _Asked(teacher, batches, inputs, precision, head)
-    length = batches.at(torch.tensor([0]))[0]["labels"].shape[1]
     tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
     about = {"scale": repr(float(head.scale)), "cap": repr(None if head.cap is None else float(head.cap))}
-    key = {
-        "format": FORMAT,
-        "kind": KIND,
-        "data": batches.identity,
-        "teacher": teacher.identity,
-        "augmentation": batches.augmentation,
-        "precision": precision,
-        "rows": batches.rows,
-        "length": length,
-        "head": _digest(tensors, about),
-    }
-    if not (path / KEY).is_file():
-        size = room(length * head.weight.shape[1] * STORED[precision][1].itemsize)
-        record_shards(path, key, asked, teacher, size=size, more={HEAD: (tensors, about)}, quiet=quiet)
-    refuse_other(path, key)
+    key = key_of(KIND, batches, teacher, precision=precision, head=_digest(tensors, about))
+    size = room(key["length"] * head.weight.shape[1] * STORED[precision][1].itemsize)
+    record_shards(path, key, asked, teacher, size=size, more={HEAD: (tensors, about)}, quiet=quiet)
     return CachedHidden(path, batches=batches, teacher=teacher)
 
 
@@ -175,14 +162,12 @@ class _Asked:
     @torch.no_grad()
     def _asked(self, ids: Tensor, *, first: bool) -> Tensor:
         device = device_of(self.teacher)
-        batch, _, _ = self.batches.at(ids)
-        batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
-        given = self.inputs(batch)[1]
+        asked, _ = given(self.batches, ids, self.inputs, device)
         with _heard(self.teacher.model) as heard:
-            said = self.teacher(given, ids.to(device))
+            said = self.teacher(asked, ids.to(device))
         if not heard:
             raise TypeError(f"{type(self.teacher.model).__name__} answered without its head: nothing to keep.")
-        states, mask = heard[-1], given.get("attention_mask")
+        states, mask = heard[-1], asked.get("attention_mask")
         gone = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
         if mask is not None and mask.shape == gone.shape:
             gone = mask == 0  # nobody looks there, and it may be NaN

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from tempering.teachers.base import Teacher, key_digest
 from tempering.teachers.cached import CHECKED, BrokenCache, key_in, objection_to
-from tempering.teachers.recording import KEY, alone, device_of, lasting, progress, refuse_other, sha256_of
+from tempering.teachers.recording import (
+    FORMAT,
+    KEY,
+    Recordable,
+    alone,
+    device_of,
+    lasting,
+    progress,
+    refuse_other,
+    sha256_of,
+)
 
 Tensors = dict[str, Tensor]
 BYTES = 2**26  # of a shard at most, so that a kill costs little and a shard fits into memory
@@ -41,8 +51,23 @@ def record_shards(
         more: other files by name, with their metadata.
 
     Raises:
-        ValueError: where another recording was begun there, naming what differs.
+        ValueError: where another recording was begun or is there, naming what differs.
     """
+    if not (path / KEY).is_file():
+        _record(path, key, ask, teacher, size, more or {}, quiet)
+    refuse_other(path, dict(key))
+
+
+def _record(
+    path: Path,
+    key: Mapping[str, Any],
+    ask: Callable[[Tensor], Tensors],
+    teacher: Teacher,
+    size: int,
+    more: Mapping[str, tuple[Tensors, dict[str, str]]],
+    quiet: bool,
+) -> None:
+    """Take up what is there, ask about the rest, and finish."""
     folder = path.with_name(path.name + ".partial")
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
@@ -63,10 +88,30 @@ def record_shards(
                     _save(file, ask(ids), {})
                 files.append(file)
                 advance(len(ids))
-        for name, (tensors, about) in (more or {}).items():
+        for name, (tensors, about) in more.items():
             _save(folder / name, tensors, about)
             files.append(folder / name)
         _finish(path, folder, key, files, teacher)
+
+
+def key_of(kind: str, batches: Recordable, teacher: Teacher, **own: Any) -> dict[str, Any]:
+    """What a recording of this kind is known by."""
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "data": batches.identity,
+        "teacher": teacher.identity,
+        "augmentation": batches.augmentation,
+        "rows": batches.rows,
+        "length": batches.at(torch.tensor([0]))[0]["labels"].shape[1],
+        **own,
+    }
+
+
+def given(batches: Recordable, ids: Tensor, inputs: Callable[[Any], Any], device: torch.device) -> tuple[Any, Tensor]:
+    """What the teacher is to be asked about these texts, on its device; and their labels."""
+    batch, labels, _ = batches.at(ids)
+    return inputs({name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()})[1], labels
 
 
 def _save(file: Path, tensors: Tensors, about: dict[str, str]) -> None:
