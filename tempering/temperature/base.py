@@ -122,6 +122,39 @@ def hyperparameters(module: nn.Module) -> dict[str, object]:
     return out
 
 
+class Wrapping(Policy):
+    """A policy round another, which has the last word on what that answers: ``changed``.
+
+    Args:
+        policy: the other one; a bare number is refused.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.policy = inner(type(self).__name__, policy)
+        self.tau = policy.tau
+        self.shift_invariant, self.by_class = policy.shift_invariant, policy.by_class
+        self.relational = policy.relational  # pyright: ignore[reportAttributeAccessIssue]
+        self.counts: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def changed(self, T: Temperatures, rows: Rows) -> Temperatures:
+        """What becomes of the policy's temperatures; ``counts`` is what ``report`` adds."""
+
+    def forward(self, rows: Rows, progress: float) -> Temperatures:
+        return self.changed(self.policy(rows, progress), rows)
+
+    def at(self, tau: float, rows: Rows, progress: float) -> Temperatures:
+        return self.changed(self.policy.at(tau, rows, progress), rows)
+
+    def tau_at(self, progress: float) -> float:
+        return self.policy.tau_at(progress)
+
+    def report(self) -> dict[str, Tensor]:
+        """What the policy reports, and the counts of the last call."""
+        return {**self.policy.report(), **self.counts}
+
+
 def positive(owner: str, **values: float) -> None:
     """Refuse a temperature-like argument that is not a positive, finite number."""
     for name, value in values.items():

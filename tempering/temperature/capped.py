@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tempering.rows import Rows
-from tempering.temperature.base import Policy, Temperatures, inner, positive
+from tempering.temperature.base import Policy, Temperatures, Wrapping, positive
 from tempering.temperature.sharpness import Sharpness
 from tempering.temperature.static import Static
 
 
-class Capped(Policy):
+class Capped(Wrapping):
     """The temperatures of ``policy``, each side held within [low, high].
 
     A scale of the policy's own (``Standardised(scale="tau")``) stays as it is. A temperature that is held has no slope,
@@ -31,37 +31,19 @@ class Capped(Policy):
     paper = "none: a cap round another policy"
 
     def __init__(self, policy: Policy | None = None, *, low: float = 1.0, high: float | None = 10.0) -> None:
-        super().__init__()
-        self.policy = inner("Capped", Static(4.0) if policy is None else policy)
+        super().__init__(Static(4.0) if policy is None else policy)
         positive("Capped", low=low)
         if high is not None:
             positive("Capped", high=high)
             if low > high:
                 raise ValueError(f"Capped needs low <= high; got low={low!r} and high={high!r}.")
         self.low, self.high = low, high
-        self.tau = self.policy.tau
-        self.shift_invariant, self.by_class = self.policy.shift_invariant, self.policy.by_class
-        self.relational = self.policy.relational  # pyright: ignore[reportAttributeAccessIssue]
-        self.counts: dict[str, Tensor] = {}
 
     @classmethod
     def example(cls) -> Self:
         return cls(Sharpness(4.0), low=3.0, high=4.5)
 
-    def forward(self, rows: Rows, progress: float) -> Temperatures:
-        return self._held(self.policy(rows, progress), rows)
-
-    def at(self, tau: float, rows: Rows, progress: float) -> Temperatures:
-        return self._held(self.policy.at(tau, rows, progress), rows)
-
-    def tau_at(self, progress: float) -> float:
-        return self.policy.tau_at(progress)
-
-    def report(self) -> dict[str, Tensor]:
-        """Temperatures of the last call that were held, and what the policy reports."""
-        return {**self.policy.report(), **self.counts}
-
-    def _held(self, T: Temperatures, rows: Rows) -> Temperatures:
+    def changed(self, T: Temperatures, rows: Rows) -> Temperatures:
         self.counts = {"capped": self._outside(T.student, rows) + self._outside(T.teacher, rows)}
         student, teacher = (side.clamp(self.low, self.high) for side in (T.student, T.teacher))
         return Temperatures(student, teacher, T.factor)

@@ -9,14 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tempering.rows import Rows, widened
-from tempering.temperature.base import Policy, Temperatures, inner, positive
+from tempering.temperature.base import Policy, Temperatures, Wrapping, positive
 from tempering.temperature.sharpness import Sharpness
 from tempering.temperature.static import Static
 
 Sides = Literal["teacher", "both"]
 
 
-class Private(Policy):
+class Private(Wrapping):
     """T + g (high - T) for the T of ``policy`` and g = privacy^power; rows that are not private keep T exactly.
 
     The scale of a row goes from the policy's own to 1 with g: a private row is not multiplied by its T_s T_t. At high
@@ -51,35 +51,17 @@ class Private(Policy):
         sides: Sides = "teacher",
         squared: bool = False,
     ) -> None:
-        super().__init__()
-        self.policy = inner("Private", Static(4.0) if policy is None else policy)
+        super().__init__(Static(4.0) if policy is None else policy)
         positive("Private", high=high, power=power)
         if sides not in ("teacher", "both"):
             raise ValueError(f"Private needs sides 'teacher' or 'both'; got {sides!r}.")
         self.high, self.power, self.sides, self.squared = high, power, sides, squared
-        self.tau = self.policy.tau
-        self.shift_invariant, self.by_class = self.policy.shift_invariant, self.policy.by_class
-        self.relational = self.policy.relational  # pyright: ignore[reportAttributeAccessIssue]
-        self.counts: dict[str, Tensor] = {}
 
     @classmethod
     def example(cls) -> Self:
         return cls(Sharpness(4.0))
 
-    def forward(self, rows: Rows, progress: float) -> Temperatures:
-        return self._swung(self.policy(rows, progress), rows)
-
-    def at(self, tau: float, rows: Rows, progress: float) -> Temperatures:
-        return self._swung(self.policy.at(tau, rows, progress), rows)
-
-    def tau_at(self, progress: float) -> float:
-        return self.policy.tau_at(progress)
-
-    def report(self) -> dict[str, Tensor]:
-        """Rows of the last call that were private at all, and what the policy reports."""
-        return {**self.policy.report(), **self.counts}
-
-    def _swung(self, T: Temperatures, rows: Rows) -> Temperatures:
+    def changed(self, T: Temperatures, rows: Rows) -> Temperatures:
         private = privacy(rows)
         if private is None:
             self.counts = {}
