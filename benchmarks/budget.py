@@ -85,7 +85,7 @@ def table(found: dict[str, Curve], missing: Sequence[str]) -> str:
         "# A teacher that is asked about n images",
         "Made from the records beside it by `python benchmarks/budget.py`; the figure is [curve.svg](curve.svg). Test "
         "accuracy at the last epoch, mean ± sample standard deviation over seeds.",
-        _markdown(head, [[label, *(_spread(curve.get(n, {})) for n in images)] for label, curve in found.items()]),
+        markdown(head, [[label, *(_spread(curve.get(n, {})) for n in images)] for label, curve in found.items()]),
     ]
     if control := found.get(MATCHED):
         rows = [
@@ -96,7 +96,7 @@ def table(found: dict[str, Curve], missing: Sequence[str]) -> str:
         parts += [
             f"Minus {MATCHED}, in points, paired by seed, with the half-width of the 95 % t interval. Bold: the "
             "interval excludes zero.",
-            _markdown([head[0], *(f"{n:,} images" for n in images)], rows),
+            markdown([head[0], *(f"{n:,} images" for n in images)], rows),
         ]
     if missing:
         parts.append(f"Open: {'; '.join(missing)}.")
@@ -174,7 +174,8 @@ def _gap(arm: dict[int, float], control: dict[int, float]) -> str:
     return f"**{said}**" if gap.shown else said
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; all columns but the first to the right."""
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 

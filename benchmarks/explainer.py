@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from budget import markdown
 from timing import ROOT, machine
 
 from tempering import distill
@@ -96,14 +97,14 @@ def page(folder: Path) -> str:
     ]
     for key, said in KEYS.items():
         levels = list(first["found"][key]["KD"])
-        out += [f"**Routing entropy {said}**", _table(["arm", *levels], _rows(seeds, key, levels))]
+        out += [f"**Routing entropy {said}**", markdown(["arm", *levels], _rows(seeds, key, levels))]
     most = ", ".join(f"{name} {value:.2f}" for name, value in first["found"]["most"].items())
     scores = {name: [100 * seed["accuracy"][name] for seed in seeds] for name in ARMS}
     out += [
         f"A row that takes all its parents evenly has: {most}.",
-        _table(["arm", "test accuracy (%)"], [[name, _spread(values)] for name, values in scores.items()]),
+        markdown(["arm", "test accuracy (%)"], [[name, _spread(values)] for name, values in scores.items()]),
         "**How alike the groupings of classes are** (adjusted Rand index, 1 for the same, 0 for chance)",
-        _table(["pair", *first["found"]["alike"]], _alike(seeds)),
+        markdown(["pair", *first["found"]["alike"]], _alike(seeds)),
         "![entropies](routing-unannealed.svg)",
         "Trees of seed 0: " + ", ".join(f"[{p.stem}]({p.name})" for p in sorted(folder.glob("tree-*.svg"))) + ".",
         "What it does not show: anything of CIFAR, of larger explainers or of 300 epochs. The schedule of the "
@@ -144,11 +145,6 @@ def _alike(seeds: list[dict[str, Any]]) -> list[list[str]]:
 def _spread(values: list[float]) -> str:
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:

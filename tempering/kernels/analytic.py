@@ -77,10 +77,11 @@ class Stand:
 
     Args:
         compiled: Inductor's or Triton's versions by name, {} for none; what is not there runs as it is written.
+        double: whether they compute float64 in float64; Triton's sum in float32.
     """
 
-    def __init__(self, compiled: Fast) -> None:
-        self.compiled = compiled
+    def __init__(self, compiled: Fast, *, double: bool = True) -> None:
+        self.compiled, self.double = compiled, double
         self.used: set[str] = set()
         self.plain: set[str] = set()
 
@@ -112,8 +113,7 @@ class Stand:
         return _differentiable(rows.student, *fast(widened(rows.student).detach(), target))
 
     def _fast(self, name: str, plain: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
-        """Triton's versions sum in float32, which is too little for float64."""
-        return plain if dtype == torch.float64 and "exact" in self.compiled else self.compiled.get(name, plain)
+        return plain if dtype == torch.float64 and not self.double else self.compiled.get(name, plain)
 
     def _solving(self, name: str) -> Callable[..., Any]:
         def solve(plain: Callable[..., Any], *args: Tensor) -> Any:

@@ -108,7 +108,7 @@ class Walk:
     def compile(self, wanted: Wanted, logits: Tensor, numel: int | None = None) -> None:
         """Take compiled versions for logits like these."""
         self.fast = fast_versions(wanted, logits.device, logits.numel() if numel is None else numel)
-        self.stand = Stand(self.fast.functions)
+        self.stand = Stand(self.fast.functions, double=self.fast.by != "triton")
 
     def over(self, rows: Rows, slope: Tensor | None) -> None:
         """Add these rows, and write their slope into ``slope``, (N, C), which may be the student's logits themselves.

@@ -63,14 +63,8 @@ class OnPolicy:
                 f"{type(self).__name__} needs share in [0, 1], length and prompt >= 1, and batches that can be walked "
                 f"again; got {share}, {length}, {prompt} and {type(batches).__name__}."
             )
-        self.student, self.batches, self.share, self.length, self.eos, self.pad = (
-            student,
-            batches,
-            share,
-            length,
-            eos,
-            pad,
-        )
+        self.student, self.batches, self.share = student, batches, share
+        self.length, self.eos, self.pad = length, eos, pad
         self.sampling, self.prompt, self.vocabulary, self.seed = sampling, prompt, vocabulary, seed
         self.number, self.pace, self.rank = 0, Pace(), 0
 
