@@ -321,3 +321,27 @@ def _proportional(labels: np.ndarray, key: np.ndarray) -> np.ndarray:
     begin, end = (np.searchsorted(ordered, ordered, side) for side in ("left", "right"))
     place = (np.arange(len(labels)) - begin + 0.5) / (end - begin)
     return by_class[np.lexsort((key[by_class], place))]
+
+
+def held_out(train: Any, others: dict[str, Any], *, validation: int, test: int) -> Splits:
+    """Splits of a loader and those beside it, by name; what is missing is held out of the training samples.
+
+    A data set whose one other split is called validation is tested on it, as the field does.
+
+    Raises:
+        ValueError: for a hold-out of a split that is there, or no test split at all.
+    """
+    if "test" not in others and not test and "validation" in others:
+        others = {"test": others["validation"]}
+    for split, count in (("test", test), ("validation", validation)):
+        if count and split in others:
+            size = others[split].size
+            raise ValueError(f"{train.name} has its own {split} split ({size} images): leave out {split}=.")
+        if count:
+            train, held = train.split(count, seed=0)
+            others = {**others, split: held}
+    if "test" not in others:
+        raise ValueError(
+            f"{train.name} has no test split. Give it one, or hold images out of the training ones: test=N."
+        )
+    return Splits(train, others.get("validation"), others["test"])

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tempering.data.batches import Splits
+from tempering.data.batches import Splits, held_out
 from tempering.data.scenes import Augment, Scenes
 
 NAMES = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
@@ -79,19 +79,10 @@ def coco(
     settings = {"batch_size": batch_size, "class_names": list(names.values()), "epochs": epochs, "seed": seed}
     settings["name"] = folder.resolve().name
     made = {split: _scenes(file, list(names), size, fit, settings) for split, file in files.items()}
-    if "test" not in made and not test and "validation" in made:
-        made["test"] = made.pop("validation")
-    train = made["train"]
-    for split, count in (("test", test), ("validation", validation)):
-        if count and split in made:
-            raise ValueError(f"{train.name} has its own {split} split ({made[split].size} images): leave out {split}=.")
-        if count:
-            train, made[split] = train.split(count, seed=0)
-    if "test" not in made:
-        raise ValueError(f"{train.name} has no test split. Give it one, or hold images out: test=N.")
-    train = train if subset is None else train.take(subset)
+    splits = held_out(made.pop("train"), made, validation=validation, test=test)
+    train: Any = splits.train if subset is None else splits.train.take(subset)
     train.shuffle, train.flip, train.augment = True, flip, tuple(augment)
-    return Splits(train, made.get("validation"), made["test"])  # pyright: ignore[reportArgumentType]
+    return splits._replace(train=train)
 
 
 def _find(folder: Path, names: Sequence[str]) -> _Split | None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tempering.data.batches import Batches, Splits
+from tempering.data.batches import Batches, Splits, held_out
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as most published teachers want
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -95,19 +95,8 @@ def assembled(
         ValueError: for a hold-out of a split that is there, or no test split at all.
     """
     made = {split: Batches(*tensors, **settings) for split, tensors in read.items() if split != "train"}
-    if "test" not in made and not test and "validation" in made:
-        made["test"] = made.pop("validation")
     train = Batches(*read["train"], **settings, **augmentation, shuffle=True)
-    for split, count in (("test", test), ("validation", validation)):
-        if count and split in made:
-            raise ValueError(f"{train.name} has its own {split} split ({made[split].size} images): leave out {split}=.")
-        if count:
-            train, made[split] = train.split(count, seed=0)
-    if "test" not in made:
-        raise ValueError(
-            f"{train.name} has no test split. Give it one, or hold images out of the training ones: test=N."
-        )
-    return Splits(train, made.get("validation"), made["test"])
+    return held_out(train, made, validation=validation, test=test)
 
 
 def pixels(image: Any, size: int) -> np.ndarray:
