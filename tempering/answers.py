@@ -20,12 +20,19 @@ class Head:
         bias: (V,) or None.
         scale: of the logits, as Cohere's and Granite's have one.
         cap: soft cap, as Gemma's have one.
+
+    Raises:
+        ValueError: for a cap that is not positive.
     """
 
     weight: Float[Tensor, "V H"]
     bias: Float[Tensor, " V"] | None = None
     scale: float = 1.0
     cap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.cap is not None and not self.cap > 0:
+            raise ValueError(f"Head needs cap > 0; got {self.cap}. None is no cap.")
 
     def __call__(self, hidden: Float[Tensor, "*N H"]) -> Float[Tensor, "*N V"]:
         """The logits, in float32 at least."""
@@ -35,24 +42,6 @@ class Head:
             bias = None if self.bias is None else self.bias.to(dtype)
             z = self.scale * nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
         return z if self.cap is None else self.cap * torch.tanh(z / self.cap)
-
-    def linear(self) -> nn.Linear:
-        """The same as a layer, such as ``kernels.linear_loss`` takes; the scale is within.
-
-        Raises:
-            ValueError: for a head with a soft cap.
-        """
-        if self.cap is not None:
-            raise ValueError(
-                f"a head with a soft cap ({self.cap:g}) is no linear layer. Make its logits: head(hidden)."
-            )
-        layer = nn.Linear(*self.weight.shape[::-1], bias=self.bias is not None, device="meta")
-        own = {"weight": self.weight, "bias": self.bias}
-        for name, x in own.items():
-            if x is not None:
-                scaled = x.detach() if self.scale == 1.0 else x.detach() * self.scale
-                setattr(layer, name, nn.Parameter(scaled, requires_grad=False))
-        return layer
 
     def to(self, device: torch.device | str) -> Head:
         """The same on a device."""

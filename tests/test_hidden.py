@@ -110,36 +110,31 @@ def test_a_run_learns_the_same_from_it(tmp_path: Path) -> None:
     assert len(losses[0]) == 8 and losses[0] == pytest.approx(losses[1], rel=1e-6, abs=1e-6)
 
 
-def test_from_hidden_states_to_the_loss_without_logits(tmp_path: Path) -> None:
-    teacher, student, tokens = live(scaled()), gpt2(8, 0).float(), data(shuffle=False)
+@pytest.mark.parametrize("family", ["capped", "scaled"])
+def test_from_hidden_states_to_the_loss_without_logits(tmp_path: Path, family: str) -> None:
+    teacher, student, tokens = live(MODELS[family]()), MODELS[family](seed=0).float(), data(shuffle=False)
     TASK.meet(student)
-    cached = ask(teacher, tokens, tmp_path / "h", precision="fp32")
+    answers = ask(teacher, tokens, tmp_path / "h", precision="fp32")
     batch = next(iter(tokens))
     student_in, inputs, ids = TASK.inputs(batch)
     (rows,) = TASK.rows(student(student_in), teacher(inputs, ids), batch)
     want = total(KD()(rows, 1.0), rows)
     want.backward()
-    slope = student.transformer.wte.weight.grad.clone()  # pyright: ignore
+    slopes = [p.grad.clone() for p in student.parameters() if p.grad is not None]
     student.zero_grad()
     place, target, _ = TASK._places(batch)
-    answer = cached(inputs, ids)
-    mine = student.transformer(  # pyright: ignore
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=student_in["position_ids"]
-    ).last_hidden_state.flatten(0, 1)[place]
-    shape = tuple(batch["input_ids"].shape)
-    got = linear_loss(
-        KD(),
-        mine,
-        student.lm_head,
-        answer.rows(place, shape),
-        answer.head.linear(),
-        target=target,  # pyright: ignore
-    )
-    torch.testing.assert_close(got.loss, want, rtol=1e-5, atol=1e-6)
-    got.loss.backward()
-    torch.testing.assert_close(student.transformer.wte.weight.grad, slope, rtol=1e-4, atol=1e-6)  # pyright: ignore
-    with pytest.raises(ValueError, match=r"soft cap \(30\) is no linear layer"):
-        Head(torch.zeros(3, 2), cap=30.0).linear()
+    answer, told = answers(inputs, ids), {n: student_in[n] for n in ("input_ids", "attention_mask", "position_ids")}
+    mine = student.model(**told).last_hidden_state.flatten(0, 1)[place]  # pyright: ignore
+    taught = answer.rows(place, tuple(batch["input_ids"].shape))
+    got = linear_loss(KD(), mine, head_of(student), taught, answer.head, target=target, memory=2**14).loss
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    got.backward()
+    found = [p.grad for p in student.parameters() if p.grad is not None]
+    assert len(found) > 5 and max(float(g.abs().max()) for g in found) > 1e-2
+    for a, b in zip(found, slopes, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"needs cap > 0; got 0\.0"):
+        Head(torch.zeros(3, 2), cap=0.0)
 
 
 def test_a_recording_is_refused_for_anything_else_and_damage_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tempering.kernels import chunked, linear_loss
+from tempering.answers import Head
+from tempering.kernels import chunked, linear, linear_loss
 from tempering.kernels import compiled as compiling
 from tempering.methods import DIST, DKD, DTKD, KD, KDIGA, LSKD, MGD, Method, Sum, Swing
 from tempering.objectives import kl
@@ -324,6 +325,35 @@ def test_linear_is_the_dense_loss(method: Method, dtype: torch.dtype) -> None:
             same(got, slope, 0.0, exact * float(slope.abs().max()))
 
 
+@pytest.mark.parametrize("method", METHODS, ids=ids)
+@pytest.mark.parametrize("cap", [None, 0.7])
+def test_linear_with_logit_scale_and_soft_cap(method: Method, cap: float | None) -> None:
+    """The student's as the teacher's, each side its own; a cap that bites, and columns that are masked behind it."""
+    made, allowed = Heads(), torch.arange(17) != 9
+    student = Head(made.student.weight, made.student.bias, scale=0.3, cap=cap)
+    teacher = Head(made.teacher.weight.detach(), made.teacher.bias.detach(), scale=0.7, cap=3.0)
+    v, u = (head(x).masked_fill(~allowed, -torch.inf) for head, x in ((student, made.hs), (teacher, made.ht)))
+    assert cap is None or float((v[:, allowed].abs() > 0.9 * cap).double().mean().detach()) > 0.1
+    rows = Rows(v, u, made.target, made.weight)
+    want = total(method(rows, 1.0), rows)
+    how: dict[str, Any] = {"target": made.target, "weight": made.weight, "allowed": allowed, "memory": 17 * 8 * 2 * 4}
+    got = linear_loss(method, made.hs, student, made.ht, teacher, **how).loss
+    same(got.detach(), want.detach(), 1e-12, 0.0)
+    for a, b in zip(made.slopes(got), made.slopes(want), strict=True):
+        assert b.abs().max() > 1e-4
+        same(a, b, 0.0, 1e-12 * float(b.abs().max()))
+
+
+def test_a_capped_student_is_exact_beside_a_teacher_of_less_precision() -> None:
+    made, method = Heads(), KD(hard=0.0)
+    student, told = Head(made.student.weight, made.student.bias, cap=2.0), made.teacher.float()
+    rows = Rows(student(made.hs), told(made.ht.float()).detach())
+    want = made.slopes(total(method(rows, 1.0), rows))
+    got = made.slopes(linear_loss(method, made.hs, student, made.ht.float(), told).loss)
+    for a, b in zip(got, want, strict=True):
+        same(a, b, 0.0, 1e-12 * float(b.abs().max()))
+
+
 def test_private_rows_swing_as_in_the_plain_loss() -> None:
     """What a row is, beside its label and its weight, is cut with the logits: noise by place, heat by privacy."""
     x = Heads(classes=11)
@@ -356,6 +386,24 @@ def test_linear_with_frozen_parts_and_bare_weights() -> None:
     assert loss.requires_grad and loss.ndim == 0
     made.student.weight.requires_grad_(False)
     assert not linear_loss(KD(hard=0.0), made.hs, made.student, made.ht, made.teacher).loss.requires_grad
+
+
+@pytest.mark.parametrize("sizes", [(1, 3, 8), (5, 300, 64), (70, 5000, 33), (256, 129, 1024)], ids=str)
+@pytest.mark.parametrize("fine", [True, False], ids=["two products", "one in float32"])
+def test_logits_of_bfloat16_are_as_good_as_float32(
+    sizes: tuple[int, int, int], fine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fine and not linear._subtracts_first():
+        pytest.skip("this CPU's library rounds before it subtracts")
+    monkeypatch.setattr(linear, "_subtracts_first", lambda: fine)
+    n, C, H = sizes
+    x, head = torch.randn(n, H).bfloat16(), torch.randn(C, H).bfloat16()
+    side = linear._Side(x, head, None)
+    found = side.logits(slice(0, n), None, side.room(n), wide=True)
+    exact = x.double() @ head.double().T
+    assert found.dtype == torch.float32
+    assert (found - exact).norm() < (2e-5 if fine else 1e-6) * exact.norm()
+    assert ((x @ head.T).double() - exact).norm() > 20 * (found - exact).norm()
 
 
 def test_linear_in_half_precision() -> None:
@@ -408,6 +456,7 @@ def test_linear_refuses() -> None:
 
 PEAK = """
 import torch
+from tempering.answers import Head
 from tempering.kernels import linear_loss, chunked
 from tempering.methods import DTKD
 from tempering.rows import Rows, total
@@ -417,7 +466,8 @@ def step(how, n, V, H=16):
     hs, ht = torch.randn(n, H).requires_grad_(), torch.randn(n, H)
     ws, wt = torch.randn(V, H).requires_grad_(), torch.randn(V, H)
     y = torch.randint(V, (n,))
-    if how == "fused":
+    if how in ("fused", "capped"):
+        ws, wt = (Head(w, cap=30.0) if how == "capped" else w for w in (ws, wt))
         return linear_loss(method, hs, ws, ht, wt, target=y, memory=2**21).loss.backward()
     rows = Rows(hs @ ws.T, ht @ wt.T, y)
     loss = chunked(method, rows, memory=2**21).loss if how == "chunked" else total(method(rows), rows)
@@ -425,10 +475,10 @@ def step(how, n, V, H=16):
 def held(name):
     line = next(x for x in open("/proc/self/status") if x.startswith(name))
     return 1024 * int(line.split()[1])
-for how in ("fused", "chunked", "plain"):
+for how in ("fused", "capped", "chunked", "plain"):
     step(how, 64, 8192)
 before = held("VmRSS")
-for how in ("fused", "chunked", "plain"):  # each has the larger peak
+for how in ("fused", "capped", "chunked", "plain"):  # each has the larger peak
     step(how, 1024, 8192)
     print((held("VmHWM") - before) / (1024 * 8192 * 4))
 """
@@ -441,5 +491,5 @@ def test_memory() -> None:
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, cwd=ROOT, env=env, check=False)
     assert not done.returncode, done.stderr
-    fused, chunks, dense = map(float, done.stdout.split())
-    assert fused < 0.9 and chunks < 3.9 and dense > 7.0
+    fused, capped, chunks, dense = map(float, done.stdout.split())
+    assert fused < 0.9 and capped < fused + 0.03 and chunks < 3.9 and dense > 7.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +76,7 @@ def chunked(
         ValueError: for a method that is relational or owns its step, or memory that is not positive.
         RuntimeError: with compile=True where that is not possible; or going back a second time.
     """
-    walk = Walk(method, progress, _whole(rows, rows_in_batch), memory)
+    walk = Walk(method, progress, _whole(rows, rows_in_batch), memory, len(rows))
     walk.compile(compile, rows.student)
     wanted = rows.student.requires_grad and torch.is_grad_enabled()
     # float16 would lose small slopes before a loss scale has met them
@@ -87,16 +87,17 @@ def chunked(
 
 
 class Walk:
-    """One loss under way: what the chunks so far add up to."""
+    """One loss of ``n`` rows under way: what the chunks so far add up to."""
 
-    def __init__(self, method: Method, progress: float, whole: Tensor | float, memory: int | None) -> None:
+    def __init__(self, method: Method, progress: float, whole: Tensor | float, memory: int | None, n: int) -> None:
         _refuse(method)
         if memory is not None and memory <= 0:
             raise ValueError(f"memory is bytes for a chunk, > 0; got {memory!r}. None chooses.")
-        self.method, self.progress, self.whole, self.memory = method, progress, whole, memory
-        self.losses: list[Tensor] = []
-        self.terms: dict[str, list[Tensor]] = {}
-        self.policies = [(policy, [], []) for policy in method.policies().values()]
+        self.method, self.progress, self.whole, self.memory, self.n = method, progress, whole, memory, n
+        self.chunks, self.done = 0, 0
+        self.loss: Tensor | None = None
+        self.terms: dict[str, Tensor] = {}
+        self.policies = [_Said(policy, n) for policy in method.policies().values()]
         self.trained = [p for p in method.parameters() if p.requires_grad and torch.is_grad_enabled()]
         self.slopes = [torch.zeros_like(p) for p in self.trained]
         # a running mean moves once a step: every chunk finds what the first one found
@@ -142,39 +143,52 @@ class Walk:
     def _chunk(self, rows: Rows, leaves: list[Tensor]) -> list[Tensor]:
         """The chunk's slopes in its leaves and in what the method trains; 0 where they take no part."""
         wanted = [x for x in [*leaves, *self.trained] if x.requires_grad]
-        for buffer, found in self.state if self.losses else ():
+        for buffer, found in self.state if self.chunks else ():
             buffer.copy_(found)
         with torch.set_grad_enabled(bool(wanted)), standing_in(self.stand.functions()):
             terms = self.method(rows, self.progress)
             loss = total(terms, rows, rows_in_batch=self.whole)
-        self.losses.append(loss.detach())
-        for name, term in terms.items():
-            self.terms.setdefault(name, []).append(term.detach())
-        for policy, last, counts in self.policies:
-            last.append(policy.last)
-            counts.append(dict(getattr(policy, "counts", {})))
+        self._keep(loss.detach(), terms)
         if not loss.requires_grad:
             return [torch.zeros_like(x) for x in [*leaves, *self.trained]]
         grads = iter(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
         return [next(grads) if x.requires_grad else x for x in [*leaves, *self.trained]]
 
+    def _keep(self, loss: Tensor, terms: Mapping[str, Tensor]) -> None:
+        """Write down a chunk's answers, in room that is there from the first chunk on.
+
+        Small tensors that each chunk left behind would hold the heap's large holes apart, and it would grow with them.
+        """
+        if self.loss is None:
+            self.loss = loss.clone() if loss.device.type == "mps" else loss.double()  # which has no float64
+            self.terms = {name: term.new_empty(self.n) for name, term in terms.items()}
+        else:
+            self.loss += loss
+        n = len(next(iter(terms.values())))
+        for name, term in terms.items():
+            self.terms[name][self.done : self.done + n] = term.detach()
+        for said in self.policies:
+            said.keep(self.done, n)
+        self.chunks, self.done = self.chunks + 1, self.done + n
+
     def result(self, slopes: list[tuple[Tensor, Tensor]]) -> Chunked:
         """The loss with the slopes in its inputs attached to it, and its parts put together."""
-        loss = torch.stack(self.losses).sum()
+        assert self.loss is not None
+        loss = self.loss.to(next(iter(self.terms.values())).dtype)
         slopes = [*slopes, *self.features, *zip(self.trained, self.slopes, strict=True)]
         if slopes:
             loss = _Attached.apply(loss, [slope for _, slope in slopes], *(x for x, _ in slopes))
-        for policy, last, counts in self.policies:
-            _remember(policy, last, counts, self.largest)
+        for said in self.policies:
+            said.remember(self.chunks, self.largest)
         path = Path(
-            len(self.losses),
+            self.chunks,
             self.largest,
             tuple(sorted(self.stand.used)),
             tuple(sorted(self.stand.plain)),
             self.fast.by,
             self.fast.why,
         )
-        return Chunked(loss, {name: torch.cat(found) for name, found in self.terms.items()}, path)  # pyright: ignore
+        return Chunked(loss, self.terms, path)  # pyright: ignore
 
     def _budget(self, rows: Rows) -> int:
         return self.memory or MEMORY.get(rows.student.device.type, ELSEWHERE)
@@ -246,22 +260,32 @@ def _cut(rows: Rows, part: slice, student: Tensor, features: dict[str, Tensor]) 
     )
 
 
-def _remember(policy: Policy, last: list[Temperatures | None], counts: list[dict[str, Tensor]], largest: int) -> None:
-    """What the policy would say of its last call, had it seen all rows at once."""
-    seen = [T for T in last if T is not None]
-    if len(seen) < 2:
-        return
+class _Said:
+    """What a policy said of each chunk, put together to what it would say of its last call, had it seen all rows."""
 
-    def together(values: list[Tensor | None]) -> Tensor | None:
-        found = [x for x in values if x is not None]
-        # (1, 1) of chunks of more rows is one temperature for all
-        return None if not found else found[0] if largest > 1 and _single(found) else torch.cat(found)
+    def __init__(self, policy: Policy, n: int) -> None:
+        self.policy, self.n = policy, n
+        self.last: list[Tensor | None] = []
+        self.counts: dict[str, Tensor] = {}
 
-    one = largest > 1 and _single([T.student for T in seen])
-    policy.last = Temperatures(*(together(list(side)) for side in zip(*seen, strict=True)))  # pyright: ignore
-    if not one:
-        policy.counts = {n: torch.stack([c[n] for c in counts]).sum(0) for n in counts[-1]}  # pyright: ignore
+    def keep(self, done: int, n: int) -> None:
+        """Take what it says after ``n`` more rows than ``done``; (1, 1) of many rows is one temperature for all."""
+        T = self.policy.last
+        if T is None:
+            return
+        if not self.last:
+            # one row's (1, 1) may be its own, so room for all is taken then too
+            self.last = [None if x is None else x.clone() if len(x) < n else x.new_empty(self.n, 1) for x in T]
+        for room, x in zip(self.last, T, strict=True):
+            if room is not None and x is not None and len(x) == n and len(room) == self.n:
+                room[done : done + n] = x
+        for name, count in getattr(self.policy, "counts", {}).items():
+            self.counts[name] = self.counts[name] + count if name in self.counts else count.clone()
 
-
-def _single(found: list[Tensor]) -> bool:
-    return all(len(x) == 1 for x in found)
+    def remember(self, chunks: int, largest: int) -> None:
+        """Tell the policy."""
+        if chunks < 2 or not self.last:
+            return
+        self.policy.last = Temperatures(*self.last)  # pyright: ignore
+        if self.last[0] is not None and len(self.last[0]) == self.n:
+            self.policy.counts = self.counts  # pyright: ignore

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from tempering.answers import Head
 from tempering.kernels.chunked import ELSEWHERE, Chunked, Walk, parts
 from tempering.kernels.compiled import Wanted
 from tempering.methods.base import Method
 from tempering.rows import Rows
 
-Head = nn.Linear | Tensor
+Last = nn.Linear | Tensor | Head
 LOGITS = {"cpu": 2**25}  # bytes of both sides' logits
 ROWS = 256  # at least, where nobody sets the bytes: with fewer the products are slow, and their library takes more room
 BLOCK = 2**22  # numbers of a head that are widened at once, where torch cannot accumulate in float32 by itself
@@ -21,9 +23,9 @@ BLOCK = 2**22  # numbers of a head that are widened at once, where torch cannot 
 def linear_loss(
     method: Method,
     hidden_student: Tensor,
-    head_student: Head,
+    head_student: Last,
     hidden_teacher: Tensor,
-    head_teacher: Head,
+    head_teacher: Last,
     *,
     target: Tensor | None = None,
     weight: Tensor | None = None,
@@ -47,7 +49,8 @@ def linear_loss(
     Args:
         method: row-wise.
         hidden_student: (N, H), carrying the gradient.
-        head_student: nn.Linear, or its weight (C, H).
+        head_student: nn.Linear, its weight (C, H), or ``answers.Head`` with a logit scale and a soft cap, which
+            ``teachers.hidden.head_of(model)`` finds: Gemma's, Cohere's, Granite's.
         hidden_teacher: (N, H'), carrying none.
         head_teacher: the same for the teacher; it is never trained.
         target: (N,) class indices, negative for none.
@@ -81,7 +84,7 @@ def linear_loss(
     whole = rows_in_batch
     if whole is None:
         whole = float(n) if weight is None else weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))
-    walk = Walk(method, progress, whole, memory)
+    walk = Walk(method, progress, whole, memory, n)
     budget = memory or LOGITS.get(hidden_student.device.type, ELSEWHERE)
     size = max(1, budget // (2 * C * (8 if student.weight.dtype == torch.float64 else 4) or 1))
     size = max(ROWS, size) if memory is None else size
@@ -92,26 +95,31 @@ def linear_loss(
         for part in parts(n, size):
             with torch.no_grad():
                 v, u = (x.logits(part, gone, to, wide=wide) for x, to in zip((student, teacher), room, strict=True))
+            # the slope may go where logits of rows that are done with stood; a cap's own slope needs the student's
+            into = v if student.cap is None else u if u.dtype == v.dtype else torch.empty_like(v)
             cut = {key: x[part] for key, x in of_rows.items() if x is not None}
-            if not walk.losses:
+            if not walk.chunks:
                 walk.compile(compile, v, n * C)
-            walk.over(Rows(v, u, name=name).with_(**cut), v if slopes else None)
+            walk.over(Rows(v, u, name=name).with_(**cut), into if slopes else None)
             if slopes:
-                student.back(v, part)
+                student.back(student.unbent(into, v, gone), part)
     return walk.result(slopes)
 
 
 class _Side:
     """One model's last layer: hidden states, a head, and the slopes in them."""
 
-    def __init__(self, hidden: Tensor, head: Head, classes: int | None) -> None:
-        if not isinstance(head, (nn.Linear, Tensor)):
+    def __init__(self, hidden: Tensor, head: Last, classes: int | None) -> None:
+        if not isinstance(head, Last):
             raise ValueError(
-                f"linear_loss needs an nn.Linear or its weight (C, H); got {type(head).__name__}. A head with "
-                "an adapter (LoRA)? Give the weight that it amounts to, or leave the head out of its target_modules."
+                f"linear_loss needs an answers.Head, an nn.Linear or its weight (C, H); got {type(head).__name__}. A "
+                "head with an adapter (LoRA)? Give the weight that it amounts to, or leave the head out of its "
+                "target_modules."
             )
-        self.hidden, self.weight = hidden.detach(), (head.weight if isinstance(head, nn.Linear) else head).detach()
-        self.bias = None if not isinstance(head, nn.Linear) or head.bias is None else head.bias.detach()
+        weight, bias = _parts(head)
+        self.hidden, self.weight = hidden.detach(), weight.detach()
+        self.bias = None if bias is None else bias.detach()
+        self.scale, self.cap = (head.scale, head.cap) if isinstance(head, Head) else (1.0, None)
         if hidden.ndim != 2 or self.weight.ndim != 2 or hidden.shape[1] != self.weight.shape[1]:
             raise ValueError(
                 f"linear_loss needs hidden states (N, H) and a head (C, H); got {tuple(hidden.shape)} and "
@@ -147,17 +155,27 @@ class _Side:
             z.copy_(x @ self.weight.T)
         elif x.is_cuda:
             z = torch.mm(x, self.weight.T, out_dtype=torch.float32)
+        elif x.dtype == torch.bfloat16 and _subtracts_first():
+            for block in self._blocks():
+                head = self.weight[block].T
+                near = x @ head
+                z[:, block] = near
+                z[:, block] += torch.addmm(near, x, head, beta=-1.0)  # what rounding took away
         else:
             x = x.float()
             for block in self._blocks():
                 torch.mm(x, self.weight[block].float().T, out=z[:, block])
         if self.bias is not None:
             z += self.bias
+        if self.scale != 1.0:
+            z *= self.scale
+        if self.cap is not None:
+            z.div_(self.cap).tanh_().mul_(self.cap)
         return z if gone is None else z.masked_fill_(gone, -torch.inf)
 
-    def slopes(self, hidden: Tensor, head: Head, *, wide: bool) -> list[tuple[Tensor, Tensor]]:
+    def slopes(self, hidden: Tensor, head: Last, *, wide: bool) -> list[tuple[Tensor, Tensor]]:
         """Room for the slopes in what requires grad, as (input, slope); ``wide`` sums the head's in float32."""
-        weight, bias = (head.weight, head.bias) if isinstance(head, nn.Linear) else (head, None)
+        weight, bias = _parts(head)
         if not torch.is_grad_enabled():
             return []
         # float16 would lose small slopes before a loss scale has met them
@@ -171,6 +189,16 @@ class _Side:
             self.by_bias = torch.zeros_like(bias, dtype=summed)
         rooms = ((hidden, self.by_hidden), (weight, self.by_weight), (bias, self.by_bias))
         return [(x, room) for x, room in rooms if x is not None and room is not None]
+
+    @torch.no_grad()
+    def unbent(self, slope: Tensor, logits: Tensor, gone: Tensor | None) -> Tensor:
+        """The slope in some rows' logits, (n, C), before their scale and cap; both tensors are used up."""
+        if self.cap is not None:
+            bent = logits if gone is None else logits.masked_fill_(gone, 0.0)
+            slope *= bent.div_(self.cap).square_().neg_().add_(1.0)
+        if self.scale != 1.0:
+            slope *= self.scale
+        return slope
 
     @torch.no_grad()
     def back(self, slope: Tensor, part: slice) -> None:
@@ -196,6 +224,24 @@ class _Side:
     def _blocks(self) -> list[slice]:
         """Slices of the classes whose part of the head has at most ``BLOCK`` numbers."""
         return list(parts(len(self.weight), max(1, BLOCK // self.weight.shape[1])))
+
+
+@functools.cache
+def _subtracts_first() -> bool:
+    """Whether a product in bfloat16 less a tensor is rounded once, at the end, by this CPU's library.
+
+    Then a product and what its rounding took away are as good as 2^-17, and faster than a product in float32.
+    """
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    x, head = (torch.randn(n, 64, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (16, 32))
+    near, exact = x @ head.T, x.double() @ head.double().T
+    found = near.double() + torch.addmm(near, x, head.T, beta=-1.0)
+    return bool((found - exact).norm() < 2e-5 * exact.norm())
+
+
+def _parts(head: Last) -> tuple[Tensor, Tensor | None]:
+    return (head, None) if isinstance(head, Tensor) else (head.weight, head.bias)
 
 
 def _fit(

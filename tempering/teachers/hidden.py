@@ -26,7 +26,7 @@ class CachedHidden(Teacher):
     """Looks the last hidden states up by sample id: ``Hidden`` (B, L, H), whose head makes logits of the rows alone.
 
     A run by ``distill`` makes the logits of its rows, (N, V); ``kernels.linear_loss`` on ``answer.rows(place, shape)``
-    and ``head.linear()`` never holds them. Files are mapped, and many processes may read them.
+    and ``answer.head`` never holds them. Files are mapped, and many processes may read them.
 
     Args:
         path: the folder that ``record_hidden`` wrote.
@@ -98,7 +98,7 @@ def record_hidden(
         raise ValueError(f"record_hidden needs precision {', '.join(map(repr, STORED))}; got {precision!r}.")
     path, head = Path(path), head or head_of(teacher.model)
     asked = _Asked(teacher, batches, inputs, precision, head)
-    tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
+    tensors = {n: x.detach() for n, x in (("weight", head.weight), ("bias", head.bias)) if x is not None}
     about = {"scale": repr(float(head.scale)), "cap": repr(None if head.cap is None else float(head.cap))}
     key = key_of(KIND, batches, teacher, precision=precision, head=_digest(tensors, about))
     size = room(key["length"] * head.weight.shape[1] * STORED[precision][1].itemsize)
@@ -108,6 +108,8 @@ def record_hidden(
 
 def head_of(model: nn.Module) -> Head:
     """The output embeddings of a model of transformers, with the scale and the soft cap that its config names.
+
+    They are the model's own, so ``kernels.linear_loss`` trains those of a student.
 
     Raises:
         TypeError: for a model that has none.
@@ -119,8 +121,7 @@ def head_of(model: nn.Module) -> Head:
     bias, more = layer.bias, getattr(core, "final_logits_bias", None)
     if isinstance(more, Tensor):
         bias = more.flatten() if bias is None else bias + more.flatten()
-    bias = None if bias is None else bias.detach()
-    return Head(layer.weight.detach(), bias, scale=(scale or 1.0) / (over or 1.0), cap=cap)
+    return Head(layer.weight, bias, scale=(scale or 1.0) / (over or 1.0), cap=cap)
 
 
 def _layer_of(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
