@@ -62,6 +62,17 @@ def products(x: Sides) -> None:
             by_head.addmm_(v.T, x.hs[part])
 
 
+def wide(x: Sides) -> None:
+    """The same with both sides' logits in float32, as DTKD's gradient needs them, from inputs of half precision."""
+    by_head = torch.zeros_like(x.ws)
+    with torch.no_grad():
+        for part in torch.arange(len(x.hs)).split(max(1, len(x.hs) // 4)):
+            v = x.hs[part].float() @ x.ws.float().T
+            torch.mm(x.ht[part].float(), x.wt.float().T)
+            torch.mm(v.to(x.ws.dtype), x.ws)
+            by_head.addmm_(v.to(x.ws.dtype).T, x.hs[part])
+
+
 def dense(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Sides], None]:
     """A loss of logits that are held whole."""
 
@@ -101,6 +112,7 @@ def arms(*, compile: bool) -> tuple[dict[str, Callable[[Sides], None]], dict[str
     )
     made = {
         PRODUCTS: products,
+        "the same, logits' in float32": wide,
         "logits, DTKD repository's term": dense(lambda v, u: dtkd_term(v, u)),
         "logits, TRL generalised JSD": dense(trl),
         "ours, published, eager": ours(published, compile=False),

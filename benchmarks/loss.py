@@ -20,6 +20,7 @@ from tempering.kernels import chunked
 from tempering.methods import DTKD, KD, Method
 from tempering.rows import Rows, total
 from tempering.temperature import Sharpness, Static
+from tempering.temperature.sharpness import Solve
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CASES = {
@@ -29,6 +30,19 @@ CASES = {
 }
 TINY = {"N=8 C=50 fp32": (8, 50, FP32)}
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Temperatures(Method):
+    """A policy's temperatures and next to nothing beside them: what part of a loss is theirs."""
+
+    paper = "none: a benchmark's"
+
+    def __init__(self, solve: Solve) -> None:
+        super().__init__()
+        self.temperature = Sharpness(4.0, solve=solve)
+
+    def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
+        return {"none": self.temperature(rows, progress).student.squeeze(1) + 0.0 * rows.student[:, 0]}
 
 
 def ours(method: Method, *, chunks: bool, compile: bool | None = False) -> Loss:
@@ -65,6 +79,8 @@ def losses(*, compile: bool) -> tuple[dict[str, Loss], dict[str, str]]:
             "ours, compiled: dynamic term, published": ours(published, chunks=True, compile=True),
             "ours, compiled: dynamic term, exact": ours(exact, chunks=True, compile=True),
             "ours, compiled: all three DTKD terms, exact": ours(whole, chunks=True, compile=True),
+            "of it: published temperatures alone": ours(Temperatures("published"), chunks=True, compile=True),
+            "of it: exact temperatures alone": ours(Temperatures("exact"), chunks=True, compile=True),
         }
     notes = {"DTKD repository, dynamic term": RESTATED, "mdistiller KD term": RESTATED, "TRL generalised JSD": which}
     return arms, notes

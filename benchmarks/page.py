@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
+import goals
 from plots import bars, curves
 from timing import FACTS, RESULTS, ROOT
 
@@ -71,14 +72,10 @@ def plots(name: str, lines: list[Line]) -> dict[str, tuple[str, str]]:
 
 def page(results: Path, figures: Path | None = None) -> str:
     """The whole page; a benchmark that has not been run is named as missing. Plots are written into ``figures``."""
-    out, missing = [HEAD], []
-    for name, title in PARTS.items():
-        path = results / f"{name}.csv"
-        if not path.is_file():
-            missing.append(name)
-            continue
-        with path.open(newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
+    read = {name: found for name in PARTS if (found := _lines(results / f"{name}.csv"))}
+    out, missing = [HEAD, "## Goals\n", *goals.table(read)], [name for name in PARTS if name not in read]
+    for name, lines in read.items():
+        title = PARTS[name]
         out.append(f"## {title}\n")
         out.append(f"`python benchmarks/{name}.py`\n")
         for title, (file_name, svg) in plots(name, lines).items() if figures is not None else ():
@@ -91,6 +88,13 @@ def page(results: Path, figures: Path | None = None) -> str:
     if missing:
         out.append(f"Not measured here yet: {', '.join(missing)}.\n")
     return "\n".join(out)
+
+
+def _lines(path: Path) -> list[Line]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def main() -> None:

@@ -5,7 +5,11 @@ Each says what it restates. The numbers are theirs to the last term; the code is
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 RESTATED = "re-stated"
+CHECKOUT = "its own distiller, in its step re-stated"
+# what the repositories' configurations of CIFAR-100 say, as their distillers ask for it
+CONFIG = SimpleNamespace(
+    KD=SimpleNamespace(TEMPERATURE=4.0, LOSS=SimpleNamespace(CE_WEIGHT=0.1, KD_WEIGHT=0.9)),
+    DTKD=SimpleNamespace(T=4.0, ALPHA=3.0, BETA=1.0, CE_WEIGHT=1.0, WARMUP=20),
+)
 
 
 def dtkd_term(student: Tensor, teacher: Tensor, tau: float = 4.0) -> Tensor:
@@ -74,21 +84,76 @@ class Meters:
         self.count += len(target)
 
 
-def mdistiller_step(
-    student: nn.Module,
-    teacher: nn.Module,
-    optimizer: Any,
-    meters: Meters,
-    batch: tuple[Tensor, Tensor],
-    tau: float = 4.0,
-) -> None:
-    """mdistiller's training step with KD: both nets in float32 as they come, 0.1 CE + 0.9 KD, meters every step."""
+class Restated(nn.Module):
+    """mdistiller's KD: 0.1 CE + 0.9 KD."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.student, self.teacher = student, teacher
+
+    def forward(self, image: Tensor, target: Tensor, **_: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        logits, _ = self.student(image)
+        with torch.no_grad():
+            taught, _ = self.teacher(image)
+        return logits, {"ce": 0.1 * F.cross_entropy(logits, target), "kd": 0.9 * kd_term(logits, taught)}
+
+
+class Answering(nn.Module):
+    """A net as mdistiller's answer: logits and features."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.net(image), {}
+
+
+def distiller(name: str, checkout: Path | None) -> Callable[[nn.Module, nn.Module, Any], nn.Module]:
+    """The class of that name, "KD" or "DTKD", of a checkout of mdistiller or of DTKD; without one, KD re-stated.
+
+    The file and its base are loaded, not the package, which asks for more than is needed here.
+
+    Raises:
+        FileNotFoundError: for a folder that is no such checkout.
+    """
+    if checkout is None:
+        return Restated
+    folder = checkout / "mdistiller" / "distillers"
+    if not (folder / f"{name}.py").is_file():
+        raise FileNotFoundError(f"{checkout} has no mdistiller/distillers/{name}.py. Give the root of a checkout.")
+    package = f"checkout_{name}"
+    sys.modules[package] = ModuleType(package)
+    sys.modules[package].__path__ = [str(folder)]
+    for part in ("_base", name):
+        spec = importlib.util.spec_from_file_location(f"{package}.{part}", folder / f"{part}.py")
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[f"{package}.{part}"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return getattr(sys.modules[f"{package}.{name}"], name)
+
+
+def mdistiller_step(whole: nn.Module, optimizer: Any, meters: Meters, batch: tuple[Tensor, Tensor]) -> None:
+    """mdistiller's training step round a distiller: both nets in float32 as they come, meters every step."""
     image, target = batch[0].float(), batch[1]
     optimizer.zero_grad()
-    logits = student(image)
-    with torch.no_grad():
-        taught = teacher(image)
-    loss = 0.1 * F.cross_entropy(logits, target) + 0.9 * kd_term(logits, taught, tau)
+    logits, losses = whole(image=image, target=target, epoch=1)
+    loss = torch.stack([x.mean() for x in losses.values()]).sum()
     loss.backward()
     optimizer.step()
     meters.update(loss, logits, target)
+
+
+def torchdistill_step(
+    student: nn.Module, teacher: nn.Module, optimizer: Any, batch: tuple[Tensor, Tensor], tau: float = 4.0
+) -> None:
+    """torchdistill's training step with its KDLoss: the teacher first, 0.1 CE + 0.9 tau^2 KL, no meters."""
+    image, target = batch
+    with torch.no_grad():
+        taught = teacher(image)
+    logits = student(image)
+    soft = F.kl_div(torch.log_softmax(logits / tau, 1), torch.softmax(taught / tau, 1), reduction="batchmean")
+    loss = 0.1 * F.cross_entropy(logits, target) + 0.9 * tau**2 * soft
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()

@@ -1,17 +1,20 @@
 """One classification step, a batch to updated weights: mdistiller's loop against ours, live and cached teacher.
 
 Usage:
-    python benchmarks/step.py [--rounds 7] [--threads 1] [--batch 64] [--tiny]
+    python benchmarks/step.py [--rounds 7] [--threads 1] [--batch 64] [--mdistiller DIR] [--dtkd DIR] [--tiny]
 
-mdistiller is a repository: its step with KD is re-stated in peers.py. Ours has the DTKD loss.
+mdistiller and DTKD are repositories: given a checkout of one, its own distiller is timed; else mdistiller's with KD is
+re-stated in peers.py, as torchdistill's step is. Ours has the DTKD loss.
 """
 
 from __future__ import annotations
 
 import copy
+from functools import partial
+from pathlib import Path
 
 import torch
-from peers import RESTATED, Meters, mdistiller_step
+from peers import CHECKOUT, CONFIG, RESTATED, Answering, Meters, distiller, mdistiller_step, torchdistill_step
 from timing import Arm, Sheet, arguments, device, in_turn
 from torch import Tensor, nn
 
@@ -24,12 +27,23 @@ PAIRS = {"resnet32x4 -> resnet8x4": ("resnet32x4", "resnet8x4"), "resnet14 -> re
 Batch = tuple[Tensor, Tensor]
 
 
-def mdistiller(student: nn.Module, teacher: nn.Module, batch: Batch) -> Arm:
-    """Its step with KD, as its loop runs it."""
+def sgd(net: nn.Module) -> torch.optim.SGD:
+    """The peers' optimizer, as they make it."""
+    return torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+
+
+def mdistiller(student: nn.Module, teacher: nn.Module, batch: Batch, *, name: str, checkout: Path | None) -> Arm:
+    """A step of its loop."""
+    made = distiller(name, checkout)
+    whole = made(Answering(copy.deepcopy(student)), Answering(copy.deepcopy(teacher)), CONFIG).train()
+    whole.get_submodule("teacher").eval()
+    return partial(mdistiller_step, whole, sgd(whole.get_submodule("student")), Meters(), batch)
+
+
+def torchdistill(student: nn.Module, teacher: nn.Module, batch: Batch) -> Arm:
+    """A step of its box."""
     student, teacher = copy.deepcopy(student), copy.deepcopy(teacher).eval()
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    meters = Meters()
-    return lambda: mdistiller_step(student, teacher, optimizer, meters, batch)
+    return partial(torchdistill_step, student, teacher, sgd(student), batch)
 
 
 def ours(student: nn.Module, teacher: Teacher | Tensor, batch: Batch, *, bf16: bool) -> Arm:
@@ -58,6 +72,8 @@ def main() -> None:
     """Time the arms of every pair."""
     parser = arguments(__doc__, rounds=7)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--mdistiller", type=Path, default=None, help="root of a checkout of mdistiller")
+    parser.add_argument("--dtkd", type=Path, default=None, help="root of a checkout of the DTKD repository")
     args = parser.parse_args()
     sheet = Sheet("step", args)
     n = 4 if args.tiny else args.batch
@@ -69,8 +85,12 @@ def main() -> None:
         kept = Live(copy.deepcopy(teacher))(x).half()
         folded = Live(teacher, channels_last=True, fold=True)
         half = Live(teacher, precision="bf16", fold=True)
+        theirs = {"mdistiller, KD": mdistiller(student, teacher, (x, y), name="KD", checkout=args.mdistiller)}
+        if args.dtkd is not None:
+            theirs["DTKD repository"] = mdistiller(student, teacher, (x, y), name="DTKD", checkout=args.dtkd)
         arms = {
-            "mdistiller, KD": mdistiller(student, teacher, (x, y)),
+            **theirs,
+            "torchdistill, KDLoss": torchdistill(student, teacher, (x, y)),
             "ours, fp32": ours(student, Live(copy.deepcopy(teacher), channels_last=True), (x, y), bf16=False),
             "ours, fp32, teacher folded": ours(student, folded, (x, y), bf16=False),
             "ours, bf16, teacher folded": ours(student, half, (x, y), bf16=True),
@@ -78,7 +98,9 @@ def main() -> None:
             "ours, bf16, teacher cached": ours(student, kept, (x, y), bf16=True),
         }
         taken = in_turn(arms, rounds=args.rounds, warm=2)
-        sheet.add(f"{case}, batch {n}", taken, notes={"mdistiller, KD": RESTATED})
+        notes = dict.fromkeys(arms, "") | {"torchdistill, KDLoss": RESTATED, "DTKD repository": CHECKOUT}
+        notes["mdistiller, KD"] = RESTATED if args.mdistiller is None else CHECKOUT
+        sheet.add(f"{case}, batch {n}", taken, notes=notes)
     print(sheet.write())
 
 
