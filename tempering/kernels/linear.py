@@ -63,8 +63,8 @@ def linear_loss(
         wide: make logits of half-precision inputs, and sum the head's gradient, in float32. False rounds both to the
             inputs' dtype: faster, half the memory for the head, and DTKD's gradient is off by 5 to 12 %, since its
             temperatures divide small differences.
-        memory: bytes of both sides' logits at once, and again for what is computed on a chunk of them; None is 32 and
-            8 MiB on a CPU, 256 MiB each elsewhere, and 256 rows at least.
+        memory: bytes of both sides' logits at once, and again for what is computed on a chunk of them; None is 32 MiB
+            on a CPU, 256 MiB elsewhere, 256 rows at least, and what ``chunked`` takes.
         compile: as for ``chunked``.
         name: of the rows, in errors.
 
