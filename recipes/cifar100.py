@@ -65,6 +65,8 @@ def main(
     teacher_precision: Literal["auto", "bf16", "fp32"] = "auto",
     fast: bool = True,
     compile: bool = False,
+    graphs: bool = False,
+    teacher_device: str | None = None,
     accelerator: str = "auto",
     devices: int = 1,
     strategy: str = "auto",
@@ -109,6 +111,8 @@ def main(
         fast: fold the teacher's batch norms into its convolutions, where nothing is tapped, and lay images out
             channels-last: the same but for rounding.
         compile: torch.compile the student.
+        graphs: replay CUDA graphs of the student's forward, its way back, and the teacher's forward.
+        teacher_device: where the teacher stays, such as cuda:1; by itself with the student.
         accelerator: auto, cpu, cuda or mps.
         devices: how many.
         strategy: auto, ddp or fsdp, for more than one device.
@@ -138,7 +142,7 @@ def main(
         schedule=decay,
         precision=precision,
         accelerator=accelerator,
-        compile=compile,
+        compile="reduce-overhead" if graphs else compile,
         evaluate_every=evaluate_every,
         checkpoint_every=checkpoint_every,
         selfcheck=selfcheck,
@@ -168,7 +172,14 @@ def main(
             said["scores"] = trained(net, teacher, teacher_dir or out.parent / "teachers", teach, key=key)
         auto = "bf16" if _computes_bf16() else "fp32"
         said["precision"] = auto if teacher_precision == "auto" else teacher_precision
-        taught = Live(net, precision=said["precision"], channels_last=fast, fold=fast and not taps)
+        taught = Live(
+            net,
+            precision=said["precision"],
+            channels_last=fast,
+            fold=fast and not taps,
+            compile="reduce-overhead" if graphs else False,
+            device=teacher_device,
+        )
         if teacher_cache is not None:
             of = f"{taught.identity[:10]}-{splits.train.identity[:10]}-{teacher_cache}"
             place = (teacher_dir or out.parent / "teachers") / f"answers-{of}"

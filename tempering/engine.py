@@ -57,7 +57,8 @@ def distill(
     accelerator: str = "auto",
     devices: int | str = 1,
     strategy: str = "auto",
-    compile: bool = False,
+    compile: bool | str = False,
+    chunks: bool | None = None,
     log_every: int = 50,
     checkpoint_every: int | None = None,
     keep: int = 2,
@@ -89,7 +90,10 @@ def distill(
         clip: largest norm of the gradient.
         precision, accelerator, devices, strategy: Fabric's; strategy "fsdp" is FSDP2, and leaves the student sharded.
             With several devices the script runs once for each; parameters are as with one and the same batch.
-        compile: compile the student's forward.
+        compile: compile the student's forward, and its way back; a word is a mode of torch.compile, and
+            "reduce-overhead" replays CUDA graphs. The loss and the optimizer stay as they are.
+        chunks: take the loss by ``kernels.chunked``, in the memory of a few rows; None does from 2^22 logits on, where
+            the method looks at a row at a time. The records say which path ran.
         checkpoint_every: steps between checkpoints within an epoch; there is one at every epoch's end. A run killed at
             any moment goes on from the last one, to the same bits.
         keep: how many checkpoints stay.
@@ -121,6 +125,7 @@ def distill(
         devices=devices,
         strategy=strategy,
         compile=compile,
+        chunks=chunks,
         log_every=log_every,
         checkpoint_every=checkpoint_every,
         keep=keep,
@@ -129,17 +134,15 @@ def distill(
         selfcheck=selfcheck,
         quiet=quiet,
     )
-    taught, folder = _teacher(teacher, method, batches), None if out is None else Path(out)
-    _look(student, taught, method, {"train": batches, "validation": validation, "test": test})
-    loop = Loop(student, taught, method, _task(task, student, taught), settings, folder=folder)
+    _look(student, taught := _teacher(teacher, method, batches), method, (batches, validation, test))
+    loop = Loop(student, taught, method, _task(task, student, taught), settings, folder=out, on_step=on_step)
     loop.set_up(batches, optimizer, schedule, loggers, evaluations=_evaluations(validation, test))
-    loop.on_step = on_step
     return loop.run(dict(facts or {}))
 
 
-def _look(student: nn.Module, teacher: Teacher | None, method: Method, splits: dict[str, Any]) -> None:
+def _look(student: nn.Module, teacher: Teacher | None, method: Method, splits: tuple[Any, ...]) -> None:
     if LOOK_ONLY.get():
-        raise Looked(student, teacher, method, splits)
+        raise Looked(student, teacher, method, dict(zip(("train", "validation", "test"), splits, strict=True)))
 
 
 def _task(task: Task | None, student: nn.Module, teacher: Teacher | None) -> Task:

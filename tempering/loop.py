@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from tempering.checkpoints import random_state, set_random_state
+from tempering.compiling import begin, compiled, keeping
 from tempering.keeping import Keeper, alone_in, facts_of, key_of
-from tempering.methods.base import Method, Step, StepMethod, asked
+from tempering.lossof import Loss, losses_of, path_of
+from tempering.methods.base import Method, Step, StepMethod, drawing
 from tempering.ranks import alike, clip, mean_over_ranks, refuse_split, share_gradients, whole_mass
 from tempering.records import Recorder
 from tempering.rows import Rows, total
@@ -59,12 +61,12 @@ class Loop:
         task: Task,
         settings: Settings,
         *,
-        folder: Path | None,
+        folder: str | Path | None,
+        on_step: Callable[[int, Tensor], None] | None = None,
     ) -> None:
         self.student, self.teacher, self.method, self.task, self.settings = student, teacher, method, task, settings
-        self.folder = folder
-        self.at = At()
-        self.on_step: Callable[[int, Tensor], None] | None = None
+        self.folder = None if folder is None else Path(folder)
+        self.at, self.on_step = At(), on_step
         self.resumed: dict[str, Any] | None = None
         if isinstance(method, StepMethod):
             fits(method, teacher, settings)
@@ -102,8 +104,7 @@ class Loop:
         if self.teacher is not None:
             self.teacher.to(self.fabric.device)
         alike(self.student, self.fabric)
-        compiled = torch.compile(self.student) if s.compile else self.student
-        self.model = self.fabric.setup_module(compiled)  # pyright: ignore[reportArgumentType]
+        self.model = keeping(self.fabric.setup_module(compiled(self.student, s.compile)), s.compile)
         if isinstance(self.method, StepMethod):
             may_differentiate(self.model, self.method)
             self.method.meet(None if self.teacher is None else self.teacher.model)
@@ -227,7 +228,7 @@ class Loop:
 
     def _step(self, group: list[Any]) -> Tensor:
         """One update of the weights from the micro-batches of ``group``; the loss, (), whose mean over ranks counts."""
-        at, progress = self.at, (self.at.step + 1) / self.total_steps
+        s, at, progress = self.settings, self.at, (self.at.step + 1) / self.total_steps
         if self.schedule is not None:
             factor = self.schedule(at.step / self.total_steps)
             for param_group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
@@ -236,39 +237,36 @@ class Loop:
         alone = len(group) == 1 and self.world == 1
         mass = {} if alone else whole_mass([self.task.mass(batch) for batch in group], self.fabric)
         summed: Tensor | None = None
-        blocks: list[Rows] = []
-        terms: list[Mapping[str, Tensor]] = []
+        blocks, found = list[Rows](), list[Loss]()
         for i, batch in enumerate(group):
-            with self.fabric.no_backward_sync(self.model, enabled=i + 1 < len(group)):
-                blocks, terms = self._terms(batch, progress)
-                losses = [
-                    total(t, rows, rows_in_batch=mass.get(rows.name)) for t, rows in zip(terms, blocks, strict=True)
-                ]
-                loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+            with self.fabric.no_backward_sync(self.model, enabled=i + 1 < len(group)), drawing(s.seed, at.step):
+                blocks, found = self._losses(batch, progress, mass)
+                loss = found[0].loss if len(found) == 1 else torch.stack([x.loss for x in found]).sum()
                 # ranks are averaged by the strategy, and each has only its share of the one mean
                 loss = loss * self.world if self.world > 1 else loss
                 self.fabric.backward(loss)
             summed = loss.detach() if summed is None else summed + loss.detach()
         assert summed is not None
         share_gradients(self.method, self.fabric)
-        if self.settings.clip is not None:
-            clip(self.optimizer, self.fabric, max_norm=self.settings.clip)
+        if s.clip is not None:
+            clip(self.optimizer, self.fabric, max_norm=s.clip)
         self.optimizer.step()
         self._learn(group[-1], blocks[-1])
         self.optimizer.zero_grad(set_to_none=True)
-        self._log(summed, blocks, terms, progress)
+        self._log(summed, blocks, found, progress)
         return summed
 
-    def _terms(self, batch: Any, progress: float) -> tuple[list[Rows], list[Mapping[str, Tensor]]]:
-        """The blocks of rows of one micro-batch and their terms."""
+    def _losses(self, batch: Any, progress: float, mass: Mapping[str, Tensor | float]) -> tuple[list[Rows], list[Loss]]:
+        """The blocks of rows of one micro-batch and their losses."""
+        begin(self.settings.compile)
         step = self._step_of(batch, progress)
         if isinstance(self.method, StepMethod):
             terms = self.method.step(step)
             if step.rows is None:
                 raise TypeError(f"{type(self.method).__name__}.step() must fill step.rows; step.forward() does.")
-            return [step.rows], [terms]
+            return [step.rows], [Loss(total(terms, step.rows, rows_in_batch=mass.get(step.rows.name)), terms)]
         blocks = step.forward()
-        return blocks, asked(self.method, blocks, progress)
+        return blocks, losses_of(self.method, blocks, progress, mass, chunks=self.settings.chunks)
 
     def _step_of(self, batch: Any, progress: float) -> Step:
         student_in, teacher_in, ids = self.task.inputs(batch)
@@ -310,8 +308,9 @@ class Loop:
 
             Console().print(checked.line, style="dim", soft_wrap=True, highlight=False)
 
-    def _log(self, loss: Tensor, blocks: list[Rows], terms: list[Mapping[str, Tensor]], progress: float) -> None:
+    def _log(self, loss: Tensor, blocks: list[Rows], found: list[Loss], progress: float) -> None:
         """A line of steps.jsonl every ``log_every`` steps; on a device only then is it waited for."""
+        terms = [x.terms for x in found]
         step, due = self.at.step, self.at.step % self.settings.log_every == 0 or self.at.step + 1 == self.total_steps
         if (due or loss.device.type == "cpu") and not math.isfinite(value := float(loss)):
             raise not_finite(value, step + 1, self.folder, blocks=blocks, terms=terms)
@@ -333,6 +332,7 @@ class Loop:
             "rows_per_second": rows_seen / took,
             "step_ms": 1000.0 * took,
             **measured(blocks, terms, self.method.policies()),
+            **path_of(found),
         }
         self.recorder.step(line)
         flat = {"train/loss": line["loss"], "train/lr": line["lr"], "train/step_ms": line["step_ms"]}

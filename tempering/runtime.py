@@ -133,7 +133,7 @@ def fits(method: StepMethod, teacher: Teacher | None, settings: Settings) -> Non
         )
     if method.needs_double_backward:
         cannot = {
-            "compile=True": settings.compile,
+            f"compile={settings.compile!r}": bool(settings.compile),
             "strategy='fsdp'": settings.strategy == "fsdp",
             "precision='16-mixed'": settings.precision == "16-mixed",
         }

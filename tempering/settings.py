@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from tempering.compiling import refuse
+
 COUNTS = ("steps", "epochs", "evaluate_every", "accumulate", "log_every", "checkpoint_every", "keep", "patience")
 
 
@@ -25,7 +27,8 @@ class Settings:
     accelerator: str
     devices: int | str
     strategy: str
-    compile: bool
+    compile: bool | str
+    chunks: bool | None
     log_every: int
     checkpoint_every: int | None
     keep: int
@@ -37,6 +40,7 @@ class Settings:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"give steps= or epochs=, one of them; got steps={self.steps}, epochs={self.epochs}.")
+        refuse(self.compile)
         for name in COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import tempering
+from tempering import lossof
 from tempering.engine import distill
+from tempering.kernels.chunked import MEMORY
 from tempering.methods import DIST, DTKD, KD, Method, Sum, Supervised
 from tempering.objectives import kl
 from tempering.rows import Rows, total
 from tempering.tasks import Classification
+from tempering.teachers import Live
 from tempering.temperature import Cosine, Static
 from tests.paths import ROOT
 from tests.runs import (
@@ -82,6 +85,34 @@ def test_parameters_do_not_depend_on_the_split(method: type[Method], more: dict[
 def test_in_float32_it_is_rounding_alone(split: tuple[int, ...]) -> None:
     whole = after(SPLITS[0], torch.float32, KD)
     torch.testing.assert_close(after(split, torch.float32, KD), whole, rtol=0.0, atol=2e-6)
+
+
+# chunks
+
+
+@pytest.mark.parametrize("method", [KD, DTKD, Learned], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("split", [SPLITS[0], SPLITS[2]], ids=str)
+def test_chunks_train_as_the_plain_loss(
+    method: type[Method], split: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = after(split, torch.float64, method, chunks=False)
+    monkeypatch.setitem(MEMORY, "cpu", 8 * 8 * CLASSES * 3)  # three rows a chunk
+    torch.testing.assert_close(after(split, torch.float64, method, chunks=True), plain, rtol=0.0, atol=1e-12)
+
+
+def test_many_rows_are_taken_in_chunks_and_the_records_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def paths(name: str, **more: Any) -> list[Any]:
+        run = go(cut(points(64), 64), steps=2, out=tmp_path / name, **more)
+        assert run.folder is not None
+        return [json.loads(line).get("path") for line in (run.folder / "steps.jsonl").read_text().splitlines()]
+
+    assert paths("few") == [None, None]
+    monkeypatch.setattr(lossof, "MANY", 64 * CLASSES)
+    assert [(p["chunks"], p["rows"], p["compiled"]) for p in paths("many")] == [(1, 64, "")] * 2
+    assert paths("asked", chunks=False) == [None, None]
+    assert paths("relational", method=DIST()) == [None, None]
+    with pytest.raises(ValueError, match=r"^DIST compares rows"):
+        paths("wanted", method=DIST(), chunks=True)
 
 
 def test_a_short_last_group_is_its_own_mean() -> None:
@@ -324,10 +355,12 @@ COMPILED = """
 import torch
 torch.set_num_threads(1)
 from tests.runs import *
-plain, fast = (go(cut(points(64), 16), steps=6, compile=c, selfcheck=False) for c in (False, True))
-assert isinstance(fast.student, nn.Sequential), type(fast.student)
-assert list(fast.student.state_dict()) == list(student_net().state_dict())
-torch.testing.assert_close(weights(fast.student), weights(plain.student), rtol=0.0, atol=1e-5)
+plain = go(cut(points(64), 16), steps=6, selfcheck=False)
+for how in (True, "reduce-overhead"):
+    fast = go(cut(points(64), 16), steps=6, compile=how, selfcheck=False, validation=cut(points(20, seed=9), 10))
+    assert isinstance(fast.student, nn.Sequential), type(fast.student)
+    assert list(fast.student.state_dict()) == list(student_net().state_dict())
+    torch.testing.assert_close(weights(fast.student), weights(plain.student), rtol=0.0, atol=1e-5)
 print("compiled")
 """
 
@@ -339,6 +372,32 @@ def test_compile() -> None:
     if "No working C++ compiler" in done.stderr or "InvalidCxxCompiler" in done.stderr:
         pytest.skip("no C++ compiler, which torch.compile needs on a CPU")
     assert (done.returncode, done.stdout.strip()) == (0, "compiled"), done.stderr[-4000:]
+
+
+def test_where_graphs_may_be_replayed_every_answer_is_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay writes where the last one wrote; a stand-in does the same, and says which mode it got."""
+    held, modes, steps = [torch.zeros(8, CLASSES)], [], []
+
+    def replaying(model: nn.Module, mode: str | None) -> nn.Module:
+        modes.append(mode)
+        model.register_forward_hook(lambda module, given, out: held[0].copy_(out.detach()) + 0.0 * out)
+        return model
+
+    monkeypatch.setattr(torch, "compile", replaying)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: steps.append(1))
+    go(cut(points(32), 8), steps=4, compile="reduce-overhead", selfcheck=False)
+    assert modes == ["reduce-overhead"] and len(steps) == 4
+    written = nn.Sequential(nn.Identity())
+    monkeypatch.setattr(torch, "compile", lambda model, mode: lambda x: held[0].copy_(x))
+    first, second = (Live(written, compile="reduce-overhead")(x) for x in torch.eye(8)[:2, None, :5].expand(2, 8, 5))
+    assert first[0, 0] == 1.0 and second[0, 1] == 1.0 and first[0, 1] == 0.0
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"compile must be .*'reduce-overhead'.*; got 'graphs'"):
+        go(cut(points(16), 8), steps=1, compile="graphs")
+    with pytest.raises(ValueError, match=r"compile must be .*; got 'graphs'"):
+        Live(nn.Identity(), compile="graphs")
 
 
 # loggers

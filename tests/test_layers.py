@@ -16,25 +16,28 @@ PACKAGE = ROOT / "tempering"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # what each part may import of tempering beside itself; a name covers what is inside it
 BOTTOM = {"discovery", "fusable", "searching", "taps", "records", "checkpoints", "settings", "wandb_logger"}
+BOTTOM |= {"compiling"}
 LAYERS = {part: set() for part in ("rows", *BOTTOM)} | {
     "data": {"rows"},
     "models": {"discovery"},
     "temperature": {"rows", "discovery", "fusable"},
     "answers": {"rows"},
     "buckets": {"rows"},
-    "teachers": {"rows", "taps", "answers", "buckets"},
+    "teachers": {"rows", "taps", "answers", "buckets", "compiling"},
     "tasks": {"rows", "taps", "discovery", "answers", "buckets", "models.boxes", "models.detector"},
     "audits": {"rows", "discovery", "taps", "temperature", "data.canaries"},
     "objectives": {"rows", "fusable", "temperature.base"},
-    "kernels": {"rows", "fusable", "temperature", "objectives", "methods.base"},
+    "kernels": {"rows", "answers", "fusable", "temperature", "objectives", "methods.base"},
     "methods": {"rows", "discovery", "temperature", "objectives", "teachers.base"},
     "reports": {"discovery"},
 }
 # the engine's files see base classes only; what distill() makes where nobody chose is named here
-ENGINE = {"engine", "loop", "runtime", "ranks", "keeping", "selfcheck"}
+ENGINE = {"engine", "loop", "runtime", "ranks", "keeping", "selfcheck", "lossof"}
 BASES = {"temperature.base", "methods.base", "tasks.base", "teachers.base"}
+LAYERS["settings"] |= {"compiling"}
 LAYERS |= {part: {"rows", *BOTTOM, *BASES, *ENGINE} for part in ENGINE}
 LAYERS["engine"] |= {"tasks.classification", "teachers.live"}
+LAYERS["lossof"] |= {"kernels"}  # loaded where rows are many
 # methods from text, and the grid of runs; the arena sees records and processes, never a model
 LAYERS |= {
     "specs": {"discovery", "methods", "temperature"},

@@ -179,9 +179,24 @@ def test_channels_last_changes_the_layout_and_not_the_values() -> None:
 
 
 def test_compile_compiles_the_forward(monkeypatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda model: lambda x: model(x) + 1)
+    monkeypatch.setattr(torch, "compile", lambda model, mode: lambda x: model(x) + 1)
     model, x = net(), torch.randn(4, 3, 6, 6)
     assert torch.equal(Live(model, compile=True)(x), Live(model)(x) + 1)
+
+
+def test_a_device_of_its_own() -> None:
+    """The meta device stands in for a second one: it holds no numbers, and shows where everything went."""
+    model, seen = net(), []
+    teacher = Live(model, device="meta").to("cpu")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    model.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].device.type))
+    with pytest.raises(NotImplementedError, match="meta"):
+        teacher(torch.randn(4, 3, 6, 6))  # its answers cannot come back
+    assert seen == ["meta"]
+    alone, x = Live(net(), device="cpu"), torch.randn(4, 3, 6, 6)
+    model = net()
+    model.load_state_dict(alone.model.state_dict())
+    assert torch.equal(alone({"x": [x]}["x"][0]), Live(model)(x))
 
 
 def test_nested_inputs_and_outputs_keep_their_form() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,9 @@ from torch import Tensor, nn
 from tempering.rows import Rows
 from tempering.temperature.base import LearningPolicy, Policy, hyperparameters
 from tempering.temperature.base import share as share
+
+Answer = TypeVar("Answer")
+_STEP: ContextVar[tuple[int, int] | None] = ContextVar("step", default=None)
 
 
 class Method(nn.Module, ABC):
@@ -182,13 +188,31 @@ def emptied(rows: Rows) -> Rows:
     return rows.with_(student=student, teacher=teacher, hard=hard)
 
 
-def asked(
-    method: Callable[[Rows, float], Mapping[str, Tensor]], blocks: Sequence[Rows], progress: float
-) -> list[Mapping[str, Tensor]]:
-    """The method's terms of each block; those of one class come first, so that policies remember the others."""
+def asked(method: Callable[[Rows, float], Answer], blocks: Sequence[Rows], progress: float) -> list[Answer]:
+    """The method's answer on each block; those of one class come first, so that policies remember the others."""
     order = sorted(range(len(blocks)), key=lambda i: blocks[i].student.shape[1] > 1)
-    terms = {i: method(blocks[i], progress) for i in order}
-    return [terms[i] for i in range(len(blocks))]
+    answers = {i: method(blocks[i], progress) for i in order}
+    return [answers[i] for i in range(len(blocks))]
+
+
+@contextmanager
+def drawing(seed: int, step: int) -> Iterator[None]:
+    """Within it ``drawn`` says what belongs to this step of a run with this seed."""
+    token = _STEP.set((seed, step))
+    try:
+        yield
+    finally:
+        _STEP.reset(token)
+
+
+def drawn() -> int:
+    """A number in [0, 2^63) to seed draws by: one for all parts and processes of a step of ``distill``.
+
+    In a loop of one's own torch's generator draws it, anew at every call.
+    """
+    if (step := _STEP.get()) is None:
+        return int(torch.randint(2**63 - 1, ()))
+    return int.from_bytes(hashlib.sha256("/".join(map(str, step)).encode()).digest()[:8], "little") >> 1
 
 
 def ramp(progress: float, warmup: float) -> float:

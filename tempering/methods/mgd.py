@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from tempering.methods.base import drawn
 from tempering.methods.necks import NeckMethod, over_levels, summed
 from tempering.rows import Rows
 
-WHOLE = 2**62
+WHOLE = 2**63
 STRIDE = 0x9E3779B97F4A7C15  # odd: no two ids fall together
 
 
@@ -21,8 +22,9 @@ class MGD(NeckMethod):
     one a level, trained along. The sum is an image's own; ``total`` takes the mean over images, which is the released
     code's sum / N.
 
-    Each image's mask is drawn by a number of torch's own generator and the image's id (its place, where rows have no
-    ids). So a run that is taken up again draws the same masks, and so does a batch in parts that start from one state.
+    Each image's mask is drawn by its id (its place, where rows have no ids) and the step's own number, which all parts
+    and processes of a step of ``distill`` share; in a loop of one's own torch's generator draws it. So a run that is
+    taken up again, or shared out to processes, draws the same masks. The released code draws by each process.
 
     Args:
         feature: weight; the released value of RetinaNet.
@@ -64,8 +66,8 @@ class MGD(NeckMethod):
         kept = ids if rows.weight is None else ids[(rows.weight > 0).cpu()]
         if rows.ids is None:
             kept = torch.arange(len(kept))
-        drawn = int(torch.randint(WHOLE, ()))
-        return [torch.Generator().manual_seed((drawn + STRIDE * (1 + i)) % WHOLE) for i in kept.tolist()]
+        number = drawn()
+        return [torch.Generator().manual_seed((number + STRIDE * (1 + i)) % WHOLE) for i in kept.tolist()]
 
 
 def generator(channels: int) -> nn.Sequential:

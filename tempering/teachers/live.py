@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from tempering.answers import Taught
+from tempering.compiling import compiled, copied
 from tempering.rows import widened
 from tempering.teachers.base import Teacher, fingerprint, key_digest
 
@@ -33,7 +34,9 @@ class Live(Teacher):
         channels_last: lay weights and images out so; a change of speed, not of values.
         fold: fold batch normalisation into the convolution before it; equal but for rounding. Only leaf modules of
             the folded copy are called, so features of whole stages cannot be tapped.
-        compile: torch.compile its forward.
+        compile: torch.compile its forward; a word is its mode, and "reduce-overhead" replays CUDA graphs.
+        device: where it stays, whatever the student's is: inputs are brought there, and answers back. None: with the
+            student.
 
     Raises:
         TypeError: for something that is no module.
@@ -47,13 +50,15 @@ class Live(Teacher):
         precision: str | None = None,
         channels_last: bool = False,
         fold: bool = False,
-        compile: bool = False,
+        compile: bool | str = False,
+        device: torch.device | str | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Live needs a torch module; got {type(model).__name__}.")
         if precision is not None and precision not in DTYPES:
             raise ValueError(f"Live needs precision {', '.join(map(repr, DTYPES))} or None; got {precision!r}.")
         self.precision, self.channels_last, self.fold, self.compile = precision, channels_last, fold, compile
+        self.device = None if device is None else torch.device(device)
         self.identity = key_digest({"weights": fingerprint(model), "precision": precision, "fold": fold})
         if fold:
             model = _folded(model)
@@ -65,7 +70,9 @@ class Live(Teacher):
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self._model = model.eval().requires_grad_(False)
         self._modules = list(model.modules())
-        self._forward: Callable[[Any], Any] = torch.compile(model) if compile else model
+        if self.device is not None:
+            self._model.to(self.device)
+        self._forward: Callable[[Any], Any] = compiled(self._model, compile)
         self._warned = False
 
     @property
@@ -74,7 +81,8 @@ class Live(Teacher):
         return self._model
 
     def to(self, device: torch.device | str) -> Self:
-        self._model.to(device)
+        if self.device is None:
+            self._model.to(device)
         return self
 
     @torch.no_grad()
@@ -87,9 +95,15 @@ class Live(Teacher):
     def attached(self, inputs: Any, ids: Tensor | None = None) -> Any:
         if any(module.training for module in self._modules):
             self._back_to_eval()
-        return each(self._forward(each(inputs, self._prepared)), _widened)
+        answer = self._forward(each(inputs, self._prepared))
+        answer = answer if isinstance(self.compile, bool) else copied(answer)
+        if self.device is None:
+            return each(answer, _widened)
+        here = next(_tensors(inputs)).device
+        return each(answer, lambda x: _widened(x).to(here))
 
     def _prepared(self, x: Tensor) -> Tensor:
+        x = x if self.device is None else x.to(self.device, non_blocking=True)
         if x.is_floating_point() and self._dtype is not None:
             x = x.to(self._dtype)
         return x.contiguous(memory_format=torch.channels_last) if self._images_last and x.ndim == 4 else x
@@ -119,6 +133,14 @@ def each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(each(item, change) for item in value)
     return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
 
 
 def _widened(x: Tensor) -> Tensor:
