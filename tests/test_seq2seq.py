@@ -19,7 +19,8 @@ from tempering.methods import DTKD, KD, Divergence, Supervised  # pyright: ignor
 from tempering.rows import UNLABELLED
 from tempering.tasks import Generation, Graded, OnPolicy, Sampling, Seq2Seq, Speculative
 from tempering.tasks.graded import rouge_l, same_answer
-from tempering.tasks.writing import write
+from tempering.tasks.reading import Rereader, decoding, way_of
+from tempering.tasks.writing import Draft, write
 from tempering.teachers import Kept, Live
 from tests.paths import SHARED, needs_shared
 from tests.test_generation import gpt2, loss_of
@@ -167,6 +168,128 @@ def test_no_position_is_read_that_a_decoder_does_not_have() -> None:
         want = [greedy(student.eval(), teacher.eval(), list(p.source), top_k=8, length=6) for p in pairs()]
     ended = [w[: len(x)] for w, x in zip(made["written"].tolist(), want, strict=True)]
     assert ended == want
+
+
+def marian(width: int, seed: int) -> nn.Module:
+    from transformers import MarianConfig, MarianMTModel
+
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {"d_model": width, "max_position_embeddings": 64, "init_std": 0.5}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 2 * width}
+    return MarianMTModel(MarianConfig(vocab_size=V, pad_token_id=PAD, decoder_start_token_id=PAD, **sizes)).double()
+
+
+def prophet(width: int, seed: int) -> nn.Module:
+    """It takes one token at a time behind a cache."""
+    from transformers import ProphetNetConfig, ProphetNetForConditionalGeneration
+
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {"hidden_size": width, "max_position_embeddings": 64, "init_std": 0.5}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"num_{side}_layers": 1, f"num_{side}_attention_heads": 2, f"{side}_ffn_dim": 2 * width}
+    config = ProphetNetConfig(vocab_size=V, pad_token_id=PAD, decoder_start_token_id=2, **sizes)
+    return ProphetNetForConditionalGeneration(config)
+
+
+def fsmt(width: int, seed: int) -> nn.Module:
+    """Its decoder looks ahead behind a cache."""
+    from transformers import FSMTConfig, FSMTForConditionalGeneration
+
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {"d_model": width, "max_position_embeddings": 64, "init_std": 0.5}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 2 * width}
+    words: dict[str, Any] = {"langs": ["en", "de"], "src_vocab_size": V, "tgt_vocab_size": V}
+    config = FSMTConfig(pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=2, **words, **sizes)
+    return FSMTForConditionalGeneration(config)
+
+
+def windowed(width: int, seed: int) -> nn.Module:
+    """Gemma's encoder-decoder, whose decoder forgets what lies behind its window."""
+    from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration
+
+    torch.manual_seed(seed)
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "sliding_window": 16}
+    sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2} | heads
+    sizes |= {"vocab_size": V, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2, "initializer_range": 0.5}
+    config = T5GemmaConfig(encoder=sizes, decoder=sizes, vocab_size=V, decoder_start_token_id=2)
+    return T5GemmaForConditionalGeneration(config).double()
+
+
+def read_by(model: nn.Module, reader: Any, whole: Rereader, rows: int) -> tuple[float, list[int]]:
+    """How far the two readers' logits lie apart where rows accept what they like, and the tokens that each read."""
+    generator, counts, side = torch.Generator().manual_seed(rows), [0, 0], 0
+    draft = Draft([[2]] * rows, length=20, eos=5, device=torch.device("cpu"))
+
+    def count(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        counts[side] += kwargs["decoder_input_ids"].numel()
+
+    hook, apart = model.register_forward_pre_hook(count, with_kwargs=True), 0.0
+    while not all(draft.done):
+        tokens = torch.randint(3, V, (rows, 5), generator=generator)
+        read = torch.cat((draft.last[:, None], tokens[:, :-1]), 1)
+        for first, n in ((0, 1), (1, 1), (2, 3)):
+            said = []
+            for side, each in enumerate((reader, whole)):  # noqa: B007
+                seen = draft.seen(first + n)
+                said.append(each.read(read[:, first : first + n], draft.positions(first, n), seen))
+            there = torch.tensor([0 if d else 20 - len(w) for d, w in zip(draft.done, draft.written, strict=True)])
+            counted = first + torch.arange(n) < there[:, None]
+            off = (said[0] - said[1])[counted]
+            assert off.isfinite().all()
+            apart = max([apart, *off.abs().flatten().tolist()])
+        draft.take(tokens, torch.randint(6, (rows,), generator=generator).tolist())
+    hook.remove()
+    return apart, counts
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize(("make", "way"), [(t5, "move"), (bart, "cut"), (marian, "cut"), (windowed, "whole")])
+@torch.no_grad()
+def test_behind_a_cache_logits_are_those_from_the_start(make: Any, way: str, rows: int) -> None:
+    model, batch = make(8, 3).eval(), collate_pairs((pairs() * 2)[:rows])
+    source = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    reader = decoding(model, None, source, most=20)
+    assert way_of(model, reader.given) == way
+    whole = Rereader(model, None, reader.given, most=20, cached=False)
+    apart, (mine, theirs) = read_by(model, reader, whole, rows)
+    assert apart < 1e-10
+    if way == "whole":
+        assert mine == theirs
+    else:
+        asked = reader.forwards // 3 * 5 * rows
+        assert mine <= asked if way == "move" or rows == 1 else asked < mine < 0.7 * theirs
+        assert mine < 0.7 * theirs
+
+
+@pytest.mark.parametrize("make", [t5, bart])
+def test_all_of_the_vocabulary_is_on_policy_whatever_the_batch(make: Any) -> None:
+    student, teacher = make(8, 3), make(12, 4)
+    batch = collate_pairs(pairs() * 2)
+    source = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    start, own = [[student.config.decoder_start_token_id]], {"length": 9, "eos": EOS, "seed": 7}
+    alone, _ = write(student, None, start * 8, source=source, **own)
+    both, pace = write(student, teacher, start * 8, source=source, top_k=V, **own)
+    assert torch.equal(alone["written"], both["written"]) and pace.replaced == 0 and pace.tokens > 8
+    # a row that others stand beside is the row alone
+    own |= {"drawn": GREEDY, "redrawn": GREEDY, "top_k": 6, "block": 3}
+    made, pace = write(student, teacher, start * 8, source=source, **own)
+    assert 0 < pace.replaced < pace.tokens
+    for i in range(8):
+        single, _ = write(student, teacher, start, source={n: x[i : i + 1] for n, x in source.items()}, **own)
+        assert single["written"][0].tolist() == made["written"][i][made["learn"][i]].tolist()
+
+
+@pytest.mark.parametrize("make", [prophet, fsmt])
+@torch.no_grad()
+def test_what_cannot_go_on_behind_a_cache_reads_from_the_start(make: Any) -> None:
+    student, batch = make(8, 3).eval(), collate_pairs(pairs()[:1])
+    source = {"input_ids": batch["input_ids"]}
+    want = greedy(student, None, batch["input_ids"][0].tolist(), top_k=1, length=6)
+    made, _ = write(student, None, [[2]], source=source, length=6, eos=EOS, drawn=GREEDY)
+    assert made["written"][made["learn"]].tolist() == want
+    assert way_of(student, {}) == "whole"
 
 
 @pytest.mark.parametrize("kind", ["data", "on-policy", "speculative", "sparse"])

@@ -19,7 +19,7 @@ from tempering.methods import KD, Divergence  # pyright: ignore[reportAttributeA
 from tempering.objectives import cross_entropy, jsd, kl, reverse_kl
 from tempering.rows import UNLABELLED, Rows, total
 from tempering.tasks import Generation
-from tempering.teachers import CachedSparse, Kept, Live, record_sparse
+from tempering.teachers import CachedSparse, Kept, Live, Teacher, record_sparse
 from tempering.teachers.sparse import counted, drawn, top
 from tempering.temperature import Static
 from tests.conftest import random_rows
@@ -171,10 +171,61 @@ def test_a_recording_is_refused_for_anything_else(tmp_path: Path) -> None:
         distill(gpt2(8, 0), CachedSparse(path), other, method=KD(), task=task, epochs=1, quiet=True)
     held = json.loads((path / "key.json").read_text())
     assert held["rows"] == 5 and held["length"] == 14
-    numbers = (path / "logits.npy").read_bytes()
-    (path / "logits.npy").write_bytes(numbers[:-4] + b"\0\0\0\1")
+    file = path / "00000.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(RuntimeError, match="was changed since it was recorded"):
         CachedSparse(path)
+    with pytest.raises(ValueError, match="needs precision 'fp32' or 'fp16'; got 'bf16'"):
+        ask(kept_of(top=3), data(), precision="bf16")
+
+
+class Said(Teacher):
+    """Answers the same to whatever it is asked; ``identity`` is its name."""
+
+    def __init__(self, found: Sparse) -> None:
+        self.found, self.identity = found, "said"
+
+    def __call__(self, inputs: Any, ids: torch.Tensor | None) -> Sparse:
+        assert ids is not None
+        return Sparse(*(x[ids] for x in (self.found.ids, self.found.logp, self.found.rest)))
+
+
+@pytest.mark.parametrize(("vocabulary", "width"), [(200, 1), (65_536, 2), (65_537, 3), (151_936, 3)])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_what_is_stored_is_what_was_said_in_few_bytes(
+    tmp_path: Path, vocabulary: int, width: int, precision: str
+) -> None:
+    task, tokens, generator = Generation(), data(), torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(5, 14, vocabulary, generator=generator)
+    logits[..., -1] += 20.0 * torch.rand(5, 14, generator=generator)  # the last id is among the kept
+    logits[0, 0] = torch.linspace(-1e5, 0.0, vocabulary)  # far below what half precision says
+    said = top(logits, 16, besides=torch.randint(vocabulary, (5, 14), generator=generator))
+    cached = record_sparse(Said(said), tokens, tmp_path / "s", inputs=task.inputs, precision=precision, quiet=True)
+    assert isinstance(cached, CachedSparse)
+    ids = torch.tensor([3, 0, 4])
+    found = cached({}, ids)
+    assert torch.equal(found.ids, said.ids[ids]) and found.logp.dtype == found.rest.dtype == torch.float32
+    assert torch.equal(torch.isneginf(found.logp), torch.isneginf(said.logp[ids]))
+    held = cached.shards.file("00000.safetensors")
+    each, value = held.get_tensor("ids").shape[-1], held.get_tensor("logp").element_size()
+    assert (each, value) == (width, 4 if precision == "fp32" else 2)
+    size = (tmp_path / "s" / "00000.safetensors").stat().st_size
+    assert size < 5 * 14 * (17 * (width + value) + value) + 400  # and a header
+    want = torch.cat((said.logp, said.rest[..., None]), -1)[ids].double()
+    got = torch.cat((found.logp, found.rest[..., None]), -1).double()
+    if precision == "fp32":
+        assert torch.equal(got, want)
+    assert got.logsumexp(-1).abs().max() < (1e-5 if precision == "fp32" else 1e-6)
+    p, q = want - want.logsumexp(-1, keepdim=True), got - got.logsumexp(-1, keepdim=True)
+    apart = torch.where(p.exp() > 0, p.exp() * (p - q), 0.0).sum(-1)
+    assert apart.max() < 1e-6 and (p.exp() - q.exp()).abs().sum(-1).max() / 2 < 3e-4
+    assert len(cached({}, ids[:0]).ids) == 0
+    # a student that says what the teacher said
+    place, student = torch.arange(14), logits[3].clone()
+    mine, taught, _ = bucketed(student, found.at(place, (3, 14)))
+    loss = kl(Rows(mine, taught), Static(1.0)(random_rows(1)))
+    assert (loss >= 0).all() and loss.max() < 2e-6
 
 
 def test_what_is_refused() -> None:

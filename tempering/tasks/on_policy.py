@@ -23,8 +23,8 @@ class OnPolicy:
     weights, the run's epoch and the batch's number, so a resumed run goes on to the same texts. Packed batches are not
     taken. Teachers that look their answers up have none for these texts.
 
-    An encoder-decoder answers to a batch's sources, for ``Seq2Seq``; it is asked without a cache, so its work grows
-    with the square of the length.
+    An encoder-decoder answers to a batch's sources, for ``Seq2Seq``; how it goes on from its cache
+    ``tasks.reading.way_of`` says.
 
     Args:
         student: the model that is trained, of transformers.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tempering.answers import Taught
 from tempering.rows import UNLABELLED, widened
-from tempering.tasks.reading import Reader, Rereader, encodes, start_of
+from tempering.tasks.reading import Mover, Reader, Rereader, decoding, encodes, start_of
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,9 @@ class Draft:
         return torch.arange(count, device=self.last.device)
 
     def seen(self, count: int) -> Int[Tensor, "B slots"]:
-        """The mask with ``count`` slots of the block behind it."""
-        return torch.cat((self.mask, self.mask.new_ones(len(self.prompts), count)), 1)
+        """The mask with ``count`` slots of the block behind it, which are none of a row that is done."""
+        writing = (~torch.tensor(self.done, device=self.mask.device)).long()
+        return torch.cat((self.mask, writing[:, None].expand(-1, count)), 1)
 
     def take(self, block: Int[Tensor, "B G"], accepted: list[int], said: Float[Tensor, "B G V"] | None = None) -> None:
         """Add what stands of a block: its accepted tokens and, where it was longer, the one that replaces the next.
@@ -214,7 +215,7 @@ def write(
         reuse: keep the teacher's logits of what was written as the batch's "taught": 4 V bytes a token in float32.
 
     Raises:
-        TypeError: for a model without a cache, or an encoder-decoder without a source.
+        TypeError: for a causal model without a cache, an encoder-decoder without a source, or one of each.
         ValueError: for no prompts, an empty one, or top_k, block or length below 1.
     """
     if not prompts or not all(prompts) or min(top_k, block, length) < 1:
@@ -230,7 +231,7 @@ def write(
     with still(student, teacher):
         models = [model for model in (student, teacher) if model is not None]
         known = _known(models, vocabulary)
-        readers = [Reader(m, known) if source is None else Rereader(m, known, source, most=length) for m in models]
+        readers = [Reader(m, known) if source is None else decoding(m, known, source, most=length) for m in models]
         if draft.start.shape[1]:
             positions = (draft.mask.cumsum(-1) - 1).clamp_min(0)
             for reader in readers:
@@ -276,7 +277,7 @@ def _known(models: list[nn.Module], vocabulary: int | None) -> int | None:
 
 
 def _proposed(
-    reader: Reader | Rereader, draft: Draft, block: int, drawn: Sampling, generator: torch.Generator
+    reader: Reader | Rereader | Mover, draft: Draft, block: int, drawn: Sampling, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """A block that the student goes on with, (B, block), and the tokens that were read for it, one before."""
     read, tokens = [draft.last], []

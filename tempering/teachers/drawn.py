@@ -13,7 +13,7 @@ from torch import Tensor
 from tempering.buckets import Sparse
 from tempering.teachers.base import Teacher
 from tempering.teachers.recording import Recordable, device_of
-from tempering.teachers.shards import Shards, Tensors, given, key_of, record_shards, room
+from tempering.teachers.shards import Shards, Tensors, given, joined, key_of, record_shards, room, split
 from tempering.teachers.sparse import NEVER, Kept, following
 
 KIND = "drawn tokens"
@@ -113,7 +113,7 @@ def packed(ids: Int[Tensor, "B L S"], counts: Int[Tensor, "B L S"]) -> Tensors:
         raise ValueError(f"token ids up to {most} and counts of {bits} bits do not fit into seven bytes.")
     words, kinds = (ids[there] << bits) | counts[there], there.sum(-1)
     return {
-        "words": ((words[:, None] >> _shifts(width)) & 255).to(torch.uint8),
+        "words": split(words, width),
         "kinds": kinds.to(torch.uint8 if int(kinds.max()) < 256 else torch.int32),
         "start": torch.cat((kinds.new_zeros(1), kinds.sum(-1).cumsum(0))),
         "bits": torch.tensor([bits]),
@@ -124,7 +124,7 @@ def unpacked(
     words: Int[Tensor, "M bytes"], kinds: Int[Tensor, " L"], bits: int
 ) -> tuple[Int[Tensor, "L K"], Int[Tensor, "L K"]]:
     """(ids, counts) of a text's positions, filled up with counts of 0 to the most that one has."""
-    whole = (words.long() << _shifts(words.shape[1])).sum(-1)
+    whole = joined(words)
     room = torch.arange(max(1, int(kinds.max()))) < kinds.long()[:, None]
     out = whole.new_zeros(room.shape).masked_scatter_(room, whole)
     return out >> bits, out & ((1 << bits) - 1)
@@ -137,10 +137,6 @@ def shares(ids: Int[Tensor, "*N K"], counts: Int[Tensor, "*N K"], samples: int, 
     extra = torch.full_like(logp[..., :1], NEVER).masked_fill(known, -torch.inf)
     ids, logp = torch.cat((ids, besides[..., None]), -1), torch.cat((logp, extra), -1)
     return Sparse(ids, logp, torch.full_like(logp[..., 0], -torch.inf))
-
-
-def _shifts(width: int) -> Tensor:
-    return 8 * torch.arange(width)
 
 
 class _Asked:

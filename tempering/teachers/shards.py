@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from tempering.teachers.base import Teacher, key_digest
@@ -235,6 +236,18 @@ class Shards:
     def __getstate__(self) -> dict[str, Any]:
         # a copy sent to another process maps the files itself
         return {**self.__dict__, "_open": {}}
+
+
+def split(values: Int[Tensor, "*N"], width: int | None = None) -> Int[Tensor, "*N bytes"]:
+    """Whole numbers from 0 on in so many bytes each, the least first; None are as many as the largest needs."""
+    most = int(values.max()) if values.numel() else 0
+    shifts = 8 * torch.arange(width or max(1, -(-most.bit_length() // 8)))
+    return ((values[..., None] >> shifts) & 255).to(torch.uint8)
+
+
+def joined(parts: Int[Tensor, "*N bytes"]) -> Int[Tensor, "*N"]:
+    """The numbers that ``split`` took apart."""
+    return (parts.long() << 8 * torch.arange(parts.shape[-1])).sum(-1)
 
 
 def room(bytes_of_text: int) -> int:
