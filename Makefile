@@ -5,7 +5,8 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)
 
-.PHONY: all check test demo bench docs gpu arena-arms wheel clean
+.PHONY: all check test demo bench docs gpu gpu-cifar100 gpu-detection gpu-language arena-arms wheel clean
+.PHONY: evidence evidence-teachers evidence-screen evidence-full evidence-ablations evidence-others evidence-resnet20
 all: check test wheel
 
 $(READY):
@@ -28,23 +29,106 @@ test: $(READY)  ## the tests
 demo: $(READY)  ## a teacher and students on the bundled digits, a table and a report
 	$(BIN)/tempering demo
 
-# one whole run of the field's recipe on a CUDA device: teacher and students at full size, images augmented on the device
+# whole runs on a CUDA device, each also by itself; what was stopped goes on, and what is done stays
+gpu: gpu-cifar100 gpu-detection gpu-language  ## the tables at full size; records and tables under benchmarks/results/
+
+cuda = @$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make $@ needs a CUDA device \
+	and a CUDA build of torch; this is torch " + torch.__version__ + ". Install one: make $@ CONSTRAINTS=/dev/null")'
+
+# the field's recipe: teacher and students at full size, images augmented on the device
 DATA ?= ../shared/data/cifar100
 ARMS ?= supervised,kd,kd-matched,dkd,dtkd-published,dtkd
-# the whole arena: make gpu ARMS="$(make -s arena-arms)"
+# the whole arena: make gpu-cifar100 ARMS="$(make -s arena-arms)"
 ARENA := $(ARMS),dtkd-max,dtkd-std,entropy,ctkd,cosine,normkd,energy,itkd,dist,ttm,wttm,nkd,lskd,rld,erkd,cskd,r2kd,ats,sp,pkt
 SEEDS ?= 3
 EPOCHS ?= 240
 FULL ?= benchmarks/results/cifar100-resnet32x4-resnet8x4
-gpu: $(READY)  ## CIFAR-100 at full size on a CUDA device; resumes; records and table under benchmarks/results/
-	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu needs a CUDA device \
-	and a CUDA build of torch; this is torch " + torch.__version__ + ". Install one: make gpu CONSTRAINTS=/dev/null")'
+gpu-cifar100: $(READY)  ## CIFAR-100: resnet32x4 -> resnet8x4
+	$(cuda)
 	$(BIN)/tempering compare recipes/cifar100.py --methods $(ARMS) --seeds $(SEEDS) --out $(FULL) -- --data $(DATA) \
 	--teacher resnet32x4 --student resnet8x4 --epochs $(EPOCHS) --precision bf16-mixed --accelerator cuda
 
-docs: $(READY)  ## docs/papers.md, from docstrings, presets and records; docs/performance.md, from what make bench wrote
+# the table of benchmarks/results/detection-bccd with wider nets, larger images and six times as many epochs; the weights
+# of sums over a neck are the published ones by the area of 1333 x 800 images over these, and DTKD is there at a tenth too
+BOXES ?= ../shared/data/bccd
+NECK := fgd(foreground=0.006, background=0.003, attention=0.003, relation=0.00003)
+BOX_ARMS ?= supervised,fgd,$(NECK),mgd(feature=0.00012),inconsistentdetection(base=$(NECK), adversarial=0.00006),sum(supervised, \
+	dtkd(hard=0)),sum(supervised, dtkd(hard=0, dynamic=0.3, soft=0.1)),sum(supervised, kd(hard=0, soft=0.4))
+BOX_SIZE ?= 416
+BOX_EPOCHS ?= 72
+BOX_FULL ?= benchmarks/results/detection-bccd-large
+gpu-detection: $(READY)  ## any folder in COCO's format, BCCD by itself: fcos_large -> fcos_tiny
+	$(cuda)
+	$(BIN)/tempering compare recipes/detection.py --methods "$(BOX_ARMS)" --no-controls --seeds $(SEEDS) --out $(BOX_FULL) -- \
+	--data $(BOXES) --size $(BOX_SIZE) --teacher fcos_large --student fcos_tiny --epochs $(BOX_EPOCHS) --evaluate-every 12 \
+	--teacher-epochs $$((2 * $(BOX_EPOCHS))) --accelerator cuda
+
+# the tables of benchmarks/results/language-shakespeare with nets of 25 and 3 million parameters; then who writes
+TEXT ?= ../shared/data/text/lm/tinystories_lower_train.txt.gz
+TEXT_ARMS ?= supervised,kd-matched,dtkd,divergence(objective=kl),divergence(objective=reverse_kl),divergence(objective=jsd)
+TEXT_EPOCHS ?= 8
+TEXT_FULL ?= benchmarks/results/language-stories
+WRITES := divergence(objective=kl),divergence(objective=jsd)
+TEXTS = $(BIN)/tempering compare recipes/language.py --no-controls --seeds $(SEEDS)
+TEXT_NETS = --text $(TEXT) --teacher-width 512 --teacher-layers 8 --student-width 256 --student-layers 4 --length 512 \
+	--epochs $(TEXT_EPOCHS) --teacher-epochs $(TEXT_EPOCHS) --precision bf16-mixed --accelerator cuda
+gpu-language: $(READY)  ## bytes of TinyStories: GPT 8x512 -> 4x256; learned from the data, and from what the models write
+	$(cuda)
+	$(TEXTS) --methods "$(TEXT_ARMS)" --control "KD, weight-matched" --out $(TEXT_FULL)/data -- $(TEXT_NETS)
+	for writes in teacher on-policy speculative; do $(TEXTS) --methods "$(WRITES)" --out $(TEXT_FULL)/$$writes -- \
+	$(TEXT_NETS) --writes $$writes --share 0.5 --prompt 64 --written 128 || exit 1; done
+
+# the table of DTKD's authors, run again beside KD at DTKD's total weights: days of one core; a killed stage goes on
+EVIDENCE ?= benchmarks/results/evidence-
+TEACHERS ?= $(EVIDENCE)screen/work/teachers
+SCREEN := supervised,kd,kd-matched,dtkd-published,dtkd-max,dtkd-std,dtkd,dtkd-only
+SCREEN := $(SCREEN),dkd,dkd-target,dkd-target-dynamic,dkd-rest,dkd-rest-dynamic
+CORE := kd-matched,dtkd-published,dtkd,kd,supervised
+# tau times the weight of the dynamic term, exact and fixed, at one seed
+WEIGHTS := dtkd(dynamic=1),dtkd,dtkd(dynamic=6)
+TAUS := sharpness(2),sharpness(4),sharpness(8),static(2),static(4),static(8)
+COMPARED = $(BIN)/tempering compare recipes/cifar100.py --jobs 1 --threads 1 --nice
+RECIPE = --data $(DATA) --teacher-dir $(TEACHERS) --teacher-epochs 240 --student resnet8 --precision bf16-mixed
+SHORT = --teacher resnet14 --epochs 60
+# a teacher is trained by the first run that asks for it; here that is a student of one epoch
+TAUGHT = nice -n 19 $(BIN)/tempering run recipes/cifar100.py $(RECIPE) --method kd --epochs 1 --threads 1 --quiet
+WRITTEN = $(BIN)/python benchmarks/evidence.py --teachers $(TEACHERS)
+
+evidence: $(READY)  ## every stage of docs/evidence.md that is open, in the order in which they matter
+	@set -e; for stage in teachers screen full ablations others resnet20; do \
+	$(MAKE) --no-print-directory evidence-$$stage; done
+
+evidence-teachers: $(READY)
+	$(TAUGHT) --teacher resnet14 --out $(EVIDENCE)screen/work/for-resnet14
+	$(WRITTEN)
+
+evidence-screen: $(READY)  ## 60 epochs, 3 seeds
+	$(COMPARED) --methods '$(SCREEN)' --seeds 3 --out $(EVIDENCE)screen -- $(RECIPE) $(SHORT)
+	$(WRITTEN)
+
+evidence-full: $(READY)  ## 240 epochs, 3 seeds
+	$(COMPARED) --methods '$(CORE)' --seeds 3 --out $(EVIDENCE)full-resnet14 -- $(RECIPE) --teacher resnet14 --epochs 240
+	$(WRITTEN)
+
+evidence-ablations: $(READY)  ## the temperatures or their scale alone (in the screen); tau times weights
+	$(COMPARED) --methods dtkd-soften,dtkd-weigh --seeds 3 --out $(EVIDENCE)screen -- $(RECIPE) $(SHORT)
+	$(COMPARED) --methods '$(WEIGHTS)' --temperatures '$(TAUS)' --seeds 1 --no-controls --control 'dtkd @ static(4)' \
+	--out $(EVIDENCE)ablations -- $(RECIPE) $(SHORT)
+	$(WRITTEN)
+
+evidence-others: $(READY)  ## the rest of the screen
+	$(COMPARED) --methods ctkd,cosine,standardised,dist --seeds 3 --out $(EVIDENCE)screen -- $(RECIPE) $(SHORT)
+	$(WRITTEN)
+
+evidence-resnet20: $(READY)  ## 240 epochs, 3 seeds, the larger teacher
+	$(TAUGHT) --teacher resnet20 --out $(EVIDENCE)screen/work/for-resnet20
+	$(COMPARED) --methods '$(CORE)' --seeds 3 --out $(EVIDENCE)full-resnet20 -- $(RECIPE) --teacher resnet20 --epochs 240
+	$(WRITTEN)
+
+docs: $(READY)  ## docs/papers.md, from docstrings, presets and records; docs/performance.md; docs/evidence.md
 	$(BIN)/python -m tempering.papersdoc .
 	$(BIN)/python benchmarks/page.py
+	$(BIN)/python benchmarks/evidence.py
 
 arena-arms:
 	@echo $(ARENA)

@@ -174,9 +174,9 @@ def _gap(arm: dict[int, float], control: dict[int, float]) -> str:
     return f"**{said}**" if gap.shown else said
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; all columns but the first to the right."""
-    rule = ["---", *["---:"] * (len(head) - 1)]
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """A table; all columns but the first ``left`` to the right."""
+    rule = [*["---"] * left, *["---:"] * (len(head) - left)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 

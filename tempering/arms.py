@@ -54,6 +54,8 @@ ARMS = {
         ("swing", "Swing", "swing"),
         ("redacted", "KD, private tokens left out", "swing(redact=True)"),
         ("dtkd-annealed", "DTKD, tau annealed from 4 to 2", "dtkd(temperature=scheduled(sharpness(4), end=2))"),
+        ("dtkd-soften", "DTKD, T_t and T_s alone", "dtkd(temperature=isolated(sharpness(4), keep=temperatures))"),
+        ("dtkd-weigh", "DTKD, scale T_t T_s alone", "dtkd(temperature=isolated(sharpness(4), keep=scale))"),
     )
 }
 

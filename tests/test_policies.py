@@ -27,6 +27,7 @@ from tempering.temperature import (
     Curriculum,
     Energy,
     Entropy,
+    Isolated,
     Policy,
     Scheduled,
     Sharpness,
@@ -318,6 +319,25 @@ def test_policies_compose(policy: Policy) -> None:
         assert "capped" in outer.report()
 
 
+def test_isolated_halves_make_the_whole() -> None:
+    """Each is the other's divergence at its own scale: together they are the policy, and each alone is not."""
+    rows, tau = block(weighted=True), 4.0
+    T, plain = Sharpness(tau)(rows), Static(tau)(rows)
+    soften, weigh = (Isolated(Sharpness(tau), keep=keep) for keep in ("temperatures", "scale"))
+    same(kl(rows, soften(rows)) * T.scale, kl(rows, T) * tau**2)
+    same(kl(rows, weigh(rows)) * tau**2, kl(rows, plain) * T.scale)
+    assert not torch.allclose(kl(rows, weigh(rows)), kl(rows, plain))
+    assert soften.report().keys() == {"fallback", "clamped"}
+    for keep in ("temperatures", "scale"):
+        later = Scheduled(Isolated(Sharpness(4.0), keep=keep), end=2.0)
+        inside = Isolated(Scheduled(Sharpness(4.0), end=2.0), keep=keep)
+        want = Isolated(Sharpness(2.0), keep=keep)(rows)
+        for found in (later(rows, 1.0), inside(rows, 1.0)):
+            same(tuple(found), tuple(want))
+        backward(DTKD(temperature=Isolated(Sharpness(4.0), keep=keep)), rows, 0.5)
+        same(DTKD(temperature=Isolated(keep=keep))(rows, 0.5), DTKD(temperature=Static(4.0))(rows, 0.5))
+
+
 def test_a_cap_holds_and_counts() -> None:
     rows = block(8, weighted=True)
     plain, policy = Sharpness(4.0)(rows), Capped(Sharpness(4.0), low=3.5, high=4.5)
@@ -483,6 +503,7 @@ def test_every_policy_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (lambda: Scheduled(end=0.0), "Scheduled needs end > 0"),
         (lambda: Scheduled(over=20), "Scheduled needs over in [0, 1]"),
         (lambda: Scheduled(shape="step"), "Scheduled needs shape 'cosine' or 'linear'; got 'step'"),  # pyright: ignore
+        (lambda: Isolated(keep="half"), "Isolated needs keep 'temperatures' or 'scale'; got 'half'"),
         (lambda: Capped(low=5.0, high=2.0), "Capped needs low <= high; got low=5.0 and high=2.0"),
         (lambda: Capped(low=-1.0), "Capped needs low > 0"),
         (lambda: DTS(low=5.0), "DTS needs low <= high; got low=5.0"),

@@ -1,0 +1,213 @@
+"""What records of the evidence say, as tables: the page that `evidence.py` writes is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from budget import markdown
+
+from tempering import arena_plan, arena_view
+from tempering.arena_plan import Plan
+from tempering.arms import MATCHED, method_of
+from tempering.methods import DTKD
+from tempering.reports import figures, figures_temperature
+from tempering.reports.compare import CONTROL, Arm, Comparison, compare
+from tempering.reports.intervals import Difference, difference, mean
+from tempering.reports.read import RunRecord, load_run, number
+from tempering.reports.reported import published
+from tempering.temperature import Sharpness, Static
+
+TARGET, REST = "DKD, target only", "DKD, rest only"
+# arm, what is subtracted, and the question that this answers
+PLANNED = (
+    ("DTKD published", MATCHED, "Does DTKD as released beat KD at its own weights?"),
+    ("DTKD exact", MATCHED, "Do the exact temperatures?"),
+    ("DTKD exact", "DTKD published", "Is exact better than released?"),
+    ("DTKD published", "KD", "What the authors compare"),
+    (MATCHED, "KD", "The weights and the warm-up alone"),
+    ("KD", CONTROL, "KD as the tables have it"),
+    ("DTKD, dynamic term only", CONTROL, "The dynamic term and the labels alone"),
+    ("DTKD, T_t and T_s alone", MATCHED, "Temperatures that move, rows weighed alike"),
+    ("DTKD, scale T_t T_s alone", MATCHED, "Rows weighed by T_t T_s, temperatures fixed"),
+    (f"{TARGET}, dynamic", TARGET, "Dynamic temperatures on target-only DKD"),
+    (f"{REST}, dynamic", REST, "Dynamic temperatures on rest-only DKD"),
+)
+DEPTHS = (14, 20, 32, 44, 56, 110)
+# accuracies of nets that are our teachers, alone at the same recipe; resnet14's was not seen
+ELSEWHERE = {"resnet20": "69.06 (TTM's README)", "resnet56": "72.34 (TTM's README)"}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One comparison: the folder's name, its plan, and what its records say."""
+
+    name: str
+    plan: Plan
+    found: Comparison
+
+    @property
+    def title(self) -> str:
+        """Length and nets."""
+        said = self.plan.flags
+        images = f", {said['subset']} images" if "subset" in said else ""
+        return f"{said.get('epochs', '?')} epochs, {said.get('teacher', '?')} to {said.get('student', '?')}{images}"
+
+    @property
+    def done(self) -> int:
+        """Cells with a result."""
+        return sum(run.done for run in self.runs)
+
+    @property
+    def runs(self) -> list[RunRecord]:
+        """All cells."""
+        return [run for arm in self.found.arms for run in arm.runs]
+
+    def gap(self, label: str, control: str) -> Difference | None:
+        """Arm minus control over the seeds that both have finished; None where there is none."""
+        arms = {arm.label: arm.last for arm in self.found.arms}
+        a, b = arms.get(label, {}), arms.get(control, {})
+        common = a.keys() & b.keys()
+        return difference({s: a[s] for s in common}, {s: b[s] for s in common})
+
+    def has(self, *labels: str) -> bool:
+        """Whether all these arms are planned."""
+        return set(labels) <= {arm.label for arm in self.found.arms}
+
+
+def grid_in(folder: Path) -> Grid | None:
+    """The comparison in a folder; None where it was not begun.
+
+    Raises:
+        ValueError: for a record that was edited.
+    """
+    if not (folder / arena_plan.FILE).is_file():
+        return None
+    plan = arena_plan.read(folder)
+    found = compare(arena_view.records(folder, plan), plan.control, metric="test/accuracy")
+    return Grid(folder.name.removeprefix("evidence-"), plan, found)
+
+
+def points(grid: Grid, gap: Difference) -> str:
+    """A difference with the half-width of its interval."""
+    show = grid.found.metric.show
+    return show(gap.mean, signed=True) + ("" if gap.half is None else f" ± {show(gap.half)}") + " points"
+
+
+def planned(grid: Grid) -> str:
+    """The comparisons that were planned, with the smallest difference that these seeds could have shown."""
+    arms, rows = {arm.label: arm for arm in grid.found.arms}, []
+    for label, control, question in PLANNED:
+        if not grid.has(label, control):
+            continue
+        gap, theirs = grid.gap(label, control), _theirs(arms[label], arms[control])
+        show = grid.found.metric.show
+        value = "open" if gap is None else points(grid, gap).removesuffix(" points")
+        least = show(gap.half) if gap and gap.half is not None else "-"
+        pairs = f"{gap.n if gap else 0} of {len(grid.found.seeds)}"
+        rows.append([question, f"{label} minus {control}", pairs, f"**{value}**" if gap and gap.shown else value])
+        rows[-1] += [least, "-" if theirs is None else show(theirs, signed=True)]
+    head = ["question", "difference", "seeds", "points", "smallest that shows", "authors' chart"]
+    return markdown(head, rows, left=2) if rows else ""
+
+
+def _theirs(arm: Arm, control: Arm) -> float | None:
+    """The authors' difference, of 240 epochs."""
+    return arm.reported[0] - control.reported[0] if arm.reported and control.reported else None
+
+
+def fixed_and_exact(grid: Grid) -> str:
+    """Exact temperatures beside fixed ones at the same weights, over tau; nothing where a plan has not both."""
+    places: dict[tuple[float, float, float], dict[str, dict[float, Arm]]] = {}
+    for cell in grid.plan.cells:
+        method = method_of(cell.method, cell.temperature)
+        if not isinstance(method, DTKD):
+            continue
+        policy = method.temperature
+        exact = isinstance(policy, Sharpness) and policy.solve == "exact"
+        if exact or isinstance(policy, Static):
+            weights = places.setdefault((method.dynamic, method.soft, method.hard), {"exact": {}, "fixed": {}})
+            weights["exact" if exact else "fixed"][policy.tau] = grid.found.arm(cell.label)
+    show, rows, said = grid.found.metric.show, [], []
+    for (dynamic, soft, hard), kinds in places.items():
+        fixed, means = kinds["fixed"], {tau: arm.mean for tau, arm in kinds["fixed"].items()}
+        whole = fixed and None not in means.values()
+        best = max(fixed, key=lambda tau: means[tau] or 0.0) if whole else None
+        above = []
+        for tau in sorted(set(fixed) & set(kinds["exact"])):
+            pair = [kinds["exact"][tau], fixed[tau], *([] if best is None else [fixed[best]])]
+            gaps = [grid.gap(pair[0].label, other.label) for other in pair[1:]]
+            above += [f"{tau:g}"] if best is not None and gaps[1] and gaps[1].mean > 0 else []
+            texts = ["open" if gap is None else points(grid, gap).removesuffix(" points") for gap in gaps]
+            scores = ["open" if arm.mean is None else show(arm.mean) for arm in pair[:2]]
+            rows.append([f"{dynamic:g}, {soft:g}, {hard:g}", f"{tau:g}", *scores, *texts, *["open"] * (2 - len(texts))])
+        if best is not None and any(arm.n for arm in kinds["exact"].values()):
+            where = f"at tau {', '.join(above)}" if above else "nowhere"
+            said.append(
+                f"- With weights {dynamic:g}, {soft:g}, {hard:g} the best fixed temperature is {best:g} "
+                f"({show(means[best])} %); exact is above it {where}."
+            )
+    if not rows:
+        return ""
+    head = ["dynamic, soft, hard", "tau", "exact (%)", "fixed (%)", "minus fixed at tau", "minus the best fixed"]
+    return "\n\n".join([markdown(head, rows), *(["\n".join(said)] if said else [])])
+
+
+def temperatures(grid: Grid) -> str:
+    """How both temperatures moved, and what the hardest and the easiest fifth of the test images got."""
+    rows = []
+    for arm in grid.found.arms:
+        if not arm.n or not figures_temperature.is_dynamic(arm.counted):
+            continue
+        moved = []
+        for side in ("T_teacher", "T_student"):
+            parts = ("mean", "p5", "p95")
+            lines = [figures.curve(arm.counted, "steps", "step", figures.inside(side, part)) for part in parts]
+            ends = [f"{line.y[-1]:.2f}" for line in lines if line is not None]
+            moved.append("-" if lines[0] is None else f"{lines[0].y[0]:.2f}, {ends[0]} ({' to '.join(ends[1:])})")
+        rows.append([arm.label, *moved, *(_of_fifth(arm, i) for i in (0, -1))])
+    head = ["arm", "T_t first, last (5 to 95 %)", "T_s", "T_t, T_s of the hardest fifth", "of the easiest"]
+    return markdown(head, rows) if rows else ""
+
+
+def _of_fifth(arm: Arm, i: int) -> str:
+    found = [((run.analysis or {}).get("temperatures") or {}).get("by_difficulty") for run in arm.counted]
+    bins = [part[i] for part in found if part]
+    sides = [mean([v for b in bins if (v := number(b.get(side))) is not None]) for side in ("T_teacher", "T_student")]
+    return ", ".join("-" if value is None else f"{value:.2f}" for value in sides)
+
+
+def teachers(folder: Path, grids: Sequence[Grid]) -> str:
+    """Our teachers beside what is reported of these nets: packed runs, and those that only the cells tell of."""
+    rows: dict[tuple[str, float], list[str]] = {}
+    for path in sorted((folder / "records").glob("*.json")):
+        run = load_run(path)
+        last, best = (run.score("test/accuracy", which) for which in ("last", "best"))
+        epoch, whole = ((run.of("result").get(which) or {}).get("epoch") for which in ("best", "last"))
+        if last is not None:
+            row = [f"{100 * last:.2f}", "-" if best is None else f"{100 * best:.2f}", f"{epoch} of {whole}"]
+            rows[str(run.of("student").get("name")), last] = row
+    for grid in grids:
+        for run in grid.runs:
+            taught = run.of("teacher")
+            scores = taught.get("scores")
+            last = number((scores.get("test") or {}).get("accuracy")) if isinstance(scores, dict) else None
+            if last is not None:
+                epochs = grid.plan.flags.get("teacher_epochs") or grid.plan.flags.get("epochs", "?")
+                rows.setdefault((str(taught.get("name")), last), [f"{100 * last:.2f}", "-", f"- of {epochs}"])
+    if not rows:
+        return "No teacher has been trained yet."
+    head = ["teacher", "test accuracy, last (%)", "best (%)", "best epoch", "reported elsewhere (%)"]
+    return markdown(head, [[name, *row, ELSEWHERE.get(name, "-")] for (name, _), row in rows.items()])
+
+
+def authors() -> str:
+    """The authors' chart as a table."""
+    rows = []
+    for depth in DEPTHS:
+        labels = (CONTROL, "KD", "DTKD published")
+        found = [published(label, f"resnet{depth}", "resnet8", "cifar100") for label in labels]
+        alone, kd, dtkd = (100 * x.value if x else float("nan") for x in found)
+        rows.append([f"resnet{depth}", *(f"{v:.2f}" for v in (alone, kd, dtkd)), f"{dtkd - kd:+.2f}"])
+    return markdown(["teacher", "student alone (%)", "KD (%)", "DTKD (%)", "DTKD minus KD (points)"], rows)

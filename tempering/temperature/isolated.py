@@ -1,0 +1,62 @@
+"""One half of what another policy does: its temperatures without their scale, or their scale without them."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tempering.rows import Rows
+from tempering.temperature.base import Policy, Temperatures, Wrapping, constant
+from tempering.temperature.sharpness import Sharpness
+from tempering.temperature.static import Static
+
+Keep = Literal["temperatures", "scale"]
+
+
+class Isolated(Wrapping):
+    """One of the two things that ``policy`` does, the other held at its reference tau.
+
+    Args:
+        policy: any policy; None is Static(4.0), of which either half is the whole.
+        keep: "temperatures" softens as the policy does and multiplies the divergence by tau^2; "scale" softens both
+            sides at tau, (1, 1), and multiplies by the policy's T_s T_t, (N, 1).
+
+    A policy weighs rows by T_s T_t as well as softening them; with this an ablation tells which of the two matters.
+
+    Reference: none of its own; the question is one of Wei & Bai, 2024, arXiv:2404.12711, which changes both at once.
+    """
+
+    paper = "none: an ablation of another policy"
+
+    def __init__(self, policy: Policy | None = None, *, keep: Keep = "temperatures") -> None:
+        super().__init__(Static(4.0) if policy is None else policy)
+        if keep not in ("temperatures", "scale"):
+            raise ValueError(f"Isolated needs keep 'temperatures' or 'scale'; got {keep!r}.")
+        self.keep: Keep = keep
+        self.reference = self.tau
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(Sharpness(4.0), keep="scale")
+
+    def forward(self, rows: Rows, progress: float) -> Temperatures:
+        self.reference = self.tau_at(progress)
+        return super().forward(rows, progress)
+
+    def at(self, tau: float, rows: Rows, progress: float) -> Temperatures:
+        self.reference = tau
+        return super().at(tau, rows, progress)
+
+    def changed(self, T: Temperatures, rows: Rows) -> Temperatures:
+        tau = constant(self.reference, T.student)
+        if self.keep == "scale":
+            return Temperatures(tau, tau, _column(T))
+        return Temperatures(T.student, T.teacher, torch.full_like(_column(T), self.reference**2))
+
+
+def _column(T: Temperatures) -> Float[Tensor, "#N 1"]:
+    """What the policy multiplies a divergence by, a column."""
+    return T.student * T.teacher if T.factor is None else T.factor
