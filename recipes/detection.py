@@ -3,6 +3,7 @@
 Command:  tempering run recipes/detection.py --method fgd                       (shapes, no download)
           tempering run recipes/detection.py --data DIR --method "sum(fgd, dtkd(hard=0))"
 Table:    tempering compare recipes/detection.py --methods supervised,fgd,mgd --seeds 3 --out OUT -- --data DIR
+Recorded: benchmarks/results/detection-bccd/README.md has the command of its table; make gpu-detection, a larger one.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def main(
         data: a folder in COCO's format, annotations_SPLIT.json with images/ or COCO's own layout; by itself shapes.
         method: an arm or a method, such as supervised, fgd, mgd, pkd, dtkd, or "sum(fgd, dtkd(hard=0))".
         temperature: a policy in place of the method's own, such as "sharpness(4, solve=max)" or "static(2)".
-        teacher: net of the teacher, such as fcos_wide, torchvision:fcos_resnet50_fpn or transformers:d_fine.
+        teacher: net of the teacher, such as fcos_large, torchvision:fcos_resnet50_fpn or transformers:d_fine.
         student: net of the student, such as fcos_tiny, fcos_nano, fcos_tiny_bins (with bins, for LD).
         inherit_neck: begin with the teacher's neck and head, where a method has a teacher.
         rows: of the class logits: background, a row an anchor; binary, a row for each class of an anchor.

@@ -1,8 +1,9 @@
-"""Short runs of a tiny detector; ``python -m tests.detection_runs OUT`` is one of them on two gloo processes."""
+"""Short runs of a tiny detector; ``python -m tests.detection_runs OUT KIND`` is one of them on two gloo processes."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,38 @@ import torch
 
 from tempering.data.shapes import shapes
 from tempering.engine import distill
-from tempering.methods import DTKD, Sum, Supervised
+from tempering.methods import (
+    CWD,
+    DTKD,
+    FGD,
+    LD,
+    MGD,
+    PKD,
+    Imitation,
+    InconsistentDetection,
+    Method,
+    Only,
+    Sum,
+    Supervised,
+)
 from tempering.models.fcos import FCOS
 from tempering.settings import Run
 from tempering.tasks.detection import Detection
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-3)
+
+
+def necks() -> Method:
+    """Every method over a detector's neck and sides at once, and class logits."""
+    rest = [CWD(hard=0.0), Imitation(hard=0.0), Imitation(hard=0.0, scored=True), PKD(hard=0.0, over="image")]
+    return Sum(FGD(), MGD(hard=0.0, feature=1e-3), *rest, LD(hard=0.0), Only(DTKD(hard=0.0), blocks=["classes"]))
+
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "classes": lambda: Sum(Supervised(), DTKD(hard=0.0)),
+    "necks": necks,
+    "inconsistent": lambda: InconsistentDetection(MGD(feature=1e-3), adversarial=1e-3),
+}
 
 
 def net(width: float = 0.5, *, seed: int = 1, **more: Any) -> FCOS:
@@ -25,9 +52,9 @@ def net(width: float = 0.5, *, seed: int = 1, **more: Any) -> FCOS:
     return FCOS(3, width=width, neck=16, **more)
 
 
-def go(out: Path, **more: Any) -> Run:
+def go(out: Path, kind: str = "classes", batch_size: int = 4, **more: Any) -> Run:
     """Six steps of four images, two epochs of 12."""
-    data = shapes(size=32, train=12, test=4, batch_size=4)
+    data = shapes(size=32, train=12, test=4, batch_size=batch_size)
     double = more.get("precision") == "64-true"
     student, teacher = net(bins=5, norm="group"), net(1.0, seed=2, bins=5, norm="group")
     wanted: dict[str, Any] = {"epochs": 2, "checkpoint_every": 1, "selfcheck": False, "quiet": True, "log_every": 1}
@@ -35,8 +62,8 @@ def go(out: Path, **more: Any) -> Run:
         student,
         teacher.double() if double else teacher,
         data.train,
-        method=Sum(Supervised(), DTKD(hard=0.0)),
-        task=Detection(keep=20),
+        method=METHODS[kind](),
+        task=Detection(keep=20, class_rows=kind != "inconsistent"),
         optimizer=ADAMW,
         test=data.test,
         out=out,
@@ -46,4 +73,4 @@ def go(out: Path, **more: Any) -> Run:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    go(Path(sys.argv[1]), precision="64-true", devices=2, strategy="ddp")
+    go(Path(sys.argv[1]), sys.argv[2], precision="64-true", devices=2, strategy="ddp")

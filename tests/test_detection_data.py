@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tempering.data.coco import GROUND, coco
+from tempering.data.folders import pixels
 from tempering.data.scenes import Scenes
 from tempering.data.shapes import SHAPES, shapes
 from tests.paths import SHARED, needs_shared
@@ -62,6 +63,24 @@ def test_boxes_that_are_none(tmp_path: Path) -> None:
     test = coco(folder(tmp_path, [*lost, box(10, -5, -5, 15, 40)]), size=64).test
     assert test.dropped == {"crowd": 1, "zero size": 1, "outside the image": 2}
     assert test.boxes[0].tolist() == [[0, 16, 16, 48]]
+
+
+def test_grey_images_of_16_bits_and_of_no_range(tmp_path: Path) -> None:
+    """Their upper 8 bits count: PIL by itself would make white of them."""
+    root = folder(tmp_path, [box(11, 5, 5, 10, 10)])
+    deep = np.full((20, 20), 90 * 256 + 17, np.uint16)
+    Image.fromarray(deep).save(root / "images" / "grey.png")
+    assert (coco(root, size=64).test.images[1] == 90).all()
+    for image in (Image.fromarray(deep), Image.fromarray(deep.astype(np.int32))):
+        assert (pixels(image, 10) == 90).all()
+    content = json.loads((root / "annotations_train.json").read_text())
+    content["images"][1]["file_name"] = "grey.tiff"
+    for split in ("train", "test"):
+        (root / f"annotations_{split}.json").write_text(json.dumps(content))
+    for broken in (deep.astype(np.float32), deep.astype(np.int32) - 9000 * 9):
+        Image.fromarray(broken).save(root / "images" / "grey.tiff")
+        with pytest.raises(ValueError, match=r"grey.tiff cannot be read .*its mode is [FI], of numbers in any range"):
+            coco(root, size=64)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tempering.methods import CWD, DTKD, FGD, KD, LD, MGD, PKD, Imitation, Method, Only, Sum
+from tempering.methods.base import drawing, drawn
 from tempering.methods.fgd import attentions, focus
 from tempering.methods.necks import NeckMethod
 from tempering.objectives import kl
@@ -204,6 +205,22 @@ def test_mgd_draws_anew_and_by_its_seed() -> None:
     assert terms(method, rows.with_(ids=None))["feature"].isfinite().all()
     everything = terms(ready(MGD, masked=0.0), rows)["feature"]
     assert not torch.isclose(everything, first).any() and terms(ready(MGD, masked=1.0), rows)["feature"].all()
+
+
+def test_a_step_s_number() -> None:
+    """One for all parts and processes of a step; torch's own where there is no engine."""
+    found = set()
+    for seed, step in ((0, 5), (0, 6), (1, 5)):
+        with drawing(seed, step):
+            assert drawn() == drawn()
+            found.add(drawn())
+    with pytest.raises(KeyError), drawing(0, 5):
+        raise KeyError
+    torch.default_generator.manual_seed(4)
+    first = drawn()
+    assert len({*found, first, drawn()}) == 5 and all(0 <= number < 2**63 for number in found)
+    torch.default_generator.manual_seed(4)
+    assert drawn() == first
 
 
 @pytest.mark.parametrize("over", ["batch", "image"])

@@ -188,6 +188,43 @@ def test_neck_and_head_are_inherited_where_they_fit() -> None:
         inherit(student, TransformersDetector(tiny("d_fine")))
 
 
+# boxes that are none, and images that are grey
+
+
+def odd(net: Detector) -> None:
+    """Boxes of no size, outside and turned round change nothing; without any other the image has none."""
+    good = targets()[0]
+    none = torch.tensor([[20.0, 20, 20, 30], [100, 10, 140, 50], [-9, 5, 0, 9], [50, 40, 10, 10]])
+    mixed = {"boxes": torch.cat((none, good["boxes"])), "labels": torch.cat((torch.full((4,), 2), good["labels"]))}
+    net.eval()
+    for given, want in ((mixed, good), ({"boxes": none, "labels": torch.full((4,), 2)}, targets()[1])):
+        got, plain = (net({"images": images(1), "targets": [t]}) for t in (given, want))
+        torch.testing.assert_close(got.losses, plain.losses)
+        assert added(got).isfinite().all()
+        torch.testing.assert_close(net.class_loss({"images": images(1), "targets": [given]}), got.losses["class"])
+    added(got).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_odd_boxes_are_none() -> None:
+    odd(small(9))
+    # one that reaches over the edge has the points within
+    over = {"boxes": torch.tensor([[60.0, 20, 150, 90]]), "labels": torch.tensor([0])}
+    said = small()({"images": images(1), "targets": [over]})
+    assert added(said).isfinite().all() and said.losses["box"] > 0
+
+
+def test_targets_of_other_images_or_classes_are_refused() -> None:
+    with pytest.raises(ValueError, match="needs targets of every image; got 3 images and 2"):
+        small()({"images": images(), "targets": targets()[:2]})
+    for wrong in (3, -1):
+        other = {"boxes": targets()[2]["boxes"], "labels": torch.tensor([wrong])}
+        with pytest.raises(ValueError, match=rf"has 3 classes, counted from 0, .* from {wrong} to {wrong}. Build it"):
+            small()({"images": images(1), "targets": [other]})
+    with pytest.raises(ValueError, match=r"images \(B, 3, H, W\) .* got \(3, 1, 64, 96\)"):
+        small()({"images": images()[:, :1], "targets": targets()})
+
+
 # other libraries
 
 
@@ -235,6 +272,9 @@ def test_transformers_detectors(kind: str) -> None:
     assert not [n for n in idle if not n.endswith(("reg_scale", "up"))]
     assert net.class_loss({"images": images(), "targets": targets()}).shape == (3,)
     assert not inherit(TransformersDetector(tiny(kind)), net)
+    odd(net)
+    grey = images()[:, :1]
+    torch.testing.assert_close(net({"images": grey}).logits, net({"images": grey.expand(-1, 3, -1, -1)}).logits)
 
 
 def labels(truth: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -288,6 +328,7 @@ def test_torchvision_detectors(kind: str, library: Any) -> None:
     added(said).sum().backward()
     assert all(p.grad is not None for p in net.parameters())
     assert len(detections(said, SIZE)) == 3 and net.class_loss({"images": images(), "targets": targets()}).shape == (3,)
+    odd(net)
 
 
 def test_two_stage_detectors_are_refused() -> None:

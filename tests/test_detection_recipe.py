@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
+from tempering.models import build
 from tempering.recipefile import load
 from tempering.reports.compare import compare
 from tempering.reports.page import render
@@ -53,6 +55,13 @@ def test_a_folder_and_what_was_left_out(tmp_path: Path) -> None:
     done = run(tmp_path / "out", "supervised", data=data, subset=None, fit="stretch", augment=True)
     assert done.facts["data"]["dropped"] == {"train": {"zero size": 1}, "validation": {}, "test": {"zero size": 1}}
     assert done.facts["data"]["classes"] == 2 and done.facts["data"]["augmentation"]["augment"]
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path: Path) -> None:
+    data = folder(tmp_path / "data", [box(10, 20, 0, 20, 10)])
+    save_file(build("fcos_tiny", classes=3).state_dict(), tmp_path / "teacher.safetensors")
+    with pytest.raises(ValueError, match=r"class_head.weight is \(3, 48, 3, 3\) and should be \(2, 48, 3, 3\)"):
+        run(tmp_path / "out", "fgd", data=data, subset=None, teacher_weights=tmp_path / "teacher.safetensors")
 
 
 def test_names_that_there_are_not(tmp_path: Path) -> None:

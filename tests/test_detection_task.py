@@ -324,16 +324,30 @@ def test_stopped_and_resumed_bit_for_bit(tmp_path: Path) -> None:
     assert whole["state"]["at"]["step"] == 6 and identical(whole, stopped)
 
 
-def test_two_processes_are_one(tmp_path: Path) -> None:
+def one_student(a: Path, b: Path) -> None:
+    """Both runs ended with the same weights."""
+    ours, theirs = (load_file(folder / "student.safetensors") for folder in (a, b))
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["necks", "inconsistent"])
+def test_the_parts_of_a_step_are_one(kind: str, tmp_path: Path) -> None:
+    go(tmp_path / "whole", kind, precision="64-true")
+    go(tmp_path / "parts", kind, precision="64-true", batch_size=1, accumulate=4)
+    one_student(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("kind", ["necks", "inconsistent"])
+def test_two_processes_are_one(kind: str, tmp_path: Path) -> None:
+    """The masks of MGD and the draws of the attack too."""
     known = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
     env = {name: value for name, value in os.environ.items() if name not in known}
-    command = [sys.executable, "-m", "tests.detection_runs", str(tmp_path / "two")]
+    command = [sys.executable, "-m", "tests.detection_runs", str(tmp_path / "two"), kind]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    go(tmp_path / "one", precision="64-true")
-    a, b = (load_file(tmp_path / name / "student.safetensors") for name in ("two", "one"))
-    for name, value in a.items():
-        torch.testing.assert_close(value, b[name], rtol=0, atol=1e-12)
+    go(tmp_path / "one", kind, precision="64-true")
+    one_student(tmp_path / "two", tmp_path / "one")
     losses = [
         [json.loads(x)["loss"] for x in (tmp_path / n / "steps.jsonl").read_text().splitlines()] for n in ("two", "one")
     ]

@@ -26,6 +26,7 @@ from tempering.reports.spectra import write_spectra
 from tempering.rows import total
 from tempering.tasks.detection import Detection
 from tempering.teachers import Live
+from tests.paths import ROOT
 from tests.runs import identical, left, stop_at
 
 PUBLISHED = Attack(eps=8 / 255, step_size=2 / 255, steps=5, decay=1.0, resize=0.9, diversity=0.5, seed=0)
@@ -527,3 +528,20 @@ def test_noise_and_adversaries_are_detail_and_the_figures_say_so(tmp_path: Path)
         ElementTree.fromstring(text)
         assert all(name in text for name in found) and "nan" not in text.lower().replace("nance", "")
     assert paths[1].read_text().count("<rect") == 3 * 24 * 24
+
+
+def test_the_figures_of_the_page_are_made_by_one_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pycocotools")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import spectra  # pyright: ignore[reportMissingImports]
+
+    where = [f"--{name}={tmp_path / name}" for name in ("runs", "out", "figures")]
+    spectra.main(["--size=32", "--images=6", "--epochs=1", "--subset=8", "--teacher=fcos_nano", *where])
+    record = json.loads((tmp_path / "out" / "spectra.json").read_text())
+    assert set(record["spectra"]) == {"as they are", "crop", "noise", "adversaries"} and record["commit"]
+    high = {kind: said["high"] for kind, said in record["spectra"].items()}
+    assert high["noise"] > high["as they are"] and all(said["images"] == 6 for said in record["spectra"].values())
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["spectra.svg", "spectrum.svg"]
+    assert "noise        6 images" in capsys.readouterr().out

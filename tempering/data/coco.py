@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tempering.data.batches import Splits, held_out
+from tempering.data.folders import rgb
 from tempering.data.scenes import Augment, Scenes
 
 NAMES = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
@@ -50,7 +51,8 @@ def coco(
     Also found: annotations/instances_SPLIT2017.json with SPLIT2017/ or images/SPLIT2017/, and
     SPLIT/_annotations.coco.json. SPLIT is train, val (valid, validation) or test; of train and one other, the other is
     the test split. Classes are the categories by their id. Crowds, boxes of no size and boxes outside their image are
-    left out and counted in ``dropped``; boxes are cut to their image. Images in grey or with a palette become RGB.
+    left out and counted in ``dropped``; boxes are cut to their image. Images in grey, of 16 bits or with a palette
+    become RGB in 8 bits.
 
     Args:
         folder: as above.
@@ -206,11 +208,11 @@ def _open(entry: Mapping[str, Any], file: _Split, size: int, fit: Fit) -> tuple[
         )
     try:
         with Image.open(path) as opened:
-            image = opened.convert("RGB")
+            image = rgb(opened)
             told = (entry.get("width"), entry.get("height"))
             if image.size != told:
                 # boxes are drawn on pixels as they are stored, or as a viewer turns them; the file says which
-                image = ImageOps.exif_transpose(opened).convert("RGB")
+                image = rgb(ImageOps.exif_transpose(opened))
     except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three for broken files
         raise ValueError(f"{path} cannot be read as an image ({error}). Remove it, or copy it again.") from error
     if image.size != told:

@@ -103,9 +103,24 @@ def pixels(image: Any, size: int) -> np.ndarray:
     """A PIL image as (3, size, size) uint8, scaled to cover the square, its middle cut out, turned as its EXIF says."""
     from PIL import Image, ImageOps
 
-    upright = ImageOps.exif_transpose(image).convert("RGB")
+    upright = rgb(ImageOps.exif_transpose(image))
     fitted = ImageOps.fit(upright, (size, size), method=Image.Resampling.BILINEAR)
     return np.asarray(fitted).transpose(2, 0, 1)
+
+
+def rgb(image: Any) -> Any:
+    """A PIL image in RGB; one of 16 bits by its upper 8, where PIL would cut off what is above 255.
+
+    Raises:
+        ValueError: for numbers whose range is not known.
+    """
+    from PIL import Image
+
+    if image.mode == "F" or (image.mode == "I" and not 0 <= image.getextrema()[0] <= image.getextrema()[1] < 2**16):
+        raise ValueError(f"its mode is {image.mode}, of numbers in any range; write it in 8 or 16 bits")
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _first(folder: Path, names: Sequence[str]) -> Path | None:

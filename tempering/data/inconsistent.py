@@ -17,8 +17,8 @@ class SampleSpecific:
 
     An image whose objects are all small, or that has none, gets Gaussian noise with a probability. Any other is cropped
     to a random share of its height and width, in the upper left corner of an image of the old size; boxes are cut to
-    the crop, and those of which nothing is left are dropped. A crop without any object is not made. Detail is added to
-    images that need detail, and taken from those that need structure.
+    the crop, and those of which nothing is left are dropped. A crop without any object is not made. The paper means
+    noise to stress detail and the crop structure; docs/detection.md shows what they do to the spectra.
 
     The released code has a second rule, that replaces patches of single objects, which its flags turn off; it adds
     noise before, and crops after, the image is resized and flipped.

@@ -63,9 +63,25 @@ class Detector(nn.Module, ABC):
     shared: tuple[str, ...] = ()
 
     def forward(self, inputs: Mapping[str, Any]) -> Any:
+        images, targets = inputs["images"], inputs.get("targets")
         if inputs.get("only") == "levels":
-            return self.levels_of(inputs["images"])
-        return self.detect(inputs["images"], inputs.get("targets"))
+            return self.levels_of(images)
+        if targets is not None:
+            self._look(images, targets)
+        return self.detect(images, targets)
+
+    def _look(self, images: Tensor, targets: Sequence[Target]) -> None:
+        """Refuse targets of other images or classes; labels on a device are not waited for."""
+        if len(images) != len(targets):
+            raise ValueError(f"a detector needs targets of every image; got {len(images)} images and {len(targets)}.")
+        labels = [target["labels"] for target in targets if len(target["labels"])]
+        found = torch.cat(labels) if labels and labels[0].device.type == "cpu" else torch.zeros(1)
+        if not 0 <= int(found.min()) <= int(found.max()) < self.classes:
+            raise ValueError(
+                f"this detector has {self.classes} classes, counted from 0, and there are labels from "
+                f"{int(found.min())} to {int(found.max())}. Build it with the classes of the data: "
+                "models.build(name, classes=data.train.classes)."
+            )
 
     @abstractmethod
     def levels_of(self, images: Tensor) -> list[Tensor]:

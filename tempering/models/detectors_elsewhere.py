@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tempering.models.boxes import centred, cornered
+from tempering.models.boxes import centred, clipped, cornered
 from tempering.models.detector import Detected, Detector, Target
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -42,8 +42,8 @@ def detector(name: str, *, classes: int, pretrained: bool = False) -> Detector:
     net = build(name, classes=classes, pretrained=pretrained)
     if not isinstance(net, Detector):
         raise ValueError(
-            f"{name} is no detector. The zoo has fcos_nano, fcos_tiny and fcos_wide, each also with _bins; others are "
-            "torchvision:NAME and transformers:NAME."
+            f"{name} is no detector. The zoo has fcos_nano, fcos_tiny, fcos_wide and fcos_large, each also with _bins; "
+            "others are torchvision:NAME and transformers:NAME."
         )
     return net
 
@@ -61,8 +61,18 @@ class _Normalised(Detector):
             self.register_buffer(name, torch.tensor(value)[:, None, None], persistent=False)
 
     def normalised(self, images: Tensor) -> Tensor:
-        """The pixels as the model was trained on them."""
+        """The pixels as the model was trained on them; grey images in all three channels."""
         return (images - self.mean) / self.std
+
+
+def proper(targets: Sequence[Target], size: Sequence[int]) -> list[dict[str, Tensor]]:
+    """Boxes cut to images of (height, width), less those of no size or outside, which the libraries would count."""
+    out = []
+    for target in targets:
+        boxes = clipped(target["boxes"], (size[0], size[1]))
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        out.append({"boxes": boxes[kept], "labels": target["labels"][kept]})
+    return out
 
 
 # torchvision
@@ -105,7 +115,7 @@ class TorchvisionDetector(_Normalised):
         decode = coder.decode if "bbox_ctrness" in said else coder.decode_single
         boxes = torch.stack([decode(own, at) for own, at in zip(said["bbox_regression"], anchors, strict=True)])
         quality = said["bbox_ctrness"].squeeze(-1) if "bbox_ctrness" in said else None
-        losses = {} if targets is None else self._losses(said, targets, anchors, levels)
+        losses = {} if targets is None else self._losses(said, proper(targets, size), anchors, levels)
         return Detected(levels, said["cls_logits"], boxes, None, losses, True, quality)
 
     def _losses(
@@ -115,9 +125,8 @@ class TorchvisionDetector(_Normalised):
         each = []
         for i, target in enumerate(targets):
             own = {name: value[i : i + 1].float() for name, value in said.items()}
-            # torchvision writes into labels of images without boxes
-            truth = [{name: value.clone() for name, value in target.items() if isinstance(value, Tensor)}]
-            each.append(self.model.compute_loss(truth, own, [anchors[i]], *points))  # pyright: ignore
+            # targets are a copy: torchvision writes into labels of images without boxes
+            each.append(self.model.compute_loss([target], own, [anchors[i]], *points))  # pyright: ignore
         named = {"classification": "class", "bbox_regression": "box", "bbox_ctrness": "quality"}
         return {named[name]: torch.stack([loss[name] for loss in each]) for name in each[0]}
 
@@ -213,7 +222,8 @@ class TransformersDetector(_Normalised):
         scale = images.new_tensor([width, height, width, height])
         labels = None
         if targets is not None:
-            labels = [{"class_labels": t["labels"], "boxes": centred(t["boxes"].to(scale) / scale)} for t in targets]
+            kept = proper(targets, (height, width))
+            labels = [{"class_labels": t["labels"], "boxes": centred(t["boxes"].to(scale) / scale)} for t in kept]
         said = self.model(self.normalised(images), labels=labels)
         maps = said.encoder_last_hidden_state
         levels = [_map(maps, height, width)] if isinstance(maps, Tensor) else list(maps)

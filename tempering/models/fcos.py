@@ -257,6 +257,6 @@ def _net(classes: int, channels: int, *, width: float, bins: int | None) -> nn.M
 
 NETS = {
     f"fcos_{name}{'_bins' if bins else ''}": partial(_net, width=width, bins=bins)
-    for name, width in (("nano", 0.5), ("tiny", 1.0), ("wide", 2.0))
+    for name, width in (("nano", 0.5), ("tiny", 1.0), ("wide", 2.0), ("large", 4.0))
     for bins in (None, 17)
 }

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tempering.reports.charts import Series, Svg, lines, svg, tag
+from tempering.reports.charts import Series, Svg, join, lines, svg, tag
 from tempering.reports.trees import alone
 
-SIDE, GAP, TOP = 150, 16, 44
+SIDE, GAP, TOP, RIGHT = 144, 16, 44, 468  # whole pixels for each of 24 cells
 
 
 def profile_figure(found: Mapping[str, Mapping[str, Any]], *, key: str = "spectrum") -> Svg:
@@ -24,9 +24,12 @@ def profile_figure(found: Mapping[str, Mapping[str, Any]], *, key: str = "spectr
         for i, (name, said) in enumerate(found.items())
     ]
     told = "; ".join(f"{name}: {100 * said['high']:.2f} % of the power is high" for name, said in found.items())
-    ticks = [(f, f"{f:g}") for f in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)]
+    ticks = [(f, f"{f:g}") for f in (0.1, 0.2, 0.3, 0.4)]  # within the first and last ring
     x, y = "frequency, cycles a pixel", "log magnitude"
-    return lines(key, "Spectrum by frequency", told, series, x_label=x, y_label=y, x_ticks=ticks)
+    drawn = lines(key, "Spectrum by frequency", told, series, x_label=x, y_label=y, x_ticks=ticks)
+    # detail is less than structure: the upper right is free
+    names = [tag("text", s.name, class_=f"end halo said {s.css}", x=RIGHT, y=36 + 17 * i) for i, s in enumerate(series)]
+    return Svg(drawn.removesuffix("</svg>") + join(names) + "</svg>")
 
 
 def map_figure(found: Mapping[str, Mapping[str, Any]], *, key: str = "spectra") -> Svg:
@@ -38,11 +41,13 @@ def map_figure(found: Mapping[str, Mapping[str, Any]], *, key: str = "spectra") 
         left, cell = i * (SIDE + GAP), SIDE / len(said["map"])
         parts.append(tag("text", name, class_="label", x=left, y=16))
         parts.append(tag("text", f"high {100 * said['high']:.2f} %", class_="tick", x=left, y=33))
+        cells = []
         for y, row in enumerate(said["map"]):
             for x, value in enumerate(row):
                 strength = (value - low) / (high - low) if high > low else 0.0
-                at = {"x": left + x * cell, "y": TOP + y * cell, "width": cell + 0.1, "height": cell + 0.1}
-                parts.append(tag("rect", fill="var(--c1)", fill_opacity=f"{strength:.2f}", **at))
+                at = {"x": left + x * cell, "y": TOP + y * cell, "width": cell, "height": cell}
+                cells.append(tag("rect", fill_opacity=f"{strength:.2f}", **at))
+        parts.append(tag("g", *cells, fill="var(--c1)"))
     told = "The mean logarithm of the magnitude; low frequencies lie in the middle."
     width = len(found) * (SIDE + GAP) - GAP
     return svg(key, "Spectra", told, parts, width, TOP + SIDE)
