@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tempering as kd
+from tempering import lossof
 from tempering.adapters.huggingface import METHOD, DistillMixin, Labelled, Unpacked
 from tempering.methods import DIST, DTKD, KD, FitNet, StepMethod, Sum, Supervised
 from tempering.rows import Rows, total
@@ -170,8 +171,10 @@ def test_the_trainer_of_transformers_is_the_hand_written_loop(hf: Any, batch: in
     assert method.temperature.log.item() != 0.0, "what the method owns is trained"
 
 
-def test_a_split_step_of_tokens_is_the_whole_one(hf: Any) -> None:
+@pytest.mark.parametrize("many", [lossof.MANY, 1], ids=["plain", "chunks"])
+def test_a_split_step_of_tokens_is_the_whole_one(hf: Any, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every micro-batch has another number of tokens, and the labels are shifted."""
+    monkeypatch.setattr(lossof, "MANY", many)
     teacher, student, plain = gpt(16, 0), gpt(8, 1), gpt(8, 1)
     own: dict[str, Any] = {"teacher": teacher, "method": DTKD(), "task": Labelled(shift=True), "selfcheck": False}
     trainer = hf(student, sentences(), batch=4, accumulate=8, options={"max_steps": 2}, **own)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from tempering.adapters.common import blocks_of, fitting, whole_batches
 from tempering.checkpoints import random_state, save_weights, set_random_state
+from tempering.lossof import losses_of
 from tempering.methods.base import Method
-from tempering.rows import UNLABELLED, Rows, total
+from tempering.rows import UNLABELLED, Rows
 from tempering.runtime import Tapped
 from tempering.selfcheck import selfcheck as check_first_batch
 from tempering.tasks.base import Task, on
@@ -91,8 +92,7 @@ class DistillMixin(Trainer):
         training = model.training
         self.method.train(training)
         whole, progress = self._mass if training else {}, self._progress()
-        losses = [total(self.method(rows, progress), rows, rows_in_batch=whole.get(rows.name)) for rows in blocks]
-        loss = torch.stack(losses).sum()
+        loss = torch.stack([x.loss for x in losses_of(self.method, blocks, progress, whole)]).sum()
         if training:
             # processes are averaged, and each has only its share of the one mean
             loss = loss * self.accelerator.num_processes
