@@ -183,9 +183,6 @@ def page(folders: Sequence[Path], taught: Path, places: Path, notes: Path) -> tu
         svgs |= {names[kind]: svg for kind, svg in made.items()}
         parts += stage(grid, {kind: (places / name).as_posix() for kind, name in names.items()})
     parts += ["## Teachers", teachers(taught, grids), TAUGHT]
-    parts.append(
-        "What the authors' own teachers reach is not known to us; the numbers from elsewhere are of this recipe."
-    )
     parts += ["## The authors' numbers", AUTHORS, authors()]
     return "\n\n".join(part for part in parts if part) + "\n", svgs
 
