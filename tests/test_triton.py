@@ -134,3 +134,20 @@ def test_a_path_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     found = compiling.fast_versions(None, torch.device("cuda"), 2**30)
     assert not found.by and found.why == "no triton (ImportError: no triton here); ImportError: no compiler either"
     same(chunked(DTKD(), rows).loss, total(DTKD()(rows), rows))
+
+
+def test_a_kernel_with_wrong_numbers_is_not_used() -> None:
+    code = """
+import torch
+from tempering.kernels import compiled, triton_rows
+torch.set_num_threads(1)
+right = triton_rows.divergence_and_slope
+triton_rows.divergence_and_slope = lambda *args: tuple(1.01 * x for x in right(*args))
+made, error = compiled._triton("cpu")
+assert not made and isinstance(error, ArithmeticError), error
+try:
+    compiled.fast_versions("triton", torch.device("cpu"), 1)
+except RuntimeError as error:
+    print(error)
+"""
+    assert "kl is off by" in said_by(code, TRITON_INTERPRET="1")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InvalidCxxCompiler
 
@@ -66,8 +67,7 @@ def _said(error: Exception) -> str:
 
 @functools.cache
 def _triton(device: str) -> tuple[Fast, Exception | None]:
-    """Triton's kernels, tried on two rows; on a CPU its interpreter alone can run them."""
-    z, one = torch.zeros(2, 8, device=device), torch.ones(2, 1, device=device)
+    """Triton's kernels, tried on a few rows; on a CPU its interpreter alone can run them."""
     try:
         from triton.runtime.errors import TritonError  # pyright: ignore[reportMissingImports]
 
@@ -80,15 +80,15 @@ def _triton(device: str) -> tuple[Fast, Exception | None]:
         "exact": triton_rows.exact,
     }
     try:
-        made["kl"](z, z, one, one, one.squeeze(1))
-    except (TritonError, RuntimeError) as error:  # RuntimeError: no driver for this device
+        _prove(made, device)
+    except (TritonError, RuntimeError, ArithmeticError) as error:  # RuntimeError: no driver for this device
         return {}, error
     return made, None
 
 
 @functools.cache
 def _made(device: str) -> tuple[Fast, Exception | None]:
-    """Inductor's, the largest one tried on two rows, so that a missing compiler shows here and nowhere else."""
+    """Inductor's, the largest one tried on a few rows, so that a missing compiler shows here and nowhere else."""
     plain: dict[str, Callable[..., Any]] = {
         "kl": divergence_and_slope,
         "cross_entropy": cross_entropy_and_slope,
@@ -96,12 +96,39 @@ def _made(device: str) -> tuple[Fast, Exception | None]:
         "_sharpness": _plain(sharpness._sharpness),
     }
     made = {name: _quiet(torch.compile(function, dynamic=True)) for name, function in plain.items()}
-    z, one = torch.zeros(2, 8, device=device), torch.ones(2, 1, device=device)
     try:
-        made["kl"](z, z, one, one, one.squeeze(1))
-    except (TorchDynamoException, InvalidCxxCompiler) as error:
+        _prove({"kl": made["kl"]}, device)
+    except (TorchDynamoException, InvalidCxxCompiler, ArithmeticError) as error:
         return {}, error
     return made, None
+
+
+def _prove(made: Fast, device: str) -> None:
+    """Hold the compiled functions to the plain ones on a few rows with masked classes, once a process and device.
+
+    Raises:
+        ArithmeticError: naming a function whose numbers are wrong here; it is then not used.
+    """
+    g = torch.Generator().manual_seed(0)
+    u, v = (by * torch.randn(5, 300, generator=g) for by in (4.0, 3.0))
+    u[:, -7:] = v[:, -7:] = -torch.inf
+    T_t, T_s, target = 1.0 + torch.rand(5, 1, generator=g), 1.0 + torch.rand(5, 1, generator=g), torch.arange(5) - 1
+    asked: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+        "kl": (divergence_and_slope, (u, v, T_t, T_s, (T_t * T_s).squeeze(1))),
+        "cross_entropy": (cross_entropy_and_slope, (v, target)),
+        "exact": (_exactly, (u, v, 4.0, 0.9)),
+    }
+    for name, function in made.items():
+        plain, given = asked[name]
+        found = function(*(x.to(device) if isinstance(x, Tensor) else x for x in given))
+        for a, b in zip(found, plain(*given), strict=True):
+            if not torch.allclose(a.cpu().float(), b.float(), rtol=1e-3, atol=1e-4):
+                off = (a.cpu().float() - b.float()).abs().max().item()
+                raise ArithmeticError(f"{name} is off by {off:.3g} on {device!r}")
+
+
+def _exactly(u: Tensor, v: Tensor, tau: float, reach: float) -> sharpness.Solution:
+    return sharpness.solve_delta(u, v, tau=tau, solve="exact", reach=reach)
 
 
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
