@@ -46,10 +46,11 @@ def torchdistill(student: nn.Module, teacher: nn.Module, batch: Batch) -> Arm:
     return partial(torchdistill_step, student, teacher, sgd(student), batch)
 
 
-def ours(student: nn.Module, teacher: Teacher | Tensor, batch: Batch, *, bf16: bool) -> Arm:
+def ours(student: nn.Module, teacher: Teacher | Tensor, batch: Batch, *, bf16: bool, compile: bool = False) -> Arm:
     """Channels-last, DTKD, the mean loss kept where it is; a tensor for a teacher is a cache that holds its answers."""
     student = copy.deepcopy(student).to(memory_format=torch.channels_last)  # pyright: ignore
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, foreach=True)
+    forward = torch.compile(student) if compile else student
     method, x = DTKD(warmup=0.0), batch[0].contiguous(memory_format=torch.channels_last)
     seen = torch.zeros((), device=x.device)
     order = torch.arange(len(x), device=x.device)
@@ -57,7 +58,7 @@ def ours(student: nn.Module, teacher: Teacher | Tensor, batch: Batch, *, bf16: b
     def run() -> None:
         taught = teacher.index_select(0, order).float() if isinstance(teacher, Tensor) else teacher(x, None)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            logits = student(x)
+            logits = forward(x)
         rows = Rows(logits, taught, batch[1])
         loss = total(method(rows), rows)
         loss.backward()
@@ -66,6 +67,16 @@ def ours(student: nn.Module, teacher: Teacher | Tensor, batch: Batch, *, bf16: b
         seen.add_(loss.detach())
 
     return run
+
+
+def compiled(student: nn.Module, teacher: nn.Module, batch: Batch) -> dict[str, Arm]:
+    """Both nets compiled, the teacher folded."""
+    plain = Live(copy.deepcopy(teacher), channels_last=True, fold=True, compile=True)
+    half = Live(teacher, precision="bf16", fold=True, compile=True)
+    return {
+        "ours, fp32, compiled": ours(student, plain, batch, bf16=False, compile=True),
+        "ours, bf16, compiled": ours(student, half, batch, bf16=True, compile=True),
+    }
 
 
 def main() -> None:
@@ -94,6 +105,7 @@ def main() -> None:
             "ours, fp32": ours(student, Live(copy.deepcopy(teacher), channels_last=True), (x, y), bf16=False),
             "ours, fp32, teacher folded": ours(student, folded, (x, y), bf16=False),
             "ours, bf16, teacher folded": ours(student, half, (x, y), bf16=True),
+            **({} if args.tiny else compiled(student, teacher, (x, y))),
             "ours, fp32, teacher cached": ours(student, kept, (x, y), bf16=False),
             "ours, bf16, teacher cached": ours(student, kept, (x, y), bf16=True),
         }

@@ -18,7 +18,9 @@ from tempering.temperature.base import Policy, Temperatures
 
 COPIES = 8  # of a chunk's logits that are alive at once, in float32, where nothing is fused
 MEMORY = {"cpu": 2**24}  # bytes of them; a CPU is fastest while they stay in its cache
-FUSED = {"cpu": 2**25}  # the same where they are fused, and fewer are alive
+FUSED = {
+    "cpu": 2**25
+}  # the same where they are fused and fewer are alive; at most a quarter of all logits beyond those
 ELSEWHERE = 2**28
 
 
@@ -67,8 +69,8 @@ def chunked(
         rows: the whole.
         progress: the share of the run that is done.
         rows_in_batch: as for ``total``.
-        memory: bytes for the copies of one chunk; None is 16 MiB on a CPU, 32 where it is compiled, and 256 MiB
-            elsewhere. A chunk is one row at least.
+        memory: bytes for the copies of one chunk; None is 16 MiB on a CPU, up to 32 where it is compiled, and
+            256 MiB elsewhere. A chunk is one row at least.
         compile: True compiles the KL, the cross entropy and the solver of Sharpness, by Triton on CUDA where it is
             installed and else by Inductor; "triton" and "inductor" insist; False does not; None does for 2^24 logits
             and more on a CPU, 2^20 elsewhere, and goes without where there is no compiler (``path.why`` says so).
@@ -192,7 +194,9 @@ class Walk:
         return Chunked(loss, self.terms, path)  # pyright: ignore
 
     def _budget(self, rows: Rows) -> int:
-        return self.memory or (FUSED if self.fast.by else MEMORY).get(rows.student.device.type, ELSEWHERE)
+        least, most = (of.get(rows.student.device.type, ELSEWHERE) for of in (MEMORY, FUSED))
+        whole = self.n * rows.student.shape[1] * _bytes(rows)
+        return self.memory or (min(most, max(least, whole // 4)) if self.fast.by else least)
 
 
 class _Attached(torch.autograd.Function):
