@@ -37,9 +37,9 @@ class _Known(torch.autograd.Function):
 
 def divergence_and_slope(u: Tensor, v: Tensor, T_t: Tensor, T_s: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """scale KL(p || q), (n,), and its slope in ``v``, (n, C); as ``objectives.kl`` has them, masks included."""
-    # exp() is taken again rather than kept, and no entry is divided: compiled, both would cost more than exp() does
-    logp, logq = _log_softmax(u * T_t.reciprocal()), _log_softmax(v * T_s.reciprocal())
-    p, q = logp.exp(), logq.exp()
+    (et, mt, lt), (es, ms, ls) = _exponents(u / T_t), _exponents(v / T_s)
+    p, q = et / mt, es / ms
+    logp, logq = lt - mt.log(), ls - ms.log()
     gone = torch.isneginf(logp)
     value = torch.where(gone, 0.0, p * (logp - logq)).sum(-1)
     # a row with no class left has no slope, as where its logits were replaced
@@ -48,11 +48,15 @@ def divergence_and_slope(u: Tensor, v: Tensor, T_t: Tensor, T_s: Tensor, scale: 
     return scale * value.clamp_min(0.0), (q - p) * by
 
 
-def _log_softmax(z: Tensor) -> Tensor:
-    """log softmax over the classes; a row with no class left is uniform."""
+def _exponents(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(z - max), its sum over the classes, (n, 1), and z - max: once each, where a softmax and its log take two.
+
+    A row with no class left is uniform.
+    """
     top = z.amax(-1, keepdim=True)
     below = torch.where(torch.isneginf(top), 0.0, z - top)
-    return below - below.exp().sum(-1, keepdim=True).log()
+    e = below.exp()
+    return e, e.sum(-1, keepdim=True), below
 
 
 def cross_entropy_and_slope(v: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
