@@ -32,6 +32,7 @@ SOLVER = (
     "A look at both sides costs two exp() an entry. The closed form takes none beside the loss; the root takes two, "
     'after a look for mean and spread: see the lines "of it".'
 )
+SHARED = "Runs on this machine, which other work shared, lay between 8.6 and 9.0."
 ROOM = "The copies of a chunk are up to 32 MiB, a half of so small a tensor of logits; of larger ones they are less."
 GOALS = (
     Goal(
@@ -42,6 +43,7 @@ GOALS = (
         "mdistiller, KD",
         "times as fast",
         2.4,
+        "Runs on this machine, which other work shared, lay between 2.33 and 2.40.",
     ),
     Goal(
         "step, DTKD, live teacher, fp32",
@@ -73,7 +75,16 @@ GOALS = (
         0.15,
     ),
     Goal("DTKD loss, exact", "loss", LARGE, OURS, DTKD, "times as fast", 9.0, SOLVER),
-    Goal("DTKD loss, published", "loss", LARGE, "ours, compiled: dynamic term, published", DTKD, "times as fast", 9.0),
+    Goal(
+        "DTKD loss, published",
+        "loss",
+        LARGE,
+        "ours, compiled: dynamic term, published",
+        DTKD,
+        "times as fast",
+        9.0,
+        SHARED,
+    ),
     Goal("DTKD loss, exact, memory", "loss", SMALL, OURS, "", "logits tensors", 1.3, ROOM),
     Goal("DTKD loss, exact, against JSD", "loss", LARGE, OURS, TRL, "times as fast", 9.0, SOLVER),
     Goal("the same, memory", "loss", SMALL, OURS, TRL, "share of its peak", 1 / 12, ROOM),
