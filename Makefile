@@ -71,7 +71,8 @@ TEXT_FULL ?= benchmarks/results/language-stories
 WRITES := divergence(objective=kl),divergence(objective=jsd)
 TEXTS = $(BIN)/tempering compare recipes/language.py --no-controls --seeds $(SEEDS)
 TEXT_NETS = --text $(TEXT) --teacher-width 512 --teacher-layers 8 --student-width 256 --student-layers 4 --length 512 \
-	--epochs $(TEXT_EPOCHS) --teacher-epochs $(TEXT_EPOCHS) --precision bf16-mixed --accelerator cuda
+	--epochs $(TEXT_EPOCHS) --teacher-epochs $(TEXT_EPOCHS) --teacher-dir $(TEXT_FULL)/data/work/teachers \
+	--precision bf16-mixed --accelerator cuda
 gpu-language: $(READY)  ## bytes of TinyStories: GPT 8x512 -> 4x256; learned from the data, and from what the models write
 	$(cuda)
 	$(TEXTS) --methods "$(TEXT_ARMS)" --control "KD, weight-matched" --out $(TEXT_FULL)/data -- $(TEXT_NETS)

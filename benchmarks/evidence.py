@@ -19,13 +19,13 @@ from pathlib import Path
 from budget import markdown
 from evidence_tables import Grid, authors, fixed_and_exact, grid_in, planned, points, teachers, temperatures
 from sheets import learning, sheet
+from timing import ROOT
 
 from tempering.arms import MATCHED
 from tempering.reports import figures, figures_temperature, table
 from tempering.reports.intervals import Difference
 from tempering.reports.read import load_run, pack, write_cell
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # in the order of the page: the first that has an interval decides
 FOLDERS = ("evidence-full-resnet14", "evidence-full-resnet20", "evidence-screen", "evidence-ablations")

@@ -10,6 +10,7 @@ Usage:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -51,26 +52,19 @@ def sides(n: int, V: int, H: int, H_t: int, dtype: torch.dtype) -> Sides:
     return Sides(hs, ws, normal(n, H_t, 1.0), normal(V, H_t, 3.0 * H_t**-0.5), y)
 
 
-def products(x: Sides) -> None:
-    """Both sides' logits and the two products of the way back, over rows in fours, so that no logits are held."""
-    by_head = torch.zeros_like(x.ws)
+def products(x: Sides, *, wide: bool = False) -> None:
+    """Both sides' logits and the two products of the way back, over rows in fours, so that no logits are held.
+
+    ``wide`` makes the logits in float32, as DTKD's gradient needs them, also of inputs of half precision.
+    """
+    by_head, own = torch.zeros_like(x.ws), x.ws.dtype
+    dtype = torch.float32 if wide else own
     with torch.no_grad():
         for part in torch.arange(len(x.hs)).split(max(1, len(x.hs) // 4)):
-            v = x.hs[part] @ x.ws.T
-            torch.mm(x.ht[part], x.wt.T)
+            v = (x.hs[part].to(dtype) @ x.ws.to(dtype).T).to(own)
+            torch.mm(x.ht[part].to(dtype), x.wt.to(dtype).T)
             torch.mm(v, x.ws)
             by_head.addmm_(v.T, x.hs[part])
-
-
-def wide(x: Sides) -> None:
-    """The same with both sides' logits in float32, as DTKD's gradient needs them, from inputs of half precision."""
-    by_head = torch.zeros_like(x.ws)
-    with torch.no_grad():
-        for part in torch.arange(len(x.hs)).split(max(1, len(x.hs) // 4)):
-            v = x.hs[part].float() @ x.ws.float().T
-            torch.mm(x.ht[part].float(), x.wt.float().T)
-            torch.mm(v.to(x.ws.dtype), x.ws)
-            by_head.addmm_(v.to(x.ws.dtype).T, x.hs[part])
 
 
 def dense(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Sides], None]:
@@ -112,7 +106,7 @@ def arms(*, compile: bool) -> tuple[dict[str, Callable[[Sides], None]], dict[str
     )
     made = {
         PRODUCTS: products,
-        "the same, logits' in float32": wide,
+        "the same, logits' in float32": partial(products, wide=True),
         "logits, DTKD repository's term": dense(lambda v, u: dtkd_term(v, u)),
         "logits, TRL generalised JSD": dense(trl),
         "ours, published, eager": ours(published, compile=False),

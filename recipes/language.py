@@ -53,6 +53,7 @@ def main(
     written: int = 32,
     prompt: int = 32,
     label: str | None = None,
+    teacher_dir: Path | None = None,
     teacher_width: int = 256,
     teacher_layers: int = 4,
     student_width: int = 64,
@@ -87,6 +88,7 @@ def main(
         written: how many bytes are written after a prompt, or as an answer.
         prompt: how many bytes of a text are its prompt.
         label: what tables call this run; by itself it follows from the method.
+        teacher_dir: where trained teachers are kept and found again; by itself "teachers" beside the run's folder.
         teacher_width: of the teacher's layers.
         teacher_layers: how many the teacher has.
         student_width: of the student's layers.
@@ -131,7 +133,11 @@ def main(
         )
         about: dict[str, Any] = {"label": f"teacher {name}", "student": {"name": name}}
         scores = trained(
-            net, name, out.parent / "teachers", lambda place: teach(out=_place(place), facts=about), key=key
+            net,
+            name,
+            teacher_dir or out.parent / "teachers",
+            lambda place: teach(out=_place(place), facts=about),
+            key=key,
         )
         taught, said = Live(net), {"name": name, "scores": scores}
     batches: Any = parts["train"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 Wanted = bool | str
@@ -29,15 +30,8 @@ def compiled(model: nn.Module, compile: Wanted) -> Any:
 def keeping(model: Any, compile: Wanted) -> Any:
     """The model, answering with copies where a mode may replay graphs: the next replay writes where the last wrote."""
     if not isinstance(compile, bool):
-        model.register_forward_hook(lambda module, given, out: copied(out))
+        model.register_forward_hook(lambda module, given, out: tree_map_only(Tensor, torch.clone, out))
     return model
-
-
-def copied(out: Any) -> Any:
-    """The same nest of tuples, lists and mappings with every tensor cloned."""
-    from torch.utils._pytree import tree_map_only
-
-    return tree_map_only(Tensor, torch.clone, out)
 
 
 def begin(compile: Wanted) -> None:

@@ -33,6 +33,8 @@ def test_from_a_text_to_records(tmp_path: Path, writes: str) -> None:
     assert run.facts["status"] == "done" and run.facts["teacher"]["scores"]["test"]["loss"] < 4.0
     assert run.epochs[-1]["test"]["loss"] < run.epochs[0]["test"]["loss"] < 5.6
     if writes == "data":
+        main(text=text, quiet=True, out=tmp_path / "else" / "two", teacher_dir=tmp_path / "runs" / "teachers", **sizes)
+        assert not (tmp_path / "else" / "teachers").exists(), "a trained teacher is found where it lies"
         with pytest.raises(ValueError, match="its validation part has 86 bytes, length=128"):
             main(text=text, quiet=True, out=tmp_path / "runs" / "two")
 

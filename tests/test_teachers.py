@@ -196,7 +196,7 @@ def test_a_device_of_its_own() -> None:
     alone, x = Live(net(), device="cpu"), torch.randn(4, 3, 6, 6)
     model = net()
     model.load_state_dict(alone.model.state_dict())
-    assert torch.equal(alone({"x": [x]}["x"][0]), Live(model)(x))
+    assert torch.equal(alone(x), Live(model)(x))
 
 
 def test_nested_inputs_and_outputs_keep_their_form() -> None:

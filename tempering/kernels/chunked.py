@@ -18,9 +18,7 @@ from tempering.temperature.base import Policy, Temperatures
 
 COPIES = 8  # of a chunk's logits that are alive at once, in float32, where nothing is fused
 MEMORY = {"cpu": 2**24}  # bytes of them; a CPU is fastest while they stay in its cache
-FUSED = {
-    "cpu": 2**25
-}  # the same where they are fused and fewer are alive; at most a quarter of all logits beyond those
+FUSED = {"cpu": 2**25}  # at most, where they are fused and fewer are alive; and a quarter of all logits
 ELSEWHERE = 2**28
 
 
@@ -182,7 +180,7 @@ class Walk:
         if slopes:
             loss = _Attached.apply(loss, [slope for _, slope in slopes], *(x for x, _ in slopes))
         for said in self.policies:
-            said.remember(self.chunks, self.largest)
+            said.remember(self.chunks)
         path = Path(
             self.chunks,
             self.largest,
@@ -287,7 +285,7 @@ class _Said:
         for name, count in getattr(self.policy, "counts", {}).items():
             self.counts[name] = self.counts[name] + count if name in self.counts else count.clone()
 
-    def remember(self, chunks: int, largest: int) -> None:
+    def remember(self, chunks: int) -> None:
         """Tell the policy."""
         if chunks < 2 or not self.last:
             return

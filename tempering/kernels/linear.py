@@ -116,7 +116,7 @@ class _Side:
                 "head with an adapter (LoRA)? Give the weight that it amounts to, or leave the head out of its "
                 "target_modules."
             )
-        weight, bias = _parts(head)
+        weight, bias = _tensors_of(head)
         self.hidden, self.weight = hidden.detach(), weight.detach()
         self.bias = None if bias is None else bias.detach()
         self.scale, self.cap = (head.scale, head.cap) if isinstance(head, Head) else (1.0, None)
@@ -175,7 +175,7 @@ class _Side:
 
     def slopes(self, hidden: Tensor, head: Last, *, wide: bool) -> list[tuple[Tensor, Tensor]]:
         """Room for the slopes in what requires grad, as (input, slope); ``wide`` sums the head's in float32."""
-        weight, bias = _parts(head)
+        weight, bias = _tensors_of(head)
         if not torch.is_grad_enabled():
             return []
         # float16 would lose small slopes before a loss scale has met them
@@ -240,7 +240,7 @@ def _subtracts_first() -> bool:
     return bool((found - exact).norm() < 2e-5 * exact.norm())
 
 
-def _parts(head: Last) -> tuple[Tensor, Tensor | None]:
+def _tensors_of(head: Last) -> tuple[Tensor, Tensor | None]:
     return (head, None) if isinstance(head, Tensor) else (head.weight, head.bias)
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from tempering.answers import Taught
-from tempering.compiling import compiled, copied
+from tempering.compiling import compiled, keeping
 from tempering.rows import widened
 from tempering.teachers.base import Teacher, fingerprint, key_digest
 
@@ -72,7 +73,7 @@ class Live(Teacher):
         self._modules = list(model.modules())
         if self.device is not None:
             self._model.to(self.device)
-        self._forward: Callable[[Any], Any] = compiled(self._model, compile)
+        self._forward: Callable[[Any], Any] = keeping(compiled(self._model, compile), compile)
         self._warned = False
 
     @property
@@ -95,12 +96,11 @@ class Live(Teacher):
     def attached(self, inputs: Any, ids: Tensor | None = None) -> Any:
         if any(module.training for module in self._modules):
             self._back_to_eval()
-        answer = self._forward(each(inputs, self._prepared))
-        answer = answer if isinstance(self.compile, bool) else copied(answer)
+        answer = each(self._forward(each(inputs, self._prepared)), _widened)
         if self.device is None:
-            return each(answer, _widened)
-        here = next(_tensors(inputs)).device
-        return each(answer, lambda x: _widened(x).to(here))
+            return answer
+        here = next(x.device for x in tree_leaves(inputs) if isinstance(x, Tensor))
+        return each(answer, lambda x: x.to(here))
 
     def _prepared(self, x: Tensor) -> Tensor:
         x = x if self.device is None else x.to(self.device, non_blocking=True)
@@ -133,14 +133,6 @@ def each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(each(item, change) for item in value)
     return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, tuple, list)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
 
 
 def _widened(x: Tensor) -> Tensor:

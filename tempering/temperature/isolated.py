@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from tempering.rows import Rows
 from tempering.temperature.base import Policy, Temperatures, Wrapping, constant
 from tempering.temperature.sharpness import Sharpness
@@ -53,10 +49,5 @@ class Isolated(Wrapping):
     def changed(self, T: Temperatures, rows: Rows) -> Temperatures:
         tau = constant(self.reference, T.student)
         if self.keep == "scale":
-            return Temperatures(tau, tau, _column(T))
-        return Temperatures(T.student, T.teacher, torch.full_like(_column(T), self.reference**2))
-
-
-def _column(T: Temperatures) -> Float[Tensor, "#N 1"]:
-    """What the policy multiplies a divergence by, a column."""
-    return T.student * T.teacher if T.factor is None else T.factor
+            return Temperatures(tau, tau, T.scale.unsqueeze(-1))
+        return Temperatures(T.student, T.teacher, tau.square().expand(len(T.scale), 1))
