@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)
 
 .PHONY: all check test demo bench docs gpu gpu-cifar100 gpu-detection gpu-language arena-arms wheel clean
-.PHONY: evidence evidence-teachers evidence-screen evidence-full evidence-ablations evidence-others evidence-resnet20
+.PHONY: evidence evidence-teachers evidence-screen evidence-full evidence-ablations evidence-others evidence-resnet20 evidence-short
 all: check test wheel
 
 $(READY):
@@ -89,7 +89,9 @@ CORE := kd-matched,dtkd-published,dtkd,kd,supervised
 WEIGHTS := dtkd(dynamic=1),dtkd,dtkd(dynamic=6)
 TAUS := sharpness(2),sharpness(4),sharpness(8),static(2),static(4),static(8)
 COMPARED = $(BIN)/tempering compare recipes/cifar100.py --jobs 1 --threads 1 --nice
-RECIPE = --data $(DATA) --teacher-dir $(TEACHERS) --teacher-epochs 240 --student resnet8 --precision bf16-mixed
+# one for all stages; bf16 is half the time where the CPU computes in it, and ten times where it does not
+PRECISION ?= bf16-mixed
+RECIPE = --data $(DATA) --teacher-dir $(TEACHERS) --teacher-epochs 240 --student resnet8 --precision $(PRECISION)
 SHORT = --teacher resnet14 --epochs 60
 # a teacher is trained by the first run that asks for it; here that is a student of one epoch
 TAUGHT = nice -n 19 $(BIN)/tempering run recipes/cifar100.py $(RECIPE) --method kd --epochs 1 --threads 1 --quiet
@@ -125,6 +127,12 @@ evidence-resnet20: $(READY)  ## 240 epochs, 3 seeds, the larger teacher
 	$(TAUGHT) --teacher resnet20 --out $(EVIDENCE)screen/work/for-resnet20
 	$(COMPARED) --methods '$(CORE)' --seeds 3 --out $(EVIDENCE)full-resnet20 -- $(RECIPE) --teacher resnet20 --epochs 240
 	$(WRITTEN)
+
+evidence-short: $(READY)  ## a first look, no part of `make evidence`: 8 epochs, a teacher of 12, 3 seeds, in float32
+	$(COMPARED) --methods '$(CORE),dtkd-soften,dtkd-weigh' --seeds 3 --out $(EVIDENCE)short -- --data $(DATA) \
+	--teacher-dir $(EVIDENCE)short/work/teachers --teacher resnet14 --teacher-epochs 12 --teacher-cache 8 \
+	--student resnet8 --epochs 8
+	$(BIN)/python benchmarks/evidence.py --teachers $(EVIDENCE)short/work/teachers
 
 docs: $(READY)  ## docs/papers.md, from docstrings, presets and records; docs/performance.md; docs/evidence.md
 	$(BIN)/python -m tempering.papersdoc .

@@ -49,10 +49,12 @@ class Grid:
 
     @property
     def title(self) -> str:
-        """Length and nets."""
+        """Length and nets, and how long the teacher was trained where that is not the whole recipe."""
         said = self.plan.flags
+        taught = said.get("teacher_epochs", "240")
+        teacher = said.get("teacher", "?") + f" of {taught}" * (taught != "240")
         images = f", {said['subset']} images" if "subset" in said else ""
-        return f"{said.get('epochs', '?')} epochs, {said.get('teacher', '?')} to {said.get('student', '?')}{images}"
+        return f"{said.get('epochs', '?')} epochs, {teacher} to {said.get('student', '?')}{images}"
 
     @property
     def done(self) -> int:

@@ -23,6 +23,7 @@ from tempering.arms import arm_from, method_of, slug
 from tempering.data import Splits, cifar100
 from tempering.data.cifar import MEAN, STD
 from tempering.engine import CHECK_ONLY
+from tempering.hardware import computes_bf16
 from tempering.methods.supervised import Supervised
 from tempering.models import build, explainer, load, parted, stages
 from tempering.tasks import Classification, Task
@@ -170,7 +171,8 @@ def main(
                 splits.train.identity if teacher_subset is None else [splits.test.identity, teacher_subset, validation]
             )
             said["scores"] = trained(net, teacher, teacher_dir or out.parent / "teachers", teach, key=key)
-        auto = "bf16" if _computes_bf16() else "fp32"
+        here = "cpu" if accelerator == "cpu" else torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        auto = "bf16" if computes_bf16(teacher_device or here) else "fp32"
         said["precision"] = auto if teacher_precision == "auto" else teacher_precision
         taught = Live(
             net,
@@ -268,10 +270,3 @@ def _trains(net: nn.Module, lr: float, *, staged: bool) -> tuple[Callable[..., A
 
 def sgd(lr: float) -> partial[torch.optim.SGD]:
     return partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=5e-4)
-
-
-def _computes_bf16() -> bool:
-    """Whether bf16 is quicker than fp32 here, and not emulated."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tempering.hardware import warn_of_imitated_bf16
 from tempering.temperature.base import Policy, sharpness_gap
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def fabric_for(
         loggers=[_logger(x, folder) for x in loggers],
     )
     fabric.launch()
+    warn_of_imitated_bf16(precision, fabric.device)
     return fabric
 
 

@@ -38,7 +38,7 @@ SCORES = {
     "DTKD published": (0.590, 0.604, 0.591),
     "DTKD exact": (0.600, 0.614, 0.603),
 }
-STAGES = ("teachers", "screen", "full", "ablations", "others", "resnet20")
+STAGES = ("teachers", "screen", "full", "ablations", "others", "resnet20", "short")
 
 
 @pytest.fixture
@@ -130,6 +130,15 @@ def test_open_cells_are_shown_as_open(evidence: ModuleType, tmp_path: Path) -> N
     assert (
         "over 2 paired seeds so far, an interval that holds zero; the smallest difference that they could have" in text
     )
+
+
+def test_a_shorter_teacher_is_named_where_a_stage_is(evidence: ModuleType, tmp_path: Path) -> None:
+    folder = grid(tmp_path, SCORES)
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["flags"] |= {"teacher_epochs": "12", "epochs": "8"}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    text = written(evidence, tmp_path / "page.md", folder)
+    assert "## screen: 8 epochs, resnet14 of 12 to resnet8\n" in text and "- of 12 |" in text
 
 
 def test_before_anything_is_finished(evidence: ModuleType, tmp_path: Path) -> None:
@@ -262,7 +271,8 @@ def test_every_stage_can_be_run(evidence: ModuleType) -> None:
         found = arms_from(given["--methods"], given.get("--temperatures"))
         found = found if "--no-controls" in own else with_controls(found)[0]
         plan = arena_plan.plan_for(RECIPE, found, range(int(given["--seeds"])), flags)
-        assert plan.flags["teacher_epochs"] == "240" and plan.flags["epochs"] in ("60", "240")
+        taught, epochs = plan.flags["teacher_epochs"], plan.flags["epochs"]
+        assert (taught, epochs) in (("240", "60"), ("240", "240"), ("12", "8"))
         cells = arms.setdefault(Path(given["--out"]).name, {})
         for cell in plan.cells:
             cells.setdefault(cell.label, set()).add(cell.seed)

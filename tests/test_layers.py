@@ -16,7 +16,7 @@ PACKAGE = ROOT / "tempering"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # what each part may import of tempering beside itself; a name covers what is inside it
 BOTTOM = {"discovery", "fusable", "searching", "taps", "records", "checkpoints", "settings", "wandb_logger"}
-BOTTOM |= {"compiling"}
+BOTTOM |= {"compiling", "hardware"}
 LAYERS = {part: set() for part in ("rows", *BOTTOM)} | {
     "data": {"rows"},
     "models": {"discovery"},
