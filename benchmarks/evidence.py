@@ -57,7 +57,13 @@ COMMANDS = """What is open is run by these, in this order; a killed one goes on,
 
 And a first look, which is none of them, where hours of a slow core are all there is:
 
-    make evidence-short DATA=DIR        8 epochs, a teacher of 12, 7 arms, 3 seeds"""
+    make evidence-short DATA=DIR        8 epochs, a teacher of 12, 7 arms, 3 seeds
+
+A stage goes on from its folder and the `work/` in it, where teacher and checkpoints lie; those are not committed. From
+the records alone a new teacher would be trained: an arm refuses a second teacher for one seed, and a table says where
+its arms had not the same. PRECISION=32-true is for a CPU that does not compute in bf16. A stage as one HTML page:
+
+    tempering report benchmarks/results/evidence-short --out report.html"""
 AUTHORS = """Top-1 on CIFAR-100, student resnet8, read off the charts in the README of the authors' repository to within
 about 0.03 points. Over how many runs they are, and of the best or of the last epoch, is not known to us. The release
 states weights for other pairs of nets; ours are its defaults: dynamic 3, soft 1, hard 1, temperature 4, warm-up 20
