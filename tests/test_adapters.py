@@ -404,10 +404,14 @@ LIGHTNING = pytest.mark.filterwarnings("ignore:.*does not have many workers", "i
 @LIGHTNING
 @pytest.mark.parametrize(("batch", "accumulate"), [(32, 1), (8, 4)])
 @pytest.mark.parametrize("padded", [False, True])
-def test_lightning_is_the_hand_written_loop(pl: Any, batch: int, accumulate: int, padded: bool) -> None:
+@pytest.mark.parametrize("many", [lossof.MANY, 1], ids=["plain", "chunks"])
+def test_lightning_is_the_hand_written_loop(
+    pl: Any, batch: int, accumulate: int, padded: bool, many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """72 samples: the last step of an epoch is a short group, 8 samples; clipping sees the whole step's gradient."""
     from tempering.adapters.lightning import DistillModule
 
+    monkeypatch.setattr(lossof, "MANY", many)
     x, y = flat()
     ids, teacher, student = torch.arange(len(x)), mlp(32, 0), mlp(8, 1)
     plain, method, own = copy.deepcopy(student), DTKD(temperature=LearnedT()), DTKD(temperature=LearnedT())

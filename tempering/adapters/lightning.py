@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tempering.adapters.common import blocks_of, fitting, whole_batches
 from tempering.engine import SGD
+from tempering.lossof import losses_of
 from tempering.methods.base import Method
 from tempering.rows import Rows, total
 from tempering.runtime import Tapped
@@ -80,20 +81,23 @@ class DistillModule(pl.LightningModule):
             self.selfcheck = False
             self._check(batch)
         blocks = self._blocks(batch)
-        terms = [self.method(rows, self._progress()) for rows in blocks]
-        own = torch.stack([total(t, rows) for t, rows in zip(terms, blocks, strict=True)]).sum()
-        self.log("train_loss", own.detach(), prog_bar=True, batch_size=len(blocks[0]))
         if not self._split():
+            own = torch.stack([found.loss for found in losses_of(self.method, blocks, self._progress())]).sum()
+            self.log("train_loss", own.detach(), prog_bar=True, batch_size=len(blocks[0]))
             return own
         if len(blocks) > 1:
             raise ValueError(
                 f"{type(self.task).__name__} makes {len(blocks)} blocks of rows a batch, whose weights one factor "
                 "cannot mend after a split. Use accumulate_grad_batches=1 on one device, or tempering.distill."
             )
+        mass = blocks[0].mass.detach()
         if self._unit is None:
-            self._unit = max(1.0, float(self.trainer.strategy.broadcast(float(blocks[0].mass))))
-        self._mass = self._mass + blocks[0].mass.detach()
-        return total(terms[0], blocks[0], rows_in_batch=self._unit)
+            self._unit = max(1.0, float(self.trainer.strategy.broadcast(float(mass))))
+        self._mass = self._mass + mass
+        loss = losses_of(self.method, blocks, self._progress(), {blocks[0].name: self._unit})[0].loss
+        own = torch.where(mass > 0, loss.detach() * self._unit / mass, 0.0)
+        self.log("train_loss", own, prog_bar=True, batch_size=len(blocks[0]))
+        return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the accumulated gradient into that of the mean over all rows of the step."""
