@@ -107,7 +107,7 @@ class Arena:
             os.close(running.lock)
         busy = {running.cell.id for running in self.running}
         waiting = [c for c in self.plan.cells if not self._done(c) and c.id not in self.failed and c.id not in busy]
-        for cell in waiting:
+        for cell in sorted(waiting, key=lambda c: c.seed):  # a stopped grid has some seeds of all arms, not all of some
             if len(self.running) >= self.jobs:
                 break
             self._begin(cell)

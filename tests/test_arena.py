@@ -120,6 +120,12 @@ def test_a_grid_runs_and_its_records_are_small_and_clean(fake: Path, tmp_path: P
     assert (out / "report.html").stat().st_size > 10_000
 
 
+def test_a_grid_goes_seed_by_seed(fake: Path, tmp_path: Path) -> None:
+    compare(fake, tmp_path, "--jobs=1")
+    order = (tmp_path / "work" / "begun.txt").read_text().split()
+    assert [name.rpartition("-")[0] for name in order] == ["kd-s0", "dkd-s0", "kd-s1", "dkd-s1"]
+
+
 def test_a_finished_cell_never_runs_again_and_a_grid_can_grow(fake: Path, tmp_path: Path) -> None:
     out = tmp_path / "grid"
     compare(fake, out, "--seeds=1")
