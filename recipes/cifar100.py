@@ -106,7 +106,7 @@ def main(
         teacher_subset: train the teacher on this many images, 50,000 for all; by itself on the student's.
         teacher_dir: where trained teachers are kept and found again; by itself "teachers" beside the run's folder.
         teacher_cache: ask the teacher once and keep its answers: 0 to clean images, k to k augmentations of each that
-            training then replays; by itself it is asked at every step.
+            training then replays, which differ from seed to seed; by itself it is asked at every step.
         precision: of the student's training, and of the teacher's.
         teacher_precision: in which the teacher is asked; auto is bf16 where the hardware computes in it, else fp32.
         fast: fold the teacher's batch norms into its convolutions, where nothing is tapped, and lay images out
@@ -184,6 +184,7 @@ def main(
         )
         if teacher_cache is not None:
             of = f"{taught.identity[:10]}-{splits.train.identity[:10]}-{teacher_cache}"
+            of += f"-{seed}" if teacher_cache else ""  # augmentations are the seed's
             place = (teacher_dir or out.parent / "teachers") / f"answers-{of}"
             taught = record(taught, splits.train, place, views=teacher_cache or None, quiet=quiet)
             said["calls"] = taught.rows

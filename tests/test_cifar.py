@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from tempering import recipefile
 from tempering.data import cifar, cifar100
-from tests.paths import SHARED, needs_shared
+from tests.paths import ROOT, SHARED, needs_shared
 
 PACKED = SHARED / "data" / "cifar100"
 NAMES = [f"class_{i:02d}" for i in range(100)]
@@ -207,6 +208,35 @@ def test_packed_blocks_that_were_changed_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot take 1001 of 1000 images"):
         write_packed(tmp_path)
         cifar100(tmp_path, subset=1001)
+
+
+def test_answers_to_augmentations_are_kept_by_the_seed_that_drew_them(tmp_path: Path) -> None:
+    """Two arms of a seed share one recording; another seed draws other augmentations, and makes its own."""
+    write_packed(tmp_path, train=500)
+    main = recipefile.load(ROOT / "recipes" / "cifar100.py")
+    options = {"teacher": "resnet8", "student": "resnet8", "subset": 100, "test_subset": 100, "epochs": 2, "threads": 1}
+    options |= {"teacher_epochs": 1, "teacher_cache": 2, "teacher_dir": tmp_path / "teachers", "quiet": True}
+    options |= {"data": tmp_path, "selfcheck": False}  # a teacher of noise knows nothing
+
+    def kept() -> dict[str, int]:
+        return {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("teachers/answers-*/key.json")}
+
+    made = []
+    for method, seed in (("kd", 0), ("dtkd", 0), ("kd", 1)):
+        main(method=method, seed=seed, out=tmp_path / f"{method}-{seed}", **options)
+        made.append(kept())
+    assert made[0] == made[1] and made[1].items() < made[2].items() and len(made[2]) == 2
+
+
+def test_replayed_views_are_what_training_would_have_shown(tmp_path: Path) -> None:
+    """So the student alone, who asks no teacher, sees the same images as every arm of its seed."""
+    write_packed(tmp_path, train=500)
+    drawn = cifar100(tmp_path, batch_size=100, subset=200, seed=3).train
+    for epoch, (own, kept) in enumerate(zip([drawn] * 2, [drawn.replay(2)] * 2, strict=True)):
+        own.set_epoch(epoch)
+        kept.set_epoch(epoch)
+        for (a, _, _), (b, _, _) in zip(own, kept, strict=True):
+            assert torch.equal(a, b)
 
 
 @needs_shared
