@@ -186,7 +186,8 @@ def main(
             of = f"{taught.identity[:10]}-{splits.train.identity[:10]}-{teacher_cache}"
             of += f"-{seed}" if teacher_cache else ""  # augmentations are the seed's
             place = (teacher_dir or out.parent / "teachers") / f"answers-{of}"
-            taught = record(taught, splits.train, place, views=teacher_cache or None, quiet=quiet)
+            live, taught = taught, record(taught, splits.train, place, views=teacher_cache or None, quiet=quiet)
+            taught.beyond = live  # the test images are not in it
             said["calls"] = taught.rows
     return train(
         learner,

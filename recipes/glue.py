@@ -126,7 +126,8 @@ def main(
         if teacher_cache:
             TextClassification().meet(net)
             place = out.parent / "teachers" / f"answers-{taught.identity[:10]}-{splits['train'].identity[:10]}"
-            taught = record(taught, splits["train"], place, quiet=quiet)
+            live, taught = taught, record(taught, splits["train"], place, quiet=quiet)
+            taught.beyond = live  # the other splits are not in it
             said["calls"] = taught.rows
     return go(
         learner,

@@ -137,8 +137,8 @@ class Loop:
         still = self.task.remember and not (isinstance(self.method, StepMethod) and self.method.trains_teacher)
         teacher = self.teacher
         # a cache of the training set knows no other split, and would answer with rows of its own
-        asked = {n for n, x in self.evaluations.items() if teacher is not None and teacher.objection(x) is None}
-        self.taught = {n: Remembered(teacher, still=still) for n in asked if teacher is not None}
+        asked = {n: teacher.on(x) for n, x in self.evaluations.items()} if teacher is not None else {}
+        self.taught = {n: Remembered(t.to(self.fabric.device), still=still) for n, t in asked.items() if t is not None}
         metric, self.higher = self.task.headline()
         self.best_by = next((f"{name}/{metric}" for name in ("validation", "test") if name in self.evaluations), None)
         if self.settings.patience is not None and self.best_by is None:

@@ -226,6 +226,11 @@ def test_answers_to_augmentations_are_kept_by_the_seed_that_drew_them(tmp_path: 
         main(method=method, seed=seed, out=tmp_path / f"{method}-{seed}", **options)
         made.append(kept())
     assert made[0] == made[1] and made[1].items() < made[2].items() and len(made[2]) == 2
+    found = json.loads((tmp_path / "dtkd-0" / "analysis.json").read_text())
+    assert found["agreement"] is not None and found["accuracy"]["teacher"] is not None, (
+        "the model is asked about the test"
+    )
+    assert len(found["temperatures"]["by_difficulty"]) == 5
 
 
 def test_replayed_views_are_what_training_would_have_shown(tmp_path: Path) -> None:

@@ -85,6 +85,14 @@ def test_seeds_that_agree_to_the_last_digit_give_no_interval(gap: float) -> None
     assert found is not None and (found.half, found.detectable, found.shown, found.n) == (None, None, False, 3)
 
 
+def test_one_seed_beside_more_is_taken_with_its_own() -> None:
+    """A grid that goes on: without an interval either way, the pair says more than two means of different seeds."""
+    for arm, control, sign in (({1: 0.5}, {0: 0.1, 1: 0.2, 2: 0.9}, 1), ({0: 0.1, 1: 0.2, 2: 0.9}, {1: 0.5}, -1)):
+        found = difference(arm, control)
+        assert found is not None and found.paired and found.half is None and found.n == 1
+        assert found.mean == pytest.approx(sign * 0.3)
+
+
 def test_no_seed_no_difference() -> None:
     assert difference({}, scores(1.0)) is None and difference(scores(1.0), {}) is None
 

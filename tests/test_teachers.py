@@ -635,3 +635,6 @@ def test_a_cache_of_the_training_set_is_not_asked_about_another(tmp_path: Path) 
     assert "agreement" in asked.last["test"]
     seen = distill(copy.deepcopy(student), cached, train, test=train.clean(), **options)
     assert "agreement" in seen.last["test"], "about its own images it is"
+    cached.beyond = live
+    helped = distill(copy.deepcopy(student), cached, train, test=test, **options)
+    assert helped.last["test"].keys() == asked.last["test"].keys(), "the model answers what its cache does not hold"

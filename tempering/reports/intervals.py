@@ -51,11 +51,13 @@ class Difference:
 def difference(arm: Mapping[int, float], control: Mapping[int, float]) -> Difference | None:
     """Arm minus control over seeds: paired where two seeds or more are in both, else Welch's; None where one is empty.
 
+    An arm of one seed beside more has no interval either way: it is taken with its own seed, and not with the others'.
+
     Source: Welch (1947), "The generalization of Student's problem when several different population variances are
     involved", for the interval of unpaired seeds.
     """
     common = sorted(set(arm) & set(control))
-    if len(common) >= 2 or (len(arm) == len(control) == len(common) == 1):
+    if len(common) >= 2 or (common and min(len(arm), len(control)) == 1):
         each = {seed: arm[seed] - control[seed] for seed in common}
         gaps = list(each.values())
         spread, freedom = deviation(gaps), len(gaps) - 1

@@ -15,6 +15,7 @@ class Teacher(ABC):
     """Where the teacher's numbers come from. Never a module, so never a part of what is trained."""
 
     identity: str  # sha256 of what it is: weights and options, or a cache's key
+    beyond: Teacher | None = None  # who is asked about data that a cache does not hold, such as the test split
 
     @abstractmethod
     def __call__(self, inputs: Any, ids: Tensor | None) -> Any:
@@ -42,6 +43,10 @@ class Teacher(ABC):
     def objection(self, batches: Any) -> str | None:
         """Why its answers do not belong to these batches, and what to do; None if they do. A live one never objects."""
         return None
+
+    def on(self, batches: Any) -> Teacher | None:
+        """Who answers for these batches: itself, else ``beyond``; None where neither can."""
+        return self if self.objection(batches) is None else self.beyond
 
 
 def fingerprint(model: nn.Module) -> str:
