@@ -129,7 +129,7 @@ evidence-resnet20: $(READY)  ## 240 epochs, 3 seeds, the larger teacher
 	$(WRITTEN)
 
 evidence-short: $(READY)  ## a first look, no part of `make evidence`: 8 epochs, a teacher of 12, 3 seeds, in float32
-	$(COMPARED) --methods '$(CORE),dtkd-soften,dtkd-weigh' --seeds 3 --out $(EVIDENCE)short -- --data $(DATA) \
+	$(COMPARED) --methods '$(CORE)' --seeds 3 --out $(EVIDENCE)short -- --data $(DATA) \
 	--teacher-dir $(EVIDENCE)short/work/teachers --teacher resnet14 --teacher-epochs 12 --teacher-cache 8 \
 	--student resnet8 --epochs 8
 	$(BIN)/python benchmarks/evidence.py --teachers $(EVIDENCE)short/work/teachers

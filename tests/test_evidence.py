@@ -77,8 +77,11 @@ def row(text: str, begin: str) -> list[str]:
     return [c.strip() for c in next(x for x in text.splitlines() if x.startswith(f"| {begin} |")).strip("|").split("|")]
 
 
-def test_the_numbers_are_those_of_the_records(evidence: ModuleType, tmp_path: Path) -> None:
+def test_the_numbers_are_those_of_the_records(
+    evidence: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Computed again with numpy and scipy alone."""
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results")
     text = written(evidence, tmp_path / "page.md", grid(tmp_path, SCORES))
     for label, control in (("DTKD published", "KD, weight-matched"), ("DTKD exact", "DTKD published")):
         gaps = 100 * (np.array(SCORES[label]) - np.array(SCORES[control]))
@@ -132,7 +135,10 @@ def test_open_cells_are_shown_as_open(evidence: ModuleType, tmp_path: Path) -> N
     )
 
 
-def test_a_shorter_teacher_is_named_where_a_stage_is(evidence: ModuleType, tmp_path: Path) -> None:
+def test_a_shorter_teacher_is_named_where_a_stage_is(
+    evidence: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results")
     folder = grid(tmp_path, SCORES)
     plan = json.loads((folder / "plan.json").read_text())
     plan["flags"] |= {"teacher_epochs": "12", "epochs": "8"}
