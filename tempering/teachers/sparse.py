@@ -41,7 +41,10 @@ def top(
     width = k + (besides is not None)
     if k < 1 or width > logits.shape[-1]:
         raise ValueError(f"top needs 1 <= k <= {logits.shape[-1] - (besides is not None)}; got k={k}.")
-    logp = torch.log_softmax(widened(logits) / temperature, -1)
+    # not log_softmax, which sums up 19,000 numbers a lane of AVX2 in turn: 2e-5 off where V is 152,000
+    z = widened(logits) / temperature
+    z = z - z.amax(-1, keepdim=True)
+    logp = z - z.logsumexp(-1, keepdim=True)
     ids = logp.topk(width, -1).indices
     if besides is not None:
         absent = (ids[..., :k] != besides[..., None]).all(-1)
