@@ -128,10 +128,12 @@ evidence-resnet20: $(READY)  ## 240 epochs, 3 seeds, the larger teacher
 	$(COMPARED) --methods '$(CORE)' --seeds 3 --out $(EVIDENCE)full-resnet20 -- $(RECIPE) --teacher resnet20 --epochs 240
 	$(WRITTEN)
 
-evidence-short: $(READY)  ## a first look, no part of `make evidence`: 8 epochs, a teacher of 12, 3 seeds, in float32
-	$(COMPARED) --methods '$(CORE)' --seeds 3 --out $(EVIDENCE)short -- --data $(DATA) \
-	--teacher-dir $(EVIDENCE)short/work/teachers --teacher resnet14 --teacher-epochs 12 --teacher-cache 8 \
-	--student resnet8 --epochs 8
+# 5 arms; the temperatures or their scale alone; then tau, at one seed
+FIRST = --out $(EVIDENCE)short -- --data $(DATA) --teacher-dir $(EVIDENCE)short/work/teachers --teacher resnet14 \
+	--teacher-epochs 12 --teacher-cache 8 --student resnet8 --epochs 8
+evidence-short: $(READY)  ## a first look, no part of `make evidence`: 8 epochs, a teacher of 12, in float32
+	$(COMPARED) --methods '$(CORE),dtkd-soften,dtkd-weigh' --seeds 3 $(FIRST)
+	$(COMPARED) --methods dtkd --temperatures 'static(2),sharpness(2),static(8),sharpness(8)' --seeds 1 --no-controls $(FIRST)
 	$(BIN)/python benchmarks/evidence.py --teachers $(EVIDENCE)short/work/teachers
 
 docs: $(READY)  ## docs/papers.md, from docstrings, presets and records; docs/performance.md; docs/evidence.md

@@ -57,7 +57,7 @@ COMMANDS = """What is open is run by these, in this order; a killed one goes on,
 
 And a first look, which is none of them, where hours of a slow core are all there is:
 
-    make evidence-short DATA=DIR        8 epochs, a teacher of 12, 5 arms, 3 seeds
+    make evidence-short DATA=DIR        8 epochs, a teacher of 12: 7 arms, 3 seeds; tau, 1 seed
 
 A stage goes on from its folder and the `work/` in it, where teacher and checkpoints lie; those are not committed. From
 the records alone a new teacher would be trained: an arm refuses a second teacher for one seed, and a table says where

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from budget import markdown
 from tempering import arena_plan, arena_view
 from tempering.arena_plan import Plan
 from tempering.arms import MATCHED, method_of
-from tempering.methods import DTKD
+from tempering.methods import DTKD, KD
 from tempering.reports import figures, figures_temperature
 from tempering.reports.compare import CONTROL, Arm, Comparison, compare
 from tempering.reports.intervals import Difference, difference, mean
@@ -66,11 +66,11 @@ class Grid:
         """All cells."""
         return [run for arm in self.found.arms for run in arm.runs]
 
-    def gap(self, label: str, control: str) -> Difference | None:
-        """Arm minus control over the seeds that both have finished; None where there is none."""
+    def gap(self, label: str, control: str, seeds: Collection[int] | None = None) -> Difference | None:
+        """Arm minus control over the seeds, or those of ``seeds``, that both have finished; None of none."""
         arms = {arm.label: arm.last for arm in self.found.arms}
         a, b = arms.get(label, {}), arms.get(control, {})
-        common = a.keys() & b.keys()
+        common = a.keys() & b.keys() & set(a if seeds is None else seeds)
         return difference({s: a[s] for s in common}, {s: b[s] for s in common})
 
     def has(self, *labels: str) -> bool:
@@ -120,40 +120,57 @@ def _theirs(arm: Arm, control: Arm) -> float | None:
 
 
 def fixed_and_exact(grid: Grid) -> str:
-    """Exact temperatures beside fixed ones at the same weights, over tau; nothing where a plan has not both."""
-    places: dict[tuple[float, float, float], dict[str, dict[float, Arm]]] = {}
-    for cell in grid.plan.cells:
-        method = method_of(cell.method, cell.temperature)
-        if not isinstance(method, DTKD):
-            continue
-        policy = method.temperature
-        exact = isinstance(policy, Sharpness) and policy.solve == "exact"
-        if exact or isinstance(policy, Static):
-            weights = places.setdefault((method.dynamic, method.soft, method.hard), {"exact": {}, "fixed": {}})
-            weights["exact" if exact else "fixed"][policy.tau] = grid.found.arm(cell.label)
+    """Exact temperatures beside fixed ones at the same weights, over tau; nothing where a plan has not both.
+
+    Over the seeds that all of them have finished. KD at the same total weights and warm-up is a fixed temperature.
+    """
     show, rows, said = grid.found.metric.show, [], []
-    for (dynamic, soft, hard), kinds in places.items():
-        fixed, means = kinds["fixed"], {tau: arm.mean for tau, arm in kinds["fixed"].items()}
-        whole = fixed and None not in means.values()
-        best = max(fixed, key=lambda tau: means[tau] or 0.0) if whole else None
+    for weights, exact, fixed in _places(grid):
+        arms = [*exact.values(), *fixed.values()]
+        seeds = sorted(set.intersection(*done)) if (done := [set(arm.last) for arm in arms if arm.n]) else []
+        score = {arm.label: mean([arm.last[seed] for seed in seeds]) if arm.n else None for arm in arms}
+        whole = all(score[arm.label] is not None for arm in fixed.values())
+        best = max(fixed, key=lambda tau: score[fixed[tau].label] or 0.0) if whole else None
         above = []
-        for tau in sorted(set(fixed) & set(kinds["exact"])):
-            pair = [kinds["exact"][tau], fixed[tau], *([] if best is None else [fixed[best]])]
-            gaps = [grid.gap(pair[0].label, other.label) for other in pair[1:]]
+        for tau in sorted(set(fixed) & set(exact)):
+            others = [fixed[tau], *([] if best is None else [fixed[best]])]
+            gaps = [grid.gap(exact[tau].label, other.label, seeds) for other in others]
             above += [f"{tau:g}"] if best is not None and gaps[1] and gaps[1].mean > 0 else []
             texts = ["open" if gap is None else points(grid, gap).removesuffix(" points") for gap in gaps]
-            scores = ["open" if arm.mean is None else show(arm.mean) for arm in pair[:2]]
-            rows.append([f"{dynamic:g}, {soft:g}, {hard:g}", f"{tau:g}", *scores, *texts, *["open"] * (2 - len(texts))])
-        if best is not None and any(arm.n for arm in kinds["exact"].values()):
+            scores = [score[arm.label] for arm in (exact[tau], fixed[tau])]
+            texts = [*("open" if value is None else show(value) for value in scores), *texts]
+            rows.append([weights, f"{tau:g}", *texts, *["open"] * (4 - len(texts))])
+        if best is not None and any(score[arm.label] is not None for arm in exact.values()):
             where = f"at tau {', '.join(above)}" if above else "nowhere"
             said.append(
-                f"- With weights {dynamic:g}, {soft:g}, {hard:g} the best fixed temperature is {best:g} "
-                f"({show(means[best])} %); exact is above it {where}."
+                f"- With weights {weights} the best fixed temperature is {best:g} ({show(score[fixed[best].label])} %, "
+                f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}); exact is above it {where}."
             )
     if not rows:
         return ""
     head = ["dynamic, soft, hard", "tau", "exact (%)", "fixed (%)", "minus fixed at tau", "minus the best fixed"]
     return "\n\n".join([markdown(head, rows), *(["\n".join(said)] if said else [])])
+
+
+def _places(grid: Grid) -> list[tuple[str, dict[float, Arm], dict[float, Arm]]]:
+    """DTKD's weights, and by tau its arms of exact and of fixed temperatures, two of these or more."""
+    found: dict[tuple[float, float, float, float], tuple[dict[float, Arm], dict[float, Arm]]] = {}
+    plain: list[tuple[KD, Arm]] = []
+    for cell in grid.plan.cells:
+        method, arm = method_of(cell.method, cell.temperature), grid.found.arm(cell.label)
+        if not isinstance(method, DTKD | KD):
+            continue
+        policy = method.temperature
+        if isinstance(method, KD):
+            plain += [(method, arm)] if isinstance(policy, Static) else []
+        elif isinstance(policy, Static) or (isinstance(policy, Sharpness) and policy.solve == "exact"):
+            place = found.setdefault((method.dynamic, method.soft, method.hard, method.warmup), ({}, {}))
+            place[isinstance(policy, Static)][policy.tau] = arm
+    for (dynamic, soft, hard, warmup), (_, fixed) in found.items():
+        for method, arm in plain:
+            if (method.soft, method.hard, method.warmup) == (dynamic + soft, hard, warmup):
+                fixed.setdefault(method.temperature.tau, arm)
+    return [(f"{d:g}, {s:g}, {h:g}", *arms) for (d, s, h, _), arms in found.items() if len(arms[1]) > 1]
 
 
 def temperatures(grid: Grid) -> str:

@@ -221,7 +221,22 @@ def test_exact_beside_the_best_fixed_temperature(evidence: ModuleType, tmp_path:
     whole = grid(tmp_path / "whole", scores | {"dtkd @ static(8)": (0.585,)}, **options)
     text = written(evidence, tmp_path / "page.md", whole)
     assert "| 3, 1, 1 | 8 | 59.00 | 58.50 | +0.50 | -1.00 |" in text
-    assert "- With weights 3, 1, 1 the best fixed temperature is 4 (60.00 %); exact is above it at tau 4." in text
+    assert (
+        "- With weights 3, 1, 1 the best fixed temperature is 4 (60.00 %, seed 0); exact is above it at tau 4." in text
+    )
+
+
+def test_kd_at_the_same_weights_is_a_fixed_temperature_over_the_common_seeds(
+    evidence: ModuleType, tmp_path: Path
+) -> None:
+    methods = f"{CORE},dtkd(temperature=sharpness(8)),dtkd(temperature=static(8))"
+    scores = SCORES | {"dtkd(temperature=sharpness(8))": (0.61,), "dtkd(temperature=static(8))": (0.59,)}
+    text = written(evidence, tmp_path / "page.md", grid(tmp_path, scores, methods))
+    assert "| 3, 1, 1 | 4 | 60.00 | 60.10 | -0.10 | -0.10 |" in text
+    assert "| 3, 1, 1 | 8 | 61.00 | 59.00 | +2.00 | +0.90 |" in text
+    assert "is 4 (60.10 %, seed 0); exact is above it at tau 8." in text
+    alone = written(evidence, tmp_path / "alone.md", grid(tmp_path / "alone", SCORES))
+    assert "minus the best fixed" not in alone  # one temperature chooses nothing
 
 
 def test_teachers_are_packed_once_they_are_done(
@@ -286,5 +301,11 @@ def test_every_stage_can_be_run(evidence: ModuleType) -> None:
     assert set(arms) == set(evidence.FOLDERS)
     wanted = {label for pair in tables.PLANNED for label in pair[:2]}
     assert wanted <= set(arms["evidence-screen"]) and len(arms["evidence-screen"]) == 19
-    assert {len(seeds) for name in arms if name != "evidence-ablations" for seeds in arms[name].values()} == {3}
+    one = {name: {label for label, seeds in found.items() if len(seeds) == 1} for name, found in arms.items()}
+    assert {len(seeds) for found in arms.values() for seeds in found.values()} == {1, 3}
+    taus = {f"dtkd @ {kind}({tau})" for kind in ("static", "sharpness") for tau in (2, 8)}
+    assert {name: found for name, found in one.items() if found} == {
+        "evidence-ablations": set(arms["evidence-ablations"]),
+        "evidence-short": taus,
+    }
     assert len(arms["evidence-ablations"]) == 18
