@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional, arg
 
+from tempering import __version__
 from tempering.auditing import audit
 from tempering.recipefile import BEHIND
 
@@ -286,6 +287,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code. Errors that say what to do are printed as they are, without a traceback."""
     args = list(sys.argv[1:] if argv is None else argv)
     loud = "--traceback" in args or os.environ.get("TEMPERING_TRACEBACK", "0") not in ("", "0")
+    if args == ["--version"]:
+        print(f"tempering {__version__}")
+        return 0
     args, behind = _divided([a for a in args if a != "--traceback"])
     token = BEHIND.set(behind)
     before = signal.signal(signal.SIGTERM, _interrupt)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from tempering import cli, recipefile
+from tempering import __version__, cli, recipefile
 from tempering.arms import ARMS
 from tempering.engine import CHECK_ONLY, CheckedOnly
 from tempering.methods import METHODS
@@ -96,6 +96,12 @@ assert not heavy, heavy
         )
         assert done.returncode == 0, done.stderr
         assert "usage: tempering" in done.stdout
+
+
+def test_the_package_is_the_command_and_says_its_version() -> None:
+    call = [sys.executable, "-m", "tempering", "--version"]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == f"tempering {__version__}\n"
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
