@@ -241,14 +241,14 @@ def test_variants() -> None:
     assert made.take(10) is made and torch.equal(made.take(4).images, made.take(4).images)
 
 
-def test_answers_are_not_recorded() -> None:
+def test_answers_are_not_recorded(tmp_path: Path) -> None:
     from tempering.models import build
     from tempering.teachers import Live, record
 
     with pytest.raises(
         ValueError, match="a detector's answers are maps, boxes and logits of every anchor, which are not"
     ):
-        record(Live(build("fcos_nano", classes=2)), scenes(), "nowhere", quiet=True)
+        record(Live(build("fcos_nano", classes=2)), scenes(), tmp_path / "answers", quiet=True)
 
 
 @pytest.mark.parametrize(
