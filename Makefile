@@ -129,12 +129,13 @@ evidence-resnet20: $(READY)  ## 240 epochs, 3 seeds, the larger teacher
 	$(WRITTEN)
 
 # 5 arms; the temperatures or their scale alone; then tau, at one seed
-FIRST = --out $(EVIDENCE)short -- --data $(DATA) --teacher-dir $(EVIDENCE)short/work/teachers --teacher resnet14 \
-	--teacher-epochs 12 --teacher-cache 8 --student resnet8 --epochs 8
+FIRST = --out $(EVIDENCE)short -- --data $(DATA) --teacher-dir $(TEACHERS) --teacher resnet14 --teacher-epochs 12 \
+	--teacher-cache 8 --student resnet8 --epochs 8
+evidence-short: TEACHERS = $(EVIDENCE)short/work/teachers
 evidence-short: $(READY)  ## a first look, no part of `make evidence`: 8 epochs, a teacher of 12, in float32
 	$(COMPARED) --methods '$(CORE),dtkd-soften,dtkd-weigh' --seeds 3 $(FIRST)
 	$(COMPARED) --methods dtkd --temperatures 'static(2),sharpness(2),static(8),sharpness(8)' --seeds 1 --no-controls $(FIRST)
-	$(BIN)/python benchmarks/evidence.py --teachers $(EVIDENCE)short/work/teachers
+	$(WRITTEN)
 
 docs: $(READY)  ## docs/papers.md, from docstrings, presets and records; docs/performance.md; docs/evidence.md
 	$(BIN)/python -m tempering.papersdoc .
