@@ -19,8 +19,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tempering import arena_plan, arena_view
-from tempering.arms import MATCHED
+from tempering.experiments.compare import plan as arena_plan
+from tempering.experiments.compare import status as arena_view
+from tempering.experiments.presets import MATCHED
 from tempering.reports.charts import Series, Svg, join, lines, tag
 from tempering.reports.intervals import deviation, difference, mean
 
@@ -49,7 +50,7 @@ def commands(args: argparse.Namespace) -> list[list[str]]:
         grid = ["--methods", args.methods, "--seeds", str(args.seeds), "--no-controls"]
         grid += ["--out", str(args.out / f"n-{n}")]
         machine = ["--jobs", str(args.jobs), "--threads", str(args.threads), *(["--nice"] if args.nice else [])]
-        called = [sys.executable, "-m", "tempering.cli", "compare", str(ROOT / "recipes" / "cifar100.py")]
+        called = [sys.executable, "-m", "tempering", "compare", str(ROOT / "tempering" / "recipes" / "cifar100.py")]
         out.append([*called, *grid, *machine, "--", f"--data={args.data}", *flags, *args.flags])
     return out
 

@@ -21,10 +21,10 @@ from evidence_tables import Grid, authors, fixed_and_exact, grid_in, planned, po
 from sheets import learning, sheet
 from timing import ROOT
 
-from tempering.arms import MATCHED
+from tempering.experiments.presets import MATCHED
 from tempering.reports import figures, figures_temperature, table
 from tempering.reports.intervals import Difference
-from tempering.reports.read import load_run, pack, write_cell
+from tempering.reports.records import load_run, pack, write_cell
 
 RESULTS = ROOT / "benchmarks" / "results"
 # in the order of the page: the first that has an interval decides

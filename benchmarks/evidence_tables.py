@@ -8,15 +8,16 @@ from pathlib import Path
 
 from budget import markdown
 
-from tempering import arena_plan, arena_view
-from tempering.arena_plan import Plan
-from tempering.arms import MATCHED, method_of
+from tempering.experiments.compare import plan as arena_plan
+from tempering.experiments.compare import status as arena_view
+from tempering.experiments.compare.plan import Plan
+from tempering.experiments.presets import MATCHED, method_of
 from tempering.methods import DTKD, KD
 from tempering.reports import figures, figures_temperature
 from tempering.reports.compare import CONTROL, Arm, Comparison, compare
 from tempering.reports.intervals import Difference, difference, mean
-from tempering.reports.read import RunRecord, load_run, number
-from tempering.reports.reported import published
+from tempering.reports.paper_results import published
+from tempering.reports.records import RunRecord, load_run, number
 from tempering.temperature import Sharpness, Static
 
 TARGET, REST = "DKD, target only", "DKD, rest only"

@@ -20,14 +20,14 @@ from timing import ROOT, machine
 from torch import Tensor, nn
 
 from tempering.data.coco import coco
+from tempering.data.detection import Scenes
 from tempering.data.inconsistent import SampleSpecific
-from tempering.data.scenes import Scenes
-from tempering.data.shapes import shapes
 from tempering.data.spectrum import spectrum
+from tempering.data.synthetic_shapes import shapes
+from tempering.experiments.recipe import load as recipe
 from tempering.methods import InconsistentDetection
 from tempering.models import load
-from tempering.models.detectors_elsewhere import detector
-from tempering.recipefile import load as recipe
+from tempering.models.external_detectors import detector
 from tempering.reports.spectra import write_spectra
 
 ALL_SMALL, NONE_SMALL = 1e6, 0.0  # limits that make noise, or the crop, of any image
@@ -40,7 +40,7 @@ def trained(args: argparse.Namespace, classes: int) -> tuple[nn.Module, dict[str
     )
     settings: dict[str, Any] = {"data": args.data, "size": args.size, "epochs": args.epochs, "subset": args.subset}
     settings |= {"fit": "stretch", "evaluate_every": args.epochs, "threads": args.threads, "quiet": True, "out": folder}
-    run = recipe(ROOT / "recipes" / "detection.py")(method="supervised", student=args.teacher, **settings)
+    run = recipe(ROOT / "tempering" / "recipes" / "detection.py")(method="supervised", student=args.teacher, **settings)
     net = detector(args.teacher, classes=classes)
     load(net, folder / "student.safetensors")
     return net.eval().requires_grad_(False), run.last["test"]

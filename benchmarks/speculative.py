@@ -17,8 +17,8 @@ import torch
 from timing import Arm, Sheet, arguments, device, in_turn
 from torch import nn
 
+from tempering.rollouts.sampling import Pace, write
 from tempering.tasks import Generation, Sampling
-from tempering.tasks.writing import Pace, write
 from tempering.teachers import Live
 
 VOCABULARY = 512

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tempering._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from tempering import data as data
     from tempering import kernels as kernels
@@ -18,20 +20,19 @@ if TYPE_CHECKING:
     from tempering import tasks as tasks
     from tempering import teachers as teachers
     from tempering import temperature as temperature
-    from tempering.engine import distill as distill
     from tempering.rows import Rows as Rows
     from tempering.rows import total as total
-    from tempering.settings import Run as Run
-    from tempering.taps import Taps as Taps
+    from tempering.training.config import Run as Run
+    from tempering.training.distill import distill as distill
+    from tempering.utils.hooks import Taps as Taps
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "Rows": "tempering.rows",
     "total": "tempering.rows",
-    "distill": "tempering.engine",
-    "Run": "tempering.settings",
-    "Taps": "tempering.taps",
+    "distill": "tempering.training.distill",
+    "Run": "tempering.training.config",
+    "Taps": "tempering.utils.hooks",
 }
 _PARTS = ("data", "kernels", "methods", "models", "objectives", "tasks", "teachers", "temperature")
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from tempering.cli import main
+from tempering.cli.main import main
 
 sys.exit(main())

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from tempering.fusable import fusable
 from tempering.rows import Rows, widened
 from tempering.temperature.base import Temperatures
+from tempering.utils.override import fusable
 
 
 @fusable

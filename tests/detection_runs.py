@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from tempering.data.shapes import shapes
-from tempering.engine import distill
+from tempering.data.synthetic_shapes import shapes
 from tempering.methods import (
     CWD,
     DTKD,
@@ -27,8 +26,9 @@ from tempering.methods import (
     Supervised,
 )
 from tempering.models.fcos import FCOS
-from tempering.settings import Run
 from tempering.tasks.detection import Detection
+from tempering.training.config import Run
+from tempering.training.distill import distill
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-3)
 

@@ -12,7 +12,7 @@ import lightning_fabric.strategies.model_parallel  # noqa: F401  # once, before 
 import torch
 import torchmetrics.functional.classification  # noqa: F401
 
-from tempering import checkpoints
+from tempering.training import checkpoint as checkpoints
 from tests.runs import resumable
 
 # name -> (loader, what kills, the how-manieth time)
@@ -60,7 +60,7 @@ def arm(what: str, count: int) -> dict[str, Any]:
         # an epoch's end is at step 8, where a checkpoint lies already
         return {"checkpoint_every": 4, "keep": 1} if what == "replace" else {}
     if what == "scores":
-        from tempering.records import Recorder
+        from tempering.training.recorder import Recorder
 
         epoch = Recorder.epoch
         Recorder.epoch = lambda self, line: (epoch(self, line), kill())[0]

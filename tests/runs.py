@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from tempering import checkpoints
 from tempering.data import Batches
-from tempering.engine import distill
 from tempering.methods import KD, Method
 from tempering.objectives import cross_entropy
 from tempering.rows import Rows
-from tempering.settings import Run
 from tempering.tasks import Classification
+from tempering.training import checkpoint as checkpoints
+from tempering.training.config import Run
+from tempering.training.distill import distill
 
 DIMS, CLASSES = 6, 5
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-3)

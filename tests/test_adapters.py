@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tempering as kd
-from tempering import lossof
-from tempering.adapters.huggingface import METHOD, DistillMixin, Labelled, Unpacked
+from tempering.integrations.huggingface import METHOD, DistillMixin, Labelled, Unpacked
 from tempering.methods import DIST, DTKD, KD, FitNet, StepMethod, Sum, Supervised
 from tempering.rows import Rows, total
-from tempering.selfcheck import SelfCheckFailed
 from tempering.tasks import Classification
 from tempering.temperature import LearningPolicy, Static, Temperatures
+from tempering.training import loss as lossof
+from tempering.training.selfcheck import SelfCheckFailed
 
 CLASSES, IMAGES = 4, 72
 
@@ -409,7 +409,7 @@ def test_lightning_is_the_hand_written_loop(
     pl: Any, batch: int, accumulate: int, padded: bool, many: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """72 samples: the last step of an epoch is a short group, 8 samples; clipping sees the whole step's gradient."""
-    from tempering.adapters.lightning import DistillModule
+    from tempering.integrations.lightning import DistillModule
 
     monkeypatch.setattr(lossof, "MANY", many)
     x, y = flat()
@@ -446,7 +446,7 @@ def test_lightning_is_the_hand_written_loop(
 
 @LIGHTNING
 def test_lightning_module_holds_student_and_method_and_no_teacher(pl: Any, tmp_path: Path) -> None:
-    from tempering.adapters.lightning import DistillModule
+    from tempering.integrations.lightning import DistillModule
 
     x, y = flat()
     teacher, data = nn.Sequential(nn.Flatten(), Knowing()), (x.view(-1, 1, 8, 8), y)
@@ -478,7 +478,7 @@ def test_lightning_module_holds_student_and_method_and_no_teacher(pl: Any, tmp_p
 
 @LIGHTNING
 def test_lightning_logs_checks_and_scores(pl: Any, caplog: pytest.LogCaptureFixture) -> None:
-    from tempering.adapters.lightning import DistillModule
+    from tempering.integrations.lightning import DistillModule
 
     x, y = flat()
 
@@ -504,7 +504,7 @@ def test_lightning_logs_checks_and_scores(pl: Any, caplog: pytest.LogCaptureFixt
 
 @LIGHTNING
 def test_what_lightning_refuses(pl: Any) -> None:
-    from tempering.adapters.lightning import DistillModule
+    from tempering.integrations.lightning import DistillModule
 
     data, teacher = flat(), mlp(32, 0)
     with pytest.raises(ValueError, match=r"DIST compares rows .* accumulate_grad_batches=2 would change it"):

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from tempering.audits.attacks import pgd
-from tempering.engine import distill
 from tempering.methods import KDIGA, PGDAT, TRADES, Supervised
-from tempering.methods._attack import Ball, in_eval
+from tempering.methods.step._attack import Ball, in_eval
 from tempering.models import Normalised, build, stages
 from tempering.objectives import cross_entropy
 from tempering.rows import UNLABELLED, Rows
-from tempering.taps import Taps
+from tempering.training.distill import distill
+from tempering.utils.hooks import Taps
 from tests.contract import Lesson, same
 
 

@@ -15,9 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from tempering import arena, arena_plan, arena_view, cli, recipefile
-from tempering.arms import arms_from
-from tempering.checkpoints import found
+from tempering.cli import main as cli
+from tempering.experiments import recipe as recipefile
+from tempering.experiments.compare import plan as arena_plan
+from tempering.experiments.compare import runner as arena
+from tempering.experiments.compare import status as arena_view
+from tempering.experiments.presets import arms_from
+from tempering.training.checkpoint import found
 from tests.paths import ROOT, SHARED, needs_shared
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="cells are locked by flock, which is POSIX")
@@ -222,7 +226,7 @@ def test_what_runs_is_seen_from_outside_and_a_stop_reaches_it(
 ) -> None:
     out = tmp_path / "grid"
     args = ["compare", str(fake), "--methods=kd,dkd", "--seeds=1", "--no-controls", f"--out={out}", "--", "--wait=kd"]
-    process = subprocess.Popen([sys.executable, "-m", "tempering.cli", *args], cwd=ROOT, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-m", "tempering", *args], cwd=ROOT, stdout=subprocess.PIPE)
     try:
         _until(lambda: out.is_dir() and any((out / "work").glob("*/steps.jsonl")))
         cli.main(["compare", "--status", f"--out={out}"])
@@ -433,7 +437,7 @@ def test_paired_seeds_are_paired(name: str, monkeypatch: pytest.MonkeyPatch, tmp
         flags |= {"teacher": "resnet14", "student": "resnet8"}
     else:
         pytest.importorskip("sklearn")
-    recipe = sys.modules[recipefile.load(ROOT / "recipes" / f"{name}.py").__module__]
+    recipe = sys.modules[recipefile.load(ROOT / "tempering" / "recipes" / f"{name}.py").__module__]
     first, batch, teacher = first_of(recipe, monkeypatch, method="dtkd", seed=1, **flags)
     for method in ("supervised", "kd", "dkd-rest-dynamic"):
         weights, other, taught = first_of(recipe, monkeypatch, method=method, seed=1, **flags)

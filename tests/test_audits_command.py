@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from tempering import cli
 from tempering.audits import Audit
 from tempering.audits.privacy import Privacy
+from tempering.cli import main as cli
 from tempering.reports.page import render
-from tempering.reports.read import load_run, pack, read_cell, write_cell
+from tempering.reports.records import load_run, pack, read_cell, write_cell
 from tests.records_made import make_set
 
 RECIPE = '''

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from tempering import distill
 from tempering.audits.canaries import UNSEEN, Canaries, as_bytes, log_likelihoods
-from tempering.cli import main as command
+from tempering.cli.main import main as command
 from tempering.data import Tokens
 from tempering.data.canaries import Canary, canaries
 from tempering.data.text import prompted
+from tempering.experiments.recipe import load
 from tempering.methods import Supervised  # pyright: ignore[reportAttributeAccessIssue]
-from tempering.recipefile import load
 from tempering.reports.compare import compare
-from tempering.reports.read import load_run
+from tempering.reports.records import load_run
 from tempering.reports.table import markdown
 from tempering.tasks import Generation
 from tests.paths import ROOT
@@ -146,7 +146,7 @@ TINY |= {"length": 32, "epochs": 1, "teacher_epochs": 1, "subset": 4000, "digits
 
 
 def test_from_made_up_text_to_an_audited_run_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main = load(ROOT / "recipes" / "swing.py")
+    main = load(ROOT / "tempering" / "recipes" / "swing.py")
     flags = [
         word for name, value in TINY.items() if name != "quiet" for word in (f"--{name.replace('_', '-')}", str(value))
     ]
@@ -162,7 +162,7 @@ def test_from_made_up_text_to_an_audited_run_and_a_table(tmp_path: Path, capsys:
     assert made.metric.name == "test/exposure" and made.metric.lower and made.columns[-1].name == "test/loss"
     table = markdown(made)
     assert "| test exposure 100x | test loss |" in table and "| vs KD |" in table
-    recipe = str(ROOT / "recipes" / "swing.py")
+    recipe = str(ROOT / "tempering" / "recipes" / "swing.py")
     audited = ["audit", str(tmp_path / "swing"), "--privacy", "--recipe", recipe, "--", "--method", "swing", *flags]
     assert command([*audited, "--out", str(tmp_path / "swing")]) == 0
     content = json.loads((tmp_path / "swing" / "audits.json").read_text())["audits"]["privacy"]
@@ -175,7 +175,7 @@ def test_from_made_up_text_to_an_audited_run_and_a_table(tmp_path: Path, capsys:
 
 
 def test_the_recipe_s_detector_finds_what_was_planted() -> None:
-    recipe = load(ROOT / "recipes" / "swing.py").__globals__
+    recipe = load(ROOT / "tempering" / "recipes" / "swing.py").__globals__
     text = recipe["_made_up"](20_000)
     how: dict[str, Any] = {"length": 64, "batch_size": 8, "seed": 3}
     marked = recipe["_parts"](text, recipe["Patterns"](kinds=["number"]), 2, 3, **how)["train"]

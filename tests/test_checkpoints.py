@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from tempering import checkpoints
-from tempering.checkpoints import BrokenCheckpoint, found, load, save, save_weights
 from tempering.methods import DTKD, KD
 from tempering.temperature import Static
+from tempering.training import checkpoint as checkpoints
+from tempering.training.checkpoint import BrokenCheckpoint, found, load, save, save_weights
 from tests.runs import ADAMW, SGD, cut, go, identical, points, student_net
 
 STATE = {

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from tempering import recipefile
 from tempering.data import cifar, cifar100
+from tempering.experiments import recipe as recipefile
 from tests.paths import ROOT, SHARED, needs_shared
 
 PACKED = SHARED / "data" / "cifar100"
@@ -213,7 +213,7 @@ def test_packed_blocks_that_were_changed_are_refused(tmp_path: Path) -> None:
 def test_answers_to_augmentations_are_kept_by_the_seed_that_drew_them(tmp_path: Path) -> None:
     """Two arms of a seed share one recording; another seed draws other augmentations, and makes its own."""
     write_packed(tmp_path, train=500)
-    main = recipefile.load(ROOT / "recipes" / "cifar100.py")
+    main = recipefile.load(ROOT / "tempering" / "recipes" / "cifar100.py")
     options = {"teacher": "resnet8", "student": "resnet8", "subset": 100, "test_subset": 100, "epochs": 2, "threads": 1}
     options |= {"teacher_epochs": 1, "teacher_cache": 2, "teacher_dir": tmp_path / "teachers", "quiet": True}
     options |= {"data": tmp_path, "selfcheck": False}  # a teacher of noise knows nothing

@@ -14,17 +14,19 @@ import pytest
 import torch
 from torch import nn
 
-from tempering import __version__, cli, recipefile
-from tempering.arms import ARMS
-from tempering.engine import CHECK_ONLY, CheckedOnly
+from tempering import __version__
+from tempering.cli import main as cli
+from tempering.experiments import recipe as recipefile
+from tempering.experiments.presets import ARMS
 from tempering.methods import METHODS
 from tempering.temperature import POLICIES
-from tempering.trained import trained
+from tempering.training.distill import CHECK_ONLY, CheckedOnly
+from tempering.training.pretrained import trained
 from tests.paths import ROOT, SHARED, needs_shared
 from tests.records_made import ARMS as MADE
 from tests.records_made import make_run, make_set
 
-RECIPES = [ROOT / "recipes" / f"{name}.py" for name in ("digits", "cifar100", "language", "robust")]
+RECIPES = [ROOT / "tempering" / "recipes" / f"{name}.py" for name in ("digits", "cifar100", "language", "robust")]
 
 TINY = '''
 """A linear student on random rows."""
@@ -82,7 +84,7 @@ def words(text: str) -> str:
 def test_help_loads_nothing_heavy() -> None:
     code = """
 import sys
-from tempering import cli
+from tempering.cli import main as cli
 try:
     cli.main(sys.argv[1:])
 except SystemExit as end:
@@ -140,7 +142,7 @@ def test_a_recipe_that_is_not_there_names_the_near_ones(tiny: Path, capsys: pyte
     assert f"there is no recipe {tiny.with_name('tyni.py')}. Did you mean {tiny}?" in capsys.readouterr().err
     assert run("run", "cifar10") == 1
     assert f"Did you mean {recipefile.BUNDLED / 'cifar100.py'}" in capsys.readouterr().err
-    assert recipefile.find("digits") == ROOT / "recipes" / "digits.py"
+    assert recipefile.find("digits") == ROOT / "tempering" / "recipes" / "digits.py"
     tiny.write_text("x = 1\n")
     assert run("check", tiny) == 1
     assert f"{tiny} is no recipe: it has no function main." in capsys.readouterr().err

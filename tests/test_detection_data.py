@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tempering.data.coco import GROUND, coco
+from tempering.data.detection import Scenes
 from tempering.data.folders import pixels
-from tempering.data.scenes import Scenes
-from tempering.data.shapes import SHAPES, shapes
+from tempering.data.synthetic_shapes import SHAPES, shapes
 from tests.paths import SHARED, needs_shared
 
 Image = pytest.importorskip("PIL.Image")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tempering.methods import CWD, DTKD, FGD, KD, LD, MGD, PKD, Imitation, Method, Only, Sum
 from tempering.methods.base import drawing, drawn
-from tempering.methods.fgd import attentions, focus
-from tempering.methods.necks import NeckMethod
+from tempering.methods.detection.base import NeckMethod
+from tempering.methods.detection.fgd import attentions, focus
 from tempering.objectives import kl
 from tempering.rows import UNLABELLED, Rows, total
 from tempering.temperature import Sharpness, Static

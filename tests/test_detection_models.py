@@ -13,7 +13,7 @@ from torch import Tensor
 from tempering.models import build
 from tempering.models.boxes import areas, centred, cornered, giou, iou, nms
 from tempering.models.detector import Detected, Detector, detections, inherit
-from tempering.models.detectors_elsewhere import TorchvisionDetector, TransformersDetector, detector, torchvision
+from tempering.models.external_detectors import TorchvisionDetector, TransformersDetector, detector, torchvision
 from tempering.models.fcos import FCOS, STRIDES, assign, grid
 from tempering.teachers import Live
 

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
+from tempering.experiments.recipe import load
 from tempering.models import build
-from tempering.recipefile import load
 from tempering.reports.compare import compare
 from tempering.reports.page import render
-from tempering.reports.read import load_run
-from tempering.settings import Run
+from tempering.reports.records import load_run
+from tempering.training.config import Run
 from tests.paths import ROOT
 from tests.test_detection_data import box, folder
 
 pytest.importorskip("pycocotools")
-main = load(ROOT / "recipes" / "detection.py")
+main = load(ROOT / "tempering" / "recipes" / "detection.py")
 
 
 def run(out: Path, method: str, **more: Any) -> Run:

@@ -15,18 +15,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tempering.data.scenes import Scenes
-from tempering.data.shapes import shapes
-from tempering.engine import distill
-from tempering.loop import Loop
+from tempering.data.detection import Scenes
+from tempering.data.synthetic_shapes import shapes
 from tempering.methods import DTKD, KD, Sum, Supervised
 from tempering.models.detector import Detected, inherit
 from tempering.models.fcos import FCOS
 from tempering.rows import Rows, total
-from tempering.selfcheck import selfcheck
+from tempering.tasks.average_precision import average_precision
 from tempering.tasks.detection import Detection, found_again
-from tempering.tasks.precision import average_precision
 from tempering.teachers import Live
+from tempering.training.distill import distill
+from tempering.training.selfcheck import selfcheck
+from tempering.training.trainer import Loop
 from tests.detection_runs import ADAMW, go, net
 from tests.paths import ROOT
 from tests.runs import identical, left, stop_at

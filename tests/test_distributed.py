@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tempering import checkpoints
+from tempering.training import checkpoint as checkpoints
 from tests.paths import ROOT
 from tests.runs import STEPS, identical, left, student_net
 from tests.two_ranks import RUNS, aligned, attending, detecting, one, pictures
@@ -117,6 +117,6 @@ def test_what_a_split_would_change_is_refused(two: Path) -> None:
 
 
 def _column(path: Path, name: str) -> list[float]:
-    from tempering.records import lines
+    from tempering.utils.files import lines
 
     return [line[name] for line in lines(path)]

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tempering.buckets import bucketed
 from tempering.data import Pairs, Tokens
 from tempering.data.text import Example
 from tempering.objectives import kl
 from tempering.rows import Rows
 from tempering.tasks import Generation, Seq2Seq
 from tempering.teachers import Cached, CachedDrawn, CachedHidden, Kept, Live, record_drawn, record_sparse
-from tempering.teachers.cached import BrokenCache
-from tempering.teachers.drawn import packed, shares, unpacked
-from tempering.teachers.sparse import counted
+from tempering.teachers.cache.logits import BrokenCache
+from tempering.teachers.cache.sampled import packed, shares, unpacked
+from tempering.teachers.outputs import bucketed
+from tempering.teachers.selection import counted
 from tempering.temperature import Static
 from tests.conftest import random_rows
 from tests.test_generation import PAD, gpt2, texts

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import tempering
-from tempering import lossof
-from tempering.engine import distill
 from tempering.kernels.chunked import MEMORY
 from tempering.methods import DIST, DTKD, KD, Method, Sum, Supervised
 from tempering.objectives import kl
@@ -29,6 +27,8 @@ from tempering.rows import Rows, total
 from tempering.tasks import Classification
 from tempering.teachers import Live
 from tempering.temperature import Cosine, Static
+from tempering.training import loss as lossof
+from tempering.training.distill import distill
 from tests.paths import ROOT
 from tests.runs import (
     ADAMW,
@@ -331,7 +331,7 @@ def test_fp16_skips_a_step_that_overflows_also_with_a_clip(monkeypatch: pytest.M
     from lightning_fabric.plugins.precision.amp import MixedPrecision
 
     fabric = Fabric(accelerator="cpu", plugins=[MixedPrecision("16-mixed", "cpu")])
-    monkeypatch.setattr("tempering.loop.fabric_for", lambda **_: fabric)
+    monkeypatch.setattr("tempering.training.trainer.fabric_for", lambda **_: fabric)
     torch.manual_seed(2)
     net = Overflows(DIMS, CLASSES)
     batches = cut(points(64), 8)

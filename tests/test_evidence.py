@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tempering import arena_plan, recipefile
-from tempering.arms import arms_from, with_controls
-from tempering.reports.read import pack, write_cell
+from tempering.experiments import recipe as recipefile
+from tempering.experiments.compare import plan as arena_plan
+from tempering.experiments.presets import arms_from, with_controls
+from tempering.reports.records import pack, write_cell
 from tests.paths import ROOT
 from tests.records_made import ARMS, make_run
 
-RECIPE = ROOT / "recipes" / "cifar100.py"
+RECIPE = ROOT / "tempering" / "recipes" / "cifar100.py"
 CORE = "supervised,kd,kd-matched,dtkd-published,dtkd"
 FLAGS = ["--epochs=60", "--teacher=resnet14", "--student=resnet8", "--teacher-epochs=240"]
 NETS = {

@@ -24,11 +24,11 @@ from tempering.models import build, load
 from tempering.models.attention import attend, entropies, entropy, fold
 from tempering.models.explainer import Explainer, Routing, adam, halving, rate, restart
 from tempering.reports.page import render
-from tempering.reports.read import load_run
+from tempering.reports.records import load_run
 from tempering.reports.trees import tree_figure, whole, write_figures
 from tempering.rows import UNLABELLED
-from tempering.taps import Taps
 from tempering.teachers import Live
+from tempering.utils.hooks import Taps
 from tests.contract import Lesson
 from tests.paths import ROOT
 from tests.records_made import make_run
@@ -462,7 +462,7 @@ def test_the_audit_asks_for_the_tree_and_the_report_draws_it(tmp_path: Path) -> 
 
 
 def test_the_recipe_s_students_records_and_rates() -> None:
-    recipe = run_path(str(ROOT / "recipes" / "cifar100.py"))
+    recipe = run_path(str(ROOT / "tempering" / "recipes" / "cifar100.py"))
     assert recipe["_net"]("VAM8:resnet8") == {"name": "resnet8", "attention": "vam8"}
     assert recipe["_net"]("timm:resnet18") == {"name": "timm:resnet18"}
     assert recipe["_label"]("KD", "vam:resnet8", staged=False) == "KD + VAM"

@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tempering.methods.at import AT
-from tempering.methods.crd import CRD
-from tempering.methods.fitnet import FitNet
-from tempering.methods.nst import NST
-from tempering.methods.pkt import PKT
-from tempering.methods.reviewkd import ReviewKD
-from tempering.methods.rkd import RKD
-from tempering.methods.simkd import ReusedHead, SimKD
-from tempering.methods.sp import SP
-from tempering.methods.vid import VID
+from tempering.methods.features.at import AT
+from tempering.methods.features.crd import CRD
+from tempering.methods.features.fitnet import FitNet
+from tempering.methods.features.nst import NST
+from tempering.methods.features.pkt import PKT
+from tempering.methods.features.reviewkd import ReviewKD
+from tempering.methods.features.rkd import RKD
+from tempering.methods.features.simkd import ReusedHead, SimKD
+from tempering.methods.features.sp import SP
+from tempering.methods.features.vid import VID
 from tempering.rows import Rows, total
 from tests.paths import SHARED, needs_shared
 

@@ -273,7 +273,7 @@ def test_runs_in_distill_on_models_of_transformers_as_they_are(tmp_path: Any) ->
 def test_runs_in_the_trainer_of_transformers(tmp_path: Any) -> None:
     from transformers import Trainer, TrainingArguments
 
-    from tempering.adapters.huggingface import DistillMixin
+    from tempering.integrations.huggingface import DistillMixin
 
     class KDTrainer(DistillMixin, Trainer):
         pass

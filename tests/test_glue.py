@@ -16,11 +16,11 @@ import torch
 from tempering import distill
 from tempering.data import Sentences
 from tempering.data.glue import Labelled, read_glue, trained_tokenizer
+from tempering.experiments.recipe import flags, load
 from tempering.methods import KD, Interactive
-from tempering.methods._exams import Exams
-from tempering.methods._rehearsal import Rehearsal, parted
 from tempering.methods.base import Step
-from tempering.recipefile import flags, load
+from tempering.methods.step._exams import Exams
+from tempering.methods.step._rehearsal import Rehearsal, parted
 from tempering.tasks import TextClassification
 from tempering.teachers import Live, record
 from tests.paths import ROOT, SHARED, needs_shared
@@ -28,7 +28,7 @@ from tests.runs import LOADERS, flattened, go, identical, left, stop_at
 from tests.runs import student_net as plain_student
 from tests.runs import teacher_net as plain_teacher
 
-main = load(ROOT / "recipes" / "glue.py")
+main = load(ROOT / "tempering" / "recipes" / "glue.py")
 recipe = sys.modules["recipe_glue"]
 GOOD, BAD = ("good", "fine", "lovely", "warm"), ("bad", "dull", "awful", "cold")
 SMALL: dict[str, Any] = {"teacher": "1x32", "student": "1x16", "length": 16, "vocabulary": 300, "quiet": True}
@@ -359,7 +359,9 @@ def test_a_local_folder_as_teacher_with_a_tokenizer_of_its_own(folder: Path, tmp
 
 
 def test_it_has_the_flags_that_a_grid_sets() -> None:
-    assert {"method", "temperature", "label", "seed", "out", "threads", "quiet"} <= flags(ROOT / "recipes" / "glue.py")
+    assert {"method", "temperature", "label", "seed", "out", "threads", "quiet"} <= flags(
+        ROOT / "tempering" / "recipes" / "glue.py"
+    )
 
 
 # images too

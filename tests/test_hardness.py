@@ -14,7 +14,7 @@ from tempering.audits.calibration import Calibration, diagram, ece
 from tempering.audits.explanation import Explanation
 from tempering.audits.intervals import correlation
 from tempering.reports import audit_figures
-from tempering.reports.shape import DRAWN, misfit
+from tempering.reports.schema import DRAWN, misfit
 from tempering.rows import Rows
 from tempering.temperature import Sharpness, Static
 from tempering.temperature.base import Policy, Temperatures

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from tempering import distill, hardware
-from tempering.methods.kd import KD
+from tempering import distill
+from tempering.methods.logits.kd import KD
+from tempering.utils import device as hardware
 
 
 def cpu(monkeypatch: pytest.MonkeyPatch, *, avx512: bool = False, amx: bool = False, machine: str = "x86_64") -> None:

@@ -14,15 +14,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tempering import distill
-from tempering.answers import Head, Hidden
 from tempering.data import Pairs, Tokens
 from tempering.kernels import linear_loss
 from tempering.methods import DTKD, KD  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.rows import total
 from tempering.tasks import Generation, Seq2Seq
 from tempering.teachers import CachedHidden, Live, record_hidden
-from tempering.teachers.cached import BrokenCache
-from tempering.teachers.hidden import head_of
+from tempering.teachers.cache.hidden import head_of
+from tempering.teachers.cache.logits import BrokenCache
+from tempering.teachers.outputs import Head, Hidden
 from tests.test_generation import PAD, V, gpt2, llama, texts
 from tests.test_seq2seq import bart, pairs, t5
 
@@ -181,7 +181,7 @@ class Killed(RuntimeError):
 
 
 def test_a_recording_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempering.teachers.shards.TEXTS", 2)
+    monkeypatch.setattr("tempering.teachers.cache.shards.TEXTS", 2)
     teacher, calls = live(gpt2(12, 1)), []
     plain = Live.__call__
 

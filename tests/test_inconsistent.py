@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from tempering.data.inconsistent import FILL, SampleSpecific
-from tempering.data.shapes import shapes
 from tempering.data.spectrum import spectrum
-from tempering.engine import distill
+from tempering.data.synthetic_shapes import shapes
 from tempering.methods import AT, CWD, FGD, KD, MGD, Imitation, InconsistentDetection, Step
-from tempering.methods._adversary import Attack, digest
-from tempering.methods._stored import BrokenStore
+from tempering.methods.detection._adversary import Attack, digest
+from tempering.methods.detection._stored import BrokenStore
 from tempering.models.fcos import FCOS
 from tempering.reports.spectra import write_spectra
 from tempering.rows import total
 from tempering.tasks.detection import Detection
 from tempering.teachers import Live
+from tempering.training.distill import distill
 from tests.paths import ROOT
 from tests.runs import identical, left, stop_at
 
@@ -473,7 +473,7 @@ def test_sizes_are_those_of_the_original_and_the_end_is_plain() -> None:
 
 def test_a_loader_that_augments() -> None:
     def batches(**more: Any) -> list[Tensor]:
-        from tempering.data.scenes import Scenes
+        from tempering.data.detection import Scenes
 
         plain = SPLITS.train
         loader = Scenes(

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, Normal, SigmoidTransform, TransformedDistribution
 
-from tempering.engine import distill
 from tempering.methods import DKD, KD
 from tempering.rows import Rows, total
 from tempering.temperature import Instance, Policy, Temperatures
@@ -37,6 +36,7 @@ from tempering.temperature._ppo import (
     squashed,
 )
 from tempering.temperature.instance import observed, scale
+from tempering.training.distill import distill
 from tests.conftest import random_rows
 from tests.paths import SHARED, needs_shared
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tempering.answers import Head
 from tempering.kernels import chunked, linear, linear_loss
 from tempering.kernels import compiled as compiling
 from tempering.methods import DIST, DKD, DTKD, KD, KDIGA, LSKD, MGD, Method, Sum, Swing
 from tempering.objectives import kl
 from tempering.rows import Rows, total
+from tempering.teachers.outputs import Head
 from tempering.temperature import Capped, Cosine, Curriculum, Entropy, Sharpness, Standardised, Static
 from tests.conftest import random_rows
 from tests.contract import CASES, block, leaves, params, same

@@ -13,13 +13,13 @@ import torch
 
 from tempering import distill
 from tempering.data import Tokens
+from tempering.experiments.recipe import load
 from tempering.methods import Divergence  # pyright: ignore[reportAttributeAccessIssue]
-from tempering.recipefile import load
 from tempering.tasks import Generation, OnPolicy, Speculative
 from tests.paths import ROOT
 from tests.test_generation import EOS, PAD, gpt2, texts
 
-main = load(ROOT / "recipes" / "language.py")
+main = load(ROOT / "tempering" / "recipes" / "language.py")
 
 
 @pytest.mark.parametrize("writes", ["data", "teacher", "on-policy", "speculative"])

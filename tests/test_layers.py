@@ -152,7 +152,7 @@ def test_budget(file: Path, tree: ast.Module) -> None:
 
 
 def test_the_nano_recipe_stands_alone() -> None:
-    tree = ast.parse((ROOT / "recipes" / "nano.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "tempering" / "recipes" / "nano.py").read_text(encoding="utf-8"))
     assert not [name for name in imports(tree) if name.split(".")[0] == "tempering"]
 
 

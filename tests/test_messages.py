@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 import tempering as kd
-from tempering import cli
-from tempering.checkpoints import save_weights
+from tempering.cli import main as cli
 from tempering.data import Batches
 from tempering.methods import DIST, DKD, DTKD, KD, TTM, Method, Supervised
 from tempering.models import build
-from tempering.selfcheck import SelfCheckFailed
 from tempering.teachers import Cached, Live, Teacher, record
+from tempering.training.checkpoint import save_weights
+from tempering.training.selfcheck import SelfCheckFailed
 from tests.paths import ROOT
 from tests.test_cifar import write_packed
 
-CIFAR = ROOT / "recipes" / "cifar100.py"
-DIGITS = ROOT / "recipes" / "digits.py"
+CIFAR = ROOT / "tempering" / "recipes" / "cifar100.py"
+DIGITS = ROOT / "tempering" / "recipes" / "digits.py"
 X = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
 Y = X[:, :3].argmax(1)
 
@@ -264,7 +264,7 @@ def test_weights_of_a_teacher_that_cannot_be_used(cifar: Path, capsys: pytest.Ca
 
 
 def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
-    from tempering.keeping import alone_in
+    from tempering.training.run_dir import alone_in
 
     refused = pytest.raises(ValueError, match=r"another process is writing to .*run. Wait for it, or give another out=")
     with alone_in(tmp_path / "run"), refused, alone_in(tmp_path / "run"):

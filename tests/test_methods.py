@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from tempering.methods import ATS, CSKD, DIST, DKD, DTKD, ERKD, KD, LSKD, MLKD, NKD, R2KD, RLD, TTM, USKD, WTTM, Method
-from tempering.methods import cskd as cskd_module
-from tempering.methods import mlkd as mlkd_module
-from tempering.methods import r2kd as r2kd_module
-from tempering.methods.labelled import crossed, one_hot, without
-from tempering.methods.lskd import standardised
-from tempering.methods.r2kd import hard_ranks, soft_ranks
-from tempering.methods.relations import Lines, row_unlikeness, soften, taking_part, unlikeness
+from tempering.methods.logits import cskd as cskd_module
+from tempering.methods.logits import mlkd as mlkd_module
+from tempering.methods.logits import r2kd as r2kd_module
+from tempering.methods.logits.labeled import crossed, one_hot, without
+from tempering.methods.logits.lskd import standardised
+from tempering.methods.logits.r2kd import hard_ranks, soft_ranks
+from tempering.methods.logits.relations import Lines, row_unlikeness, soften, taking_part, unlikeness
 from tempering.objectives import cross_entropy, entropy, kl
 from tempering.rows import UNLABELLED, Rows, total
 from tempering.temperature import Cosine, Policy, Sharpness, Standardised, Static, Temperatures

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tempering.models import MODELS, build, load
-from tempering.taps import Taps
+from tempering.utils.hooks import Taps
 from tests.paths import SHARED, needs_shared
 
 # parameters at 100 classes, as the field's implementation has them; the shapes are in the golden file
@@ -143,7 +143,7 @@ def test_transformers_net_answers_logits() -> None:
     pytest.importorskip("transformers")
     from transformers import ViTConfig, ViTForImageClassification
 
-    from tempering.models.elsewhere import Logits
+    from tempering.models.external import Logits
 
     small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     inner = ViTForImageClassification(ViTConfig(image_size=32, patch_size=16, num_labels=5, **small))

@@ -19,7 +19,7 @@ from tempering.rows import Rows
 from tests.paths import ROOT
 
 pytest.importorskip("sklearn", reason="the recipe is on scikit-learn's digits")
-PATH = ROOT / "recipes" / "nano.py"
+PATH = ROOT / "tempering" / "recipes" / "nano.py"
 STEPS, SEED, BATCH = 20, 3, 64
 
 

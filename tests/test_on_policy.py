@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tempering import distill
 from tempering.data.text import collate
 from tempering.methods import Divergence, Supervised  # pyright: ignore[reportAttributeAccessIssue]
+from tempering.rollouts.sampling import judged, prompts_of, write
 from tempering.rows import UNLABELLED, total
 from tempering.tasks import Generation, OnPolicy, Sampling, SequenceLevel, Speculative
-from tempering.tasks.writing import judged, prompts_of, write
 from tempering.teachers import Live
 from tests.paths import needs_shared
 from tests.test_generation import EOS, MODELS, PAD, V, gpt2, llama, texts

@@ -7,16 +7,16 @@ import re
 from pathlib import Path
 
 import pytest
-
-from tempering import papers
-from tempering.methods import DKD, KD, METHODS, MGD
 from tempering.papersdoc import GOLDEN, made_by, page, presets, told
-from tempering.reports.read import pack, write_cell
-from tempering.reports.reported import PUBLISHED, published, reported
+
+from tempering.experiments import published as papers
+from tempering.experiments.spec import method_from
+from tempering.experiments.tune.space import written
+from tempering.methods import DKD, KD, METHODS, MGD
+from tempering.reports.paper_results import PUBLISHED, published, reported
+from tempering.reports.records import pack, write_cell
 from tempering.rows import total
-from tempering.specs import method_from
 from tempering.temperature import POLICIES, Curriculum, Instance  # pyright: ignore[reportAttributeAccessIssue]
-from tempering.tune_space import written
 from tests.conftest import random_rows
 from tests.paths import ROOT, SHARED
 from tests.records_made import make_run

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tempering as kd
-from tempering.adapters.huggingface import DistillMixin, Labelled
 from tempering.data.text import collate
 from tempering.data.tokens import Tokens
+from tempering.integrations.huggingface import DistillMixin, Labelled
 from tempering.kernels import linear_loss
 from tempering.methods import DTKD, Divergence  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.rows import Rows, total

@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tempering.arms import method_of
-from tempering.engine import distill
+from tempering.experiments.presets import method_of
+from tempering.experiments.spec import method_from, policy_from
 from tempering.methods import DKD, DTKD, KD, LSKD, Method, Sum
 from tempering.objectives import entropy, kl
 from tempering.rows import Rows, total
-from tempering.specs import method_from, policy_from
 from tempering.temperature import (
     DTS,
     POLICIES,
@@ -34,6 +33,7 @@ from tempering.temperature import (
     Standardised,
     Static,
 )
+from tempering.training.distill import distill
 from tests.conftest import random_rows
 from tests.contract import VARIED_POLICIES, backward, block, params, same
 
@@ -478,7 +478,7 @@ def test_arms_of_policies_train(name: str) -> None:
 
 
 def test_every_policy_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    from tempering.cli import main
+    from tempering.cli.main import main
 
     main(["list"])
     said = capsys.readouterr().out

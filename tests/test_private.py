@@ -11,7 +11,7 @@ import torch
 
 from tempering.data import Tokens
 from tempering.data.canaries import DIGITS, Canary, canaries, places, plant
-from tempering.data.private import Entities, Patterns, Span, both, byte_offsets, given, scores
+from tempering.data.privacy import Entities, Patterns, Span, both, byte_offsets, given, scores
 from tempering.data.text import Example, collate, pack, prompted, windows
 from tempering.rows import Rows
 from tempering.tasks import Generation

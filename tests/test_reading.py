@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tempering.reports.read import RunRecord, canonical, find_runs, load_run, pack, read_cell, write_cell
+from tempering.reports.records import RunRecord, canonical, find_runs, load_run, pack, read_cell, write_cell
 from tempering.reports.table import compare, markdown
 from tests.records_made import make_run, make_set
 

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import tempering as kd
-from tempering import records
-from tempering.records import Recorder, lines, surroundings, write_atomic
+from tempering.training import recorder as records
+from tempering.training.recorder import Recorder, surroundings
+from tempering.utils.files import lines, write_atomic
 
 
 def facts(folder: Path) -> dict[str, Any]:

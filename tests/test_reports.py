@@ -18,7 +18,7 @@ from tempering.reports import figures, page
 from tempering.reports.charts import Series, lines, tag
 from tempering.reports.compare import compare
 from tempering.reports.page import render, write_page
-from tempering.reports.read import RunRecord, find_runs, load_run
+from tempering.reports.records import RunRecord, find_runs, load_run
 from tempering.reports.table import cells
 from tests.records_made import ARMS, make_run, make_set
 

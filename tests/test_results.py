@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tempering import arena_plan, arena_view
+from tempering.experiments.compare import plan as arena_plan
+from tempering.experiments.compare import status as arena_view
 from tests.paths import ROOT
 
 GRIDS = sorted(path.parent for path in (ROOT / "benchmarks" / "results").rglob("plan.json"))

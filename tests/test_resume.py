@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from tempering import checkpoints
-from tempering.keeping import _said
 from tempering.methods import KD
-from tempering.runtime import Stream, fabric_for
+from tempering.training import checkpoint as checkpoints
+from tempering.training.fabric import fabric_for
+from tempering.training.run_dir import _said
+from tempering.training.stream import Stream
 from tests.killed import KILLS
 from tests.paths import ROOT
 from tests.runs import ADAMW, LOADERS, SGD, STEPS, Noisy, identical, left, resumable, stop_at

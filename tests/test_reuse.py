@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from tempering import distill
-from tempering.answers import Taught
 from tempering.data import Pairs, Tokens
 from tempering.methods import DTKD, Divergence  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.tasks import Generation, Seq2Seq, Speculative
 from tempering.teachers import Kept, Live
+from tempering.teachers.outputs import Taught
 from tests.test_generation import EOS, MODELS, PAD, V, gpt2, loss_of, texts
 from tests.test_on_policy import loader
 from tests.test_seq2seq import EOS as END

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from tempering.recipefile import load
+from tempering.experiments.recipe import load
 from tempering.reports.compare import compare
-from tempering.reports.read import load_run
+from tempering.reports.records import load_run
 from tempering.reports.table import cells, markdown
 from tests.paths import ROOT, SHARED, needs_shared
 from tests.runs import left
 from tests.test_audits_robustness import Linear, distance, images
 
-main = load(ROOT / "recipes" / "robust.py")
+main = load(ROOT / "tempering" / "recipes" / "robust.py")
 recipe = sys.modules[main.__module__]
 SMALL = {"teacher": "resnet8", "student": "resnet8", "epochs": 1, "subset": 100, "test_subset": 100, "batch_size": 50}
 SMALL |= {"attack_steps": 1, "test_steps": 2, "selfcheck": False, "quiet": True, "threads": 1}

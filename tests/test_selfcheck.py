@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import tempering as kd
-from tempering.checkpoints import random_state
 from tempering.methods import DIST, DKD, DTKD, KD, VID, FitNet, Method, StepMethod, Sum, Supervised
 from tempering.rows import Rows
-from tempering.runtime import Tapped
-from tempering.selfcheck import SelfCheckFailed, selfcheck
 from tempering.tasks import Classification
 from tempering.teachers import Live, Teacher
 from tempering.temperature import Sharpness
+from tempering.training.checkpoint import random_state
+from tempering.training.features import Tapped
+from tempering.training.selfcheck import SelfCheckFailed, selfcheck
 
 N, C = 32, 5
 X = torch.randn(N, 8, generator=torch.Generator().manual_seed(0))

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from tempering import distill
 from tempering.data.pairs import Pair, Pairs, collate_pairs, paired, read_pairs
 from tempering.methods import DTKD, KD, Divergence, Supervised  # pyright: ignore[reportAttributeAccessIssue]
+from tempering.rollouts.decoding import Rereader, decoding, way_of
+from tempering.rollouts.sampling import Draft, write
+from tempering.rollouts.scoring import rouge_l, same_answer
 from tempering.rows import UNLABELLED
 from tempering.tasks import Generation, Graded, OnPolicy, Sampling, Seq2Seq, Speculative
-from tempering.tasks.graded import rouge_l, same_answer
-from tempering.tasks.reading import Rereader, decoding, way_of
-from tempering.tasks.writing import Draft, write
 from tempering.teachers import Kept, Live
 from tests.paths import SHARED, needs_shared
 from tests.test_generation import gpt2, loss_of

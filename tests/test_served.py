@@ -17,13 +17,14 @@ import pytest
 import torch
 
 from tempering import distill
-from tempering.buckets import Sparse
 from tempering.data.text import Example, collate, pack
 from tempering.data.tokens import Tokens
 from tempering.methods import Divergence  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.rows import total
 from tempering.tasks import Generation
-from tempering.teachers import CachedSparse, Kept, Live, Served, ServedDiffers, record_sparse, selftest
+from tempering.teachers import CachedSparse, Kept, Live, Served, ServedDiffers, record_sparse
+from tempering.teachers.outputs import Sparse
+from tempering.teachers.remote import verify as selftest
 from tests.test_generation import EOS, PAD, V, gpt2, texts
 
 TOP = 6
@@ -260,7 +261,7 @@ def test_other_weights_are_found_too(server: Server) -> None:
 
 def test_a_busy_server_is_asked_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     naps: list[float] = []
-    monkeypatch.setattr("tempering.teachers.endpoint.time.sleep", naps.append)
+    monkeypatch.setattr("tempering.teachers.remote.http.time.sleep", naps.append)
     server.failures = [503, 429, 500]
     assert len(served(server, wait=0.5).ask([[1, 2, 3]])) == 1
     assert naps == [0.5, 1.0, 2.0] and len(server.asked) == 4

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from tempering import distill
-from tempering.buckets import Sparse, bucketed
 from tempering.data.text import Example
 from tempering.data.tokens import Tokens
 from tempering.methods import KD, Divergence  # pyright: ignore[reportAttributeAccessIssue]
@@ -20,7 +19,8 @@ from tempering.objectives import cross_entropy, jsd, kl, reverse_kl
 from tempering.rows import UNLABELLED, Rows, total
 from tempering.tasks import Generation
 from tempering.teachers import CachedSparse, Kept, Live, Teacher, record_sparse
-from tempering.teachers.sparse import counted, drawn, top
+from tempering.teachers.outputs import Sparse, bucketed
+from tempering.teachers.selection import counted, drawn, top
 from tempering.temperature import Static
 from tests.conftest import random_rows
 from tests.paths import needs_shared

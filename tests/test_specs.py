@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tempering.arms import ARMS, Arm, arm_from, arms_from, method_of, slug, split, with_controls
+from tempering.experiments.presets import ARMS, Arm, arm_from, arms_from, method_of, slug, split, with_controls
+from tempering.experiments.spec import method_from, policy_from
 from tempering.methods import METHODS
-from tempering.methods.dkd import DKD
-from tempering.methods.dtkd import DTKD
-from tempering.methods.kd import KD
+from tempering.methods.logits.dkd import DKD
+from tempering.methods.logits.dtkd import DTKD
+from tempering.methods.logits.kd import KD
 from tempering.rows import Rows, total
-from tempering.specs import method_from, policy_from
 from tempering.temperature import POLICIES
 from tempering.temperature.sharpness import Sharpness
 from tempering.temperature.static import Static

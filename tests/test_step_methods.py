@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from tempering.methods import KDIGA, Interactive, Method, StepMethod, Sum
-from tempering.methods._rehearsal import Rehearsal, parted
+from tempering.methods.step._rehearsal import Rehearsal, parted
 from tempering.objectives import cross_entropy, kl
 from tempering.rows import UNLABELLED, Rows, total
-from tempering.tasks.views import MixUp, Views
+from tempering.tasks.two_view import MixUp, Views
 from tempering.teachers import Live, record
-from tempering.teachers.blended import Blended
+from tempering.teachers.ensemble import Blended
 from tempering.temperature import Sharpness, Static
 from tests.contract import PLAIN_STEP_METHODS, STEP_CASES, STEP_METHODS, Lesson, arguments, params, remade, same
 from tests.paths import needs_shared

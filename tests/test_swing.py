@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from tempering import Rows, total
+from tempering.experiments.spec import method_from
 from tempering.kernels import chunked
 from tempering.methods import DTKD, KD, Swing  # pyright: ignore[reportAttributeAccessIssue]
-from tempering.methods.swing import draws
+from tempering.methods.logits.swing import draws
 from tempering.rows import UNLABELLED
-from tempering.specs import method_from
 from tempering.temperature import Private, Sharpness, Static
 from tests.conftest import random_rows
 from tests.contract import same

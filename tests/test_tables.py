@@ -13,9 +13,9 @@ from scipy import stats
 
 from tempering.reports.compare import Comparison, compare
 from tempering.reports.intervals import difference
-from tempering.reports.read import RunRecord, load_run, pack, read_cell, write_cell
+from tempering.reports.records import RunRecord, load_run, pack, read_cell, write_cell
 from tempering.reports.table import cells, markdown, rich_table
-from tempering.reports.words import headline, reading
+from tempering.reports.text import headline, reading
 from tests.records_made import ARMS, make_run, make_set
 
 

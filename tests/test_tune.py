@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 
-from tempering import cli, tune, tune_study, tune_view
+from tempering.cli import main as cli
+from tempering.experiments.spec import method_from
+from tempering.experiments.tune import page as tune_view
+from tempering.experiments.tune import runner as tune
+from tempering.experiments.tune import study as tune_study
+from tempering.experiments.tune.space import space_of
 from tempering.methods import METHODS
-from tempering.specs import method_from
-from tempering.tune_space import space_of
 from tests.paths import ROOT
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="trials are locked by flock, which is POSIX")
@@ -326,7 +329,7 @@ def test_a_search_that_is_killed_leaves_its_trial_and_the_next_one_takes_it_up(f
     (out / "trials").mkdir(parents=True)
     (out / "trials" / "begun.txt").write_text("-\n" * 6)  # the trials take their time
     args = ["tune", str(fake), "--method=kd", "--trials=1", f"--out={out}", "--quiet", "--"]
-    process = subprocess.Popen([sys.executable, "-m", "tempering.cli", *args], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-m", "tempering", *args], cwd=ROOT)
     _until(lambda: len(begun(out)) > 6)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -340,7 +343,7 @@ def test_a_stop_reaches_the_trial(fake: Path, tmp_path: Path) -> None:
     (out / "trials").mkdir(parents=True)
     (out / "trials" / "begun.txt").write_text("-\n" * 6)
     args = ["tune", str(fake), "--method=kd", "--trials=1", f"--out={out}", "--"]
-    process = subprocess.Popen([sys.executable, "-m", "tempering.cli", *args], cwd=ROOT, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-m", "tempering", *args], cwd=ROOT, stdout=subprocess.PIPE)
     _until(lambda: any((out / "trials").glob("*/epochs.jsonl")))
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=30)[0].decode()

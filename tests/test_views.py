@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tempering import distill
 from tempering.methods import KD, MLKD, R2KD
 from tempering.rows import UNLABELLED
-from tempering.tasks.views import AutoAugment, CutMix, CutOut, MixUp, RandAugment, Views
+from tempering.tasks.two_view import AutoAugment, CutMix, CutOut, MixUp, RandAugment, Views
 from tempering.teachers import Live
-from tempering.teachers.blended import Blended, pruned
+from tempering.teachers.ensemble import Blended, pruned
 from tests.paths import SHARED, needs_shared
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempering import checkpoints
-from tempering.data.shapes import shapes
+from tempering.data.synthetic_shapes import shapes
 from tempering.methods import DIST, DTKD, FGD, KD, KDIGA, Explainer, InconsistentDetection
 from tempering.models.attention import attend
 from tempering.models.fcos import FCOS
 from tempering.rows import Rows
-from tempering.settings import Run
 from tempering.tasks.detection import Detection
 from tempering.temperature import LearningPolicy, Temperatures
+from tempering.training import checkpoint as checkpoints
+from tempering.training.config import Run
 from tests.runs import (
     ADAMW,
     CLASSES,

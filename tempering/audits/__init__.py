@@ -8,7 +8,7 @@ An audit is one file with a subclass of ``Audit``; nothing else is edited.
 """
 
 from tempering.audits.base import Audit, Finding
-from tempering.discovery import discover
+from tempering.utils.registry import discover
 
 AUDITS: dict[str, type[Audit]] = discover(__name__, __path__, Audit)
 globals().update(AUDITS)

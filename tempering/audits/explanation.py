@@ -15,8 +15,8 @@ from tempering.audits.intervals import average, share
 from tempering.audits.membership import confidence
 from tempering.audits.similarity import alike, cka, cka_interval, slopes
 from tempering.audits.trees import findings, tree_of
-from tempering.taps import Taps
 from tempering.temperature.base import Policy
+from tempering.utils.hooks import Taps
 
 PARTS = ("hardest", "hard", "middling", "easy", "easiest")
 

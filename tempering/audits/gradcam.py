@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from tempering.audits.base import Finding, answering
 from tempering.audits.intervals import average
-from tempering.taps import Taps
+from tempering.utils.hooks import Taps
 
 NAME = "gradcam_correlation"
 MISSING = 'Grad-CAM was left out: it needs Captum, pip install "tempering[explanation]".'

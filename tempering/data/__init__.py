@@ -3,13 +3,13 @@
 from tempering.data.batches import Batches, Splits
 from tempering.data.cifar import cifar100
 from tempering.data.coco import coco
+from tempering.data.detection import Scenes
 from tempering.data.digits import digits
 from tempering.data.folders import image_folder
 from tempering.data.glue import Sentences
-from tempering.data.hub import hugging_face
+from tempering.data.huggingface import hugging_face
 from tempering.data.pairs import Pairs
-from tempering.data.scenes import Scenes
-from tempering.data.shapes import shapes
+from tempering.data.synthetic_shapes import shapes
 from tempering.data.tokens import Tokens
 
 __all__ = [

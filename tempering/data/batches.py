@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from tempering.data.sharing import Shared
+from tempering.data.sharded import Shared
 
 Batch = tuple[Tensor, Tensor, Tensor]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from tempering.data.batches import Splits, held_out
+from tempering.data.detection import Augment, Scenes
 from tempering.data.folders import rgb
-from tempering.data.scenes import Augment, Scenes
 
 NAMES = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
 YEARS = ("", "2017", "2014")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tempering.data.batches import _order, _proportional, _words
 from tempering.data.folders import SPLITS
-from tempering.data.sharing import Shared
+from tempering.data.sharded import Shared
 
 KEYS = (
     ("sentence1", "sentence2"),

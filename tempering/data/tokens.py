@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from tempering.data.canaries import Canary
-from tempering.data.sharing import Shared
+from tempering.data.sharded import Shared
 from tempering.data.text import Example, collate
 
 

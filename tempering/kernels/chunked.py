@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tempering.fusable import standing_in
 from tempering.kernels.analytic import Stand
 from tempering.kernels.compiled import Versions, Wanted, fast_versions
 from tempering.methods.base import Method, StepMethod
 from tempering.rows import Rows, total, widened
 from tempering.temperature.base import Policy, Temperatures
+from tempering.utils.override import standing_in
 
 COPIES = 8  # of a chunk's logits that are alive at once, in float32, where nothing is fused
 MEMORY = {"cpu": 2**24}  # bytes of them; a CPU is fastest while they stay in its cache

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tempering.answers import Head
 from tempering.kernels.chunked import ELSEWHERE, Chunked, Walk, parts
 from tempering.kernels.compiled import Wanted
 from tempering.methods.base import Method
 from tempering.rows import Rows
+from tempering.teachers.outputs import Head
 
 Last = nn.Linear | Tensor | Head
 LOGITS = {"cpu": 2**25}  # bytes of both sides' logits

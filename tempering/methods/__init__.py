@@ -1,7 +1,7 @@
 """Methods, one a file, found by looking into this folder."""
 
-from tempering.discovery import discover
 from tempering.methods.base import Method, Step, StepMethod
+from tempering.utils.registry import discover
 
 METHODS: dict[str, type[Method]] = discover(__name__, __path__, Method)
 globals().update(METHODS)

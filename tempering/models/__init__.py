@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from tempering.models.building import build, load, parted
-from tempering.models.normalised import Normalised
+from tempering.models.factory import build, load, parted
+from tempering.models.normalized import Normalised
 
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {}
 for _info in pkgutil.iter_modules(__path__):

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tempering.discovery import nearest
-from tempering.models.parts import row_entropy
+from tempering.models.layers import row_entropy
+from tempering.utils.registry import nearest
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

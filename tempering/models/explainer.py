@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from tempering.models.parts import conv, row_entropy
+from tempering.models.layers import conv, row_entropy
 
 SHARPNESS = 0.5  # p = softmax(alpha / 0.5), as released
 START = 10.0  # temperature of the routing in the first epoch, as released

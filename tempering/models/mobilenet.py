@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tempering.models.parts import Staged, conv_norm, fan_out, pooled
+from tempering.models.layers import Staged, conv_norm, fan_out, pooled
 
 # stages of (expansion, width, blocks, stride); half of the paper's widths
 STAGES = (

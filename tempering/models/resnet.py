@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from tempering.models.parts import Staged, conv_norm, fan_out, pooled
+from tempering.models.layers import Staged, conv_norm, fan_out, pooled
 
 
 class Block(nn.Module):

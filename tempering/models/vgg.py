@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import nn
 
-from tempering.models.parts import Staged, fan_out, pooled
+from tempering.models.layers import Staged, fan_out, pooled
 
 WIDTHS = (64, 128, 256, 512, 512)
 COUNTS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}

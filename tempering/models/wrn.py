@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from tempering.models.parts import Staged, conv, fan_out, pooled
+from tempering.models.layers import Staged, conv, fan_out, pooled
 
 
 class Block(nn.Module):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tempering.discovery import pick
 from tempering.reports.intervals import Difference, deviation, difference, mean
-from tempering.reports.read import RunRecord, number
-from tempering.reports.reported import published
+from tempering.reports.paper_results import published
+from tempering.reports.records import RunRecord, number
+from tempering.utils.registry import pick
 
 CONTROL = "student alone"
 MATCHED = "KD, weight-matched"

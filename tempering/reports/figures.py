@@ -10,7 +10,7 @@ from typing import Any
 from tempering.reports import charts
 from tempering.reports.charts import Mark, Series, Strip, Svg
 from tempering.reports.compare import Arm, Comparison
-from tempering.reports.read import RunRecord, number
+from tempering.reports.records import RunRecord, number
 
 POINTS = 120  # of a line, at most: more than that a chart of this width cannot show
 BANDED = 8  # arms in a chart, at most: bands of more cover each other

@@ -12,7 +12,7 @@ from tempering.reports.charts import Bins, Mark, Strip
 from tempering.reports.compare import Arm, Comparison
 from tempering.reports.figures import TEACHER, Figure, Section, drawn, shown, styles
 from tempering.reports.intervals import mean
-from tempering.reports.read import RunRecord, number
+from tempering.reports.records import RunRecord, number
 
 MOST = 20  # classes shown one by one
 PAIRS = 8  # confusions shown of an arm

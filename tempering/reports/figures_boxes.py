@@ -10,7 +10,7 @@ from tempering.reports.charts import Mark, Strip, Svg, join, tag
 from tempering.reports.compare import Arm, Comparison
 from tempering.reports.figures import TEACHER, Figure, Section, drawn, shown, styles
 from tempering.reports.intervals import mean
-from tempering.reports.read import RunRecord, number
+from tempering.reports.records import RunRecord, number
 
 ROOM = 800_000  # bytes of pictures on a page
 SCALE = 300  # width of a picture, in the units of its drawing

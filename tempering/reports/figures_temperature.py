@@ -22,7 +22,7 @@ from tempering.reports.figures import (
     shown,
     styles,
 )
-from tempering.reports.read import RunRecord, number
+from tempering.reports.records import RunRecord, number
 
 COUNTS = {
     "fallback": ("Rows that fell back", "Their equation has no usable solution, so both sides got the reference."),

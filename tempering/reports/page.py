@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tempering.reports import audited, figures, figures_analysis, figures_boxes, figures_temperature, table, words
+from tempering.reports import audit_section as audited
+from tempering.reports import figures, figures_analysis, figures_boxes, figures_temperature, table
+from tempering.reports import text as words
 from tempering.reports.compare import Comparison, compare
-from tempering.reports.read import RunRecord, number
+from tempering.reports.records import RunRecord, number
 
 HERE = Path(__file__).parent
 LIMIT = 2_000_000  # bytes: what a mail takes and a browser opens at once

@@ -6,7 +6,7 @@ import re
 import textwrap
 from typing import TYPE_CHECKING
 
-from tempering.reports import words
+from tempering.reports import text as words
 from tempering.reports.compare import Arm, Comparison, Metric, compare
 from tempering.reports.intervals import deviation, mean
 

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tempering.rows import Rows
@@ -65,14 +64,3 @@ class Task(ABC):
         "scores" in it join the last epoch's of this split: metrics of the finished student that are too dear for more.
         """
         return {}
-
-
-def on(device: torch.device, batch: Any) -> Any:
-    """The batch with every tensor in it on the device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(on(device, part) for part in batch)
-    if isinstance(batch, dict):
-        return {key: on(device, part) for key, part in batch.items()}
-    return batch

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tempering.rows import Rows, widened
-from tempering.tasks.base import Task, on
+from tempering.tasks.base import Task
+from tempering.utils.tensors import on
 
 BINS = 15  # of the reliability diagram and of the calibration error, equal width
 Teaches = Callable[[Any, Tensor | None], Any]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from tempering.models.boxes import centred, giou, iou
 from tempering.models.detector import Detected, Detector, detections
 from tempering.rows import UNLABELLED, Rows, widened
-from tempering.tasks.base import Task, on
-from tempering.tasks.precision import average_precision
+from tempering.tasks.average_precision import average_precision
+from tempering.tasks.base import Task
+from tempering.utils.tensors import on
 
 Teaches = Callable[[Any, Tensor | None], Any]
 FOUND = 0.5  # IoU from which a box is the teacher's one
@@ -154,7 +155,7 @@ class Detection(Task):
         temperatures: Callable[[Rows], Any] | None = None,
     ) -> dict[str, Any]:
         """Average precision by class and side, agreement with the teacher, and a few images with all boxes."""
-        from tempering.tasks.pictures import picture
+        from tempering.tasks.sample_images import picture
 
         seen = collect(self, student, batches, teacher, pictures=self.pictures)
         names = getattr(batches, "class_names", None)

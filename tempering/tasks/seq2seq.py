@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tempering.rollouts.decoding import encodes, inner
 from tempering.rows import UNLABELLED, Rows
-from tempering.tasks.generation import NO_INPUTS, Generation, _Unpack, with_answers
-from tempering.tasks.reading import encodes, inner
+from tempering.tasks.language_modeling import NO_INPUTS, Generation, _Unpack, with_answers
 
 
 class Seq2Seq(Generation):

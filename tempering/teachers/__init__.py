@@ -1,13 +1,14 @@
 """Teachers: where the teacher's numbers come from."""
 
 from tempering.teachers.base import Teacher, fingerprint
-from tempering.teachers.cached import Cached, record
-from tempering.teachers.drawn import CachedDrawn, record_drawn
-from tempering.teachers.hidden import CachedHidden, record_hidden
+from tempering.teachers.cache.hidden import CachedHidden, record_hidden
+from tempering.teachers.cache.logits import Cached, record
+from tempering.teachers.cache.sampled import CachedDrawn, record_drawn
+from tempering.teachers.cache.top_k import CachedSparse, record_sparse
 from tempering.teachers.live import Live
-from tempering.teachers.selftest import ServedDiffers, selftest
-from tempering.teachers.served import Served
-from tempering.teachers.sparse import CachedSparse, Kept, record_sparse
+from tempering.teachers.remote.teacher import Served
+from tempering.teachers.remote.verify import ServedDiffers, selftest
+from tempering.teachers.selection import Kept
 
 __all__ = [
     "Cached",

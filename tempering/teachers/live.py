@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tempering.answers import Taught
-from tempering.compiling import compiled, keeping
 from tempering.rows import widened
 from tempering.teachers.base import Teacher, fingerprint, key_digest
+from tempering.teachers.outputs import Taught
+from tempering.utils.device import compiled, keeping
+from tempering.utils.tensors import each
 
 FOLDED = ((nn.Conv1d, nn.BatchNorm1d), (nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -117,22 +118,6 @@ class Live(Teacher):
                 "it a part of the student, or does a callback call .train() on everything?",
                 stacklevel=4,
             )
-
-
-def each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nest of tuples, lists and mappings with every tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        out: Any = copy.copy(value)  # keeps the class: transformers' outputs are mappings with attributes
-        for key, item in value.items():
-            out[key] = each(item, change)
-        return out
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(each(item, change) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(each(item, change) for item in value)
-    return value
 
 
 def _widened(x: Tensor) -> Tensor:

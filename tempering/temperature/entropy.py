@@ -9,7 +9,7 @@ from torch import Tensor
 from tempering.rows import Rows, widened
 from tempering.temperature.base import Policy, Temperatures, positive
 from tempering.temperature.sharpness import centred
-from tempering.temperature.standardised import spread
+from tempering.temperature.standardized import spread
 
 
 class Entropy(Policy):

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tempering.fusable import fusable
 from tempering.rows import Rows, widened
 from tempering.temperature.base import Policy, Temperatures, positive
+from tempering.utils.override import fusable
 
 Solve = Literal["exact", "std", "max", "published"]
 MASKED = -1e30  # stands for minus infinity where 0 * inf would give NaN; exp of it is 0 in every dtype we compute in

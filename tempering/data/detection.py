@@ -1,0 +1,268 @@
+"""Images with boxes in memory, as batches for detectors; every draw is a pure function of (seed, epoch, sample)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from tempering.data.batches import _order, _words
+from tempering.data.sharded import Shared
+
+Target = dict[str, Any]
+# (image (3, H, W) uint8, target, generator, progress in [0, 1)) -> the same two, the image of the same size
+Augment = Callable[[Tensor, Target, torch.Generator, float], tuple[Tensor, Target]]
+
+
+class Scenes(Shared):
+    """Batches of {"images" (B, 3, H, W) float32 in [0, 1], "targets" [{"boxes" (M, 4), "labels" (M,)}], "ids" (B,)}.
+
+    Boxes are xyxy in pixels; an image may have none. Order and augmentation of an epoch depend on (seed, epoch, sample)
+    alone: no global random number is drawn, and ``iterate(start)`` begins anywhere at no cost.
+
+    Args:
+        images: (N, 3, H, W) uint8.
+        boxes: (M, 4) of each image. Those outside it are cut; what is then empty is left out and counted in
+            ``dropped``.
+        labels: (M,) int64 of each image, from 0.
+        batch_size: images in a step, over all ranks.
+        class_names: one a class.
+        scales: pixels of these images for one of the original, (N,); None: they are the originals.
+        shuffle: a new order every epoch.
+        flip: left to right, every second image.
+        augment: called one after the other on each image, before it is flipped. A target has "boxes", "labels" and
+            "scale", the image's of ``scales``; progress is epoch / ``epochs``.
+        epochs: how many there will be, which augmentations that end before the end want to know.
+        seed: of order and augmentation.
+        name: of the data set, for records.
+        dropped: reason -> boxes that were left out before.
+
+    Raises:
+        ValueError: for anything that does not fit, saying what does.
+    """
+
+    def __init__(
+        self,
+        images: UInt8[Tensor, "N 3 H W"],
+        boxes: Sequence[Float[Tensor, "M 4"]],
+        labels: Sequence[Tensor],
+        *,
+        batch_size: int,
+        class_names: Sequence[str],
+        scales: Tensor | None = None,
+        shuffle: bool = False,
+        flip: bool = False,
+        augment: Sequence[Augment] = (),
+        epochs: int = 1,
+        seed: int = 0,
+        name: str = "data",
+        dropped: Mapping[str, int] | None = None,
+    ) -> None:
+        self.images, self.batch_size, self.class_names = images, batch_size, tuple(class_names)
+        self.shuffle, self.flip, self.augment, self.epochs = shuffle, flip, tuple(augment), epochs
+        self.seed, self.name, self.dropped = seed, name, dict(dropped or {})
+        self.scales = torch.ones(len(images)) if scales is None else scales
+        self.epoch, self.rank, self.world = 0, 0, 1
+        self._known: dict[str, str] = {}
+        self.boxes, self.labels = list(boxes), list(labels)
+        self._validate()
+        for i, (own, named) in enumerate(zip(self.boxes, self.labels, strict=True)):
+            self.boxes[i], self.labels[i], lost = inside(own.float(), named, self.shape)
+            for reason, count in lost.items():
+                self.dropped[reason] = self.dropped.get(reason, 0) + count
+
+    def _validate(self) -> None:
+        images = self.images
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8 or not len(images):
+            raise ValueError(
+                f"Scenes needs images (N, 3, H, W) in uint8, N > 0; got {tuple(images.shape)} {images.dtype}. Grey "
+                "ones: images.expand(-1, 3, -1, -1)."
+            )
+        counts = {"boxes": len(self.boxes), "labels": len(self.labels), "scales": len(self.scales)}
+        if set(counts.values()) != {len(images)}:
+            raise ValueError(f"Scenes needs boxes, labels and a scale for each of {len(images)} images; got {counts}.")
+        for i, (boxes, labels) in enumerate(zip(self.boxes, self.labels, strict=True)):
+            if boxes.ndim != 2 or boxes.shape[1:] != (4,) or labels.shape != boxes.shape[:1]:
+                raise ValueError(
+                    f"image {i} needs boxes (M, 4) as xyxy and labels (M,); got {tuple(boxes.shape)} and "
+                    f"{tuple(labels.shape)}. An image without boxes has torch.zeros(0, 4)."
+                )
+            if not bool(torch.isfinite(boxes).all()):
+                raise ValueError(f"image {i} has a box that is not finite: {boxes.tolist()}.")
+            if labels.dtype != torch.int64:
+                raise ValueError(f"image {i} needs labels in int64; got {labels.dtype}. Write labels.long().")
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.class_names):
+                raise ValueError(
+                    f"image {i} has the label {int(labels.max())} or {int(labels.min())}, and there are "
+                    f"{len(self.class_names)} classes, counted from 0: {', '.join(self.class_names[:5])}."
+                )
+        for name in ("batch_size", "epochs"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"Scenes needs {name} >= 1; got {getattr(self, name)!r}.")
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.images.shape[1:]))
+        return f"Scenes({self.name}: {self.size} images {shape}, {self.classes} classes, batch_size={self.batch_size})"
+
+    @property
+    def size(self) -> int:
+        """Images in the data set."""
+        return len(self.images)
+
+    @property
+    def rows(self) -> int:
+        """Different ids: the images."""
+        return self.size
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.images.shape[2], self.images.shape[3]
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
+
+    @property
+    def augmented(self) -> bool:
+        """Whether an image looks different from one epoch to the next."""
+        return self.flip or bool(self.augment)
+
+    @property
+    def augmentation(self) -> dict[str, Any]:
+        """What is done to the images, JSON-able; ``seed`` is None where nothing is drawn."""
+        told = [getattr(a, "__name__", None) or repr(a) for a in self.augment]
+        return {"flip": self.flip, "augment": told, "seed": self.seed if self.augmented else None, "views": None}
+
+    @property
+    def identity(self) -> str:
+        """sha256 of images, boxes, labels and class names, in hexadecimal."""
+        if "identity" not in self._known:
+            digest = hashlib.sha256(json.dumps([list(self.images.shape), self.class_names]).encode())
+            for part in (self.images, *self.boxes, *self.labels):
+                digest.update(json.dumps(list(part.shape)).encode())
+                digest.update(part.cpu().contiguous().numpy().data)
+            self._known["identity"] = digest.hexdigest()
+        return self._known["identity"]
+
+    # walking
+
+    def __len__(self) -> int:
+        return self._steps(self.size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose which epoch the next walk is."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.iterate(0)
+
+    def iterate(self, start: int = 0) -> Iterator[dict[str, Any]]:
+        """The epoch's batches from number ``start`` on, with the same pixels as if it had begun at 0."""
+        if start < 0:
+            raise ValueError(f"iterate() begins at a batch >= 0; got {start}.")
+        return self._walk(start, self.epoch)
+
+    def _walk(self, start: int, epoch: int) -> Iterator[dict[str, Any]]:
+        order = _order(self.size, self.seed, epoch) if self.shuffle else torch.arange(self.size)
+        words = _words(self.size, self.seed, "augment", epoch) if self.augmented else None
+        for step in range(start, len(self)):
+            index = order[self._share(step, self.size)]
+            yield self._batch(index, None if words is None else words[index], epoch)
+
+    def _batch(self, index: Tensor, words: Tensor | None, epoch: int) -> dict[str, Any]:
+        device = self.images.device
+        pixels = self.images.index_select(0, index.to(device))
+        targets: list[Target] = [{"boxes": self.boxes[i], "labels": self.labels[i]} for i in index.tolist()]
+        if words is not None:
+            flips = words < 0 if self.flip else torch.zeros_like(words, dtype=torch.bool)
+            for i, word in enumerate(words.tolist()) if self.augment else ():
+                pixels[i], targets[i] = self._changed(pixels[i], targets[i], int(index[i]), word, epoch)
+            pixels = torch.where(flips.to(device)[:, None, None, None], pixels.flip(3), pixels)
+            targets = [_flipped(t, self.shape[1]) if f else t for t, f in zip(targets, flips.tolist(), strict=True)]
+        return {"images": pixels.float().div_(255), "targets": targets, "ids": index.to(device)}
+
+    def _changed(self, image: Tensor, target: Target, i: int, word: int, epoch: int) -> tuple[Tensor, Target]:
+        generator = torch.Generator().manual_seed(word & 0x7FFFFFFFFFFFFFFF)
+        shape, target = image.shape, {**target, "scale": float(self.scales[i])}
+        for augment in self.augment:
+            image, target = augment(image, target, generator, min(epoch / self.epochs, 1.0))
+            if image.shape != shape or image.dtype != torch.uint8:
+                raise ValueError(
+                    f"{augment!r} must keep an image {tuple(shape)} uint8; got {tuple(image.shape)} {image.dtype}."
+                )
+        boxes, labels, _ = inside(target["boxes"], target["labels"], self.shape)
+        return image, {"boxes": boxes, "labels": labels}
+
+    def at(self, ids: Tensor) -> Any:
+        """Detectors' answers are not recorded.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a detector's answers are maps, boxes and logits of every anchor, which are not cached. Ask the teacher "
+            "live: teachers.Live(model)."
+        )
+
+    def replay(self, views: int) -> Any:
+        """As ``at``.
+
+        Raises:
+            ValueError: always.
+        """
+        return self.at(torch.zeros(0))
+
+    # variants: copies that share the images
+
+    def clean(self) -> Scenes:
+        """The same data in its own order, without augmentation."""
+        return self._with(shuffle=False, flip=False, augment=())
+
+    def to(self, device: torch.device | str) -> Scenes:
+        """The same data resident on ``device``; augmentations of single images run there too."""
+        boxes, labels = ([x.to(device) for x in parts] for parts in (self.boxes, self.labels))
+        return self._with(images=self.images.to(device), boxes=boxes, labels=labels)
+
+    def take(self, n: int) -> Scenes:
+        """The first ``n`` images of a fixed random order, in their old order."""
+        if not 0 < n <= self.size:
+            raise ValueError(f"cannot take {n} of {self.size} images.")
+        return self if n == self.size else self._only(_order(self.size, 0, 0)[:n])
+
+    def split(self, n_validation: int, seed: int = 0) -> tuple[Scenes, Scenes]:
+        """(the rest, a clean hold-out of ``n_validation`` images), drawn by ``seed``."""
+        if not 0 < n_validation < self.size:
+            raise ValueError(f"cannot hold out {n_validation} of {self.size} images; some must be left on both sides.")
+        order = _order(self.size, seed, 0)
+        return self._only(order[n_validation:]), self._only(order[:n_validation]).clean()
+
+    def _only(self, index: Tensor) -> Scenes:
+        kept = np.sort(index.numpy()).tolist()
+        boxes, labels = ([parts[i] for i in kept] for parts in (self.boxes, self.labels))
+        return self._with(
+            images=self.images[kept], boxes=boxes, labels=labels, scales=self.scales[kept], dropped={}, _known={}
+        )
+
+
+def inside(boxes: Tensor, labels: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """Boxes cut to an image of (height, width) without the empty ones, their labels, and reason -> boxes left out."""
+    limit = boxes.new_tensor([size[1], size[0], size[1], size[0]])
+    cut = torch.minimum(boxes.clamp_min(0), limit)
+    empty = (boxes[:, 2:] <= boxes[:, :2]).any(1)
+    kept = (cut[:, 2:] > cut[:, :2]).all(1)
+    lost = {"zero size": int(empty.sum()), "outside the image": int((~kept & ~empty).sum())}
+    return cut[kept], labels[kept], {reason: count for reason, count in lost.items() if count}
+
+
+def _flipped(target: Target, width: int) -> Target:
+    boxes = target["boxes"]
+    turned = torch.stack((width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]), 1)
+    return {**target, "boxes": turned}

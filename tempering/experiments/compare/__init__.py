@@ -1,0 +1,1 @@
+"""The command `tempering compare`: a grid of methods and seeds."""

@@ -1,0 +1,159 @@
+"""A method or a temperature policy from text, as it would be written in Python; read, never evaluated."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import keyword as words
+import operator
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tempering.methods import METHODS
+from tempering.methods.base import Method
+from tempering.temperature import POLICIES
+from tempering.temperature.base import Policy
+from tempering.utils.registry import nearest, pick
+
+EXAMPLE = "dtkd(soft=0.5, temperature=sharpness(4, solve=published))"
+CONSTANTS = {"true": True, "false": False, "none": None}
+# a word that Python keeps for itself is a word here all the same: curriculum(form=global)
+KEPT = re.compile(rf"=\s*({'|'.join(w for w in words.kwlist if w.lower() not in CONSTANTS)})\b")
+ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+# arguments whose bare name can only be a part, so that a typo is seen
+SLOTS = {"temperature": POLICIES, "policy": POLICIES}
+PARTS: dict[str, type[Any]] = {**METHODS, **POLICIES}
+
+
+def method_from(text: str, temperature: str | None = None) -> Method:
+    """The method that ``text`` names or calls: "dtkd", "kd(soft=4, hard=1, warmup=20/240)", "sum(kd(hard=0), dkd)".
+
+    Args:
+        text: letter case of names does not matter; a bare word as an argument is a string or a part of that name.
+        temperature: a policy that takes the place of the method's own.
+
+    Raises:
+        ValueError: for a name, an argument or syntax that there is not, naming the nearest.
+    """
+    node = _parsed(text)
+    if temperature is None:
+        return _made(node, METHODS, "method", text)
+    kind, call = pick(_name(node, text), METHODS, "method"), _called(node)
+    if "temperature" not in inspect.signature(kind.__init__).parameters:
+        raise ValueError(
+            f"{kind.__name__} takes no temperature; got temperature={temperature!r}. Give it to a part, as in "
+            "sum(kd(hard=0, temperature=sharpness), dkd), or leave it out."
+        )
+    kept = [keyword for keyword in call.keywords if keyword.arg != "temperature"]
+    replaced = ast.Call(call.func, call.args, [*kept, ast.keyword("temperature", _parsed(temperature))])
+    return _made(replaced, METHODS, "method", text)
+
+
+def policy_from(text: str) -> Policy:
+    """The policy that ``text`` names or calls, such as "sharpness(4, solve=std)".
+
+    Raises:
+        ValueError: as ``method_from`` does.
+    """
+    return _made(_parsed(text), POLICIES, "temperature policy", text)
+
+
+def _parsed(text: str) -> ast.expr:
+    try:
+        return ast.parse(KEPT.sub(r"='\1'", text.strip()), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{text!r} cannot be read ({error}). Write it as in {EXAMPLE!r}.") from error
+
+
+def _made(node: ast.expr, parts: Mapping[str, type[Any]], what: str, text: str) -> Any:
+    """The part that ``node`` names or calls."""
+    kind, call = pick(_name(node, text), parts, what), _called(node)
+    parameters = {name: p for name, p in inspect.signature(kind.__init__).parameters.items() if name != "self"}
+    positional = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    several = next((p for p in parameters.values() if p.kind is p.VAR_POSITIONAL), None)
+    if several is None and len(call.args) > len(positional):
+        first = next(iter(parameters), None)
+        hint = f"Name them, as in {first}=...; it" if first else "It"
+        raise ValueError(
+            f"{kind.__name__} takes {len(positional)} unnamed arguments; got {len(call.args)} in {text!r}. {hint} "
+            f"takes: {_listed(parameters)}."
+        )
+    args = [_value(a, positional[i] if i < len(positional) else several, text) for i, a in enumerate(call.args)]
+    given: dict[str, Any] = {}
+    for keyword in call.keywords:
+        name = keyword.arg
+        if name is None or name not in parameters or parameters[name] is several:
+            raise ValueError(
+                f"{kind.__name__} has no argument {name or '**'!r}.{nearest(name or '', parameters)} It takes: "
+                f"{_listed(parameters)}."
+            )
+        given[name] = _value(keyword.value, parameters[name], text)
+    try:
+        return kind(*args, **given)
+    except TypeError as error:
+        missing = [n for n, x in parameters.items() if x.default is x.empty and x is not several and n not in given]
+        example = f" Write {kind.__name__.lower()}({', '.join(f'{n}=...' for n in missing)})." if missing else ""
+        raise ValueError(f"{text!r}: {error}.{example}") from error
+
+
+def _value(node: ast.expr, parameter: inspect.Parameter | None, text: str) -> Any:
+    """What an argument is: a number, a text, a list of them, or a part."""
+    if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, (bool, int, float, str))):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+        value = _number(node.operand, parameter, text)
+        return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+        left, right = (_number(side, parameter, text) for side in (node.left, node.right))
+        try:
+            return ARITHMETIC[type(node.op)](left, right)
+        except ZeroDivisionError:
+            raise ValueError(f"{ast.unparse(node)} in {text!r} divides by zero.") from None
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return [_value(item, parameter, text) for item in node.elts]
+    if isinstance(node, ast.Name):
+        return _word(node, parameter, text)
+    if isinstance(node, ast.Call):
+        slot = None if parameter is None else SLOTS.get(parameter.name)
+        return _made(node, slot or PARTS, "temperature policy" if slot else "method or temperature policy", text)
+    raise ValueError(
+        f"{ast.unparse(node)} in {text!r} is neither a number, a word, a list of them, nor a method or a policy. Write "
+        f"it as in {EXAMPLE!r}."
+    )
+
+
+def _word(node: ast.Name, parameter: inspect.Parameter | None, text: str) -> Any:
+    """A bare word: true, false, none; a part where one can stand; else a string."""
+    word = node.id
+    if word.lower() in CONSTANTS:
+        return CONSTANTS[word.lower()]
+    if parameter is None or parameter.name in SLOTS or parameter.kind is parameter.VAR_POSITIONAL:
+        return _value(ast.Call(node, [], []), parameter, text)
+    is_part = word.lower() in {name.lower() for name in PARTS}
+    if is_part and (parameter.default is None or parameter.default is parameter.empty):
+        return _value(ast.Call(node, [], []), parameter, text)
+    return word
+
+
+def _number(node: ast.expr, parameter: inspect.Parameter | None, text: str) -> float:
+    value = _value(node, parameter, text)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{ast.unparse(node)} in {text!r} is no number. Write it as in {EXAMPLE!r}.")
+    return value
+
+
+def _name(node: ast.expr, text: str) -> str:
+    head = node.func if isinstance(node, ast.Call) else node
+    if not isinstance(head, ast.Name):
+        raise ValueError(f"{text!r} is neither a name nor a call of one. Write it as in {EXAMPLE!r}.")
+    return head.id
+
+
+def _called(node: ast.expr) -> ast.Call:
+    """The node as a call; a bare name is a call without arguments."""
+    return node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+
+
+def _listed(parameters: Mapping[str, inspect.Parameter]) -> str:
+    return ", ".join(f"*{name}" if p.kind is p.VAR_POSITIONAL else name for name, p in parameters.items()) or "none"

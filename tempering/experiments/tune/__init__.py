@@ -1,0 +1,1 @@
+"""The command `tempering tune`: hyperparameter search."""

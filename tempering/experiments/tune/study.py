@@ -1,0 +1,92 @@
+"""A search's journal and what is read from it: trials, their values, the best one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tempering.experiments.tune.space import Dimension
+from tempering.reports.compare import Metric
+
+if TYPE_CHECKING:
+    import optuna
+
+JOURNAL = "study.journal"
+STARTUP = 5  # whole trials before the first is cut
+
+
+def study_of(folder: Path, seed: int, *, prune: bool = True) -> optuna.Study:
+    """The search's journal, opened; begun where there is none.
+
+    Raises:
+        ImportError: without optuna.
+    """
+    try:
+        import optuna
+        from optuna.storages.journal import JournalFileBackend, JournalStorage
+    except ImportError as error:
+        raise ImportError("a search needs optuna: pip install 'tempering[tune]'.") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    path = folder / JOURNAL
+    _mend(path)
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP) if prune else optuna.pruners.NopPruner()
+    study = optuna.create_study(
+        storage=storage, study_name="tune", direction="maximize", pruner=pruner, load_if_exists=True
+    )
+    # its random numbers are not kept: a search that goes on must not draw the first ones again
+    study.sampler = optuna.samplers.TPESampler(seed=seed + 1000 * len(study.get_trials(deepcopy=False)))
+    return study
+
+
+def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """The trials that ran to their end, or were cut."""
+    from optuna.trial import TrialState
+
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+
+def best(study: optuna.Study) -> optuna.trial.FrozenTrial:
+    """The trial with the best score at its last epoch.
+
+    Raises:
+        ValueError: where none ran to its end.
+    """
+    done = [t for t in finished(study) if t.state.name == "COMPLETE"]
+    if not done:
+        raise ValueError("no trial ran to its end, so there is nothing to choose. Give more --trials, or --no-prune.")
+    return max(done, key=lambda t: (t.value, -t.number))
+
+
+def shown(metric: Metric | None, value: float | None) -> str:
+    """A trial's value as a score."""
+    if value is None or metric is None:
+        return "no score"
+    return f"{metric.name.replace('/', ' ')} {metric.show(-value if metric.lower else value)}{metric.unit}"
+
+
+def suggest(trial: optuna.Trial, d: Dimension) -> str:
+    """A value of the dimension, as it is typed: with four digits, and it is these that are run."""
+    if d.low is None or d.high is None:
+        return trial.suggest_categorical(d.name, d.choices)
+    return f"{trial.suggest_float(d.name, d.low, d.high, log=d.log):.4g}"
+
+
+def parameter(d: Dimension, text: str | None) -> Any:
+    """The method's own value as a parameter; None where it lies outside."""
+    if d.low is None or d.high is None:
+        return text if text in d.choices else None
+    try:
+        value = float(text or "nan")
+    except ValueError:
+        return None
+    return value if d.low <= value <= d.high else None
+
+
+def _mend(path: Path) -> None:
+    """Take off the line that a kill cut short, and the lock that it left; nobody else is at work here."""
+    if not path.is_file():
+        return
+    with open(path, "rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
+    Path(f"{path}.lock").unlink(missing_ok=True)

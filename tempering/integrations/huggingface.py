@@ -1,0 +1,307 @@
+"""Distillation in the Trainer of transformers: ``class KDTrainer(DistillMixin, Trainer): pass``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tempering.integrations.common import blocks_of, fitting, whole_batches
+from tempering.methods.base import Method
+from tempering.rows import UNLABELLED, Rows
+from tempering.tasks.base import Task
+from tempering.teachers.base import Teacher
+from tempering.training.checkpoint import random_state, save_weights, set_random_state
+from tempering.training.features import Tapped
+from tempering.training.loss import losses_of
+from tempering.training.selfcheck import selfcheck as check_first_batch
+from tempering.utils.tensors import on
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object  # the user's Trainer stands behind the mixin; nothing here imports transformers
+
+METHOD = "distill_method.safetensors"  # what the method itself trains, beside the student in a checkpoint
+
+
+class DistillMixin(Trainer):
+    """A Trainer whose loss is a method's: ``class KDTrainer(DistillMixin, Trainer): pass``.
+
+    The loss of a step is the mean over the rows of all its micro-batches and processes, however they are split; what
+    transformers counts as ``num_items_in_batch`` is replaced by the weight of the rows. The teacher is frozen, in
+    eval mode, on the Trainer's device and never saved. What the method trains (projectors, learned temperatures) joins
+    the optimizer at its learning rate, without weight decay or clipping, and lies in checkpoints beside the student.
+    ``eval_loss`` is the method's loss too.
+
+    Args:
+        args, kwargs: the Trainer's own.
+        teacher: a model, frozen in place, or a Teacher (its answers must fit the task's inputs: see ``Unpacked``).
+        method: the loss, with its temperature policy.
+        task: how batches become rows; None is ``Labelled()``. Causal language models need ``Labelled(shift=True)``.
+        selfcheck: look at the first batch before training.
+
+    Raises:
+        TypeError, ValueError: for a method, a teacher or settings that do not fit this loop.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: nn.Module | Teacher | None,
+        method: Method,
+        task: Task | None = None,
+        selfcheck: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.method, self.task, self.selfcheck = method, Labelled() if task is None else task, selfcheck
+        bare = False
+        if isinstance(teacher, nn.Module) and not isinstance(teacher, Unpacked):
+            teacher, bare = Unpacked(teacher), True
+        self.teacher = fitting(method, teacher, self._module())
+        accumulate, processes = self.args.gradient_accumulation_steps, self.accelerator.num_processes
+        whole_batches(method, gradient_accumulation_steps=accumulate, num_processes=processes)
+        if self.args.label_smoothing_factor or self.compute_loss_func is not None:
+            raise ValueError(
+                "the method makes the loss, so label_smoothing_factor and compute_loss_func would do nothing. Leave "
+                "them out."
+            )
+        if self.teacher is not None:
+            self.teacher.to(self.args.device)
+        self.method.to(self.args.device)
+        names = {n: (s, f"model.{t}" if bare else t) for n, (s, t) in self.task.taps.items()}
+        self._taps = Tapped.between(self._module(), self.teacher, names)
+        self._mass: dict[str, Tensor] = {}
+        self.label_names = self.label_names or ["labels"]  # else columns that no forward takes would be removed
+        # both say that the loss is scaled by the whole step already: the second to transformers that know it
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The method's share of the step's loss, (), and the outputs where they are wanted."""
+        said, blocks = self._blocks(model, inputs)
+        training = model.training
+        self.method.train(training)
+        whole, progress = self._mass if training else {}, self._progress()
+        loss = torch.stack([x.loss for x in losses_of(self.method, blocks, progress, whole)]).sum()
+        if training:
+            # processes are averaged, and each has only its share of the one mean
+            loss = loss * self.accelerator.num_processes
+        if not return_outputs:
+            return loss
+        # the Trainer cuts the first part off what is no mapping: it takes it for the loss
+        return loss, said if isinstance(said, dict) else {"logits": _logits(said, "student")}
+
+    def get_batch_samples(self, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The micro-batches of one step, and the weight of all their rows on all processes."""
+        batches, _ = super().get_batch_samples(*args)
+        self.method.zero_grad(set_to_none=True)  # the Trainer resets the gradients of its model alone
+        self._mass = {}
+        for batch in batches:
+            for name, mass in self.task.mass(batch).items():
+                mass = torch.as_tensor(mass, dtype=torch.float32, device=self.args.device)
+                self._mass[name] = self._mass[name] + mass if name in self._mass else mass
+        self._mass = {name: self._summed(mass) for name, mass in sorted(self._mass.items())}
+        if self.selfcheck and batches:
+            self.selfcheck = False
+            self._check(batches[0])
+        return batches, sum(self._mass.values())
+
+    def create_optimizer(self, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The Trainer's optimizer, with a group for what the method trains."""
+        optimizer = super().create_optimizer(*args)
+        self._prepare_method()
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        own = [g for g in self.method.param_groups() if not {id(p) for p in g["params"]} & known]
+        if own and self.is_deepspeed_enabled:
+            raise ValueError(f"DeepSpeed cannot train what {type(self.method).__name__} owns beside the model.")
+        for group in own:
+            optimizer.add_param_group({"weight_decay": 0.0, **group})
+        if own:
+            optimizer.register_step_pre_hook(self._share_method_gradients)
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.method.state_dict():
+            save_weights(Path(output_dir or self.args.output_dir or ".") / METHOD, self.method.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.method.state_dict():
+            from safetensors.torch import load_file
+
+            path = Path(checkpoint) / METHOD
+            if not path.is_file():
+                raise ValueError(
+                    f"{path} is not there, so {type(self.method).__name__} cannot go on with what it trained. Was the "
+                    "checkpoint written by another method? Start without resume_from_checkpoint."
+                )
+            self.method.load_state_dict(load_file(path))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _module(self) -> nn.Module:
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
+    def _blocks(self, model: nn.Module, inputs: Any) -> tuple[Any, list[Rows]]:
+        return blocks_of(inputs, Unpacked(model), self.teacher, self.task, self._taps)
+
+    def _progress(self) -> float:
+        steps = self.state.max_steps
+        return min(1.0, (self.state.global_step + 1) / steps) if steps > 0 else 1.0
+
+    def _summed(self, value: Tensor) -> Any:
+        return self.accelerator.reduce(value, reduction="sum")
+
+    def _share_method_gradients(self, *_: Any) -> None:
+        """Average over processes what no DistributedDataParallel sees."""
+        if self.accelerator.num_processes > 1:
+            for p in self.method.parameters():
+                if p.requires_grad:
+                    grad = torch.zeros_like(p) if p.grad is None else p.grad
+                    p.grad = self._summed(grad) / self.accelerator.num_processes
+
+    def _check(self, batch: Any) -> None:
+        model: Any = self.model_wrapped
+        student, features = Unpacked(model), None if self._taps is None else self._taps.features
+        batch = self._prepare_inputs(batch)
+        said = check_first_batch(student, self.teacher, batch, method=self.method, task=self.task, features=features)
+        if self.is_world_process_zero():
+            import logging
+
+            logging.getLogger("tempering").info(said.line)
+
+    @torch.no_grad()
+    def _prepare_method(self) -> None:
+        """Let the method size what it trains on a first batch, and leave random numbers and modes as they were."""
+        if type(self.method).prepare is Method.prepare:
+            return
+        before, model = random_state(), self._module()
+        training = {m: m.training for m in model.modules()}
+        try:
+            batch = self._prepare_inputs(next(iter(self.get_train_dataloader())))
+            model.eval()
+            self.method.prepare(self._blocks(model, batch)[1][-1])
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+            set_random_state(before)
+
+
+class Unpacked(nn.Module):
+    """A model of transformers that is asked with one mapping of inputs: ``teachers.Live(Unpacked(model))``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Mapping[str, Any]) -> Any:
+        return self.model(**inputs)
+
+
+class Labelled(Task):
+    """Batches as transformers collates them: a mapping of inputs with "labels"; models answer ``.logits``.
+
+    (N, C) logits make N rows, of which one with the label -100 learns from the teacher alone. (N, L, C) logits make
+    N * L rows, and a token with the label -100 has weight 0. "ids", where a batch has them, are those of the samples
+    (the Trainer then needs remove_unused_columns=False).
+
+    Args:
+        shift: position i answers for the label of i + 1, as in causal language models.
+        keep_labels: give the labels to the models too; encoder-decoders make their decoder's inputs of them.
+        taps: features for methods that look inside, name -> (student's module, teacher's module), shallow to deep.
+    """
+
+    def __init__(
+        self,
+        *,
+        shift: bool = False,
+        keep_labels: bool = False,
+        taps: Mapping[str, tuple[str, str]] | None = None,
+    ) -> None:
+        self.shift, self.keep_labels, self.taps = shift, keep_labels, dict(taps or {})
+
+    def inputs(self, batch: Any) -> tuple[dict[str, Any], dict[str, Any], Tensor | None]:
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"Labelled needs batches that are mappings, as collators of transformers make; got "
+                f"{type(batch).__name__}. For (inputs, labels) there is tasks.Classification()."
+            )
+        dropped = {"ids"} if self.keep_labels else {"ids", "labels"}
+        inputs = {name: value for name, value in batch.items() if name not in dropped}
+        return inputs, inputs, batch.get("ids")
+
+    def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
+        said = _logits(student, "student")
+        taught = said.detach() if teacher is None else _logits(teacher, "teacher")
+        if said.shape != taught.shape:
+            raise ValueError(
+                f"the student answers {tuple(said.shape)} and the teacher {tuple(taught.shape)}: they need the same "
+                "classes (or vocabulary) in the same order."
+            )
+        labels = batch.get("labels")
+        if said.ndim == 2:
+            return [Rows(said, taught, labels, ids=batch.get("ids"))]
+        if labels is None or labels.shape != said.shape[:2]:
+            got = "none" if labels is None else str(tuple(labels.shape))
+            raise ValueError(
+                f"(N, L, C) logits need labels of shape (N, L) = {tuple(said.shape[:2])}, -100 where a token is left "
+                f"out; got {got}. Collate with labels, such as DataCollatorForLanguageModeling(mlm=False)."
+            )
+        if self.shift:
+            said, taught, labels = said[:, :-1], taught[:, :-1], labels[:, 1:]
+        labels = labels.flatten()
+        return [Rows(said.flatten(0, 1), taught.flatten(0, 1), labels, weight=(labels != UNLABELLED).float())]
+
+    def mass(self, batch: Any) -> dict[str, Tensor | float]:
+        labels = batch.get("labels")
+        if labels is None or labels.ndim < 2:
+            return {"logits": float(len(next(iter(batch.values())) if labels is None else labels))}
+        return {"logits": (labels[:, 1:] if self.shift else labels).ne(UNLABELLED).sum()}
+
+    @torch.no_grad()
+    def score(
+        self, student: nn.Module, batches: Iterable[Any], *, teacher: Callable[[Any, Tensor | None], Any] | None = None
+    ) -> dict[str, float]:
+        """accuracy in [0, 1] and loss in nats over labelled rows, and agreement with the teacher where there is one."""
+        device = next((p.device for p in student.parameters()), torch.device("cpu"))
+        training, sums, known = student.training, {"accuracy": 0.0, "loss": 0.0, "agreement": 0.0}, 0
+        student.eval()
+        try:
+            for batch in batches:
+                batch = on(device, dict(batch))
+                student_in, teacher_in, ids = self.inputs(batch)
+                taught = None if teacher is None else teacher(teacher_in, ids)
+                rows = self.rows(student(student_in), taught, batch)[0]
+                if rows.target is None:
+                    raise ValueError("there is nothing to score by: the batches have no labels.")
+                kept = rows.target >= 0
+                z, y = rows.student[kept].float(), rows.target[kept]
+                sums["accuracy"] += float((z.argmax(-1) == y).sum())
+                sums["loss"] += float(nn.functional.cross_entropy(z, y, reduction="sum"))
+                sums["agreement"] += float((z.argmax(-1) == rows.teacher[kept].argmax(-1)).sum())
+                known += len(y)
+        finally:
+            student.train(training)
+        if not known:
+            raise ValueError("there is nothing to score: no row has a label. Is the split empty?")
+        return {name: value / known for name, value in sums.items() if name != "agreement" or teacher is not None}
+
+
+def _logits(output: Any, side: str) -> Tensor:
+    """The (N, C) or (N, L, C) logits of a model's output."""
+    logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", output)
+    if isinstance(logits, Tensor) and logits.ndim in (2, 3):
+        return logits
+    got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    raise ValueError(f"the {side} must answer (N, C) or (N, L, C) logits, as a tensor or as .logits; got {got}.")

@@ -1,0 +1,45 @@
+"""CWD: where each channel looks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tempering.methods.detection.base import NeckMethod, over_levels
+from tempering.objectives import divergence
+from tempering.rows import Rows
+from tempering.temperature.base import positive
+
+
+class CWD(NeckMethod):
+    """feature * tau^2 KL(softmax over positions of F_t / tau || that of F_s / tau), the mean over channels, summed over
+    levels, plus hard * the task's own loss.
+
+    The released code's sum / (C N) is the mean of it over images, as ``total`` gives it.
+
+    Args:
+        feature: weight; 10 at tau = 1 is the released one for detectors' necks, a level.
+        hard: weight of the task's own loss.
+        tau: temperature over an image's positions, one number: the rows of a temperature policy are images here.
+        names: which features; () for the levels "p0", "p1", ....
+
+    Reference: Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021, arXiv:2011.13256;
+    values as in open-mmlab/mmrazor.
+    """
+
+    paper = "arXiv:2011.13256"
+
+    def __init__(
+        self, *, feature: float = 10.0, hard: float = 1.0, tau: float = 1.0, names: Sequence[str] = ()
+    ) -> None:
+        super().__init__(feature=feature, hard=hard, names=names)
+        positive("CWD", tau=tau)
+        self.tau = tau
+
+    def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:
+        found = []
+        for s, t in self.aligned(pairs):
+            student, teacher = ((x.flatten(2) / self.tau).log_softmax(-1).flatten(0, 1) for x in (s, t))
+            found.append(self.tau**2 * divergence(teacher, student).view(len(t), -1).mean(1))
+        return over_levels(found)

@@ -1,0 +1,43 @@
+"""Probabilistic knowledge transfer: which rows are neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tempering.methods.features.base import FeatureMethod
+from tempering.rows import Rows
+
+
+class PKT(FeatureMethod):
+    """feature * mean over pairs of rows of p_t log(p_t / p_s), p the row-normalised (1 + cosine) / 2; summed.
+
+    The mean is over all N^2 pairs, as in the released code.
+
+    Reference: Passalis & Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", ECCV 2018,
+    arXiv:1803.10837, equation 6.
+    """
+
+    paper = "arXiv:1803.10837"
+    wants = "vectors"
+
+    def __init__(self, *, feature: float = 30000.0, hard: float = 1.0, names: Sequence[str] = ()) -> None:
+        super().__init__(feature=feature, hard=hard, names=names)
+
+    def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:
+        eps = 1e-7
+        distances = []
+        for s, t in pairs:
+            p_s, p_t = _neighbours(s, eps), _neighbours(t, eps)
+            distances.append((p_t * ((p_t + eps) / (p_s + eps)).log()).mean())
+        return sum(distances[1:], distances[0])
+
+
+def _neighbours(x: Tensor, eps: float) -> Tensor:
+    """(N, N) probabilities that a row picks another as its neighbour."""
+    # the released code divides by norm + eps and not by the larger of the two
+    unit = x / (x.norm(dim=1, keepdim=True) + eps)
+    unit = unit.nan_to_num(0.0)
+    similarity = (unit @ unit.T + 1.0) / 2.0
+    return similarity / similarity.sum(1, keepdim=True)

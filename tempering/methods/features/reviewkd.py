@@ -1,0 +1,98 @@
+"""ReviewKD: deep stages of the student help its shallow ones to mimic the teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tempering.methods.base import ramp, share
+from tempering.methods.features.base import Projected, per_row
+from tempering.rows import Rows
+
+
+class ReviewKD(Projected):
+    """feature * sum over stages of the hierarchical context loss between fused student maps and the teacher's.
+
+    Features are given from shallow to deep. Fusing goes from deep to shallow: a stage's map and the fused deeper one
+    are mixed by two attention maps. The context loss is the squared error at full size and pooled to 4, 2 and 1, with
+    weights 1, 1/2, 1/4, 1/8 over their sum.
+
+    Args:
+        middle: most channels of the fused maps.
+        warmup: share of the run over which the term rises; released: 20 of 240 epochs.
+
+    Reference: Chen et al., "Distilling Knowledge via Knowledge Review", CVPR 2021, arXiv:2104.09044, sections 3.3, 3.4.
+    """
+
+    paper = "arXiv:2104.09044"
+
+    def __init__(
+        self,
+        *,
+        feature: float = 5.0,
+        hard: float = 1.0,
+        middle: int = 512,
+        warmup: float = 20 / 240,
+        names: Sequence[str] = (),
+    ) -> None:
+        super().__init__(feature=feature, hard=hard, names=names)
+        share("ReviewKD", warmup=warmup)
+        self.middle, self.warmup = middle, warmup
+
+    def build(self, pairs: list[tuple[Tensor, Tensor]]) -> list[nn.Module]:
+        middle = min(self.middle, pairs[-1][0].shape[1])
+        deepest = len(pairs) - 1
+        return [Fuse(s.shape[1], middle, t.shape[1], fuse=i < deepest) for i, (s, t) in enumerate(pairs)]
+
+    def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
+        terms = super().forward(rows, progress)
+        terms["feature"] = terms["feature"] * ramp(progress, self.warmup)
+        return terms
+
+    def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:
+        deeper: Tensor | None = None
+        losses = []
+        for fuse, (s, t) in zip(reversed(self.projectors), reversed(pairs), strict=True):
+            made, deeper = fuse(s, deeper, t.shape[-2:])
+            losses.append(context_loss(made, t))
+        return sum(losses[1:], losses[0])
+
+
+class Fuse(nn.Module):
+    """Attention-based fusion of a stage's map with the deeper fused one."""
+
+    def __init__(self, student: int, middle: int, teacher: int, *, fuse: bool) -> None:
+        super().__init__()
+        self.reduce = nn.Sequential(nn.Conv2d(student, middle, 1, bias=False), nn.BatchNorm2d(middle))
+        self.expand = nn.Sequential(nn.Conv2d(middle, teacher, 3, padding=1, bias=False), nn.BatchNorm2d(teacher))
+        self.attend = nn.Sequential(nn.Conv2d(2 * middle, 2, 1), nn.Sigmoid()) if fuse else None
+        for module in (*self.reduce, *self.expand):
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+
+    def forward(self, s: Tensor, deeper: Tensor | None, size: torch.Size) -> tuple[Tensor, Tensor]:
+        x = self.reduce(s)
+        if self.attend is not None and deeper is not None:
+            deeper = F.interpolate(deeper, x.shape[-2:], mode="nearest")
+            own, help_ = self.attend(torch.cat((x, deeper), 1)).split(1, dim=1)
+            x = x * own + deeper * help_
+        made = self.expand(x)
+        if made.shape[-2:] != size:
+            made = F.interpolate(made, size, mode="nearest")
+        return made, x
+
+
+def context_loss(s: Tensor, t: Tensor) -> Tensor:
+    """Squared error at full size and pooled to 4, 2, 1, weighted 1, 1/2, 1/4, 1/8 over their sum, (N,)."""
+    weight, whole = 1.0, 1.0
+    loss = per_row((s - t).square())
+    for size in (4, 2, 1):
+        if size >= s.shape[-1]:
+            continue
+        weight /= 2.0
+        pooled = F.adaptive_avg_pool2d(s, size) - F.adaptive_avg_pool2d(t, size)
+        loss, whole = loss + weight * per_row(pooled.square()), whole + weight
+    return loss / whole

@@ -1,0 +1,66 @@
+"""Relational KD: distances between rows, and angles of triples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tempering.methods.base import weights
+from tempering.methods.features.base import FeatureMethod
+from tempering.rows import Rows
+
+
+class RKD(FeatureMethod):
+    """feature * (distance * smooth-L1 of mean-normalised distances + angle * smooth-L1 of the triples' cosines).
+
+    The angles cost O(N^2 D + N^3) a block.
+
+    Reference: Park et al., "Relational Knowledge Distillation", CVPR 2019, arXiv:1904.05068, equations 5 to 9.
+    """
+
+    paper = "arXiv:1904.05068"
+    wants = "vectors"
+
+    def __init__(
+        self,
+        *,
+        feature: float = 1.0,
+        distance: float = 25.0,
+        angle: float = 50.0,
+        hard: float = 1.0,
+        names: Sequence[str] = (),
+    ) -> None:
+        super().__init__(feature=feature, hard=hard, names=names)
+        weights("RKD", distance=distance, angle=angle)
+        self.distance, self.angle = distance, angle
+
+    def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:
+        values = []
+        for s, t in pairs:
+            d_s, d_t = _distances(s), _distances(t)
+            value = self.distance * F.smooth_l1_loss(_relative(d_s), _relative(d_t))
+            values.append(value + self.angle * F.smooth_l1_loss(_angles(s), _angles(t)))
+        return sum(values[1:], values[0])
+
+
+def _distances(x: Tensor, eps: float = 1e-12) -> Tensor:
+    """(N, N) Euclidean distances; exactly 0, without slope, on the diagonal."""
+    square = x.square().sum(1)
+    squared = (square[:, None] + square[None, :] - 2.0 * x @ x.T).clamp_min(eps)
+    return squared.sqrt() * (1.0 - torch.eye(len(x), dtype=x.dtype, device=x.device))
+
+
+def _relative(d: Tensor) -> Tensor:
+    """Distances over the mean of the positive ones."""
+    positive = d > 0
+    mean = d.sum() / positive.sum().clamp_min(1)
+    return d / torch.where(mean > 0, mean, torch.ones_like(mean))
+
+
+def _angles(x: Tensor) -> Tensor:
+    """(N, N, N) cosines of the angle at a row between two others."""
+    unit = F.normalize(x[None, :, :] - x[:, None, :], dim=2)
+    return unit @ unit.transpose(1, 2)

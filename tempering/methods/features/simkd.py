@@ -1,0 +1,65 @@
+"""SimKD: mimic the teacher's last map, and use the teacher's own classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tempering.methods.features.base import FeatureMethod, per_row
+from tempering.rows import Rows
+
+
+class SimKD(FeatureMethod):
+    """feature * mean squared error of the student's projected map and the teacher's; no labels, no logits.
+
+    The student is a ``ReusedHead``: its projector is a part of it, since it is needed when it is used.
+
+    Reference: Chen et al., "Knowledge Distillation with the Reused Teacher Classifier", CVPR 2022, arXiv:2203.14001,
+    equation 2.
+    """
+
+    paper = "arXiv:2203.14001"
+    relational = False
+
+    def __init__(self, *, feature: float = 1.0, hard: float = 0.0, names: Sequence[str] = ()) -> None:
+        super().__init__(feature=feature, hard=hard, names=names)
+
+    def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:
+        errors = [per_row(F.mse_loss(s, t, reduction="none")) for s, t in pairs]
+        return sum(errors[1:], errors[0])
+
+
+class ReusedHead(nn.Module):
+    """A student's trunk, a bottleneck projector (tap it as "projector"), and the teacher's frozen classifier.
+
+    The larger of the two maps is average-pooled to the smaller before it is compared, as in the released code, so the
+    projector works at the student's size where that is the smaller one.
+
+    Args:
+        trunk: inputs -> map (N, channels, H, W).
+        student, teacher: channels of the trunk's and of the teacher's last map.
+        head: the teacher's classifier over pooled features.
+        factor: by how much the bottleneck narrows the teacher's channels.
+    """
+
+    def __init__(self, trunk: nn.Module, student: int, teacher: int, head: nn.Module, *, factor: int = 2) -> None:
+        super().__init__()
+        narrow = max(1, teacher // factor)
+        self.trunk = trunk
+        self.projector = nn.Sequential(
+            nn.Conv2d(student, narrow, 1, bias=False),
+            nn.BatchNorm2d(narrow),
+            nn.ReLU(),
+            nn.Conv2d(narrow, narrow, 3, padding=1, bias=False),
+            nn.BatchNorm2d(narrow),
+            nn.ReLU(),
+            nn.Conv2d(narrow, teacher, 1, bias=False),
+            nn.BatchNorm2d(teacher),
+            nn.ReLU(),
+        )
+        self.head = head.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.projector(self.trunk(x)).mean((2, 3)))

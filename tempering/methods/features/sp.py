@@ -1,0 +1,33 @@
+"""Similarity-preserving KD: which rows activate alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tempering.methods.features.base import FeatureMethod
+from tempering.rows import Rows
+
+
+class SP(FeatureMethod):
+    """feature * mean over pairs of rows of (G_s - G_t)^2, G the row-normalised Gram matrix of the block; summed.
+
+    The released code takes the last stage alone, as recipes do where no ``names`` are given.
+
+    Reference: Tung & Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, arXiv:1907.09682, equation 4.
+    """
+
+    paper = "arXiv:1907.09682"
+    wants = "vectors"
+
+    def __init__(self, *, feature: float = 3000.0, hard: float = 1.0, names: Sequence[str] = ()) -> None:
+        super().__init__(feature=feature, hard=hard, names=names)
+
+    def usual(self, stages: Sequence[str]) -> tuple[str, ...]:
+        return tuple(stages[-1:])
+
+    def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:
+        distances = [(F.normalize(s @ s.T) - F.normalize(t @ t.T)).square().mean() for s, t in pairs]
+        return sum(distances[1:], distances[0])

@@ -1,0 +1,85 @@
+"""Asymmetric temperature scaling: the teacher's label is softened more than its other classes."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tempering.methods.base import Method, policy, ramp, share, weights
+from tempering.methods.logits.labeled import one_hot
+from tempering.objectives import cross_entropy, divergence, labels, log_softmax, tempered
+from tempering.rows import Rows, widened
+from tempering.temperature.base import Policy, positive
+from tempering.temperature.static import Static
+
+
+class ATS(Method):
+    """soft * T_s T_t KL(softmax(u_y / correct, u_others / wrong) || student at T_s) + hard * cross entropy.
+
+    A higher temperature on the teacher's label than on its other classes keeps their differences, which a large and
+    sure teacher would flatten. It is no temperature policy: one row has two teacher temperatures. A row without a label
+    has no such term.
+
+    Args:
+        soft: weight of the divergence, the code's lambda.
+        hard: weight of the cross entropy, 1 - lambda.
+        correct: the teacher's temperature on the label, the paper's tau_1.
+        wrong: the teacher's temperature on the other classes, the paper's tau_2.
+        centred: take the mean over the classes off the teacher's logits first. Softmax ignores a shift and this method
+            does not: u + c adds c / correct - c / wrong to the label's logit alone. The released code does not centre.
+        warmup: share of the run over which ``soft`` rises linearly; published: none.
+        temperature: any policy for the student's side. The teacher's two temperatures are multiplied by its T_t over
+            its reference tau. None is Static(1.0), as released.
+
+    The value is the released cross entropy less the teacher's entropy; the gradient is the same. The defaults are those
+    of the authors' second release (CIFAR-100, ResNet-110 -> VGG-8); the paper sweeps both temperatures.
+
+    Reference: Li et al., "Asymmetric Temperature Scaling Makes Larger Networks Teach Well Again", NeurIPS 2022,
+    arXiv:2210.04427.
+    """
+
+    paper = "arXiv:2210.04427"
+    needs_labels = True
+    zero_at_agreement = False
+
+    def __init__(
+        self,
+        *,
+        soft: float = 0.5,
+        hard: float = 0.5,
+        correct: float = 4.0,
+        wrong: float = 2.0,
+        centred: bool = True,
+        warmup: float = 0.0,
+        temperature: Policy | None = None,
+    ) -> None:
+        super().__init__()
+        weights("ATS", soft=soft, hard=hard)
+        share("ATS", warmup=warmup)
+        positive("ATS", correct=correct, wrong=wrong)
+        self.soft, self.hard, self.correct, self.wrong = soft, hard, correct, wrong
+        self.centred, self.warmup = centred, warmup
+        self.shift_invariant = centred  # pyright: ignore[reportAttributeAccessIssue]
+        self.temperature = policy("ATS", Static(1.0) if temperature is None else temperature)
+
+    def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
+        T, label = self.temperature(rows, progress), labels(rows, "ATS")
+        teacher = log_softmax(self._softened(rows, label, T.teacher / self.temperature.tau))
+        student = log_softmax(tempered(rows.student, T.student))
+        scale = torch.where(label >= 0, T.scale, 0.0) * ramp(progress, self.warmup)
+        terms = {"soft": self.soft * scale * divergence(teacher, student)}
+        if self.hard:
+            terms["hard"] = self.hard * cross_entropy(rows)
+        return terms
+
+    def _softened(self, rows: Rows, label: Tensor, by: Float[Tensor, "#N 1"]) -> Float[Tensor, "N C"]:
+        """The teacher's logits over their two temperatures, each multiplied by ``by``."""
+        u = widened(rows.teacher)
+        gone = torch.isneginf(u)
+        u = u.masked_fill(gone, 0.0)
+        if self.centred:
+            mean = u.sum(1, keepdim=True) / (~gone).sum(1, keepdim=True).clamp_min(1)
+            u = u - mean
+        T = torch.where(one_hot(label, u), self.correct, self.wrong).to(u.dtype) * by
+        return (u / T).masked_fill(gone, -torch.inf)

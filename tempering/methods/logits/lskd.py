@@ -1,0 +1,82 @@
+"""Logit standardisation: any method on z-scored logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tempering.methods.base import Method, StepMethod, weights
+from tempering.methods.logits.kd import KD
+from tempering.objectives import cross_entropy
+from tempering.rows import Rows, widened
+from tempering.temperature.static import Static
+
+
+class LSKD(Method):
+    """The terms of ``inner`` on (z - mean) / (std + eps) of each side's rows, + hard * cross entropy of the raw logits.
+
+    The value of ``LSKD(KD(soft=9.0, hard=0.0, temperature=Static(2.0)))`` is that of KD with
+    ``Standardised(2.0, scale="tau")``. The gradient is not: as released it flows through the student's mean and
+    standard deviation, so a step never changes a row's scale. That is why this is a method and not a policy alone. The
+    soft terms leave that scale to the labels.
+
+    Args:
+        inner: the method that sees standardised logits; give it ``hard=0.0``. None is the paper's KD with weight 9 at
+            T = 2. ``LSKD(DKD(target=9.0, rest=72.0, hard=0.0, temperature=Static(2.0)), hard=1.0)`` is DKD + LS.
+        hard: weight of the cross entropy.
+        eps: added to the standard deviation, as released. A row without any spread stays 0, with no slope.
+
+    Standard deviations have C - 1 in the denominator, as released.
+
+    Reference: Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv:2403.01427.
+    """
+
+    paper = "arXiv:2403.01427"
+
+    def __init__(self, inner: Method | None = None, *, hard: float = 0.1, eps: float = 1e-7) -> None:
+        super().__init__()
+        weights("LSKD", hard=hard, eps=eps)
+        if inner is not None and (not isinstance(inner, Method) or isinstance(inner, StepMethod)):
+            raise TypeError(f"LSKD needs a method over rows, such as KD(soft=9.0, hard=0.0); got {inner!r}.")
+        if getattr(inner, "hard", 0.0):
+            raise ValueError(
+                f"LSKD: {type(inner).__name__}(hard={inner.hard!r}) would teach labels on standardised logits. Give it "  # pyright: ignore
+                "hard=0.0, and LSKD the weight: LSKD(..., hard=0.1)."
+            )
+        self.inner = KD(soft=9.0, hard=0.0, temperature=Static(2.0)) if inner is None else inner
+        self.hard, self.eps = hard, eps
+        for told in ("needs_labels", "needs_teacher", "zero_at_agreement", "non_negative"):
+            setattr(self, told, getattr(self.inner, told))
+
+    def prepare(self, rows: Rows) -> None:
+        self.inner.prepare(self._standardised(rows))
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.inner.param_groups()
+
+    def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
+        rows = rows.with_(student=widened(rows.student))
+        terms = self.inner(self._standardised(rows), progress)
+        if self.hard:
+            terms["hard"] = self.hard * cross_entropy(rows)
+        return terms
+
+    def _standardised(self, rows: Rows) -> Rows:
+        return rows.with_(student=standardised(rows.student, self.eps), teacher=standardised(rows.teacher, self.eps))
+
+
+def standardised(logits: Float[Tensor, "N C"], eps: float) -> Float[Tensor, "N C"]:
+    """(z - mean) / (std + eps) over the classes that are not masked, which stay so; 0 where there is no spread."""
+    z = widened(logits)
+    gone = torch.isneginf(z)
+    n = (~gone).sum(-1, keepdim=True)
+    z = z.masked_fill(gone, 0.0)
+    noise = 8.0 * torch.finfo(z.dtype).eps * z.detach().abs().amax(-1, keepdim=True)
+    z = (z - z.sum(-1, keepdim=True) / n.clamp_min(1)).masked_fill(gone, 0.0)
+    square = z.square().sum(-1, keepdim=True) / (n - 1).clamp_min(1)
+    flat = square <= noise.square()
+    scaled = z / (torch.where(flat, 1.0, square).sqrt() + eps)
+    return torch.where(flat, 0.0, scaled).masked_fill(gone, -torch.inf)

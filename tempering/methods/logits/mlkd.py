@@ -1,0 +1,138 @@
+"""Multi-level logit distillation: rows, classes and the whole batch, each at several temperatures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tempering.methods.base import Method, policy, ramp, share, weights, zero
+from tempering.methods.logits.relations import Softened, mean_over, soften, taking_part
+from tempering.objectives import cross_entropy, divergence, log_softmax
+from tempering.rows import Rows, shared
+from tempering.temperature.base import Policy, Temperatures, positive
+from tempering.temperature.static import Static
+
+STRONG = "strong"  # the name of the block of strongly augmented rows, as tasks.Views makes it
+
+
+class MLKD(Method):
+    """soft * sum KL + classes * sum |P_t'P_t - P_s'P_s|^2 / C + batch * sum |P_t P_t' - P_s P_s'|^2 / N + hard * CE.
+
+    Sums are over ``temperatures``; each KL is times T_s T_t, the Gram matrices' distances are not. P is the (N, C)
+    matrix of softened probabilities. On the block named "strong" there are the KL and the cross entropy alone; on any
+    other block (the weak view, or the one view there is) "soft" and "batch" take the rows whose teacher is no surer
+    than the median, "classes" the classes whose teacher mass is no larger than the median. Gram terms grow with the
+    batch. Rows of weight 0 take no part.
+
+    Args:
+        soft: weight of the rows' KL.
+        classes: weight of the class Gram matrices, (C, C).
+        batch: weight of the batch Gram matrices, (N, N).
+        hard: weight of the cross entropy.
+        temperatures: at which all are taken.
+        published: the released code's slips: its masks multiply sums and not entries, so they only scale by the share
+            of rows (classes) they hold; and the strong view's KL at the last two temperatures is computed from the
+            weak view's logits, without a mask.
+        warmup: share of the run over which all terms but ``hard`` rise linearly; published: none.
+        temperature: any policy; it is multiplied by each of ``temperatures`` over its reference tau. None is
+            Static(4.0). ``Standardised(2.0, scale="tau")`` is MLKD on standardised logits.
+
+    Wants the two views as blocks of rows named "weak" and "strong": ``tasks.Views``.
+
+    Reference: Jin et al., "Multi-Level Logit Distillation", CVPR 2023, doi 10.1109/CVPR52729.2023.02325.
+    """
+
+    paper = "none: CVPR 2023, doi 10.1109/CVPR52729.2023.02325, no preprint"
+    relational = True
+
+    def __init__(
+        self,
+        *,
+        soft: float = 0.9,
+        classes: float = 0.9,
+        batch: float = 0.9,
+        hard: float = 0.1,
+        temperatures: Sequence[float] = (4.0, 3.0, 5.0, 2.0, 6.0),
+        published: bool = False,
+        warmup: float = 0.0,
+        temperature: Policy | None = None,
+    ) -> None:
+        super().__init__()
+        weights("MLKD", soft=soft, classes=classes, batch=batch, hard=hard)
+        share("MLKD", warmup=warmup)
+        if not temperatures:
+            raise ValueError("MLKD needs at least one of temperatures, such as (4.0, 3.0, 5.0, 2.0, 6.0); got none.")
+        for value in temperatures:
+            positive("MLKD", temperatures=value)
+        self.soft, self.classes, self.batch, self.hard = soft, classes, batch, hard
+        self.temperatures, self.published, self.warmup = tuple(temperatures), published, warmup
+        self.temperature = policy("MLKD", Static(4.0) if temperature is None else temperature)
+
+    def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
+        names = ("soft",) if rows.name == STRONG else ("soft", "classes", "batch")
+        terms = self._levels(rows, progress) if len(rows) else {name: zero(rows) for name in names}
+        if self.hard:
+            terms["hard"] = self.hard * cross_entropy(rows)
+        return terms
+
+    def _levels(self, rows: Rows, progress: float) -> dict[str, Tensor]:
+        T, strong = self.temperature(rows, progress), rows.name == STRONG
+        kept, counted = taking_part(rows)
+        levels = [self._at(T, tau) for tau in self.temperatures]
+        softened = [soften(kept, counted, level) for level in levels]
+        kl = torch.stack([T.scale * divergence(s.teacher, s.student) for T, s in zip(levels, softened, strict=True)])
+        rise = ramp(progress, self.warmup)
+        if strong:
+            return {"soft": self.soft * rise * (kl[:-2] if self.published else kl).sum(0)}
+        unsure, rare = doubtful(kept.teacher, counted)
+        if self.published:
+            of_rows, of_classes = counted.any(1), counted.any(0)
+            share_r, share_c = (mean_over(m.to(kl.dtype), c) for m, c in ((unsure, of_rows), (rare, of_classes)))
+            soft = share_r * kl.sum(0) + kl[-2:].sum(0)
+            classes = share_c * torch.stack([class_gram(s, of_classes) for s in softened]).sum()
+            batch = share_r * torch.stack([batch_gram(s, of_rows) for s in softened]).sum()
+        else:
+            soft = torch.where(unsure, kl.sum(0), 0.0)
+            classes = torch.stack([class_gram(s, rare) for s in softened]).sum()
+            batch = torch.stack([batch_gram(s, unsure) for s in softened]).sum()
+        return {
+            "soft": self.soft * rise * soft,
+            "classes": self.classes * rise * shared(classes, rows),
+            "batch": self.batch * rise * shared(batch, rows),
+        }
+
+    def _at(self, T: Temperatures, tau: float) -> Temperatures:
+        """The policy's temperatures moved from its reference to ``tau``."""
+        by = tau / self.temperature.tau
+        return Temperatures(T.student * by, T.teacher * by, None if T.factor is None else T.factor * by**2)
+
+
+@torch.no_grad()
+def doubtful(
+    teacher: Float[Tensor, "N C"], counted: Bool[Tensor, "N C"]
+) -> tuple[Bool[Tensor, " N"], Bool[Tensor, " C"]]:
+    """Rows (N,) whose top probability, and classes (C,) whose summed one, is at most the median of those that count."""
+    p = log_softmax(teacher).exp().masked_fill(~counted, 0.0)
+    return _lower(p.amax(1), counted.any(1)), _lower(p.sum(0), counted.any(0))
+
+
+def _lower(x: Tensor, counted: Tensor) -> Tensor:
+    middle = torch.nanquantile(x.masked_fill(~counted, torch.nan), 0.5)
+    return counted & (x <= middle)
+
+
+def class_gram(s: Softened, columns: Bool[Tensor, " C"]) -> Float[Tensor, ""]:
+    """|P_t'P_t - P_s'P_s|^2 / C over these columns, (): which classes are predicted together."""
+    p, q, counted = s.exp()
+    gap = (q.T @ q - p.T @ p).square().sum(0)
+    return torch.where(columns, gap, 0.0).sum() / counted.any(0).sum().clamp_min(1)
+
+
+def batch_gram(s: Softened, columns: Bool[Tensor, " N"]) -> Float[Tensor, ""]:
+    """|P_t P_t' - P_s P_s'|^2 / N over these columns, (): which rows are alike."""
+    p, q, counted = s.exp()
+    gap = (q @ q.T - p @ p.T).square().sum(0)
+    return torch.where(columns, gap, 0.0).sum() / counted.any(1).sum().clamp_min(1)

@@ -1,0 +1,208 @@
+"""Normalised KD, and its teacher-free form: the target's confidence, and the order of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from tempering.methods.base import Method, policy, ramp, share, weights
+from tempering.methods.logits.labeled import crossed, one_hot, place, told, without
+from tempering.objectives import cross_entropy, labels, log_softmax, tempered
+from tempering.rows import Rows, widened
+from tempering.temperature.base import Policy
+from tempering.temperature.static import Static
+
+
+class NKD(Method):
+    """-target * p_t(y) log p_s(y) + rest * T_s T_t H(N(u / T_t), N(v / T_s)) + hard * cross entropy.
+
+    N is the softmax over the classes other than the label y; the first part stands at temperature 1. Both are cross
+    entropies as published: the teacher's own entropy is not taken off, so a student equal to its teacher is at the
+    minimum of "rest" but not at 0. A row without a label has neither.
+
+    Args:
+        target: weight of the label's part.
+        rest: weight of the other classes' part, the paper's gamma.
+        hard: weight of the cross entropy.
+        warmup: share of the run over which ``target`` and ``rest`` rise linearly; published: none.
+        temperature: any policy; None is Static(1.0).
+
+    The defaults are those of ImageNet; CIFAR-100 has rest 3.5 at T = 3.
+
+    Reference: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation", ICCV 2023, arXiv:2303.13005.
+    """
+
+    paper = "arXiv:2303.13005"
+    needs_labels = True
+    zero_at_agreement = False
+
+    def __init__(
+        self,
+        *,
+        target: float = 1.0,
+        rest: float = 1.5,
+        hard: float = 1.0,
+        warmup: float = 0.0,
+        temperature: Policy | None = None,
+    ) -> None:
+        super().__init__()
+        weights("NKD", target=target, rest=rest, hard=hard)
+        share("NKD", warmup=warmup)
+        self.target, self.rest, self.hard, self.warmup = target, rest, hard, warmup
+        self.temperature = policy("NKD", Static(1.0) if temperature is None else temperature)
+
+    def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
+        rise, T, label = ramp(progress, self.warmup), self.temperature(rows, progress), labels(rows, "NKD")
+        student, teacher = widened(rows.student), widened(rows.teacher)
+        is_label = one_hot(label, student)
+        sure = log_softmax(teacher).exp().gather(1, place(label)).squeeze(1)
+        others = crossed(
+            without(tempered(teacher, T.teacher), is_label), without(tempered(student, T.student), is_label)
+        )
+        terms = {
+            "target": self.target * rise * told(sure, student, label),
+            "rest": self.rest * rise * torch.where(label >= 0, T.scale * others, 0.0),
+        }
+        if self.hard:
+            terms["hard"] = self.hard * cross_entropy(rows.with_(student=student))
+        return terms
+
+
+class USKD(Method):
+    """target * smoothed confidence + rest * Zipf ranks + weak * cross entropy of a weak head + hard * cross entropy.
+
+    Teacher-free. The label's soft target is p(y)^2 + 1 - mean p(y)^2 over the labelled rows; the other classes' are
+    1 / rank, normalised, by the rank of their prediction. All are made from ``rows.teacher``, which is the student's
+    own logits, held constant, where no teacher takes part (``distill(student, None, ...)``). Given a teacher, its
+    predictions are smoothed in the student's place.
+
+    Args:
+        target: weight of the label's part, the paper's alpha.
+        rest: weight of the other classes' part, the paper's beta.
+        weak: weight of the weak head's own cross entropy, the paper's mu; labels smoothed by 0.1.
+        hard: weight of the cross entropy.
+        names: the one tapped feature (N, D) or (N, C, H, W), pooled, that a weak linear head of the method's own reads;
+            its prediction is added to the final one before ranking. () goes without the head: the ranks are the
+            prediction's own.
+        ranks: "mended" ranks the normalised probabilities of both, among the other classes alone; "published" has
+            log p / (1 - log p(y)) for the final prediction, where the released code reads a reused variable, and lets
+            the label take a rank of its own.
+        warmup: share of the run over which all parts but ``hard`` rise linearly; published: none.
+
+    The defaults are those of ImageNet; CIFAR-100 has 0.1, 0.1 and 0.1.
+
+    Reference: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation", ICCV 2023, arXiv:2303.13005.
+    """
+
+    paper = "arXiv:2303.13005"
+    relational = True
+    needs_labels = True
+    needs_teacher = False
+    zero_at_agreement = False
+
+    def __init__(
+        self,
+        *,
+        target: float = 1.0,
+        rest: float = 0.1,
+        weak: float = 0.005,
+        hard: float = 1.0,
+        names: Sequence[str] = (),
+        ranks: Literal["mended", "published"] = "mended",
+        warmup: float = 0.0,
+    ) -> None:
+        super().__init__()
+        weights("USKD", target=target, rest=rest, weak=weak, hard=hard)
+        share("USKD", warmup=warmup)
+        if len(names) > 1 or isinstance(names, str):
+            raise ValueError(f"USKD reads one feature at most, names=['pooled']; got {names!r}.")
+        if ranks not in ("mended", "published"):
+            raise ValueError(f"USKD needs ranks 'mended' or 'published'; got {ranks!r}.")
+        self.target, self.rest, self.weak, self.hard, self.warmup = target, rest, weak, hard, warmup
+        self.names, self.ranks = tuple(names), ranks
+        self.head: nn.Linear | None = None
+
+    def prepare(self, rows: Rows) -> None:
+        if self.names and self.head is None:
+            feature = self._feature(rows)
+            self.head = nn.Linear(feature.shape[1], rows.student.shape[1]).to(feature)
+
+    def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
+        rise, label = ramp(progress, self.warmup), labels(rows, "USKD")
+        student, own = widened(rows.student), widened(rows.teacher)
+        is_label, known = one_hot(label, student), label >= 0
+        guessed = self._guess(rows)
+        ranked = self._ranks(own, None if guessed is None else guessed.detach(), is_label)
+        terms = {
+            "target": self.target * rise * told(self._confidence(own, label, rows.weight), student, label),
+            "rest": self.rest * rise * torch.where(known, crossed(ranked, without(student, is_label)), 0.0),
+        }
+        if guessed is not None:
+            logq = log_softmax(guessed.masked_fill(torch.isneginf(student), -torch.inf))
+            smooth = 0.9 * is_label.to(logq.dtype) + 0.1 * (~torch.isneginf(logq)) / _classes(logq)
+            terms["weak"] = self.weak * rise * torch.where(known, crossed(smooth.log(), logq), 0.0)
+        if self.hard:
+            terms["hard"] = self.hard * cross_entropy(rows.with_(student=student))
+        return terms
+
+    @torch.no_grad()
+    def _confidence(self, own: Tensor, label: Tensor, weight: Tensor | None) -> Float[Tensor, " N"]:
+        """The label's soft target: p(y)^2 + 1 - its mean over the labelled rows that have weight."""
+        square = log_softmax(own).gather(1, place(label)).squeeze(1).exp().square()
+        known = label >= 0 if weight is None else (label >= 0) & (weight > 0)
+        return square + 1.0 - torch.where(known, square, 0.0).sum() / known.sum().clamp_min(1)
+
+    @torch.no_grad()
+    def _ranks(self, own: Tensor, guessed: Tensor | None, is_label: Bool[Tensor, "N C"]) -> Float[Tensor, "N C"]:
+        """log of the other classes' soft labels, 1 / rank normalised; minus infinity on the label."""
+        gone = torch.isneginf(own)
+        if self.ranks == "mended":
+            score = without(own, is_label).exp()
+            if guessed is not None:
+                score = score + without(guessed.masked_fill(gone, -torch.inf), is_label).exp()
+            out = gone | is_label
+        else:
+            logp = log_softmax(own)
+            score = logp / (1.0 - (logp * is_label).nan_to_num(0.0).sum(1, keepdim=True) + 1e-6)
+            if guessed is not None:
+                p = log_softmax(guessed.masked_fill(gone, -torch.inf)).exp()
+                score = score + p / (1.0 - (p * is_label).sum(1, keepdim=True) + 1e-6)
+            out = gone
+        order = torch.sort(score.masked_fill(out, -torch.inf), dim=1, descending=True, stable=True).indices
+        places = torch.arange(1, own.shape[1] + 1, device=own.device, dtype=own.dtype).expand_as(own)
+        rank = torch.zeros_like(own).scatter(1, order, places)
+        return log_softmax((-rank.log()).masked_fill(gone | is_label, -torch.inf)).masked_fill(
+            gone | is_label, -torch.inf
+        )
+
+    def _guess(self, rows: Rows) -> Float[Tensor, "N C"] | None:
+        """The weak head's logits, in which only the head learns from this block's weights and labels."""
+        if not self.names:
+            return None
+        if self.head is None:
+            raise RuntimeError(
+                "USKD's weak head takes its size from the feature: call method.prepare(rows) with a first block of "
+                "rows, before the optimizer is made."
+            )
+        return self.head(self._feature(rows))
+
+    def _feature(self, rows: Rows) -> Float[Tensor, "N D"]:
+        name = self.names[0]
+        if name not in rows.features:
+            raise ValueError(
+                f"USKD reads the feature {name!r}, and Rows(name={rows.name!r}) has {sorted(rows.features) or 'none'}. "
+                f"Name a module to tap in the task: Classification(taps={{{name!r}: ('stage3', 'stage3')}})."
+            )
+        feature = widened(rows.features[name][0])
+        if rows.weight is not None:
+            feature = feature.masked_fill(~(rows.weight > 0).view(-1, *[1] * (feature.ndim - 1)), 0.0)
+        return feature.flatten(2).mean(2) if feature.ndim > 2 else feature
+
+
+def _classes(logp: Float[Tensor, "N C"]) -> Float[Tensor, "N 1"]:
+    """How many classes each row has left, at least 1."""
+    return (~torch.isneginf(logp)).sum(1, keepdim=True).clamp_min(1).to(logp.dtype)

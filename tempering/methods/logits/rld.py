@@ -1,0 +1,74 @@
+"""Refined logits: the teacher's confidence without its mistakes, and only the classes it ranks below the label."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tempering.methods.base import Method, policy, ramp, share, weights
+from tempering.methods.logits.dkd import decoupled
+from tempering.methods.logits.labeled import one_hot, place
+from tempering.objectives import cross_entropy, divergence, labels, log_softmax, tempered
+from tempering.rows import Rows, widened
+from tempering.temperature.base import Policy, positive
+from tempering.temperature.static import Static
+
+
+class RLD(Method):
+    """sample * tau^2 KL of (top-1 or label, any other) + masked * T_s T_t KL below the label + hard * cross entropy.
+
+    "sample" compares the teacher's pair (its top class, all others) with the student's pair (the label, all others), so
+    a teacher that errs says how sure to be and not of what. "masked" leaves out every class whose teacher logit is at
+    least that of the label: what the teacher wrongly ranks above it. A row without a label has neither; a student equal
+    to a teacher that errs is not at rest.
+
+    Args:
+        sample: weight of sample confidence, the paper's alpha.
+        masked: weight of masked correlation, the paper's beta.
+        hard: weight of the cross entropy.
+        tau: temperature of the pairs.
+        warmup: share of the run over which ``sample`` and ``masked`` rise linearly.
+        temperature: any policy, for ``masked``; None is Static(4.0).
+
+    The released code takes logarithms of sums of probabilities and masks with -1e9; see DKD for what that costs.
+
+    Reference: Sun et al., "Knowledge Distillation with Refined Logits", ICCV 2025, arXiv:2408.07703.
+    """
+
+    paper = "arXiv:2408.07703"
+    needs_labels = True
+    zero_at_agreement = False
+
+    def __init__(
+        self,
+        *,
+        sample: float = 1.0,
+        masked: float = 8.0,
+        hard: float = 1.0,
+        tau: float = 1.0,
+        warmup: float = 20 / 240,
+        temperature: Policy | None = None,
+    ) -> None:
+        super().__init__()
+        weights("RLD", sample=sample, masked=masked, hard=hard)
+        share("RLD", warmup=warmup)
+        positive("RLD", tau=tau)
+        self.sample, self.masked, self.hard, self.tau, self.warmup = sample, masked, hard, tau, warmup
+        self.temperature = policy("RLD", Static(4.0) if temperature is None else temperature)
+
+    def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
+        T, label = self.temperature(rows, progress), labels(rows, "RLD")
+        student, teacher = widened(rows.student), widened(rows.teacher)
+        rise = torch.where(label >= 0, ramp(progress, self.warmup), 0.0).to(student.dtype)
+        pair_s, _ = decoupled(student / self.tau, one_hot(label, student))
+        pair_t, _ = decoupled(teacher / self.tau, one_hot(teacher.argmax(1), teacher))
+        above = teacher >= teacher.gather(1, place(label))
+        below_s = log_softmax(tempered(student, T.student).masked_fill(above, -torch.inf))
+        below_t = log_softmax(tempered(teacher, T.teacher).masked_fill(above, -torch.inf))
+        terms = {
+            "sample": self.sample * rise * self.tau**2 * divergence(pair_t, pair_s),
+            "masked": self.masked * rise * T.scale * divergence(below_t, below_s),
+        }
+        if self.hard:
+            terms["hard"] = self.hard * cross_entropy(rows.with_(student=student))
+        return terms

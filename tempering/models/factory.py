@@ -1,0 +1,86 @@
+"""A net by its name, and weights from a file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from torch import nn
+
+from tempering.models.attention import attend
+from tempering.models.external import LIBRARIES, from_library
+from tempering.utils.registry import pick
+
+
+def build(name: str, *, classes: int, channels: int = 3, pretrained: bool = False) -> nn.Module:
+    """A new classifier (N, channels, H, W) -> (N, classes) logits, its weights drawn from torch's global generator.
+
+    Args:
+        name: of the zoo, such as "resnet8x4" (letter case aside), or LIBRARY:NAME with timm, torchvision or
+            transformers, such as "timm:resnet18" or "transformers:google/vit-base-patch16-224". "vam:" before any of
+            them wraps it by attention.attend, "vam8:" with 8 blocks.
+        classes: width of the head.
+        channels: of the images.
+        pretrained: weights that the library has or fetches; the zoo has none.
+
+    Raises:
+        ValueError: for a name that there is not, with the nearest; or sizes below 1.
+        ImportError: for a library that is not installed.
+    """
+    if classes < 1 or channels < 1:
+        raise ValueError(f"a net needs classes >= 1 and channels >= 1; got classes={classes}, channels={channels}.")
+    attention, name = parted(name)
+    if attention:
+        net = build(name, classes=classes, channels=channels, pretrained=pretrained)
+        blocks = attention.removeprefix("vam")
+        return attend(net, blocks=int(blocks)) if blocks else attend(net)
+    library, colon, inner = name.partition(":")
+    if colon:
+        if library not in LIBRARIES:
+            raise ValueError(f"nets of other libraries are {', '.join(f'{x}:NAME' for x in LIBRARIES)}; got {name!r}.")
+        return from_library(library, inner, classes=classes, channels=channels, pretrained=pretrained)
+    from tempering.models import MODELS
+
+    if pretrained:
+        raise ValueError(f"the zoo has no weights of {name!r}; train it, or load(net, path) a safetensors file.")
+    return pick(name, MODELS, "net")(classes, channels)
+
+
+def parted(name: str) -> tuple[str, str]:
+    """("vam8", "resnet8") for "vam8:resnet8": how a net attends, "" where it does not, and the net itself."""
+    found = re.fullmatch(r"(vam\d*):(.*)", name, re.IGNORECASE)
+    return ("", name) if found is None else (found[1].lower(), found[2])
+
+
+def load(net: nn.Module, path: str | Path) -> nn.Module:
+    """``net`` with the weights of a safetensors file, every one of them and no other.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: for a file that is broken, or holds another net's weights, naming the first that differ.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there are no weights at {path}. A finished run leaves student.safetensors.")
+    try:
+        theirs = load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file: {error}. A .pth or .ckpt is a pickle, which is not read here: "
+            "convert it once with safetensors.torch.save_file(state_dict, path)."
+        ) from error
+    ours = net.state_dict()
+    missing, extra = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+    other = [n for n in ours if n in theirs and ours[n].shape != theirs[n].shape]
+    if missing or extra or other:
+        said = [
+            *(f"{name} is missing" for name in missing[:2]),
+            *(f"{name} is not in the net" for name in extra[:2]),
+            *(f"{n} is {tuple(theirs[n].shape)} and should be {tuple(ours[n].shape)}" for n in other[:2]),
+        ]
+        raise ValueError(f"{path} does not hold the weights of this {type(net).__name__}: {'; '.join(said)}.")
+    net.load_state_dict(theirs)
+    return net

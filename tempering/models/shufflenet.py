@@ -1,0 +1,114 @@
+"""ShuffleNets in their CIFAR form: a 1x1 stem that keeps the size, three stages that halve it.
+
+References: Zhang et al., "ShuffleNet", CVPR 2018, arXiv:1707.01083; Ma et al., "ShuffleNet V2", ECCV 2018,
+arXiv:1807.11164; sizes of the field's tables.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tempering.models.layers import Staged, conv_norm, pooled
+
+
+class Shuffle(nn.Module):
+    """Channels of ``groups`` groups dealt out in turn, (N, C, H, W)."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        return x.view(n, self.groups, c // self.groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+class BlockV1(nn.Module):
+    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; added to the input, or joined to it pooled at stride 2."""
+
+    def __init__(self, wide_in: int, wide: int, stride: int, *, groups: int = 3) -> None:
+        super().__init__()
+        added = wide - wide_in if stride == 2 else wide
+        inner = added // 4
+        first = 1 if wide_in == 24 else groups
+        self.residual = nn.Sequential(
+            *conv_norm(wide_in, inner, 1, groups=first),
+            nn.ReLU(),
+            Shuffle(first),
+            *conv_norm(inner, inner, 3, stride, groups=inner),
+            nn.ReLU(),
+            *conv_norm(inner, added, 1, groups=groups),
+        )
+        self.shrink = nn.AvgPool2d(3, 2, 1) if stride == 2 else None
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        r = self.residual(x)
+        return self.relu(r + x if self.shrink is None else torch.cat((r, self.shrink(x)), 1))
+
+
+class BlockV2(nn.Module):
+    """Half of the channels pass, half are convolved, and both are shuffled."""
+
+    def __init__(self, wide: int) -> None:
+        super().__init__()
+        half = wide // 2
+        self.kept = half
+        self.residual = nn.Sequential(
+            *conv_norm(half, half, 1),
+            nn.ReLU(),
+            *conv_norm(half, half, 3, groups=half),
+            *conv_norm(half, half, 1),
+            nn.ReLU(),
+        )
+        self.shuffle = Shuffle(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shuffle(torch.cat((x[:, : self.kept], self.residual(x[:, self.kept :])), 1))
+
+
+class HalveV2(nn.Module):
+    """Two convolved branches of stride 2, joined and shuffled."""
+
+    def __init__(self, wide_in: int, wide: int) -> None:
+        super().__init__()
+        half = wide // 2
+        self.left = nn.Sequential(
+            *conv_norm(wide_in, wide_in, 3, 2, groups=wide_in), *conv_norm(wide_in, half, 1), nn.ReLU()
+        )
+        self.right = nn.Sequential(
+            *conv_norm(wide_in, half, 1),
+            nn.ReLU(),
+            *conv_norm(half, half, 3, 2, groups=half),
+            *conv_norm(half, half, 1),
+            nn.ReLU(),
+        )
+        self.shuffle = Shuffle(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shuffle(torch.cat((self.left(x), self.right(x)), 1))
+
+
+def shuffle_v1(classes: int, channels: int) -> nn.Module:
+    """(N, channels, 32, 32) -> (N, classes); three groups."""
+    stages, wide_in = [], 24
+    for wide, count in ((240, 4), (480, 8), (960, 4)):
+        stages.append(nn.Sequential(BlockV1(wide_in, wide, 2), *(BlockV1(wide, wide, 1) for _ in range(count - 1))))
+        wide_in = wide
+    stem = nn.Sequential(*conv_norm(channels, 24, 1), nn.ReLU())
+    return Staged(stem, stages, pooled(), nn.Linear(wide_in, classes))
+
+
+def shuffle_v2(classes: int, channels: int) -> nn.Module:
+    """(N, channels, 32, 32) -> (N, classes); width 1."""
+    stages, wide_in = [], 24
+    for wide, count in ((116, 3), (232, 7), (464, 3)):
+        stages.append(nn.Sequential(HalveV2(wide_in, wide), *(BlockV2(wide) for _ in range(count))))
+        wide_in = wide
+    stem = nn.Sequential(*conv_norm(channels, 24, 1), nn.ReLU())
+    pool = nn.Sequential(*conv_norm(wide_in, 1024, 1), nn.ReLU(), *pooled())
+    return Staged(stem, stages, pool, nn.Linear(1024, classes))
+
+
+NETS = {"ShuffleV1": shuffle_v1, "ShuffleV2": shuffle_v2}

@@ -1,0 +1,214 @@
+"""Swing Distillation, measured: secrets are planted in a text, and teacher and student are asked for them.
+
+Command:  tempering run recipes/swing.py --method swing
+A table:  tempering compare recipes/swing.py --methods kd,swing,redacted --seeds 3 --control KD
+Report:   tempering audit RUN --privacy && tempering report RUN
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import random
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tempering import Run, distill
+from tempering.audits.base import at_rest
+from tempering.audits.canaries import Canaries
+from tempering.data import Tokens
+from tempering.data.canaries import canaries, plant
+from tempering.data.privacy import Patterns, byte_offsets, scores
+from tempering.data.text import windows
+from tempering.experiments.presets import arm_from, method_of, slug
+from tempering.methods.logits.supervised import Supervised
+from tempering.tasks import Generation
+from tempering.teachers import Live
+from tempering.training.distill import CHECK_ONLY
+from tempering.training.pretrained import trained
+
+BYTES = 256
+ADAMW = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.1)
+WORDS = {
+    "who": "the cat,a small bird,my sister,the old baker,one sailor,a girl with a kite,the grey horse,his friend",
+    "did": "found,carried,painted,forgot,looked for,shared,dropped,sang about",
+    "what": "a red ball,the long rope,some warm bread,her best hat,a shiny stone,the broken boat,an apple,a letter",
+    "where": "by the river,in the park,on the hill,under a tree,at the market,behind the house,near the sea,in town",
+}
+
+
+class Exposing(Generation):
+    """Generation whose scores have the exposure of the canaries that the batches know of."""
+
+    def score(
+        self, student: nn.Module, batches: Iterable[Any], *, teacher: Callable[[Any, Tensor | None], Any] | None = None
+    ) -> dict[str, float]:
+        found = super().score(student, batches, teacher=teacher)
+        planted = getattr(batches, "canaries", ())
+        if planted:
+            with at_rest(student):
+                found |= Canaries(planted).means(student)
+        return found
+
+
+def decay(progress: float) -> float:
+    """Linear warm-up over the first twentieth, then linear to a tenth."""
+    return min(1.0, progress / 0.05 + 0.05) * (1.0 - 0.9 * progress)
+
+
+def main(
+    *,
+    text: Path | None = None,
+    method: str = "swing",
+    temperature: str | None = None,
+    each: int = 5,
+    digits: int = 3,
+    private: str = "number",
+    label: str | None = None,
+    subset: int | None = 100_000,
+    teacher_width: int = 128,
+    teacher_layers: int = 2,
+    student_width: int = 64,
+    student_layers: int = 2,
+    length: int = 64,
+    epochs: int = 8,
+    teacher_epochs: int = 12,
+    batch_size: int = 32,
+    lr: float = 3e-3,
+    accelerator: str = "auto",
+    seed: int = 0,
+    threads: int | None = None,
+    resume: bool = True,
+    out: Path | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Distil a small byte-level GPT on a text with planted secrets; its teacher learns them first.
+
+    Every seed plants secrets of its own and trains a teacher of its own, so differences over seeds are about more than
+    one draw of them.
+
+    Args:
+        text: any text file, plain or .gz, whose last tenth is validation and test, half each; by itself made-up text.
+        method: an arm or a method, such as kd, swing, redacted, or "swing(noise=0)".
+        temperature: a policy in place of the method's own, such as "private(sharpness(4), high=10)".
+        each: secrets for each number of repeats, which are 0, 1, 10 and 100.
+        digits: of a secret; a thousand candidates at 3.
+        private: kinds of text that are marked as private, with commas between (``data.private.KINDS``).
+        label: what tables call this run; by itself it follows from the method.
+        subset: use this many bytes from the front of the text; None for all.
+        teacher_width: of the teacher's layers.
+        teacher_layers: how many the teacher has.
+        student_width: of the student's layers.
+        student_layers: how many the student has.
+        length: bytes of a text.
+        epochs: how long; the schedule is in shares of it.
+        teacher_epochs: how long the teacher is trained.
+        batch_size: texts a step.
+        lr: learning rate at its height, of both.
+        accelerator: auto, cpu, cuda or mps.
+        seed: of the secrets, their places, first weights and the order.
+        threads: of torch; by itself as many as there are cores.
+        resume: go on where an earlier run in the same folder stopped; --no-resume begins again.
+        out: the run's folder; by itself runs/swing/METHOD-SEED. The teacher lies in "teachers" beside it.
+        quiet: no progress bar.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    arm, loss = arm_from(method, temperature), method_of(method, temperature)
+    out = out or Path("runs/swing", f"{slug(arm.name)}-{seed}")
+    plain = _read(text, subset)
+    parts = _parts(
+        plain, Patterns(kinds=private.split(",")), each, digits, length=length, batch_size=batch_size, seed=seed
+    )
+    train = partial(distill, schedule=decay, accelerator=accelerator, resume=resume, quiet=quiet, task=Exposing())
+    train = partial(train, optimizer=partial(ADAMW, lr=lr), validation=parts["validation"], test=parts["test"])
+    learner, taught, said = _gpt(student_width, student_layers, length, seed=seed), None, None
+    if loss.needs_teacher:
+        net, name = _gpt(teacher_width, teacher_layers, length, seed=seed), f"gpt-{teacher_layers}x{teacher_width}"
+        key = {"data": parts["train"].identity, "epochs": teacher_epochs, "batch": batch_size, "lr": lr, "seed": seed}
+        teach = partial(train, net, None, parts["train"], method=Supervised(), seed=seed)
+        teach = partial(teach, epochs=teacher_epochs, evaluate_every=teacher_epochs)
+        about: dict[str, Any] = {"label": f"teacher {name}", "student": {"name": name}}
+        known = trained(
+            net, name, out.parent / "teachers", lambda place: teach(out=_place(place), facts=about), key=key
+        )
+        taught, said = Live(net), {"name": name, "scores": known}
+    secrets = parts["train"].canaries
+    repeats = sorted({secret.repeats for secret in secrets})
+    return train(
+        learner,
+        taught,
+        parts["train"],
+        method=loss,
+        epochs=epochs,
+        evaluate_every=epochs,
+        seed=seed,
+        out=_place(out),
+        facts={
+            "label": label or arm.label,
+            "student": {"name": f"gpt-{student_layers}x{student_width}"},
+            "teacher": said,
+            "data": {
+                "name": "made up" if text is None else text.name,
+                "identity": hashlib.sha256(plain.encode()).hexdigest(),  # of the text that every seed plants in
+                "canaries": {f"{n}x": sum(secret.repeats == n for secret in secrets) for n in repeats},
+            },
+            "columns": ["test/exposure", *(f"test/exposure_{n}x" for n in repeats), "test/loss"],
+        },
+    )
+
+
+def _place(out: Path) -> Path | None:
+    return None if CHECK_ONLY.get() else out
+
+
+def _read(text: Path | None, subset: int | None) -> str:
+    if text is None:
+        return _made_up(subset or 100_000)
+    data = text.read_bytes()
+    return (gzip.decompress(data) if text.suffix == ".gz" else data)[:subset].decode(errors="ignore")
+
+
+def _made_up(size: int) -> str:
+    """Sentences of a few words in any order, a line each, the same in every run."""
+    draw, words = random.Random(0), [part.split(",") for part in WORDS.values()]
+    lines: list[str] = []
+    while sum(map(len, lines)) < size:
+        lines += [" ".join(draw.choice(choices) for choices in words) + ".\n" for _ in range(100)]
+    return "".join(lines)[:size]
+
+
+def _parts(
+    text: str, detector: Patterns, each: int, digits: int, *, length: int, batch_size: int, seed: int
+) -> dict[str, Tokens]:
+    """Nine tenths of the text with the secrets in it, and half a tenth each without any."""
+    cuts = (0, len(text) * 18 // 20, len(text) * 19 // 20, len(text))
+    pieces = {name: text[a:b] for name, a, b in zip(("train", "validation", "test"), cuts, cuts[1:], strict=False)}
+    if short := [name for name, piece in pieces.items() if len(piece) < length]:
+        raise ValueError(
+            f"the text is too short: its {short[0]} part has {len(pieces[short[0]])} characters, length={length}."
+        )
+    secrets = canaries(each=each, digits=digits, seed=seed)
+    pieces["train"] = plant(pieces["train"], secrets, seed=seed)
+    out = {}
+    for name, piece in pieces.items():
+        marks = scores(piece, byte_offsets(piece), detector) if name == "train" else None
+        texts = windows(list(piece.encode()), length, private=marks)
+        known = () if name == "validation" else secrets  # asked after with the test split, and in audits
+        out[name] = Tokens(texts, batch_size=batch_size, shuffle=name == "train", seed=seed, canaries=known)
+    return out
+
+
+def _gpt(width: int, layers: int, length: int, *, seed: int) -> nn.Module:
+    """A GPT-2 over bytes with the first weights of that seed, the same in every arm; without dropout."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    drops: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes: dict[str, Any] = {"n_embd": width, "n_layer": layers, "n_head": max(1, width // 32), "n_positions": length}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=BYTES, bos_token_id=0, eos_token_id=0, **sizes, **drops))

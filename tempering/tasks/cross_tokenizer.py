@@ -1,0 +1,164 @@
+"""A student and a teacher with different tokenizers: a row is a piece of text that ends at one byte on both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from tempering.rows import Rows, widened
+from tempering.tasks.base import Task
+from tempering.tasks.language_modeling import Generation
+
+Merge = Literal["bayesian", "observed"]
+
+
+class Aligned(Task):
+    """Batches hold "student" and "teacher", each the same texts as its own tokenizer cuts them, with "groups" (B, L).
+
+    ``data.spans`` makes them. A group of tokens that cover the same bytes on both sides is a row: it is what a model
+    says of one of its tokens, given those before it, times the probability of the group's other tokens. The last column
+    is the bucket of everything else, so a row is a distribution, and its cross entropy with the label is exactly that
+    of the whole group. A group of one token is that token's row as it is. What is said of a token stands one position
+    before it, on both sides.
+
+    This is an approximation. At a group of several tokens a model has a probability for the one continuation in the
+    text, and for others only of their last ("bayesian") or first ("observed") token; and the columns of two
+    vocabularies mean different tokens. So methods that compare column by column, KD as well as any KL, say nothing
+    here: use ``methods.ULD``, which compares sorted probabilities, or ``methods.HybridULD(matched=task.matched)``.
+
+    Args:
+        merge: which token of a group keeps its distribution. "bayesian": the last one, after the others: every column
+            is a probability of the same length of text. "observed": the first one, times the probability of what
+            followed in the text, whatever its column.
+        shared: ids of tokens that are the same on both sides, ``data.spans.shared_tokens``: they become the first
+            columns, in that order. None leaves the columns as they are.
+
+    Reference: TRL's GOLD trainer, "Unlocking On-Policy Distillation for Any Model Family", 2025, for the two ways to
+    merge. There a merged row is not a distribution, since the probability of the other tokens is lost from it, and
+    "observed" reads the position of a token instead of the one before it.
+    """
+
+    comparable = False
+
+    def __init__(self, *, merge: Merge = "bayesian", shared: tuple[Sequence[int], Sequence[int]] | None = None) -> None:
+        if merge not in get_args(Merge):
+            raise ValueError(f"Aligned needs merge 'bayesian' or 'observed'; got {merge!r}.")
+        sides = ([], []) if shared is None else shared
+        if len(sides) != 2 or len(sides[0]) != len(sides[1]) or any(len(set(side)) != len(side) for side in sides):
+            raise ValueError(
+                "Aligned needs shared=(student's ids, teacher's ids), as many on both sides and none twice; got "
+                f"{[len(side) for side in sides]} ids. data.spans.shared_tokens makes them."
+            )
+        self.merge, self.shared = merge, shared
+        self._own = Generation()
+
+    @property
+    def matched(self) -> int:
+        """How many columns, from the first on, are one token on both sides."""
+        return 0 if self.shared is None else len(self.shared[0])
+
+    def meet(self, model: nn.Module) -> None:
+        self._own.meet(model)
+
+    def inputs(self, batch: Any) -> tuple[dict[str, Any], dict[str, Any], Tensor | None]:
+        given = [self._own.inputs(_plain(_side(batch, name)))[0] for name in ("student", "teacher")]
+        return given[0], given[1], batch.get("ids")
+
+    def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
+        ours, order = self._merged(student, _side(batch, "student"), 0)
+        theirs, other = (ours, order) if teacher is None else self._merged(teacher, _side(batch, "teacher"), 1)
+        if len(ours.rest) != len(theirs.rest):
+            raise ValueError(
+                f"the student's texts have {len(ours.rest)} groups and the teacher's {len(theirs.rest)}: they are not "
+                "of one alignment. data.spans.spanned makes both."
+            )
+        width = max(ours.logp.shape[1], theirs.logp.shape[1])
+        target = ours.target if order is None else order.argsort()[ours.target]
+        ids = batch["ids"].index_select(0, ours.text) if "ids" in batch else None
+        return [Rows(_columns(ours, order, width), _columns(theirs, other, width).detach(), target, ids=ids)]
+
+    def mass(self, batch: Any) -> Mapping[str, Tensor | float]:
+        return {"logits": (_side(batch, "student")["groups"].amax(1) + 1).sum()}
+
+    def score(
+        self, student: nn.Module, batches: Iterable[Any], *, teacher: Callable[[Any, Tensor | None], Any] | None = None
+    ) -> dict[str, float]:
+        """loss in nats a token of the student's, its perplexity, and accuracy; there is no agreement to speak of."""
+        return self._own.score(student, (_plain(_side(batch, "student")) for batch in batches))
+
+    def headline(self) -> tuple[str, bool]:
+        return self._own.headline()
+
+    def _merged(self, output: Any, part: Mapping[str, Tensor], who: int) -> tuple[_Merged, Tensor | None]:
+        """One side's groups, in the order of the texts, and the order of its columns."""
+        tokens, groups = part["input_ids"], part["groups"]
+        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+        name = ("student", "teacher")[who]
+        if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != tokens.shape:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+            raise ValueError(
+                f"Aligned needs the {name}'s logits of its whole vocabulary, here ({tokens.shape[0]}, "
+                f"{tokens.shape[1]}, V); got {got}."
+            )
+        order = None if self.shared is None else _order(self.shared[who], logits.shape[2], name).to(logits.device)
+        text, column = (groups >= 0).nonzero(as_tuple=True)
+        starts = (groups.amax(1) + 1).cumsum(0) - (groups.amax(1) + 1)
+        group = starts[text] + groups[text, column]
+        z = widened(logits.flatten(0, 1).index_select(0, text * tokens.shape[1] + column - 1))
+        token = tokens[text, column]
+        whole = torch.logsumexp(z, -1)
+        own = z.gather(1, token[:, None]).squeeze(1) - whole
+        new = torch.ones_like(group, dtype=torch.bool)
+        new[1:] = group[1:] != group[:-1]
+        is_kept = new if self.merge == "observed" else torch.cat((new[1:], new[:1]))
+        kept = is_kept.nonzero().squeeze(1)
+        several = torch.bincount(group, minlength=len(kept)) > 1
+        others = own.new_zeros(len(kept)).index_add(0, group, own.masked_fill(is_kept, 0.0))
+        # a float cannot tell certainty from near it; the bucket is never empty where there is something else to say
+        others = torch.where(several, others.clamp_max(-torch.finfo(own.dtype).eps), 0.0)
+        rest = torch.log(-torch.expm1(torch.where(several, others, -1.0))).masked_fill(~several, -torch.inf)
+        logp = z.index_select(0, kept) - whole.index_select(0, kept)[:, None] + others[:, None]
+        return _Merged(logp, rest, token.index_select(0, kept), text.index_select(0, kept)), order
+
+
+class _Merged(NamedTuple):
+    """G groups: log-probabilities (G, V) and of everything else (G,), the kept token and the text's number, (G,)."""
+
+    logp: Tensor
+    rest: Tensor
+    target: Tensor
+    text: Tensor
+
+
+def _side(batch: Any, name: str) -> Mapping[str, Tensor]:
+    part = batch.get(name) if isinstance(batch, Mapping) else None
+    if not isinstance(part, Mapping) or "groups" not in part or part["groups"].shape != part["input_ids"].shape:
+        raise ValueError(
+            f"Aligned needs batches with {name!r}, a mapping with input_ids and groups (B, L). "
+            "data.spans.collate_spans makes them."
+        )
+    return part
+
+
+def _plain(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a Generation task knows of one side."""
+    return {name: value for name, value in part.items() if name != "groups"}
+
+
+def _order(first: Sequence[int], columns: int, name: str) -> Tensor:
+    """The columns with those named first, then the others as they come."""
+    if len(first) and not 0 <= min(first) <= max(first) < columns:
+        raise ValueError(f"the {name} has {columns} logits, and no token {max(first)}, which is said to be shared.")
+    named, other = torch.tensor(list(first), dtype=torch.long), torch.ones(columns, dtype=torch.bool)
+    other[named] = False
+    return torch.cat((named, other.nonzero().squeeze(1)))
+
+
+def _columns(side: _Merged, order: Tensor | None, width: int) -> Tensor:
+    """(G, width + 1): the vocabulary in its order, classes that the other side alone has, and the bucket."""
+    logp = side.logp if order is None else side.logp.index_select(1, order)
+    absent = logp.new_full((len(logp), width - logp.shape[1]), -torch.inf)
+    return torch.cat((logp, absent, side.rest[:, None]), 1)

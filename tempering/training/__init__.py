@@ -1,0 +1,1 @@
+"""One run: its configuration, trainer, checkpoints and records."""

@@ -1,0 +1,44 @@
+"""Paired student and teacher features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from tempering.teachers.base import Teacher
+    from tempering.utils.hooks import Taps
+
+
+class Tapped:
+    """The features of both models' last forwards, by the names a task gives them."""
+
+    def __init__(self, student: Taps, teacher: Taps, names: Mapping[str, tuple[str, str]]) -> None:
+        self.student, self.teacher, self.names = student, teacher, names
+
+    @classmethod
+    def between(
+        cls, student: nn.Module, teacher: Teacher | None, names: Mapping[str, tuple[str, str]]
+    ) -> Tapped | None:
+        """Taps on both; None where nothing is named.
+
+        Raises:
+            ValueError: for a teacher without a live module, which has no features.
+        """
+        if not names:
+            return None
+        from tempering.utils.hooks import Taps
+
+        if teacher is None or teacher.model is None:
+            raise ValueError(
+                f"the task taps {', '.join(names)}, but {'no teacher' if teacher is None else type(teacher).__name__} "
+                "has features. Give the live model: teachers.Live(model)."
+            )
+        sides = [Taps(m, [pair[i] for pair in names.values()]) for i, m in enumerate((student, teacher.model))]
+        return cls(sides[0].__enter__(), sides[1].__enter__(), names)
+
+    def features(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """name -> (student's, teacher's) of the last forwards."""
+        return {name: (self.student[s], self.teacher[t].detach()) for name, (s, t) in self.names.items()}
