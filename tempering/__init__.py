@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 from tempering._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from tempering import audits as audits
     from tempering import data as data
     from tempering import kernels as kernels
     from tempering import methods as methods
     from tempering import models as models
     from tempering import objectives as objectives
+    from tempering import rollouts as rollouts
     from tempering import tasks as tasks
     from tempering import teachers as teachers
     from tempering import temperature as temperature
@@ -34,7 +36,18 @@ _HOMES = {
     "Run": "tempering.training.config",
     "Taps": "tempering.utils.hooks",
 }
-_PARTS = ("data", "kernels", "methods", "models", "objectives", "tasks", "teachers", "temperature")
+_PARTS = (
+    "audits",
+    "data",
+    "kernels",
+    "methods",
+    "models",
+    "objectives",
+    "rollouts",
+    "tasks",
+    "teachers",
+    "temperature",
+)
 
 __all__ = [*_HOMES, *_PARTS, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 

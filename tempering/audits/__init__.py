@@ -7,10 +7,18 @@ of the pair (membership inference may train shadows of its own).
 An audit is one file with a subclass of ``Audit``; nothing else is edited.
 """
 
-from tempering.audits.base import Audit, Finding
-from tempering.utils.registry import discover
+from typing import Any
 
-AUDITS: dict[str, type[Audit]] = discover(__name__, __path__, Audit)
-globals().update(AUDITS)
+from tempering.audits.base import Audit as Audit
+from tempering.audits.base import Finding as Finding
+from tempering.utils.registry import Registry
 
-__all__ = ["AUDITS", "Audit", "Finding", *AUDITS]  # pyright: ignore[reportUnsupportedDunderAll]
+AUDITS: Registry[Audit] = Registry(__name__, __path__, Audit)
+
+
+def __getattr__(name: str) -> Any:
+    return AUDITS.attribute(name)
+
+
+def __dir__() -> list[str]:
+    return sorted((*globals(), *AUDITS))

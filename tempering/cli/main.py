@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional, arg
 
-from tempering import __version__
+from tempering._version import __version__
 from tempering.cli.audit import audit
 from tempering.experiments.recipe import BEHIND
 
@@ -111,7 +111,7 @@ def compare(
     from tempering.experiments import recipe as recipefile
     from tempering.experiments.compare.runner import Arena, lowest_priority
     from tempering.experiments.presets import arms_from, with_controls
-    from tempering.utils.registry import pick
+    from tempering.utils.registry import lookup
 
     if recipe is None or not methods or seeds < 1:
         raise ValueError(
@@ -128,7 +128,7 @@ def compare(
     grid = arena_plan.plan_for(file, arms, range(first_seed, first_seed + seeds), BEHIND.get(), control)
     grid = arena_plan.merged(out, grid)
     if control is not None:  # before hours are spent
-        pick(control, {cell.label: cell for cell in grid.cells}, "arm")
+        lookup(control, {cell.label: cell for cell in grid.cells}, "arm")
     if nice:
         lowest_priority()
     ids = [part.strip() for part in gpus.split(",") if part.strip()]

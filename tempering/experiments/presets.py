@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from tempering.utils.registry import nearest
+from tempering.utils.registry import suggest
 
 if TYPE_CHECKING:
     from tempering.methods.base import Method
@@ -144,10 +144,10 @@ def method_of(text: str, temperature: str | None = None) -> Method:
     from tempering.methods import METHODS
 
     arm = arm_from(text)
-    known = {name.lower() for name in METHODS} | set(ARMS)
-    if re.fullmatch(r"[\w-]+", arm.spec) and arm.spec.lower() not in known:
+    if re.fullmatch(r"[\w-]+", arm.spec) and METHODS.find(arm.spec) is None:
+        known = {name.lower() for name in METHODS} | set(ARMS)
         raise ValueError(
-            f"no arm or method is called {text!r}.{nearest(text, known)} There are: {', '.join(sorted(known))}; or "
+            f"no arm or method is called {text!r}.{suggest(text, known)} There are: {', '.join(sorted(known))}; or "
             "write a method with its arguments, as in dtkd(soft=0.5)."
         )
     return method_from(arm.spec, temperature)

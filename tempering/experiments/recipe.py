@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tempering
-from tempering.utils.registry import nearest
+from tempering.utils.registry import suggest
 
 BEHIND: ContextVar[tuple[str, ...]] = ContextVar("behind", default=())  # a recipe's flags, which it reads itself
 BUNDLED = Path(tempering.__file__).resolve().parent / "recipes"
@@ -70,7 +70,7 @@ def refuse_unknown(path: Path, given: Sequence[str]) -> None:
         name = re.split(r"[=.]", word[2:])[0].replace("-", "_")
         if name not in known and name.removeprefix("no_") not in known:
             raise ValueError(
-                f"{path} takes no --{word[2:].split('=')[0]}.{nearest(name, known)} `tempering run {path} --help` "
+                f"{path} takes no --{word[2:].split('=')[0]}.{suggest(name, known)} `tempering run {path} --help` "
                 "explains its flags."
             )
 

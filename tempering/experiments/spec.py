@@ -7,6 +7,7 @@ import inspect
 import keyword as words
 import operator
 import re
+from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from tempering.methods import METHODS
 from tempering.methods.base import Method
 from tempering.temperature import POLICIES
 from tempering.temperature.base import Policy
-from tempering.utils.registry import nearest, pick
+from tempering.utils.registry import lookup, suggest
 
 EXAMPLE = "dtkd(soft=0.5, temperature=sharpness(4, solve=published))"
 CONSTANTS = {"true": True, "false": False, "none": None}
@@ -23,7 +24,6 @@ KEPT = re.compile(rf"=\s*({'|'.join(w for w in words.kwlist if w.lower() not in 
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 # arguments whose bare name can only be a part, so that a typo is seen
 SLOTS = {"temperature": POLICIES, "policy": POLICIES}
-PARTS: dict[str, type[Any]] = {**METHODS, **POLICIES}
 
 
 def method_from(text: str, temperature: str | None = None) -> Method:
@@ -39,7 +39,7 @@ def method_from(text: str, temperature: str | None = None) -> Method:
     node = _parsed(text)
     if temperature is None:
         return _made(node, METHODS, "method", text)
-    kind, call = pick(_name(node, text), METHODS, "method"), _called(node)
+    kind, call = lookup(_name(node, text), METHODS, "method"), _called(node)
     if "temperature" not in inspect.signature(kind.__init__).parameters:
         raise ValueError(
             f"{kind.__name__} takes no temperature; got temperature={temperature!r}. Give it to a part, as in "
@@ -68,7 +68,7 @@ def _parsed(text: str) -> ast.expr:
 
 def _made(node: ast.expr, parts: Mapping[str, type[Any]], what: str, text: str) -> Any:
     """The part that ``node`` names or calls."""
-    kind, call = pick(_name(node, text), parts, what), _called(node)
+    kind, call = lookup(_name(node, text), parts, what), _called(node)
     parameters = {name: p for name, p in inspect.signature(kind.__init__).parameters.items() if name != "self"}
     positional = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     several = next((p for p in parameters.values() if p.kind is p.VAR_POSITIONAL), None)
@@ -85,7 +85,7 @@ def _made(node: ast.expr, parts: Mapping[str, type[Any]], what: str, text: str) 
         name = keyword.arg
         if name is None or name not in parameters or parameters[name] is several:
             raise ValueError(
-                f"{kind.__name__} has no argument {name or '**'!r}.{nearest(name or '', parameters)} It takes: "
+                f"{kind.__name__} has no argument {name or '**'!r}.{suggest(name or '', parameters)} It takes: "
                 f"{_listed(parameters)}."
             )
         given[name] = _value(keyword.value, parameters[name], text)
@@ -116,11 +116,18 @@ def _value(node: ast.expr, parameter: inspect.Parameter | None, text: str) -> An
         return _word(node, parameter, text)
     if isinstance(node, ast.Call):
         slot = None if parameter is None else SLOTS.get(parameter.name)
-        return _made(node, slot or PARTS, "temperature policy" if slot else "method or temperature policy", text)
+        if slot:
+            return _made(node, slot, "temperature policy", text)
+        return _made(node, _registry_of(_name(node, text)), "method or temperature policy", text)
     raise ValueError(
         f"{ast.unparse(node)} in {text!r} is neither a number, a word, a list of them, nor a method or a policy. Write "
         f"it as in {EXAMPLE!r}."
     )
+
+
+def _registry_of(name: str) -> Mapping[str, type[Any]]:
+    """The registry that has this name; both where none has."""
+    return next((r for r in (METHODS, POLICIES) if r.find(name) is not None), ChainMap(METHODS, POLICIES))  # pyright: ignore[reportArgumentType]
 
 
 def _word(node: ast.Name, parameter: inspect.Parameter | None, text: str) -> Any:
@@ -130,7 +137,7 @@ def _word(node: ast.Name, parameter: inspect.Parameter | None, text: str) -> Any
         return CONSTANTS[word.lower()]
     if parameter is None or parameter.name in SLOTS or parameter.kind is parameter.VAR_POSITIONAL:
         return _value(ast.Call(node, [], []), parameter, text)
-    is_part = word.lower() in {name.lower() for name in PARTS}
+    is_part = METHODS.find(word) is not None or POLICIES.find(word) is not None
     if is_part and (parameter.default is None or parameter.default is parameter.empty):
         return _value(ast.Call(node, [], []), parameter, text)
     return word

@@ -1,9 +1,18 @@
-"""Methods, one a file, found by looking into this folder."""
+"""Methods, one per file, found in this package and its subpackages when they are first named."""
 
-from tempering.methods.base import Method, Step, StepMethod
-from tempering.utils.registry import discover
+from typing import Any
 
-METHODS: dict[str, type[Method]] = discover(__name__, __path__, Method)
-globals().update(METHODS)
+from tempering.methods.base import Method as Method
+from tempering.methods.base import Step as Step
+from tempering.methods.base import StepMethod as StepMethod
+from tempering.utils.registry import Registry
 
-__all__ = ["METHODS", "Method", "Step", "StepMethod", *METHODS]  # pyright: ignore[reportUnsupportedDunderAll]
+METHODS: Registry[Method] = Registry(__name__, __path__, Method)
+
+
+def __getattr__(name: str) -> Any:
+    return METHODS.attribute(name)
+
+
+def __dir__() -> list[str]:
+    return sorted((*globals(), *METHODS))

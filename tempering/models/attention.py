@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tempering.models.layers import row_entropy
-from tempering.utils.registry import nearest
+from tempering.utils.registry import suggest
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -81,7 +81,7 @@ def attend(
     skip = tuple(layers)[:1] if skip is None else skip
     for name in skip:
         if name not in (known := [n for n, _ in net.named_modules() if n]):
-            raise ValueError(f"the net has no module {name!r} to skip.{nearest(name, known)}")
+            raise ValueError(f"the net has no module {name!r} to skip.{suggest(name, known)}")
     chosen = [
         layer
         for name, layer in layers.items()

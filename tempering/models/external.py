@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tempering.utils.registry import nearest
+from tempering.utils.registry import suggest
 
 LIBRARIES = ("timm", "torchvision", "transformers")
 
@@ -46,7 +46,7 @@ def _timm(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module
     import timm  # pyright: ignore[reportMissingImports]
 
     if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}.{nearest(name, timm.list_models())} See timm.list_models().")
+        raise ValueError(f"timm has no model {name!r}.{suggest(name, timm.list_models())} See timm.list_models().")
     return timm.create_model(name, pretrained=pretrained, num_classes=classes, in_chans=channels)
 
 
@@ -54,7 +54,7 @@ def _torchvision(name: str, classes: int, channels: int, pretrained: bool) -> nn
     from torchvision import models  # pyright: ignore[reportMissingImports]
 
     if name not in (known := models.list_models(module=models)):
-        raise ValueError(f"torchvision has no classifier {name!r}.{nearest(name, known)} See models.list_models().")
+        raise ValueError(f"torchvision has no classifier {name!r}.{suggest(name, known)} See models.list_models().")
     if channels != 3:
         raise ValueError(f"torchvision's classifiers take 3 channels; got channels={channels}.")
     if not pretrained:

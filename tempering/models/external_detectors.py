@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tempering.models.boxes import centred, clipped, cornered
 from tempering.models.detector import Detected, Detector, Target
+from tempering.models.factory import build
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TORCHVISION = ("fcos_resnet50_fpn", "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2")
@@ -32,8 +33,6 @@ def detector(name: str, *, classes: int, pretrained: bool = False) -> Detector:
         ValueError: for a name that there is not, or a detector that is not supported.
         ImportError: for a library that is not installed.
     """
-    from tempering.models import build
-
     library, colon, inner = name.partition(":")
     if colon and library == "torchvision":
         return _from_torchvision(inner, classes, pretrained)

@@ -9,7 +9,8 @@ from torch import nn
 
 from tempering.models.attention import attend
 from tempering.models.external import LIBRARIES, from_library
-from tempering.utils.registry import pick
+from tempering.models.zoo import MODELS
+from tempering.utils.registry import lookup
 
 
 def build(name: str, *, classes: int, channels: int = 3, pretrained: bool = False) -> nn.Module:
@@ -39,11 +40,14 @@ def build(name: str, *, classes: int, channels: int = 3, pretrained: bool = Fals
         if library not in LIBRARIES:
             raise ValueError(f"nets of other libraries are {', '.join(f'{x}:NAME' for x in LIBRARIES)}; got {name!r}.")
         return from_library(library, inner, classes=classes, channels=channels, pretrained=pretrained)
-    from tempering.models import MODELS
-
     if pretrained:
         raise ValueError(f"the zoo has no weights of {name!r}; train it, or load(net, path) a safetensors file.")
-    return pick(name, MODELS, "net")(classes, channels)
+    return lookup(name, MODELS, "net")(classes, channels)
+
+
+def stages(net: nn.Module) -> list[str]:
+    """Names of the net's stages, shallow to deep; [] for a net that is not of the zoo."""
+    return getattr(net, "stages", [])
 
 
 def parted(name: str) -> tuple[str, str]:

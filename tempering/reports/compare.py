@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tempering.reports.intervals import Difference, deviation, difference, mean
 from tempering.reports.paper_results import published
 from tempering.reports.records import RunRecord, number
-from tempering.utils.registry import pick
+from tempering.utils.registry import lookup
 
 CONTROL = "student alone"
 MATCHED = "KD, weight-matched"
@@ -244,7 +244,7 @@ def _columns(runs: Sequence[RunRecord]) -> list[str]:
 def _controls(groups: Mapping[str, object], control: str | None) -> tuple[str, ...]:
     by_name = {label: label for label in groups}
     by_lower = {label.lower(): label for label in groups}
-    first = by_lower.get(CONTROL) if control is None else pick(control, by_name, "arm")
+    first = by_lower.get(CONTROL) if control is None else lookup(control, by_name, "arm")
     wanted = (first, by_lower.get(MATCHED.lower()))
     return tuple(dict.fromkeys(label for label in wanted if label is not None))
 

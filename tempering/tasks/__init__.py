@@ -1,31 +1,17 @@
-"""Tasks: how batches become rows, and batches that a student writes itself."""
+"""Tasks: how batches become rows. Those that train on generated text are in ``tempering.rollouts`` and named here too."""
 
-from tempering.rollouts.on_policy import OnPolicy
-from tempering.rollouts.sampling import Sampling
-from tempering.rollouts.scoring import Graded
-from tempering.rollouts.sequence_level import SequenceLevel
-from tempering.rollouts.speculative import Speculative
-from tempering.tasks.base import Task
-from tempering.tasks.classification import Classification
-from tempering.tasks.cross_tokenizer import Aligned
-from tempering.tasks.detection import Detection
-from tempering.tasks.language_modeling import Generation
-from tempering.tasks.seq2seq import Seq2Seq
-from tempering.tasks.text_classification import TextClassification
-from tempering.tasks.tokenizers import shared_vocabulary
+from typing import Any
 
-__all__ = [
-    "Aligned",
-    "Classification",
-    "Detection",
-    "Generation",
-    "Graded",
-    "OnPolicy",
-    "Sampling",
-    "Seq2Seq",
-    "SequenceLevel",
-    "Speculative",
-    "Task",
-    "TextClassification",
-    "shared_vocabulary",
-]
+import lazy_loader
+
+_getattr, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_ROLLOUTS = ("Graded", "OnPolicy", "Sampling", "SequenceLevel", "Speculative")
+__all__ += _ROLLOUTS
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROLLOUTS:
+        from tempering import rollouts
+
+        return getattr(rollouts, name)
+    return _getattr(name)

@@ -1,9 +1,18 @@
-"""Temperature policies, one a file, found by looking into this folder."""
+"""Temperature policies, one per file, found in this package when they are first named."""
 
-from tempering.temperature.base import LearningPolicy, Policy, Temperatures
-from tempering.utils.registry import discover
+from typing import Any
 
-POLICIES: dict[str, type[Policy]] = discover(__name__, __path__, Policy)
-globals().update(POLICIES)
+from tempering.temperature.base import LearningPolicy as LearningPolicy
+from tempering.temperature.base import Policy as Policy
+from tempering.temperature.base import Temperatures as Temperatures
+from tempering.utils.registry import Registry
 
-__all__ = ["POLICIES", "LearningPolicy", "Policy", "Temperatures", *POLICIES]  # pyright: ignore[reportUnsupportedDunderAll]
+POLICIES: Registry[Policy] = Registry(__name__, __path__, Policy)
+
+
+def __getattr__(name: str) -> Any:
+    return POLICIES.attribute(name)
+
+
+def __dir__() -> list[str]:
+    return sorted((*globals(), *POLICIES))

@@ -1,49 +1,94 @@
-"""Finding the parts of a folder: a new method or policy is one new file, and nothing else is edited."""
+"""Registries of classes found in a package's files, and lookup by name with suggestions for typos."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import inspect
-import pkgutil
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 Part = TypeVar("Part")
 
 
-def discover(package: str, path: Iterable[str], kind: type[Part]) -> dict[str, type[Part]]:
-    """name -> class for every concrete subclass of ``kind`` defined in a module of ``package``, by name."""
-    found: dict[str, type[Part]] = {}
-    for module_info in pkgutil.walk_packages(path, f"{package}."):
-        module = importlib.import_module(module_info.name)
-        for name, value in vars(module).items():
-            if (
-                inspect.isclass(value)
-                and issubclass(value, kind)
-                and value.__module__ == module.__name__
-                and not inspect.isabstract(value)
-                and not name.startswith("_")
-            ):
-                found[name] = value
-    return dict(sorted(found.items()))
+class Registry(Mapping[str, type[Part]]):
+    """Name -> class, for every concrete subclass of ``kind`` defined in a file of ``package``, in order of names.
+
+    Files are searched for class statements and imported when one of their classes is asked for, so a new class is one
+    new file, and a run imports the classes that it uses.
+
+    Args:
+        package: full name, such as "tempering.methods".
+        path: its folders, ``__path__``; folders in them are searched too.
+        kind: base class.
+    """
+
+    def __init__(self, package: str, path: Iterable[str], kind: type[Part]) -> None:
+        self.package, self.path, self.kind = package, tuple(path), kind
+
+    @cached_property
+    def modules(self) -> dict[str, str]:
+        """Class -> module, of every public class statement in these files."""
+        found: dict[str, str] = {}
+        for folder in map(Path, self.path):
+            for file in sorted(folder.rglob("*.py")):
+                module = ".".join((self.package, *file.relative_to(folder).with_suffix("").parts))
+                for name in re.findall(r"^class ([A-Za-z]\w*)", file.read_text(encoding="utf-8"), re.MULTILINE):
+                    found[name] = module.removesuffix(".__init__")
+        return dict(sorted(found.items()))
+
+    def find(self, name: str) -> type[Part] | None:
+        """The class of that name, letter case aside; None where there is none."""
+        match = next((key for key in self.modules if key.lower() == name.lower()), None)
+        return None if match is None else self._load(match)
+
+    def _load(self, name: str) -> type[Part] | None:
+        value: Any = getattr(importlib.import_module(self.modules[name]), name, None)
+        concrete = inspect.isclass(value) and issubclass(value, self.kind) and not inspect.isabstract(value)
+        return cast("type[Part]", value) if concrete else None
+
+    def __getitem__(self, name: str) -> type[Part]:
+        value = self._load(name) if name in self.modules else None
+        if value is None:
+            raise KeyError(name)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.modules if self._load(name) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def attribute(self, name: str) -> Any:
+        """For a package's ``__getattr__``: the class of exactly that name.
+
+        Raises:
+            AttributeError: where there is none.
+        """
+        if name in self:
+            return self[name]
+        raise AttributeError(f"module {self.package!r} has no attribute {name!r}.{suggest(name, self.modules)}")
 
 
-def pick(name: str, parts: Mapping[str, Part], what: str) -> Part:
-    """The part of that name, letter case aside.
+def lookup(name: str, parts: Mapping[str, Part], kind: str) -> Part:
+    """The part of that name, letter case aside; ``kind`` is the noun in the error message.
 
     Raises:
-        ValueError: for a name that is not there, with the nearest one.
+        ValueError: if there is none, with the nearest name.
     """
-    by_lower = {key.lower(): value for key, value in parts.items()}
-    if name.lower() in by_lower:
-        return by_lower[name.lower()]
-    hint = nearest(name, by_lower)
-    raise ValueError(f"no {what} is called {name!r}.{hint} There are: {', '.join(sorted(by_lower))}.")
+    find = getattr(parts, "find", None)  # imports less than a walk
+    found = find(name) if find else next((v for k, v in parts.items() if k.lower() == name.lower()), None)
+    if found is not None:
+        return found
+    names = sorted(key.lower() for key in parts)
+    raise ValueError(f"no {kind} is called {name!r}.{suggest(name, names)} There are: {', '.join(names)}.")
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """ " Did you mean ...?" with the name nearest to a mistyped one; nothing where none is near."""
+def suggest(name: str, names: Iterable[str]) -> str:
+    """ " Did you mean ...?" with the name nearest to a mistyped one; "" where none is near."""
     near = difflib.get_close_matches(name.lower(), names, n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tempering.experiments.presets import arm_from, method_of, split
-from tempering.utils.registry import nearest
+from tempering.utils.registry import suggest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -244,7 +244,7 @@ def _path(name: str, known: Mapping[str, str], flags: set[str]) -> str:
         return f"--{flag}"
     all_names = [*known, *sorted(flags)]
     raise ValueError(
-        f"neither the method nor the recipe has an argument {name!r}.{nearest(name, all_names)} The method has: "
+        f"neither the method nor the recipe has an argument {name!r}.{suggest(name, all_names)} The method has: "
         f"{', '.join(known) or 'none'}."
     )
 

@@ -171,7 +171,7 @@ class Recording:
 
     def _finish(self) -> None:
         """The key with its checksum, then the folder under its own name."""
-        from tempering import __version__
+        from tempering._version import __version__
 
         array, model = self.folder / LOGITS, self.teacher.model
         made = {

@@ -117,7 +117,7 @@ def _save(file: Path, tensors: Tensors, about: dict[str, str]) -> None:
 
 def _finish(path: Path, folder: Path, key: Mapping[str, Any], files: Iterable[Path], teacher: Teacher) -> None:
     """The key with its checksums, then the folder under its own name."""
-    from tempering import __version__
+    from tempering._version import __version__
 
     shards = [{"file": f.name, "bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in files]
     model = teacher.model

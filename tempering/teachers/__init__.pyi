@@ -1,0 +1,15 @@
+from .base import Teacher as Teacher
+from .base import fingerprint as fingerprint
+from .cache.hidden import CachedHidden as CachedHidden
+from .cache.hidden import record_hidden as record_hidden
+from .cache.logits import Cached as Cached
+from .cache.logits import record as record
+from .cache.sampled import CachedDrawn as CachedDrawn
+from .cache.sampled import record_drawn as record_drawn
+from .cache.top_k import CachedSparse as CachedSparse
+from .cache.top_k import record_sparse as record_sparse
+from .live import Live as Live
+from .remote.teacher import Served as Served
+from .remote.verify import ServedDiffers as ServedDiffers
+from .remote.verify import selftest as selftest
+from .selection import Kept as Kept
