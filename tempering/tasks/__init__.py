@@ -1,4 +1,4 @@
-"""Tasks: how batches become rows. Those that train on generated text are in ``tempering.rollouts`` and named here too."""
+"""Tasks: how batches become rows. Those that train on generated text are in ``tempering.rollouts``, and here too."""
 
 from typing import Any
 
