@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import pytest
 from torch import Tensor
 
-from tempering import papersdoc
+from tempering import cli, papersdoc
 from tempering.arms import ARMS
 from tempering.methods import METHODS
 from tempering.methods.base import Method
@@ -107,7 +107,8 @@ def test_docstrings_play_no_part(docstring: str | None, monkeypatch: pytest.Monk
         if kind.__module__.startswith("tempering."):
             monkeypatch.setattr(kind, "__doc__", docstring)
     assert spaces() == before
-    assert papersdoc.told(METHODS["KD"]) == ((docstring and "Nothing.") or "", [], "")
+    assert papersdoc.told(METHODS["KD"]) == ("Nothing." if docstring else "", [], "")
+    assert cli.main(["list"]) == 0
 
 
 @pytest.mark.parametrize("name", sorted(WEIGHTS))
