@@ -138,7 +138,7 @@ evidence-short: $(READY)  ## a first look, no part of `make evidence`: 8 epochs,
 	$(WRITTEN)
 
 docs: $(READY)  ## docs/papers.md, from docstrings, presets and records; docs/performance.md; docs/evidence.md
-	$(BIN)/python -m tempering.papersdoc .
+	$(BIN)/python docs/tools/papers_page.py .
 	$(BIN)/python benchmarks/page.py
 	$(BIN)/python benchmarks/evidence.py
 

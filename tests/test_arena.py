@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tempering.cli import main as cli
+from tempering.cli.main import main as cli
 from tempering.experiments import recipe as recipefile
 from tempering.experiments.compare import plan as arena_plan
 from tempering.experiments.compare import runner as arena
@@ -341,7 +341,7 @@ from pathlib import Path
 import torch
 from torch import nn
 import tempering as kd
-from tempering.arms import arm_from, method_of
+from tempering.experiments.presets import arm_from, method_of
 from tempering.data import Batches
 
 

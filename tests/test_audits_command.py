@@ -13,7 +13,7 @@ import torch
 
 from tempering.audits import Audit
 from tempering.audits.privacy import Privacy
-from tempering.cli import main as cli
+from tempering.cli.main import main as cli
 from tempering.reports.page import render
 from tempering.reports.records import load_run, pack, read_cell, write_cell
 from tests.records_made import make_set
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from tempering import distill
-from tempering.arms import method_of
+from tempering.experiments.presets import method_of
 from tempering.data.batches import Batches
 from tempering.engine import CHECK_ONLY
 from tempering.methods.supervised import Supervised

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tempering import __version__
-from tempering.cli import main as cli
+from tempering.cli.main import main as cli
 from tempering.experiments import recipe as recipefile
 from tempering.experiments.presets import ARMS
 from tempering.methods import METHODS
@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 from torch import nn
 import tempering as kd
-from tempering.arms import method_of
+from tempering.experiments.presets import method_of
 
 
 def main(*, method: str = "kd", flip: bool = False, epochs: int = 1, out: Path | None = None, quiet: bool = False):

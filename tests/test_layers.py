@@ -16,11 +16,11 @@ PACKAGE = ROOT / "tempering"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # what each part may import of tempering beside itself; a name covers what is inside it
 BOTTOM = {"discovery", "fusable", "searching", "taps", "records", "checkpoints", "settings", "wandb_logger"}
-BOTTOM |= {"compiling", "hardware"}
+BOTTOM |= {"compiling", "hardware", "utils"}
 LAYERS = {part: set() for part in ("rows", *BOTTOM)} | {
     "data": {"rows"},
     "models": {"discovery"},
-    "temperature": {"rows", "discovery", "fusable"},
+    "temperature": {"rows", "discovery", "fusable", "utils"},
     "answers": {"rows"},
     "buckets": {"rows"},
     "teachers": {"rows", "taps", "answers", "buckets", "compiling"},
@@ -28,7 +28,7 @@ LAYERS = {part: set() for part in ("rows", *BOTTOM)} | {
     "audits": {"rows", "discovery", "taps", "temperature", "data.canaries"},
     "objectives": {"rows", "fusable", "temperature.base"},
     "kernels": {"rows", "answers", "fusable", "temperature", "objectives", "methods.base"},
-    "methods": {"rows", "discovery", "temperature", "objectives", "teachers.base"},
+    "methods": {"rows", "discovery", "temperature", "objectives", "teachers.base", "utils"},
     "reports": {"discovery"},
 }
 # the engine's files see base classes only; what distill() makes where nobody chose is named here
@@ -48,7 +48,7 @@ LAYERS |= {
     | {"teachers.base", "temperature"},
     "papers": {"discovery", "methods", "temperature"},
     "papersdoc": {"papers", "methods", "temperature", "reports", "tune_space"},
-    "tune_space": {"arms", "discovery"},
+    "tune_space": {"arms", "discovery", "utils"},
     "tune_trial": {"recipefile", "searching"},
     "tune_study": {"reports", "tune_space"},
     "tune": {"arena", "arena_plan", "arena_view", "recipefile", "reports", "tune_space", "tune_study"},

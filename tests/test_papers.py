@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from tempering.papersdoc import GOLDEN, made_by, page, presets, told
 
+from docs.tools.papers_page import GOLDEN, made_by, page, presets, told
 from tempering.experiments import published as papers
 from tempering.experiments.spec import method_from
 from tempering.experiments.tune.space import written

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tempering.cli import main as cli
+from tempering.cli.main import main as cli
 from tempering.experiments.spec import method_from
 from tempering.experiments.tune import page as tune_view
 from tempering.experiments.tune import runner as tune
@@ -361,7 +361,7 @@ from pathlib import Path
 import torch
 from torch import nn
 import tempering as kd
-from tempering.arms import method_of
+from tempering.experiments.presets import method_of
 
 def main(*, method: str, seed: int = 0, out: Path, quiet: bool = False):
     """Distil."""

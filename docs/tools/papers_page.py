@@ -1,6 +1,6 @@
 """docs/papers.md: every method and policy, its equation, its paper's values, what differs, and what we measured.
 
-Made from docstrings, ``papers`` and the records under benchmarks/results: ``python -m tempering.papersdoc`` writes it.
+Made from docstrings, ``papers`` and the records under benchmarks/results: ``python docs/tools/papers_page.py .`` writes it.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _part(name: str, kind: type[Method] | type[Policy], found: list[tuple[str, C
 def told(kind: type[Any]) -> tuple[str, list[str], str]:
     """What a docstring says: its equation, how it stands to what was released, and its reference."""
     text = inspect.cleandoc(kind.__doc__ or "")
-    blocks = [block for block in re.split(r"\n\s*\n", text) if block.strip()]
+    blocks = [block for block in re.split(r"\n\s*\n", text) if block.strip()] or [""]  # python -OO keeps none
     equation, differs, reference = " ".join(blocks[0].split()).replace("``", ""), [], ""
     for block in blocks[1:]:
         if block.startswith(("Reference:", "References:")):

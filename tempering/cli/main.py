@@ -240,7 +240,7 @@ def list_parts() -> None:
     for title, parts in (("Methods", METHODS), ("Temperature policies", POLICIES)):
         listed = table(title, "name", "paper", "what it is")
         for name, part in parts.items():
-            listed.add_row(name.lower(), part.paper, (part.__doc__ or "").strip().splitlines()[0])
+            listed.add_row(name.lower(), part.paper, (part.__doc__ or "").strip().partition("\n")[0])
         tables.append(listed)
     _print(*tables, f"Nets: {', '.join(sorted(MODELS))}", markup=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tempering.rows import Rows, widened
 from tempering.temperature.base import Policy, Temperatures, positive
+from tempering.utils.search_space import Temperature
 
 
 class Adaptive(Policy):
@@ -31,7 +33,7 @@ class Adaptive(Policy):
     paper = "arXiv:2510.11615"
     relational = True
 
-    def __init__(self, tau: float = 4.0, *, strength: float = 0.5) -> None:
+    def __init__(self, tau: Annotated[float, Temperature()] = 4.0, *, strength: float = 0.5) -> None:
         super().__init__()
         positive("Adaptive", tau=tau)
         if not math.isfinite(strength):

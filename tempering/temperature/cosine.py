@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from tempering.rows import Rows, widened
 from tempering.temperature.base import Policy, Temperatures, positive
+from tempering.utils.search_space import Temperature
 
 
 class Cosine(Policy):
@@ -29,7 +32,9 @@ class Cosine(Policy):
     paper = "arXiv:2311.14307"
     relational = True
 
-    def __init__(self, tau: float = 4.0, *, low: float = 2.0, high: float = 6.0, eps: float = 0.0) -> None:
+    def __init__(
+        self, tau: Annotated[float, Temperature()] = 4.0, *, low: float = 2.0, high: float = 6.0, eps: float = 0.0
+    ) -> None:
         super().__init__()
         positive("Cosine", tau=tau, low=low, high=high)
         if low > high:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tempering.rows import Rows, widened
 from tempering.temperature.base import Policy, Temperatures, positive, share
+from tempering.utils.search_space import Temperature
 
 Form = Literal["global", "instance"]
 AT_BOUND = 0.01  # a temperature within this share of [low, high] from its end sits at the bound
@@ -53,7 +54,7 @@ class Curriculum(Policy):
 
     def __init__(
         self,
-        tau: float = 4.0,
+        tau: Annotated[float, Temperature()] = 4.0,
         *,
         form: Form = "global",
         low: float = 1.0,

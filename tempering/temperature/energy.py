@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tempering.rows import Rows, widened
 from tempering.temperature.base import Policy, Temperatures, positive
+from tempering.utils.search_space import Temperature
 
 
 class Energy(Policy):
@@ -35,7 +37,7 @@ class Energy(Policy):
 
     def __init__(
         self,
-        tau: float = 4.0,
+        tau: Annotated[float, Temperature()] = 4.0,
         *,
         sure: float = 2.0,
         unsure: float = 6.0,

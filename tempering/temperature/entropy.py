@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -10,6 +12,7 @@ from tempering.rows import Rows, widened
 from tempering.temperature.base import Policy, Temperatures, positive
 from tempering.temperature.sharpness import centred
 from tempering.temperature.standardized import spread
+from tempering.utils.search_space import Temperature
 
 
 class Entropy(Policy):
@@ -28,7 +31,7 @@ class Entropy(Policy):
 
     paper = "none: arXiv:2404.12711 with the entropy as its measure"
 
-    def __init__(self, tau: float = 4.0, *, reach: float = 0.9) -> None:
+    def __init__(self, tau: Annotated[float, Temperature()] = 4.0, *, reach: float = 0.9) -> None:
         super().__init__()
         positive("Entropy", tau=tau)
         if not 0.0 < reach <= 1.0:

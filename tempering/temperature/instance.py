@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,6 +14,7 @@ from tempering.rows import Rows, widened
 from tempering.temperature._mixed import Mix, Mixed, ranked
 from tempering.temperature._ppo import Agent, Form, Path, normals, squashed
 from tempering.temperature.base import LearningPolicy, Temperatures, constant, positive
+from tempering.utils.search_space import Fraction, Temperature
 
 WAITING = 5  # columns of a path that waits for its reward: the state, the action, its log-density
 
@@ -74,12 +75,12 @@ class Instance(LearningPolicy):
 
     def __init__(
         self,
-        tau: float = 4.0,
+        tau: Annotated[float, Temperature()] = 4.0,
         *,
         form: Form = "ppo",
         low: float = 0.0,
         high: float = 10.0,
-        warmup: float = 19 / 240,
+        warmup: Annotated[float, Fraction()] = 19 / 240,
         period: float = 20 / 240,
         span: float = 1 / 240,
         clip: float = 0.2,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from tempering.rows import Rows, widened
 from tempering.temperature.base import Policy, Temperatures, inner, positive, share
 from tempering.temperature.sharpness import Sharpness
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Temperature
 
 Shape = Literal["cosine", "linear"]
 
@@ -100,7 +101,7 @@ class DTS(Policy):
 
     def __init__(
         self,
-        tau: float = 4.0,
+        tau: Annotated[float, Temperature()] = 4.0,
         *,
         low: float = 2.0,
         high: float = 4.0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,6 +12,7 @@ from torch import Tensor
 from tempering.rows import Rows, widened
 from tempering.temperature.base import Policy, Temperatures, positive
 from tempering.utils.override import fusable
+from tempering.utils.search_space import Temperature
 
 Solve = Literal["exact", "std", "max", "published"]
 MASKED = -1e30  # stands for minus infinity where 0 * inf would give NaN; exp of it is 0 in every dtype we compute in
@@ -50,7 +51,14 @@ class Sharpness(Policy):
 
     paper = "arXiv:2404.12711"
 
-    def __init__(self, tau: float = 4.0, *, solve: Solve = "exact", reach: float = 0.9, attached: bool = False) -> None:
+    def __init__(
+        self,
+        tau: Annotated[float, Temperature()] = 4.0,
+        *,
+        solve: Solve = "exact",
+        reach: float = 0.9,
+        attached: bool = False,
+    ) -> None:
         super().__init__()
         positive("Sharpness", tau=tau)
         if solve not in ("exact", "std", "max", "published"):

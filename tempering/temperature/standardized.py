@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tempering.rows import Rows, widened
 from tempering.temperature.base import Policy, Temperatures, positive
+from tempering.utils.search_space import Temperature
 
 Scale = Literal["product", "teacher", "tau"]
 
@@ -32,7 +33,14 @@ class Standardised(Policy):
 
     paper = "arXiv:2308.00520; arXiv:2403.01427"
 
-    def __init__(self, tau: float = 2.0, *, scale: Scale = "product", ddof: int = 1, attached: bool = False) -> None:
+    def __init__(
+        self,
+        tau: Annotated[float, Temperature()] = 2.0,
+        *,
+        scale: Scale = "product",
+        ddof: int = 1,
+        attached: bool = False,
+    ) -> None:
         super().__init__()
         positive("Standardised", tau=tau)
         if scale not in ("product", "teacher", "tau"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from tempering.rows import Rows
 from tempering.temperature.base import Policy, Temperatures, constant, positive
+from tempering.utils.search_space import Temperature
 
 
 class Static(Policy):
@@ -14,7 +17,7 @@ class Static(Policy):
 
     paper = "arXiv:1503.02531"
 
-    def __init__(self, tau: float = 4.0) -> None:
+    def __init__(self, tau: Annotated[float, Temperature()] = 4.0) -> None:
         super().__init__()
         positive("Static", tau=tau)
         self.tau = tau

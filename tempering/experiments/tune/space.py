@@ -1,4 +1,10 @@
-"""What a search varies: ranges and choices of a method's arguments, read from plain text or from the method itself."""
+"""What a search varies: ranges and choices of a method's arguments, read from plain text or from the method itself.
+
+The default search space is declared: constructor arguments of methods and policies are annotated with the markers of
+``tempering.utils.search_space``, as in ``soft: Annotated[float, Weight()] = 1.0``. Docstrings and names of arguments
+play no part in it. An argument without a marker keeps its value unless ``--space`` names it, so a new method or policy
+without annotations works, and is searched only where ``--space`` says so.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tempering.experiments.presets import arm_from, method_of, split
 from tempering.utils.registry import suggest
+from tempering.utils.search_space import declared
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,9 +26,6 @@ PLACE = re.compile(r"\{([\w.-]+)\}")
 NUMBER = r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?(?:/\d+)?"
 RANGE = re.compile(rf"({NUMBER})\.\.({NUMBER})(?:\s+(log|linear))?")
 EXAMPLE = 'soft=0.1..10, warmup=0..0.2, "temperature.solve=exact|std", hard=1'
-WIDE = 10.0  # a weight is sought between this part and this multiple of what it is
-TAU = (1.0, 10.0)
-WARMUP = 0.25  # the share of the run that a warm-up may take
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Space:
 
 
 def space_of(method: str, given: str = "", flags: set[str] = frozenset()) -> Space:  # pyright: ignore[reportArgumentType]
-    """What a search over ``method`` varies: by itself every weight but that of the labels, warm-up and temperature.
+    """What a search over ``method`` varies: by default the arguments that declare it (weights, warm-up, temperatures).
 
     Args:
         method: an arm or a method, around whose values is searched; or a text with places in braces, such as
@@ -155,33 +159,13 @@ def arguments(part: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any, nn.
 
 
 def _derived(made: nn.Module) -> Iterator[Dimension]:
-    """Weights by their logarithm around what they are, warm-up, and the reference temperature.
-
-    The labels' weight is what the others are measured by: only their ratio, and the learning rate, say anything. A
-    weight that is 0 leaves its term out, and stays so.
-    """
+    """The arguments whose annotations declare a range around their value; see ``tempering.utils.search_space``."""
     for path, value, owner in arguments(made):
-        name = path.rpartition(".")[2]
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        marker = declared(type(owner).__init__).get(path.rpartition(".")[2])
+        if marker is None or isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        if name == "warmup":
-            yield Dimension(path, 0.0, max(WARMUP, float(value)))
-        elif value > 0 and (_is_tau(path) or _told(owner, name).startswith("the teacher's temp")):
-            yield Dimension(path, min(TAU[0], value), max(TAU[1], 2.0 * value if value >= TAU[1] else 0.0), log=True)
-        elif value > 0 and name != "hard" and _told(owner, name).startswith("weight"):
-            yield Dimension(path, value / WIDE, value * WIDE, log=True)
-
-
-def _is_tau(path: str) -> bool:
-    """Whether it is the reference temperature of a policy that a method has."""
-    return "temperature." in path and path.endswith(".tau")
-
-
-def _told(owner: nn.Module, name: str) -> str:
-    """What the documentation says of an argument, its first line; nothing where it says nothing."""
-    docs = "\n".join(kind.__doc__ or "" for kind in type(owner).__mro__ if kind.__module__.startswith("tempering."))
-    found = re.search(rf"^ +(?:\w+, )*{name}(?:, \w+)*: (.*)", docs, re.MULTILINE)
-    return "" if found is None else found[1]
+        if (found := marker.range(value)) is not None:
+            yield Dimension(path, found.low, found.high, log=found.log)
 
 
 def written(part: nn.Module, places: Collection[str] = (), prefix: str = "", *, whole: bool = False) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from tempering.methods.detection.base import NeckMethod, over_levels
 from tempering.objectives import divergence
 from tempering.rows import Rows
 from tempering.temperature.base import positive
+from tempering.utils.search_space import Weight
 
 
 class CWD(NeckMethod):
@@ -31,7 +33,12 @@ class CWD(NeckMethod):
     paper = "arXiv:2011.13256"
 
     def __init__(
-        self, *, feature: float = 10.0, hard: float = 1.0, tau: float = 1.0, names: Sequence[str] = ()
+        self,
+        *,
+        feature: Annotated[float, Weight()] = 10.0,
+        hard: float = 1.0,
+        tau: float = 1.0,
+        names: Sequence[str] = (),
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
         positive("CWD", tau=tau)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Annotated, Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,6 +13,7 @@ from tempering.methods.base import weights
 from tempering.methods.detection.base import NeckMethod, over_levels, summed
 from tempering.rows import Rows
 from tempering.temperature.base import positive
+from tempering.utils.search_space import Weight
 
 
 class FGD(NeckMethod):
@@ -44,10 +45,10 @@ class FGD(NeckMethod):
     def __init__(
         self,
         *,
-        foreground: float = 1e-3,
-        background: float = 5e-4,
-        attention: float = 5e-4,
-        relation: float = 5e-6,
+        foreground: Annotated[float, Weight()] = 1e-3,
+        background: Annotated[float, Weight()] = 5e-4,
+        attention: Annotated[float, Weight()] = 5e-4,
+        relation: Annotated[float, Weight()] = 5e-6,
         hard: float = 1.0,
         tau: float = 0.5,
         names: Sequence[str] = (),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 from torch import Tensor, nn
 
 from tempering.methods.detection.base import NeckMethod, over_levels, summed
 from tempering.methods.features.base import per_row
 from tempering.rows import Rows
+from tempering.utils.search_space import Weight
 
 
 class Imitation(NeckMethod):
@@ -36,7 +38,12 @@ class Imitation(NeckMethod):
     paper = "arXiv:1412.6550"
 
     def __init__(
-        self, *, feature: float = 6.0, hard: float = 1.0, scored: bool = False, names: Sequence[str] = ()
+        self,
+        *,
+        feature: Annotated[float, Weight()] = 6.0,
+        hard: float = 1.0,
+        scored: bool = False,
+        names: Sequence[str] = (),
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
         self.scored = scored

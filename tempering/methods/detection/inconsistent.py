@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from tempering.methods.detection.fgd import FGD
 from tempering.methods.features.base import spread_out
 from tempering.rows import Rows, widened
 from tempering.teachers.base import fingerprint
+from tempering.utils.search_space import Weight
 
 
 class InconsistentDetection(StepMethod):
@@ -60,7 +61,7 @@ class InconsistentDetection(StepMethod):
         self,
         base: NeckMethod | None = None,
         *,
-        adversarial: float = 1e-5,
+        adversarial: Annotated[float, Weight()] = 1e-5,
         until: float = 16 / 24,
         eps: float = 8 / 255,
         step_size: float = 2 / 255,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torch import Tensor
 
 from tempering.methods.base import Method, policy, weights, zero
@@ -9,6 +11,7 @@ from tempering.objectives import cross_entropy, kl
 from tempering.rows import Rows
 from tempering.temperature.base import Policy
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Weight
 
 OTHER = ("classes", "images")  # a detector's blocks whose rows are no sides
 BINS = 17  # of the released heads, whose reg_max is 16
@@ -32,7 +35,9 @@ class LD(Method):
 
     paper = "arXiv:2102.12252"
 
-    def __init__(self, *, soft: float = 0.25 / BINS, hard: float = 1.0, temperature: Policy | None = None) -> None:
+    def __init__(
+        self, *, soft: Annotated[float, Weight()] = 0.25 / BINS, hard: float = 1.0, temperature: Policy | None = None
+    ) -> None:
         super().__init__()
         weights("LD", soft=soft, hard=hard)
         self.soft, self.hard = soft, hard

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from tempering.methods.base import drawn
 from tempering.methods.detection.base import NeckMethod, over_levels, summed
 from tempering.rows import Rows
+from tempering.utils.search_space import Weight
 
 WHOLE = 2**63
 STRIDE = 0x9E3779B97F4A7C15  # odd: no two ids fall together
@@ -39,7 +41,12 @@ class MGD(NeckMethod):
     zero_at_agreement = False  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
 
     def __init__(
-        self, *, feature: float = 2e-5, hard: float = 1.0, masked: float = 0.65, names: Sequence[str] = ()
+        self,
+        *,
+        feature: Annotated[float, Weight()] = 2e-5,
+        hard: float = 1.0,
+        masked: float = 0.65,
+        names: Sequence[str] = (),
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
         if not 0.0 <= masked <= 1.0:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from tempering.methods.detection.base import NeckMethod, over_levels
 from tempering.rows import Rows
+from tempering.utils.search_space import Weight
 
 FLAT = 1e-6  # a spread below that, against 1 + the mean, is none
 
@@ -39,7 +40,7 @@ class PKD(NeckMethod):
     def __init__(
         self,
         *,
-        feature: float = 10.0,
+        feature: Annotated[float, Weight()] = 10.0,
         hard: float = 1.0,
         over: Literal["batch", "image"] = "batch",
         names: Sequence[str] = (),

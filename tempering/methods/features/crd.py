@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from tempering.methods.features.base import Projected
 from tempering.rows import Rows
+from tempering.utils.search_space import Weight
 
 
 class CRD(Projected):
@@ -34,7 +36,7 @@ class CRD(Projected):
         self,
         *,
         samples: int,
-        feature: float = 0.8,
+        feature: Annotated[float, Weight()] = 0.8,
         hard: float = 1.0,
         negatives: int = 16384,
         contrast: float = 0.07,

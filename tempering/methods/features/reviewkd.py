@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from tempering.methods.base import ramp, share
 from tempering.methods.features.base import Projected, per_row
 from tempering.rows import Rows
+from tempering.utils.search_space import Fraction, Weight
 
 
 class ReviewKD(Projected):
@@ -32,10 +34,10 @@ class ReviewKD(Projected):
     def __init__(
         self,
         *,
-        feature: float = 5.0,
+        feature: Annotated[float, Weight()] = 5.0,
         hard: float = 1.0,
         middle: int = 512,
-        warmup: float = 20 / 240,
+        warmup: Annotated[float, Fraction()] = 20 / 240,
         names: Sequence[str] = (),
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)

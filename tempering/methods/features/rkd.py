@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 from tempering.methods.base import weights
 from tempering.methods.features.base import FeatureMethod
 from tempering.rows import Rows
+from tempering.utils.search_space import Weight
 
 
 class RKD(FeatureMethod):
@@ -27,7 +29,7 @@ class RKD(FeatureMethod):
     def __init__(
         self,
         *,
-        feature: float = 1.0,
+        feature: Annotated[float, Weight()] = 1.0,
         distance: float = 25.0,
         angle: float = 50.0,
         hard: float = 1.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from tempering.methods.features.base import Projected, fitted, per_row
 from tempering.rows import Rows
+from tempering.utils.search_space import Weight
 
 
 class VID(Projected):
@@ -28,7 +30,12 @@ class VID(Projected):
     non_negative = False
 
     def __init__(
-        self, *, feature: float = 1.0, hard: float = 1.0, variance: float = 5.0, names: Sequence[str] = ()
+        self,
+        *,
+        feature: Annotated[float, Weight()] = 1.0,
+        hard: float = 1.0,
+        variance: float = 5.0,
+        names: Sequence[str] = (),
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
         if not variance > 1e-5:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,6 +14,7 @@ from tempering.objectives import cross_entropy, divergence, labels, log_softmax,
 from tempering.rows import Rows, widened
 from tempering.temperature.base import Policy, positive
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Fraction, Temperature, Weight
 
 
 class ATS(Method):
@@ -46,12 +49,12 @@ class ATS(Method):
     def __init__(
         self,
         *,
-        soft: float = 0.5,
+        soft: Annotated[float, Weight()] = 0.5,
         hard: float = 0.5,
-        correct: float = 4.0,
-        wrong: float = 2.0,
+        correct: Annotated[float, Temperature()] = 4.0,
+        wrong: Annotated[float, Temperature()] = 2.0,
         centred: bool = True,
-        warmup: float = 0.0,
+        warmup: Annotated[float, Fraction()] = 0.0,
         temperature: Policy | None = None,
     ) -> None:
         super().__init__()

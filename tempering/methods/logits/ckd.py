@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from tempering.objectives import kl, labels
 from tempering.rows import Rows, shared, widened
 from tempering.temperature.base import Policy
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Weight
 
 
 class CKD(Method):
@@ -49,9 +51,9 @@ class CKD(Method):
     def __init__(
         self,
         *,
-        soft: float = 1.0,
+        soft: Annotated[float, Weight()] = 1.0,
         hard: float = 1.0,
-        divergence: float = 0.0,
+        divergence: Annotated[float, Weight()] = 0.0,
         groups: Sequence[int] = (1, 1),
         pairs: int | None = None,
         temperature: Policy | None = None,
@@ -123,7 +125,12 @@ class FeatureCKD(Projected):
     paper = "arXiv:2311.02253"
 
     def __init__(
-        self, *, feature: float = 100.0, hard: float = 0.0, groups: Sequence[int] = (1, 1), names: Sequence[str] = ()
+        self,
+        *,
+        feature: Annotated[float, Weight()] = 100.0,
+        hard: float = 0.0,
+        groups: Sequence[int] = (1, 1),
+        names: Sequence[str] = (),
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
         self.groups = _sizes("FeatureCKD", groups)

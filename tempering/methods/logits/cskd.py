@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torch import Tensor
 
 from tempering.methods.base import Method, policy, ramp, share, weights, zero
@@ -22,6 +24,7 @@ from tempering.rows import Rows, shared
 from tempering.temperature.base import Policy, Temperatures
 from tempering.temperature.cosine import Cosine
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Fraction, Weight
 
 
 class CSKD(Method):
@@ -56,12 +59,12 @@ class CSKD(Method):
     def __init__(
         self,
         *,
-        fixed: float = 2.0,
-        weighted: float = 2.0,
-        gram: float = 0.0,
+        fixed: Annotated[float, Weight()] = 2.0,
+        weighted: Annotated[float, Weight()] = 2.0,
+        gram: Annotated[float, Weight()] = 0.0,
         hard: float = 1.0,
         published: bool = False,
-        warmup: float = 0.0,
+        warmup: Annotated[float, Fraction()] = 0.0,
         temperature: Policy | None = None,
         eps: float = 0.0,
     ) -> None:

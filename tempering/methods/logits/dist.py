@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torch import Tensor
 
 from tempering.methods.base import Method, policy, ramp, share, weights, zero
@@ -10,6 +12,7 @@ from tempering.objectives import cross_entropy
 from tempering.rows import Rows, shared
 from tempering.temperature.base import Policy
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Fraction, Weight
 
 
 class DIST(Method):
@@ -38,10 +41,10 @@ class DIST(Method):
     def __init__(
         self,
         *,
-        inter: float = 2.0,
-        intra: float = 2.0,
+        inter: Annotated[float, Weight()] = 2.0,
+        intra: Annotated[float, Weight()] = 2.0,
         hard: float = 1.0,
-        warmup: float = 0.0,
+        warmup: Annotated[float, Fraction()] = 0.0,
         temperature: Policy | None = None,
         eps: float = 0.0,
     ) -> None:

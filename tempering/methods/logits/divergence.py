@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from tempering.objectives import fraction, skewed
 from tempering.rows import Rows
 from tempering.temperature.base import Policy
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Fraction, Weight
 
 Objective = Literal["kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl", "tvd"]
 
@@ -41,13 +42,13 @@ class Divergence(Method):
         self,
         *,
         objective: Objective = "jsd",
-        soft: float = 1.0,
+        soft: Annotated[float, Weight()] = 1.0,
         hard: float = 0.0,
         beta: float = 0.5,
         skew: float = 0.1,
         head: float = 0.5,
         temperature: Policy | None = None,
-        warmup: float = 0.0,
+        warmup: Annotated[float, Fraction()] = 0.0,
     ) -> None:
         super().__init__()
         if objective not in get_args(Objective):

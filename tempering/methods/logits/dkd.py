@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -11,6 +13,7 @@ from tempering.objectives import cross_entropy, divergence, labels, log_softmax,
 from tempering.rows import Rows
 from tempering.temperature.base import Policy
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Fraction, Weight
 
 
 class DKD(Method):
@@ -40,10 +43,10 @@ class DKD(Method):
     def __init__(
         self,
         *,
-        target: float = 1.0,
-        rest: float = 8.0,
+        target: Annotated[float, Weight()] = 1.0,
+        rest: Annotated[float, Weight()] = 8.0,
         hard: float = 1.0,
-        warmup: float = 20 / 240,
+        warmup: Annotated[float, Fraction()] = 20 / 240,
         temperature: Policy | None = None,
     ) -> None:
         super().__init__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torch import Tensor
 
 from tempering.methods.base import Method, policy, ramp, share, weights
@@ -10,6 +12,7 @@ from tempering.rows import Rows
 from tempering.temperature.base import Policy
 from tempering.temperature.sharpness import Sharpness
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Fraction, Weight
 
 
 class DTKD(Method):
@@ -36,10 +39,10 @@ class DTKD(Method):
     def __init__(
         self,
         *,
-        dynamic: float = 3.0,
-        soft: float = 1.0,
+        dynamic: Annotated[float, Weight()] = 3.0,
+        soft: Annotated[float, Weight()] = 1.0,
         hard: float = 1.0,
-        warmup: float = 20 / 240,
+        warmup: Annotated[float, Fraction()] = 20 / 240,
         temperature: Policy | None = None,
     ) -> None:
         super().__init__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torch import Tensor
 
 from tempering.methods.base import Method, policy, ramp, share, weights
@@ -9,6 +11,7 @@ from tempering.objectives import cross_entropy, divergence, entropy, softened
 from tempering.rows import Rows, widened
 from tempering.temperature.base import Policy, positive
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Fraction, Weight
 
 
 class ERKD(Method):
@@ -30,10 +33,10 @@ class ERKD(Method):
     def __init__(
         self,
         *,
-        soft: float = 0.9,
+        soft: Annotated[float, Weight()] = 0.9,
         hard: float = 0.1,
         tau: float = 4.0,
-        warmup: float = 0.0,
+        warmup: Annotated[float, Fraction()] = 0.0,
         temperature: Policy | None = None,
     ) -> None:
         super().__init__()

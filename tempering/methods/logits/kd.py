@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torch import Tensor
 
 from tempering.methods.base import Method, policy, ramp, share, weights
@@ -9,6 +11,7 @@ from tempering.objectives import cross_entropy, kl
 from tempering.rows import Rows
 from tempering.temperature.base import Policy
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Fraction, Weight
 
 
 class KD(Method):
@@ -28,7 +31,12 @@ class KD(Method):
     paper = "arXiv:1503.02531"
 
     def __init__(
-        self, *, soft: float = 0.9, hard: float = 0.1, temperature: Policy | None = None, warmup: float = 0.0
+        self,
+        *,
+        soft: Annotated[float, Weight()] = 0.9,
+        hard: float = 0.1,
+        temperature: Policy | None = None,
+        warmup: Annotated[float, Fraction()] = 0.0,
     ) -> None:
         super().__init__()
         weights("KD", soft=soft, hard=hard)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,6 +15,7 @@ from tempering.objectives import cross_entropy, divergence, log_softmax
 from tempering.rows import Rows, shared
 from tempering.temperature.base import Policy, Temperatures, positive
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Fraction, Weight
 
 STRONG = "strong"  # the name of the block of strongly augmented rows, as tasks.Views makes it
 
@@ -51,13 +53,13 @@ class MLKD(Method):
     def __init__(
         self,
         *,
-        soft: float = 0.9,
-        classes: float = 0.9,
-        batch: float = 0.9,
+        soft: Annotated[float, Weight()] = 0.9,
+        classes: Annotated[float, Weight()] = 0.9,
+        batch: Annotated[float, Weight()] = 0.9,
         hard: float = 0.1,
         temperatures: Sequence[float] = (4.0, 3.0, 5.0, 2.0, 6.0),
         published: bool = False,
-        warmup: float = 0.0,
+        warmup: Annotated[float, Fraction()] = 0.0,
         temperature: Policy | None = None,
     ) -> None:
         super().__init__()

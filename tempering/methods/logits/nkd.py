@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,6 +15,7 @@ from tempering.objectives import cross_entropy, labels, log_softmax, tempered
 from tempering.rows import Rows, widened
 from tempering.temperature.base import Policy
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Fraction, Weight
 
 
 class NKD(Method):
@@ -43,10 +44,10 @@ class NKD(Method):
     def __init__(
         self,
         *,
-        target: float = 1.0,
-        rest: float = 1.5,
+        target: Annotated[float, Weight()] = 1.0,
+        rest: Annotated[float, Weight()] = 1.5,
         hard: float = 1.0,
-        warmup: float = 0.0,
+        warmup: Annotated[float, Fraction()] = 0.0,
         temperature: Policy | None = None,
     ) -> None:
         super().__init__()
@@ -107,13 +108,13 @@ class USKD(Method):
     def __init__(
         self,
         *,
-        target: float = 1.0,
-        rest: float = 0.1,
-        weak: float = 0.005,
+        target: Annotated[float, Weight()] = 1.0,
+        rest: Annotated[float, Weight()] = 0.1,
+        weak: Annotated[float, Weight()] = 0.005,
         hard: float = 1.0,
         names: Sequence[str] = (),
         ranks: Literal["mended", "published"] = "mended",
-        warmup: float = 0.0,
+        warmup: Annotated[float, Fraction()] = 0.0,
     ) -> None:
         super().__init__()
         weights("USKD", target=target, rest=rest, weak=weak, hard=hard)

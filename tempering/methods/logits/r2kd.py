@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,6 +23,7 @@ from tempering.objectives import cross_entropy
 from tempering.rows import Rows, shared
 from tempering.temperature.base import Policy, positive
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Fraction, Weight
 
 PAIRS = 1 << 24  # comparisons held at once while ranking: 64 MiB in float32
 
@@ -58,12 +59,12 @@ class R2KD(Method):
     def __init__(
         self,
         *,
-        value: float = 2.0,
-        order: float = 2.0,
+        value: Annotated[float, Weight()] = 2.0,
+        order: Annotated[float, Weight()] = 2.0,
         hard: float = 1.0,
         rank: Literal["soft", "published"] = "soft",
         softness: float = 0.1,
-        warmup: float = 0.0,
+        warmup: Annotated[float, Fraction()] = 0.0,
         temperature: Policy | None = None,
         eps: float = 0.0,
     ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from tempering.objectives import cross_entropy, divergence, labels, log_softmax,
 from tempering.rows import Rows, widened
 from tempering.temperature.base import Policy, positive
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Fraction, Weight
 
 
 class RLD(Method):
@@ -42,11 +45,11 @@ class RLD(Method):
     def __init__(
         self,
         *,
-        sample: float = 1.0,
-        masked: float = 8.0,
+        sample: Annotated[float, Weight()] = 1.0,
+        masked: Annotated[float, Weight()] = 8.0,
         hard: float = 1.0,
         tau: float = 1.0,
-        warmup: float = 20 / 240,
+        warmup: Annotated[float, Fraction()] = 20 / 240,
         temperature: Policy | None = None,
     ) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from tempering.objectives import cross_entropy, kl
 from tempering.rows import UNLABELLED, Rows, widened
 from tempering.temperature.base import Policy, Temperatures
 from tempering.temperature.private import Private, privacy
+from tempering.utils.search_space import Fraction, Weight
 
 Noise = Literal["normal", "laplace", "gumbel"]
 MASK = 2**32 - 1
@@ -55,7 +56,7 @@ class Swing(Method):
     def __init__(
         self,
         *,
-        soft: float = 0.9,
+        soft: Annotated[float, Weight()] = 0.9,
         hard: float = 0.1,
         temperature: Policy | None = None,
         noise: float = 1.0,
@@ -63,7 +64,7 @@ class Swing(Method):
         hide: float = 0.5,
         redact: bool = False,
         seed: int = 0,
-        warmup: float = 0.0,
+        warmup: Annotated[float, Fraction()] = 0.0,
     ) -> None:
         super().__init__()
         weights("Swing", soft=soft, hard=hard, noise=noise)

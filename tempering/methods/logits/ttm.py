@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -11,6 +13,7 @@ from tempering.objectives import cross_entropy, divergence, log_softmax, masked,
 from tempering.rows import Rows, widened
 from tempering.temperature.base import Policy
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Fraction, Weight
 
 
 class TTM(Method):
@@ -36,7 +39,12 @@ class TTM(Method):
     zero_at_agreement = False
 
     def __init__(
-        self, *, soft: float = 100.0, hard: float = 1.0, warmup: float = 0.0, temperature: Policy | None = None
+        self,
+        *,
+        soft: Annotated[float, Weight()] = 100.0,
+        hard: float = 1.0,
+        warmup: Annotated[float, Fraction()] = 0.0,
+        temperature: Policy | None = None,
     ) -> None:
         super().__init__()
         weights(type(self).__name__, soft=soft, hard=hard)
@@ -75,7 +83,12 @@ class WTTM(TTM):
     """
 
     def __init__(
-        self, *, soft: float = 3.0, hard: float = 1.0, warmup: float = 0.0, temperature: Policy | None = None
+        self,
+        *,
+        soft: Annotated[float, Weight()] = 3.0,
+        hard: float = 1.0,
+        warmup: Annotated[float, Fraction()] = 0.0,
+        temperature: Policy | None = None,
     ) -> None:
         super().__init__(soft=soft, hard=hard, warmup=warmup, temperature=temperature)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from tempering.objectives import cross_entropy, divergence, fraction, mixture, s
 from tempering.rows import Rows
 from tempering.temperature.base import Policy
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Fraction, Weight
 
 
 class ULD(Method):
@@ -40,7 +41,12 @@ class ULD(Method):
     up_to_order: ClassVar[bool] = True  # 0 for the teacher's probabilities in any order, not only at agreement
 
     def __init__(
-        self, *, soft: float = 1.0, hard: float = 1.0, temperature: Policy | None = None, warmup: float = 0.0
+        self,
+        *,
+        soft: Annotated[float, Weight()] = 1.0,
+        hard: float = 1.0,
+        temperature: Policy | None = None,
+        warmup: Annotated[float, Fraction()] = 0.0,
     ) -> None:
         super().__init__()
         weights("ULD", soft=soft, hard=hard)
@@ -86,12 +92,12 @@ class HybridULD(Method):
         self,
         *,
         matched: int,
-        exact: float = 1.0,
-        ranked: float = 1.0,
+        exact: Annotated[float, Weight()] = 1.0,
+        ranked: Annotated[float, Weight()] = 1.0,
         hard: float = 1.0,
         beta: float = 0.5,
         temperature: Policy | None = None,
-        warmup: float = 0.0,
+        warmup: Annotated[float, Fraction()] = 0.0,
     ) -> None:
         super().__init__()
         weights("HybridULD", exact=exact, ranked=ranked, hard=hard)

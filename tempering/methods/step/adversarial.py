@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Annotated, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from tempering.methods.base import Step, StepMethod, weights
 from tempering.methods.step._attack import Ball, attackable, in_eval
 from tempering.objectives import cross_entropy, divergence, log_softmax
+from tempering.utils.search_space import Weight
 
 
 class _Adversarial(StepMethod):
@@ -128,7 +129,7 @@ class TRADES(_Adversarial):
         self,
         *,
         hard: float = 1.0,
-        robust: float = 6.0,
+        robust: Annotated[float, Weight()] = 6.0,
         eps: float = 8 / 255,
         attack_steps: int = 10,
         step_size: float | None = None,

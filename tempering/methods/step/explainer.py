@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from tempering.objectives import cross_entropy, fraction, kl, labels, log_softma
 from tempering.rows import Rows, shared
 from tempering.temperature.base import Policy
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Weight
 
 
 class Explainer(StepMethod):
@@ -43,9 +45,9 @@ class Explainer(StepMethod):
     def __init__(
         self,
         *,
-        soft: float = 0.9,
+        soft: Annotated[float, Weight()] = 0.9,
         hard: float = 0.1,
-        entropy: float = 0.0,
+        entropy: Annotated[float, Weight()] = 0.0,
         smoothing: float = 0.0,
         start: float = 10.0,
         end: float = 10 / 300,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from tempering.objectives import cross_entropy, kl, log_softmax, tempered
 from tempering.rows import Rows, total
 from tempering.temperature.base import Policy, Temperatures
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Weight
 
 
 class Interactive(StepMethod):
@@ -69,10 +70,10 @@ class Interactive(StepMethod):
     def __init__(
         self,
         *,
-        soft: float = 0.9,
+        soft: Annotated[float, Weight()] = 0.9,
         hard: float = 0.1,
         temperature: Policy | None = None,
-        supervised: float = 0.0,
+        supervised: Annotated[float, Weight()] = 0.0,
         teacher_lr: float = 1e-5,
         course_lr: float = 0.05,
         exam_share: float = 0.5,

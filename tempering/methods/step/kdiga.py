@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from tempering.objectives import cross_entropy, kl
 from tempering.rows import Rows, shared, widened
 from tempering.temperature.base import Policy
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Fraction, Weight
 
 
 class KDIGA(StepMethod):
@@ -60,11 +61,11 @@ class KDIGA(StepMethod):
     def __init__(
         self,
         *,
-        soft: float = 0.5,
+        soft: Annotated[float, Weight()] = 0.5,
         hard: float = 0.5,
-        align: float = 1.0,
+        align: Annotated[float, Weight()] = 1.0,
         temperature: Policy | None = None,
-        warmup: float = 0.5,
+        warmup: Annotated[float, Fraction()] = 0.5,
         right: bool = False,
         start: float = 0.0,
         attack: float = 0.0,
