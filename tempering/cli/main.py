@@ -15,6 +15,7 @@ from tyro.conf import Positional, arg
 
 from tempering._version import __version__
 from tempering.cli.audit import audit
+from tempering.cli.new_recipe import new_recipe
 from tempering.experiments.recipe import BEHIND
 
 RECIPE = "A recipe's file; or digits, cifar100."
@@ -274,6 +275,7 @@ def demo(*, out: Path = Path("runs/demo"), seeds: int = 3) -> int:
 
 COMMANDS = {
     "demo": demo,
+    "new-recipe": new_recipe,
     "run": run,
     "compare": compare,
     "tune": tune,
