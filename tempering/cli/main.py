@@ -220,9 +220,10 @@ def report(
 
 
 def list_parts() -> None:
-    """Every arm, method, temperature policy and net."""
+    """Every arm, method, temperature policy, audit and net."""
     from rich.table import Table
 
+    from tempering.audits import AUDITS
     from tempering.experiments.presets import ARMS
     from tempering.methods import METHODS
     from tempering.models import MODELS
@@ -238,10 +239,10 @@ def list_parts() -> None:
     for arm in ARMS.values():
         arms.add_row(arm.name, arm.label, arm.spec)
     tables = [arms]
-    for title, parts in (("Methods", METHODS), ("Temperature policies", POLICIES)):
+    for title, parts in (("Methods", METHODS), ("Temperature policies", POLICIES), ("Audits", AUDITS)):
         listed = table(title, "name", "paper", "what it is")
         for name, part in parts.items():
-            listed.add_row(name.lower(), part.paper, (part.__doc__ or "").strip().partition("\n")[0])
+            listed.add_row(name.lower(), getattr(part, "paper", ""), (part.__doc__ or "").strip().partition("\n")[0])
         tables.append(listed)
     _print(*tables, f"Nets: {', '.join(sorted(MODELS))}", markup=False)
 
