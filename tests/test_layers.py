@@ -202,6 +202,12 @@ def test_top_level() -> None:
     assert parts | TOP_LEVEL - {"__init__"} == set(FLOORS) - {""}, "every package has a floor, and no floor is empty"
 
 
+def test_contributing_shows_the_floors() -> None:
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
+    shown = {name: int(floor) for floor, cell in rows for name in re.findall(r"`(\w+)(?:/|\.py)`", cell)}
+    assert shown == {name: floor for name, floor in FLOORS.items() if name not in ("", "_version", "__main__")}
+
+
 def test_imports_are_absolute(tree: Tree) -> None:
     found = ((file, where) for file in tree.files.values() for where in imports(parse(file)))
     offenders = [f"{file}:{where.line}" for file, where in found if where.module.startswith(".")]
