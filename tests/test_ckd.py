@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 import pytest
-import tempering.methods.ckd as ckd
+import tempering.methods.logits.ckd as ckd
 import torch
 from torch import Tensor, nn
 

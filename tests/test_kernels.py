@@ -456,7 +456,7 @@ def test_linear_refuses() -> None:
 
 PEAK = """
 import torch
-from tempering.answers import Head
+from tempering.teachers.outputs import Head
 from tempering.kernels import linear_loss, chunked
 from tempering.methods import DTKD
 from tempering.rows import Rows, total
