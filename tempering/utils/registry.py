@@ -18,7 +18,7 @@ class Registry(MutableMapping[str, type[Part]]):
     """Name -> class, for every concrete subclass of ``kind`` defined in a file of ``package``, in order of names.
 
     Files are searched for class statements and imported when one of their classes is asked for, so a new class is one
-    new file, and a run imports the classes that it uses. ``registry[name] = cls`` adds a class that is defined elsewhere.
+    new file, and a run imports the classes that it uses. ``registry[name] = cls`` adds a class from elsewhere.
 
     Args:
         package: full name, such as "tempering.methods".
