@@ -17,6 +17,7 @@ from tempering.utils.registry import suggest
 
 BEHIND: ContextVar[tuple[str, ...]] = ContextVar("behind", default=())  # a recipe's flags, which it reads itself
 BUNDLED = Path(tempering.__file__).resolve().parent / "recipes"
+TEMPLATE = BUNDLED / "template.py"  # what `tempering new-recipe` copies; not offered to be run
 
 
 def find(name: str) -> Path:
@@ -28,7 +29,7 @@ def find(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    bundled = sorted(p for p in BUNDLED.glob("*.py") if p.stem != "__init__")
+    bundled = sorted(p for p in BUNDLED.glob("*.py") if p.stem != "__init__" and p != TEMPLATE)
     for other in bundled:
         if name in (other.stem, other.name):
             return other
