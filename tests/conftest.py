@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
 from tempering.rows import Rows
+from tests.cases import seed
 
 torch.set_num_threads(1)
 
@@ -34,11 +33,7 @@ install_import_hook(["tempering.objectives", "tempering.temperature", "tempering
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test starts from the same random numbers, alone or in a crowd."""
-    random.seed(0)
-    np.random.seed(0)
-    torch.default_generator.manual_seed(0)  # torch.manual_seed formats tracebacks for absent devices: a millisecond
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed_all(0)
+    seed()
 
 
 def random_rows(

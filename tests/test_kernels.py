@@ -19,8 +19,9 @@ from tempering.methods import DIST, DKD, DTKD, KD, KDIGA, LSKD, MGD, Method, Sum
 from tempering.objectives import kl
 from tempering.rows import Rows, total
 from tempering.temperature import Capped, Cosine, Curriculum, Entropy, Sharpness, Standardised, Static
+from tests.cases import each
 from tests.conftest import random_rows
-from tests.contract import CASES, block, leaves, params, same
+from tests.contract import CASES, block, leaves, on_each, same
 from tests.paths import ROOT
 
 pytestmark = [
@@ -65,8 +66,8 @@ def gradients(loss: Tensor, method: Method, wanted: list[Tensor]) -> tuple[list[
     return list(found[: len(wanted)]), list(found[len(wanted) :])
 
 
-@pytest.mark.parametrize("method", params(ROW_WISE))
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@on_each("method", ROW_WISE, lambda method: method)
+@each("weighted", [False, True])
 def test_every_row_wise_method_and_policy(method: Method, weighted: bool) -> None:
     """Loss, gradients in logits, features and parameters, terms, and what the policy says of itself."""
     rows = block(7, weighted=weighted)
