@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from beartype import BeartypeConf, beartype
-from jaxtyping import install_import_hook
 
 from tempering.rows import Rows
+from tests import shapes
 from tests.cases import seed
 
 torch.set_num_threads(1)
 
 
-def shapes(function: Callable) -> Callable:
-    """The function with its array annotations checked at each call, and no other ones.
-
-    Scalars are left to the constructors: they say what they want in words, and tests want those words.
-    """
-    notes = function.__annotations__
-    function.__annotations__ = {name: note for name, note in notes.items() if "jaxtyping" in repr(note)}
-    return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
-
-
 # rows.py is left out: Rows and total() look at shapes themselves, and their errors are tested. Dynamo cannot trace the
 # checks: a test that compiles a loss (not a model) does so in a process of its own.
-install_import_hook(["tempering.objectives", "tempering.temperature", "tempering.methods"], "tests.conftest.shapes")
+shapes.install(["tempering.objectives", "tempering.temperature", "tempering.methods"])
 
 
 @pytest.fixture(autouse=True)
