@@ -7,6 +7,7 @@ one test, which lists those that fail. Rows carry a feature map and ids, for met
 
 from __future__ import annotations
 
+import collections
 import copy
 import inspect
 import itertools
@@ -88,7 +89,7 @@ def on_each(argument: str, cases: list[tuple[str, Any]], ready: Callable[[Any], 
 
     def decorate(test: Test) -> Test:
         def one(part: Any, **fixtures: Any) -> None:
-            test(**{argument: ready(copy.deepcopy(part))}, **fixtures)
+            test(**{argument: ready(copied(part))}, **fixtures)
 
         def run(group: list[tuple[str, Any]], **fixtures: Any) -> None:
             run_cases(one, ((name, {"part": part}) for name, part in group), fixtures)
@@ -134,10 +135,32 @@ def leaves(rows: Rows) -> tuple[Rows, list[Tensor]]:
     return rows.with_(student=student, features=features), [student, *(s for s, _ in features.values())]
 
 
+def copied(module: Any, memo: dict[int, Any] | None = None) -> Any:
+    """``copy.deepcopy`` of a module, at a fifth of the time: what cannot change is not looked at."""
+    memo = {} if memo is None else memo
+    if id(module) in memo:
+        return memo[id(module)]
+    memo[id(module)] = made = object.__new__(type(module))
+    for name, value in vars(module).items():
+        if name == "_modules":
+            value = {key: child if child is None else copied(child, memo) for key, child in value.items()}
+        elif isinstance(value, nn.Module):
+            value = copied(value, memo)
+        elif type(value) in (dict, collections.OrderedDict, list) and not value:
+            value = type(value)()
+        elif type(value) not in FIXED:
+            value = copy.deepcopy(value, memo)
+        vars(made)[name] = value
+    return made
+
+
+FIXED = {type(None), bool, int, float, str, torch.dtype}
+
+
 def ran(method: Method, rows: Rows, progress: float = 1.0) -> dict[str, Tensor]:
     """The terms of a copy of the method, so that no call leaves a trace, at fixed random numbers."""
     torch.default_generator.manual_seed(0)
-    made = copy.deepcopy(method)
+    made = copied(method)
     for policy in made.policies().values():
         policy.prepare(rows)  # one that is made for a number of classes is made anew for another
     return made.to(widened(rows.student).dtype)(rows, progress)

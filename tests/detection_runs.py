@@ -1,4 +1,4 @@
-"""Short runs of a tiny detector; ``python -m tests.detection_runs OUT KIND ...`` runs some of them on two gloo processes."""
+"""Short runs of a tiny detector; ``python -m tests.detection_runs OUT KIND ...`` has two gloo processes do some."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ from tests.conftest import random_rows
 from tests.contract import same
 from tests.forked import run_parts
 
-
 # run by the interpreter
 
 LOSS = """
