@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,6 +17,14 @@ torch.set_num_threads(1)
 # rows.py is left out: Rows and total() look at shapes themselves, and their errors are tested. Dynamo cannot trace the
 # checks: a test that compiles a loss (not a model) does so in a process of its own.
 shapes.install(["tempering.objectives", "tempering.temperature", "tempering.methods"])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a file on one worker: what its tests share is made once, what it imports is loaded once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
 @pytest.fixture(autouse=True)

@@ -14,13 +14,15 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from tempering import arena_plan, recipefile
 from tempering.arms import arms_from, with_controls
 from tempering.reports.read import pack, write_cell
+from tests.later import Later
 from tests.paths import ROOT
 from tests.records_made import ARMS, make_run
+
+stats = Later("scipy.stats")
 
 RECIPE = ROOT / "recipes" / "cifar100.py"
 CORE = "supervised,kd,kd-matched,dtkd-published,dtkd"

@@ -22,10 +22,11 @@ from tempering.tasks.graded import rouge_l, same_answer
 from tempering.tasks.reading import Rereader, decoding, way_of
 from tempering.tasks.writing import Draft, write
 from tempering.teachers import Kept, Live
+from tests.later import needs
 from tests.paths import SHARED, needs_shared
 from tests.test_generation import gpt2, loss_of
 
-pytest.importorskip("transformers")
+pytestmark = needs("transformers")
 
 EOS, PAD, V = 1, 0, 40
 GREEDY = Sampling(temperature=0.0)
