@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tempering.cli.main import main as cli
+from tempering.cli import main as cli
 from tempering.experiments import recipe as recipefile
 
 

@@ -12,7 +12,7 @@ import pytest
 from torch import Tensor
 
 from docs.tools import papers_page as papersdoc
-from tempering.cli.main import main as cli
+from tempering.cli import main as cli
 from tempering.experiments.presets import ARMS
 from tempering.experiments.tune.space import space_of, written
 from tempering.methods import METHODS
