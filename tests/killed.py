@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lightning_fabric.strategies.model_parallel  # noqa: F401  # once, before the forks, not in each of them
 import torch
-import torchmetrics.functional.classification  # noqa: F401
 
 from tempering.training import checkpoint as checkpoints
 from tests.runs import resumable
@@ -79,6 +77,9 @@ def arm(what: str, count: int) -> dict[str, Any]:
 
 def main(out: Path) -> None:
     torch.set_num_threads(1)
+    # once, before the forks, not in each of them
+    import torchmetrics.functional.classification  # noqa: F401
+
     for name, (loader, what, count) in KILLS.items():
         child = os.fork()
         if not child:

@@ -13,7 +13,7 @@ import torch
 
 from tempering.audits import Audit
 from tempering.audits.privacy import Privacy
-from tempering.cli.main import main as cli
+from tempering.cli import main as cli
 from tempering.reports.page import render
 from tempering.reports.records import load_run, pack, read_cell, write_cell
 from tests.records_made import make_set
@@ -26,9 +26,9 @@ from torch import nn
 from tempering import distill
 from tempering.experiments.presets import method_of
 from tempering.data.batches import Batches
-from tempering.engine import CHECK_ONLY
-from tempering.methods.supervised import Supervised
-from tempering.trained import trained
+from tempering.training.distill import CHECK_ONLY
+from tempering.methods.logits.supervised import Supervised
+from tempering.training.pretrained import trained
 
 
 def net(width, seed):

@@ -14,14 +14,16 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from tempering.experiments import recipe as recipefile
 from tempering.experiments.compare import plan as arena_plan
 from tempering.experiments.presets import arms_from, with_controls
 from tempering.reports.records import pack, write_cell
+from tests.later import Later
 from tests.paths import ROOT
 from tests.records_made import ARMS, make_run
+
+stats = Later("scipy.stats")
 
 RECIPE = ROOT / "tempering" / "recipes" / "cifar100.py"
 CORE = "supervised,kd,kd-matched,dtkd-published,dtkd"

@@ -24,7 +24,7 @@ from tempering.rows import total
 from tempering.tasks import Generation
 from tempering.teachers import CachedSparse, Kept, Live, Served, ServedDiffers, record_sparse
 from tempering.teachers.outputs import Sparse
-from tempering.teachers.remote import verify as selftest
+from tempering.teachers.remote.verify import selftest
 from tests.test_generation import EOS, PAD, V, gpt2, texts
 
 TOP = 6
