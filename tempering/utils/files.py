@@ -144,22 +144,26 @@ def inheritable_descriptors(lock: BaseFileLock) -> tuple[int, ...]:
     """
     from filelock import UnixFileLock
 
-    # no public name in filelock 3.12 to 4.3; a test holds it to this
+    # filelock 3.12 to 4.3 have no public name for it; test_a_lock_outlives_its_arena_with_the_cell would notice
     descriptor = lock._context.lock_file_fd if isinstance(lock, UnixFileLock) else None
     return () if descriptor is None else (descriptor,)
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether a process holds the lock; needs read access only.
+    """Return whether a process holds the lock. Creates nothing, and needs no right to write where Python has ``fcntl``.
 
     Raises:
         LockUnsupportedError: if the file system has no locks.
     """
-    try:
-        with open(path, "rb") as file:
-            return _is_contended(file.fileno(), path)
-    except FileNotFoundError:
+    if not path.exists():
         return False
+    contended = _probe(path)
+    if contended is None:
+        lock = try_lock(path)
+        if lock is not None:
+            lock.release()
+        return lock is None
+    return contended
 
 
 def _acquire(path: Path, timeout: float) -> BaseFileLock | None:
@@ -171,14 +175,13 @@ def _acquire(path: Path, timeout: float) -> BaseFileLock | None:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            # before 4.0 filelock took any error for contention, and would wait forever
-            is_locked(path)
+            _probe(path)  # filelock 3 takes any error for another process's lock, and would wait forever
             if timeout == 0:
                 return None
             lock.acquire(timeout=timeout)
     except Timeout:
         return None
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # filelock 3, for ENOSYS
         raise _unsupported(path, errno.ENOSYS) from error
     except OSError as error:
         if error.errno in UNSUPPORTED and not isinstance(error, LockUnsupportedError):
@@ -187,18 +190,17 @@ def _acquire(path: Path, timeout: float) -> BaseFileLock | None:
     return lock
 
 
-def _is_contended(descriptor: int, path: Path) -> bool:
+def _probe(path: Path) -> bool | None:
+    """Return whether another process holds the lock on an existing file; None where Python has no ``fcntl``."""
     try:
         import fcntl
     except ImportError:
-        lock = try_lock(path)
-        if lock is not None:
-            lock.release()
-        return lock is None
+        return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, FileNotFoundError) as error:
+        return isinstance(error, BlockingIOError)
     except OSError as error:
         if error.errno in UNSUPPORTED:
             raise _unsupported(path, error.errno) from error
