@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tempering.training import checkpoint as checkpoints
+from tempering.utils import files
 from tests.runs import resumable
 
 # name -> (loader, what kills, the how-manieth time)
@@ -63,15 +64,15 @@ def arm(what: str, count: int) -> dict[str, Any]:
         epoch = Recorder.epoch
         Recorder.epoch = lambda self, line: (epoch(self, line), kill())[0]
         return {}
-    write = checkpoints._write
+    write = files.write_file
 
-    def half(path: Path, data: bytes) -> None:
+    def half(path: Path, data: bytes, **how: bool) -> None:
         if path.name == what:
             path.write_bytes(data[: len(data) // 2])
             kill()
-        write(path, data)
+        write(path, data, **how)
 
-    checkpoints._write = half
+    files.write_file = half
     return {}
 
 

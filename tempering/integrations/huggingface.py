@@ -18,7 +18,7 @@ from tempering.training.checkpoint import random_state, save_weights, set_random
 from tempering.training.features import Tapped
 from tempering.training.loss import losses_of
 from tempering.training.selfcheck import selfcheck as check_first_batch
-from tempering.utils.tensors import on
+from tempering.utils.tensors import to_device
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -279,7 +279,7 @@ class Labelled(Task):
         student.eval()
         try:
             for batch in batches:
-                batch = on(device, dict(batch))
+                batch = to_device(dict(batch), device)
                 student_in, teacher_in, ids = self.inputs(batch)
                 taught = None if teacher is None else teacher(teacher_in, ids)
                 rows = self.rows(student(student_in), taught, batch)[0]

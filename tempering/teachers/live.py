@@ -16,7 +16,7 @@ from tempering.rows import widened
 from tempering.teachers.base import Teacher, fingerprint, key_digest
 from tempering.teachers.outputs import Taught
 from tempering.utils.device import compiled, keeping
-from tempering.utils.tensors import each
+from tempering.utils.tensors import map_tensors
 
 FOLDED = ((nn.Conv1d, nn.BatchNorm1d), (nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -97,11 +97,11 @@ class Live(Teacher):
     def attached(self, inputs: Any, ids: Tensor | None = None) -> Any:
         if any(module.training for module in self._modules):
             self._back_to_eval()
-        answer = each(self._forward(each(inputs, self._prepared)), _widened)
+        answer = map_tensors(self._forward(map_tensors(inputs, self._prepared)), _widened)
         if self.device is None:
             return answer
         here = next(x.device for x in tree_leaves(inputs) if isinstance(x, Tensor))
-        return each(answer, lambda x: x.to(here))
+        return map_tensors(answer, lambda x: x.to(here))
 
     def _prepared(self, x: Tensor) -> Tensor:
         x = x if self.device is None else x.to(self.device, non_blocking=True)

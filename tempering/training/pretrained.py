@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from tempering.training.trainer import CheckedOnly
+from tempering.utils.files import file_lock, sha256_text
 
 
 def trained(
@@ -28,13 +28,11 @@ def trained(
     Raises:
         CheckedOnly: where a self-check was asked for and the model would have to be trained first.
     """
-    from filelock import FileLock
     from safetensors.torch import load_file
 
-    digest = hashlib.sha256(json.dumps([name, key], sort_keys=True, default=str).encode()).hexdigest()
+    digest = sha256_text(json.dumps([name, key], sort_keys=True, default=str))
     place = Path(folder) / f"{name}-{digest[:10]}"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{place}.lock"):
+    with file_lock(place.with_name(place.name + ".lock")):
         facts = _facts(place)
         if facts.get("status") != "done":
             try:

@@ -20,6 +20,7 @@ from tempering.training import checkpoint as checkpoints
 from tempering.training import recorder as records
 from tempering.training.config import At, Settings
 from tempering.training.distributed import of_every_rank
+from tempering.utils.files import try_lock
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -35,15 +36,9 @@ def alone_in(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        wanted = "Wait for it, or give another out= (--out)."
-        raise ValueError(f"another process is writing to {folder}. {wanted}") from None
+    lock = try_lock(folder / ".lock")
+    if lock is None:
+        raise ValueError(f"another process is writing to {folder}. Wait for it, or give another out= (--out).")
     try:
         yield
     finally:

@@ -29,7 +29,7 @@ from tempering.training.run_dir import Keeper, alone_in, facts_of, key_of
 from tempering.training.selfcheck import selfcheck as check_first_batch
 from tempering.training.stream import Stream, grouped, repeatable, reseed
 from tempering.utils.device import begin, compiled, keeping
-from tempering.utils.tensors import on
+from tempering.utils.tensors import to_device
 
 EMPTY = "the training loader yields no batches. Is the data set empty, or smaller than a batch?"
 CHECK_ONLY: ContextVar[bool] = ContextVar("check_only", default=False)
@@ -151,7 +151,7 @@ class Loop:
         set_random_state(before)
         if batch is None:
             raise ValueError(EMPTY)
-        return on(self.fabric.device, batch)
+        return to_device(batch, self.fabric.device)
 
     # the run
 
@@ -222,7 +222,7 @@ class Loop:
             factor = self.schedule(at.step / self.total_steps)
             for param_group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
                 param_group["lr"] = lr * factor
-        group = [on(self.fabric.device, batch) for batch in group]
+        group = [to_device(batch, self.fabric.device) for batch in group]
         alone = len(group) == 1 and self.world == 1
         mass = {} if alone else whole_mass([self.task.mass(batch) for batch in group], self.fabric)
         summed: Tensor | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from tempering.experiments.presets import Arm, slug
 from tempering.reports.records import MACHINE_PATH
+from tempering.utils.files import sha256_text, write_atomic
 
 FILE = "plan.json"
 OWN = ("method", "temperature", "seed", "label", "out")  # flags that a cell sets
@@ -125,14 +125,12 @@ def read(folder: Path) -> Plan:
 
 
 def write(folder: Path, plan: Plan) -> None:
-    """Write the grid beside its place, then rename; nothing where it is there as it is."""
+    """Write the grid atomically, unless the file holds it already."""
     text = json.dumps({"format": 1, **asdict(plan)}, indent=1) + "\n"
     path = folder / FILE
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return
-    beside = path.with_name(FILE + ".partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    write_atomic(path, text)
 
 
 def record_of(folder: Path, cell: Cell) -> Path:
@@ -143,6 +141,11 @@ def record_of(folder: Path, cell: Cell) -> Path:
 def work_of(folder: Path, cell: Cell) -> Path:
     """The folder that a cell's run writes to."""
     return folder / "work" / cell.id
+
+
+def lock_path(work: Path) -> Path:
+    """Return the lock file of a run's folder; a process holds it while it works on the run."""
+    return work.with_name(work.name + ".lock")
 
 
 def _pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -162,5 +165,5 @@ def _pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _id(recipe: str, arm: Arm, seed: int, flags: dict[str, str]) -> str:
     what: dict[str, Any] = {"recipe": recipe, "method": arm.spec, "temperature": arm.temperature, "flags": flags}
-    digest = hashlib.sha256(json.dumps([what, seed], sort_keys=True).encode()).hexdigest()
+    digest = sha256_text(json.dumps([what, seed], sort_keys=True))
     return f"{slug(arm.label)}-s{seed}-{digest[:8]}"
