@@ -14,7 +14,7 @@ from tempering.kernels.compiled import Versions, Wanted, fast_versions
 from tempering.methods.base import Method, StepMethod
 from tempering.rows import Rows, total, widened
 from tempering.temperature.base import Policy, Temperatures
-from tempering.utils.override import standing_in
+from tempering.utils.override import override_with
 
 COPIES = 8  # of a chunk's logits that are alive at once, in float32, where nothing is fused
 MEMORY = {"cpu": 2**24}  # bytes of them; a CPU is fastest while they stay in its cache
@@ -146,7 +146,7 @@ class Walk:
         wanted = [x for x in [*leaves, *self.trained] if x.requires_grad]
         for buffer, found in self.state if self.chunks else ():
             buffer.copy_(found)
-        with torch.set_grad_enabled(bool(wanted)), standing_in(self.stand.functions()):
+        with torch.set_grad_enabled(bool(wanted)), override_with(self.stand.functions()):
             terms = self.method(rows, self.progress)
             loss = total(terms, rows, rows_in_batch=self.whole)
         self._keep(loss.detach(), terms)
