@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from tempering.kernels.analytic import Stand
 from tempering.kernels.compiled import Versions, Wanted, fast_versions
-from tempering.methods.base import Method, StepMethod
+from tempering.methods.base import Method
 from tempering.rows import Rows, total, widened
 from tempering.temperature.base import Policy, Temperatures
 from tempering.utils.override import override_with
@@ -227,7 +227,7 @@ def parts(n: int, size: int) -> Iterator[slice]:
 
 def _refuse(method: Method) -> None:
     owner = type(method).__name__
-    if isinstance(method, StepMethod):
+    if method.owns_step:
         raise ValueError(f"{owner} owns its step and cannot be taken in chunks; run it by tempering.distill.")
     if method.is_relational():
         inside = [m for m in method.modules() if isinstance(m, Method | Policy) and m.relational]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from tempering.training.trainer import CheckedOnly
+from tempering.training.distill import CheckedOnly
 
 
 def trained(
