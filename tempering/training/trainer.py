@@ -290,7 +290,7 @@ class Trainer:
         teacher = self.teacher
         return Step(
             self.model,
-            no_outputs if teacher is None else teacher,
+            no_teacher if teacher is None else teacher,
             student_inputs,
             teacher_inputs,
             ids,
@@ -396,6 +396,6 @@ class Trainer:
         return Run(self.student, self.folder, self.recorder.facts, self.recorder.epochs)
 
 
-def no_outputs(inputs: Any, ids: Tensor | None) -> None:
-    """The forward pass of a teacher that there is not."""
+def no_teacher(inputs: Any, ids: Tensor | None) -> None:
+    """Return no outputs, for a run without a teacher."""
     return
