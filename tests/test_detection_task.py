@@ -26,7 +26,7 @@ from tempering.tasks.detection import Detection, found_again
 from tempering.teachers import Live
 from tempering.training.distill import distill
 from tempering.training.selfcheck import selfcheck
-from tempering.training.trainer import Loop
+from tempering.training.trainer import Trainer
 from tests.cases import each
 from tests.detection_runs import ADAMW, go, net
 from tests.paths import ROOT
@@ -302,18 +302,18 @@ def test_the_teacher_s_maps_are_not_kept() -> None:
             asked.append(len(inputs["images"]))
             return super().__call__(inputs, ids)
 
-    loop: list[Loop] = []
-    original = Loop.run
+    trainers: list[Trainer] = []
+    original = Trainer.run
 
-    def run(self: Loop, facts: dict[str, Any]) -> Any:
-        loop.append(self)
+    def run(self: Trainer, facts: dict[str, Any]) -> Any:
+        trainers.append(self)
         return original(self, facts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "run", run)
+        patch.setattr(Trainer, "run", run)
         distill(net(), Counted(net(seed=2)), data.train, method=KD(), task=Detection(), epochs=1, test=data.test,
                 quiet=True, optimizer=ADAMW, selfcheck=False)  # fmt: skip
-    assert asked[-1] == 4 and not loop[0].taught["test"].kept
+    assert asked[-1] == 4 and not trainers[0].evaluator.teachers["test"].outputs
 
 
 def test_stopped_and_resumed_bit_for_bit(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tempering.cli.new_recipe import new_recipe
 from tempering.experiments.recipe import BEHIND
 
 RECIPE = "A recipe's file; or digits, cifar100."
-OURS = ("SelfCheckFailed", "BrokenCheckpoint")  # by name: their modules import torch
+OURS = ("SelfCheckError", "BrokenCheckpoint")  # by name: their modules import torch
 
 
 def run(recipe: Annotated[Path, Positional, arg(metavar="RECIPE", help=RECIPE)]) -> int:

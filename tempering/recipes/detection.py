@@ -22,7 +22,7 @@ from tempering.data import Splits
 from tempering.data.coco import coco
 from tempering.data.synthetic_shapes import shapes
 from tempering.experiments.presets import arm_from, method_of, slug
-from tempering.methods.base import Method, StepMethod
+from tempering.methods.base import Method
 from tempering.methods.combine import Sum
 from tempering.methods.features.base import FeatureMethod
 from tempering.methods.logits.supervised import Supervised
@@ -216,7 +216,7 @@ def _facts(splits: Splits) -> dict[str, Any]:
 def _asks_rows(loss: Method) -> bool:
     """Whether some part of the method looks at class logits: not the step of one, nor features, nor labels alone."""
     parts = [m for m in loss.modules() if isinstance(m, Method) and not isinstance(m, Sum | FeatureMethod | Supervised)]
-    return bool(parts) and not isinstance(loss, StepMethod)
+    return bool(parts) and not loss.owns_step
 
 
 def _new(name: str, splits: Splits, *, seed: int) -> Detector:

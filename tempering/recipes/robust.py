@@ -28,7 +28,7 @@ from tempering.audits.base import answering, at_rest
 from tempering.data import Splits, cifar100
 from tempering.data.cifar import MEAN, STD
 from tempering.experiments.presets import arm_from, method_of, slug
-from tempering.methods import Method, StepMethod
+from tempering.methods import Method
 from tempering.models import Normalised, build, stages
 from tempering.rows import Rows
 from tempering.tasks import Classification
@@ -145,7 +145,7 @@ def main(
     arm, loss = arm_from(method, temperature), method_of(method, temperature)
     out = out or Path("runs/robust", f"{teacher}-{student}", f"{slug(arm.name)}-{seed}")
     # a third quicker, also under attack; but a third slower where a method differentiates twice
-    last = not (isinstance(loss, StepMethod) and loss.needs_live)
+    last = not loss.needs_live
     read = partial(cifar100, data, batch_size=batch_size, subset=subset, test_subset=test_subset, pixels=True)
     train = partial(
         distill,

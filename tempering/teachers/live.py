@@ -71,6 +71,7 @@ class Live(Teacher):
         if self._images_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self._model = model.eval().requires_grad_(False)
+        self._converts_inputs = self._images_last or self._dtype is not None or self.device is not None
         self._modules = list(model.modules())
         if self.device is not None:
             self._model.to(self.device)
@@ -97,7 +98,8 @@ class Live(Teacher):
     def attached(self, inputs: Any, ids: Tensor | None = None) -> Any:
         if any(module.training for module in self._modules):
             self._back_to_eval()
-        answer = map_tensors(self._forward(map_tensors(inputs, self._prepared)), _widened)
+        answer = self._forward(map_tensors(inputs, self._prepared) if self._converts_inputs else inputs)
+        answer = widened(answer) if isinstance(answer, Tensor) else map_tensors(answer, widened)
         if self.device is None:
             return answer
         here = next(x.device for x in tree_leaves(inputs) if isinstance(x, Tensor))
@@ -118,10 +120,6 @@ class Live(Teacher):
                 "it a part of the student, or does a callback call .train() on everything?",
                 stacklevel=4,
             )
-
-
-def _widened(x: Tensor) -> Tensor:
-    return widened(x) if x.is_floating_point() else x
 
 
 def _convolves(model: nn.Module) -> bool:

@@ -50,8 +50,8 @@ class Settings:
 
 
 @dataclass
-class At:
-    """Where a run stands; what resuming needs beside weights and random numbers."""
+class TrainState:
+    """Training progress, saved in checkpoints."""
 
     step: int = 0
     epoch: int = 0

@@ -1,4 +1,4 @@
-"""distill(): a whole run in one call. The loop itself is in loop.py."""
+"""distill(): a whole run in one call. The training loop is in trainer.py."""
 
 from __future__ import annotations
 
@@ -16,15 +16,21 @@ from tempering.searching import SEARCHING
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.training.config import Run, Settings
-from tempering.training.trainer import CHECK_ONLY, CheckedOnly, Loop
+from tempering.training.trainer import Trainer
 
 __all__ = ["CHECK_ONLY", "LOOK_ONLY", "SGD", "CheckedOnly", "Looked", "Run", "Settings", "distill"]
 
+# while it is on, distill() stops after the self-check and raises CheckedOnly
+CHECK_ONLY: ContextVar[bool] = ContextVar("check_only", default=False)
 # while it is on, distill() trains nothing and raises what it was given: an audit looks at a run through its recipe
 LOOK_ONLY: ContextVar[bool] = ContextVar("look_only", default=False)
 
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
+
+
+class CheckedOnly(Exception):
+    """Raised in place of training where ``CHECK_ONLY`` is set; carries the self-check's line."""
 
 
 class Looked(CheckedOnly):
@@ -108,7 +114,7 @@ def distill(
     Raises:
         ValueError: for settings that do not fit together, a method that a split of the step would change, or an
             ``out`` that holds another run.
-        SelfCheckFailed: when the first batch shows that the run would be wrong.
+        SelfCheckError: when the first batch shows that the run would be wrong.
         BrokenCheckpoint: when the newest checkpoint is truncated or edited.
         FloatingPointError: when the loss is no number.
         OSError: when there is no space for a checkpoint; the earlier ones stay.
@@ -135,9 +141,23 @@ def distill(
         quiet=quiet,
     )
     _look(student, taught := _teacher(teacher, method, batches), method, (batches, validation, test))
-    loop = Loop(student, taught, method, _task(task, student, taught), settings, folder=out, on_step=on_step)
-    loop.set_up(batches, optimizer, schedule, loggers, evaluations=_evaluations(validation, test))
-    return loop.run(dict(facts or {}))
+    trainer = Trainer(
+        student,
+        taught,
+        method,
+        _task(task, student, taught),
+        batches,
+        optimizer=optimizer,
+        schedule=schedule,
+        evaluations=_evaluations(validation, test),
+        config=settings,
+        folder=out,
+        loggers=loggers,
+        on_step=on_step,
+    )
+    if CHECK_ONLY.get():
+        raise CheckedOnly(trainer.check().line)
+    return trainer.run(dict(facts or {}))
 
 
 def _look(student: nn.Module, teacher: Teacher | None, method: Method, splits: tuple[Any, ...]) -> None:

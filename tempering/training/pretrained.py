@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tempering.training.trainer import CheckedOnly
+from tempering.training.distill import CheckedOnly
 from tempering.utils.files import file_lock, sha256_text
 
 
