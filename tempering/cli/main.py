@@ -19,7 +19,7 @@ from tempering.cli.new_recipe import new_recipe
 from tempering.experiments.recipe import BEHIND
 
 RECIPE = "A recipe's file; or digits, cifar100."
-OURS = ("SelfCheckError", "BrokenCheckpoint")  # by name: their modules import torch
+OURS = ("SelfCheckError", "CorruptCheckpointError")  # by name: their modules import torch
 
 
 def run(recipe: Annotated[Path, Positional, arg(metavar="RECIPE", help=RECIPE)]) -> int:
@@ -100,7 +100,7 @@ def compare(
 
     if status:
         plan = arena_plan.read(out)
-        found = arena_view.stands(out, plan)
+        found = arena_view.cell_statuses(out, plan)
         _print(
             arena_view.status_table(found), arena_view.summary(found, max(1, sum(s.state == "running" for s in found)))
         )
@@ -110,7 +110,7 @@ def compare(
         print("made again: {} and {}".format(*arena_view.render(out, replace(plan, control=control or plan.control))))
         return 0
     from tempering.experiments import recipe as recipefile
-    from tempering.experiments.compare.runner import Arena, lowest_priority
+    from tempering.experiments.compare.runner import Arena, renice
     from tempering.experiments.presets import arms_from, with_controls
     from tempering.utils.registry import lookup
 
@@ -120,7 +120,7 @@ def compare(
             f"--out {out}. --status and --tables-only need --out alone."
         )
     file = recipefile.find(str(recipe))
-    recipefile.refuse_unknown(file, BEHIND.get())
+    recipefile.check_flags(file, BEHIND.get())
     arms = arms_from(methods, temperatures)
     if controls:
         arms, added = with_controls(arms)
@@ -131,7 +131,7 @@ def compare(
     if control is not None:  # before hours are spent
         lookup(control, {cell.label: cell for cell in grid.cells}, "arm")
     if nice:
-        lowest_priority()
+        renice()
     ids = [part.strip() for part in gpus.split(",") if part.strip()]
     arena = Arena(out, grid, file, BEHIND.get(), jobs=jobs, threads=threads, gpus=ids, quiet=quiet)
     code = arena.run()
@@ -181,7 +181,7 @@ def tune(
     from tempering.experiments.tune.study import best
 
     file, flags = recipefile.find(str(recipe)), BEHIND.get()
-    recipefile.refuse_unknown(file, flags)
+    recipefile.check_flags(file, flags)
     wanted = space_of(method, space, recipefile.flags(file))
     how = {"trials": trials, "seed": seed, "jobs": jobs, "threads": threads, "prune": prune, "quiet": quiet}
     search = tuning.Search(out, file, flags, wanted, **how)

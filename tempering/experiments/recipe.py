@@ -58,7 +58,7 @@ def load(path: Path) -> Callable[..., Any]:
     return module.main
 
 
-def refuse_unknown(path: Path, given: Sequence[str]) -> None:
+def check_flags(path: Path, given: Sequence[str]) -> None:
     """Look at flags before anything is started with them.
 
     Raises:

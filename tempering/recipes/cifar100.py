@@ -25,11 +25,11 @@ from tempering.experiments.presets import arm_from, method_of, slug
 from tempering.methods.logits.supervised import Supervised
 from tempering.models import build, explainer, load, parted, stages
 from tempering.tasks import Classification, Task
-from tempering.tasks.two_view import CutMix, CutOut, MixUp, RandAugment, Views
+from tempering.tasks.two_view import CutMix, CutOut, MixUp, RandAugment, TwoView
 from tempering.teachers import Live, record
 from tempering.training.distill import CHECK_ONLY
 from tempering.training.pretrained import trained
-from tempering.utils.device import computes_bf16
+from tempering.utils.device import has_native_bf16
 
 MILESTONES = (150 / 240, 180 / 240, 210 / 240)
 SLOW = ("mobilenet", "shuffle")  # nets that the field trains at a fifth of the learning rate
@@ -155,7 +155,7 @@ def main(
     if tree is not None:
         explainer.restart(load(learner, tree))
     optimizer, schedule = _trains(learner, lr or rate(student), staged=tree is not None)
-    taps = {name: (name, name) for name in loss.features(stages(learner))}
+    taps = {name: (name, name) for name in loss.select_features(stages(learner))}
     if loss.needs_teacher:
         net = _new(teacher, splits, fast, seed=0)
         said = {"name": teacher, "parameters": sum(p.numel() for p in net.parameters())}
@@ -172,13 +172,13 @@ def main(
             )
             said["scores"] = trained(net, teacher, teacher_dir or out.parent / "teachers", teach, key=key)
         here = "cpu" if accelerator == "cpu" else torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        auto = "bf16" if computes_bf16(teacher_device or here) else "fp32"
+        auto = "bf16" if has_native_bf16(teacher_device or here) else "fp32"
         said["precision"] = auto if teacher_precision == "auto" else teacher_precision
         taught = Live(
             net,
             precision=said["precision"],
             channels_last=fast,
-            fold=fast and not taps,
+            fuse_conv_bn=fast and not taps,
             compile="reduce-overhead" if graphs else False,
             device=teacher_device,
         )
@@ -187,7 +187,7 @@ def main(
             of += f"-{seed}" if teacher_cache else ""  # augmentations are the seed's
             place = (teacher_dir or out.parent / "teachers") / f"answers-{of}"
             live, taught = taught, record(taught, splits.train, place, views=teacher_cache or None, quiet=quiet)
-            taught.beyond = live  # the test images are not in it
+            taught.fallback = live  # the test images are not in it
             said["calls"] = taught.rows
     return train(
         learner,
@@ -231,13 +231,13 @@ def _teach(net: nn.Module, name: str, read: Callable[..., Splits], train: Callab
 def _task(views: str, taps: dict[str, tuple[str, str]]) -> Task:
     """Batches as they come, or beside an augmented copy."""
     if views == "one":
-        return Classification(taps=taps)
+        return Classification(features=taps)
     if taps:
         raise ValueError(f"--views {views} makes two blocks of rows, and features are tapped for one: --views one.")
     if views == "strong":
-        return Views(RandAugment(2, 10, mean=MEAN, std=STD))
+        return TwoView(RandAugment(2, 10, mean=MEAN, std=STD))
     second = {"cutmix": CutMix, "mixup": MixUp, "cutout": CutOut}[views]()
-    return Views(second, names=("clean", "augmented"), labelled=False)
+    return TwoView(second, names=("clean", "augmented"), labeled=False)
 
 
 def _new(name: str, splits: Splits, channels_last: bool, *, seed: int) -> nn.Module:

@@ -80,13 +80,13 @@ def main(
         said = {"name": teacher, "scores": scores}
         taught = Live(net)
     data = digits(batch_size=batch_size, seed=seed)
-    images = data.train if subset is None else data.train.take(subset)
+    images = data.train if subset is None else data.train.subset(subset)
     return train(
         learner,
         taught,
         images,
         method=loss,
-        task=Classification(taps={name: (name, name) for name in loss.features(stages(learner))}),
+        task=Classification(features={name: (name, name) for name in loss.select_features(stages(learner))}),
         epochs=epochs,
         validation=data.validation,
         test=data.test,

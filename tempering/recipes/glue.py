@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from tempering import Run, distill
-from tempering.data.glue import Sentences, read_glue, trained_tokenizer
+from tempering.data.glue import TextPairLoader, read_glue, trained_tokenizer
 from tempering.experiments.presets import arm_from, method_of, slug
 from tempering.methods.base import Method
 from tempering.methods.logits.supervised import Supervised
@@ -111,7 +111,7 @@ def main(
     read = partial(_splits, data.resolve().name, parts, readers, batch_size, length, validation)
     splits = read(seed=seed)
     whole, classes = splits["train"], splits["train"].classes
-    splits["train"] = whole if subset is None else whole.take(subset)
+    splits["train"] = whole if subset is None else whole.subset(subset)
     learner, taught, said = _new(student, readers["student"], classes, length, dropout, seed=seed), None, None
     if loss.needs_teacher:
         own = readers.get("teacher", readers["student"])
@@ -124,10 +124,10 @@ def main(
             said["scores"] = trained(net, slug(_called(teacher)), out.parent / "teachers", teach, key=key)
         taught = Live(net)
         if teacher_cache:
-            TextClassification().meet(net)
+            TextClassification().prepare_model(net)
             place = out.parent / "teachers" / f"answers-{taught.identity[:10]}-{splits['train'].identity[:10]}"
             live, taught = taught, record(taught, splits["train"], place, quiet=quiet)
-            taught.beyond = live  # the other splits are not in it
+            taught.fallback = live  # the other splits are not in it
             said["calls"] = taught.rows
     return go(
         learner,
@@ -186,11 +186,11 @@ def _splits(
     validation: int,
     *,
     seed: int,
-) -> dict[str, Sentences]:
+) -> dict[str, TextPairLoader]:
     """Every split as batches, those for training shuffled."""
     others = {"teacher_tokenizer": readers.get("teacher"), "batch_size": batch_size, "length": length, "name": name}
     made = {
-        split: Sentences(part, readers["student"], shuffle=split == "train", seed=seed, **others)
+        split: TextPairLoader(part, readers["student"], shuffle=split == "train", seed=seed, **others)
         for split, part in parts.items()
     }
     if validation and "validation" in made:
@@ -200,7 +200,7 @@ def _splits(
     return made
 
 
-def _facts(splits: dict[str, Sentences]) -> dict[str, Any]:
+def _facts(splits: dict[str, TextPairLoader]) -> dict[str, Any]:
     """What a record says of the data."""
     train = splits["train"]
     sizes = {split: splits[split].size if split in splits else 0 for split in ("train", "validation", "test")}

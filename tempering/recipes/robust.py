@@ -6,7 +6,7 @@ A table:  tempering compare recipes/robust.py --methods supervised,kd,kd-matched
 Laptop:   ... --teacher resnet8 --epochs 6 --subset 5000 --test-subset 1000 --attack-steps 3
 
 The teacher learns by adversarial training (PGD, or TRADES), the student by the method alone, on images as they come, as
-in KDIGA's base protocol. Both normalise inside, so that strengths and slopes are in pixels. Tables have the accuracy on
+in KDIGA's base protocol. Both normalize inside, so that strengths and slopes are in pixels. Tables have the accuracy on
 clean images, under FGSM and under PGD at the end of the run; `tempering audit RUN --robustness` asks harder. Length,
 optimizer and decay are those of recipes/cifar100.py.
 """
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from tempering import Run, distill
 from tempering.audits.attacks import fgsm, pgd
-from tempering.audits.base import answering, at_rest
+from tempering.audits.base import as_function, at_rest
 from tempering.data import Splits, cifar100
 from tempering.data.cifar import MEAN, STD
 from tempering.experiments.presets import arm_from, method_of, slug
 from tempering.methods import Method
-from tempering.models import Normalised, build, stages
+from tempering.models import Normalized, build, stages
 from tempering.rows import Rows
 from tempering.tasks import Classification
 from tempering.teachers import Live
@@ -48,11 +48,11 @@ class Attacked(Classification):
         taps: as in Classification.
     """
 
-    def __init__(self, *, eps: float, steps: int, taps: dict[str, tuple[str, str]] | None = None) -> None:
-        super().__init__(taps=taps)
+    def __init__(self, *, eps: float, steps: int, features: dict[str, tuple[str, str]] | None = None) -> None:
+        super().__init__(features=features)
         self.eps, self.steps = eps, steps
 
-    def analyse(
+    def analyze(
         self,
         student: nn.Module,
         batches: Iterable[Any],
@@ -60,7 +60,7 @@ class Attacked(Classification):
         teacher: Callable[[Any, Tensor | None], Any] | None = None,
         temperatures: Callable[[Rows], Any] | None = None,
     ) -> dict[str, Any]:
-        found = super().analyse(student, batches, teacher=teacher, temperatures=temperatures)
+        found = super().analyze(student, batches, teacher=teacher, temperatures=temperatures)
         return {**found, "scores": self.under_attack(student, batches)}
 
     def under_attack(self, student: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
@@ -68,7 +68,7 @@ class Attacked(Classification):
         net = getattr(student, "module", student)  # the engine's wrapper lets nobody else go backwards
         stands: dict[str, list[Tensor]] = {"fgsm": [], "pgd": []}
         with at_rest(net), torch.enable_grad():
-            answer, device = answering(net, "student"), next(net.parameters()).device
+            answer, device = as_function(net, "student"), next(net.parameters()).device
             for x, y, *_ in batches:
                 x, y = x.to(device), y.to(device)
                 long = pgd(answer, x, y, eps=self.eps, steps=self.steps, step=self.eps / 4 or None, losses=("ce",))
@@ -159,8 +159,8 @@ def main(
     )
     splits = read(seed=seed, channels_last=last)
     learner, taught, said = _new(student, splits, seed=seed, channels_last=last), None, None
-    taps = {name: (f"net.{name}", f"net.{name}") for name in loss.features(stages(learner.net))}
-    task = Attacked(eps=eps, steps=test_steps, taps=taps)
+    taps = {name: (f"net.{name}", f"net.{name}") for name in loss.select_features(stages(learner.net))}
+    task = Attacked(eps=eps, steps=test_steps, features=taps)
     if loss.needs_teacher:
         net, how = _new(teacher, splits, seed=0, channels_last=True), _teaching(teacher_method, eps, attack_steps)
         said = {"name": teacher, "parameters": sum(p.numel() for p in net.parameters()), "method": teacher_method}
@@ -204,10 +204,10 @@ def main(
     )
 
 
-def _new(name: str, splits: Splits, *, seed: int, channels_last: bool) -> Normalised:
-    """The net with the first weights of that seed, the same in every arm, and its normalisation inside."""
+def _new(name: str, splits: Splits, *, seed: int, channels_last: bool) -> Normalized:
+    """The net with the first weights of that seed, the same in every arm, and its normalization inside."""
     torch.manual_seed(seed)
-    net = Normalised(build(name, classes=splits.train.classes), mean=MEAN, std=STD)
+    net = Normalized(build(name, classes=splits.train.classes), mean=MEAN, std=STD)
     return net.to(memory_format=torch.channels_last) if channels_last else net  # pyright: ignore[reportCallIssue]
 
 

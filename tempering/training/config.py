@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tempering.utils.device import refuse
+from tempering.utils.device import validate_compile_mode
 
 COUNTS = ("steps", "epochs", "evaluate_every", "accumulate", "log_every", "checkpoint_every", "keep", "patience")
 
@@ -40,7 +40,7 @@ class Settings:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"give steps= or epochs=, one of them; got steps={self.steps}, epochs={self.epochs}.")
-        refuse(self.compile)
+        validate_compile_mode(self.compile)
         for name in COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:

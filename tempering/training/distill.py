@@ -91,7 +91,7 @@ def distill(
         validation: scored every ``evaluate_every`` epochs; chooses the best epoch and stops early.
         test: scored as well; chooses the best epoch only where there is no validation, which the report says.
         out: folder for records, checkpoints and weights; None writes nothing.
-        seed: of the order, augmentation and dropout of every epoch; initialise the student before.
+        seed: of the order, augmentation and dropout of every epoch; initialize the student before.
         accumulate: batches in one step. The loss is the mean over all of them, however they are split.
         clip: largest norm of the gradient.
         precision, accelerator, devices, strategy: Fabric's; strategy "fsdp" is FSDP2, and leaves the student sharded.
@@ -115,7 +115,7 @@ def distill(
         ValueError: for settings that do not fit together, a method that a split of the step would change, or an
             ``out`` that holds another run.
         SelfCheckError: when the first batch shows that the run would be wrong.
-        BrokenCheckpoint: when the newest checkpoint is truncated or edited.
+        CorruptCheckpointError: when the newest checkpoint is truncated or edited.
         FloatingPointError: when the loss is no number.
         OSError: when there is no space for a checkpoint; the earlier ones stay.
     """
@@ -172,7 +172,7 @@ def _task(task: Task | None, student: nn.Module, teacher: Teacher | None) -> Tas
         return Classification()
     for model in (student, None if teacher is None else teacher.model):
         if model is not None:
-            task.meet(model)
+            task.prepare_model(model)
     return task
 
 
@@ -191,7 +191,7 @@ def _evaluations(validation: Iterable[Any] | None, test: Iterable[Any] | None) -
 def _teacher(teacher: nn.Module | Teacher | None, method: Method, batches: Iterable[Any]) -> Teacher | None:
     if isinstance(teacher, Teacher):
         known = getattr(batches, "identity", None) is not None  # somebody else's loader says nothing of its data
-        if known and (why := teacher.objection(batches)) is not None:
+        if known and (why := teacher.incompatibility(batches)) is not None:
             raise ValueError(why)
         return teacher
     if isinstance(teacher, nn.Module):
