@@ -42,7 +42,7 @@ def temperatures(found: Comparison) -> Section:
         found,
         "gap",
         "Sharpness gap",
-        inside("gap"),
+        _gap,
         stream="steps",
         y_label="mean |gap|, log scale",
         caption="Mean distance of the two sides' log-sum-exp, logits centered, at the temperatures in use. "
@@ -70,6 +70,10 @@ def temperatures(found: Comparison) -> Section:
         missing="No arm of these runs has a temperature.",
         many=True,
     )
+
+
+def _gap(line: Mapping[str, Any]) -> object:
+    return line.get("logsumexp_gap", line.get("gap"))  # "gap" in records of older versions
 
 
 def _share(name: str, line: Mapping[str, Any]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from tempering.utils.files import sha256_text, write_atomic
 
 FILE = "plan.json"
 OWN = ("method", "temperature", "seed", "label", "out")  # flags that a cell sets
+RENAMED = {"standardized": "standardized", "isolated": "ablated"}  # words of methods in plans of older versions
 ELSEWHERE = {"threads", "teacher_dir", "quiet", "out"}  # flags that say where or how fast, not what
 
 
@@ -99,7 +101,9 @@ def merged(folder: Path, plan: Plan) -> Plan:
             f"{folder} holds another grid: its {name} was {then!r}, now it is {now!r}, and one table cannot hold both. "
             "Give another --out."
         )
-    cells = {cell.id: cell for cell in (*old.cells, *plan.cells)}
+    cells = {(cell.method, cell.temperature, cell.seed): cell for cell in old.cells}  # these keep their ids
+    for cell in plan.cells:
+        cells.setdefault((cell.method, cell.temperature, cell.seed), cell)
     return Plan(plan.recipe, plan.flags, plan.control or old.control, tuple(cells.values()))
 
 
@@ -118,7 +122,7 @@ def read(folder: Path) -> Plan:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        cells = tuple(Cell(**cell) for cell in content["cells"])
+        cells = tuple(Cell(**cell | {"method": _renamed(cell["method"])}) for cell in content["cells"])
         return Plan(content["recipe"], content["flags"], content["control"], cells)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the plan of a comparison: {error}. Was it edited by hand?") from error
@@ -146,6 +150,10 @@ def work_of(folder: Path, cell: Cell) -> Path:
 def lock_path(work: Path) -> Path:
     """Return the lock file of a run's folder; a process holds it while it works on the run."""
     return work.with_name(work.name + ".lock")
+
+
+def _renamed(method: str) -> str:
+    return re.sub(r"\w+", lambda word: RENAMED.get(word[0], word[0]), method)
 
 
 def _pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
