@@ -41,8 +41,16 @@ def load_data(folder: Path | None, *, batch_size: int, seed: int) -> Splits:
     labels = torch.randint(10, (1400,), generator=generator)
     noise = torch.rand(len(labels), 3, SIZE, SIZE, generator=generator)
     images = (255 * (0.3 * patterns[labels] + 0.7 * noise)).to(torch.uint8)
-    scale = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
-    whole = Batches(images, labels, batch_size=batch_size, shuffle=True, seed=seed, name="synthetic", **scale)
+    whole = Batches(
+        images,
+        labels,
+        batch_size=batch_size,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        shuffle=True,
+        seed=seed,
+        name="synthetic",
+    )
     rest, test = whole.split(200, seed=0)
     train, validation = rest.split(200, seed=0)
     return Splits(train, validation, test)
