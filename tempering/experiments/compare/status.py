@@ -70,7 +70,7 @@ def _cell_status(folder: Path, cell: Cell, failed: str | None) -> CellStatus:
     note = failed or ""
     if failed is not None:
         state = "failed"
-    elif is_locked(place):
+    elif is_running(place):
         state, note = "running", scores(next(iter(_tail(place / "epochs.jsonl", 1)), {}))
     elif facts.get("status") == "failed":
         state, note = "failed", str(facts.get("error"))
@@ -319,7 +319,7 @@ def read_facts(place: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def is_locked(place: Path) -> bool:
+def is_running(place: Path) -> bool:
     """Return whether a process is working on the run in this folder."""
     return is_locked(lock_path(place))
 

@@ -172,7 +172,7 @@ class InconsistentDetection(StepMethod):
         """
         if self._met is None:
             raise RuntimeError(
-                "InconsistentDetection has met no teacher: call method.bind_teacher(teacher.model) before the first step."
+                "InconsistentDetection has no teacher: call method.bind_teacher(teacher.model) before the first step."
             )
         low, high = float(images.min()), float(images.max())
         if not 0.0 <= low <= high <= 1.0:
