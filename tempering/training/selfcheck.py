@@ -163,7 +163,7 @@ def _check_row_weights(task: Task, batch: Any, blocks: list[Rows]) -> None:
         got, expected = float(rows.total_weight), float(declared[rows.name])
         if abs(got - expected) > 1e-3 * max(1.0, got):
             raise SelfCheckError(
-                f"{type(task).__name__}.row_weights() promises weight {expected:g} for the block {rows.name!r} and rows() "
+                f"{type(task).__name__}.row_weights() promises weight {expected:g} for the block {rows.name!r}, rows() "
                 f"makes {got:g}: the loss would change with the batch split."
             )
 
