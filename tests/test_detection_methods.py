@@ -430,8 +430,8 @@ def test_a_sum_teaches_neck_and_classes() -> None:
     method.setup(blocks[-1])
     method = method.double()
     found = [terms(method, rows) for rows in blocks]
-    assert found[0]["only.dynamic"].any() and not found[0]["ld.soft"].any() and not found[0]["fgd.relation"].any()
-    assert "only.elsewhere" in found[1] and found[1]["ld.soft"].any()
+    assert found[0]["onblocks.dynamic"].any() and not found[0]["ld.soft"].any() and not found[0]["fgd.relation"].any()
+    assert "onblocks.elsewhere" in found[1] and found[1]["ld.soft"].any()
     assert found[2]["fgd.foreground"].any() and not found[2]["ld.soft"].any()
     close(found[2]["fgd.hard"], [1.0, 2.0, 3.0])
     assert len(method.param_groups()) == 1

@@ -119,7 +119,7 @@ def test_damage_is_named_and_other_recordings_are_refused(tmp_path: Path) -> Non
         Cached(path)
     with pytest.raises(ValueError, match="holds drawn tokens, and CachedHidden reads hidden states"):
         CachedHidden(path)
-    with pytest.raises(ValueError, match=r"keeps draws; got Kept\(top=3\)"):
+    with pytest.raises(ValueError, match=r"keeps draws; got TopKTeacher\(top=3\)"):
         record_sampled(kept(top=3), data(), tmp_path / "e", inputs=TASK.inputs)
     name = path / "00000.safetensors"
     whole = name.read_bytes()
