@@ -162,7 +162,7 @@ def ran(method: Method, rows: Rows, progress: float = 1.0) -> dict[str, Tensor]:
     torch.default_generator.manual_seed(0)
     made = copied(method)
     for policy in made.policies().values():
-        policy.prepare(rows)  # one that is made for a number of classes is made anew for another
+        policy.setup(rows)  # one that is made for a number of classes is made anew for another
     return made.to(upcast_to_float32(rows.student).dtype)(rows, progress)
 
 
@@ -259,7 +259,7 @@ class Lesson:
         torch.default_generator.manual_seed(0)
         with torch.no_grad():
             method.setup(self.step(method=method).forward()[-1])
-        method.to(upcast_to_float32(self.images).dtype).meet(self.teacher.model)
+        method.to(upcast_to_float32(self.images).dtype).bind_teacher(self.teacher.model)
         step = self.step(progress, method)
         terms = dict(method.step(step))
         assert step.rows is not None

@@ -233,7 +233,7 @@ class Instance(AdaptivePolicy):
             return
         if reward.shape != seen.kept.shape:
             raise ValueError(
-                f"Instance.learn() needs the reward of each row of the last call, ({len(seen.kept)},); got "
+                f"Instance.update() needs the reward of each row of the last call, ({len(seen.kept)},); got "
                 f"{tuple(reward.shape)}."
             )
         told = seen.kept & seen.labeled & reward.isfinite()

@@ -111,7 +111,7 @@ class Trainer:
         self.model = clone_outputs(self.fabric.setup_module(maybe_compile(student, config.compile)), config.compile)
         if method.needs_double_backward:
             allow_double_backward(self.model)
-        method.meet(None if teacher is None else teacher.model)
+        method.bind_teacher(None if teacher is None else teacher.model)
         self.features = PairedFeatures.from_models(student, teacher, task.features)
         self.chunking = chunking_for(method, config.chunks)
         self.uses_cuda_graphs = isinstance(config.compile, str)  # some modes of torch.compile do
