@@ -167,12 +167,23 @@ def ran(method: Method, rows: Rows, progress: float = 1.0) -> dict[str, Tensor]:
 
 
 def backward(
-    method: Method, rows: Rows, progress: float = 1.0, *, cast: bool = False, **whole: Any
+    method: Method,
+    rows: Rows,
+    progress: float = 1.0,
+    *,
+    cast: bool = False,
+    at_least: float = -torch.inf,
+    **whole: Any,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Loss and its gradients in the student's logits and features, all of them finite; ``cast``: under autocast."""
+    """Loss and its gradients in the student's logits and features, all of them finite.
+
+    ``cast``: under autocast. ``at_least``: what no row of no term may be below.
+    """
     rows, wanted = leaves(rows)
     with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-        loss = total(ran(method, rows, progress), rows, **whole)
+        terms = ran(method, rows, progress)
+        loss = total(terms, rows, **whole)
+    assert at_least == -torch.inf or all(bool((term >= at_least).all()) for term in terms.values())
     assert loss.requires_grad and loss.shape == ()
     loss.backward()
     gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in wanted]

@@ -79,6 +79,7 @@ def arm(what: str, count: int) -> dict[str, Any]:
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     # once, before the forks, not in each of them
+    import lightning_fabric.strategies.model_parallel  # noqa: F401
     import torchmetrics.functional.classification  # noqa: F401
 
     for name, (loader, what, count) in KILLS.items():

@@ -16,6 +16,8 @@ class Later:
         self.name = name
 
     def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith(("_", "pytest")):  # what pytest asks of every object in a file of tests
+            raise AttributeError(attribute)
         return getattr(importlib.import_module(self.name), attribute)
 
 

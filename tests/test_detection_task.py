@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tempering.data.detection import DetectionLoader
@@ -28,8 +24,7 @@ from tempering.training.distill import distill
 from tempering.training.selfcheck import selfcheck
 from tempering.training.trainer import Trainer
 from tests.cases import each
-from tests.detection_runs import ADAMW, go, net
-from tests.paths import ROOT
+from tests.detection_runs import ADAMW, KINDS, go, net, one_student
 from tests.runs import identical, left, stop_at
 
 pytest.importorskip("pycocotools")
@@ -327,45 +322,12 @@ def test_stopped_and_resumed_bit_for_bit(tmp_path: Path) -> None:
     assert whole["state"]["at"]["step"] == 6 and identical(whole, stopped)
 
 
-def one_student(a: Path, b: Path) -> None:
-    """Both runs ended with the same weights."""
-    ours, theirs = (load_file(folder / "student.safetensors") for folder in (a, b))
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-12)
-
-
-KINDS = ["necks", "inconsistent"]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run of each kind, on one process and whole batches."""
-    folder = tmp_path_factory.mktemp("whole")
-    for kind in KINDS:
-        go(folder / kind, kind, precision="64-true")
-    return folder
-
-
 @each("kind", KINDS)
-def test_the_parts_of_a_step_are_one(kind: str, whole: Path, tmp_path: Path) -> None:
+def test_the_parts_of_a_step_are_one(kind: str, tmp_path: Path) -> None:
+    """Two processes are in tests/test_distributed.py."""
+    go(tmp_path / "whole", kind, precision="64-true")
     go(tmp_path / "parts", kind, precision="64-true", batch_size=1, accumulate=4)
-    one_student(whole / kind, tmp_path / "parts")
-
-
-def test_two_processes_are_one(whole: Path, tmp_path: Path) -> None:
-    """The masks of MGD and the draws of the attack too."""
-    known = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    env = {name: value for name, value in os.environ.items() if name not in known}
-    command = [sys.executable, "-m", "tests.detection_runs", str(tmp_path), *KINDS]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    for kind in KINDS:
-        one_student(tmp_path / kind, whole / kind)
-        losses = [
-            [json.loads(x)["loss"] for x in (folder / kind / "steps.jsonl").read_text().splitlines()]
-            for folder in (tmp_path, whole)
-        ]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-9) and len(losses[0]) == 6, kind
+    one_student(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_inherit_before_a_run_names_what_is_left() -> None:

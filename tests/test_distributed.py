@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tempering.training import checkpoint as checkpoints
+from tests.detection_runs import KINDS, go, one_student
+from tests.later import needs
 from tests.paths import ROOT
 from tests.runs import STEPS, identical, left, student_net
 from tests.two_ranks import RUNS, aligned, attending, detecting, one, pictures
@@ -84,6 +86,16 @@ def test_detectors_on_two_processes(name: str, close: float, two: Path, alone: P
     torch.testing.assert_close(flat(a), flat(b), rtol=0.0, atol=close)
     losses = [_column(out / "steps.jsonl", "loss") for out in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 3
+
+
+@needs("pycocotools")
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_a_detector_s_step_are_on_two_processes(kind: str, two: Path, tmp_path: Path) -> None:
+    """The masks of MGD and the draws of the attack too."""
+    go(tmp_path, kind, precision="64-true")
+    one_student(two / "boxes" / kind, tmp_path)
+    losses = [_column(out / "steps.jsonl", "loss") for out in (two / "boxes" / kind, tmp_path)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9) and len(losses[0]) == 6
 
 
 @pytest.mark.parametrize("name", ["shuffled", "sharded"], ids=["ddp", "fsdp"])

@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import json
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from itertools import pairwise
@@ -30,7 +27,6 @@ from tempering.teachers import Live
 from tempering.temperature import Cosine, Static
 from tempering.training import loss as lossof
 from tempering.training.distill import distill
-from tests.paths import FAST_INDUCTOR, ROOT
 from tests.runs import (
     ADAMW,
     CLASSES,
@@ -352,30 +348,7 @@ def test_an_unknown_precision_is_refused() -> None:
         go(cut(points(16), 8), steps=1, precision="16-mixed")
 
 
-COMPILED = """
-import torch
-torch.set_num_threads(1)
-from tests.runs import *
-from tempering.teachers import Live
-x = points(16)[0]
-taught = [Live(teacher_net(), compile=how)(x) for how in (False, True, "reduce-overhead")]
-torch.testing.assert_close(taught[1:], taught[:1] * 2)
-plain = go(cut(points(64), 16), steps=6, selfcheck=False)
-for how in (True, "reduce-overhead"):
-    fast = go(cut(points(64), 16), steps=6, compile=how, selfcheck=False, validation=cut(points(32, seed=9), 16))
-    assert isinstance(fast.student, nn.Sequential), type(fast.student)
-    assert list(fast.student.state_dict()) == list(student_net().state_dict())
-    torch.testing.assert_close(weights(fast.student), weights(plain.student), rtol=0.0, atol=1e-5)
-print("compiled")
-"""
-
-
-def test_compile() -> None:
-    command, env = [sys.executable, "-c", COMPILED], os.environ | FAST_INDUCTOR
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600)
-    if "No working C++ compiler" in done.stderr or "InvalidCxxCompiler" in done.stderr:
-        pytest.skip("no C++ compiler, which torch.compile needs on a CPU")
-    assert (done.returncode, done.stdout.strip()) == (0, "compiled"), done.stderr[-4000:]
+# whole runs that are compiled are in tests/test_kernels.py, beside what else is
 
 
 def test_where_graphs_may_be_replayed_every_answer_is_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:

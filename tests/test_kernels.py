@@ -22,7 +22,8 @@ from tempering.temperature import Capped, Cosine, Curriculum, Entropy, Sharpness
 from tests.cases import each
 from tests.conftest import random_rows
 from tests.contract import CASES, block, leaves, on_each, same
-from tests.paths import FAST_INDUCTOR, ROOT
+from tests.forked import run_parts
+from tests.paths import ROOT
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:Sharpness\(solve='published'\)"),
@@ -238,9 +239,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         chunked(KD(), rows, compile=True)
 
 
-def test_compiled(tmp_path: Any) -> None:
-    """In a process of its own, without the shape checks, which Dynamo cannot trace: equal to the plain loss."""
-    code = """
+LOSS = """
 import torch
 from tempering.kernels import chunked
 from tempering.methods import DTKD
@@ -260,11 +259,46 @@ torch.testing.assert_close(got.loss, want, rtol=1e-5, atol=0.0)
 torch.testing.assert_close(a.grad.float(), b.grad, rtol=1e-2, atol=1e-6)
 print("equal")
 """
+
+RUN = """
+import torch
+torch.set_num_threads(1)
+from tests.runs import *
+from tempering.teachers import Live
+x = points(16)[0]
+taught = [Live(teacher_net(), compile=how)(x) for how in (False, True, "reduce-overhead")]
+torch.testing.assert_close(taught[1:], taught[:1] * 2)
+plain = go(cut(points(64), 16), steps=6, selfcheck=False)
+for how in (True, "reduce-overhead"):
+    fast = go(cut(points(64), 16), steps=6, compile=how, selfcheck=False, validation=cut(points(32, seed=9), 16))
+    assert isinstance(fast.student, nn.Sequential), type(fast.student)
+    assert list(fast.student.state_dict()) == list(student_net().state_dict())
+    torch.testing.assert_close(weights(fast.student), weights(plain.student), rtol=0.0, atol=1e-5)
+print("compiled")
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, tuple[int, str, str]]:
+    """What both print, in a process of its own, without the shape checks, which Dynamo cannot trace."""
     if subprocess.run(["g++", "--version"], capture_output=True, check=False).returncode:
         pytest.skip("no C++ compiler, which torch.compile needs on a CPU")
-    env = os.environ | FAST_INDUCTOR
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, check=False)
-    assert done.stdout.strip() == "equal", done.stderr[-3000:]
+    slow = ["lightning_fabric", "torch._dynamo", "torch._inductor.compile_fx"]
+    # no pool of compile workers, and no programs built to probe the CPU
+    env = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_VEC_ISA_OK": "1"}
+    return run_parts({"loss": LOSS, "run": RUN}, slow, **env)
+
+
+def test_compiled(compiled: dict[str, tuple[int, str, str]]) -> None:
+    """Equal to the plain loss."""
+    code, out, err = compiled["loss"]
+    assert (code, out.strip()) == (0, "equal"), err[-3000:]
+
+
+def test_a_compiled_run(compiled: dict[str, tuple[int, str, str]]) -> None:
+    """Student and teacher, in both modes: the weights of the plain run."""
+    code, out, err = compiled["run"]
+    assert (code, out.strip()) == (0, "compiled"), err[-4000:]
 
 
 # from hidden states

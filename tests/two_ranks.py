@@ -6,6 +6,7 @@ folder, and what is asserted of both processes is asserted here.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from tempering.tasks.detection import Detection
 from tempering.temperature import AdaptivePolicy, Temperatures
 from tempering.training import checkpoint as checkpoints
 from tempering.training.config import Run
+from tests import detection_runs
 from tests.runs import (
     ADAMW,
     CLASSES,
@@ -144,6 +146,9 @@ def main(out: Path) -> None:
     attending(out / "ddp" / "attending", **ddp)
     for name in ("fgd", "inconsistent"):
         detecting(name, out / "ddp" / name, **ddp)
+    if importlib.util.find_spec("pycocotools") is not None:
+        for kind in detection_runs.KINDS:
+            detection_runs.go(out / "boxes" / kind, kind, precision="64-true", **ddp)
     stopped_and_whole(out / "shuffled", "shuffled", **ddp)
     stopped_and_whole(out / "sharded", "batches", **(ddp | {"strategy": "fsdp", "optimizer": SGD}))
     # each process begins with weights of its own, and both end with the first one's
