@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tempering.cli.main import main as cli
+from tempering.cli import main as cli
 from tempering.experiments import recipe as recipefile
 from tempering.experiments.compare import plan as arena_plan
 from tempering.experiments.compare import runner as arena

@@ -13,7 +13,7 @@ import torch
 
 from tempering.audits import Audit
 from tempering.audits.privacy import Privacy
-from tempering.cli.main import main as cli
+from tempering.cli import main as cli
 from tempering.reports.page import render
 from tempering.reports.records import load_run, pack, read_cell, write_cell
 from tests.records_made import make_set

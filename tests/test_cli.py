@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tempering import __version__
-from tempering.cli.main import main as cli
+from tempering.cli import main as cli
 from tempering.experiments import recipe as recipefile
 from tempering.experiments.presets import ARMS
 from tempering.methods import METHODS

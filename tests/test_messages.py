@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tempering as kd
-from tempering.cli.main import main as cli
+from tempering.cli import main as cli
 from tempering.data import Batches
 from tempering.methods import DIST, DKD, DTKD, KD, TTM, Method, Supervised
 from tempering.models import build

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tempering.cli.main import main as cli
+from tempering.cli import main as cli
 from tempering.experiments.spec import method_from
 from tempering.experiments.tune import page as tune_view
 from tempering.experiments.tune import runner as tune
