@@ -45,7 +45,7 @@ EPOCHS ?= 240
 FULL ?= benchmarks/results/cifar100-resnet32x4-resnet8x4
 gpu-cifar100: $(READY)  ## CIFAR-100: resnet32x4 -> resnet8x4
 	$(cuda)
-	$(BIN)/tempering compare recipes/cifar100.py --methods $(ARMS) --seeds $(SEEDS) --out $(FULL) -- --data $(DATA) \
+	$(BIN)/tempering compare cifar100 --methods $(ARMS) --seeds $(SEEDS) --out $(FULL) -- --data $(DATA) \
 	--teacher resnet32x4 --student resnet8x4 --epochs $(EPOCHS) --precision bf16-mixed --accelerator cuda
 
 # the table of benchmarks/results/detection-bccd with wider nets, larger images and six times as many epochs; the weights
@@ -59,7 +59,7 @@ BOX_EPOCHS ?= 72
 BOX_FULL ?= benchmarks/results/detection-bccd-large
 gpu-detection: $(READY)  ## any folder in COCO's format, BCCD by itself: fcos_large -> fcos_tiny
 	$(cuda)
-	$(BIN)/tempering compare recipes/detection.py --methods "$(BOX_ARMS)" --no-controls --seeds $(SEEDS) --out $(BOX_FULL) -- \
+	$(BIN)/tempering compare detection --methods "$(BOX_ARMS)" --no-controls --seeds $(SEEDS) --out $(BOX_FULL) -- \
 	--data $(BOXES) --size $(BOX_SIZE) --teacher fcos_large --student fcos_tiny --epochs $(BOX_EPOCHS) --evaluate-every 12 \
 	--teacher-epochs $$((2 * $(BOX_EPOCHS))) --accelerator cuda
 
@@ -69,15 +69,15 @@ TEXT_ARMS ?= supervised,kd-matched,dtkd,divergence(objective=kl),divergence(obje
 TEXT_EPOCHS ?= 8
 TEXT_FULL ?= benchmarks/results/language-stories
 WRITES := divergence(objective=kl),divergence(objective=jsd)
-TEXTS = $(BIN)/tempering compare recipes/language.py --no-controls --seeds $(SEEDS)
+TEXTS = $(BIN)/tempering compare language --no-controls --seeds $(SEEDS)
 TEXT_NETS = --text $(TEXT) --teacher-width 512 --teacher-layers 8 --student-width 256 --student-layers 4 --length 512 \
 	--epochs $(TEXT_EPOCHS) --teacher-epochs $(TEXT_EPOCHS) --teacher-dir $(TEXT_FULL)/data/work/teachers \
 	--precision bf16-mixed --accelerator cuda
 gpu-language: $(READY)  ## bytes of TinyStories: GPT 8x512 -> 4x256; learned from the data, and from what the models write
 	$(cuda)
 	$(TEXTS) --methods "$(TEXT_ARMS)" --control "KD, weight-matched" --out $(TEXT_FULL)/data -- $(TEXT_NETS)
-	for writes in teacher on-policy speculative; do $(TEXTS) --methods "$(WRITES)" --out $(TEXT_FULL)/$$writes -- \
-	$(TEXT_NETS) --writes $$writes --share 0.5 --prompt 64 --written 128 || exit 1; done
+	for source in teacher on-policy speculative; do $(TEXTS) --methods "$(WRITES)" --out $(TEXT_FULL)/$$source -- \
+	$(TEXT_NETS) --text-source $$source --generated-fraction 0.5 --prompt-length 64 --max-new-tokens 128 || exit 1; done
 
 # the table of DTKD's authors, run again beside KD at DTKD's total weights: days of one core; a killed stage goes on
 EVIDENCE ?= benchmarks/results/evidence-
@@ -88,13 +88,13 @@ CORE := kd-matched,dtkd-published,dtkd,kd,supervised
 # tau times the weight of the dynamic term, exact and fixed, at one seed
 WEIGHTS := dtkd(dynamic=1),dtkd,dtkd(dynamic=6)
 TAUS := sharpness(2),sharpness(4),sharpness(8),static(2),static(4),static(8)
-COMPARED = $(BIN)/tempering compare recipes/cifar100.py --jobs 1 --threads 1 --nice
+COMPARED = $(BIN)/tempering compare cifar100 --jobs 1 --threads 1 --nice
 # one for all stages; bf16 is half the time where the CPU computes in it, and ten times where it does not
 PRECISION ?= bf16-mixed
 RECIPE = --data $(DATA) --teacher-dir $(TEACHERS) --teacher-epochs 240 --student resnet8 --precision $(PRECISION)
 SHORT = --teacher resnet14 --epochs 60
 # a teacher is trained by the first run that asks for it; here that is a student of one epoch
-TAUGHT = nice -n 19 $(BIN)/tempering run recipes/cifar100.py $(RECIPE) --method kd --epochs 1 --threads 1 --quiet
+TAUGHT = nice -n 19 $(BIN)/tempering run cifar100 $(RECIPE) --method kd --epochs 1 --threads 1 --quiet
 WRITTEN = $(BIN)/python benchmarks/evidence.py --teachers $(TEACHERS)
 
 evidence: $(READY)  ## every stage of docs/evidence.md that is open, in the order in which they matter

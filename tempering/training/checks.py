@@ -9,7 +9,7 @@ from torch import nn
 if TYPE_CHECKING:
     from tempering.methods.base import StepMethod
     from tempering.teachers.base import Teacher
-    from tempering.training.config import Settings
+    from tempering.training.config import TrainConfig
 
 
 def apart(student: nn.Module, teacher: Teacher | None) -> None:
@@ -28,7 +28,7 @@ def apart(student: nn.Module, teacher: Teacher | None) -> None:
         raise ValueError("the student has no parameter that requires grad: there is nothing to train.")
 
 
-def fits(method: StepMethod, teacher: Teacher | None, settings: Settings) -> None:
+def fits(method: StepMethod, teacher: Teacher | None, settings: TrainConfig) -> None:
     """Refuse a setting or a teacher with which a method that owns its step cannot work.
 
     Raises:

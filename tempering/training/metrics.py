@@ -59,7 +59,9 @@ def not_finite(
     else:
         said = f"the loss is {value} at step {step}, or was so at one before it."
     saved = "" if folder is None else f" The last checkpoint under {folder} is from before."
-    return FloatingPointError(f"{said} A lower learning rate, clip=1.0, or precision='32-true' are what to try.{saved}")
+    return FloatingPointError(
+        f"{said} A lower learning rate, max_grad_norm=1.0, or precision='32-true' are what to try.{saved}"
+    )
 
 
 def on_cpu(ask: Callable[[Rows], Any] | None, device: torch.device) -> Callable[[Rows], Any] | None:

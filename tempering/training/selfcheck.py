@@ -110,7 +110,10 @@ def _teacher(
         )
     checks["deterministic"] = "ok"
     for rows in blocks:
-        checks["above chance"] = _above_chance(rows) if comparable else "the two have classes of their own"
+        if not teacher.trained:
+            checks["above chance"] = "the teacher is not trained yet"
+        else:
+            checks["above chance"] = _above_chance(rows) if comparable else "the two have classes of their own"
     return checks
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.training.checkpoint import random_state, set_random_state
 from tempering.training.checks import apart, fits
-from tempering.training.config import At, Run, Settings
+from tempering.training.config import At, Run, TrainConfig
 from tempering.training.distributed import alike, clip, mean_over_ranks, refuse_split, share_gradients, whole_mass
 from tempering.training.fabric import fabric_for, may_differentiate, peak_mb
 from tempering.training.features import Tapped
@@ -26,17 +25,13 @@ from tempering.training.loss import Loss, losses_of, path_of
 from tempering.training.metrics import Display, Remembered, measured, not_finite, on_cpu
 from tempering.training.recorder import Recorder
 from tempering.training.run_dir import Keeper, alone_in, facts_of, key_of
+from tempering.training.selfcheck import Checked
 from tempering.training.selfcheck import selfcheck as check_first_batch
 from tempering.training.stream import Stream, grouped, repeatable, reseed
 from tempering.utils.device import begin, compiled, keeping
 from tempering.utils.tensors import on
 
 EMPTY = "the training loader yields no batches. Is the data set empty, or smaller than a batch?"
-CHECK_ONLY: ContextVar[bool] = ContextVar("check_only", default=False)
-
-
-class CheckedOnly(Exception):
-    """Raised in place of training where ``CHECK_ONLY`` is set; carries the self-check's line."""
 
 
 class Loop:
@@ -48,7 +43,7 @@ class Loop:
         teacher: Teacher | None,
         method: Method,
         task: Task,
-        settings: Settings,
+        settings: TrainConfig,
         *,
         folder: str | Path | None,
         on_step: Callable[[int, Tensor], None] | None = None,
@@ -167,7 +162,8 @@ class Loop:
         )
         self.recorder.begin(begun, upto=self.at.step, epochs=self.at.epoch)
         try:
-            self._check(self.settings.selfcheck or CHECK_ONLY.get())
+            if self.settings.selfcheck:
+                self._check()
             label = str(self.recorder.facts.get("label") or type(self.method).__name__)
             with Display(
                 self.total_steps, self.at.step, label, quiet=self.settings.quiet or not self.first
@@ -175,7 +171,7 @@ class Loop:
                 while self.at.step < self.total_steps and not self.at.stopped:
                     self._epoch()
             return self._finish()
-        except (KeyboardInterrupt, CheckedOnly):
+        except KeyboardInterrupt:
             self.recorder.end("interrupted")
             raise
         except BaseException as error:
@@ -237,8 +233,8 @@ class Loop:
             summed = loss.detach() if summed is None else summed + loss.detach()
         assert summed is not None
         share_gradients(self.method, self.fabric)
-        if s.clip is not None:
-            clip(self.optimizer, self.fabric, max_norm=s.clip)
+        if s.max_grad_norm is not None:
+            clip(self.optimizer, self.fabric, max_norm=s.max_grad_norm)
         self.optimizer.step()
         self._learn(group[-1], blocks[-1])
         self.optimizer.zero_grad(set_to_none=True)
@@ -282,16 +278,16 @@ class Loop:
 
     # what is seen of it
 
-    def _check(self, wanted: bool) -> None:
-        if not wanted:
-            return
+    def check(self) -> Checked:
+        """Run the self-check on the first batch; nothing is trained or written."""
         features = None if self.taps is None else self.taps.features
-        checked = check_first_batch(
+        return check_first_batch(
             self.model, self.teacher, self._first_batch(), method=self.method, task=self.task, features=features
         )
+
+    def _check(self) -> None:
+        checked = self.check()
         self.recorder.update(selfcheck={"line": checked.line, "checks": checked.checks})
-        if CHECK_ONLY.get():
-            raise CheckedOnly(checked.line)
         if self.first and not self.settings.quiet:
             from rich.console import Console
 

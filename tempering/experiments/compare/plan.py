@@ -14,7 +14,27 @@ from tempering.reports.records import MACHINE_PATH
 
 FILE = "plan.json"
 OWN = ("method", "temperature", "seed", "label", "out")  # flags that a cell sets
-ELSEWHERE = {"threads", "teacher_dir", "quiet", "out"}  # flags that say where or how fast, not what
+ELSEWHERE = {"threads", "teacher_dir", "quiet", "out", "keep"}  # flags that say where or how fast, not what
+FORMAT = 2  # of a plan; 1 has flags by their former names
+# flag -> its former name, under which the ids of cells are made: a renamed flag is the same cell
+FORMER = {
+    "text_source": "writes",
+    "max_new_tokens": "written",
+    "prompt_length": "prompt",
+    "generated_fraction": "share",
+    "eval_generation": "grade",
+    "no_eval_generation": "no_grade",
+    "routing_tree": "tree",
+    "cuda_graphs": "graphs",
+    "canaries_per_count": "each",
+    "canary_digits": "digits",
+    "privacy_detectors": "private",
+    "class_rows": "rows",
+    "anchors_per_image": "keep",
+    "resize_mode": "fit",
+    "train_file": "train",
+}
+PRESENT = {former: name for name, former in FORMER.items()}
 
 
 @dataclass(frozen=True)
@@ -119,14 +139,16 @@ def read(folder: Path) -> Plan:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         cells = tuple(Cell(**cell) for cell in content["cells"])
-        return Plan(content["recipe"], content["flags"], content["control"], cells)
+        renamed = PRESENT if content["format"] == 1 else {}
+        flags = {renamed.get(name, name): value for name, value in content["flags"].items()}
+        return Plan(content["recipe"], dict(sorted(flags.items())), content["control"], cells)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the plan of a comparison: {error}. Was it edited by hand?") from error
 
 
 def write(folder: Path, plan: Plan) -> None:
     """Write the grid beside its place, then rename; nothing where it is there as it is."""
-    text = json.dumps({"format": 1, **asdict(plan)}, indent=1) + "\n"
+    text = json.dumps({"format": FORMAT, **asdict(plan)}, indent=1) + "\n"
     path = folder / FILE
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return
@@ -161,6 +183,7 @@ def _pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _id(recipe: str, arm: Arm, seed: int, flags: dict[str, str]) -> str:
-    what: dict[str, Any] = {"recipe": recipe, "method": arm.spec, "temperature": arm.temperature, "flags": flags}
+    former = {FORMER.get(name, name): value for name, value in flags.items()}
+    what: dict[str, Any] = {"recipe": recipe, "method": arm.spec, "temperature": arm.temperature, "flags": former}
     digest = hashlib.sha256(json.dumps([what, seed], sort_keys=True).encode()).hexdigest()
     return f"{slug(arm.label)}-s{seed}-{digest[:8]}"

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tempering import reports
 from tempering.experiments.tune.runner import FILE
 from tempering.experiments.tune.space import Space
 from tempering.experiments.tune.study import best, finished, shown
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 FEW = 4  # whole trials below which an importance is a guess about nothing
-STYLE = Path(__file__).parent / "reports" / "page.css"
+STYLE = Path(reports.__file__).parent / "page.css"
 WAYS = {"COMPLETE": "whole", "PRUNED": "cut"}
 COLOURS = ".whole { --c: var(--c1) } .cut { --c: var(--c0) } pre { white-space: pre-wrap }"
 
