@@ -19,15 +19,15 @@ $(READY):
 	@rm -f $(VENV)/.ready-*; touch $@
 
 check: $(READY)  ## lint, format, types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pyright
 
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest -n auto
 
 demo: $(READY)  ## a teacher and students on the bundled digits, a table and a report
-	$(BIN)/tempering demo
+	$(BIN)/python -m tempering demo
 
 # whole runs on a CUDA device, each also by itself; what was stopped goes on, and what is done stays
 gpu: gpu-cifar100 gpu-detection gpu-language  ## the tables at full size; records and tables under benchmarks/results/
@@ -45,7 +45,7 @@ EPOCHS ?= 240
 FULL ?= benchmarks/results/cifar100-resnet32x4-resnet8x4
 gpu-cifar100: $(READY)  ## CIFAR-100: resnet32x4 -> resnet8x4
 	$(cuda)
-	$(BIN)/tempering compare cifar100 --methods $(ARMS) --seeds $(SEEDS) --out $(FULL) -- --data $(DATA) \
+	$(BIN)/python -m tempering compare cifar100 --methods $(ARMS) --seeds $(SEEDS) --out $(FULL) -- --data $(DATA) \
 	--teacher resnet32x4 --student resnet8x4 --epochs $(EPOCHS) --precision bf16-mixed --accelerator cuda
 
 # the table of benchmarks/results/detection-bccd with wider nets, larger images and six times as many epochs; the weights
@@ -59,7 +59,7 @@ BOX_EPOCHS ?= 72
 BOX_FULL ?= benchmarks/results/detection-bccd-large
 gpu-detection: $(READY)  ## any folder in COCO's format, BCCD by itself: fcos_large -> fcos_tiny
 	$(cuda)
-	$(BIN)/tempering compare detection --methods "$(BOX_ARMS)" --no-controls --seeds $(SEEDS) --out $(BOX_FULL) -- \
+	$(BIN)/python -m tempering compare detection --methods "$(BOX_ARMS)" --no-controls --seeds $(SEEDS) --out $(BOX_FULL) -- \
 	--data $(BOXES) --size $(BOX_SIZE) --teacher fcos_large --student fcos_tiny --epochs $(BOX_EPOCHS) --evaluate-every 12 \
 	--teacher-epochs $$((2 * $(BOX_EPOCHS))) --accelerator cuda
 
@@ -69,7 +69,7 @@ TEXT_ARMS ?= supervised,kd-matched,dtkd,divergence(objective=kl),divergence(obje
 TEXT_EPOCHS ?= 8
 TEXT_FULL ?= benchmarks/results/language-stories
 WRITES := divergence(objective=kl),divergence(objective=jsd)
-TEXTS = $(BIN)/tempering compare language --no-controls --seeds $(SEEDS)
+TEXTS = $(BIN)/python -m tempering compare language --no-controls --seeds $(SEEDS)
 TEXT_NETS = --text $(TEXT) --teacher-width 512 --teacher-layers 8 --student-width 256 --student-layers 4 --length 512 \
 	--epochs $(TEXT_EPOCHS) --teacher-epochs $(TEXT_EPOCHS) --teacher-dir $(TEXT_FULL)/data/work/teachers \
 	--precision bf16-mixed --accelerator cuda
@@ -88,13 +88,13 @@ CORE := kd-matched,dtkd-published,dtkd,kd,supervised
 # tau times the weight of the dynamic term, exact and fixed, at one seed
 WEIGHTS := dtkd(dynamic=1),dtkd,dtkd(dynamic=6)
 TAUS := sharpness(2),sharpness(4),sharpness(8),static(2),static(4),static(8)
-COMPARED = $(BIN)/tempering compare cifar100 --jobs 1 --threads 1 --nice
+COMPARED = $(BIN)/python -m tempering compare cifar100 --jobs 1 --threads 1 --nice
 # one for all stages; bf16 is half the time where the CPU computes in it, and ten times where it does not
 PRECISION ?= bf16-mixed
 RECIPE = --data $(DATA) --teacher-dir $(TEACHERS) --teacher-epochs 240 --student resnet8 --precision $(PRECISION)
 SHORT = --teacher resnet14 --epochs 60
 # a teacher is trained by the first run that asks for it; here that is a student of one epoch
-TAUGHT = nice -n 19 $(BIN)/tempering run cifar100 $(RECIPE) --method kd --epochs 1 --threads 1 --quiet
+TAUGHT = nice -n 19 $(BIN)/python -m tempering run cifar100 $(RECIPE) --method kd --epochs 1 --threads 1 --quiet
 WRITTEN = $(BIN)/python benchmarks/evidence.py --teachers $(TEACHERS)
 
 evidence: $(READY)  ## every stage of docs/evidence.md that is open, in the order in which they matter
@@ -150,14 +150,10 @@ bench: $(READY)  ## every benchmark, side by side with peers; CSVs under benchma
 	@set -e; for name in $(BENCH); do $(BIN)/python benchmarks/$$name.py; done
 	$(BIN)/python benchmarks/page.py
 
-wheel: $(READY)  ## builds the wheel, installs it into an empty environment, runs it
+wheel: $(READY)  ## build sdist and wheel; install the wheel into an empty environment and use it in an empty folder
 	rm -rf build dist
-	$(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null
-	rm -rf build/empty && $(PYTHON) -m venv build/empty
-	build/empty/bin/python -m pip install --quiet -c $(CONSTRAINTS) torch numpy
-	build/empty/bin/python -m pip install --quiet -c $(CONSTRAINTS) dist/*.whl
-	cd build && empty/bin/tempering --help > /dev/null && empty/bin/tempering list > /dev/null
-	rm -rf build/empty
+	$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
+	.ci/try_wheel "$(PYTHON)" "$(CONSTRAINTS)"
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache *.egg-info

@@ -14,15 +14,16 @@ from torch import Tensor
 
 from tempering.rows import Rows, widened
 from tempering.temperature.base import Temperatures
-from tempering.utils.override import fusable
+from tempering.utils.override import OVERRIDES
 
 
-@fusable
 def kl(rows: Rows, T: Temperatures) -> Float[Tensor, " N"]:
     """T_s T_t KL(teacher || student), (N,); 0 exactly where the softened two agree.
 
     Reference: Hinton et al., 2015, arXiv:1503.02531, section 2.
     """
+    if not torch.compiler.is_compiling() and (fast := OVERRIDES.get().get("kl")):
+        return fast(rows, T)
     student, teacher = softened(rows, T)
     return T.scale * divergence(teacher, student)
 
@@ -125,7 +126,6 @@ def head_share(p: Float[Tensor, "N C"], q: Float[Tensor, "N C"], head: float) ->
     return torch.where(whole > 0, share, torch.full_like(share, 0.5))
 
 
-@fusable
 def cross_entropy(rows: Rows) -> Float[Tensor, " N"]:
     """-log p(target) of the student at temperature 1, (N,); 0 on rows without a label.
 
@@ -134,6 +134,8 @@ def cross_entropy(rows: Rows) -> Float[Tensor, " N"]:
     Raises:
         ValueError: for rows without targets, or (seen on the CPU alone, where it costs nothing) a target >= C.
     """
+    if not torch.compiler.is_compiling() and (fast := OVERRIDES.get().get("cross_entropy")):
+        return fast(rows)
     if rows.hard is not None:
         return widened(rows.hard)
     target = labels(rows, "cross_entropy").long().clamp_min(-1)

@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from beartype import BeartypeConf, beartype
-from jaxtyping import install_import_hook
 
 from tempering.rows import Rows
+from tests import shapes
+from tests.cases import seed
 
 torch.set_num_threads(1)
 
 
-def shapes(function: Callable) -> Callable:
-    """The function with its array annotations checked at each call, and no other ones.
-
-    Scalars are left to the constructors: they say what they want in words, and tests want those words.
-    """
-    notes = function.__annotations__
-    function.__annotations__ = {name: note for name, note in notes.items() if "jaxtyping" in repr(note)}
-    return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
-
-
 # rows.py is left out: Rows and total() look at shapes themselves, and their errors are tested. Dynamo cannot trace the
 # checks: a test that compiles a loss (not a model) does so in a process of its own.
-install_import_hook(["tempering.objectives", "tempering.temperature", "tempering.methods"], "tests.conftest.shapes")
+shapes.install(["tempering.objectives", "tempering.temperature", "tempering.methods"])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a file on one worker: what its tests share is made once, what it imports is loaded once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test starts from the same random numbers, alone or in a crowd."""
-    random.seed(0)
-    np.random.seed(0)
-    torch.default_generator.manual_seed(0)  # torch.manual_seed formats tracebacks for absent devices: a millisecond
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed_all(0)
+    seed()
 
 
 def random_rows(

@@ -1,4 +1,4 @@
-"""Short runs of a tiny detector; ``python -m tests.detection_runs OUT KIND`` is one of them on two gloo processes."""
+"""Short runs of a tiny detector; ``python -m tests.detection_runs OUT KIND ...`` has two gloo processes do some."""
 
 from __future__ import annotations
 
@@ -73,4 +73,5 @@ def go(out: Path, kind: str = "classes", batch_size: int = 4, **more: Any) -> Ru
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    go(Path(sys.argv[1]), sys.argv[2], precision="64-true", devices=2, strategy="ddp")
+    for kind in sys.argv[2:]:
+        go(Path(sys.argv[1]) / kind, kind, precision="64-true", devices=2, strategy="ddp")

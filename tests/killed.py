@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lightning_fabric.strategies.model_parallel  # noqa: F401  # once, before the forks, not in each of them
 import torch
-import torchmetrics.functional.classification  # noqa: F401
 
 from tempering.training import checkpoint as checkpoints
+from tempering.utils import files
 from tests.runs import resumable
 
 # name -> (loader, what kills, the how-manieth time)
@@ -65,20 +64,23 @@ def arm(what: str, count: int) -> dict[str, Any]:
         epoch = Recorder.epoch
         Recorder.epoch = lambda self, line: (epoch(self, line), kill())[0]
         return {}
-    write = checkpoints._write
+    write = files.write_file
 
-    def half(path: Path, data: bytes) -> None:
+    def half(path: Path, data: bytes, **how: bool) -> None:
         if path.name == what:
             path.write_bytes(data[: len(data) // 2])
             kill()
-        write(path, data)
+        write(path, data, **how)
 
-    checkpoints._write = half
+    files.write_file = half
     return {}
 
 
 def main(out: Path) -> None:
     torch.set_num_threads(1)
+    # once, before the forks, not in each of them
+    import torchmetrics.functional.classification  # noqa: F401
+
     for name, (loader, what, count) in KILLS.items():
         child = os.fork()
         if not child:

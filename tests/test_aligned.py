@@ -20,9 +20,12 @@ from tempering.tasks import Aligned, Generation
 from tempering.teachers import Live
 from tempering.temperature import Sharpness, Static
 from tests.conftest import random_rows
+from tests.later import needs
 from tests.paths import needs_shared
 from tests.test_generation import gpt2
 from tests.test_golden import Case, case, cases  # noqa: F401
+
+pytestmark = needs("transformers")
 
 WORDS = [" ", "a", "b", "c", "ab", "abc", "ca", " a", " b", "é", "bc ab", "cab"]
 END, BEGIN = 300, 301

@@ -253,18 +253,37 @@ def test_what_runs_is_seen_from_outside_and_a_stop_reaches_it(
     assert not arena_view.held(place)
 
 
+LAUNCHER = """
+import subprocess, sys
+from pathlib import Path
+from tempering.utils.files import inheritable_descriptors, try_lock
+lock = try_lock(Path(sys.argv[1]))
+child = subprocess.Popen(
+    [sys.executable, "-c", "print('ready', flush=True); input()"], pass_fds=inheritable_descriptors(lock)
+)
+child.wait()
+"""
+
+
 def test_a_lock_outlives_its_arena_with_the_cell(tmp_path: Path) -> None:
     """An arena that is killed leaves its cells running; nobody may start them a second time."""
     place = tmp_path / "work" / "cell"
-    lock = arena.taken(place)
+    path = arena_plan.lock_path(place)
+    command = [sys.executable, "-c", LAUNCHER, str(path)]
+    parent = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert parent.stdin is not None and parent.stdout is not None
+    assert parent.stdout.readline() == b"ready\n"
+    parent.kill()
+    parent.wait()
+    assert arena.try_lock(path) is None and arena_view.held(place)
+    parent.stdin.write(b"\n")  # ends the child, which inherited the pipe
+    parent.stdin.close()
+    with parent.stdout:
+        assert parent.stdout.read() == b""
+    _until(lambda: not arena_view.held(place))
+    lock = arena.try_lock(path)
     assert lock is not None
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
-    os.close(lock)
-    assert arena.taken(place) is None and arena_view.held(place)
-    child.communicate(b"\n")
-    lock = arena.taken(place)
-    assert lock is not None
-    os.close(lock)
+    lock.release()
 
 
 def test_what_is_left_is_told_from_what_was_seen() -> None:

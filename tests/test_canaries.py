@@ -25,9 +25,11 @@ from tempering.reports.records import load_run
 from tempering.reports.table import markdown
 from tempering.tasks import Generation
 from tests import recipes
+from tests.later import Later, needs
 from tests.paths import ROOT
 
-transformers = pytest.importorskip("transformers")
+pytestmark = needs("transformers")
+transformers = Later("transformers")
 
 
 def gpt(width: int = 32, layers: int = 1, seed: int = 0) -> nn.Module:

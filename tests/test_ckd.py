@@ -6,10 +6,10 @@ import itertools
 from typing import Any
 
 import pytest
-import tempering.methods.ckd as ckd
 import torch
 from torch import Tensor, nn
 
+import tempering.methods.logits.ckd as ckd
 from tempering.methods import CKD, FeatureCKD, Method, Sum, Supervised
 from tempering.methods.logits.ckd import differences, draw
 from tempering.rows import UNLABELLED, Rows, total

@@ -13,6 +13,7 @@ from tempering.methods import METHODS, Method, StepMethod
 from tempering.rows import UNLABELLED, Rows, total
 from tempering.temperature import POLICIES, Policy, Temperatures
 from tempering.temperature.curriculum import Curriculum
+from tests.cases import each
 from tests.contract import (
     CASES,
     MEET_ALL,
@@ -22,7 +23,7 @@ from tests.contract import (
     block,
     chosen,
     leaves,
-    params,
+    on_each,
     ran,
     same,
 )
@@ -37,11 +38,12 @@ NON_NEGATIVE = [(name, part) for name, part in CASES if part.non_negative]
 ATTACHED = [(n, part) for n, part in CASES if any(getattr(p, "attached", False) for p in part.policies().values())]
 
 
-@pytest.fixture(params=params(CASES))
-def method(request: pytest.FixtureRequest) -> Method:
-    made = copy.deepcopy(request.param)
-    made.prepare(block())
-    return made
+def prepared(method: Method) -> Method:
+    method.prepare(block())
+    return method
+
+
+every_method = on_each("method", CASES, prepared)
 
 
 def is_hard(term: str) -> bool:
@@ -61,6 +63,7 @@ def test_all_are_found() -> None:
     assert met_by >= {name for name, _ in VARIED_POLICIES}, "every policy meets another method too"
 
 
+@every_method
 def test_terms_are_a_value_a_row(method: Method) -> None:
     rows = block(weighted=True)
     for progress in (0.0, 0.01, 1.0):
@@ -70,6 +73,7 @@ def test_terms_are_a_value_a_row(method: Method) -> None:
         assert all(t.isfinite().all() for t in terms.values())
 
 
+@every_method
 def test_weights_weigh_the_terms_of_their_names(method: Method) -> None:
     rows = block()
     terms = ran(method, rows)
@@ -86,6 +90,7 @@ def test_weights_weigh_the_terms_of_their_names(method: Method) -> None:
             same(ran(method, rows, progress), risen)
 
 
+@every_method
 def test_zero_at_agreement(method: Method) -> None:
     rows = block()
     agreeing = rows.with_(student=rows.teacher, features={n: (t, t) for n, (_, t) in rows.features.items()})
@@ -102,8 +107,8 @@ def test_zero_at_agreement(method: Method) -> None:
         assert all(g is None or bool((g.abs() <= 1e-5 * elsewhere).all()) for g in gradients), "it is a minimum"
 
 
-@pytest.mark.parametrize("method", params(NON_NEGATIVE), indirect=True)
-@pytest.mark.parametrize("scale", [1e-6, 1e-2, 3.0, 50.0])
+@on_each("method", NON_NEGATIVE, prepared)
+@each("scale", [1e-6, 1e-2, 3.0, 50.0])
 def test_never_negative(method: Method, scale: float) -> None:
     rows = block(16, scale=scale)
     near = rows.with_(student=rows.teacher + 1e-7 * rows.student)
@@ -112,6 +117,7 @@ def test_never_negative(method: Method, scale: float) -> None:
         backward(method, made)
 
 
+@every_method
 def test_a_constant_added_to_the_logits(method: Method) -> None:
     rows = block()
     loss, gradients = backward(method, rows)
@@ -124,7 +130,8 @@ def test_a_constant_added_to_the_logits(method: Method) -> None:
         assert any(not torch.isclose(backward(method, made)[0], loss, rtol=1e-6) for made in moved)
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@every_method
+@each("weighted", [False, True], ids=["", "weighted"])
 def test_batch_split(method: Method, weighted: bool) -> None:
     def whole_and_parts(seed: int) -> tuple[Any, Any]:
         rows = block(8, weighted=weighted, seed=seed)
@@ -143,6 +150,7 @@ def test_batch_split(method: Method, weighted: bool) -> None:
     assert differ, "it says that it compares rows with each other"
 
 
+@every_method
 def test_rows_of_weight_zero_may_hold_anything(method: Method) -> None:
     """NaN and infinity in a row without weight: the others' loss and gradients are what they are without it."""
     rows = block(weighted=True)
@@ -158,6 +166,7 @@ def test_rows_of_weight_zero_may_hold_anything(method: Method) -> None:
         assert not got[2].any()
 
 
+@every_method
 def test_rows_of_weight_zero_take_no_part(method: Method) -> None:
     rows = block(weighted=True)
     loss, gradients = backward(method, rows)
@@ -180,7 +189,8 @@ def test_rows_of_weight_zero_take_no_part(method: Method) -> None:
     assert all(bool((g[others] == 0).all()) for g in padded)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@every_method
+@each("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_logits_of_ten_thousand(method: Method, dtype: torch.dtype) -> None:
     rows = block(dtype=torch.float64)
     hot = 1e4 * torch.eye(7, dtype=torch.float64)[torch.arange(6)]
@@ -198,8 +208,9 @@ def test_logits_of_ten_thousand(method: Method, dtype: torch.dtype) -> None:
         backward(method, made, **({"rows_in_batch": 1e7} if dtype == torch.float16 else {}))
 
 
-@pytest.mark.parametrize("value", [0.0, 5.0, -3e3])
-@pytest.mark.parametrize("who", ["student", "teacher", "both"])
+@every_method
+@each("value", [0.0, 5.0, -3e3])
+@each("who", ["student", "teacher", "both"])
 def test_constant_rows(method: Method, who: str, value: float) -> None:
     rows = block()
     flat = torch.full_like(rows.student, value)
@@ -212,6 +223,7 @@ def test_constant_rows(method: Method, who: str, value: float) -> None:
     assert all(p.last is None or bool((p.last.student > 0).all()) for p in method.policies().values())
 
 
+@every_method
 def test_one_class(method: Method) -> None:
     rows = block(classes=1)
     backward(method, rows)
@@ -220,7 +232,8 @@ def test_one_class(method: Method) -> None:
         assert all(bool((term.abs() < 1e-12).all()) for term in ran(method, agreeing).values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@every_method
+@each("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_computed_in_float32(method: Method, dtype: torch.dtype) -> None:
     half = block(dtype=dtype)
     features = {n: (s.float(), t.float()) for n, (s, t) in half.features.items()}
@@ -234,23 +247,27 @@ def test_half_precision_is_computed_in_float32(method: Method, dtype: torch.dtyp
         same(got.float(), g, 0.0, 4 * torch.finfo(dtype).eps * float(g.abs().max()))
 
 
+@every_method
 def test_autocast_changes_nothing(method: Method) -> None:
     rows = block(dtype=torch.float32)
     same(backward(method, rows, cast=True), backward(method, rows), 0.0, 0.0)
 
 
+@every_method
 def test_all_rows_masked(method: Method) -> None:
     rows = block().with_(weight=torch.zeros(6, dtype=torch.float64))
     loss, gradients = backward(method, rows)
     assert float(loss) == 0.0 and all(not g.any() for g in gradients)
 
 
+@every_method
 def test_no_rows(method: Method) -> None:
     for rows in (block(0), block(0, weighted=True)):
         loss, _ = backward(method, rows)
         assert float(loss) == 0.0
 
 
+@every_method
 def test_masked_classes_are_as_if_not_there(method: Method) -> None:
     rows = block(8, 9)
     kept, gone = torch.tensor([0, 1, 3, 4, 6, 7, 8]), torch.tensor([2, 5])
@@ -269,6 +286,7 @@ def test_masked_classes_are_as_if_not_there(method: Method) -> None:
         same((loss, [logits[:, kept], *features]), backward(method, fewer))
 
 
+@every_method
 def test_each_row_may_mask_its_own_classes(method: Method) -> None:
     rows = block(8, 5)
     masks = torch.tensor([0, 1, 2, 4, 8, 16, 23, 31]).unsqueeze(1).bitwise_and(2 ** torch.arange(5)) > 0
@@ -284,6 +302,7 @@ def test_each_row_may_mask_its_own_classes(method: Method) -> None:
     assert not blind[-1].any(), "a row without classes sends no gradient, whatever its label"
 
 
+@every_method
 def test_rows_without_a_label(method: Method) -> None:
     rows = block()
     target = torch.tensor([0, UNLABELLED, 2, -1, 4, UNLABELLED])
@@ -326,6 +345,7 @@ def slopes_agree(method: Method) -> bool:
     return torch.autograd.gradcheck(loss, tuple(wanted[:2]), fast_mode=True)
 
 
+@every_method
 def test_gradient_at_held_temperatures(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     # adaptive_kl's weight is held too
     monkeypatch.setattr("tempering.objectives.head_share", lambda p, q, head: torch.full_like(p[:, 0], 0.3))
@@ -338,7 +358,7 @@ def test_gradient_at_held_temperatures(method: Method, monkeypatch: pytest.Monke
     assert slopes_agree(method)
 
 
-@pytest.mark.parametrize("method", params(ATTACHED), indirect=True)
+@on_each("method", ATTACHED, prepared)
 def test_gradient_through_attached_temperatures(method: Method) -> None:
     for p in method.policies().values():
         if isinstance(p, Curriculum):  # whose gradient is, else, meant not to be that of the loss
@@ -346,6 +366,7 @@ def test_gradient_through_attached_temperatures(method: Method) -> None:
     assert slopes_agree(method)
 
 
+@every_method
 def test_a_call_depends_on_nothing_that_was_logged(method: Method) -> None:
     rows = block()
     want = backward(method, rows)
@@ -354,6 +375,7 @@ def test_a_call_depends_on_nothing_that_was_logged(method: Method) -> None:
     same(backward(method, rows), want, 0.0, 0.0)
 
 
+@every_method
 def test_state_survives_saving(method: Method) -> None:
     rows = block()
     want = backward(method, rows)

@@ -15,19 +15,21 @@ from torch import Tensor, nn
 from tempering.methods import DKD, DTKD, KD, METHODS, Method, Sum, Supervised
 from tempering.rows import Rows
 from tempering.temperature import POLICIES, LearningPolicy, Policy, Sharpness, Static
-from tests.contract import VARIED_POLICIES, Part, arguments, block, chosen, leaves, params, remade, same
+from tests.contract import VARIED_POLICIES, Part, arguments, block, chosen, leaves, on_each, remade, same
 
 # its warning is tested in test_sharpness; here rows that fall back are wanted
 pytestmark = pytest.mark.filterwarnings(r"ignore:Sharpness\(solve='published'\)")
 
 
-@pytest.fixture(params=params(VARIED_POLICIES))
-def policy(request: pytest.FixtureRequest) -> Policy:
-    made = copy.deepcopy(request.param)
-    made.prepare(block())
-    return made
+def prepared(policy: Policy) -> Policy:
+    policy.prepare(block())
+    return policy
 
 
+every_policy = on_each("policy", VARIED_POLICIES, prepared)
+
+
+@every_policy
 def test_temperatures(policy: Policy) -> None:
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         rows = block(dtype=dtype)
@@ -44,6 +46,7 @@ def test_temperatures(policy: Policy) -> None:
         assert T.scale.shape in ((6,), (1,)) and bool((T.scale > 0).all())
 
 
+@every_policy
 def test_temperatures_carry_no_gradient_unless_asked(policy: Policy) -> None:
     rows, _ = leaves(block())
     inside = [m for m in policy.modules() if isinstance(m, Policy)]
@@ -53,6 +56,7 @@ def test_temperatures_carry_no_gradient_unless_asked(policy: Policy) -> None:
     assert policy.last is not None and not any(side is not None and side.requires_grad for side in policy.last)
 
 
+@every_policy
 def test_what_a_row_s_temperature_depends_on(policy: Policy) -> None:
     def found(rows: Rows, part: Any = slice(None)) -> list[Tensor]:
         torch.default_generator.manual_seed(0)
@@ -71,6 +75,7 @@ def test_what_a_row_s_temperature_depends_on(policy: Policy) -> None:
     assert policy.shift_invariant == agree(moved, found(rows))
 
 
+@every_policy
 def test_what_a_policy_reports(policy: Policy) -> None:
     policy(block())
     assert all(isinstance(name, str) and count.shape == () for name, count in policy.report().items())

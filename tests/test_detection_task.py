@@ -26,7 +26,8 @@ from tempering.tasks.detection import Detection, found_again
 from tempering.teachers import Live
 from tempering.training.distill import distill
 from tempering.training.selfcheck import selfcheck
-from tempering.training.trainer import Loop
+from tempering.training.trainer import Trainer
+from tests.cases import each
 from tests.detection_runs import ADAMW, go, net
 from tests.paths import ROOT
 from tests.runs import identical, left, stop_at
@@ -301,18 +302,18 @@ def test_the_teacher_s_maps_are_not_kept() -> None:
             asked.append(len(inputs["images"]))
             return super().__call__(inputs, ids)
 
-    loop: list[Loop] = []
-    original = Loop.run
+    trainers: list[Trainer] = []
+    original = Trainer.run
 
-    def run(self: Loop, facts: dict[str, Any]) -> Any:
-        loop.append(self)
+    def run(self: Trainer, facts: dict[str, Any]) -> Any:
+        trainers.append(self)
         return original(self, facts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "run", run)
+        patch.setattr(Trainer, "run", run)
         distill(net(), Counted(net(seed=2)), data.train, method=KD(), task=Detection(), epochs=1, test=data.test,
                 quiet=True, optimizer=ADAMW, selfcheck=False)  # fmt: skip
-    assert asked[-1] == 4 and not loop[0].taught["test"].kept
+    assert asked[-1] == 4 and not trainers[0].evaluator.teachers["test"].outputs
 
 
 def test_stopped_and_resumed_bit_for_bit(tmp_path: Path) -> None:
@@ -331,27 +332,38 @@ def one_student(a: Path, b: Path) -> None:
         torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["necks", "inconsistent"])
-def test_the_parts_of_a_step_are_one(kind: str, tmp_path: Path) -> None:
-    go(tmp_path / "whole", kind, precision="64-true")
+KINDS = ["necks", "inconsistent"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of each kind, on one process and whole batches."""
+    folder = tmp_path_factory.mktemp("whole")
+    for kind in KINDS:
+        go(folder / kind, kind, precision="64-true")
+    return folder
+
+
+@each("kind", KINDS)
+def test_the_parts_of_a_step_are_one(kind: str, whole: Path, tmp_path: Path) -> None:
     go(tmp_path / "parts", kind, precision="64-true", batch_size=1, accumulate=4)
-    one_student(tmp_path / "whole", tmp_path / "parts")
+    one_student(whole / kind, tmp_path / "parts")
 
 
-@pytest.mark.parametrize("kind", ["necks", "inconsistent"])
-def test_two_processes_are_one(kind: str, tmp_path: Path) -> None:
+def test_two_processes_are_one(whole: Path, tmp_path: Path) -> None:
     """The masks of MGD and the draws of the attack too."""
     known = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
     env = {name: value for name, value in os.environ.items() if name not in known}
-    command = [sys.executable, "-m", "tests.detection_runs", str(tmp_path / "two"), kind]
+    command = [sys.executable, "-m", "tests.detection_runs", str(tmp_path), *KINDS]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    go(tmp_path / "one", kind, precision="64-true")
-    one_student(tmp_path / "two", tmp_path / "one")
-    losses = [
-        [json.loads(x)["loss"] for x in (tmp_path / n / "steps.jsonl").read_text().splitlines()] for n in ("two", "one")
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-9) and len(losses[0]) == 6
+    for kind in KINDS:
+        one_student(tmp_path / kind, whole / kind)
+        losses = [
+            [json.loads(x)["loss"] for x in (folder / kind / "steps.jsonl").read_text().splitlines()]
+            for folder in (tmp_path, whole)
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-9) and len(losses[0]) == 6, kind
 
 
 def test_inherit_before_a_run_names_what_is_left() -> None:

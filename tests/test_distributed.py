@@ -117,6 +117,6 @@ def test_what_a_split_would_change_is_refused(two: Path) -> None:
 
 
 def _column(path: Path, name: str) -> list[float]:
-    from tempering.utils.files import lines
+    from tempering.utils.files import read_json_lines
 
-    return [line[name] for line in lines(path)]
+    return [line[name] for line in read_json_lines(path)]

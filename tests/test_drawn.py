@@ -16,10 +16,10 @@ from tempering.objectives import kl
 from tempering.rows import Rows
 from tempering.tasks import Generation, Seq2Seq
 from tempering.teachers import Cached, CachedDrawn, CachedHidden, Kept, Live, record_drawn, record_sparse
-from tempering.teachers.cache.logits import BrokenCache
-from tempering.teachers.cache.sampled import packed, shares, unpacked
+from tempering.teachers.cache.base import BrokenCache
+from tempering.teachers.cache.sampled import packed, unpacked
 from tempering.teachers.outputs import bucketed
-from tempering.teachers.selection import counted
+from tempering.teachers.selection import counted, shares
 from tempering.temperature import Static
 from tests.conftest import random_rows
 from tests.test_generation import PAD, gpt2, texts
@@ -64,7 +64,7 @@ def test_a_position_takes_about_as_many_bytes_as_the_paper_says(tmp_path: Path) 
     size = sum(file.stat().st_size for file in (tmp_path / "d").glob("*.safetensors"))
     batch = next(iter(tokens))
     found = cached(TASK.inputs(batch)[1], batch["ids"])
-    held = cached.shards.file("00000.safetensors")
+    held = cached.file("00000.safetensors")
     words, kinds = held.get_tensor("words"), held.get_tensor("kinds")
     assert words.shape[1] == 3 and int(kinds.sum()) == len(words)
     assert size < 3 * len(words) + 8 * length + 8 * 9 + 600  # and a header
@@ -82,7 +82,7 @@ def test_targets_are_unbiased_and_the_loss_is_never_negative() -> None:
         words = held["words"][held["start"][row] : held["start"][row + 1]]
         ids, found = unpacked(words, held["kinds"][row], int(held["bits"]))
         mean[row].scatter_add_(0, ids.flatten(), found.flatten().float() / (n * samples))
-        sparse = shares(ids, found, samples, torch.full((n,), 5))
+        sparse = shares(ids, found.float(), samples, besides=torch.full((n,), 5))
         student = rows.student[row].float().expand(n, -1)
         said, taught, _ = bucketed(student, sparse)
         T = Static(1.0)(random_rows(1))
@@ -113,9 +113,9 @@ def test_damage_is_named_and_other_recordings_are_refused(tmp_path: Path) -> Non
         ask(kept(samples=7), data())
     with pytest.raises(ValueError, match="its data is"):
         ask(kept(), data(side="left"))
-    with pytest.raises(ValueError, match="holds drawn tokens, no table of logits"):
+    with pytest.raises(ValueError, match="holds drawn tokens, and Cached reads logits"):
         Cached(path)
-    with pytest.raises(ValueError, match="holds 'drawn tokens', asked for is 'hidden states'"):
+    with pytest.raises(ValueError, match="holds drawn tokens, and CachedHidden reads hidden states"):
         CachedHidden(path)
     with pytest.raises(ValueError, match=r"keeps draws; got Kept\(top=3\)"):
         record_drawn(kept(top=3), data(), tmp_path / "e", inputs=TASK.inputs)

@@ -14,14 +14,16 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from tempering.experiments import recipe as recipefile
 from tempering.experiments.compare import plan as arena_plan
 from tempering.experiments.presets import arms_from, with_controls
 from tempering.reports.records import pack, write_cell
+from tests.later import Later
 from tests.paths import ROOT
 from tests.records_made import ARMS, make_run
+
+stats = Later("scipy.stats")
 
 RECIPE = ROOT / "tempering" / "recipes" / "cifar100.py"
 CORE = "supervised,kd,kd-matched,dtkd-published,dtkd"
@@ -282,7 +284,7 @@ def test_every_stage_can_be_run(evidence: ModuleType) -> None:
     done = subprocess.run(["make", "-n", *asked, "DATA=DIR"], capture_output=True, text=True, cwd=ROOT, check=True)
     arms: dict[str, dict[str, set[int]]] = {}
     for line in done.stdout.replace("\\\n", "").splitlines():
-        words = shlex.split(line) if " cifar100 " in line else []
+        words = shlex.split(line) if " -m tempering " in line else []
         if "run" in words:
             recipefile.refuse_unknown(RECIPE, words[words.index("cifar100") + 1 :])
         if "compare" not in words:

@@ -18,8 +18,9 @@ from tempering.rows import UNLABELLED, Rows, total
 from tempering.tasks import Generation, shared_vocabulary
 from tempering.teachers import Live
 from tempering.temperature import Sharpness
+from tests.later import needs
 
-pytest.importorskip("transformers")
+pytestmark = needs("transformers")
 
 EOS, PAD, V = 256, 256, 257  # bytes, and an end that is the padding too
 
@@ -51,6 +52,7 @@ class Bytes:
 
 
 def gpt2(width: int, seed: int, vocabulary: int = V) -> nn.Module:
+    pytest.importorskip("transformers")
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
@@ -62,6 +64,7 @@ def gpt2(width: int, seed: int, vocabulary: int = V) -> nn.Module:
 
 
 def llama(width: int, seed: int, vocabulary: int = V) -> nn.Module:
+    pytest.importorskip("transformers")
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)

@@ -20,8 +20,8 @@ from tempering.methods import DTKD, KD  # pyright: ignore[reportAttributeAccessI
 from tempering.rows import total
 from tempering.tasks import Generation, Seq2Seq
 from tempering.teachers import CachedHidden, Live, record_hidden
+from tempering.teachers.cache.base import BrokenCache
 from tempering.teachers.cache.hidden import head_of
-from tempering.teachers.cache.logits import BrokenCache
 from tempering.teachers.outputs import Head, Hidden
 from tests.test_generation import PAD, V, gpt2, llama, texts
 from tests.test_seq2seq import bart, pairs, t5
@@ -164,7 +164,7 @@ def test_a_recording_is_refused_for_anything_else_and_damage_is_named(tmp_path: 
             CachedHidden(path)
         unseen = CachedHidden(path, checksum=False)
         with pytest.raises(BrokenCache, match=f"{name} was changed"):
-            unseen.shards.verify()
+            unseen.check_files()
         (path / name).write_bytes(whole[:-2])
         with pytest.raises(BrokenCache, match=f"{name} has {len(whole) - 2} bytes, and key.json says {len(whole)}"):
             CachedHidden(path, checksum=False)

@@ -19,9 +19,10 @@ from tempering.objectives import kl
 from tempering.rows import Rows, total
 from tempering.teachers.outputs import Head
 from tempering.temperature import Capped, Cosine, Curriculum, Entropy, Sharpness, Standardised, Static
+from tests.cases import each
 from tests.conftest import random_rows
-from tests.contract import CASES, block, leaves, params, same
-from tests.paths import ROOT
+from tests.contract import CASES, block, leaves, on_each, same
+from tests.paths import FAST_INDUCTOR, ROOT
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:Sharpness\(solve='published'\)"),
@@ -65,8 +66,8 @@ def gradients(loss: Tensor, method: Method, wanted: list[Tensor]) -> tuple[list[
     return list(found[: len(wanted)]), list(found[len(wanted) :])
 
 
-@pytest.mark.parametrize("method", params(ROW_WISE))
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@on_each("method", ROW_WISE, lambda method: method)
+@each("weighted", [False, True])
 def test_every_row_wise_method_and_policy(method: Method, weighted: bool) -> None:
     """Loss, gradients in logits, features and parameters, terms, and what the policy says of itself."""
     rows = block(7, weighted=weighted)
@@ -261,7 +262,8 @@ print("equal")
 """
     if subprocess.run(["g++", "--version"], capture_output=True, check=False).returncode:
         pytest.skip("no C++ compiler, which torch.compile needs on a CPU")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    env = os.environ | FAST_INDUCTOR
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, check=False)
     assert done.stdout.strip() == "equal", done.stderr[-3000:]
 
 
@@ -456,7 +458,7 @@ def test_linear_refuses() -> None:
 
 PEAK = """
 import torch
-from tempering.answers import Head
+from tempering.teachers.outputs import Head
 from tempering.kernels import linear_loss, chunked
 from tempering.methods import DTKD
 from tempering.rows import Rows, total
@@ -468,19 +470,19 @@ def step(how, n, V, H=16):
     y = torch.randint(V, (n,))
     if how in ("fused", "capped"):
         ws, wt = (Head(w, cap=30.0) if how == "capped" else w for w in (ws, wt))
-        return linear_loss(method, hs, ws, ht, wt, target=y, memory=2**21).loss.backward()
+        return linear_loss(method, hs, ws, ht, wt, target=y, memory=2**19).loss.backward()
     rows = Rows(hs @ ws.T, ht @ wt.T, y)
-    loss = chunked(method, rows, memory=2**21).loss if how == "chunked" else total(method(rows), rows)
+    loss = chunked(method, rows, memory=2**19).loss if how == "chunked" else total(method(rows), rows)
     loss.backward()
 def held(name):
     line = next(x for x in open("/proc/self/status") if x.startswith(name))
     return 1024 * int(line.split()[1])
 for how in ("fused", "capped", "chunked", "plain"):
-    step(how, 64, 8192)
+    step(how, 64, 2048)
 before = held("VmRSS")
 for how in ("fused", "capped", "chunked", "plain"):  # each has the larger peak
-    step(how, 1024, 8192)
-    print((held("VmHWM") - before) / (1024 * 8192 * 4))
+    step(how, 1024, 2048)
+    print((held("VmHWM") - before) / (1024 * 2048 * 4))
 """
 
 

@@ -1,11 +1,12 @@
-"""Imports point down, parts stay small, and nothing heavy or unsafe is loaded unasked: DESIGN sections 2 and 6."""
+"""Architecture: imports point down and form no cycle, and nothing heavy or unsafe is imported."""
 
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,159 +14,253 @@ import pytest
 from tests.paths import ROOT
 
 PACKAGE = ROOT / "tempering"
-FILES = sorted(PACKAGE.rglob("*.py"))
-# what each part may import of tempering beside itself; a name covers what is inside it
-BOTTOM = {"discovery", "fusable", "searching", "taps", "records", "checkpoints", "settings", "wandb_logger"}
-BOTTOM |= {"compiling", "hardware", "utils"}
-LAYERS = {part: set() for part in ("rows", *BOTTOM)} | {
-    "data": {"rows"},
-    "models": {"discovery"},
-    "temperature": {"rows", "discovery", "fusable", "utils"},
-    "answers": {"rows"},
-    "buckets": {"rows"},
-    "teachers": {"rows", "taps", "answers", "buckets", "compiling"},
-    "tasks": {"rows", "taps", "discovery", "answers", "buckets", "models.boxes", "models.detector"},
-    "audits": {"rows", "discovery", "taps", "temperature", "data.canaries"},
-    "objectives": {"rows", "fusable", "temperature.base"},
-    "kernels": {"rows", "answers", "fusable", "temperature", "objectives", "methods.base"},
-    "methods": {"rows", "discovery", "temperature", "objectives", "teachers.base", "utils"},
-    "reports": {"discovery"},
+TOP_LEVEL = {"__init__", "__main__", "_version", "rows", "objectives"}
+# a package imports only from lower floors; CONTRIBUTING.md says what each is for
+FLOORS = {
+    "_version": 0,
+    "utils": 1,
+    "rows": 1,
+    "temperature": 2,
+    "models": 2,
+    "data": 2,
+    "reports": 2,
+    "teachers": 2,
+    "objectives": 3,
+    "rollouts": 3,
+    "audits": 3,
+    "tasks": 4,
+    "methods": 4,
+    "kernels": 5,
+    "training": 6,
+    "": 6.5,  # `from tempering import distill`: the package's own names, from training and below
+    "experiments": 7,
+    "integrations": 7,
+    "recipes": 8,
+    "cli": 9,
+    "__main__": 10,
 }
-# the engine's files see base classes only; what distill() makes where nobody chose is named here
-ENGINE = {"engine", "loop", "runtime", "ranks", "keeping", "selfcheck", "lossof"}
-BASES = {"temperature.base", "methods.base", "tasks.base", "teachers.base"}
-LAYERS["settings"] |= {"compiling"}
-LAYERS |= {part: {"rows", *BOTTOM, *BASES, *ENGINE} for part in ENGINE}
-LAYERS["engine"] |= {"tasks.classification", "teachers.live"}
-LAYERS["lossof"] |= {"kernels"}  # loaded where rows are many
-# methods from text, and the grid of runs; the arena sees records and processes, never a model
-LAYERS |= {
-    "specs": {"discovery", "methods", "temperature"},
-    "arms": {"discovery", "methods", "specs"},
-    "trained": {"loop"},
-    "recipefile": {"discovery"},
-    "auditing": {"audits", "checkpoints", "engine", "models", "recipefile", "records", "reports", "rows"}
-    | {"teachers.base", "temperature"},
-    "papers": {"discovery", "methods", "temperature"},
-    "papersdoc": {"papers", "methods", "temperature", "reports", "tune_space"},
-    "tune_space": {"arms", "discovery", "utils"},
-    "tune_trial": {"recipefile", "searching"},
-    "tune_study": {"reports", "tune_space"},
-    "tune": {"arena", "arena_plan", "arena_view", "recipefile", "reports", "tune_space", "tune_study"},
-    "tune_view": {"reports", "tune", "tune_space", "tune_study"},
-    "arena_plan": {"arms", "reports"},
-    "arena_view": {"arena_plan", "reports"},
-    "arena": {"arena_plan", "arena_view", "recipefile", "reports"},
-}
-# the loop is somebody else's there: what the engine may see, and the tasks and the teacher of where nobody chose
-LAYERS["adapters"] = LAYERS["engine"]
-TOP = {"cli", "__main__"}  # may import everything; nothing imports them
-# a copy with fields exchanged: dataclasses.replace is what knows their names; a mixin: its Trainer knows its own; and
-# a function's double
-SPREADS = {("rows", "with_"), ("adapters.huggingface", "__init__"), ("fusable", "call")}
 HEAVY = {"lightning_fabric", "torchvision", "timm", "transformers", "datasets", "sklearn", "PIL", "matplotlib", "scipy"}
 HEAVY |= {"torchmetrics", "tensorboard", "wandb", "jinja2", "lightning", "optuna", "kornia", "pyautoattack", "captum"}
 HEAVY |= {"pycocotools"}
+# they subclass Fabric's logger and Lightning's module, and are imported where those are asked for
+HEAVY_BASES = re.compile(r"training\.wandb\w*|integrations\.lightning")
 
 
-def name_of(file: Path) -> str:
-    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+@dataclass(frozen=True)
+class Import:
+    module: str  # absolute, such as "tempering.rows" or "torch"
+    names: tuple[str, ...]  # of `from module import names`; () for `import module`
+    line: int
+    eager: bool  # at import time; not inside a function, nor for type checkers only
 
 
-def imports(tree: ast.AST, *, lazy: bool = True) -> Iterator[str]:
-    """Full names of imported modules; without ``lazy`` those of import time alone."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.module and not node.level, f"line {node.lineno}: imports are absolute here"
-            bare = node.module == "tempering"
-            yield from (f"tempering.{alias.name}" for alias in node.names) if bare else (node.module,)
-        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        if lazy or not (typing_only or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)):
-            yield from imports(node, lazy=lazy)
-
-
-def inside(name: str, parts: set[str]) -> bool:
-    return any(name == part or name.startswith(f"{part}.") for part in parts)
-
-
-def is_spread(node: ast.AST) -> bool:
-    return isinstance(node, ast.keyword) and node.arg is None and isinstance(node.value, ast.Name)
-
-
-@pytest.fixture(params=[pytest.param(file, id=name_of(file)) for file in FILES])
-def file(request: pytest.FixtureRequest) -> Path:
-    return request.param
-
-
-@pytest.fixture
-def tree(file: Path) -> ast.Module:
+@cache
+def parse(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
-def test_imports_point_down(file: Path, tree: ast.Module) -> None:
-    part = name_of(file).split(".")[0]
-    if file == PACKAGE / "__init__.py":
-        own = [name for name in imports(tree, lazy=False) if name.startswith(("tempering", "torch"))]
-        assert not own, "the package itself imports nothing before it is named"
-        return
-    if part in TOP:
-        return
-    assert part in LAYERS, f"say in tests/test_layers.py what tempering/{part} may import"
-    ours = {name.removeprefix("tempering.") for name in imports(tree) if name.startswith("tempering.")}
-    up = sorted(name for name in ours - {"__version__"} if not inside(name, {part, *LAYERS[part]}))
-    assert not up, f"{name_of(file)} imports {up}, which do not lie below it"
+def imports(node: ast.AST, *, eager: bool = True) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (Import(alias.name, (), child.lineno, eager) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            module = "." * child.level + (child.module or "")
+            yield Import(module, tuple(alias.name for alias in child.names), child.lineno, eager)
+        typing_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        later = typing_only or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        yield from imports(child, eager=eager and not later)
 
 
-def test_nothing_heavy_is_imported_unasked(file: Path, tree: ast.Module) -> None:
-    # these are themselves imported when they are asked for: their base classes are Fabric's and Lightning's
-    if name_of(file) in ("wandb_logger", "adapters.lightning"):
-        return
-    first = {name.split(".")[0] for name in imports(tree, lazy=False)}
-    assert not first & (HEAVY | ({"torch"} if name_of(file).startswith("reports") else set()))
+class Tree:
+    """The files of a package, and which of them imports which."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.files = {self.name(file): file for file in sorted(root.rglob("*.py"))}
+        self.lazy = {name: self.lazy_names(name) for name, file in self.files.items() if file.stem == "__init__"}
+
+    def name(self, file: Path) -> str:
+        """The module's name without the leading package: "methods.base"; "" for the package itself."""
+        return ".".join(file.relative_to(self.root).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+    def lazy_names(self, package: str) -> dict[str, str]:
+        """Name -> module, for what a package imports when it is first named: by its stub, or by its Registry."""
+        folder, found = self.files[package].parent, {}
+        for node in ast.walk(parse(folder / "__init__.pyi")) if (folder / "__init__.pyi").is_file() else ():
+            if isinstance(node, ast.ImportFrom) and node.level:
+                found |= {alias.name: ".".join(filter(None, (package, node.module))) for alias in node.names}
+        if package and "Registry(" in self.files[package].read_text(encoding="utf-8"):
+            for file in folder.rglob("*.py"):
+                classes = (node.name for node in parse(file).body if isinstance(node, ast.ClassDef))
+                found |= dict.fromkeys(classes, self.name(file))
+        return found
+
+    def targets(self, name: str) -> Iterator[tuple[str, Import]]:
+        """Files of this package that a file imports, lazily exported names followed to where they are defined."""
+        for found in imports(parse(self.files[name])):
+            head, _, module = found.module.partition(".")
+            if head != self.root.name:
+                continue
+            if not found.names:
+                yield module, found
+            for part in found.names:
+                full = f"{module}.{part}".removeprefix(".")
+                yield (full if full in self.files else self.lazy.get(module, {}).get(part, module)), found
+
+    def upward(self) -> list[str]:
+        """Every import that does not point to a lower floor."""
+        found = []
+        for name in self.files:
+            part = name.split(".")[0]
+            if part == "":
+                continue  # it names what it imports when it is asked for
+            if part not in FLOORS:
+                found.append(f"{self.files[name]}: {part} has no floor in FLOORS")
+                continue
+            for target, where in self.targets(name):
+                other = target.split(".")[0]
+                if other != part and FLOORS.get(other, 99) >= FLOORS[part]:
+                    found.append(f"{self.files[name]}:{where.line}: {part} imports {target or self.root.name}")
+        return found
+
+    def cycles(self) -> list[list[str]]:
+        """Groups of files that import one another: strongly connected components, by Tarjan's algorithm."""
+        graph = {name: sorted({target for target, _ in self.targets(name)} - {name}) for name in self.files}
+        index: dict[str, int] = {}
+        low: dict[str, int] = {}
+        stack: list[str] = []
+        found: list[list[str]] = []
+
+        def visit(name: str) -> None:
+            index[name] = low[name] = len(index)
+            stack.append(name)
+            for target in graph.get(name, ()):
+                if target not in index:
+                    visit(target)
+                if target in stack:
+                    low[name] = min(low[name], low[target])
+            if low[name] == index[name]:
+                group = stack[stack.index(name) :]
+                del stack[stack.index(name) :]
+                found.extend([sorted(group)] if len(group) > 1 else [])
+
+        for name in graph:
+            if name not in index:
+                visit(name)
+        return found
 
 
-def test_nothing_read_from_disk_is_unpickled(file: Path, tree: ast.Module) -> None:
-    names = set(imports(tree))
-    assert not names & {"dill", "joblib", "cloudpickle", "shelve"}
-    assert "pickle" not in names or name_of(file) == "data.cifar", "its unpickler admits plain containers alone"
-    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-        said = ast.unparse(call)
-        assert not said.startswith("torch.load(")
-        assert not said.startswith(("np.load(", "numpy.load(")) or "allow_pickle=False" in said
+@pytest.fixture(scope="module")
+def tree() -> Tree:
+    return Tree(PACKAGE)
 
 
-def test_budget(file: Path, tree: ast.Module) -> None:
-    """No file over 400 lines, no function over 60 beside its docstring, no keyword arguments passed on unseen."""
-    length = len(file.read_text(encoding="utf-8").splitlines())
-    assert length <= 400, "is it two things?"
-    for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)):
-        doc = function.body[0] if ast.get_docstring(function) is not None else None
-        lines = function.end_lineno - function.lineno + 1  # pyright: ignore[reportOptionalOperand]
-        lines -= 0 if doc is None else doc.end_lineno - doc.lineno + 1  # pyright: ignore[reportOptionalOperand]
-        assert lines <= 60, f"{function.name} has {lines} lines beside its docstring"
-        # **values that a function itself looks at are fine; what it hands on unseen is not
-        passed = {k.value.id for k in ast.walk(function) if is_spread(k)}
-        taken = function.args.kwarg.arg if function.args.kwarg else None
-        assert taken not in passed or (name_of(file), function.name) in SPREADS, f"{function.name} hands on **{taken}"
+def lines(offenders: list[str]) -> str:
+    return "\n".join(["", *offenders])
 
 
-def test_the_nano_recipe_stands_alone() -> None:
-    tree = ast.parse((ROOT / "tempering" / "recipes" / "nano.py").read_text(encoding="utf-8"))
-    assert not [name for name in imports(tree) if name.split(".")[0] == "tempering"]
+def test_imports_point_down(tree: Tree) -> None:
+    offenders = tree.upward()
+    assert not offenders, lines(offenders)
 
 
-def test_what_loads_what() -> None:
-    """In a fresh interpreter: the package loads no torch, nor do the reports; the core loads nothing heavy."""
-    reports = [f"tempering.{name_of(f)}" for f in FILES if name_of(f).startswith("reports")]
-    code = f"""
-import importlib, sys
-for name in {["tempering", *reports]!r}:
-    importlib.import_module(name)
-assert "torch" not in sys.modules, "torch"
-import tempering.methods, tempering.tasks, tempering.teachers, tempering.engine
-print(sorted({{name.split(".")[0] for name in sys.modules}} & set({sorted(HEAVY)!r})))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+def test_no_files_import_one_another(tree: Tree) -> None:
+    offenders = [" <-> ".join(group) for group in tree.cycles()]
+    assert not offenders, lines(offenders)
+
+
+def test_planted_offenders_are_found(tmp_path: Path) -> None:
+    """An upward import and a cycle, both inside functions, one through a lazily exported name."""
+    root = tmp_path / "tempering"
+    files = {
+        "__init__.py": "",
+        "rows.py": "def f():\n    from tempering.methods.kd import KD\n",
+        "methods/__init__.py": "from tempering.utils.registry import Registry\nMETHODS = Registry(1, 2, 3)\n",
+        "methods/kd.py": "class KD:\n    from tempering.methods.dkd import DKD\n",
+        "methods/dkd.py": "class DKD: ...\ndef f():\n    from tempering.methods import KD\n",
+        "tasks/__init__.py": "import lazy_loader\n",
+        "tasks/__init__.pyi": "from .one import One as One\n",
+        "tasks/one.py": "import tempering.rows\nfrom tempering.tasks.two import Two\n",
+        "tasks/two.py": "def f():\n    from tempering.tasks import One\n",
+        "utils/__init__.py": "",
+        "utils/registry.py": "import tempering\n",
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    tree = Tree(root)
+    assert tree.upward() == [
+        f"{root / 'rows.py'}:2: rows imports methods.kd",
+        f"{root / 'utils' / 'registry.py'}:1: utils imports tempering",
+    ]
+    assert sorted(tree.cycles()) == [["methods.dkd", "methods.kd"], ["tasks.one", "tasks.two"]]
+
+
+def test_top_level() -> None:
+    assert {file.stem for file in PACKAGE.glob("*.py")} == TOP_LEVEL
+    parts = {folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").is_file()}
+    assert parts | TOP_LEVEL - {"__init__"} == set(FLOORS) - {""}, "every package has a floor, and no floor is empty"
+
+
+def test_contributing_shows_the_floors() -> None:
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
+    shown = {name: int(floor) for floor, cell in rows for name in re.findall(r"`(\w+)(?:/|\.py)`", cell)}
+    assert shown == {name: floor for name, floor in FLOORS.items() if name not in ("", "_version", "__main__")}
+
+
+def test_imports_are_absolute(tree: Tree) -> None:
+    found = ((file, where) for file in tree.files.values() for where in imports(parse(file)))
+    offenders = [f"{file}:{where.line}" for file, where in found if where.module.startswith(".")]
+    assert not offenders, lines(offenders)
+
+
+def test_nothing_heavy_is_imported_at_import_time(tree: Tree) -> None:
+    offenders = []
+    for name, file in tree.files.items():
+        forbidden = HEAVY | ({"torch"} if name.startswith("reports") else set())
+        forbidden |= {"torch", "tempering"} if name == "" else set()
+        for where in imports(parse(file)):
+            first, eager = where.module.split(".")[0], where.eager and where.module != "tempering._version"
+            if eager and first in forbidden and not HEAVY_BASES.fullmatch(name):
+                offenders.append(f"{file}:{where.line}: {where.module}")
+    assert not offenders, lines(offenders)
+
+
+def test_nothing_read_from_disk_is_unpickled(tree: Tree) -> None:
+    offenders = []
+    for name, file in tree.files.items():
+        modules = {where.module.split(".")[0] for where in imports(parse(file))}
+        modules &= {"dill", "joblib", "cloudpickle", "shelve", "pickle"}
+        # CIFAR's archives are pickles; its unpickler admits plain containers alone
+        offenders += [
+            f"{file}: imports {module}" for module in modules - ({"pickle"} if name == "data.cifar" else set())
+        ]
+        for call in (node for node in ast.walk(parse(file)) if isinstance(node, ast.Call)):
+            text = ast.unparse(call)
+            arrays = text.startswith(("np.load(", "numpy.load(")) and "allow_pickle=False" not in text
+            if arrays or text.startswith("torch.load("):
+                offenders.append(f"{file}:{call.lineno}: {text}")
+    assert not offenders, lines(offenders)
+
+
+def test_keyword_arguments_are_not_handed_on_unseen(tree: Tree) -> None:
+    """A function that takes **kwargs reads them itself, unless what receives them knows their names:
+    dataclasses.replace, the class that a mixin is mixed into, or a wrapped function typed by a ParamSpec.
+    """
+    offenders = []
+    for file in tree.files.values():
+        for function in (n for n in ast.walk(parse(file)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)):
+            taken = function.args.kwarg
+            if taken is None or (taken.annotation and ast.unparse(taken.annotation).endswith(".kwargs")):
+                continue
+            for call in (n for n in ast.walk(function) if isinstance(n, ast.Call)):
+                spread = (k.value for k in call.keywords if k.arg is None)
+                handed_on = any(isinstance(value, ast.Name) and value.id == taken.arg for value in spread)
+                if handed_on and ast.unparse(call.func) not in ("replace", "dataclasses.replace", "super().__init__"):
+                    offenders.append(f"{file}:{call.lineno}: {function.name} hands on **{taken.arg}")
+    assert not offenders, lines(offenders)
+
+
+def test_the_nano_recipe_imports_nothing_of_tempering() -> None:
+    found = imports(parse(PACKAGE / "recipes" / "nano.py"))
+    assert not [where for where in found if where.module.startswith(("tempering", "."))]

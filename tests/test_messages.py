@@ -17,7 +17,7 @@ from tempering.methods import DIST, DKD, DTKD, KD, TTM, Method, Supervised
 from tempering.models import build
 from tempering.teachers import Cached, Live, Teacher, record
 from tempering.training.checkpoint import save_weights
-from tempering.training.selfcheck import SelfCheckFailed
+from tempering.training.selfcheck import SelfCheckError
 from tests.paths import ROOT
 from tests.test_cifar import write_packed
 
@@ -75,7 +75,7 @@ def test_mismatched_classes(selfcheck: bool) -> None:
 
 
 def test_labels_out_of_range() -> None:
-    with pytest.raises(SelfCheckFailed, match=r"label 3 is out of range for 3 classes \(they count from 0\)\. Is the"):
+    with pytest.raises(SelfCheckError, match=r"label 3 is out of range for 3 classes \(they count from 0\)\. Is the"):
         go([(X, Y + 1)])
     with pytest.raises(
         ValueError, match=r"cross_entropy: label 3 is out of range .* count from 0 to 2\)\. .*start at 1"
@@ -87,7 +87,7 @@ def test_labels_out_of_range() -> None:
 
 def test_nan_in_the_teachers_logits(tmp_path: Path) -> None:
     broken = Said(lambda x: knowing(x).index_fill(0, torch.tensor([5]), torch.nan))
-    with pytest.raises(SelfCheckFailed, match=r"teacher's logits hold NaN or infinity \(first in row 5 of the first"):
+    with pytest.raises(SelfCheckError, match=r"teacher's logits hold NaN or infinity \(first in row 5 of the first"):
         go(teacher=broken)
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step 1: the teacher's logits hold NaN or inf"):
         go(teacher=broken, selfcheck=False)

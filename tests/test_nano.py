@@ -16,9 +16,10 @@ import torch
 
 import tempering as kd
 from tempering.rows import Rows
+from tests.later import needs
 from tests.paths import ROOT
 
-pytest.importorskip("sklearn", reason="the recipe is on scikit-learn's digits")
+pytestmark = needs("sklearn", "the recipe is on scikit-learn's digits")
 PATH = ROOT / "tempering" / "recipes" / "nano.py"
 STEPS, SEED, BATCH = 20, 3, 64
 

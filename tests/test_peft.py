@@ -20,11 +20,16 @@ from tempering.kernels import linear_loss
 from tempering.methods import DTKD, Divergence  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.rows import Rows, total
 from tempering.tasks import Generation
+from tests.later import Later, needs
 from tests.test_generation import PAD, gpt2, llama, loss_of, texts
 
-peft = pytest.importorskip("peft", reason="needs peft: pip install 'tempering[peft]'")
+peft = Later("peft")
 # peft asks transformers by an old name
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+pytestmark = [
+    needs("peft", "needs peft: pip install 'tempering[peft]'"),
+    needs("transformers"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
 ADAM = partial(torch.optim.Adam, lr=3e-2)
 
 

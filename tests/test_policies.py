@@ -35,7 +35,7 @@ from tempering.temperature import (
 )
 from tempering.training.distill import distill
 from tests.conftest import random_rows
-from tests.contract import VARIED_POLICIES, backward, block, params, same
+from tests.contract import VARIED_POLICIES, backward, block, on_each, same
 
 
 def trained(method: Method, rows: Rows, *, steps: int = 60, lr: float = 0.3, progress: float = 1.0) -> list[float]:
@@ -299,7 +299,7 @@ def test_plain_terms_follow_the_schedule() -> None:
     same(inside, want)
 
 
-@pytest.mark.parametrize("policy", params(VARIED_POLICIES))
+@on_each("policy", VARIED_POLICIES, lambda policy: policy)
 @pytest.mark.filterwarnings(r"ignore:Sharpness\(solve='published'\)")
 def test_policies_compose(policy: Policy) -> None:
     rows = block(weighted=True)

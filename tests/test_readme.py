@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import re
-import subprocess
-import sys
 
 import pytest
 
+from tests.forked import run_parts
 from tests.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -19,20 +18,26 @@ def test_readme_shows_the_three_altitudes() -> None:
     assert len(BLOCKS) == 3, "the loss in one's own loop, an adapter, a whole run"
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["loop", "adapter", "run"][: len(BLOCKS)])
-def test_block_runs(block: str, tmp_path) -> None:
+NAMES = ["loop", "adapter", "run"][: len(BLOCKS)]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
+    """How each block ended, run in a folder of its own."""
     pytest.importorskip("sklearn", reason="the whole run is on scikit-learn's digits")
-    if "transformers" in block:
-        pytest.importorskip("transformers", reason="this block is for the Hugging Face Trainer")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", block],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    installed = importlib.util.find_spec("transformers") is not None
+    parts = {n: block for n, block in zip(NAMES, BLOCKS, strict=True) if installed or "transformers" not in block}
+    return run_parts(
+        parts, ["torch", "lightning_fabric", "sklearn"], cwd={name: tmp_path_factory.mktemp(name) for name in parts}
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_block_runs(name: str, done: dict[str, tuple[int, str, str]]) -> None:
+    if name not in done:
+        pytest.skip("this block is for the Hugging Face Trainer, which needs transformers")
+    code, _, err = done[name]
+    assert code == 0, err[-2000:]
 
 
 def test_links_into_the_tree_lead_somewhere() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 import tempering as kd
 from tempering.training import recorder as records
 from tempering.training.recorder import Recorder, surroundings
-from tempering.utils.files import lines, write_atomic
+from tempering.utils.files import read_json_lines, write_atomic
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -46,8 +46,8 @@ def test_facts_say_how_it_began_and_how_it_ended(tmp_path: Path) -> None:
 
 def test_steps_and_epochs_are_lines_that_can_be_read_while_it_runs(tmp_path: Path) -> None:
     recorder = written(tmp_path, 4)
-    assert [line["step"] for line in lines(tmp_path / "steps.jsonl")] == [1, 2, 3, 4]
-    assert lines(tmp_path / "epochs.jsonl") == recorder.epochs
+    assert [line["step"] for line in read_json_lines(tmp_path / "steps.jsonl")] == [1, 2, 3, 4]
+    assert read_json_lines(tmp_path / "epochs.jsonl") == recorder.epochs
     recorder.analysis({"ece": 0.1})
     assert json.loads((tmp_path / "analysis.json").read_text()) == {"ece": 0.1}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["analysis.json", "epochs.jsonl", "facts.json", "steps.jsonl"]
@@ -61,11 +61,11 @@ def test_what_is_done_again_after_a_kill_is_cut(tmp_path: Path) -> None:
         file.write('{"step": 6, "lo')
     again = Recorder(tmp_path)
     again.begin({"label": "a", "seed": 3}, upto=3, epochs=1)
-    assert [line["step"] for line in lines(tmp_path / "steps.jsonl")] == [1, 2, 3]
-    assert again.epochs == lines(tmp_path / "epochs.jsonl") == [{"epoch": 1, "test": {"accuracy": 0.2}}]
+    assert [line["step"] for line in read_json_lines(tmp_path / "steps.jsonl")] == [1, 2, 3]
+    assert again.epochs == read_json_lines(tmp_path / "epochs.jsonl") == [{"epoch": 1, "test": {"accuracy": 0.2}}]
     assert not (tmp_path / "analysis.json").exists(), "it was of an end that did not happen"
     again.step({"step": 4})
-    assert [line["step"] for line in lines(tmp_path / "steps.jsonl")] == [1, 2, 3, 4]
+    assert [line["step"] for line in read_json_lines(tmp_path / "steps.jsonl")] == [1, 2, 3, 4]
     said = facts(tmp_path)
     assert (said["started"], said["resumed"], said["status"]) == (began, [3], "running")
     third = Recorder(tmp_path)
@@ -77,7 +77,7 @@ def test_a_run_that_begins_again_keeps_nothing(tmp_path: Path) -> None:
     written(tmp_path, 4)
     again = Recorder(tmp_path)
     again.begin({}, upto=0, epochs=0)
-    assert lines(tmp_path / "steps.jsonl") == lines(tmp_path / "epochs.jsonl") == again.epochs == []
+    assert read_json_lines(tmp_path / "steps.jsonl") == read_json_lines(tmp_path / "epochs.jsonl") == again.epochs == []
     assert "resumed" not in facts(tmp_path)
 
 
@@ -94,24 +94,24 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
 
 def test_a_line_that_is_cut_is_left_out_and_one_that_is_edited_is_named(tmp_path: Path) -> None:
     path = tmp_path / "steps.jsonl"
-    assert lines(path) == []
+    assert read_json_lines(path) == []
     path.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert lines(path) == [{"step": 1}, {"step": 2}]
+    assert read_json_lines(path) == [{"step": 1}, {"step": 2}]
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"steps.jsonl, line 2, is not JSON: .*Was it edited by hand\?"):
-        lines(path)
+        read_json_lines(path)
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "facts.json"
     write_atomic(path, "old")
-    write = Path.write_text
+    write = Path.write_bytes
 
-    def half(self: Path, text: str) -> int:
-        write(self, text[: len(text) // 2])
+    def half(self: Path, data: bytes) -> int:
+        write(self, data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="No space left"):
         write_atomic(path, "new and longer")
     assert path.read_text() == "old"
@@ -149,7 +149,7 @@ def test_a_run_writes_the_temperatures_and_terms_of_its_steps(tmp_path: Path) ->
         log_every=2,
         quiet=True,
     )
-    steps = lines(tmp_path / "steps.jsonl")
+    steps = read_json_lines(tmp_path / "steps.jsonl")
     assert [line["step"] for line in steps] == [1, 3] and steps[-1]["progress"] == 1.0
     for line in steps:
         assert line["terms"].keys() == {"dynamic", "soft", "hard"}
@@ -159,4 +159,4 @@ def test_a_run_writes_the_temperatures_and_terms_of_its_steps(tmp_path: Path) ->
         assert line["T_teacher"]["p5"] <= line["T_teacher"]["mean"] <= line["T_teacher"]["p95"]
         assert line["rows_per_second"] > 0 and line["lr"] == 0.05
     assert facts(tmp_path) == json.loads(json.dumps(run.facts, default=str))
-    assert [line["epoch"] for line in lines(tmp_path / "epochs.jsonl")] == [1, 2, 3]
+    assert [line["epoch"] for line in read_json_lines(tmp_path / "epochs.jsonl")] == [1, 2, 3]

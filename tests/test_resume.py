@@ -16,7 +16,7 @@ from tempering.methods import KD
 from tempering.training import checkpoint as checkpoints
 from tempering.training.fabric import fabric_for
 from tempering.training.run_dir import _said
-from tempering.training.stream import Stream
+from tempering.training.stream import ResumableLoader
 from tests.killed import KILLS
 from tests.paths import ROOT
 from tests.runs import ADAMW, LOADERS, SGD, STEPS, Noisy, identical, left, resumable, stop_at
@@ -151,7 +151,7 @@ def test_a_loader_with_its_own_generator_keeps_the_users_seed() -> None:
     def order(seed: int, epoch: int, start: int = 0) -> list[float]:
         generator = torch.Generator().manual_seed(seed)
         loader = torch.utils.data.DataLoader(Noisy(12).y.tolist(), batch_size=2, shuffle=True, generator=generator)
-        stream = Stream(loader, fabric)
+        stream = ResumableLoader(loader, fabric)
         list(stream.epoch(0, 0))
         return [tuple(batch.tolist()) for batch in stream.epoch(epoch, start)]
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import pytest
 from torch import Tensor
 
-from tempering import cli, papersdoc
+from docs.tools import papers_page as papersdoc
+from tempering.cli import main as cli
 from tempering.experiments.presets import ARMS
 from tempering.experiments.tune.space import space_of, written
 from tempering.methods import METHODS

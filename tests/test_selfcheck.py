@@ -17,8 +17,8 @@ from tempering.tasks import Classification
 from tempering.teachers import Live, Teacher
 from tempering.temperature import Sharpness
 from tempering.training.checkpoint import random_state
-from tempering.training.features import Tapped
-from tempering.training.selfcheck import SelfCheckFailed, selfcheck
+from tempering.training.features import PairedFeatures
+from tempering.training.selfcheck import SelfCheckError, selfcheck
 
 N, C = 32, 5
 X = torch.randn(N, 8, generator=torch.Generator().manual_seed(0))
@@ -144,7 +144,7 @@ def test_methods_with_projectors_are_asked_about_features_too(kind: type[Method]
     student, model = conv(2), conv(3)
     labels = model(images).argmax(1)
     task, taught = Classification(taps={"map": ("0", "0")}), Live(model)
-    taps = Tapped.between(student, taught, task.taps)
+    taps = PairedFeatures.from_models(student, taught, task.taps)
     assert taps is not None
     method = Sum(kind(hard=0.0), KD())
     method.prepare(Rows(student(images), taught(images), labels).with_(features=taps.features()))
@@ -154,7 +154,7 @@ def test_methods_with_projectors_are_asked_about_features_too(kind: type[Method]
     assert before and all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
     with torch.no_grad():
         next(p for p in method.parameters() if p.ndim == 4).fill_(torch.inf)
-    with pytest.raises(SelfCheckFailed, match=r"Sum: the (loss of the first batch is|gradient in its own) "):
+    with pytest.raises(SelfCheckError, match=r"Sum: the (loss of the first batch is|gradient in its own) "):
         check(method, taught, **asked)
 
 
@@ -165,7 +165,7 @@ def test_nothing_is_left_behind() -> None:
     modes = [m.training for m in student.modules()]
     state, random, policies = copy.deepcopy(student.state_dict()), random_state(), copy.deepcopy(method.state_dict())
     check(method, teacher, student=student)
-    with pytest.raises(SelfCheckFailed):
+    with pytest.raises(SelfCheckError):
         check(method, teacher, student=student, batch=(X, (Y + 1) % C))
     assert [m.training for m in student.modules()] == modes
     assert all(torch.equal(v, state[k]) for k, v in student.state_dict().items())
@@ -217,7 +217,7 @@ def test_chance_is_told_from_knowledge_on_many_rows() -> None:
     guesses = torch.where(torch.rand(5000) < 0.05, labels, torch.randint(C, (5000,)))
     weak = nn.functional.one_hot(guesses, C).float()
     assert "above chance" in check(KD(), Raw(lambda _: weak), batch=(x, labels))
-    with pytest.raises(SelfCheckFailed, match=r"right on \d+ of 5000 rows, as a guess among 5 classes"):
+    with pytest.raises(SelfCheckError, match=r"right on \d+ of 5000 rows, as a guess among 5 classes"):
         check(KD(), Raw(lambda _: weak), batch=(x, torch.randint(C, (5000,))))
 
 
@@ -226,30 +226,30 @@ def test_chance_is_told_from_knowledge_on_many_rows() -> None:
 
 def test_a_teacher_in_training_mode() -> None:
     model = knowing().requires_grad_(False).train()
-    with pytest.raises(SelfCheckFailed, match=r"training mode \(itself\): its answers depend .*teachers.Live\(model\)"):
+    with pytest.raises(SelfCheckError, match=r"training mode \(itself\): its answers depend .*teachers.Live\(model\)"):
         check(teacher=Raw(model, model))
     part = nn.Sequential(knowing(), nn.Dropout(0.5)).requires_grad_(False).eval()
     part[1].train()
-    with pytest.raises(SelfCheckFailed, match=r"training mode \(1\)"):
+    with pytest.raises(SelfCheckError, match=r"training mode \(1\)"):
         check(teacher=Raw(part, part))
 
 
 def test_a_teacher_that_is_not_frozen() -> None:
     model = knowing().eval()
-    with pytest.raises(SelfCheckFailed, match=r"has parameters that require grad. Wrap it in teachers.Live\(model\)"):
+    with pytest.raises(SelfCheckError, match=r"has parameters that require grad. Wrap it in teachers.Live\(model\)"):
         check(teacher=Raw(model, model))
 
 
 def test_a_teacher_that_answers_differently_the_second_time() -> None:
     drop = Raw(lambda x: nn.functional.dropout(x[:, :C] * 6, 0.1))
-    with pytest.raises(SelfCheckFailed, match=r"answers the same batch differently the second time. .*augmentation"):
+    with pytest.raises(SelfCheckError, match=r"answers the same batch differently the second time. .*augmentation"):
         check(teacher=drop)
     noise = Raw(lambda x: x[:, :C] * 6 + 1e-4 * torch.randn(N, C))  # rounding of another kernel is no fault
     assert "deterministic" in check(teacher=noise)
 
 
 def test_a_teacher_that_guesses() -> None:
-    with pytest.raises(SelfCheckFailed, match=r"right on 0 of 32 rows, as a guess among 5 classes.*selfcheck=False"):
+    with pytest.raises(SelfCheckError, match=r"right on 0 of 32 rows, as a guess among 5 classes.*selfcheck=False"):
         check(batch=(X, (Y + 1) % C))
 
 
@@ -260,7 +260,7 @@ def test_a_teacher_without_numbers(value: float) -> None:
         out[3, 2] = value
         return out
 
-    with pytest.raises(SelfCheckFailed, match=r"hold NaN or infinity \(first in row 3 of .*precision='fp32'"):
+    with pytest.raises(SelfCheckError, match=r"hold NaN or infinity \(first in row 3 of .*precision='fp32'"):
         check(teacher=Raw(broken))
 
 
@@ -276,14 +276,14 @@ def test_a_task_that_promises_another_weight() -> None:
         def mass(self, batch: Any) -> dict[str, float]:
             return {"boxes": 1.0}
 
-    with pytest.raises(SelfCheckFailed, match=r"Heavier.mass\(\) promises weight 64 .* 'logits' and rows\(\) makes 32"):
+    with pytest.raises(SelfCheckError, match=r"Heavier.mass\(\) promises weight 64 .* 'logits' and rows\(\) makes 32"):
         check(task=Heavier())
-    with pytest.raises(SelfCheckFailed, match=r"Other.mass\(\) does not name the block 'logits' that rows\(\) makes"):
+    with pytest.raises(SelfCheckError, match=r"Other.mass\(\) does not name the block 'logits' that rows\(\) makes"):
         check(task=Other())
 
 
 def test_labels_that_name_no_class() -> None:
-    with pytest.raises(SelfCheckFailed, match=r"label 5 is out of range for 5 classes .*labels start at 1\?"):
+    with pytest.raises(SelfCheckError, match=r"label 5 is out of range for 5 classes .*labels start at 1\?"):
         check(batch=(X, Y + 1))
 
 
@@ -291,7 +291,7 @@ def test_a_student_without_numbers() -> None:
     student = net()
     with torch.no_grad():
         student[4].bias.fill_(torch.nan)
-    with pytest.raises(SelfCheckFailed, match=r"student's logits hold NaN on the first batch. Are the inputs finite"):
+    with pytest.raises(SelfCheckError, match=r"student's logits hold NaN on the first batch. Are the inputs finite"):
         check(student=student)
 
 
@@ -337,7 +337,7 @@ FAULTS: dict[str, tuple[Method, str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_method_with_a_fault(fault: str) -> None:
     method, text = FAULTS[fault]
-    with pytest.raises(SelfCheckFailed, match=text):
+    with pytest.raises(SelfCheckError, match=text):
         check(method)
 
 
@@ -359,7 +359,7 @@ def test_a_gradient_without_numbers_in_what_the_method_owns() -> None:
         def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
             return {"odd": gap(rows) * (1.0 + self.heat.sqrt())}
 
-    with pytest.raises(SelfCheckFailed, match="Learned: the gradient in its own heat is not finite on the first batch"):
+    with pytest.raises(SelfCheckError, match="Learned: the gradient in its own heat is not finite on the first batch"):
         check(Learned())
 
 
@@ -372,6 +372,6 @@ def test_a_run_keeps_the_line_or_stops(tmp_path: Any) -> None:
     done = kd.distill(net(), knowing(), batches, **how, out=tmp_path / "a")
     assert done.facts["selfcheck"]["line"].startswith("self-check ok: teacher frozen")
     wrong = [(X, (Y + 1) % C)]
-    with pytest.raises(SelfCheckFailed, match="as a guess"):
+    with pytest.raises(SelfCheckError, match="as a guess"):
         kd.distill(net(), knowing(), wrong, **how, out=tmp_path / "b")
     kd.distill(net(), knowing(), wrong, **how, selfcheck=False)

@@ -22,10 +22,11 @@ from tempering.rollouts.scoring import rouge_l, same_answer
 from tempering.rows import UNLABELLED
 from tempering.tasks import Generation, Graded, OnPolicy, Sampling, Seq2Seq, Speculative
 from tempering.teachers import Kept, Live
+from tests.later import needs
 from tests.paths import SHARED, needs_shared
 from tests.test_generation import gpt2, loss_of
 
-pytest.importorskip("transformers")
+pytestmark = needs("transformers")
 
 EOS, PAD, V = 1, 0, 40
 GREEDY = Sampling(temperature=0.0)

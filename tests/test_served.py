@@ -22,9 +22,8 @@ from tempering.data.tokens import Tokens
 from tempering.methods import Divergence  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.rows import total
 from tempering.tasks import Generation
-from tempering.teachers import CachedSparse, Kept, Live, Served, ServedDiffers, record_sparse
+from tempering.teachers import CachedSparse, Kept, Live, Served, ServedDiffers, record_sparse, selftest
 from tempering.teachers.outputs import Sparse
-from tempering.teachers.remote import verify as selftest
 from tests.test_generation import EOS, PAD, V, gpt2, texts
 
 TOP = 6

@@ -207,7 +207,7 @@ def test_what_is_stored_is_what_was_said_in_few_bytes(
     found = cached({}, ids)
     assert torch.equal(found.ids, said.ids[ids]) and found.logp.dtype == found.rest.dtype == torch.float32
     assert torch.equal(torch.isneginf(found.logp), torch.isneginf(said.logp[ids]))
-    held = cached.shards.file("00000.safetensors")
+    held = cached.file("00000.safetensors")
     each, value = held.get_tensor("ids").shape[-1], held.get_tensor("logp").element_size()
     assert (each, value) == (width, 4 if precision == "fp32" else 2)
     size = (tmp_path / "s" / "00000.safetensors").stat().st_size

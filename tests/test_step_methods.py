@@ -20,7 +20,8 @@ from tempering.tasks.two_view import MixUp, Views
 from tempering.teachers import Live, record
 from tempering.teachers.ensemble import Blended
 from tempering.temperature import Sharpness, Static
-from tests.contract import PLAIN_STEP_METHODS, STEP_CASES, STEP_METHODS, Lesson, arguments, params, remade, same
+from tests.cases import each
+from tests.contract import PLAIN_STEP_METHODS, STEP_CASES, STEP_METHODS, Lesson, arguments, on_each, remade, same
 from tests.paths import needs_shared
 from tests.runs import CLASSES, LOADERS, STEPS, cut, flattened, go, identical, left, points, stop_at
 from tests.runs import student_net as plain_student
@@ -34,9 +35,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=params(STEP_CASES))
-def method(request: pytest.FixtureRequest) -> StepMethod:
-    return copy.deepcopy(request.param)
+every_method = on_each("method", STEP_CASES, lambda method: method)
 
 
 # what all of them promise
@@ -46,6 +45,7 @@ def test_all_are_found() -> None:
     assert {"KDIGA", "Interactive", "Explainer"} <= {kind.__name__ for kind in STEP_METHODS}
 
 
+@every_method
 def test_terms_are_a_value_a_row(method: StepMethod) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         lesson = Lesson(dtype=dtype)
@@ -56,6 +56,7 @@ def test_terms_are_a_value_a_row(method: StepMethod) -> None:
         lesson.backward(method)
 
 
+@every_method
 def test_nothing_is_left_behind(method: StepMethod) -> None:
     lesson = Lesson()
     before = copy.deepcopy(lesson.student.state_dict())
@@ -67,6 +68,7 @@ def test_nothing_is_left_behind(method: StepMethod) -> None:
     assert moved == method.trains_teacher
 
 
+@every_method
 def test_weights_weigh_the_terms_of_their_names(method: StepMethod) -> None:
     terms = Lesson().loss(copy.deepcopy(method))[1]
     for name in ("hard", "align", "adversarial"):  # "soft" also weighs what Interactive's teacher hears
@@ -77,6 +79,7 @@ def test_weights_weigh_the_terms_of_their_names(method: StepMethod) -> None:
     assert set(terms) <= {name for part in inside for name in arguments(part)}
 
 
+@every_method
 def test_rows_of_weight_zero_take_no_part(method: StepMethod) -> None:
     lesson, padded = Lesson(), Lesson()
     lesson.weights = torch.linspace(0.5, 1.5, 6, dtype=torch.float64)
@@ -91,7 +94,8 @@ def test_rows_of_weight_zero_take_no_part(method: StepMethod) -> None:
     assert float(loss) == 0.0 and not any(g.any() for g in gradients)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@every_method
+@each("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_logits_of_ten_thousand(method: StepMethod, dtype: torch.dtype) -> None:
     lesson = Lesson(dtype=dtype)
     for net in (lesson.student, lesson.teacher.model):
@@ -101,12 +105,14 @@ def test_logits_of_ten_thousand(method: StepMethod, dtype: torch.dtype) -> None:
     lesson.backward(method)
 
 
-@pytest.mark.parametrize(("n", "classes"), [(0, 5), (1, 5), (2, 5), (6, 1)])
+@every_method
+@each(("n", "classes"), [(0, 5), (1, 5), (2, 5), (6, 1)])
 def test_few_rows_and_one_class(method: StepMethod, n: int, classes: int) -> None:
     loss, _ = Lesson(n, classes).backward(method)
     assert n or float(loss) == 0.0
 
 
+@every_method
 def test_rows_without_a_label(method: StepMethod) -> None:
     lesson = Lesson()
     lesson.labels[1::2] = UNLABELLED
@@ -126,6 +132,7 @@ def test_what_a_record_says_of_it(kind: type[StepMethod]) -> None:
         Sum(made)
 
 
+@every_method
 def test_two_blocks_of_rows_are_refused(method: StepMethod) -> None:
     lesson = Lesson()
     lesson.loss(method)

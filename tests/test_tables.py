@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from scipy import stats
 
 from tempering.reports.compare import Comparison, compare
 from tempering.reports.intervals import difference
 from tempering.reports.records import RunRecord, load_run, pack, read_cell, write_cell
 from tempering.reports.table import cells, markdown, rich_table
 from tempering.reports.text import headline, reading
+from tests.later import Later
 from tests.records_made import ARMS, make_run, make_set
+
+stats = Later("scipy.stats")
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from tempering.data import Batches
 from tempering.methods.logits.kd import KD
 from tempering.teachers import Cached, Live, Teacher, fingerprint, record
 from tempering.teachers.cache import recorder as recording
-from tempering.teachers.cache.logits import BrokenCache
+from tempering.teachers.cache.base import BrokenCache
 from tests.paths import ROOT
 
 
@@ -445,7 +445,7 @@ def test_a_changed_or_truncated_file_is_refused(tmp_path: Path, monkeypatch) -> 
     array.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(BrokenCache, match=r"logits.npy was changed since it was recorded"):
         Cached(place)
-    monkeypatch.setattr("tempering.teachers.cache.logits.CHECKED", 0)
+    monkeypatch.setattr("tempering.teachers.cache.base.CHECKED", 0)
     Cached(place)  # a big one is not read through when it is opened
     with pytest.raises(BrokenCache, match="was changed"):
         Cached(place, checksum=True)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -15,27 +11,11 @@ from tempering.methods import DTKD, KD
 from tempering.rows import total
 from tests.conftest import random_rows
 from tests.contract import same
-from tests.paths import ROOT
+from tests.forked import run_parts
 
+# run by the interpreter
 
-def said_by(code: str, **env: str) -> str:
-    """What a process of its own prints: the interpreter is chosen when triton is first imported."""
-    pytest.importorskip("triton", reason="triton is not installed; pip install triton runs these")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | env,
-        check=False,
-    )
-    assert not done.returncode, done.stderr[-3000:]
-    return done.stdout.strip()
-
-
-def test_the_interpreter_equals_the_plain_loss() -> None:
-    """Value and gradient of DTKD and of CE, with masks, padding, constants, large logits, bf16 tails, rows left out."""
-    code = """
+LOSS = """
 import torch
 from tempering.kernels import chunked, linear_loss
 from tempering.methods import DTKD, KD, Divergence
@@ -45,13 +25,13 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 for classes in (50, 4097):
     for dtype in (torch.float32, torch.bfloat16):
-        u, v = (torch.randn(23, classes) * 4).to(dtype), (torch.randn(23, classes) * 3).to(dtype)
+        u, v = (torch.randn(14, classes) * 4).to(dtype), (torch.randn(14, classes) * 3).to(dtype)
         u[:, -3:] = v[:, -3:] = -torch.inf
         u[1], v[2], u[3, 1:], v[3, 1:] = 1.0, -2.0, -torch.inf, -torch.inf
         v[4] *= 1e4
         u[5], v[5] = -torch.inf, -torch.inf
         u[6, 0], v[6, 0] = 40.0, 40.0
-        y, w = torch.randint(-1, 30, (23,)), (torch.arange(23) % 4).float()
+        y, w = torch.randint(-1, 30, (14,)), (torch.arange(14) % 4).float()
         y[3:6] = -100
         for method in (DTKD(warmup=0.0), DTKD(temperature=Sharpness(4.0, solve="std")), KD()):
             a, b = v.clone().requires_grad_(), v.float().clone().requires_grad_()
@@ -71,19 +51,15 @@ wide = chunked(DTKD(hard=0.0), Rows(v, u), compile="triton").loss
 torch.testing.assert_close(wide, total(DTKD(hard=0.0)(Rows(v, u)), Rows(v, u)), rtol=1e-12, atol=0.0)
 print("equal")
 """
-    assert said_by(code, TRITON_INTERPRET="1") == "equal"
 
-
-def test_the_solver_itself() -> None:
-    """delta, the rows that fell back and the rows that were held are the plain solver's."""
-    code = """
+SOLVER = """
 import torch
 from tempering.kernels.triton_rows import exact
 from tempering.temperature.sharpness import solve_delta
 torch.set_num_threads(1)
 torch.manual_seed(1)
 for classes, by in ((2, 1.0), (11, 3.0), (5000, 2.0)):
-    u, v = torch.randn(40, classes) * by, torch.randn(40, classes) * torch.logspace(-3, 3, 40)[:, None]
+    u, v = torch.randn(20, classes) * by, torch.randn(20, classes) * torch.logspace(-3, 3, 20)[:, None]
     u[0], v[1], u[2, 0] = 3.0, 0.0, -torch.inf
     v[2, 0] = -torch.inf
     got, want = exact(u, v, 4.0, 0.9), solve_delta(u, v, tau=4.0, solve="exact", reach=0.9)
@@ -95,7 +71,44 @@ for classes, by in ((2, 1.0), (11, 3.0), (5000, 2.0)):
     assert got.clamped.any() or classes == 2
 print("equal")
 """
-    assert said_by(code, TRITON_INTERPRET="1") == "equal"
+
+WRONG = """
+import torch
+from tempering.kernels import compiled, triton_rows
+torch.set_num_threads(1)
+right = triton_rows.divergence_and_slope
+triton_rows.divergence_and_slope = lambda *args: tuple(1.01 * x for x in right(*args))
+made, error = compiled._triton("cpu")
+assert not made and isinstance(error, ArithmeticError), error
+try:
+    compiled.fast_versions("triton", torch.device("cpu"), 1)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, tuple[int, str, str]]:
+    """What the three print, in a process of its own: the interpreter is chosen when triton is first imported."""
+    pytest.importorskip("triton", reason="triton is not installed; pip install triton runs these")
+    parts = {"loss": LOSS, "solver": SOLVER, "wrong": WRONG}
+    return run_parts(parts, ["tempering.kernels", "tempering.methods", "triton"], TRITON_INTERPRET="1")
+
+
+def said(done: tuple[int, str, str]) -> str:
+    code, out, err = done
+    assert not code, err[-3000:]
+    return out.strip()
+
+
+def test_the_interpreter_equals_the_plain_loss(interpreted: dict[str, tuple[int, str, str]]) -> None:
+    """Value and gradient of DTKD and of CE, with masks, padding, constants, large logits, bf16 tails, rows left out."""
+    assert said(interpreted["loss"]) == "equal"
+
+
+def test_the_solver_itself(interpreted: dict[str, tuple[int, str, str]]) -> None:
+    """delta, the rows that fell back and the rows that were held are the plain solver's."""
+    assert said(interpreted["solver"]) == "equal"
 
 
 def test_it_compiles_for_cuda() -> None:
@@ -119,7 +132,8 @@ for logits in ("*fp32", "*bf16"):
         assert made.asm["cubin"]
 print("compiled")
 """
-    assert said_by(code) == "compiled"
+    pytest.importorskip("triton", reason="triton is not installed; pip install triton runs these")
+    assert said(run_parts({"cuda": code})["cuda"]) == "compiled"
 
 
 def test_a_path_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,18 +150,5 @@ def test_a_path_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     same(chunked(DTKD(), rows).loss, total(DTKD()(rows), rows))
 
 
-def test_a_kernel_with_wrong_numbers_is_not_used() -> None:
-    code = """
-import torch
-from tempering.kernels import compiled, triton_rows
-torch.set_num_threads(1)
-right = triton_rows.divergence_and_slope
-triton_rows.divergence_and_slope = lambda *args: tuple(1.01 * x for x in right(*args))
-made, error = compiled._triton("cpu")
-assert not made and isinstance(error, ArithmeticError), error
-try:
-    compiled.fast_versions("triton", torch.device("cpu"), 1)
-except RuntimeError as error:
-    print(error)
-"""
-    assert "kl is off by" in said_by(code, TRITON_INTERPRET="1")
+def test_a_kernel_with_wrong_numbers_is_not_used(interpreted: dict[str, tuple[int, str, str]]) -> None:
+    assert "kl is off by" in said(interpreted["wrong"])

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 
 from tempering.cli import main as cli
+from tempering.experiments.compare.plan import lock_path
 from tempering.experiments.spec import method_from
 from tempering.experiments.tune import page as tune_view
 from tempering.experiments.tune import runner as tune
 from tempering.experiments.tune import study as tune_study
 from tempering.experiments.tune.space import space_of
 from tempering.methods import METHODS
+from tempering.utils.files import try_lock
 from tests.paths import ROOT
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="trials are locked by flock, which is POSIX")
@@ -276,11 +278,11 @@ def test_bad_input_is_refused(
 def test_two_searches_do_not_share_a_folder(fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "s"
     assert search(fake, out, "--method=kd", "--trials=1") == 0
-    lock = tune.arena.taken(out / "trials")
+    lock = try_lock(lock_path(out / "trials"))
     assert lock is not None
     assert search(fake, out, "--method=kd", "--trials=2") == 1
     assert f"another process is at work on {out}" in capsys.readouterr().err
-    os.close(lock)
+    lock.release()
 
 
 def test_a_line_that_a_kill_cut_short_is_taken_off(fake: Path, tmp_path: Path) -> None:

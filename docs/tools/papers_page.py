@@ -1,6 +1,6 @@
 """docs/papers.md: every method and policy, its equation, its paper's values, what differs, and what we measured.
 
-Made from docstrings, ``papers`` and the records under benchmarks/results: ``python docs/tools/papers_page.py .`` writes it.
+Made from docstrings, ``published`` and the records under benchmarks/results by ``python docs/tools/papers_page.py .``.
 """
 
 from __future__ import annotations

@@ -278,9 +278,9 @@ def _taught(folder: Path | None) -> dict[str, float] | None:
     """Mean temperatures of the run's last recorded step."""
     if folder is None:
         return None
-    from tempering.utils.files import lines
+    from tempering.utils.files import read_json_lines
 
-    steps = [line for line in lines(folder / "steps.jsonl") if "T_student" in line]
+    steps = [line for line in read_json_lines(folder / "steps.jsonl") if "T_student" in line]
     return {side: steps[-1][f"T_{side}"]["mean"] for side in ("student", "teacher")} if steps else None
 
 

@@ -17,12 +17,13 @@ from tyro.conf import Positional, Suppress, arg
 
 from tempering._version import __version__
 from tempering.cli.audit import audit
+from tempering.cli.new_recipe import new_recipe
 
 RECIPE = "A recipe's file; or the name of a bundled one, such as digits or cifar100."
 Recipe = Annotated[Path, Positional, arg(metavar="RECIPE", help=RECIPE)]
 Folder = Annotated[Path, Positional, arg(metavar="FOLDER")]
 RecipeArgs = Annotated[tuple[str, ...], Suppress]  # the recipe's flags, which main() takes off the command line
-OURS = ("SelfCheckFailed", "BrokenCheckpoint")  # by name: their modules import torch
+OURS = ("SelfCheckError", "BrokenCheckpoint")  # by name: their modules import torch
 
 
 def run(recipe: Recipe, *, recipe_args: RecipeArgs = ()) -> int:
@@ -230,9 +231,10 @@ def report(
 
 
 def list_parts() -> None:
-    """Every arm, method, temperature policy and net."""
+    """Every arm, method, temperature policy, audit and net."""
     from rich.table import Table
 
+    from tempering.audits import AUDITS
     from tempering.experiments.presets import ARMS
     from tempering.methods import METHODS
     from tempering.models import MODELS
@@ -248,10 +250,10 @@ def list_parts() -> None:
     for arm in ARMS.values():
         arms.add_row(arm.name, arm.label, arm.spec)
     tables = [arms]
-    for title, parts in (("Methods", METHODS), ("Temperature policies", POLICIES)):
+    for title, parts in (("Methods", METHODS), ("Temperature policies", POLICIES), ("Audits", AUDITS)):
         listed = table(title, "name", "paper", "what it is")
         for name, part in parts.items():
-            listed.add_row(name.lower(), part.paper, (part.__doc__ or "").strip().partition("\n")[0])
+            listed.add_row(name.lower(), getattr(part, "paper", ""), (part.__doc__ or "").strip().partition("\n")[0])
         tables.append(listed)
     _print(*tables, f"Nets: {', '.join(sorted(MODELS))}", markup=False)
 
@@ -286,6 +288,7 @@ def demo(*, out: Path = Path("runs/demo"), seeds: int = 3) -> int:
 
 COMMANDS = {
     "demo": demo,
+    "new-recipe": new_recipe,
     "run": run,
     "compare": compare,
     "tune": tune,

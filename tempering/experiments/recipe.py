@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tempering.training.experiment import Experiment
 
 BUNDLED = Path(__file__).resolve().parents[1] / "recipes"
+TEMPLATE = BUNDLED / "template.py"  # what `tempering new-recipe` copies; not offered to be run
 TRAINING = frozenset(f.name for f in fields(TrainConfig))  # flags of an argument `config: TrainConfig`
 EXAMPLE = (
     "from tempering.training.experiment import Experiment; ... return Experiment(student=..., teacher=..., train=..., "
@@ -39,7 +40,7 @@ def find(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    bundled = sorted(p for p in BUNDLED.glob("*.py") if p.stem != "__init__")
+    bundled = sorted(p for p in BUNDLED.glob("*.py") if p.stem != "__init__" and p != TEMPLATE)
     for other in bundled:
         if name in (other.stem, other.name):
             return other

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from tempering.methods.base import Method, StepMethod
+from tempering.methods.base import Method
 from tempering.rows import Rows
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.teachers.live import Live
-from tempering.training.features import Tapped
+from tempering.training.features import PairedFeatures
 
 ENGINE = "Run it by tempering.distill."
 
@@ -26,7 +26,7 @@ def fitting(method: Method, teacher: nn.Module | Teacher | None, student: nn.Mod
     """
     if not isinstance(method, Method):
         raise TypeError(f"method must be a Method, such as methods.DTKD(); got {type(method).__name__}.")
-    if isinstance(method, StepMethod):
+    if method.owns_step:
         raise TypeError(f"{type(method).__name__} owns its step, and so does this trainer. {ENGINE}")
     if learners := method.learners():
         raise ValueError(
@@ -68,13 +68,13 @@ def whole_batches(method: Method, **splits: int) -> None:
 
 
 def blocks_of(
-    batch: Any, student: Callable[[Any], Any], teacher: Teacher | None, task: Task, taps: Tapped | None
+    batch: Any, student: Callable[[Any], Any], teacher: Teacher | None, task: Task, features: PairedFeatures | None
 ) -> tuple[Any, list[Rows]]:
     """The student's output, and the blocks of rows that both outputs make."""
     student_in, teacher_in, ids = task.inputs(batch)
     said = student(student_in)
     taught = None if teacher is None else teacher(teacher_in, ids)
     blocks = task.rows(said, taught, batch)
-    if taps is not None:
-        blocks[-1] = blocks[-1].with_(features={**blocks[-1].features, **taps.features()})
+    if features is not None:
+        blocks[-1] = blocks[-1].with_(features={**blocks[-1].features, **features.features()})
     return said, blocks

@@ -15,10 +15,10 @@ from tempering.rows import UNLABELLED, Rows
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.training.checkpoint import random_state, save_weights, set_random_state
-from tempering.training.features import Tapped
-from tempering.training.loss import losses_of
+from tempering.training.features import PairedFeatures
+from tempering.training.loss import chunking_for
 from tempering.training.selfcheck import selfcheck as check_first_batch
-from tempering.utils.tensors import on
+from tempering.utils.tensors import to_device
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -74,7 +74,8 @@ class DistillMixin(Trainer):
             self.teacher.to(self.args.device)
         self.method.to(self.args.device)
         names = {n: (s, f"model.{t}" if bare else t) for n, (s, t) in self.task.taps.items()}
-        self._taps = Tapped.between(self._module(), self.teacher, names)
+        self._features = PairedFeatures.from_models(self._module(), self.teacher, names)
+        self._chunking = chunking_for(method)
         self._mass: dict[str, Tensor] = {}
         self.label_names = self.label_names or ["labels"]  # else columns that no forward takes would be removed
         # both say that the loss is scaled by the whole step already: the second to transformers that know it
@@ -93,7 +94,8 @@ class DistillMixin(Trainer):
         training = model.training
         self.method.train(training)
         whole, progress = self._mass if training else {}, self._progress()
-        loss = torch.stack([x.loss for x in losses_of(self.method, blocks, progress, whole)]).sum()
+        losses = self.method.losses(blocks, progress, whole, self._chunking)
+        loss = torch.stack([block.loss for block in losses]).sum()
         if training:
             # processes are averaged, and each has only its share of the one mean
             loss = loss * self.accelerator.num_processes
@@ -154,7 +156,7 @@ class DistillMixin(Trainer):
         return self.model
 
     def _blocks(self, model: nn.Module, inputs: Any) -> tuple[Any, list[Rows]]:
-        return blocks_of(inputs, Unpacked(model), self.teacher, self.task, self._taps)
+        return blocks_of(inputs, Unpacked(model), self.teacher, self.task, self._features)
 
     def _progress(self) -> float:
         steps = self.state.max_steps
@@ -173,7 +175,7 @@ class DistillMixin(Trainer):
 
     def _check(self, batch: Any) -> None:
         model: Any = self.model_wrapped
-        student, features = Unpacked(model), None if self._taps is None else self._taps.features
+        student, features = Unpacked(model), None if self._features is None else self._features.features
         batch = self._prepare_inputs(batch)
         said = check_first_batch(student, self.teacher, batch, method=self.method, task=self.task, features=features)
         if self.is_world_process_zero():
@@ -279,7 +281,7 @@ class Labelled(Task):
         student.eval()
         try:
             for batch in batches:
-                batch = on(device, dict(batch))
+                batch = to_device(dict(batch), device)
                 student_in, teacher_in, ids = self.inputs(batch)
                 taught = None if teacher is None else teacher(teacher_in, ids)
                 rows = self.rows(student(student_in), taught, batch)[0]

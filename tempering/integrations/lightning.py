@@ -17,8 +17,8 @@ from tempering.tasks.base import Task
 from tempering.tasks.classification import Classification
 from tempering.teachers.base import Teacher
 from tempering.training.distill import SGD
-from tempering.training.features import Tapped
-from tempering.training.loss import losses_of
+from tempering.training.features import PairedFeatures
+from tempering.training.loss import chunking_for
 from tempering.training.selfcheck import selfcheck as check_first_batch
 
 
@@ -60,7 +60,8 @@ class DistillModule(pl.LightningModule):
         self.teacher = fitting(method, teacher, student)
         self.task = Classification() if task is None else task
         self.optimizer, self.schedule, self.selfcheck = optimizer, schedule, selfcheck
-        self._taps = Tapped.between(student, self.teacher, self.task.taps)
+        self._features = PairedFeatures.from_models(student, self.teacher, self.task.taps)
+        self._chunking = chunking_for(method)
         self._unit: float | None = None  # what a micro-batch's loss is divided by, before the step's weight is known
         self._mass: Tensor | float = 0.0
 
@@ -82,7 +83,8 @@ class DistillModule(pl.LightningModule):
             self._check(batch)
         blocks = self._blocks(batch)
         if not self._split():
-            own = torch.stack([found.loss for found in losses_of(self.method, blocks, self._progress())]).sum()
+            losses = self.method.losses(blocks, self._progress(), chunking=self._chunking)
+            own = torch.stack([block.loss for block in losses]).sum()
             self.log("train_loss", own.detach(), prog_bar=True, batch_size=len(blocks[0]))
             return own
         if len(blocks) > 1:
@@ -94,7 +96,8 @@ class DistillModule(pl.LightningModule):
         if self._unit is None:
             self._unit = max(1.0, float(self.trainer.strategy.broadcast(float(mass))))
         self._mass = self._mass + mass
-        loss = losses_of(self.method, blocks, self._progress(), {blocks[0].name: self._unit})[0].loss
+        unit = {blocks[0].name: self._unit}
+        loss = self.method.losses(blocks, self._progress(), unit, self._chunking)[0].loss
         own = torch.where(mass > 0, loss.detach() * self._unit / mass, 0.0)
         self.log("train_loss", own, prog_bar=True, batch_size=len(blocks[0]))
         return loss
@@ -134,10 +137,10 @@ class DistillModule(pl.LightningModule):
     def _blocks(self, batch: Any) -> list[Rows]:
         if self.teacher is not None:
             self.teacher.to(self.device)
-        return blocks_of(batch, self.student, self.teacher, self.task, self._taps)[1]
+        return blocks_of(batch, self.student, self.teacher, self.task, self._features)[1]
 
     def _check(self, batch: Any) -> None:
-        features = None if self._taps is None else self._taps.features
+        features = None if self._features is None else self._features.features
         if self.teacher is not None:
             self.teacher.to(self.device)
         said = check_first_batch(

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tempering.objectives import labels, log_softmax
+from tempering.objectives import cross_entropy, kl, labels, log_softmax
 from tempering.rows import Rows, widened
+from tempering.temperature import sharpness
 from tempering.temperature.base import Temperatures
+from tempering.utils.override import override_with
 
 Fast = dict[str, Callable[..., Any]]
 
@@ -86,16 +88,17 @@ class Stand:
         self.plain: set[str] = set()
 
     def functions(self) -> Fast:
-        """What ``fusable.standing_in`` takes."""
+        """What ``override_with`` takes."""
         solving = {name: self._solving(name) for name in ("centred", "_sharpness") if name in self.compiled}
         if "exact" in self.compiled:
             solving["solve_delta"] = self._solve_delta
         return {"kl": self._kl, "cross_entropy": self._cross_entropy, **solving}
 
-    def _kl(self, plain: Callable[..., Tensor], rows: Rows, T: Temperatures) -> Tensor:
+    def _kl(self, rows: Rows, T: Temperatures) -> Tensor:
         if any(x is not None and x.requires_grad for x in T) or not _logits(rows):
             self.plain.add("kl")
-            return plain(rows, T)
+            with override_with({}):
+                return kl(rows, T)
         self.used.add("kl")
         n = len(rows)
         u, v = widened(rows.teacher), widened(rows.student)
@@ -103,10 +106,11 @@ class Stand:
         T_t, T_s, scale = T.teacher.expand(n, 1), T.student.expand(n, 1), T.scale.expand(n)
         return _differentiable(rows.student, *fast(u, v.detach(), T_t, T_s, scale))
 
-    def _cross_entropy(self, plain: Callable[..., Tensor], rows: Rows) -> Tensor:
+    def _cross_entropy(self, rows: Rows) -> Tensor:
         if not _logits(rows):
             self.plain.add("cross_entropy")
-            return plain(rows)
+            with override_with({}):
+                return cross_entropy(rows)
         target = labels(rows, "cross_entropy").long()
         self.used.add("cross_entropy")
         fast = self._fast("cross_entropy", cross_entropy_and_slope, rows.student.dtype)
@@ -116,20 +120,20 @@ class Stand:
         return plain if dtype == torch.float64 and not self.double else self.compiled.get(name, plain)
 
     def _solving(self, name: str) -> Callable[..., Any]:
-        def solve(plain: Callable[..., Any], *args: Tensor) -> Any:
+        def solve(*args: Tensor) -> Any:
             if not len(args[0]) or (torch.is_grad_enabled() and any(x.requires_grad for x in args)):
-                return plain(*args)
+                with override_with({}):
+                    return getattr(sharpness, name)(*args)
             self.used.add("temperature")
             return self.compiled[name](*args)
 
         return solve
 
-    def _solve_delta(
-        self, plain: Callable[..., Any], u: Tensor, v: Tensor, *, tau: float, solve: str, reach: float
-    ) -> Any:
+    def _solve_delta(self, u: Tensor, v: Tensor, *, tau: float, solve: sharpness.Solve, reach: float) -> Any:
         follows = v.requires_grad and torch.is_grad_enabled()
         if solve != "exact" or not v.numel() or follows or torch.float64 in (u.dtype, v.dtype):
-            return plain(u, v, tau=tau, solve=solve, reach=reach)
+            with override_with({}):
+                return sharpness.solve_delta(u, v, tau=tau, solve=solve, reach=reach)
         self.used.add("temperature")
         return self.compiled["exact"](u.detach(), v.detach(), tau, reach)
 

@@ -11,10 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from tempering.kernels.analytic import Stand
 from tempering.kernels.compiled import Versions, Wanted, fast_versions
-from tempering.methods.base import Method, StepMethod
+from tempering.methods.base import Method
 from tempering.rows import Rows, total, widened
 from tempering.temperature.base import Policy, Temperatures
-from tempering.utils.override import standing_in
+from tempering.utils.override import override_with
 
 COPIES = 8  # of a chunk's logits that are alive at once, in float32, where nothing is fused
 MEMORY = {"cpu": 2**24}  # bytes of them; a CPU is fastest while they stay in its cache
@@ -146,7 +146,7 @@ class Walk:
         wanted = [x for x in [*leaves, *self.trained] if x.requires_grad]
         for buffer, found in self.state if self.chunks else ():
             buffer.copy_(found)
-        with torch.set_grad_enabled(bool(wanted)), standing_in(self.stand.functions()):
+        with torch.set_grad_enabled(bool(wanted)), override_with(self.stand.functions()):
             terms = self.method(rows, self.progress)
             loss = total(terms, rows, rows_in_batch=self.whole)
         self._keep(loss.detach(), terms)
@@ -227,7 +227,7 @@ def parts(n: int, size: int) -> Iterator[slice]:
 
 def _refuse(method: Method) -> None:
     owner = type(method).__name__
-    if isinstance(method, StepMethod):
+    if method.owns_step:
         raise ValueError(f"{owner} owns its step and cannot be taken in chunks; run it by tempering.distill.")
     if method.is_relational():
         inside = [m for m in method.modules() if isinstance(m, Method | Policy) and m.relational]

@@ -92,8 +92,8 @@ def _made(device: str) -> tuple[Fast, Exception | None]:
     plain: dict[str, Callable[..., Any]] = {
         "kl": divergence_and_slope,
         "cross_entropy": cross_entropy_and_slope,
-        "centred": _plain(sharpness.centred),
-        "_sharpness": _plain(sharpness._sharpness),
+        "centred": sharpness.centred,
+        "_sharpness": sharpness._sharpness,
     }
     made = {name: _quiet(torch.compile(function, dynamic=True)) for name, function in plain.items()}
     try:
@@ -129,10 +129,6 @@ def _prove(made: Fast, device: str) -> None:
 
 def _exactly(u: Tensor, v: Tensor, tau: float, reach: float) -> sharpness.Solution:
     return sharpness.solve_delta(u, v, tau=tau, solve="exact", reach=reach)
-
-
-def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
-    return getattr(function, "__wrapped__", function)
 
 
 def _quiet(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,17 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from tempering.rows import Rows
+from tempering.rows import Rows, total
 from tempering.temperature.base import LearningPolicy, Policy, hyperparameters
 from tempering.temperature.base import share as share
 
-Answer = TypeVar("Answer")
 _STEP: ContextVar[tuple[int, int] | None] = ContextVar("step", default=None)
 
 
@@ -34,6 +33,12 @@ class Method(nn.Module, ABC):
             rows that are not private.
         non_negative: whether no term ever falls below zero.
         shift_invariant: whether a constant added to a row's logits changes nothing, its policies aside.
+        owns_step: whether the method runs the models itself (``StepMethod``), so that rows alone do not give its loss.
+        needs_double_backward: whether it takes derivatives within its step, and may differentiate them again. Rules out
+            torch.compile, FSDP and fp16 with a loss scale.
+        needs_live: whether it differentiates through the teacher, so that cached outputs do not suffice.
+        trains_teacher: whether its step updates the teacher's weights. ``meet`` gets the module; the method's
+            state_dict then holds the teacher's weights and their optimizer, and no teacher outputs are cached.
     """
 
     paper: ClassVar[str]
@@ -43,6 +48,10 @@ class Method(nn.Module, ABC):
     zero_at_agreement: ClassVar[bool] = True
     non_negative: ClassVar[bool] = True
     shift_invariant: ClassVar[bool] = True
+    owns_step: ClassVar[bool] = False
+    needs_double_backward: ClassVar[bool] = False
+    needs_live: ClassVar[bool] = False
+    trains_teacher: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
@@ -51,7 +60,37 @@ class Method(nn.Module, ABC):
     def __call__(self, rows: Rows, progress: float = 1.0) -> dict[str, Tensor]:
         # losses are computed in float32 at least, also inside somebody's autocast
         with torch.autocast(rows.student.device.type, enabled=False):
-            return super().__call__(emptied(rows), progress)
+            return super().__call__(rows if rows.weight is None else emptied(rows), progress)
+
+    def compute(self, step: Step) -> list[BlockLoss]:
+        """Run both models on a micro-batch and reduce the terms of each block of its rows to a loss."""
+        return self.losses(step.forward(), step.progress, step.normalizer, step.chunking)
+
+    def losses(
+        self,
+        blocks: Sequence[Rows],
+        progress: float = 1.0,
+        normalizer: Mapping[str, Tensor | float] | None = None,
+        chunking: Chunking | None = None,
+    ) -> list[BlockLoss]:
+        """Compute the loss of each block of rows.
+
+        Blocks with one class are computed first, so that the policies keep the temperatures of a block with several.
+
+        Args:
+            normalizer: block name -> total weight of its rows in the optimizer step; None: these rows are the step.
+            chunking: how to compute large blocks in chunks; None: never.
+        """
+        losses: dict[int, BlockLoss] = {}
+        single_class = [rows.student.shape[1] <= 1 for rows in blocks]
+        for i in sorted(range(len(blocks)), key=single_class.__getitem__, reverse=True):
+            rows, weight = blocks[i], normalizer.get(blocks[i].name) if normalizer else None
+            if chunking and (chunking.always or (rows.student.numel() >= chunking.min_logits and rows.hard is None)):
+                losses[i] = chunking.compute(self, rows, progress, weight)
+            else:
+                terms = self(rows, progress)
+                losses[i] = BlockLoss(rows, total(terms, rows, rows_in_batch=weight), terms)
+        return [losses[i] for i in range(len(blocks))]
 
     def prepare(self, rows: Rows) -> None:
         """See one block of rows before the optimizer is made, to size what the method and its policies train."""
@@ -74,6 +113,9 @@ class Method(nn.Module, ABC):
     def feed(self, batches: Iterable[Any], teacher: Any) -> Iterable[Any]:
         """The training batches, for a method that has a say in them."""
         return batches
+
+    def meet(self, teacher: nn.Module | None) -> None:
+        """See the teacher's module, None where there is none, on its device and before any checkpoint is read."""
 
     def hyperparameters(self) -> dict[str, object]:
         """Constructor arguments by name, as records write them."""
@@ -105,11 +147,45 @@ class Method(nn.Module, ABC):
         return [p for p in self.policies().values() if isinstance(p, LearningPolicy)]
 
 
+class BlockLoss(NamedTuple):
+    """The loss of a block of rows.
+
+    Attributes:
+        rows: the block.
+        loss: (), the reduced terms, with gradient.
+        terms: name -> (N,), unreduced.
+        path: how chunks were computed (``kernels.chunked.Path``); None without chunks.
+    """
+
+    rows: Rows
+    loss: Tensor
+    terms: Mapping[str, Tensor]
+    path: Any = None
+
+
+class Chunking(NamedTuple):
+    """When and how to compute losses in chunks of rows.
+
+    Attributes:
+        compute: (method, rows, progress, normalizer) -> the block's loss.
+        min_logits: the smallest number of student logits to compute in chunks.
+        always: compute every block in chunks, however small.
+    """
+
+    compute: Callable[[Method, Rows, float, Tensor | float | None], BlockLoss]
+    min_logits: int
+    always: bool = False
+
+
 @dataclass
 class Step:
-    """One micro-batch as a step-owning method sees it: the models, the batch, and how to turn outputs into rows.
+    """One micro-batch: the models, their inputs, and how to turn outputs into rows.
 
-    ``attached`` is the teacher's answer with a gradient path, None where it has none.
+    Attributes:
+        normalizer: block name -> total weight of its rows in the optimizer step; {}: this micro-batch is the step.
+        chunking: how to compute the loss of large blocks in chunks; None: never.
+        rows: the last block of rows, set by ``forward``.
+        attached: the teacher's forward pass with gradient; None where it has none.
     """
 
     student: nn.Module
@@ -123,6 +199,8 @@ class Step:
     features: Callable[[], Mapping[str, tuple[Tensor, Tensor]]] | None = None
     rows: Rows | None = None
     attached: Callable[[Any, Tensor | None], Any] | None = None
+    normalizer: Mapping[str, Tensor | float] = field(default_factory=dict)
+    chunking: Chunking | None = None
 
     def answers(self, output: Any) -> Rows:
         """What one model said, as the student of rows without a teacher: so a teacher's logits may carry a gradient."""
@@ -153,22 +231,20 @@ def single(blocks: list[Rows]) -> Rows:
 
 
 class StepMethod(Method):
-    """A method that owns its step, for what rows alone cannot say: input gradients, a teacher that learns.
+    """A method that owns its step, for what rows alone cannot say: input gradients, a teacher that learns."""
 
-    Class attributes:
-        needs_double_backward: whether it takes derivatives within its step, and may go through them once more. The
-            engine refuses torch.compile, FSDP and fp16 with a loss scale, which cannot.
-        needs_live: whether it goes back through the teacher, so that stored answers do not do.
-        trains_teacher: whether its step changes the teacher's weights. ``meet`` shows it the module; its state_dict
-            then holds the teacher's weights and what trains them, and the engine remembers no answers.
-    """
+    owns_step = True
 
-    needs_double_backward: ClassVar[bool] = False
-    needs_live: ClassVar[bool] = False
-    trains_teacher: ClassVar[bool] = False
+    def compute(self, step: Step) -> list[BlockLoss]:
+        """Take the method's own step and reduce its terms to a loss.
 
-    def meet(self, teacher: nn.Module | None) -> None:
-        """See the teacher's module, None where there is none, on its device and before any checkpoint is read."""
+        Raises:
+            TypeError: if ``step()`` leaves ``step.rows`` empty.
+        """
+        terms = self.step(step)
+        if (rows := step.rows) is None:
+            raise TypeError(f"{type(self).__name__}.step() must fill step.rows; step.forward() does.")
+        return [BlockLoss(rows, total(terms, rows, rows_in_batch=step.normalizer.get(rows.name)), terms)]
 
     @abstractmethod
     def step(self, step: Step) -> Mapping[str, Tensor]:
@@ -186,13 +262,6 @@ def emptied(rows: Rows) -> Rows:
     hard = None if rows.hard is None else torch.where(rows.weight > 0, rows.hard, 0.0)
     student, teacher = (torch.where(kept, side, 0.0) for side in (rows.student, rows.teacher))
     return rows.with_(student=student, teacher=teacher, hard=hard)
-
-
-def asked(method: Callable[[Rows, float], Answer], blocks: Sequence[Rows], progress: float) -> list[Answer]:
-    """The method's answer on each block; those of one class come first, so that policies remember the others."""
-    order = sorted(range(len(blocks)), key=lambda i: blocks[i].student.shape[1] > 1)
-    answers = {i: method(blocks[i], progress) for i in order}
-    return [answers[i] for i in range(len(blocks))]
 
 
 @contextmanager

@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tempering.models.attention import attend
-from tempering.models.external import LIBRARIES, from_library
 from tempering.models.zoo import MODELS
 from tempering.utils.registry import lookup
 
@@ -33,11 +31,15 @@ def build(name: str, *, classes: int, channels: int = 3, pretrained: bool = Fals
         raise ValueError(f"a net needs classes >= 1 and channels >= 1; got classes={classes}, channels={channels}.")
     attention, name = parted(name)
     if attention:
+        from tempering.models.attention import attend
+
         net = build(name, classes=classes, channels=channels, pretrained=pretrained)
         blocks = attention.removeprefix("vam")
         return attend(net, blocks=int(blocks)) if blocks else attend(net)
     library, colon, inner = name.partition(":")
     if colon:
+        from tempering.models.external import LIBRARIES, from_library
+
         if library not in LIBRARIES:
             raise ValueError(f"nets of other libraries are {', '.join(f'{x}:NAME' for x in LIBRARIES)}; got {name!r}.")
         return from_library(library, inner, classes=classes, channels=channels, pretrained=pretrained)

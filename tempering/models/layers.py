@@ -29,7 +29,7 @@ def row_entropy(shares: Float[Tensor, "rows parts"]) -> Float[Tensor, " rows"]:
     return -(shares * shares.clamp_min(torch.finfo(shares.dtype).tiny).log()).sum(-1)
 
 
-class Staged(nn.Module):
+class Staged(nn.Sequential):
     """stem -> stage1 -> ... -> pool -> head; the shape all nets of the zoo have. ``stages`` names the stages."""
 
     stages: list[str]
@@ -41,12 +41,6 @@ class Staged(nn.Module):
         for name, stage in zip(self.stages, stages, strict=True):
             self.add_module(name, stage)
         self.pool, self.head = pool, head
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for name in self.stages:
-            x = getattr(self, name)(x)
-        return self.head(self.pool(x))
 
 
 def fan_out(net: nn.Module, *, head: float | None = None) -> nn.Module:

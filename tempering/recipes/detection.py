@@ -21,7 +21,7 @@ from tempering.data import Splits
 from tempering.data.coco import coco
 from tempering.data.synthetic_shapes import shapes
 from tempering.experiments.presets import arm_from, method_of, slug
-from tempering.methods.base import Method, StepMethod
+from tempering.methods.base import Method
 from tempering.methods.combine import Sum
 from tempering.methods.features.base import FeatureMethod
 from tempering.methods.logits.supervised import Supervised
@@ -173,7 +173,7 @@ def _facts(splits: Splits) -> dict[str, Any]:
 def _uses_logits(loss: Method) -> bool:
     """Whether a part of the method uses class logits: no method that owns its step, of features or of labels alone."""
     parts = [m for m in loss.modules() if isinstance(m, Method) and not isinstance(m, Sum | FeatureMethod | Supervised)]
-    return bool(parts) and not isinstance(loss, StepMethod)
+    return bool(parts) and not loss.owns_step
 
 
 def _new(name: str, *, classes: int, seed: int) -> Detector:

@@ -20,7 +20,7 @@ from torch import nn
 
 from tempering.data.glue import Sentences, read_glue, trained_tokenizer
 from tempering.experiments.presets import arm_from, method_of, slug
-from tempering.methods.base import Method, StepMethod
+from tempering.methods.base import Method
 from tempering.methods.logits.supervised import Supervised
 from tempering.tasks import TextClassification
 from tempering.training.config import TrainConfig
@@ -135,7 +135,7 @@ def main(
 
 def _may_remember(loss: Method, teacher_cache: bool) -> None:
     """Refuse stored answers of a teacher that the method goes back through or trains, before anything is trained."""
-    if teacher_cache and isinstance(loss, StepMethod) and loss.needs_live:
+    if teacher_cache and loss.needs_live:
         why = "trains its teacher" if loss.trains_teacher else "goes back through its teacher"
         raise ValueError(f"{type(loss).__name__} {why}, whose stored answers would not do: leave out --teacher-cache.")
 

@@ -26,7 +26,7 @@ from tempering.audits.base import answering, at_rest
 from tempering.data import cifar100
 from tempering.data.cifar import MEAN, STD
 from tempering.experiments.presets import arm_from, method_of, slug
-from tempering.methods import Method, StepMethod
+from tempering.methods import Method
 from tempering.models import Normalised, build, stages
 from tempering.rows import Rows
 from tempering.tasks import Classification
@@ -126,7 +126,7 @@ def main(
     arm, loss = arm_from(method, temperature), method_of(method, temperature)
     out = out or Path("runs/robust", f"{teacher}-{student}", f"{slug(arm.name)}-{config.seed}")
     # a third faster, also under attack; but a third slower if a method differentiates twice
-    channels_last = not (isinstance(loss, StepMethod) and loss.needs_live)
+    channels_last = not loss.needs_live
     read = partial(cifar100, data, batch_size=batch_size, test_subset=test_subset, pixels=True)
     splits = read(subset=subset, seed=config.seed, channels_last=channels_last)
     new = partial(_new, classes=splits.train.classes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from tempering.reports import figures, figures_analysis, figures_boxes, figures_
 from tempering.reports import text as words
 from tempering.reports.compare import Comparison, compare
 from tempering.reports.records import RunRecord, number
+from tempering.utils.files import write_atomic
 
 HERE = Path(__file__).parent
 LIMIT = 2_000_000  # bytes: what a mail takes and a browser opens at once
@@ -39,9 +39,7 @@ def write_page(
         )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(beside, path)
+    write_atomic(path, text)
     return path
 
 

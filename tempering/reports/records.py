@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tempering.reports.schema import misfit
+from tempering.utils.files import sha256_text, write_atomic
 
 FORMAT = 1
 # a path that starts at the root of a machine, up to its last part; not the slashes of an address or a relative path
@@ -162,9 +161,7 @@ def write_cell(path: str | Path, cell: Mapping[str, Any]) -> Path:
     path = Path(path)
     _check_seal(cell, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(canonical(cell) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_atomic(path, canonical(cell) + "\n")
     return path
 
 
@@ -199,7 +196,7 @@ def _record(source: Path, content: Mapping[str, Any], path: Path) -> RunRecord:
 
 def _hash(content: Mapping[str, Any]) -> str:
     unsealed = {key: value for key, value in content.items() if key != "sha256"}
-    return hashlib.sha256(canonical(unsealed).encode()).hexdigest()
+    return sha256_text(canonical(unsealed))
 
 
 def _check_seal(cell: Mapping[str, Any], path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tempering.rollouts.sampling import Sampling, asked_for, write
 from tempering.rows import UNLABELLED
-from tempering.utils.tensors import on
+from tempering.utils.tensors import to_device
 
 WORD = re.compile(r"[a-z0-9]+")
 ANSWER = re.compile(r"####\s*([^\n]*)")
@@ -56,7 +56,7 @@ class Graded:
         device = next((p.device for p in student.parameters()), torch.device("cpu"))
         grades = []
         for batch in batches:
-            batch = on(device, dict(batch))
+            batch = to_device(dict(batch), device)
             prompts, source = asked_for(student, batch, self.prompt)
             own: dict[str, Any] = {"length": self.length, "eos": self.eos, "pad": self.pad, "vocabulary": vocabulary}
             made, _ = write(student, None, prompts, source=source, drawn=Sampling(temperature=0.0), **own)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tempering.rows import Rows, widened
 from tempering.tasks.base import Task
-from tempering.utils.tensors import on
+from tempering.utils.tensors import to_device
 
 BINS = 15  # of the reliability diagram and of the calibration error, equal width
 Teaches = Callable[[Any, Tensor | None], Any]
@@ -119,7 +119,7 @@ def collect(task: Task, student: nn.Module, batches: Iterable[Any], teacher: Tea
     student.eval()
     try:
         for batch in batches:
-            batch = on(device, batch)
+            batch = to_device(batch, device)
             student_in, teacher_in, ids = task.inputs(batch)
             said = widened(_logits(student(student_in), "student")).cpu()
             taught = None if teacher is None else widened(_logits(teacher(teacher_in, ids), "teacher")).cpu()

@@ -13,7 +13,7 @@ from tempering.models.detector import Detected, Detector, detections
 from tempering.rows import UNLABELLED, Rows, widened
 from tempering.tasks.average_precision import average_precision
 from tempering.tasks.base import Task
-from tempering.utils.tensors import on
+from tempering.utils.tensors import to_device
 
 Teaches = Callable[[Any, Tensor | None], Any]
 FOUND = 0.5  # IoU from which a box is the teacher's one
@@ -197,7 +197,7 @@ def collect(
     student.eval()
     try:
         for batch in batches:
-            batch = on(device, batch)
+            batch = to_device(batch, device)
             student_in, teacher_in, ids = task.inputs(batch)
             size = tuple(batch["images"].shape[2:])
             said = _detected(student(student_in), "student")
@@ -205,8 +205,8 @@ def collect(
             taught = None if teacher is None else _detected(teacher(teacher_in, ids), "teacher")
             out["classes"] = said.logits.shape[-1] - (not said.sigmoid)
             for name, answer in (("student", said), ("teacher", taught)):
-                out[name] += [] if answer is None else on(torch.device("cpu"), detections(answer, size))
-            out["truth"] += on(torch.device("cpu"), list(batch["targets"]))
+                out[name] += [] if answer is None else to_device(detections(answer, size), "cpu")
+            out["truth"] += to_device(list(batch["targets"]), "cpu")
             out["images"] += list(batch["images"][: max(0, pictures - len(out["images"]))].cpu())
     finally:
         student.train(training)

@@ -15,7 +15,7 @@ from tempering.rollouts.scoring import Graded
 from tempering.rows import UNLABELLED, Rows, widened
 from tempering.tasks.base import Task
 from tempering.teachers.outputs import Hidden, Sparse, Taught, bucketed
-from tempering.utils.tensors import on
+from tempering.utils.tensors import to_device
 
 NO_INPUTS = {"labels", "ids", "learn", "replaced", "private", "taught"}
 OPTIONAL = ("use_cache", "position_ids")  # what a model that does not name them goes without
@@ -122,7 +122,7 @@ class Generation(Task):
         student.eval()
         try:
             for batch in batches:
-                batch = on(device, dict(batch))
+                batch = to_device(dict(batch), device)
                 student_in, teacher_in, ids = self.inputs(batch)
                 said = student(student_in)
                 taught = None if teacher is None else teacher(teacher_in, ids)

@@ -10,6 +10,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from tempering.utils.files import sha256_text
+from tempering.utils.tensors import tensor_bytes
+
 
 class Teacher(ABC):
     """Where the teacher's numbers come from. Never a module, so never a part of what is trained."""
@@ -61,7 +64,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor):
             digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            digest.update(tensor_bytes(value))
         else:
             digest.update(f"{name}: {value!r}\n".encode())
     return digest.hexdigest()
@@ -69,4 +72,4 @@ def fingerprint(model: nn.Module) -> str:
 
 def key_digest(key: dict[str, Any]) -> str:
     """sha256 of a JSON-able key, in hexadecimal."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return sha256_text(json.dumps(key, sort_keys=True))

@@ -16,7 +16,7 @@ from tempering.rows import widened
 from tempering.teachers.base import Teacher, fingerprint, key_digest
 from tempering.teachers.outputs import Taught
 from tempering.utils.device import compiled, keeping
-from tempering.utils.tensors import each
+from tempering.utils.tensors import map_tensors
 
 FOLDED = ((nn.Conv1d, nn.BatchNorm1d), (nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -71,6 +71,7 @@ class Live(Teacher):
         if self._images_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self._model = model.eval().requires_grad_(False)
+        self._converts_inputs = self._images_last or self._dtype is not None or self.device is not None
         self._modules = list(model.modules())
         if self.device is not None:
             self._model.to(self.device)
@@ -97,11 +98,12 @@ class Live(Teacher):
     def attached(self, inputs: Any, ids: Tensor | None = None) -> Any:
         if any(module.training for module in self._modules):
             self._back_to_eval()
-        answer = each(self._forward(each(inputs, self._prepared)), _widened)
+        answer = self._forward(map_tensors(inputs, self._prepared) if self._converts_inputs else inputs)
+        answer = widened(answer) if isinstance(answer, Tensor) else map_tensors(answer, widened)
         if self.device is None:
             return answer
         here = next(x.device for x in tree_leaves(inputs) if isinstance(x, Tensor))
-        return each(answer, lambda x: x.to(here))
+        return map_tensors(answer, lambda x: x.to(here))
 
     def _prepared(self, x: Tensor) -> Tensor:
         x = x if self.device is None else x.to(self.device, non_blocking=True)
@@ -118,10 +120,6 @@ class Live(Teacher):
                 "it a part of the student, or does a callback call .train() on everything?",
                 stacklevel=4,
             )
-
-
-def _widened(x: Tensor) -> Tensor:
-    return widened(x) if x.is_floating_point() else x
 
 
 def _convolves(model: nn.Module) -> bool:

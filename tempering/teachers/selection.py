@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -12,10 +12,6 @@ from torch import Tensor, nn
 from tempering.rows import widened
 from tempering.teachers.base import Teacher, key_digest
 from tempering.teachers.outputs import Sparse
-
-if TYPE_CHECKING:
-    pass
-
 
 NEVER = -1e4  # the log-probability of a token that is kept for its label's sake: exp() of it is exactly 0
 
@@ -88,12 +84,22 @@ def counted(
     counts = torch.zeros_like(ids, dtype=dtype).scatter_add_(-1, group, torch.ones_like(ids, dtype=dtype))
     unique = torch.zeros_like(ids).scatter_(-1, group, ids)
     counts, order = counts.sort(dim=-1, descending=True, stable=True)
-    unique, logp = unique.gather(-1, order), (counts / samples).log()
+    return shares(unique.gather(-1, order), counts, samples, besides=besides)
+
+
+def shares(
+    ids: Int[Tensor, "*N K"], counts: Float[Tensor, "*N K"], samples: int, *, besides: Int[Tensor, "*N"] | None = None
+) -> Sparse:
+    """Return tokens that were drawn ``counts`` times in ``samples`` draws, a count of 0 for none, as ``Sparse``.
+
+    ``besides`` is kept as well, behind the others: K is then K + 1.
+    """
+    logp = (counts / samples).log()
     if besides is not None:
-        known = ((unique == besides[..., None]) & (counts > 0)).any(-1, keepdim=True)
+        known = ((ids == besides[..., None]) & (counts > 0)).any(-1, keepdim=True)
         extra = torch.full_like(logp[..., :1], NEVER).masked_fill(known, -torch.inf)
-        unique, logp = torch.cat((unique, besides[..., None]), -1), torch.cat((logp, extra), -1)
-    return Sparse(unique, logp, torch.full_like(logp[..., 0], -torch.inf))
+        ids, logp = torch.cat((ids, besides[..., None]), -1), torch.cat((logp, extra), -1)
+    return Sparse(ids, logp, torch.full_like(logp[..., 0], -torch.inf))
 
 
 class Kept(Teacher):

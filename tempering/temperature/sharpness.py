@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tempering.rows import Rows, widened
 from tempering.temperature.base import Policy, Temperatures, positive
-from tempering.utils.override import fusable
+from tempering.utils.override import OVERRIDES
 from tempering.utils.search_space import Temperature
 
 Solve = Literal["exact", "std", "max", "published"]
@@ -75,24 +75,23 @@ class Sharpness(Policy):
         return self.at(self.tau, rows, progress)
 
     def at(self, tau: float, rows: Rows, progress: float) -> Temperatures:
-        with torch.autocast(rows.student.device.type, enabled=False), torch.set_grad_enabled(self._follows(rows)):
+        follows = self.attached and rows.student.requires_grad and torch.is_grad_enabled()
+        with torch.autocast(rows.student.device.type, enabled=False), torch.set_grad_enabled(follows):
             found = solve_delta(rows.teacher, rows.student, tau=tau, solve=self.solve, reach=self.reach)
         weighs = True if rows.weight is None else (rows.weight > 0).unsqueeze(1)
         self.counts = {"fallback": (found.fallback & weighs).sum(), "clamped": (found.clamped & weighs).sum()}
-        self._warn_once(len(rows))
+        if self.solve == "published" and not self.warned:
+            self._warn_once(len(rows))
         return Temperatures(tau - found.delta, tau + found.delta)
 
     def report(self) -> dict[str, Tensor]:
         """Rows of the last call that fell back to tau, and rows held at the reach."""
         return dict(self.counts)
 
-    def _follows(self, rows: Rows) -> bool:
-        return self.attached and rows.student.requires_grad and torch.is_grad_enabled()
-
     def _warn_once(self, rows: int) -> None:
         # looked at on the CPU alone: on a device the look would wait for it, and report() is logged there anyway
         fallback = self.counts["fallback"]
-        if self.warned or self.solve != "published" or fallback.device.type != "cpu" or not int(fallback):
+        if fallback.device.type != "cpu" or not int(fallback):
             return
         self.warned = True
         warnings.warn(
@@ -110,11 +109,12 @@ class Solution(NamedTuple):
     clamped: Bool[Tensor, "N 1"]
 
 
-@fusable
 def solve_delta(
     teacher: Float[Tensor, "N C"], student: Float[Tensor, "N C"], *, tau: float, solve: Solve, reach: float
 ) -> Solution:
     """The delta a row by which the temperatures part, and what had to be done to get it."""
+    if not torch.compiler.is_compiling() and (fast := OVERRIDES.get().get("solve_delta")):
+        return fast(teacher, student, tau=tau, solve=solve, reach=reach)
     u, v = widened(teacher), widened(student)
     if solve == "published":
         x, y = u.amax(-1, keepdim=True), v.amax(-1, keepdim=True)
@@ -147,9 +147,10 @@ class Centred(NamedTuple):
     """whether the row is constant"""
 
 
-@fusable
 def centred(z: Float[Tensor, "N C"]) -> Centred:
     """Each row's valid logits less their mean; classes of minus infinity are not valid."""
+    if not torch.compiler.is_compiling() and (fast := OVERRIDES.get().get("centred")):
+        return fast(z)
     valid = ~torch.isneginf(z)
     n = valid.to(z.dtype).sum(-1, keepdim=True).clamp_min(1.0)
     finite = torch.where(valid, z, 0.0)
@@ -218,9 +219,10 @@ def _exact(
     return Solution(delta, flat, held)
 
 
-@fusable
 def _sharpness(z: Tensor, T: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     """logsumexp(z / T) and minus its derivative in T, E_p[z] / T^2, (N, 1) each; ``top`` is the row's largest z."""
+    if not torch.compiler.is_compiling() and (fast := OVERRIDES.get().get("_sharpness")):
+        return fast(z, T, top)
     e = ((z - top) / T).exp()
     mass = e.sum(-1, keepdim=True)
     return top / T + mass.log(), (e * z).sum(-1, keepdim=True) / (mass * T.square())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import random
 import re
 import shutil
@@ -15,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from tempering.utils import files
 
 NAME = "step-{:08d}"
 OLD = ".replaced"  # a checkpoint that makes way for a newer one of its step
@@ -42,9 +42,9 @@ def save(folder: Path, step: int, state: Mapping[str, Any], *, keep: int = 2) ->
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
-        _write_tensors(beside / TENSORS, tensors)
-        record = {"format": FORMAT, "step": step, TENSORS: _sha256(beside / TENSORS), "state": plain}
-        _write(beside / STATE, json.dumps({**record, "sha256": _digest(record)}).encode())
+        files.write_file(beside / TENSORS, _tensor_bytes(tensors))
+        record = {"format": FORMAT, "step": step, TENSORS: files.sha256_file(beside / TENSORS), "state": plain}
+        files.write_file(beside / STATE, json.dumps({**record, "sha256": _digest(record)}).encode())
         if place.is_dir():
             shutil.rmtree(old, ignore_errors=True)
             place.rename(old)
@@ -99,23 +99,20 @@ def read(place: Path) -> dict[str, Any]:
         raise ValueError(f"{STATE} is not as it was written (edited)")
     if record["format"] != FORMAT:
         raise ValueError(f"its format is {record['format']!r}, and this version reads {FORMAT}")
-    if _sha256(place / TENSORS) != record[TENSORS]:
+    if files.sha256_file(place / TENSORS) != record[TENSORS]:
         raise ValueError(f"{TENSORS} is not as it was written (truncated or edited)")
     return _whole(record["state"], _read_tensors(place / TENSORS))
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Weights alone as one safetensors file, written beside and renamed.
+    """Write weights alone as one safetensors file, atomically.
 
     Raises:
         OSError: when it cannot be written; an older file stays.
     """
-    beside = path.with_name(path.name + ".partial")
     try:
-        _write_tensors(beside, {name: t.detach() for name, t in tensors.items()})
-        beside.replace(path)
+        files.write_atomic(path, _tensor_bytes({name: t.detach() for name, t in tensors.items()}), fsync=True)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise _unwritten(f"the weights {path.name}", tensors, path.parent, error) from error
 
 
@@ -217,11 +214,11 @@ def _whole(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return [_whole(item, tensors) for item in value["list"]]
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     from safetensors.torch import save as to_bytes
 
     # clone: safetensors refuses tensors that share memory, and tied weights do
-    _write(path, to_bytes({name: t.cpu().contiguous().clone() for name, t in tensors.items()}))
+    return to_bytes({name: t.cpu().contiguous().clone() for name, t in tensors.items()})
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -243,17 +240,5 @@ def _unwritten(what: str, tensors: Mapping[str, Tensor], folder: Path, error: OS
     )
 
 
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _digest(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return files.sha256_text(json.dumps(record))

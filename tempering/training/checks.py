@@ -1,4 +1,4 @@
-"""Checks of a run before it starts."""
+"""Checks of models, method and config before a run starts."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 if TYPE_CHECKING:
-    from tempering.methods.base import StepMethod
+    from tempering.methods.base import Method
     from tempering.teachers.base import Teacher
     from tempering.training.config import TrainConfig
 
 
-def apart(student: nn.Module, teacher: Teacher | None) -> None:
-    """Refuse a student with nothing to train, or one that is a part of its teacher or has it as a part.
+def check_models_are_distinct(student: nn.Module, teacher: Teacher | None) -> None:
+    """Check that the student has something to train and that neither model contains the other.
 
     Raises:
-        ValueError: saying which.
+        ValueError: if one of them contains the other, or no parameter of the student requires grad.
     """
     model = None if teacher is None else teacher.model
     if model is not None and (model in student.modules() or student in model.modules()):
@@ -28,11 +28,11 @@ def apart(student: nn.Module, teacher: Teacher | None) -> None:
         raise ValueError("the student has no parameter that requires grad: there is nothing to train.")
 
 
-def fits(method: StepMethod, teacher: Teacher | None, settings: TrainConfig) -> None:
-    """Refuse a setting or a teacher with which a method that owns its step cannot work.
+def validate_step_method(method: Method, teacher: Teacher | None, config: TrainConfig) -> None:
+    """Check that teacher and config allow the gradients that the method takes within its step.
 
     Raises:
-        ValueError: saying which, and what to do.
+        ValueError: for a teacher without gradient, or an option that rules out a second derivative.
     """
     owner = type(method).__name__
     if method.needs_live and (teacher is None or teacher.model is None):
@@ -41,13 +41,13 @@ def fits(method: StepMethod, teacher: Teacher | None, settings: TrainConfig) -> 
             "no gradient. Give the model itself: teachers.Live(model)."
         )
     if method.needs_double_backward:
-        cannot = {
-            f"compile={settings.compile!r}": bool(settings.compile),
-            "strategy='fsdp'": settings.strategy == "fsdp",
-            "precision='16-mixed'": settings.precision == "16-mixed",
+        options = {
+            f"compile={config.compile!r}": bool(config.compile),
+            "strategy='fsdp'": config.strategy == "fsdp",
+            "precision='16-mixed'": config.precision == "16-mixed",
         }
-        if found := [name for name, here in cannot.items() if here]:
+        if unsupported := [name for name, is_set in options.items() if is_set]:
             raise ValueError(
-                f"{owner} takes derivatives within its step, which does not go with {', '.join(found)}. Leave it out; "
-                "strategy='ddp' and precision='bf16-mixed' work."
+                f"{owner} takes derivatives within its step, which does not go with {', '.join(unsupported)}. Leave "
+                "it out; strategy='ddp' and precision='bf16-mixed' work."
             )

@@ -115,7 +115,7 @@ class TrainConfig:
 
 
 @dataclass
-class At:
+class TrainState:
     """Training progress, saved in checkpoints beside weights and random states."""
 
     step: int = 0

@@ -14,7 +14,7 @@ from tempering.methods.base import Method
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.training.config import Precision, Run, TrainConfig
-from tempering.training.trainer import Loop
+from tempering.training.trainer import Trainer
 
 __all__ = ["SGD", "Optimizer", "Run", "TrainConfig", "distill", "make_trainer"]
 
@@ -88,7 +88,7 @@ def distill(
     Raises:
         ValueError: for options that do not fit together, a method whose loss a split of the step would change, or an
             ``out`` that holds another run.
-        SelfCheckFailed: if the first batch shows that the run would be wrong.
+        SelfCheckError: if the first batch shows that the run would be wrong.
         BrokenCheckpoint: if the newest checkpoint is truncated or edited.
         FloatingPointError: if the loss is NaN or infinite.
         OSError: if there is no space for a checkpoint; the earlier ones stay.
@@ -147,7 +147,7 @@ def make_trainer(
     folder: str | Path | None,
     loggers: Sequence[Any] = (),
     on_step: Callable[[int, Tensor], None] | None = None,
-) -> Loop:
+) -> Trainer:
     """The trainer of a run, ready to ``check()`` or ``run()``; the teacher as a Teacher, the task with its models.
 
     Raises:
@@ -155,9 +155,20 @@ def make_trainer(
     """
     config.validate()
     source = as_teacher(teacher, method, batches)
-    trainer = Loop(student, source, method, _prepared(task, student, source), config, folder=folder, on_step=on_step)
-    trainer.set_up(batches, optimizer, schedule, loggers, evaluations=evaluations)
-    return trainer
+    return Trainer(
+        student,
+        source,
+        method,
+        _prepared(task, student, source),
+        batches,
+        optimizer=optimizer,
+        schedule=schedule,
+        evaluations=evaluations,
+        config=config,
+        folder=folder,
+        loggers=loggers,
+        on_step=on_step,
+    )
 
 
 def as_teacher(teacher: nn.Module | Teacher | None, method: Method, batches: Iterable[Any]) -> Teacher | None:

@@ -1,4 +1,4 @@
-"""What the processes of one run owe each other: the same start, whole steps, shared gradients and means."""
+"""Collective operations used by the trainer."""
 
 from __future__ import annotations
 
@@ -8,57 +8,56 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tempering.methods.base import Method, StepMethod
+from tempering.methods.base import Method
 from tempering.rows import widened
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
-def refuse_split(method: Method, *, accumulate: int = 1, world: int = 1) -> None:
-    """Refuse what would change a loss, or what is learned, by splitting a step.
+def check_splittable(method: Method, *, accumulate: int = 1, world: int = 1) -> None:
+    """Check that splitting a step into micro-batches or over processes does not change the loss or what is learned.
 
     Raises:
-        ValueError: for a relational method, or one that trains the teacher, in several micro-batches or processes; or
-            for a learning policy in several processes.
+        ValueError: for a method that compares rows or trains the teacher, in several micro-batches or processes; or
+            for an adaptive policy in several processes.
     """
-    if isinstance(method, StepMethod) and method.trains_teacher and max(accumulate, world) > 1:
-        split, whole = ("accumulate", accumulate) if accumulate > 1 else ("devices", world)
+    split, parts = ("accumulate", accumulate) if accumulate > 1 else ("devices", world)
+    if method.trains_teacher and parts > 1:
         raise ValueError(
             f"{type(method).__name__} lets the teacher learn from each batch before the student does, which {split}="
-            f"{whole} would change. Use {split}=1."
+            f"{parts} would change. Use {split}=1."
         )
-    if method.is_relational() and max(accumulate, world) > 1:
-        split, whole = ("accumulate", accumulate) if accumulate > 1 else ("devices", world)
+    if parts > 1 and method.is_relational():
         raise ValueError(
             f"{type(method).__name__} compares rows with each other, so its loss depends on how a step is split: "
-            f"{split}={whole} would change it. Use {split}=1 and smaller batches, or a method over single rows."
+            f"{split}={parts} would change it. Use {split}=1 and smaller batches, or a method over single rows."
         )
-    if world > 1 and (learners := method.learners()):
+    if world > 1 and (adaptive := method.learners()):
         raise ValueError(
-            f"{', '.join(type(p).__name__ for p in learners)} learns from what a step did to the rows of its own "
+            f"{', '.join(type(p).__name__ for p in adaptive)} learns from what a step did to the rows of its own "
             f"process, so {world} processes would learn {world} different temperatures. Use devices=1, or another "
             "policy."
         )
 
 
 @torch.no_grad()
-def alike(module: nn.Module, fabric: Fabric) -> None:
-    """Give every process the first one's parameters and buffers."""
+def broadcast_parameters(module: nn.Module, fabric: Fabric) -> None:
+    """Broadcast parameters and buffers from rank 0."""
     if fabric.world_size == 1:
         return
     for value in (*module.parameters(), *module.buffers()):
-        held = value.to(fabric.device).contiguous()
-        torch.distributed.broadcast(held, src=0)
-        value.copy_(held)
+        tensor = value.to(fabric.device).contiguous()
+        torch.distributed.broadcast(tensor, src=0)
+        value.copy_(tensor)
 
 
-def whole_mass(masses: list[Mapping[str, Tensor | float]], fabric: Fabric) -> dict[str, Tensor | float]:
-    """Block name -> weight of its rows in the whole step, from this process's micro-batches."""
+def global_row_weights(weights: list[Mapping[str, Tensor | float]], fabric: Fabric) -> dict[str, Tensor | float]:
+    """Sum the weights of rows over micro-batches and ranks: block name -> total weight in the optimizer step."""
     summed: dict[str, Any] = {}
-    for batch in masses:
-        for name, mass in batch.items():
-            summed[name] = summed.get(name, 0.0) + mass
+    for batch in weights:
+        for name, weight in batch.items():
+            summed[name] = summed.get(name, 0.0) + weight
     if fabric.world_size == 1:
         return summed
     names = sorted(summed)
@@ -67,8 +66,8 @@ def whole_mass(masses: list[Mapping[str, Tensor | float]], fabric: Fabric) -> di
     return dict(zip(names, stacked.unbind(), strict=True))  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def share_gradients(method: nn.Module, fabric: Fabric) -> None:
-    """Average the gradients of what the strategy does not wrap, as it does with the student's."""
+def all_reduce_gradients(method: nn.Module, fabric: Fabric) -> None:
+    """Average the method's gradients over ranks, as the strategy averages the student's."""
     if fabric.world_size > 1:
         for p in method.parameters():
             if p.requires_grad:
@@ -77,36 +76,39 @@ def share_gradients(method: nn.Module, fabric: Fabric) -> None:
 
 
 @torch.no_grad()
-def clip(optimizer: Any, fabric: Fabric, *, max_norm: float) -> None:
-    """Scale all gradients down together to this norm, those in parts on several ranks (FSDP) and those whole.
+def clip_grad_norm(optimizer: Any, fabric: Fabric, max_norm: float) -> None:
+    """Clip the total norm of all gradients, sharded (FSDP) and unsharded ones together.
 
-    A norm that is not finite scales them to NaN, which fp16's scaler has seen by then and skips.
+    A norm that is not finite makes them NaN; the loss scaler of fp16 has found the overflow by then and skips the step.
     """
     from torch.distributed.tensor import DTensor
 
-    def here(x: Tensor, whole: bool) -> Tensor:
-        return (x.full_tensor() if whole else x.to_local()) if isinstance(x, DTensor) else x
+    def local(x: Tensor) -> Tensor:
+        return x.to_local() if isinstance(x, DTensor) else x
+
+    def full(x: Tensor) -> Tensor:
+        return x.full_tensor() if isinstance(x, DTensor) else x
 
     fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     kinds = ([g for g in grads if isinstance(g, DTensor)], [g for g in grads if not isinstance(g, DTensor)])
-    norms = [widened(here(torch.nn.utils.get_total_norm(kind), True)) for kind in kinds if kind]
+    norms = [widened(full(torch.nn.utils.get_total_norm(kind))) for kind in kinds if kind]
     if norms:
         factor = (max_norm / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
         for g in grads:
-            here(g, False).mul_(factor)
+            local(g).mul_(factor)
 
 
-def mean_over_ranks(value: float, fabric: Fabric) -> float:
-    """The processes' mean of a number that each has its own of."""
+def all_reduce_mean(value: float, fabric: Fabric) -> float:
+    """Average a number over ranks."""
     if fabric.world_size == 1:
         return value
     tensor = torch.tensor(value, device=fabric.device, dtype=torch.float64)
     return float(fabric.all_reduce(tensor, reduce_op="mean"))  # pyright: ignore[reportArgumentType]
 
 
-def of_every_rank(value: Any, fabric: Fabric) -> list[Any]:
-    """What every process has here, in the order of ranks."""
+def all_gather_objects(value: Any, fabric: Fabric) -> list[Any]:
+    """Gather a picklable object from every rank, in the order of ranks."""
     if fabric.world_size == 1:
         return [value]
     out: list[Any] = [None] * fabric.world_size

@@ -18,7 +18,7 @@ from tempering.training.config import Run, TrainConfig
 from tempering.training.distill import SGD, Optimizer, make_trainer
 from tempering.training.pretrained import LogitCache, is_trained, model_folder, train_or_load
 from tempering.training.selfcheck import Checked
-from tempering.training.trainer import Loop
+from tempering.training.trainer import Trainer
 
 Weights = Literal["trained", "present", "random"]  # train the teacher if it is not trained; raise; do without
 
@@ -87,7 +87,7 @@ class Experiment:
 
         Raises:
             ValueError: for what ``run()`` would refuse.
-            SelfCheckFailed: if the first batch shows that the run would be wrong.
+            SelfCheckError: if the first batch shows that the run would be wrong.
         """
         self._set_threads()
         checked = self.with_teacher("random")._trainer(None).check()
@@ -146,7 +146,7 @@ class Experiment:
         """The batches by the name of their split."""
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
-    def _trainer(self, folder: Path | None) -> Loop:
+    def _trainer(self, folder: Path | None) -> Trainer:
         return make_trainer(
             self.student,
             self.made_teacher,

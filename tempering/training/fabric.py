@@ -1,4 +1,4 @@
-"""Lightning Fabric: launch, precision, loggers, memory."""
+"""Set up Lightning Fabric: strategy, precision, and loggers."""
 
 from __future__ import annotations
 
@@ -14,22 +14,17 @@ from tempering.utils.device import warn_of_imitated_bf16
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-    from tempering.methods.base import StepMethod
-
-
 LOGGERS = ("tensorboard", "csv", "wandb")
-
-
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true")
 
 
 def fabric_for(
     *, accelerator: str, devices: int | str, strategy: str, precision: str, loggers: Sequence[Any], folder: Any
 ) -> Fabric:
-    """A launched Fabric; ``strategy="fsdp"`` is torch's FSDP2, which runs on the CPU too.
+    """Launch Fabric; ``strategy="fsdp"`` is torch's FSDP2, which also runs on the CPU.
 
     Raises:
-        ValueError: for a precision or a logger that there is not.
+        ValueError: for an unknown precision or logger.
     """
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.precision.double import DoublePrecision
@@ -41,7 +36,7 @@ def fabric_for(
         raise ValueError("precision='16-mixed' needs a GPU; on a CPU use 'bf16-mixed' or '32-true'.")
     chosen: Any = strategy
     double = DoublePrecision()
-    double.convert_output = _as_it_is  # Fabric goes back to float32, and the loss would be computed there
+    double.convert_output = _identity  # Fabric casts outputs to float32, and the loss would be computed in it
     if strategy == "fsdp":
         count = devices if isinstance(devices, int) and devices > 0 else "auto"
         chosen = ModelParallelStrategy(parallelize_fn=_fully_shard, data_parallel_size=count, tensor_parallel_size=1)
@@ -58,12 +53,12 @@ def fabric_for(
     return fabric
 
 
-def _as_it_is(data: Any) -> Any:
+def _identity(data: Any) -> Any:
     return data
 
 
 def _fully_shard(model: nn.Module, mesh: Any) -> nn.Module:
-    """FSDP2 on every direct child that has parameters, then on the whole."""
+    """Apply FSDP2 to every direct child that has parameters, then to the model."""
     from torch.distributed.fsdp import fully_shard
 
     for child in model.children():
@@ -91,7 +86,7 @@ def _logger(wanted: Any, folder: Any) -> Any:
 
         if wanted == "tensorboard":
             return TensorBoardLogger(root_dir=folder, name="logs", version=wanted)
-        # a file for each time that the run was started: Fabric's logger removes what it finds
+        # one file per start of the run, because Fabric's logger removes existing ones
         taken = len(list(Path(folder, "logs").glob("csv*")))
         version = f"csv-{taken + 1}" if taken else "csv"
         return CSVLogger(root_dir=folder, name="logs", version=version, flush_logs_every_n_steps=1)
@@ -99,20 +94,19 @@ def _logger(wanted: Any, folder: Any) -> Any:
         raise ImportError(f'the logger {wanted!r} is not installed: pip install "tempering[{wanted}]"') from error
 
 
-def may_differentiate(model: Any, method: StepMethod) -> None:
-    """Let a method take derivatives of the wrapped model by itself.
+def allow_double_backward(model: Any) -> None:
+    """Allow derivatives of a model wrapped by Fabric other than by ``fabric.backward()``.
 
-    Fabric's hook on every output would refuse any way back but fabric.backward(), for the sake of a loss scale.
+    Fabric's hook on every output rejects them, because they would bypass a loss scale.
     """
-    if method.needs_double_backward:
-        vars(model)["_register_backward_hook"] = _as_it_is
+    vars(model)["_register_backward_hook"] = _identity
 
 
 def peak_mb(device: torch.device) -> float:
-    """The most memory held so far, in MB: of the device's allocator, or of this process."""
+    """Peak memory in MB: of the CUDA allocator, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    try:  # getrusage would count what the process held that started this one
+    try:  # getrusage would include the memory of the parent process
         line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:"))
         return int(line.split()[1]) / 1024
     except (OSError, StopIteration):

@@ -1,4 +1,4 @@
-"""Paired student and teacher features."""
+"""Features of student and teacher, paired by name."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ if TYPE_CHECKING:
     from tempering.utils.hooks import Taps
 
 
-class Tapped:
-    """The features of both models' last forwards, by the names a task gives them."""
+class PairedFeatures:
+    """The features that both models computed in their last forward passes, by the names that the task gives them."""
 
     def __init__(self, student: Taps, teacher: Taps, names: Mapping[str, tuple[str, str]]) -> None:
         self.student, self.teacher, self.names = student, teacher, names
 
     @classmethod
-    def between(
+    def from_models(
         cls, student: nn.Module, teacher: Teacher | None, names: Mapping[str, tuple[str, str]]
-    ) -> Tapped | None:
-        """Taps on both; None where nothing is named.
+    ) -> PairedFeatures | None:
+        """Register hooks on both models.
+
+        Args:
+            names: name -> (the student's module, the teacher's module).
+
+        Returns:
+            None if no features are named.
 
         Raises:
             ValueError: for a teacher without a live module, which has no features.
@@ -40,5 +46,5 @@ class Tapped:
         return cls(sides[0].__enter__(), sides[1].__enter__(), names)
 
     def features(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """name -> (student's, teacher's) of the last forwards."""
+        """Name -> (the student's, the teacher's) features of the last forward passes; the teacher's are detached."""
         return {name: (self.student[s], self.teacher[t].detach()) for name, (s, t) in self.names.items()}

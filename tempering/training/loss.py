@@ -1,59 +1,33 @@
-"""From blocks of rows to their losses: the plain way, or by chunks where the rows are many."""
+"""Losses computed in chunks of rows, for blocks with many logits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
-
 from torch import Tensor
 
-from tempering.methods.base import Method, asked
-from tempering.rows import Rows, total
+from tempering.methods.base import BlockLoss, Chunking, Method
+from tempering.rows import Rows
 
-MANY = 2**22  # logits of one side from which on chunks save memory and cost no time
-
-
-class Loss(NamedTuple):
-    """A block's loss, (), its terms, {name: (N,)}, and the ``Path`` of ``kernels`` that ran, None for the plain way."""
-
-    loss: Tensor
-    terms: Mapping[str, Tensor]
-    path: Any = None
+MIN_LOGITS = 2**22  # of the student, from which on chunks save memory and cost no time
 
 
-def losses_of(
-    method: Method,
-    blocks: Sequence[Rows],
-    progress: float,
-    mass: Mapping[str, Tensor | float] | None = None,
-    *,
-    chunks: bool | None = None,
-) -> list[Loss]:
-    """The loss of each block: its rows' terms over ``mass``, the weight of the whole step by the block's name.
+def chunking_for(method: Method, chunks: bool | None = None) -> Chunking | None:
+    """How to compute the method's losses in chunks; None: not in chunks.
 
     Args:
-        chunks: True for ``kernels.chunked``, whose gradient is made on the way; False for the plain way; None for
-            chunks where there are 2^22 logits and more, and the method allows it.
-
-    Raises:
-        ValueError: with chunks=True, for a method or rows that cannot be taken in chunks.
+        chunks: True for ``kernels.chunked`` always, which raises a ValueError for a method or rows that it cannot
+            compute; False for never; None for blocks of 2^22 logits or more, if every row's terms depend on that row
+            alone and no policy adapts after the step.
     """
-    apart = chunks if chunks is not None else not (method.is_relational() or method.learners())
-
-    def one(rows: Rows, progress: float) -> Loss:
-        whole = (mass or {}).get(rows.name)
-        if apart and (chunks or (rows.student.numel() >= MANY and rows.hard is None)):
-            # here, since it loads torch's compilers
-            from tempering.kernels.chunked import chunked
-
-            return Loss(*chunked(method, rows, progress, rows_in_batch=whole))
-        terms = method(rows, progress)
-        return Loss(total(terms, rows, rows_in_batch=whole), terms)
-
-    return asked(one, blocks, progress)
+    if chunks is None:
+        independent = not (method.owns_step or method.is_relational() or method.learners())
+        return Chunking(chunked_loss, MIN_LOGITS) if independent else None
+    return Chunking(chunked_loss, 0, always=True) if chunks else None
 
 
-def path_of(found: Sequence[Loss]) -> dict[str, Any]:
-    """What the records say of the path, {"path": ...}; nothing for the plain way."""
-    ran = [x.path._asdict() for x in found if x.path is not None]
-    return {"path": ran[-1]} if ran else {}
+def chunked_loss(method: Method, rows: Rows, progress: float, normalizer: Tensor | float | None) -> BlockLoss:
+    """Compute the loss of a block in chunks, with its gradient, in the memory of a few rows."""
+    # imported here because it loads torch's compilers
+    from tempering.kernels.chunked import chunked
+
+    loss, terms, path = chunked(method, rows, progress, rows_in_batch=normalizer)
+    return BlockLoss(rows, loss, terms, path)

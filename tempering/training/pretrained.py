@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tempering.teachers.base import Teacher
+from tempering.teachers.cache.base import KEY
 from tempering.teachers.cache.logits import Cached, record
-from tempering.teachers.cache.recorder import KEY, as_recorded
+from tempering.teachers.cache.recorder import as_recorded
+from tempering.utils.files import file_lock, sha256_text
 
 
 def train_or_load(
@@ -34,11 +35,8 @@ def train_or_load(
     Returns:
         The scores of the last epoch, split -> metric -> value.
     """
-    from filelock import FileLock
-
     path = model_folder(name, folder, key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+    with file_lock(path.with_name(path.name + ".lock")):
         if not is_trained(path):
             train(path)
         return load_trained(model, path)
@@ -46,7 +44,7 @@ def train_or_load(
 
 def model_folder(name: str, folder: str | Path, key: Mapping[str, Any]) -> Path:
     """The folder of a model that is trained once."""
-    digest = hashlib.sha256(json.dumps([name, key], sort_keys=True, default=str).encode()).hexdigest()
+    digest = sha256_text(json.dumps([name, key], sort_keys=True, default=str))
     return Path(folder) / f"{name}-{digest[:10]}"
 
 

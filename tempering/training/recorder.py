@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tempering.utils.files import lines, write_atomic
+from tempering.utils.files import read_json_lines, write_atomic
 
 
 class Recorder:
@@ -39,7 +39,7 @@ class Recorder:
             self.facts["started"] = json.loads(older.read_text()).get("started", self.facts["started"])
             self.facts["resumed"] = [*json.loads(older.read_text()).get("resumed", []), upto]
         for name, counter, most in (("steps.jsonl", "step", upto), ("epochs.jsonl", "epoch", epochs)):
-            kept = [line for line in lines(self.folder / name) if line[counter] <= most]
+            kept = [line for line in read_json_lines(self.folder / name) if line[counter] <= most]
             write_atomic(self.folder / name, "".join(json.dumps(line) + "\n" for line in kept))
             self.epochs = kept  # the epochs', which come last
         (self.folder / "analysis.json").unlink(missing_ok=True)
@@ -73,7 +73,7 @@ class Recorder:
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if self.folder is not None:
-            with open(self.folder / name, "a") as file:
+            with open(self.folder / name, "a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(line) + "\n")
 
     def _write_facts(self) -> None:

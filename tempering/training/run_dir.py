@@ -18,8 +18,9 @@ from tempering.methods.base import Method
 from tempering.teachers.base import Teacher
 from tempering.training import checkpoint as checkpoints
 from tempering.training import recorder as records
-from tempering.training.config import At, TrainConfig
-from tempering.training.distributed import of_every_rank
+from tempering.training.config import TrainConfig, TrainState
+from tempering.training.distributed import all_gather_objects
+from tempering.utils.files import try_lock
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -35,15 +36,9 @@ def alone_in(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        wanted = "Wait for it, or give another out= (--out)."
-        raise ValueError(f"another process is writing to {folder}. {wanted}") from None
+    lock = try_lock(folder / ".lock")
+    if lock is None:
+        raise ValueError(f"another process is writing to {folder}. Wait for it, or give another out= (--out).")
     try:
         yield
     finally:
@@ -65,7 +60,7 @@ class Keeper:
         self.student, self.method, self.optimizer = parts
         self.key: dict[str, Any] = json.loads(json.dumps(key, default=_said))
 
-    def resume(self, *, begin_again: bool) -> tuple[At, dict[str, Any] | None]:
+    def resume(self, *, begin_again: bool) -> tuple[TrainState, dict[str, Any] | None]:
         """Where the newest checkpoint stands and this rank's random numbers; the start where there is none.
 
         Raises:
@@ -73,7 +68,7 @@ class Keeper:
             BrokenCheckpoint: where the newest checkpoint cannot be trusted.
         """
         if self.folder is None:
-            return At(), None
+            return TrainState(), None
         place = self.folder / "checkpoints"
         if begin_again:
             self.fabric.barrier()
@@ -84,7 +79,7 @@ class Keeper:
             self.fabric.barrier()
         state = checkpoints.load(place)
         if state is None:
-            return At(), None
+            return TrainState(), None
         theirs = json.loads(state["key"])
         for name, ours in self.key.items():
             if theirs.get(name) != ours:
@@ -95,16 +90,16 @@ class Keeper:
         checkpoints.scatter(state, self.student, self.method, self.optimizer)
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         random, loss_sum = state["ranks"][self.fabric.global_rank]
-        return replace(At(**state["at"]), loss_sum=loss_sum), random
+        return replace(TrainState(**state["at"]), loss_sum=loss_sum), random
 
-    def save(self, at: At, *, keep: int) -> None:
+    def save(self, at: TrainState, *, keep: int) -> None:
         """A checkpoint of everything, where there is a folder."""
         if self.folder is None:
             return
         state = {
             "key": json.dumps(self.key),
             "at": asdict(at),
-            "ranks": of_every_rank([checkpoints.random_state(), at.loss_sum], self.fabric),
+            "ranks": all_gather_objects([checkpoints.random_state(), at.loss_sum], self.fabric),
             "precision": self.fabric.strategy.precision.state_dict(),
             **checkpoints.gather(self.student, self.method, self.optimizer),
         }

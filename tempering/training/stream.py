@@ -1,4 +1,4 @@
-"""Resumable, sharded streams of training batches."""
+"""Resumable, sharded loading of training batches."""
 
 from __future__ import annotations
 
@@ -10,51 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
-def reseed(seed: int, epoch: int, rank: int) -> None:
-    """Set every global generator from (seed, epoch, rank), so an epoch's randomness depends on nothing before it."""
-    digest = hashlib.sha256(f"{seed}/{epoch}/{rank}".encode()).digest()
-    value = int.from_bytes(digest[:4], "little")
-    random.seed(value)
-    np.random.seed(value)
-    torch.manual_seed(value)
+class ResumableLoader:
+    """The training batches of this rank, by epoch, starting at any batch.
 
+    A loader that can start anywhere (``iterate(start)``), has epochs (``set_epoch``) or shards itself
+    (``shard(rank, world)``) does so. A DataLoader gets a distributed sampler from Fabric, and its own generator is
+    seeded by its first seed and the epoch. Any other iterable is iterated from its beginning, and skipped batches are
+    dropped. Only augmentation in persistent workers differs after resuming: their random state is not restored.
 
-def repeatable(name: str, batches: Iterable[Any]) -> None:
-    """Refuse what can be walked only once."""
-    if isinstance(batches, Iterator):
-        raise ValueError(
-            f"{name} is an iterator, which can be walked only once and not resumed. Pass something that starts again "
-            "at every iter(), such as a DataLoader, a list, or tempering.data.Batches."
-        )
-
-
-def _distributed(loader: Any, fabric: Fabric, seed: int) -> Any:
-    """The DataLoader with a sampler for this rank, its order drawn from the run's seed."""
-    mine = fabric.setup_dataloaders(loader, move_to_device=False)
-    # without Fabric's wrapper: it counts epochs by itself, also those that were only looked into
-    mine = mine._dataloader  # pyright: ignore[reportAttributeAccessIssue]
-    if mine.sampler is not loader.sampler and hasattr(mine.sampler, "seed"):
-        mine.sampler.seed = seed
-    return mine
-
-
-class Stream:
-    """The training batches as the loop wants them: by epoch, from any batch on, each rank its share.
-
-    A loader that can jump (``iterate(start)``), knows epochs (``set_epoch``), or can share itself out
-    (``shard(rank, world)``) is asked to; a DataLoader gets a distributed sampler from Fabric, and a generator of its
-    own is seeded by its first seed and the epoch; any other iterable is walked from its start. Augmentation in
-    persistent workers goes on from epoch to epoch, and is the one thing that a resumed run draws anew.
+    Raises:
+        ValueError: for an iterator, or with several processes for a loader that cannot be sharded.
     """
 
     def __init__(self, batches: Iterable[Any], fabric: Fabric, *, seed: int = 0) -> None:
-        repeatable("batches", batches)
-        if isinstance(batches, torch.utils.data.DataLoader):
+        require_reiterable("batches", batches)
+        if isinstance(batches, DataLoader):
             if fabric.world_size > 1:
                 batches = _distributed(batches, fabric, seed)
         elif fabric.world_size > 1:
@@ -73,6 +49,7 @@ class Stream:
         self.seeds = {g: g.initial_seed() for g in generators if isinstance(g, torch.Generator)}
 
     def __len__(self) -> int:
+        """The number of batches in an epoch."""
         try:
             return len(self.batches)
         except TypeError:
@@ -81,7 +58,7 @@ class Stream:
             ) from None
 
     def epoch(self, number: int, start: int) -> Iterator[Any]:
-        """The batches of an epoch from batch ``start`` on."""
+        """Iterate over the batches of an epoch, beginning with batch ``start``."""
         for part in self.parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(number)
@@ -95,7 +72,39 @@ class Stream:
         return iterator
 
 
-def grouped(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of ``size`` micro-batches, the last one shorter if they do not divide."""
+def micro_batches(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Yield lists of ``size`` micro-batches, one list per optimizer step; the last list may be shorter."""
     while group := list(itertools.islice(batches, size)):
         yield group
+
+
+def reseed(seed: int, epoch: int, rank: int) -> None:
+    """Seed every global generator by (seed, epoch, rank), so that an epoch does not depend on those before it."""
+    digest = hashlib.sha256(f"{seed}/{epoch}/{rank}".encode()).digest()
+    value = int.from_bytes(digest[:4], "little")
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+def require_reiterable(name: str, batches: Iterable[Any]) -> None:
+    """Reject one-shot iterators.
+
+    Raises:
+        ValueError: for an iterator, naming the argument.
+    """
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            f"{name} is an iterator, which can be walked only once and not resumed. Pass something that starts again "
+            "at every iter(), such as a DataLoader, a list, or tempering.data.Batches."
+        )
+
+
+def _distributed(loader: Any, fabric: Fabric, seed: int) -> Any:
+    """The DataLoader with a distributed sampler, which shuffles by the run's seed."""
+    sharded = fabric.setup_dataloaders(loader, move_to_device=False)
+    # Fabric's wrapper counts epochs itself, also those that were only started
+    sharded = sharded._dataloader  # pyright: ignore[reportAttributeAccessIssue]
+    if sharded.sampler is not loader.sampler and hasattr(sharded.sampler, "seed"):
+        sharded.sampler.seed = seed
+    return sharded

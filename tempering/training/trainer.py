@@ -1,7 +1,8 @@
-"""The loop: explicit, on Lightning Fabric. It knows rows, tasks, teachers and methods by their base classes."""
+"""The training loop, on Lightning Fabric. It knows rows, tasks, teachers and methods by their base classes."""
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,31 +12,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempering.methods.base import Method, Step, StepMethod, drawing
-from tempering.rows import Rows, total
+from tempering.methods.base import BlockLoss, Method, Step, drawing
+from tempering.rows import Rows
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.training.checkpoint import random_state, set_random_state
-from tempering.training.checks import apart, fits
-from tempering.training.config import At, Run, TrainConfig
-from tempering.training.distributed import alike, clip, mean_over_ranks, refuse_split, share_gradients, whole_mass
-from tempering.training.fabric import fabric_for, may_differentiate, peak_mb
-from tempering.training.features import Tapped
-from tempering.training.loss import Loss, losses_of, path_of
-from tempering.training.metrics import Display, Remembered, measured, not_finite, on_cpu
+from tempering.training.checks import check_models_are_distinct, validate_step_method
+from tempering.training.config import Run, TrainConfig, TrainState
+from tempering.training.distributed import (
+    all_reduce_gradients,
+    all_reduce_mean,
+    broadcast_parameters,
+    check_splittable,
+    clip_grad_norm,
+    global_row_weights,
+)
+from tempering.training.evaluator import Evaluator
+from tempering.training.fabric import allow_double_backward, fabric_for, peak_mb
+from tempering.training.features import PairedFeatures
+from tempering.training.loss import chunking_for
+from tempering.training.metrics import ProgressBar, nonfinite_loss_error, step_metrics
 from tempering.training.recorder import Recorder
 from tempering.training.run_dir import Keeper, alone_in, facts_of, key_of
-from tempering.training.selfcheck import Checked
-from tempering.training.selfcheck import selfcheck as check_first_batch
-from tempering.training.stream import Stream, grouped, repeatable, reseed
-from tempering.utils.device import begin, compiled, keeping
-from tempering.utils.tensors import on
+from tempering.training.selfcheck import Checked, selfcheck
+from tempering.training.stream import ResumableLoader, micro_batches, reseed
+from tempering.utils.device import compiled, keeping
+from tempering.utils.tensors import to_device
 
 EMPTY = "the training loader yields no batches. Is the data set empty, or smaller than a batch?"
 
 
-class Loop:
-    """One run's parts and the loop round them."""
+class Trainer:
+    """Trains a student with a method, next to a teacher.
+
+    Args:
+        student: the model to train, in place.
+        teacher: None for a method without one.
+        batches: the training batches; one that can be iterated over every epoch.
+        optimizer: parameter groups -> optimizer; the method's own groups follow the student's.
+        schedule: progress in [0, 1) -> factor of every group's learning rate; None: constant.
+        evaluations: the splits to score, name -> batches.
+        folder: of records, checkpoints and weights; None: nothing is written.
+        loggers: names of loggers, or loggers of Fabric.
+        on_step: called after every step with its number, from 0, and its loss, ().
+
+    Raises:
+        ValueError: for models, method, data and config that do not go together.
+    """
 
     def __init__(
         self,
@@ -43,343 +66,336 @@ class Loop:
         teacher: Teacher | None,
         method: Method,
         task: Task,
-        settings: TrainConfig,
-        *,
-        folder: str | Path | None,
-        on_step: Callable[[int, Tensor], None] | None = None,
-    ) -> None:
-        self.student, self.teacher, self.method, self.task, self.settings = student, teacher, method, task, settings
-        self.folder = None if folder is None else Path(folder)
-        self.at, self.on_step = At(), on_step
-        self.resumed: dict[str, Any] | None = None
-        if isinstance(method, StepMethod):
-            fits(method, teacher, settings)
-        refuse_split(method, accumulate=settings.accumulate)
-        apart(student, teacher)
-
-    def set_up(
-        self,
         batches: Iterable[Any],
+        *,
         optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
         schedule: Callable[[float], float] | None,
-        loggers: Sequence[Any],
         evaluations: Mapping[str, Iterable[Any] | None],
+        config: TrainConfig,
+        folder: str | Path | None = None,
+        loggers: Sequence[Any] = (),
+        on_step: Callable[[int, Tensor], None] | None = None,
     ) -> None:
-        """Models on their device, wrapped; streams; the optimizer over the student's and the method's parameters."""
-        s = self.settings
+        self.student, self.teacher, self.method, self.task, self.config = student, teacher, method, task, config
+        self.schedule, self.on_step = schedule, on_step
+        self.folder = None if folder is None else Path(folder)
+        validate_step_method(method, teacher, config)
+        check_splittable(method, accumulate=config.accumulate)
+        check_models_are_distinct(student, teacher)
         self.fabric = fabric_for(
-            accelerator=s.accelerator,
-            devices=s.devices,
-            strategy=s.strategy,
-            precision=s.precision,
+            accelerator=config.accelerator,
+            devices=config.devices,
+            strategy=config.strategy,
+            precision=config.precision,
             loggers=loggers,
             folder=self.folder,
         )
-        self.world, self.first = self.fabric.world_size, self.fabric.is_global_zero
-        refuse_split(self.method, world=self.world)
-        self.learners = self.method.learners()
-        for part in (self.method, *self.learners):
-            batches = part.feed(batches, self.teacher)
-        self.stream = Stream(batches, self.fabric, seed=s.seed)
-        self.total_steps = s.steps or (s.epochs or 0) * math.ceil(len(self.stream) / s.accumulate)
+        self.device, self.world = self.fabric.device, self.fabric.world_size
+        self.is_rank_zero = self.fabric.is_global_zero
+        check_splittable(method, world=self.world)
+
+        # data
+        self.adaptive_policies = method.learners()
+        for part in (method, *self.adaptive_policies):
+            batches = part.feed(batches, teacher)
+        self.loader = ResumableLoader(batches, self.fabric, seed=config.seed)
+        self.total_steps = config.steps or (config.epochs or 0) * math.ceil(len(self.loader) / config.accumulate)
         if not self.total_steps:
             raise ValueError(EMPTY)
-        self.method.to(self.fabric.device)
-        if self.teacher is not None:
-            self.teacher.to(self.fabric.device)
-        alike(self.student, self.fabric)
-        self.model = keeping(self.fabric.setup_module(compiled(self.student, s.compile)), s.compile)
-        if isinstance(self.method, StepMethod):
-            may_differentiate(self.model, self.method)
-            self.method.meet(None if self.teacher is None else self.teacher.model)
-        self.taps = Tapped.between(self.student, self.teacher, self.task.taps)
-        self._prepare_method()
-        alike(self.method, self.fabric)
-        groups = [{"params": [p for p in self.model.parameters() if p.requires_grad]}, *self.method.param_groups()]
+
+        # models
+        method.to(self.device)
+        if teacher is not None:
+            teacher.to(self.device)
+        broadcast_parameters(student, self.fabric)
+        self.model = keeping(self.fabric.setup_module(compiled(student, config.compile)), config.compile)
+        if method.needs_double_backward:
+            allow_double_backward(self.model)
+        method.meet(None if teacher is None else teacher.model)
+        self.features = PairedFeatures.from_models(student, teacher, task.taps)
+        self.chunking = chunking_for(method, config.chunks)
+        self.uses_cuda_graphs = isinstance(config.compile, str)  # some modes of torch.compile do
+        self._set_up_method()
+        broadcast_parameters(method, self.fabric)
+        groups = [{"params": [p for p in self.model.parameters() if p.requires_grad]}, *method.param_groups()]
         self.optimizer: Any = self.fabric.setup_optimizers(optimizer(groups))
-        self.schedule = schedule
-        self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
-        self._set_up_scores(evaluations)
-        self.recorder = Recorder(self.folder if self.first else None)
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+
+        # evaluation, records and checkpoints
+        self.evaluator = Evaluator(
+            task,
+            evaluations,
+            teacher,
+            device=self.device,
+            cache_teacher=task.remember and not method.trains_teacher,
+            patience=config.patience,
+        )
+        self.recorder = Recorder(self.folder if self.is_rank_zero else None)
         key = key_of(
-            self.student,
-            self.teacher,
-            self.method,
+            student,
+            teacher,
+            method,
             self.optimizer,
-            s,
-            data=getattr(self.stream.batches, "identity", None),
+            config,
+            data=getattr(self.loader.batches, "identity", None),
             total_steps=self.total_steps,
             world=self.world,
         )
-        self.keeper = Keeper(self.folder, self.fabric, (self.student, self.method, self.optimizer), key)
+        self.keeper = Keeper(self.folder, self.fabric, (student, method, self.optimizer), key)
 
-    def _set_up_scores(self, evaluations: Mapping[str, Iterable[Any] | None]) -> None:
-        """The splits that are scored, what the teacher says on them, and the score that chooses the best epoch."""
-        self.evaluations = {name: loader for name, loader in evaluations.items() if loader is not None}
-        for name, loader in self.evaluations.items():
-            repeatable(name, loader)
-        still = self.task.remember and not (isinstance(self.method, StepMethod) and self.method.trains_teacher)
-        teacher = self.teacher
-        # a cache of the training set knows no other split, and would answer with rows of its own
-        asked = {n: teacher.on(x) for n, x in self.evaluations.items()} if teacher is not None else {}
-        self.taught = {n: Remembered(t.to(self.fabric.device), still=still) for n, t in asked.items() if t is not None}
-        metric, self.higher = self.task.headline()
-        self.best_by = next((f"{name}/{metric}" for name in ("validation", "test") if name in self.evaluations), None)
-        if self.settings.patience is not None and self.best_by is None:
-            raise ValueError("patience= stops by a score, and there is none: give validation=.")
+        # progress
+        self.state = TrainState()
+        self.resumed_random_state: dict[str, Any] | None = None
+        self.progress_bar = ProgressBar(self.total_steps, disable=config.quiet or not self.is_rank_zero)
+        self.last_log = (0.0, 0)  # time and step
 
     @torch.no_grad()
-    def _prepare_method(self) -> None:
-        """Let the method size what it trains on a first block of rows, before there is an optimizer."""
+    def _set_up_method(self) -> None:
+        """Let the method size its own modules by a first block of rows, before the optimizer is made."""
         if not self.method.wants_rows():
             return
         batch = self._first_batch()
         self.model.eval()
-        self.method.prepare(self._step_of(batch, 1.0).forward()[-1])
+        self.method.prepare(self._make_step(batch, 1.0, {}).forward()[-1])
         self.model.train()
 
     def _first_batch(self) -> Any:
-        """The run's first batch, on the device; the global random numbers are left as they were."""
+        """Load the first batch of the run; the global random state is restored."""
         before = random_state()
-        reseed(self.settings.seed, 0, self.fabric.global_rank)
-        batch = next(self.stream.epoch(0, 0), None)
+        reseed(self.config.seed, 0, self.fabric.global_rank)
+        batch = next(self.loader.epoch(0, 0), None)
         set_random_state(before)
         if batch is None:
             raise ValueError(EMPTY)
-        return on(self.fabric.device, batch)
-
-    # the run
-
-    def run(self, facts: dict[str, Any]) -> Run:
-        """Everything from the first batch to the last record."""
-        with alone_in(self.folder if self.first else None):
-            return self._run(facts)
-
-    def _run(self, facts: dict[str, Any]) -> Run:
-        self.at, self.resumed = self.keeper.resume(begin_again=not self.settings.resume)
-        begun = facts_of(
-            self.keeper.key, self.student, self.teacher, self.method, self.settings, best_by=self.best_by, more=facts
-        )
-        self.recorder.begin(begun, upto=self.at.step, epochs=self.at.epoch)
-        try:
-            if self.settings.selfcheck:
-                self._check()
-            label = str(self.recorder.facts.get("label") or type(self.method).__name__)
-            with Display(
-                self.total_steps, self.at.step, label, quiet=self.settings.quiet or not self.first
-            ) as self.display:
-                while self.at.step < self.total_steps and not self.at.stopped:
-                    self._epoch()
-            return self._finish()
-        except KeyboardInterrupt:
-            self.recorder.end("interrupted")
-            raise
-        except BaseException as error:
-            self.recorder.end("failed", error=f"{type(error).__name__}: {error}")
-            raise
-
-    def _epoch(self) -> None:
-        """One epoch, or what a resumed run has left of it; then scores and a checkpoint."""
-        s, at = self.settings, self.at
-        reseed(s.seed, at.epoch, self.fabric.global_rank)
-        stream = self.stream.epoch(at.epoch, at.batch)
-        if self.resumed is not None and at.batch:
-            # only now: the reseeding above gave a DataLoader the order it had before the interruption
-            set_random_state(self.resumed)
-        self.resumed = None
-        self.model.train()
-        self.method.train()
-        begun, loss_sum, begun_at = time.perf_counter(), at.loss_sum, at.step
-        self.timer = (begun, at.step)
-        seconds, walked = at.seconds, at.batch
-        for group in grouped(stream, s.accumulate):
-            loss = self._step(group)
-            loss_sum = loss_sum + loss
-            at.step, at.batch = at.step + 1, at.batch + len(group)
-            at.seconds = seconds + time.perf_counter() - begun
-            if s.checkpoint_every and at.step % s.checkpoint_every == 0:
-                at.loss_sum = self._finite(float(loss_sum))
-                self.keeper.save(at, keep=s.keep)
-            if at.step >= self.total_steps:
-                break
-        if at.step == begun_at and not walked:
-            raise ValueError(EMPTY)
-        steps_walked = max(1, math.ceil(at.batch / s.accumulate))
-        mean_loss = mean_over_ranks(self._finite(float(loss_sum)) / steps_walked, self.fabric)
-        at.epoch, at.batch, at.loss_sum = at.epoch + 1, 0, 0.0
-        if at.epoch % s.evaluate_every == 0 or at.step >= self.total_steps:
-            self._evaluate(mean_loss)
-        self.keeper.save(at, keep=s.keep)
-
-    def _step(self, group: list[Any]) -> Tensor:
-        """One update of the weights from the micro-batches of ``group``; the loss, (), whose mean over ranks counts."""
-        s, at, progress = self.settings, self.at, (self.at.step + 1) / self.total_steps
-        if self.schedule is not None:
-            factor = self.schedule(at.step / self.total_steps)
-            for param_group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
-                param_group["lr"] = lr * factor
-        group = [on(self.fabric.device, batch) for batch in group]
-        alone = len(group) == 1 and self.world == 1
-        mass = {} if alone else whole_mass([self.task.mass(batch) for batch in group], self.fabric)
-        summed: Tensor | None = None
-        blocks, found = list[Rows](), list[Loss]()
-        for i, batch in enumerate(group):
-            with self.fabric.no_backward_sync(self.model, enabled=i + 1 < len(group)), drawing(s.seed, at.step):
-                blocks, found = self._losses(batch, progress, mass)
-                loss = found[0].loss if len(found) == 1 else torch.stack([x.loss for x in found]).sum()
-                # ranks are averaged by the strategy, and each has only its share of the one mean
-                loss = loss * self.world if self.world > 1 else loss
-                self.fabric.backward(loss)
-            summed = loss.detach() if summed is None else summed + loss.detach()
-        assert summed is not None
-        share_gradients(self.method, self.fabric)
-        if s.max_grad_norm is not None:
-            clip(self.optimizer, self.fabric, max_norm=s.max_grad_norm)
-        self.optimizer.step()
-        self._learn(group[-1], blocks[-1])
-        self.optimizer.zero_grad(set_to_none=True)
-        self._log(summed, blocks, found, progress)
-        return summed
-
-    def _losses(self, batch: Any, progress: float, mass: Mapping[str, Tensor | float]) -> tuple[list[Rows], list[Loss]]:
-        """The blocks of rows of one micro-batch and their losses."""
-        begin(self.settings.compile)
-        step = self._step_of(batch, progress)
-        if isinstance(self.method, StepMethod):
-            terms = self.method.step(step)
-            if step.rows is None:
-                raise TypeError(f"{type(self.method).__name__}.step() must fill step.rows; step.forward() does.")
-            return [step.rows], [Loss(total(terms, step.rows, rows_in_batch=mass.get(step.rows.name)), terms)]
-        blocks = step.forward()
-        return blocks, losses_of(self.method, blocks, progress, mass, chunks=self.settings.chunks)
-
-    def _step_of(self, batch: Any, progress: float) -> Step:
-        student_in, teacher_in, ids = self.task.inputs(batch)
-        taught = (lambda inputs, ids: None) if self.teacher is None else self.teacher
-        attached = None if self.teacher is None else self.teacher.attached
-        features = None if self.taps is None else self.taps.features
-        args = (student_in, teacher_in, ids, batch, progress, self.task.rows)
-        return Step(self.model, taught, *args, features=features, attached=attached)
-
-    @torch.no_grad()
-    def _learn(self, batch: Any, rows: Rows) -> None:
-        """Tell learning policies by how much each row's cross entropy fell; a second forward only if one asks."""
-        fell: Tensor | None = None
-        if rows.target is not None and any(policy.wants_reward for policy in self.learners):
-            student_in, _, _ = self.task.inputs(batch)
-            self.model.eval()
-            after = self.task.rows(self.model(student_in), None, batch)[-1]
-            self.model.train()
-            before, target = rows.student.detach().float(), rows.target.long()
-            fell = nn.functional.cross_entropy(before, target, reduction="none", ignore_index=-100)
-            fell -= nn.functional.cross_entropy(after.student.float(), target, reduction="none", ignore_index=-100)
-        for policy in self.learners:
-            policy.learn(fell if policy.wants_reward else None)
-
-    # what is seen of it
+        return to_device(batch, self.device)
 
     def check(self) -> Checked:
-        """Run the self-check on the first batch; nothing is trained or written."""
-        features = None if self.taps is None else self.taps.features
-        return check_first_batch(
-            self.model, self.teacher, self._first_batch(), method=self.method, task=self.task, features=features
-        )
+        """Run the self-check on the first batch; nothing is trained or written.
 
-    def _check(self) -> None:
-        checked = self.check()
+        Raises:
+            SelfCheckError: if the first batch shows that the run would be wrong.
+        """
+        features = None if self.features is None else self.features.features
+        batch = self._first_batch()
+        return selfcheck(self.model, self.teacher, batch, method=self.method, task=self.task, features=features)
+
+    def run(self, facts: Mapping[str, Any]) -> Run:
+        """Train to the end, resuming from the newest checkpoint in the folder.
+
+        Args:
+            facts: more entries for facts.json.
+        """
+        with alone_in(self.folder if self.is_rank_zero else None):
+            self._resume(facts)
+            try:
+                if self.config.selfcheck:
+                    self._report(self.check())
+                label = str(self.recorder.facts.get("label") or type(self.method).__name__)
+                with self.progress_bar.show(label, self.state.step):
+                    while self.state.step < self.total_steps and not self.state.stopped:
+                        self._train_epoch()
+                return self._finish()
+            except KeyboardInterrupt:
+                self.recorder.end("interrupted")
+                raise
+            except BaseException as error:
+                self.recorder.end("failed", error=f"{type(error).__name__}: {error}")
+                raise
+
+    def _resume(self, facts: Mapping[str, Any]) -> None:
+        """Load the newest checkpoint, if there is one, and begin the records."""
+        self.state, self.resumed_random_state = self.keeper.resume(begin_again=not self.config.resume)
+        best_by = self.evaluator.best_by
+        metadata = facts_of(
+            self.keeper.key, self.student, self.teacher, self.method, self.config, best_by=best_by, more=facts
+        )
+        self.recorder.begin(metadata, upto=self.state.step, epochs=self.state.epoch)
+
+    def _report(self, checked: Checked) -> None:
+        """Record the result of the self-check, and print it."""
         self.recorder.update(selfcheck={"line": checked.line, "checks": checked.checks})
-        if self.first and not self.settings.quiet:
+        if self.is_rank_zero and not self.config.quiet:
             from rich.console import Console
 
             Console().print(checked.line, style="dim", soft_wrap=True, highlight=False)
 
-    def _log(self, loss: Tensor, blocks: list[Rows], found: list[Loss], progress: float) -> None:
-        """A line of steps.jsonl every ``log_every`` steps; on a device only then is it waited for."""
-        terms = [x.terms for x in found]
-        step, due = self.at.step, self.at.step % self.settings.log_every == 0 or self.at.step + 1 == self.total_steps
+    def _train_epoch(self) -> None:
+        """Train an epoch, or the rest of one after resuming; then evaluate and save a checkpoint."""
+        config, state = self.config, self.state
+        reseed(config.seed, state.epoch, self.fabric.global_rank)
+        batches = self.loader.epoch(state.epoch, state.batch)
+        if self.resumed_random_state is not None and state.batch:
+            # not earlier: the seed above gives a DataLoader the order that it had before the interruption
+            set_random_state(self.resumed_random_state)
+        self.resumed_random_state = None
+        self.model.train()
+        self.method.train()
+        start, start_step, start_batch, seconds = time.perf_counter(), state.step, state.batch, state.seconds
+        loss_sum: Tensor | float = state.loss_sum
+        self.last_log = (start, state.step)
+        for group in micro_batches(batches, config.accumulate):
+            loss_sum = loss_sum + self._step(group)
+            state.step, state.batch = state.step + 1, state.batch + len(group)
+            state.seconds = seconds + time.perf_counter() - start
+            if config.checkpoint_every and state.step % config.checkpoint_every == 0:
+                state.loss_sum = self._finite(float(loss_sum))
+                self.keeper.save(state, keep=config.keep)
+            if state.step >= self.total_steps:
+                break
+        if state.step == start_step and not start_batch:
+            raise ValueError(EMPTY)
+        steps_in_epoch = max(1, math.ceil(state.batch / config.accumulate))
+        mean_loss = all_reduce_mean(self._finite(float(loss_sum)) / steps_in_epoch, self.fabric)
+        state.epoch, state.batch, state.loss_sum = state.epoch + 1, 0, 0.0
+        if state.epoch % config.evaluate_every == 0 or state.step >= self.total_steps:
+            self._evaluate(mean_loss)
+        self.keeper.save(state, keep=config.keep)
+
+    def _step(self, batches: list[Any]) -> Tensor:
+        """Update the weights once, from one or more micro-batches; return the loss, (), to be averaged over ranks."""
+        config, number, progress = self.config, self.state.step, (self.state.step + 1) / self.total_steps
+        if self.schedule is not None:
+            factor = self.schedule(number / self.total_steps)
+            for param_group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+                param_group["lr"] = lr * factor
+        if self.device.type != "cpu":
+            batches = [to_device(batch, self.device) for batch in batches]
+        normalizer: Mapping[str, Tensor | float] = {}  # of the whole step; for a single batch its own rows give it
+        if len(batches) > 1 or self.world > 1:
+            normalizer = global_row_weights([self.task.mass(batch) for batch in batches], self.fabric)
+        step_losses, blocks = list[Tensor](), list[BlockLoss]()
+        for i, batch in enumerate(batches, start=1):
+            if self.uses_cuda_graphs:
+                torch.compiler.cudagraph_mark_step_begin()
+            with self.fabric.no_backward_sync(self.model, enabled=i < len(batches)), drawing(config.seed, number):
+                blocks = self.method.compute(self._make_step(batch, progress, normalizer))
+                loss = blocks[0].loss if len(blocks) == 1 else torch.stack([block.loss for block in blocks]).sum()
+                if self.world > 1:  # gradients are averaged over ranks, and each rank has its part of the sum
+                    loss = loss * self.world
+                self.fabric.backward(loss)
+            step_losses.append(loss.detach())
+        all_reduce_gradients(self.method, self.fabric)
+        if config.max_grad_norm is not None:
+            clip_grad_norm(self.optimizer, self.fabric, config.max_grad_norm)
+        self.optimizer.step()
+        if self.adaptive_policies:
+            self._update_policies(batches[-1], blocks[-1].rows)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = functools.reduce(torch.add, step_losses)
+        self._log(loss, blocks, progress)
+        return loss
+
+    def _make_step(self, batch: Any, progress: float, normalizer: Mapping[str, Tensor | float]) -> Step:
+        student_inputs, teacher_inputs, ids = self.task.inputs(batch)
+        teacher = self.teacher
+        return Step(
+            self.model,
+            no_teacher if teacher is None else teacher,
+            student_inputs,
+            teacher_inputs,
+            ids,
+            batch,
+            progress,
+            self.task.rows,
+            features=None if self.features is None else self.features.features,
+            attached=None if teacher is None else teacher.attached,
+            normalizer=normalizer,
+            chunking=self.chunking,
+        )
+
+    @torch.no_grad()
+    def _update_policies(self, batch: Any, rows: Rows) -> None:
+        """Update the adaptive policies; the reward is the decrease of each row's cross entropy in a second forward."""
+        reward: Tensor | None = None
+        if rows.target is not None and any(policy.wants_reward for policy in self.adaptive_policies):
+            student_inputs, _, _ = self.task.inputs(batch)
+            self.model.eval()
+            after = self.task.rows(self.model(student_inputs), None, batch)[-1]
+            self.model.train()
+            before, target = rows.student.detach().float(), rows.target.long()
+            reward = nn.functional.cross_entropy(before, target, reduction="none", ignore_index=-100)
+            reward -= nn.functional.cross_entropy(after.student.float(), target, reduction="none", ignore_index=-100)
+        for policy in self.adaptive_policies:
+            policy.learn(reward if policy.wants_reward else None)
+
+    def _log(self, loss: Tensor, blocks: list[BlockLoss], progress: float) -> None:
+        """Log the step every ``log_every`` steps; other steps do not synchronize with a GPU."""
+        config, step = self.config, self.state.step + 1
+        due = self.state.step % config.log_every == 0 or step == self.total_steps
         if (due or loss.device.type == "cpu") and not math.isfinite(value := float(loss)):
-            raise not_finite(value, step + 1, self.folder, blocks=blocks, terms=terms)
+            raise nonfinite_loss_error(value, step, self.folder, blocks)
         if self.on_step is not None:
-            self.on_step(step, loss)
-        self.display.show(step + 1)
+            self.on_step(self.state.step, loss)
+        self.progress_bar.update(step)
         if not due:
             return
-        now, (then, before) = time.perf_counter(), self.timer
-        took = (now - then) / max(1, step + 1 - before)
-        self.timer = (now, step + 1)
-        rows_seen = len(blocks[-1]) * self.settings.accumulate * self.world
+        now, (last_time, last_step) = time.perf_counter(), self.last_log
+        self.last_log = (now, step)
+        step_seconds = (now - last_time) / max(1, step - last_step)
         line = {
-            "step": step + 1,
-            "epoch": self.at.epoch + 1,
+            "step": step,
+            "epoch": self.state.epoch + 1,
             "progress": progress,
-            "loss": mean_over_ranks(float(loss), self.fabric),
+            "loss": all_reduce_mean(float(loss), self.fabric),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "rows_per_second": rows_seen / took,
-            "step_ms": 1000.0 * took,
-            **measured(blocks, terms, self.method.policies()),
-            **path_of(found),
+            "rows_per_second": len(blocks[-1].rows) * config.accumulate * self.world / step_seconds,
+            "step_ms": 1000.0 * step_seconds,
+            **step_metrics(blocks, self.method.policies()),
         }
         self.recorder.step(line)
-        flat = {"train/loss": line["loss"], "train/lr": line["lr"], "train/step_ms": line["step_ms"]}
-        flat |= {f"train/{name}": value for name, value in line["terms"].items()}
-        flat |= {f"train/{side}": line[side]["mean"] for side in ("T_teacher", "T_student") if side in line}
-        self.fabric.log_dict(flat, step=step + 1)
+        scalars = {"train/loss": line["loss"], "train/lr": line["lr"], "train/step_ms": line["step_ms"]}
+        scalars |= {f"train/{name}": value for name, value in line["terms"].items()}
+        scalars |= {f"train/{side}": line[side]["mean"] for side in ("T_teacher", "T_student") if side in line}
+        self.fabric.log_dict(scalars, step=step)
 
     def _finite(self, loss_sum: float) -> float:
-        """The same number; on a device this is where a step that was not looked at is found out."""
+        """Return ``loss_sum``; raise if it is not finite, which detects steps that were not logged on a GPU."""
         if not math.isfinite(loss_sum):
-            raise not_finite(loss_sum, self.at.step, self.folder)
+            raise nonfinite_loss_error(loss_sum, self.state.step, self.folder)
         return loss_sum
 
     @torch.no_grad()
     def _evaluate(self, loss: float) -> None:
-        at = self.at
-        line: dict[str, Any] = {"epoch": at.epoch, "step": at.step, "seconds": at.seconds, "loss": loss}
-        line["lr"] = self.optimizer.param_groups[0]["lr"]
-        for name, loader in self.evaluations.items():
-            taught = self.taught[name].rewind() if name in self.taught else None
-            line[name] = self.task.score(self.model, loader, teacher=taught)
+        """Score the splits, record the epoch, and keep the best weights."""
+        state, best_by = self.state, self.evaluator.best_by
+        scores = self.evaluator.score(self.model)
         self.model.train()
+        lr = self.optimizer.param_groups[0]["lr"]
+        line = {"epoch": state.epoch, "step": state.step, "seconds": state.seconds, "loss": loss, "lr": lr, **scores}
         self.recorder.epoch(line)
-        scores = {name: line[name] for name in self.evaluations}
-        at.last = {"epoch": at.epoch, **scores}
+        state.last = {"epoch": state.epoch, **scores}
         for name, values in scores.items():
-            self.fabric.log_dict({f"{name}/{metric}": v for metric, v in values.items()}, step=at.step)
-        if self.best_by is None:
-            return
-        split, metric = self.best_by.split("/")
-        value = self.fabric.broadcast(line[split][metric])  # all ranks stop together
-        self.display.show(at.step, f"{split} {metric} {value:.4f}")
-        if at.best_value is None or (value > at.best_value if self.higher else value < at.best_value):
-            at.best_value, at.best, at.stale = value, at.last, 0
-            self.keeper.write_weights("best.safetensors")
-        else:
-            at.stale += 1
-        at.stopped = self.settings.patience is not None and at.stale >= self.settings.patience
+            self.fabric.log_dict({f"{name}/{metric}": value for metric, value in values.items()}, step=state.step)
+        if best_by is not None:
+            split, metric = best_by.split("/")
+            value = self.fabric.broadcast(scores[split][metric])  # all ranks stop together
+            self.progress_bar.update(state.step, f"{split} {metric} {value:.4f}")
+            if self.evaluator.select_best(state, value):
+                self.keeper.write_weights("best.safetensors")
 
     def _finish(self) -> Run:
-        """Weights, analysis and the closed record."""
+        """Write the weights and the analysis, and end the records."""
+        state = self.state
         self.keeper.write_weights("student.safetensors")
-        name = "test" if "test" in self.evaluations else next(iter(self.evaluations), None)
-        if name is not None:
-            policy = next(iter(self.method.eval().policies().values()), None)
-            ask = on_cpu(policy, self.fabric.device)
-            taught = self.taught[name].rewind() if name in self.taught else None
-            found = self.task.analyse(self.model, self.evaluations[name], teacher=taught, temperatures=ask)
-            (self.at.last or {}).get(name, {}).update(found.pop("scores", {}))
-            if found and self.first:
-                self.recorder.analysis({"split": name, **found})
+        analysis = self.evaluator.analyze(self.model, self.method, state)
+        if analysis and self.is_rank_zero:
+            self.recorder.analysis(analysis)
         result = {
-            "last": self.at.last,
-            "best": self.at.best,
-            "step_ms": 1000.0 * self.at.seconds / max(1, self.at.step),
-            "seconds": self.at.seconds,
-            "steps": self.at.step,
-            "stopped_early": self.at.stopped,
-            "peak_mb": peak_mb(self.fabric.device),
+            "last": state.last,
+            "best": state.best,
+            "step_ms": 1000.0 * state.seconds / max(1, state.step),
+            "seconds": state.seconds,
+            "steps": state.step,
+            "stopped_early": state.stopped,
+            "peak_mb": peak_mb(self.device),
         }
         self.recorder.end("done", result=result)
         for logger in self.fabric.loggers:
             logger.finalize("success")
         self.fabric.barrier()
         return Run(self.student, self.folder, self.recorder.facts, self.recorder.epochs)
+
+
+def no_teacher(inputs: Any, ids: Tensor | None) -> None:
+    """Return no outputs, for a run without a teacher."""
+    return

@@ -1,40 +1,23 @@
-"""Functions that have a fast version, which stands in for them inside the kernels' chunks and nowhere else."""
+"""Fast versions of functions, which replace them inside the kernels' chunks and nowhere else."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ParamSpec, TypeVar
+from types import MappingProxyType
+from typing import Any
 
-import torch
-
-Asked = ParamSpec("Asked")
-Answer = TypeVar("Answer")
-FAST: ContextVar[Mapping[str, Callable[..., Any]] | None] = ContextVar("fast", default=None)
-
-
-def fusable(function: Callable[Asked, Answer]) -> Callable[Asked, Answer]:
-    """The function, with its fast version asked where there is one: it gets the plain function first, then its args."""
-    name = function.__name__
-
-    @functools.wraps(function)
-    def call(*args: Asked.args, **kwargs: Asked.kwargs) -> Answer:
-        # Dynamo cannot read a ContextVar; what somebody compiles himself is the plain function
-        fast = None if torch.compiler.is_compiling() else FAST.get()
-        if fast is None or name not in fast:
-            return function(*args, **kwargs)
-        return fast[name](function, *args, **kwargs)
-
-    return call
+# Name -> fast version. A function that can be overridden looks its name up first, unless torch.compile traces it:
+# Dynamo cannot read a ContextVar, and code that users compile gets the plain function.
+OVERRIDES: ContextVar[Mapping[str, Callable[..., Any]]] = ContextVar("overrides", default=MappingProxyType({}))
 
 
 @contextmanager
-def standing_in(fast: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Within, every fusable function of these names is answered by its fast version."""
-    before = FAST.set(fast)
+def override_with(fast: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Replace the functions of these names by their fast versions inside the context; {} restores the plain ones."""
+    token = OVERRIDES.set(fast)
     try:
         yield
     finally:
-        FAST.reset(before)
+        OVERRIDES.reset(token)

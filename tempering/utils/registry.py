@@ -6,7 +6,7 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -14,11 +14,11 @@ from typing import Any, TypeVar, cast
 Part = TypeVar("Part")
 
 
-class Registry(Mapping[str, type[Part]]):
+class Registry(MutableMapping[str, type[Part]]):
     """Name -> class, for every concrete subclass of ``kind`` defined in a file of ``package``, in order of names.
 
     Files are searched for class statements and imported when one of their classes is asked for, so a new class is one
-    new file, and a run imports the classes that it uses.
+    new file, and a run imports the classes that it uses. ``registry[name] = cls`` adds a class from elsewhere.
 
     Args:
         package: full name, such as "tempering.methods".
@@ -28,6 +28,7 @@ class Registry(Mapping[str, type[Part]]):
 
     def __init__(self, package: str, path: Iterable[str], kind: type[Part]) -> None:
         self.package, self.path, self.kind = package, tuple(path), kind
+        self.added: dict[str, type[Part]] = {}
 
     @cached_property
     def modules(self) -> dict[str, str]:
@@ -42,22 +43,30 @@ class Registry(Mapping[str, type[Part]]):
 
     def find(self, name: str) -> type[Part] | None:
         """The class of that name, letter case aside; None where there is none."""
-        match = next((key for key in self.modules if key.lower() == name.lower()), None)
+        match = next((key for key in (*self.added, *self.modules) if key.lower() == name.lower()), None)
         return None if match is None else self._load(match)
 
     def _load(self, name: str) -> type[Part] | None:
+        if name in self.added:
+            return self.added[name]
         value: Any = getattr(importlib.import_module(self.modules[name]), name, None)
         concrete = inspect.isclass(value) and issubclass(value, self.kind) and not inspect.isabstract(value)
         return cast("type[Part]", value) if concrete else None
 
     def __getitem__(self, name: str) -> type[Part]:
-        value = self._load(name) if name in self.modules else None
+        value = self._load(name) if name in self.added or name in self.modules else None
         if value is None:
             raise KeyError(name)
         return value
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name in self.modules if self._load(name) is not None)
+        return (name for name in sorted({*self.modules, *self.added}) if self._load(name) is not None)
+
+    def __setitem__(self, name: str, value: type[Part]) -> None:
+        self.added[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.added[name]
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

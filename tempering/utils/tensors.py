@@ -3,35 +3,50 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def on(device: torch.device, batch: Any) -> Any:
-    """The batch with every tensor in it on the device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(on(device, part) for part in batch)
-    if isinstance(batch, dict):
-        return {key: on(device, part) for key, part in batch.items()}
-    return batch
+def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """Return the same nest of tuples, lists and mappings with ``fn`` applied to every tensor.
 
-
-def each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nest of tuples, lists and mappings with every tensor changed."""
+    Classes are kept: namedtuples, and mappings with attributes such as the outputs of transformers. Anything else is
+    returned as it is. The given nest is not changed.
+    """
     if isinstance(value, Tensor):
-        return change(value)
+        return fn(value)
     if isinstance(value, Mapping):
-        out: Any = copy.copy(value)  # keeps the class: transformers' outputs are mappings with attributes
-        for key, item in value.items():
-            out[key] = each(item, change)
-        return out
+        return _mapping_like(value, {key: map_tensors(item, fn) for key, item in value.items()})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(each(item, change) for item in value))
+        return type(value)(*(map_tensors(item, fn) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(each(item, change) for item in value)
+        return type(value)([map_tensors(item, fn) for item in value])
     return value
+
+
+def to_device(batch: Any, device: torch.device | str) -> Any:
+    """Return the batch with every tensor in it on the device."""
+    return map_tensors(batch, lambda x: x.to(device, non_blocking=True))
+
+
+def tensor_bytes(x: Tensor) -> memoryview:
+    """Return the bytes of a tensor's values, to be hashed."""
+    return x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _mapping_like(like: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    if type(like) is dict:
+        return items
+    if isinstance(like, MutableMapping):
+        out = copy.copy(like)
+        for key, item in items.items():
+            out[key] = item
+        return out
+    make: Any = type(like)
+    try:
+        return make(items)
+    except TypeError:  # its constructor takes something else
+        return items

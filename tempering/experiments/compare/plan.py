@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from tempering.experiments.presets import Arm, slug
 from tempering.reports.records import MACHINE_PATH
+from tempering.utils.files import sha256_text, write_atomic
 
 FILE = "plan.json"
 OWN = ("method", "temperature", "seed", "label", "out")  # flags that a cell sets
@@ -139,22 +139,21 @@ def read(folder: Path) -> Plan:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         cells = tuple(Cell(**cell) for cell in content["cells"])
-        renamed = PRESENT if content["format"] == 1 else {}
-        flags = {renamed.get(name, name): value for name, value in content["flags"].items()}
+        flags: dict[str, str] = content["flags"]
+        if content["format"] == 1:
+            flags = {PRESENT.get(name, name): value for name, value in flags.items()}
         return Plan(content["recipe"], dict(sorted(flags.items())), content["control"], cells)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the plan of a comparison: {error}. Was it edited by hand?") from error
 
 
 def write(folder: Path, plan: Plan) -> None:
-    """Write the grid beside its place, then rename; nothing where it is there as it is."""
+    """Write the grid atomically, unless the file holds it already."""
     text = json.dumps({"format": FORMAT, **asdict(plan)}, indent=1) + "\n"
     path = folder / FILE
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return
-    beside = path.with_name(FILE + ".partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    write_atomic(path, text)
 
 
 def record_of(folder: Path, cell: Cell) -> Path:
@@ -165,6 +164,11 @@ def record_of(folder: Path, cell: Cell) -> Path:
 def work_of(folder: Path, cell: Cell) -> Path:
     """The folder that a cell's run writes to."""
     return folder / "work" / cell.id
+
+
+def lock_path(work: Path) -> Path:
+    """Return the lock file of a run's folder; a process holds it while it works on the run."""
+    return work.with_name(work.name + ".lock")
 
 
 def _pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -185,5 +189,5 @@ def _pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _id(recipe: str, arm: Arm, seed: int, flags: dict[str, str]) -> str:
     former = {FORMER.get(name, name): value for name, value in flags.items()}
     what: dict[str, Any] = {"recipe": recipe, "method": arm.spec, "temperature": arm.temperature, "flags": former}
-    digest = hashlib.sha256(json.dumps([what, seed], sort_keys=True).encode()).hexdigest()
+    digest = sha256_text(json.dumps([what, seed], sort_keys=True))
     return f"{slug(arm.label)}-s{seed}-{digest[:8]}"

@@ -11,14 +11,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tempering.experiments import recipe as recipefile
 from tempering.experiments.compare import plan as arena_plan
 from tempering.experiments.compare import status as arena_view
-from tempering.experiments.compare.plan import Cell, Plan
+from tempering.experiments.compare.plan import Cell, Plan, lock_path
 from tempering.reports.records import pack, read_cell, write_cell
-from tempering.utils.files import taken
+from tempering.utils.files import inheritable_descriptors, try_lock
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 POLL = 0.2  # seconds
 PATIENCE = 20.0  # seconds for a stopped cell to close its record
@@ -26,11 +29,11 @@ PATIENCE = 20.0  # seconds for a stopped cell to close its record
 
 @dataclass
 class Running:
-    """A cell at work: its process, and the lock that it holds as long as it lives."""
+    """A running cell: its process, and its lock, which the process keeps if this one is killed."""
 
     cell: Cell
     process: subprocess.Popen[bytes]
-    lock: int
+    lock: BaseFileLock
     slot: int
 
 
@@ -106,7 +109,7 @@ class Arena:
         for running in [r for r in self.running if r.process.poll() is not None]:
             self.running.remove(running)
             self._ended(running.cell, running.process.returncode)
-            os.close(running.lock)
+            running.lock.release()
         busy = {running.cell.id for running in self.running}
         waiting = [c for c in self.plan.cells if not self._done(c) and c.id not in self.failed and c.id not in busy]
         for cell in sorted(waiting, key=lambda c: c.seed):  # a stopped grid has some seeds of all arms, not all of some
@@ -127,15 +130,15 @@ class Arena:
     def _begin(self, cell: Cell) -> None:
         """Start a cell, unless another process has it; pack it where it is already run."""
         place = arena_plan.work_of(self.folder, cell)
-        lock = taken(place)
+        lock = try_lock(lock_path(place))
         if lock is None:
             return
         if self._done(cell):  # by another arena, since we looked
-            os.close(lock)
+            lock.release()
             return
         if arena_view.facts_of(place).get("status") == "done":
             self._ended(cell, 0)
-            os.close(lock)
+            lock.release()
             return
         place.mkdir(parents=True, exist_ok=True)
         slot = min(set(range(self.jobs)) - {running.slot for running in self.running})
@@ -146,8 +149,8 @@ class Arena:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment(slot),
-                # a process that outlives this one keeps the lock; Ctrl-C reaches it through us alone
-                pass_fds=(lock,),
+                # the process keeps the lock if this one is killed; Ctrl-C reaches it through us alone
+                pass_fds=inheritable_descriptors(lock),
                 start_new_session=True,
             )
         _as_nice(process.pid)
@@ -203,13 +206,14 @@ class Arena:
             except subprocess.TimeoutExpired:
                 running.process.kill()
                 running.process.wait()
-            os.close(running.lock)
+            running.lock.release()
         self.running = []
 
 
 def lowest_priority() -> None:
     """Make this process and all that it starts give way to everything else."""
-    os.nice(19)
+    if hasattr(os, "nice"):
+        os.nice(19)
     if hasattr(os, "SCHED_IDLE"):
         try:
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
@@ -219,6 +223,8 @@ def lowest_priority() -> None:
 
 def _as_nice(pid: int) -> None:
     """Give a new session our niceness: Linux shares the CPU between sessions first, and a new one has none."""
+    if not hasattr(os, "nice"):
+        return
     try:
         Path(f"/proc/{pid}/autogroup").write_text(str(os.nice(0)))
     except OSError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import statistics
 import time
@@ -12,8 +11,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tempering.experiments.compare.plan import Cell, Plan, record_of, work_of
+from tempering.experiments.compare.plan import Cell, Plan, lock_path, record_of, work_of
 from tempering.reports.records import RunRecord, number, read_cell
+from tempering.utils.files import is_locked, write_atomic
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -225,9 +225,7 @@ def render(folder: Path, plan: Plan) -> tuple[Path, Path | None]:
         markdown(compare(runs, plan.control)),
     ]
     table = folder / "table.md"
-    beside = table.with_name("table.md.partial")
-    beside.write_text("\n".join(lines), encoding="utf-8", newline="\n")
-    beside.replace(table)
+    write_atomic(table, "\n".join(lines))
     return table, write_page(runs, folder / "report.html", control=plan.control)
 
 
@@ -319,15 +317,8 @@ def facts_of(place: Path) -> dict[str, Any]:
 
 
 def held(place: Path) -> bool:
-    """Whether a process is at work on the cell."""
-    try:
-        with open(place.with_name(place.name + ".lock"), "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    """Return whether a process is working on the run in this folder."""
+    return is_locked(lock_path(place))
 
 
 def _tail(path: Path, count: int) -> list[dict[str, Any]]:

@@ -7,19 +7,20 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tempering import reports
 from tempering.experiments.tune.runner import FILE
 from tempering.experiments.tune.space import Space
 from tempering.experiments.tune.study import best, finished, shown
+from tempering.reports import charts
 from tempering.reports.charts import Frame, Mark, Scale, Strip, Svg, figure, join, strips, tag
 from tempering.reports.compare import Metric
+from tempering.utils.files import write_atomic
 
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
 FEW = 4  # whole trials below which an importance is a guess about nothing
-STYLE = Path(reports.__file__).parent / "page.css"
+STYLE = Path(charts.__file__).with_name("page.css")
 WAYS = {"COMPLETE": "whole", "PRUNED": "cut"}
 COLOURS = ".whole { --c: var(--c1) } .cut { --c: var(--c0) } pre { white-space: pre-wrap }"
 
@@ -62,9 +63,7 @@ def words(study: optuna.Study, space: Space) -> list[str]:
 def write_page(folder: Path, study: optuna.Study, space: Space, typed: str) -> Path:
     """Write tune.html beside its place, then rename; its path. The same trials give the same bytes."""
     path = folder / "tune.html"
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(page(folder, study, space, typed), encoding="utf-8", newline="\n")
-    beside.replace(path)
+    write_atomic(path, page(folder, study, space, typed))
     return path
 
 

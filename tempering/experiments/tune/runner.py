@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
@@ -25,9 +24,11 @@ from tempering.experiments.tune.space import Space
 from tempering.experiments.tune.study import finished, parameter, shown, study_of, suggest
 from tempering.reports.compare import Metric
 from tempering.reports.records import load_run, number
+from tempering.utils.files import inheritable_descriptors, sha256_text, try_lock, write_atomic
 
 if TYPE_CHECKING:
     import optuna
+    from filelock import BaseFileLock
 
 FILE = "tune.json"
 GRACE = 0.25  # share of a run before which no trial is cut: early scores rank learning rates, not losses
@@ -35,11 +36,12 @@ GRACE = 0.25  # share of a run before which no trial is cut: early scores rank l
 
 @dataclass
 class Running:
-    """A trial at work: its folder, its process (none where it was run before), and the epoch last told."""
+    """A running trial: its folder, its process (none where it was run before), its lock, and the epoch last told."""
 
     trial: optuna.Trial
     place: Path
     process: subprocess.Popen[bytes] | None
+    lock: BaseFileLock
     told: int = 0
     cut: bool = False
 
@@ -135,19 +137,17 @@ class Search:
             return
         (self.folder / "trials").mkdir(parents=True, exist_ok=True)
         (self.folder / "trials" / ".gitignore").write_text("*\n")
-        beside = path.with_name(FILE + ".partial")
-        beside.write_text(json.dumps({"format": 1, **what}, indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_atomic(path, json.dumps({"format": 1, **what}, indent=1) + "\n")
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        lock = arena.taken(self.folder / "trials")
+        lock = try_lock(arena_plan.lock_path(self.folder / "trials"))
         if lock is None:
             raise ValueError(f"another process is at work on {self.folder}. Wait for it, or give another --out.")
         try:
             yield
         finally:
-            os.close(lock)
+            lock.release()
 
     def _take_up(self) -> None:
         """Begin with the method as it is; ask again for what an interruption left unfinished."""
@@ -179,21 +179,29 @@ class Search:
         trial.set_user_attr("flags", flags)
         place = self.folder / "trials" / _name(method, flags)
         place.mkdir(parents=True, exist_ok=True)
-        self.running.append(Running(trial, place, self._start(place, method, flags)))
+        self.running.append(Running(trial, place, *self._start(place, method, flags)))
 
-    def _start(self, place: Path, method: str, flags: Sequence[str]) -> subprocess.Popen[bytes] | None:
-        """The trial's process, once no other is at work on it, which a killed search left; None where it is run."""
+    def _start(
+        self, place: Path, method: str, flags: Sequence[str]
+    ) -> tuple[subprocess.Popen[bytes] | None, BaseFileLock]:
+        """Start the trial's process and return it with its lock; no process for a trial that was run before.
+
+        Waits for a process on the same trial that a killed search left running.
+        """
         own = {"method": method, "seed": str(self.seed), "out": str(place)}
         own |= {"threads": str(self.threads)} if "threads" in self.known else {}
         given = [*self.flags, *flags, *(f"--{name}={value}" for name, value in own.items())]
         given += ["--quiet"] if "quiet" in self.known else []
         threads = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
-        while (lock := arena.taken(place)) is None:
+        while (lock := try_lock(arena_plan.lock_path(place))) is None:
+            for running in self.running:  # a trial of ours may have the same values
+                if running.place == place and running.process is not None and running.process.poll() is not None:
+                    running.lock.release()
             time.sleep(arena.POLL)
         facts = arena_view.facts_of(place)
         if facts.get("status") == "done" or _diverged(facts):
-            os.close(lock)
-            return None
+            lock.release()
+            return None, lock
         with open(place / "log.txt", "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "tempering.experiments.tune.trial", str(self.recipe), *given],
@@ -201,11 +209,11 @@ class Search:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **threads},
-                pass_fds=(lock,),
+                # the process keeps the lock if this one is killed
+                pass_fds=inheritable_descriptors(lock),
                 start_new_session=True,
             )
-        os.close(lock)  # the process holds it now, and as long as it lives
-        return process
+        return process, lock
 
     def _look(self, running: Running) -> None:
         """Tell the pruner of new epochs, cut the trial where it says so, and take up its end."""
@@ -219,6 +227,7 @@ class Search:
         if not ended:
             return
         self.running.remove(running)
+        running.lock.release()
         self._ended(running, facts)
 
     def _measure(self, facts: dict[str, Any]) -> None:
@@ -303,6 +312,8 @@ class Search:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for running in self.running:
+            running.lock.release()
         self.running = []
 
 
@@ -321,7 +332,7 @@ def _diverged(facts: dict[str, Any]) -> bool:
 
 
 def _name(method: str, flags: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps([method, *flags]).encode()).hexdigest()[:10]
+    return sha256_text(json.dumps([method, *flags]))[:10]
 
 
 @contextmanager

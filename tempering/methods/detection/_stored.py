@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
+
+from tempering.utils.files import write_atomic
 
 FORMAT = 1
 AGAIN = "Remove it, and it is made again."
@@ -40,9 +41,7 @@ class Store:
         path = self.folder / "key.json"
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(f".{os.getpid()}")
-            aside.write_text(json.dumps(wanted, indent=1))
-            os.replace(aside, path)
+            write_atomic(path, json.dumps(wanted, indent=1), concurrent=True)
         try:
             found = json.loads(path.read_text())
         except ValueError as error:
@@ -76,9 +75,7 @@ class Store:
         """Write one, whole or not at all."""
         path, value = self._path(name), value.cpu().contiguous()
         path.parent.mkdir(exist_ok=True)
-        aside = path.with_suffix(f".{os.getpid()}")
-        save_file({"delta": value}, aside, metadata={"sha256": _sum(value)})
-        os.replace(aside, path)
+        write_atomic(path, save({"delta": value}, metadata={"sha256": _sum(value)}), concurrent=True)
 
     def _path(self, name: str) -> Path:
         return self.folder / name[:2] / f"{name}.safetensors"

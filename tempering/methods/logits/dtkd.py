@@ -9,9 +9,8 @@ from torch import Tensor
 from tempering.methods.base import Method, policy, ramp, share, weights
 from tempering.objectives import cross_entropy, kl
 from tempering.rows import Rows
-from tempering.temperature.base import Policy
+from tempering.temperature.base import Policy, Temperatures, constant
 from tempering.temperature.sharpness import Sharpness
-from tempering.temperature.static import Static
 from tempering.utils.search_space import Fraction, Weight
 
 
@@ -56,7 +55,8 @@ class DTKD(Method):
         T = self.temperature(rows, progress)
         terms = {"dynamic": self.dynamic * rise * kl(rows, T)}
         if self.soft:
-            terms["soft"] = self.soft * rise * kl(rows, Static(self.temperature.tau_at(progress))(rows))
+            tau = constant(self.temperature.tau_at(progress), rows.student)
+            terms["soft"] = self.soft * rise * kl(rows, Temperatures(tau, tau))
         if self.hard:
             terms["hard"] = self.hard * cross_entropy(rows)
         return terms

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -15,14 +15,22 @@ from torch import Tensor, nn
 from tempering.rows import widened
 from tempering.teachers.base import Teacher
 from tempering.teachers.cache.recorder import STORED, Recordable, device_of, narrowed
-from tempering.teachers.cache.shards import Shards, given, key_of, record_shards, room
+from tempering.teachers.cache.shards import (
+    CachedShards,
+    Inputs,
+    record_shards,
+    recording_key,
+    text_batches,
+    texts_per_shard,
+)
 from tempering.teachers.live import Live
 from tempering.teachers.outputs import Head, Hidden
+from tempering.utils.tensors import tensor_bytes
 
-KIND, HEAD = "hidden states", "head.safetensors"
+HEAD = "head.safetensors"
 
 
-class CachedHidden(Teacher):
+class CachedHidden(CachedShards):
     """Looks the last hidden states up by sample id: ``Hidden`` (B, L, H), whose head makes logits of the rows alone.
 
     A run by ``distill`` makes the logits of its rows, (N, V); ``kernels.linear_loss`` on ``answer.rows(place, shape)``
@@ -35,23 +43,25 @@ class CachedHidden(Teacher):
         checksum: whether to look at every file's checksum; None does below 256 MB.
 
     Raises:
-        FileNotFoundError, BrokenCache, ValueError: as ``Shards`` does.
+        FileNotFoundError, BrokenCache, ValueError: as ``CachedTeacher`` does.
     """
+
+    kind = "hidden states"
+    recorded_by = "teachers.record_hidden(teacher, batches, path, inputs=...)"
 
     def __init__(
         self, path: str | Path, *, batches: Any = None, teacher: Teacher | None = None, checksum: bool | None = None
     ) -> None:
-        self.shards = Shards(path, kind=KIND, batches=batches, teacher=teacher, checksum=checksum)
-        self.path, self.identity = self.shards.path, self.shards.identity
-        held = self.shards.file(HEAD)
+        super().__init__(path, batches=batches, teacher=teacher, checksum=checksum)
+        held = self.file(HEAD)
         about, names = held.metadata(), set(held.keys())
         bias = held.get_tensor("bias") if "bias" in names else None
         cap = None if about["cap"] == "None" else float(about["cap"])
         self.head = Head(held.get_tensor("weight"), bias, scale=float(about["scale"]), cap=cap)
 
     def __call__(self, inputs: Any, ids: Int[Tensor, " B"] | None) -> Hidden:
-        found = [file.get_slice("states")[row : row + 1] for file, row in self.shards.at(ids)]
-        states = torch.cat(found) if found else torch.zeros(0, self.shards.length, self.head.weight.shape[1])
+        found = [file.get_slice("states")[row : row + 1] for file, row in self.find(ids)]
+        states = torch.cat(found) if found else torch.zeros(0, self.length, self.head.weight.shape[1])
         device = ids.device if ids is not None else states.device
         if self.head.weight.device != device:
             self.head = self.head.to(device)
@@ -61,16 +71,13 @@ class CachedHidden(Teacher):
         self.head = self.head.to(device)
         return self
 
-    def objection(self, batches: Any) -> str | None:
-        return self.shards.objection(batches)
-
 
 def record_hidden(
     teacher: Live,
     batches: Recordable,
     path: str | Path,
     *,
-    inputs: Callable[[Any], tuple[Any, Any, Any]],
+    inputs: Inputs,
     precision: str = "bf16",
     head: Head | None = None,
     quiet: bool = False,
@@ -97,12 +104,18 @@ def record_hidden(
     if precision not in STORED:
         raise ValueError(f"record_hidden needs precision {', '.join(map(repr, STORED))}; got {precision!r}.")
     path, head = Path(path), head or head_of(teacher.model)
-    asked = _Asked(teacher, batches, inputs, precision, head)
     tensors = {n: x.detach() for n, x in (("weight", head.weight), ("bias", head.bias)) if x is not None}
     about = {"scale": repr(float(head.scale)), "cap": repr(None if head.cap is None else float(head.cap))}
-    key = key_of(KIND, batches, teacher, precision=precision, head=_digest(tensors, about))
-    size = room(key["length"] * head.weight.shape[1] * STORED[precision][1].itemsize)
-    record_shards(path, key, asked, teacher, size=size, more={HEAD: (tensors, about)}, quiet=quiet)
+    key = recording_key(CachedHidden.kind, batches, teacher, precision=precision, head=_digest(tensors, about))
+    size = texts_per_shard(key["length"] * head.weight.shape[1] * STORED[precision][1].itemsize)
+
+    def query(ids: Tensor) -> dict[str, Tensor]:
+        parts: list[Tensor] = []
+        for part, given, _ in text_batches(teacher, batches, ids, inputs):
+            parts.append(_states(teacher, given, part, precision, head if not parts else None))
+        return {"states": torch.cat(parts)}
+
+    record_shards(path, key, query, teacher, size=size, more={HEAD: (tensors, about)}, quiet=quiet)
     return CachedHidden(path, batches=batches, teacher=teacher)
 
 
@@ -144,58 +157,45 @@ def _digest(tensors: dict[str, Tensor], about: dict[str, str]) -> str:
     digest = hashlib.sha256(repr(sorted(about.items())).encode())
     for name, x in tensors.items():
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor_bytes(x))
     return digest.hexdigest()
 
 
-class _Asked:
-    """A shard of hidden states: ids in, {"states": (ids, L, H)} out."""
+@torch.no_grad()
+def _states(teacher: Live, inputs: Any, ids: Tensor, precision: str, head: Head | None) -> Tensor:
+    """Return a batch's hidden states as they are stored; check that ``head`` makes the teacher's logits of them."""
+    with _head_inputs(teacher.model) as seen:
+        output = teacher(inputs, ids.to(device_of(teacher)))
+    if not seen:
+        raise TypeError(f"{type(teacher.model).__name__} answered without its head: nothing to keep.")
+    states, mask = seen[-1], inputs.get("attention_mask")
+    gone = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
+    if mask is not None and mask.shape == gone.shape:
+        gone = mask == 0  # nothing attends to padding, and it may be NaN
+    states = states.masked_fill(gone[..., None], 0.0)
+    if head is not None:
+        _check_head(head, teacher, states[:1], output.logits[:1], gone[:1])
+    kept = narrowed(states.flatten(1), precision, int(ids[0]), what="hidden states")
+    return kept.view(states.shape).cpu()
 
-    def __init__(
-        self, teacher: Live, batches: Recordable, inputs: Callable[[Any], Any], precision: str, head: Head
-    ) -> None:
-        self.teacher, self.batches, self.inputs, self.precision, self.head = teacher, batches, inputs, precision, head
 
-    def __call__(self, ids: Tensor) -> dict[str, Tensor]:
-        parts = [self._asked(part, first=int(part[0]) == int(ids[0])) for part in ids.split(self.batches.batch_size)]
-        return {"states": torch.cat(parts)}
-
-    @torch.no_grad()
-    def _asked(self, ids: Tensor, *, first: bool) -> Tensor:
-        device = device_of(self.teacher)
-        asked, _ = given(self.batches, ids, self.inputs, device)
-        with _heard(self.teacher.model) as heard:
-            said = self.teacher(asked, ids.to(device))
-        if not heard:
-            raise TypeError(f"{type(self.teacher.model).__name__} answered without its head: nothing to keep.")
-        states, mask = heard[-1], asked.get("attention_mask")
-        gone = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
-        if mask is not None and mask.shape == gone.shape:
-            gone = mask == 0  # nobody looks there, and it may be NaN
-        states = states.masked_fill(gone[..., None], 0.0)
-        if first:
-            self._same(states[:1], said.logits[:1], gone[:1])
-        kept = narrowed(states.flatten(1), self.precision, int(ids[0]), what="hidden states")
-        return kept.view(states.shape).cpu()
-
-    def _same(self, states: Tensor, logits: Tensor, gone: Tensor) -> None:
-        """Look that the head makes the teacher's logits."""
-        made, want = self.head(states[~gone]), widened(logits[~gone])
-        off, scale = float((made - want).abs().max()), float(want.abs().max())
-        if not off <= max(1e-4, 8 * torch.finfo(states.dtype).eps) * scale:
-            raise ValueError(
-                f"the head of {type(self.teacher.model).__name__} does not make its logits from what it reads: off by "
-                f"{off:.3g} where they reach {scale:.3g}. Does the model scale, cap or add to them in a way of its "
-                "own? Say so: record_hidden(..., head=answers.Head(weight, bias, scale=..., cap=...))."
-            )
+def _check_head(head: Head, teacher: Live, states: Tensor, logits: Tensor, gone: Tensor) -> None:
+    made, want = head(states[~gone]), widened(logits[~gone])
+    off, scale = float((made - want).abs().max()), float(want.abs().max())
+    if not off <= max(1e-4, 8 * torch.finfo(states.dtype).eps) * scale:
+        raise ValueError(
+            f"the head of {type(teacher.model).__name__} does not make its logits from what it reads: off by "
+            f"{off:.3g} where they reach {scale:.3g}. Does the model scale, cap or add to them in a way of its "
+            "own? Say so: record_hidden(..., head=teachers.outputs.Head(weight, bias, scale=..., cap=...))."
+        )
 
 
 @contextmanager
-def _heard(model: nn.Module) -> Iterator[list[Tensor]]:
-    """What the head of the model reads meanwhile."""
-    heard: list[Tensor] = []
-    hook = _layer_of(model)[1].register_forward_pre_hook(lambda _, args: heard.append(args[0]))
+def _head_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what the head of the model is called with."""
+    seen: list[Tensor] = []
+    hook = _layer_of(model)[1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
-        yield heard
+        yield seen
     finally:
         hook.remove()

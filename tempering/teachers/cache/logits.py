@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,31 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tempering.teachers.base import Teacher, key_digest
-from tempering.teachers.cache.recorder import (
-    FORMAT,
-    KEY,
-    LOGITS,
-    STORED,
-    Recordable,
-    Recording,
-    as_recorded,
-    asked,
-    device_of,
-    refuse_other,
-)
-from tempering.utils.files import sha256_of
+from tempering.teachers.base import Teacher
+from tempering.teachers.cache.base import FORMAT, KEY, BrokenCache, CachedTeacher, StoredFile, refuse_other
+from tempering.teachers.cache.recorder import LOGITS, STORED, Recordable, Recording, as_recorded, asked, device_of
 
-CHECKED = 256 * 2**20  # bytes up to which a cache's checksum is looked at whenever it is opened
 RESIDENT = 2**31  # bytes up to which a cache moves onto an accelerator with the run
-AGAIN = "Remove the folder and record it again: teachers.record(teacher, batches, path)."
 
 
-class BrokenCache(RuntimeError):
-    """A cache whose numbers cannot be trusted; the message names the file and what to do."""
-
-
-class Cached(Teacher):
+class Cached(CachedTeacher):
     """Looks the teacher's logits up by sample id; float32, on the device of the inputs. Files are only read.
 
     Many processes may read one cache. Memory is shared between them, since the file is mapped.
@@ -54,6 +36,9 @@ class Cached(Teacher):
         ValueError: for other data, augmentation or teacher, naming the field and both values.
     """
 
+    kind = "logits"
+    recorded_by = "teachers.record(teacher, batches, path)"
+
     def __init__(
         self,
         path: str | Path,
@@ -63,26 +48,9 @@ class Cached(Teacher):
         clean: bool = False,
         checksum: bool | None = None,
     ) -> None:
-        self.path, self.clean, self.checksum = Path(path), clean, checksum
-        self.key = key_in(self.path)
-        if "kind" in self.key:
-            raise ValueError(
-                f"{self.path} holds {self.key['kind']}, no table of logits. See teachers.CachedHidden, CachedDrawn."
-            )
-        self.rows, self.classes = self.key["rows"], self.key["classes"]
-        self.identity = key_digest({name: value for name, value in self.key.items() if name != "made"})
-        self._table = self._opened()
-        if checksum or (checksum is None and self._table.nbytes < CHECKED):
-            self._look_at_checksum()
-        why = None if batches is None else self.objection(batches)
-        if why is not None:
-            raise ValueError(why)
-        if teacher is not None and teacher.identity != self.key["teacher"]:
-            raise ValueError(
-                f"{self.path} holds the answers of another teacher: its teacher is {self.key['teacher']}, the one "
-                f"given is {teacher.identity} (weights, precision and fold count). Give that teacher, or record this "
-                "one elsewhere: teachers.record(teacher, batches, ANOTHER_PATH)."
-            )
+        self.clean = clean
+        super().__init__(path, batches=batches, teacher=teacher, checksum=checksum)
+        self.classes: int = self.key["classes"]
 
     def __call__(self, inputs: Any, ids: Int[Tensor, " B"] | None) -> Float[Tensor, "B C"]:
         if ids is None:
@@ -90,7 +58,7 @@ class Cached(Teacher):
                 "a cached teacher looks answers up by sample id, and the batch has none. Yield (x, y, id), as "
                 "data.Batches does, or use teachers.Live(model)."
             )
-        table = self._table
+        table = self._mapped
         device = inputs.device if isinstance(inputs, Tensor) else ids.device
         place = ids.to(table.device)
         if table.device.type == "cpu":
@@ -102,13 +70,13 @@ class Cached(Teacher):
         return torch.where(known[:, None], found, torch.nan).to(device)
 
     def to(self, device: torch.device | str) -> Self:
-        if torch.device(device).type == "cpu" or self._table.nbytes <= RESIDENT:
-            self._table = self._table.to(device)
+        if torch.device(device).type == "cpu" or self._mapped.nbytes <= RESIDENT:
+            self._mapped = self._mapped.to(device)
         return self
 
     def objection(self, batches: Any) -> str | None:
         """Which of data and augmentation are not those that were recorded, and what to do; None if all are."""
-        if (why := objection_to(self.path, self.key, batches)) is not None:
+        if (why := super().objection(batches)) is not None:
             return why
         name = getattr(batches, "name", type(batches).__name__)
         ours, theirs = self.key["augmentation"], batches.augmentation
@@ -142,7 +110,7 @@ class Cached(Teacher):
         words = np.random.Philox(key=seed).random_raw(rows)
         ids = torch.from_numpy((words % self.rows).astype(np.int64)).unique()
         fresh = asked(teacher, batches, ids).cpu()
-        held = self._table.cpu().index_select(0, ids).float()
+        held = self._mapped.cpu().index_select(0, ids).float()
         finite = torch.where(torch.isfinite(fresh), fresh, 0)
         scale = finite.abs().amax(-1, keepdim=True)
         same = (held == fresh) | ((held - fresh).abs() <= self._tolerance(teacher) * scale)
@@ -175,37 +143,24 @@ class Cached(Teacher):
                 f"{int(ids.max())}. Are these the batches it was recorded with? Cached(path, batches=...) checks."
             )
 
-    def _opened(self) -> Float[Tensor, "rows C"]:
-        path = self.path / LOGITS
+    def files(self) -> list[StoredFile]:
+        return [StoredFile(self.path / LOGITS, self.key["bytes"], self.key["sha256"])]
+
+    def _map(self) -> Float[Tensor, "rows C"]:
+        path, shape = self.path / LOGITS, (self.key["rows"], self.key["classes"])
         dtype, stored = STORED[self.key["precision"]]
+        again = f"Remove the folder and record it again: {self.recorded_by}."
         try:
             # copy-on-write: mapped and shared like "r", and torch does not warn of a read-only array
             array = np.load(path, mmap_mode="c", allow_pickle=False)
-            whole = path.stat().st_size == self.key["bytes"]
-            right = array.shape == (self.rows, self.classes) and array.dtype == stored
         except (OSError, ValueError) as error:
-            raise BrokenCache(f"{path} cannot be read ({error}). {AGAIN}") from error
-        if not whole or not right:
+            raise BrokenCache(f"{path} cannot be read ({error}). {again}") from error
+        if array.shape != shape or array.dtype != stored:
             raise BrokenCache(
-                f"{path} has {path.stat().st_size} bytes, shape {array.shape} and type {array.dtype}; {KEY} says "
-                f"{self.key['bytes']} bytes, {(self.rows, self.classes)} and {stored}. {AGAIN}"
+                f"{path} has shape {array.shape} and type {array.dtype}; {KEY} says {shape} and {stored}. {again}"
             )
         table = torch.from_numpy(array)
         return table.view(torch.bfloat16) if dtype == torch.bfloat16 else table
-
-    def _look_at_checksum(self) -> None:
-        if sha256_of(self.path / LOGITS) != self.key["sha256"]:
-            raise BrokenCache(
-                f"{self.path / LOGITS} was changed since it was recorded: its checksum is not that of {KEY}. {AGAIN}"
-            )
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a copy sent to another process maps the file itself
-        return {name: value for name, value in self.__dict__.items() if name != "_table"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._table = self._opened()
 
 
 def record(
@@ -264,37 +219,6 @@ def record(
     if not made:
         cached.verify(teacher, batches)
     return cached
-
-
-def objection_to(path: Path, key: dict[str, Any], batches: Any) -> str | None:
-    """Whether these batches are other data than the key's, and what to do."""
-    name, identity = getattr(batches, "name", type(batches).__name__), getattr(batches, "identity", None)
-    if identity == key["data"]:
-        return None
-    has = "has no identity" if identity is None else f"is {identity}"
-    return (
-        f"{path} holds answers to other data: its data is {key['data']}, and {name} {has} (images, labels, mean, std "
-        "and their order count). Give the batches it was recorded with, or record anew: teachers.record(teacher, "
-        "batches, ANOTHER_PATH)."
-    )
-
-
-def key_in(path: Path) -> dict[str, Any]:
-    try:
-        key = json.loads((path / KEY).read_bytes())
-    except OSError:
-        partial = path.with_name(path.name + ".partial")
-        half = f" A recording was begun in {partial}; the same record() goes on there." if partial.is_dir() else ""
-        raise FileNotFoundError(
-            f"there is no teacher cache in {path}: no {KEY}.{half} Make one: teachers.record(teacher, batches, path)."
-        ) from None
-    except ValueError as error:
-        raise BrokenCache(f"{path / KEY} cannot be read ({error}). {AGAIN}") from error
-    if "sha256" not in key:
-        raise BrokenCache(f"{path} is a recording half done. The record() that began it finishes it.")
-    if key.get("format") != FORMAT:
-        raise BrokenCache(f"{path / KEY} has format {key.get('format')!r}; this version reads {FORMAT}. {AGAIN}")
-    return key
 
 
 def _said(augmentation: dict[str, Any]) -> str:

@@ -6,10 +6,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tempering.teachers.base import Teacher
-from tempering.utils.files import LOCK, alone, lasting, sha256_of
+from tempering.teachers.cache.base import KEY, refuse_other
+from tempering.utils.files import PARTIAL, file_lock, open_synced, sha256_file, write_atomic
+from tempering.utils.tensors import to_device
 
-LOGITS, KEY, LOG, FORMAT = "logits.npy", "key.json", "done.jsonl", 1
+LOGITS, LOG = "logits.npy", "done.jsonl"
 EVERY = 2.0  # seconds of work that a kill may cost
 STORED = {  # precision -> (as torch computes, as the file holds it); numpy has no bf16
     "fp16": (torch.float16, np.dtype("<f2")),
@@ -78,8 +80,7 @@ def asked(teacher: Teacher, batches: Recordable, ids: Int[Tensor, " B"]) -> Floa
     """
     inputs, _, ids = batches.at(ids)
     device = device_of(teacher)
-    inputs = inputs.to(device) if isinstance(inputs, Tensor) else inputs
-    said = teacher(inputs, ids.to(device))
+    said = teacher(to_device(inputs, device), ids.to(device))
     logits = getattr(said, "logits", said)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(ids):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -93,20 +94,52 @@ def device_of(teacher: Teacher) -> torch.device:
     return next((p.device for p in parameters), torch.device("cpu"))
 
 
+@contextmanager
+def partial_folder(path: Path) -> Iterator[Path | None]:
+    """Lock and yield the folder in which the recording of ``path`` is written; None if it is finished.
+
+    Waits for another process that records it.
+    """
+    folder = path.with_name(path.name + PARTIAL)
+    lock = folder.with_name(folder.name + ".lock")  # outside, since Windows renames no folder that holds an open file
+    with file_lock(lock):
+        if (path / KEY).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            yield None
+        else:
+            folder.mkdir(exist_ok=True)
+            yield folder
+    if (path / KEY).is_file():
+        lock.unlink(missing_ok=True)
+
+
+def finish(path: Path, folder: Path, key: Mapping[str, Any], teacher: Teacher, **files: Any) -> None:
+    """Write the key with what ``files`` says of the recording's files, then rename the folder to ``path``."""
+    from tempering._version import __version__
+
+    model = teacher.model
+    made = {
+        "teacher": type(teacher if model is None else model).__name__,
+        "device": device_of(teacher).type,
+        "torch": str(torch.__version__),
+        "tempering": __version__,
+    }
+    write_atomic(folder / KEY, json.dumps({**key, **files, "made": made}, indent=1), fsync=True)
+    folder.rename(path)
+
+
 class Recording:
     """A recording under way beside its path: the array, and a log of the rows that are safely in it."""
 
     def __init__(self, path: Path, teacher: Teacher, batches: Recordable, key: dict[str, Any], *, quiet: bool) -> None:
         self.path, self.teacher, self.batches, self.key, self.quiet = path, teacher, batches, key, quiet
-        self.folder = path.with_name(path.name + ".partial")
+        self.folder = path.with_name(path.name + PARTIAL)
         self.done, self.classes = 0, 0
 
     def run(self) -> None:
         """Take up what is there, ask about the rest, and move the whole to its path. Waits for another who does so."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with alone(self.folder):
-            if (self.path / KEY).is_file():
-                shutil.rmtree(self.folder, ignore_errors=True)  # the other one has finished
+        with partial_folder(self.path) as folder:
+            if folder is None:
                 return
             self._take_up()
             self._ask()
@@ -155,37 +188,22 @@ class Recording:
             self.classes = blocks[0].shape[1]
             for name in (LOG, LOGITS):
                 (self.folder / name).unlink(missing_ok=True)
-            lasting(self.folder / KEY, "w", lambda file: json.dump(self.key, file))
-
-        def rows(file: IO[Any]) -> None:
+            write_atomic(self.folder / KEY, json.dumps(self.key), fsync=True)
+        with open_synced(self.folder / LOGITS, "ab") as file:
             if not self.done:
                 header = {"descr": STORED[self.key["precision"]][1].str, "fortran_order": False}
                 np.lib.format.write_array_header_1_0(file, {**header, "shape": (self.key["rows"], self.classes)})
             for block in blocks:
                 file.write(block.data)
-
-        lasting(self.folder / LOGITS, "ab", rows)
         self.done += sum(map(len, blocks))
         entry = {"done": self.done, "classes": self.classes, "bytes": (self.folder / LOGITS).stat().st_size}
-        lasting(self.folder / LOG, "a", lambda file: file.write(json.dumps(entry) + "\n"))
+        with open_synced(self.folder / LOG, "ab") as file:
+            file.write(json.dumps(entry).encode() + b"\n")
 
     def _finish(self) -> None:
-        """The key with its checksum, then the folder under its own name."""
-        from tempering._version import __version__
-
-        array, model = self.folder / LOGITS, self.teacher.model
-        made = {
-            "teacher": type(self.teacher if model is None else model).__name__,
-            "device": device_of(self.teacher).type,
-            "torch": str(torch.__version__),
-            "tempering": __version__,
-        }
-        whole = {"classes": self.classes, "bytes": array.stat().st_size, "sha256": sha256_of(array), "made": made}
-        beside = self.folder / (KEY + ".new")
-        lasting(beside, "w", lambda file: json.dump({**self.key, **whole}, file, indent=1))
-        beside.replace(self.folder / KEY)
-        (self.folder / LOCK).unlink(missing_ok=True)
-        self.folder.rename(self.path)
+        array = self.folder / LOGITS
+        whole = {"classes": self.classes, "bytes": array.stat().st_size, "sha256": sha256_file(array)}
+        finish(self.path, self.folder, self.key, self.teacher, **whole)
         (self.path / LOG).unlink(missing_ok=True)  # not before: killed here, it would be all to do again
 
     @contextmanager
@@ -226,21 +244,6 @@ def narrowed(values: Float[Tensor, "B C"], precision: str, first: int, *, what: 
             f"{torch.finfo(dtype).max:.6g}. Record with precision={other}."
         )
     return cast
-
-
-def refuse_other(folder: Path, key: dict[str, Any]) -> None:
-    """Look whether the recording in a folder, whole or half done, is the one that ``key`` says.
-
-    Raises:
-        ValueError: naming the field that differs, and both values.
-    """
-    theirs = json.loads((folder / KEY).read_bytes())
-    for name, ours in key.items():
-        if theirs.get(name) != ours:
-            raise ValueError(
-                f"{folder} holds another recording: its {name} is {theirs.get(name)!r}, asked for is {ours!r}. "
-                "Give another path, or remove that folder to record anew."
-            )
 
 
 @contextmanager

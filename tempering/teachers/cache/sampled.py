@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from tempering.teachers.base import Teacher
-from tempering.teachers.cache.recorder import Recordable, device_of
-from tempering.teachers.cache.shards import Shards, Tensors, given, joined, key_of, record_shards, room, split
+from tempering.teachers.cache.recorder import Recordable
+from tempering.teachers.cache.shards import (
+    CachedShards,
+    Inputs,
+    Tensors,
+    from_bytes,
+    query_sparse,
+    record_shards,
+    recording_key,
+    text_batches,
+    texts_per_shard,
+    to_bytes,
+)
 from tempering.teachers.outputs import Sparse
-from tempering.teachers.selection import NEVER, Kept, following
-
-KIND = "drawn tokens"
+from tempering.teachers.selection import Kept, following, shares
 
 
-class CachedDrawn(Teacher):
+class CachedDrawn(CachedShards):
     """Looks the drawn tokens up by sample id: ``Sparse`` (B, L, K), float32, with the next token of the text.
 
     Args:
@@ -29,35 +37,32 @@ class CachedDrawn(Teacher):
         checksum: whether to look at every file's checksum; None does below 256 MB.
 
     Raises:
-        FileNotFoundError, BrokenCache, ValueError: as ``Shards`` does.
+        FileNotFoundError, BrokenCache, ValueError: as ``CachedTeacher`` does.
     """
+
+    kind = "drawn tokens"
+    recorded_by = "teachers.record_drawn(teacher, batches, path, inputs=...)"
 
     def __init__(
         self, path: str | Path, *, batches: Any = None, teacher: Teacher | None = None, checksum: bool | None = None
     ) -> None:
-        self.shards = Shards(path, kind=KIND, batches=batches, teacher=teacher, checksum=checksum)
-        self.path, self.identity, self.samples = self.shards.path, self.shards.identity, self.shards.key["samples"]
+        super().__init__(path, batches=batches, teacher=teacher, checksum=checksum)
+        self.samples: int = self.key["samples"]
 
     def __call__(self, inputs: Any, ids: Int[Tensor, " B"] | None) -> Sparse:
-        texts = [unpacked(*self._held(file, row)) for file, row in self.shards.at(ids)]
-        shape = (len(texts), self.shards.length, max((found.shape[1] for found, _ in texts), default=1))
+        texts = [unpacked(*self._held(file, row)) for file, row in self.find(ids)]
+        shape = (len(texts), self.length, max((found.shape[1] for found, _ in texts), default=1))
         both = torch.zeros(2, *shape, dtype=torch.long)
         for row, text in enumerate(texts):
             for side, x in zip(both, text, strict=True):
                 side[row, :, : x.shape[1]] = x
         label = following(inputs)
         tokens, counts = both.to(label.device)
-        return shares(tokens, counts, self.samples, label)
+        return shares(tokens, counts.float(), self.samples, besides=label)
 
     def _held(self, file: Any, row: int) -> tuple[Tensor, Tensor, int]:
         first, last = file.get_slice("start")[row : row + 2].tolist()
         return file.get_slice("words")[first:last], file.get_slice("kinds")[row], int(file.get_tensor("bits"))
-
-    def to(self, device: torch.device | str) -> Self:
-        return self
-
-    def objection(self, batches: Any) -> str | None:
-        return self.shards.objection(batches)
 
 
 def record_drawn(
@@ -65,7 +70,7 @@ def record_drawn(
     batches: Recordable,
     path: str | Path,
     *,
-    inputs: Callable[[Any], tuple[Any, Any, Any]],
+    inputs: Inputs,
     quiet: bool = False,
 ) -> CachedDrawn:
     """Ask the teacher once about every text, keep its draws, and open the result.
@@ -90,9 +95,14 @@ def record_drawn(
     """
     if teacher.samples is None:
         raise ValueError(f"record_drawn keeps draws; got Kept(top={teacher.top}). See record_sparse.")
-    path, asked = Path(path), _Asked(teacher, batches, inputs)
-    key = key_of(KIND, batches, teacher, samples=teacher.samples)
-    record_shards(path, key, asked, teacher, size=room(16 * key["length"] * teacher.samples), quiet=quiet)
+    path, samples = Path(path), teacher.samples
+    key = recording_key(CachedDrawn.kind, batches, teacher, samples=samples)
+
+    def query(ids: Tensor) -> Tensors:
+        parts = [_draws(teacher, samples, *part) for part in text_batches(teacher, batches, ids, inputs)]
+        return packed(*(torch.cat(side) for side in zip(*parts, strict=True)))
+
+    record_shards(path, key, query, teacher, size=texts_per_shard(16 * key["length"] * samples), quiet=quiet)
     return CachedDrawn(path, batches=batches, teacher=teacher)
 
 
@@ -113,7 +123,7 @@ def packed(ids: Int[Tensor, "B L S"], counts: Int[Tensor, "B L S"]) -> Tensors:
         raise ValueError(f"token ids up to {most} and counts of {bits} bits do not fit into seven bytes.")
     words, kinds = (ids[there] << bits) | counts[there], there.sum(-1)
     return {
-        "words": split(words, width),
+        "words": to_bytes(words, width),
         "kinds": kinds.to(torch.uint8 if int(kinds.max()) < 256 else torch.int32),
         "start": torch.cat((kinds.new_zeros(1), kinds.sum(-1).cumsum(0))),
         "bits": torch.tensor([bits]),
@@ -124,39 +134,18 @@ def unpacked(
     words: Int[Tensor, "M bytes"], kinds: Int[Tensor, " L"], bits: int
 ) -> tuple[Int[Tensor, "L K"], Int[Tensor, "L K"]]:
     """(ids, counts) of a text's positions, filled up with counts of 0 to the most that one has."""
-    whole = joined(words)
+    whole = from_bytes(words)
     room = torch.arange(max(1, int(kinds.max()))) < kinds.long()[:, None]
     out = whole.new_zeros(room.shape).masked_scatter_(room, whole)
     return out >> bits, out & ((1 << bits) - 1)
 
 
-def shares(ids: Int[Tensor, "*N K"], counts: Int[Tensor, "*N K"], samples: int, besides: Int[Tensor, "*N"]) -> Sparse:
-    """The draws as ``Sparse`` with ``besides`` behind them, as ``drawn`` gives them: K + 1 tokens, float32."""
-    logp = (counts.float() / samples).log()
-    known = ((ids == besides[..., None]) & (counts > 0)).any(-1, keepdim=True)
-    extra = torch.full_like(logp[..., :1], NEVER).masked_fill(known, -torch.inf)
-    ids, logp = torch.cat((ids, besides[..., None]), -1), torch.cat((logp, extra), -1)
-    return Sparse(ids, logp, torch.full_like(logp[..., 0], -torch.inf))
-
-
-class _Asked:
-    """A shard of draws: ids in, packed tensors out."""
-
-    def __init__(self, kept: Kept, batches: Recordable, inputs: Callable[[Any], Any]) -> None:
-        self.kept, self.batches, self.inputs = kept, batches, inputs
-
-    def __call__(self, ids: Tensor) -> Tensors:
-        parts = [self._asked(part) for part in ids.split(self.batches.batch_size)]
-        return packed(*(torch.cat(side) for side in zip(*parts, strict=True)))
-
-    def _asked(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        asked, labels = given(self.batches, ids, self.inputs, device_of(self.kept))
-        found = self.kept(asked, ids).to("cpu")
-        if torch.isnan(found.logp).any():
-            raise ValueError("the teacher gives NaN: nothing can be learned from it. Is its checkpoint whole?")
-        # without the text's own token
-        drawn = (found.logp[..., :-1].exp() * float(self.kept.samples or 0)).round().long()
-        mask = labels >= 0 if "labels" in asked else asked.get("attention_mask")
-        if mask is not None:
-            drawn = drawn * (mask.cpu() != 0)[..., None]
-        return found.ids[..., :-1], drawn
+def _draws(teacher: Kept, samples: int, ids: Tensor, inputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (tokens, counts) of a batch's positions; padding has counts of 0."""
+    sparse = query_sparse(teacher, inputs, ids)
+    # without the text's own token
+    counts = (sparse.logp[..., :-1].exp() * float(samples)).round().long()
+    mask = labels >= 0 if "labels" in inputs else inputs.get("attention_mask")
+    if mask is not None:
+        counts = counts * (mask.cpu() != 0)[..., None]
+    return sparse.ids[..., :-1], counts

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from tempering.teachers.base import Teacher
-from tempering.teachers.cache.recorder import Recordable, device_of
-from tempering.teachers.cache.shards import Shards, Tensors, given, joined, key_of, record_shards, room, split
+from tempering.teachers.cache.recorder import Recordable
+from tempering.teachers.cache.sampled import CachedDrawn, record_drawn
+from tempering.teachers.cache.shards import (
+    CachedShards,
+    Inputs,
+    Tensors,
+    from_bytes,
+    query_sparse,
+    record_shards,
+    recording_key,
+    text_batches,
+    texts_per_shard,
+    to_bytes,
+)
 from tempering.teachers.outputs import Sparse
 from tempering.teachers.selection import Kept
 
-if TYPE_CHECKING:
-    from tempering.teachers.cache.sampled import CachedDrawn
-
-KIND = "likeliest tokens"
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 
 
-class CachedSparse(Teacher):
+class CachedSparse(CachedShards):
     """Looks the kept tokens up by sample id: ``Sparse`` (B, L, K), float32, on the ids' device.
 
     Those of fp16 are divided by their sum again, so a position is a distribution and no loss over it negative. Files
@@ -36,18 +43,15 @@ class CachedSparse(Teacher):
         checksum: whether to look at every file's checksum; None does below 256 MB.
 
     Raises:
-        FileNotFoundError, BrokenCache, ValueError: as ``Shards`` does.
+        FileNotFoundError, BrokenCache, ValueError: as ``CachedTeacher`` does.
     """
 
-    def __init__(
-        self, path: str | Path, *, batches: Any = None, teacher: Teacher | None = None, checksum: bool | None = None
-    ) -> None:
-        self.shards = Shards(path, kind=KIND, batches=batches, teacher=teacher, checksum=checksum)
-        self.path, self.identity, self.length = self.shards.path, self.shards.identity, self.shards.length
+    kind = "likeliest tokens"
+    recorded_by = "teachers.record_sparse(teacher, batches, path, inputs=...)"
 
     def __call__(self, inputs: Any, ids: Int[Tensor, " B"] | None) -> Sparse:
-        parts = [self._held(file, row) for file, row in self.shards.at(ids)]
-        parts = parts or [[x[:0] for x in self._held(*self.shards.at(torch.tensor([0]))[0])]]
+        parts = [self._held(file, row) for file, row in self.find(ids)]
+        parts = parts or [[x[:0] for x in self._held(*self.find(torch.tensor([0]))[0])]]
         tokens, logp, rest = (torch.cat(side) for side in zip(*parts, strict=True))
         if logp.dtype == torch.float16:
             logp, rest = logp.float(), rest.float()
@@ -58,13 +62,7 @@ class CachedSparse(Teacher):
 
     def _held(self, file: Any, row: int) -> list[Tensor]:
         tokens, logp, rest = (file.get_slice(name)[row : row + 1] for name in ("ids", "logp", "rest"))
-        return [joined(tokens), logp, rest]
-
-    def to(self, device: torch.device | str) -> Self:
-        return self
-
-    def objection(self, batches: Any) -> str | None:
-        return self.shards.objection(batches)
+        return [from_bytes(tokens), logp, rest]
 
 
 def record_sparse(
@@ -72,7 +70,7 @@ def record_sparse(
     batches: Recordable,
     path: str | Path,
     *,
-    inputs: Callable[[Any], tuple[Any, Any, Any]],
+    inputs: Inputs,
     precision: str = "fp32",
     quiet: bool = False,
 ) -> CachedSparse | CachedDrawn:
@@ -98,43 +96,22 @@ def record_sparse(
         TypeError: for a teacher that answers no ``Sparse``.
     """
     if isinstance(teacher, Kept) and teacher.samples is not None:
-        from tempering.teachers.cache.sampled import record_drawn
-
         return record_drawn(teacher, batches, path, inputs=inputs, quiet=quiet)
     if precision not in PRECISIONS:
         raise ValueError(f"record_sparse needs precision {' or '.join(map(repr, PRECISIONS))}; got {precision!r}.")
-    path, asked = Path(path), _Asked(teacher, batches, inputs, PRECISIONS[precision])
-    key = key_of(KIND, batches, teacher, precision=precision)
+    path, dtype = Path(path), PRECISIONS[precision]
+    key = recording_key(CachedSparse.kind, batches, teacher, precision=precision)
     kept = 1 + (getattr(teacher, "top", None) or 64)
-    record_shards(path, key, asked, teacher, size=room(8 * kept * key["length"]), quiet=quiet)
+
+    def query(ids: Tensor) -> Tensors:
+        parts = [query_sparse(teacher, given, part) for part, given, _ in text_batches(teacher, batches, ids, inputs)]
+        tokens, logp, rest = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "logp", "rest"))
+        return {"ids": to_bytes(tokens), "logp": _stored(logp, dtype), "rest": _stored(rest, dtype)}
+
+    record_shards(path, key, query, teacher, size=texts_per_shard(8 * kept * key["length"]), quiet=quiet)
     return CachedSparse(path, batches=batches, teacher=teacher)
 
 
-class _Asked:
-    """A shard of kept tokens: ids of texts in, {"ids": (B, L, K, bytes), "logp": (B, L, K), "rest": (B, L)} out."""
-
-    def __init__(
-        self, kept: Teacher, batches: Recordable, inputs: Callable[[Any], tuple[Any, Any, Any]], dtype: torch.dtype
-    ) -> None:
-        self.kept, self.batches, self.inputs, self.dtype = kept, batches, inputs, dtype
-
-    def __call__(self, ids: Tensor) -> Tensors:
-        parts = [self._asked(part) for part in ids.split(self.batches.batch_size)]
-        tokens, logp, rest = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "logp", "rest"))
-        return {"ids": split(tokens), "logp": self._narrowed(logp), "rest": self._narrowed(rest)}
-
-    def _asked(self, ids: Tensor) -> Sparse:
-        asked, _ = given(self.batches, ids, self.inputs, device_of(self.kept))
-        found = self.kept(asked, ids)
-        if not isinstance(found, Sparse):
-            raise TypeError(
-                f"only Sparse answers can be recorded so; {type(self.kept).__name__} answers {type(found).__name__}. "
-                "Say what is kept of it: Kept(teacher, top=16)."
-            )
-        if torch.isnan(found.logp).any():
-            raise ValueError("the teacher gives NaN: nothing can be learned from it. Is its checkpoint whole?")
-        return found.to("cpu")
-
-    def _narrowed(self, logp: Tensor) -> Tensor:
-        """In the precision that is stored; what is unlikelier than it can say stays a token that is held."""
-        return torch.where(torch.isneginf(logp), logp, logp.clamp_min(torch.finfo(self.dtype).min)).to(self.dtype)
+def _stored(logp: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round log-probabilities to a stored type; one below its range becomes its lowest, so the token stays held."""
+    return torch.where(torch.isneginf(logp), logp, logp.clamp_min(torch.finfo(dtype).min)).to(dtype)

@@ -1,0 +1,153 @@
+"""A recipe to start from: replace the data and the networks by your own.
+
+Command:  tempering run template.py --method dtkd
+Check:    tempering check template.py                (the first batch; nothing is trained)
+Compare:  tempering compare template.py --methods supervised,kd,kd-matched,dtkd --seeds 3 --out runs/grid
+Images:   tempering run template.py --data DIR       (DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg)
+
+A recipe is a Python file with a function ``main``, which describes a run and returns it; nothing is trained in it. Its
+keyword arguments are the flags, and its docstring explains them under --help; ``config`` has the flags of training,
+--epochs, --seed and so on. `tempering compare` and `tempering tune` need --method, --seed and --out.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tempering.data import Batches, Splits, image_folder
+from tempering.experiments.presets import arm_from, method_of, slug
+from tempering.methods.logits.supervised import Supervised
+from tempering.tasks import Classification
+from tempering.training.config import TrainConfig
+from tempering.training.experiment import Experiment, TeacherRecipe
+
+SIZE = 16  # pixels a side
+
+
+# 1. The data: training, validation and test batches. Without a validation split the test split chooses the best epoch.
+
+
+def load_data(folder: Path | None, *, batch_size: int, seed: int) -> Splits:
+    """The images of a folder, or synthetic ones: a random pattern per class, under noise."""
+    if folder is not None:
+        return image_folder(folder, size=SIZE, batch_size=batch_size, validation=100, flip=True, seed=seed)
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.rand(10, 3, SIZE, SIZE, generator=generator)
+    labels = torch.randint(10, (1400,), generator=generator)
+    noise = torch.rand(len(labels), 3, SIZE, SIZE, generator=generator)
+    images = (255 * (0.3 * patterns[labels] + 0.7 * noise)).to(torch.uint8)
+    order = {"batch_size": batch_size, "shuffle": True, "seed": seed}
+    whole = Batches(images, labels, mean=(0.5,) * 3, std=(0.25,) * 3, name="synthetic", **order)
+    rest, test = whole.split(200, seed=0)
+    train, validation = rest.split(200, seed=0)
+    return Splits(train, validation, test)
+
+
+# 2. The networks: any nn.Module whose output is logits of shape (N, classes).
+
+
+def build_net(width: int, *, classes: int, seed: int) -> nn.Module:
+    """A small convolutional network, its weights drawn with this seed."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(width, 2 * width, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(32 * width, classes),
+    )
+
+
+# 3. The run: flags, the teacher, the method, the optimizer.
+
+
+def decay(progress: float) -> float:
+    """The factor on the learning rate; progress goes from 0 to 1."""
+    return 1.0 - progress
+
+
+def main(
+    *,
+    data: Path | None = None,
+    method: str = "dtkd",
+    temperature: str | None = None,
+    label: str | None = None,
+    teacher_width: int = 32,
+    student_width: int = 4,
+    teacher_epochs: int = 10,
+    batch_size: int = 50,
+    lr: float = 0.05,
+    out: Path | None = None,
+    config: TrainConfig = TrainConfig(epochs=10, log_every=10),
+) -> Experiment:
+    """Distill a small network; its teacher is trained first, once, beside the run's folder.
+
+    Args:
+        data: a folder of images, a subfolder per class; default: synthetic images.
+        method: a method, or a preset of one (`tempering list` shows them), such as supervised, kd, kd-matched, or
+            "dtkd(soft=0.5, temperature=sharpness(4, solve=std))".
+        temperature: a policy that replaces the method's own, such as "static(2)".
+        label: name of this run in tables; default: from the method.
+        teacher_width: channels of the teacher's first layer.
+        student_width: channels of the student's first layer.
+        teacher_epochs: number of epochs of the teacher's training.
+        batch_size: images per step.
+        lr: initial learning rate of both.
+        out: the run's folder; default: runs/template/METHOD-SEED. The teacher's folder "teachers" lies beside it.
+        config: options of training.
+    """
+    arm, loss = arm_from(method, temperature), method_of(method, temperature)
+    out = out or Path("runs/template", f"{slug(arm.name)}-{config.seed}")
+    splits = load_data(data, batch_size=batch_size, seed=config.seed)
+    classes, optimizer = splits.train.classes, partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=5e-4)
+
+    # The teacher: trained when it is first needed, and found again by its key. To load weights instead:
+    # TeacherRecipe(weights=Path("teacher.safetensors"), train=None, ...).
+    name, their_data = f"cnn-{teacher_width}", load_data(data, batch_size=batch_size, seed=0)
+
+    def train_teacher(model: nn.Module) -> Experiment:
+        return Experiment(
+            student=model,
+            train=their_data.train,
+            validation=their_data.validation,
+            test=their_data.test,
+            method=Supervised(),
+            optimizer=optimizer,
+            schedule=decay,
+            config=config.for_teacher(teacher_epochs),
+            facts={"label": f"teacher {name}", "student": {"name": name}, "data": their_data.facts()},
+        )
+
+    # everything that its weights depend on: with another key, another one is trained
+    key = {"data": their_data.train.identity, "epochs": teacher_epochs, "batch_size": batch_size, "lr": lr}
+    teacher = TeacherRecipe(
+        name=name,
+        build=partial(build_net, teacher_width, classes=classes, seed=0),
+        train=train_teacher,
+        folder=out.parent / "teachers",
+        key=key | config.changed("precision"),
+    )
+
+    # The student. A method that compares features (fitnet, ...) needs them by name: features={name: (student's module,
+    # teacher's module)} of the task.
+    return Experiment(
+        student=build_net(student_width, classes=classes, seed=config.seed),
+        teacher=teacher if loss.needs_teacher else None,
+        train=splits.train,
+        validation=splits.validation,
+        test=splits.test,
+        method=loss,
+        task=Classification(),
+        optimizer=optimizer,
+        schedule=decay,
+        config=config,
+        out=out,
+        facts={"label": label or arm.label, "student": {"name": f"cnn-{student_width}"}, "data": splits.facts()},
+    )

@@ -1,0 +1,156 @@
+"""Base class of cached teachers: opens a recording, and checks its files, its data and its teacher."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from tempering.teachers.base import Teacher, key_digest
+from tempering.utils.files import PARTIAL, sha256_file
+
+KEY, FORMAT = "key.json", 1
+CHECKED = 256 * 2**20  # bytes up to which a cache's checksums are compared whenever it is opened
+
+
+class BrokenCache(RuntimeError):
+    """A cache whose numbers cannot be trusted; the message names the file and what to do."""
+
+
+class StoredFile(NamedTuple):
+    """A file of a recording, and what the key says of it."""
+
+    path: Path
+    size: int
+    sha256: str
+
+
+class CachedTeacher(Teacher):
+    """A teacher whose outputs are read from disk by sample id. Files are mapped, so many processes may share them.
+
+    Args:
+        path: the folder of the recording.
+        batches: refuse to open for other data than these.
+        teacher: refuse to open for another teacher's outputs.
+        checksum: whether to compare every file with its checksum; None does below 256 MB.
+
+    Raises:
+        FileNotFoundError: if there is no finished recording.
+        BrokenCache: for a file that is missing, truncated or edited.
+        ValueError: for a recording of another kind, other data or another teacher, naming what differs.
+    """
+
+    kind: ClassVar[str]  # what the recording must hold
+    recorded_by: ClassVar[str]  # the call that makes such a recording
+
+    def __init__(
+        self, path: str | Path, *, batches: Any = None, teacher: Teacher | None = None, checksum: bool | None = None
+    ) -> None:
+        self.path = Path(path)
+        self.key = read_key(self.path)
+        kind = self.key.get("kind", "logits")
+        if kind != self.kind:
+            raise ValueError(f"{self.path} holds {kind}, and {type(self).__name__} reads {self.kind}.")
+        self.rows: int = self.key["rows"]
+        self.identity = key_digest({name: value for name, value in self.key.items() if name != "made"})
+        self._mapped: Any = self._map()
+        size = sum(file.size for file in self.files())
+        self.check_files(checksum=size < CHECKED if checksum is None else checksum)
+        why = None if batches is None else self.objection(batches)
+        if why is not None:
+            raise ValueError(why)
+        if teacher is not None and teacher.identity != self.key["teacher"]:
+            raise ValueError(
+                f"{self.path} holds the answers of another teacher: its teacher is {self.key['teacher']}, the one "
+                f"given is {teacher.identity} (weights, precision and fold count). Give that teacher, or record this "
+                f"one in another folder: {self.recorded_by}."
+            )
+
+    @abstractmethod
+    def files(self) -> list[StoredFile]:
+        """Return the files of the recording besides its key."""
+
+    @abstractmethod
+    def _map(self) -> Any:
+        """Map the files; called again in a process that this teacher is sent to."""
+
+    def check_files(self, *, checksum: bool = True) -> None:
+        """Compare the size of every file with the key, and its checksum.
+
+        Raises:
+            BrokenCache: naming the file.
+        """
+        again = f"Remove the folder and record it again: {self.recorded_by}."
+        for file in self.files():
+            got = file.path.stat().st_size if file.path.is_file() else None
+            if got != file.size:
+                what = "is missing" if got is None else f"has {got} bytes, and {KEY} says {file.size}"
+                raise BrokenCache(f"{file.path} {what}. {again}")
+            if checksum and sha256_file(file.path) != file.sha256:
+                raise BrokenCache(
+                    f"{file.path} was changed since it was recorded: its checksum is not that of {KEY}. {again}"
+                )
+
+    def objection(self, batches: Any) -> str | None:
+        name, identity = getattr(batches, "name", type(batches).__name__), getattr(batches, "identity", None)
+        if identity == self.key["data"]:
+            return None
+        has = "has no identity" if identity is None else f"is {identity}"
+        return (
+            f"{self.path} holds answers to other data: its data is {self.key['data']}, and {name} {has} (samples, "
+            "labels, preprocessing and their order count). Give the batches it was recorded with, or record anew: "
+            f"{self.recorded_by}."
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_mapped"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._mapped = self._map()
+
+
+def read_key(path: Path) -> dict[str, Any]:
+    """Read the key of a finished recording.
+
+    Raises:
+        FileNotFoundError: if there is no recording.
+        BrokenCache: for a key that cannot be read, a recording half done, or another format.
+    """
+    again = "Remove the folder and record it again."
+    try:
+        key = json.loads((path / KEY).read_bytes())
+    except OSError:
+        partial = path.with_name(path.name + PARTIAL)
+        half = f" A recording was begun in {partial}; the same record() goes on there." if partial.is_dir() else ""
+        raise FileNotFoundError(
+            f"there is no teacher cache in {path}: no {KEY}.{half} Make one: teachers.record(teacher, batches, path)."
+        ) from None
+    except ValueError as error:
+        raise BrokenCache(f"{path / KEY} cannot be read ({error}). {again}") from error
+    if "sha256" not in key:
+        raise BrokenCache(f"{path} is a recording half done. The record() that began it finishes it.")
+    if key.get("format") != FORMAT:
+        raise BrokenCache(f"{path / KEY} has format {key.get('format')!r}; this version reads {FORMAT}. {again}")
+    return key
+
+
+def refuse_other(folder: Path, key: Mapping[str, Any]) -> None:
+    """Check that the recording in a folder, finished or half done, is the one that ``key`` describes.
+
+    Raises:
+        BrokenCache: for a key that cannot be read.
+        ValueError: naming the field that differs, and both values.
+    """
+    try:
+        theirs = json.loads((folder / KEY).read_bytes())
+    except ValueError as error:
+        raise BrokenCache(f"{folder / KEY} cannot be read ({error}). Remove the folder and record it again.") from error
+    for name, ours in key.items():
+        if theirs.get(name) != ours:
+            raise ValueError(
+                f"{folder} holds another recording: its {name} is {theirs.get(name)!r}, asked for is {ours!r}. "
+                "Give another path, or remove that folder to record anew."
+            )

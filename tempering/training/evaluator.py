@@ -1,0 +1,140 @@
+"""Evaluation during a run: scores of the splits, the best epoch, early stopping, and the final analysis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tempering.methods.base import Method
+from tempering.rows import Rows
+from tempering.tasks.base import Task
+from tempering.teachers.base import Teacher
+from tempering.training.config import TrainState
+from tempering.training.stream import require_reiterable
+
+
+class Evaluator:
+    """Scores the student on the evaluation splits.
+
+    Args:
+        splits: name -> batches, None where there is no such split. "validation" selects the best epoch, or "test" if
+            there is no validation split.
+        teacher: scores may compare the student with it; None for a run without a teacher.
+        cache_teacher: whether to keep the teacher's outputs on the splits from one evaluation to the next.
+        patience: number of evaluations without improvement after which to stop; None: never.
+
+    Attributes:
+        best_by: the score that selects the best epoch, "<split>/<metric>"; None without a split to select by.
+
+    Raises:
+        ValueError: for a split that is an iterator, or a patience without a score.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        splits: Mapping[str, Iterable[Any] | None],
+        teacher: Teacher | None,
+        *,
+        device: torch.device,
+        cache_teacher: bool,
+        patience: int | None,
+    ) -> None:
+        self.task, self.device, self.patience = task, device, patience
+        self.splits = {name: batches for name, batches in splits.items() if batches is not None}
+        for name, batches in self.splits.items():
+            require_reiterable(name, batches)
+        # a cache of the training set holds no other split, and would return rows of its own
+        sources = {} if teacher is None else {name: teacher.on(batches) for name, batches in self.splits.items()}
+        self.teachers = {
+            name: CachedTeacherOutputs(source.to(device), enabled=cache_teacher)
+            for name, source in sources.items()
+            if source is not None
+        }
+        metric, self.higher_is_better = task.headline()
+        self.best_by = next((f"{name}/{metric}" for name in ("validation", "test") if name in self.splits), None)
+        if patience is not None and self.best_by is None:
+            raise ValueError("patience= stops by a score, and there is none: give validation=.")
+
+    def score(self, model: nn.Module) -> dict[str, dict[str, float]]:
+        """Score the model on every split: split -> metric -> value."""
+        return {
+            name: self.task.score(model, batches, teacher=self._teacher(name)) for name, batches in self.splits.items()
+        }
+
+    def select_best(self, state: TrainState, value: float) -> bool:
+        """Compare ``value``, the score ``best_by``, with the best so far; return whether it is better.
+
+        Updates ``state``: the best evaluation, how many evaluations ago it was, and whether the run should stop.
+        """
+        best = state.best_value
+        improved = best is None or (value > best if self.higher_is_better else value < best)
+        if improved:
+            state.best_value, state.best, state.stale = value, state.last, 0
+        else:
+            state.stale += 1
+        state.stopped = self.patience is not None and state.stale >= self.patience
+        return improved
+
+    def analyze(self, model: nn.Module, method: Method, state: TrainState) -> dict[str, Any]:
+        """Analyze the finished student on the test split, or on the first split; {} without splits or results.
+
+        Scores in the analysis are added to the last evaluation in ``state``.
+        """
+        name = "test" if "test" in self.splits else next(iter(self.splits), None)
+        if name is None:
+            return {}
+        policy = next(iter(method.eval().policies().values()), None)
+        temperatures = None if policy is None else temperatures_on_cpu(policy, self.device)
+        analysis = self.task.analyse(model, self.splits[name], teacher=self._teacher(name), temperatures=temperatures)
+        (state.last or {}).get(name, {}).update(analysis.pop("scores", {}))
+        return {"split": name, **analysis} if analysis else {}
+
+    def _teacher(self, split: str) -> CachedTeacherOutputs | None:
+        return self.teachers[split].reset() if split in self.teachers else None
+
+
+class CachedTeacherOutputs:
+    """A teacher whose outputs on a fixed, unshuffled split are cached, so that it runs once and not every evaluation.
+
+    Outputs are cached by position and sample ids; batches without ids are not cached.
+
+    Args:
+        enabled: False for a teacher that is trained during the run, or whose outputs are too large to keep.
+    """
+
+    def __init__(self, teacher: Callable[[Any, Tensor | None], Any], *, enabled: bool = True) -> None:
+        self.teacher, self.enabled = teacher, enabled
+        self.outputs: list[tuple[Tensor, Any]] = []  # sample ids and outputs of each batch
+        self.position = 0
+
+    def reset(self) -> CachedTeacherOutputs:
+        """Start at the first batch again."""
+        self.position = 0
+        return self
+
+    def __call__(self, inputs: Any, ids: Tensor | None) -> Any:
+        """The teacher's outputs for the next batch."""
+        position, self.position = self.position, self.position + 1
+        if ids is None or not self.enabled:
+            return self.teacher(inputs, ids)
+        if position < len(self.outputs) and torch.equal(self.outputs[position][0], ids):
+            return self.outputs[position][1]
+        output = self.teacher(inputs, ids)
+        if position == len(self.outputs):
+            self.outputs.append((ids, output))
+        return output
+
+
+def temperatures_on_cpu(policy: Callable[[Rows], Any], device: torch.device) -> Callable[[Rows], Any]:
+    """Wrap a policy on ``device`` to take rows on the CPU and return temperatures on the CPU."""
+
+    def call(rows: Rows) -> Any:
+        target = None if rows.target is None else rows.target.to(device)
+        T = policy(rows.with_(student=rows.student.to(device), teacher=rows.teacher.to(device), target=target))
+        return type(T)(*(None if x is None else x.detach().cpu() for x in T))
+
+    return call
