@@ -120,7 +120,7 @@ evidence-ablations: $(READY)  ## the temperatures or their scale alone (in the s
 	$(WRITTEN)
 
 evidence-others: $(READY)  ## the rest of the screen
-	$(COMPARED) --methods ctkd,cosine,standardised,dist --seeds 3 --out $(EVIDENCE)screen -- $(RECIPE) $(SHORT)
+	$(COMPARED) --methods ctkd,cosine,standardized,dist --seeds 3 --out $(EVIDENCE)screen -- $(RECIPE) $(SHORT)
 	$(WRITTEN)
 
 evidence-resnet20: $(READY)  ## 240 epochs, 3 seeds, the larger teacher

@@ -1,4 +1,4 @@
-"""Crop, flip and normalise 32 x 32 images: an image at a time by PIL (torchvision's transforms) against our batches.
+"""Crop, flip and normalize 32 x 32 images: an image at a time by PIL (torchvision's transforms) against our batches.
 
 Usage:
     python benchmarks/augment.py [--rounds 9] [--images 4096] [--tiny]

@@ -28,7 +28,7 @@ from tempering.reports.intervals import deviation, difference, mean
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "ckd-budget"
 METRIC, BATCH, WHOLE = "test/accuracy", 64, 50_000
-COLOURS = ("#767c85", "#0072b2", "#d55e00", "#009e73", "#b8619a", "#c98a00", "#3fa0d8")
+COLORS = ("#767c85", "#0072b2", "#d55e00", "#009e73", "#b8619a", "#c98a00", "#3fa0d8")
 STYLE = """
 svg { font: 12px system-ui, sans-serif; background: #fff } text { fill: #454a52 } .grid { stroke: #ececec }
 .axis { stroke: #767c85 } .end { text-anchor: end } .mid { text-anchor: middle } .dot { fill: var(--c) }
@@ -113,7 +113,7 @@ def figure(found: dict[str, Curve]) -> str:
         spreads = [deviation(values) or 0.0 for _, values in points]
         series.append(
             Series(
-                css=f"c{i % len(COLOURS)}",
+                css=f"c{i % len(COLORS)}",
                 name=label,
                 x=[n for n, _ in points],
                 y=middles,
@@ -138,8 +138,8 @@ def figure(found: dict[str, Curve]) -> str:
         x_ticks=[(n, f"{n:,.0f}") for n in images],
     )
     height = 284 + 18 * len(legend)
-    colours = " ".join(f".c{i} {{ --c: {colour} }}" for i, colour in enumerate(COLOURS))
-    style = tag("style", Svg(f"{STYLE}{colours}\n"))
+    colors = " ".join(f".c{i} {{ --c: {color} }}" for i, color in enumerate(COLORS))
+    style = tag("style", Svg(f"{STYLE}{colors}\n"))
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="560" height="{height}"'
     return (
         drawn.replace("<svg", head, 1)

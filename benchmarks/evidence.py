@@ -52,7 +52,7 @@ COMMANDS = """What is open is run by these, in this order; a killed one goes on,
     make evidence-screen DATA=DIR       60 epochs, 13 arms, 3 seeds
     make evidence-full DATA=DIR         240 epochs, 5 arms, 3 seeds
     make evidence-ablations DATA=DIR    the temperatures or their scale alone, in the screen; tau times weights, 1 seed
-    make evidence-others DATA=DIR       CTKD, cosine and standardised temperatures, DIST, in the screen
+    make evidence-others DATA=DIR       CTKD, cosine and standardized temperatures, DIST, in the screen
     make evidence-resnet20 DATA=DIR     teacher resnet20, then 240 epochs, 5 arms, 3 seeds
 
 And a first look, which is none of them, where hours of a slow core are all there is:

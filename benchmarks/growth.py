@@ -49,7 +49,7 @@ def step_of(batch: int) -> Arm:
     torch.manual_seed(0)
     x, y = torch.randn(batch, 3, 32, 32, device=device()), torch.randint(100, (batch,), device=device())
     student, teacher = (build(name, classes=100).to(device()) for name in ("resnet8", "resnet14"))
-    taught, optimizer, method = Live(teacher, fold=True), torch.optim.SGD(student.parameters(), lr=0.01), DTKD()
+    taught, optimizer, method = Live(teacher, fuse_conv_bn=True), torch.optim.SGD(student.parameters(), lr=0.01), DTKD()
 
     def run() -> None:
         rows = Rows(student(x), taught(x, None), y)
@@ -92,7 +92,7 @@ def one_rank(rank: int, world: int, port: int, steps: int, out: Any) -> None:
             return self
 
     took: list[float] = []
-    student, teacher = build("resnet8", classes=100), Live(build("resnet14", classes=100), fold=True)
+    student, teacher = build("resnet8", classes=100), Live(build("resnet14", classes=100), fuse_conv_bn=True)
     distill(
         student,
         teacher,

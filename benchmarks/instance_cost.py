@@ -39,14 +39,14 @@ def step(
     total(method(rows, progress), rows).backward()
     optimizer.step()
     with torch.no_grad():
-        for policy in method.learners():
+        for policy in method.adaptive_policies():
             reward = None
-            if policy.wants_reward:
+            if policy.needs_reward:
                 student.eval()
                 after = nn.functional.cross_entropy(student(x), y, reduction="none")
                 student.train()
                 reward = nn.functional.cross_entropy(rows.student, y, reduction="none") - after
-            policy.learn(reward)
+            policy.update(reward)
     optimizer.zero_grad()
     if x.is_cuda:
         torch.cuda.synchronize()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tempering.reports import charts, page
 from tempering.reports.charts import Svg, tag
 from tempering.reports.compare import Comparison
-from tempering.reports.figures import SMALL, curve, drawn, inside, overlay, percent, styles
+from tempering.reports.figures import SMALL, curve, inside, make_sections, overlay, percent, styles
 
 COLUMNS, PITCH, HEAD, AIR, LINE = 3, 384, 20, 22, 18  # panels in a row; widths and heights in pixels
 OWN = "svg { overflow: visible } text { font-size: 11.5px; fill: var(--muted) } .teacher { --c: var(--ink) }"
@@ -27,7 +27,9 @@ def learning(found: Comparison) -> list[Panel]:
         for key, title, begin in said
         if (f := overlay(found, key, title, get, y_label=label, begin=begin, size=SMALL)) is not None
     ]
-    curves = {arm.label: c for arm in drawn(found) if arm.n and (c := curve(arm.counted, "epochs", "epoch", get))}
+    curves = {
+        arm.label: c for arm in make_sections(found) if arm.n and (c := curve(arm.counted, "epochs", "epoch", get))
+    }
     middle = max((c.x[-1] for c in curves.values()), default=0.0) / 2
     curves = {name: late for name, c in curves.items() if (late := c.since(middle)).x}
     values = [v for c in curves.values() for v in (*c.low, *c.high) if v is not None]
@@ -60,7 +62,7 @@ def sheet(title: str, panels: Sequence[Panel], found: Comparison) -> str:
             place = f'<svg x="{PITCH * i}" y="{y + HEAD:g}" width="{width:g}" height="{height:g}"'
             parts.append(Svg(svg.replace("<svg", place, 1)))
         y += HEAD + max(height for *_, height in row) + AIR
-    shown = [arm.label for arm in drawn(found) if arm.n]
+    shown = [arm.label for arm in make_sections(found) if arm.n]
     for i, label in enumerate(shown):
         x, at = PITCH * (i % COLUMNS), y + LINE * (i // COLUMNS) + 12
         line = tag("line", class_="line", x1=x, x2=x + 26, y1=at - 4, y2=at - 4)
@@ -80,7 +82,7 @@ def _size(svg: Svg) -> tuple[float, float]:
 
 
 def _rules() -> str:
-    """What the report's style says of colours and of what is inside a drawing."""
+    """What the report's style says of colors and of what is inside a drawing."""
     css = (page.HERE / "page.css").read_text(encoding="utf-8")
     light, dark = re.findall(r":root \{[^{}]*\}", css)
     inner = re.findall(r"svg [.g][^{}]*\{[^{}]*\}", css)
@@ -88,9 +90,9 @@ def _rules() -> str:
 
 
 def _look(css: str) -> str:
-    """Colour and dashes of an arm, as the report has them."""
-    turn, colour = divmod(int(css[1:]) - 1, page.COLOURS)
+    """Color and dashes of an arm, as the report has them."""
+    turn, color = divmod(int(css[1:]) - 1, page.COLORS)
     if css == "a0":
         return ".a0 { --c: var(--c0) }"
     dashes = page.DASHES[min(turn, len(page.DASHES) - 1)]
-    return f".{css} {{ --c: var(--c{colour + 1}); --dashes: {dashes} }}"
+    return f".{css} {{ --c: var(--c{color + 1}); --dashes: {dashes} }}"

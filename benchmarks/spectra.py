@@ -20,10 +20,10 @@ from timing import ROOT, machine
 from torch import Tensor, nn
 
 from tempering.data.coco import coco
-from tempering.data.detection import Scenes
+from tempering.data.detection import DetectionLoader
 from tempering.data.inconsistent import SampleSpecific
 from tempering.data.spectrum import spectrum
-from tempering.data.synthetic_shapes import shapes
+from tempering.data.synthetic_shapes import synthetic_shapes
 from tempering.experiments.recipe import find, with_flags
 from tempering.experiments.recipe import load as load_recipe
 from tempering.methods import InconsistentDetection
@@ -54,7 +54,7 @@ def trained(args: argparse.Namespace, classes: int) -> tuple[nn.Module, dict[str
     return net.eval().requires_grad_(False), run.last["test"]
 
 
-def changed(scenes: Scenes, augment: SampleSpecific) -> list[Tensor]:
+def changed(scenes: DetectionLoader, augment: SampleSpecific) -> list[Tensor]:
     """Every image as the augmentation leaves it, (3, H, W) in [0, 1]."""
     out = []
     for i, image in enumerate(scenes.images):
@@ -63,10 +63,10 @@ def changed(scenes: Scenes, augment: SampleSpecific) -> list[Tensor]:
     return out
 
 
-def kinds(scenes: Scenes, teacher: nn.Module) -> dict[str, list[Tensor]]:
+def kinds(scenes: DetectionLoader, teacher: nn.Module) -> dict[str, list[Tensor]]:
     """Kind -> its images."""
     method = InconsistentDetection()
-    method.meet(teacher)
+    method.bind_teacher(teacher)
     adversaries = [x for batch in scenes for x in method.adversaries(batch["images"], batch["targets"])]
     return {
         "as they are": [image / 255 for image in scenes.images],
@@ -90,8 +90,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "detection-spectra")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures" / "detection")
     args = parser.parse_args(argv)
-    splits = coco(args.data, size=args.size, fit="stretch") if args.data else shapes(size=args.size)
-    scenes = splits.test.clean().take(min(args.images, splits.test.size))
+    splits = coco(args.data, size=args.size, fit="stretch") if args.data else synthetic_shapes(size=args.size)
+    scenes = splits.test.clean().subset(min(args.images, splits.test.size))
     teacher, scores = trained(args, scenes.classes)
     found = {kind: spectrum(images) for kind, images in kinds(scenes, teacher).items()}
     write_spectra(found, args.figures)

@@ -17,8 +17,8 @@ import torch
 from timing import Arm, Sheet, arguments, device, in_turn
 from torch import nn
 
-from tempering.rollouts.sampling import Pace, write
-from tempering.tasks import Generation, Sampling
+from tempering.rollouts.sampling import GenerationStats, generate
+from tempering.tasks import LanguageModeling, Sampling
 from tempering.teachers import Live
 
 VOCABULARY = 512
@@ -41,13 +41,13 @@ class Written:
     def __init__(
         self, student: nn.Module, teacher: nn.Module, prompts: list[list[int]], length: int, **how: Any
     ) -> None:
-        self.student, self.teacher, self.task = student, Live(teacher), Generation()
-        self.prompts, self.length, self.how, self.pace = prompts, length, how, Pace()
-        self.task.meet(teacher)
+        self.student, self.teacher, self.task = student, Live(teacher), LanguageModeling()
+        self.prompts, self.length, self.how, self.pace = prompts, length, how, GenerationStats()
+        self.task.prepare_model(teacher)
 
     def __call__(self) -> None:
         both = self.teacher.model if "top_k" in self.how else None
-        batch, pace = write(self.student, both, self.prompts, length=self.length, **self.how)
+        batch, pace = generate(self.student, both, self.prompts, length=self.length, **self.how)
         self.teacher(self.task.inputs(batch)[1], None)
         self.pace.add(pace)
 
@@ -66,9 +66,9 @@ def main() -> None:
     rows, length, sizes = (2, 6, ((32, 1), (32, 1))) if args.tiny else (8, 48, ((128, 2), (256, 6)))
     student, teacher = gpt(*sizes[0], seed=1), gpt(*sizes[1], seed=2)
     prompts = torch.randint(VOCABULARY, (rows, 16), generator=torch.Generator().manual_seed(0)).tolist()
-    alone = {"drawn": Sampling(temperature=0.5, top_p=0.5)}
+    alone = {"sampling": Sampling(temperature=0.5, top_p=0.5)}
     for top_k in (25, VOCABULARY // 2, VOCABULARY):
-        both = {**alone, "top_k": top_k, "redrawn": Sampling(temperature=0.2, top_p=0.5)}
+        both = {**alone, "top_k": top_k, "resampling": Sampling(temperature=0.2, top_p=0.5)}
         arms: dict[str, Arm] = {
             "on-policy": Written(student, teacher, prompts, length, **alone),
             "speculative, teacher asked again": Written(student, teacher, prompts, length, **both),

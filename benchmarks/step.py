@@ -71,8 +71,8 @@ def ours(student: nn.Module, teacher: Teacher | Tensor, batch: Batch, *, bf16: b
 
 def compiled(student: nn.Module, teacher: nn.Module, batch: Batch) -> dict[str, Arm]:
     """Both nets compiled, the teacher folded."""
-    plain = Live(copy.deepcopy(teacher), channels_last=True, fold=True, compile=True)
-    half = Live(teacher, precision="bf16", fold=True, compile=True)
+    plain = Live(copy.deepcopy(teacher), channels_last=True, fuse_conv_bn=True, compile=True)
+    half = Live(teacher, precision="bf16", fuse_conv_bn=True, compile=True)
     return {
         "ours, fp32, compiled": ours(student, plain, batch, bf16=False, compile=True),
         "ours, bf16, compiled": ours(student, half, batch, bf16=True, compile=True),
@@ -94,8 +94,8 @@ def main() -> None:
         x, y = torch.randn(n, 3, 32, 32, device=device()), torch.randint(100, (n,), device=device())
         student, teacher = (build(name, classes=100).to(device()) for name in (small, large))
         kept = Live(copy.deepcopy(teacher))(x).half()
-        folded = Live(teacher, channels_last=True, fold=True)
-        half = Live(teacher, precision="bf16", fold=True)
+        folded = Live(teacher, channels_last=True, fuse_conv_bn=True)
+        half = Live(teacher, precision="bf16", fuse_conv_bn=True)
         theirs = {"mdistiller, KD": mdistiller(student, teacher, (x, y), name="KD", checkout=args.mdistiller)}
         if args.dtkd is not None:
             theirs["DTKD repository"] = mdistiller(student, teacher, (x, y), name="DTKD", checkout=args.dtkd)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tempering.rows import total as total
     from tempering.training.config import Run as Run
     from tempering.training.distill import distill as distill
-    from tempering.utils.hooks import Taps as Taps
+    from tempering.utils.hooks import FeatureExtractor as FeatureExtractor
 
 
 _HOMES = {
@@ -34,7 +34,7 @@ _HOMES = {
     "total": "tempering.rows",
     "distill": "tempering.training.distill",
     "Run": "tempering.training.config",
-    "Taps": "tempering.utils.hooks",
+    "FeatureExtractor": "tempering.utils.hooks",
 }
 _PARTS = (
     "audits",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from tempering.rows import Rows, widened
+from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import Temperatures
 from tempering.utils.override import OVERRIDES
 
@@ -48,7 +48,7 @@ def jsd(rows: Rows, T: Temperatures, *, beta: float = 0.5) -> Float[Tensor, " N"
 
     Reference: Agarwal et al., "On-Policy Distillation of Language Models", ICLR 2024, arXiv:2306.13649, equation 1.
     """
-    fraction("jsd", beta=beta)
+    check_fraction("jsd", beta=beta)
     if beta in (0.0, 1.0):
         return kl(rows, T) if beta == 0.0 else reverse_kl(rows, T)
     student, teacher = softened(rows, T)
@@ -65,7 +65,7 @@ def skew_kl(rows: Rows, T: Temperatures, *, skew: float = 0.1) -> Float[Tensor, 
     Reference: Ko et al., "DistiLLM", ICML 2024, arXiv:2402.03898, equation 3. The released code leaves the teacher's
     entropy out of the value; the gradient is the same.
     """
-    skewed("skew_kl", skew)
+    check_skew("skew_kl", skew)
     student, teacher = softened(rows, T)
     return T.scale * divergence(teacher, mixture(teacher, student, skew))
 
@@ -78,7 +78,7 @@ def skew_reverse_kl(rows: Rows, T: Temperatures, *, skew: float = 0.1) -> Float[
 
     Reference: Ko et al., "DistiLLM", ICML 2024, arXiv:2402.03898, equation 4.
     """
-    skewed("skew_reverse_kl", skew)
+    check_skew("skew_reverse_kl", skew)
     student, teacher = softened(rows, T)
     return T.scale * divergence(student, mixture(student, teacher, skew))
 
@@ -107,7 +107,7 @@ def adaptive_kl(rows: Rows, T: Temperatures, *, head: float = 0.5) -> Float[Tens
     Reference: Wu et al., "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models",
     COLING 2025, arXiv:2404.02657. The released code calls the reverse divergence with its arguments exchanged.
     """
-    fraction("adaptive_kl", head=head)
+    check_fraction("adaptive_kl", head=head)
     student, teacher = softened(rows, T)
     w = head_share(teacher.detach().exp(), student.detach().exp(), head)
     return T.scale * (w * divergence(teacher, student) + (1.0 - w) * divergence(student, teacher))
@@ -136,10 +136,10 @@ def cross_entropy(rows: Rows) -> Float[Tensor, " N"]:
     """
     if not torch.compiler.is_compiling() and (fast := OVERRIDES.get().get("cross_entropy")):
         return fast(rows)
-    if rows.hard is not None:
-        return widened(rows.hard)
-    target = labels(rows, "cross_entropy").long().clamp_min(-1)
-    return F.cross_entropy(masked(widened(rows.student)), target, ignore_index=-1, reduction="none")
+    if rows.task_loss is not None:
+        return upcast_to_float32(rows.task_loss)
+    target = require_labels(rows, "cross_entropy").long().clamp_min(-1)
+    return F.cross_entropy(masked(upcast_to_float32(rows.student)), target, ignore_index=-1, reduction="none")
 
 
 def entropy(logits: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
@@ -148,7 +148,7 @@ def entropy(logits: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
     return -(logp.exp() * logp.masked_fill(torch.isneginf(logp), 0.0)).sum(-1)
 
 
-def labels(rows: Rows, asker: str) -> Tensor:
+def require_labels(rows: Rows, asker: str) -> Tensor:
     """The rows' targets; a clear error where there are none or (on the CPU) one names no class."""
     if rows.target is None:
         raise ValueError(
@@ -163,14 +163,14 @@ def labels(rows: Rows, asker: str) -> Tensor:
     return rows.target
 
 
-def fraction(owner: str, **values: float) -> None:
+def check_fraction(owner: str, **values: float) -> None:
     """Refuse a weight of a mixture outside [0, 1]."""
     for name, value in values.items():
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{owner} needs {name} in [0, 1]; got {value!r}.")
 
 
-def skewed(owner: str, skew: float) -> None:
+def check_skew(owner: str, skew: float) -> None:
     """Refuse a skew at which the two sides would be one."""
     if not 0.0 <= skew < 1.0:
         raise ValueError(f"{owner} needs skew in [0, 1); got {skew!r}. At 1 both sides are the same, and it is 0.")
@@ -183,7 +183,7 @@ def softened(rows: Rows, T: Temperatures) -> tuple[Float[Tensor, "N C"], Float[T
 
 def tempered(logits: Float[Tensor, "N C"], T: Float[Tensor, "#N 1"]) -> Float[Tensor, "N C"]:
     """logits / T in float32 at least; a masked class stays masked and sends no NaN into a T that learns."""
-    z = widened(logits)
+    z = upcast_to_float32(logits)
     if not T.requires_grad:
         return z / T
     gone = torch.isneginf(z)
@@ -192,7 +192,7 @@ def tempered(logits: Float[Tensor, "N C"], T: Float[Tensor, "#N 1"]) -> Float[Te
 
 def log_softmax(logits: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
     """log softmax, finite also where a row has all its classes masked (then uniform, without gradient)."""
-    return F.log_softmax(masked(widened(logits)), dim=-1)
+    return F.log_softmax(masked(upcast_to_float32(logits)), dim=-1)
 
 
 def masked(logits: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-UNLABELLED = -100  # torch's ignore_index: a row whose target is negative has no label
+IGNORE_INDEX = -100  # torch's ignore_index: a row whose target is negative has no label
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,9 @@ class Rows:
     features: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     name: str = "logits"
     ids: Int[Tensor, " N"] | None = None
-    places: Int[Tensor, " N"] | None = None
-    private: Float[Tensor, " N"] | None = None
-    hard: Float[Tensor, " N"] | None = None
+    positions: Int[Tensor, " N"] | None = None
+    privacy_score: Float[Tensor, " N"] | None = None
+    task_loss: Float[Tensor, " N"] | None = None
 
     def __post_init__(self) -> None:
         s, t = self.student, self.teacher
@@ -66,7 +66,7 @@ class Rows:
                 f"Rows(name={self.name!r}) needs floating point logits; got student {s.dtype} and teacher {t.dtype}. "
                 "Stored as integers? Convert with .float() first."
             )
-        for label in ("target", "weight", "ids", "places", "private", "hard"):
+        for label in ("target", "weight", "ids", "positions", "privacy_score", "task_loss"):
             value = getattr(self, label)
             if value is not None and value.shape != s.shape[:1]:
                 raise ValueError(
@@ -79,8 +79,8 @@ class Rows:
                 f"Rows(name={self.name!r}) needs weights >= 0 and finite; got {w.min().item():g} to "
                 f"{w.max().item():g}. 0 leaves a row out."
             )
-        if self.private is not None and self.private.device.type == "cpu":
-            seen = self.private if w is None else self.private[w > 0]
+        if self.privacy_score is not None and self.privacy_score.device.type == "cpu":
+            seen = self.privacy_score if w is None else self.privacy_score[w > 0]
             if not ((seen >= 0) & (seen <= 1)).all():
                 raise ValueError(
                     f"Rows(name={self.name!r}) needs a privacy in [0, 1]; got {seen.min().item():g} to "
@@ -96,36 +96,36 @@ class Rows:
         return self.student.shape[0]
 
     @property
-    def mass(self) -> Float[Tensor, ""]:
+    def total_weight(self) -> Float[Tensor, ""]:
         """The weight of these rows together, (): N where they have no weights."""
         if self.weight is None:
             return torch.tensor(float(len(self)), device=self.student.device)
-        return self.weight.sum(dtype=widened(self.weight).dtype)
+        return self.weight.sum(dtype=upcast_to_float32(self.weight).dtype)
 
-    def with_(self, **changes: object) -> Rows:
+    def replace(self, **changes: object) -> Rows:
         """A copy with some fields exchanged."""
         return replace(self, **changes)  # pyright: ignore[reportArgumentType]
 
 
-def widened(x: Tensor) -> Tensor:
+def upcast_to_float32(x: Tensor) -> Tensor:
     """``x`` in float32 at least; float64 stays float64. Temperatures and losses are computed so."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def shared(value: Float[Tensor, ""], rows: Rows) -> Float[Tensor, " N"]:
+def expand_to_rows(value: Float[Tensor, ""], rows: Rows) -> Float[Tensor, " N"]:
     """A block's one value given to each of its rows, (N,): the mean over rows is the value itself."""
     return value.expand(len(rows))
 
 
 def total(
-    terms: Mapping[str, Float[Tensor, " N"]], rows: Rows, *, rows_in_batch: Tensor | float | None = None
+    terms: Mapping[str, Float[Tensor, " N"]], rows: Rows, *, normalizer: Tensor | float | None = None
 ) -> Float[Tensor, ""]:
     """The weighted mean of the rows' summed terms, (): the only reduction there is.
 
     Args:
         terms: name -> (N,), unreduced, as a method returns them.
         rows: the rows they belong to.
-        rows_in_batch: the weight of the whole optimizer step: all micro-batches, all ranks. Then the losses of the
+        normalizer: the weight of the whole optimizer step: all micro-batches, all ranks. Then the losses of the
             parts add up to the loss of the whole, however it was split. None: these rows are the whole.
 
     Returns:
@@ -144,9 +144,9 @@ def total(
         weight = rows.weight.to(per_row.dtype)
         # where, not a product: a row of weight 0 may hold anything, also an infinity
         per_row = torch.where(weight > 0, per_row * weight, torch.zeros_like(per_row))
-    whole = rows_in_batch
+    whole = normalizer
     if whole is None:
-        whole = rows.mass if rows.weight is not None else len(rows)
+        whole = rows.total_weight if rows.weight is not None else len(rows)
     if isinstance(whole, Tensor):
         whole = whole.to(device=per_row.device, dtype=per_row.dtype)
         return per_row.sum() / torch.where(whole > 0, whole, torch.ones_like(whole))

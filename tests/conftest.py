@@ -54,5 +54,5 @@ def random_rows(
 
 @pytest.fixture
 def rows() -> Rows:
-    """Six rows of seven classes in float64, labelled and not weighted."""
+    """Six rows of seven classes in float64, labeled and not weighted."""
     return random_rows()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.methods import METHODS, InconsistentDetection, Method, Step, StepMethod
-from tempering.rows import Rows, total, widened
+from tempering.rows import Rows, total, upcast_to_float32
 from tempering.teachers import Live
 from tempering.temperature import POLICIES, Policy
 from tests.cases import Test, run_cases, with_arguments
@@ -112,19 +112,19 @@ def block(n: int = 6, classes: int = 7, **options: Any) -> Rows:
     boxes[1::3] = -1.0  # an image without any
     scores = torch.rand(n, 9, generator=generator).to(rows.student.dtype)
     beside = {name: (x, x.clone()) for name, x in (("boxes", boxes), ("scores", scores))}
-    return rows.with_(features={"map": (s, t)} | beside, ids=torch.arange(n))
+    return rows.replace(features={"map": (s, t)} | beside, ids=torch.arange(n))
 
 
 def chosen(rows: Rows, part: Any) -> Rows:
     """Some of the rows."""
-    return rows.with_(
+    return rows.replace(
         student=rows.student[part],
         teacher=rows.teacher[part],
         target=None if rows.target is None else rows.target[part],
         weight=None if rows.weight is None else rows.weight[part],
         features={name: (s[part], t[part]) for name, (s, t) in rows.features.items()},
         ids=None if rows.ids is None else rows.ids[part],
-        hard=None if rows.hard is None else rows.hard[part],
+        task_loss=None if rows.task_loss is None else rows.task_loss[part],
     )
 
 
@@ -132,7 +132,7 @@ def leaves(rows: Rows) -> tuple[Rows, list[Tensor]]:
     """The same rows on fresh leaves that want a gradient: the student's logits and features."""
     student = rows.student.detach().clone().requires_grad_()
     features = {n: (s.detach().clone().requires_grad_(), t.detach()) for n, (s, t) in rows.features.items()}
-    return rows.with_(student=student, features=features), [student, *(s for s, _ in features.values())]
+    return rows.replace(student=student, features=features), [student, *(s for s, _ in features.values())]
 
 
 def copied(module: Any, memo: dict[int, Any] | None = None) -> Any:
@@ -163,7 +163,7 @@ def ran(method: Method, rows: Rows, progress: float = 1.0) -> dict[str, Tensor]:
     made = copied(method)
     for policy in made.policies().values():
         policy.prepare(rows)  # one that is made for a number of classes is made anew for another
-    return made.to(widened(rows.student).dtype)(rows, progress)
+    return made.to(upcast_to_float32(rows.student).dtype)(rows, progress)
 
 
 def backward(
@@ -236,7 +236,7 @@ class Lesson:
             return [Rows(student, student.detach() if teacher is None else teacher, batch["y"], batch.get("w"))]
 
         args = (self.student, self.teacher, self.images, seen, None, batch, progress, rows)
-        return Step(*args, attached=self.teacher.attached)
+        return Step(*args, teacher_with_grad=self.teacher.forward_with_grad)
 
     def _watched(self, progress: float) -> Step:
         images, n = self.images.sigmoid(), len(self.images)
@@ -245,21 +245,21 @@ class Lesson:
 
         def rows(student: Tensor, teacher: Tensor | None, batch: Any) -> list[Rows]:
             with torch.no_grad():
-                taught = self.teacher.model.levels_of(widened(images))[0]
+                taught = self.teacher.model.levels_of(upcast_to_float32(images))[0]
             levels = {"p0": (self.student.levels_of(images)[0], taught)}
             features = levels | {"boxes": ((box / 2).expand(n, 1, 4),) * 2}
             teacher = student.detach() if teacher is None else teacher
             return [Rows(student, teacher, self.labels, self.weights, features, "images")]
 
-        shown = {"images": widened(images)}
+        shown = {"images": upcast_to_float32(images)}
         return Step(self.student, self.teacher, inputs, shown, None, inputs, progress, rows)
 
     def loss(self, method: StepMethod, progress: float = 1.0) -> tuple[Tensor, dict[str, Tensor], Rows]:
         """The loss, the terms and the rows of one step."""
         torch.default_generator.manual_seed(0)
         with torch.no_grad():
-            method.prepare(self.step(method=method).forward()[-1])
-        method.to(widened(self.images).dtype).meet(self.teacher.model)
+            method.setup(self.step(method=method).forward()[-1])
+        method.to(upcast_to_float32(self.images).dtype).meet(self.teacher.model)
         step = self.step(progress, method)
         terms = dict(method.step(step))
         assert step.rows is not None

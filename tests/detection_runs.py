@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tempering.data.synthetic_shapes import shapes
+from tempering.data.synthetic_shapes import synthetic_shapes
 from tempering.methods import (
     CWD,
     DTKD,
@@ -21,7 +21,7 @@ from tempering.methods import (
     Imitation,
     InconsistentDetection,
     Method,
-    Only,
+    OnBlocks,
     Sum,
     Supervised,
 )
@@ -36,7 +36,7 @@ ADAMW = partial(torch.optim.AdamW, lr=1e-3)
 def necks() -> Method:
     """Every method over a detector's neck and sides at once, and class logits."""
     rest = [CWD(hard=0.0), Imitation(hard=0.0), Imitation(hard=0.0, scored=True), PKD(hard=0.0, over="image")]
-    return Sum(FGD(), MGD(hard=0.0, feature=1e-3), *rest, LD(hard=0.0), Only(DTKD(hard=0.0), blocks=["classes"]))
+    return Sum(FGD(), MGD(hard=0.0, feature=1e-3), *rest, LD(hard=0.0), OnBlocks(DTKD(hard=0.0), blocks=["classes"]))
 
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -54,7 +54,7 @@ def net(width: float = 0.5, *, seed: int = 1, **more: Any) -> FCOS:
 
 def go(out: Path, kind: str = "classes", batch_size: int = 4, **more: Any) -> Run:
     """Six steps of four images, two epochs of 12."""
-    data = shapes(size=32, train=12, test=4, batch_size=batch_size)
+    data = synthetic_shapes(size=32, train=12, test=4, batch_size=batch_size)
     double = more.get("precision") == "64-true"
     student, teacher = net(bins=5, norm="group"), net(1.0, seed=2, bins=5, norm="group")
     wanted: dict[str, Any] = {"epochs": 2, "checkpoint_every": 1, "selfcheck": False, "quiet": True, "log_every": 1}

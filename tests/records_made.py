@@ -174,7 +174,7 @@ def _step(step: int, steps: int, spec: dict[str, Any], rng: np.random.Generator)
         width = 0.45 * delta
         line["T_teacher"] = {"mean": 4 + delta, "p5": 4 + delta - width, "p95": 4 + delta + width}
         line["T_student"] = {"mean": 4 - delta, "p5": 4 - delta - width, "p95": 4 - delta + width}
-        line["gap"] = gap
+        line["logsumexp_gap"] = gap
     return {**line, "loss": sum(terms.values()), "terms": terms}
 
 

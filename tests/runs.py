@@ -56,12 +56,12 @@ class Weighted(Classification):
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
         return [Rows(student, student.detach() if teacher is None else teacher, batch[1], batch[2])]
 
-    def mass(self, batch: Any) -> dict[str, Tensor | float]:
+    def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
         return {"logits": batch[2].sum()}
 
 
 def weighted(n: int, *, dtype: torch.dtype = torch.float32) -> Part:
-    """Points of very unequal weights, some of them 0, some unlabelled."""
+    """Points of very unequal weights, some of them 0, some unlabeled."""
     x, y = points(n, dtype=dtype)
     weight = torch.linspace(0.0, 3.0, n, dtype=dtype).square()
     weight[::9] = 0.0
@@ -132,7 +132,7 @@ class Learned(Method):
     """A method with a projector, sized by the first rows, and a learned scale."""
 
     paper = "none: a test's"
-    zero_at_agreement = False
+    zero_when_equal = False
     shift_invariant = False
 
     def __init__(self) -> None:
@@ -140,7 +140,7 @@ class Learned(Method):
         self.projector = nn.ModuleList()
         self.scale = nn.Parameter(torch.ones(()))
 
-    def prepare(self, rows: Rows) -> None:
+    def setup(self, rows: Rows) -> None:
         if not len(self.projector):
             self.projector.append(nn.Linear(rows.student.shape[1], rows.student.shape[1]))
             self.to(rows.student)

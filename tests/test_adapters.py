@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tempering as kd
-from tempering.integrations.huggingface import METHOD, DistillMixin, Labelled, Unpacked
+from tempering.integrations.huggingface import METHOD, DistillMixin, Labeled, Unpacked
 from tempering.methods import DIST, DTKD, KD, FitNet, StepMethod, Sum, Supervised
 from tempering.rows import Rows, total
 from tempering.tasks import Classification
-from tempering.temperature import LearningPolicy, Static, Temperatures
+from tempering.temperature import AdaptivePolicy, Static, Temperatures
 from tempering.training import loss as lossof
 from tempering.training.selfcheck import SelfCheckError
 
@@ -35,13 +35,13 @@ class LearnedT(Static):
         return Temperatures(T, T, T.detach() ** 0)
 
 
-class Told(LearningPolicy):
+class Told(AdaptivePolicy):
     paper, tau = "none", 4.0
 
     def forward(self, rows: Rows, progress: float) -> Temperatures:
         return Static(4.0)(rows)
 
-    def learn(self, reward: Tensor) -> None:
+    def update(self, reward: Tensor) -> None:
         raise AssertionError
 
 
@@ -176,7 +176,7 @@ def test_a_split_step_of_tokens_is_the_whole_one(hf: Any, many: int, monkeypatch
     """Every micro-batch has another number of tokens, and the labels are shifted."""
     monkeypatch.setattr(lossof, "MIN_LOGITS", many)
     teacher, student, plain = gpt(16, 0), gpt(8, 1), gpt(8, 1)
-    own: dict[str, Any] = {"teacher": teacher, "method": DTKD(), "task": Labelled(shift=True), "selfcheck": False}
+    own: dict[str, Any] = {"teacher": teacher, "method": DTKD(), "task": Labeled(shift=True), "selfcheck": False}
     trainer = hf(student, sentences(), batch=4, accumulate=8, options={"max_steps": 2}, **own)
     trainer.train()
     want = hand_written(plain, teacher, DTKD(), trainer.steps(), 0.05)
@@ -186,7 +186,7 @@ def test_a_split_step_of_tokens_is_the_whole_one(hf: Any, many: int, monkeypatch
 
 def test_teacher_is_frozen_and_in_no_checkpoint_and_resume_goes_on(hf: Any, tmp_path: Path) -> None:
     teacher, method = Conv(3, 0), Sum(FitNet(hard=0.0), KD(temperature=LearnedT()))
-    task = Labelled(taps={"map": ("map", "map")})
+    task = Labeled(features={"map": ("map", "map")})
     own: dict[str, Any] = {"teacher": teacher, "task": task, "selfcheck": False}
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
     weights = copy.deepcopy(teacher.state_dict())
@@ -289,36 +289,38 @@ def test_what_the_trainer_of_transformers_refuses(hf: Any) -> None:
 # the task for batches of transformers
 
 
-def test_labelled_makes_rows_of_classes_and_of_tokens() -> None:
-    task, z = Labelled(), torch.randn(2, 3)
+def test_labeled_makes_rows_of_classes_and_of_tokens() -> None:
+    task, z = Labeled(), torch.randn(2, 3)
     batch = {"x": z, "labels": torch.tensor([1, -100]), "ids": torch.tensor([5, 6])}
     said, taught, ids = task.inputs(batch)
     assert said.keys() == taught.keys() == {"x"} and ids is batch["ids"]
-    assert Labelled(keep_labels=True).inputs(batch)[0].keys() == {"x", "labels"}
+    assert Labeled(keep_labels=True).inputs(batch)[0].keys() == {"x", "labels"}
     (rows,) = task.rows(z, z.detach(), batch)
-    assert rows.weight is None and rows.ids is batch["ids"] and task.mass(batch) == {"logits": 2.0}
-    assert task.rows(z, None, {"x": z})[0].target is None and task.mass({"x": z}) == {"logits": 2.0}
+    assert rows.weight is None and rows.ids is batch["ids"] and task.row_weights(batch) == {"logits": 2.0}
+    assert task.rows(z, None, {"x": z})[0].target is None and task.row_weights({"x": z}) == {"logits": 2.0}
 
     tokens, labels = torch.randn(2, 4, 3), torch.tensor([[0, 1, -100, 2], [-100, -100, 1, -100]])
     (rows,) = task.rows({"logits": tokens}, tokens.clone(), {"labels": labels})
-    assert rows.student.shape == (8, 3) and float(rows.mass) == 4.0 == float(task.mass({"labels": labels})["logits"])
-    shifted = Labelled(shift=True)
+    assert rows.student.shape == (8, 3) and float(rows.total_weight) == 4.0 == float(
+        task.row_weights({"labels": labels})["logits"]
+    )
+    shifted = Labeled(shift=True)
     (rows,) = shifted.rows(tokens, tokens.clone(), {"labels": labels})
-    assert float(rows.mass) == 3.0 == float(shifted.mass({"labels": labels})["logits"])
+    assert float(rows.total_weight) == 3.0 == float(shifted.row_weights({"labels": labels})["logits"])
     torch.testing.assert_close(rows.student, tokens[:, :-1].reshape(6, 3))
     assert rows.target is not None and rows.target.tolist() == [1, -100, 2, -100, 1, -100]
 
 
-def test_labelled_loss_is_that_of_the_model_of_transformers() -> None:
+def test_labeled_loss_is_that_of_the_model_of_transformers() -> None:
     pytest.importorskip("transformers")
     model = gpt(8, 0)
     batch = {k: torch.stack([x[k] for x in sentences(6)]) for k in ("input_ids", "labels")}
-    (rows,) = Labelled(shift=True).rows(model(batch["input_ids"]), None, batch)
+    (rows,) = Labeled(shift=True).rows(model(batch["input_ids"]), None, batch)
     torch.testing.assert_close(total(Supervised()(rows), rows), model(**batch).loss)
 
 
-def test_labelled_refuses_what_does_not_fit() -> None:
-    task, tokens = Labelled(), torch.zeros(2, 4, 3)
+def test_labeled_refuses_what_does_not_fit() -> None:
+    task, tokens = Labeled(), torch.zeros(2, 4, 3)
     with pytest.raises(ValueError, match=r"mappings, as collators of transformers make; got tuple.*Classification\(\)"):
         task.inputs((tokens, tokens))
     with pytest.raises(ValueError, match=r"need labels of shape \(N, L\) = \(2, 4\), .*got none. Collate with labels"):
@@ -341,7 +343,7 @@ def test_a_whole_run_on_batches_of_transformers() -> None:
         Unpacked(Knowing()),
         batches,
         method=KD(),
-        task=Labelled(),
+        task=Labeled(),
         epochs=2,
         test=batches,
         quiet=True,
@@ -350,7 +352,7 @@ def test_a_whole_run_on_batches_of_transformers() -> None:
     assert run.last["test"].keys() == {"accuracy", "loss", "agreement"}
     assert run.last["test"]["agreement"] == run.last["test"]["accuracy"], "the teacher is always right"
     with pytest.raises(ValueError, match="no row has a label"):
-        Labelled().score(run.student, [{**batches[0], "labels": torch.full((32,), -100)}])
+        Labeled().score(run.student, [{**batches[0], "labels": torch.full((32,), -100)}])
 
 
 # Lightning
@@ -376,9 +378,9 @@ class Padded(Classification):
 
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
         (rows,) = super().rows(student, teacher, batch)
-        return [rows.with_(weight=(batch[2] % 3 > 0).float())]
+        return [rows.replace(weight=(batch[2] % 3 > 0).float())]
 
-    def mass(self, batch: Any) -> dict[str, float]:
+    def row_weights(self, batch: Any) -> dict[str, float]:
         return {"logits": float((batch[2] % 3 > 0).sum())}
 
 
@@ -455,7 +457,7 @@ def test_lightning_module_holds_student_and_method_and_no_teacher(pl: Any, tmp_p
         torch.manual_seed(seed)
         student = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, CLASSES))
         large = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(108, CLASSES))
-        task = Classification(taps={"map": ("0", "0")})
+        task = Classification(features={"map": ("0", "0")})
         module = DistillModule(student, large, method=Sum(FitNet(hard=0.0), KD()), task=task, selfcheck=False)
         module.prepare((data[0][:8], data[1][:8]))
         return module
@@ -518,7 +520,7 @@ def test_what_lightning_refuses(pl: Any) -> None:
     class Twice(Classification):
         def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
             (rows,) = super().rows(student, teacher, batch)
-            return [rows, rows.with_(name="again")]
+            return [rows, rows.replace(name="again")]
 
     def two() -> Any:
         return DistillModule(mlp(8, 1), teacher, method=KD(), task=Twice(), selfcheck=False)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from tempering.audits.attacks import pgd
 from tempering.methods import KDIGA, PGDAT, TRADES, Supervised
-from tempering.methods.step._attack import Ball, in_eval
-from tempering.models import Normalised, build, stages
+from tempering.methods.step._attack import PerturbationBall, eval_mode
+from tempering.models import Normalized, build, stages
 from tempering.objectives import cross_entropy
-from tempering.rows import UNLABELLED, Rows
+from tempering.rows import IGNORE_INDEX, Rows
 from tempering.training.distill import distill
-from tempering.utils.hooks import Taps
+from tempering.utils.hooks import FeatureExtractor
 from tests.contract import Lesson, same
 
 
@@ -37,15 +37,19 @@ def pixels(**options: Any) -> Lesson:
 
 def test_pgd_goes_to_the_ball_s_edge_and_no_further() -> None:
     x, slope = torch.rand(50, 1, 4, 4), torch.randn(1, 4, 4)
-    ball = Ball("PGDAT", x, rows_of(50), eps=0.1, bounds=(0.0, 1.0))
+    ball = PerturbationBall("PGDAT", x, rows_of(50), eps=0.1, bounds=(0.0, 1.0))
     worst = ball.worst(lambda z: (z * slope).flatten(1).sum(1), steps=5, size=None)
     torch.testing.assert_close(worst, (x + 0.1 * slope.sign()).clamp(0, 1))
     start = ball.start()
     assert float((start - x).abs().max()) <= 0.1 + 1e-6 and float(start.min()) >= 0 and float(start.max()) <= 1
     assert 0.03 < float((start - x).abs().mean()) < 0.06
-    free = Ball("PGDAT", x, rows_of(50), eps=0.1, bounds=None).worst(lambda z: z.sum((1, 2, 3)), steps=3, size=0.01)
+    free = PerturbationBall("PGDAT", x, rows_of(50), eps=0.1, bounds=None).worst(
+        lambda z: z.sum((1, 2, 3)), steps=3, size=0.01
+    )
     assert float(free.max()) > 1.0
-    still = Ball("PGDAT", x, rows_of(50), eps=0.0, bounds=(0.0, 1.0)).worst(lambda z: z.sum((1, 2, 3)), steps=2, size=1)
+    still = PerturbationBall("PGDAT", x, rows_of(50), eps=0.0, bounds=(0.0, 1.0)).worst(
+        lambda z: z.sum((1, 2, 3)), steps=2, size=1
+    )
     assert torch.equal(still, x)
 
 
@@ -56,7 +60,7 @@ def test_rows_of_weight_zero_stay_and_may_be_anything() -> None:
     moved = []
     for inputs, rows in ((x, rows_of(4, weight[:4])), (padded, rows_of(6, weight))):
         torch.manual_seed(0)
-        ball = Ball("PGDAT", inputs, rows, eps=0.2, bounds=(0.0, 1.0))
+        ball = PerturbationBall("PGDAT", inputs, rows, eps=0.2, bounds=(0.0, 1.0))
         moved.append(ball.worst(lambda z: z.square().sum(1), steps=2, size=0.05))
     assert torch.equal(moved[1][:4], moved[0]) and torch.equal(moved[1][4:], padded[4:])
 
@@ -66,7 +70,7 @@ def test_inputs_that_are_no_pixels_are_refused(value: float) -> None:
     for method in (PGDAT(), TRADES(), KDIGA(start=0.1), KDIGA(attack=0.1, attack_steps=1)):
         lesson = pixels()
         lesson.images[0] = value
-        with pytest.raises(ValueError, match=r"moves inputs within 0 to 1, and these go from .*models.Normalised"):
+        with pytest.raises(ValueError, match=r"moves inputs within 0 to 1, and these go from .*models.Normalized"):
             lesson.loss(method)
 
 
@@ -149,7 +153,7 @@ def test_the_attack_leaves_statistics_and_modes_alone(method: Any, passes: int) 
     method.double().step(step)
     assert int(net[1].num_batches_tracked) == passes
     assert [m.training for m in net.modules()] == [True, False, True, True]
-    with pytest.raises(KeyError), in_eval(net):
+    with pytest.raises(KeyError), eval_mode(net):
         raise KeyError
     assert net.training and not net[0].training
 
@@ -173,7 +177,7 @@ def test_what_was_attacked_in_training_stands_an_attack(method: Any) -> None:
     accuracy = {}
     for name, by in (("plain", Supervised()), ("robust", method)):
         torch.manual_seed(0)
-        net = Normalised(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), mean=(0.5,), std=(0.25,))
+        net = Normalized(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), mean=(0.5,), std=(0.25,))
         batches = [(train.x[i : i + 64], train.y[i : i + 64]) for i in range(0, 512, 64)]
         distill(net, None, batches, method=by, epochs=12, optimizer=partial(torch.optim.SGD, lr=0.5), quiet=True)
         struck = pgd(net, test.x, test.y, eps=0.1, steps=5)
@@ -199,7 +203,7 @@ def test_the_start_is_one_for_both_models() -> None:
 
 def test_only_where_the_teacher_is_right() -> None:
     lesson = pixels(n=40)
-    lesson.labels[::4] = UNLABELLED
+    lesson.labels[::4] = IGNORE_INDEX
     whole, some = (lesson.loss(KDIGA(warmup=0.0, right=right))[1] for right in (False, True))
     right = lesson.teacher(lesson.images, None).argmax(-1) == lesson.labels
     assert right.any() and not right.all() and not right[::4].any()
@@ -222,18 +226,18 @@ def test_the_soft_term_is_taken_where_the_student_is_worst() -> None:
 # nets that take pixels
 
 
-def test_a_net_that_normalises_inside() -> None:
+def test_a_net_that_normalizes_inside() -> None:
     torch.manual_seed(0)
     net = build("resnet8", classes=10).eval()
-    made, x = Normalised(net, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3)), torch.rand(2, 3, 32, 32)
+    made, x = Normalized(net, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3)), torch.rand(2, 3, 32, 32)
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])
     torch.testing.assert_close(made(x), net((x - mean[:, None, None]) / std[:, None, None]))
     assert stages(made) == ["net.stage1", "net.stage2", "net.stage3"] and set(made.state_dict()) == {
         f"net.{name}" for name in net.state_dict()
     }
-    with Taps(made, stages(made)) as taps:
+    with FeatureExtractor(made, stages(made)) as taps:
         made.eval()(x)
         assert taps["net.stage3"].shape == (2, 64, 8, 8)
     for mean, std in (((0.5,), (0.2, 0.2)), ((), ()), ((0.5,), (0.0,))):
         with pytest.raises(ValueError, match="a mean and a std > 0 a channel"):
-            Normalised(net, mean=mean, std=std)
+            Normalized(net, mean=mean, std=std)

@@ -12,11 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from tempering import distill
-from tempering.data.spans import Pieces, Spanned, aligned, collate_spans, shared_tokens, spanned
+from tempering.data.spans import (
+    AlignedExample,
+    Pieces,
+    align_groups,
+    collate_spans,
+    make_aligned_example,
+    shared_tokens,
+)
 from tempering.methods import DTKD, KD, ULD, Divergence, HybridULD, Supervised  # pyright: ignore
 from tempering.objectives import cross_entropy, jsd
 from tempering.rows import Rows, total
-from tempering.tasks import Aligned, Generation
+from tempering.tasks import CrossTokenizer, LanguageModeling
 from tempering.teachers import Live
 from tempering.temperature import Sharpness, Static
 from tests.conftest import random_rows
@@ -56,30 +63,30 @@ def words(*, bos: bool = False) -> Pieces:
 TEXTS = [("a b", "abc cab é"), ("", "bc abca"), ("ca ca", "b"), ("abc", " a bcé ab")]
 
 
-def texts(student: Pieces | None = None, teacher: Pieces | None = None, **how: Any) -> list[Spanned]:
+def texts(student: Pieces | None = None, teacher: Pieces | None = None, **how: Any) -> list[AlignedExample]:
     sides = (student or letters(bos=True), teacher or words(bos=True))
-    return [spanned(*sides, prompt, completion, **how) for prompt, completion in TEXTS]
+    return [make_aligned_example(*sides, prompt, completion, **how) for prompt, completion in TEXTS]
 
 
 # which tokens belong together
 
 
 def test_groups_close_where_both_sides_end() -> None:
-    assert aligned([1, 1, 1], [1, 1, 1]) == ([0, 1, 2], [0, 1, 2])
-    assert aligned([3], [1, 1, 1]) == ([0], [0, 0, 0])
-    assert aligned([2, 2, 1], [1, 3, 1]) == ([0, 0, 1], [0, 0, 1])
-    assert aligned([1, 2, 1, 1], [1, 1, 2, 1]) == ([0, 1, 1, 2], [0, 1, 1, 2])
-    assert aligned([], [1]) == ([], [-1])
+    assert align_groups([1, 1, 1], [1, 1, 1]) == ([0, 1, 2], [0, 1, 2])
+    assert align_groups([3], [1, 1, 1]) == ([0], [0, 0, 0])
+    assert align_groups([2, 2, 1], [1, 3, 1]) == ([0, 0, 1], [0, 0, 1])
+    assert align_groups([1, 2, 1, 1], [1, 1, 2, 1]) == ([0, 1, 1, 2], [0, 1, 1, 2])
+    assert align_groups([], [1]) == ([], [-1])
 
 
 def test_a_beginning_on_one_side_moves_nothing() -> None:
-    assert aligned([0, 1, 2], [1, 2]) == ([-1, 0, 1], [0, 1])
-    assert aligned([1, 0, 2], [3]) == ([0, -1, 0], [0])
+    assert align_groups([0, 1, 2], [1, 2]) == ([-1, 0, 1], [0, 1])
+    assert align_groups([1, 0, 2], [3]) == ([0, -1, 0], [0])
 
 
 def test_what_is_left_over_takes_nothing_with_it() -> None:
-    assert aligned([1, 1, 1, 3], [1, 1, 3]) == ([0, 1, -1, -1], [0, 1, -1])
-    assert aligned([1, 1, 1, 1, 1], [1, 1]) == ([0, 1, -1, -1, -1], [0, 1])
+    assert align_groups([1, 1, 1, 3], [1, 1, 3]) == ([0, 1, -1, -1], [0, 1, -1])
+    assert align_groups([1, 1, 1, 1, 1], [1, 1]) == ([0, 1, -1, -1, -1], [0, 1])
 
 
 def test_groups_are_the_finest_that_cover_the_same_bytes() -> None:
@@ -96,7 +103,7 @@ def test_groups_are_the_finest_that_cover_the_same_bytes() -> None:
 
         sides = (cut(), cut())
         found = []
-        for sizes, groups in zip(sides, aligned(*sides), strict=True):
+        for sizes, groups in zip(sides, align_groups(*sides), strict=True):
             ends, parts = list(itertools.accumulate(sizes)), {}
             for size, end, group in zip(sizes, ends, groups, strict=True):
                 assert (group == -1) == (size == 0)
@@ -108,16 +115,16 @@ def test_groups_are_the_finest_that_cover_the_same_bytes() -> None:
 
 
 def test_prompts_ends_and_the_first_token() -> None:
-    made = spanned(letters(), words(), "a b", "abc é")
+    made = make_aligned_example(letters(), words(), "a b", "abc é")
     assert made.student.ids == (*b"a b", *"abc é".encode(), 256) and made.teacher.ids[-3:] == (0, 9, END)
     assert made.groups[0] == (-1, -1, -1, 0, 0, 0, 1, 2, 2, 3), "a letter of two bytes is one piece there"
     assert [g for g in made.groups[1] if g >= 0] == [0, 1, 2, 3]
-    alone = spanned(letters(), words(), "", "ab a")
+    alone = make_aligned_example(letters(), words(), "", "ab a")
     assert alone.groups[0] == (-1, -1, 0, 0, 1), "nothing predicts a text's first token, so its group is none"
-    begun = spanned(letters(bos=True), words(), "", "ab a")
+    begun = make_aligned_example(letters(bos=True), words(), "", "ab a")
     assert begun.groups[0] == (-1, -1, -1, 0, 0, 1), "nor where the other side alone has a beginning"
-    assert spanned(letters(bos=True), words(bos=True), "", "ab a").groups[0] == (-1, 0, 0, 1, 1, 2)
-    short = spanned(letters(), words(), "a", "abc abc abc", length=6)
+    assert make_aligned_example(letters(bos=True), words(bos=True), "", "ab a").groups[0] == (-1, 0, 0, 1, 1, 2)
+    short = make_aligned_example(letters(), words(), "a", "abc abc abc", length=6)
     assert len(short.student) == len(short.teacher) == 6 and short.teacher.ids[-1] == END
     assert short.student.ids == (*b"abc ab",) and short.groups == ((-1, -1, -1, 0, 0, -1), (-1, -1, 0, -1, -1, -1))
 
@@ -160,7 +167,7 @@ def test_tokenizers_of_transformers(tokenizers: Any) -> None:
         for side in (ours, theirs):
             ids, sizes = side.cut(text)
             assert sum(sizes) == len(text.encode()) and len(ids) == len(sizes)
-    made = spanned(ours, theirs, "the cat sat", "on 水 the mat")
+    made = make_aligned_example(ours, theirs, "the cat sat", "on 水 the mat")
     assert made.teacher.ids[0] == 0 and made.groups[0][-1] == made.groups[1][-1] == max(made.groups[0])
     pairs = list(zip(*shared_tokens(ours, theirs), strict=True))
     assert (ours.eos, theirs.eos) in pairs and len(pairs) > 256
@@ -187,17 +194,19 @@ def models() -> tuple[nn.Module, nn.Module]:
     return gpt2(8, 0, 258), gpt2(12, 1, 302)
 
 
-def rows_of(task: Aligned, made: list[Spanned], student: nn.Module, teacher: nn.Module, side: str = "right") -> Rows:
+def rows_of(
+    task: CrossTokenizer, made: list[AlignedExample], student: nn.Module, teacher: nn.Module, side: str = "right"
+) -> Rows:
     batch = collate_spans(made, pad=(256, 256), side=side, ids=list(range(len(made))))
     for model in (student, teacher):
-        task.meet(model)
+        task.prepare_model(model)
     ours, theirs, ids = task.inputs(batch)
     (rows,) = task.rows(student(ours), Live(teacher)(theirs, ids), batch)
-    assert float(task.mass(batch)["logits"]) == len(rows)
+    assert float(task.row_weights(batch)["logits"]) == len(rows)
     return rows
 
 
-def by_hand(model: nn.Module, made: Spanned, who: int, merge: str) -> tuple[list[Tensor], list[int]]:
+def by_hand(model: nn.Module, made: AlignedExample, who: int, merge: str) -> tuple[list[Tensor], list[int]]:
     """Every group's distribution over the vocabulary and its bucket, from the definition, and the kept token."""
     example = (made.student, made.teacher)[who]
     logp = torch.log_softmax(model(input_ids=torch.tensor([example.ids])).logits[0].detach(), -1)
@@ -217,7 +226,7 @@ def by_hand(model: nn.Module, made: Spanned, who: int, merge: str) -> tuple[list
 @pytest.mark.parametrize("merge", ["bayesian", "observed"])
 def test_rows_are_the_merged_distributions(merge: Any) -> None:
     student, teacher, made = *models(), texts()
-    rows = rows_of(Aligned(merge=merge), made, student, teacher)
+    rows = rows_of(CrossTokenizer(merge=merge), made, student, teacher)
     assert rows.student.shape == rows.teacher.shape and rows.student.shape[1] == 303
     number = 0
     for text, one in enumerate(made):
@@ -236,7 +245,7 @@ def test_rows_are_the_merged_distributions(merge: Any) -> None:
 def test_the_hard_term_is_the_likelihood_of_the_text(merge: Any) -> None:
     """Whichever token is kept; of all tokens, where all have a partner."""
     student, teacher, made = *models(), texts()
-    rows = rows_of(Aligned(merge=merge), made, student, teacher)
+    rows = rows_of(CrossTokenizer(merge=merge), made, student, teacher)
     whole = 0.0
     for one in made:
         logp = torch.log_softmax(student(input_ids=torch.tensor([one.student.ids])).logits[0].detach(), -1)
@@ -248,9 +257,9 @@ def test_the_hard_term_is_the_likelihood_of_the_text(merge: Any) -> None:
 def test_one_tokenizer_on_both_sides_is_the_plain_task() -> None:
     student, teacher = gpt2(8, 0, 258), gpt2(12, 1, 258)
     made = texts(letters(bos=True), letters(bos=True))
-    rows = rows_of(Aligned(), made, student, teacher)
+    rows = rows_of(CrossTokenizer(), made, student, teacher)
     batch = collate_spans(made, pad=(256, 256))["student"]
-    task = Generation()
+    task = LanguageModeling()
     plain = task.rows(student(task.inputs(batch)[0]), teacher(task.inputs(batch)[0]).logits.detach(), batch)[0]
     for method in (KD(), DTKD(), Divergence(objective="jsd"), ULD()):
         torch.testing.assert_close(total(method(rows), rows), total(method(plain), plain), rtol=1e-9, atol=1e-11)
@@ -260,10 +269,10 @@ def test_zero_at_agreement_and_not_one_position_off() -> None:
     student = gpt2(8, 0, 258)
     made = texts(letters(bos=True), letters(bos=True))
     method = ULD(hard=0.0)
-    rows = rows_of(Aligned(), made, student, student)
+    rows = rows_of(CrossTokenizer(), made, student, student)
     assert float(total(method(rows), rows).detach()) == 0.0
     batch = collate_spans(made, pad=(256, 256))
-    task = Aligned()
+    task = CrossTokenizer()
     said = student(task.inputs(batch)[0]).logits.detach()
     shifted = task.rows(said, said.roll(1, 1), batch)[0]
     assert float(total(method(shifted), shifted)) > 0.01
@@ -273,14 +282,14 @@ def test_zero_at_agreement_and_not_one_position_off() -> None:
 def test_padding_and_splitting_change_nothing(merge: Any) -> None:
     student, teacher, made = *models(), texts()
     shared = shared_tokens(letters(bos=True), words(bos=True))
-    task = Aligned(merge=merge, shared=shared)
+    task = CrossTokenizer(merge=merge, shared=shared)
     method = HybridULD(matched=task.matched)
 
-    def found(parts: list[list[Spanned]], side: str) -> tuple[Tensor, ...]:
+    def found(parts: list[list[AlignedExample]], side: str) -> tuple[Tensor, ...]:
         student.zero_grad()
         blocks = [rows_of(task, part, student, teacher, side) for part in parts]
         whole = float(sum(map(len, blocks)))
-        loss = torch.stack([total(method(rows), rows, rows_in_batch=whole) for rows in blocks]).sum()
+        loss = torch.stack([total(method(rows), rows, normalizer=whole) for rows in blocks]).sum()
         loss.backward()
         return loss.detach(), *(p.grad.clone() for p in student.parameters() if p.grad is not None)
 
@@ -294,8 +303,8 @@ def test_padding_and_splitting_change_nothing(merge: Any) -> None:
 def test_shared_tokens_come_first() -> None:
     student, teacher, made = *models(), texts()
     shared = shared_tokens(letters(bos=True), words(bos=True))
-    task = Aligned(shared=shared)
-    rows, plain = rows_of(task, made, student, teacher), rows_of(Aligned(), made, student, teacher)
+    task = CrossTokenizer(shared=shared)
+    rows, plain = rows_of(task, made, student, teacher), rows_of(CrossTokenizer(), made, student, teacher)
     m = task.matched
     assert m == len(shared[0]) == 257
     for side, ids in ((rows.student, shared[0]), (rows.teacher, shared[1])):
@@ -312,7 +321,7 @@ def test_shared_tokens_come_first() -> None:
 def test_a_token_that_is_all_but_certain_leaves_finite_numbers() -> None:
     made = texts()
     batch = collate_spans(made, pad=(256, END))
-    task = Aligned(shared=shared_tokens(letters(bos=True), words(bos=True)))
+    task = CrossTokenizer(shared=shared_tokens(letters(bos=True), words(bos=True)))
     logits = []
     for name, width in (("student", 258), ("teacher", 302)):
         tokens = batch[name]["input_ids"].roll(-1, 1)
@@ -328,7 +337,7 @@ def test_a_token_that_is_all_but_certain_leaves_finite_numbers() -> None:
 def test_a_run_learns_from_a_teacher_of_another_tokenizer() -> None:
     made = texts() * 2
     batches = [collate_spans(made[i : i + 4], pad=(256, END)) for i in (0, 4)]
-    task = Aligned(shared=shared_tokens(letters(bos=True), words(bos=True)))
+    task = CrossTokenizer(shared=shared_tokens(letters(bos=True), words(bos=True)))
     student, teacher = (model.float() for model in models())
     adam = partial(torch.optim.Adam, lr=2e-2)
     losses: list[float] = []
@@ -349,24 +358,24 @@ def test_a_run_learns_from_a_teacher_of_another_tokenizer() -> None:
 
 
 def test_a_batch_without_groups_is_zero() -> None:
-    one = Spanned(texts()[0].student, texts()[0].teacher, tuple((-1,) * len(g) for g in texts()[0].groups))  # pyright: ignore
+    one = AlignedExample(texts()[0].student, texts()[0].teacher, tuple((-1,) * len(g) for g in texts()[0].groups))  # pyright: ignore
     student, teacher = models()
-    rows = rows_of(Aligned(), [one], student, teacher)
+    rows = rows_of(CrossTokenizer(), [one], student, teacher)
     loss = total(ULD()(rows), rows)
     loss.backward()
     assert float(loss.detach()) == 0.0 and len(rows) == 0
 
 
 def test_what_is_refused() -> None:
-    batch, task = collate_spans(texts(), pad=(256, END)), Aligned()
+    batch, task = collate_spans(texts(), pad=(256, END)), CrossTokenizer()
     shape = batch["student"]["input_ids"].shape
     student, teacher = torch.zeros(*shape, 258), torch.zeros(*batch["teacher"]["input_ids"].shape, 302)
     with pytest.raises(ValueError, match="merge 'bayesian' or 'observed'"):
-        Aligned(merge="mean")  # pyright: ignore[reportArgumentType]
+        CrossTokenizer(merge="mean")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="as many on both sides and none twice"):
-        Aligned(shared=([1, 1], [2, 3]))
+        CrossTokenizer(shared=([1, 1], [2, 3]))
     with pytest.raises(ValueError, match="the teacher has 302 logits, and no token 302"):
-        Aligned(shared=([1], [302])).rows(student, teacher, batch)
+        CrossTokenizer(shared=([1], [302])).rows(student, teacher, batch)
     with pytest.raises(ValueError, match=r"needs batches with 'student'.*collate_spans"):
         task.inputs({"input_ids": torch.zeros(1, 2)})
     with pytest.raises(ValueError, match=rf"the teacher's logits of its whole vocabulary.* got \({shape[0]}, 3, 302\)"):
@@ -388,17 +397,17 @@ def test_uld_by_numbers(case: Case) -> None:  # noqa: F811
     rows = Rows(leaf, teacher, labels)
     terms = ULD(hard=0.0)(rows)
     case.agree("uld_per_token", terms["soft"].view(case.values["uld_per_token"].shape))
-    slope = torch.autograd.grad(total(terms, rows.with_(weight=(labels != -100).double())), leaf)[0]
+    slope = torch.autograd.grad(total(terms, rows.replace(weight=(labels != -100).double())), leaf)[0]
     case.agree("uld_grad", slope.view(case.values["uld_grad"].shape))
 
 
 def test_uld_is_blind_to_the_order_and_the_hybrid_is_not() -> None:
     rows = random_rows(5, 8)
-    turned = rows.with_(student=rows.teacher[:, torch.randperm(8)])
+    turned = rows.replace(student=rows.teacher[:, torch.randperm(8)])
     assert ULD.up_to_order and not HybridULD.up_to_order
     assert float(ULD()(turned)["soft"].abs().max()) < 1e-12
     assert float(HybridULD(matched=3)(turned)["exact"].mean()) > 1e-2
-    fewer = rows.with_(student=torch.cat((rows.student[:, :5], torch.full((5, 3), -torch.inf).double()), 1))
+    fewer = rows.replace(student=torch.cat((rows.student[:, :5], torch.full((5, 3), -torch.inf).double()), 1))
     p, q = torch.softmax(rows.teacher, 1), torch.softmax(rows.student[:, :5], 1)
     want = [
         sum(abs(a - b) for a, b in zip(sorted(x, reverse=True), [*sorted(y, reverse=True), 0, 0, 0], strict=True))

@@ -239,8 +239,8 @@ def test_what_runs_is_seen_from_outside_and_a_stop_reaches_it(
         second = arena.Arena(out, plan, fake, ["--wait=kd"], quiet=True)
         second._set_up()
         with arena_view.Display(out, plan, quiet=True) as second.display:
-            _until(lambda: second._advance() and cell_of(out, "DKD").is_file())
-            assert second._advance()
+            _until(lambda: second._poll() and cell_of(out, "DKD").is_file())
+            assert second._poll()
         assert second.running == []
         assert len(begun(out)) == 2
     finally:
@@ -250,7 +250,7 @@ def test_what_runs_is_seen_from_outside_and_a_stop_reaches_it(
     assert "stopped; the same command goes on: 1 cells are open" in said
     place = out / "work" / cell_of(out, "KD").stem
     assert json.loads((place / "facts.json").read_text())["status"] == "interrupted"
-    assert not arena_view.held(place)
+    assert not arena_view.is_locked(place)
 
 
 LAUNCHER = """
@@ -275,12 +275,12 @@ def test_a_lock_outlives_its_arena_with_the_cell(tmp_path: Path) -> None:
     assert parent.stdout.readline() == b"ready\n"
     parent.kill()
     parent.wait()
-    assert arena.try_lock(path) is None and arena_view.held(place)
+    assert arena.try_lock(path) is None and arena_view.is_locked(place)
     parent.stdin.write(b"\n")  # ends the child, which inherited the pipe
     parent.stdin.close()
     with parent.stdout:
         assert parent.stdout.read() == b""
-    _until(lambda: not arena_view.held(place))
+    _until(lambda: not arena_view.is_locked(place))
     lock = arena.try_lock(path)
     assert lock is not None
     lock.release()
@@ -288,7 +288,7 @@ def test_a_lock_outlives_its_arena_with_the_cell(tmp_path: Path) -> None:
 
 def test_what_is_left_is_told_from_what_was_seen() -> None:
     cell = arena_plan.Cell("a", "KD", "kd", None, 0)
-    stand = arena_view.Stand
+    stand = arena_view.CellStatus
     assert arena_view.remaining([stand(cell, "open")], 1) is None
     assert arena_view.remaining([stand(cell, "done", 2, 8, 8, 100.0)], 1) == 0.0
     found = [stand(cell, "done", 2, 8, 8, 100.0), stand(cell, "running", 1, 6, 8, 120.0), stand(cell, "open")]
@@ -365,7 +365,7 @@ from tempering.data import Batches
 
 
 def images(n: int, salt: int, **how) -> Batches:
-    """Dark, grey and bright ones."""
+    """Dark, gray and bright ones."""
     x = torch.randint(0, 64, (n, 1, 6, 6), generator=torch.Generator().manual_seed(salt))
     y = torch.arange(n) % 3
     return Batches((x + 80 * y.view(-1, 1, 1, 1)).to(torch.uint8), y, batch_size=32, mean=(0.5,), std=(0.3,), **how)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.audits import AUDITS, Audit, Finding
-from tempering.audits.base import labelled
+from tempering.audits.base import labeled
 from tempering.audits.calibration import Calibration, brier, ece, fit_temperature, noise
 from tempering.audits.intervals import bootstrap, exact_lower, wilson
 from tempering.teachers import Live
@@ -77,23 +77,23 @@ def test_no_global_random_number_is_drawn_and_a_second_audit_finds_the_same() ->
     assert first == Calibration(draws=20)(Answers(), Answers(2.0), list(zip(x.split(33), y.split(33), strict=True)))
 
 
-def test_labelled_rows_alone_and_no_more_than_asked() -> None:
+def test_labeled_rows_alone_and_no_more_than_asked() -> None:
     y = torch.tensor([0, -100, 2, 1, -1, 2])
     x = torch.arange(6.0)[:, None]
-    assert torch.equal(torch.cat([y for _, y in labelled([(x, y), (x, y)], 5)]), torch.tensor([0, 2, 1, 2, 0]))
+    assert torch.equal(torch.cat([y for _, y in labeled([(x, y), (x, y)], 5)]), torch.tensor([0, 2, 1, 2, 0]))
 
     def endless() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
             yield x, y
 
-    assert sum(len(y) for _, y in labelled(endless(), 9)) == 9
+    assert sum(len(y) for _, y in labeled(endless(), 9)) == 9
 
 
 @pytest.mark.parametrize(
     ("student", "batches", "said"),
     [
-        (Answers(), [], "no labelled row"),
-        (Answers(), [(torch.randn(8, 3), torch.full((8,), -100))], "no labelled row"),
+        (Answers(), [], "no labeled row"),
+        (Answers(), [(torch.randn(8, 3), torch.full((8,), -100))], "no labeled row"),
         (Answers(), [(torch.randn(8, 3), torch.full((8,), 3))], "a label 3 and the models answer 3 classes"),
         (
             Answers(),
@@ -183,7 +183,7 @@ def test_an_overconfident_predictor_is_found_and_one_temperature_mends_it() -> N
     assert "above it" in found["student", "ece"].meaning and "within it" in found["student", "ece_tempered"].meaning
 
 
-def test_the_fitted_temperature_minimises_and_its_interval_covers() -> None:
+def test_the_fitted_temperature_minimizes_and_its_interval_covers() -> None:
     z, y = sampled(3000, scale=4.0)
 
     def nll(T: float) -> float:

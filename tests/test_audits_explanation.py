@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tempering.audits.explanation import Explanation
-from tempering.audits.similarity import alike, cka, cka_interval, slopes
+from tempering.audits.similarity import agreement, cka, cka_interval, slopes
 from tests.test_audits import Answers, by_name, sampled
 
 
@@ -58,9 +58,9 @@ def test_input_gradients_are_compared_however_small_they_are() -> None:
     x, y = torch.randn(30, 6), torch.arange(30) % 3
     g = slopes(net, x, y)
     assert g.shape == (30, 6) and not x.requires_grad
-    torch.testing.assert_close(alike(g, 1e-30 * g), torch.ones(30, dtype=torch.float64))
-    torch.testing.assert_close(alike(g, -g), -torch.ones(30, dtype=torch.float64))
-    assert (alike(g, 0 * g) == 0).all()
+    torch.testing.assert_close(agreement(g, 1e-30 * g), torch.ones(30, dtype=torch.float64))
+    torch.testing.assert_close(agreement(g, -g), -torch.ones(30, dtype=torch.float64))
+    assert (agreement(g, 0 * g) == 0).all()
     leaf = x[:1].clone().requires_grad_()
     nn.functional.cross_entropy(net(leaf), y[:1]).backward()
     torch.testing.assert_close(g[:1], leaf.grad)

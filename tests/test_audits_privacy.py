@@ -179,7 +179,7 @@ def test_exposure_by_hand() -> None:
         canary.rank(ppl, at, ties="first")
 
 
-def test_a_memorised_canary_is_fully_exposed_and_an_unseen_one_by_a_bit() -> None:
+def test_a_memorized_canary_is_fully_exposed_and_an_unseen_one_by_a_bit() -> None:
     ppl = torch.rand(4096, dtype=torch.float64)
     unseen = canary.exposure(ppl, torch.arange(4096))
     assert float(unseen.median()) == pytest.approx(1.0, abs=0.01)
@@ -193,11 +193,11 @@ def test_the_modelled_exposure_is_the_tails_beyond_what_sampling_can_count() -> 
     pytest.importorskip("scipy")
     normal = torch.randn(4000, dtype=torch.float64) * 3 + 50
     at = torch.tensor([50.0, 44.0, 20.0, -40.0], dtype=torch.float64)
-    got = canary.modelled_exposure(at, normal)
+    got = canary.modeled_exposure(at, normal)
     want = -torch.special.log_ndtr((at - 50) / 3) / math.log(2)
     assert (got[:2] - want[:2]).abs().max() < 0.5 and (got - want).abs().max() < 0.35 * want.max()
     assert got[2] > math.log2(4001) and (got.diff() > 0).all() and torch.isfinite(got).all()
-    assert canary.modelled_exposure(at, normal, most=20.0)[3].item() == 20.0
+    assert canary.modeled_exposure(at, normal, most=20.0)[3].item() == 20.0
     # both estimates agree where both can be had
     sampled = canary.sampled_exposure(at[:2], normal)
     assert (sampled - got[:2]).abs().max() < 0.6
@@ -207,7 +207,7 @@ def test_the_modelled_exposure_is_the_tails_beyond_what_sampling_can_count() -> 
     steps = np.diff(near)
     assert (np.abs(np.diff(steps)) < 0.02).all() and (steps > 0).all()
     with pytest.raises(ValueError, match="20 alternatives or more"):
-        canary.modelled_exposure(at, normal[:5])
+        canary.modeled_exposure(at, normal[:5])
 
 
 @needs_shared

@@ -18,7 +18,7 @@ from tests.test_audits import by_name
 
 
 class Linear(nn.Module):
-    """Two classes (or more) by a linear map of the pixels round mid-grey: robust accuracy is known in closed form."""
+    """Two classes (or more) by a linear map of the pixels round mid-gray: robust accuracy is known in closed form."""
 
     def __init__(self, classes: int = 2, size: int = 16, seed: int = 0) -> None:
         super().__init__()
@@ -107,11 +107,11 @@ def test_an_attack_that_would_leave_the_valid_range_is_refused(change: dict, sai
         pgd(Linear(), p, torch.zeros(len(p)).long(), **how)
 
 
-def test_inputs_of_another_normalisation_are_refused() -> None:
+def test_inputs_of_another_normalization_are_refused() -> None:
     view = Pixels((0.5,), (0.25,))
     p = images()
     assert torch.allclose(view.pixels(view.inputs(p)), p, atol=1e-6)
-    with pytest.raises(ValueError, match="Give the mean and std that the loader normalises with"):
+    with pytest.raises(ValueError, match="Give the mean and std that the loader normalizes with"):
         Robustness()(Linear(), None, [(view.inputs(p), torch.zeros(60).long())])
     with pytest.raises(ValueError, match=r"images \(N, C, H, W\) of floats with 1 channels"):
         view.pixels(torch.zeros(3, 4))
@@ -168,8 +168,8 @@ def test_corruptions_grow_with_severity_and_stay_in_range(name: str) -> None:
     assert all(m.shape == p.shape and float(m.min()) >= 0 and float(m.max()) <= 1 for m in made)
     assert all(torch.allclose(m * 255, (m * 255).round(), atol=1e-3) for m in made)
     assert torch.equal(corrupt(p, name, 3), made[1])
-    grey = corrupt(p[:, :1], name, 2)
-    assert grey.shape == (4, 1, 32, 32)
+    gray = corrupt(p[:, :1], name, 2)
+    assert gray.shape == (4, 1, 32, 32)
 
 
 def test_corruptions_have_cifar_cs_constants() -> None:

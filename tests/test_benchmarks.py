@@ -80,7 +80,7 @@ def test_what_is_restated(monkeypatch: pytest.MonkeyPatch) -> None:
     import peers  # pyright: ignore[reportMissingImports]
 
     rows = random_rows(6, 9)
-    rows = rows.with_(student=rows.student.abs(), teacher=rows.teacher.abs())
+    rows = rows.replace(student=rows.student.abs(), teacher=rows.teacher.abs())
     followed = Sharpness(4.0, solve="published", attached=True)
     for theirs, ours in (
         (peers.kd_term, KD(soft=1.0, hard=0.0, temperature=Static(4.0))),

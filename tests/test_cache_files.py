@@ -15,21 +15,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tempering.tasks import Generation
+from tempering.tasks import LanguageModeling
 from tempering.teachers import (
     Cached,
-    CachedDrawn,
     CachedHidden,
-    CachedSparse,
-    Kept,
+    CachedSampled,
+    CachedTopK,
     Live,
     Teacher,
+    TopKTeacher,
     record,
-    record_drawn,
     record_hidden,
-    record_sparse,
+    record_sampled,
+    record_top_k,
 )
-from tempering.teachers.cache.base import BrokenCache, CachedTeacher
+from tempering.teachers.cache.base import CachedTeacher, CorruptCacheError
 from tests import test_teachers as images
 from tests.test_generation import gpt2
 from tests.test_hidden import data
@@ -91,12 +91,12 @@ def test_likeliest_tokens_of_an_earlier_version_are_read(tmp_path: Path) -> None
     logp = torch.tensor([0.5, 0.25]).log().expand(3, 2, 2).contiguous()
     rest = torch.full((3, 2), 0.25).log()
     tokens = torch.stack((ids % 256, ids // 256), -1).to(torch.uint8)
-    whole = {"ids": tokens, "logp": logp, "rest": rest}
+    whole = {"ids": tokens, "logp": logp, "non_target": rest}
     parts = {f"0000{i}.safetensors": ({n: x[2 * i : 2 * i + 2] for n, x in whole.items()}, {}) for i in range(2)}
     write_shards(tmp_path / "c", "likeliest tokens", parts, precision="fp32")
-    found = CachedSparse(tmp_path / "c", checksum=True)({}, torch.tensor([2, 0]))
+    found = CachedTopK(tmp_path / "c", checksum=True)({}, torch.tensor([2, 0]))
     assert torch.equal(found.ids, ids[[2, 0]]) and torch.equal(found.logp, logp[:2])
-    assert torch.equal(found.rest, rest[:2])
+    assert torch.equal(found.tail_logp, rest[:2])
 
 
 def test_drawn_tokens_of_an_earlier_version_are_read(tmp_path: Path) -> None:
@@ -119,22 +119,22 @@ def test_drawn_tokens_of_an_earlier_version_are_read(tmp_path: Path) -> None:
         samples=4,
     )
     inputs = {"input_ids": torch.tensor([[1, 5]])}
-    found = CachedDrawn(tmp_path / "c", checksum=True)(inputs, torch.tensor([2]))
+    found = CachedSampled(tmp_path / "c", checksum=True)(inputs, torch.tensor([2]))
     assert found.ids.tolist() == [[[5, 9, 5], [200, 0, 5]]]
     torch.testing.assert_close(found.logp.exp(), torch.tensor([[[0.75, 0.25, 0.0], [1.0, 0.0, 0.0]]]))
 
 
 def test_a_recording_of_another_kind_is_refused_by_every_class(tmp_path: Path) -> None:
     write_logits(tmp_path / "c")
-    for kind in (CachedHidden, CachedSparse, CachedDrawn):
+    for kind in (CachedHidden, CachedTopK, CachedSampled):
         with pytest.raises(ValueError, match=f"holds logits, and {kind.__name__} reads {kind.kind}"):
             kind(tmp_path / "c")
 
 
 def test_every_cache_is_one_kind_of_teacher() -> None:
-    for kind in (Cached, CachedHidden, CachedSparse, CachedDrawn):
+    for kind in (Cached, CachedHidden, CachedTopK, CachedSampled):
         assert issubclass(kind, CachedTeacher)
-        assert kind.objection is CachedTeacher.objection or kind is Cached
+        assert kind.incompatibility is CachedTeacher.incompatibility or kind is Cached
 
 
 # a full disk, a kill
@@ -142,17 +142,17 @@ def test_every_cache_is_one_kind_of_teacher() -> None:
 
 def text_teacher() -> Live:
     model = gpt2(12, 1).float()
-    TASK.meet(model)
+    TASK.prepare_model(model)
     return Live(model)
 
 
-TASK = Generation()
+TASK = LanguageModeling()
 TEXTS: dict[str, Any] = {"inputs": TASK.inputs, "quiet": True}
 RECORDINGS: dict[str, Callable[[Path], Teacher]] = {
     "logits": lambda path: record(Live(images.net()), images.data(), path, quiet=True),
     "hidden": lambda path: record_hidden(text_teacher(), data(), path, **TEXTS),
-    "likeliest": lambda path: record_sparse(Kept(text_teacher(), top=3), data(), path, **TEXTS),
-    "drawn": lambda path: record_drawn(Kept(text_teacher(), samples=4), data(), path, **TEXTS),
+    "likeliest": lambda path: record_top_k(TopKTeacher(text_teacher(), top=3), data(), path, **TEXTS),
+    "drawn": lambda path: record_sampled(TopKTeacher(text_teacher(), samples=4), data(), path, **TEXTS),
 }
 
 
@@ -199,5 +199,5 @@ def test_a_key_that_was_cut_is_named(how: str, tmp_path: Path) -> None:
     partial.mkdir()
     (partial / "key.json").touch()
     (partial / "done.jsonl").touch()
-    with pytest.raises(BrokenCache, match=r"c\.partial/key\.json cannot be read .* Remove the folder"):
+    with pytest.raises(CorruptCacheError, match=r"c\.partial/key\.json cannot be read .* Remove the folder"):
         RECORDINGS[how](path)

@@ -17,13 +17,13 @@ from tempering.audits.canaries import UNSEEN, Canaries, as_bytes, log_likelihood
 from tempering.cli.main import main as command
 from tempering.data import Tokens
 from tempering.data.canaries import Canary, canaries
-from tempering.data.text import prompted
+from tempering.data.text import make_prompt_example
 from tempering.experiments.recipe import load
 from tempering.methods import Supervised  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.reports.compare import compare
 from tempering.reports.records import load_run
 from tempering.reports.table import markdown
-from tempering.tasks import Generation
+from tempering.tasks import LanguageModeling
 from tests import recipes
 from tests.later import Later, needs
 from tests.paths import ROOT
@@ -95,23 +95,23 @@ def test_beyond_what_sampling_counts_a_tail_is_fitted() -> None:
     assert math.log2(201) < found <= 12 * math.log2(10) + 1e-9
 
 
-def memorised(secrets: list[Canary], epochs: int = 12) -> nn.Module:
+def memorized(secrets: list[Canary], epochs: int = 12) -> nn.Module:
     """A model trained on the canaries alone, each in a text by itself."""
     examples = [
-        prompted(as_bytes(c.prompt[:1]), as_bytes(c.prompt[1:] + c.secret + c.end))
+        make_prompt_example(as_bytes(c.prompt[:1]), as_bytes(c.prompt[1:] + c.secret + c.end))
         for c in secrets
         for _ in range(c.repeats)
     ]
     model, data = gpt(48), Tokens(examples, batch_size=32)
     adam = partial(torch.optim.Adam, lr=1e-2)
-    options: dict[str, Any] = {"task": Generation(), "selfcheck": False, "quiet": True}
+    options: dict[str, Any] = {"task": LanguageModeling(), "selfcheck": False, "quiet": True}
     distill(model, None, data, method=Supervised(), optimizer=adam, epochs=epochs, **options)
     return model.eval()
 
 
 def test_canaries_rank_by_how_often_they_were_learned() -> None:
     secrets = canaries((0, 1, 10, 100), each=6, digits=2, form="\n{name} has ")
-    student = memorised(secrets)
+    student = memorized(secrets)
     audit = Canaries(secrets)
     found = {f.name: f for f in audit(student, gpt(seed=3), []) if f.of in ("student", "both")}
     most = math.log2(100)

@@ -15,7 +15,7 @@ from torch import nn
 from tempering.methods import DTKD, KD
 from tempering.temperature import Static
 from tempering.training import checkpoint as checkpoints
-from tempering.training.checkpoint import BrokenCheckpoint, found, load, save, save_weights
+from tempering.training.checkpoint import CorruptCheckpointError, found, load, save, save_weights
 from tempering.utils.files import write_file
 from tests.runs import ADAMW, SGD, cut, go, identical, points, student_net
 
@@ -120,7 +120,7 @@ def test_a_broken_one_is_named(how: str, tmp_path: Path) -> None:
     breaks, reason = BROKEN[how]
     save(tmp_path, 7, altered(7))
     breaks(save(tmp_path, 9, altered(9)))
-    with pytest.raises(BrokenCheckpoint, match=reason) as caught:
+    with pytest.raises(CorruptCheckpointError, match=reason) as caught:
         load(tmp_path)
     said = str(caught.value)
     assert f"the checkpoint {tmp_path / 'step-00000009'} is broken: " in said
@@ -128,7 +128,7 @@ def test_a_broken_one_is_named(how: str, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "step-00000009")
     assert load(tmp_path)["step"] == 7  # pyright: ignore[reportOptionalSubscript]
     breaks(tmp_path / "step-00000007")
-    with pytest.raises(BrokenCheckpoint, match=r"to resume from the start: there is no older one\.$"):
+    with pytest.raises(CorruptCheckpointError, match=r"to resume from the start: there is no older one\.$"):
         load(tmp_path)
 
 
@@ -258,7 +258,7 @@ def test_a_broken_checkpoint_stops_the_run_and_can_be_removed(tmp_path: Path) ->
     first_run(tmp_path, **settings)
     truncate(tmp_path / "checkpoints" / "step-00000004")
     whole = (tmp_path / "student.safetensors").read_bytes()
-    with pytest.raises(BrokenCheckpoint, match=r"step-00000004 is broken: .* to resume from step 3\.$"):
+    with pytest.raises(CorruptCheckpointError, match=r"step-00000004 is broken: .* to resume from step 3\.$"):
         first_run(tmp_path, **settings)
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000004")
     assert first_run(tmp_path, **settings).facts["resumed"] == [3]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import tempering.methods.logits.ckd as ckd
 from tempering.methods import CKD, FeatureCKD, Method, Sum, Supervised
-from tempering.methods.logits.ckd import differences, draw
-from tempering.rows import UNLABELLED, Rows, total
+from tempering.methods.logits.ckd import differences, sample_groups
+from tempering.rows import IGNORE_INDEX, Rows, total
 from tempering.tasks import Classification
 from tempering.temperature import Sharpness, Static
 from tests.conftest import random_rows
@@ -36,7 +36,7 @@ def test_drawn_comparisons_are_the_authors(name: str, monkeypatch: pytest.Monkey
     case = Case("ckd", name)
     drawn = torch.tensor(case.values["group_index"])
     case.seen.add("group_index")
-    monkeypatch.setattr(ckd, "draw", lambda kept, pairs, size: drawn)
+    monkeypatch.setattr(ckd, "sample_groups", lambda kept, pairs, size: drawn)
     rows, first = case.rows(), case.config["pos"]
     every = torch.ones(rows.student.shape, dtype=torch.bool)
     assert rows.target is not None
@@ -89,30 +89,30 @@ def test_the_closed_form_is_the_loop_over_all_comparisons(groups: tuple[int, int
 
 def test_labels_take_part_where_they_are() -> None:
     rows = random_rows(7, 5)
-    target = torch.tensor([0, 1, UNLABELLED, 3, 4, UNLABELLED, 1])
-    some = rows.with_(target=target)
+    target = torch.tensor([0, 1, IGNORE_INDEX, 3, 4, IGNORE_INDEX, 1])
+    some = rows.replace(target=target)
     known = target >= 0
     few = Rows(rows.student[known], rows.teacher[known], target[known])
     hot = torch.nn.functional.one_hot(target[known], 5).double()
     got = CKD()(some, 1.0)["hard"]
     same(got[known].mean(), naive(few, hot, (1, 1)))
     assert not got[~known].any()
-    alone = torch.full_like(target, UNLABELLED)
+    alone = torch.full_like(target, IGNORE_INDEX)
     alone[0] = 2
-    assert not CKD()(rows.with_(target=alone), 1.0)["hard"].any(), "one label has no other to be compared with"
+    assert not CKD()(rows.replace(target=alone), 1.0)["hard"].any(), "one label has no other to be compared with"
 
 
 def test_drawn_comparisons_have_the_mean_of_all() -> None:
-    rows = random_rows(6, 4).with_(weight=torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 1.0], dtype=torch.float64))
+    rows = random_rows(6, 4).replace(weight=torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 1.0], dtype=torch.float64))
     every, some = CKD(groups=(2, 1)), CKD(groups=(2, 1), pairs=40_000)
     for name, term in every(rows, 1.0).items():
         want = float(total({name: term}, rows))
         assert float(some(rows, 1.0)[name][0]) == pytest.approx(want, rel=0.03)
     kept = torch.tensor([True, False, True, True, False, True])
-    drawn = draw(kept, 500, 3)
+    drawn = sample_groups(kept, 500, 3)
     assert drawn.shape == (500, 3) and set(drawn.unique().tolist()) == {0, 2, 3, 5}
     assert all(len(set(line)) == 3 for line in drawn.tolist())
-    assert len(draw(kept, 500, 5)) == 0
+    assert len(sample_groups(kept, 500, 5)) == 0
 
 
 @pytest.mark.parametrize(
@@ -129,21 +129,21 @@ def test_what_a_block_may_be(method: Method) -> None:
         block(1),
         block(3),
         block(6, 1),
-        wide.with_(
+        wide.replace(
             student=wide.student.index_fill(1, gone, -torch.inf),
             teacher=wide.teacher.index_fill(1, gone, -torch.inf),
             target=wide.target * 0,
         ),
-        wide.with_(
+        wide.replace(
             student=torch.full_like(wide.student, -torch.inf),
             teacher=torch.full_like(wide.student, -torch.inf),
             target=None if wide.target is None else wide.target * 0 - 100,
         ),
-        wide.with_(student=1e4 * wide.student.sign().float(), teacher=-1e4 * wide.teacher.sign().float()),
-        wide.with_(student=wide.student.bfloat16(), teacher=wide.teacher.bfloat16()),
+        wide.replace(student=1e4 * wide.student.sign().float(), teacher=-1e4 * wide.teacher.sign().float()),
+        wide.replace(student=wide.student.bfloat16(), teacher=wide.teacher.bfloat16()),
     ):
         student = rows.student.detach().clone().requires_grad_()
-        made = rows.with_(student=student)
+        made = rows.replace(student=student)
         loss = total(ran(method, made), made)
         loss.backward()
         assert loss.isfinite() and student.grad is not None and student.grad.isfinite().all()
@@ -161,13 +161,13 @@ def test_what_all_rows_share_cancels() -> None:
 def test_features_are_compared_as_logits_are() -> None:
     rows = block()
     method = FeatureCKD(feature=2.0, names=["map"])
-    method.prepare(rows)
+    method.setup(rows)
     method.double()
     s, t = rows.features["map"]
     said, taught = method.projectors[0](s).flatten(1), t.flatten(1)
     want = naive(Rows(said, taught), taught, (1, 1))
     same(total(method(rows, 1.0), rows), 2.0 * want)
-    shifted = rows.with_(features={"map": (s + 1.0, t - 3.0)})
+    shifted = rows.replace(features={"map": (s + 1.0, t - 3.0)})
     same(total(method(shifted, 1.0), rows), 2.0 * want)
     assert list(method(rows, 1.0)) == ["feature"]
 
@@ -179,7 +179,7 @@ def test_a_run_on_logits_and_features() -> None:
 
     student, teacher = conv(3), conv(6)
     before = [p.detach().clone() for p in student.parameters()]
-    task, method = Classification(taps={"map": ("0", "0")}), Sum(CKD(), FeatureCKD(), Supervised(hard=0.1))
+    task, method = Classification(features={"map": ("0", "0")}), Sum(CKD(), FeatureCKD(), Supervised(hard=0.1))
     models: dict[str, Any] = {"student": student, "teacher": teacher, "optimizer": ADAMW}
     run = go(LOADERS["batches"](), method=method, task=task, steps=6, selfcheck=False, **models)
     assert all(not torch.equal(p, q) for p, q in zip(student.parameters(), before, strict=True))

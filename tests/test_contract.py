@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tempering.methods import METHODS, Method, StepMethod
-from tempering.rows import UNLABELLED, Rows, total
+from tempering.rows import IGNORE_INDEX, Rows, total
 from tempering.temperature import POLICIES, Policy, Temperatures
 from tempering.temperature.curriculum import Curriculum
 from tests.cases import each
@@ -39,7 +39,7 @@ ATTACHED = [(n, part) for n, part in CASES if any(getattr(p, "attached", False) 
 
 
 def prepared(method: Method) -> Method:
-    method.prepare(block())
+    method.setup(block())
     return method
 
 
@@ -57,7 +57,7 @@ def shift_invariant(method: Method) -> bool:
 
 def test_all_are_found() -> None:
     assert {"KD", "DKD", "DTKD", "Sum", "Supervised"} <= set(METHODS)
-    assert {"Static", "Sharpness", "Standardised"} <= set(POLICIES)
+    assert {"Static", "Sharpness", "Standardized"} <= set(POLICIES)
     assert len(CASES) >= 3 * len(VARIED_POLICIES) >= 3 * 12
     met_by = {name.partition("-")[2] for name, _ in CASES if name.partition("-")[0] not in MEET_ALL}
     assert met_by >= {name for name, _ in VARIED_POLICIES}, "every policy meets another method too"
@@ -93,10 +93,10 @@ def test_weights_weigh_the_terms_of_their_names(method: Method) -> None:
 @every_method
 def test_zero_at_agreement(method: Method) -> None:
     rows = block()
-    agreeing = rows.with_(student=rows.teacher, features={n: (t, t) for n, (_, t) in rows.features.items()})
+    agreeing = rows.replace(student=rows.teacher, features={n: (t, t) for n, (_, t) in rows.features.items()})
     agreeing, wanted = leaves(agreeing)
     soft = {name: term for name, term in ran(method, agreeing).items() if not is_hard(name)}
-    if not method.zero_at_agreement:
+    if not method.zero_when_equal:
         assert any(bool(term.abs().max() > 1e-6) for term in soft.values()), "it says it is not zero at agreement"
         return
     for name, term in soft.items():
@@ -111,7 +111,7 @@ def test_zero_at_agreement(method: Method) -> None:
 @each("scale", [1e-6, 1e-2, 3.0, 50.0])
 def test_never_negative(method: Method, scale: float) -> None:
     rows = block(16, scale=scale)
-    near = rows.with_(student=rows.teacher + 1e-7 * rows.student)
+    near = rows.replace(student=rows.teacher + 1e-7 * rows.student)
     for made in (rows, near, block(16, scale=scale, dtype=torch.float32)):
         assert all(bool((term >= 0).all()) for term in ran(method, made).values())
         backward(method, made)
@@ -122,7 +122,7 @@ def test_a_constant_added_to_the_logits(method: Method) -> None:
     rows = block()
     loss, gradients = backward(method, rows)
     by = torch.linspace(-9.0, 9.0, len(rows), dtype=torch.float64).unsqueeze(1)
-    moved = [rows.with_(student=rows.student + by), rows.with_(teacher=rows.teacher - by)]
+    moved = [rows.replace(student=rows.student + by), rows.replace(teacher=rows.teacher - by)]
     if shift_invariant(method):
         for made in moved:
             same(backward(method, made), (loss, gradients), 1e-8, 1e-10)
@@ -136,13 +136,13 @@ def test_batch_split(method: Method, weighted: bool) -> None:
     def whole_and_parts(seed: int) -> tuple[Any, Any]:
         rows = block(8, weighted=weighted, seed=seed)
         parts = [
-            backward(method, chosen(rows, p), 0.3, rows_in_batch=rows.mass)
+            backward(method, chosen(rows, p), 0.3, normalizer=rows.total_weight)
             for p in (slice(0, 3), slice(3, 4), slice(4, 8))
         ]
         together = sum(part[0] for part in parts), [torch.cat(g) for g in zip(*(p[1] for p in parts), strict=True)]
         return backward(method, rows, 0.3), together
 
-    if not method.is_relational():
+    if not method.is_batch_dependent():
         same(*reversed(whole_and_parts(0)))
         return
     found = (whole_and_parts(seed) for seed in range(20))
@@ -157,7 +157,7 @@ def test_rows_of_weight_zero_may_hold_anything(method: Method) -> None:
     assert rows.weight is not None
     rows.weight[2] = 0.0
     loss, gradients = backward(method, rows)
-    broken = rows.with_(student=rows.student.clone(), teacher=rows.teacher.clone())
+    broken = rows.replace(student=rows.student.clone(), teacher=rows.teacher.clone())
     broken.student[2], broken.teacher[2] = torch.nan, torch.inf
     found, others = backward(method, broken)
     same(found, loss)
@@ -181,7 +181,7 @@ def test_rows_of_weight_zero_take_no_part(method: Method) -> None:
         for ours, theirs in zip(filled.features[name], pair, strict=True):
             ours[places] = theirs
     assert filled.target is not None and filled.weight is not None and filled.ids is not None
-    filled.target[others], filled.weight[others] = UNLABELLED, 0.0
+    filled.target[others], filled.weight[others] = IGNORE_INDEX, 0.0
     filled.ids[places], filled.ids[others] = torch.arange(6), 7
     padded_loss, padded = backward(method, filled)
     same(padded_loss, loss)
@@ -203,9 +203,9 @@ def test_logits_of_ten_thousand(method: Method, dtype: torch.dtype) -> None:
         (rows.student, hot),
     ):
         features = {n: (100 * s.to(dtype), -100 * t.to(dtype)) for n, (s, t) in rows.features.items()}
-        made = rows.with_(student=student.to(dtype), teacher=teacher.to(dtype), features=features)
+        made = rows.replace(student=student.to(dtype), teacher=teacher.to(dtype), features=features)
         # a gradient in float16 needs a loss scaler, here one that scales down: T^2 of such logits is 1e8
-        backward(method, made, **({"rows_in_batch": 1e7} if dtype == torch.float16 else {}))
+        backward(method, made, **({"normalizer": 1e7} if dtype == torch.float16 else {}))
 
 
 @every_method
@@ -219,7 +219,7 @@ def test_constant_rows(method: Method, who: str, value: float) -> None:
     still = torch.full_like(s, value / 1e3)
     maps = {"map": (still if "student" in sides else s, still if "teacher" in sides else t)}
     features = {**rows.features, **maps}
-    backward(method, rows.with_(**dict.fromkeys(sides, flat), features=features))
+    backward(method, rows.replace(**dict.fromkeys(sides, flat), features=features))
     assert all(p.last is None or bool((p.last.student > 0).all()) for p in method.policies().values())
 
 
@@ -227,8 +227,8 @@ def test_constant_rows(method: Method, who: str, value: float) -> None:
 def test_one_class(method: Method) -> None:
     rows = block(classes=1)
     backward(method, rows)
-    agreeing = rows.with_(features={n: (t, t) for n, (_, t) in rows.features.items()})
-    if method.zero_at_agreement and method.shift_invariant:  # whatever its logit, one class is certain on both sides
+    agreeing = rows.replace(features={n: (t, t) for n, (_, t) in rows.features.items()})
+    if method.zero_when_equal and method.shift_invariant:  # whatever its logit, one class is certain on both sides
         assert all(bool((term.abs() < 1e-12).all()) for term in ran(method, agreeing).values())
 
 
@@ -237,7 +237,7 @@ def test_one_class(method: Method) -> None:
 def test_half_precision_is_computed_in_float32(method: Method, dtype: torch.dtype) -> None:
     half = block(dtype=dtype)
     features = {n: (s.float(), t.float()) for n, (s, t) in half.features.items()}
-    single = half.with_(student=half.student.float(), teacher=half.teacher.float(), features=features)
+    single = half.replace(student=half.student.float(), teacher=half.teacher.float(), features=features)
     loss, gradients = backward(method, half)
     want, exact = backward(method, single)
     same(loss, want, 0.0, 0.0)
@@ -255,7 +255,7 @@ def test_autocast_changes_nothing(method: Method) -> None:
 
 @every_method
 def test_all_rows_masked(method: Method) -> None:
-    rows = block().with_(weight=torch.zeros(6, dtype=torch.float64))
+    rows = block().replace(weight=torch.zeros(6, dtype=torch.float64))
     loss, gradients = backward(method, rows)
     assert float(loss) == 0.0 and all(not g.any() for g in gradients)
 
@@ -271,11 +271,11 @@ def test_no_rows(method: Method) -> None:
 def test_masked_classes_are_as_if_not_there(method: Method) -> None:
     rows = block(8, 9)
     kept, gone = torch.tensor([0, 1, 3, 4, 6, 7, 8]), torch.tensor([2, 5])
-    fewer = rows.with_(
+    fewer = rows.replace(
         student=rows.student[:, kept], teacher=rows.teacher[:, kept], target=torch.arange(8, dtype=torch.int64) % 7
     )
     assert fewer.target is not None
-    masked = rows.with_(
+    masked = rows.replace(
         student=rows.student.index_fill(1, gone, -torch.inf),
         teacher=rows.teacher.index_fill(1, gone, -torch.inf),
         target=kept[fewer.target],
@@ -290,34 +290,34 @@ def test_masked_classes_are_as_if_not_there(method: Method) -> None:
 def test_each_row_may_mask_its_own_classes(method: Method) -> None:
     rows = block(8, 5)
     masks = torch.tensor([0, 1, 2, 4, 8, 16, 23, 31]).unsqueeze(1).bitwise_and(2 ** torch.arange(5)) > 0
-    target = (~masks).int().argmax(1).masked_fill(masks.all(1), UNLABELLED)
-    masked = rows.with_(
+    target = (~masks).int().argmax(1).masked_fill(masks.all(1), IGNORE_INDEX)
+    masked = rows.replace(
         student=rows.student.masked_fill(masks, -torch.inf),
         teacher=rows.teacher.masked_fill(masks, -torch.inf),
         target=target,
     )
     _, (logits, *_) = backward(method, masked)
     assert not logits[masks].any()
-    _, (blind, *_) = backward(method, masked.with_(target=target.clamp_min(0)))
+    _, (blind, *_) = backward(method, masked.replace(target=target.clamp_min(0)))
     assert not blind[-1].any(), "a row without classes sends no gradient, whatever its label"
 
 
 @every_method
 def test_rows_without_a_label(method: Method) -> None:
     rows = block()
-    target = torch.tensor([0, UNLABELLED, 2, -1, 4, UNLABELLED])
-    some, unlabelled = rows.with_(target=target), target < 0
+    target = torch.tensor([0, IGNORE_INDEX, 2, -1, 4, IGNORE_INDEX])
+    some, unlabeled = rows.replace(target=target), target < 0
     backward(method, some)
     hard = [term for name, term in ran(method, some).items() if is_hard(name)]
-    assert all(bool((term[unlabelled] == 0).all()) and bool((term[~unlabelled] > 0).all()) for term in hard)
+    assert all(bool((term[unlabeled] == 0).all()) and bool((term[~unlabeled] > 0).all()) for term in hard)
     if method.needs_labels:
-        assert all(bool((term[unlabelled] == 0).all()) for term in ran(method, some).values())
-    backward(method, rows.with_(target=torch.full_like(target, UNLABELLED)))
+        assert all(bool((term[unlabeled] == 0).all()) for term in ran(method, some).values())
+    backward(method, rows.replace(target=torch.full_like(target, IGNORE_INDEX)))
     if hard or method.needs_labels:
         with pytest.raises(ValueError, match=r"needs labels, but Rows\(name='logits'\) has target=None"):
-            ran(method, rows.with_(target=None))
+            ran(method, rows.replace(target=None))
     else:
-        backward(method, rows.with_(target=None))
+        backward(method, rows.replace(target=None))
 
 
 class Held(Policy):
@@ -339,7 +339,7 @@ def slopes_agree(method: Method) -> bool:
     start, wanted = leaves(block(4, 5))
 
     def loss(student: Tensor, feature: Tensor) -> Tensor:
-        rows = start.with_(student=student, features={**start.features, "map": (feature, start.features["map"][1])})
+        rows = start.replace(student=student, features={**start.features, "map": (feature, start.features["map"][1])})
         return total(ran(method, rows), rows)
 
     return torch.autograd.gradcheck(loss, tuple(wanted[:2]), fast_mode=True)
@@ -349,7 +349,7 @@ def slopes_agree(method: Method) -> bool:
 def test_gradient_at_held_temperatures(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     # adaptive_kl's weight is held too
     monkeypatch.setattr("tempering.objectives.head_share", lambda p, q, head: torch.full_like(p[:, 0], 0.3))
-    method.prepare(block(4, 5))
+    method.setup(block(4, 5))
     for path, found in method.policies().items():
         owner = method.get_submodule(path.rpartition(".")[0])
         setattr(owner, path.rpartition(".")[2], Held(found))

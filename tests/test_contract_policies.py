@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tempering.methods import DKD, DTKD, KD, METHODS, Method, Sum, Supervised
 from tempering.rows import Rows
-from tempering.temperature import POLICIES, LearningPolicy, Policy, Sharpness, Static
+from tempering.temperature import POLICIES, AdaptivePolicy, Policy, Sharpness, Static
 from tests.contract import VARIED_POLICIES, Part, arguments, block, chosen, leaves, on_each, remade, same
 
 # its warning is tested in test_sharpness; here rows that fall back are wanted
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:Sharpness\(solve='published'\)"
 
 
 def prepared(policy: Policy) -> Policy:
-    policy.prepare(block())
+    policy.setup(block())
     return policy
 
 
@@ -71,7 +71,7 @@ def test_what_a_row_s_temperature_depends_on(policy: Policy) -> None:
     assert policy.relational != all(agree(found(chosen(rows, part)), found(rows, part)) for rows in blocks)
     rows = block()
     by = torch.linspace(-9.0, 9.0, len(rows), dtype=torch.float64).unsqueeze(1)
-    moved = found(rows.with_(student=rows.student + by, teacher=rows.teacher - 2 * by))
+    moved = found(rows.replace(student=rows.student + by, teacher=rows.teacher - 2 * by))
     assert policy.shift_invariant == agree(moved, found(rows))
 
 
@@ -96,13 +96,13 @@ def test_says_where_it_is_from_and_keeps_its_arguments(kind: type[Part]) -> None
     assert json.loads(json.dumps(said)) and (not arguments(part) or list(said) == arguments(part))
     parameters = inspect.signature(kind.__init__).parameters.values()
     assert not any(p.kind is p.VAR_KEYWORD for p in parameters)
-    assert not issubclass(kind, LearningPolicy) or callable(kind.learn)
+    assert not issubclass(kind, AdaptivePolicy) or callable(kind.update)
 
 
 @pytest.mark.parametrize("kind", METHODS.values(), ids=lambda kind: kind.__name__)
 def test_slips_in_a_constructor_are_named(kind: type[Method]) -> None:
     part, names = kind.example(), arguments(kind)
-    for name in {"soft", "hard", "dynamic", "target", "rest", "feature"} & set(names):
+    for name in {"soft", "hard", "dynamic", "target", "non_target", "feature"} & set(names):
         for bad in (-0.5, float("nan"), float("inf"), None):
             with pytest.raises(ValueError, match=rf"^{kind.__name__} needs {name} >= 0 and finite; got {bad}"):
                 remade(part, **{name: bad})
@@ -121,11 +121,19 @@ def test_sum() -> None:
     both = Sum(KD(hard=0.0), DKD(hard=2.0), KD(soft=0.5), Supervised())
     rows = block()
     terms = both(rows)
-    assert list(terms) == ["kd.soft", "dkd.target", "dkd.rest", "dkd.hard", "kd2.soft", "kd2.hard", "supervised.hard"]
-    same(terms["dkd.rest"], DKD()(rows)["rest"])
+    assert list(terms) == [
+        "kd.soft",
+        "dkd.target",
+        "dkd.non_target",
+        "dkd.hard",
+        "kd2.soft",
+        "kd2.hard",
+        "supervised.hard",
+    ]
+    same(terms["dkd.non_target"], DKD()(rows)["non_target"])
     same(terms["kd2.soft"], KD(soft=0.5)(rows)["soft"])
     assert set(both.policies()) == {f"methods.{name}.temperature" for name in ("kd", "dkd", "kd2")}
-    assert both.param_groups() == [] and not both.is_relational()
+    assert both.param_groups() == [] and not both.is_batch_dependent()
     said: dict[str, Any] = both.hyperparameters()
     assert said["kd2"]["soft"] == 0.5 and said["dkd"]["temperature"] == {"name": "Static", "tau": 4.0}
     dynamic = Sum(DTKD(hard=0.0), DKD(temperature=Sharpness(4.0)))(rows)

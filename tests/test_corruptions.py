@@ -49,7 +49,7 @@ def test_other_sizes_and_channels(name: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", ["glass_blur", "motion_blur", "zoom_blur", "elastic"])
-def test_what_moves_pixels_leaves_one_colour_alone(name: str) -> None:
+def test_what_moves_pixels_leaves_one_color_alone(name: str) -> None:
     flat = torch.full((2, 3, 32, 32), 100 / 255)
     assert (corrupt(flat, name, 5) * 255 - 100).abs().max() <= 1.001
 

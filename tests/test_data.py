@@ -24,8 +24,8 @@ def made(n: int = 50, *, batch_size: int = 8, side: int = 8, classes: int = 5, *
 
 
 def slow(batches: Batches, index: int, view: int) -> torch.Tensor:
-    """One image as torchvision makes it: pad the pixels, crop, flip, to [0, 1], normalise; in plain loops."""
-    image, crop, drawn = batches.images[index].numpy(), batches.crop, batches.drawn(view)
+    """One image as torchvision makes it: pad the pixels, crop, flip, to [0, 1], normalize; in plain loops."""
+    image, crop, drawn = batches.images[index].numpy(), batches.crop, batches.augmentation_params(view)
     channels, height, width = image.shape
     y0, x0, flips = int(drawn.y[index]), int(drawn.x[index]), bool(drawn.flip[index])
     out = torch.empty(channels, height, width)
@@ -57,12 +57,12 @@ def test_augmentation_equals_a_slow_plain_one_bit_for_bit(crop: int, flip: bool,
 
 
 def test_offsets_and_flips_are_uniform_and_differ_by_view() -> None:
-    drawn = made(6000, crop=2, flip=True).drawn(0)
+    drawn = made(6000, crop=2, flip=True).augmentation_params(0)
     for part, values in ((drawn.y, 5), (drawn.x, 5), (drawn.flip.long(), 2)):
         share = torch.bincount(part, minlength=values) / 6000
         assert len(share) == values
         assert (share - 1 / values).abs().max() < 0.02
-    other = made(6000, crop=2, flip=True).drawn(1)
+    other = made(6000, crop=2, flip=True).augmentation_params(1)
     assert ((drawn.y == other.y) & (drawn.x == other.x) & (drawn.flip == other.flip)).float().mean() < 0.05
     together = torch.stack((drawn.y.double(), drawn.x.double(), drawn.flip.double()))
     assert (torch.corrcoef(together) - torch.eye(3)).abs().max() < 0.05
@@ -70,7 +70,7 @@ def test_offsets_and_flips_are_uniform_and_differ_by_view() -> None:
 
 def test_what_is_drawn_never_changes_between_versions() -> None:
     # recorded caches are replayed by it: these numbers are a promise
-    drawn = made(6, crop=4, flip=True, seed=7).drawn(2)
+    drawn = made(6, crop=4, flip=True, seed=7).augmentation_params(2)
     assert drawn.y.tolist() == PROMISED["y"]
     assert drawn.x.tolist() == PROMISED["x"]
     assert drawn.flip.long().tolist() == PROMISED["flip"]
@@ -149,17 +149,17 @@ def test_at_gives_any_sample_as_the_walk_shows_it() -> None:
     batches = made(crop=2, flip=True, shuffle=True, channels_last=True).replay(3)
     batches.set_epoch(4)
     inputs, labels, ids = list(batches)[2]
-    again, same_labels, same_ids = made(crop=2, flip=True).replay(3).at(ids)
+    again, same_labels, same_ids = made(crop=2, flip=True).replay(3).gather(ids)
     assert torch.equal(again, inputs)
     assert torch.equal(same_labels, labels)
     assert torch.equal(same_ids, ids)
     mixed = torch.tensor([149, 0, 70, 20, 120])
-    assert torch.equal(batches.at(mixed)[0][3], batches.at(mixed[3:4])[0][0])
+    assert torch.equal(batches.gather(mixed)[0][3], batches.gather(mixed[3:4])[0][0])
     without = made(crop=2, flip=True)
     without.set_epoch(2)
-    assert torch.equal(without.at(torch.tensor([7]))[0][0], slow(without, 7, view=2))
+    assert torch.equal(without.gather(torch.tensor([7]))[0][0], slow(without, 7, view=2))
     with pytest.raises(ValueError, match=r"ids lie in \[0, 150\); got 3 to 150"):
-        batches.at(torch.tensor([3, 150]))
+        batches.gather(torch.tensor([3, 150]))
 
 
 # copies
@@ -214,7 +214,7 @@ def test_split_and_take_keep_classes_in_proportion() -> None:
     assert len(pixels) == 60
     assert torch.equal(batches.split(15, seed=0)[1].images, held.images)
     assert not torch.equal(batches.split(15, seed=1)[1].images, held.images)
-    few = batches.take(12)
+    few = batches.subset(12)
     assert torch.bincount(few.labels).tolist() == [3, 3, 2, 2, 2]
     assert torch.equal(few.images, batches.images[:12])  # classes go round here, so that is the beginning
     assert few.identity != batches.identity
@@ -222,7 +222,7 @@ def test_split_and_take_keep_classes_in_proportion() -> None:
         with pytest.raises(ValueError, match=f"cannot hold out {wrong} of 60 images"):
             batches.split(wrong)
     with pytest.raises(ValueError, match="cannot take 61 of 60 images"):
-        batches.take(61)
+        batches.subset(61)
 
 
 def test_a_rare_class_is_split_in_proportion_too() -> None:

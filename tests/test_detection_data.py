@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tempering.data.coco import GROUND, coco
-from tempering.data.detection import Scenes
+from tempering.data.detection import DetectionLoader
 from tempering.data.folders import pixels
-from tempering.data.synthetic_shapes import SHAPES, shapes
+from tempering.data.synthetic_shapes import SHAPES, synthetic_shapes
 from tests.paths import SHARED, needs_shared
 
 Image = pytest.importorskip("PIL.Image")
@@ -24,14 +24,14 @@ CATEGORIES = [{"id": 7, "name": "b"}, {"id": 3, "name": "a"}]
 def folder(
     root: Path, boxes: list[dict[str, Any]], *, splits: tuple[str, ...] = ("train", "test"), **more: Any
 ) -> Path:
-    """Three images of 40 x 20, 20 x 20 in grey and 40 x 40 with a palette; the same annotations in every split."""
+    """Three images of 40 x 20, 20 x 20 in gray and 40 x 40 with a palette; the same annotations in every split."""
     (root / "images").mkdir(parents=True)
     wide = np.zeros((20, 40, 3), np.uint8)
     wide[:, :20] = 255
     Image.fromarray(wide).save(root / "images" / "wide.png")
-    Image.fromarray(np.full((20, 20), 90, np.uint8)).save(root / "images" / "grey.png")
+    Image.fromarray(np.full((20, 20), 90, np.uint8)).save(root / "images" / "gray.png")
     Image.fromarray(np.full((40, 40, 3), 10, np.uint8)).convert("P").save(root / "images" / "palette.png")
-    sizes = {"wide.png": (40, 20), "grey.png": (20, 20), "palette.png": (40, 40)}
+    sizes = {"wide.png": (40, 20), "gray.png": (20, 20), "palette.png": (40, 40)}
     images = [{"id": i, "file_name": n, "width": w, "height": h} for i, (n, (w, h)) in enumerate(sizes.items(), 10)]
     listed = [{"id": i, "category_id": 3, "iscrowd": 0} | one for i, one in enumerate(boxes)]
     content = {"images": images, "annotations": listed, "categories": CATEGORIES} | more
@@ -65,21 +65,21 @@ def test_boxes_that_are_none(tmp_path: Path) -> None:
     assert test.boxes[0].tolist() == [[0, 16, 16, 48]]
 
 
-def test_grey_images_of_16_bits_and_of_no_range(tmp_path: Path) -> None:
+def test_gray_images_of_16_bits_and_of_no_range(tmp_path: Path) -> None:
     """Their upper 8 bits count: PIL by itself would make white of them."""
     root = folder(tmp_path, [box(11, 5, 5, 10, 10)])
     deep = np.full((20, 20), 90 * 256 + 17, np.uint16)
-    Image.fromarray(deep).save(root / "images" / "grey.png")
+    Image.fromarray(deep).save(root / "images" / "gray.png")
     assert (coco(root, size=64).test.images[1] == 90).all()
     for image in (Image.fromarray(deep), Image.fromarray(deep.astype(np.int32))):
         assert (pixels(image, 10) == 90).all()
     content = json.loads((root / "annotations_train.json").read_text())
-    content["images"][1]["file_name"] = "grey.tiff"
+    content["images"][1]["file_name"] = "gray.tiff"
     for split in ("train", "test"):
         (root / f"annotations_{split}.json").write_text(json.dumps(content))
     for broken in (deep.astype(np.float32), deep.astype(np.int32) - 9000 * 9):
-        Image.fromarray(broken).save(root / "images" / "grey.tiff")
-        with pytest.raises(ValueError, match=r"grey.tiff cannot be read .*its mode is [FI], of numbers in any range"):
+        Image.fromarray(broken).save(root / "images" / "gray.tiff")
+        with pytest.raises(ValueError, match=r"gray.tiff cannot be read .*its mode is [FI], of numbers in any range"):
             coco(root, size=64)
 
 
@@ -115,11 +115,11 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         coco(root, size=32)
     held = coco(root, size=32, test=1)
     assert (held.train.size, held.test.size) == (2, 1) and not held.test.augmented
-    (root / "images" / "grey.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"grey.png cannot be read as an image"):
+    (root / "images" / "gray.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"gray.png cannot be read as an image"):
         coco(root, size=32, test=1)
-    (root / "images" / "grey.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lists the image grey.png, which is not in .*images"):
+    (root / "images" / "gray.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lists the image gray.png, which is not in .*images"):
         coco(root, size=32, test=1)
     (root / "annotations_train.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
@@ -160,12 +160,12 @@ def test_real_folders() -> None:
 # batches
 
 
-def scenes(n: int = 10, **more: Any) -> Scenes:
+def scenes(n: int = 10, **more: Any) -> DetectionLoader:
     """Image i is of the value i, with i % 3 boxes."""
     pixels = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 8, 8).clone()
     boxes = [torch.tensor([[1.0, 1, 3 + j, 5] for j in range(i % 3)]).view(-1, 4) for i in range(n)]
     labels = [torch.arange(i % 3) for i in range(n)]
-    return Scenes(pixels, boxes, labels, **({"batch_size": 4, "class_names": ["a", "b"]} | more))
+    return DetectionLoader(pixels, boxes, labels, **({"batch_size": 4, "class_names": ["a", "b"]} | more))
 
 
 def flat(batch: dict[str, Any]) -> list[Tensor]:
@@ -233,12 +233,12 @@ def test_variants() -> None:
     made = scenes(shuffle=True, flip=True, augment=[jitter], dropped={"crowd": 2})
     assert made.augmentation == {"flip": True, "augment": ["jitter"], "seed": 0, "views": None}
     assert not made.clean().augmented and next(iter(made.clean()))["ids"].tolist() == [0, 1, 2, 3]
-    part, (rest, held) = made.take(4), made.split(3)
+    part, (rest, held) = made.subset(4), made.split(3)
     assert part.size == 4 and part.identity != made.identity == scenes().identity
     kept = sorted([*rest.images[:, 0, 0, 0].tolist(), *held.images[:, 0, 0, 0].tolist()])
     assert kept == list(range(10)) and (rest.size, held.size) == (7, 3)
     assert [len(b) for b in held.boxes] == [i % 3 for i in held.images[:, 0, 0, 0].tolist()]
-    assert made.take(10) is made and torch.equal(made.take(4).images, made.take(4).images)
+    assert made.subset(10) is made and torch.equal(made.subset(4).images, made.subset(4).images)
 
 
 def test_answers_are_not_recorded(tmp_path: Path) -> None:
@@ -271,13 +271,13 @@ def test_boxes_and_augmentations_that_do_not_fit() -> None:
     with pytest.raises(
         ValueError, match=r"image 0 needs boxes \(M, 4\) as xyxy and labels \(M,\); got \(4,\) and \(1,\)"
     ):
-        Scenes(image, [torch.zeros(4)], [label], **named)
+        DetectionLoader(image, [torch.zeros(4)], [label], **named)
     with pytest.raises(ValueError, match="has a box that is not finite"):
-        Scenes(image, [torch.full((1, 4), torch.nan)], [label], **named)
+        DetectionLoader(image, [torch.full((1, 4), torch.nan)], [label], **named)
     with pytest.raises(ValueError, match="labels in int64"):
-        Scenes(image, [torch.zeros(1, 4)], [label.float()], **named)
+        DetectionLoader(image, [torch.zeros(1, 4)], [label.float()], **named)
     with pytest.raises(ValueError, match="in uint8, N > 0"):
-        Scenes(image.float(), [torch.zeros(1, 4)], [label], **named)
+        DetectionLoader(image.float(), [torch.zeros(1, 4)], [label], **named)
     with pytest.raises(ValueError, match=r"must keep an image \(3, 8, 8\) uint8; got \(3, 4, 8\)"):
         next(iter(scenes(augment=[lambda image, target, generator, progress: (image[:, :4], target)])))
 
@@ -286,9 +286,9 @@ def test_boxes_and_augmentations_that_do_not_fit() -> None:
 
 
 def test_shapes_are_drawn_where_they_say() -> None:
-    train, none, test = shapes(size=32, train=40, test=20, batch_size=8)
+    train, none, test = synthetic_shapes(size=32, train=40, test=20, batch_size=8)
     assert none is None and train.class_names == SHAPES and train.flip and not test.augmented
-    again = shapes(size=32, train=20, test=20, seed=5)
+    again = synthetic_shapes(size=32, train=20, test=20, seed=5)
     assert torch.equal(again.test.images, test.images) and torch.equal(again.train.images, train.images[:20])
     counts = [len(b) for b in train.boxes]
     assert 0 in counts and max(counts) > 1 and {int(y) for own in train.labels for y in own} == {0, 1, 2}
@@ -303,4 +303,4 @@ def test_shapes_are_drawn_where_they_say() -> None:
             assert 0 <= label < 3 and (own[2:] - own[:2]).min() >= 0.16 * 32 - 1e-3
     assert found > 0.9 * sum(counts)
     with pytest.raises(ValueError, match="size >= 16"):
-        shapes(size=8)
+        synthetic_shapes(size=8)

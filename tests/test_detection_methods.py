@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tempering.methods import CWD, DTKD, FGD, KD, LD, MGD, PKD, Imitation, Method, Only, Sum
-from tempering.methods.base import drawing, drawn
+from tempering.methods import CWD, DTKD, FGD, KD, LD, MGD, PKD, Imitation, Method, OnBlocks, Sum
+from tempering.methods.base import step_rng, step_seed
 from tempering.methods.detection.base import NeckMethod
 from tempering.methods.detection.fgd import attentions, focus
 from tempering.objectives import kl
-from tempering.rows import UNLABELLED, Rows, total
+from tempering.rows import IGNORE_INDEX, Rows, total
 from tempering.temperature import Sharpness, Static
 from tests.contract import chosen, leaves
 
@@ -44,21 +44,21 @@ def images(*, student: int = 4, teacher: int = 4, shrunk: int = 1, same: bool = 
     scores = torch.rand(3, 60, generator=g, dtype=torch.float64)
     features |= {"boxes": (BOXES, BOXES), "scores": (scores, scores)}
     zeros, hard = torch.zeros(3, 1, dtype=torch.float64), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    target = torch.full((3,), UNLABELLED)
-    rows = Rows(zeros, zeros, target, features=features, name="images", ids=torch.tensor([7, 3, 5]), hard=hard)
-    return rows.with_(**more)
+    target = torch.full((3,), IGNORE_INDEX)
+    rows = Rows(zeros, zeros, target, features=features, name="images", ids=torch.tensor([7, 3, 5]), task_loss=hard)
+    return rows.replace(**more)
 
 
 def other(name: str) -> Rows:
     """Rows of anchors or sides, five of four classes."""
     s, t = torch.randn(2, 5, 4, dtype=torch.float64)
-    return Rows(s.requires_grad_(), t, torch.full((5,), UNLABELLED), name=name)
+    return Rows(s.requires_grad_(), t, torch.full((5,), IGNORE_INDEX), name=name)
 
 
 def ready(make: Any, rows: Rows | None = None, **more: Any) -> Any:
     torch.default_generator.manual_seed(1)
     method = make(**more)
-    method.prepare(images() if rows is None else rows)
+    method.setup(images() if rows is None else rows)
     return method.double()
 
 
@@ -202,7 +202,7 @@ def test_mgd_draws_anew_and_by_its_seed() -> None:
     assert torch.equal(terms(method, rows)["feature"], first)
     turned = chosen(rows, torch.tensor([2, 0, 1]))
     close(terms(method, turned)["feature"], first.detach()[[2, 0, 1]])
-    assert terms(method, rows.with_(ids=None))["feature"].isfinite().all()
+    assert terms(method, rows.replace(ids=None))["feature"].isfinite().all()
     everything = terms(ready(MGD, masked=0.0), rows)["feature"]
     assert not torch.isclose(everything, first).any() and terms(ready(MGD, masked=1.0), rows)["feature"].all()
 
@@ -211,16 +211,16 @@ def test_a_step_s_number() -> None:
     """One for all parts and processes of a step; torch's own where there is no engine."""
     found = set()
     for seed, step in ((0, 5), (0, 6), (1, 5)):
-        with drawing(seed, step):
-            assert drawn() == drawn()
-            found.add(drawn())
-    with pytest.raises(KeyError), drawing(0, 5):
+        with step_rng(seed, step):
+            assert step_seed() == step_seed()
+            found.add(step_seed())
+    with pytest.raises(KeyError), step_rng(0, 5):
         raise KeyError
     torch.default_generator.manual_seed(4)
-    first = drawn()
-    assert len({*found, first, drawn()}) == 5 and all(0 <= number < 2**63 for number in found)
+    first = step_seed()
+    assert len({*found, first, step_seed()}) == 5 and all(0 <= number < 2**63 for number in found)
     torch.default_generator.manual_seed(4)
-    assert drawn() == first
+    assert step_seed() == first
 
 
 @pytest.mark.parametrize("over", ["batch", "image"])
@@ -239,9 +239,9 @@ def test_pkd_is_one_minus_pearson(over: str) -> None:
             want[i] += 3.0 * (1 - torch.stack(r)).mean()
         assert gradients[name].any()
     close(found["feature"], want)
-    assert method.is_relational() == (over == "batch")
+    assert method.is_batch_dependent() == (over == "batch")
     scaled = {n: (5.0 * s - 2.0, 0.1 * t + 7.0) for n, (s, t) in rows.features.items() if n in SIZES}
-    close(terms(method, rows.with_(features=scaled))["feature"], found["feature"], 1e-10)
+    close(terms(method, rows.replace(features=scaled))["feature"], found["feature"], 1e-10)
 
 
 def test_pkd_of_dead_channels() -> None:
@@ -277,7 +277,7 @@ def test_imitation_is_its_definition() -> None:
 def test_scored_imitation_is_its_definition(anchors: int) -> None:
     scores = torch.rand(3, 60 * anchors, dtype=torch.float64)
     rows = images()
-    rows = rows.with_(features={**rows.features, "scores": (scores, scores)})
+    rows = rows.replace(features={**rows.features, "scores": (scores, scores)})
     method = ready(Imitation, feature=2.0, scored=True)
     found, gradients = backward(method, rows)
     want, start = torch.zeros(3, dtype=torch.float64), 0
@@ -289,7 +289,7 @@ def test_scored_imitation_is_its_definition(anchors: int) -> None:
         want += 2.0 * ((a[:, None] * error).sum((1, 2, 3)) / (s.shape[1] * a.sum((1, 2)))).detach()
         assert gradients[name].any()
     close(found["feature"], want)
-    none = rows.with_(features={**rows.features, "scores": (0 * scores, 0 * scores)})
+    none = rows.replace(features={**rows.features, "scores": (0 * scores, 0 * scores)})
     assert not backward(method, none)[0]["feature"].any()
 
 
@@ -309,7 +309,7 @@ def test_ld_is_kd_of_sides_alone() -> None:
 def test_weights_of_sides_count() -> None:
     """Main region and valuable region: an anchor's weight is its rows'."""
     weight = torch.tensor([1.0, 1.0, 0.25, 0.0, 0.25], dtype=torch.float64)
-    rows = other("sides").with_(weight=weight)
+    rows = other("sides").replace(weight=weight)
     soft = kl(rows, Static(10.0)(rows)).detach()
     close(total({"soft": terms(LD(soft=1.0), rows)["soft"]}, rows), float((soft * weight).sum() / weight.sum()))
 
@@ -322,7 +322,7 @@ def test_other_blocks_get_nothing(make: Any) -> None:
     method = make()
     for name in ("classes", "sides"):
         rows = other(name)
-        method.prepare(rows)
+        method.setup(rows)
         found = terms(method, rows)
         assert set(found) == set(method.weighs)
         total(found, rows).backward()
@@ -334,7 +334,7 @@ def test_other_blocks_get_nothing(make: Any) -> None:
 def test_zero_at_identical_levels(make: Any) -> None:
     rows = images(same=True)
     method = ready(make, rows)
-    assert method.zero_at_agreement
+    assert method.zero_when_equal
     found, gradients = backward(method, rows)
     for name in method.weighs:
         assert bool((found[name].abs() <= 1e-12).all())
@@ -343,19 +343,19 @@ def test_zero_at_identical_levels(make: Any) -> None:
 
 @pytest.mark.parametrize("make", FEATURES)
 def test_it_is_said_whether_agreement_is_zero(make: Any) -> None:
-    assert not make().zero_at_agreement, "nothing is known before the levels are seen"
-    assert not ready(make, images(student=5)).zero_at_agreement
+    assert not make().zero_when_equal, "nothing is known before the levels are seen"
+    assert not ready(make, images(student=5)).zero_when_equal
     if make is FGD:
         method = ready(FGD)
         with torch.no_grad():
             method.relations[0].teacher.change[3].bias += 0.1
-        assert not method.zero_at_agreement and terms(method, images(same=True))["relation"].all()
+        assert not method.zero_when_equal and terms(method, images(same=True))["relation"].all()
 
 
 @pytest.mark.parametrize("make", BY_IMAGE)
 def test_an_image_by_itself(make: Any) -> None:
     rows, method = images(), ready(make)
-    assert not method.is_relational()
+    assert not method.is_batch_dependent()
     whole, _ = backward(method, rows)
     for i in range(3):
         alone, _ = backward(method, chosen(rows, slice(i, i + 1)))
@@ -372,13 +372,13 @@ def test_images_of_no_weight_take_no_part(make: Any) -> None:
         for x in pair:
             x[1] = torch.nan
     kept = torch.tensor([0, 2])
-    _, want = backward(method, chosen(rows.with_(weight=weight), kept))
-    found, gradients = backward(method, rows.with_(weight=weight, features=broken))
+    _, want = backward(method, chosen(rows.replace(weight=weight), kept))
+    found, gradients = backward(method, rows.replace(weight=weight, features=broken))
     assert all(v[1] == 0 for n, v in found.items() if n != "hard" and method.relational is False)
     for name, g in gradients.items():
         close(g[kept], want[name])
         assert not g[1].any()
-    nobody = rows.with_(weight=torch.zeros(3, dtype=torch.float64))
+    nobody = rows.replace(weight=torch.zeros(3, dtype=torch.float64))
     found, gradients = backward(method, nobody)
     assert float(total(found, nobody)) == 0.0 and not any(g.any() for g in gradients.values())
 
@@ -409,7 +409,7 @@ def test_one_channel_and_one_cell(make: Any) -> None:
     scores = torch.rand(2, 1).double()
     features = maps | {"boxes": (BOXES[:2], BOXES[:2]), "scores": (scores, scores)}
     zeros = torch.zeros(2, 1, dtype=torch.float64)
-    rows, _ = leaves(Rows(zeros, zeros, features=features, name="images", hard=zeros[:, 0]))
+    rows, _ = leaves(Rows(zeros, zeros, features=features, name="images", task_loss=zeros[:, 0]))
     method = ready(make, rows)
     loss = total(terms(method, rows), rows)
     loss.backward()
@@ -421,17 +421,17 @@ def test_levels_are_found_in_their_order() -> None:
     names = ("p10", "boxes", "p2", "p", "scores", "p0", "mine")
     rows = Rows(x[:, :, 0, 0], x[:, :, 0, 0], features=dict.fromkeys(names, (x, x)), name="images")
     assert FGD().chosen(rows) == ("p0", "p2", "p10") and FGD(names=["mine"]).chosen(rows) == ("mine",)
-    assert FGD().features(["stage1", "stage2"]) == ()
+    assert FGD().select_features(["stage1", "stage2"]) == ()
 
 
 def test_a_sum_teaches_neck_and_classes() -> None:
-    method = Sum(FGD(), Only(DTKD(hard=0.0), blocks=["classes"]), LD(hard=0.0))
+    method = Sum(FGD(), OnBlocks(DTKD(hard=0.0), blocks=["classes"]), LD(hard=0.0))
     blocks = [other("classes"), other("sides"), images()]
-    method.prepare(blocks[-1])
+    method.setup(blocks[-1])
     method = method.double()
     found = [terms(method, rows) for rows in blocks]
-    assert found[0]["only.dynamic"].any() and not found[0]["ld.soft"].any() and not found[0]["fgd.relation"].any()
-    assert "only.elsewhere" in found[1] and found[1]["ld.soft"].any()
+    assert found[0]["onblocks.dynamic"].any() and not found[0]["ld.soft"].any() and not found[0]["fgd.relation"].any()
+    assert "onblocks.elsewhere" in found[1] and found[1]["ld.soft"].any()
     assert found[2]["fgd.foreground"].any() and not found[2]["ld.soft"].any()
     close(found[2]["fgd.hard"], [1.0, 2.0, 3.0])
     assert len(method.param_groups()) == 1
@@ -439,32 +439,32 @@ def test_a_sum_teaches_neck_and_classes() -> None:
 
 
 def test_only_some_blocks() -> None:
-    method = Only(KD(soft=2.0), blocks=("classes", "mine"))
+    method = OnBlocks(KD(soft=2.0), blocks=("classes", "mine"))
     rows = other("mine")
     for name, value in KD(soft=2.0)(rows, 1.0).items():
         close(method(rows, 1.0)[name], value.detach())
     assert not method(other("sides"), 1.0)["elsewhere"].any()
-    with pytest.raises(TypeError, match=r"Only needs a method over rows, such as KD\(hard=0.0\); got 'kd'"):
-        Only("kd")
+    with pytest.raises(TypeError, match=r"OnBlocks needs a method over rows, such as KD\(hard=0.0\); got 'kd'"):
+        OnBlocks("kd")
     with pytest.raises(ValueError, match=r"names of blocks of rows such as \('classes',\); got 'classes'"):
-        Only(KD(), blocks="classes")
+        OnBlocks(KD(), blocks="classes")
 
 
 def test_messages() -> None:
     rows = images()
-    bare = rows.with_(features={n: rows.features[n] for n in SIZES})
+    bare = rows.replace(features={n: rows.features[n] for n in SIZES})
     with pytest.raises(ValueError, match=r"FGD looks at the boxes of each image, .* no feature 'boxes'. tasks"):
         ready(FGD)(bare, 1.0)
     with pytest.raises(ValueError, match=r"no feature 'scores'"):
         ready(Imitation, scored=True)(bare, 1.0)
     with pytest.raises(ValueError, match=r"as many anchors at each of 60 positions; got 7 scores"):
         few = torch.rand(3, 7)
-        ready(Imitation, scored=True)(rows.with_(features={**rows.features, "scores": (few, few)}), 1.0)
+        ready(Imitation, scored=True)(rows.replace(features={**rows.features, "scores": (few, few)}), 1.0)
     with pytest.raises(ValueError, match=r"tasks.Detection gives the levels of both necks as 'p0', 'p1'"):
-        ready(CWD)(rows.with_(features={}), 1.0)
+        ready(CWD)(rows.replace(features={}), 1.0)
     with pytest.raises(ValueError, match=r"PKD was prepared for 2 levels; got 1. Make a new one"):
-        ready(PKD)(rows.with_(features={"p0": rows.features["p0"]}), 1.0)
-    with pytest.raises(RuntimeError, match=r"MGD has projectors .* call method.prepare\(rows\)"):
+        ready(PKD)(rows.replace(features={"p0": rows.features["p0"]}), 1.0)
+    with pytest.raises(RuntimeError, match=r"MGD has projectors .* call method.setup\(rows\)"):
         MGD()(rows, 1.0)
     for make, said in (
         (lambda: FGD(attention=-1.0), "FGD needs attention >= 0"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tempering.models import build
-from tempering.models.boxes import areas, centred, cornered, giou, iou, nms
+from tempering.models.boxes import areas, centered, cornered, giou, iou, nms
 from tempering.models.detector import Detected, Detector, detections, inherit
 from tempering.models.external_detectors import TorchvisionDetector, TransformersDetector, detector, torchvision
 from tempering.models.fcos import FCOS, STRIDES, assign, grid
@@ -49,7 +49,7 @@ def test_overlaps_are_their_definitions() -> None:
     b = torch.tensor([[2.0, 2, 6, 6], [4, 4, 8, 8], [0, 0, 0, 0], [0, 0, 4, 4]])
     torch.testing.assert_close(iou(a, b), torch.tensor([4 / 28, 0.0, 0.0, 4 / 16]))
     torch.testing.assert_close(giou(a, b), torch.tensor([4 / 28 - 8 / 36, -32 / 64, 0.0, 4 / 16]))
-    torch.testing.assert_close(cornered(centred(b)), b)
+    torch.testing.assert_close(cornered(centered(b)), b)
     assert areas(torch.tensor([3.0, 3, 1, 5])) == 0
 
 
@@ -188,7 +188,7 @@ def test_neck_and_head_are_inherited_where_they_fit() -> None:
         inherit(student, TransformersDetector(tiny("d_fine")))
 
 
-# boxes that are none, and images that are grey
+# boxes that are none, and images that are gray
 
 
 def odd(net: Detector) -> None:
@@ -265,7 +265,7 @@ def test_transformers_detectors(kind: str) -> None:
     for i in range(3):
         one = net({"images": images()[i : i + 1], "targets": targets()[i : i + 1]})
         torch.testing.assert_close(added(one)[0], added(said)[i], rtol=1e-4, atol=1e-4)
-    own = net.model(net.normalised(images()[:1]), labels=labels(targets()[:1]))
+    own = net.model(net.normalized(images()[:1]), labels=labels(targets()[:1]))
     torch.testing.assert_close(own.loss, added(said)[0], rtol=1e-4, atol=1e-4)
     added(net.train()({"images": images(), "targets": targets()})).sum().backward()
     idle = [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None]
@@ -273,13 +273,13 @@ def test_transformers_detectors(kind: str) -> None:
     assert net.class_loss({"images": images(), "targets": targets()}).shape == (3,)
     assert not inherit(TransformersDetector(tiny(kind)), net)
     odd(net)
-    grey = images()[:, :1]
-    torch.testing.assert_close(net({"images": grey}).logits, net({"images": grey.expand(-1, 3, -1, -1)}).logits)
+    gray = images()[:, :1]
+    torch.testing.assert_close(net({"images": gray}).logits, net({"images": gray.expand(-1, 3, -1, -1)}).logits)
 
 
 def labels(truth: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     scale = torch.tensor([SIZE[1], SIZE[0], SIZE[1], SIZE[0]])
-    return [{"class_labels": t["labels"], "boxes": centred(t["boxes"] / scale)} for t in truth]
+    return [{"class_labels": t["labels"], "boxes": centered(t["boxes"] / scale)} for t in truth]
 
 
 def test_other_transformers_are_refused() -> None:

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tempering.data.detection import Scenes
-from tempering.data.synthetic_shapes import shapes
+from tempering.data.detection import DetectionLoader
+from tempering.data.synthetic_shapes import synthetic_shapes
 from tempering.methods import DTKD, KD, Sum, Supervised
 from tempering.models.detector import Detected, inherit
 from tempering.models.fcos import FCOS
 from tempering.rows import Rows, total
 from tempering.tasks.average_precision import average_precision
-from tempering.tasks.detection import Detection, found_again
+from tempering.tasks.detection import Detection, teacher_recall
 from tempering.teachers import Live
 from tempering.training.distill import distill
 from tempering.training.selfcheck import selfcheck
@@ -37,7 +37,7 @@ pytest.importorskip("pycocotools")
 
 def batch(n: int = 4, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Shapes of 64 x 64, the last image without boxes."""
-    made = shapes(size=64, train=n, test=1, batch_size=n, flip=False).train
+    made = synthetic_shapes(size=64, train=n, test=1, batch_size=n, flip=False).train
     made.boxes[-1], made.labels[-1] = made.boxes[-1][:0], made.labels[-1][:0]
     out = next(iter(made.clean()))
     targets = [{"boxes": t["boxes"].to(dtype), "labels": t["labels"]} for t in out["targets"]]
@@ -62,15 +62,17 @@ def test_blocks_and_their_masses(kind: Any, classes: int, rows: int) -> None:
         ("sides", (4 * 30 * 4, 9)),
         ("images", (4, 1)),
     ]
-    promised = task.mass(given)
+    promised = task.row_weights(given)
     for block in blocks:
-        assert float(block.mass) == pytest.approx(promised[block.name], rel=1e-6) and promised[block.name] == 4.0
+        assert (
+            float(block.total_weight) == pytest.approx(promised[block.name], rel=1e-6) and promised[block.name] == 4.0
+        )
         assert block.target is not None and (block.target == -100).all() and block.student.requires_grad
     for block in blocks[:2]:
         assert block.weight is not None
         torch.testing.assert_close(block.weight.view(4, -1).sum(1), torch.ones(4))
     last = blocks[-1]
-    assert set(last.features) == {"p0", "p1", "p2", "boxes", "scores"} and last.hard is not None
+    assert set(last.features) == {"p0", "p1", "p2", "boxes", "scores"} and last.task_loss is not None
     assert last.ids is not None and torch.equal(last.ids, given["ids"])
     boxes, same = last.features["boxes"]
     assert boxes is same and boxes.shape[::2] == (4, 4) and (boxes[3] == -1).all()
@@ -99,7 +101,7 @@ def test_without_a_teacher_images_are_all() -> None:
     ):
         assert [b.name for b in blocks] == ["images"]
     alone = answers(Detection(), net(), None, batch())[0]
-    assert not alone.features and alone.hard is not None and alone.hard[3] > 0
+    assert not alone.features and alone.task_loss is not None and alone.task_loss[3] > 0
 
 
 METHODS = {
@@ -116,10 +118,10 @@ def test_loss_and_gradient_do_not_depend_on_the_split(name: str) -> None:
 
     def loss_and_slope(*cuts: slice) -> tuple[float, Tensor]:
         student, value = net(bins=9, norm="group").double(), 0.0
-        mass = task.mass(given)
+        mass = task.row_weights(given)
         for cut in cuts:
             blocks = answers(task, student, teacher, part(given, cut))
-            loss = torch.stack([total(method(b, 1.0), b, rows_in_batch=mass[b.name]) for b in blocks]).sum()
+            loss = torch.stack([total(method(b, 1.0), b, normalizer=mass[b.name]) for b in blocks]).sum()
             loss.backward()
             value += float(loss.detach())
         return value, torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
@@ -179,7 +181,7 @@ def test_models_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="classes='binary' is for heads of sigmoids"):
         Detection(classes="binary").rows(soft, soft, given)
     with pytest.raises(TypeError, match="Detection needs a Detector; got Linear"):
-        Detection().meet(torch.nn.Linear(1, 1))
+        Detection().prepare_model(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="needs batches with images and targets; got tuple"):
         Detection().inputs((1, 2))
     with pytest.raises(ValueError, match="must answer Detected for detection; got Tensor"):
@@ -227,8 +229,8 @@ def test_found_again() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [1, 1, 2, 2]])
     teacher = {"boxes": boxes, "labels": torch.tensor([0, 1, 1]), "scores": torch.tensor([0.9, 0.5, 0.1])}
     student = {"boxes": boxes[:2] + 1, "labels": torch.tensor([0, 0]), "scores": torch.tensor([0.6, 0.6])}
-    assert found_again([student], [teacher]) == 0.5 and found_again([teacher], [teacher]) == 1.0
-    assert found_again([student], []) is None
+    assert teacher_recall([student], [teacher]) == 0.5 and teacher_recall([teacher], [teacher]) == 1.0
+    assert teacher_recall([student], []) is None
 
 
 def test_an_empty_loader_and_one_without_boxes() -> None:
@@ -246,7 +248,7 @@ def test_it_learns(tmp_path: Path) -> None:
     """A fifth of the recipe's run on smaller images: from nothing to a mAP50 that no guess has."""
     torch.manual_seed(0)
     student = FCOS(3, width=0.5, neck=32)
-    data = shapes(size=64, train=96, test=32, batch_size=8)
+    data = synthetic_shapes(size=64, train=96, test=32, batch_size=8)
     run = distill(
         student,
         None,
@@ -274,7 +276,7 @@ def test_it_learns(tmp_path: Path) -> None:
 
 
 def test_a_distilled_run_says_what_it_found_of_the_teacher(tmp_path: Path) -> None:
-    data = shapes(size=32, train=8, test=4, batch_size=4)
+    data = synthetic_shapes(size=32, train=8, test=4, batch_size=4)
     teacher = net(seed=2)
     run = distill(
         net(), teacher, data.train, method=KD(hard=1.0), task=Detection(pictures=2), epochs=1, test=data.test,
@@ -293,7 +295,7 @@ def test_a_distilled_run_says_what_it_found_of_the_teacher(tmp_path: Path) -> No
 
 
 def test_the_teacher_s_maps_are_not_kept() -> None:
-    data = shapes(size=32, train=8, test=4, batch_size=4)
+    data = synthetic_shapes(size=32, train=8, test=4, batch_size=4)
     assert not Detection.remember
     asked: list[int] = []
 
@@ -372,5 +374,7 @@ def test_inherit_before_a_run_names_what_is_left() -> None:
 
 
 def test_scenes_are_what_the_engine_shares_out() -> None:
-    made = shapes(size=32, train=8, test=4, batch_size=4).train
-    assert isinstance(made, Scenes) and made.identity == shapes(size=32, train=8, test=4).train.identity
+    made = synthetic_shapes(size=32, train=8, test=4, batch_size=4).train
+    assert (
+        isinstance(made, DetectionLoader) and made.identity == synthetic_shapes(size=32, train=8, test=4).train.identity
+    )

@@ -264,7 +264,7 @@ def test_clip_is_the_norm_of_all_gradients(method: type[Method]) -> None:
         made = same_start(method)
         student = student_net()
         batch = (points(16)[0], torch.zeros(16, dtype=torch.long))
-        made.prepare(Rows(student(batch[0]).detach(), torch.zeros(16, CLASSES)))
+        made.setup(Rows(student(batch[0]).detach(), torch.zeros(16, CLASSES)))
         before = torch.cat((weights(student), *(p.detach().double().flatten() for p in made.parameters())))
         run = go(
             [batch], student=student, method=made, steps=1, max_grad_norm=clip, selfcheck=False,
@@ -468,7 +468,7 @@ def test_the_teacher_is_not_trained() -> None:
 
 
 def test_a_teacher_that_somebody_puts_in_training_mode_goes_back() -> None:
-    teacher = teacher_net()  # with batch normalisation
+    teacher = teacher_net()  # with batch normalization
     before = copy.deepcopy(dict(teacher.state_dict()))
     with pytest.warns(UserWarning, match="somebody put the teacher Sequential in training mode"):
         run = go(cut(points(64), 16), teacher=teacher, steps=6, on_step=lambda number, loss: teacher.train() and None)

@@ -286,12 +286,12 @@ def test_every_stage_can_be_run(evidence: ModuleType) -> None:
     for line in done.stdout.replace("\\\n", "").splitlines():
         words = shlex.split(line) if " -m tempering " in line else []
         if "run" in words:
-            recipefile.refuse_unknown(RECIPE, words[words.index("cifar100") + 1 :])
+            recipefile.check_flags(RECIPE, words[words.index("cifar100") + 1 :])
         if "compare" not in words:
             continue
         own, flags = words[: words.index("--")], words[words.index("--") + 1 :]
         given = dict(pairwise(own))
-        recipefile.refuse_unknown(RECIPE, flags)
+        recipefile.check_flags(RECIPE, flags)
         found = arms_from(given["--methods"], given.get("--temperatures"))
         found = found if "--no-controls" in own else with_controls(found)[0]
         plan = arena_plan.plan_for(RECIPE, found, range(int(given["--seeds"])), flags)

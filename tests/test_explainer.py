@@ -21,15 +21,15 @@ from tempering.audits.trees import adjusted_rand, branches, compared
 from tempering.experiments.presets import arm_from, run_label
 from tempering.methods import Explainer as Method
 from tempering.models import build, load, network_facts
-from tempering.models.attention import attend, entropies, entropy, fold
+from tempering.models.attention import attend, entropies, entropy, merge_attention
 from tempering.models.explainer import Explainer, Routing, adam, halving, optimizer_and_schedule, rate, restart
 from tempering.reports.page import render
 from tempering.reports.records import load_run
 from tempering.reports.trees import tree_figure, whole, write_figures
-from tempering.rows import UNLABELLED
+from tempering.rows import IGNORE_INDEX
 from tempering.teachers import Live
 from tempering.training.schedules import cifar_decay, cifar_lr, cifar_sgd
-from tempering.utils.hooks import Taps
+from tempering.utils.hooks import FeatureExtractor
 from tests.contract import Lesson
 from tests.records_made import make_run
 from tests.test_audits import by_name
@@ -58,10 +58,10 @@ def test_the_published_sizes() -> None:
         (2, 3 * 64 + 64 * 64, 128),
         (4, 64 * 64 + 64 * 64, 128),
         (8, 64 * 64 + 64 * 32, 96),
-    ]  # of one expert: what two 3x3 convolutions join, and the maps that are normalised
+    ]  # of one expert: what two 3x3 convolutions join, and the maps that are normalized
     want = 100 * leaf + sum(n * (9 * joined + 2 * maps) for n, joined, maps in experts) + 4 * 2 + 8 * 4 + 100 * 8
     assert sum(p.numel() for p in net.parameters()) == want
-    with Taps(net, models.stages(net)) as taps, torch.no_grad():
+    with FeatureExtractor(net, models.stages(net)) as taps, torch.no_grad():
         assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
         assert [tuple(taps[s].shape[1:]) for s in net.stages] == [(128, 16, 16), (256, 8, 8), (256, 4, 4)]
     for name, side, channels in (("explainer_small", 32, 3), ("explainer_digits", 8, 1)):
@@ -223,7 +223,7 @@ def test_terms_of_the_method() -> None:
     smooth = Method(soft=0.0, hard=1.0, smoothing=0.1)
     assert not smooth.needs_teacher and Method().needs_teacher
     lesson = lesson_of(net)
-    lesson.labels[0] = UNLABELLED
+    lesson.labels[0] = IGNORE_INDEX
     _, terms, rows = lesson.loss(smooth)
     want = nn.functional.cross_entropy(rows.student[1:], rows.target[1:], reduction="none", label_smoothing=0.1)
     torch.testing.assert_close(terms["hard"], torch.cat((torch.zeros(1, dtype=torch.float64), want)))
@@ -305,7 +305,7 @@ def test_answers_are_what_they_were_and_folding_changes_nothing(name: str, optio
     assert (unfolded - plain(x)).abs().max() > 1e-8  # fresh statistics leave some nets nearly silent
     unfolded.square().sum().backward()
     assert all(m.alpha.grad is not None and m.alpha.grad.any() for m in made)
-    assert fold(net) is net and not entropies(net)
+    assert merge_attention(net) is net and not entropies(net)
     torch.testing.assert_close(net(x), unfolded, rtol=1e-12, atol=1e-12)
     assert set(net.state_dict()) == set(plain.state_dict())
     plain.load_state_dict(net.state_dict())
@@ -372,7 +372,7 @@ def test_a_teacher_that_attends_is_folded_and_asked_in_half_precision() -> None:
                 m.alpha.normal_()
     x = torch.randn(2, 3, 32, 32)
     want = net(x)
-    torch.testing.assert_close(Live(net, fold=True, channels_last=True)(x), want.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(Live(net, fuse_conv_bn=True, channels_last=True)(x), want.detach(), rtol=1e-4, atol=1e-5)
     assert Live(net, precision="bf16")(x).sub(want.detach()).abs().max() < 0.1 * want.abs().max()
 
 
@@ -445,9 +445,9 @@ def test_the_audit_asks_for_the_tree_and_the_report_draws_it(tmp_path: Path) -> 
     )
     plain = nn.Sequential(nn.Flatten(), nn.Linear(256, 5))
     assert not any("routing" in n for _, n in by_name(audit(plain, Teacher(), [(x, y)])))
-    assert "tree" not in audit.drawn(plain)
+    assert "tree" not in audit.report_data(plain)
     run = make_run(tmp_path / "run", "KD", 0)
-    made = {"findings": [f.record() for f in rows.values()], "drawn": audit.drawn(student)}
+    made = {"findings": [f.record() for f in rows.values()], "drawn": audit.report_data(student)}
     (run / "audits.json").write_text(json.dumps({"format": 1, "audits": {"explanation": made}}))
     html = render([load_run(run)])
     assert "KDExplainer&#39;s tree where it was used" in html and ">elk</text>" in html and "branch share" in html

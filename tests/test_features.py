@@ -89,7 +89,7 @@ def test_rkd_parts() -> None:
 def test_vid_on_the_golden_regressor() -> None:
     rows, found = golden("vid", STAGES[:1])
     method = VID(hard=0.0)
-    method.prepare(rows)
+    method.setup(rows)
     guess = method.projectors[0]
     guess.mean = guess.mean[:3]  # the golden regressor has two convolutions, the released one three
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_vid_on_the_golden_regressor() -> None:
 def test_fitnet_with_the_golden_regressor(case: str) -> None:
     rows, found = golden(case, [("student_feat", "teacher_feat")])
     method = FitNet(hard=0.0)
-    method.prepare(rows)
+    method.setup(rows)
     conv, norm, _ = method.projectors[0]
     with torch.no_grad():
         for module, name in ((conv, "conv"), (norm, "bn")):
@@ -143,7 +143,7 @@ def test_zero_at_identical_vectors(method) -> None:
 
 
 def prepared(method, shapes):
-    method.prepare(block(shapes))
+    method.setup(block(shapes))
     return method
 
 
@@ -163,7 +163,7 @@ METHODS = {
 def test_order_of_rows_does_not_matter(name: str) -> None:
     make, shapes = METHODS[name]
     method, rows = make(), block(shapes)
-    turned = rows.with_(
+    turned = rows.replace(
         features={k: (s.flip(0), t.flip(0)) for k, (s, t) in rows.features.items()}, target=rows.target.flip(0)
     )
     assert float(total(method(rows), rows).detach()) == pytest.approx(float(total(method(turned), turned).detach()))
@@ -193,7 +193,7 @@ def test_rows_of_no_weight_take_no_part(name: str) -> None:
 def test_all_rows_masked_goes_backward(name: str) -> None:
     make, shapes = METHODS[name]
     rows = block(shapes, weight=torch.zeros(6, dtype=torch.float64))
-    rows = rows.with_(student=rows.student.clone().requires_grad_())
+    rows = rows.replace(student=rows.student.clone().requires_grad_())
     loss = total(make()(rows), rows)
     loss.backward()
     assert float(loss.detach()) == 0.0
@@ -210,7 +210,7 @@ def test_crd_learns_to_tell_samples_apart() -> None:
     def rows() -> Rows:
         return Rows(logits, logits, features={"pooled": (student(teacher), teacher)}, ids=torch.arange(32))
 
-    method.prepare(rows())
+    method.setup(rows())
     optimizer = torch.optim.Adam([*student.parameters(), *method.parameters()], lr=0.01)
     losses = []
     for _ in range(60):
@@ -240,11 +240,11 @@ def test_messages() -> None:
         AT(names=("mid",))(rows)
     with pytest.raises(ValueError, match=r"AT compares maps.*'pooled' is \(6, 16\)"):
         AT()(rows)
-    with pytest.raises(RuntimeError, match=r"call method.prepare\(rows\)"):
+    with pytest.raises(RuntimeError, match=r"call method.setup\(rows\)"):
         FitNet()(block(MAPS))
     with pytest.raises(ValueError, match="no regressor from a 4 x 4 map to 16 x 16"):
-        FitNet().prepare(block({"x": ((2, 3, 4, 4), (2, 3, 16, 16))}))
+        FitNet().setup(block({"x": ((2, 3, 4, 4), (2, 3, 16, 16))}))
     with pytest.raises(ValueError, match="CRD remembers samples by id"):
         crd = CRD(samples=8, negatives=2, size=4)
-        crd.prepare(rows)
-        crd(rows.with_(ids=None))
+        crd.setup(rows)
+        crd(rows.replace(ids=None))

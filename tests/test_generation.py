@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tempering import distill
-from tempering.data.text import Example, chat, collate, pack, prompted, windows
+from tempering.data.text import TextExample, chat, collate, make_prompt_example, pack, windows
 from tempering.methods import DKD, DTKD, KD, Divergence, Method, Supervised  # pyright: ignore[reportAttributeAccessIssue]
-from tempering.rows import UNLABELLED, Rows, total
-from tempering.tasks import Generation, shared_vocabulary
+from tempering.rows import IGNORE_INDEX, Rows, total
+from tempering.tasks import LanguageModeling, shared_vocabulary
 from tempering.teachers import Live
 from tempering.temperature import Sharpness
 from tests.later import needs
@@ -83,36 +83,37 @@ def llama(width: int, seed: int, vocabulary: int = V) -> nn.Module:
 MODELS = {"gpt2": gpt2, "llama": llama}
 
 
-def texts() -> list[Example]:
+def texts() -> list[TextExample]:
     """Of unequal length, each with a prompt."""
     generator = torch.Generator().manual_seed(0)
     sizes = ((3, 5), (1, 2), (4, 9), (2, 1), (6, 3))
     return [
-        prompted(*(torch.randint(256, (n,), generator=generator).tolist() for n in pair), eos=EOS) for pair in sizes
+        make_prompt_example(*(torch.randint(256, (n,), generator=generator).tolist() for n in pair), eos=EOS)
+        for pair in sizes
     ]
 
 
-def ready(student: nn.Module, teacher: nn.Module | None = None) -> Generation:
-    task = Generation()
+def ready(student: nn.Module, teacher: nn.Module | None = None) -> LanguageModeling:
+    task = LanguageModeling()
     for model in (student, teacher):
         if model is not None:
-            task.meet(model)
+            task.prepare_model(model)
     return task
 
 
 def loss_of(
-    student: nn.Module, teacher: nn.Module, batches: list[Any], method: Method, task: Generation | None = None
+    student: nn.Module, teacher: nn.Module, batches: list[Any], method: Method, task: LanguageModeling | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss of a step of these micro-batches, and its gradients in the student."""
     task = task or ready(student, teacher)
     taught = Live(teacher)
     student.zero_grad()
-    whole = sum(float(task.mass(batch)["logits"]) for batch in batches)
+    whole = sum(float(task.row_weights(batch)["logits"]) for batch in batches)
     loss = torch.zeros((), dtype=torch.float64)
     for batch in batches:
         student_in, teacher_in, ids = task.inputs(batch)
         (rows,) = task.rows(student(student_in), taught(teacher_in, ids), batch)
-        loss = loss + total(method(rows, 1.0), rows, rows_in_batch=whole)
+        loss = loss + total(method(rows, 1.0), rows, normalizer=whole)
     loss.backward()
     return loss.detach(), [p.grad.clone() for p in student.parameters() if p.grad is not None]
 
@@ -157,7 +158,7 @@ def test_the_loss_is_the_mean_over_the_completions_tokens_and_the_end_counts_onc
         for i, (token, learned) in enumerate(zip(example.ids, example.learn, strict=True)):
             if learned:
                 by_hand, count = by_hand - said[i - 1, token].item(), count + 1
-    assert count == sum(n + 1 for n in (5, 2, 9, 1, 3)) == int(task.mass(batch)["logits"])
+    assert count == sum(n + 1 for n in (5, 2, 9, 1, 3)) == int(task.row_weights(batch)["logits"])
     got, _ = loss_of(student, teacher, [batch], Supervised())
     assert float(got) == pytest.approx(by_hand / count, rel=1e-9)
     scores = task.score(student, [batch], teacher=Live(teacher))
@@ -168,14 +169,14 @@ def test_the_loss_is_the_mean_over_the_completions_tokens_and_the_end_counts_onc
 
 
 def test_prompt_completion_and_windows() -> None:
-    example = prompted([1, 2], [3, EOS], eos=EOS)
-    assert example == Example((1, 2, 3, EOS), (False, False, True, True))
-    assert prompted([1, 2], [3], eos=EOS) == example
-    assert prompted([1, 2, 3], [4, 5], eos=EOS, length=4).ids == (3, 4, 5, EOS)
-    assert prompted([1, 2, 3], [4, 5, 6], eos=EOS, length=2) == Example((4, 5), (True, True))
+    example = make_prompt_example([1, 2], [3, EOS], eos=EOS)
+    assert example == TextExample((1, 2, 3, EOS), (False, False, True, True))
+    assert make_prompt_example([1, 2], [3], eos=EOS) == example
+    assert make_prompt_example([1, 2, 3], [4, 5], eos=EOS, length=4).ids == (3, 4, 5, EOS)
+    assert make_prompt_example([1, 2, 3], [4, 5, 6], eos=EOS, length=2) == TextExample((4, 5), (True, True))
     assert [e.ids for e in windows(range(8), 4)] == [(0, 1, 2, 3), (3, 4, 5, 6)]
     with pytest.raises(ValueError, match="no token to learn"):
-        prompted([1], [])
+        make_prompt_example([1], [])
     with pytest.raises(ValueError, match="length >= 2"):
         windows([1, 2, 3], 1)
     with pytest.raises(ValueError, match="does not fit into length=3"):
@@ -183,7 +184,7 @@ def test_prompt_completion_and_windows() -> None:
     with pytest.raises(ValueError, match="side 'left' or 'right'; got 0"):
         collate([])
     with pytest.raises(ValueError, match="a flag for every id"):
-        Example((1, 2), (True,))
+        TextExample((1, 2), (True,))
 
 
 def test_of_a_chat_the_assistant_s_turns_are_learned() -> None:
@@ -224,7 +225,7 @@ def test_a_padded_vocabulary_is_left_out_on_both_sides_as_minus_infinity_is(wide
     want.backward()
     for a, b in zip(slopes, [p.grad for p in student.parameters()], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
-    alike = Generation(vocabulary=V)
+    alike = LanguageModeling(vocabulary=V)
     assert alike.score(student, [batch])["loss"] == pytest.approx(
         alike.score(student, [batch], teacher=Live(teacher))["loss"]
     )
@@ -244,19 +245,23 @@ def test_agreeing_is_zero_and_shifted_by_one_it_is_not() -> None:
 def test_a_batch_with_nothing_to_learn_is_zero_with_a_gradient_path(method: str) -> None:
     student, teacher = gpt2(8, 0), gpt2(12, 1)
     batch = collate(texts(), pad=PAD)
-    batch["labels"].fill_(UNLABELLED)
+    batch["labels"].fill_(IGNORE_INDEX)
     loss, slopes = loss_of(student, teacher, [batch], METHODS[method])
     assert loss == 0.0 and slopes and all((g == 0).all() for g in slopes)
     with pytest.raises(ValueError, match="no token has a label"):
-        Generation().score(student, [batch])
+        LanguageModeling().score(student, [batch])
     empty = {"input_ids": torch.zeros(0, 4, dtype=torch.long)}
-    assert len(Generation().rows(torch.zeros(0, 4, V), None, empty)[0]) == Generation().mass(empty)["logits"] == 0
+    assert (
+        len(LanguageModeling().rows(torch.zeros(0, 4, V), None, empty)[0])
+        == LanguageModeling().row_weights(empty)["logits"]
+        == 0
+    )
 
 
 def test_without_labels_every_token_of_a_text_is_learned() -> None:
     batch = collate(texts(), pad=PAD)
     del batch["labels"]
-    assert int(Generation().mass(batch)["logits"]) == sum(len(e) - 1 for e in texts())
+    assert int(LanguageModeling().row_weights(batch)["logits"]) == sum(len(e) - 1 for e in texts())
 
 
 def test_runs_in_distill_on_models_of_transformers_as_they_are(tmp_path: Any) -> None:
@@ -264,7 +269,7 @@ def test_runs_in_distill_on_models_of_transformers_as_they_are(tmp_path: Any) ->
     student, teacher = llama(8, 0).float(), llama(12, 1).float()
     names = set(student.state_dict())
     adam = partial(torch.optim.Adam, lr=1e-2)
-    whole: dict[str, Any] = {"task": Generation(vocabulary=V), "epochs": 4, "quiet": True, "optimizer": adam}
+    whole: dict[str, Any] = {"task": LanguageModeling(vocabulary=V), "epochs": 4, "quiet": True, "optimizer": adam}
     distill(teacher, None, data, method=Supervised(), **whole)
     run = distill(student, teacher, data, method=DTKD(), test=data, out=tmp_path, accumulate=2, **whole)
     assert "zero at agreement" in run.facts["selfcheck"]["line"] and set(student.state_dict()) == names
@@ -306,7 +311,7 @@ def test_runs_in_the_trainer_of_transformers(tmp_path: Any) -> None:
         max_grad_norm=0.0,
     )
     collator = partial(collate, pad=PAD)
-    own: dict[str, Any] = {"teacher": teacher, "method": KD(), "task": Generation(), "data_collator": collator}
+    own: dict[str, Any] = {"teacher": teacher, "method": KD(), "task": LanguageModeling(), "data_collator": collator}
     own["selfcheck"] = False  # the teacher is not trained
     Seen(student, args, train_dataset=texts()[:4], **own).train()  # pyright: ignore[reportArgumentType]
     assert len(seen) == 2
@@ -342,9 +347,9 @@ def test_models_of_other_makes() -> None:
     batch = collate(texts(), pad=PAD)
     for model in (OwnWay(), NoPositions()):
         task = ready(model)
-        task.meet(model)  # twice is once
+        task.prepare_model(model)  # twice is once
         (rows,) = task.rows(model(task.inputs(batch)[0]), None, batch)
-        assert rows.student.shape == (int(task.mass(batch)["logits"]), V) and rows.student.requires_grad
+        assert rows.student.shape == (int(task.row_weights(batch)["logits"]), V) and rows.student.requires_grad
     with pytest.raises(ValueError, match="NoPositions takes no position_ids, so it cannot keep packed texts apart"):
         model(task.inputs(pack(texts(), 64)[0])[0])
 
@@ -372,17 +377,17 @@ def test_wrapped_copied_and_in_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_what_is_no_batch_of_tokens_is_refused() -> None:
-    task, batch = Generation(), collate(texts())
+    task, batch = LanguageModeling(), collate(texts())
     with pytest.raises(ValueError, match=r"mappings with input_ids .*; got tuple"):
         task.inputs((1, 2))
     with pytest.raises(ValueError, match=r"got input_ids \(13,\)"):
         task.inputs({"input_ids": torch.arange(13)})
     with pytest.raises(ValueError, match="labels of the shape of input_ids"):
-        task.mass(batch | {"labels": batch["labels"][:, 1:]})
+        task.row_weights(batch | {"labels": batch["labels"][:, 1:]})
     with pytest.raises(ValueError, match=r"the teacher must answer \(B, L, V\) logits"):
         task.rows(torch.zeros(*batch["input_ids"].shape, V), torch.zeros(2, V), batch)
     with pytest.raises(ValueError, match="vocabulary >= 1"):
-        Generation(vocabulary=0)
+        LanguageModeling(vocabulary=0)
     ids = task.rows(torch.zeros(*batch["input_ids"].shape, V), None, batch | {"ids": torch.arange(5) * 10})[0].ids
     assert ids is not None and ids.unique().tolist() == [0, 10, 20, 30, 40]
 

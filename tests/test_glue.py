@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from tempering import distill
-from tempering.data import Sentences
-from tempering.data.glue import Labelled, read_glue, trained_tokenizer
+from tempering.data import TextPairLoader
+from tempering.data.glue import Labeled, read_glue, trained_tokenizer
 from tempering.experiments.recipe import flags, load
 from tempering.methods import KD, Interactive
 from tempering.methods.base import Step
-from tempering.methods.step._exams import Exams
-from tempering.methods.step._rehearsal import Rehearsal, parted
+from tempering.methods.step._exams import HoldoutLoader
+from tempering.methods.step._rehearsal import VirtualStep, split_step
 from tempering.tasks import TextClassification
 from tempering.teachers import Live, record
 from tests import recipes
@@ -35,19 +35,19 @@ SMALL: dict[str, Any] = {"teacher": "1x32", "student": "1x16", "length": 16, "vo
 SMALL |= {"batch_size": 8, "lr": 1e-2, "teacher_lr": 1e-2}
 
 
-def texts(n: int, *, pair: bool = False) -> Labelled:
+def texts(n: int, *, pair: bool = False) -> Labeled:
     """Whether a text is kind; of a pair, whether both say the same."""
     found = [(f"a {GOOD[i % 4]} film" if i % 2 else f"a {BAD[i // 2 % 4]}, dull film no. {i}", i % 2) for i in range(n)]
     if not pair:
-        return Labelled([(text,) for text, _ in found], [label for _, label in found])
+        return Labeled([(text,) for text, _ in found], [label for _, label in found])
     other = [(f"this is {'good' if i % 3 else 'bad'}", i % 3 > 0) for i in range(n)]
     both = zip(found, other, strict=True)
-    return Labelled(
+    return Labeled(
         [(a, b) for (a, _), (b, _) in both], [int(y == z) for (_, y), (_, z) in zip(found, other, strict=True)]
     )
 
 
-def lines(part: Labelled, *keys: str) -> str:
+def lines(part: Labeled, *keys: str) -> str:
     rows = [dict(zip(keys, text, strict=True)) | {"label": y} for text, y in zip(part.texts, part.labels, strict=True)]
     return "".join(json.dumps(row) + "\n" for row in rows)
 
@@ -62,15 +62,17 @@ def folder(tmp_path: Path) -> Path:
     return place
 
 
-def batches(n: int = 24, **options: Any) -> Sentences:
+def batches(n: int = 24, **options: Any) -> TextPairLoader:
     part = texts(n, pair=True)
-    return Sentences(part, trained_tokenizer(part.texts, vocabulary=300), **{"batch_size": 8, "length": 16, **options})
+    return TextPairLoader(
+        part, trained_tokenizer(part.texts, vocabulary=300), **{"batch_size": 8, "length": 16, **options}
+    )
 
 
 def bert(layers: int = 1, width: int = 16, seed: int = 0, **options: Any) -> Any:
     tokenizer = trained_tokenizer(texts(24, pair=True).texts, vocabulary=300)
     net = recipe._new(f"{layers}x{width}", tokenizer, classes=2, length=16, dropout=0.1, seed=seed)
-    TextClassification().meet(net)
+    TextClassification().prepare_model(net)
     return net
 
 
@@ -149,7 +151,7 @@ def test_batches_are_padded_pairs_and_begin_anywhere() -> None:
     inputs, labels, ids = whole[0]
     assert set(inputs) == {"input_ids", "token_type_ids", "attention_mask"} and inputs["token_type_ids"].max() == 1
     assert inputs["attention_mask"].any(0).all() and (inputs["input_ids"][inputs["attention_mask"] == 0] == 0).all()
-    again, _, _ = data.at(ids)
+    again, _, _ = data.gather(ids)
     assert torch.equal(again["input_ids"], inputs["input_ids"]) and torch.equal(labels, data.labels[ids])
     data.set_epoch(3)
     assert not torch.equal(next(iter(data))[2], ids)
@@ -159,18 +161,18 @@ def test_batches_are_padded_pairs_and_begin_anywhere() -> None:
 
 def test_subsets_hold_outs_and_what_is_refused() -> None:
     data = batches(24)
-    few = data.take(6)
-    assert few.size == 6 and few.identity != data.identity and data.take(24) is data
-    ones, all_ones = int(few.at(torch.arange(6))[1].sum()), int(data.labels.sum())
+    few = data.subset(6)
+    assert few.size == 6 and few.identity != data.identity and data.subset(24) is data
+    ones, all_ones = int(few.gather(torch.arange(6))[1].sum()), int(data.labels.sum())
     assert abs(ones - 6 * all_ones / 24) < 1
     rest, held = data.split(5)
     assert {*rest.index} | {*held.index} == {*range(24)} and (rest.size, held.size) == (19, 5) and not held.shuffle
     assert next(iter(held))[2].tolist() == [0, 1, 2, 3, 4]  # ids count within a split
-    for call, said in ((lambda: data.take(0), "cannot take 0 of 24"), (lambda: data.split(24), "cannot hold out 24")):
+    for call, said in ((lambda: data.subset(0), "cannot take 0 of 24"), (lambda: data.split(24), "cannot hold out 24")):
         with pytest.raises(ValueError, match=said):
             call()
     with pytest.raises(ValueError, match="got 0 texts, 0 labels"):
-        Sentences(Labelled([], []), None)
+        TextPairLoader(Labeled([], []), None)
     with pytest.raises(ValueError, match="there are no 2 views"):
         data.replay(2)
 
@@ -189,10 +191,10 @@ def test_two_tokenizers_read_the_same_texts(tmp_path: Path) -> None:
     """The teacher's inputs are its own, in training, in scores and in a recording."""
     part = texts(24)
     ours, theirs = (trained_tokenizer(part.texts, vocabulary=v) for v in (300, 280))
-    data = Sentences(part, ours, teacher_tokenizer=theirs, batch_size=8)
+    data = TextPairLoader(part, ours, teacher_tokenizer=theirs, batch_size=8)
     task, batch = TextClassification(), next(iter(data))
     student_in, teacher_in, ids = task.inputs(batch)
-    alone = Sentences(part, theirs, batch_size=8)
+    alone = TextPairLoader(part, theirs, batch_size=8)
     assert torch.equal(teacher_in["input_ids"], next(iter(alone))[0]["input_ids"]) and ids is not None
     assert not torch.equal(student_in["input_ids"][:, :3], teacher_in["input_ids"][:, :3])
     teacher = bert(seed=5)
@@ -228,7 +230,7 @@ def test_models_are_asked_by_name_without_what_they_do_not_take() -> None:
 
     task, net, (inputs, _, _) = TextClassification(), Takes(), next(iter(batches()))
     for _ in range(2):
-        task.meet(net)
+        task.prepare_model(net)
     assert len(net._forward_pre_hooks) == 1 and net(inputs)[:, 1].tolist() == inputs["attention_mask"].sum(1).tolist()
 
 
@@ -243,11 +245,13 @@ def test_both_forms_of_the_exam_s_gradient_on_a_transformer() -> None:
         taught, method = Live(teacher), Interactive(course_lr=0.5, derivative=derivative)
         inputs, labels, ids = next(iter(batches()))
         batch, task = (inputs, labels, ids), TextClassification()
-        step = Step(student, taught, inputs, inputs, ids, batch, 1.0, task.rows, attached=taught.attached)
-        parts = parted(step, 0.5)
+        step = Step(
+            student, taught, inputs, inputs, ids, batch, 1.0, task.rows, teacher_with_grad=taught.forward_with_grad
+        )
+        parts = split_step(step, 0.5)
         assert parts is not None and [len(p.student_inputs["input_ids"]) for p in parts] == [4, 4]
         torch.manual_seed(0)
-        told, T = method.feedback(Rehearsal(student), *parts)
+        told, T = method.feedback(VirtualStep(student), *parts)
         weights = [p.requires_grad_() for p in teacher.parameters()]
         loss = method.teacher_loss(parts[0], told, T)
         found[derivative] = list(torch.autograd.grad(loss, weights, materialize_grads=True, allow_unused=True))
@@ -258,7 +262,7 @@ def test_both_forms_of_the_exam_s_gradient_on_a_transformer() -> None:
 
 def test_held_out_samples_are_examined_and_never_learned() -> None:
     data = batches(40, shuffle=True, seed=1)
-    exams = Exams(data, held=10, share=0.25)
+    exams = HoldoutLoader(data, held=10, share=0.25)
     assert len(exams) == 4 and exams.identity == data.identity
     learned, examined = [], []
     for epoch in range(2):
@@ -272,14 +276,16 @@ def test_held_out_samples_are_examined_and_never_learned() -> None:
         assert [ids.tolist() for *_, ids in exams.iterate(2)] == [ids.tolist() for *_, ids in walked[2:]]
     assert sorted(learned) == sorted(2 * sorted(set(learned))) and len(set(learned)) == 30
     assert set(examined) == set(range(40)) - set(learned)
-    for batch, held in zip(Exams(data, held=10, share=0.25), (3, 3, 3, 2), strict=True):
+    for batch, held in zip(HoldoutLoader(data, held=10, share=0.25), (3, 3, 3, 2), strict=True):
         inputs, _, ids = batch
-        parts = parted(Step(bert(), lambda x, i: x, inputs, inputs, ids, batch, 1.0, TextClassification().rows), 0.25)
+        parts = split_step(
+            Step(bert(), lambda x, i: x, inputs, inputs, ids, batch, 1.0, TextClassification().rows), 0.25
+        )
         assert parts is not None and len(parts[1].batch[1]) == held
     with pytest.raises(TypeError, match=r"held=2.* and list has no \.at\. Use tempering\.data\.Batches or Sentences"):
-        Exams([1, 2], held=2, share=0.5)
+        HoldoutLoader([1, 2], held=2, share=0.5)
     with pytest.raises(ValueError, match="held=40 of 40 training samples leaves none"):
-        Exams(data, held=40, share=0.5)
+        HoldoutLoader(data, held=40, share=0.5)
     with pytest.raises(ValueError, match="Interactive needs held >= 0, samples held out for exams; got -1"):
         Interactive(held=-1)
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tempering.methods import DKD, DTKD, KD, Method
-from tempering.methods.base import ramp
+from tempering.methods.base import linear_warmup
 from tempering.objectives import cross_entropy, kl
 from tempering.rows import Rows, total
-from tempering.temperature import Sharpness, Standardised, Static, Temperatures
+from tempering.temperature import Sharpness, Standardized, Static, Temperatures
 from tests.paths import SHARED, needs_shared
 
 pytestmark = needs_shared
@@ -79,13 +79,13 @@ def case(request: pytest.FixtureRequest) -> Case:
     return Case(*request.param)
 
 
-def centred(logits: Tensor) -> Tensor:
+def centered(logits: Tensor) -> Tensor:
     return logits - logits.mean(-1, keepdim=True)
 
 
 def gap(rows: Rows, T: Temperatures) -> Tensor:
-    """How much sharper the teacher still is, (N,): logsumexp(u / T_t) - logsumexp(v / T_s), centred."""
-    u, v = centred(rows.teacher) / T.teacher, centred(rows.student) / T.student
+    """How much sharper the teacher still is, (N,): logsumexp(u / T_t) - logsumexp(v / T_s), centered."""
+    u, v = centered(rows.teacher) / T.teacher, centered(rows.student) / T.student
     return torch.logsumexp(u, -1) - torch.logsumexp(v, -1)
 
 
@@ -131,13 +131,13 @@ def test_dkd(case: Case) -> None:
     c, rows = case.config, case.rows()
     T = Static(c["temperature"])
     progress, warmup = c["epoch"] / 240, c["warmup_epochs"] / 240
-    parts = DKD(target=1.0, rest=1.0, hard=1.0, warmup=0.0, temperature=T)
+    parts = DKD(target=1.0, non_target=1.0, hard=1.0, warmup=0.0, temperature=T)
     case.agree_with_gradient("tckd", "grad_tckd", term(parts, rows, "target"), rows)
-    case.agree_with_gradient("nckd", "grad_nckd", term(parts, rows, "rest"), rows)
-    whole = DKD(target=c["alpha"], rest=c["beta"], hard=0.0, warmup=0.0, temperature=T)
+    case.agree_with_gradient("nckd", "grad_nckd", term(parts, rows, "non_target"), rows)
+    whole = DKD(target=c["alpha"], non_target=c["beta"], hard=0.0, warmup=0.0, temperature=T)
     case.agree_with_gradient("dkd", "grad_dkd", total(whole(rows, 1.0), rows), rows)
-    warm = DKD(target=c["alpha"], rest=c["beta"], hard=c["ce_weight"], warmup=warmup, temperature=T)
-    soft = term(warm, rows, "target", progress) + term(warm, rows, "rest", progress)
+    warm = DKD(target=c["alpha"], non_target=c["beta"], hard=c["ce_weight"], warmup=warmup, temperature=T)
+    soft = term(warm, rows, "target", progress) + term(warm, rows, "non_target", progress)
     case.agree("loss_dkd_warm", soft)
     # loss_ce is the weighted part: 0 where the weight is, and then the method has no such term at all
     assert ("hard" in warm(rows, progress)) == bool(c["ce_weight"])
@@ -153,9 +153,9 @@ def test_dkd(case: Case) -> None:
 def test_dkd_where_the_released_code_is_not_finite(case: Case, dtype: torch.dtype) -> None:
     """Margins over T of 60 to 1000: the released code ends in inf or NaN, in float32 from about 104 on."""
     c, rows = case.config, case.rows(dtype)
-    method = DKD(target=c["alpha"], rest=c["beta"], hard=0.0, warmup=0.0, temperature=Static(c["temperature"]))
+    method = DKD(target=c["alpha"], non_target=c["beta"], hard=0.0, warmup=0.0, temperature=Static(c["temperature"]))
     terms = method(rows, 1.0)
-    loss = terms["target"] + terms["rest"]
+    loss = terms["target"] + terms["non_target"]
     (grad,) = torch.autograd.grad(loss.sum(), rows.student)
     released = case.values["loss" if dtype == torch.float64 else "loss_f32"]
     assert not np.isfinite(released).all(), "this case is about rows the released code cannot do"
@@ -164,7 +164,7 @@ def test_dkd_where_the_released_code_is_not_finite(case: Case, dtype: torch.dtyp
         "loss": (loss, case.values["loss_stable"]),
         "grad": (grad, case.values["grad_stable"]),
         "target": (terms["target"], c["alpha"] * case.values["tckd_stable"]),
-        "rest": (terms["rest"], case.values["nckd_stable"]),
+        "non_target": (terms["non_target"], case.values["nckd_stable"]),
     }
     rtol, atol = (1e-9, 1e-11) if dtype == torch.float64 else (1e-5, 1e-6)
     for name, (got, want) in wanted.items():
@@ -182,7 +182,7 @@ def test_dkd_where_the_released_code_is_not_finite(case: Case, dtype: torch.dtyp
 def test_dtkd_as_released(case: Case, attached: bool) -> None:
     c, rows = case.config, case.rows()
     progress, warmup = c["epoch"] / 240, c["warmup_epochs"] / 240
-    assert ramp(progress, warmup) == pytest.approx(c["warmup_factor"], rel=1e-12)
+    assert linear_warmup(progress, warmup) == pytest.approx(c["warmup_factor"], rel=1e-12)
     policy = Sharpness(c["temperature"], solve="published", attached=attached, reach=1.0)
     T = policy(rows)
     case.agree("T_student", T.student)
@@ -248,7 +248,7 @@ def test_dtkd_exact(case: Case) -> None:
     policy = Sharpness(c["tau"], reach=1.0)
     T = policy(rows)
     case.agree("delta", c["tau"] - T.student)
-    case.agree("sharpness", torch.logsumexp(centred(rows.student) / T.student, -1))
+    case.agree("sharpness", torch.logsumexp(centered(rows.student) / T.student, -1))
     assert gap(rows, T).abs().max() < 1e-13
     case.agree("T_teacher", T.teacher)
     case.agree("T_student", T.student)
@@ -291,14 +291,14 @@ def test_dtkd_exact_held_at_its_reach(case: Case, attached: bool) -> None:
 
 
 @cases("logit_methods", "c10", "c100")
-def test_standardised_temperatures(case: Case) -> None:
-    """NormKD and logit standardisation, alone and on DKD; NormKD's gradient flows through the student's deviation."""
+def test_standardized_temperatures(case: Case) -> None:
+    """NormKD and logit standardization, alone and on DKD; NormKD's gradient flows through the student's deviation."""
     c, rows = case.config, case.rows()
-    normal = Standardised(c["normkd_t"], scale="teacher", attached=True)
+    normal = Standardized(c["normkd_t"], scale="teacher", attached=True)
     T = normal(rows)
     case.agree("normkd_T_student", T.student)
     case.agree("normkd_T_teacher", T.teacher)
-    dkd = {"target": c["dkd_alpha"], "rest": c["dkd_beta"], "hard": 0.0, "warmup": 0.0}
+    dkd = {"target": c["dkd_alpha"], "non_target": c["dkd_beta"], "hard": 0.0, "warmup": 0.0}
     for name, method in (
         ("normkd", KD(soft=1.0, hard=0.0, temperature=normal)),
         ("normkd_dkd", DKD(**dkd, temperature=normal)),
@@ -306,7 +306,7 @@ def test_standardised_temperatures(case: Case) -> None:
         loss = total(method(rows), rows)
         case.agree(name, loss)
         case.agree(f"grad_{name}", torch.autograd.grad(loss, rows.student)[0])
-    plain = Standardised(c["lskd_T"], scale="tau")
+    plain = Standardized(c["lskd_T"], scale="tau")
     loss = total(KD(soft=1.0, hard=0.0, temperature=plain)(rows), rows)
     loss.backward()
     # the released code divides by 1e-7 + std
@@ -314,4 +314,4 @@ def test_standardised_temperatures(case: Case) -> None:
     found = total(DKD(**dkd, temperature=plain)(rows), rows).detach()
     torch.testing.assert_close(found, torch.tensor(case.values["lskd_dkd"]), rtol=1e-6, atol=0.0)
     spreads = rows.student.detach().std(-1, correction=0, keepdim=True)
-    torch.testing.assert_close(Standardised(3.0, ddof=0)(rows).student, 3.0 * spreads)
+    torch.testing.assert_close(Standardized(3.0, ddof=0)(rows).student, 3.0 * spreads)

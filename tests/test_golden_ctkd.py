@@ -58,7 +58,7 @@ def test_the_global_temperature(case: Case) -> None:
     share = (policy(rows).student.detach() - policy.low) / (policy.high - policy.low)
     by_T = slope / (policy.lambda_at(progress) * (policy.high - policy.low) * share * (1.0 - share))
     case.agree("dloss_kd_dT_unreversed", (by_T / c["kd_weight"]).flatten())
-    dkd = DKD(target=c["dkd_alpha"], rest=c["dkd_beta"], hard=0.0, warmup=0.0, temperature=policy)
+    dkd = DKD(target=c["dkd_alpha"], non_target=c["dkd_beta"], hard=0.0, warmup=0.0, temperature=policy)
     loss = total(dkd(rows, progress), rows)
     case.agree_with_gradient("dkd_unweighted", "grad_dkd", loss, rows)
     # the released code's own gradient here is not a number
@@ -70,9 +70,9 @@ def test_the_global_temperature(case: Case) -> None:
 @pytest.mark.parametrize("attached", [True, False], ids=["attached", "detached"])
 def test_the_instance_temperature(case: Case, attached: bool) -> None:
     c, rows, progress = case.config, case.rows(), case.config["epoch"] / 240
-    policy = curriculum(c, form="instance", hidden=c["hidden"], centred=False, attached=attached)
+    policy = curriculum(c, form="instance", hidden=c["hidden"], centered=False, attached=attached)
     method = KD(soft=1.0, hard=1.0, temperature=policy)
-    method.prepare(rows)
+    method.setup(rows)
     weights = {name: torch.tensor(case.values[key]) for key, name in LAYERS.items()}
     policy.load_state_dict(weights)
     case.agree("lam", torch.tensor(policy.lambda_at(progress), dtype=torch.float64))

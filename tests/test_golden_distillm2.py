@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tempering.objectives import cross_entropy, jsd, kl, reverse_kl, skew_kl, skew_reverse_kl
-from tempering.rows import UNLABELLED, Rows
+from tempering.rows import IGNORE_INDEX, Rows
 from tempering.temperature import Static
 from tests.paths import needs_shared
 from tests.test_golden import Case, case, cases  # noqa: F401
@@ -16,11 +16,11 @@ pytestmark = needs_shared
 
 
 def sequences(of: Case) -> tuple[Tensor, list[Rows]]:
-    """The student's logits, a leaf, and the labelled tokens of each sequence as rows."""
+    """The student's logits, a leaf, and the labeled tokens of each sequence as rows."""
     student, teacher, labels = (torch.tensor(of.values[k]) for k in ("student_logits", "teacher_logits", "labels"))
     leaf, out = student.requires_grad_(), []
     for row, y in enumerate(labels[:, 1:]):
-        kept = y != UNLABELLED
+        kept = y != IGNORE_INDEX
         out.append(Rows(leaf[row, :-1][kept], teacher[row, :-1][kept], y[kept]))
     return leaf, out
 
@@ -31,7 +31,7 @@ def test_the_terms_of_a_sequence(case: Case, variant: int) -> None:  # noqa: F81
     leaf, parts = sequences(case)
     T = Static(1.0)(parts[0])
     case.agree(f"logps_{variant}", torch.stack([-cross_entropy(rows).mean() for rows in parts]))
-    as_student = [rows.with_(student=rows.teacher) for rows in parts]
+    as_student = [rows.replace(student=rows.teacher) for rows in parts]
     case.agree(f"teacher_logps_{variant}", torch.stack([-cross_entropy(rows).mean() for rows in as_student]))
     terms = {
         0: lambda rows: (skew_kl(rows, T, skew=0.1), skew_reverse_kl(rows, T, skew=0.1)),

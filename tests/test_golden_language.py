@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tempering.methods import Divergence  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.objectives import adaptive_kl, entropy, head_share, jsd, kl, log_softmax, reverse_kl, tvd
-from tempering.rows import UNLABELLED, Rows, total
+from tempering.rows import IGNORE_INDEX, Rows, total
 from tempering.temperature import Static, Temperatures
 from tests.paths import needs_shared
 from tests.test_golden import Case, archive, case, cases  # noqa: F401
@@ -20,11 +20,11 @@ pytestmark = needs_shared
 
 
 def tokens(of: Case) -> Rows:
-    """Every position a row; those labelled -100 weigh nothing. The student is the leaf."""
+    """Every position a row; those labeled -100 weigh nothing. The student is the leaf."""
     student, teacher = (torch.tensor(of.values[f"{who}_logits"]) for who in ("student", "teacher"))
     labels = torch.tensor(of.values["labels"]).flatten()
     of.seen |= {"student_logits", "teacher_logits", "labels"}
-    weight = (labels != UNLABELLED).double()
+    weight = (labels != IGNORE_INDEX).double()
     return Rows(student.flatten(0, 1).requires_grad_(), teacher.flatten(0, 1), labels, weight)
 
 
@@ -69,7 +69,7 @@ def test_the_divergences_of_distillm(case: Case) -> None:  # noqa: F811
 
 
 @cases("llm_jsd", "v211", "v211_T", "v1031")
-def test_the_generalised_jsd_of_gkd(case: Case) -> None:  # noqa: F811
+def test_the_generalized_jsd_of_gkd(case: Case) -> None:  # noqa: F811
     c, rows = case.config, tokens(case)
     tau = c["temperature"]
     T = Static(tau)(rows)
@@ -82,7 +82,7 @@ def test_the_generalised_jsd_of_gkd(case: Case) -> None:  # noqa: F811
         slope(loss, rows, case, f"grad_masked_b{i}")
         assert rows.weight is not None
         case.agree(f"sum_b{i}", (per_token * rows.weight).sum())
-        case.agree(f"num_items_b{i}", total({"jsd": per_token}, rows, rows_in_batch=c["num_items_in_batch"]))
+        case.agree(f"num_items_b{i}", total({"jsd": per_token}, rows, normalizer=c["num_items_in_batch"]))
         if beta not in (0, 1):  # the same by the method, T^2 and all
             method = Divergence(objective="jsd", beta=beta, temperature=Static(tau))
             torch.testing.assert_close(total(method(rows), rows), tau**2 * loss, rtol=1e-12, atol=0.0)

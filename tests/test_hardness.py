@@ -57,7 +57,7 @@ def test_a_policy_that_goes_by_the_loss_is_found_out() -> None:
     assert f"id {1000 + int(loss.argmax())} (T" in most.meaning and most.meaning.count("id ") == 5
     assert f"id {1000 + int(loss.argmin())} (T" in found["student", "temperature_lowest"].meaning
     assert "ByLoss(), the one it was trained with" in found["student", "temperature_difficulty"].meaning
-    parts = audit.drawn(Answers())["temperatures"]["by_difficulty"]
+    parts = audit.report_data(Answers())["temperatures"]["by_difficulty"]
     assert [p["count"] for p in parts] == [20] * 5
     assert [p["T_student"] for p in parts] == sorted((p["T_student"] for p in parts), reverse=True)
     assert parts[0]["loss"] == pytest.approx(float(loss.sort(descending=True).values[:20].mean()), rel=1e-5)
@@ -79,7 +79,7 @@ def test_a_constant_temperature_has_no_correlation() -> None:
     one = found["student", "temperature_difficulty"]
     assert one.value is None and "the same for all samples" in one.meaning
     assert ("student", "temperature_highest") not in found
-    assert {p["T_student"] for p in audit.drawn(Answers())["temperatures"]["by_difficulty"]} == {3.0}
+    assert {p["T_student"] for p in audit.report_data(Answers())["temperatures"]["by_difficulty"]} == {3.0}
     few = told(ByLoss(), n=3)[0]
     assert few["student", "temperature_difficulty"].value is None
 
@@ -185,7 +185,7 @@ def test_calibration_draws_both_models_before_and_after() -> None:
     z, y = sampled(400)
     audit = Calibration(draws=20)
     found = by_name(audit(Answers(3.0), Answers(), [(z, y)]))
-    drawn = audit.drawn(Answers())["reliability"]
+    drawn = audit.report_data(Answers())["reliability"]
     assert drawn["temperature"]["student"] == found["student", "temperature"].value == pytest.approx(3.0, rel=0.3)
     for when, name in (("plain", "ece"), ("tempered", "ece_tempered")):
         for side in ("student", "teacher"):
@@ -200,7 +200,7 @@ def test_calibration_draws_both_models_before_and_after() -> None:
 
 def test_what_is_drawn_has_the_shape_that_records_are_held_to() -> None:
     audit = told(ByLoss())[1]
-    drawn = audit.drawn(Answers())
+    drawn = audit.report_data(Answers())
     assert misfit(drawn, DRAWN) is None
     assert misfit({"temperatures": {"policy": "x", "by_difficulty": [{}]}}, DRAWN) is not None
     (figure,) = audit_figures.temperatures(drawn, "a1", "h")

@@ -25,15 +25,15 @@ def cpu(monkeypatch: pytest.MonkeyPatch, *, avx512: bool = False, amx: bool = Fa
 def test_a_cpu_computes_in_bf16_by_either_of_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     for avx512, amx in ((False, False), (True, False), (False, True)):
         cpu(monkeypatch, avx512=avx512, amx=amx)
-        assert hardware.computes_bf16("cpu") is (avx512 or amx)
+        assert hardware.has_native_bf16("cpu") is (avx512 or amx)
     cpu(monkeypatch, avx512=True, machine="arm64")
-    assert hardware.computes_bf16("cpu") is torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert hardware.computes_bf16("mps")
+    assert hardware.has_native_bf16("cpu") is torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert hardware.has_native_bf16("mps")
 
 
 def test_a_cuda_device_is_asked_without_what_it_imitates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert not hardware.computes_bf16("cuda:0")
+    assert not hardware.has_native_bf16("cuda:0")
 
 
 def train(precision: str, out: Path) -> None:

@@ -18,15 +18,15 @@ from tempering.data import Pairs, Tokens
 from tempering.kernels import linear_loss
 from tempering.methods import DTKD, KD  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.rows import total
-from tempering.tasks import Generation, Seq2Seq
+from tempering.tasks import LanguageModeling, Seq2Seq
 from tempering.teachers import CachedHidden, Live, record_hidden
-from tempering.teachers.cache.base import BrokenCache
+from tempering.teachers.cache.base import CorruptCacheError
 from tempering.teachers.cache.hidden import head_of
 from tempering.teachers.outputs import Head, Hidden
 from tests.test_generation import PAD, V, gpt2, llama, texts
 from tests.test_seq2seq import bart, pairs, t5
 
-TASK = Generation()
+TASK = LanguageModeling()
 
 
 def capped(seed: int = 1) -> nn.Module:
@@ -56,9 +56,9 @@ def data(**options: Any) -> Tokens:
     return Tokens(texts(), batch_size=2, pad=PAD, **options)
 
 
-def live(model: nn.Module, task: Generation = TASK) -> Live:
+def live(model: nn.Module, task: LanguageModeling = TASK) -> Live:
     model = model.float()
-    task.meet(model)
+    task.prepare_model(model)
     return Live(model)
 
 
@@ -70,7 +70,7 @@ def ask(teacher: Live, batches: Any, path: Path, **options: Any) -> CachedHidden
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_the_rows_are_the_live_teacher_s_to_the_rounding(tmp_path: Path, family: str, precision: str) -> None:
     teacher, student = live(MODELS[family](seed=1)), gpt2(8, 0)
-    TASK.meet(student)
+    TASK.prepare_model(student)
     tokens = data(side="left")
     cached = ask(teacher, tokens, tmp_path / "h", precision=precision)
     near = {"fp32": 1e-6, "bf16": 2e-2, "fp16": 3e-3}[precision]
@@ -94,7 +94,9 @@ def test_encoder_decoders_too(tmp_path: Path, family: Any) -> None:
         _, inputs, ids = task.inputs(batch)
         place = task._places(batch)[0]
         want = teacher(inputs, ids).logits.flatten(0, 1)[place]
-        torch.testing.assert_close(cached(inputs, ids).at(place, batch["labels"].shape), want, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(
+            cached(inputs, ids).gather_positions(place, batch["labels"].shape), want, rtol=1e-6, atol=1e-5
+        )
 
 
 def test_a_run_learns_the_same_from_it(tmp_path: Path) -> None:
@@ -113,7 +115,7 @@ def test_a_run_learns_the_same_from_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["capped", "scaled"])
 def test_from_hidden_states_to_the_loss_without_logits(tmp_path: Path, family: str) -> None:
     teacher, student, tokens = live(MODELS[family]()), MODELS[family](seed=0).float(), data(shuffle=False)
-    TASK.meet(student)
+    TASK.prepare_model(student)
     answers = ask(teacher, tokens, tmp_path / "h", precision="fp32")
     batch = next(iter(tokens))
     student_in, inputs, ids = TASK.inputs(batch)
@@ -156,20 +158,22 @@ def test_a_recording_is_refused_for_anything_else_and_damage_is_named(tmp_path: 
     with pytest.raises(ValueError, match="the batch has none"):
         first({}, None)
     with pytest.raises(ValueError, match=r"are of \(2, 14\) positions, and the batch has \(2, 9\)"):
-        first({}, torch.tensor([3, 1])).at(torch.tensor([0]), (2, 9))
+        first({}, torch.tensor([3, 1])).gather_positions(torch.tensor([0]), (2, 9))
     for name in ("00000.safetensors", "head.safetensors"):
         whole = (path / name).read_bytes()
         (path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        with pytest.raises(BrokenCache, match=f"{name} was changed since it was recorded"):
+        with pytest.raises(CorruptCacheError, match=f"{name} was changed since it was recorded"):
             CachedHidden(path)
         unseen = CachedHidden(path, checksum=False)
-        with pytest.raises(BrokenCache, match=f"{name} was changed"):
+        with pytest.raises(CorruptCacheError, match=f"{name} was changed"):
             unseen.check_files()
         (path / name).write_bytes(whole[:-2])
-        with pytest.raises(BrokenCache, match=f"{name} has {len(whole) - 2} bytes, and key.json says {len(whole)}"):
+        with pytest.raises(
+            CorruptCacheError, match=f"{name} has {len(whole) - 2} bytes, and key.json says {len(whole)}"
+        ):
             CachedHidden(path, checksum=False)
         (path / name).unlink()
-        with pytest.raises(BrokenCache, match=f"{name} is missing"):
+        with pytest.raises(CorruptCacheError, match=f"{name} is missing"):
             CachedHidden(path)
         (path / name).write_bytes(whole)
     with pytest.raises(FileNotFoundError, match="no teacher cache"):
@@ -249,5 +253,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         broken.model.transformer.ln_f.weight.fill_(torch.nan)  # pyright: ignore
     with pytest.raises(ValueError, match=r"off by nan"):
         ask(broken, data(), tmp_path / "d")
-    empty = Hidden(torch.zeros(1, 3, 2), Head(torch.ones(4, 2))).at(torch.tensor([], dtype=torch.long), (1, 3))
+    empty = Hidden(torch.zeros(1, 3, 2), Head(torch.ones(4, 2))).gather_positions(
+        torch.tensor([], dtype=torch.long), (1, 3)
+    )
     assert empty.shape == (0, 4)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from tempering.data.inconsistent import FILL, SampleSpecific
 from tempering.data.spectrum import spectrum
-from tempering.data.synthetic_shapes import shapes
+from tempering.data.synthetic_shapes import synthetic_shapes
 from tempering.methods import AT, CWD, FGD, KD, MGD, Imitation, InconsistentDetection, Step
-from tempering.methods.detection._adversary import Attack, digest
-from tempering.methods.detection._stored import BrokenStore
+from tempering.methods.detection._adversary import FeatureAttack, digest
+from tempering.methods.detection._stored import CorruptStoreError
 from tempering.models.fcos import FCOS
 from tempering.reports.spectra import write_spectra
 from tempering.rows import total
@@ -29,8 +29,8 @@ from tempering.training.distill import distill
 from tests.paths import ROOT
 from tests.runs import identical, left, stop_at
 
-PUBLISHED = Attack(eps=8 / 255, step_size=2 / 255, steps=5, decay=1.0, resize=0.9, diversity=0.5, seed=0)
-SPLITS = shapes(size=64, train=24, test=4, batch_size=4, flip=False)
+PUBLISHED = FeatureAttack(eps=8 / 255, step_size=2 / 255, steps=5, decay=1.0, resize=0.9, diversity=0.5, seed=0)
+SPLITS = synthetic_shapes(size=64, train=24, test=4, batch_size=4, flip=False)
 
 
 def net(width: float = 0.5, seed: int = 0, **more: Any) -> FCOS:
@@ -49,7 +49,7 @@ def names(batch: dict[str, Any]) -> list[str]:
     return [digest(image, target) for image, target in zip(batch["images"], batch["targets"], strict=True)]
 
 
-def attacked(attack: Attack, teacher: nn.Module, batch: dict[str, Any]) -> Tensor:
+def attacked(attack: FeatureAttack, teacher: nn.Module, batch: dict[str, Any]) -> Tensor:
     by = attack(teacher, batch["images"], batch["targets"], names(batch))
     return attack.perturbed(batch["images"], by)
 
@@ -90,7 +90,7 @@ def test_adversaries_raise_the_teacher_s_classification_loss() -> None:
 
 
 def test_the_attack_is_momentum_fgsm() -> None:
-    """Written out, without input diversity; whole grey levels are reached exactly."""
+    """Written out, without input diversity; whole gray levels are reached exactly."""
     teacher, batch = net().eval().requires_grad_(False), scene()
     clean = batch["images"]
     attack = replace(PUBLISHED, diversity=0.0, decay=0.7, steps=3)
@@ -173,16 +173,18 @@ def test_what_an_image_is_known_by() -> None:
 
 def step_of(student: nn.Module, teacher: nn.Module, batch: dict[str, Any], progress: float = 0.5) -> Step:
     task, live = Detection(class_rows=False), Live(teacher)
-    return Step(student, live, *task.inputs(batch), batch, progress, task.rows, attached=live.attached)
+    return Step(
+        student, live, *task.inputs(batch), batch, progress, task.rows, teacher_with_grad=live.forward_with_grad
+    )
 
 
 def made(student: nn.Module, teacher: nn.Module, batch: dict[str, Any], **options: Any) -> InconsistentDetection:
     torch.manual_seed(2)
     method = InconsistentDetection(**options)
     step = step_of(student, teacher, batch)
-    method.meet(Live(teacher).model)
+    method.bind_teacher(Live(teacher).model)
     with torch.no_grad():
-        method.prepare(step.forward()[-1])
+        method.setup(step.forward()[-1])
     return method
 
 
@@ -230,7 +232,7 @@ def test_images_of_no_weight_are_not_attacked() -> None:
     def weighed(weight: Tensor, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         step = step_of(student, teacher, batch)
         rows = step.make_rows
-        step.make_rows = lambda s, t, b: [rows(s, t, b)[0].with_(weight=weight)]
+        step.make_rows = lambda s, t, b: [rows(s, t, b)[0].replace(weight=weight)]
         terms = dict(method.step(step))
         assert step.rows is not None
         return total(terms, step.rows).detach(), {name: term.detach() for name, term in terms.items()}
@@ -248,10 +250,10 @@ def test_a_teacher_in_half_precision() -> None:
     student, batch = net(seed=1), scene()
     live = Live(net(), precision="bf16")
     method = InconsistentDetection(FGD(), adversarial=1.0)
-    method.meet(live.model)
+    method.bind_teacher(live.model)
     task = Detection(class_rows=False)
-    step = Step(student, live, *task.inputs(batch), batch, 0.1, task.rows, attached=live.attached)
-    method.prepare(step.forward()[-1])
+    step = Step(student, live, *task.inputs(batch), batch, 0.1, task.rows, teacher_with_grad=live.forward_with_grad)
+    method.setup(step.forward()[-1])
     terms = method.step(step)
     assert terms["adversarial"].all() and terms["adversarial"].isfinite().all()
 
@@ -260,7 +262,7 @@ def test_a_teacher_in_half_precision() -> None:
 def test_methods_over_maps_find_theirs_among_a_detector_s(method: Any) -> None:
     student, teacher, batch = net(seed=1), net(width=1.0), scene()
     rows = step_of(student, teacher, batch).forward()[-1]
-    method.prepare(rows)
+    method.setup(rows)
     total(method(rows, 0.5), rows).backward()
     assert rows.features["scores"][1].shape == (4, 64 + 16 + 4) and rows.features["boxes"][1][0].eq(-1).all()
     assert student.stem[0].weight.grad is not None and student.stem[0].weight.grad.any()
@@ -301,10 +303,10 @@ def test_a_broken_or_foreign_store_is_named(tmp_path: Path) -> None:
     file = sorted(folder.rglob("*.safetensors"))[0]
     whole = file.read_bytes()
     file.write_bytes(whole[:-10])
-    with pytest.raises(BrokenStore, match=rf"{file.name} cannot be read .* Remove it, and it is made again"):
+    with pytest.raises(CorruptStoreError, match=rf"{file.name} cannot be read .* Remove it, and it is made again"):
         method.step(step_of(student, teacher, batch))
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(BrokenStore, match=rf"{file.name} is not what was written"):
+    with pytest.raises(CorruptStoreError, match=rf"{file.name} is not what was written"):
         method.step(step_of(student, teacher, batch))
     file.unlink()
     method.step(step_of(student, teacher, batch))
@@ -314,7 +316,7 @@ def test_a_broken_or_foreign_store_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="adversaries of another attack: its steps is 5, and 7 is wanted"):
         made(student, teacher, batch, **options, steps=7)
     (folder / "key.json").write_text("{")
-    with pytest.raises(BrokenStore, match=r"key.json is no key of stored adversaries"):
+    with pytest.raises(CorruptStoreError, match=r"key.json is no key of stored adversaries"):
         made(student, teacher, batch, **options)
 
 
@@ -323,7 +325,7 @@ def test_a_broken_or_foreign_store_is_named(tmp_path: Path) -> None:
 
 def run(method: Any, out: Path | None = None, **more: Any) -> Any:
     settings = {"steps": 6, "accelerator": "cpu", "quiet": True, "log_every": 1, "selfcheck": False} | more
-    splits = shapes(size=64, train=16, test=4, batch_size=4)
+    splits = synthetic_shapes(size=64, train=16, test=4, batch_size=4)
     optimizer = partial(torch.optim.AdamW, lr=1e-3)
     task = Detection(class_rows=False)
     torch.manual_seed(8)
@@ -347,7 +349,7 @@ def test_stopped_and_resumed_bit_for_bit(tmp_path: Path) -> None:
     def method() -> InconsistentDetection:
         return InconsistentDetection(MGD(), adversarial=1e-3)
 
-    more = {"checkpoint_every": 2, "validation": shapes(size=64, train=4, test=4, batch_size=4).test}
+    more = {"checkpoint_every": 2, "validation": synthetic_shapes(size=64, train=4, test=4, batch_size=4).test}
     run(method, tmp_path / "whole", **more)
     with pytest.raises(KeyboardInterrupt):
         run(method, tmp_path / "stopped", on_step=stop_at(3), **more)
@@ -359,9 +361,9 @@ def test_messages() -> None:
     with pytest.raises(TypeError, match=r"on top of a method over necks, such as FGD\(\) or MGD\(\); got KD"):
         InconsistentDetection(KD())  # pyright: ignore
     with pytest.raises(TypeError, match=r"needs a detector with class_loss\(inputs\), .*; got Linear"):
-        InconsistentDetection().meet(nn.Linear(2, 2))
+        InconsistentDetection().bind_teacher(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="got NoneType"):
-        InconsistentDetection().meet(None)
+        InconsistentDetection().bind_teacher(None)
     for options, said in (
         ({"eps": 8.0}, r"eps in \(0, 127/255\] and step_size in \(0, 1\], of pixels in \[0, 1\]; got 8.0"),
         ({"step_size": 0.0}, "got 0.03.* and 0.0"),
@@ -373,11 +375,11 @@ def test_messages() -> None:
         with pytest.raises(ValueError, match=rf"^InconsistentDetection needs .*{said}"):
             InconsistentDetection(**options)
     batch, teacher = scene(), net()
-    with pytest.raises(RuntimeError, match=r"call method.meet\(teacher.model\) before the first step"):
+    with pytest.raises(RuntimeError, match=r"call method.bind_teacher\(teacher.model\) before the first step"):
         InconsistentDetection().adversaries(batch["images"], batch["targets"])
     met = InconsistentDetection()
-    met.meet(teacher)
-    with pytest.raises(ValueError, match=r"needs pixels in \[0, 1\]; got 0 to 255. Normalise inside"):
+    met.bind_teacher(teacher)
+    with pytest.raises(ValueError, match=r"needs pixels in \[0, 1\]; got 0 to 255. Normalize inside"):
         met.adversaries((255 * batch["images"]).round() * 0 + torch.tensor([0.0, 255.0]).repeat(32), batch["targets"])
     method = made(net(seed=1), teacher, batch)
     step = step_of(net(seed=1), teacher, batch)
@@ -473,10 +475,10 @@ def test_sizes_are_those_of_the_original_and_the_end_is_plain() -> None:
 
 def test_a_loader_that_augments() -> None:
     def batches(**more: Any) -> list[Tensor]:
-        from tempering.data.detection import Scenes
+        from tempering.data.detection import DetectionLoader
 
         plain = SPLITS.train
-        loader = Scenes(
+        loader = DetectionLoader(
             plain.images, plain.boxes, plain.labels, batch_size=8, class_names=plain.class_names, epochs=3, **more
         )
         out = []

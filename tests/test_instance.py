@@ -18,7 +18,7 @@ from torch.distributions import AffineTransform, Normal, SigmoidTransform, Trans
 from tempering.methods import DKD, KD
 from tempering.rows import Rows, total
 from tempering.temperature import Instance, Policy, Temperatures
-from tempering.temperature._mixed import Mix, Mixed, ranked
+from tempering.temperature._mixed import Mix, MixUpLoader, ranked
 from tempering.temperature._ppo import (
     Actor,
     Layers,
@@ -82,7 +82,7 @@ def test_golden_states_and_losses(case: str) -> None:
     kd = KD(soft=1.0, hard=0.0, temperature=Given(T))
     # the released DKD multiplies every row's divergence with every row's T^2, which comes to their mean
     every = Given(T, T.square().mean().expand(len(T), 1))
-    dkd = DKD(target=c["dkd_alpha"], rest=c["dkd_beta"], hard=0.0, warmup=20 / 240, temperature=every)
+    dkd = DKD(target=c["dkd_alpha"], non_target=c["dkd_beta"], hard=0.0, warmup=20 / 240, temperature=every)
     for method, name in ((kd, "kd"), (dkd, "dkd")):
         loss = total(method(rows, progress), rows)
         same(loss, g[f"loss_{name}"])
@@ -229,7 +229,7 @@ def test_draws_in_training_and_the_mean_in_eval() -> None:
     generator = torch.get_rng_state()
     drawn, again = policy(rows), policy(rows)
     assert torch.equal(drawn.student, again.student) and torch.equal(drawn.student, drawn.teacher)
-    policy.learn(None)
+    policy.update(None)
     after = policy(rows)
     assert not torch.allclose(after.student, drawn.student) and torch.equal(torch.get_rng_state(), generator)
     torch.default_generator.manual_seed(5)
@@ -260,8 +260,8 @@ def test_improves_in_spans_alone(form: Any) -> None:
 
     def step(progress: float, seed: int) -> bool:
         policy(random_rows(16, seed=seed), progress)
-        wanted = policy.wants_reward
-        policy.learn(torch.randn(16, dtype=torch.float64) if wanted else None)
+        wanted = policy.needs_reward
+        policy.update(torch.randn(16, dtype=torch.float64) if wanted else None)
         return wanted
 
     assert not any(step(p, i) for i, p in enumerate((0.05, 18 / 240, 30 / 240)))
@@ -282,7 +282,7 @@ def blocks(accuracies: list[float], n: int = 20) -> Iterator[Rows]:
         rows = random_rows(n, 5, seed=seed, dtype=torch.float32)
         target = rows.student.argmax(1)
         target[round(n * accuracy) :] += 1
-        yield rows.with_(target=target % 5)
+        yield rows.replace(target=target % 5)
 
 
 @pytest.mark.parametrize(("form", "wanted"), [("ppo", [0.3, -0.5]), ("published", [0.2, 0.3, -0.5])])
@@ -293,7 +293,7 @@ def test_the_reward_is_how_much_the_accuracy_rose(form: Any, wanted: list[float]
     made = []
     for rows, progress in zip(blocks([0.2, 0.4, 0.7, 0.2, 0.9]), [0.12, *[40 / 240] * 3, 0.2], strict=True):
         made.append(policy(rows, progress).student.squeeze(1))
-        policy.learn(None)
+        policy.update(None)
     factors = [scale(p, policy.switches, policy.waves) for p in (40 / 240, 40 / 240, 40 / 240, 0.2)]
     if form == "ppo":  # the path of a step is paid by the next step's accuracy, also the last one of a span
         wanted = [*wanted, 0.7]
@@ -308,7 +308,7 @@ def test_the_bandit_finds_the_best_temperature(best: float) -> None:
     policy = Instance(form="bandit", actor_lr=1e-3, **ALWAYS)
     rows = random_rows(64, dtype=torch.float32)
     for _ in range(60):
-        policy.learn(-(policy(rows, 0.5).student.squeeze(1) - best).square())
+        policy.update(-(policy(rows, 0.5).student.squeeze(1) - best).square())
     assert abs(float(policy.eval()(rows, 0.5).student.mean()) - best) < 0.3
     assert float(policy.report()["deviation"]) < 0.3
 
@@ -317,10 +317,10 @@ def test_the_bandit_tells_contexts_apart() -> None:
     policy = Instance(form="bandit", actor_lr=1e-3, **ALWAYS)
     rows = random_rows(64, dtype=torch.float32)
     sure = torch.arange(64) % 2 == 0
-    rows = rows.with_(teacher=torch.where(sure[:, None], 9.0, 0.01) * rows.teacher)
+    rows = rows.replace(teacher=torch.where(sure[:, None], 9.0, 0.01) * rows.teacher)
     best = torch.where(sure, 6.5, 3.5)
     for _ in range(100):
-        policy.learn(-(policy(rows, 0.5).student.squeeze(1) - best).square())
+        policy.update(-(policy(rows, 0.5).student.squeeze(1) - best).square())
     T = policy.eval()(rows, 0.5).student.squeeze(1)
     assert float((T - best).abs().mean()) < 0.5, "PPO's bandit"
 
@@ -333,8 +333,8 @@ def test_ppo_finds_the_best_temperature_from_late_accuracies(best: float, seed: 
     accuracy, means = 0.5, []
     for step in range(160):
         (rows,) = blocks([accuracy], 32)
-        T = policy(rows.with_(teacher=random_rows(32, 5, seed=step, dtype=torch.float32).teacher), 0.5).student
-        policy.learn(None)
+        T = policy(rows.replace(teacher=random_rows(32, 5, seed=step, dtype=torch.float32).teacher), 0.5).student
+        policy.update(None)
         accuracy = min(max(1.0 - float((T - best).square().mean()) / 25.0, 0.0), 1.0)
         means.append(float(T.mean()))
     assert abs(means[0] - 5.0) < 0.7 and abs(sum(means[-60:]) / 60 - best) < 0.8
@@ -347,15 +347,15 @@ def test_rows_that_do_not_count(form: Any) -> None:
     garbage = rows.student.clone()
     garbage[1::2] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30, 0.0, 1.0, 2.0], dtype=torch.float64)
     assert rows.target is not None
-    kept = rows.with_(student=rows.student[::2], teacher=rows.teacher[::2], target=rows.target[::2])
+    kept = rows.replace(student=rows.student[::2], teacher=rows.teacher[::2], target=rows.target[::2])
     ours, theirs = (Instance(form=form, **ALWAYS).double() for _ in range(2))
     for i in range(3):
         reward = torch.randn(12)
         reward[1::2] = torch.nan
-        T = ours(rows.with_(student=garbage + i, weight=weight), 0.5).student
-        same(T[::2], theirs(kept.with_(student=kept.student + i), 0.5).student)
-        ours.learn(reward)
-        theirs.learn(reward[::2])
+        T = ours(rows.replace(student=garbage + i, weight=weight), 0.5).student
+        same(T[::2], theirs(kept.replace(student=kept.student + i), 0.5).student)
+        ours.update(reward)
+        theirs.update(reward[::2])
     for name, value in theirs.state_dict().items():
         same(ours.state_dict()[name], value, 1e-7, 1e-9)
     assert int(ours.updates) >= 2
@@ -365,27 +365,27 @@ def test_rows_that_do_not_count(form: Any) -> None:
 def test_nothing_to_learn_from(form: Any) -> None:
     policy = Instance(form=form, **ALWAYS)
     rows = random_rows(6, dtype=torch.float32)
-    policy.learn(torch.zeros(6))  # no call before it
+    policy.update(torch.zeros(6))  # no call before it
     before = copy.deepcopy(policy.agent.state_dict())
     empty = random_rows(0, dtype=torch.float32)
     for made in (
         empty,
-        rows.with_(target=None),
-        rows.with_(weight=torch.zeros(6)),
-        rows.with_(target=-torch.ones(6).long()),
+        rows.replace(target=None),
+        rows.replace(weight=torch.zeros(6)),
+        rows.replace(target=-torch.ones(6).long()),
     ):
         policy(made, 0.5)
-        policy.learn(None if made.target is None else torch.ones(len(made)))
+        policy.update(None if made.target is None else torch.ones(len(made)))
     assert all(torch.equal(v, before[k]) for k, v in policy.agent.state_dict().items())
     one = random_rows(1, 1, dtype=torch.float32)
     for _ in range(3):
         assert policy(one, 0.5).student.isfinite().all()
-        policy.learn(torch.ones(1))
+        policy.update(torch.ones(1))
     assert all(v.isfinite().all() for v in policy.agent.state_dict().values())
     if form == "bandit":
         policy(rows, 0.5)
         with pytest.raises(ValueError, match=r"needs the reward of each row of the last call, \(6,\); got \(5,\)"):
-            policy.learn(torch.zeros(5))
+            policy.update(torch.zeros(5))
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def test_state_survives_in_the_middle_of_a_span(form: Any) -> None:
     def steps(policy: Instance, seeds: range) -> None:
         for seed in seeds:
             policy(random_rows(9 + seed % 3, 5, seed=seed, dtype=torch.float32), 0.5)
-            policy.learn(torch.linspace(-1.0, 1.0, 9 + seed % 3))
+            policy.update(torch.linspace(-1.0, 1.0, 9 + seed % 3))
 
     whole, first, second = (Instance(form=form, **ALWAYS) for _ in range(3))
     steps(whole, range(6))
@@ -522,28 +522,30 @@ def test_samples_that_are_mixed() -> None:
     share = torch.zeros(96)
     share[5] = 0.75
     for larger in (True, False):
-        mixed = Mixed(batches, lambda: Mix(other, share), larger=larger)
+        mixed = MixUpLoader(batches, lambda: Mix(other, share), larger=larger)
         assert len(mixed) == len(batches) and mixed.identity == batches.identity
         for (x, y, ids), (x0, y0, ids0) in zip(mixed, batches, strict=True):
             assert torch.equal(ids, ids0)
             here = ids == 5
             assert torch.equal(x[~here], x0[~here]) and torch.equal(y[~here], y0[~here])
             if here.any():
-                nine = batches.at(torch.tensor([9]))
+                nine = batches.gather(torch.tensor([9]))
                 same(x[here], 0.75 * nine[0] + 0.25 * x0[here], 1e-6, 1e-6)
                 assert torch.equal(y[here], nine[1] if larger else y0[here])
-        assert copy.deepcopy(mixed).larger == larger and isinstance(mixed.to("cpu"), Mixed)
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(Mixed(batches, lambda: None, larger=True), batches, strict=True))
+        assert copy.deepcopy(mixed).larger == larger and isinstance(mixed.to("cpu"), MixUpLoader)
+    assert all(
+        torch.equal(a[0], b[0]) for a, b in zip(MixUpLoader(batches, lambda: None, larger=True), batches, strict=True)
+    )
 
 
 def test_what_cannot_be_mixed_is_refused() -> None:
     with pytest.raises(ValueError, match=r"mixes images by their ids, and list cannot look them up. Use "):
-        Instance(mix=0.1).feed([], None)
+        Instance(mix=0.1).wrap_batches([], None)
 
     class Answers:
         model = None
 
     with pytest.raises(ValueError, match=r"shows images that are in no cache, and Answers answers from one"):
-        Instance(mix=0.1).feed(digits(), Answers())
+        Instance(mix=0.1).wrap_batches(digits(), Answers())
     batches = [1, 2]
-    assert Instance().feed(batches, None) is batches
+    assert Instance().wrap_batches(batches, None) is batches

@@ -18,7 +18,7 @@ from tempering.methods import DIST, DKD, DTKD, KD, KDIGA, LSKD, MGD, Method, Sum
 from tempering.objectives import kl
 from tempering.rows import Rows, total
 from tempering.teachers.outputs import Head
-from tempering.temperature import Capped, Cosine, Curriculum, Entropy, Sharpness, Standardised, Static
+from tempering.temperature import Capped, Cosine, Curriculum, Entropy, Sharpness, Standardized, Static
 from tests.cases import each
 from tests.conftest import random_rows
 from tests.contract import CASES, block, leaves, on_each, same
@@ -29,10 +29,10 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore:Curriculum's temperature sits at a bound"),
 ]
 # MGD draws its masks a call, and chunks are several calls: another draw of the same loss
-ROW_WISE = [(name, part) for name, part in CASES if not part.is_relational() and not isinstance(part, MGD)]
+ROW_WISE = [(name, part) for name, part in CASES if not part.is_batch_dependent() and not isinstance(part, MGD)]
 METHODS = [
     KD(temperature=Sharpness(4.0)),
-    KD(hard=0.0, temperature=Standardised(scale="tau")),
+    KD(hard=0.0, temperature=Standardized(scale="tau")),
     DTKD(warmup=0.0),
     DTKD(warmup=0.0, temperature=Sharpness(3.0, solve="published")),
     Sum(KD(hard=0.0), DKD()),
@@ -72,9 +72,9 @@ def test_every_row_wise_method_and_policy(method: Method, weighted: bool) -> Non
     """Loss, gradients in logits, features and parameters, terms, and what the policy says of itself."""
     rows = block(7, weighted=weighted)
     if rows.weight is not None:
-        rows = rows.with_(weight=rows.weight * torch.tensor([1.0, 0, 1, 1, 0, 0, 1]).double())
+        rows = rows.replace(weight=rows.weight * torch.tensor([1.0, 0, 1, 1, 0, 0, 1]).double())
     method = copy.deepcopy(method)
-    method.prepare(rows)
+    method.setup(rows)
     method.double()
     want = plain(copy.deepcopy(method), rows, 0.3)
     same(in_chunks(copy.deepcopy(method), rows, 0.3), want, 1e-10, 1e-12)
@@ -100,7 +100,7 @@ def test_masks_padding_constants_and_large_logits(method: Method) -> None:
         z[5] *= 1e4 / 3
         z[6, 1:8] = -torch.inf
     target = torch.tensor([0, -100, 5, 1, 2, 3, 0, -1, 7])
-    made = rows.with_(student=student, teacher=teacher, target=target)
+    made = rows.replace(student=student, teacher=teacher, target=target)
     got, want = in_chunks(method, made), plain(method, made)
     same(got, want, 1e-9, 1e-11)
     assert all(g.isfinite().all() for g in got[1])
@@ -109,8 +109,8 @@ def test_masks_padding_constants_and_large_logits(method: Method) -> None:
 def test_the_kl_itself() -> None:
     """objectives.kl + total, to the last bits, with one temperature and with one a row and side."""
     rows = random_rows(50, 30, weighted=True)
-    rows = rows.with_(weight=rows.weight * (torch.arange(50) % 3 > 0))  # pyright: ignore
-    for policy in (Static(2.0), Sharpness(4.0), Standardised(), Entropy(), Capped(Sharpness(4.0))):
+    rows = rows.replace(weight=rows.weight * (torch.arange(50) % 3 > 0))  # pyright: ignore
+    for policy in (Static(2.0), Sharpness(4.0), Standardized(), Entropy(), Capped(Sharpness(4.0))):
         made, wanted = leaves(rows)
         loss = total({"soft": kl(made, policy(made, 1.0).detached())}, made)
         slope = torch.autograd.grad(loss, wanted)
@@ -125,7 +125,7 @@ def test_the_kl_itself() -> None:
 def test_half_precision_is_computed_in_float32(method: Method, dtype: torch.dtype) -> None:
     """As the same numbers in float32; the gradient is rounded once, tails included."""
     rows = random_rows(40, 1000, dtype=dtype, scale=6.0)
-    wide = rows.with_(student=rows.student.float(), teacher=rows.teacher.float())
+    wide = rows.replace(student=rows.student.float(), teacher=rows.teacher.float())
     loss, (slope,), _ = in_chunks(method, rows, memory=2**16)
     want, (exact,), _ = in_chunks(method, wide, memory=2**16)
     same(loss, want, 1e-6, 0.0)
@@ -140,10 +140,10 @@ def test_rows_of_weight_0_may_hold_anything() -> None:
     rows = random_rows(6, 5, weighted=True)
     student, weight = rows.student.clone(), rows.weight.clone()  # pyright: ignore
     student[2], student[4], weight[2], weight[4] = torch.nan, torch.inf, 0.0, 0.0
-    got = in_chunks(DTKD(temperature=Static(4.0)), rows.with_(student=student, weight=weight))
-    kept = in_chunks(DTKD(temperature=Static(4.0)), rows.with_(weight=weight))
+    got = in_chunks(DTKD(temperature=Static(4.0)), rows.replace(student=student, weight=weight))
+    kept = in_chunks(DTKD(temperature=Static(4.0)), rows.replace(weight=weight))
     same(got, kept)
-    nothing = in_chunks(KD(), rows.with_(weight=torch.zeros(6).double()))
+    nothing = in_chunks(KD(), rows.replace(weight=torch.zeros(6).double()))
     assert nothing[0] == 0.0 and not nothing[1][0].any()
 
 
@@ -163,7 +163,7 @@ def test_the_parts_of_a_step_add_up() -> None:
         in_chunks(
             DTKD(),
             Rows(*(x[p] for x in (rows.student, rows.teacher, rows.target, rows.weight))),
-            rows_in_batch=rows.mass,
+            normalizer=rows.total_weight,
         )
         for p in (slice(0, 3), slice(3, 8))
     ]
@@ -364,13 +364,13 @@ def test_private_rows_swing_as_in_the_plain_loss() -> None:
         x.teacher(x.ht).detach(),
         x.target,
         ids=torch.arange(13) // 4,
-        places=torch.arange(13) % 4,
-        private=(torch.arange(13) % 3 / 2).double(),
+        positions=torch.arange(13) % 4,
+        privacy_score=(torch.arange(13) % 3 / 2).double(),
     )
     method = Swing(noise=2.0)
     want = total(method(rows), rows)
     slopes = torch.autograd.grad(want, x.trained)
-    told = {name: getattr(rows, name) for name in ("ids", "places", "private")}
+    told = {name: getattr(rows, name) for name in ("ids", "positions", "privacy_score")}
     got = linear_loss(method, x.hs, x.student, x.ht, x.teacher, target=x.target, memory=11 * 8 * 2 * 3, **told).loss
     same((got.detach(), torch.autograd.grad(got, x.trained)), (want.detach(), slopes), 1e-10, 1e-12)
     public = linear_loss(method, x.hs, x.student, x.ht, x.teacher, target=x.target).loss

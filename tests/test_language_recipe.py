@@ -14,7 +14,7 @@ import torch
 from tempering import distill
 from tempering.data import Tokens
 from tempering.methods import Divergence  # pyright: ignore[reportAttributeAccessIssue]
-from tempering.tasks import Generation, OnPolicy, Speculative
+from tempering.tasks import LanguageModeling, OnPolicy, Speculative
 from tests import recipes
 from tests.paths import ROOT
 from tests.test_generation import EOS, PAD, gpt2, texts
@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, kind: str) -> Non
         source = OnPolicy(student, data, **own)
         if kind == "speculative":
             source = Speculative(student, teacher, data, top_k=60, **own)
-        options: dict[str, Any] = {"task": Generation(), "epochs": 2, "checkpoint_every": 2, "selfcheck": False}
+        options: dict[str, Any] = {"task": LanguageModeling(), "epochs": 2, "checkpoint_every": 2, "selfcheck": False}
         adam = partial(torch.optim.Adam, lr=1e-2)
         distill(
             student,

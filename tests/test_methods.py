@@ -17,13 +17,13 @@ from tempering.methods import ATS, CSKD, DIST, DKD, DTKD, ERKD, KD, LSKD, MLKD, 
 from tempering.methods.logits import cskd as cskd_module
 from tempering.methods.logits import mlkd as mlkd_module
 from tempering.methods.logits import r2kd as r2kd_module
-from tempering.methods.logits.labeled import crossed, one_hot, without
-from tempering.methods.logits.lskd import standardised
+from tempering.methods.logits.labeled import drop_classes, one_hot, soft_cross_entropy
+from tempering.methods.logits.lskd import standardized
 from tempering.methods.logits.r2kd import hard_ranks, soft_ranks
-from tempering.methods.logits.relations import Lines, row_unlikeness, soften, taking_part, unlikeness
+from tempering.methods.logits.relations import Lines, correlation_distance, counted_entries, row_distance, soften
 from tempering.objectives import cross_entropy, entropy, kl
-from tempering.rows import UNLABELLED, Rows, total
-from tempering.temperature import Cosine, Policy, Sharpness, Standardised, Static, Temperatures
+from tempering.rows import IGNORE_INDEX, Rows, total
+from tempering.temperature import Cosine, Policy, Sharpness, Standardized, Static, Temperatures
 from tests.conftest import random_rows
 from tests.paths import SHARED, needs_shared
 
@@ -78,11 +78,11 @@ def agree(g: dict[str, Tensor], key: str, method: Method) -> None:
         ("dist", DIST(inter=1.0, intra=1.0, hard=0.0, eps=1e-8)),
         ("ttm", TTM(soft=1.0, hard=0.0, temperature=Static(10.0))),
         ("wttm", WTTM(soft=1.0, hard=0.0, temperature=Static(5.0))),
-        ("nkd", NKD(target=1.0, rest=1.5, hard=0.0, temperature=Static(1.0))),
+        ("nkd", NKD(target=1.0, non_target=1.5, hard=0.0, temperature=Static(1.0))),
         ("erkd", ERKD(soft=1.0, hard=0.0)),
         ("rld", RLD(sample=1.0, masked=8.0, hard=0.0)),
         ("lskd_kd", LSKD(KD(soft=1.0, hard=0.0, temperature=Static(2.0)), hard=0.0)),
-        ("lskd_dkd", LSKD(DKD(target=1.0, rest=8.0, hard=0.0, temperature=Static(2.0)), hard=0.0)),
+        ("lskd_dkd", LSKD(DKD(target=1.0, non_target=8.0, hard=0.0, temperature=Static(2.0)), hard=0.0)),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -104,8 +104,8 @@ def test_authors_parts(case: str) -> None:
     rld = RLD(sample=1.0, masked=1.0, hard=0.0)
     close(loss_of(rld, rows, "sample"), g["rld_scd"])
     close(loss_of(rld, rows, "masked"), g["rld_mcd"])
-    close(standardised(rows.student, 1e-7), g["lskd_student_z"])
-    close(standardised(rows.teacher, 1e-7), g["lskd_teacher_z"])
+    close(standardized(rows.student, 1e-7), g["lskd_student_z"])
+    close(standardized(rows.teacher, 1e-7), g["lskd_teacher_z"])
 
 
 @needs_shared
@@ -152,7 +152,7 @@ def test_mlkd(case: str) -> None:
     for rows, name in ((weak, "grad_weak"), (strong, "grad_strong")):
         assert rows.student.grad is not None
         close(rows.student.grad, g[name])
-    kept, counted = taking_part(weak)
+    kept, counted = counted_entries(weak)
     for i, tau in enumerate(method.temperatures):
         softened = soften(kept, counted, Static(tau)(weak))
         close(total({"kl": kl(weak, Static(tau)(weak))}, weak), g[f"kd_loss_T{i}"])
@@ -191,7 +191,7 @@ def test_cskd(case: str) -> None:
         close(loss, g[key])
         close(torch.autograd.grad(loss, weak.student)[0], g[f"grad_{key}"])
     close(torch.autograd.grad(loss_of(alone, weak), weak.student)[0], g["grad_cs_sum"])
-    kept, counted = taking_part(weak)
+    kept, counted = counted_entries(weak)
     for T, key in ((Static(4.0)(weak), "fixed"), (cosine(weak), "weighted")):
         softened = soften(kept, counted, T)
         close(cskd_module.class_grams(softened, 1e-8), g[f"cc_{key}"])
@@ -227,7 +227,7 @@ def test_cskd_without_masks_weighs_the_whole_batch() -> None:
     mended, published = CSKD(gram=1.0, hard=0.0), CSKD(gram=1.0, hard=0.0, published=True)
     for name, term in mended(rows).items():
         close(published(rows)[name], 0.5 * term)  # half of eight rows, and half of six classes
-    strong = rows.with_(name="strong")
+    strong = rows.replace(name="strong")
     assert set(mended(strong)) == {"fixed", "weighted"}
     close(published(strong)["fixed"], mended(strong)["fixed"])
 
@@ -249,15 +249,15 @@ def test_mlkd_masks_choose_rows() -> None:
     close(term[unsure], want[unsure].detach())
     (gradient,) = torch.autograd.grad(term.sum(), rows.student)
     assert (gradient[~unsure] == 0).all() and gradient[unsure].abs().amax(1).min() > 0
-    strong = rows.with_(name="strong")
+    strong = rows.replace(name="strong")
     assert set(method(strong)) == {"soft"}
     close(method(strong)["soft"], want.detach())
 
 
 def test_mlkd_on_a_policy() -> None:
-    rows = random_rows(8, 6).with_(name="strong")
-    on_policy = MLKD(hard=0.0, temperatures=(2.0, 4.0), temperature=Standardised(2.0, scale="tau"))
-    want = sum(KD(soft=0.9, hard=0.0, temperature=Standardised(t, scale="tau"))(rows)["soft"] for t in (2.0, 4.0))
+    rows = random_rows(8, 6).replace(name="strong")
+    on_policy = MLKD(hard=0.0, temperatures=(2.0, 4.0), temperature=Standardized(2.0, scale="tau"))
+    want = sum(KD(soft=0.9, hard=0.0, temperature=Standardized(t, scale="tau"))(rows)["soft"] for t in (2.0, 4.0))
     close(on_policy(rows)["soft"], want)
 
 
@@ -277,8 +277,8 @@ def test_unlikeness_of_lines_without_direction() -> None:
     a = Lines(torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.5, 0.1], [1.0, 1.0, 1.0]]), torch.zeros(3, 1))
     b = Lines(torch.tensor([[1.0, 0.2, 0.3], [1.0, 0.5, 0.1], [0.5, 0.5, 0.5]]), torch.zeros(3, 1))
     counted = torch.ones(3, 3, dtype=torch.bool)
-    assert unlikeness(a, b, counted, 1, centred=True).tolist() == [1.0, 0.0, 0.0]
-    assert unlikeness(a, b, counted, 1, centred=True, eps=1e-8)[0] == 1.0
+    assert correlation_distance(a, b, counted, 1, centered=True).tolist() == [1.0, 0.0, 0.0]
+    assert correlation_distance(a, b, counted, 1, centered=True, eps=1e-8)[0] == 1.0
 
 
 def test_classes_that_underflow_keep_their_line() -> None:
@@ -306,13 +306,13 @@ RELATIONAL = [
 
 @pytest.mark.parametrize("method", RELATIONAL, ids=lambda m: type(m).__name__)
 def test_relational_methods_do_not_know_the_order_of_rows(method: Method) -> None:
-    assert method.is_relational()
+    assert method.is_batch_dependent()
     rows = random_rows(9, 6, weighted=True)
     order = torch.randperm(9)
 
     def found(made: Rows) -> tuple[Tensor, Tensor]:
         leaf = made.student.clone().requires_grad_()
-        made = made.with_(student=leaf)
+        made = made.replace(student=leaf)
         loss = loss_of(method, made)
         return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
@@ -334,7 +334,7 @@ def test_rows_of_weight_zero_may_hold_anything(method: Method, garbage: float) -
     rows.student[2], rows.teacher[4] = garbage, garbage
     weight = torch.ones(6, dtype=torch.float64)
     weight[[2, 4]] = 0.0
-    rows = rows.with_(weight=weight, student=rows.student.requires_grad_())
+    rows = rows.replace(weight=weight, student=rows.student.requires_grad_())
     kept = [0, 1, 3, 5]
     assert rows.target is not None
     fewer = Rows(rows.student[kept].detach(), rows.teacher[kept], rows.target[kept])
@@ -360,7 +360,7 @@ def test_soft_ranks_have_a_gradient_and_order_like_spearman() -> None:
     rows = random_rows(200, 20)
     # from unrelated to nearly equal
     mixed = torch.lerp(rows.student, rows.teacher, torch.linspace(0.0, 1.0, 200, dtype=torch.float64)[:, None])
-    rows = rows.with_(student=mixed.requires_grad_())
+    rows = rows.replace(student=mixed.requires_grad_())
     want = spearman(mixed.detach(), rows.teacher)
     term = R2KD(value=0.0, order=1.0, hard=0.0)(rows)["order"]
     ordered = spearman((1.0 - term.detach())[None], want[None])
@@ -383,7 +383,7 @@ def test_training_by_ranks_alone_orders_the_classes() -> None:
     before = spearman(student.detach(), rows.teacher).mean()
     for _ in range(100):
         optimizer.zero_grad()
-        loss_of(method, rows.with_(student=student)).backward()
+        loss_of(method, rows.replace(student=student)).backward()
         optimizer.step()
     assert float(before) < 0.2 and float(spearman(student.detach(), rows.teacher).mean()) > 0.8
 
@@ -417,40 +417,40 @@ def test_ttm_is_kd_with_a_renyi_entropy() -> None:
     close(got, T * plain - (T - 1.0) * renyi + (T - 1.0) * entropy(rows.teacher / T))
     weighed = WTTM(soft=1.0, hard=0.0, temperature=Static(T))(rows)["soft"]
     close(weighed, got * (rows.teacher.softmax(1) ** (1.0 / T)).sum(1))
-    assert "soft" in TTM()(rows.with_(student=rows.student + 7.0)) and TTM(warmup=0.5)(rows, 0.25)["soft"].equal(
+    assert "soft" in TTM()(rows.replace(student=rows.student + 7.0)) and TTM(warmup=0.5)(rows, 0.25)["soft"].equal(
         TTM()(rows)["soft"] * 0.5
     )
 
 
-def test_lskd_is_kd_at_standardised_temperatures_with_another_gradient() -> None:
+def test_lskd_is_kd_at_standardized_temperatures_with_another_gradient() -> None:
     rows = random_rows(5, 6)
     rows.student.requires_grad_()
-    ours, policy = LSKD(eps=0.0), KD(soft=9.0, hard=0.1, temperature=Standardised(2.0, scale="tau"))
+    ours, policy = LSKD(eps=0.0), KD(soft=9.0, hard=0.1, temperature=Standardized(2.0, scale="tau"))
     close(loss_of(ours, rows), loss_of(policy, rows).detach())
     (gradient,) = torch.autograd.grad(loss_of(LSKD(hard=0.0), rows), rows.student)
     along = (gradient * rows.student.detach()).sum(1)
     assert float(along.abs().max()) < 1e-6 < float(gradient.abs().max()), "no say in the row's scale"
     (held,) = torch.autograd.grad(loss_of(policy, rows, "soft"), rows.student)
     assert float((held * rows.student.detach()).sum(1).abs().max()) > 1e-2
-    with pytest.raises(ValueError, match=r"LSKD: KD\(hard=0.1\) would teach labels on standardised logits"):
+    with pytest.raises(ValueError, match=r"LSKD: KD\(hard=0.1\) would teach labels on standardized logits"):
         LSKD(KD())
     with pytest.raises(TypeError, match="LSKD needs a method over rows"):
         LSKD(Static(2.0))  # pyright: ignore[reportArgumentType]
-    assert not LSKD(TTM(hard=0.0)).zero_at_agreement and LSKD().zero_at_agreement
+    assert not LSKD(TTM(hard=0.0)).zero_when_equal and LSKD().zero_when_equal
 
 
 def test_nkd_leaves_its_minimum_at_the_teacher() -> None:
     rows = random_rows(6, 5)
     student = rows.teacher.clone().requires_grad_()
-    agreeing = rows.with_(student=student)
-    loss_of(NKD(hard=0.0, target=0.0), agreeing, "rest").backward()
+    agreeing = rows.replace(student=student)
+    loss_of(NKD(hard=0.0, target=0.0), agreeing, "non_target").backward()
     assert student.grad is not None and float(student.grad.abs().max()) < 1e-12
     assert rows.target is not None
     is_label = one_hot(rows.target, rows.teacher)
-    own = without(rows.teacher, is_label)
-    close(NKD(rest=1.0)(agreeing)["rest"], crossed(own, own))
-    two = Rows(torch.randn(3, 2), torch.randn(3, 2), torch.tensor([0, 1, UNLABELLED]))
-    assert NKD()(two)["rest"].tolist() == [0.0, 0.0, 0.0]
+    own = drop_classes(rows.teacher, is_label)
+    close(NKD(non_target=1.0)(agreeing)["non_target"], soft_cross_entropy(own, own))
+    two = Rows(torch.randn(3, 2), torch.randn(3, 2), torch.tensor([0, 1, IGNORE_INDEX]))
+    assert NKD()(two)["non_target"].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_rld_leaves_out_what_a_wrong_teacher_says() -> None:
@@ -476,14 +476,14 @@ def test_ats_softens_the_label_more() -> None:
     scale[torch.arange(4), rows.target] = 4.0
     p = (rows.teacher / scale).softmax(1)
     released = 0.5 * -(p * student.log_softmax(1)).sum(1).mean() + 0.5 * cross_entropy(rows).mean()
-    loss = loss_of(ATS(centred=False), rows)
+    loss = loss_of(ATS(centered=False), rows)
     close(loss, (released + 0.5 * (p * p.log()).sum(1).mean()).detach())
     (want,), (got,) = torch.autograd.grad(released, student), torch.autograd.grad(loss, student)
     close(got, want)
-    moved = rows.with_(teacher=rows.teacher + 5.0)
-    assert abs(float(loss_of(ATS(centred=False), moved).detach()) - float(loss.detach())) > 1e-3
+    moved = rows.replace(teacher=rows.teacher + 5.0)
+    assert abs(float(loss_of(ATS(centered=False), moved).detach()) - float(loss.detach())) > 1e-3
     close(loss_of(ATS(), moved), loss_of(ATS(), rows).detach())
-    at_three = ATS(centred=False, temperature=Static(3.0))(rows)["soft"]
+    at_three = ATS(centered=False, temperature=Static(3.0))(rows)["soft"]
     q = (student / 3.0).log_softmax(1)
     close(at_three, (4.5 * (p * (p.log() - q)).sum(1)).detach())  # the policy is the student's
 
@@ -503,16 +503,16 @@ def test_uskd_by_hand() -> None:
     rows = Rows(student, student.detach(), torch.tensor([0, 1]))
     p = student.detach().softmax(1)
     sure = torch.stack((p[0, 0], p[1, 1])).square()
-    terms = USKD(target=1.0, rest=1.0)(rows)
+    terms = USKD(target=1.0, non_target=1.0)(rows)
     close(terms["target"], -(sure + 1.0 - sure.mean()) * torch.stack((p[0, 0], p[1, 1])).log())
     zipf = torch.tensor([1.0, 1 / 2, 1 / 3], dtype=torch.float64)
     zipf = zipf / zipf.sum()
     others = student.detach()[:, [1, 2, 3]][0].log_softmax(0), student.detach()[1, [3, 2, 0]].log_softmax(0)
-    close(terms["rest"], -torch.stack([(zipf * x).sum() for x in others]))
+    close(terms["non_target"], -torch.stack([(zipf * x).sum() for x in others]))
     published = torch.tensor([1 / 2, 1 / 3, 1 / 4], dtype=torch.float64)
     published = published / published.sum()  # the label takes the first rank
     want = -torch.stack([(published * x).sum() for x in others])
-    close(USKD(rest=1.0, ranks="published")(rows)["rest"], want)
+    close(USKD(non_target=1.0, ranks="published")(rows)["non_target"], want)
     total(terms, rows).backward()
     assert student.grad is not None and student.grad.isfinite().all()
 
@@ -520,25 +520,25 @@ def test_uskd_by_hand() -> None:
 def test_uskd_weak_head() -> None:
     rows = random_rows(6, 5, dtype=torch.float32)
     feature = torch.randn(6, 4, 3, 3, requires_grad=True)
-    rows = rows.with_(features={"early": (feature, feature.detach())}, student=rows.student.requires_grad_())
+    rows = rows.replace(features={"early": (feature, feature.detach())}, student=rows.student.requires_grad_())
     method = USKD(names=["early"], weak=0.1)
-    with pytest.raises(RuntimeError, match=r"call method.prepare\(rows\) with a first block"):
+    with pytest.raises(RuntimeError, match=r"call method.setup\(rows\) with a first block"):
         method(rows)
     assert not method.param_groups()
-    method.prepare(rows)
+    method.setup(rows)
     assert len(method.param_groups()[0]["params"]) == 2
     terms = method(rows)
-    assert set(terms) == {"target", "rest", "weak", "hard"}
+    assert set(terms) == {"target", "non_target", "weak", "hard"}
     total(terms, rows).backward()
     assert method.head is not None and feature.grad is not None
     assert float(method.head.weight.grad.abs().max()) > 0 and float(feature.grad.abs().max()) > 0  # pyright: ignore
     # its prediction changes the ranks, and only the head's own loss teaches it
     (gradient,) = torch.autograd.grad(
-        total({"rest": method(rows)["rest"]}, rows), method.head.weight, allow_unused=True
+        total({"non_target": method(rows)["non_target"]}, rows), method.head.weight, allow_unused=True
     )
     assert gradient is None
     with pytest.raises(ValueError, match=r"reads the feature 'late', and Rows\(name='logits'\) has \['early'\]"):
-        USKD(names=["late"]).prepare(rows)
+        USKD(names=["late"]).setup(rows)
     with pytest.raises(ValueError, match="USKD reads one feature at most"):
         USKD(names=["a", "b"])
 
@@ -588,10 +588,10 @@ def test_what_constructors_refuse(make, words: str) -> None:
 
 def test_row_unlikeness_is_one_less_the_cosine() -> None:
     rows = random_rows(5, 6)
-    kept, counted = taking_part(rows)
+    kept, counted = counted_entries(rows)
     both = soften(kept, counted, Static(2.0)(rows))
     p, q = (rows.student / 2.0).softmax(1), (rows.teacher / 2.0).softmax(1)
-    close(row_unlikeness(both, centred=False, eps=0.0), 1.0 - torch.cosine_similarity(p, q))
+    close(row_distance(both, centered=False, eps=0.0), 1.0 - torch.cosine_similarity(p, q))
 
 
 @pytest.mark.parametrize("progress", [0.01, 0.05, 0.5, 1.0])
@@ -605,7 +605,7 @@ def test_dtkd_at_one_temperature_is_kd_at_its_total_weights(tau: float, progress
     ):
         rows = random_rows(30, 10, weighted=True)
         student = rows.student.clone().requires_grad_()
-        rows = rows.with_(student=student)
+        rows = rows.replace(student=student)
         loss = total(method(rows, progress), rows)
         found.append((loss.detach(), *torch.autograd.grad(loss, student)))
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-14)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tempering.models import MODELS, build, load
-from tempering.utils.hooks import Taps
+from tempering.utils.hooks import FeatureExtractor
 from tests.paths import SHARED, needs_shared
 
 # parameters at 100 classes, as the field's implementation has them; the shapes are in the golden file
@@ -48,7 +48,7 @@ def test_every_net_has_the_golden_parameters_and_stages() -> None:
         net = build(name, classes=100).eval()
         assert count(net) == facts["parameters"], name
         stages = ["stem", *net.stages]
-        with Taps(net, [*stages, "pool"]) as taps, torch.no_grad():
+        with FeatureExtractor(net, [*stages, "pool"]) as taps, torch.no_grad():
             net(torch.zeros(1, 3, 32, 32))
             assert [list(taps[s].shape[1:]) for s in stages] == facts["stage_shapes"], name
             assert taps["pool"].shape[1] == facts["pooled_feature"], name
@@ -167,7 +167,7 @@ def test_nets_of_other_libraries(library: str, name: str) -> None:
 
 def test_taps_keep_the_last_forward_and_its_gradient() -> None:
     net = build("resnet8", classes=10)
-    with Taps(net, ["stage2", "pool", "stage2"]) as taps:
+    with FeatureExtractor(net, ["stage2", "pool", "stage2"]) as taps:
         net(torch.randn(1, 3, 32, 32))
         net(torch.randn(2, 3, 32, 32))
         assert taps["stage2"].shape == (2, 32, 16, 16) and taps["pool"].shape == (2, 64)
@@ -179,7 +179,7 @@ def test_taps_keep_the_last_forward_and_its_gradient() -> None:
 
 def test_taps_leave_the_model_as_it_was() -> None:
     net = build("resnet8", classes=10)
-    with Taps(net, ["stage1"]):
+    with FeatureExtractor(net, ["stage1"]):
         assert net.stage1._forward_hooks
     assert not net.stage1._forward_hooks
 
@@ -190,13 +190,16 @@ def test_taps_take_the_first_tensor_of_a_tuple() -> None:
             return (x + 1, None)
 
     net = nn.Sequential(Pair())
-    with Taps(net, ["0"]) as taps:
+    with FeatureExtractor(net, ["0"]) as taps:
         net(torch.zeros(2))
         assert torch.equal(taps["0"], torch.ones(2))
 
 
 def test_a_tap_that_is_not_there() -> None:
     with pytest.raises(ValueError, match=r"ResNet|Staged has no module 'stage9' to tap. Did you mean 'stage\d'"):
-        Taps(build("resnet8", classes=10), ["stage9"])
-    with Taps(build("resnet8", classes=10), ["stage1"]) as taps, pytest.raises(KeyError, match="is not tapped"):
+        FeatureExtractor(build("resnet8", classes=10), ["stage9"])
+    with (
+        FeatureExtractor(build("resnet8", classes=10), ["stage1"]) as taps,
+        pytest.raises(KeyError, match="is not tapped"),
+    ):
         taps["stage2"]

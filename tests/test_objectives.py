@@ -28,7 +28,7 @@ from tempering.objectives import (
     softened,
     tvd,
 )
-from tempering.rows import UNLABELLED, Rows
+from tempering.rows import IGNORE_INDEX, Rows
 from tempering.temperature import Temperatures
 from tests.conftest import random_rows
 
@@ -109,7 +109,7 @@ def test_the_definition_times_the_two_temperatures(name: str) -> None:
 def test_kl_is_torch_s_and_its_slope_is_the_difference() -> None:
     rows, T = random_rows(), one(4.0)
     leaf = rows.student.clone().requires_grad_()
-    found = kl(rows.with_(student=leaf), T)
+    found = kl(rows.replace(student=leaf), T)
     logq, p = F.log_softmax(rows.student / 4, -1), F.softmax(rows.teacher / 4, -1)
     torch.testing.assert_close(found.detach(), 16 * F.kl_div(logq, p, reduction="none").sum(-1))
     (slope,) = torch.autograd.grad(found.sum(), leaf)
@@ -128,7 +128,7 @@ def test_zero_at_agreement_and_its_slope(objective: Objective) -> None:
     rows = random_rows()
     leaf = rows.teacher.clone().requires_grad_()
     T = temperatures()
-    value = objective(rows.with_(student=leaf), Temperatures(T.student, T.student))
+    value = objective(rows.replace(student=leaf), Temperatures(T.student, T.student))
     assert value.max() < 1e-13 and value.min() >= 0
     (slope,) = torch.autograd.grad(value.sum(), leaf)
     assert slope.abs().max() < 1e-13
@@ -206,7 +206,7 @@ def test_gradients(objective: Objective, monkeypatch: pytest.MonkeyPatch) -> Non
     T = Temperatures(*(t.requires_grad_() for t in temperatures(3)[:2]))
 
     def value(student: Tensor, T_s: Tensor, T_t: Tensor) -> Tensor:
-        return objective(rows.with_(student=student), Temperatures(T_s, T_t))
+        return objective(rows.replace(student=student), Temperatures(T_s, T_t))
 
     leaf = rows.student.clone().requires_grad_()
     assert torch.autograd.gradcheck(value, (leaf, *T[:2]))
@@ -217,28 +217,28 @@ def test_cross_entropy_is_torch_s() -> None:
     rows = random_rows()
     leaf = rows.student.clone().requires_grad_()
     assert rows.target is not None
-    value = cross_entropy(rows.with_(student=leaf))
+    value = cross_entropy(rows.replace(student=leaf))
     torch.testing.assert_close(value.detach(), F.cross_entropy(rows.student, rows.target, reduction="none"))
     for dtype in (torch.int32, torch.uint8):
-        torch.testing.assert_close(cross_entropy(rows.with_(target=rows.target.to(dtype))), value.detach())
+        torch.testing.assert_close(cross_entropy(rows.replace(target=rows.target.to(dtype))), value.detach())
     some = rows.target.clone()
-    some[0], some[3] = UNLABELLED, -1
-    value = cross_entropy(rows.with_(student=leaf, target=some))
+    some[0], some[3] = IGNORE_INDEX, -1
+    value = cross_entropy(rows.replace(student=leaf, target=some))
     value.sum().backward()
     assert float(value[0].detach()) == float(value[3].detach()) == 0.0
     assert leaf.grad is not None and not leaf.grad[0].any() and leaf.grad[1].any()
-    half = cross_entropy(rows.with_(student=rows.student.half()))
+    half = cross_entropy(rows.replace(student=rows.student.half()))
     assert half.dtype == torch.float32
 
 
 def test_labels_that_are_not_there() -> None:
-    rows = random_rows().with_(target=None, name="anchors")
+    rows = random_rows().replace(target=None, name="anchors")
     with pytest.raises(ValueError, match=r"cross_entropy needs labels, but Rows\(name='anchors'\) has target=None"):
         cross_entropy(rows)
     with pytest.raises(
         ValueError, match=r"label 7 is out of range for 7 classes \(labels count from 0 to 6\).*start at"
     ):
-        cross_entropy(rows.with_(target=torch.tensor([0, 1, 7, 2, 3, 4])))
+        cross_entropy(rows.replace(target=torch.tensor([0, 1, 7, 2, 3, 4])))
 
 
 @pytest.mark.parametrize("bad", [-0.1, 1.1, math.nan])

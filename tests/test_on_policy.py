@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tempering import distill
 from tempering.data.text import collate
 from tempering.methods import Divergence, Supervised  # pyright: ignore[reportAttributeAccessIssue]
-from tempering.rollouts.sampling import judged, prompts_of, write
-from tempering.rows import UNLABELLED, total
-from tempering.tasks import Generation, OnPolicy, Sampling, SequenceLevel, Speculative
+from tempering.rollouts.sampling import generate, prompts_of, verify_tokens
+from tempering.rows import IGNORE_INDEX, total
+from tempering.tasks import LanguageModeling, OnPolicy, Sampling, SequenceLevel, Speculative
 from tempering.teachers import Live
 from tests.paths import needs_shared
 from tests.test_generation import EOS, MODELS, PAD, V, gpt2, llama, texts
@@ -30,7 +30,7 @@ GREEDY = Sampling(temperature=0.0)
 def test_what_a_teacher_accepts(case: Case) -> None:  # noqa: F811
     proposed = torch.tensor(case.values["candidates"])
     block = proposed.shape[1]
-    found = judged(torch.tensor(case.values["teacher_logits"])[:, :block], proposed, case.config["top_k"])
+    found = verify_tokens(torch.tensor(case.values["teacher_logits"])[:, :block], proposed, case.config["top_k"])
     case.agree("rank", found.rank)
     case.agree("accepted_mask", found.ok)
     case.agree("accepted", found.accepted)
@@ -76,8 +76,15 @@ def test_blocks_and_caches_write_what_the_definition_does(family: str, top_k: in
     student, teacher = MODELS[family](8, 3).eval(), MODELS[family](12, 4).eval()
     for eos in (None, by_definition(student, teacher, ragged()[0], top_k=top_k, length=5, eos=None)[0][-1]):
         want = [by_definition(student, teacher, p, top_k=top_k, length=9, eos=eos) for p in ragged()]
-        own: dict[str, Any] = {"drawn": GREEDY, "redrawn": GREEDY, "top_k": top_k, "block": block, "eos": eos, "pad": 3}
-        batch, pace = write(student, teacher, ragged(), length=9, **own)
+        own: dict[str, Any] = {
+            "sampling": GREEDY,
+            "resampling": GREEDY,
+            "top_k": top_k,
+            "block": block,
+            "eos": eos,
+            "pad": 3,
+        }
+        batch, pace = generate(student, teacher, ragged(), length=9, **own)
         assert after(batch) == [ids for ids, _ in want]
         flags = [f[learn].tolist() for f, learn in zip(batch["replaced"], batch["learn"], strict=True)]
         assert flags == [f for _, f in want]
@@ -90,12 +97,12 @@ def test_blocks_and_caches_write_what_the_definition_does(family: str, top_k: in
 def test_all_of_the_vocabulary_is_on_policy_and_one_is_the_teacher() -> None:
     student, teacher = gpt2(8, 3), gpt2(12, 4)
     own: dict[str, Any] = {"length": 12, "eos": EOS, "pad": PAD, "seed": 7}
-    alone, _ = write(student, None, ragged(), **own)
-    both, pace = write(student, teacher, ragged(), top_k=V, **own)
+    alone, _ = generate(student, None, ragged(), **own)
+    both, pace = generate(student, teacher, ragged(), top_k=V, **own)
     assert after(alone) == after(both) and pace.replaced == 0 and pace.report()["acceptance"] == 1.0
-    assert after(alone) != after(write(student, None, ragged(), **own | {"seed": 8})[0])
-    one, pace = write(student, teacher, ragged(), top_k=1, redrawn=GREEDY, **own)
-    said, _ = write(teacher, None, ragged(), drawn=GREEDY, **own)
+    assert after(alone) != after(generate(student, None, ragged(), **own | {"seed": 8})[0])
+    one, pace = generate(student, teacher, ragged(), top_k=1, resampling=GREEDY, **own)
+    said, _ = generate(teacher, None, ragged(), sampling=GREEDY, **own)
     assert after(one) == after(said) and pace.replaced > 0
     for prompt, ids in zip(ragged(), after(said), strict=True):
         options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": EOS, "pad_token_id": PAD}
@@ -110,9 +117,9 @@ def test_a_token_that_one_side_lacks_is_not_written(sizes: tuple[int, int]) -> N
     with torch.no_grad():  # each would say little else than what the other lacks
         for model in (student, teacher):
             model.transformer.wte.weight[V:] *= 20  # pyright: ignore
-    batch, pace = write(student, teacher, ragged(), length=20, top_k=20)
+    batch, pace = generate(student, teacher, ragged(), length=20, top_k=20)
     assert 0 < pace.replaced < pace.tokens and int(batch["input_ids"].max()) < V
-    assert not judged(torch.zeros(1, 1, V), torch.tensor([[V]]), V).ok.any()
+    assert not verify_tokens(torch.zeros(1, 1, V), torch.tensor([[V]]), V).ok.any()
 
 
 class Toy(nn.Module):
@@ -136,7 +143,7 @@ def test_tokens_are_distributed_as_the_definition_says(rows: int, block: int) ->
     toys = Toy(q.log().tolist()), Toy(p.log().tolist())
     counts, replaced = torch.zeros(5), 0
     for seed in range(8 // rows):
-        batch, pace = write(*toys, [[0]] * rows, length=250, top_k=2, block=block, seed=seed)
+        batch, pace = generate(*toys, [[0]] * rows, length=250, top_k=2, block=block, seed=seed)
         counts += torch.bincount(torch.tensor(sum(after(batch), [])), minlength=5)  # noqa: RUF017
         replaced += pace.replaced
     n = counts.sum()
@@ -182,21 +189,21 @@ def test_written_batches_are_rows_without_labels_that_count_the_end_once() -> No
     student.transformer.drop.eval()  # pyright: ignore[reportAttributeAccessIssue]
     state = torch.get_rng_state()
     source = Speculative(student, Live(teacher), loader(), top_k=60, length=6, eos=EOS, pad=PAD, vocabulary=V)
-    task = Generation()
+    task = LanguageModeling()
     for model in (student, teacher):
-        task.meet(model)
+        task.prepare_model(model)
     for batch, given in zip(source, loader(), strict=True):
-        assert "ids" not in batch and (batch["labels"] == UNLABELLED).all()
+        assert "ids" not in batch and (batch["labels"] == IGNORE_INDEX).all()
         starts = prompts_of(given)
         rows = [p + w for p, w in zip(starts, after(batch), strict=True)]
         assert rows == [
             ids[m == 1].tolist() for ids, m in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         ]
-        assert int(task.mass(batch)["logits"]) == sum(map(len, after(batch))) <= 18
+        assert int(task.row_weights(batch)["logits"]) == sum(map(len, after(batch))) <= 18
         (made,) = task.rows(student(task.inputs(batch)[0]), teacher(task.inputs(batch)[0]).logits.detach(), batch)
         loss = total(Divergence(objective="jsd", hard=1.0)(made), made)
         loss.backward()
-        assert loss > 0 and made.target is not None and (made.target == UNLABELLED).all()
+        assert loss > 0 and made.target is not None and (made.target == IGNORE_INDEX).all()
     assert student.training and not student.transformer.drop.training  # pyright: ignore[reportAttributeAccessIssue]
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, before[name]) for name, a in student.state_dict().items())
@@ -226,7 +233,7 @@ def test_a_share_of_the_batches_is_written_and_any_place_of_an_epoch_is_found_ag
 @pytest.mark.parametrize("kind", ["on-policy", "speculative"])
 def test_runs_in_distill(kind: str) -> None:
     student, teacher = llama(8, 0).float(), llama(12, 1).float()
-    data, task = loader(), Generation(vocabulary=V)
+    data, task = loader(), LanguageModeling(vocabulary=V)
     adam = partial(torch.optim.Adam, lr=1e-2)
     distill(teacher, None, data, method=Supervised(), task=task, optimizer=adam, epochs=5, quiet=True)
     own: dict[str, Any] = {"length": 5, "eos": EOS, "pad": PAD, "vocabulary": V}
@@ -248,17 +255,17 @@ def test_a_teacher_s_own_texts_are_labels() -> None:
     for batch, data in zip(first, given, strict=True):
         for prompt, ids, labels in zip(prompts_of(data), batch["input_ids"], batch["labels"], strict=True):
             want, _ = by_definition(teacher, None, prompt, top_k=1, length=6, eos=EOS)
-            assert labels[labels != UNLABELLED].tolist() == want
+            assert labels[labels != IGNORE_INDEX].tolist() == want
             assert ids[: len(prompt) + len(want)].tolist() == prompt + want
     source.set_epoch(1)
     for batch, again in zip(first, source, strict=True):
         assert all(torch.equal(batch[name], again[name]) for name in batch)
-    student, task = gpt2(8, 3), Generation()
-    task.meet(student)
+    student, task = gpt2(8, 3), LanguageModeling()
+    task.prepare_model(student)
     (rows,) = task.rows(student(task.inputs(first[0])[0]), None, first[0])
     loss = total(Supervised()(rows, 1.0), rows)
     loss.backward()
-    assert len(rows) == int((first[0]["labels"] != UNLABELLED).sum()) and float(loss.detach()) > 0.0
+    assert len(rows) == int((first[0]["labels"] != IGNORE_INDEX).sum()) and float(loss.detach()) > 0.0
     assert any(bool(p.grad.any()) for p in student.parameters() if p.grad is not None)
     with pytest.raises(TypeError, match="SequenceLevel has a teacher's model write; got str"):
         SequenceLevel("teacher", given)
@@ -275,9 +282,9 @@ def test_what_is_refused() -> None:
     with pytest.raises(TypeError, match="asks a teacher's model; got str"):
         Speculative(student, "gpt", [])
     with pytest.raises(TypeError, match="Linear has no cache"):
-        write(nn.Linear(2, 2), None, [[1]], length=2)
+        generate(nn.Linear(2, 2), None, [[1]], length=2)
     with pytest.raises(ValueError, match="the shortest of 0 tokens"):
-        write(student, None, [[1], []], length=2)
+        generate(student, None, [[1], []], length=2)
     packed = {"input_ids": torch.zeros(1, 4, dtype=torch.long), "position_ids": torch.arange(4)[None]}
     with pytest.raises(ValueError, match="OnPolicy takes padded texts"):
         list(OnPolicy(student, [packed], share=1.0))

@@ -11,7 +11,7 @@ import pytest
 from docs.tools.papers_page import GOLDEN, made_by, page, presets, told
 from tempering.experiments import published as papers
 from tempering.experiments.spec import method_from
-from tempering.experiments.tune.space import written
+from tempering.experiments.tune.space import format_call
 from tempering.methods import DKD, KD, METHODS, MGD
 from tempering.reports.paper_results import PUBLISHED, published, reported
 from tempering.reports.records import pack, write_cell
@@ -58,9 +58,9 @@ def test_presets_are_the_papers() -> None:
         "reach": 0.9,
         "attached": True,
     }
-    rests = [papers.dkd(*pair).rest for pair in papers.SAME if pair in papers.MDISTILLER]
+    rests = [papers.dkd(*pair).non_target for pair in papers.SAME if pair in papers.MDISTILLER]
     assert rests == [2.0, 2.0, 8.0, 6.0, 6.0, 6.0]
-    assert papers.dkd("resnet34", "resnet18", data="imagenet").hyperparameters()["rest"] == 0.5
+    assert papers.dkd("resnet34", "resnet18", data="imagenet").hyperparameters()["non_target"] == 0.5
     assert (papers.ttm("vgg13", "vgg8").soft, papers.ttm("vgg13", "vgg8").temperature.tau) == (45.0, 10.0)
     assert (papers.wttm("vgg13", "vgg8").soft, papers.wttm("resnet50", "mobilenetv1", data="imagenet").soft) == (
         2.25,
@@ -69,15 +69,18 @@ def test_presets_are_the_papers() -> None:
     lskd = papers.lskd("resnet110", "resnet20")
     assert isinstance(lskd.inner, KD) and (lskd.inner.soft, lskd.inner.temperature.tau, lskd.hard) == (12.0, 4.0, 0.1)
     both = papers.lskd_dkd("resnet32x4", "resnet8x4").inner
-    assert isinstance(both, DKD) and (both.target, both.rest, both.temperature.tau) == (9.0, 72.0, 2.0)
-    assert (papers.nkd("resnet34", "resnet18").rest, papers.nkd("resnet34", "resnet18", data="imagenet").rest) == (
+    assert isinstance(both, DKD) and (both.target, both.non_target, both.temperature.tau) == (9.0, 72.0, 2.0)
+    assert (
+        papers.nkd("resnet34", "resnet18").non_target,
+        papers.nkd("resnet34", "resnet18", data="imagenet").non_target,
+    ) == (
         3.5,
         1.5,
     )
     assert (papers.uskd("resnet18").weak, papers.uskd("deit_tiny", data="imagenet").weak) == (0.1, 0.005)
     assert papers.r2kd("vgg13", "vgg8", published=True).rank == "published"
     assert papers.mlkd("resnet34", "resnet18", data="imagenet").temperatures == (1.0, 3.0, 5.0, 2.0, 6.0)
-    assert not papers.ats("resnet110", "vgg8", published=True).centred
+    assert not papers.ats("resnet110", "vgg8", published=True).centered
     assert papers.rld("resnet50", "mobilenetv1", data="imagenet").masked == 2.0
     reppoints = papers.fgd("RepPoints-RX101", "reppoints_r50")
     assert (reppoints.foreground, reppoints.background, reppoints.attention, reppoints.relation) == (
@@ -107,7 +110,7 @@ def test_every_value_of_every_preset_can_be_typed(name: str) -> None:
     assert known and all(known.values())
     for pairs in known.values():
         for method in pairs.values():
-            typed = method_from(written(method, whole=True))
+            typed = method_from(format_call(method, whole=True))
             assert json.dumps(typed.hyperparameters()) == json.dumps(method.hyperparameters())
 
 
@@ -120,9 +123,12 @@ def test_presets_of_temperatures() -> None:
         papers.ctkd("resnet32x4", "resnet8x4")
     itkd = papers.itkd("resnet110", "resnet20", published=True).temperature
     assert isinstance(itkd, Instance) and itkd.form == "published"
-    assert [papers.itkd_dkd(*pair).rest for pair in (("resnet32x4", "resnet8x4"), ("resnet56", "resnet20"))] == [8, 2]
+    assert [papers.itkd_dkd(*pair).non_target for pair in (("resnet32x4", "resnet8x4"), ("resnet56", "resnet20"))] == [
+        8,
+        2,
+    ]
     assert papers.normkd().hyperparameters()["temperature"] == {
-        "name": "Standardised",
+        "name": "Standardized",
         "tau": 2.0,
         "scale": "teacher",
         "ddof": 1,
@@ -196,7 +202,7 @@ def test_reported_numbers_invent_nothing() -> None:
     for label, pair, data in (
         ("DTKD exact", ("resnet14", "resnet8"), "cifar100"),  # not what the paper ran
         ("DTKD published", ("resnet32x4", "resnet8x4"), "cifar100"),  # its tables could not be seen
-        ("dkd(rest=2)", ("resnet32x4", "resnet8x4"), "cifar100"),
+        ("dkd(non_target=2)", ("resnet32x4", "resnet8x4"), "cifar100"),
         ("KD", ("resnet14", "resnet20"), "cifar100"),
         ("KD", ("resnet32x4", "resnet8x4"), "digits"),
         ("r2kd", ("vgg13", "vgg8"), "cifar100"),

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import tempering as kd
 from tempering.data.text import collate
 from tempering.data.tokens import Tokens
-from tempering.integrations.huggingface import DistillMixin, Labelled
+from tempering.integrations.huggingface import DistillMixin, Labeled
 from tempering.kernels import linear_loss
 from tempering.methods import DTKD, Divergence  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.rows import Rows, total
-from tempering.tasks import Generation
+from tempering.tasks import LanguageModeling
 from tests.later import Later, needs
 from tests.test_generation import PAD, gpt2, llama, loss_of, texts
 
@@ -64,7 +64,7 @@ def test_padding_on_either_side_changes_nothing(family: Any) -> None:
 
 
 def test_a_run_trains_the_adapters_is_killed_and_goes_on(tmp_path: Path) -> None:
-    data, task, teacher = Tokens(texts(), batch_size=2, pad=PAD), Generation(), gpt2(12, 1)
+    data, task, teacher = Tokens(texts(), batch_size=2, pad=PAD), LanguageModeling(), gpt2(12, 1)
     how: dict[str, Any] = {"method": DTKD(), "task": task, "optimizer": ADAM, "epochs": 4, "quiet": True}
     straight = student()
     before, first = frozen(straight), copy.deepcopy(straight.state_dict())
@@ -154,7 +154,7 @@ def test_the_trainer_of_transformers_trains_and_saves_the_adapters(tmp_path: Pat
     class KDTrainer(DistillMixin, transformers.Trainer):
         pass
 
-    made, task = student().float(), Labelled(shift=True)
+    made, task = student().float(), Labeled(shift=True)
     before = frozen(made)
     args = settings(transformers.TrainingArguments, tmp_path, save_strategy="steps", save_steps=6)
     data = [{"input_ids": x, "labels": x} for x in texts_ids().repeat(4, 1)]
@@ -192,7 +192,7 @@ def test_the_trainer_of_trl(tmp_path: Path) -> None:
             processing_class=tokenizer(),
             teacher=teacher,
             method=DTKD(),
-            task=Labelled(shift=True),
+            task=Labeled(shift=True),
             selfcheck=False,
         )
         trainer.train()

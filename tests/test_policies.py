@@ -20,17 +20,17 @@ from tempering.rows import Rows, total
 from tempering.temperature import (
     DTS,
     POLICIES,
+    Ablated,
     Adaptive,
     Capped,
     Cosine,
     Curriculum,
     Energy,
     Entropy,
-    Isolated,
     Policy,
     Scheduled,
     Sharpness,
-    Standardised,
+    Standardized,
     Static,
 )
 from tempering.training.distill import distill
@@ -75,7 +75,7 @@ def test_the_temperature_climbs_the_loss_and_without_reversal_descends_it(form: 
     for lam, sign in ((-1.0, 1), (1.0, -1)):
         torch.manual_seed(1)
         method = KD(soft=1.0, hard=0.0, temperature=Curriculum(form=form, initial=initial, lambda_last=lam, over=0.0))
-        method.prepare(rows)
+        method.setup(rows)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the descent ends at a bound
             losses = trained(method, rows, steps=30, lr=0.02)
@@ -109,7 +109,7 @@ def test_reversal_multiplies_the_gradient_and_leaves_the_value(form: Any) -> Non
     for lam in (1.0, -0.25):
         torch.manual_seed(2)
         policy = Curriculum(form=form, lambda_last=lam, over=0.0).double()
-        policy.prepare(rows)
+        policy.setup(rows)
         T = policy(rows).student
         found.append((T.detach(), torch.autograd.grad(T.sum(), list(policy.parameters()))))
     same(found[0][0], found[1][0], 0.0, 0.0)
@@ -117,7 +117,7 @@ def test_reversal_multiplies_the_gradient_and_leaves_the_value(form: Any) -> Non
     assert all(bool(g.any()) for g in found[0][1])
 
 
-def test_on_standardised_logits_it_falls_to_the_floor_and_says_so_once() -> None:
+def test_on_standardized_logits_it_falls_to_the_floor_and_says_so_once() -> None:
     rows = like_cifar()
     policy = Curriculum(low=2.0, high=22.0, initial=-2.0, over=0.0)
     method = LSKD(KD(soft=9.0, hard=0.0, temperature=policy), hard=0.0)
@@ -134,22 +134,22 @@ def test_the_warning_is_for_most_rows_and_for_training() -> None:
     policy.train()
     with pytest.warns(UserWarning, match="T = 21 of"):
         policy(block())
-    instance = Curriculum(form="instance", centred=False, hidden=1)
+    instance = Curriculum(form="instance", centered=False, hidden=1)
     rows = block(4, 2, weighted=True)
-    instance.prepare(rows)
+    instance.setup(rows)
     with torch.no_grad():
         for p in instance.parameters():
             p.zero_()
         instance.net[0].weight[0, 0] = 1.0  # pyright: ignore
         instance.net[2].weight[0, 0] = 1.0  # pyright: ignore
     teacher = torch.tensor([[50.0, 0.0], [50.0, 0.0], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
-    half = rows.with_(teacher=teacher)
+    half = rows.replace(teacher=teacher)
     instance(half)
     assert int(instance.report()["at_bound"]) == 2
-    instance(half.with_(weight=torch.tensor([0.0, 1.0, 1.0, 1.0])))
+    instance(half.replace(weight=torch.tensor([0.0, 1.0, 1.0, 1.0])))
     assert int(instance.report()["at_bound"]) == 1
     with pytest.warns(UserWarning, match="T = 21 of"):
-        instance(half.with_(weight=torch.tensor([1.0, 1.0, 1.0, 0.0])))
+        instance(half.replace(weight=torch.tensor([1.0, 1.0, 1.0, 0.0])))
 
 
 def test_weight_decay_on_the_temperature_is_a_choice() -> None:
@@ -166,13 +166,13 @@ def test_weight_decay_on_the_temperature_is_a_choice() -> None:
 
 def test_the_instance_net_is_sized_by_the_first_rows() -> None:
     method = KD(temperature=Scheduled(Curriculum(form="instance", hidden=5), end=2.0))
-    assert method.wants_rows() and not KD().wants_rows() and not DTKD(temperature=Capped(Sharpness())).wants_rows()
-    with pytest.raises(RuntimeError, match=r"its net has no size yet, and .*7 classes. Call method.prepare\(rows\)"):
+    assert method.needs_setup() and not KD().needs_setup() and not DTKD(temperature=Capped(Sharpness())).needs_setup()
+    with pytest.raises(RuntimeError, match=r"its net has no size yet, and .*7 classes. Call method.setup\(rows\)"):
         method(block())
-    Sum(method, DKD()).prepare(block())
+    Sum(method, DKD()).setup(block())
     (net,) = [p for p in method.policies().values() if isinstance(p, Curriculum)]
     first = net.net
-    method.prepare(block())
+    method.setup(block())
     assert net.net is first and [p.shape for p in net.parameters()] == [(5, 14), (5,), (1, 5), (1,)]
     backward(method, block())
     with pytest.raises(RuntimeError, match=r"is made for 7 classes, and .* has 5 classes"):
@@ -214,14 +214,14 @@ def test_energy_sorts_rows_into_three() -> None:
     assert Energy(sure=6.0, unsure=2.0)(rows).teacher.flatten().tolist() == [2.0] * 4 + [4.0] * 12 + [6.0] * 4
     weight = torch.ones(20, dtype=torch.float64)
     weight[16:] = 0.0
-    assert Energy()(rows.with_(weight=weight)).teacher.flatten()[:16].tolist() == [6.0] * 3 + [4.0] * 10 + [2.0] * 3
+    assert Energy()(rows.replace(weight=weight)).teacher.flatten()[:16].tolist() == [6.0] * 3 + [4.0] * 10 + [2.0] * 3
 
 
-def test_energy_as_released_is_not_centred() -> None:
+def test_energy_as_released_is_not_centered() -> None:
     rows = random_rows(50, 10)
-    moved = rows.with_(teacher=rows.teacher + torch.linspace(-20, 20, 50, dtype=torch.float64).unsqueeze(1))
+    moved = rows.replace(teacher=rows.teacher + torch.linspace(-20, 20, 50, dtype=torch.float64).unsqueeze(1))
     same(Energy()(moved).teacher, Energy()(rows).teacher)
-    raw = Energy(centred=False)
+    raw = Energy(centered=False)
     found = -4.0 * (rows.teacher / 4.0).exp().sum(1).log()
     ranked = found.sort().values
     want = torch.where(found < ranked[10], 2.0, torch.where(found > ranked[-11], 6.0, 4.0))
@@ -245,13 +245,13 @@ def test_adaptive_is_the_formula_of_its_source(strength: float) -> None:
 
 def test_adaptive_where_most_rows_agree() -> None:
     rows = random_rows(5, 6)
-    agreeing = rows.with_(student=rows.teacher.clone())
+    agreeing = rows.replace(student=rows.teacher.clone())
     assert reference(Adaptive(4.0), agreeing).flatten().tolist() == [4.0] * 5
     agreeing.student[0] = rows.student[0]
     assert reference(Adaptive(4.0), agreeing).flatten().tolist() == [4.0] * 5
-    alone = agreeing.with_(weight=torch.tensor([1.0, 0, 0, 0, 0]))
+    alone = agreeing.replace(weight=torch.tensor([1.0, 0, 0, 0, 0]))
     assert float(reference(Adaptive(4.0), alone)[0]) == 4.0
-    none = agreeing.with_(weight=torch.zeros(5))
+    none = agreeing.replace(weight=torch.zeros(5))
     assert reference(Adaptive(4.0), none).isfinite().all()
 
 
@@ -265,9 +265,9 @@ def test_a_schedule_goes_from_start_to_end(shape: Any) -> None:
     middle = 3.0
     quarter = 3.5 if shape == "linear" else 2.0 + 2.0 * 0.5 * (1 + math.cos(math.pi / 4))
     for progress, want in ((0.0, 4.0), (0.2, quarter), (0.4, middle), (0.8, 2.0), (1.0, 2.0)):
-        assert float(policy(rows, progress).student) == pytest.approx(want) == policy.tau_at(progress)
-    assert Scheduled(Static(4.0), start=8.0, end=1.0).tau_at(0.0) == 8.0
-    assert Scheduled(end=1.0, over=0.0).tau_at(0.0) == 1.0
+        assert float(policy(rows, progress).student) == pytest.approx(want) == policy.reference_at(progress)
+    assert Scheduled(Static(4.0), start=8.0, end=1.0).reference_at(0.0) == 8.0
+    assert Scheduled(end=1.0, over=0.0).reference_at(0.0) == 1.0
 
 
 @pytest.mark.parametrize("solved", [Sharpness, Entropy])
@@ -281,7 +281,7 @@ def test_a_schedule_solves_anew_where_the_reference_is_in_the_equation(solved: A
     assert set(policy.report()) == {"fallback", "clamped"}
 
 
-@pytest.mark.parametrize("inner", [Cosine(), Standardised(2.0), Standardised(scale="tau"), Energy(), Curriculum()])
+@pytest.mark.parametrize("inner", [Cosine(), Standardized(2.0), Standardized(scale="tau"), Energy(), Curriculum()])
 def test_a_schedule_multiplies_the_others(inner: Policy) -> None:
     rows = block()
     found = Scheduled(inner, start=inner.tau, end=inner.tau / 4)(rows, 1.0)
@@ -309,7 +309,7 @@ def test_policies_compose(policy: Policy) -> None:
     ):
         for kind in (KD, DKD, DTKD):
             method = kind(temperature=outer)
-            method.prepare(rows)
+            method.setup(rows)
             backward(method, rows, 0.5)
         T = outer(rows, 0.5)
         scale = 4.0 / outer.tau if isinstance(outer, Scheduled) and type(policy) not in (Sharpness, Entropy) else 1.0
@@ -323,19 +323,19 @@ def test_isolated_halves_make_the_whole() -> None:
     """Each is the other's divergence at its own scale: together they are the policy, and each alone is not."""
     rows, tau = block(weighted=True), 4.0
     T, plain = Sharpness(tau)(rows), Static(tau)(rows)
-    soften, weigh = (Isolated(Sharpness(tau), keep=keep) for keep in ("temperatures", "scale"))
+    soften, weigh = (Ablated(Sharpness(tau), keep=keep) for keep in ("temperatures", "scale"))
     same(kl(rows, soften(rows)) * T.scale, kl(rows, T) * tau**2)
     same(kl(rows, weigh(rows)) * tau**2, kl(rows, plain) * T.scale)
     assert not torch.allclose(kl(rows, weigh(rows)), kl(rows, plain))
     assert soften.report().keys() == {"fallback", "clamped"}
     for keep in ("temperatures", "scale"):
-        later = Scheduled(Isolated(Sharpness(4.0), keep=keep), end=2.0)
-        inside = Isolated(Scheduled(Sharpness(4.0), end=2.0), keep=keep)
-        want = Isolated(Sharpness(2.0), keep=keep)(rows)
+        later = Scheduled(Ablated(Sharpness(4.0), keep=keep), end=2.0)
+        inside = Ablated(Scheduled(Sharpness(4.0), end=2.0), keep=keep)
+        want = Ablated(Sharpness(2.0), keep=keep)(rows)
         for found in (later(rows, 1.0), inside(rows, 1.0)):
             same(tuple(found), tuple(want))
-        backward(DTKD(temperature=Isolated(Sharpness(4.0), keep=keep)), rows, 0.5)
-        same(DTKD(temperature=Isolated(keep=keep))(rows, 0.5), DTKD(temperature=Static(4.0))(rows, 0.5))
+        backward(DTKD(temperature=Ablated(Sharpness(4.0), keep=keep)), rows, 0.5)
+        same(DTKD(temperature=Ablated(keep=keep))(rows, 0.5), DTKD(temperature=Static(4.0))(rows, 0.5))
 
 
 def test_a_cap_holds_and_counts() -> None:
@@ -346,7 +346,7 @@ def test_a_cap_holds_and_counts() -> None:
     out = sum(int(((side < 3.5) | (side > 4.5)).sum()) for side in (plain.student, plain.teacher))
     assert int(policy.report()["capped"]) == out > 0
     assert policy.report().keys() == {"fallback", "clamped", "capped"}
-    none = rows.with_(weight=torch.zeros(8))
+    none = rows.replace(weight=torch.zeros(8))
     policy(none)
     assert int(policy.report()["capped"]) == 0
     assert float(Capped(Static(40.0), high=None)(rows).student) == 40.0
@@ -391,12 +391,12 @@ def test_dts_without_labels_or_with_masked_ones_is_its_cosine() -> None:
     rows, target = random_rows(4, 5), torch.tensor([0, 1, -100, 3])
     gone = rows.teacher.index_fill(1, torch.tensor([0]), -torch.inf)
     masked = Rows(rows.student.index_fill(1, torch.tensor([0]), -torch.inf), gone, target)
-    for made in (rows.with_(target=None), rows.with_(target=torch.full_like(target, -100)), masked):
+    for made in (rows.replace(target=None), rows.replace(target=torch.full_like(target, -100)), masked):
         same(DTS()(made, 0.3), DTS(adjust=False)(made, 0.3))
     unweighted = random_rows(4, 5, weighted=True)
     policy = DTS(momentum=0.0, low=0.01, high=100.0)
     assert unweighted.weight is not None
-    two = unweighted.with_(weight=torch.tensor([1.0, 1, 0, 0], dtype=torch.float64))
+    two = unweighted.replace(weight=torch.tensor([1.0, 1, 0, 0], dtype=torch.float64))
     assert unweighted.target is not None
     half = Rows(unweighted.student[:2], unweighted.teacher[:2], unweighted.target[:2])
     same(policy(two, 0.3), policy(half, 0.3))
@@ -414,14 +414,14 @@ def gap(rows: Rows, policy: Policy) -> Tensor:
 def test_both_sides_have_one_entropy(tau: float, classes: int) -> None:
     rows = random_rows(10_000, classes, labels=False)
     spreads = torch.linspace(0.1, 3.0, 10_000, dtype=torch.float64).unsqueeze(1)
-    rows = rows.with_(student=rows.student * spreads, teacher=rows.teacher * spreads.flip(0))
+    rows = rows.replace(student=rows.student * spreads, teacher=rows.teacher * spreads.flip(0))
     policy = Entropy(tau, reach=1.0)
     T = policy(rows)
     same(T.student + T.teacher, torch.full((10_000, 1), 2 * tau, dtype=torch.float64))
     assert bool((T.student > 0).all()) and bool((T.teacher > 0).all())
     assert int(policy.report()["fallback"]) == 0
     assert float(gap(rows, policy).abs().max()) < 1e-6
-    single = rows.with_(student=rows.student.float(), teacher=rows.teacher.float())
+    single = rows.replace(student=rows.student.float(), teacher=rows.teacher.float())
     assert float(gap(single, Entropy(tau)).abs().quantile(0.5)) < 1e-6
 
 
@@ -469,11 +469,11 @@ def test_nested_policies_from_text() -> None:
         policy_from("capped(4)")
 
 
-@pytest.mark.parametrize("name", ["ctkd", "ctkd-instance", "cosine", "standardised", "energy", "adaptive", "annealed"])
+@pytest.mark.parametrize("name", ["ctkd", "ctkd-instance", "cosine", "standardized", "energy", "adaptive", "annealed"])
 def test_arms_of_policies_train(name: str) -> None:
     method = method_of(name)
     assert isinstance(method, KD) and (method.soft, method.hard) == (0.9, 0.1)
-    method.prepare(block())
+    method.setup(block())
     backward(method, block())
 
 
@@ -503,7 +503,7 @@ def test_every_policy_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (lambda: Scheduled(end=0.0), "Scheduled needs end > 0"),
         (lambda: Scheduled(over=20), "Scheduled needs over in [0, 1]"),
         (lambda: Scheduled(shape="step"), "Scheduled needs shape 'cosine' or 'linear'; got 'step'"),  # pyright: ignore
-        (lambda: Isolated(keep="half"), "Isolated needs keep 'temperatures' or 'scale'; got 'half'"),
+        (lambda: Ablated(keep="half"), "Ablated needs keep 'temperatures' or 'scale'; got 'half'"),
         (lambda: Capped(low=5.0, high=2.0), "Capped needs low <= high; got low=5.0 and high=2.0"),
         (lambda: Capped(low=-1.0), "Capped needs low > 0"),
         (lambda: DTS(low=5.0), "DTS needs low <= high; got low=5.0"),

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tempering.data import Tokens
-from tempering.data.canaries import DIGITS, Canary, canaries, places, plant
-from tempering.data.privacy import Entities, Patterns, Span, both, byte_offsets, given, scores
-from tempering.data.text import Example, collate, pack, prompted, windows
+from tempering.data.canaries import DIGITS, Canary, canaries, canary_spans, insert_canaries
+from tempering.data.privacy import Entities, Patterns, Span, both, byte_offsets, known_spans, scores
+from tempering.data.text import TextExample, collate, make_prompt_example, pack, windows
 from tempering.rows import Rows
-from tempering.tasks import Generation
+from tempering.tasks import LanguageModeling
 
 TEXT = "to to Mrs Ada Byron, call +44 20 7946 0958 or mail ada.b@mail.example.org, key sk-4f9A8b7c6D5e4f3A2b1c, room 12"
 
@@ -54,14 +54,14 @@ def test_slips_in_patterns_are_named(options: dict[str, Any], said: str) -> None
 
 
 def test_spans_become_scores_of_tokens() -> None:
-    text, spans = "pin 4821 é", given([(4, 8), (6, 10, 0.5, "odd")])
+    text, spans = "pin 4821 é", known_spans([(4, 8), (6, 10, 0.5, "odd")])
     tokens = [(0, 0), (0, 3), (3, 6), (6, 8), (8, 9), (9, 10)]  # the first is a special token
     assert scores(text, tokens, spans) == [0.0, 0.0, 1.0, 1.0, 0.5, 0.5]
     assert byte_offsets(text)[-2:] == [(9, 10), (9, 10)] and len(byte_offsets(text)) == len(text.encode())
     assert scores(text, byte_offsets(text), both(spans, Patterns(kinds=["number"])))[4:8] == [1.0] * 4
     for wrong in ((4, 99), (4, 4), (0, 2, 1.5)):
         with pytest.raises(ValueError, match="a span must lie in its text of 10 characters"):
-            scores(text, tokens, given([wrong]))
+            scores(text, tokens, known_spans([wrong]))
 
 
 def test_offsets_of_a_trained_tokenizer() -> None:
@@ -99,73 +99,80 @@ def test_entities_are_asked_lazily(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_scores_go_where_their_tokens_go() -> None:
-    one = Example((5, 6, 7, 8), (True,) * 4, (0.0, 0.0, 1.0, 0.5))
-    other = Example((1, 2), (True,) * 2)
+    one = TextExample((5, 6, 7, 8), (True,) * 4, (0.0, 0.0, 1.0, 0.5))
+    other = TextExample((1, 2), (True,) * 2)
     for side, want in (("right", [0.0, 0.0, 1.0, 0.5]), ("left", [0.0, 0.0, 1.0, 0.5])):
         batch = collate([one, other], side=side)
-        assert batch["private"].tolist() == [want, [0.0] * 4]
-    assert "private" not in collate([other])
+        assert batch["privacy_score"].tolist() == [want, [0.0] * 4]
+    assert "privacy_score" not in collate([other])
     (packed,) = pack([other, one], 8)
-    assert packed["private"].tolist() == [[0.0, 0.0, 0.0, 0.0, 1.0, 0.5, 0.0, 0.0]]
-    assert "private" not in pack([other], 4)[0]
-    assert [w.private for w in windows(range(5), 3, private=(0, 0, 1, 1, 0))] == [(0, 0, 1), (1, 1, 0)]
-    made = prompted([1, 2, 3], [4, 5], eos=9, length=5, private=([0.1, 0.2, 0.3], [0.4, 0.5]))
-    assert made.ids == (2, 3, 4, 5, 9) and made.private == (0.2, 0.3, 0.4, 0.5, 0.0)
-    cut = prompted([1], [4, 5, 9], eos=9, length=2, private=([0.1], [0.4, 0.5, 0.0]))
-    assert cut.ids == (4, 5) and cut.private == (0.4, 0.5)
+    assert packed["privacy_score"].tolist() == [[0.0, 0.0, 0.0, 0.0, 1.0, 0.5, 0.0, 0.0]]
+    assert "privacy_score" not in pack([other], 4)[0]
+    assert [w.privacy_score for w in windows(range(5), 3, privacy_score=(0, 0, 1, 1, 0))] == [(0, 0, 1), (1, 1, 0)]
+    made = make_prompt_example([1, 2, 3], [4, 5], eos=9, length=5, privacy_score=([0.1, 0.2, 0.3], [0.4, 0.5]))
+    assert made.ids == (2, 3, 4, 5, 9) and made.privacy_score == (0.2, 0.3, 0.4, 0.5, 0.0)
+    cut = make_prompt_example([1], [4, 5, 9], eos=9, length=2, privacy_score=([0.1], [0.4, 0.5, 0.0]))
+    assert cut.ids == (4, 5) and cut.privacy_score == (0.4, 0.5)
     for make in (
-        lambda: Example((1, 2), (True, True), (0.5,)),
-        lambda: windows(range(5), 3, private=(0, 0)),
-        lambda: prompted([1], [2], private=([0.0], [0.0, 0.0])),
+        lambda: TextExample((1, 2), (True, True), (0.5,)),
+        lambda: windows(range(5), 3, privacy_score=(0, 0)),
+        lambda: make_prompt_example([1], [2], privacy_score=([0.0], [0.0, 0.0])),
     ):
         with pytest.raises(ValueError, match="needs a privacy for "):
             make()
 
 
 def test_the_data_s_identity_knows_what_is_private() -> None:
-    plain = Tokens([Example((1, 2, 3), (True,) * 3)])
-    public = Tokens([Example((1, 2, 3), (True,) * 3, (0.0, 0.0, 0.0))])
-    marked = Tokens([Example((1, 2, 3), (True,) * 3, (0.0, 1.0, 0.0))])
+    plain = Tokens([TextExample((1, 2, 3), (True,) * 3)])
+    public = Tokens([TextExample((1, 2, 3), (True,) * 3, (0.0, 0.0, 0.0))])
+    marked = Tokens([TextExample((1, 2, 3), (True,) * 3, (0.0, 1.0, 0.0))])
     assert len({plain.identity, public.identity, marked.identity}) == 3
-    assert plain.identity == Tokens([Example((1, 2, 3), (True,) * 3)], canaries=canaries()).identity
+    assert plain.identity == Tokens([TextExample((1, 2, 3), (True,) * 3)], canaries=canaries()).identity
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_the_row_that_predicts_a_private_token_is_the_private_one(side: str) -> None:
-    text = Example((10, 11, 12, 13), (True,) * 4, (0.0, 0.0, 1.0, 0.25))
-    batch = collate([text, Example((14, 15), (True,) * 2, (1.0, 0.0))], side=side, length=6, ids=[7, 8])
+    text = TextExample((10, 11, 12, 13), (True,) * 4, (0.0, 0.0, 1.0, 0.25))
+    batch = collate([text, TextExample((14, 15), (True,) * 2, (1.0, 0.0))], side=side, length=6, ids=[7, 8])
     logits = torch.zeros(2, 6, 20)
-    (rows,) = Generation().rows(logits, logits, batch)
-    assert rows.target is not None and rows.private is not None and rows.ids is not None and rows.places is not None
-    told = dict(zip(rows.target.tolist(), rows.private.tolist(), strict=True))
+    (rows,) = LanguageModeling().rows(logits, logits, batch)
+    assert (
+        rows.target is not None
+        and rows.privacy_score is not None
+        and rows.ids is not None
+        and rows.positions is not None
+    )
+    told = dict(zip(rows.target.tolist(), rows.privacy_score.tolist(), strict=True))
     assert told == {11: 0.0, 12: 1.0, 13: 0.25, 15: 0.0}  # a text's first token is predicted by nothing
     first = 0 if side == "right" else 2
-    assert rows.ids.tolist() == [7, 7, 7, 8] and rows.places[:3].tolist() == [first, first + 1, first + 2]
-    assert "private" not in Generation().inputs(batch)[0]
+    assert rows.ids.tolist() == [7, 7, 7, 8] and rows.positions[:3].tolist() == [first, first + 1, first + 2]
+    assert "privacy_score" not in LanguageModeling().inputs(batch)[0]
     empty = {**batch, "labels": torch.full_like(batch["labels"], -100)}
-    (none,) = Generation().rows(logits, logits, empty)
-    assert none.weight is not None and not none.weight.any() and none.private is not None
-    with pytest.raises(ValueError, match="needs private of the shape of input_ids"):
-        Generation().rows(logits, logits, {**batch, "private": torch.zeros(2, 5)})
+    (none,) = LanguageModeling().rows(logits, logits, empty)
+    assert none.weight is not None and not none.weight.any() and none.privacy_score is not None
+    with pytest.raises(ValueError, match="needs privacy_score of the shape of input_ids"):
+        LanguageModeling().rows(logits, logits, {**batch, "privacy_score": torch.zeros(2, 5)})
 
 
 def test_packed_rows_are_private_as_padded_ones() -> None:
-    texts = [Example((1, 2, 3), (True,) * 3, (0.0, 1.0, 0.5)), Example((4, 5), (True,) * 2, (1.0, 0.25))]
+    texts = [TextExample((1, 2, 3), (True,) * 3, (0.0, 1.0, 0.5)), TextExample((4, 5), (True,) * 2, (1.0, 0.25))]
     (packed,) = pack(texts, 6)
     logits = torch.zeros(1, 6, 9)
-    (rows,) = Generation().rows(logits, logits, packed)
-    assert rows.private is not None and rows.private.tolist() == [1.0, 0.5, 0.25]
+    (rows,) = LanguageModeling().rows(logits, logits, packed)
+    assert rows.privacy_score is not None and rows.privacy_score.tolist() == [1.0, 0.5, 0.25]
 
 
 def test_rows_refuse_a_privacy_outside_its_range() -> None:
     z = torch.zeros(3, 2)
-    with pytest.raises(ValueError, match=r"needs private of shape \(N,\) = \(3,\)"):
-        Rows(z, z, private=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"needs privacy_score of shape \(N,\) = \(3,\)"):
+        Rows(z, z, privacy_score=torch.zeros(2))
     for bad in (1.5, -0.1, float("nan")):
         score = torch.tensor([0.0, bad, 1.0])
         with pytest.raises(ValueError, match=r"needs a privacy in \[0, 1\]"):
-            Rows(z, z, private=score)
-        Rows(z, z, weight=torch.tensor([1.0, 0.0, 1.0]), private=score)  # where there is no weight anything may stand
+            Rows(z, z, privacy_score=score)
+        Rows(
+            z, z, weight=torch.tensor([1.0, 0.0, 1.0]), privacy_score=score
+        )  # where there is no weight anything may stand
 
 
 # canaries
@@ -175,10 +182,12 @@ def test_canaries_are_planted_as_often_as_they_say() -> None:
     secrets = canaries((0, 1, 7), each=3, digits=4, seed=1)
     assert len({c.prompt for c in secrets}) == 9 and all(c.size == 10_000 for c in secrets)
     assert all(c.candidate(c.index) == c.secret for c in secrets)
-    text = plant("a line\n" * 40, secrets, seed=2)
+    text = insert_canaries("a line\n" * 40, secrets, seed=2)
     assert [("\n" + text).count(c.prompt + c.secret + c.end) for c in secrets] == [0] * 3 + [1] * 3 + [7] * 3
-    assert text == plant("a line\n" * 40, secrets, seed=2) != plant("a line\n" * 40, secrets, seed=3)
-    at = places(text, secrets)
+    assert (
+        text == insert_canaries("a line\n" * 40, secrets, seed=2) != insert_canaries("a line\n" * 40, secrets, seed=3)
+    )
+    at = canary_spans(text, secrets)
     assert len(at) == 24 and {text[a:b] for a, b in at} == {c.secret for c in secrets if c.repeats}
     numbers = Patterns(kinds=["number"])(text)
     assert [(s.start, s.end) for s in numbers] == at, "the detector of numbers finds each and nothing else"
@@ -193,7 +202,7 @@ def test_canaries_are_planted_as_often_as_they_say() -> None:
         (lambda: Canary("x", "1", -1), "got '1' and -1"),
         (lambda: canaries(each=99), "needs 1 to 48 of them"),
         (lambda: canaries(form="no name"), "a form with {name}"),
-        (lambda: plant("no line end", canaries()), "the text has no line end"),
+        (lambda: insert_canaries("no line end", canaries()), "the text has no line end"),
     ],
 )
 def test_slips_in_canaries_are_named(make: Any, said: str) -> None:

@@ -173,7 +173,7 @@ def test_curves_end_where_the_records_end(folder: Path, read: Page) -> None:
         assert f"teacher from {first:.2f} to {last:.2f}" in read.told(f"temperature-{order}")
         fell = sum(line["policy"]["fallback"] for lines in steps for line in lines)
         assert (f"{fell} rows fell back" in read.texts["temperatures"]) == (label == "DTKD published")
-        assert f"{label} ends at {np.mean([lines[-1]['gap'] for lines in steps]):.4g}" in read.told("gap")
+        assert f"{label} ends at {np.mean([lines[-1]['logsumexp_gap'] for lines in steps]):.4g}" in read.told("gap")
     assert "No row fell back to the reference temperature" in read.texts["temperatures"]
     assert "Constant: KD at 4; KD, weight-matched at 4." in read.texts["temperatures"]
 
@@ -232,11 +232,11 @@ def test_words_and_numbers_of_others_are_escaped(tmp_path: Path) -> None:
     assert bad in Page(html).texts["runs"]
 
 
-def test_an_arm_that_differs_in_everything_keeps_a_colour_and_a_switch(tmp_path: Path) -> None:
+def test_an_arm_that_differs_in_everything_keeps_a_color_and_a_switch(tmp_path: Path) -> None:
     many = [one(tmp_path / str(i), f"arm {i}") for i in range(20)]
     html = render(many)
     said = re.findall(r"\.(a\d+) { --c: var\(--c(\d)\); --dashes: ([\d ]+|none) }", html)
-    assert len(said) == len({name for name, *_ in said}) == len({(colour, dashes) for _, colour, dashes in said}) == 20
+    assert len(said) == len({name for name, *_ in said}) == len({(color, dashes) for _, color, dashes in said}) == 20
 
 
 def test_charts_leave_out_another_network(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from torch import nn
 from tempering import distill
 from tempering.data import Pairs, Tokens
 from tempering.methods import DTKD, Divergence  # pyright: ignore[reportAttributeAccessIssue]
-from tempering.tasks import Generation, Seq2Seq, Speculative
-from tempering.teachers import Kept, Live
-from tempering.teachers.outputs import Taught
+from tempering.tasks import LanguageModeling, Seq2Seq, Speculative
+from tempering.teachers import Live, TopKTeacher
+from tempering.teachers.outputs import PrecomputedLogits
 from tests.test_generation import EOS, MODELS, PAD, V, gpt2, loss_of, texts
 from tests.test_on_policy import loader
 from tests.test_seq2seq import EOS as END
@@ -34,15 +34,15 @@ def both(student: nn.Module, teacher: Any, batches: Any, **options: Any) -> tupl
 def test_the_loss_is_that_of_a_teacher_asked_again(family: str, sizes: tuple[int, int]) -> None:
     student, teacher = MODELS[family](8, 3, sizes[0]), MODELS[family](12, 4, sizes[1])
     teacher.train()  # its dropout would be on, were it not put in eval mode
-    task = Generation()
+    task = LanguageModeling()
     for model in (student, teacher):
-        task.meet(model)
+        task.prepare_model(model)
     for with_, without in zip(*both(student, teacher, loader()), strict=True):
         assert torch.equal(with_["input_ids"], without["input_ids"]) and "taught" not in without
-        assert len(with_["taught"].logits) == int(task.mass(with_)["logits"])
+        assert len(with_["taught"].logits) == int(task.row_weights(with_)["logits"])
         inputs = task.inputs(with_)
         assert "taught" in inputs[1] and "taught" not in inputs[0]
-        assert isinstance(Live(teacher)(inputs[1]), Taught)
+        assert isinstance(Live(teacher)(inputs[1]), PrecomputedLogits)
         for method in (Divergence(objective="jsd"), DTKD()):
             want, slopes = loss_of(student, teacher, [without], method, task)
             got, found = loss_of(student, teacher, [with_], method, task)
@@ -54,7 +54,7 @@ def test_the_loss_is_that_of_a_teacher_asked_again(family: str, sizes: tuple[int
 def test_of_an_encoder_decoder() -> None:
     student, teacher, task = t5(8, 3), t5(12, 4), Seq2Seq()
     for model in (student, teacher):
-        task.meet(model)
+        task.prepare_model(model)
     batches = list(Pairs(pairs(), batch_size=2))
     for with_, without in zip(*both(student, teacher, batches, eos=END, pad=0, top_k=8), strict=True):
         want, _ = loss_of(student, teacher, [without], Divergence(), task)
@@ -75,7 +75,7 @@ def test_a_run_asks_the_teacher_once(monkeypatch: pytest.MonkeyPatch) -> None:
             teacher,
             Speculative(student, teacher, data, **own),
             method=Divergence(),
-            task=Generation(),
+            task=LanguageModeling(),
             optimizer=partial(torch.optim.SGD, lr=0.1),
             steps=3,
             selfcheck=False,
@@ -89,14 +89,14 @@ def test_a_run_asks_the_teacher_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_teacher_is_asked_and_a_changed_batch_is_refused() -> None:
-    student, teacher, task = gpt2(8, 3), gpt2(12, 4), Generation()
+    student, teacher, task = gpt2(8, 3), gpt2(12, 4), LanguageModeling()
     other = copy.deepcopy(teacher)
     for model in (student, teacher, other):
-        task.meet(model)
+        task.prepare_model(model)
     batch = both(student, Live(teacher), loader(1))[0][0]
     inputs = task.inputs(batch)[1]
     assert Live(other)(inputs).logits.shape[:2] == batch["input_ids"].shape
-    assert Kept(Live(teacher), top=3)(inputs, None).ids.shape[:2] == batch["input_ids"].shape
+    assert TopKTeacher(Live(teacher), top=3)(inputs, None).ids.shape[:2] == batch["input_ids"].shape
     batch["learn"][0] = False
     with pytest.raises(ValueError, match=r"answers to \d+ tokens, and \d+ are learned"):
         task.rows(student(task.inputs(batch)[0]), batch["taught"], batch)

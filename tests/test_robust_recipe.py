@@ -41,7 +41,7 @@ def test_accuracy_under_attack_is_that_of_the_distance() -> None:
     y[:20] = 1 - y[:20]
     eps = float(distance(net, p, "linf").detach().median())
     batches = [(p[:150], y[:150]), (p[150:], y[150:], torch.arange(50))]
-    clean = recipe.Attacked(eps=0.0, steps=2).analyse(net, batches)["scores"]
+    clean = recipe.Attacked(eps=0.0, steps=2).analyze(net, batches)["scores"]
     assert clean == {"fgsm": 0.9, "pgd": 0.9}
     for model in (net, Wrapped(net)):
         found = recipe.Attacked(eps=eps, steps=10).under_attack(model, batches)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tempering
-from tempering.rows import UNLABELLED, Rows, shared, total, widened
+from tempering.rows import IGNORE_INDEX, Rows, expand_to_rows, total, upcast_to_float32
 from tests.conftest import random_rows
 
 Z = torch.zeros(4, 3)
@@ -20,15 +20,15 @@ Z = torch.zeros(4, 3)
 def test_the_fields_and_their_defaults() -> None:
     rows = Rows(Z, Z + 1)
     assert (rows.target, rows.weight, dict(rows.features), rows.name, rows.ids) == (None, None, {}, "logits", None)
-    assert len(rows) == 4 and float(rows.mass) == 4.0
+    assert len(rows) == 4 and float(rows.total_weight) == 4.0
     assert tempering.Rows is Rows and tempering.total is total
-    assert UNLABELLED == -100
+    assert IGNORE_INDEX == -100
     with pytest.raises(dataclasses.FrozenInstanceError):
         rows.student = Z  # pyright: ignore[reportAttributeAccessIssue]
-    changed = rows.with_(name="anchors", weight=torch.ones(4))
+    changed = rows.replace(name="anchors", weight=torch.ones(4))
     assert (changed.name, rows.name) == ("anchors", "logits") and changed.student is rows.student
     with pytest.raises(ValueError, match=r"Rows\(name='anchors'\) needs weight of shape \(N,\) = \(4,\); got \(3,\)"):
-        changed.with_(weight=torch.ones(3))
+        changed.replace(weight=torch.ones(3))
 
 
 @pytest.mark.parametrize(
@@ -66,22 +66,22 @@ def test_any_integer_is_a_target(dtype: torch.dtype) -> None:
 def test_mass_counts_in_float32_at_least() -> None:
     weight = torch.full((5000,), 1.0, dtype=torch.bfloat16)
     rows = Rows(torch.zeros(5000, 2), torch.zeros(5000, 2), weight=weight)
-    assert rows.mass.dtype == torch.float32 and float(rows.mass) == 5000.0
-    assert float(Rows(Z[:0], Z[:0]).mass) == 0.0
-    assert Rows(Z, Z, weight=torch.ones(4, dtype=torch.float64)).mass.dtype == torch.float64
+    assert rows.total_weight.dtype == torch.float32 and float(rows.total_weight) == 5000.0
+    assert float(Rows(Z[:0], Z[:0]).total_weight) == 0.0
+    assert Rows(Z, Z, weight=torch.ones(4, dtype=torch.float64)).total_weight.dtype == torch.float64
 
 
 def test_widened() -> None:
     kept = {torch.float64: torch.float64, torch.float32: torch.float32}
     for dtype, want in (kept | dict.fromkeys((torch.float16, torch.bfloat16), torch.float32)).items():
-        assert widened(Z.to(dtype)).dtype == want
-    assert widened(Z) is Z
+        assert upcast_to_float32(Z.to(dtype)).dtype == want
+    assert upcast_to_float32(Z) is Z
 
 
 def test_shared_is_its_own_mean() -> None:
     value = torch.tensor(2.5, requires_grad=True)
     rows = Rows(Z, Z)
-    spread = shared(value, rows)
+    spread = expand_to_rows(value, rows)
     assert spread.shape == (4,)
     loss = total({"block": spread}, rows)
     loss.backward()
@@ -94,9 +94,9 @@ def test_total_is_the_weighted_mean_of_summed_terms() -> None:
     assert rows.weight is not None
     want = ((a + b) * rows.weight).sum() / rows.weight.sum()
     torch.testing.assert_close(total({"a": a, "b": b}, rows), want)
-    torch.testing.assert_close(total({"a": a}, rows.with_(weight=None)), a.mean())
-    torch.testing.assert_close(total({"a": a}, rows, rows_in_batch=24.0), (a * rows.weight).sum() / 24)
-    torch.testing.assert_close(total({"a": a}, rows, rows_in_batch=torch.tensor(24)), (a * rows.weight).sum() / 24)
+    torch.testing.assert_close(total({"a": a}, rows.replace(weight=None)), a.mean())
+    torch.testing.assert_close(total({"a": a}, rows, normalizer=24.0), (a * rows.weight).sum() / 24)
+    torch.testing.assert_close(total({"a": a}, rows, normalizer=torch.tensor(24)), (a * rows.weight).sum() / 24)
     assert total({"a": a}, rows).shape == ()
 
 
@@ -105,10 +105,10 @@ def test_total_is_the_weighted_mean_of_summed_terms() -> None:
 def test_nothing_to_learn_from_is_zero_with_a_gradient_path(n: int, whole: object) -> None:
     term = torch.full((n,), 7.0, requires_grad=True)
     rows = Rows(Z[:n], Z[:n], weight=torch.zeros(n))
-    loss = total({"a": term}, rows, rows_in_batch=whole)  # pyright: ignore[reportArgumentType]
+    loss = total({"a": term}, rows, normalizer=whole)  # pyright: ignore[reportArgumentType]
     loss.backward()
     assert term.grad is not None and float(loss.detach()) == 0.0 and not term.grad.any()
-    assert float(total({"a": term[:0]}, Rows(Z[:0], Z[:0]), rows_in_batch=whole).detach()) == 0.0  # pyright: ignore
+    assert float(total({"a": term[:0]}, Rows(Z[:0], Z[:0]), normalizer=whole).detach()) == 0.0  # pyright: ignore
 
 
 def test_an_infinity_in_a_row_of_weight_zero_is_left_out() -> None:
@@ -148,7 +148,7 @@ def test_the_loss_does_not_depend_on_the_split(values: list, cuts: list[int], we
     parts = []
     for a, b in itertools.pairwise(places):
         part = Rows(empty[a:b], empty[a:b], weight=weight[a:b] if weighted else None)
-        parts.append(total({"a": term[a:b]}, part, rows_in_batch=rows.mass))
+        parts.append(total({"a": term[a:b]}, part, normalizer=rows.total_weight))
     together = torch.stack(parts).sum()
     torch.testing.assert_close(together, loss, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(together, term)[0], want, rtol=1e-12, atol=1e-12)

@@ -14,7 +14,7 @@ from torch import Tensor
 from docs.tools import papers_page as papersdoc
 from tempering.cli import main as cli
 from tempering.experiments.presets import ARMS
-from tempering.experiments.tune.space import space_of, written
+from tempering.experiments.tune.space import format_call, space_of
 from tempering.methods import METHODS
 from tempering.methods.base import Method
 from tempering.rows import Rows
@@ -71,14 +71,14 @@ WEIGHTS = {
     "VID": "feature",
     "WTTM": "soft",
 }
-TEMPERATURES = {"Adaptive", "Cosine", "Curriculum", "DTS", "Energy", "Entropy", "Instance", "Sharpness", "Standardised"}
+TEMPERATURES = {"Adaptive", "Cosine", "Curriculum", "DTS", "Energy", "Entropy", "Instance", "Sharpness", "Standardized"}
 TEMPERATURES |= {"Static"}
 
 
 def spaces() -> dict[str, list[str]]:
     """The default search space of every method, of every policy in KD, and of every arm."""
-    texts = [written(kind.example()) for kind in METHODS.values()]
-    texts += [f"kd(temperature={written(kind.example())})" for kind in POLICIES.values()]
+    texts = [format_call(kind.example()) for kind in METHODS.values()]
+    texts += [f"kd(temperature={format_call(kind.example())})" for kind in POLICIES.values()]
     texts += [arm.spec for arm in ARMS.values()]
     return {text: _dimensions(text) for text in texts}
 

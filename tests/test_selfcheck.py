@@ -143,11 +143,11 @@ def test_methods_with_projectors_are_asked_about_features_too(kind: type[Method]
     images = X.new_tensor(range(N * 16)).view(N, 1, 4, 4).sin()
     student, model = conv(2), conv(3)
     labels = model(images).argmax(1)
-    task, taught = Classification(taps={"map": ("0", "0")}), Live(model)
-    taps = PairedFeatures.from_models(student, taught, task.taps)
+    task, taught = Classification(features={"map": ("0", "0")}), Live(model)
+    taps = PairedFeatures.from_models(student, taught, task.features)
     assert taps is not None
     method = Sum(kind(hard=0.0), KD())
-    method.prepare(Rows(student(images), taught(images), labels).with_(features=taps.features()))
+    method.setup(Rows(student(images), taught(images), labels).replace(features=taps.features()))
     asked = {"student": student, "batch": (images, labels), "task": task, "features": taps.features}
     before = copy.deepcopy(method.state_dict())
     assert "finite gradients" in check(method, taught, **asked)
@@ -188,11 +188,11 @@ def test_methods_that_remember_or_draw_are_no_fault() -> None:
 
 def test_few_rows_one_class_masked_classes_and_no_labels() -> None:
     one = check(KD(), batch=(X[:1], Y[:1]))
-    assert "above chance (only 1 labelled rows of 5 classes)" in one and "split (one row)" in one
-    assert "above chance (only 0 labelled" in check(KD(), Raw(lambda x: x[:, :C]), batch=(X[:0], Y[:0]))
+    assert "above chance (only 1 labeled rows of 5 classes)" in one and "split (one row)" in one
+    assert "above chance (only 0 labeled" in check(KD(), Raw(lambda x: x[:, :C]), batch=(X[:0], Y[:0]))
     alone = nn.Linear(8, 1)
     said = check(KD(), Raw(lambda x: x[:, :1]), student=alone, batch=(X, Y * 0))
-    assert "above chance (only 32 labelled rows of 1 classes)" in said and "finite gradients" in said
+    assert "above chance (only 32 labeled rows of 1 classes)" in said and "finite gradients" in said
 
     class Masked(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
@@ -202,11 +202,11 @@ def test_few_rows_one_class_masked_classes_and_no_labels() -> None:
     batch = (X, torch.where(Y == 3, -100, Y))
     assert "finite gradients" in check(DTKD(), taught, student=Masked(8, C), batch=batch)
 
-    class Unlabelled(Classification):
+    class Unlabeled(Classification):
         def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
-            return [r.with_(target=None) for r in super().rows(student, teacher, batch)]
+            return [r.replace(target=None) for r in super().rows(student, teacher, batch)]
 
-    assert "; not checked: above chance (no labels)" in check(KD(hard=0.0), task=Unlabelled())
+    assert "; not checked: above chance (no labels)" in check(KD(hard=0.0), task=Unlabeled())
 
 
 def test_chance_is_told_from_knowledge_on_many_rows() -> None:
@@ -269,16 +269,20 @@ def test_a_teacher_without_numbers(value: float) -> None:
 
 def test_a_task_that_promises_another_weight() -> None:
     class Heavier(Classification):
-        def mass(self, batch: Any) -> dict[str, float]:
+        def row_weights(self, batch: Any) -> dict[str, float]:
             return {"logits": 2.0 * len(batch[1])}
 
     class Other(Classification):
-        def mass(self, batch: Any) -> dict[str, float]:
+        def row_weights(self, batch: Any) -> dict[str, float]:
             return {"boxes": 1.0}
 
-    with pytest.raises(SelfCheckError, match=r"Heavier.mass\(\) promises weight 64 .* 'logits' and rows\(\) makes 32"):
+    with pytest.raises(
+        SelfCheckError, match=r"Heavier.row_weights\(\) promises weight 64 .* 'logits' and rows\(\) makes 32"
+    ):
         check(task=Heavier())
-    with pytest.raises(SelfCheckError, match=r"Other.mass\(\) does not name the block 'logits' that rows\(\) makes"):
+    with pytest.raises(
+        SelfCheckError, match=r"Other.row_weights\(\) does not name the block 'logits' that rows\(\) makes"
+    ):
         check(task=Other())
 
 
@@ -300,7 +304,7 @@ def test_a_student_without_numbers() -> None:
 FAULTS: dict[str, tuple[Method, str]] = {
     "not zero at agreement": (
         Odd(lambda rows: gap(rows) + 0.5),
-        r"Odd: the loss of a student equal to its teacher is not 0 but odd = 0.5 at most.*zero_at_agreement = False",
+        r"Odd: the loss of a student equal to its teacher is not 0 but odd = 0.5 at most.*zero_when_equal = False",
     ),
     "no number at agreement": (
         Odd(lambda rows: gap(rows) / (rows.student - rows.teacher).abs().sum(-1)),
@@ -323,7 +327,7 @@ FAULTS: dict[str, tuple[Method, str]] = {
         r"and \S+ with a constant added to the logits, which softmax ignores.",
     ),
     "no number": (
-        Odd(lambda rows: gap(rows) * torch.inf, zero_at_agreement=False),
+        Odd(lambda rows: gap(rows) * torch.inf, zero_when_equal=False),
         "Odd: the loss of the first batch is inf. Look at the logits",
     ),
     "gradient without numbers": (
@@ -342,7 +346,7 @@ def test_a_method_with_a_fault(fault: str) -> None:
 
 
 def test_a_method_that_says_what_it_is_passes() -> None:
-    said = check(Odd(lambda rows: gap(rows) + 0.5, zero_at_agreement=False))
+    said = check(Odd(lambda rows: gap(rows) + 0.5, zero_when_equal=False))
     assert "zero at agreement" not in said and "same when split" in said
     said = check(Odd(lambda rows: gap(rows) * rows.student.std(0).sum(), relational=True))
     assert "not checked: split" in said

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from tempering import distill
-from tempering.data.pairs import Pair, Pairs, collate_pairs, paired, read_pairs
+from tempering.data.pairs import Pair, Pairs, collate_pairs, make_pair, read_pairs
 from tempering.methods import DTKD, KD, Divergence, Supervised  # pyright: ignore[reportAttributeAccessIssue]
-from tempering.rollouts.decoding import Rereader, decoding, way_of
-from tempering.rollouts.sampling import Draft, write
-from tempering.rollouts.scoring import rouge_l, same_answer
-from tempering.rows import UNLABELLED
-from tempering.tasks import Generation, Graded, OnPolicy, Sampling, Seq2Seq, Speculative
-from tempering.teachers import Kept, Live
+from tempering.rollouts.decoding import RecomputingDecoder, decoder_strategy, make_decoder
+from tempering.rollouts.sampling import GenerationState, generate
+from tempering.rollouts.scoring import exact_match, rouge_l
+from tempering.rows import IGNORE_INDEX
+from tempering.tasks import GenerationScorer, LanguageModeling, OnPolicy, Sampling, Seq2Seq, Speculative
+from tempering.teachers import Live, TopKTeacher
 from tests.later import needs
 from tests.paths import SHARED, needs_shared
 from tests.test_generation import gpt2, loss_of
@@ -62,13 +62,15 @@ MODELS = {"t5": t5, "bart": bart}
 def pairs() -> list[Pair]:
     generator = torch.Generator().manual_seed(0)
     sizes = ((5, 3), (2, 6), (7, 1), (4, 4))
-    return [paired(*(torch.randint(3, V, (n,), generator=generator).tolist() for n in two), eos=EOS) for two in sizes]
+    return [
+        make_pair(*(torch.randint(3, V, (n,), generator=generator).tolist() for n in two), eos=EOS) for two in sizes
+    ]
 
 
 def ready(*models: nn.Module) -> Seq2Seq:
     task = Seq2Seq()
     for model in models:
-        task.meet(model)
+        task.prepare_model(model)
     return task
 
 
@@ -100,9 +102,9 @@ def test_the_loss_is_the_models_own_and_the_end_counts_once(family: str) -> None
     task = ready(student)
     scores = task.score(student, [batch], teacher=Live(copy.deepcopy(student)))
     assert scores["loss"] == pytest.approx(float(own.loss.detach()), rel=1e-9) and scores["agreement"] == 1.0
-    assert int(task.mass(batch)["logits"]) == 3 + 6 + 1 + 4 + 4 and int((batch["labels"] == EOS).sum()) == 4
+    assert int(task.row_weights(batch)["logits"]) == 3 + 6 + 1 + 4 + 4 and int((batch["labels"] == EOS).sum()) == 4
     (rows,) = task.rows(student(task.inputs(batch)[0]), None, batch)
-    assert len(rows) == 18 and torch.equal(rows.student, own.logits[batch["labels"] != UNLABELLED])
+    assert len(rows) == 18 and torch.equal(rows.student, own.logits[batch["labels"] != IGNORE_INDEX])
     loss, _ = loss_of(student, copy.deepcopy(student), [batch], KD(hard=0.0), task)
     assert loss < 1e-12
     said = student(task.inputs(batch)[0]).logits
@@ -113,7 +115,7 @@ def test_the_loss_is_the_models_own_and_the_end_counts_once(family: str) -> None
 def test_nothing_to_learn_is_zero_with_a_gradient_path_and_some_may_be_left_out() -> None:
     student, teacher = t5(8, 0), t5(12, 1)
     task, batch = ready(student, teacher), collate_pairs(pairs())
-    empty = batch | {"labels": torch.full_like(batch["labels"], UNLABELLED)}
+    empty = batch | {"labels": torch.full_like(batch["labels"], IGNORE_INDEX)}
     loss, slopes = loss_of(student, teacher, [empty], KD(), task)
     assert loss == 0.0 and slopes and all((g == 0).all() for g in slopes)
     learn = torch.zeros_like(batch["labels"])
@@ -145,12 +147,19 @@ def test_blocks_write_what_the_definition_does(family: str, top_k: int, block: i
     batch = collate_pairs(pairs())
     source = {name: batch[name] for name in ("input_ids", "attention_mask")}
     start = [[student.config.decoder_start_token_id]] * 4  # pyright: ignore
-    own: dict[str, Any] = {"length": 6, "eos": EOS, "drawn": GREEDY, "redrawn": GREEDY, "block": block, "top_k": top_k}
+    own: dict[str, Any] = {
+        "length": 6,
+        "eos": EOS,
+        "sampling": GREEDY,
+        "resampling": GREEDY,
+        "block": block,
+        "top_k": top_k,
+    }
     with torch.no_grad():
         for other in (None, teacher):
             want = [greedy(student, other, list(p.source), top_k=top_k, length=6) for p in pairs()]
-            made, pace = write(student, other, start, source=source, **own)
-            assert [ids[m].tolist() for ids, m in zip(made["written"], made["learn"], strict=True)] == want
+            made, pace = generate(student, other, start, source=source, **own)
+            assert [ids[m].tolist() for ids, m in zip(made["generated"], made["learn"], strict=True)] == want
             assert pace.tokens == sum(map(len, want)) and torch.equal(made["input_ids"], batch["input_ids"])
         assert pace.replaced > 0
 
@@ -161,13 +170,13 @@ def test_no_position_is_read_that_a_decoder_does_not_have() -> None:
         embedding: Any = model.model.decoder.embed_positions  # pyright: ignore
         embedding.weight = nn.Parameter(embedding.weight[: 6 + 2].detach().clone())
     batch = collate_pairs(pairs())
-    own: dict[str, Any] = {"length": 6, "drawn": GREEDY, "redrawn": GREEDY, "block": 5, "top_k": 8}
+    own: dict[str, Any] = {"length": 6, "sampling": GREEDY, "resampling": GREEDY, "block": 5, "top_k": 8}
     own["source"] = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    made, pace = write(student, teacher, [[2]] * 4, **own)
-    assert pace.tokens == 24 and made["written"].shape == (4, 6)
+    made, pace = generate(student, teacher, [[2]] * 4, **own)
+    assert pace.tokens == 24 and made["generated"].shape == (4, 6)
     with torch.no_grad():
         want = [greedy(student.eval(), teacher.eval(), list(p.source), top_k=8, length=6) for p in pairs()]
-    ended = [w[: len(x)] for w, x in zip(made["written"].tolist(), want, strict=True)]
+    ended = [w[: len(x)] for w, x in zip(made["generated"].tolist(), want, strict=True)]
     assert ended == want
 
 
@@ -218,10 +227,10 @@ def windowed(width: int, seed: int) -> nn.Module:
     return T5GemmaForConditionalGeneration(config).double()
 
 
-def read_by(model: nn.Module, reader: Any, whole: Rereader, rows: int) -> tuple[float, list[int]]:
+def read_by(model: nn.Module, reader: Any, whole: RecomputingDecoder, rows: int) -> tuple[float, list[int]]:
     """How far the two readers' logits lie apart where rows accept what they like, and the tokens that each read."""
     generator, counts, side = torch.Generator().manual_seed(rows), [0, 0], 0
-    draft = Draft([[2]] * rows, length=20, eos=5, device=torch.device("cpu"))
+    draft = GenerationState([[2]] * rows, length=20, eos=5, device=torch.device("cpu"))
 
     def count(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
         counts[side] += kwargs["decoder_input_ids"].numel()
@@ -234,8 +243,8 @@ def read_by(model: nn.Module, reader: Any, whole: Rereader, rows: int) -> tuple[
             said = []
             for side, each in enumerate((reader, whole)):  # noqa: B007
                 seen = draft.seen(first + n)
-                said.append(each.read(read[:, first : first + n], draft.positions(first, n), seen))
-            there = torch.tensor([0 if d else 20 - len(w) for d, w in zip(draft.done, draft.written, strict=True)])
+                said.append(each.decode(read[:, first : first + n], draft.positions(first, n), seen))
+            there = torch.tensor([0 if d else 20 - len(w) for d, w in zip(draft.done, draft.generated, strict=True)])
             counted = first + torch.arange(n) < there[:, None]
             off = (said[0] - said[1])[counted]
             assert off.isfinite().all()
@@ -251,9 +260,9 @@ def read_by(model: nn.Module, reader: Any, whole: Rereader, rows: int) -> tuple[
 def test_behind_a_cache_logits_are_those_from_the_start(make: Any, way: str, rows: int) -> None:
     model, batch = make(8, 3).eval(), collate_pairs((pairs() * 2)[:rows])
     source = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    reader = decoding(model, None, source, most=20)
-    assert way_of(model, reader.given) == way
-    whole = Rereader(model, None, reader.given, most=20, cached=False)
+    reader = make_decoder(model, None, source, most=20)
+    assert decoder_strategy(model, reader.given) == way
+    whole = RecomputingDecoder(model, None, reader.given, most=20, cached=False)
     apart, (mine, theirs) = read_by(model, reader, whole, rows)
     assert apart < 1e-10
     if way == "whole":
@@ -270,16 +279,16 @@ def test_all_of_the_vocabulary_is_on_policy_whatever_the_batch(make: Any) -> Non
     batch = collate_pairs(pairs() * 2)
     source = {name: batch[name] for name in ("input_ids", "attention_mask")}
     start, own = [[student.config.decoder_start_token_id]], {"length": 9, "eos": EOS, "seed": 7}
-    alone, _ = write(student, None, start * 8, source=source, **own)
-    both, pace = write(student, teacher, start * 8, source=source, top_k=V, **own)
-    assert torch.equal(alone["written"], both["written"]) and pace.replaced == 0 and pace.tokens > 8
+    alone, _ = generate(student, None, start * 8, source=source, **own)
+    both, pace = generate(student, teacher, start * 8, source=source, top_k=V, **own)
+    assert torch.equal(alone["generated"], both["generated"]) and pace.replaced == 0 and pace.tokens > 8
     # a row that others stand beside is the row alone
-    own |= {"drawn": GREEDY, "redrawn": GREEDY, "top_k": 6, "block": 3}
-    made, pace = write(student, teacher, start * 8, source=source, **own)
+    own |= {"sampling": GREEDY, "resampling": GREEDY, "top_k": 6, "block": 3}
+    made, pace = generate(student, teacher, start * 8, source=source, **own)
     assert 0 < pace.replaced < pace.tokens
     for i in range(8):
-        single, _ = write(student, teacher, start, source={n: x[i : i + 1] for n, x in source.items()}, **own)
-        assert single["written"][0].tolist() == made["written"][i][made["learn"][i]].tolist()
+        single, _ = generate(student, teacher, start, source={n: x[i : i + 1] for n, x in source.items()}, **own)
+        assert single["generated"][0].tolist() == made["generated"][i][made["learn"][i]].tolist()
 
 
 @pytest.mark.parametrize("make", [prophet, fsmt])
@@ -288,9 +297,9 @@ def test_what_cannot_go_on_behind_a_cache_reads_from_the_start(make: Any) -> Non
     student, batch = make(8, 3).eval(), collate_pairs(pairs()[:1])
     source = {"input_ids": batch["input_ids"]}
     want = greedy(student, None, batch["input_ids"][0].tolist(), top_k=1, length=6)
-    made, _ = write(student, None, [[2]], source=source, length=6, eos=EOS, drawn=GREEDY)
-    assert made["written"][made["learn"]].tolist() == want
-    assert way_of(student, {}) == "whole"
+    made, _ = generate(student, None, [[2]], source=source, length=6, eos=EOS, sampling=GREEDY)
+    assert made["generated"][made["learn"]].tolist() == want
+    assert decoder_strategy(student, {}) == "whole"
 
 
 @pytest.mark.parametrize("kind", ["data", "on-policy", "speculative", "sparse"])
@@ -305,7 +314,7 @@ def test_runs_in_distill(kind: str) -> None:
         "on-policy": OnPolicy(student, data, **own),
         "speculative": Speculative(student, teacher, data, top_k=8, **own),
     }.get(kind, data)
-    taught = Kept(Live(teacher), top=5) if kind == "sparse" else teacher
+    taught = TopKTeacher(Live(teacher), top=5) if kind == "sparse" else teacher
     run = distill(student, taught, source, method=Divergence(hard=0.5), epochs=6, test=data, **options)
     assert run.epochs[-1]["test"]["loss"] < run.epochs[0]["test"]["loss"]
     if source is not data:
@@ -332,10 +341,10 @@ def test_grades() -> None:
     assert rouge_l("police kill the gunman", "police killed the gunman") == pytest.approx(0.75)
     assert rouge_l("the gunman kill police", "police killed the gunman") == pytest.approx(0.5)
     assert rouge_l([1, 2, 3, 9], [1, 3]) == pytest.approx(2 * 2 / 6)
-    assert same_answer("so 3 * 4\n#### 1,200", "#### 1200") == 1.0
-    assert same_answer("#### 12", "#### 1200") == same_answer("1200", "#### 1200") == 0.0
+    assert exact_match("so 3 * 4\n#### 1,200", "#### 1200") == 1.0
+    assert exact_match("#### 12", "#### 1200") == exact_match("1200", "#### 1200") == 0.0
     with pytest.raises(ValueError, match="no answer behind"):
-        same_answer("#### 1", "1")
+        exact_match("#### 1", "1")
 
 
 def test_graded_writes_greedily_and_without_the_end() -> None:
@@ -346,21 +355,21 @@ def test_graded_writes_greedily_and_without_the_end() -> None:
         seen.append((written, wanted))
         return float(len(seen))
 
-    task = Seq2Seq(graded=Graded(grade, name="place", eos=EOS, length=5))
+    task = Seq2Seq(scorer=GenerationScorer(grade, name="place", eos=EOS, length=5))
     scores = task.score(student, [batch])
     assert scores["place"] == 2.5 and scores["loss"] > 0
     want = [greedy(student.eval(), None, list(p.source), top_k=1, length=5) for p in pairs()]
     assert [w for w, _ in seen] == [w[:-1] if w[-1] == EOS else w for w in want]
     assert [list(w) for _, w in seen] == [list(p.target[:-1]) for p in pairs()]
     with pytest.raises(ValueError, match="length and prompt >= 1"):
-        Graded(grade, name="x", length=0)
+        GenerationScorer(grade, name="x", length=0)
 
 
 def test_pairs_and_their_files(tmp_path: Path) -> None:
-    assert paired([3, EOS], [4], eos=EOS) == Pair((3, EOS), (4, EOS))
-    assert paired([3, 4, 5], [6, 7, 8], eos=EOS, lengths=(2, 3)) == Pair((3, 4), (6, 7, 8))
+    assert make_pair([3, EOS], [4], eos=EOS) == Pair((3, EOS), (4, EOS))
+    assert make_pair([3, 4, 5], [6, 7, 8], eos=EOS, lengths=(2, 3)) == Pair((3, 4), (6, 7, 8))
     with pytest.raises(ValueError, match="needs tokens on both sides; got 0 and 1"):
-        paired([], [1])
+        make_pair([], [1])
     with pytest.raises(ValueError, match="no longer than"):
         collate_pairs(pairs(), lengths=(3, 3))
     with pytest.raises(ValueError, match="needs pairs no longer"):
@@ -382,7 +391,7 @@ def test_the_data_sets_that_lie_here() -> None:
         found = read_pairs(SHARED / "data" / "text" / f"{name}.jsonl.gz")
         assert len(found) == count and all(a and b for a, b in found)
         if name.startswith("gsm8k"):
-            assert all(same_answer(b, b) == 1.0 for _, b in found)
+            assert all(exact_match(b, b) == 1.0 for _, b in found)
 
 
 class OwnShift(nn.Module):
@@ -399,13 +408,13 @@ class OwnShift(nn.Module):
 def test_what_is_refused_and_other_makes() -> None:
     task, batch = Seq2Seq(), collate_pairs(pairs())
     model = OwnShift()
-    task.meet(model)
+    task.prepare_model(model)
     (rows,) = task.rows(model(task.inputs(batch)[0]), None, batch)
     assert len(rows) == 18
     with pytest.raises(TypeError, match=r"is an encoder-decoder. Its task is tasks.Seq2Seq"):
-        Generation().meet(t5(8, 0))
-    with pytest.raises(TypeError, match=r"is no encoder-decoder. Its task is tasks.Generation"):
-        task.meet(gpt2(8, 0))
+        LanguageModeling().prepare_model(t5(8, 0))
+    with pytest.raises(TypeError, match=r"is no encoder-decoder. Its task is tasks.LanguageModeling"):
+        task.prepare_model(gpt2(8, 0))
     with pytest.raises(ValueError, match=r"input_ids \(B, S\) and labels \(B, L\); got tuple"):
         task.inputs((1, 2))
     with pytest.raises(ValueError, match=r"got \{'input_ids': \(4, 8\)"):
@@ -416,7 +425,7 @@ def test_what_is_refused_and_other_makes() -> None:
         task.inputs(batch | {"learn": torch.ones_like(batch["labels"])})
     source = {"input_ids": batch["input_ids"]}
     with pytest.raises(TypeError, match="cannot write together"):
-        write(t5(8, 0), gpt2(8, 0), [[PAD]] * 4, length=2, source=source)
+        generate(t5(8, 0), gpt2(8, 0), [[PAD]] * 4, length=2, source=source)
     nowhere = t5(8, 0)
     nowhere.config.decoder_start_token_id = None  # pyright: ignore
     with pytest.raises(ValueError, match="does not say what its decoder begins with"):

@@ -17,12 +17,20 @@ import pytest
 import torch
 
 from tempering import distill
-from tempering.data.text import Example, collate, pack
+from tempering.data.text import TextExample, collate, pack
 from tempering.data.tokens import Tokens
 from tempering.methods import Divergence  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.rows import total
-from tempering.tasks import Generation
-from tempering.teachers import CachedSparse, Kept, Live, Served, ServedDiffers, record_sparse, selftest
+from tempering.tasks import LanguageModeling
+from tempering.teachers import (
+    CachedTopK,
+    Live,
+    RemoteTeacher,
+    TeacherMismatchError,
+    TopKTeacher,
+    record_top_k,
+    verify_remote,
+)
 from tempering.teachers.outputs import Sparse
 from tests.test_generation import EOS, PAD, V, gpt2, texts
 
@@ -113,17 +121,17 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread.join()
 
 
-def served(server: Server, **how: Any) -> Served:
-    return Served(server.url, "tiny", **{"top": TOP, "wait": 0.001, "batch": 2} | how)
+def served(server: Server, **how: Any) -> RemoteTeacher:
+    return RemoteTeacher(server.url, "tiny", **{"top": TOP, "wait": 0.001, "batch": 2} | how)
 
 
 def inputs(side: str = "right") -> dict[str, Any]:
     return collate(texts()[:5], pad=PAD, side=side)
 
 
-def local(server: Server) -> tuple[Live, Generation]:
-    task = Generation()
-    task.meet(server.model)
+def local(server: Server) -> tuple[Live, LanguageModeling]:
+    task = LanguageModeling()
+    task.prepare_model(server.model)
     return Live(server.model), task
 
 
@@ -134,29 +142,29 @@ def test_the_answers_are_those_of_the_model_at_hand(server: Server, api: Any, si
     batch, (live, task) = inputs(side), local(server)
     teacher = served(server, api=api)
     given, taught, _ = task.inputs(batch)
-    got, want = teacher(taught), Kept(live, top=TOP)(taught, None)
+    got, want = teacher(taught), TopKTeacher(live, top=TOP)(taught, None)
     assert len(server.asked) == 3 and all(question["temperature"] == 1.0 for question in server.asked)
     assert got.ids.shape == (*batch["input_ids"].shape, TOP + 1) and got.logp.dtype == torch.float32
     student = gpt2(8, 1)
-    task.meet(student)
+    task.prepare_model(student)
     losses = []
     for answer in (got, want):
         rows = task.rows(student(given), answer, batch)[0]
         loss = total(Divergence(objective="jsd", hard=1.0)(rows), rows)
         losses.append((loss.detach(), *torch.autograd.grad(loss, list(student.parameters()))))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
-    assert selftest(teacher, live, taught).line.startswith("served teacher ok: ")
+    assert verify_remote(teacher, live, taught).line.startswith("served teacher ok: ")
 
 
 def test_nothing_is_said_where_nothing_is_predicted(server: Server) -> None:
-    batch = collate([Example((1, 2, 3), (True,) * 3), Example((4,), (True,))], pad=PAD)
+    batch = collate([TextExample((1, 2, 3), (True,) * 3), TextExample((4,), (True,))], pad=PAD)
     said = served(server)(batch)
     assert [len(question["prompt"]) for question in server.asked] == [1]
     assert torch.isfinite(said.logp).any(-1).tolist() == [[True, True, False], [False] * 3]
-    assert not said.rest[1].any()
+    assert not said.tail_logp[1].any()
     assert served(server).ask([]) == []
     with pytest.raises(ValueError, match="nothing to compare"):
-        selftest(served(server), local(server)[0], collate([Example((4,), (True,))], pad=PAD))
+        verify_remote(served(server), local(server)[0], collate([TextExample((4,), (True,))], pad=PAD))
 
 
 def test_openai_s_strings_are_looked_up(server: Server) -> None:
@@ -172,7 +180,7 @@ def test_openai_s_strings_are_looked_up(server: Server) -> None:
         want = {int(t): float(v) for t, v in zip(whole.ids[i], whole.logp[i], strict=True)}
         likely = dict(sorted(want.items(), key=lambda p: -p[1])[:TOP])
         assert got == {t: v for t, v in want.items() if t == i + 2 or (t % 2 == 0 and t in likely)}
-        assert float(said.rest[i].exp()) == pytest.approx(1.0 - sum(map(math.exp, got.values())), abs=1e-5)
+        assert float(said.tail_logp[i].exp()) == pytest.approx(1.0 - sum(map(math.exp, got.values())), abs=1e-5)
     with pytest.raises(RuntimeError, match=r"as strings \('\d+'\), which name no id. Give tokens="):
         server.name = str
         server.choice, old = (lambda n, t, q: old(n, t, {"logprobs": q["logprobs"]})), server.choice
@@ -180,21 +188,21 @@ def test_openai_s_strings_are_looked_up(server: Server) -> None:
 
 
 def test_a_run_and_a_recording(server: Server, tmp_path: Path) -> None:
-    examples, task, student = texts()[:5], Generation(), gpt2(8, 1)
+    examples, task, student = texts()[:5], LanguageModeling(), gpt2(8, 1)
     data = Tokens(examples, batch_size=2, pad=PAD)
     teacher = served(server)
-    kept = record_sparse(teacher, data, tmp_path / "kept", inputs=task.inputs, quiet=True)
+    kept = record_top_k(teacher, data, tmp_path / "kept", inputs=task.inputs, quiet=True)
     before = len(server.asked)
-    batch, _, ids = data.at(torch.arange(5))
+    batch, _, ids = data.gather(torch.arange(5))
     a, b = teacher(batch), kept(batch, ids)
     assert isinstance(b, Sparse) and all(torch.equal(x, y) for x, y in ((a.ids, b.ids), (a.logp, b.logp)))
-    selftest(teacher, kept, batch, ids)
-    again = record_sparse(teacher, data, tmp_path / "kept", inputs=task.inputs, quiet=True)
-    assert isinstance(again, CachedSparse) and len(server.asked) == before + 6, "three questions a batch of five"
+    verify_remote(teacher, kept, batch, ids)
+    again = record_top_k(teacher, data, tmp_path / "kept", inputs=task.inputs, quiet=True)
+    assert isinstance(again, CachedTopK) and len(server.asked) == before + 6, "three questions a batch of five"
     with pytest.raises(ValueError, match="its teacher is"):
-        record_sparse(served(server, top=3), data, tmp_path / "kept", inputs=task.inputs, quiet=True)
+        record_top_k(served(server, top=3), data, tmp_path / "kept", inputs=task.inputs, quiet=True)
     with pytest.raises(TypeError, match=r"Live answers .*Kept\(teacher, top=16\)"):
-        record_sparse(local(server)[0], data, tmp_path / "other", inputs=task.inputs, quiet=True)
+        record_top_k(local(server)[0], data, tmp_path / "other", inputs=task.inputs, quiet=True)
     losses: list[float] = []
     adam = partial(torch.optim.Adam, lr=3e-2)
     how = {"method": Divergence(objective="kl"), "task": task, "optimizer": adam, "epochs": 6, "quiet": True}
@@ -243,19 +251,21 @@ def test_what_the_self_test_finds(server: Server, change: Any, why: str) -> None
     with torch.no_grad():
         live.model.lm_head.weight.mul_(3.0)  # sharper: likely tokens that are told apart
     batch = task.inputs(inputs())[1]
-    selftest(served(server), live, batch)
+    verify_remote(served(server), live, batch)
     server.change = change
-    with pytest.raises(ServedDiffers, match=why):
-        selftest(served(server), live, batch)
+    with pytest.raises(TeacherMismatchError, match=why):
+        verify_remote(served(server), live, batch)
 
 
 def test_other_weights_are_found_too(server: Server) -> None:
     live, task = local(server)
     server.model = gpt2(12, 6)
-    with pytest.raises(ServedDiffers, match="Other weights, or another text"):
-        selftest(served(server), live, task.inputs(inputs())[1])
-    with pytest.raises(ServedDiffers, match="recorded with another length"):
-        selftest(served(server), lambda given, ids: Sparse(*(torch.zeros(1, 2, 3),) * 2, torch.zeros(1, 2)), inputs())
+    with pytest.raises(TeacherMismatchError, match="Other weights, or another text"):
+        verify_remote(served(server), live, task.inputs(inputs())[1])
+    with pytest.raises(TeacherMismatchError, match="recorded with another length"):
+        verify_remote(
+            served(server), lambda given, ids: Sparse(*(torch.zeros(1, 2, 3),) * 2, torch.zeros(1, 2)), inputs()
+        )
 
 
 def test_a_busy_server_is_asked_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +300,7 @@ def test_one_that_is_not_there_or_does_not_answer(server: Server) -> None:
     with pytest.raises(
         RuntimeError, match=r"127\.0\.0\.1:9/v1/completions gave no answer in 1 tries.*Is the server up"
     ):
-        Served("http://127.0.0.1:9/v1", "tiny", tries=1).ask([[1, 2, 3]])
+        RemoteTeacher("http://127.0.0.1:9/v1", "tiny", tries=1).ask([[1, 2, 3]])
 
 
 def test_the_key_is_read_from_the_environment_and_kept_nowhere(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,8 +374,8 @@ def test_arguments_that_are_refused(server: Server) -> None:
         with pytest.raises(ValueError, match=why):
             served(server, **how)
     with pytest.raises(ValueError, match="an address like"):
-        Served("file:///etc/passwd", "tiny")
-    packed = pack([Example((1, 2, EOS), (True,) * 3)], 4)[0]
+        RemoteTeacher("file:///etc/passwd", "tiny")
+    packed = pack([TextExample((1, 2, EOS), (True,) * 3)], 4)[0]
     with pytest.raises(ValueError, match="cannot keep packed texts apart"):
         served(server)(packed)
     assert served(server).identity != served(server, top=3).identity

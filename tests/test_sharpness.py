@@ -18,21 +18,21 @@ from tempering.methods import DTKD
 from tempering.objectives import kl
 from tempering.rows import Rows, total
 from tempering.temperature import Sharpness, Static, Temperatures
-from tempering.temperature.base import sharpness_gap
+from tempering.temperature.base import logsumexp_gap
 from tests.conftest import random_rows
 
 SOLVES = ("exact", "std", "max", "published")
-CENTRED = ("exact", "std", "max")
+CENTERED = ("exact", "std", "max")
 
 
 def logits(n: int, classes: int, *, seed: int, sharp: float = 4.0) -> Tensor:
-    """Rows of all kinds: spreads from 0.4 to 25 times a normal one's, and a favourite class of any size."""
+    """Rows of all kinds: spreads from 0.4 to 25 times a normal one's, and a favorite class of any size."""
     generator = torch.Generator().manual_seed(seed)
     spread = 0.4 * (60.0 ** torch.rand(n, 1, generator=generator, dtype=torch.float64))
     z = torch.randn(n, classes, generator=generator, dtype=torch.float64)
-    favourite = torch.randint(classes, (n, 1), generator=generator)
+    favorite = torch.randint(classes, (n, 1), generator=generator)
     bonus = sharp * torch.rand(n, 1, generator=generator, dtype=torch.float64)
-    return spread * z.scatter_add(1, favourite, bonus)
+    return spread * z.scatter_add(1, favorite, bonus)
 
 
 def gap(u: Tensor, v: Tensor, tau: float, delta: Tensor) -> Tensor:
@@ -109,11 +109,11 @@ def test_temperatures_add_up_and_swap(solve: str) -> None:
     assert sharper.any() and (delta_of(T)[sharper] > 0).all(), "the sharper side gets the higher temperature"
 
 
-@pytest.mark.parametrize("solve", CENTRED)
+@pytest.mark.parametrize("solve", CENTERED)
 @pytest.mark.parametrize("c", [0.2, 0.9, 5.0])
 def test_a_multiple_of_the_teacher_costs_nothing(solve: str, c: float) -> None:
     rows = random_rows(50, 10)
-    rows = rows.with_(student=c * rows.teacher + 3.0)
+    rows = rows.replace(student=c * rows.teacher + 3.0)
     T = Sharpness(4.0, solve=solve)(rows)
     torch.testing.assert_close(T.student / T.teacher, torch.full_like(T.student, c), rtol=1e-8, atol=0.0)
     assert kl(rows, T).max() < 1e-13
@@ -143,7 +143,7 @@ def test_shift_invariance(solve: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore" if solve == "published" else "error")
             policy = Sharpness(4.0, solve=solve)
-            moved = policy(rows.with_(student=rows.student + s, teacher=rows.teacher + t))
+            moved = policy(rows.replace(student=rows.student + s, teacher=rows.teacher + t))
         close = torch.allclose(moved.student, T.student, rtol=1e-9)
         assert close == policy.shift_invariant == (solve != "published")
 
@@ -164,7 +164,7 @@ def test_exact_in_float32_and_with_bfloat16_inputs(tau: float, floor: float) -> 
     assert (brain.double() - exact).abs().max() < 0.015 * max(1.0, tau / 4)
 
 
-@pytest.mark.parametrize("solve", CENTRED)
+@pytest.mark.parametrize("solve", CENTERED)
 @pytest.mark.parametrize("masks", [False, True], ids=["", "masked"])
 def test_attached_slope_against_finite_differences(solve: str, masks: bool) -> None:
     rows = random_rows(6, 8)
@@ -173,13 +173,13 @@ def test_attached_slope_against_finite_differences(solve: str, masks: bool) -> N
         rows = Rows(rows.student.masked_fill(gone, -torch.inf), rows.teacher.masked_fill(gone, -torch.inf))
     leaf = rows.student.clone().requires_grad_()
     policy = Sharpness(4.0, solve=solve, attached=True)
-    (slope,) = torch.autograd.grad(delta_of(policy(rows.with_(student=leaf))).sum(), leaf)
+    (slope,) = torch.autograd.grad(delta_of(policy(rows.replace(student=leaf))).sum(), leaf)
     step = 1e-5
     for k in range(8):
         up, down = rows.student.clone(), rows.student.clone()
         up[:, k] += step
         down[:, k] -= step
-        higher, lower = (delta_of(policy(rows.with_(student=s))) for s in (up, down))
+        higher, lower = (delta_of(policy(rows.replace(student=s))) for s in (up, down))
         torch.testing.assert_close(slope[:, k], ((higher - lower) / (2 * step)).squeeze(-1), rtol=1e-6, atol=1e-9)
     assert slope.sum(-1).abs().max() < 1e-12, "no shift of the logits moves a temperature"
     if masks:
@@ -192,7 +192,7 @@ def test_attached_changes_the_gradient_and_not_the_loss() -> None:
         for attached in (False, True):
             rows = random_rows()
             leaf = rows.student.clone().requires_grad_()
-            made = rows.with_(student=leaf)
+            made = rows.replace(student=leaf)
             loss = total({"kl": kl(made, Sharpness(4.0, solve=solve, attached=attached)(made))}, made)
             loss.backward()
             found.append((loss.detach(), leaf.grad))
@@ -202,10 +202,10 @@ def test_attached_changes_the_gradient_and_not_the_loss() -> None:
     assert not Sharpness(4.0, attached=True)(rows).student.requires_grad, "nothing to follow"
     with torch.no_grad():
         leaf = rows.student.clone().requires_grad_()
-        assert not Sharpness(4.0, attached=True)(rows.with_(student=leaf)).student.requires_grad
+        assert not Sharpness(4.0, attached=True)(rows.replace(student=leaf)).student.requires_grad
 
 
-@pytest.mark.parametrize("solve", CENTRED)
+@pytest.mark.parametrize("solve", CENTERED)
 def test_flat_rows_fall_back_to_tau_and_are_counted(solve: str) -> None:
     rows = random_rows(6, 4)
     u, v = rows.teacher.clone(), rows.student.clone()
@@ -227,12 +227,12 @@ def test_flat_rows_fall_back_to_tau_and_are_counted(solve: str) -> None:
 
 def test_rows_beyond_the_reach_are_held_and_counted() -> None:
     rows = random_rows(4, 10)
-    rows = rows.with_(student=rows.student * torch.tensor([[1.0], [1.0], [1e-4], [1e4]], dtype=torch.float64))
+    rows = rows.replace(student=rows.student * torch.tensor([[1.0], [1.0], [1e-4], [1e4]], dtype=torch.float64))
     for reach in (0.5, 0.9):
-        for solve in CENTRED:
+        for solve in CENTERED:
             policy = Sharpness(4.0, solve=solve, reach=reach, attached=True)
             leaf = rows.student.clone().requires_grad_()
-            delta = delta_of(policy(rows.with_(student=leaf)))
+            delta = delta_of(policy(rows.replace(student=leaf)))
             torch.testing.assert_close(delta[2:, 0].detach(), torch.tensor([4.0, -4.0]).double() * reach)
             assert delta.abs().max() <= 4.0 * reach * (1 + 1e-15)
             assert counts(policy)["clamped"] == int((delta.abs() >= 4.0 * reach * (1 - 1e-12)).sum()) >= 2
@@ -292,7 +292,7 @@ def test_failures_of_the_published_form(situation: str, dtype: torch.dtype, atta
         assert found["published"] == pytest.approx(released[0], rel=1e-6)
     if x is not None and y is not None:
         rows = Rows(shapes[1], shapes[0])
-        for solve in CENTRED:  # what the published form stumbles over is a shift, which these do not see
+        for solve in CENTERED:  # what the published form stumbles over is a shift, which these do not see
             assert found[solve] == pytest.approx(float(Sharpness(4.0, solve=solve)(rows).teacher), rel=1e-4)
 
 
@@ -323,14 +323,14 @@ def test_float16_logits_whose_double_overflows(solve: str) -> None:
 
 
 def test_the_published_form_warns_once_with_what_to_do() -> None:
-    rows = random_rows(3, 4).with_(student=-torch.ones(3, 4, dtype=torch.float64))
+    rows = random_rows(3, 4).replace(student=-torch.ones(3, 4, dtype=torch.float64))
     policy = Sharpness(4.0, solve="published")
     with pytest.warns(UserWarning, match=r"3 of 3 rows have a maximum logit.*they use tau. solve='exact' serves them"):
         policy(rows)
     policy(rows)  # warnings are errors here
     assert counts(policy) == {"fallback": 3, "clamped": 0}
     quiet = copy.deepcopy(Sharpness(4.0, solve="published"))
-    quiet(rows.with_(weight=torch.zeros(3, dtype=torch.float64)))
+    quiet(rows.replace(weight=torch.zeros(3, dtype=torch.float64)))
     assert counts(quiet) == {"fallback": 0, "clamped": 0}
 
 
@@ -347,7 +347,7 @@ def test_messages() -> None:
 
 def test_the_gap_that_is_logged() -> None:
     rows = random_rows(8, 7)
-    plain, exact = sharpness_gap(rows, Static(4.0)(rows)), sharpness_gap(rows, Sharpness(4.0)(rows))
+    plain, exact = logsumexp_gap(rows, Static(4.0)(rows)), logsumexp_gap(rows, Sharpness(4.0)(rows))
     assert float(plain) > 0.05 and float(exact) < 1e-14
     u, v = (z - z.mean(-1, keepdim=True) for z in (rows.teacher, rows.student))
     want = (torch.logsumexp(u / 4, -1) - torch.logsumexp(v / 4, -1)).abs().mean()
@@ -355,11 +355,11 @@ def test_the_gap_that_is_logged() -> None:
     lost = rows.student.clone(), rows.teacher.clone()
     for z in lost:
         z[0] = -torch.inf
-    half = rows.with_(student=lost[0], teacher=lost[1], weight=torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0]))
+    half = rows.replace(student=lost[0], teacher=lost[1], weight=torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0]))
     few = Rows(rows.student[1:4], rows.teacher[1:4])
-    torch.testing.assert_close(sharpness_gap(half, Static(4.0)(half)), sharpness_gap(few, Static(4.0)(few)))
+    torch.testing.assert_close(logsumexp_gap(half, Static(4.0)(half)), logsumexp_gap(few, Static(4.0)(few)))
     none = Rows(rows.student[:0], rows.teacher[:0])
-    assert float(sharpness_gap(none, Static(4.0)(none))) == 0.0
+    assert float(logsumexp_gap(none, Static(4.0)(none))) == 0.0
 
 
 @settings(deadline=None, derandomize=True, max_examples=60, database=None)

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from tempering import distill
-from tempering.data.text import Example
+from tempering.data.text import TextExample
 from tempering.data.tokens import Tokens
 from tempering.methods import KD, Divergence  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.objectives import cross_entropy, jsd, kl, reverse_kl
-from tempering.rows import UNLABELLED, Rows, total
-from tempering.tasks import Generation
-from tempering.teachers import CachedSparse, Kept, Live, Teacher, record_sparse
-from tempering.teachers.outputs import Sparse, bucketed
-from tempering.teachers.selection import counted, drawn, top
+from tempering.rows import IGNORE_INDEX, Rows, total
+from tempering.tasks import LanguageModeling
+from tempering.teachers import CachedTopK, Live, Teacher, TopKTeacher, record_top_k
+from tempering.teachers.outputs import Sparse, to_top_k_plus_tail
+from tempering.teachers.selection import count_samples, keep_samples, keep_top_k
 from tempering.temperature import Static
 from tests.conftest import random_rows
 from tests.paths import needs_shared
@@ -29,7 +29,7 @@ from tests.test_golden import Case, case, cases  # noqa: F401
 
 
 def of(rows: Rows, kept: Sparse) -> Rows:
-    student, teacher, target = bucketed(rows.student, kept, rows.target)
+    student, teacher, target = to_top_k_plus_tail(rows.student, kept, rows.target)
     return Rows(student, teacher, target, rows.weight)
 
 
@@ -40,12 +40,12 @@ def test_the_numbers_of_trl_and_of_dense_formulas(case: Case) -> None:  # noqa: 
     student, teacher = (torch.tensor(case.values[f"{who}_logits"]) for who in ("student", "teacher"))
     labels = torch.tensor(case.values["labels"]).flatten()
     leaf, T = student.flatten(0, 1).requires_grad_(), Static(1.0)(random_rows(1))
-    rows = Rows(leaf / tau, teacher.flatten(0, 1) / tau, labels, (labels != UNLABELLED).double())
-    kept = top(teacher, c["top_k"], temperature=tau)
+    rows = Rows(leaf / tau, teacher.flatten(0, 1) / tau, labels, (labels != IGNORE_INDEX).double())
+    kept = keep_top_k(teacher, c["top_k"], temperature=tau)
     case.agree("topk_ids", kept.ids)
     case.agree("topk_logprobs", kept.logp)
-    case.agree("teacher_tail_mass", kept.rest.exp())
-    flat = kept.at(torch.arange(len(rows)), tuple(labels.view(teacher.shape[:2]).shape))
+    case.agree("teacher_tail_mass", kept.tail_logp.exp())
+    flat = kept.gather_positions(torch.arange(len(rows)), tuple(labels.view(teacher.shape[:2]).shape))
     found = of(rows, flat)
     case.agree("student_tail_mass", found.student[:, -1].exp().view(teacher.shape[:2]))
 
@@ -60,7 +60,7 @@ def test_the_numbers_of_trl_and_of_dense_formulas(case: Case) -> None:  # noqa: 
     both("tail_rkl", total({"kl": reverse_kl(found, T)}, found), "grad_tail_rkl")
     both("tail_jsd", total({"kl": jsd(found, T, beta=c["jsd_beta"])}, found), "grad_tail_jsd")
     case.agree("full_fkl", total({"kl": kl(rows, T)}, rows))
-    samples = counted(torch.tensor(case.values["rs_sample_ids"]).flatten(0, 1), dtype=torch.float64)
+    samples = count_samples(torch.tensor(case.values["rs_sample_ids"]).flatten(0, 1), dtype=torch.float64)
     found = of(rows, samples)
     both("rs_kl", total({"kl": kl(found, T)}, found), "grad_rs")
 
@@ -68,14 +68,14 @@ def test_the_numbers_of_trl_and_of_dense_formulas(case: Case) -> None:  # noqa: 
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_never_negative_zero_at_agreement_and_below_the_whole(k: int) -> None:
     rows, T = random_rows(8, 7), Static(1.0)(random_rows(8, 7))
-    kept = top(rows.teacher, k, besides=rows.target)
+    kept = keep_top_k(rows.teacher, k, besides=rows.target)
     assert kept.ids.shape == (8, k + 1) and all(len(set(ids)) == k + 1 for ids in kept.ids.tolist())
-    mass = torch.cat((kept.logp, kept.rest[:, None]), -1).exp().sum(-1)
+    mass = torch.cat((kept.logp, kept.tail_logp[:, None]), -1).exp().sum(-1)
     torch.testing.assert_close(mass, torch.ones_like(mass), rtol=1e-12, atol=0.0)
     for objective in (kl, reverse_kl, jsd):
         value = objective(of(rows, kept), T)
         assert (value > 0).all() and (value <= objective(rows, T) + 1e-12).all()
-        assert objective(of(rows.with_(student=rows.teacher), kept), T).abs().max() < 1e-12
+        assert objective(of(rows.replace(student=rows.teacher), kept), T).abs().max() < 1e-12
     # the label is among the kept tokens, so the hard term is exact
     torch.testing.assert_close(cross_entropy(of(rows, kept)), cross_entropy(rows), rtol=1e-12, atol=1e-13)
 
@@ -83,9 +83,9 @@ def test_never_negative_zero_at_agreement_and_below_the_whole(k: int) -> None:
 def test_all_tokens_kept_are_the_dense_loss_and_extremes_are_finite() -> None:
     rows = random_rows(6, 7)
     leaf = rows.student.clone().requires_grad_()
-    rows = rows.with_(student=leaf)
-    kept = top(rows.teacher, 7)
-    assert torch.isneginf(kept.rest).all()
+    rows = rows.replace(student=leaf)
+    kept = keep_top_k(rows.teacher, 7)
+    assert torch.isneginf(kept.tail_logp).all()
     method = KD(temperature=Static(3.0))
     want = total(method(rows), rows)
     found = of(rows, kept)
@@ -94,8 +94,8 @@ def test_all_tokens_kept_are_the_dense_loss_and_extremes_are_finite() -> None:
     for a, b in zip(torch.autograd.grad(got, leaf), torch.autograd.grad(want, leaf), strict=True):
         torch.testing.assert_close(a, b)
     for scale in (1e4, 0.0):
-        far = rows.with_(student=(scale * rows.student.detach()).requires_grad_(), teacher=scale * rows.teacher)
-        found = of(far, top(far.teacher, 2, besides=far.target))
+        far = rows.replace(student=(scale * rows.student.detach()).requires_grad_(), teacher=scale * rows.teacher)
+        found = of(far, keep_top_k(far.teacher, 2, besides=far.target))
         loss = total(KD()(found), found)
         (slope,) = torch.autograd.grad(loss, far.student)
         assert loss.isfinite() and slope.isfinite().all() and loss >= 0
@@ -104,11 +104,11 @@ def test_all_tokens_kept_are_the_dense_loss_and_extremes_are_finite() -> None:
 def test_samples_are_unbiased_and_a_label_that_was_not_drawn_has_no_part() -> None:
     rows, T = random_rows(2, 5, scale=1.0), Static(1.0)(random_rows(1))
     leaf = rows.student.clone().requires_grad_()
-    rows = rows.with_(student=leaf)
+    rows = rows.replace(student=leaf)
     (want,) = torch.autograd.grad(total({"kl": kl(rows, T)}, rows), leaf)
     generator, n = torch.Generator().manual_seed(0), 4000
     many = Rows(leaf.repeat(n, 1), rows.teacher.repeat(n, 1), rows.target.repeat(n))  # pyright: ignore
-    kept = drawn(many.teacher, 6, besides=many.target, generator=generator)
+    kept = keep_samples(many.teacher, 6, besides=many.target, generator=generator)
     found = of(many, kept)
     (slope,) = torch.autograd.grad(total({"kl": kl(found, T)}, found), leaf, retain_graph=True)
     torch.testing.assert_close(slope, want, rtol=0.0, atol=0.01)
@@ -123,28 +123,28 @@ def data(**options: Any) -> Tokens:
     return Tokens(texts(), batch_size=2, pad=PAD, **options)
 
 
-def kept_of(seed: int = 1, **how: Any) -> Kept:
+def kept_of(seed: int = 1, **how: Any) -> TopKTeacher:
     model = gpt2(12, seed).float()
-    Generation().meet(model)
-    return Kept(Live(model), **how)
+    LanguageModeling().prepare_model(model)
+    return TopKTeacher(Live(model), **how)
 
 
 @pytest.mark.parametrize("how", [{"top": 4}, {"samples": 6}])
 def test_a_recording_answers_as_the_teacher_and_trains_as_it(tmp_path: Path, how: dict[str, int]) -> None:
-    teacher, task, tokens = kept_of(**how), Generation(), data()
-    ask = partial(record_sparse, inputs=task.inputs, quiet=True)
+    teacher, task, tokens = kept_of(**how), LanguageModeling(), data()
+    ask = partial(record_top_k, inputs=task.inputs, quiet=True)
     cached = ask(teacher, tokens, tmp_path / "kept")
     for batch in tokens:
         _, inputs, ids = task.inputs(batch)
         place, shape = task._places(batch)[0], tuple(batch["input_ids"].shape)
-        live, found = (source(inputs, ids).at(place, shape) for source in (teacher, cached))
+        live, found = (source(inputs, ids).gather_positions(place, shape) for source in (teacher, cached))
         for kept in (live, found):
             assert (kept.ids[:, -1] == batch["input_ids"].flatten()[place + 1]).all() or "top" in how
         dense = [
             torch.full((len(place), V), -torch.inf).scatter_reduce(1, k.ids, k.logp, "amax") for k in (live, found)
         ]
         torch.testing.assert_close(dense[1], dense[0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found.rest, live.rest, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.tail_logp, live.tail_logp, rtol=1e-4, atol=1e-4)
     losses = []
     for source in (teacher, cached):
         student = gpt2(8, 0).float()
@@ -157,25 +157,25 @@ def test_a_recording_answers_as_the_teacher_and_trains_as_it(tmp_path: Path, how
 
 
 def test_a_recording_is_refused_for_anything_else(tmp_path: Path) -> None:
-    task, path = Generation(), tmp_path / "kept"
-    ask = partial(record_sparse, path=path, inputs=task.inputs, quiet=True)
+    task, path = LanguageModeling(), tmp_path / "kept"
+    ask = partial(record_top_k, path=path, inputs=task.inputs, quiet=True)
     ask(kept_of(top=3), data())
     with pytest.raises(ValueError, match="its teacher is"):
         ask(kept_of(top=4), data())
     with pytest.raises(ValueError, match="its data is"):
         ask(kept_of(top=3), data(side="left"))
-    other = Tokens([*texts()[:4], Example((1, 2, 3), (False, True, True))], batch_size=2, pad=PAD)
+    other = Tokens([*texts()[:4], TextExample((1, 2, 3), (False, True, True))], batch_size=2, pad=PAD)
     with pytest.raises(ValueError, match="holds answers to other data"):
-        CachedSparse(path, batches=other)
+        CachedTopK(path, batches=other)
     with pytest.raises(ValueError, match="holds answers to other data"):
-        distill(gpt2(8, 0), CachedSparse(path), other, method=KD(), task=task, epochs=1, quiet=True)
+        distill(gpt2(8, 0), CachedTopK(path), other, method=KD(), task=task, epochs=1, quiet=True)
     held = json.loads((path / "key.json").read_text())
     assert held["rows"] == 5 and held["length"] == 14
     file = path / "00000.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(RuntimeError, match="was changed since it was recorded"):
-        CachedSparse(path)
+        CachedTopK(path)
     with pytest.raises(ValueError, match="needs precision 'fp32' or 'fp16'; got 'bf16'"):
         ask(kept_of(top=3), data(), precision="bf16")
 
@@ -188,7 +188,7 @@ class Said(Teacher):
 
     def __call__(self, inputs: Any, ids: torch.Tensor | None) -> Sparse:
         assert ids is not None
-        return Sparse(*(x[ids] for x in (self.found.ids, self.found.logp, self.found.rest)))
+        return Sparse(*(x[ids] for x in (self.found.ids, self.found.logp, self.found.tail_logp)))
 
 
 @pytest.mark.parametrize(("vocabulary", "width"), [(200, 1), (65_536, 2), (65_537, 3), (151_936, 3)])
@@ -196,24 +196,24 @@ class Said(Teacher):
 def test_what_is_stored_is_what_was_said_in_few_bytes(
     tmp_path: Path, vocabulary: int, width: int, precision: str
 ) -> None:
-    task, tokens, generator = Generation(), data(), torch.Generator().manual_seed(0)
+    task, tokens, generator = LanguageModeling(), data(), torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(5, 14, vocabulary, generator=generator)
     logits[..., -1] += 20.0 * torch.rand(5, 14, generator=generator)  # the last id is among the kept
     logits[0, 0] = torch.linspace(-1e5, 0.0, vocabulary)  # far below what half precision says
-    said = top(logits, 16, besides=torch.randint(vocabulary, (5, 14), generator=generator))
-    cached = record_sparse(Said(said), tokens, tmp_path / "s", inputs=task.inputs, precision=precision, quiet=True)
-    assert isinstance(cached, CachedSparse)
+    said = keep_top_k(logits, 16, besides=torch.randint(vocabulary, (5, 14), generator=generator))
+    cached = record_top_k(Said(said), tokens, tmp_path / "s", inputs=task.inputs, precision=precision, quiet=True)
+    assert isinstance(cached, CachedTopK)
     ids = torch.tensor([3, 0, 4])
     found = cached({}, ids)
-    assert torch.equal(found.ids, said.ids[ids]) and found.logp.dtype == found.rest.dtype == torch.float32
+    assert torch.equal(found.ids, said.ids[ids]) and found.logp.dtype == found.tail_logp.dtype == torch.float32
     assert torch.equal(torch.isneginf(found.logp), torch.isneginf(said.logp[ids]))
     held = cached.file("00000.safetensors")
     each, value = held.get_tensor("ids").shape[-1], held.get_tensor("logp").element_size()
     assert (each, value) == (width, 4 if precision == "fp32" else 2)
     size = (tmp_path / "s" / "00000.safetensors").stat().st_size
     assert size < 5 * 14 * (17 * (width + value) + value) + 400  # and a header
-    want = torch.cat((said.logp, said.rest[..., None]), -1)[ids].double()
-    got = torch.cat((found.logp, found.rest[..., None]), -1).double()
+    want = torch.cat((said.logp, said.tail_logp[..., None]), -1)[ids].double()
+    got = torch.cat((found.logp, found.tail_logp[..., None]), -1).double()
     if precision == "fp32":
         assert torch.equal(got, want)
     assert got.logsumexp(-1).abs().max() < (1e-5 if precision == "fp32" else 1e-6)
@@ -223,22 +223,22 @@ def test_what_is_stored_is_what_was_said_in_few_bytes(
     assert len(cached({}, ids[:0]).ids) == 0
     # a student that says what the teacher said
     place, student = torch.arange(14), logits[3].clone()
-    mine, taught, _ = bucketed(student, found.at(place, (3, 14)))
+    mine, taught, _ = to_top_k_plus_tail(student, found.gather_positions(place, (3, 14)))
     loss = kl(Rows(mine, taught), Static(1.0)(random_rows(1)))
     assert (loss >= 0).all() and loss.max() < 2e-6
 
 
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="one of top and samples"):
-        Kept(Live(gpt2(8, 0)), top=3, samples=3)
+        TopKTeacher(Live(gpt2(8, 0)), top=3, samples=3)
     with pytest.raises(ValueError, match="1 <= k <= 7"):
-        top(torch.zeros(2, 7), 8)
+        keep_top_k(torch.zeros(2, 7), 8)
     with pytest.raises(ValueError, match="samples >= 1"):
-        drawn(torch.zeros(2, 7), 0)
+        keep_samples(torch.zeros(2, 7), 0)
     with pytest.raises(ValueError, match="speaks of token 6, and the student has 5"):
-        bucketed(torch.zeros(1, 5), top(torch.arange(7.0)[None], 2))
+        to_top_k_plus_tail(torch.zeros(1, 5), keep_top_k(torch.arange(7.0)[None], 2))
     with pytest.raises(ValueError, match=r"answers \(2,\) positions, and the batch has \(1, 3\)"):
-        top(torch.zeros(2, 7), 2).at(torch.tensor([0]), (1, 3))
+        keep_top_k(torch.zeros(2, 7), 2).gather_positions(torch.tensor([0]), (1, 3))
     with pytest.raises(ValueError, match="no longer than length=2"):
         data(length=2)
     with pytest.raises(ValueError, match="no 2 views"):

@@ -46,9 +46,9 @@ def test_arguments_are_numbers_words_lists_and_parts() -> None:
 
 
 def test_methods_add_up() -> None:
-    made = method_from("sum(kd(hard=0), dkd, dkd(rest=0))")
+    made = method_from("sum(kd(hard=0), dkd, dkd(non_target=0))")
     assert [type(m) for m in made.methods.values()] == [KD, DKD, DKD]
-    assert made.hyperparameters()["dkd2"]["rest"] == 0
+    assert made.hyperparameters()["dkd2"]["non_target"] == 0
 
 
 def test_the_temperature_can_be_replaced() -> None:
@@ -121,11 +121,11 @@ def test_arms_are_what_their_labels_say() -> None:
     published = method_of("dtkd-published").temperature
     assert (published.solve, published.attached) == ("published", True)
     assert method_of("dtkd-only").soft == 0
-    assert (method_of("dkd-target").rest, method_of("dkd-rest").target) == (0, 0)
+    assert (method_of("dkd-target").non_target, method_of("dkd-rest").target) == (0, 0)
     assert isinstance(method_of("dkd-rest-dynamic").temperature, Sharpness)
 
 
-def test_any_text_is_an_arm_labelled_by_itself() -> None:
+def test_any_text_is_an_arm_labeled_by_itself() -> None:
     assert arm_from(" dtkd( soft=0.5)") == Arm("dtkd( soft=0.5)", "dtkd( soft=0.5)", "dtkd( soft=0.5)")
     assert arm_from("KD-Matched") == ARMS["kd-matched"]
     assert arm_from("dtkd", "sharpness(4, solve=std)").label == "dtkd @ sharpness(4, solve=std)"

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from tempering.methods import KDIGA, Interactive, Method, StepMethod, Sum
-from tempering.methods.step._rehearsal import Rehearsal, parted
+from tempering.methods.step._rehearsal import VirtualStep, split_step
 from tempering.objectives import cross_entropy, kl
-from tempering.rows import UNLABELLED, Rows, total
-from tempering.tasks.two_view import MixUp, Views
+from tempering.rows import IGNORE_INDEX, Rows, total
+from tempering.tasks.two_view import MixUp, TwoView
 from tempering.teachers import Live, record
-from tempering.teachers.ensemble import Blended
+from tempering.teachers.ensemble import EnsembleTeacher
 from tempering.temperature import Sharpness, Static
 from tests.cases import each
 from tests.contract import PLAIN_STEP_METHODS, STEP_CASES, STEP_METHODS, Lesson, arguments, on_each, remade, same
@@ -86,7 +86,7 @@ def test_rows_of_weight_zero_take_no_part(method: StepMethod) -> None:
     # one more at the end of each half, so that a method which halves the batch finds the same real rows in both
     places = torch.tensor([0, 1, 2, 4, 5, 6])
     padded.images = torch.full((8, 3, 2, 2), 50.0, dtype=torch.float64).index_copy(0, places, lesson.images)
-    padded.labels = torch.full((8,), UNLABELLED).index_copy(0, places, lesson.labels)
+    padded.labels = torch.full((8,), IGNORE_INDEX).index_copy(0, places, lesson.labels)
     padded.weights = torch.zeros(8, dtype=torch.float64).index_copy(0, places, lesson.weights)
     same(padded.backward(method), lesson.backward(method))
     padded.weights = torch.zeros_like(padded.weights)
@@ -115,10 +115,10 @@ def test_few_rows_and_one_class(method: StepMethod, n: int, classes: int) -> Non
 @every_method
 def test_rows_without_a_label(method: StepMethod) -> None:
     lesson = Lesson()
-    lesson.labels[1::2] = UNLABELLED
+    lesson.labels[1::2] = IGNORE_INDEX
     _, terms, _ = lesson.loss(copy.deepcopy(method))
     assert not terms["hard"][1::2].any() and terms["hard"][::2].all()
-    lesson.labels[:] = UNLABELLED
+    lesson.labels[:] = IGNORE_INDEX
     lesson.backward(method)
 
 
@@ -159,7 +159,7 @@ def test_what_does_not_go_with_it_is_refused(kind: type[StepMethod], tmp_path: P
     if kind.needs_live:
         assert "back through the teacher, and Cached has no gradient. Give" in refused(teacher=stored)
     with pytest.raises(TypeError, match="Cached has answers and no gradient"):
-        stored.attached(batches, None)
+        stored.forward_with_grad(batches, None)
     if kind.trains_teacher:
         assert "Use accumulate=1." in refused(accumulate=2)
 
@@ -189,7 +189,7 @@ def mlp(case: Case, who: str) -> nn.Sequential:
     return net
 
 
-def lesson_of(student: nn.Module, teacher: nn.Module | Live | Blended, x: Tensor, y: Tensor) -> Lesson:
+def lesson_of(student: nn.Module, teacher: nn.Module | Live | EnsembleTeacher, x: Tensor, y: Tensor) -> Lesson:
     made = Lesson()
     made.student, made.images, made.labels = student, x, y
     made.teacher = Live(teacher) if isinstance(teacher, nn.Module) else teacher  # pyright: ignore
@@ -291,7 +291,7 @@ def test_kdiga_with_other_teachers() -> None:
     plain = lesson_of(student, Live(model), x, y).backward(method)
     half = lesson_of(student, Live(model, precision="bf16"), x, y).backward(method)
     assert 0 < abs(float(half[0] - plain[0])) < 0.1 * float(plain[0])
-    same(lesson_of(student, Blended(model, copy.deepcopy(model)), x, y).backward(method), plain, 1e-5, 1e-6)
+    same(lesson_of(student, EnsembleTeacher(model, copy.deepcopy(model)), x, y).backward(method), plain, 1e-5, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -314,10 +314,10 @@ def test_kdiga_refuses_more_rows_than_inputs_and_a_teacher_that_has_no_way_back(
     step.make_rows = lambda s, t, b: [Rows(s.repeat(2, 1), s.detach().repeat(2, 1), b["y"].repeat(2))]
     with pytest.raises(ValueError, match="needs a row for each input; got 12 rows of 6 inputs"):
         KDIGA().step(step)
-    step.attached = None
+    step.teacher_with_grad = None
     with pytest.raises(ValueError, match="needs a teacher with a gradient"):
         KDIGA().step(step)
-    views, models = Views(MixUp(), names=("clean", "mixed")), {"student": plain_student(), "teacher": plain_teacher()}
+    views, models = TwoView(MixUp(), names=("clean", "mixed")), {"student": plain_student(), "teacher": plain_teacher()}
     models = {side: flattened(model) for side, model in models.items()}
     with pytest.raises(ValueError, match="takes one block of rows, and the task makes 2: clean, mixed"):
         go(LOADERS["batches"](), method=KDIGA(), task=views, steps=1, selfcheck=False, **models)
@@ -350,27 +350,29 @@ def net(*, norm: bool = False, dropout: float = 0.0) -> nn.Sequential:
     return nn.Sequential(*parts, nn.Linear(7, 5)).double()
 
 
-def examined(student: nn.Module, method: Interactive, **options: Any) -> tuple[Lesson, Rehearsal, Any, Any]:
+def examined(student: nn.Module, method: Interactive, **options: Any) -> tuple[Lesson, VirtualStep, Any, Any]:
     lesson = Lesson(8, **options)
     lesson.student = student
     lesson.weights = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 1.0, 0.3, 0.0], dtype=torch.float64)
-    method.meet(lesson.teacher.model)
-    parts = parted(lesson.step(), method.exam_share)
+    method.bind_teacher(lesson.teacher.model)
+    parts = split_step(lesson.step(), method.exam_share)
     assert parts is not None and len(parts[0].student_inputs) == 5 and len(parts[1].student_inputs) == 3
-    return lesson, Rehearsal(student), *parts
+    return lesson, VirtualStep(student), *parts
 
 
-def teacher_gradient(method: Interactive, lesson: Lesson, rehearsal: Rehearsal, course: Any, exam: Any) -> list[Tensor]:
+def teacher_gradient(
+    method: Interactive, lesson: Lesson, rehearsal: VirtualStep, course: Any, exam: Any
+) -> list[Tensor]:
     told, T = method.feedback(rehearsal, course, exam)
     parameters = list(lesson.teacher.model.requires_grad_(True).parameters())
     return list(torch.autograd.grad(method.teacher_loss(course, told, T), parameters))
 
 
-def exam_after(method: Interactive, rehearsal: Rehearsal, course: Any, exam: Any) -> Tensor:
+def exam_after(method: Interactive, rehearsal: VirtualStep, course: Any, exam: Any) -> Tensor:
     """The exam's loss as a function of the teacher's weights, with a graph through the rehearsed step."""
     rows = rehearsal.rows(course, rehearsal.weights)
-    taught = course.answers(course.attached(course.teacher_inputs, None)).student
-    T = method.temperature(rows.with_(student=rows.student.detach(), teacher=taught.detach()), 1.0)
+    taught = course.student_rows(course.teacher_with_grad(course.teacher_inputs, None)).student
+    T = method.temperature(rows.replace(student=rows.student.detach(), teacher=taught.detach()), 1.0)
     p, q = (taught / T.teacher).log_softmax(-1), (rows.student / T.student).log_softmax(-1)
     terms = {"soft": method.soft * T.scale * (p.exp() * (p - q)).sum(-1), "hard": method.hard * cross_entropy(rows)}
     down = torch.autograd.grad(total(terms, rows), list(rehearsal.weights.values()), create_graph=True)
@@ -427,7 +429,7 @@ def test_the_supervised_term_and_the_layers_that_learn() -> None:
     both = teacher_gradient(method, lesson, rehearsal, course, exam)
     method.supervised = 0.0
     alone = teacher_gradient(method, lesson, rehearsal, course, exam)
-    rows = course.answers(lesson.teacher.attached(course.teacher_inputs))
+    rows = course.student_rows(lesson.teacher.forward_with_grad(course.teacher_inputs))
     want = slopes(total({"hard": cross_entropy(rows)}, rows), lesson.teacher.model)
     same([a - b for a, b in zip(both, alone, strict=True)], [2.0 * g for g in want])
     lesson, before = Lesson(), copy.deepcopy(Lesson().teacher.model.state_dict())
@@ -439,10 +441,10 @@ def test_the_supervised_term_and_the_layers_that_learn() -> None:
 def test_the_student_follows_the_teacher_that_has_learned() -> None:
     """The exam falls, and the course's terms are those of the teacher after the exam."""
     lesson, method = Lesson(64), Interactive(teacher_lr=0.05, course_lr=0.5)
-    method.meet(lesson.teacher.model)
-    parts = parted(lesson.step(), 0.5)
+    method.bind_teacher(lesson.teacher.model)
+    parts = split_step(lesson.step(), 0.5)
     assert parts is not None
-    rehearsal, losses = Rehearsal(lesson.student), []
+    rehearsal, losses = VirtualStep(lesson.student), []
     for _ in range(10):
         losses.append(float(exam_after(method, rehearsal, *parts).detach()))
         step = lesson.step()
@@ -455,7 +457,7 @@ def test_the_student_follows_the_teacher_that_has_learned() -> None:
 
 def test_an_exam_every_so_many_steps() -> None:
     lesson, method = Lesson(), Interactive(every=3, teacher_lr=0.1)
-    method.meet(lesson.teacher.model)
+    method.bind_teacher(lesson.teacher.model)
     moved = []
     for _ in range(7):
         before = Live(lesson.teacher.model).identity
@@ -523,15 +525,15 @@ def test_interactive_refuses_arguments(options: dict[str, Any], said: str) -> No
 def test_interactive_refuses_teachers_that_cannot_learn() -> None:
     model = Lesson().teacher.model
     with pytest.raises(ValueError, match=r"layers=\('head',\) of parameters 1.weight, 1.bias, 3.weight, 3.bias"):
-        Interactive(layers=["head"]).meet(model)
+        Interactive(layers=["head"]).bind_teacher(model)
     with pytest.raises(ValueError, match="finds nothing in the teacher"):
-        Interactive().meet(nn.Flatten())
+        Interactive().bind_teacher(nn.Flatten())
     with pytest.raises(ValueError, match=r"whose 1.weight is torch.bfloat16: .* without precision="):
-        Interactive().meet(Live(model, precision="bf16").model)
-    with pytest.raises(RuntimeError, match=r"call method.meet\(teacher.model\) before the first step"):
+        Interactive().bind_teacher(Live(model, precision="bf16").model)
+    with pytest.raises(RuntimeError, match=r"call method.bind_teacher\(teacher.model\) before the first step"):
         Interactive().step(Lesson().step())
     met = Interactive()
-    met.meet(model)
+    met.bind_teacher(model)
     with pytest.raises(RuntimeError, match="has met no teacher to load"):
         Interactive().load_state_dict(met.state_dict())
 
@@ -550,13 +552,13 @@ def test_a_rehearsal_with_tied_weights_and_batches_of_mappings() -> None:
     student, step = Tied().double(), Lesson().step()
     x = torch.randn(6, 5, dtype=torch.float64)
     step.student_inputs = step.teacher_inputs = {"x": x, "n": 3, "scale": torch.ones(())}
-    rehearsal = Rehearsal(student)
+    rehearsal = VirtualStep(student)
     assert len(rehearsal.weights) == 1
     weight = next(iter(rehearsal.weights.values()))
     doubled = rehearsal.rows(step, {"inward.weight": 2.0 * weight}).student
     same(doubled.detach(), ((x @ (2 * weight).T).tanh() @ (2 * weight).T).detach())
     assert student.inward.weight is student.outward.weight is weight
-    parts = parted(step, 0.3)
+    parts = split_step(step, 0.3)
     assert parts is not None and [len(p.batch["y"]) for p in parts] == [4, 2]
     assert [len(p.student_inputs["x"]) for p in parts] == [4, 2] and parts[0].student_inputs["n"] == 3
     direction = {"inward.weight": torch.randn(5, 5, dtype=torch.float64)}

@@ -1,4 +1,4 @@
-"""Swing Distillation: what is public is KD's, what is private is hot, noisy and unlabelled, wherever a batch is cut."""
+"""Swing Distillation: what is public is KD's, what is private is hot, noisy and unlabeled, wherever a batch is cut."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tempering.experiments.spec import method_from
 from tempering.kernels import chunked
 from tempering.methods import DTKD, KD, Swing  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.methods.logits.swing import draws
-from tempering.rows import UNLABELLED
+from tempering.rows import IGNORE_INDEX
 from tempering.temperature import Private, Sharpness, Static
 from tests.conftest import random_rows
 from tests.contract import same
@@ -24,18 +24,18 @@ SCORES = torch.tensor([0.0, 1.0, 0.25, 0.0, 0.75, 1.0], dtype=torch.float64)
 def private(scores: Tensor | None = SCORES, **options: Any) -> Rows:
     rows = random_rows(**options)
     n = len(rows)
-    return rows.with_(private=scores, ids=torch.arange(n) // 2, places=torch.arange(n) % 2 + 3)
+    return rows.replace(privacy_score=scores, ids=torch.arange(n) // 2, positions=torch.arange(n) % 2 + 3)
 
 
 def part(rows: Rows, at: Any) -> Rows:
     """Some of the rows, with all that each of them has."""
-    names = ("student", "teacher", "target", "weight", "ids", "places", "private")
-    return rows.with_(**{name: None if getattr(rows, name) is None else getattr(rows, name)[at] for name in names})
+    names = ("student", "teacher", "target", "weight", "ids", "positions", "privacy_score")
+    return rows.replace(**{name: None if getattr(rows, name) is None else getattr(rows, name)[at] for name in names})
 
 
 def backward(method: Any, rows: Rows, **whole: Any) -> tuple[Tensor, Tensor]:
     student = rows.student.detach().clone().requires_grad_()
-    made = rows.with_(student=student)
+    made = rows.replace(student=student)
     loss = total(method(made, 0.5), made, **whole)
     loss.backward()
     assert student.grad is not None and student.grad.isfinite().all()
@@ -80,9 +80,10 @@ def test_temperatures() -> None:
     policy = Private()
     policy(rows)
     assert int(policy.report()["private"]) == 4
-    same(policy.at(2.0, rows, 1.0).teacher, 2.0 + 18.0 * s)
-    nothing = rows.with_(
-        weight=torch.tensor([1.0, 0, 1, 1, 1, 0]), private=SCORES.clone().index_fill(0, torch.tensor(5), torch.nan)
+    same(policy.with_reference(2.0, rows, 1.0).teacher, 2.0 + 18.0 * s)
+    nothing = rows.replace(
+        weight=torch.tensor([1.0, 0, 1, 1, 1, 0]),
+        privacy_score=SCORES.clone().index_fill(0, torch.tensor(5), torch.nan),
     )
     same(policy(nothing).teacher[[1, 5]], torch.full((2, 1), 4.0, dtype=torch.float64))
 
@@ -116,7 +117,7 @@ def test_noise_meets_private_rows_alone_and_is_the_same_again() -> None:
     T = method.temperature(rows).teacher
     seen.append(method._noised(rows, SCORES, T.expand(6, 1)))
     moved = ((seen[0].teacher - rows.teacher) / T)[SCORES > 0]
-    want = 0.5 * SCORES[SCORES > 0].unsqueeze(1) * draws("normal", 0, rows.ids, rows.places, 7)[SCORES > 0]  # pyright: ignore
+    want = 0.5 * SCORES[SCORES > 0].unsqueeze(1) * draws("normal", 0, rows.ids, rows.positions, 7)[SCORES > 0]  # pyright: ignore
     same(moved, want)
 
 
@@ -129,7 +130,7 @@ def test_cut_batches_add_up_and_chunks_do() -> None:
         rows = private(weighted=True)
         whole = backward(method, rows)
         pieces = [part(rows, at) for at in (slice(0, 1), slice(1, 4), slice(4, 6))]
-        parts = [backward(method, piece, rows_in_batch=rows.mass) for piece in pieces]
+        parts = [backward(method, piece, normalizer=rows.total_weight) for piece in pieces]
         same((sum(loss for loss, _ in parts), torch.cat([g for _, g in parts])), whole)
         order = torch.tensor([4, 2, 5, 0, 1, 3])
         same(backward(method, part(rows, order))[1], whole[1][order])
@@ -138,7 +139,7 @@ def test_cut_batches_add_up_and_chunks_do() -> None:
 def test_padding_classes_and_empty_batches() -> None:
     rows = private()
     gone = torch.tensor([2, 5])
-    masked = rows.with_(
+    masked = rows.replace(
         student=rows.student.index_fill(1, gone, -torch.inf),
         teacher=rows.teacher.index_fill(1, gone, -torch.inf),
         target=torch.zeros(6, dtype=torch.long),
@@ -146,12 +147,12 @@ def test_padding_classes_and_empty_batches() -> None:
     _, gradient = backward(Swing(noise=3.0), masked)
     assert not gradient[:, gone].any()
     weight = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
-    broken = rows.with_(
-        weight=weight, teacher=rows.teacher.clone(), private=SCORES.clone(), student=rows.student.clone()
+    broken = rows.replace(
+        weight=weight, teacher=rows.teacher.clone(), privacy_score=SCORES.clone(), student=rows.student.clone()
     )
-    for x in (broken.teacher, broken.student, broken.private):
+    for x in (broken.teacher, broken.student, broken.privacy_score):
         x[1], x[5] = torch.nan, torch.inf  # pyright: ignore[reportOptionalSubscript]
-    same(backward(Swing(), broken), backward(Swing(), rows.with_(weight=weight)))
+    same(backward(Swing(), broken), backward(Swing(), rows.replace(weight=weight)))
     nothing, _ = backward(Swing(), part(rows, slice(0, 0)))
     assert float(nothing) == 0.0
     one = backward(Swing(), private(classes=1))[0]
@@ -168,22 +169,22 @@ def test_what_a_hidden_label_and_a_redacted_row_send() -> None:
     assert not hard[hidden].any() and bool((hard[~hidden] > 0).all())
     assert bool((Swing(hide=1.0)(rows)["hard"] > 0).all())
     own = torch.linspace(1.0, 2.0, 6, dtype=torch.float64)
-    assert torch.equal(Swing(hard=1.0)(rows.with_(hard=own))["hard"] == 0, hidden)
+    assert torch.equal(Swing(hard=1.0)(rows.replace(task_loss=own))["hard"] == 0, hidden)
     _, gradient = backward(Swing(redact=True), rows)
     assert not gradient[hidden].any() and bool(gradient[~hidden].any(1).all())
     less = backward(Swing(), rows)[1][hidden].norm()
     assert 0 < less < 0.2 * backward(KD(), rows)[1][hidden].norm()
-    unlabelled = rows.with_(target=torch.full((6,), UNLABELLED))
-    backward(Swing(), unlabelled)
-    backward(Swing(hard=0.0), rows.with_(target=None))
+    unlabeled = rows.replace(target=torch.full((6,), IGNORE_INDEX))
+    backward(Swing(), unlabeled)
+    backward(Swing(hard=0.0), rows.replace(target=None))
 
 
 def test_slips_are_named() -> None:
-    rows = private().with_(ids=None)
+    rows = private().replace(ids=None)
     with pytest.raises(ValueError, match=r'has no ids or no places. Give batches "ids", .* or set noise=0'):
         Swing()(rows)
     Swing(noise=0.0)(rows)
-    Swing()(rows.with_(private=torch.zeros(6)))
+    Swing()(rows.replace(privacy_score=torch.zeros(6)))
     for kind, options, said in (
         (Swing, {"hide": 1.5}, r"Swing needs hide in \[0, 1\], a privacy"),
         (Swing, {"distribution": "cauchy"}, "needs distribution 'normal', 'laplace' or 'gumbel'; got 'cauchy'"),
@@ -202,7 +203,7 @@ def test_slips_are_named() -> None:
 def test_it_goes_through_the_chunked_loss() -> None:
     rows = private()
     student = rows.student.detach().clone().requires_grad_()
-    made = rows.with_(student=student)
+    made = rows.replace(student=student)
     chunks = chunked(Swing(), made, memory=1)
     chunks.loss.backward()
     assert student.grad is not None

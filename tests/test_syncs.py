@@ -18,18 +18,18 @@ from tempering import distill
 from tempering.methods import DIST, DKD, DTKD, KD, Method, Supervised
 from tempering.tasks import Classification
 from tempering.teachers import Live
-from tempering.temperature import Cosine, Curriculum, Sharpness, Standardised
+from tempering.temperature import Cosine, Curriculum, Sharpness, Standardized
 
 PACKAGE = Path(tempering.__file__).parent
 # who looks at numbers on a CPU alone, where a look costs nothing (Curriculum also once in a while on a device)
-CPU_ONLY = {"_log", "_exact", "_warn_once", "_look", "__post_init__", "labels"}
+CPU_ONLY = {"_log", "_exact", "_warn_once", "_look", "__post_init__", "require_labels"}
 METHODS = {
     "supervised": Supervised,
     "kd": KD,
     "dkd": DKD,
     "dtkd": DTKD,
     "dtkd-published": lambda: DTKD(temperature=Sharpness(4.0, solve="published", attached=True)),
-    "standardised": lambda: KD(temperature=Standardised()),
+    "standardized": lambda: KD(temperature=Standardized()),
     "ctkd": lambda: KD(temperature=Curriculum()),
     "cosine": lambda: KD(temperature=Cosine()),
     "dist": DIST,
@@ -87,7 +87,7 @@ def test_nobody_asks_for_a_number(make: Callable[[], Method]) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: torch cannot say who waits for it")
 @pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
-def test_no_synchronisation_on_cuda(make: Callable[[], Method]) -> None:
+def test_no_synchronization_on_cuda(make: Callable[[], Method]) -> None:
     def strict(step: int, loss: torch.Tensor) -> None:
         torch.cuda.set_sync_debug_mode("error" if step < 4 else "default")
 

@@ -24,7 +24,7 @@ from tempering.data import Batches
 from tempering.methods.logits.kd import KD
 from tempering.teachers import Cached, Live, Teacher, fingerprint, record
 from tempering.teachers.cache import recorder as recording
-from tempering.teachers.cache.base import BrokenCache
+from tempering.teachers.cache.base import CorruptCacheError
 from tests.paths import ROOT
 
 
@@ -98,12 +98,12 @@ def test_a_teacher_put_in_training_mode_goes_back_and_says_so_once() -> None:
 def test_folded_batch_norm_answers_the_same_and_leaves_the_model_alone() -> None:
     model, x = net().double(), torch.randn(4, 3, 6, 6, dtype=torch.float64)
     before = copy.deepcopy(model.state_dict())
-    plain, folded = Live(copy.deepcopy(model))(x), Live(model, fold=True)
+    plain, folded = Live(copy.deepcopy(model))(x), Live(model, fuse_conv_bn=True)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.model.modules())
     assert type(folded.model).__name__ == "Block"
     assert (folded(x) - plain).abs().max() < 1e-12
     single = net()
-    got = Live(single, fold=True)(x.float())
+    got = Live(single, fuse_conv_bn=True)(x.float())
     assert (got - Live(single)(x.float())).abs().max() < 1e-5
     assert model.training and model.conv1.weight.requires_grad
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -134,7 +134,7 @@ def test_only_what_may_be_folded_is() -> None:
     model, x = Hard(), torch.randn(8, 3, 5, 5)
     for _ in range(3):
         model(x * 2 + 1)
-    folded = Live(model, fold=True)
+    folded = Live(model, fuse_conv_bn=True)
     assert (folded(x) - Live(model)(x)).abs().max() < 1e-5
     kept = {name for name, m in folded.model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     assert kept == {"bn1", "bn2", "bn3", "bn4"}
@@ -147,7 +147,7 @@ class Branching(nn.Module):
 
 def test_what_cannot_be_folded_or_is_no_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"torch.fx cannot trace Branching.* Leave out fold=True"):
-        Live(Branching(), fold=True)
+        Live(Branching(), fuse_conv_bn=True)
     with pytest.raises(ValueError, match="precision 'bf16', 'fp16', 'fp32' or None; got 'half'"):
         Live(net(), precision="half")
     with pytest.raises(TypeError, match="Live needs a torch module; got function"):
@@ -158,7 +158,7 @@ def test_what_cannot_be_folded_or_is_no_model_is_refused() -> None:
 def test_bf16_is_a_copy_that_answers_in_float32(fold: bool) -> None:
     model, x = net(), torch.randn(16, 3, 6, 6)
     expected = Live(copy.deepcopy(model))(x)
-    teacher = Live(model, precision="bf16", fold=fold)
+    teacher = Live(model, precision="bf16", fuse_conv_bn=fold)
     said = teacher(x)
     assert said.dtype == torch.float32
     assert 0 < (said - expected).abs().max() < 0.05 * expected.abs().max()
@@ -237,10 +237,12 @@ def test_fingerprint_is_of_weights_names_and_types_wherever_they_lie() -> None:
 
 
 def test_identity_is_of_the_weights_as_they_came_with_precision_and_fold() -> None:
-    made = [Live(net(), **options) for options in ({}, {"fold": True}, {"precision": "bf16"}, {"precision": "fp32"})]
+    made = [
+        Live(net(), **options) for options in ({}, {"fuse_conv_bn": True}, {"precision": "bf16"}, {"precision": "fp32"})
+    ]
     assert len({teacher.identity for teacher in made}) == 4
     assert Live(net(), channels_last=True).identity == made[0].identity
-    assert Live(net(), fold=True).identity == made[1].identity
+    assert Live(net(), fuse_conv_bn=True).identity == made[1].identity
 
 
 # cached: what it answers
@@ -280,7 +282,7 @@ def test_clean_targets_for_augmented_batches_are_a_choice_that_is_made_aloud(tmp
     cached = record(live, batches, tmp_path / "cache", precision="fp32", quiet=True)
     batches.set_epoch(5)
     x, _, ids = next(iter(batches))
-    clean_x = batches.clean().at(ids)[0]
+    clean_x = batches.clean().gather(ids)[0]
     assert (cached(x, ids) - live(clean_x)).abs().max() < 1e-5
     cached.verify(live, batches)
     with pytest.raises(ValueError) as caught:
@@ -352,7 +354,7 @@ def test_another_key_is_refused_naming_the_field_and_both_values(tmp_path: Path)
         other.head.weight.mul_(1.01)
     cases: list[tuple[dict[str, Any], list[str]]] = [
         ({"teacher": Live(other)}, ["answers of another teacher", live.identity, Live(other).identity]),
-        ({"teacher": Live(net(), fold=True)}, ["answers of another teacher", "fold count"]),
+        ({"teacher": Live(net(), fuse_conv_bn=True)}, ["answers of another teacher", "fold count"]),
         ({"batches": augmented(pixels_seed=1).replay(2)}, ["other data", batches.identity, "record anew"]),
         ({"batches": batches.replay(3)}, ["views=2", "views=3", "batches.replay(2)"]),
         ({"batches": batches}, ["views=2", "views=None", "train on batches.replay(2)"]),
@@ -367,9 +369,9 @@ def test_another_key_is_refused_naming_the_field_and_both_values(tmp_path: Path)
             Cached(place, **given)
         assert all(part in str(caught.value) for part in (str(place), *parts)), str(caught.value)
     clean = record(live, batches, tmp_path / "clean", quiet=True)
-    said = clean.objection(replayed)
+    said = clean.incompatibility(replayed)
     assert said is not None and "recorded with views=None" in said and "leave out views=" in said
-    assert live.objection(batches) is None
+    assert live.incompatibility(batches) is None
 
 
 def test_recording_over_another_recording_is_refused(tmp_path: Path) -> None:
@@ -378,7 +380,7 @@ def test_recording_over_another_recording_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"another recording: its precision is 'fp16', asked for is 'bf16'"):
         record(live, data(), place, precision="bf16", quiet=True)
     with pytest.raises(ValueError, match=r"another recording: its teacher is"):
-        record(Live(net(), fold=True), data(), place, quiet=True)
+        record(Live(net(), fuse_conv_bn=True), data(), place, quiet=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("do not touch")
     with pytest.raises(ValueError, match="is there and is no teacher cache"):
@@ -437,27 +439,27 @@ def test_a_changed_or_truncated_file_is_refused(tmp_path: Path, monkeypatch) -> 
     whole, kept = array.read_bytes(), key.read_text()
 
     array.write_bytes(whole[:-20])
-    with pytest.raises(BrokenCache, match=r"logits.npy cannot be read .* record it again"):
+    with pytest.raises(CorruptCacheError, match=r"logits.npy cannot be read .* record it again"):
         Cached(place)
     array.write_bytes(whole + b"more")
-    with pytest.raises(BrokenCache, match=r"logits.npy has \d+ bytes"):
+    with pytest.raises(CorruptCacheError, match=r"logits.npy has \d+ bytes"):
         Cached(place)
     array.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(BrokenCache, match=r"logits.npy was changed since it was recorded"):
+    with pytest.raises(CorruptCacheError, match=r"logits.npy was changed since it was recorded"):
         Cached(place)
     monkeypatch.setattr("tempering.teachers.cache.base.CHECKED", 0)
     Cached(place)  # a big one is not read through when it is opened
-    with pytest.raises(BrokenCache, match="was changed"):
+    with pytest.raises(CorruptCacheError, match="was changed"):
         Cached(place, checksum=True)
     array.unlink()
-    with pytest.raises(BrokenCache, match=r"logits.npy cannot be read"):
+    with pytest.raises(CorruptCacheError, match=r"logits.npy cannot be read"):
         Cached(place)
     array.write_bytes(whole)
     key.write_text(kept[:-10])
-    with pytest.raises(BrokenCache, match=r"key.json cannot be read"):
+    with pytest.raises(CorruptCacheError, match=r"key.json cannot be read"):
         Cached(place)
     key.write_text(json.dumps({**json.loads(kept), "format": 9}))
-    with pytest.raises(BrokenCache, match="has format 9; this version reads 1"):
+    with pytest.raises(CorruptCacheError, match="has format 9; this version reads 1"):
         Cached(place)
     with pytest.raises(FileNotFoundError, match=r"there is no teacher cache in .*nowhere: no key.json. Make one"):
         Cached(tmp_path / "nowhere")
@@ -525,7 +527,7 @@ def test_a_recording_cut_short_is_served_to_nobody_and_goes_on(tmp_path: Path, o
 def test_a_half_done_recording_is_no_cache_even_when_asked_for_by_name(tmp_path: Path, often) -> None:
     with pytest.raises(RuntimeError, match="power cut"):
         record(Stops(Live(net()), 32), data(), tmp_path / "cache", quiet=True)
-    with pytest.raises(BrokenCache, match="half done"):
+    with pytest.raises(CorruptCacheError, match="half done"):
         Cached(tmp_path / "cache.partial")
 
 
@@ -636,6 +638,6 @@ def test_a_cache_of_the_training_set_is_not_asked_about_another(tmp_path: Path) 
     assert "agreement" in asked.last["test"]
     seen = distill(copy.deepcopy(student), cached, train, test=train.clean(), **options)
     assert "agreement" in seen.last["test"], "about its own images it is"
-    cached.beyond = live
+    cached.fallback = live
     helped = distill(copy.deepcopy(student), cached, train, test=test, **options)
     assert helped.last["test"].keys() == asked.last["test"].keys(), "the model answers what its cache does not hold"

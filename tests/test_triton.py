@@ -146,7 +146,9 @@ def test_a_path_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         chunked(KD(), rows, compile="triton")
     monkeypatch.setattr(compiling, "_made", lambda device: ({}, ImportError("no compiler either")))
     found = compiling.fast_versions(None, torch.device("cuda"), 2**30)
-    assert not found.by and found.why == "no triton (ImportError: no triton here); ImportError: no compiler either"
+    assert (
+        not found.compiler and found.why == "no triton (ImportError: no triton here); ImportError: no compiler either"
+    )
     same(chunked(DTKD(), rows).loss, total(DTKD()(rows), rows))
 
 

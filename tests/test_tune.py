@@ -107,7 +107,7 @@ def begun(out: Path) -> list[str]:
 # the space
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - {"Sum", "Only", "HybridULD", "PGDAT", "Supervised"}))
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"Sum", "OnBlocks", "HybridULD", "PGDAT", "Supervised"}))
 def test_every_method_has_a_space_and_both_its_ends_are_methods(name: str) -> None:
     space = space_of({"CRD": "crd(samples=64)"}.get(name, name.lower()))
     assert any(d.log for d in space.varied), "a weight, at least"
@@ -133,7 +133,7 @@ def test_what_is_searched_by_itself() -> None:
     ]
     assert space_of("kd(soft=4, hard=1)").dimensions["soft"].high == 40.0
     inside = {d.name for d in space_of("sum(kd(hard=0), dkd)").varied}
-    assert {"kd.soft", "kd.temperature.tau", "dkd.rest"} <= inside and "kd.hard" not in inside
+    assert {"kd.soft", "kd.temperature.tau", "dkd.non_target"} <= inside and "kd.hard" not in inside
 
 
 def test_a_space_can_be_typed() -> None:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from tempering import distill
 from tempering.methods import KD, MLKD, R2KD
-from tempering.rows import UNLABELLED
-from tempering.tasks.two_view import AutoAugment, CutMix, CutOut, MixUp, RandAugment, Views
+from tempering.rows import IGNORE_INDEX
+from tempering.tasks.two_view import AutoAugment, CutMix, CutOut, MixUp, RandAugment, TwoView
 from tempering.teachers import Live
-from tempering.teachers.ensemble import Blended, pruned
+from tempering.teachers.ensemble import EnsembleTeacher, prune
 from tests.paths import SHARED, needs_shared
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -40,7 +40,7 @@ def doubled(x: Tensor) -> Tensor:
 
 
 def test_two_blocks() -> None:
-    task, (x, y, ids) = Views(doubled), batch()
+    task, (x, y, ids) = TwoView(doubled), batch()
     student_in, teacher_in, found = task.inputs((x, y, ids))
     assert student_in is teacher_in and found is not None and found.tolist() == [*range(6), *range(6)]
     assert torch.equal(student_in, torch.cat((x, 2 * x)))
@@ -50,50 +50,50 @@ def test_two_blocks() -> None:
     assert torch.equal(weak.student, student[:6]) and torch.equal(strong.student, student[6:])
     assert torch.equal(weak.teacher, teacher[:6]) and torch.equal(strong.teacher, teacher[6:])
     assert torch.equal(strong.target, y) and torch.equal(strong.ids, ids)
-    assert task.mass((x, y, ids)) == {"weak": 6.0, "strong": 6.0}
+    assert task.row_weights((x, y, ids)) == {"weak": 6.0, "strong": 6.0}
     alone = task.rows(student, None, (x, y))
     assert torch.equal(alone[1].teacher, student[6:].detach()) and not alone[1].teacher.requires_grad
-    kept = Views(doubled, labelled=False).rows(student, teacher, (x, y))
-    assert torch.equal(kept[0].target, y) and (kept[1].target == UNLABELLED).all()
+    kept = TwoView(doubled, labeled=False).rows(student, teacher, (x, y))
+    assert torch.equal(kept[0].target, y) and (kept[1].target == IGNORE_INDEX).all()
 
 
 def test_the_teacher_may_see_other_views() -> None:
     x, y, ids = batch()
-    first = Views(doubled, teacher="first")
+    first = TwoView(doubled, teacher="first")
     student_in, teacher_in, found = first.inputs((x, y, ids))
     assert len(student_in) == 12 and teacher_in is x and found is ids
     student, teacher = torch.randn(12, 4), torch.randn(6, 4)
     blocks = first.rows(student, teacher, (x, y))
     assert all(torch.equal(rows.teacher, teacher) for rows in blocks)
-    own = Views(doubled, teacher=lambda x: -x)
+    own = TwoView(doubled, teacher=lambda x: -x)
     assert torch.equal(own.inputs((x, y))[1], torch.cat((x, -x)))
     with pytest.raises(ValueError, match=r"answered 6 rows for two views of 6. A cached teacher knows no fresh view"):
-        Views(doubled).rows(student, teacher, (x, y))
+        TwoView(doubled).rows(student, teacher, (x, y))
 
 
 def test_picked_rows_are_the_unsure_ones() -> None:
     x, y, _ = batch()
-    task = Views(CutMix(), names=("clean", "augmented"), pick=2)
+    task = TwoView(CutMix(), names=("clean", "augmented"), pick=2)
     teacher = torch.randn(12, 4) * torch.arange(1.0, 13.0)[:, None]
     teacher[8:10] = torch.tensor([0.0, 0.1, 0.0, 0.0])
     clean, augmented = task.rows(torch.randn(12, 4), teacher, (x, y))
     assert clean.weight is None and augmented.weight is not None
     assert augmented.weight.tolist() == [0, 0, 1, 1, 0, 0]
-    assert task.mass((x, y)) == {"clean": 6.0, "augmented": 2.0}
-    assert Views(doubled, pick=64).mass((x, y))["strong"] == 6.0
+    assert task.row_weights((x, y)) == {"clean": 6.0, "augmented": 2.0}
+    assert TwoView(doubled, pick=64).row_weights((x, y))["strong"] == 6.0
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Views(3), "needs a callable augment"),  # pyright: ignore
-        (lambda: Views(doubled, names=("a", "a")), "two different names"),
-        (lambda: Views(doubled, teacher="none"), "teacher 'same', 'first' or a callable; got 'none'"),  # pyright: ignore
-        (lambda: Views(CutMix(), teacher="first"), "mixes images, so a teacher that sees others cannot say"),
-        (lambda: Views(MixUp(), labelled=True), "mixes images, whose label is not one class"),
-        (lambda: Views(doubled, pick=0), "needs pick >= 1"),
-        (lambda: Views(lambda x: x[:2]).inputs(batch()), r"must keep the shape \(6, 3, 8, 8\); got \(2, 3, 8, 8\)"),
-        (lambda: Views(doubled).inputs(([1], torch.tensor([0]))), "augments one tensor of inputs; got list"),
+        (lambda: TwoView(3), "needs a callable augment"),  # pyright: ignore
+        (lambda: TwoView(doubled, names=("a", "a")), "two different names"),
+        (lambda: TwoView(doubled, teacher="none"), "teacher 'same', 'first' or a callable; got 'none'"),  # pyright: ignore
+        (lambda: TwoView(CutMix(), teacher="first"), "mixes images, so a teacher that sees others cannot say"),
+        (lambda: TwoView(MixUp(), labeled=True), "mixes images, whose label is not one class"),
+        (lambda: TwoView(doubled, pick=0), "needs pick >= 1"),
+        (lambda: TwoView(lambda x: x[:2]).inputs(batch()), r"must keep the shape \(6, 3, 8, 8\); got \(2, 3, 8, 8\)"),
+        (lambda: TwoView(doubled).inputs(([1], torch.tensor([0]))), "augments one tensor of inputs; got list"),
         (lambda: CutMix(0.0), "CutMix needs alpha > 0"),
         (lambda: RandAugment(mean=MEAN, std=(0.0, 1.0, 1.0)), "needs a mean and a std > 0 a channel"),
         (lambda: AutoAugment("mine", mean=MEAN, std=STD), "policy 'imagenet', 'cifar10' or 'svhn'; got 'mine'"),
@@ -107,17 +107,17 @@ def test_what_does_not_fit(make: Any, words: str) -> None:
 @pytest.mark.parametrize(
     ("task", "method"),
     [
-        (Views(CutOut(4)), MLKD()),
-        (Views(CutMix(), names=("clean", "augmented")), R2KD()),
-        (Views(doubled, teacher="first", pick=3), KD()),
+        (TwoView(CutOut(4)), MLKD()),
+        (TwoView(CutMix(), names=("clean", "augmented")), R2KD()),
+        (TwoView(doubled, teacher="first", pick=3), KD()),
     ],
     ids=["mlkd", "r2kd", "kd"],
 )
-def test_a_run(task: Views, method: Any, tmp_path: Any) -> None:
+def test_a_run(task: TwoView, method: Any, tmp_path: Any) -> None:
     model = net(seed=1).eval()
     x = batch(16)[0]
     batches = [(part, model(part).argmax(1)) for part in x.split(8)]
-    teacher = Blended(model, pruned(model))
+    teacher = EnsembleTeacher(model, prune(model))
 
     def run(out: Any) -> Any:
         optimizer = functools.partial(torch.optim.SGD, lr=0.01)
@@ -202,27 +202,32 @@ def test_without_kornia(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_blended() -> None:
     one, other = net(seed=1), net(seed=2)
-    teacher = Blended(one, other, share=0.7)
+    teacher = EnsembleTeacher(one, other, share=0.7)
     x = batch()[0]
     answer = teacher(x, None)
     torch.testing.assert_close(answer, 0.7 * one(x) + 0.3 * other(x))
-    assert not answer.requires_grad and teacher.model is one and teacher.objection([]) is None
+    assert not answer.requires_grad and teacher.model is one and teacher.incompatibility([]) is None
     assert teacher.to("cpu") is teacher
     assert (
-        len({Blended(a, b, share=s).identity for a, b, s in ((one, other, 0.7), (other, one, 0.7), (one, other, 0.6))})
+        len(
+            {
+                EnsembleTeacher(a, b, share=s).identity
+                for a, b, s in ((one, other, 0.7), (other, one, 0.7), (one, other, 0.6))
+            }
+        )
         == 3
     )
-    assert Blended(Live(one), other).identity == teacher.identity
+    assert EnsembleTeacher(Live(one), other).identity == teacher.identity
     with pytest.raises(ValueError, match=r"needs share in \[0, 1\]"):
-        Blended(one, other, share=1.5)
+        EnsembleTeacher(one, other, share=1.5)
     with pytest.raises(ValueError, match=r"first teacher answers \(6, 4\) and the second \(6, 5\)"):
-        Blended(one, net(5))(x)
+        EnsembleTeacher(one, net(5))(x)
 
 
 def test_pruned() -> None:
     model = net(seed=3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    out = pruned(model, amount=0.25)
+    out = prune(model, amount=0.25)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert set(out.state_dict()) == set(before)
     for name in ("0.weight", "4.weight"):
@@ -230,9 +235,9 @@ def test_pruned() -> None:
         assert int(gone.sum()) == round(0.25 * gone.numel()) and float(old[gone].max()) < float(old[~gone].min())
     assert torch.equal(out.state_dict()["4.bias"], before["4.bias"])
     with pytest.raises(ValueError, match="no convolution or linear layer in ReLU"):
-        pruned(nn.ReLU())
+        prune(nn.ReLU())
     with pytest.raises(ValueError, match=r"needs amount in \[0, 1\)"):
-        pruned(model, amount=1.0)
+        prune(model, amount=1.0)
 
 
 @needs_shared
@@ -243,11 +248,11 @@ def test_pruned_as_released() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(inputs, classes)).double()
     names = {"0.weight", "0.bias", "3.weight", "3.bias"}
     model.load_state_dict({name: torch.tensor(g[f"before_{name.replace('.', '_')}"]).double() for name in names})
-    out, x = pruned(model, amount=0.1), torch.tensor(g["x"]).double()
+    out, x = prune(model, amount=0.1), torch.tensor(g["x"]).double()
     for name in names:
         torch.testing.assert_close(out.state_dict()[name], torch.tensor(g[f"after_{name.replace('.', '_')}"]).double())
     for net_, key in ((model, "logits_full"), (out, "logits_pruned")):
         torch.testing.assert_close(net_(x).detach(), torch.tensor(g[key]), rtol=1e-9, atol=1e-11)
     assert int((out[0].weight == 0).sum()) == int(g["pruned_count_conv"])  # pyright: ignore
-    blended = Blended(model, out)(x)
+    blended = EnsembleTeacher(model, out)(x)
     torch.testing.assert_close(blended, 0.7 * torch.tensor(g["logits_full"]) + 0.3 * torch.tensor(g["logits_pruned"]))

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempering.data.synthetic_shapes import shapes
+from tempering.data.synthetic_shapes import synthetic_shapes
 from tempering.methods import DIST, DTKD, FGD, KD, KDIGA, Explainer, InconsistentDetection
 from tempering.models.attention import attend
 from tempering.models.fcos import FCOS
 from tempering.rows import Rows
 from tempering.tasks.detection import Detection
-from tempering.temperature import LearningPolicy, Temperatures
+from tempering.temperature import AdaptivePolicy, Temperatures
 from tempering.training import checkpoint as checkpoints
 from tempering.training.config import Run
 from tests.runs import (
@@ -43,7 +43,7 @@ from tests.runs import (
 )
 
 
-class Grown(LearningPolicy):
+class Grown(AdaptivePolicy):
     """A policy that learns from what a step did."""
 
     paper = "none: a test's"
@@ -52,7 +52,7 @@ class Grown(LearningPolicy):
     def forward(self, rows: Rows, progress: float) -> Temperatures:
         return Temperatures(*(torch.full((1, 1), self.tau),) * 2)
 
-    def learn(self, reward: Tensor | None) -> None:
+    def update(self, reward: Tensor | None) -> None:
         self.tau += 1.0
 
 
@@ -106,7 +106,7 @@ def detecting(name: str, out: Path | None, **more: Any) -> Run:
     torch.manual_seed(7)
     student, teacher = (FCOS(3, width=0.5, neck=neck, norm="group") for neck in (16, 24))
     made = FGD() if name == "fgd" else InconsistentDetection(FGD(), adversarial=1e-4)
-    splits = shapes(size=64, train=8, test=4, batch_size=4)
+    splits = synthetic_shapes(size=64, train=8, test=4, batch_size=4)
     wanted: dict[str, Any] = {"task": Detection(class_rows=False), "steps": 3, "optimizer": partial(SGD, lr=0.01)}
     torch.manual_seed(78)  # of the method's own modules
     models = {"student": student, "teacher": teacher, "selfcheck": False}

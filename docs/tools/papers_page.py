@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tempering.experiments import published as papers
-from tempering.experiments.tune.space import arguments, written
+from tempering.experiments.tune.space import format_call, iter_arguments
 from tempering.methods import METHODS
 from tempering.methods.base import Method
 from tempering.reports.compare import Comparison, compare
@@ -53,7 +53,7 @@ GOLDEN = {
     "MLKD": "mlkd.npz",
     "R2KD": "r2kd.npz",
     "Sharpness": "dtkd_published.npz and dtkd_exact.npz",
-    "Standardised": "logit_methods.npz",
+    "Standardized": "logit_methods.npz",
     "ULD": "llm_skd.npz",
 }
 DIFFERS = re.compile(r"\b(released|published|the source|the copy|differs?|paper|erratum|not known)\b", re.I)
@@ -160,14 +160,14 @@ def _presets(kind: type[Any]) -> str:
     for name, preset in presets().items():
         known = made_by(preset)
         first = next(iter(next(iter(known.values())).values()))
-        inside = [value for _, value, _ in arguments(first)]
+        inside = [value for _, value, _ in iter_arguments(first)]
         if type(first) is not kind and (issubclass(kind, Method) or not any(type(v) is kind for v in inside)):
             continue
         call = ", ".join(n for n in ("teacher", "student") if n in inspect.signature(preset).parameters)
         for data, pairs in known.items():
             by_text: dict[str, list[str]] = {}
             for (t, s), method in pairs.items():
-                text = ROUND.sub(_short, written(method, whole=True))
+                text = ROUND.sub(_short, format_call(method, whole=True))
                 by_text.setdefault(text, []).append(s if t in ("", "none") else f"{t} to {s}")
             for text, nets in by_text.items():
                 where = f"{data}: {', '.join(nets)}" if data else "for all"

@@ -16,7 +16,7 @@ from tempering.audits.base import Answer
 
 Norm = Literal["linf", "l2"]
 LOSSES = ("ce", "margin")
-ROOM = 1e-3  # by how much a pixel may miss [0, 1]: half of a grey level is 2e-3
+ROOM = 1e-3  # by how much a pixel may miss [0, 1]: half of a gray level is 2e-3
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Pixels:
     """Between the inputs that models see and pixels in [0, 1].
 
     Args:
-        mean, std: of each channel, as the inputs were normalised; (0,) and (1,) for inputs that are pixels.
+        mean, std: of each channel, as the inputs were normalized; (0,) and (1,) for inputs that are pixels.
 
     Raises:
         ValueError: for lengths that differ, or a spread that is not positive.
@@ -55,7 +55,7 @@ class Pixels:
             raise ValueError(
                 f"with mean {tuple(self.mean)} and std {tuple(self.std)} the inputs are pixels from {low:.3g} to "
                 f"{high:.3g}, outside [0, 1], so an attack's strength would mean nothing. Give the mean and std that "
-                "the loader normalises with."
+                "the loader normalizes with."
             )
         return p.clamp(0, 1)
 
@@ -219,7 +219,7 @@ def _allowed(p: Tensor, *, eps: float, norm: str) -> None:
     if len(p) and not (float(p.min()) >= 0 and float(p.max()) <= 1):
         raise ValueError(
             f"an attack begins at pixels in [0, 1] and stays there; got {float(p.min()):.3g} to {float(p.max()):.3g}. "
-            "Attack Pixels(mean, std).pixels(inputs), not normalised inputs."
+            "Attack Pixels(mean, std).pixels(inputs), not normalized inputs."
         )
 
 

@@ -1,4 +1,4 @@
-"""What an audit is: a student, its teacher and labelled batches in, findings out, and no model changed."""
+"""What an audit is: a student, its teacher and labeled batches in, findings out, and no model changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tempering.rows import widened
+from tempering.rows import upcast_to_float32
 
 Answer = Callable[[Tensor], Tensor]  # inputs (N, ...) to logits (N, C), in float32 at least
 
@@ -58,7 +58,7 @@ class Audit(ABC):
     """Looks at a trained student, beside its teacher where there is one. It changes neither: modes and the weights'
     ``requires_grad`` are put back, also where it is interrupted, and no global random number is drawn.
 
-    Batches are (inputs, labels, ...) of a classification task, such as a test split without augmentation; unlabelled
+    Batches are (inputs, labels, ...) of a classification task, such as a test split without augmentation; unlabeled
     rows are left out. ``samples`` is how many rows are looked at, the first ones; None for all.
     """
 
@@ -85,7 +85,7 @@ class Audit(ABC):
     def examine(self, models: Mapping[str, nn.Module], batches: Iterable[Any]) -> list[Finding]:
         """The findings on "student" and, where there is one, "teacher", both in eval mode and frozen."""
 
-    def drawn(self, student: nn.Module) -> dict[str, Any]:
+    def report_data(self, student: nn.Module) -> dict[str, Any]:
         """What the report draws beside the findings, plain enough for JSON; {} for nothing."""
         return {}
 
@@ -117,7 +117,7 @@ def at_rest(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(wanted)
 
 
-def answering(model: nn.Module, side: str) -> Answer:
+def as_function(model: nn.Module, side: str) -> Answer:
     """The model as inputs (N, ...) on any device -> logits (N, C), widened, with a gradient path where one is on."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
@@ -127,7 +127,7 @@ def answering(model: nn.Module, side: str) -> Answer:
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(inputs):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"the {side} must answer (N, C) logits for an audit; got {got} for {len(inputs)} inputs.")
-        logits = widened(logits)
+        logits = upcast_to_float32(logits)
         if not torch.isfinite(logits.detach()).all():
             raise ValueError(f"the {side} answers numbers that are not finite; an audit of it would mean nothing.")
         return logits
@@ -136,12 +136,12 @@ def answering(model: nn.Module, side: str) -> Answer:
 
 
 def identified(batches: Iterable[Any], samples: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(inputs, labels, ids) of the labelled rows, batch by batch, the first ``samples`` of them.
+    """(inputs, labels, ids) of the labeled rows, batch by batch, the first ``samples`` of them.
 
     Ids are the batches' third part, else the rows' numbers in the order in which they come.
 
     Raises:
-        ValueError: for batches of another form, or where there is no labelled row at all.
+        ValueError: for batches of another form, or where there is no labeled row at all.
     """
     seen = walked = 0
     for batch in batches:
@@ -164,10 +164,10 @@ def identified(batches: Iterable[Any], samples: int | None = None) -> Iterator[t
         if samples is not None and seen >= samples:
             break
     if not seen:
-        raise ValueError("there is nothing to audit: the batches hold no labelled row. Is the split empty?")
+        raise ValueError("there is nothing to audit: the batches hold no labeled row. Is the split empty?")
 
 
-def labelled(batches: Iterable[Any], samples: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+def labeled(batches: Iterable[Any], samples: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """The same without ids."""
     for x, y, _ in identified(batches, samples):
         yield x, y
@@ -175,7 +175,7 @@ def labelled(batches: Iterable[Any], samples: int | None = None) -> Iterator[tup
 
 def data(batches: Iterable[Any], samples: int | None) -> tuple[Tensor, Int[Tensor, " N"]]:
     """All inputs and labels at once, (N, ...) and (N,), on the CPU."""
-    x, y = zip(*((x.cpu(), y.cpu()) for x, y in labelled(batches, samples)), strict=True)
+    x, y = zip(*((x.cpu(), y.cpu()) for x, y in labeled(batches, samples)), strict=True)
     return torch.cat(x), torch.cat(y)
 
 
@@ -188,7 +188,7 @@ def answered(
     Raises:
         ValueError: where the two have other numbers of classes, or a label fits none.
     """
-    asked = {side: answering(model, side) for side, model in models.items()}
+    asked = {side: as_function(model, side) for side, model in models.items()}
     said: dict[str, list[Tensor]] = {side: [] for side in models}
     labels, known = [], []
     for x, y, ids in identified(batches, samples):
@@ -197,7 +197,7 @@ def answered(
         for side, answer in asked.items():
             said[side].append(answer(x).cpu().double())
     whole, y = {side: torch.cat(parts) for side, parts in said.items()}, torch.cat(labels)
-    _fits({side: z.shape[1] for side, z in whole.items()}, y)
+    _check_widths({side: z.shape[1] for side, z in whole.items()}, y)
     return whole, y, torch.cat(known)
 
 
@@ -209,18 +209,18 @@ def answers(
     return said, y
 
 
-def fits(models: Mapping[str, nn.Module], x: Tensor, y: Tensor) -> int:
+def count_classes(models: Mapping[str, nn.Module], x: Tensor, y: Tensor) -> int:
     """How many classes the models tell apart, asked with one input.
 
     Raises:
         ValueError: as ``answers`` does.
     """
     with torch.no_grad():
-        widths = {side: answering(model, side)(x[:1]).shape[1] for side, model in models.items()}
-    return _fits(widths, y)
+        widths = {side: as_function(model, side)(x[:1]).shape[1] for side, model in models.items()}
+    return _check_widths(widths, y)
 
 
-def _fits(widths: Mapping[str, int], y: Tensor) -> int:
+def _check_widths(widths: Mapping[str, int], y: Tensor) -> int:
     if len(set(widths.values())) > 1:
         said = " and ".join(f"the {side} {n}" for side, n in widths.items())
         raise ValueError(f"student and teacher must answer the same classes; {said}.")
@@ -230,7 +230,7 @@ def _fits(widths: Mapping[str, int], y: Tensor) -> int:
     return classes
 
 
-def positive(sizes: Mapping[str, float]) -> None:
+def check_positive(sizes: Mapping[str, float]) -> None:
     """Raise ValueError for a size that is below 1, naming it."""
     for name, size in sizes.items():
         if size < 1:

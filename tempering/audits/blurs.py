@@ -18,7 +18,7 @@ Border = Callable[[Tensor, int], Tensor]  # positions that may lie outside, and 
 
 
 def glass_blur(p: Tensor, at: int, generator: torch.Generator) -> Tensor:
-    """Each pixel is its neighbour's, one row up or one column left or both or neither; blurred before and after.
+    """Each pixel is its neighbor's, one row up or one column left or both or neither; blurred before and after.
 
     The released code means to swap the two and copies, since numpy's views are not values; CIFAR-C is made by it.
     """

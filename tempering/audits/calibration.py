@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tempering.audits.base import Audit, Finding, answers, positive
+from tempering.audits.base import Audit, Finding, answers, check_positive
 from tempering.audits.intervals import Z, bootstrap
 
 COLDEST, HOTTEST = 0.02, 50.0  # temperatures that are fitted lie between them
@@ -44,9 +44,9 @@ class Calibration(Audit):
         draws: int = 200,
         seed: int = 0,
     ) -> None:
-        positive({"bins": bins, "draws": draws})
+        check_positive({"bins": bins, "draws": draws})
         self.bins, self.taught, self.samples, self.draws, self.seed = bins, taught, samples, draws, seed
-        self._drawn: dict[str, Any] = {}
+        self._report_data: dict[str, Any] = {}
 
     def examine(self, models: Mapping[str, nn.Module], batches: Iterable[Any]) -> list[Finding]:
         said, y = answers(models, batches, self.samples)
@@ -55,20 +55,20 @@ class Calibration(Audit):
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(self.seed))
         fitted, held = order[: len(y) // 2], order[len(y) // 2 :]
         found: list[Finding] = []
-        self._drawn = {"temperature": {}, "plain": {}, "tempered": {}}
+        self._report_data = {"temperature": {}, "plain": {}, "tempered": {}}
         for side, z in said.items():
             T = fit_temperature(z[fitted], y[fitted])
             found += self._scores(side, z[held], y[held], "")
             found.append(self._temperature(side, T, len(fitted)))
             found += self._scores(side, z[held] / T.value, y[held], "_tempered")
-            self._drawn["temperature"][side] = T.value
+            self._report_data["temperature"][side] = T.value
             for when, by in (("plain", 1.0), ("tempered", T.value)):
-                self._drawn[when][side] = diagram(z[held] / by, y[held], bins=self.bins)
+                self._report_data[when][side] = diagram(z[held] / by, y[held], bins=self.bins)
         return found
 
-    def drawn(self, student: nn.Module) -> dict[str, Any]:
+    def report_data(self, student: nn.Module) -> dict[str, Any]:
         """The reliability diagrams of the half that fits nothing, before and after the fitted temperature."""
-        return {"reliability": self._drawn}
+        return {"reliability": self._report_data}
 
     def _scores(self, side: str, z: Tensor, y: Tensor, after: str) -> list[Finding]:
         """The four scores of these logits on the half that fits nothing."""
@@ -105,7 +105,7 @@ class Calibration(Audit):
             "too sure" if T.low > 1 else "not sure enough" if T.high < 1 else "not shown to be either too sure or not"
         )
         meaning = (
-            f"The temperature that this model would want: dividing its logits by it minimises the NLL. Above 1 a model "
+            f"The temperature that this model would want: dividing its logits by it minimizes the NLL. Above 1 a model "
             f"is too sure, below 1 not sure enough; this one is {sense}."
         )
         if T.bound:
@@ -190,7 +190,7 @@ def brier(p: Float[Tensor, "N C"], y: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
 
 
 def fit_temperature(z: Float[Tensor, "N C"], y: Int[Tensor, " N"]) -> Fitted:
-    """The temperature in [0.02, 50] that minimises the NLL of z / T, with a 95 % interval.
+    """The temperature in [0.02, 50] that minimizes the NLL of z / T, with a 95 % interval.
 
     The NLL is convex in 1 / T: bisection on its slope, then the interval of an M-estimator (sandwich variance) there.
     """

@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tempering.audits.base import Audit, Finding
-from tempering.audits.exposure import exposure, modelled_exposure, sampled_exposure
+from tempering.audits.exposure import exposure, modeled_exposure, sampled_exposure
 from tempering.audits.intervals import average, bootstrap
 from tempering.data.canaries import Canary
-from tempering.rows import widened
+from tempering.rows import upcast_to_float32
 
 Encode = Callable[[str], Sequence[int]]
 UNSEEN = math.log2(math.e)  # the mean of a canary that was in no data, in bits
@@ -111,8 +111,8 @@ class Canaries(Audit):
         counted = sampled_exposure(perplexities[:1], perplexities[1:])[0]
         if counted < math.log2(self.asked + 1) - 1e-9:
             return counted
-        modelled = modelled_exposure(perplexities[:1], perplexities[1:], most=math.log2(canary.size))
-        return torch.maximum(counted, modelled[0])
+        modeled = modeled_exposure(perplexities[:1], perplexities[1:], most=math.log2(canary.size))
+        return torch.maximum(counted, modeled[0])
 
     def _passed(self, student: Tensor, teacher: Tensor) -> Finding:
         """The student's exposure as a share of the teacher's."""
@@ -186,4 +186,4 @@ def _asked(model: nn.Module, texts: Sequence[tuple[int, ...]], device: torch.dev
     if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape or logits.ndim != 3:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"canaries need a model that answers (B, L, V) logits, here of {tuple(ids.shape)}; got {got}.")
-    return torch.log_softmax(widened(logits), -1).cpu().double()
+    return torch.log_softmax(upcast_to_float32(logits), -1).cpu().double()

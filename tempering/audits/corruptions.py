@@ -69,7 +69,7 @@ def _defocus_blur(p: Tensor, at: int, generator: torch.Generator) -> Tensor:
 
 
 def _brightness(p: Tensor, at: int, generator: torch.Generator) -> Tensor:
-    """The value of hue, saturation, value: all channels by one factor, black to grey."""
+    """The value of hue, saturation, value: all channels by one factor, black to gray."""
     value = p.max(1, keepdim=True).values
     brighter = (value + (0.05, 0.1, 0.15, 0.2, 0.3)[at]).clamp(max=1)
     return torch.where(value > 0, p * brighter / value.clamp_min(1e-9), brighter)
@@ -106,7 +106,7 @@ def _through_jpeg(image: Any, quality: int) -> Any:
 
 
 def _by_pillow(p: Tensor, change: Callable[[Any], Any]) -> Tensor:
-    """Each image through Pillow as 8-bit grey or RGB."""
+    """Each image through Pillow as 8-bit gray or RGB."""
     try:
         from PIL import Image
     except ImportError as error:

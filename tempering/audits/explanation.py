@@ -10,13 +10,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tempering.audits import gradcam, hardness
-from tempering.audits.base import Audit, Finding, answered, answering, data, fits, positive
+from tempering.audits.base import Audit, Finding, answered, as_function, check_positive, count_classes, data
 from tempering.audits.intervals import average, share
 from tempering.audits.membership import confidence
-from tempering.audits.similarity import alike, cka, cka_interval, slopes
+from tempering.audits.similarity import agreement, cka, cka_interval, slopes
 from tempering.audits.trees import findings, tree_of
 from tempering.temperature.base import Policy
-from tempering.utils.hooks import Taps
+from tempering.utils.hooks import FeatureExtractor
 
 PARTS = ("hardest", "hard", "middling", "easy", "easiest")
 
@@ -50,9 +50,9 @@ class Explanation(Audit):
         inside: int = 500,
         batch: int = 250,
     ) -> None:
-        positive({"inside": inside, "batch": batch})
+        check_positive({"inside": inside, "batch": batch})
         self.layers, self.classes, self.class_names = dict(layers or {}), classes, class_names
-        self.policy, self._drawn = policy, {}
+        self.policy, self._report_data = policy, {}
         self.samples, self.inside, self.batch = samples, inside, batch
 
     def examine(self, models: Mapping[str, nn.Module], batches: Iterable[Any]) -> list[Finding]:
@@ -71,17 +71,17 @@ class Explanation(Audit):
         found += self._by_class(same, y) + self._by_difficulty(same, confidence(teacher, y))
         hard = hardness.hardness(self.policy, student, teacher, y)
         found += hardness.findings(hard, ids.tolist())
-        self._drawn = {"temperatures": hardness.drawn(hard)}
+        self._report_data = {"temperatures": hardness.by_difficulty(hard)}
         if (tree := tree_of(models["student"])) is not None:
             found += findings(tree, teacher, y)
         x, y = data(batches, min(self.inside, len(y)))
-        fits(models, x, y)
+        count_classes(models, x, y)
         return found + self._inside(models, x, y)
 
-    def drawn(self, student: nn.Module) -> dict[str, Any]:
+    def report_data(self, student: nn.Module) -> dict[str, Any]:
         """Temperatures by difficulty, and the concept tree of a student that has one."""
         tree = tree_of(student)
-        return self._drawn | ({} if tree is None else {"tree": tree, "class_names": list(self.class_names or ())})
+        return self._report_data | ({} if tree is None else {"tree": tree, "class_names": list(self.class_names or ())})
 
     def _by_class(self, same: Tensor, y: Tensor) -> list[Finding]:
         present = y.unique().tolist()
@@ -117,8 +117,8 @@ class Explanation(Audit):
         ends: dict[str, dict[str, Tensor]] = {}
         toward: dict[str, list[Tensor]] = {side: [] for side in sides}
         for i, side in enumerate(sides):
-            answer, kept = answering(models[side], side), {"logits": []} | {name: [] for name in self.layers}
-            with Taps(models[side], [pair[i] for pair in self.layers.values()]) as taps:
+            answer, kept = as_function(models[side], side), {"logits": []} | {name: [] for name in self.layers}
+            with FeatureExtractor(models[side], [pair[i] for pair in self.layers.values()]) as taps:
                 for a, b in zip(x.split(self.batch), y.split(self.batch), strict=True):
                     if x.is_floating_point():
                         toward[side].append(slopes(lambda z, f=answer: f(z).to(z.device), a, b))
@@ -129,7 +129,7 @@ class Explanation(Audit):
             ends[side] = {name: torch.cat(parts) for name, parts in kept.items()}
         found = []
         if x.is_floating_point():
-            cosine = alike(*(torch.cat(toward[side]) for side in ("student", "teacher")))
+            cosine = agreement(*(torch.cat(toward[side]) for side in ("student", "teacher")))
             meaning = (
                 "Cosine of the angle between the two models' input gradients, mean over samples: whether both would be "
                 "moved by the same pixels. Unrelated models are near 0."

@@ -69,7 +69,7 @@ def sampled_exposure(canaries: Float[Tensor, " K"], alternatives: Float[Tensor, 
     return -torch.log2((1 + as_likely) / (1 + alternatives.shape[1]))
 
 
-def modelled_exposure(
+def modeled_exposure(
     canaries: Float[Tensor, " K"], alternatives: Float[Tensor, " M"], *, most: float = math.inf
 ) -> Float[Tensor, " K"]:
     """The exposure in bits, (K,), beyond what sampling can count: -log2 of the lower tail of a skew normal
@@ -87,7 +87,7 @@ def modelled_exposure(
     try:
         from scipy.stats import skewnorm
     except ImportError as error:
-        raise ImportError("the modelled exposure needs scipy: pip install 'tempering[report]'.") from error
+        raise ImportError("the modeled exposure needs scipy: pip install 'tempering[report]'.") from error
     sample = alternatives.double().numpy()
     if len(sample) < 20 or not sample.std() > 0:
         raise ValueError(f"a skew normal is fitted to 20 alternatives or more that differ; got {len(sample)}.")

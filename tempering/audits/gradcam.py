@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from tempering.audits.base import Finding, answering
+from tempering.audits.base import Finding, as_function
 from tempering.audits.intervals import average
-from tempering.utils.hooks import Taps
+from tempering.utils.hooks import FeatureExtractor
 
 NAME = "gradcam_correlation"
 MISSING = 'Grad-CAM was left out: it needs Captum, pip install "tempering[explanation]".'
@@ -53,7 +53,7 @@ def gradcam(model: nn.Module, side: str, name: str, x: Tensor, y: Int[Tensor, " 
     """
     from captum.attr import LayerGradCam  # pyright: ignore[reportMissingImports]
 
-    answer, layer = answering(model, side), dict(model.named_modules())[name]
+    answer, layer = as_function(model, side), dict(model.named_modules())[name]
     device = next((p.device for p in model.parameters()), x.device)
     # the weights are frozen here, so the way back has to begin at the inputs
     leaf = x.detach().to(device).requires_grad_()
@@ -83,8 +83,8 @@ def _last_maps(
     pairs = list(layers.values())
     shapes = []
     for i, (side, model) in enumerate(models.items()):
-        with Taps(model, [pair[i] for pair in pairs]) as taps, torch.no_grad():
-            answering(model, side)(x)
+        with FeatureExtractor(model, [pair[i] for pair in pairs]) as taps, torch.no_grad():
+            as_function(model, side)(x)
             shapes.append([taps[pair[i]].ndim for pair in pairs])
     for pair, dims in zip(reversed(pairs), reversed(list(zip(*shapes, strict=True))), strict=True):
         if dims == (4, 4):

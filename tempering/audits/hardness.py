@@ -69,7 +69,7 @@ def findings(found: Hardness, ids: Sequence[int]) -> list[Finding]:
     return out
 
 
-def drawn(found: Hardness) -> dict[str, Any]:
+def by_difficulty(found: Hardness) -> dict[str, Any]:
     """Mean temperatures in fifths of the student's loss, hardest first, plain enough for JSON."""
     order = torch.argsort(found.loss, descending=True, stable=True)
     parts = [

@@ -24,8 +24,8 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     if not n:
         return 0.0, 1.0
     p, z2 = hits / n, Z**2
-    centre, half = p + z2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2))
-    low, high = ((centre + sign * half) / (1 + z2 / n) for sign in (-1, 1))
+    center, half = p + z2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2))
+    low, high = ((center + sign * half) / (1 + z2 / n) for sign in (-1, 1))
     return (0.0 if hits == 0 else low), (1.0 if hits == n else high)
 
 
@@ -79,7 +79,7 @@ def correlation(name: str, of: str, a: Float[Tensor, " N"], b: Float[Tensor, " N
 
 
 def _ranks(v: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Centred ranks, the mean one for values that are equal."""
+    """Centered ranks, the mean one for values that are equal."""
     _, place, counts = torch.unique(v, return_inverse=True, return_counts=True)
     rank = (counts.cumsum(0) - (counts - 1) / 2).double()[place]
     return rank - rank.mean()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempering.audits.base import Audit, Finding, answers, data, positive
+from tempering.audits.base import Audit, Finding, answers, check_positive, data
 from tempering.audits.intervals import Z, share
 from tempering.audits.membership import Separation, confidence, found_at, lira, separation, separations_apart
 from tempering.audits.shadows import shadow_confidence
@@ -47,7 +47,7 @@ class Privacy(Audit):
         samples: int | None = 2000,
         seed: int = 0,
     ) -> None:
-        positive({"epochs": epochs, "batch": batch})
+        check_positive({"epochs": epochs, "batch": batch})
         if shadows < 0 or shadows == 2 or shadows % 2 or not lr > 0 or not 0 < rate < 1:
             raise ValueError(
                 f"Privacy needs shadows of 0 or an even number from 4 on, lr > 0 and rate in (0, 1); got {shadows}, "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.audits.attacks import Attacked, Norm, Pixels, autoattack, blind, fgsm, pgd
-from tempering.audits.base import Answer, Audit, Finding, answering, data, fits, positive
+from tempering.audits.base import Answer, Audit, Finding, as_function, check_positive, count_classes, data
 from tempering.audits.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from tempering.audits.intervals import average, share
 from tempering.audits.smoothing import certify
@@ -22,11 +22,11 @@ class Robustness(Audit):
     """Accuracy of both models under FGSM and PGD, whether it may be believed, and how much of it is the teacher's.
 
     Beside it: the certified accuracy of the smoothed models, and accuracy under CIFAR-C's fifteen corruptions. Attacks
-    work on pixels in [0, 1], whatever the models are normalised with, and never leave it. Accuracy under an attack is
+    work on pixels in [0, 1], whatever the models are normalized with, and never leave it. Accuracy under an attack is
     an upper bound of robust accuracy: a stronger attack may find less.
 
     Args:
-        mean, std: with which the batches are normalised, one value a channel.
+        mean, std: with which the batches are normalized, one value a channel.
         eps: strength of the attacks, in pixels of [0, 1].
         norm: "linf" or "l2".
         steps, step, restarts: of PGD; a step of None is 2.5 eps / steps.
@@ -67,7 +67,7 @@ class Robustness(Audit):
         batch: int = 250,
         seed: int = 0,
     ) -> None:
-        positive({"steps": steps, "restarts": restarts, "votes": votes, "batch": batch})
+        check_positive({"steps": steps, "restarts": restarts, "votes": votes, "batch": batch})
         self.mean, self.std, self.eps = tuple(mean), tuple(std), eps
         self.norm: Norm = norm
         self.steps, self.step, self.restarts, self.checks = steps, step, restarts, checks
@@ -79,7 +79,7 @@ class Robustness(Audit):
 
     def examine(self, models: Mapping[str, nn.Module], batches: Iterable[Any]) -> list[Finding]:
         x, y = data(batches, self.samples)
-        fits(models, x, y)
+        count_classes(models, x, y)
         view = Pixels(self.mean, self.std)
         p = view.pixels(x)
         sides = {side: view.of(_placed(model, side)) for side, model in models.items()}
@@ -271,5 +271,5 @@ class Robustness(Audit):
 
 def _placed(model: nn.Module, side: str) -> Answer:
     """The model, its answers brought back to where the images are."""
-    answer = answering(model, side)
+    answer = as_function(model, side)
     return lambda inputs: answer(inputs).to(inputs.device)

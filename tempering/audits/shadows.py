@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tempering.audits.base import answering, at_rest
+from tempering.audits.base import as_function, at_rest
 from tempering.audits.membership import confidence
 
 
@@ -51,7 +51,7 @@ def train(model: nn.Module, x: Tensor, y: Int[Tensor, " N"], *, epochs: int, lr:
     steps = epochs * max(1, len(y) // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
-    answer = answering(model, "shadow")
+    answer = as_function(model, "shadow")
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # of dropout
         for _ in range(epochs):
@@ -73,6 +73,6 @@ def shadow_confidence(
         shadow = fresh(model, seed + s)
         train(shadow, x[taken[s]], y[taken[s]], epochs=epochs, lr=lr, batch=batch, seed=seed + s)
         with at_rest(shadow), torch.no_grad():
-            z = torch.cat([answering(shadow, "shadow")(part).cpu().double() for part in x.split(500)])
+            z = torch.cat([as_function(shadow, "shadow")(part).cpu().double() for part in x.split(500)])
         said.append(confidence(z, y))
     return torch.stack(said), ~taken

@@ -12,7 +12,7 @@ from tempering.audits.intervals import Z
 
 
 def cka(a: Float[Tensor, "N P"], b: Float[Tensor, "N Q"], *, unbiased: bool = True) -> float:
-    """Linear centred kernel alignment of two representations of the same N samples: 1 where they agree up to rotation
+    """Linear centered kernel alignment of two representations of the same N samples: 1 where they agree up to rotation
     and scale, about 0 where they have nothing in common.
 
     The plain one is far above 0 for unrelated features that are wider than there are samples; ``unbiased`` is not, and
@@ -43,7 +43,7 @@ def cka_interval(a: Float[Tensor, "N P"], b: Float[Tensor, "N Q"], *, folds: int
 
 
 def grams(a: Tensor, b: Tensor) -> tuple[Float[Tensor, "N N"], Float[Tensor, "N N"]]:
-    """Inner products of the samples in each representation, in float64; features are centred and flattened first."""
+    """Inner products of the samples in each representation, in float64; features are centered and flattened first."""
     if len(a) != len(b) or len(a) < 4:
         raise ValueError(f"CKA compares the same samples, 4 or more; got {len(a)} and {len(b)}.")
     flat = [x.flatten(1).double() for x in (a, b)]
@@ -62,8 +62,8 @@ def _alignment(K: Tensor, L: Tensor, unbiased: bool) -> float:
 
 
 def _plain(K: Tensor, L: Tensor) -> float:
-    centre = [G - G.mean(0) - G.mean(1)[:, None] + G.mean() for G in (K, L)]
-    return float((centre[0] * centre[1]).sum())
+    center = [G - G.mean(0) - G.mean(1)[:, None] + G.mean() for G in (K, L)]
+    return float((center[0] * center[1]).sum())
 
 
 def _unbiased(K: Tensor, L: Tensor) -> float:
@@ -82,7 +82,7 @@ def slopes(answer: Answer, x: Tensor, y: Int[Tensor, " N"]) -> Float[Tensor, "N 
         return torch.autograd.grad(loss, leaf)[0].flatten(1).cpu()
 
 
-def alike(a: Float[Tensor, "N D"], b: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
+def agreement(a: Float[Tensor, "N D"], b: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
     """Cosine of the angle between each sample's two gradients, (N,), 0 where one is zero."""
     # by their largest entries first: gradients of sure answers are far below the rounding of a norm
     a, b = (g.double() / g.double().abs().amax(1, keepdim=True).clamp_min(1e-300) for g in (a, b))

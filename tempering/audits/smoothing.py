@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tempering.audits.base import Answer, positive
+from tempering.audits.base import Answer, check_positive
 from tempering.audits.intervals import exact_lower
 
 ABSTAINS = -1
@@ -44,7 +44,7 @@ def certify(
     Reference: Cohen et al., "Certified Adversarial Robustness via Randomized Smoothing", 2019, arXiv:1902.02918,
     CERTIFY in section 3.2.2.
     """
-    positive({"picks": picks, "votes": votes, "batch": batch})
+    check_positive({"picks": picks, "votes": votes, "batch": batch})
     if not sigma > 0 or not 0 < alpha < 1:
         raise ValueError(f"certify needs sigma > 0 and alpha in (0, 1); got sigma={sigma}, alpha={alpha}.")
     generator = torch.Generator().manual_seed(seed)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tempering.audits.blurs import smeared, zoomed
 
-GREY = (0.299, 0.587, 0.114)  # of red, green and blue
+GRAY = (0.299, 0.587, 0.114)  # of red, green and blue
 ICE = (0.8, 0.9, 1.0)
 
 
@@ -28,7 +28,7 @@ def snow(p: Tensor, at: int, generator: torch.Generator) -> Tensor:
     flakes = zoomed(mean + spread * torch.randn(n, 1, h, w, generator=generator), zoom)
     flakes = torch.where(flakes < least, 0.0, flakes.clamp(0, 1))
     flakes = smeared(flakes, radius, sigma, -45 - 90 * torch.rand(n, generator=generator))
-    pale = torch.maximum(p, 1.5 * _grey(p) + 0.5)
+    pale = torch.maximum(p, 1.5 * _gray(p) + 0.5)
     return kept * p + (1 - kept) * pale + flakes + flakes.flip(2, 3)
 
 
@@ -64,16 +64,16 @@ def plasma(p: Tensor, decay: float, generator: torch.Generator) -> Float[Tensor,
 
     while heights.shape[1] < max(h, w, 2):
         right, below = heights.roll(-1, 2), heights.roll(-1, 1)
-        centre = middle(heights, right, below, right.roll(-1, 1))
-        upper = middle(heights, right, centre, centre.roll(1, 1))
-        left = middle(heights, below, centre, centre.roll(1, 2))
-        lines = [torch.stack(pair, 3).flatten(2) for pair in ((heights, upper), (left, centre))]
+        center = middle(heights, right, below, right.roll(-1, 1))
+        upper = middle(heights, right, center, center.roll(1, 1))
+        left = middle(heights, below, center, center.roll(1, 2))
+        lines = [torch.stack(pair, 3).flatten(2) for pair in ((heights, upper), (left, center))]
         heights, size = torch.stack(lines, 2).flatten(1, 2), size / decay**2
     heights = heights - heights.amin((1, 2), keepdim=True)
     return (heights / heights.amax((1, 2), keepdim=True))[:, None, :h, :w]
 
 
-def _grey(p: Tensor) -> Tensor:
+def _gray(p: Tensor) -> Tensor:
     if p.shape[1] != 3:
         return p.mean(1, keepdim=True)
-    return (p * torch.tensor(GREY).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    return (p * torch.tensor(GRAY).view(1, 3, 1, 1)).sum(1, keepdim=True)

@@ -238,7 +238,7 @@ def _settings(kind: str, asked: Asked, folder: Path | None, experiment: Experime
     elif kind == "robustness":
         if not hasattr(data, "mean") or not hasattr(data, "std"):
             raise ValueError(
-                f"attacks work on pixels, and {type(data).__name__} does not say the mean and std that it normalises "
+                f"attacks work on pixels, and {type(data).__name__} does not say the mean and std that it normalizes "
                 "with. Give the loader these attributes, or call audits.Robustness(mean=, std=) yourself."
             )
         how |= {"mean": tuple(data.mean), "std": tuple(data.std), "auto": asked.autoattack}
@@ -264,7 +264,7 @@ def _policy(folder: Path | None, experiment: Experiment, data: Any) -> Policy | 
     if folder is None or name is None or experiment.made_teacher is None or experiment.made_teacher.model is None:
         return None
     said, y = answers({"student": experiment.student, "teacher": _teacher(experiment.made_teacher)}, data, 8)
-    named[name].prepare(Rows(said["student"].float(), said["teacher"].float(), y))
+    named[name].setup(Rows(said["student"].float(), said["teacher"].float(), y))
     if named[name].state_dict():
         state = checkpoints.load(folder / "checkpoints")
         if state is None:
@@ -310,7 +310,7 @@ class _Record:
         begin = time.monotonic()
         found = [dataclasses.asdict(f) for f in auditor(student, teacher, data)]
         said = {"settings": settings, "seconds": round(time.monotonic() - begin, 1), "findings": found}
-        if drawn := auditor.drawn(student):
+        if drawn := auditor.report_data(student):
             said["drawn"] = drawn
         around = {k: v for k, v in surroundings().items() if k != "host"}
         self.content["audits"][kind] = {**said, **around}
@@ -332,12 +332,12 @@ def _show(kind: str, findings: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from tempering.reports.audit_section import said
+    from tempering.reports.audit_section import finding_text
 
     table = Table(title=kind, title_justify="left")
     for head in ("of", "number", "value", "95 % interval", "n"):
         table.add_column(head, overflow="fold")
     for finding in findings:
-        row = said(finding)
+        row = finding_text(finding)
         table.add_row(row.of, row.name, row.value, row.interval, row.n)
     Console().print(table, markup=False)

@@ -23,7 +23,7 @@ RECIPE = "A recipe's file; or the name of a bundled one, such as digits or cifar
 Recipe = Annotated[Path, Positional, arg(metavar="RECIPE", help=RECIPE)]
 Folder = Annotated[Path, Positional, arg(metavar="FOLDER")]
 RecipeArgs = Annotated[tuple[str, ...], Suppress]  # the recipe's flags, which main() takes off the command line
-OURS = ("SelfCheckError", "BrokenCheckpoint")  # by name: their modules import torch
+OURS = ("SelfCheckError", "CorruptCheckpointError")  # by name: their modules import torch
 
 
 def run(recipe: Recipe, *, recipe_args: RecipeArgs = ()) -> int:
@@ -95,7 +95,7 @@ def compare(
     from tempering.experiments import recipe as recipes
     from tempering.experiments.compare import plan as plans
     from tempering.experiments.compare import status as views
-    from tempering.experiments.compare.runner import Arena, lowest_priority
+    from tempering.experiments.compare.runner import Arena, renice
     from tempering.experiments.presets import arms_from, with_controls
     from tempering.utils.registry import lookup
 
@@ -105,7 +105,7 @@ def compare(
             f"--out {out}."
         )
     file = recipes.find(str(recipe))
-    recipes.refuse_unknown(file, recipe_args)
+    recipes.check_flags(file, recipe_args)
     arms = arms_from(methods, temperatures)
     if controls:
         arms, added = with_controls(arms)
@@ -116,7 +116,7 @@ def compare(
     if control is not None:  # before hours are spent
         lookup(control, {cell.label: cell for cell in grid.cells}, "arm")
     if nice:
-        lowest_priority()
+        renice()
     ids = [part.strip() for part in gpus.split(",") if part.strip()]
     arena = Arena(out, grid, file, recipe_args, jobs=jobs, threads=threads, gpus=ids, quiet=quiet)
     code = arena.run()
@@ -130,7 +130,7 @@ def compare_status(folder: Folder) -> int:
     from tempering.experiments.compare import plan as plans
     from tempering.experiments.compare import status as views
 
-    found = views.stands(folder, plans.read(folder))
+    found = views.cell_statuses(folder, plans.read(folder))
     _print(views.status_table(found), views.summary(found, max(1, sum(s.state == "running" for s in found))))
     return 0
 
@@ -192,7 +192,7 @@ def tune(
     from tempering.experiments.tune.study import best
 
     file = recipes.find(str(recipe))
-    recipes.refuse_unknown(file, recipe_args)
+    recipes.check_flags(file, recipe_args)
     wanted = space_of(method, space, recipes.flags(file))
     how = {"trials": trials, "seed": seed, "jobs": jobs, "threads": threads, "prune": prune, "quiet": quiet}
     search = tuning.Search(out, file, recipe_args, wanted, **how)

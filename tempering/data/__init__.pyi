@@ -2,11 +2,11 @@ from .batches import Batches as Batches
 from .batches import Splits as Splits
 from .cifar import cifar100 as cifar100
 from .coco import coco as coco
-from .detection import Scenes as Scenes
+from .detection import DetectionLoader as DetectionLoader
 from .digits import digits as digits
 from .folders import image_folder as image_folder
-from .glue import Sentences as Sentences
+from .glue import TextPairLoader as TextPairLoader
 from .huggingface import hugging_face as hugging_face
 from .pairs import Pairs as Pairs
-from .synthetic_shapes import shapes as shapes
+from .synthetic_shapes import synthetic_shapes as synthetic_shapes
 from .tokens import Tokens as Tokens

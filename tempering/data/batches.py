@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from tempering.data.sharded import Shared
+from tempering.data.sharded import ShardedLoader
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class AugmentationParams:
     """What one view draws for every sample, (N,) each: where its crop begins in the padded image, whether it flips."""
 
     y: Int[Tensor, " N"]
@@ -28,19 +28,19 @@ class Drawn:
     flip: Bool[Tensor, " N"]
 
 
-class Batches(Shared):
-    """Batches of (inputs (B, C, H, W) float32 normalised, labels (B,), ids (B,)) of images that lie in memory.
+class Batches(ShardedLoader):
+    """Batches of (inputs (B, C, H, W) float32 normalized, labels (B,), ids (B,)) of images that lie in memory.
 
     The order and the augmentation of an epoch depend on (seed, epoch, sample) alone: no global random number is drawn,
     ``iterate(start)`` begins anywhere at no cost, and any device, shard or subset sees the same pixels.
 
     Args:
         images: (N, C, H, W) uint8.
-        labels: (N,) class indices; negative is unlabelled.
+        labels: (N,) class indices; negative is unlabeled.
         batch_size: images in a step, over all ranks.
         mean, std: of each channel, of pixels in [0, 1].
         shuffle: a new order every epoch.
-        crop: pixels of black border from which an image of the old size is cut at random, before normalisation.
+        crop: pixels of black border from which an image of the old size is cut at random, before normalization.
         flip: left to right, every second image.
         seed: of order and augmentation.
         views: an epoch shows one of this many recorded augmentations, epoch % views; ids are then view * N + index, so
@@ -183,7 +183,7 @@ class Batches(Shared):
             inputs = self._inputs(index, None if words is None else words[index])
             yield inputs, self.labels[index], index + view * n if self.views else index
 
-    def at(self, ids: Int[Tensor, " B"]) -> Batch:
+    def gather(self, ids: Int[Tensor, " B"]) -> Batch:
         """The batch of these ids, in their order; without ``views``, as the present epoch shows them.
 
         Raises:
@@ -201,23 +201,23 @@ class Batches(Shared):
                 words = torch.where(view == v, self._words(v).to(ids.device)[index], words)
         return self._inputs(index, words), self.labels[index], ids
 
-    def drawn(self, view: int) -> Drawn:
+    def augmentation_params(self, view: int) -> AugmentationParams:
         """What augmentation draws for every image in this view (an epoch, where there are no recorded views)."""
-        return self._drawn(self._words(view))
+        return self._augmentation_params(self._words(view))
 
     def _words(self, view: int) -> Int[Tensor, " N"]:
         return _words(self.size, self.seed, "augment", view)
 
-    def _drawn(self, words: Tensor) -> Drawn:
+    def _augmentation_params(self, words: Tensor) -> AugmentationParams:
         span = 2 * self.crop + 1
         y, x = words & 0x7FFFFFFF, (words >> 31) & 0x7FFFFFFF
         flip = words < 0 if self.flip else torch.zeros_like(words, dtype=torch.bool)
-        return Drawn(y % span, x % span, flip)
+        return AugmentationParams(y % span, x % span, flip)
 
     def _inputs(self, index: Tensor, words: Tensor | None) -> Float[Tensor, "B C H W"]:
         pixels = self.images.index_select(0, index)
         if words is not None:
-            pixels = augmented(pixels, self._drawn(words), self.crop)
+            pixels = augmented(pixels, self._augmentation_params(words), self.crop)
         mean, std = self._scale
         # torchvision's operations in its order, so that the floats are its floats
         inputs = pixels.float().div_(255).sub_(mean).div_(std)
@@ -242,7 +242,7 @@ class Batches(Shared):
         made._set_scale()
         return made
 
-    def take(self, n: int) -> Batches:
+    def subset(self, n: int) -> Batches:
         """The first ``n`` images in proportion to the classes, in their old order."""
         if not 0 < n <= self.size:
             raise ValueError(f"cannot take {n} of {self.size} images.")
@@ -285,7 +285,7 @@ class Splits(NamedTuple):
         }
 
 
-def augmented(pixels: UInt8[Tensor, "B C H W"], drawn: Drawn, crop: int) -> UInt8[Tensor, "B C H W"]:
+def augmented(pixels: UInt8[Tensor, "B C H W"], drawn: AugmentationParams, crop: int) -> UInt8[Tensor, "B C H W"]:
     """Each image padded with ``crop`` black pixels, cut where ``drawn`` says, and flipped where it says; one gather."""
     batch, channels, height, width = pixels.shape
     rows = torch.arange(height, device=pixels.device).expand(batch, -1)
@@ -323,7 +323,7 @@ def _proportional(labels: np.ndarray, key: np.ndarray) -> np.ndarray:
     return by_class[np.lexsort((key[by_class], place))]
 
 
-def held_out(train: Any, others: dict[str, Any], *, validation: int, test: int) -> Splits:
+def train_val_split(train: Any, others: dict[str, Any], *, validation: int, test: int) -> Splits:
     """Splits of a loader and those beside it, by name; what is missing is held out of the training samples.
 
     A data set whose one other split is called validation is tested on it, as the field does.

@@ -94,7 +94,7 @@ def canaries(
     ]
 
 
-def plant(text: str, secrets: Sequence[Canary], *, seed: int = 0) -> str:
+def insert_canaries(text: str, secrets: Sequence[Canary], *, seed: int = 0) -> str:
     """The text with every canary in it as often as it says, behind a line drawn with ``seed``.
 
     Raises:
@@ -114,7 +114,7 @@ def plant(text: str, secrets: Sequence[Canary], *, seed: int = 0) -> str:
     return "".join([*out, text[last:]])
 
 
-def places(text: str, secrets: Sequence[Canary]) -> list[tuple[int, int]]:
+def canary_spans(text: str, secrets: Sequence[Canary]) -> list[tuple[int, int]]:
     """(start, end) of every planted secret in the text, in order: what a perfect detector would find."""
     found = []
     for canary in secrets:

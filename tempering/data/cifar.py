@@ -65,7 +65,7 @@ def cifar100(
         crop, flip: augmentation of the training images.
         seed: of order and augmentation.
         channels_last: the inputs' memory format.
-        pixels: inputs are pixels in [0, 1] as they are, for nets that normalise inside (``models.Normalised``).
+        pixels: inputs are pixels in [0, 1] as they are, for nets that normalize inside (``models.Normalized``).
 
     Raises:
         FileNotFoundError: saying what was looked for, and how to get it.
@@ -86,8 +86,8 @@ def cifar100(
     }
     train = Batches(*_tensors(read("train", subset)), **settings, shuffle=True, crop=crop, flip=flip)
     test = Batches(*_tensors(read("test", test_subset)), **settings)
-    train = train if subset is None else train.take(subset)
-    test = test if test_subset is None else test.take(test_subset)
+    train = train if subset is None else train.subset(subset)
+    test = test if test_subset is None else test.subset(test_subset)
     if not validation:
         return Splits(train, None, test)
     train, held_out = train.split(validation, seed=0)

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tempering.data.batches import Splits, held_out
-from tempering.data.detection import Augment, Scenes
+from tempering.data.batches import Splits, train_val_split
+from tempering.data.detection import Augment, DetectionLoader
 from tempering.data.folders import rgb
 
 NAMES = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
 YEARS = ("", "2017", "2014")
-GROUND = 114  # grey of what letterboxing leaves free
+GROUND = 114  # gray of what letterboxing leaves free
 Fit = Literal["letterbox", "stretch"]
 
 
@@ -51,14 +51,14 @@ def coco(
     Also found: annotations/instances_SPLIT2017.json with SPLIT2017/ or images/SPLIT2017/, and
     SPLIT/_annotations.coco.json. SPLIT is train, val (valid, validation) or test; of train and one other, the other is
     the test split. Classes are the categories by their id. Crowds, boxes of no size and boxes outside their image are
-    left out and counted in ``dropped``; boxes are cut to their image. Images in grey, of 16 bits or with a palette
+    left out and counted in ``dropped``; boxes are cut to their image. Images in gray, of 16 bits or with a palette
     become RGB in 8 bits.
 
     Args:
         folder: as above.
         size: pixels a side; detectors want a multiple of 32.
         batch_size: of all splits.
-        fit: "letterbox" keeps the proportions and fills up with grey; "stretch" does not.
+        fit: "letterbox" keeps the proportions and fills up with gray; "stretch" does not.
         validation, test: images to hold out of the training ones where there is no such split; always the same ones.
         subset: train on this many images.
         flip, augment, epochs, seed: as Scenes has them, for training.
@@ -81,8 +81,8 @@ def coco(
     settings = {"batch_size": batch_size, "class_names": list(names.values()), "epochs": epochs, "seed": seed}
     settings["name"] = folder.resolve().name
     made = {split: _scenes(file, list(names), size, fit, settings) for split, file in files.items()}
-    splits = held_out(made.pop("train"), made, validation=validation, test=test)
-    train: Any = splits.train if subset is None else splits.train.take(subset)
+    splits = train_val_split(made.pop("train"), made, validation=validation, test=test)
+    train: Any = splits.train if subset is None else splits.train.subset(subset)
     train.shuffle, train.flip, train.augment = True, flip, tuple(augment)
     return splits._replace(train=train)
 
@@ -132,7 +132,7 @@ def _said(names: Mapping[int, str]) -> str:
     return ", ".join(f"{i}={name}" for i, name in list(names.items())[:6]) or "none"
 
 
-def _scenes(file: _Split, ids: list[int], size: int, fit: Fit, settings: dict[str, Any]) -> Scenes:
+def _scenes(file: _Split, ids: list[int], size: int, fit: Fit, settings: dict[str, Any]) -> DetectionLoader:
     entries = file.content["images"]
     if not entries:
         raise ValueError(f"{file.path} lists no images.")
@@ -165,7 +165,7 @@ def _scenes(file: _Split, ids: list[int], size: int, fit: Fit, settings: dict[st
     for own, entry, (scale, offset) in zip(boxes, entries, moved.unflatten(1, (2, 2)), strict=True):
         kept = _cut(torch.tensor(own, dtype=torch.float64).view(-1, 4), entry)
         placed.append((kept * scale.double().repeat(2) + offset.double().repeat(2)).float())
-    return Scenes(
+    return DetectionLoader(
         torch.from_numpy(images),
         placed,
         [torch.tensor(own, dtype=torch.int64) for own in labels],

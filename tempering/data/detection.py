@@ -13,14 +13,14 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from tempering.data.batches import _order, _words
-from tempering.data.sharded import Shared
+from tempering.data.sharded import ShardedLoader
 
 Target = dict[str, Any]
 # (image (3, H, W) uint8, target, generator, progress in [0, 1)) -> the same two, the image of the same size
 Augment = Callable[[Tensor, Target, torch.Generator, float], tuple[Tensor, Target]]
 
 
-class Scenes(Shared):
+class DetectionLoader(ShardedLoader):
     """Batches of {"images" (B, 3, H, W) float32 in [0, 1], "targets" [{"boxes" (M, 4), "labels" (M,)}], "ids" (B,)}.
 
     Boxes are xyxy in pixels; an image may have none. Order and augmentation of an epoch depend on (seed, epoch, sample)
@@ -81,12 +81,14 @@ class Scenes(Shared):
         images = self.images
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8 or not len(images):
             raise ValueError(
-                f"Scenes needs images (N, 3, H, W) in uint8, N > 0; got {tuple(images.shape)} {images.dtype}. Grey "
-                "ones: images.expand(-1, 3, -1, -1)."
+                f"DetectionLoader needs images (N, 3, H, W) in uint8, N > 0; got {tuple(images.shape)} {images.dtype}. "
+                "Gray ones: images.expand(-1, 3, -1, -1)."
             )
         counts = {"boxes": len(self.boxes), "labels": len(self.labels), "scales": len(self.scales)}
         if set(counts.values()) != {len(images)}:
-            raise ValueError(f"Scenes needs boxes, labels and a scale for each of {len(images)} images; got {counts}.")
+            raise ValueError(
+                f"DetectionLoader needs boxes, labels and a scale for each of {len(images)} images; got {counts}."
+            )
         for i, (boxes, labels) in enumerate(zip(self.boxes, self.labels, strict=True)):
             if boxes.ndim != 2 or boxes.shape[1:] != (4,) or labels.shape != boxes.shape[:1]:
                 raise ValueError(
@@ -104,11 +106,12 @@ class Scenes(Shared):
                 )
         for name in ("batch_size", "epochs"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"Scenes needs {name} >= 1; got {getattr(self, name)!r}.")
+                raise ValueError(f"DetectionLoader needs {name} >= 1; got {getattr(self, name)!r}.")
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.images.shape[1:]))
-        return f"Scenes({self.name}: {self.size} images {shape}, {self.classes} classes, batch_size={self.batch_size})"
+        what = f"{self.name}: {self.size} images {shape}, {self.classes} classes, batch_size={self.batch_size}"
+        return f"DetectionLoader({what})"
 
     @property
     def size(self) -> int:
@@ -201,7 +204,7 @@ class Scenes(Shared):
         boxes, labels, _ = inside(target["boxes"], target["labels"], self.shape)
         return image, {"boxes": boxes, "labels": labels}
 
-    def at(self, ids: Tensor) -> Any:
+    def gather(self, ids: Tensor) -> Any:
         """Detectors' answers are not recorded.
 
         Raises:
@@ -218,33 +221,33 @@ class Scenes(Shared):
         Raises:
             ValueError: always.
         """
-        return self.at(torch.zeros(0))
+        return self.gather(torch.zeros(0))
 
     # variants: copies that share the images
 
-    def clean(self) -> Scenes:
+    def clean(self) -> DetectionLoader:
         """The same data in its own order, without augmentation."""
         return self._with(shuffle=False, flip=False, augment=())
 
-    def to(self, device: torch.device | str) -> Scenes:
+    def to(self, device: torch.device | str) -> DetectionLoader:
         """The same data resident on ``device``; augmentations of single images run there too."""
         boxes, labels = ([x.to(device) for x in parts] for parts in (self.boxes, self.labels))
         return self._with(images=self.images.to(device), boxes=boxes, labels=labels)
 
-    def take(self, n: int) -> Scenes:
+    def subset(self, n: int) -> DetectionLoader:
         """The first ``n`` images of a fixed random order, in their old order."""
         if not 0 < n <= self.size:
             raise ValueError(f"cannot take {n} of {self.size} images.")
         return self if n == self.size else self._only(_order(self.size, 0, 0)[:n])
 
-    def split(self, n_validation: int, seed: int = 0) -> tuple[Scenes, Scenes]:
+    def split(self, n_validation: int, seed: int = 0) -> tuple[DetectionLoader, DetectionLoader]:
         """(the rest, a clean hold-out of ``n_validation`` images), drawn by ``seed``."""
         if not 0 < n_validation < self.size:
             raise ValueError(f"cannot hold out {n_validation} of {self.size} images; some must be left on both sides.")
         order = _order(self.size, seed, 0)
         return self._only(order[n_validation:]), self._only(order[:n_validation]).clean()
 
-    def _only(self, index: Tensor) -> Scenes:
+    def _only(self, index: Tensor) -> DetectionLoader:
         kept = np.sort(index.numpy()).tolist()
         boxes, labels = ([parts[i] for i in kept] for parts in (self.boxes, self.labels))
         return self._with(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tempering.data.batches import Batches, Splits, held_out
+from tempering.data.batches import Batches, Splits, train_val_split
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as most published teachers want
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -96,7 +96,7 @@ def assembled(
     """
     made = {split: Batches(*tensors, **settings) for split, tensors in read.items() if split != "train"}
     train = Batches(*read["train"], **settings, **augmentation, shuffle=True)
-    return held_out(train, made, validation=validation, test=test)
+    return train_val_split(train, made, validation=validation, test=test)
 
 
 def pixels(image: Any, size: int) -> np.ndarray:

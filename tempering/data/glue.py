@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tempering.data.batches import _order, _proportional, _words
 from tempering.data.folders import SPLITS
-from tempering.data.sharded import Shared
+from tempering.data.sharded import ShardedLoader
 
 KEYS = (
     ("sentence1", "sentence2"),
@@ -30,14 +30,14 @@ SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "se
 Inputs = dict[str, Any]
 
 
-class Labelled(NamedTuple):
+class Labeled(NamedTuple):
     """Texts of one sentence or a pair each, and their labels; -1 is hidden."""
 
     texts: list[tuple[str, ...]]
     labels: list[int]
 
 
-def read_glue(folder: str | Path, *, train: str = "train") -> dict[str, Labelled]:
+def read_glue(folder: str | Path, *, train: str = "train") -> dict[str, Labeled]:
     """The splits train, validation (where there is one) and test of FOLDER/{train,dev,test}.jsonl or .jsonl.gz.
 
     A line is an object with an integer "label" and one of ``KEYS``. A split whose labels are all -1, as GLUE's own test
@@ -69,7 +69,7 @@ def read_glue(folder: str | Path, *, train: str = "train") -> dict[str, Labelled
     return found
 
 
-def _look(folder: Path, found: Mapping[str, Labelled]) -> None:
+def _look(folder: Path, found: Mapping[str, Labeled]) -> None:
     """Refuse splits that are not of one task, or of one class."""
     kinds = {split: len(part.texts[0]) for split, part in found.items()}
     if len(set(kinds.values())) > 1:
@@ -82,7 +82,7 @@ def _look(folder: Path, found: Mapping[str, Labelled]) -> None:
             raise ValueError(f"{folder}: the {split} split has the labels {others}, and no training text has.")
 
 
-def _read(path: Path) -> Labelled:
+def _read(path: Path) -> Labeled:
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     texts, labels, keys = [], [], None
     for number, line in enumerate(raw.decode("utf-8").split("\n"), 1):
@@ -102,7 +102,7 @@ def _read(path: Path) -> Labelled:
         labels.append(label)
     if not labels:
         raise ValueError(f"{path} holds no line.")
-    return Labelled(texts, labels)
+    return Labeled(texts, labels)
 
 
 def _object(line: str) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def trained_tokenizer(texts: Sequence[tuple[str, ...]], *, vocabulary: int = 400
     return PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=inputs, **SPECIAL)
 
 
-class Sentences(Shared):
+class TextPairLoader(ShardedLoader):
     """Batches of (inputs, labels (B,), ids (B,)): inputs is a mapping of (B, L) token ids, their mask and types.
 
     L is that of the longest text of the batch. The order of an epoch depends on (seed, epoch) alone, ``iterate(start)``
@@ -174,7 +174,7 @@ class Sentences(Shared):
 
     def __init__(
         self,
-        part: Labelled,
+        part: Labeled,
         tokenizer: Any,
         *,
         teacher_tokenizer: Any = None,
@@ -186,7 +186,7 @@ class Sentences(Shared):
     ) -> None:
         if not part.texts or len(part.texts) != len(part.labels) or batch_size < 1 or length < 4:
             raise ValueError(
-                "Sentences needs texts with a label each, batch_size >= 1 and length >= 4; got "
+                "TextPairLoader needs texts with a label each, batch_size >= 1 and length >= 4; got "
                 f"{len(part.texts)} texts, {len(part.labels)} labels, batch_size={batch_size} and length={length}."
             )
         self.batch_size, self.length, self.shuffle, self.seed, self.name = batch_size, length, shuffle, seed, name
@@ -231,9 +231,9 @@ class Sentences(Shared):
         """The epoch's batches from number ``start`` on."""
         order = _order(self.size, self.seed, self.epoch) if self.shuffle else torch.arange(self.size)
         for step in range(start, len(self)):
-            yield self.at(order[self._share(step, self.size)])
+            yield self.gather(order[self._share(step, self.size)])
 
-    def at(self, ids: Tensor) -> tuple[Inputs, Tensor, Tensor]:
+    def gather(self, ids: Tensor) -> tuple[Inputs, Tensor, Tensor]:
         """The batch of these ids, in their order."""
         chosen = self.index[ids.cpu().numpy()]
         inputs = {side: _padded([texts[i] for i in chosen], self.pads[side]) for side, texts in self.encoded.items()}
@@ -241,16 +241,16 @@ class Sentences(Shared):
 
     # variants: copies that share the texts
 
-    def clean(self) -> Sentences:
+    def clean(self) -> TextPairLoader:
         """The same in its own order, as the teacher reads it; texts are not augmented."""
         return self.read_by_teacher()._with(shuffle=False)
 
-    def read_by_teacher(self) -> Sentences:
+    def read_by_teacher(self) -> TextPairLoader:
         """The same with the inputs that the teacher's tokenizer makes, alone."""
         side = "teacher" if "teacher" in self.encoded else "student"
         return self._with(encoded={"student": self.encoded[side]}, pads={"student": self.pads[side]})
 
-    def replay(self, views: int) -> Sentences:
+    def replay(self, views: int) -> TextPairLoader:
         """Texts have no views.
 
         Raises:
@@ -258,13 +258,13 @@ class Sentences(Shared):
         """
         raise ValueError(f"texts are not augmented, so there are no {views} views of one. Leave out views=.")
 
-    def take(self, n: int) -> Sentences:
+    def subset(self, n: int) -> TextPairLoader:
         """The first ``n`` texts in proportion to the classes, in their old order."""
         if not 0 < n <= self.size:
             raise ValueError(f"cannot take {n} of {self.size} texts.")
         return self if n == self.size else self._only(self._proportional(np.arange(self.size))[:n])
 
-    def split(self, n_validation: int, seed: int = 0) -> tuple[Sentences, Sentences]:
+    def split(self, n_validation: int, seed: int = 0) -> tuple[TextPairLoader, TextPairLoader]:
         """(the rest, a hold-out of ``n_validation`` texts in their old order), every class in proportion."""
         if not 0 < n_validation < self.size:
             raise ValueError(f"cannot hold out {n_validation} of {self.size} texts; some must be left on both sides.")
@@ -274,7 +274,7 @@ class Sentences(Shared):
     def _proportional(self, key: np.ndarray) -> np.ndarray:
         return _proportional(self.labels.numpy()[self.index], key)
 
-    def _only(self, places: np.ndarray) -> Sentences:
+    def _only(self, places: np.ndarray) -> TextPairLoader:
         made = self._with(index=self.index[np.sort(places)])
         made._seal()
         return made

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-FILL = (124, 116, 104)  # ImageNet's mean, so 0 once normalised, which the released code fills with
+FILL = (124, 116, 104)  # ImageNet's mean, so 0 once normalized, which the released code fills with
 
 
 class SampleSpecific:

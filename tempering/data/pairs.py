@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tempering.data.tokens import Tokens
-from tempering.rows import UNLABELLED
+from tempering.rows import IGNORE_INDEX
 
 FIELDS = (("dialogue", "summary"), ("dialogue", "summary1"), ("question", "answer"), ("source", "target"))
 
@@ -27,7 +27,7 @@ class Pair:
     target: tuple[int, ...]
 
 
-def paired(
+def make_pair(
     source: Sequence[int], target: Sequence[int], *, eos: int | None = None, lengths: tuple[int, int] | None = None
 ) -> Pair:
     """A source and a target, each with one end-of-sequence.
@@ -70,7 +70,7 @@ def collate_pairs(
     batch = {
         "input_ids": torch.full((len(pairs), S), pad),
         "attention_mask": torch.zeros(len(pairs), S, dtype=torch.long),
-        "labels": torch.full((len(pairs), L), UNLABELLED),
+        "labels": torch.full((len(pairs), L), IGNORE_INDEX),
     }
     for row, pair in enumerate(pairs):
         batch["input_ids"][row, : len(pair.source)] = torch.tensor(pair.source, dtype=torch.long)
@@ -83,7 +83,7 @@ class Pairs(Tokens):
     """Batches of pairs, padded to one length a side, with their sample ids: input_ids, attention_mask, labels, ids.
 
     Args:
-        pairs: such as ``paired`` makes.
+        pairs: such as ``make_pair`` makes.
         batch_size: of every batch but the last.
         lengths: of sources and targets in every batch; None are the longest.
         pad: of the sources.

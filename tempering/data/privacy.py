@@ -1,6 +1,6 @@
 """Which tokens of a text are private: detectors of spans, and spans as a score for each token.
 
-    scores(text, offsets, Patterns())      # a number in [0, 1] a token, for Example(private=) and its makers
+    scores(text, offsets, Patterns())      # a number in [0, 1] a token, for TextExample(private=) and its makers
 
 A detector is anything that takes a text and returns spans: ``Patterns``, ``Entities``, or a function of one's own.
 None finds everything. What a detector misses is distilled as any other text.
@@ -35,7 +35,7 @@ KINDS: dict[str, str] = {
     "secret": r"\b(?:sk|pk|ghp|gho|xox[bap]|AKIA|AIza)[-_]?[A-Za-z0-9_-]{12,}"
     r"|\b(?=[A-Za-z_+/=-]{0,200}\d)(?=[\d_+/=-]{0,200}[A-Za-z])[A-Za-z0-9_+/=-]{20,}",
     "number": r"\d+(?:[.,]\d+)*",
-    # behind an honorific, or two capitalised words in a row
+    # behind an honorific, or two capitalized words in a row
     "name": rf"\b{HONORIFIC} {NAME}(?: {NAME})*|\b{NAME}(?: {NAME})+",
 }
 
@@ -44,7 +44,7 @@ KINDS: dict[str, str] = {
 class Patterns:
     """Spans by regular expressions: simple, quick, and neither complete nor exact; overlapping ones are all returned.
 
-    A name is what follows an honorific, or two capitalised words in a row; so headings are names, and a first name by
+    A name is what follows an honorific, or two capitalized words in a row; so headings are names, and a first name by
     itself, or a text in lower case, has none.
 
     Args:
@@ -133,7 +133,7 @@ def both(*detectors: Detector) -> Detector:
     return lambda text: sorted(span for detector in detectors for span in detector(text))
 
 
-def given(spans: Iterable[Sequence[Any]]) -> Detector:
+def known_spans(spans: Iterable[Sequence[Any]]) -> Detector:
     """A detector that knows the spans of its one text: (start, end), with a score and a kind where they are known."""
     known = [Span(*span) for span in spans]
     return lambda text: known

@@ -6,7 +6,7 @@ import copy
 from typing import Any, ClassVar, Self
 
 
-class Shared:
+class ShardedLoader:
     """A loader whose batches several processes share; ``things`` is what one sample is called in errors."""
 
     things: ClassVar[str] = "images"

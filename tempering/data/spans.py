@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tempering.data.text import Example, collate, prompted
+from tempering.data.text import TextExample, collate, make_prompt_example
 
 NOWHERE = -1  # the group of a token that has no partner
 
@@ -89,13 +89,13 @@ class Pieces:
             )
             raise ValueError(
                 f"the tokens do not spell the text: from byte {at} on it has {want[at : at + 12]!r}, and they have "
-                f"{found[at : at + 12]!r}. A tokenizer that normalises (lower case, NFKC) or has an unknown token "
+                f"{found[at : at + 12]!r}. A tokenizer that normalizes (lower case, NFKC) or has an unknown token "
                 "cannot be aligned; clean the text first."
             )
         return ids, sizes
 
 
-def aligned(ours: Sequence[int], theirs: Sequence[int]) -> tuple[list[int], list[int]]:
+def align_groups(ours: Sequence[int], theirs: Sequence[int]) -> tuple[list[int], list[int]]:
     """The group of every token on both sides, from 0 on: a group closes wherever both end at the same byte.
 
     Args:
@@ -117,34 +117,37 @@ def aligned(ours: Sequence[int], theirs: Sequence[int]) -> tuple[list[int], list
 
 
 @dataclass(frozen=True, slots=True)
-class Spanned:
+class AlignedExample:
     """One text as both sides read it, and the group of each token; -1 for a token in none."""
 
-    student: Example
-    teacher: Example
+    student: TextExample
+    teacher: TextExample
     groups: tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def spanned(student: Pieces, teacher: Pieces, prompt: str, completion: str, *, length: int | None = None) -> Spanned:
+def make_aligned_example(
+    student: Pieces, teacher: Pieces, prompt: str, completion: str, *, length: int | None = None
+) -> AlignedExample:
     """A prompt that is read and a completion that is learned, cut by both tokenizers.
 
     The two ends of text are a group of their own. A group with a text's very first token is none: nothing predicts it.
 
     Args:
-        length: at most so many tokens on each side, as in ``data.text.prompted``; what one side lost is left over.
+        length: at most so many tokens on each side, as in ``data.text.make_prompt_example``; what one side lost is left
+            over.
 
     Raises:
-        ValueError: as ``Pieces.cut`` and ``prompted`` do.
+        ValueError: as ``Pieces.cut`` and ``make_prompt_example`` do.
     """
     examples, sizes, whole = [], [], []
     for side in (student, teacher):
         read, (learned, size) = side.cut(prompt)[0], side.cut(completion)
         begin = [] if side.bos is None else [side.bos]
-        examples.append(prompted([*begin, *read], learned, eos=side.eos, length=length))
+        examples.append(make_prompt_example([*begin, *read], learned, eos=side.eos, length=length))
         count = sum(examples[-1].learn)
         sizes.append([*size, 0][:count])
         whole.append(count > len(size))
-    groups = aligned(*sizes)
+    groups = align_groups(*sizes)
     if all(whole):  # both end, and say so
         groups[0][-1] = groups[1][-1] = max(groups[0]) + 1
     first = {group[0] for group, example in zip(groups, examples, strict=True) if example.learn[0]}
@@ -154,13 +157,17 @@ def spanned(student: Pieces, teacher: Pieces, prompt: str, completion: str, *, l
         (NOWHERE,) * (len(example) - len(side)) + tuple(name.get(g, NOWHERE) for g in side)
         for side, example in zip(groups, examples, strict=True)
     ]
-    return Spanned(examples[0], examples[1], (named[0], named[1]))
+    return AlignedExample(examples[0], examples[1], (named[0], named[1]))
 
 
 def collate_spans(
-    texts: Sequence[Spanned], *, pad: tuple[int, int] = (0, 0), side: str = "right", ids: Sequence[int] | None = None
+    texts: Sequence[AlignedExample],
+    *,
+    pad: tuple[int, int] = (0, 0),
+    side: str = "right",
+    ids: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """A batch for ``tasks.Aligned``: "student" and "teacher", as ``data.text.collate`` has them, with "groups" (B, L).
+    """A batch for ``tasks.CrossTokenizer``: "student" and "teacher", as ``data.text.collate`` makes them, and "groups".
 
     ``DataLoader(texts, collate_fn=partial(collate_spans, pad=(a, b)))`` takes it as it is.
 

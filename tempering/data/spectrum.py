@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-LOW = 60  # side of the centred square of low frequencies, in the released figures
+LOW = 60  # side of the centered square of low frequencies, in the released figures
 CELLS = 24  # of a figure's side
 LEAST = 1e-8  # no image in bytes has a magnitude as small as that
 
@@ -23,7 +23,7 @@ def spectrum(images: Iterable[Float[Tensor, "C H W"]], *, low: int = LOW, bins: 
 
     Args:
         images: in [0, 1].
-        low: side in frequencies of the centred square that counts as low; half the side, where an image has fewer than
+        low: side in frequencies of the centered square that counts as low; half the side, where an image has fewer than
             twice as many.
         bins: of the profile.
 
@@ -43,8 +43,8 @@ def spectrum(images: Iterable[Float[Tensor, "C H W"]], *, low: int = LOW, bins: 
     weighed, inside, n = torch.zeros(bins + 1).double(), 0.0, 0
     for image in images:
         height, width = image.shape[-2:]
-        centred = image.double().cpu() - image.double().cpu().mean((-2, -1), keepdim=True)
-        magnitude = torch.fft.fftshift(torch.fft.fft2(centred, norm="ortho"), dim=(-2, -1)).abs()
+        centered = image.double().cpu() - image.double().cpu().mean((-2, -1), keepdim=True)
+        magnitude = torch.fft.fftshift(torch.fft.fft2(centered, norm="ortho"), dim=(-2, -1)).abs()
         level = (magnitude + LEAST).log().mean(0)
         power = magnitude.square().sum(0)
         y, x = (torch.fft.fftshift(torch.fft.fftfreq(side)).double() for side in (height, width))

@@ -1,4 +1,4 @@
-"""Coloured shapes on noise, drawn from a seed: a detection data set of any size without a download."""
+"""Colored shapes on noise, drawn from a seed: a detection data set of any size without a download."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from tempering.data.batches import Splits
-from tempering.data.detection import Scenes
+from tempering.data.detection import DetectionLoader
 
 SHAPES = ("rectangle", "ellipse", "triangle")
 TRAIN, TEST = 480, 160
 
 
-def shapes(
+def synthetic_shapes(
     *,
     size: int = 96,
     train: int = TRAIN,
@@ -25,7 +25,7 @@ def shapes(
     epochs: int = 1,
     seed: int = 0,
 ) -> Splits:
-    """Images (3, size, size) with up to ``most`` rectangles, ellipses and triangles of any colour; a tenth has none.
+    """Images (3, size, size) with up to ``most`` rectangles, ellipses and triangles of any color; a tenth has none.
 
     The images depend on their split, number and size alone.
 
@@ -49,7 +49,7 @@ def shapes(
         boxes = [torch.tensor(b, dtype=torch.float32).view(-1, 4) for _, b, _ in drawn]
         labels = [torch.tensor(y, dtype=torch.int64) for _, _, y in drawn]
         own = split == "train"
-        made[split] = Scenes(
+        made[split] = DetectionLoader(
             images,
             boxes,
             labels,
@@ -80,21 +80,21 @@ def _scene(split: str, number: int, size: int, most: int) -> tuple[np.ndarray, l
         if any(_overlap(box, other) > 0.2 for other in boxes):
             continue
         label = int(rng.integers(len(SHAPES)))
-        colour = _colour(rng, label)
-        while np.abs(colour - ground).max() < 60:
-            colour = _colour(rng, label)
+        color = _color(rng, label)
+        while np.abs(color - ground).max() < 60:
+            color = _color(rng, label)
         inside = _mask(SHAPES[label], box, size)
-        image[inside] = colour + rng.normal(0, 20, (int(inside.sum()), 3))
+        image[inside] = color + rng.normal(0, 20, (int(inside.sum()), 3))
         boxes.append(box)
         labels.append(label)
     return image.round().clip(0, 255).astype(np.uint8), boxes, labels
 
 
-def _colour(rng: np.random.Generator, label: int) -> np.ndarray:
-    """A colour with much of the class's own channel: a strong hint, which the ground's colour disturbs."""
-    colour = rng.uniform(0, 140, 3)
-    colour[label] += 115
-    return colour
+def _color(rng: np.random.Generator, label: int) -> np.ndarray:
+    """A color with much of the class's own channel: a strong hint, which the ground's color disturbs."""
+    color = rng.uniform(0, 140, 3)
+    color[label] += 115
+    return color
 
 
 def _mask(shape: str, box: list[float], size: int) -> np.ndarray:

@@ -10,17 +10,17 @@ import numpy as np
 from torch import Tensor
 
 from tempering.data.canaries import Canary
-from tempering.data.sharded import Shared
-from tempering.data.text import Example, collate
+from tempering.data.sharded import ShardedLoader
+from tempering.data.text import TextExample, collate
 
 
-class Tokens(Shared):
+class Tokens(ShardedLoader):
     """Batches of examples padded to one length, with their sample ids: input_ids, attention_mask, labels, ids.
 
-    And "private", where some example has it (``collate``), which is a part of the data's identity then.
+    And "privacy_score", where some example has it (``collate``), which is a part of the data's identity then.
 
     Args:
-        examples: such as ``prompted`` and ``windows`` make.
+        examples: such as ``make_prompt_example`` and ``windows`` make.
         batch_size: of every batch but the last.
         length: every batch is (B, length); None is the longest example.
         pad, side: of the padding, as in ``collate``.
@@ -37,7 +37,7 @@ class Tokens(Shared):
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[TextExample],
         *,
         batch_size: int = 8,
         length: int | None = None,
@@ -60,8 +60,8 @@ class Tokens(Shared):
         digest = hashlib.sha256(repr((self.length, pad, side)).encode())
         for example in self.examples:
             digest.update(np.asarray([len(example), *example.ids, *example.learn], dtype=np.int64).tobytes())
-            if example.private is not None:
-                digest.update(np.asarray(example.private, dtype=np.float64).tobytes())
+            if example.privacy_score is not None:
+                digest.update(np.asarray(example.privacy_score, dtype=np.float64).tobytes())
         self.identity = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -92,7 +92,7 @@ class Tokens(Shared):
         chosen = [self.examples[i] for i in ids]
         return collate(chosen, pad=self.pad, side=self.side, length=self.length, ids=ids)
 
-    def at(self, ids: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def gather(self, ids: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """(batch, labels, ids) of any ids, as a recording asks for them."""
         batch = self.batch(ids.tolist())
         return batch, batch["labels"], ids

@@ -35,17 +35,17 @@ ARMS = {
         ("dtkd-max", "DTKD max", "dtkd(temperature=sharpness(4, solve=max))"),
         ("dtkd-std", "DTKD std", "dtkd(temperature=sharpness(4, solve=std))"),
         ("dtkd-only", "DTKD, dynamic term only", "dtkd(soft=0)"),
-        ("dkd-target", "DKD, target only", "dkd(rest=0)"),
+        ("dkd-target", "DKD, target only", "dkd(non_target=0)"),
         ("dkd-rest", "DKD, rest only", "dkd(target=0)"),
         ("dkd-dynamic", "DKD, dynamic", "dkd(temperature=sharpness(4))"),
-        ("dkd-target-dynamic", "DKD, target only, dynamic", "dkd(rest=0, temperature=sharpness(4))"),
+        ("dkd-target-dynamic", "DKD, target only, dynamic", "dkd(non_target=0, temperature=sharpness(4))"),
         ("dkd-rest-dynamic", "DKD, rest only, dynamic", "dkd(target=0, temperature=sharpness(4))"),
         ("ctkd", "CTKD", "kd(temperature=curriculum)"),
         ("ctkd-instance", "CTKD, by instance", "kd(temperature=curriculum(form=instance))"),
         ("itkd", "ITKD", "kd(temperature=instance)"),
         ("cosine", "KD, cosine-weighted T", "kd(temperature=cosine)"),
-        ("normkd", "NormKD", "kd(temperature=standardised(2, scale=teacher, attached=True))"),
-        ("standardised", "KD, standardised T", "kd(temperature=standardised(2, scale=tau))"),
+        ("normkd", "NormKD", "kd(temperature=standardized(2, scale=teacher, attached=True))"),
+        ("standardized", "KD, standardized T", "kd(temperature=standardized(2, scale=tau))"),
         ("energy", "EnergyKD, bounds by block", "kd(temperature=energy)"),
         ("adaptive", "KD, T by difficulty (AdaKD)", "kd(temperature=adaptive(4))"),
         ("annealed", "KD, T annealed from 4 to 1", "kd(temperature=scheduled(static(4), end=1))"),
@@ -54,14 +54,14 @@ ARMS = {
         ("swing", "Swing", "swing"),
         ("redacted", "KD, private tokens left out", "swing(redact=True)"),
         ("dtkd-annealed", "DTKD, tau annealed from 4 to 2", "dtkd(temperature=scheduled(sharpness(4), end=2))"),
-        ("dtkd-soften", "DTKD, T_t and T_s alone", "dtkd(temperature=isolated(sharpness(4), keep=temperatures))"),
-        ("dtkd-weigh", "DTKD, scale T_t T_s alone", "dtkd(temperature=isolated(sharpness(4), keep=scale))"),
+        ("dtkd-soften", "DTKD, T_t and T_s alone", "dtkd(temperature=ablated(sharpness(4), keep=temperatures))"),
+        ("dtkd-weigh", "DTKD, scale T_t T_s alone", "dtkd(temperature=ablated(sharpness(4), keep=scale))"),
     )
 }
 
 
 def arm_from(text: str, temperature: str | None = None) -> Arm:
-    """The arm of that name; any other text is a method of its own, labelled by itself.
+    """The arm of that name; any other text is a method of its own, labeled by itself.
 
     ``temperature`` is a policy that takes the place of the method's own, and is a part of the label.
     """

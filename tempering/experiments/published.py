@@ -28,7 +28,7 @@ from tempering.methods.logits.ttm import TTM, WTTM
 from tempering.temperature.curriculum import Curriculum
 from tempering.temperature.instance import Instance
 from tempering.temperature.sharpness import Sharpness
-from tempering.temperature.standardized import Standardised
+from tempering.temperature.standardized import Standardized
 from tempering.temperature.static import Static
 from tempering.utils.registry import plain_net
 
@@ -96,7 +96,7 @@ def dkd(teacher: str, student: str, *, data: Data = "cifar100") -> DKD:
     cifar |= _all(six, (6.0, 4.0, 20 / 240))
     imagenet = {IMAGENET[0]: (0.5, 1.0, 1 / 100), IMAGENET[1]: (2.0, 1.0, 1 / 100)}
     rest, tau, warmup = _find("dkd", {"cifar100": cifar, "imagenet": imagenet}, teacher, student, data)
-    return DKD(target=1.0, rest=rest, hard=1.0, warmup=warmup, temperature=Static(tau))
+    return DKD(target=1.0, non_target=rest, hard=1.0, warmup=warmup, temperature=Static(tau))
 
 
 def dtkd(teacher: str, student: str, *, data: Data = "cifar100", published: bool = False) -> DTKD:
@@ -132,12 +132,12 @@ def itkd_dkd(teacher: str, student: str, *, data: Data = "cifar100", published: 
     cifar = _all(two, 2.0) | {("resnet32x4", "resnet8x4"): 8.0}
     rest = _find("itkd_dkd", {"cifar100": cifar}, teacher, student, data)
     T = Instance(form="published" if published else "ppo")
-    return DKD(target=1.0, rest=rest, hard=1.0, warmup=20 / 240, temperature=T)
+    return DKD(target=1.0, non_target=rest, hard=1.0, warmup=20 / 240, temperature=T)
 
 
 def normkd() -> KD:
     """KD at temperatures that follow the logits' spread (NormKD, arXiv:2308.00520); one set of values for all pairs."""
-    return KD(soft=0.9, hard=0.1, temperature=Standardised(2.0, scale="teacher", attached=True))
+    return KD(soft=0.9, hard=0.1, temperature=Standardized(2.0, scale="teacher", attached=True))
 
 
 def dist(teacher: str, student: str, *, data: Data = "cifar100") -> DIST:
@@ -186,7 +186,7 @@ def wttm(teacher: str, student: str, *, data: Data = "cifar100") -> WTTM:
 
 
 def lskd(teacher: str, student: str, *, data: Data = "cifar100") -> LSKD:
-    """KD on standardised logits (arXiv:2403.01427): weight and temperature of the released logs.
+    """KD on standardized logits (arXiv:2403.01427): weight and temperature of the released logs.
 
     The ImageNet values are those of the released command line and configuration.
     """
@@ -200,7 +200,7 @@ def lskd(teacher: str, student: str, *, data: Data = "cifar100") -> LSKD:
 
 
 def lskd_dkd(teacher: str, student: str, *, data: Data = "cifar100") -> LSKD:
-    """DKD on standardised logits (arXiv:2403.01427): temperature, weight and beta of the released logs."""
+    """DKD on standardized logits (arXiv:2403.01427): temperature, weight and beta of the released logs."""
     cifar = {
         ("resnet50", "mobilenetv2"): (2.0, 15.0, 2.0),
         ("resnet110", "resnet20"): (2.0, 15.0, 2.0),
@@ -218,7 +218,7 @@ def lskd_dkd(teacher: str, student: str, *, data: Data = "cifar100") -> LSKD:
         ("wrn_40_2", "wrn_40_1"): (2.0, 12.0, 2.0),
     }
     tau, weight, beta = _find("lskd_dkd", {"cifar100": cifar}, teacher, student, data)
-    inner = DKD(target=weight, rest=weight * beta, hard=0.0, warmup=20 / 240, temperature=Static(tau))
+    inner = DKD(target=weight, non_target=weight * beta, hard=0.0, warmup=20 / 240, temperature=Static(tau))
     return LSKD(inner, hard=1.0)
 
 
@@ -228,7 +228,7 @@ def nkd(teacher: str, student: str, *, data: Data = "cifar100") -> NKD:
     imagenet = _all(IMAGENET, (1.5, 1.0)) | _all((*deit, ("deit_small", "deit_tiny")), (1.0, 1.0))
     known = {"cifar100": {("resnet34", "resnet18"): (3.5, 3.0)}, "imagenet": imagenet}
     rest, tau = _find("nkd", known, teacher, student, data)
-    return NKD(target=1.0, rest=rest, hard=1.0, temperature=Static(tau))
+    return NKD(target=1.0, non_target=rest, hard=1.0, temperature=Static(tau))
 
 
 def uskd(student: str, *, names: tuple[str, ...] = (), data: Data = "cifar100") -> USKD:
@@ -237,7 +237,7 @@ def uskd(student: str, *, names: tuple[str, ...] = (), data: Data = "cifar100") 
     imagenet = _all((("none", net) for net in (*nets, "deit_tiny")), (1.0, 0.1, 0.005))
     known = {"cifar100": {("none", "resnet18"): (0.1, 0.1, 0.1)}, "imagenet": imagenet}
     target, rest, weak = _find("uskd", known, "none", student, data)
-    return USKD(target=target, rest=rest, weak=weak, hard=1.0, names=names)
+    return USKD(target=target, non_target=rest, weak=weak, hard=1.0, names=names)
 
 
 def rld(teacher: str, student: str, *, data: Data = "cifar100") -> RLD:
@@ -268,7 +268,8 @@ def mlkd(teacher: str, student: str, *, data: Data = "cifar100", published: bool
 def r2kd(teacher: str, student: str, *, data: Data = "tiny_imagenet", published: bool = False) -> R2KD:
     """R2KD (arXiv:2311.13934), from its released configurations, which are of Tiny-ImageNet alone.
 
-    ``published`` takes the rank term that has no gradient. The paper's teacher is ``Blended(model, pruned(model))``.
+    ``published`` takes the rank term that has no gradient. The paper's teacher is ``EnsembleTeacher(model,
+    pruned(model))``.
     """
     tiny = (
         ("resnet32x4", "resnet8x4"),
@@ -284,10 +285,10 @@ def r2kd(teacher: str, student: str, *, data: Data = "tiny_imagenet", published:
 
 
 def ats(teacher: str, student: str, *, data: Data = "cifar100", published: bool = False) -> ATS:
-    """ATS (arXiv:2210.04427), from the authors' second release; ``published`` does not centre the teacher's logits."""
+    """ATS (arXiv:2210.04427), from the authors' second release; ``published`` does not center the teacher's logits."""
     known = {"cifar100": _all((("resnet110", "vgg8"), ("resnet14", "vgg8")), (4.0, 2.0))}
     correct, wrong = _find("ats", known, teacher, student, data)
-    return ATS(soft=0.5, hard=0.5, correct=correct, wrong=wrong, centred=not published)
+    return ATS(soft=0.5, hard=0.5, correct=correct, wrong=wrong, centered=not published)
 
 
 def fgd(teacher: str, student: str, *, data: Data = "coco") -> FGD:

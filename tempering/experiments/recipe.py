@@ -112,7 +112,7 @@ def finish(made: Any) -> Run | None:
     return made if getattr(made, "facts", None) else None
 
 
-def refuse_unknown(path: Path, given: Sequence[str]) -> None:
+def check_flags(path: Path, given: Sequence[str]) -> None:
     """Check flags before anything is started with them.
 
     Raises:

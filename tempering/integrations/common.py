@@ -28,7 +28,7 @@ def fitting(method: Method, teacher: nn.Module | Teacher | None, student: nn.Mod
         raise TypeError(f"method must be a Method, such as methods.DTKD(); got {type(method).__name__}.")
     if method.owns_step:
         raise TypeError(f"{type(method).__name__} owns its step, and so does this trainer. {ENGINE}")
-    if learners := method.learners():
+    if learners := method.adaptive_policies():
         raise ValueError(
             f"{type(learners[0]).__name__} learns from a second forward after every step, which this trainer does not "
             f"make. {ENGINE}"
@@ -60,7 +60,7 @@ def whole_batches(method: Method, **splits: int) -> None:
         ValueError: naming the first of them that is not 1.
     """
     for flag, parts in splits.items():
-        if parts > 1 and method.is_relational():
+        if parts > 1 and method.is_batch_dependent():
             raise ValueError(
                 f"{type(method).__name__} compares rows with each other, so its loss depends on how a step is split: "
                 f"{flag}={parts} would change it. Use {flag}=1 and smaller batches, or a method over single rows."
@@ -76,5 +76,5 @@ def blocks_of(
     taught = None if teacher is None else teacher(teacher_in, ids)
     blocks = task.rows(said, taught, batch)
     if features is not None:
-        blocks[-1] = blocks[-1].with_(features={**blocks[-1].features, **features.features()})
+        blocks[-1] = blocks[-1].replace(features={**blocks[-1].features, **features.features()})
     return said, blocks

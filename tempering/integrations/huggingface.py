@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tempering.integrations.common import blocks_of, fitting, whole_batches
 from tempering.methods.base import Method
-from tempering.rows import UNLABELLED, Rows
+from tempering.rows import IGNORE_INDEX, Rows
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.training.checkpoint import random_state, save_weights, set_random_state
@@ -41,7 +41,7 @@ class DistillMixin(Trainer):
         args, kwargs: the Trainer's own.
         teacher: a model, frozen in place, or a Teacher (its answers must fit the task's inputs: see ``Unpacked``).
         method: the loss, with its temperature policy.
-        task: how batches become rows; None is ``Labelled()``. Causal language models need ``Labelled(shift=True)``.
+        task: how batches become rows; None is ``Labeled()``. Causal language models need ``Labeled(shift=True)``.
         selfcheck: look at the first batch before training.
 
     Raises:
@@ -58,7 +58,7 @@ class DistillMixin(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.method, self.task, self.selfcheck = method, Labelled() if task is None else task, selfcheck
+        self.method, self.task, self.selfcheck = method, Labeled() if task is None else task, selfcheck
         bare = False
         if isinstance(teacher, nn.Module) and not isinstance(teacher, Unpacked):
             teacher, bare = Unpacked(teacher), True
@@ -73,7 +73,7 @@ class DistillMixin(Trainer):
         if self.teacher is not None:
             self.teacher.to(self.args.device)
         self.method.to(self.args.device)
-        names = {n: (s, f"model.{t}" if bare else t) for n, (s, t) in self.task.taps.items()}
+        names = {n: (s, f"model.{t}" if bare else t) for n, (s, t) in self.task.features.items()}
         self._features = PairedFeatures.from_models(self._module(), self.teacher, names)
         self._chunking = chunking_for(method)
         self._mass: dict[str, Tensor] = {}
@@ -110,7 +110,7 @@ class DistillMixin(Trainer):
         self.method.zero_grad(set_to_none=True)  # the Trainer resets the gradients of its model alone
         self._mass = {}
         for batch in batches:
-            for name, mass in self.task.mass(batch).items():
+            for name, mass in self.task.row_weights(batch).items():
                 mass = torch.as_tensor(mass, dtype=torch.float32, device=self.args.device)
                 self._mass[name] = self._mass[name] + mass if name in self._mass else mass
         self._mass = {name: self._summed(mass) for name, mass in sorted(self._mass.items())}
@@ -186,14 +186,14 @@ class DistillMixin(Trainer):
     @torch.no_grad()
     def _prepare_method(self) -> None:
         """Let the method size what it trains on a first batch, and leave random numbers and modes as they were."""
-        if type(self.method).prepare is Method.prepare:
+        if type(self.method).setup is Method.setup:
             return
         before, model = random_state(), self._module()
         training = {m: m.training for m in model.modules()}
         try:
             batch = self._prepare_inputs(next(iter(self.get_train_dataloader())))
             model.eval()
-            self.method.prepare(self._blocks(model, batch)[1][-1])
+            self.method.setup(self._blocks(model, batch)[1][-1])
         finally:
             for module, mode in training.items():
                 module.training = mode
@@ -211,7 +211,7 @@ class Unpacked(nn.Module):
         return self.model(**inputs)
 
 
-class Labelled(Task):
+class Labeled(Task):
     """Batches as transformers collates them: a mapping of inputs with "labels"; models answer ``.logits``.
 
     (N, C) logits make N rows, of which one with the label -100 learns from the teacher alone. (N, L, C) logits make
@@ -229,14 +229,14 @@ class Labelled(Task):
         *,
         shift: bool = False,
         keep_labels: bool = False,
-        taps: Mapping[str, tuple[str, str]] | None = None,
+        features: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
-        self.shift, self.keep_labels, self.taps = shift, keep_labels, dict(taps or {})
+        self.shift, self.keep_labels, self.features = shift, keep_labels, dict(features or {})
 
     def inputs(self, batch: Any) -> tuple[dict[str, Any], dict[str, Any], Tensor | None]:
         if not isinstance(batch, Mapping):
             raise ValueError(
-                f"Labelled needs batches that are mappings, as collators of transformers make; got "
+                f"Labeled needs batches that are mappings, as collators of transformers make; got "
                 f"{type(batch).__name__}. For (inputs, labels) there is tasks.Classification()."
             )
         dropped = {"ids"} if self.keep_labels else {"ids", "labels"}
@@ -263,19 +263,19 @@ class Labelled(Task):
         if self.shift:
             said, taught, labels = said[:, :-1], taught[:, :-1], labels[:, 1:]
         labels = labels.flatten()
-        return [Rows(said.flatten(0, 1), taught.flatten(0, 1), labels, weight=(labels != UNLABELLED).float())]
+        return [Rows(said.flatten(0, 1), taught.flatten(0, 1), labels, weight=(labels != IGNORE_INDEX).float())]
 
-    def mass(self, batch: Any) -> dict[str, Tensor | float]:
+    def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
         labels = batch.get("labels")
         if labels is None or labels.ndim < 2:
             return {"logits": float(len(next(iter(batch.values())) if labels is None else labels))}
-        return {"logits": (labels[:, 1:] if self.shift else labels).ne(UNLABELLED).sum()}
+        return {"logits": (labels[:, 1:] if self.shift else labels).ne(IGNORE_INDEX).sum()}
 
     @torch.no_grad()
     def score(
         self, student: nn.Module, batches: Iterable[Any], *, teacher: Callable[[Any, Tensor | None], Any] | None = None
     ) -> dict[str, float]:
-        """accuracy in [0, 1] and loss in nats over labelled rows, and agreement with the teacher where there is one."""
+        """accuracy in [0, 1] and loss in nats over labeled rows, and agreement with the teacher where there is one."""
         device = next((p.device for p in student.parameters()), torch.device("cpu"))
         training, sums, known = student.training, {"accuracy": 0.0, "loss": 0.0, "agreement": 0.0}, 0
         student.eval()

@@ -60,7 +60,7 @@ class DistillModule(pl.LightningModule):
         self.teacher = fitting(method, teacher, student)
         self.task = Classification() if task is None else task
         self.optimizer, self.schedule, self.selfcheck = optimizer, schedule, selfcheck
-        self._features = PairedFeatures.from_models(student, self.teacher, self.task.taps)
+        self._features = PairedFeatures.from_models(student, self.teacher, self.task.features)
         self._chunking = chunking_for(method)
         self._unit: float | None = None  # what a micro-batch's loss is divided by, before the step's weight is known
         self._mass: Tensor | float = 0.0
@@ -74,7 +74,7 @@ class DistillModule(pl.LightningModule):
         """Let the method size what it trains on a batch, before there is an optimizer."""
         training = self.student.training
         self.student.eval()
-        self.method.prepare(self._blocks(batch)[-1])
+        self.method.setup(self._blocks(batch)[-1])
         self.student.train(training)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -92,7 +92,7 @@ class DistillModule(pl.LightningModule):
                 f"{type(self.task).__name__} makes {len(blocks)} blocks of rows a batch, whose weights one factor "
                 "cannot mend after a split. Use accumulate_grad_batches=1 on one device, or tempering.distill."
             )
-        mass = blocks[0].mass.detach()
+        mass = blocks[0].total_weight.detach()
         if self._unit is None:
             self._unit = max(1.0, float(self.trainer.strategy.broadcast(float(mass))))
         self._mass = self._mass + mass

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tempering.objectives import cross_entropy, kl, labels, log_softmax
-from tempering.rows import Rows, widened
+from tempering.objectives import cross_entropy, kl, log_softmax, require_labels
+from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature import sharpness
 from tempering.temperature.base import Temperatures
 from tempering.utils.override import override_with
@@ -22,7 +22,7 @@ from tempering.utils.override import override_with
 Fast = dict[str, Callable[..., Any]]
 
 
-class _Known(torch.autograd.Function):
+class _ClosedForm(torch.autograd.Function):
     """A value a row whose slope in the logits is already known. The slope is used up by the one way back."""
 
     @staticmethod
@@ -74,7 +74,7 @@ def cross_entropy_and_slope(v: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return value, torch.where(known & ~empty, logq.exp() - is_label.to(logq.dtype), 0.0)
 
 
-class Stand:
+class FastFunctions:
     """The fast versions for one walk over chunks, and which of them were used.
 
     Args:
@@ -89,7 +89,7 @@ class Stand:
 
     def functions(self) -> Fast:
         """What ``override_with`` takes."""
-        solving = {name: self._solving(name) for name in ("centred", "_sharpness") if name in self.compiled}
+        solving = {name: self._solving(name) for name in ("centered", "_sharpness") if name in self.compiled}
         if "exact" in self.compiled:
             solving["solve_delta"] = self._solve_delta
         return {"kl": self._kl, "cross_entropy": self._cross_entropy, **solving}
@@ -101,7 +101,7 @@ class Stand:
                 return kl(rows, T)
         self.used.add("kl")
         n = len(rows)
-        u, v = widened(rows.teacher), widened(rows.student)
+        u, v = upcast_to_float32(rows.teacher), upcast_to_float32(rows.student)
         fast = self._fast("kl", divergence_and_slope, torch.promote_types(u.dtype, v.dtype))
         T_t, T_s, scale = T.teacher.expand(n, 1), T.student.expand(n, 1), T.scale.expand(n)
         return _differentiable(rows.student, *fast(u, v.detach(), T_t, T_s, scale))
@@ -111,10 +111,10 @@ class Stand:
             self.plain.add("cross_entropy")
             with override_with({}):
                 return cross_entropy(rows)
-        target = labels(rows, "cross_entropy").long()
+        target = require_labels(rows, "cross_entropy").long()
         self.used.add("cross_entropy")
         fast = self._fast("cross_entropy", cross_entropy_and_slope, rows.student.dtype)
-        return _differentiable(rows.student, *fast(widened(rows.student).detach(), target))
+        return _differentiable(rows.student, *fast(upcast_to_float32(rows.student).detach(), target))
 
     def _fast(self, name: str, plain: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
         return plain if dtype == torch.float64 and not self.double else self.compiled.get(name, plain)
@@ -145,4 +145,4 @@ def _logits(rows: Rows) -> bool:
 def _differentiable(student: Tensor, value: Tensor, slope: Tensor) -> Tensor:
     if not (student.requires_grad and torch.is_grad_enabled()):
         return value
-    return _Known.apply(value, slope.to(student.dtype), student)  # pyright: ignore[reportReturnType]
+    return _ClosedForm.apply(value, slope.to(student.dtype), student)  # pyright: ignore[reportReturnType]

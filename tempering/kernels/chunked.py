@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tempering.kernels.analytic import Stand
+from tempering.kernels.analytic import FastFunctions
 from tempering.kernels.compiled import Versions, Wanted, fast_versions
 from tempering.methods.base import Method
-from tempering.rows import Rows, total, widened
+from tempering.rows import Rows, total, upcast_to_float32
 from tempering.temperature.base import Policy, Temperatures
 from tempering.utils.override import override_with
 
@@ -49,11 +49,11 @@ def chunked(
     rows: Rows,
     progress: float = 1.0,
     *,
-    rows_in_batch: Tensor | float | None = None,
+    normalizer: Tensor | float | None = None,
     memory: int | None = None,
     compile: Wanted = None,
 ) -> Chunked:
-    """``total(method(rows, progress), rows, rows_in_batch=...)``, whose gradient is made chunk by chunk on the way.
+    """``total(method(rows, progress), rows, normalizer=...)``, whose gradient is made chunk by chunk on the way.
 
     Beside the gradient itself, (N, C), only a chunk's copies are held. Any method and policy that looks at a row at a
     time will do, with what it trains. ``objectives.kl`` (KD, DTKD and others) and the cross entropy have their
@@ -66,7 +66,7 @@ def chunked(
         method: row-wise; a relational one is refused.
         rows: the whole.
         progress: the share of the run that is done.
-        rows_in_batch: as for ``total``.
+        normalizer: as for ``total``.
         memory: bytes for the copies of one chunk; None is 16 MiB on a CPU, up to 32 where it is compiled, and
             256 MiB elsewhere. A chunk is one row at least.
         compile: True compiles the KL, the cross entropy and the solver of Sharpness, by Triton on CUDA where it is
@@ -77,7 +77,7 @@ def chunked(
         ValueError: for a method that is relational or owns its step, or memory that is not positive.
         RuntimeError: with compile=True where that is not possible; or going back a second time.
     """
-    walk = Walk(method, progress, _whole(rows, rows_in_batch), memory, len(rows))
+    walk = Walk(method, progress, _normalizer(rows, normalizer), memory, len(rows))
     walk.compile(compile, rows.student)
     wanted = rows.student.requires_grad and torch.is_grad_enabled()
     # float16 would lose small slopes before a loss scale has met them
@@ -91,33 +91,33 @@ class Walk:
     """One loss of ``n`` rows under way: what the chunks so far add up to."""
 
     def __init__(self, method: Method, progress: float, whole: Tensor | float, memory: int | None, n: int) -> None:
-        _refuse(method)
+        _check_method(method)
         if memory is not None and memory <= 0:
             raise ValueError(f"memory is bytes for a chunk, > 0; got {memory!r}. None chooses.")
         self.method, self.progress, self.whole, self.memory, self.n = method, progress, whole, memory, n
         self.chunks, self.done = 0, 0
         self.loss: Tensor | None = None
         self.terms: dict[str, Tensor] = {}
-        self.policies = [_Said(policy, n) for policy in method.policies().values()]
+        self.policies = [_PolicyReport(policy, n) for policy in method.policies().values()]
         self.trained = [p for p in method.parameters() if p.requires_grad and torch.is_grad_enabled()]
         self.slopes = [torch.zeros_like(p) for p in self.trained]
         # a running mean moves once a step: every chunk finds what the first one found
         self.state = [(b, b.clone()) for b in method.buffers()]
         self.features: list[tuple[Tensor, Tensor]] = []
         self.largest = 0
-        self.stand, self.fast = Stand({}), Versions({}, "", "")
+        self.fast_functions, self.fast = FastFunctions({}), Versions({}, "", "")
 
     def compile(self, wanted: Wanted, logits: Tensor, numel: int | None = None) -> None:
         """Take compiled versions for logits like these."""
         self.fast = fast_versions(wanted, logits.device, logits.numel() if numel is None else numel)
-        self.stand = Stand(self.fast.functions, double=self.fast.by != "triton")
+        self.fast_functions = FastFunctions(self.fast.functions, double=self.fast.compiler != "triton")
 
     def over(self, rows: Rows, slope: Tensor | None) -> None:
         """Add these rows, and write their slope into ``slope``, (N, C), which may be the student's logits themselves.
 
         None where none is wanted.
         """
-        if rows.hard is not None:
+        if rows.task_loss is not None:
             raise ValueError(
                 f"Rows(name={rows.name!r}) carry their task's own losses (hard), whose gradient chunks would lose. Use "
                 "the plain loss: total(method(rows, progress), rows)."
@@ -127,7 +127,7 @@ class Walk:
         self.features += [(s, by_name[name]) for name, s in features.items()]
         size = max(1, self._budget(rows) // (COPIES * rows.student.shape[1] * _bytes(rows) or 1))
         for part in parts(len(rows), size):
-            leaf = widened(rows.student[part]).detach()
+            leaf = upcast_to_float32(rows.student[part]).detach()
             leaf.requires_grad_(slope is not None)
             cut = {n: s[part].detach().requires_grad_(n in features) for n, (s, _) in rows.features.items()}
             chunk = _cut(rows, part, leaf, cut)
@@ -146,9 +146,9 @@ class Walk:
         wanted = [x for x in [*leaves, *self.trained] if x.requires_grad]
         for buffer, found in self.state if self.chunks else ():
             buffer.copy_(found)
-        with torch.set_grad_enabled(bool(wanted)), override_with(self.stand.functions()):
+        with torch.set_grad_enabled(bool(wanted)), override_with(self.fast_functions.functions()):
             terms = self.method(rows, self.progress)
-            loss = total(terms, rows, rows_in_batch=self.whole)
+            loss = total(terms, rows, normalizer=self.whole)
         self._keep(loss.detach(), terms)
         if not loss.requires_grad:
             return [torch.zeros_like(x) for x in [*leaves, *self.trained]]
@@ -184,9 +184,9 @@ class Walk:
         path = Path(
             self.chunks,
             self.largest,
-            tuple(sorted(self.stand.used)),
-            tuple(sorted(self.stand.plain)),
-            self.fast.by,
+            tuple(sorted(self.fast_functions.used)),
+            tuple(sorted(self.fast_functions.plain)),
+            self.fast.compiler,
             self.fast.why,
         )
         return Chunked(loss, self.terms, path)  # pyright: ignore
@@ -194,7 +194,7 @@ class Walk:
     def _budget(self, rows: Rows) -> int:
         least, most = (of.get(rows.student.device.type, ELSEWHERE) for of in (MEMORY, FUSED))
         whole = self.n * rows.student.shape[1] * _bytes(rows)
-        return self.memory or (min(most, max(least, whole // 4)) if self.fast.by else least)
+        return self.memory or (min(most, max(least, whole // 4)) if self.fast.compiler else least)
 
 
 class _Attached(torch.autograd.Function):
@@ -225,11 +225,11 @@ def parts(n: int, size: int) -> Iterator[slice]:
     yield from (slice(start, min(start + size, n)) for start in range(0, max(n, 1), size))
 
 
-def _refuse(method: Method) -> None:
+def _check_method(method: Method) -> None:
     owner = type(method).__name__
     if method.owns_step:
         raise ValueError(f"{owner} owns its step and cannot be taken in chunks; run it by tempering.distill.")
-    if method.is_relational():
+    if method.is_batch_dependent():
         inside = [m for m in method.modules() if isinstance(m, Method | Policy) and m.relational]
         raise ValueError(
             f"{', '.join(dict.fromkeys(type(m).__name__ for m in inside))} compares rows with each other, so the loss "
@@ -237,10 +237,10 @@ def _refuse(method: Method) -> None:
         )
 
 
-def _whole(rows: Rows, rows_in_batch: Tensor | float | None) -> Tensor | float:
-    if rows_in_batch is not None:
-        return rows_in_batch
-    return rows.mass if rows.weight is not None else float(len(rows))
+def _normalizer(rows: Rows, normalizer: Tensor | float | None) -> Tensor | float:
+    if normalizer is not None:
+        return normalizer
+    return rows.total_weight if rows.weight is not None else float(len(rows))
 
 
 def _bytes(rows: Rows) -> int:
@@ -251,19 +251,19 @@ def _cut(rows: Rows, part: slice, student: Tensor, features: dict[str, Tensor]) 
     def of(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[part]
 
-    return rows.with_(
+    return rows.replace(
         student=student,
-        teacher=widened(rows.teacher[part]),
+        teacher=upcast_to_float32(rows.teacher[part]),
         target=of(rows.target),
         weight=of(rows.weight),
         ids=of(rows.ids),
-        places=of(rows.places),
-        private=of(rows.private),
+        positions=of(rows.positions),
+        privacy_score=of(rows.privacy_score),
         features={name: (features[name], t[part]) for name, (_, t) in rows.features.items()},
     )
 
 
-class _Said:
+class _PolicyReport:
     """What a policy said of each chunk, put together to what it would say of its last call, had it seen all rows."""
 
     def __init__(self, policy: Policy, n: int) -> None:

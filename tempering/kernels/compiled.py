@@ -24,7 +24,7 @@ class Versions(NamedTuple):
     """Compiled functions by the names they stand in for, who compiled them, "" for nobody, and why nobody did."""
 
     functions: Fast
-    by: str
+    compiler: str
     why: str
 
 
@@ -48,11 +48,11 @@ def fast_versions(wanted: Wanted, device: torch.device, numel: int) -> Versions:
     by, why = "triton" if wanted == "triton" or (wanted != "inductor" and device.type == "cuda") else "inductor", ""
     made, error = _triton(device.type) if by == "triton" else _made(device.type)
     if by == "triton" and error is not None and wanted != "triton":
-        why = f"no triton ({_said(error)}); "
+        why = f"no triton ({_to_text(error)}); "
         by, (made, error) = "inductor", _made(device.type)
     if error is None:
         return Versions(made, by, why)
-    why += _said(error)
+    why += _to_text(error)
     if wanted:
         raise RuntimeError(
             f"compile={wanted!r}, and {by} cannot compile for {device.type!r} here ({why}). A CPU needs a C++ "
@@ -61,7 +61,7 @@ def fast_versions(wanted: Wanted, device: torch.device, numel: int) -> Versions:
     return Versions({}, "", why)
 
 
-def _said(error: Exception) -> str:
+def _to_text(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
@@ -92,7 +92,7 @@ def _made(device: str) -> tuple[Fast, Exception | None]:
     plain: dict[str, Callable[..., Any]] = {
         "kl": divergence_and_slope,
         "cross_entropy": cross_entropy_and_slope,
-        "centred": sharpness.centred,
+        "centered": sharpness.centered,
         "_sharpness": sharpness._sharpness,
     }
     made = {name: _quiet(torch.compile(function, dynamic=True)) for name, function in plain.items()}

@@ -30,10 +30,10 @@ def linear_loss(
     target: Tensor | None = None,
     weight: Tensor | None = None,
     ids: Tensor | None = None,
-    places: Tensor | None = None,
-    private: Tensor | None = None,
+    positions: Tensor | None = None,
+    privacy_score: Tensor | None = None,
     progress: float = 1.0,
-    rows_in_batch: Tensor | float | None = None,
+    normalizer: Tensor | float | None = None,
     classes: int | None = None,
     allowed: Tensor | None = None,
     wide: bool = True,
@@ -57,7 +57,7 @@ def linear_loss(
         weight: (N,), non-negative.
         ids, places, private: (N,) each, as ``Rows`` has them, for methods that ask.
         progress: the share of the run that is done.
-        rows_in_batch: as for ``total``.
+        normalizer: as for ``total``.
         classes: how many classes of each head take part, the first ones, where a vocabulary is padded.
         allowed: (C,) bool; the others are minus infinity on both sides.
         wide: make logits of half-precision inputs, and sum the head's gradient, in float32. False rounds both to the
@@ -73,7 +73,7 @@ def linear_loss(
         RuntimeError: going back a second time.
     """
     student, teacher = _Side(hidden_student, head_student, classes), _Side(hidden_teacher, head_teacher, classes)
-    of_rows = {"target": target, "weight": weight, "ids": ids, "places": places, "private": private}
+    of_rows = {"target": target, "weight": weight, "ids": ids, "positions": positions, "privacy_score": privacy_score}
     _fit(student, teacher, name, of_rows, allowed=allowed)
     if hidden_teacher.requires_grad:
         raise ValueError(
@@ -81,7 +81,7 @@ def linear_loss(
             "Make them under torch.no_grad()."
         )
     n, C = len(hidden_student), student.weight.shape[0]
-    whole = rows_in_batch
+    whole = normalizer
     if whole is None:
         whole = float(n) if weight is None else weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))
     walk = Walk(method, progress, whole, memory, n)
@@ -100,7 +100,7 @@ def linear_loss(
             cut = {key: x[part] for key, x in of_rows.items() if x is not None}
             if not walk.chunks:
                 walk.compile(compile, v, n * C)
-            walk.over(Rows(v, u, name=name).with_(**cut), into if slopes else None)
+            walk.over(Rows(v, u, name=name).replace(**cut), into if slopes else None)
             if slopes:
                 student.back(student.unbent(into, v, gone), part)
     return walk.result(slopes)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tempering.rows import Rows, total
-from tempering.temperature.base import LearningPolicy, Policy, hyperparameters
-from tempering.temperature.base import share as share
+from tempering.temperature.base import AdaptivePolicy, Policy, hyperparameters
+from tempering.temperature.base import check_run_fraction as check_run_fraction
 
 _STEP: ContextVar[tuple[int, int] | None] = ContextVar("step", default=None)
 
@@ -29,7 +29,7 @@ class Method(nn.Module, ABC):
             the engine refuses to split it.
         needs_labels: whether it cannot do without targets, whatever its weights.
         needs_teacher: whether it looks at the teacher at all.
-        zero_at_agreement: whether its terms, those named "hard" aside, vanish for a student equal to the teacher, on
+        zero_when_equal: whether its terms, those named "hard" aside, vanish for a student equal to the teacher, on
             rows that are not private.
         non_negative: whether no term ever falls below zero.
         shift_invariant: whether a constant added to a row's logits changes nothing, its policies aside.
@@ -45,7 +45,7 @@ class Method(nn.Module, ABC):
     relational: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = True
-    zero_at_agreement: ClassVar[bool] = True
+    zero_when_equal: ClassVar[bool] = True
     non_negative: ClassVar[bool] = True
     shift_invariant: ClassVar[bool] = True
     owns_step: ClassVar[bool] = False
@@ -60,7 +60,7 @@ class Method(nn.Module, ABC):
     def __call__(self, rows: Rows, progress: float = 1.0) -> dict[str, Tensor]:
         # losses are computed in float32 at least, also inside somebody's autocast
         with torch.autocast(rows.student.device.type, enabled=False):
-            return super().__call__(rows if rows.weight is None else emptied(rows), progress)
+            return super().__call__(rows if rows.weight is None else zero_masked_rows(rows), progress)
 
     def compute(self, step: Step) -> list[BlockLoss]:
         """Run both models on a micro-batch and reduce the terms of each block of its rows to a loss."""
@@ -85,32 +85,34 @@ class Method(nn.Module, ABC):
         single_class = [rows.student.shape[1] <= 1 for rows in blocks]
         for i in sorted(range(len(blocks)), key=single_class.__getitem__, reverse=True):
             rows, weight = blocks[i], normalizer.get(blocks[i].name) if normalizer else None
-            if chunking and (chunking.always or (rows.student.numel() >= chunking.min_logits and rows.hard is None)):
+            if chunking and (
+                chunking.always or (rows.student.numel() >= chunking.min_logits and rows.task_loss is None)
+            ):
                 losses[i] = chunking.compute(self, rows, progress, weight)
             else:
                 terms = self(rows, progress)
-                losses[i] = BlockLoss(rows, total(terms, rows, rows_in_batch=weight), terms)
+                losses[i] = BlockLoss(rows, total(terms, rows, normalizer=weight), terms)
         return [losses[i] for i in range(len(blocks))]
 
-    def prepare(self, rows: Rows) -> None:
+    def setup(self, rows: Rows) -> None:
         """See one block of rows before the optimizer is made, to size what the method and its policies train."""
         for found in self.policies().values():
-            found.prepare(rows)
+            found.setup(rows)
 
-    def wants_rows(self) -> bool:
-        """Whether ``prepare`` has anything to do."""
-        plain = all(type(found).prepare is Policy.prepare for found in self.policies().values())
-        return type(self).prepare is not Method.prepare or not plain
+    def needs_setup(self) -> bool:
+        """Whether ``setup`` has anything to do."""
+        plain = all(type(found).setup is Policy.setup for found in self.policies().values())
+        return type(self).setup is not Method.setup or not plain
 
-    def features(self, stages: Sequence[str]) -> tuple[str, ...]:
+    def select_features(self, stages: Sequence[str]) -> tuple[str, ...]:
         """Settle on the features to compare, of nets with these stages (shallow to deep) and "pool"; () for none.
 
         Recipes tap what this names. A method that was told its ``names`` keeps them.
         """
         parts = [m for m in self.modules() if isinstance(m, Method) and m is not self]
-        return tuple(dict.fromkeys(name for part in parts for name in part.features(stages)))
+        return tuple(dict.fromkeys(name for part in parts for name in part.select_features(stages)))
 
-    def feed(self, batches: Iterable[Any], teacher: Any) -> Iterable[Any]:
+    def wrap_batches(self, batches: Iterable[Any], teacher: Any) -> Iterable[Any]:
         """The training batches, for a method that has a say in them."""
         return batches
 
@@ -137,14 +139,14 @@ class Method(nn.Module, ABC):
         """Every temperature policy inside, by its path in the module."""
         return {name: m for name, m in self.named_modules() if isinstance(m, Policy)}
 
-    def is_relational(self) -> bool:
+    def is_batch_dependent(self) -> bool:
         """Whether the method, or a policy in it, compares rows with each other."""
         inside = [m for m in self.modules() if isinstance(m, Method | Policy)]
         return any(m.relational for m in inside)
 
-    def learners(self) -> list[LearningPolicy]:
+    def adaptive_policies(self) -> list[AdaptivePolicy]:
         """The policies that want to be told what a step did."""
-        return [p for p in self.policies().values() if isinstance(p, LearningPolicy)]
+        return [p for p in self.policies().values() if isinstance(p, AdaptivePolicy)]
 
 
 class BlockLoss(NamedTuple):
@@ -198,25 +200,25 @@ class Step:
     make_rows: Callable[[Any, Any, Any], list[Rows]]
     features: Callable[[], Mapping[str, tuple[Tensor, Tensor]]] | None = None
     rows: Rows | None = None
-    attached: Callable[[Any, Tensor | None], Any] | None = None
+    teacher_with_grad: Callable[[Any, Tensor | None], Any] | None = None
     normalizer: Mapping[str, Tensor | float] = field(default_factory=dict)
     chunking: Chunking | None = None
 
-    def answers(self, output: Any) -> Rows:
+    def student_rows(self, output: Any) -> Rows:
         """What one model said, as the student of rows without a teacher: so a teacher's logits may carry a gradient."""
-        return single(self.make_rows(output, None, self.batch))
+        return only_block(self.make_rows(output, None, self.batch))
 
     def forward(self) -> list[Rows]:
         """Both forwards on the batch as it is; the last block stays in ``rows``."""
         said, taught = self.student(self.student_inputs), self.teacher(self.teacher_inputs, self.ids)
         blocks = self.make_rows(said, taught, self.batch)
         if self.features is not None:
-            blocks[-1] = blocks[-1].with_(features={**blocks[-1].features, **self.features()})
+            blocks[-1] = blocks[-1].replace(features={**blocks[-1].features, **self.features()})
         self.rows = blocks[-1]
         return blocks
 
 
-def single(blocks: list[Rows]) -> Rows:
+def only_block(blocks: list[Rows]) -> Rows:
     """The one block of rows that a method which owns its step works on.
 
     Raises:
@@ -244,7 +246,7 @@ class StepMethod(Method):
         terms = self.step(step)
         if (rows := step.rows) is None:
             raise TypeError(f"{type(self).__name__}.step() must fill step.rows; step.forward() does.")
-        return [BlockLoss(rows, total(terms, rows, rows_in_batch=step.normalizer.get(rows.name)), terms)]
+        return [BlockLoss(rows, total(terms, rows, normalizer=step.normalizer.get(rows.name)), terms)]
 
     @abstractmethod
     def step(self, step: Step) -> Mapping[str, Tensor]:
@@ -254,18 +256,18 @@ class StepMethod(Method):
         raise TypeError(f"{type(self).__name__} owns its step: call .step(...), or run it by tempering.distill.")
 
 
-def emptied(rows: Rows) -> Rows:
+def zero_masked_rows(rows: Rows) -> Rows:
     """The rows with 0 for the numbers in those of weight 0, which may hold anything: a NaN times 0 would be NaN."""
     if rows.weight is None:
         return rows
     kept = (rows.weight > 0).unsqueeze(1)
-    hard = None if rows.hard is None else torch.where(rows.weight > 0, rows.hard, 0.0)
+    hard = None if rows.task_loss is None else torch.where(rows.weight > 0, rows.task_loss, 0.0)
     student, teacher = (torch.where(kept, side, 0.0) for side in (rows.student, rows.teacher))
-    return rows.with_(student=student, teacher=teacher, hard=hard)
+    return rows.replace(student=student, teacher=teacher, task_loss=hard)
 
 
 @contextmanager
-def drawing(seed: int, step: int) -> Iterator[None]:
+def step_rng(seed: int, step: int) -> Iterator[None]:
     """Within it ``drawn`` says what belongs to this step of a run with this seed."""
     token = _STEP.set((seed, step))
     try:
@@ -274,7 +276,7 @@ def drawing(seed: int, step: int) -> Iterator[None]:
         _STEP.reset(token)
 
 
-def drawn() -> int:
+def step_seed() -> int:
     """A number in [0, 2^63) to seed draws by: one for all parts and processes of a step of ``distill``.
 
     In a loop of one's own torch's generator draws it, anew at every call.
@@ -284,19 +286,19 @@ def drawn() -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, step)).encode()).digest()[:8], "little") >> 1
 
 
-def ramp(progress: float, warmup: float) -> float:
+def linear_warmup(progress: float, warmup: float) -> float:
     """Linear warm-up, from 0 to 1 over the first ``warmup`` of the run; 1 where there is none."""
     return 1.0 if warmup <= 0.0 else min(progress / warmup, 1.0)
 
 
-def weights(owner: str, **values: float) -> None:
+def check_weights(owner: str, **values: float) -> None:
     """Refuse weights of terms that are negative or not numbers."""
     for name, value in values.items():
         if not isinstance(value, (int, float)) or not 0.0 <= value < float("inf"):
             raise ValueError(f"{owner} needs {name} >= 0 and finite; got {value!r}.")
 
 
-def policy(owner: str, temperature: object) -> Policy:
+def check_policy(owner: str, temperature: object) -> Policy:
     """``temperature`` itself, refused where it is not a policy; a bare number is a common slip."""
     if isinstance(temperature, Policy):
         return temperature
@@ -306,6 +308,6 @@ def policy(owner: str, temperature: object) -> Policy:
     )
 
 
-def zero(rows: Rows) -> Tensor:
+def zero_term(rows: Rows) -> Tensor:
     """A term of nothing with a gradient path, (N,)."""
     return torch.nan_to_num(rows.student, nan=0.0, posinf=0.0, neginf=0.0).float().sum(-1) * 0.0

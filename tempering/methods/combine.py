@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from tempering.methods.base import Method, StepMethod, zero
+from tempering.methods.base import Method, StepMethod, zero_term
 from tempering.methods.logits.dkd import DKD
 from tempering.methods.logits.kd import KD
 from tempering.rows import Rows
@@ -39,7 +39,7 @@ class Sum(Method):
                 name = f"{kind}{number}"
             self.methods[name] = method
         self.needs_teacher = any(m.needs_teacher for m in methods)  # pyright: ignore[reportAttributeAccessIssue]
-        for told in ("zero_at_agreement", "non_negative", "shift_invariant"):
+        for told in ("zero_when_equal", "non_negative", "shift_invariant"):
             setattr(self, told, all(getattr(m, told) for m in methods))
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
@@ -49,10 +49,10 @@ class Sum(Method):
             for term, value in method(rows, progress).items()
         }
 
-    def prepare(self, rows: Rows) -> None:
+    def setup(self, rows: Rows) -> None:
         for method in self.methods.values():
             if isinstance(method, Method):
-                method.prepare(rows)
+                method.setup(rows)
 
     def hyperparameters(self) -> dict[str, object]:
         return {name: m.hyperparameters() for name, m in self.methods.items() if isinstance(m, Method)}
@@ -65,8 +65,8 @@ class Sum(Method):
         return [group for m in self.methods.values() if isinstance(m, Method) for group in m.param_groups()]
 
 
-class Only(Method):
-    """The terms of a method on blocks of these names, and 0 on others: ``Only(DTKD(hard=0.0), blocks=["classes"])``.
+class OnBlocks(Method):
+    """The terms of a method on blocks of these names, 0 on others: ``OnBlocks(DTKD(hard=0.0), blocks=["classes"])``.
 
     It is for tasks that make several, as detection does: "classes", "sides" and "images".
 
@@ -82,22 +82,22 @@ class Only(Method):
     def __init__(self, inner: Method, *, blocks: Sequence[str] = ("classes",)) -> None:
         super().__init__()
         if not isinstance(inner, Method) or isinstance(inner, StepMethod):
-            raise TypeError(f"Only needs a method over rows, such as KD(hard=0.0); got {inner!r}.")
+            raise TypeError(f"OnBlocks needs a method over rows, such as KD(hard=0.0); got {inner!r}.")
         if isinstance(blocks, str) or not blocks:
-            raise ValueError(f"Only needs blocks, names of blocks of rows such as ('classes',); got {blocks!r}.")
+            raise ValueError(f"OnBlocks needs blocks, names of blocks of rows such as ('classes',); got {blocks!r}.")
         self.inner, self.blocks = inner, tuple(blocks)
-        for told in ("needs_labels", "needs_teacher", "zero_at_agreement", "non_negative", "shift_invariant"):
+        for told in ("needs_labels", "needs_teacher", "zero_when_equal", "non_negative", "shift_invariant"):
             setattr(self, told, getattr(inner, told))
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
-        return self.inner(rows, progress) if rows.name in self.blocks else {"elsewhere": zero(rows)}
+        return self.inner(rows, progress) if rows.name in self.blocks else {"elsewhere": zero_term(rows)}
 
-    def prepare(self, rows: Rows) -> None:
+    def setup(self, rows: Rows) -> None:
         if rows.name in self.blocks:
-            self.inner.prepare(rows)
+            self.inner.setup(rows)
 
-    def wants_rows(self) -> bool:
-        return self.inner.wants_rows()
+    def needs_setup(self) -> bool:
+        return self.inner.needs_setup()
 
     @classmethod
     def example(cls) -> Self:

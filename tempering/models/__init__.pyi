@@ -4,5 +4,5 @@ from .factory import load as load
 from .factory import network_facts as network_facts
 from .factory import parted as parted
 from .factory import stages as stages
-from .normalized import Normalised as Normalised
+from .normalized import Normalized as Normalized
 from .zoo import MODELS as MODELS

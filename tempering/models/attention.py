@@ -19,7 +19,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class BlockAttention(nn.Module):
-    """A weight (out, in, ...) times M A over its input maps: of M blocks of neighbouring maps, A_om is the share that
+    """A weight (out, in, ...) times M A over its input maps: of M blocks of neighboring maps, A_om is the share that
     output map o takes of block m, A = softmax(alpha / T) by rows. alpha begins at 0, so that M A begins at 1.
     """
 
@@ -55,8 +55,8 @@ def attend(
     """``net`` itself, its dense convolutions attending to blocks of their input maps; its answers are what they were.
 
     y_o = sum over blocks m of M A_om sum over maps c of block m of W_oc x_c, as a parametrization of each weight W. A
-    does not depend on x, so ``fold`` puts it into the weights: nothing is left of it at run time. Depthwise and grouped
-    convolutions, those with fewer maps than blocks, and linear layers are left as they are.
+    does not depend on x, so ``merge_attention`` puts it into the weights: nothing is left of it at run time. Depthwise
+    and grouped convolutions, those with fewer maps than blocks, and linear layers are left as they are.
 
     Args:
         net: any model with convolutions.
@@ -102,7 +102,7 @@ def attend(
     return net
 
 
-def fold(net: nn.Module) -> nn.Module:
+def merge_attention(net: nn.Module) -> nn.Module:
     """``net`` itself as it was before ``attend``, the attention multiplied into its weights: the same answers."""
     for layer in [m for m in net.modules() if _blocks_of(m)]:
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)

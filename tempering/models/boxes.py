@@ -19,7 +19,7 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def giou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised IoU of boxes (..., 4) and (..., 4), broadcast, in [-1, 1].
+    """Generalized IoU of boxes (..., 4) and (..., 4), broadcast, in [-1, 1].
 
     Reference: Rezatofighi et al., CVPR 2019, arXiv:1902.09630.
     """
@@ -43,13 +43,13 @@ def clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.minimum(boxes.clamp_min(0), limit)
 
 
-def centred(boxes: Tensor) -> Tensor:
-    """xyxy to centre, width and height."""
+def centered(boxes: Tensor) -> Tensor:
+    """xyxy to center, width and height."""
     return torch.cat(((boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]), -1)
 
 
 def cornered(boxes: Tensor) -> Tensor:
-    """Centre, width and height to xyxy."""
+    """Center, width and height to xyxy."""
     half = boxes[..., 2:] / 2
     return torch.cat((boxes[..., :2] - half, boxes[..., :2] + half), -1)
 

@@ -22,7 +22,7 @@ class Detected(NamedTuple):
         logits: (B, A, K) class logits; with a softmax the last class is the background.
         boxes: (B, A, 4) as xyxy in pixels.
         bins: (B, A, 4, n) logits of each side's distribution; None for boxes that are regressed.
-        losses: name -> (B,), where targets were given; {} else. Each is normalised by its own image's positives, so it
+        losses: name -> (B,), where targets were given; {} else. Each is normalized by its own image's positives, so it
             does not depend on the other images. Those of the classes have names that begin with "class".
         sigmoid: whether each class is a yes or no of its own; else a softmax over K.
         quality: (B, A) logits that the sigmoid of the score is multiplied with; None for none.
@@ -51,7 +51,7 @@ class Detector(nn.Module, ABC):
         detector({"images": (B, 3, H, W) in [0, 1], "targets": [{"boxes": (M, 4), "labels": (M,)}, ...]}) -> Detected
         detector({"images": images, "only": "levels"}) -> the neck's maps alone
 
-    Normalisation is the model's own. Targets may be missing or None: then there are no losses. They are made in eval
+    Normalization is the model's own. Targets may be missing or None: then there are no losses. They are made in eval
     mode too.
 
     Attributes:
@@ -99,7 +99,7 @@ class Detector(nn.Module, ABC):
 
 @torch.no_grad()
 def detections(
-    said: Detected, size: tuple[int, int], *, score: float = 0.05, overlap: float = 0.6, most: int = 100
+    output: Detected, size: tuple[int, int], *, score: float = 0.05, overlap: float = 0.6, most: int = 100
 ) -> list[dict[str, Tensor]]:
     """The boxes of each image, the best first: {"boxes" (D, 4) xyxy, "scores" (D,), "labels" (D,)}.
 
@@ -110,15 +110,15 @@ def detections(
         overlap: of two boxes of one class with a larger IoU the better one stays; not for queries.
         most: boxes an image, at most; three times as many are looked at.
     """
-    scores, out = said.foreground.float(), []
-    if said.quality is not None:
-        scores = (scores * said.quality.float().sigmoid().unsqueeze(-1)).sqrt()
+    scores, out = output.foreground.float(), []
+    if output.quality is not None:
+        scores = (scores * output.quality.float().sigmoid().unsqueeze(-1)).sqrt()
     classes = scores.shape[-1]
-    for own, boxes in zip(scores.flatten(1), said.boxes.float(), strict=True):
+    for own, boxes in zip(scores.flatten(1), output.boxes.float(), strict=True):
         best, place = own.topk(min(3 * most, len(own)))
         place, best = place[best > score], best[best > score]
         found, labels = clipped(boxes[place // classes], size), place % classes
-        kept = slice(None) if said.queries else nms(found, best, labels, overlap=overlap)
+        kept = slice(None) if output.queries else nms(found, best, labels, overlap=overlap)
         found, best, labels = (x[kept][:most] for x in (found, best, labels))
         out.append({"boxes": found, "scores": best, "labels": labels})
     return out

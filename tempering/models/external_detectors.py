@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tempering.models.boxes import centred, clipped, cornered
+from tempering.models.boxes import centered, clipped, cornered
 from tempering.models.detector import Detected, Detector, Target
 from tempering.models.factory import build
 
@@ -47,7 +47,7 @@ def detector(name: str, *, classes: int, pretrained: bool = False) -> Detector:
     return net
 
 
-class _Normalised(Detector):
+class _Normalized(Detector):
     """A detector that wraps a model of another library."""
 
     mean: Tensor
@@ -59,8 +59,8 @@ class _Normalised(Detector):
         for name, value in (("mean", (0.0,) * 3 if plain else MEAN), ("std", (1.0,) * 3 if plain else STD)):
             self.register_buffer(name, torch.tensor(value)[:, None, None], persistent=False)
 
-    def normalised(self, images: Tensor) -> Tensor:
-        """The pixels as the model was trained on them; grey images in all three channels."""
+    def normalized(self, images: Tensor) -> Tensor:
+        """The pixels as the model was trained on them; gray images in all three channels."""
         return (images - self.mean) / self.std
 
 
@@ -77,7 +77,7 @@ def proper(targets: Sequence[Target], size: Sequence[int]) -> list[dict[str, Ten
 # torchvision
 
 
-class TorchvisionDetector(_Normalised):
+class TorchvisionDetector(_Normalized):
     """torchvision's FCOS or RetinaNet, its labels counted from 0.
 
     Images go to backbone and head as they come, without torchvision's own resizing. Losses are torchvision's, of one
@@ -100,7 +100,7 @@ class TorchvisionDetector(_Normalised):
         super().__init__(model, model.head.classification_head.num_classes)  # pyright: ignore
 
     def levels_of(self, images: Tensor) -> list[Tensor]:
-        maps: Any = self.model.backbone(self.normalised(images))  # pyright: ignore
+        maps: Any = self.model.backbone(self.normalized(images))  # pyright: ignore
         return list(maps.values()) if isinstance(maps, Mapping) else [maps]
 
     def detect(self, images: Tensor, targets: Sequence[Target] | None) -> Detected:
@@ -175,7 +175,7 @@ def _from_torchvision(name: str, classes: int, pretrained: bool) -> Detector:
 # transformers
 
 
-class TransformersDetector(_Normalised):
+class TransformersDetector(_Normalized):
     """A D-FINE, RT-DETR, RT-DETRv2 or DETR of transformers.
 
     Losses are the library's, auxiliary ones included, of one image at a time: "class" is the parts of the class logits,
@@ -222,8 +222,8 @@ class TransformersDetector(_Normalised):
         labels = None
         if targets is not None:
             kept = proper(targets, (height, width))
-            labels = [{"class_labels": t["labels"], "boxes": centred(t["boxes"].to(scale) / scale)} for t in kept]
-        said = self.model(self.normalised(images), labels=labels)
+            labels = [{"class_labels": t["labels"], "boxes": centered(t["boxes"].to(scale) / scale)} for t in kept]
+        said = self.model(self.normalized(images), labels=labels)
         maps = said.encoder_last_hidden_state
         levels = [_map(maps, height, width)] if isinstance(maps, Tensor) else list(maps)
         bins = None

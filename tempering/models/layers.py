@@ -15,7 +15,7 @@ def conv(wide_in: int, wide_out: int, size: int = 3, stride: int = 1, groups: in
 
 
 def conv_norm(wide_in: int, wide_out: int, size: int = 3, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    """A convolution and its batch normalisation."""
+    """A convolution and its batch normalization."""
     return [conv(wide_in, wide_out, size, stride, groups), nn.BatchNorm2d(wide_out)]
 
 
@@ -44,7 +44,7 @@ class Staged(nn.Sequential):
 
 
 def fan_out(net: nn.Module, *, head: float | None = None) -> nn.Module:
-    """He's initialisation by fan-out of the convolutions, as the field's nets have it; ``head``: std of the linear."""
+    """He's initialization by fan-out of the convolutions, as the field's nets have it; ``head``: std of the linear."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             fan = module.kernel_size[0] * module.kernel_size[1] * module.out_channels

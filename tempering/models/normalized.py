@@ -1,4 +1,4 @@
-"""A net that takes pixels: its normalisation lies inside, so that slopes and attacks are in pixels of [0, 1]."""
+"""A net that takes pixels: its normalization lies inside, so that slopes and attacks are in pixels of [0, 1]."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 
-class Normalised(nn.Module):
-    """(pixels - mean) / std, and then the net. Its batches come unnormalised, such as ``cifar100(pixels=True)``.
+class Normalized(nn.Module):
+    """(pixels - mean) / std, and then the net. Its batches come unnormalized, such as ``cifar100(pixels=True)``.
 
     Args:
         net: the net, of images (N, C, H, W); its modules are ``net.stage1`` and so on.
@@ -26,7 +26,7 @@ class Normalised(nn.Module):
     def __init__(self, net: nn.Module, *, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         if not len(mean) == len(std) > 0 or min(std) <= 0:
-            raise ValueError(f"Normalised needs a mean and a std > 0 a channel; got mean {mean} and std {std}.")
+            raise ValueError(f"Normalized needs a mean and a std > 0 a channel; got mean {mean} and std {std}.")
         self.net = net
         for name, value in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)

@@ -1,4 +1,4 @@
-"""VGG for CIFAR, with batch normalisation and one linear layer.
+"""VGG for CIFAR, with batch normalization and one linear layer.
 
 Reference: Simonyan and Zisserman, 2015, arXiv:1409.1556; the layer counts of the field's tables.
 """

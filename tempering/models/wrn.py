@@ -13,7 +13,7 @@ from tempering.models.layers import Staged, conv, fan_out, pooled
 
 
 class Block(nn.Module):
-    """Normalise, activate, convolve, twice. Where the width changes, the shortcut is a 1x1 convolution of the
+    """Normalize, activate, convolve, twice. Where the width changes, the shortcut is a 1x1 convolution of the
     activated input, else the input itself."""
 
     def __init__(self, wide_in: int, wide: int, stride: int) -> None:

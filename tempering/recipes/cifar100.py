@@ -100,7 +100,7 @@ def main(
         explainer.restart(load(network, routing_tree))
     rate, teacher_lr, length = lr or cifar_lr(student), lr or cifar_lr(teacher), teacher_epochs or config.epochs
     optimizer, schedule = explainer.optimizer_and_schedule(network, rate, (cifar_sgd(rate), cifar_decay))
-    taps = {name: (name, name) for name in loss.features(stages(network))}
+    taps = {name: (name, name) for name in loss.select_features(stages(network))}
 
     def train_teacher(model: nn.Module) -> Experiment:
         """With the same recipe and seed 0."""
@@ -119,7 +119,7 @@ def main(
     source = splits.train.identity if teacher_subset is None else [splits.test.identity, teacher_subset, validation]
     key = {"epochs": length, "batch_size": batch_size, "lr": teacher_lr, "seed": 0, "precision": config.precision}
     precision = resolve_precision(teacher_precision, config.accelerator, teacher_device)
-    wrap = partial(Live, precision=precision, channels_last=channels_last, fold=fuse_bn and not taps)
+    wrap = partial(Live, precision=precision, channels_last=channels_last, fuse_conv_bn=fuse_bn and not taps)
     cache = partial(LogitCache, batches=splits.train, folder=folder, seed=config.seed, quiet=config.quiet)
     recipe = TeacherRecipe(
         name=teacher,

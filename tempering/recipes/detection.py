@@ -19,7 +19,7 @@ from torch import nn
 
 from tempering.data import Splits
 from tempering.data.coco import coco
-from tempering.data.synthetic_shapes import shapes
+from tempering.data.synthetic_shapes import synthetic_shapes
 from tempering.experiments.presets import arm_from, method_of, slug
 from tempering.methods.base import Method
 from tempering.methods.combine import Sum
@@ -153,8 +153,8 @@ def _read(
     augment: bool = False,
 ) -> Splits:
     if data is None:
-        made = shapes(size=size or 96, batch_size=batch_size, seed=seed, epochs=epochs)
-        return made if subset is None else made._replace(train=made.train.take(subset))
+        made = synthetic_shapes(size=size or 96, batch_size=batch_size, seed=seed, epochs=epochs)
+        return made if subset is None else made._replace(train=made.train.subset(subset))
     changes = []
     if augment:
         from tempering.data.inconsistent import SampleSpecific

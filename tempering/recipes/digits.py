@@ -62,7 +62,7 @@ def main(
     optimizer = partial(SGD, lr=lr)
     network = build_seeded(student, seed=config.seed, classes=10, channels=1)
     data = digits(batch_size=batch_size, seed=config.seed)
-    images = data.train if subset is None else data.train.take(subset)
+    images = data.train if subset is None else data.train.subset(subset)
 
     def train_teacher(model: nn.Module) -> Experiment:
         """On all images, with seed 0."""
@@ -93,7 +93,7 @@ def main(
         validation=data.validation,
         test=data.test,
         method=loss,
-        task=Classification(taps={name: (name, name) for name in loss.features(stages(network))}),
+        task=Classification(features={name: (name, name) for name in loss.select_features(stages(network))}),
         optimizer=optimizer,
         schedule=decay,
         config=config,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tempering.data.glue import Sentences, read_glue, trained_tokenizer
+from tempering.data.glue import TextPairLoader, read_glue, trained_tokenizer
 from tempering.experiments.presets import arm_from, method_of, slug
 from tempering.methods.base import Method
 from tempering.methods.logits.supervised import Supervised
@@ -169,11 +169,11 @@ def _splits(
     validation: int,
     *,
     seed: int,
-) -> dict[str, Sentences]:
+) -> dict[str, TextPairLoader]:
     """Every split as batches, those for training shuffled."""
     others = {"teacher_tokenizer": readers.get("teacher"), "batch_size": batch_size, "length": length, "name": name}
     made = {
-        split: Sentences(part, readers["student"], shuffle=split == "train", seed=seed, **others)
+        split: TextPairLoader(part, readers["student"], shuffle=split == "train", seed=seed, **others)
         for split, part in parts.items()
     }
     if validation and "validation" in made:
@@ -183,7 +183,7 @@ def _splits(
     return made
 
 
-def _facts(splits: dict[str, Sentences]) -> dict[str, Any]:
+def _facts(splits: dict[str, TextPairLoader]) -> dict[str, Any]:
     """What a record says of the data."""
     train = splits["train"]
     sizes = {split: splits[split].size if split in splits else 0 for split in ("train", "validation", "test")}

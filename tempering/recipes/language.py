@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 from tempering.data import Pairs, Tokens
-from tempering.data.pairs import paired, read_pairs
-from tempering.data.text import prompted, windows
+from tempering.data.pairs import make_pair, read_pairs
+from tempering.data.text import make_prompt_example, windows
 from tempering.experiments.presets import arm_from, method_of, slug
 from tempering.methods.logits.supervised import Supervised
-from tempering.rollouts.scoring import rouge_l, same_answer
-from tempering.tasks import Generation, Graded, OnPolicy, Seq2Seq, SequenceLevel, Speculative
+from tempering.rollouts.scoring import exact_match, rouge_l
+from tempering.tasks import GenerationScorer, LanguageModeling, OnPolicy, Seq2Seq, SequenceLevel, Speculative
 from tempering.teachers import Teacher
 from tempering.training.config import TrainConfig
 from tempering.training.experiment import Experiment, TeacherRecipe
@@ -101,7 +101,7 @@ def main(
     split = partial(_parts, text, kind, length=length, batch_size=batch_size)
     parts, pairs = split(seed=config.seed, subset=subset), _holds_pairs(text)
     graded = _graded(text, max_new_tokens) if pairs and eval_generation else None
-    task = Seq2Seq(graded=graded) if kind == "seq2seq" else Generation(graded=graded)
+    task = Seq2Seq(scorer=graded) if kind == "seq2seq" else LanguageModeling(scorer=graded)
     build = partial(_net, kind, length + max_new_tokens if pairs else length, pairs)
     network, family = build(student_width, student_layers, seed=config.seed), "t5" if kind == "seq2seq" else "gpt"
     optimizer, teacher = partial(ADAMW, lr=lr), f"{family}-{teacher_layers}x{teacher_width}"
@@ -212,17 +212,19 @@ def _pairs(text: Path, kind: str, *, length: int, batch_size: int, seed: int, su
         )
     order = {name: {"batch_size": batch_size, "shuffle": name == "train", "seed": seed, "pad": PAD} for name in SPLITS}
     if kind == "causal":
-        texts = {n: [prompted(a, b, eos=EOS, length=length) for a, b in piece] for n, piece in pieces.items()}
+        texts = {
+            n: [make_prompt_example(a, b, eos=EOS, length=length) for a, b in piece] for n, piece in pieces.items()
+        }
         return {name: Tokens(held, length=length, **order[name]) for name, held in texts.items()}
-    both = {n: [paired(a, b, eos=EOS, lengths=(length, length)) for a, b in piece] for n, piece in pieces.items()}
+    both = {n: [make_pair(a, b, eos=EOS, lengths=(length, length)) for a, b in piece] for n, piece in pieces.items()}
     return {name: Pairs(held, lengths=(length, length), **order[name]) for name, held in both.items()}
 
 
-def _graded(text: Path, written: int) -> Graded:
+def _graded(text: Path, written: int) -> GenerationScorer:
     """Exact answers where every target has one, as GSM8K's do; else ROUGE-L."""
     answers = all("####" in target for _, target in read_pairs(text))
-    score, name = (same_answer, "answers") if answers else (rouge_l, "rouge_l")
-    return Graded(score, name=name, decode=_decode, eos=EOS, pad=PAD, length=written)
+    score, name = (exact_match, "answers") if answers else (rouge_l, "rouge_l")
+    return GenerationScorer(score, name=name, decode=_decode, eos=EOS, pad=PAD, length=written)
 
 
 def _decode(ids: list[int]) -> str:

@@ -46,7 +46,7 @@ def temperatures(student, teacher, tau: float = 4.0, solve: str = "exact", reach
         bad = (x <= 1e-4 * y.abs().clamp_min(1)) | (y <= 1e-4 * x.abs().clamp_min(1))
         delta = torch.where(bad, 0.0, tau * (x - y) / (x + y)).clamp(-reach * tau, reach * tau)
     else:
-        # centred, the gap f(delta) falls strictly from +inf to -inf: one root. Bisection finds it in 60 halvings.
+        # centered, the gap f(delta) falls strictly from +inf to -inf: one root. Bisection finds it in 60 halvings.
         u, v = u - u.mean(-1, keepdim=True), v - v.mean(-1, keepdim=True)
         low = torch.full_like(u[:, :1], -reach * tau)
         high = -low
@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--solve", choices=("exact", "published"), default="exact", help="how the temperatures are set")
     parser.add_argument("--steps", type=int, default=600, help="updates of each net")
-    parser.add_argument("--seed", type=int, default=0, help="of initialisation and order")
+    parser.add_argument("--seed", type=int, default=0, help="of initialization and order")
     args = parser.parse_args()
     x, y, x_test, y_test = data()
     teacher = alone(x, y, steps=args.steps, seed=args.seed, width=128)

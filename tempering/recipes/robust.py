@@ -6,7 +6,7 @@ A table:  tempering compare robust --methods supervised,kd,kd-matched,dtkd,r2kd,
 Laptop:   ... --teacher resnet8 --epochs 6 --subset 5000 --test-subset 1000 --attack-steps 3
 
 The teacher learns by adversarial training (PGD, or TRADES), the student by the method alone, on images as they come, as
-in KDIGA's base protocol. Both normalise inside, so that strengths and slopes are in pixels. Tables have the accuracy on
+in KDIGA's base protocol. Both normalize inside, so that strengths and slopes are in pixels. Tables have the accuracy on
 clean images, under FGSM and under PGD at the end of the run; `tempering audit RUN --robustness` asks harder.
 Optimizer and schedule are those of the recipe cifar100.
 """
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from tempering.audits.attacks import fgsm, pgd
-from tempering.audits.base import answering, at_rest
+from tempering.audits.base import as_function, at_rest
 from tempering.data import cifar100
 from tempering.data.cifar import MEAN, STD
 from tempering.experiments.presets import arm_from, method_of, slug
 from tempering.methods import Method
-from tempering.models import Normalised, build, stages
+from tempering.models import Normalized, build, stages
 from tempering.rows import Rows
 from tempering.tasks import Classification
 from tempering.teachers import Live
@@ -47,11 +47,11 @@ class Attacked(Classification):
         taps: as in Classification.
     """
 
-    def __init__(self, *, eps: float, steps: int, taps: dict[str, tuple[str, str]] | None = None) -> None:
-        super().__init__(taps=taps)
+    def __init__(self, *, eps: float, steps: int, features: dict[str, tuple[str, str]] | None = None) -> None:
+        super().__init__(features=features)
         self.eps, self.steps = eps, steps
 
-    def analyse(
+    def analyze(
         self,
         student: nn.Module,
         batches: Iterable[Any],
@@ -59,7 +59,7 @@ class Attacked(Classification):
         teacher: Callable[[Any, Tensor | None], Any] | None = None,
         temperatures: Callable[[Rows], Any] | None = None,
     ) -> dict[str, Any]:
-        found = super().analyse(student, batches, teacher=teacher, temperatures=temperatures)
+        found = super().analyze(student, batches, teacher=teacher, temperatures=temperatures)
         return {**found, "scores": self.under_attack(student, batches)}
 
     def under_attack(self, student: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
@@ -67,7 +67,7 @@ class Attacked(Classification):
         net = getattr(student, "module", student)  # the engine's wrapper lets nobody else go backwards
         stands: dict[str, list[Tensor]] = {"fgsm": [], "pgd": []}
         with at_rest(net), torch.enable_grad():
-            answer, device = answering(net, "student"), next(net.parameters()).device
+            answer, device = as_function(net, "student"), next(net.parameters()).device
             for x, y, *_ in batches:
                 x, y = x.to(device), y.to(device)
                 long = pgd(answer, x, y, eps=self.eps, steps=self.steps, step=self.eps / 4 or None, losses=("ce",))
@@ -131,7 +131,7 @@ def main(
     splits = read(subset=subset, seed=config.seed, channels_last=channels_last)
     new = partial(_new, classes=splits.train.classes)
     network = new(student, seed=config.seed, channels_last=channels_last)
-    taps = {name: (f"net.{name}", f"net.{name}") for name in loss.features(stages(network.net))}
+    taps = {name: (f"net.{name}", f"net.{name}") for name in loss.select_features(stages(network.net))}
     how, length = _teaching(teacher_method, eps, attack_steps), teacher_epochs or config.epochs
     teacher_lr = lr or cifar_lr(teacher)
 
@@ -167,7 +167,7 @@ def main(
         train=splits.train,
         test=splits.test,
         method=loss,
-        task=Attacked(eps=eps, steps=test_steps, taps=taps),
+        task=Attacked(eps=eps, steps=test_steps, features=taps),
         optimizer=cifar_sgd(lr or cifar_lr(student)),
         schedule=cifar_decay,
         config=config,
@@ -181,10 +181,10 @@ def main(
     )
 
 
-def _new(name: str, *, classes: int, seed: int, channels_last: bool) -> Normalised:
+def _new(name: str, *, classes: int, seed: int, channels_last: bool) -> Normalized:
     """The network with the initial weights of a seed, the same for every method, and its normalization inside."""
     torch.manual_seed(seed)
-    net = Normalised(build(name, classes=classes), mean=MEAN, std=STD)
+    net = Normalized(build(name, classes=classes), mean=MEAN, std=STD)
     return net.to(memory_format=torch.channels_last) if channels_last else net  # pyright: ignore[reportCallIssue]
 
 

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from tempering.audits.base import at_rest
 from tempering.audits.canaries import Canaries
 from tempering.data import Tokens
-from tempering.data.canaries import canaries, plant
+from tempering.data.canaries import canaries, insert_canaries
 from tempering.data.privacy import Patterns, byte_offsets, scores
 from tempering.data.text import windows
 from tempering.experiments.presets import arm_from, method_of, slug
 from tempering.methods.logits.supervised import Supervised
-from tempering.tasks import Generation
+from tempering.tasks import LanguageModeling
 from tempering.training.config import TrainConfig
 from tempering.training.experiment import Experiment, TeacherRecipe
 
@@ -41,7 +41,7 @@ WORDS = {
 }
 
 
-class Exposing(Generation):
+class Exposing(LanguageModeling):
     """Generation whose scores have the exposure of the canaries that the batches know of."""
 
     def score(
@@ -187,11 +187,11 @@ def _parts(
             f"the text is too short: its {short[0]} part has {len(pieces[short[0]])} characters, length={length}."
         )
     secrets = canaries(each=each, digits=digits, seed=seed)
-    pieces["train"] = plant(pieces["train"], secrets, seed=seed)
+    pieces["train"] = insert_canaries(pieces["train"], secrets, seed=seed)
     out = {}
     for name, piece in pieces.items():
         marks = scores(piece, byte_offsets(piece), detector) if name == "train" else None
-        texts = windows(list(piece.encode()), length, private=marks)
+        texts = windows(list(piece.encode()), length, privacy_score=marks)
         known = () if name == "validation" else secrets  # asked after with the test split, and in audits
         out[name] = Tokens(texts, batch_size=batch_size, shuffle=name == "train", seed=seed, canaries=known)
     return out

@@ -19,8 +19,8 @@ def reliability(drawn: Mapping[str, Any], css: str, key: str) -> list[Figure]:
     for when, title in (("plain", "Reliability as they are"), ("tempered", "After the fitted temperature")):
         bins = found.get(when) or {}
         sides = [
-            Bins(colour or css, side, [(b["confidence"], b["accuracy"], b["count"]) for b in bins[side]])
-            for side, colour in SIDES
+            Bins(color or css, side, [(b["confidence"], b["accuracy"], b["count"]) for b in bins[side]])
+            for side, color in SIDES
             if bins.get(side)
         ]
         if sides:
@@ -39,8 +39,8 @@ def temperatures(drawn: Mapping[str, Any], css: str, key: str) -> list[Figure]:
         return []
     x = [float(i) for i in range(len(parts))]
     series = [
-        Series(colour or css, side, x, [part[f"T_{side}"] for part in parts], dots=True, text=side)
-        for side, colour in SIDES
+        Series(color or css, side, x, [part[f"T_{side}"] for part in parts], dots=True, text=side)
+        for side, color in SIDES
     ]
     last = len(parts) - 1
     ticks = [(at, {0: "hardest", last: "easiest"}.get(int(at), "")) for at in x]

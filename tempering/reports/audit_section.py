@@ -21,7 +21,7 @@ TITLES = {
 
 
 @dataclass(frozen=True)
-class Said:
+class FindingText:
     """One finding as a reader sees it."""
 
     of: str
@@ -39,7 +39,7 @@ class Audited:
     label: str
     css: str
     seed: int
-    parts: Sequence[tuple[str, Sequence[Said]]]
+    parts: Sequence[tuple[str, Sequence[FindingText]]]
     figures: Sequence[Figure] = ()
 
 
@@ -49,10 +49,12 @@ def audits(found: Comparison) -> list[Audited]:
     for arm in found.arms:
         for run in arm.runs:
             there = (run.audits or {}).get("audits") or {}
-            parts = [(title, [said(f) for f in there[k]["findings"]]) for k, title in TITLES.items() if there.get(k)]
+            parts = [
+                (title, [finding_text(f) for f in there[k]["findings"]]) for k, title in TITLES.items() if there.get(k)
+            ]
             if parts:
-                colour = css[arm.label]
-                out.append(Audited(arm.label, colour, run.seed, parts, _figures(there, colour, len(out))))
+                color = css[arm.label]
+                out.append(Audited(arm.label, color, run.seed, parts, _figures(there, color, len(out))))
     return out
 
 
@@ -79,7 +81,7 @@ def _tree(drawn: Mapping[str, Any], css: str, key: str) -> list[Figure]:
     return [Figure("KDExplainer's tree where it was used", svg, caption)]
 
 
-def said(finding: Mapping[str, Any]) -> Said:
+def finding_text(finding: Mapping[str, Any]) -> FindingText:
     """A finding with its numbers written out: shares in percent, others with four digits."""
     scale, unit = (100.0, " %") if finding.get("share") else (1.0, "")
 
@@ -90,7 +92,7 @@ def said(finding: Mapping[str, Any]) -> Said:
         return f"{scale * value:.1f}" if unit else f"{value:.4g}"
 
     value, low, high = map(text, ("value", "low", "high"))
-    return Said(
+    return FindingText(
         str(finding["of"]),
         str(finding["name"]).replace("_", " "),
         "-" if value is None else value + unit,

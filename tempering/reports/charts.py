@@ -1,6 +1,6 @@
-"""Small charts as SVG text: sized by their box, coloured by the page's CSS, the same bytes for the same numbers.
+"""Small charts as SVG text: sized by their box, colored by the page's CSS, the same bytes for the same numbers.
 
-Drawn here and not by a plotting library because the page's light and dark colours, its fonts and its switches for
+Drawn here and not by a plotting library because the page's light and dark colors, its fonts and its switches for
 arms act on every mark by its class, and because a chart stays at a few kilobytes.
 """
 
@@ -71,7 +71,7 @@ class Series:
     """One line of a chart.
 
     Attributes:
-        css: classes that colour it.
+        css: classes that color it.
         name: said when pointed at.
         low, high: a band round it, or nothing.
         dots: whether each point says its value when pointed at.
@@ -94,7 +94,7 @@ class Mark:
 
     value: float
     css: str
-    said: str
+    text: str
     shape: str = "dot"
 
 
@@ -286,7 +286,7 @@ def _drawn(s: Series, frame: Frame, x_label: str) -> Svg:
 
 
 def _mark(mark: Mark, x: Scale, at: float) -> Svg:
-    said, cx = tag("title", mark.said), x(mark.value)
+    said, cx = tag("title", mark.text), x(mark.value)
     if mark.shape == "tick":
         return tag("line", said, class_=f"stick {mark.css}".strip(), x1=cx, x2=cx, y1=at - 7, y2=at + 7)
     r = 5.5 if mark.shape == "mean" else 3.2

@@ -307,7 +307,7 @@ def _mixed_arms(arms: Sequence[Arm]) -> list[str]:
     said = []
     for arm in arms:
         if len({str(run.facts.get("method")) for run in arm.runs}) > 1:
-            said.append(f"Runs labelled {arm.label} do not share one method; their mean says little.")
+            said.append(f"Runs labeled {arm.label} do not share one method; their mean says little.")
         if not arm.same_student:
             said.append(f"{arm.label} trains another network: it is in the table alone, without differences.")
     return said

@@ -15,7 +15,7 @@ from tempering.reports.records import RunRecord, number
 POINTS = 120  # of a line, at most: more than that a chart of this width cannot show
 BANDED = 8  # arms in a chart, at most: bands of more cover each other
 SMALL = (360, 240)  # of a chart, where there are many beside each other
-TEACHER = "teacher"  # CSS class: the teacher is drawn in ink everywhere, arms have colours
+TEACHER = "teacher"  # CSS class: the teacher is drawn in ink everywhere, arms have colors
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,15 @@ class Curve:
         return Series(css, name, self.x, self.y, self.low if band else (), self.high if band else (), dots)
 
 
-def drawn(found: Comparison) -> list[Arm]:
+def make_sections(found: Comparison) -> list[Arm]:
     """The arms that charts show; one that trains another network would only set their scale."""
     return [arm for arm in found.arms if arm.same_student]
 
 
 def styles(found: Comparison) -> dict[str, str]:
-    """Arm -> its CSS class; the control is a0, which is grey."""
+    """Arm -> its CSS class; the control is a0, which is gray."""
     first, last = 0 if found.controls else 1, [arm for arm in found.arms if not arm.same_student]
-    return {arm.label: f"a{i + first}" for i, arm in enumerate([*drawn(found), *last])}
+    return {arm.label: f"a{i + first}" for i, arm in enumerate([*make_sections(found), *last])}
 
 
 def shown(arm: Arm) -> tuple[RunRecord, ...]:
@@ -142,7 +142,7 @@ def overlay(
 ) -> Figure | None:
     """One chart with a line an arm, from the share ``begin`` of the longest run on; None where no arm has it."""
     css, x = styles(found), "epoch" if stream == "epochs" else "step"
-    curves = {arm.label: c for arm in drawn(found) if (c := curve(shown(arm), stream, x, get)) is not None}
+    curves = {arm.label: c for arm in make_sections(found) if (c := curve(shown(arm), stream, x, get)) is not None}
     end = max((c.x[-1] for c in curves.values()), default=0.0)
     curves = {label: c for label, whole in curves.items() if (c := whole.since(begin * end)).x}
     series, told, few = [], [], len(curves) <= BANDED
@@ -163,7 +163,7 @@ def result(found: Comparison) -> Section:
     metric, css = found.metric, styles(found)
     factor = 100.0 if metric.fraction else 1.0
     rows = []
-    for arm in drawn(found):
+    for arm in make_sections(found):
         if arm.mean is not None:
             marks = [
                 Mark(factor * v, "", f"seed {seed}: {metric.show(v)}{metric.unit}") for seed, v in arm.last.items()
@@ -269,7 +269,7 @@ def agreement(found: Comparison) -> Section:
 def terms(found: Comparison) -> Section:
     """Each named part of the loss over steps."""
     names: dict[str, None] = {}
-    for arm in drawn(found):
+    for arm in make_sections(found):
         for run in shown(arm):
             for line in run.steps:
                 names |= dict.fromkeys(line.get("terms") or {})
@@ -290,7 +290,7 @@ def terms(found: Comparison) -> Section:
 
 
 def teacher_accuracy(found: Comparison) -> float | None:
-    """Of the teacher on the split that was analysed, or its map; None where no record says it."""
+    """Of the teacher on the split that was analyzed, or its map; None where no record says it."""
     key = found.metric.key
     for arm in found.arms:
         for run in shown(arm):

@@ -10,7 +10,7 @@ from typing import Any
 from tempering.reports import charts
 from tempering.reports.charts import Bins, Mark, Strip
 from tempering.reports.compare import Arm, Comparison
-from tempering.reports.figures import TEACHER, Figure, Section, drawn, shown, styles
+from tempering.reports.figures import TEACHER, Figure, Section, make_sections, shown, styles
 from tempering.reports.intervals import mean
 from tempering.reports.records import RunRecord, number
 
@@ -21,7 +21,7 @@ PAIRS = 8  # confusions shown of an arm
 def calibration(found: Comparison) -> Section:
     """A reliability diagram of every arm, student over teacher, and both errors."""
     figures = []
-    for i, arm in enumerate(drawn(found)):
+    for i, arm in enumerate(make_sections(found)):
         own = styles(found)[arm.label]
         sides = [
             Bins(css, f"{arm.label}: {side}", points)
@@ -49,8 +49,8 @@ def calibration(found: Comparison) -> Section:
 
 def classes(found: Comparison) -> Section:
     """Accuracy class by class, arms beside the teacher, and what changed; of many classes those that changed most."""
-    means = {arm.label: values for arm in drawn(found) if (values := _per_class(shown(arm), "student"))}
-    taught = next((v for arm in drawn(found) if (v := _per_class(shown(arm), "teacher"))), [])
+    means = {arm.label: values for arm in make_sections(found) if (values := _per_class(shown(arm), "student"))}
+    taught = next((v for arm in make_sections(found) if (v := _per_class(shown(arm), "teacher"))), [])
     if not means:
         return Section("classes", "Classes", "", missing="No run wrote an analysis.")
     main, base = _pair(found, means)
@@ -137,7 +137,7 @@ class Confusions:
 def confusions(found: Comparison) -> list[Confusions]:
     """Of each arm the pairs (true, predicted) whose counts differ most, as means over the seeds that list them."""
     names, css, out = _names(found), styles(found), []
-    for arm in drawn(found):
+    for arm in make_sections(found):
         listed: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
         runs = [run for run in shown(arm) if (run.analysis or {}).get("confusions")]
         for run in runs:

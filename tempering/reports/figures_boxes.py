@@ -8,7 +8,7 @@ from typing import Any
 from tempering.reports import charts
 from tempering.reports.charts import Mark, Strip, Svg, join, tag
 from tempering.reports.compare import Arm, Comparison
-from tempering.reports.figures import TEACHER, Figure, Section, drawn, shown, styles
+from tempering.reports.figures import TEACHER, Figure, Section, make_sections, shown, styles
 from tempering.reports.intervals import mean
 from tempering.reports.records import RunRecord, number
 
@@ -19,11 +19,13 @@ ORDER = ("truth", "teacher", "student")
 
 def boxes(found: Comparison) -> list[Section]:
     """One section where some run detected something, else none."""
-    runs = {arm.label: own for arm in drawn(found) if (own := [run for run in shown(arm) if _of(run)])}
+    runs = {arm.label: own for arm in make_sections(found) if (own := [run for run in shown(arm) if _of(run)])}
     if not runs:
         return []
     figures = [f for f in (_by_class(found, runs),) if f is not None]
-    figures += [f for arm in drawn(found) if arm.label in runs for f in _pictures(arm, runs[arm.label][0], found)]
+    figures += [
+        f for arm in make_sections(found) if arm.label in runs for f in _pictures(arm, runs[arm.label][0], found)
+    ]
     room, kept = ROOM, []
     for figure in figures:
         room -= len(figure.svg)
@@ -33,7 +35,7 @@ def boxes(found: Comparison) -> list[Section]:
         Section(
             "boxes",
             "Boxes",
-            "Images of the scored split. White: the true boxes. Dashed: the teacher's. In the arm's colour: the "
+            "Images of the scored split. White: the true boxes. Dashed: the teacher's. In the arm's color: the "
             f"student's, of the first seed; both of a score of {_sure(runs):g} or more.{_again(runs)}{less}",
             kept,
             many=True,

@@ -16,8 +16,8 @@ from tempering.reports.figures import (
     Figure,
     Section,
     curve,
-    drawn,
     inside,
+    make_sections,
     overlay,
     shown,
     styles,
@@ -34,7 +34,7 @@ SIDES = (("T_teacher", TEACHER, "teacher"), ("T_student", "", "student"))
 
 def temperatures(found: Comparison) -> Section:
     """Both temperatures of every arm whose policy moves them, and the gap they are to close."""
-    dynamic = [arm for arm in drawn(found) if is_dynamic(shown(arm))]
+    dynamic = [arm for arm in make_sections(found) if is_dynamic(shown(arm))]
     bands = [_bands(arm) for arm in dynamic]
     limits = _limits(bands)
     figures = [_over_steps(found, arm, own, limits) for arm, own in zip(dynamic, bands, strict=True)]
@@ -45,7 +45,7 @@ def temperatures(found: Comparison) -> Section:
         inside("gap"),
         stream="steps",
         y_label="mean |gap|, log scale",
-        caption="Mean distance of the two sides' log-sum-exp, logits centred, at the temperatures in use. "
+        caption="Mean distance of the two sides' log-sum-exp, logits centered, at the temperatures in use. "
         "The exact solution keeps it at zero, but for rows that are held at the reach.",
         log=True,
         size=SMALL,
@@ -58,7 +58,9 @@ def temperatures(found: Comparison) -> Section:
             held = overlay(found, name, title, share, stream="steps", y_label=label, caption=what, size=SMALL)
             figures += [] if held is None else [held]
     figures += [f for arm in dynamic if (f := _by_difficulty(found, arm)) is not None]
-    constant = [f"{arm.label} at {value:g}" for arm in drawn(found) if (value := _constant(shown(arm))) is not None]
+    constant = [
+        f"{arm.label} at {value:g}" for arm in make_sections(found) if (value := _constant(shown(arm))) is not None
+    ]
     lead = "What the policy gave each side. Line: mean over rows; band: 5 to 95 % of the rows of a batch."
     return Section(
         "temperatures",

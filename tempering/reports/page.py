@@ -16,7 +16,7 @@ from tempering.utils.files import write_atomic
 
 HERE = Path(__file__).parent
 LIMIT = 2_000_000  # bytes: what a mail takes and a browser opens at once
-COLOURS = 6  # of page.css, beside the control's grey
+COLORS = 6  # of page.css, beside the control's gray
 DASHES = ("none", "8 3", "8 3 2 3", "2 3")
 
 
@@ -73,8 +73,8 @@ def render(runs: Sequence[RunRecord], *, title: str | None = None, control: str 
         verdict=said[0],
         more=said[1:],
         cards=_cards(found),
-        arms=[(css[arm.label], arm.label, arm.n == 0) for arm in figures.drawn(found)],
-        colours=[_colour(name) for name in css.values()],
+        arms=[(css[arm.label], arm.label, arm.n == 0) for arm in figures.make_sections(found)],
+        colors=[_color(name) for name in css.values()],
         columns=list(table.cells(found, found.arms[0])),
         rows=[(css[arm.label], list(table.cells(found, arm).values())) for arm in found.arms],
         reading=words.reading(found),
@@ -87,10 +87,10 @@ def render(runs: Sequence[RunRecord], *, title: str | None = None, control: str 
     return text + "\n"
 
 
-def _colour(css: str) -> tuple[str, int, str]:
-    """(class, colour, dashes) of an arm: the first is grey, six have colours, those after them these again, dashed."""
-    turn, colour = divmod(int(css[1:]) - 1, COLOURS) if css != "a0" else (0, -1)
-    return css, colour + 1, DASHES[min(turn, len(DASHES) - 1)]
+def _color(css: str) -> tuple[str, int, str]:
+    """(class, color, dashes) of an arm: the first is gray, six have colors, those after them these again, dashed."""
+    turn, color = divmod(int(css[1:]) - 1, COLORS) if css != "a0" else (0, -1)
+    return css, color + 1, DASHES[min(turn, len(DASHES) - 1)]
 
 
 def _title(found: Comparison) -> str:

@@ -21,7 +21,7 @@ class Reported(NamedTuple):
 SOURCES = {
     "A": "CTKD's project page",
     "B": "mdistiller's README",
-    "C": "logit standardisation's README",
+    "C": "logit standardization's README",
     "D": "TTM's README",
     "E": "DIST's README",
     "F": "a figure of SDD",

@@ -1,5 +1,5 @@
 from .on_policy import OnPolicy as OnPolicy
 from .sampling import Sampling as Sampling
-from .scoring import Graded as Graded
+from .scoring import GenerationScorer as GenerationScorer
 from .sequence_level import SequenceLevel as SequenceLevel
 from .speculative import Speculative as Speculative

@@ -15,33 +15,33 @@ CACHES = ("past_key_values", "cache")  # what transformers call it, before and s
 TRIED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()  # how encoder-decoders read on
 
 
-def inner(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """The language model inside its wrappers: the first whose forward names a cache; itself where none does."""
     return next((m for m in model.modules() if _cache_of(m) is not None), model)
 
 
-def encodes(model: nn.Module) -> bool:
+def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether it is an encoder-decoder of transformers."""
-    return bool(getattr(getattr(inner(model), "config", None), "is_encoder_decoder", False))
+    return bool(getattr(getattr(unwrap_model(model), "config", None), "is_encoder_decoder", False))
 
 
-def start_of(model: nn.Module) -> int:
+def decoder_start_id(model: nn.Module) -> int:
     """The token that the decoder begins with.
 
     Raises:
         ValueError: for a model whose config names none.
     """
-    config = getattr(inner(model), "config", None)
+    config = getattr(unwrap_model(model), "config", None)
     start = getattr(config, "decoder_start_token_id", None)
     if start is None:
         raise ValueError(
-            f"{type(inner(model)).__name__} does not say what its decoder begins with. Set "
+            f"{type(unwrap_model(model)).__name__} does not say what its decoder begins with. Set "
             "model.config.decoder_start_token_id, to the padding for T5."
         )
     return int(start)
 
 
-class Reader:
+class CachedDecoder:
     """A causal model reading on, token by token, with its cache. Slots that turned out wrong are masked, not removed.
 
     Each row counts its own positions, so rows may go on at their own pace. Needs attention over all slots: a sliding
@@ -52,7 +52,7 @@ class Reader:
     """
 
     def __init__(self, model: nn.Module, vocabulary: int | None) -> None:
-        self.name = _cache_of(inner(model))
+        self.name = _cache_of(unwrap_model(model))
         if self.name is None:
             raise TypeError(
                 f"{type(model).__name__} has no cache: its forward takes neither {' nor '.join(CACHES)}. Causal models "
@@ -60,7 +60,7 @@ class Reader:
             )
         self.model, self.vocabulary, self.cache, self.forwards = model, vocabulary, None, 0
 
-    def read(self, ids: Int[Tensor, "B n"], positions: Int[Tensor, "B n"], mask: Int[Tensor, "B slots"]) -> Tensor:
+    def decode(self, ids: Int[Tensor, "B n"], positions: Int[Tensor, "B n"], mask: Int[Tensor, "B slots"]) -> Tensor:
         """The logits after each of these tokens, (B, n, V)."""
         held: dict[str, Any] = {str(self.name): self.cache, "use_cache": True}
         out = self.model(input_ids=ids, position_ids=positions, attention_mask=mask, **held)
@@ -68,7 +68,7 @@ class Reader:
         return out.logits[..., : self.vocabulary]
 
 
-class Rereader:
+class RecomputingDecoder:
     """An encoder-decoder reading on; what stands in one row and not in the slowest is read again.
 
     Decoders count their positions by the slots of the cache, so a row's tokens must stand in its first ones. Before
@@ -86,9 +86,9 @@ class Rereader:
         self, model: nn.Module, vocabulary: int | None, given: Mapping[str, Any], *, most: int, cached: bool
     ) -> None:
         self.model, self.vocabulary, self.given, self.most, self.cached = model, vocabulary, given, most, cached
-        self.start, self.forwards, self.cache, self.slots = start_of(model), 0, None, None
+        self.start, self.forwards, self.cache, self.slots = decoder_start_id(model), 0, None, None
 
-    def read(self, ids: Int[Tensor, "B n"], positions: Int[Tensor, "B n"], mask: Int[Tensor, "B slots"]) -> Tensor:
+    def decode(self, ids: Int[Tensor, "B n"], positions: Int[Tensor, "B n"], mask: Int[Tensor, "B slots"]) -> Tensor:
         """The logits after each of these tokens, (B, n, V); of rows whose last slot is masked they mean nothing."""
         if self.slots is None:
             self.slots = ids.clone()
@@ -107,21 +107,21 @@ class Rereader:
         return said.gather(1, last[..., None].expand(-1, -1, said.shape[-1]))[..., : self.vocabulary]
 
 
-class Mover:
+class ShiftingCacheDecoder:
     """An encoder-decoder that counts distances alone, as T5 does, reading on with its cache: no token is read twice.
 
     What was refused is taken out of the cache row by row, and each row moved so that all end in one slot, with masked
     ones before; distances stay what they are.
 
     Args:
-        given: as for ``Rereader``.
+        given: as for ``RecomputingDecoder``.
     """
 
     def __init__(self, model: nn.Module, vocabulary: int | None, given: Mapping[str, Any]) -> None:
         self.model, self.vocabulary, self.given = model, vocabulary, given
-        self.start, self.forwards, self.cache, self.held = start_of(model), 0, None, None
+        self.start, self.forwards, self.cache, self.held = decoder_start_id(model), 0, None, None
 
-    def read(self, ids: Int[Tensor, "B n"], positions: Int[Tensor, "B n"], mask: Int[Tensor, "B slots"]) -> Tensor:
+    def decode(self, ids: Int[Tensor, "B n"], positions: Int[Tensor, "B n"], mask: Int[Tensor, "B slots"]) -> Tensor:
         """The logits after each of these tokens, (B, n, V); of rows whose last slot is masked they mean nothing."""
         n, slots = ids.shape[1], torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         if self.held is None:
@@ -147,26 +147,28 @@ class Mover:
         return held.gather(1, order)
 
 
-def decoding(model: nn.Module, vocabulary: int | None, source: Mapping[str, Tensor], *, most: int) -> Rereader | Mover:
+def make_decoder(
+    model: nn.Module, vocabulary: int | None, source: Mapping[str, Tensor], *, most: int
+) -> RecomputingDecoder | ShiftingCacheDecoder:
     """An encoder-decoder that reads on, in the way that it is able to; the source is read once.
 
     Raises:
         TypeError: for a model that is no encoder-decoder.
     """
-    if not encodes(model):
+    if not is_encoder_decoder(model):
         raise TypeError(
             f"{type(model).__name__} is no encoder-decoder, and the other model is one: they cannot write together."
         )
     # FSMT's decoder looks ahead where it is not told the source's ids as well
     given: dict[str, Any] = {n: source[n] for n in ("input_ids", "attention_mask") if source.get(n) is not None}
-    given["encoder_outputs"] = inner(model).get_encoder()(**given)  # pyright: ignore[reportCallIssue]
-    way = way_of(model, given) if most > 2 else "whole"
+    given["encoder_outputs"] = unwrap_model(model).get_encoder()(**given)  # pyright: ignore[reportCallIssue]
+    way = decoder_strategy(model, given) if most > 2 else "whole"
     if way == "move":
-        return Mover(model, vocabulary, given)
-    return Rereader(model, vocabulary, given, most=most, cached=way == "cut")
+        return ShiftingCacheDecoder(model, vocabulary, given)
+    return RecomputingDecoder(model, vocabulary, given, most=most, cached=way == "cut")
 
 
-def way_of(model: nn.Module, given: Mapping[str, Any]) -> str:
+def decoder_strategy(model: nn.Module, given: Mapping[str, Any]) -> str:
     """How an encoder-decoder can read on: "move" or "cut" its cache, or "whole", from the start with every call.
 
     It is tried on three tokens, once a model: whether it says the same behind a cache that was cut back, and whether
@@ -177,7 +179,7 @@ def way_of(model: nn.Module, given: Mapping[str, Any]) -> str:
     its whole text: there alone the two differ.
 
     Args:
-        given: as for ``Rereader``.
+        given: as for ``RecomputingDecoder``.
     """
     if model not in TRIED:
         TRIED[model] = _tried(model, given)
@@ -185,13 +187,13 @@ def way_of(model: nn.Module, given: Mapping[str, Any]) -> str:
 
 
 def _tried(model: nn.Module, given: Mapping[str, Any]) -> str:
-    core: Any = inner(model)
+    core: Any = unwrap_model(model)
     if _cache_of(core) is None:
         return "whole"
     memory = given["encoder_outputs"][0]
     padding = getattr(core.config, "pad_token_id", None)  # which may have no position
-    some = [i for i in range(5) if i not in (start_of(model), padding)]
-    ids = torch.tensor([[start_of(model), *some[:2]]] * len(memory), device=memory.device)
+    some = [i for i in range(5) if i not in (decoder_start_id(model), padding)]
+    ids = torch.tensor([[decoder_start_id(model), *some[:2]]] * len(memory), device=memory.device)
     want, _ = _go_on(model, ids, None, given, cached=False)
     _, cache = _go_on(model, ids, None, given)
     if not hasattr(cache, "crop") or any(getattr(cache, "is_sliding", ())):
@@ -231,7 +233,7 @@ def _go_on(
     seen: Tensor | None = None,
 ) -> tuple[Tensor, Any]:
     """The logits after tokens that the decoder reads behind so many slots of its cache, and the cache with them."""
-    name = str(_cache_of(inner(model)))
+    name = str(_cache_of(unwrap_model(model)))
     if cache is not None and behind is not None and behind < cache.get_seq_length():
         cache.crop(behind - cache.get_seq_length())  # below zero: so many slots go
     held = {name: cache} if cached else {}

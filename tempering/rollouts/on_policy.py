@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from tempering.rollouts.sampling import Pace, Sampling, asked_for, write
+from tempering.rollouts.sampling import GenerationStats, Sampling, asked_for, generate
 
 
 class OnPolicy:
@@ -24,7 +24,7 @@ class OnPolicy:
     taken. Teachers that look their answers up have none for these texts.
 
     An encoder-decoder answers to a batch's sources, for ``Seq2Seq``; how it goes on from its cache
-    ``tasks.reading.way_of`` says.
+    ``rollouts.decoding.decoder_strategy`` says.
 
     Args:
         student: the model that is trained, of transformers.
@@ -35,7 +35,7 @@ class OnPolicy:
         pad: of the batches.
         sampling: of the student; None draws from its own distribution.
         prompt: how many tokens of a text are its prompt at least, of a causal model.
-        vocabulary: how many tokens there are, as in ``Generation``.
+        vocabulary: how many tokens there are, as in ``LanguageModeling``.
         seed: of the coin and the draws.
 
     Raises:
@@ -66,14 +66,14 @@ class OnPolicy:
         self.student, self.batches, self.share = student, batches, share
         self.length, self.eos, self.pad = length, eos, pad
         self.sampling, self.prompt, self.vocabulary, self.seed = sampling, prompt, vocabulary, seed
-        self.number, self.pace, self.rank = 0, Pace(), 0
+        self.number, self.stats, self.rank = 0, GenerationStats(), 0
 
     def __len__(self) -> int:
         return len(self.batches)  # pyright: ignore[reportArgumentType]
 
     def set_epoch(self, number: int) -> None:
         """Say which epoch it is; its counts begin anew."""
-        self.number, self.pace = number, Pace()
+        self.number, self.stats = number, GenerationStats()
         for part in (self.batches, getattr(self.batches, "sampler", None)):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(number)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
@@ -87,15 +87,15 @@ class OnPolicy:
         rest = own(start) if own is not None else itertools.islice(iter(self.batches), start, None)
         for index, batch in enumerate(rest, start):
             seed = self._seed(index)
-            yield self.written(batch, seed) if random.Random(seed).random() < self.share else batch
+            yield self.generate(batch, seed) if random.Random(seed).random() < self.share else batch
 
-    def written(self, batch: Any, seed: int) -> dict[str, Any]:
+    def generate(self, batch: Any, seed: int) -> dict[str, Any]:
         """The batch with the student's own completions."""
-        return self._written(batch, seed, None, {})
+        return self._generate(batch, seed, None, {})
 
     def report(self) -> dict[str, float]:
-        """What was written since the epoch began: see ``Pace.report``."""
-        return self.pace.report()
+        """What was written since the epoch began: see ``GenerationStats.report``."""
+        return self.stats.report()
 
     def shard(self, rank: int, world: int) -> Self:
         """This rank's share of every batch, written with draws of its own; the coin falls the same for all ranks.
@@ -109,29 +109,31 @@ class OnPolicy:
                 "data.Pairs, or give it shard(rank, world)."
             )
         out = copy.copy(self)
-        out.batches, out.rank, out.pace = self.batches.shard(rank, world), rank, Pace()  # pyright: ignore
+        out.batches, out.rank, out.stats = self.batches.shard(rank, world), rank, GenerationStats()  # pyright: ignore
         return out
 
-    def _written(self, batch: Any, seed: int, teacher: nn.Module | None, judging: dict[str, Any]) -> dict[str, Any]:
+    def _generate(
+        self, batch: Any, seed: int, teacher: nn.Module | None, verification: dict[str, Any]
+    ) -> dict[str, Any]:
         if "position_ids" in batch:
             raise ValueError(
                 f"{type(self).__name__} takes padded texts, and this batch is packed. See data.text.collate."
             )
         prompts, source = asked_for(self.student, batch, self.prompt)
-        out, pace = write(
+        out, pace = generate(
             self.student,
             teacher,
             prompts,
             length=self.length,
             eos=self.eos,
             pad=self.pad,
-            drawn=self.sampling,
+            sampling=self.sampling,
             vocabulary=self.vocabulary,
             seed=seed + self.rank,
             source=source,
-            **judging,
+            **verification,
         )
-        self.pace.add(pace)
+        self.stats.add(pace)
         return out
 
     def _seed(self, index: int) -> int:

@@ -12,9 +12,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tempering.rollouts.decoding import Mover, Reader, Rereader, decoding, encodes, start_of
-from tempering.rows import UNLABELLED, widened
-from tempering.teachers.outputs import Taught
+from tempering.rollouts.decoding import (
+    CachedDecoder,
+    RecomputingDecoder,
+    ShiftingCacheDecoder,
+    decoder_start_id,
+    is_encoder_decoder,
+    make_decoder,
+)
+from tempering.rows import IGNORE_INDEX, upcast_to_float32
+from tempering.teachers.outputs import PrecomputedLogits
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Sampling:
         """A token a row."""
         if self.temperature == 0.0:
             return logits.argmax(-1)
-        p = torch.softmax(widened(logits) / self.temperature, -1)
+        p = torch.softmax(upcast_to_float32(logits) / self.temperature, -1)
         if self.top_p < 1.0:
             likeliest, order = p.sort(dim=-1, descending=True, stable=True)
             outside = likeliest.cumsum(-1) - likeliest >= self.top_p  # what comes before is enough; the first stays
@@ -46,7 +53,7 @@ class Sampling:
         return torch.multinomial(p, 1, generator=generator).squeeze(-1)
 
 
-class Judged(NamedTuple):
+class Verification(NamedTuple):
     """What a teacher says of proposed tokens: their rank among its logits, whether each will do, how many in a row."""
 
     rank: Int[Tensor, "B G"]
@@ -54,7 +61,7 @@ class Judged(NamedTuple):
     accepted: Int[Tensor, " B"]
 
 
-def judged(teacher: Float[Tensor, "B G V"], proposed: Int[Tensor, "B G"], top_k: int) -> Judged:
+def verify_tokens(teacher: Float[Tensor, "B G V"], proposed: Int[Tensor, "B G"], top_k: int) -> Verification:
     """A token will do where fewer than ``top_k`` of the teacher's raw logits are larger than its own; ties will do.
 
     A token that the teacher does not have never will.
@@ -65,11 +72,11 @@ def judged(teacher: Float[Tensor, "B G V"], proposed: Int[Tensor, "B G"], top_k:
     vocabulary = teacher.shape[-1]
     rank = (teacher > teacher.gather(-1, proposed.clamp_max(vocabulary - 1)[..., None])).sum(-1)
     ok = (rank < top_k) & (proposed < vocabulary)
-    return Judged(rank, ok, ok.long().cumprod(-1).sum(-1))
+    return Verification(rank, ok, ok.long().cumprod(-1).sum(-1))
 
 
 @dataclass
-class Pace:
+class GenerationStats:
     """What was written, in counts that add up over batches."""
 
     texts: int = 0
@@ -80,7 +87,7 @@ class Pace:
     student_forwards: int = 0
     teacher_forwards: int = 0
 
-    def add(self, other: Pace) -> None:
+    def add(self, other: GenerationStats) -> None:
         """Count another batch too."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
@@ -98,14 +105,14 @@ class Pace:
         }
 
 
-class Draft:
+class GenerationState:
     """A batch of texts being written: what is there of each row, and the mask of its slots in the caches."""
 
     def __init__(self, prompts: list[list[int]], *, length: int, eos: int | None, device: torch.device) -> None:
         self.prompts, self.length, self.eos = prompts, length, eos
-        self.written: list[list[int]] = [[] for _ in prompts]
+        self.generated: list[list[int]] = [[] for _ in prompts]
         self.replaced: list[list[bool]] = [[] for _ in prompts]
-        self.said: list[list[Tensor]] = [[] for _ in prompts]
+        self.logits: list[list[Tensor]] = [[] for _ in prompts]
         self.done = [length < 1] * len(prompts)
         width = max(map(len, prompts)) - 1  # the last token of a prompt is read with the first block
         ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
@@ -119,7 +126,7 @@ class Draft:
 
     def positions(self, first: int, count: int) -> Int[Tensor, "B count"]:
         """Those of the block's tokens, none beyond the longest that a row may become."""
-        at = [len(p) + len(w) - 1 for p, w in zip(self.prompts, self.written, strict=True)]
+        at = [len(p) + len(w) - 1 for p, w in zip(self.prompts, self.generated, strict=True)]
         most = torch.tensor([len(p) + self.length - 1 for p in self.prompts], device=self.last.device)
         return (torch.tensor(at, device=self.last.device)[:, None] + first + self._count(count)).minimum(most[:, None])
 
@@ -141,15 +148,15 @@ class Draft:
         for row, (ids, n) in enumerate(zip(tokens, accepted, strict=True)):
             if self.done[row]:
                 continue
-            ids = ids[: min(n + 1, width, self.length - len(self.written[row]))]
+            ids = ids[: min(n + 1, width, self.length - len(self.generated[row]))]
             if self.eos in ids:
                 ids = ids[: ids.index(self.eos) + 1]
-            self.written[row] += ids
+            self.generated[row] += ids
             self.replaced[row] += [i == n for i in range(len(ids))]
-            self.done[row] = len(self.written[row]) >= self.length or ids[-1] == self.eos
+            self.done[row] = len(self.generated[row]) >= self.length or ids[-1] == self.eos
             kept[row] = len(ids)
             if said is not None:
-                self.said[row].append(said[row, : len(ids)].clone())
+                self.logits[row].append(said[row, : len(ids)].clone())
         kept = kept.to(block.device)
         self.last = torch.where(kept > 0, block.gather(1, (kept - 1).clamp_min(0)[:, None])[:, 0], self.last)
         # the block's slots hold the token before it and all of it but the last
@@ -157,11 +164,11 @@ class Draft:
 
     def batch(self, pad: int) -> dict[str, Tensor]:
         """Prompts and what was written, padded on the right; exactly the ids that were drawn."""
-        rows = [p + w for p, w in zip(self.prompts, self.written, strict=True)]
+        rows = [p + w for p, w in zip(self.prompts, self.generated, strict=True)]
         shape, device = (len(rows), max(map(len, rows))), self.last.device
         out = {name: torch.zeros(shape, dtype=torch.long, device=device) for name in ("input_ids", "attention_mask")}
         out["input_ids"].fill_(pad)
-        out["labels"] = torch.full(shape, UNLABELLED, device=device)
+        out["labels"] = torch.full(shape, IGNORE_INDEX, device=device)
         out |= {name: torch.zeros(shape, dtype=torch.bool, device=device) for name in ("learn", "replaced")}
         for i, row in enumerate(rows):
             begin = len(self.prompts[i])
@@ -175,18 +182,18 @@ class Draft:
         """What was written behind an encoder-decoder's start, with the source: a batch for ``Seq2Seq``."""
         whole = self.batch(pad)
         held = {name: whole[name][:, 1:] for name in ("labels", "learn", "replaced")}
-        return {**source, **held, "written": whole["input_ids"][:, 1:]}
+        return {**source, **held, "generated": whole["input_ids"][:, 1:]}
 
-    def pace(self) -> Pace:
+    def stats(self) -> GenerationStats:
         """The counts of this batch."""
-        again = sum(a == b for w in self.written for a, b in pairwise(w))
-        ended = sum(self.eos is not None and w[-1:] == [self.eos] for w in self.written)
-        tokens, replaced = sum(map(len, self.written)), sum(map(sum, self.replaced))
-        return Pace(len(self.prompts), ended, tokens, replaced, again)
+        again = sum(a == b for w in self.generated for a, b in pairwise(w))
+        ended = sum(self.eos is not None and w[-1:] == [self.eos] for w in self.generated)
+        tokens, replaced = sum(map(len, self.generated)), sum(map(sum, self.replaced))
+        return GenerationStats(len(self.prompts), ended, tokens, replaced, again)
 
 
 @torch.no_grad()
-def write(
+def generate(
     student: nn.Module,
     teacher: nn.Module | None,
     prompts: list[list[int]],
@@ -196,14 +203,14 @@ def write(
     block: int = 5,
     eos: int | None = None,
     pad: int = 0,
-    drawn: Sampling | None = None,
-    redrawn: Sampling | None = None,
+    sampling: Sampling | None = None,
+    resampling: Sampling | None = None,
     vocabulary: int | None = None,
     seed: int = 0,
     source: Mapping[str, Tensor] | None = None,
     reuse: bool = False,
-) -> tuple[dict[str, Any], Pace]:
-    """What the student writes after the prompts, with what the teacher replaces: a batch for ``Generation``, counts.
+) -> tuple[dict[str, Any], GenerationStats]:
+    """What the student writes after the prompts, with what the teacher replaces: a ``LanguageModeling`` batch, counts.
 
     The student proposes a block, the teacher reads it in one forward, and the first token outside the ``top_k`` of its
     raw logits gives way to one that the teacher draws; what came behind it is proposed anew. Without a teacher the
@@ -225,37 +232,39 @@ def write(
         )
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
     source = None if source is None else {name: x.to(device) for name, x in source.items()}
-    draft = Draft(prompts, length=length, eos=eos, device=device)
+    draft = GenerationState(prompts, length=length, eos=eos, device=device)
     generators = [torch.Generator(device).manual_seed((2 * seed + side) % 2**63) for side in (0, 1)]
-    drawn, redrawn = drawn or Sampling(), redrawn or Sampling()
-    with still(student, teacher):
+    sampling, resampling = sampling or Sampling(), resampling or Sampling()
+    with eval_mode(student, teacher):
         models = [model for model in (student, teacher) if model is not None]
         known = _known(models, vocabulary)
-        readers = [Reader(m, known) if source is None else decoding(m, known, source, most=length) for m in models]
+        readers = [
+            CachedDecoder(m, known) if source is None else make_decoder(m, known, source, most=length) for m in models
+        ]
         if draft.start.shape[1]:
             positions = (draft.mask.cumsum(-1) - 1).clamp_min(0)
             for reader in readers:
-                reader.read(draft.start, positions, draft.mask)
+                reader.decode(draft.start, positions, draft.mask)
         while not all(draft.done):
-            proposed, read = _proposed(readers[0], draft, block, drawn, generators[0])
+            proposed, read = _proposed(readers[0], draft, block, sampling, generators[0])
             accepted, said = [block] * len(prompts), None
             if teacher is not None:
-                logits = readers[1].read(read, draft.positions(0, block), draft.seen(block))
-                found = judged(logits, proposed, top_k)
+                logits = readers[1].decode(read, draft.positions(0, block), draft.seen(block))
+                found = verify_tokens(logits, proposed, top_k)
                 at = found.accepted.clamp_max(block - 1)[:, None]
-                instead = redrawn.draw(
+                instead = resampling.draw(
                     logits.gather(1, at[..., None].expand(-1, -1, logits.shape[-1]))[:, 0], generators[1]
                 )
                 replace = (found.accepted < block)[:, None] & (torch.arange(block, device=device) == at)
                 proposed, accepted = torch.where(replace, instead[:, None], proposed), found.accepted.tolist()
                 said = logits if reuse else None
             draft.take(proposed, accepted, said)
-    pace = draft.pace()
+    pace = draft.stats()
     pace.student_forwards = readers[0].forwards
     pace.teacher_forwards = readers[1].forwards if teacher is not None else 0
     batch: dict[str, Any] = draft.batch(pad) if source is None else draft.answer(pad, source)
     if reuse and teacher is not None:
-        batch["taught"] = Taught(torch.cat([part for row in draft.said for part in row]), teacher)
+        batch["taught"] = PrecomputedLogits(torch.cat([part for row in draft.logits for part in row]), teacher)
     return batch, pace
 
 
@@ -263,10 +272,10 @@ def asked_for(
     model: nn.Module, batch: Mapping[str, Any], least: int
 ) -> tuple[list[list[int]], dict[str, Tensor] | None]:
     """The prompts of a batch, and what an encoder-decoder reads: then its prompts are its own start."""
-    if not encodes(model):
+    if not is_encoder_decoder(model):
         return prompts_of(batch, least), None
     source = {name: batch[name] for name in ("input_ids", "attention_mask") if batch.get(name) is not None}
-    return [[start_of(model)] for _ in batch["input_ids"]], source
+    return [[decoder_start_id(model)] for _ in batch["input_ids"]], source
 
 
 def _known(models: list[nn.Module], vocabulary: int | None) -> int | None:
@@ -277,19 +286,23 @@ def _known(models: list[nn.Module], vocabulary: int | None) -> int | None:
 
 
 def _proposed(
-    reader: Reader | Rereader | Mover, draft: Draft, block: int, drawn: Sampling, generator: torch.Generator
+    reader: CachedDecoder | RecomputingDecoder | ShiftingCacheDecoder,
+    draft: GenerationState,
+    block: int,
+    drawn: Sampling,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """A block that the student goes on with, (B, block), and the tokens that were read for it, one before."""
     read, tokens = [draft.last], []
     for i in range(block):
-        logits = reader.read(read[-1][:, None], draft.positions(i, 1), draft.seen(i + 1))[:, -1]
+        logits = reader.decode(read[-1][:, None], draft.positions(i, 1), draft.seen(i + 1))[:, -1]
         tokens.append(drawn.draw(logits, generator))
         read.append(tokens[-1])
     return torch.stack(tokens, 1), torch.stack(read[:-1], 1)
 
 
 @contextmanager
-def still(*models: nn.Module | None) -> Iterator[None]:
+def eval_mode(*models: nn.Module | None) -> Iterator[None]:
     """The models in eval mode; every module's mode is put back."""
     modes = {module: module.training for model in models if model is not None for module in model.modules()}
     for model in models:
@@ -308,7 +321,7 @@ def prompts_of(batch: Mapping[str, Any], least: int = 1) -> list[list[int]]:
     mask = batch["attention_mask"] if batch.get("attention_mask") is not None else torch.ones_like(ids)
     learn = batch.get("learn")
     if learn is None:
-        learn = batch["labels"] != UNLABELLED if batch.get("labels") is not None else mask
+        learn = batch["labels"] != IGNORE_INDEX if batch.get("labels") is not None else mask
     out = []
     for row, kept, learned in zip(ids.tolist(), mask.tolist(), learn.tolist(), strict=True):
         text = [(i, flag) for i, here, flag in zip(row, kept, learned, strict=True) if here]

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempering.rollouts.sampling import Sampling, asked_for, write
-from tempering.rows import UNLABELLED
+from tempering.rollouts.sampling import Sampling, asked_for, generate
+from tempering.rows import IGNORE_INDEX
 from tempering.utils.tensors import to_device
 
 WORD = re.compile(r"[a-z0-9]+")
 ANSWER = re.compile(r"####\s*([^\n]*)")
 
 
-class Graded:
+class GenerationScorer:
     """The mean grade of what a student writes greedily, text by text: {name: mean}.
 
     Args:
@@ -45,7 +45,7 @@ class Graded:
         prompt: int = 1,
     ) -> None:
         if length < 1 or prompt < 1:
-            raise ValueError(f"Graded needs length and prompt >= 1; got {length} and {prompt}.")
+            raise ValueError(f"GenerationScorer needs length and prompt >= 1; got {length} and {prompt}.")
         self.grade, self.name, self.decode, self.eos, self.pad = grade, name, decode, eos, pad
         self.length, self.prompt = length, prompt
 
@@ -59,10 +59,10 @@ class Graded:
             batch = to_device(dict(batch), device)
             prompts, source = asked_for(student, batch, self.prompt)
             own: dict[str, Any] = {"length": self.length, "eos": self.eos, "pad": self.pad, "vocabulary": vocabulary}
-            made, _ = write(student, None, prompts, source=source, drawn=Sampling(temperature=0.0), **own)
-            said = made["input_ids"] if source is None else made["written"]
+            made, _ = generate(student, None, prompts, source=source, sampling=Sampling(temperature=0.0), **own)
+            said = made["input_ids"] if source is None else made["generated"]
             for ids, learn, labels in zip(said, made["learn"], batch["labels"], strict=True):
-                written, wanted = self._text(ids[learn != 0]), self._text(labels[labels != UNLABELLED])
+                written, wanted = self._text(ids[learn != 0]), self._text(labels[labels != IGNORE_INDEX])
                 grades.append(float(self.grade(written, wanted)))
         return {self.name: sum(grades) / max(1, len(grades))}
 
@@ -90,7 +90,7 @@ def rouge_l(written: str | Sequence[Any], wanted: str | Sequence[Any]) -> float:
     return 2.0 * row[-1] / (len(a) + len(b))
 
 
-def same_answer(written: str, wanted: str) -> float:
+def exact_match(written: str, wanted: str) -> float:
     """1 where both have the same answer behind their last "####", as GSM8K's do, else 0; commas in numbers are nothing.
 
     Raises:

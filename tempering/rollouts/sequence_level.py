@@ -10,7 +10,7 @@ from torch import nn
 
 from tempering.rollouts.on_policy import OnPolicy
 from tempering.rollouts.sampling import Sampling
-from tempering.rows import UNLABELLED
+from tempering.rows import IGNORE_INDEX
 
 
 class SequenceLevel(OnPolicy):
@@ -63,8 +63,8 @@ class SequenceLevel(OnPolicy):
             seed=seed,
         )
 
-    def written(self, batch: Any, seed: int) -> dict[str, Any]:
+    def generate(self, batch: Any, seed: int) -> dict[str, Any]:
         """The batch with the teacher's completions, each of its tokens a label."""
-        out = super().written(batch, seed)
-        ids = out.pop("written", out["input_ids"])
-        return {**out, "labels": torch.where(out.pop("learn"), ids, UNLABELLED)}
+        out = super().generate(batch, seed)
+        ids = out.pop("generated", out["input_ids"])
+        return {**out, "labels": torch.where(out.pop("learn"), ids, IGNORE_INDEX)}

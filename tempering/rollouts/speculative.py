@@ -27,7 +27,7 @@ class Speculative(OnPolicy):
         batches: any loader of a Generation task's batches; what comes before the first learned token is the prompt.
         top_k: how far down the teacher's order a token may stand.
         block: how many tokens are proposed at a time; the texts are the same in distribution whatever it is.
-        sampling, redrawing: of the student and of the teacher that replaces; None are the released code's values,
+        sampling, resampling: of the student and of the teacher that replaces; None are the released code's values,
             temperatures 0.5 and 0.2, both with top_p 0.5.
         reuse: hand the logits by which the teacher checked on to the loss, which then does not ask it again: by
             rounding the same, since it checks in eval mode and in its own dtype. They take V numbers a written token
@@ -56,7 +56,7 @@ class Speculative(OnPolicy):
         eos: int | None = None,
         pad: int = 0,
         sampling: Sampling | None = None,
-        redrawing: Sampling | None = None,
+        resampling: Sampling | None = None,
         reuse: bool = False,
         prompt: int = 1,
         vocabulary: int | None = None,
@@ -80,9 +80,9 @@ class Speculative(OnPolicy):
         if not isinstance(model, nn.Module):
             raise TypeError(f"Speculative asks a teacher's model; got {type(teacher).__name__}, which has none.")
         self.teacher, self.top_k, self.block, self.reuse = model, top_k, block, reuse
-        self.redrawing = redrawing or Sampling(temperature=0.2, top_p=0.5)
+        self.resampling = resampling or Sampling(temperature=0.2, top_p=0.5)
 
-    def written(self, batch: Any, seed: int) -> dict[str, Any]:
+    def generate(self, batch: Any, seed: int) -> dict[str, Any]:
         """The batch with completions that both have written."""
-        judging = {"top_k": self.top_k, "block": self.block, "redrawn": self.redrawing, "reuse": self.reuse}
-        return self._written(batch, seed, self.teacher, judging)
+        judging = {"top_k": self.top_k, "block": self.block, "resampling": self.resampling, "reuse": self.reuse}
+        return self._generate(batch, seed, self.teacher, judging)

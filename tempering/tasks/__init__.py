@@ -5,7 +5,7 @@ from typing import Any
 import lazy_loader
 
 _getattr, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-_ROLLOUTS = ("Graded", "OnPolicy", "Sampling", "SequenceLevel", "Speculative")
+_ROLLOUTS = ("GenerationScorer", "OnPolicy", "Sampling", "SequenceLevel", "Speculative")
 __all__ += _ROLLOUTS
 
 

@@ -2,14 +2,14 @@ import tempering.rollouts as _rollouts
 
 from .base import Task as Task
 from .classification import Classification as Classification
-from .cross_tokenizer import Aligned as Aligned
+from .cross_tokenizer import CrossTokenizer as CrossTokenizer
 from .detection import Detection as Detection
-from .language_modeling import Generation as Generation
+from .language_modeling import LanguageModeling as LanguageModeling
 from .seq2seq import Seq2Seq as Seq2Seq
 from .text_classification import TextClassification as TextClassification
 from .tokenizers import shared_vocabulary as shared_vocabulary
 
-Graded = _rollouts.Graded
+GenerationScorer = _rollouts.GenerationScorer
 OnPolicy = _rollouts.OnPolicy
 Sampling = _rollouts.Sampling
 SequenceLevel = _rollouts.SequenceLevel

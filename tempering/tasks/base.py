@@ -14,15 +14,16 @@ from tempering.rows import Rows
 class Task(ABC):
     """A kind of problem. The engine knows nothing of images or tokens; it asks its task.
 
-    ``taps`` names features for methods that look inside: name -> (student's module, teacher's module). The engine taps
-    them and adds them to the last block of rows. ``comparable`` says whether a class is the same one on both sides.
+    ``features`` names features for methods that look inside: name -> (student's module, teacher's module). The engine
+    taps them and adds them to the last block of rows. ``comparable`` says whether a class is the same one on both
+    sides.
     """
 
-    taps: Mapping[str, tuple[str, str]] = {}
+    features: Mapping[str, tuple[str, str]] = {}
     comparable: bool = True
     remember: bool = True  # whether the teacher's answers on the scored splits are small enough to be kept
 
-    def meet(self, model: nn.Module) -> None:
+    def prepare_model(self, model: nn.Module) -> None:
         """See each model of a run before it is asked, to let it take what ``inputs`` gives."""
         return
 
@@ -35,7 +36,7 @@ class Task(ABC):
         """The blocks of rows that two outputs make; a teacher of None means that no teacher takes part."""
 
     @abstractmethod
-    def mass(self, batch: Any) -> Mapping[str, Tensor | float]:
+    def row_weights(self, batch: Any) -> Mapping[str, Tensor | float]:
         """Block name -> the weight of its rows in this batch, known before the forward.
 
         With it a loss divides by the weight of the whole optimizer step, so micro-batches and ranks add up.
@@ -51,7 +52,7 @@ class Task(ABC):
         """The metric by which the best epoch is chosen, and whether higher is better."""
         return "accuracy", True
 
-    def analyse(
+    def analyze(
         self,
         student: nn.Module,
         batches: Iterable[Any],

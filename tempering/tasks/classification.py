@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tempering.rows import Rows, widened
+from tempering.rows import Rows, upcast_to_float32
 from tempering.tasks.base import Task
 from tempering.utils.tensors import to_device
 
@@ -19,14 +19,14 @@ Teaches = Callable[[Any, Tensor | None], Any]
 class Classification(Task):
     """Batches of (inputs, labels) or (inputs, labels, ids); models answer (N, C) logits.
 
-    A label of -100 means unlabelled. Both models see the same inputs.
+    A label of -100 means unlabeled. Both models see the same inputs.
 
     Args:
         taps: features for methods that look inside, name -> (student's module, teacher's module), shallow to deep.
     """
 
-    def __init__(self, *, taps: Mapping[str, tuple[str, str]] | None = None) -> None:
-        self.taps = dict(taps or {})
+    def __init__(self, *, features: Mapping[str, tuple[str, str]] | None = None) -> None:
+        self.features = dict(features or {})
 
     def inputs(self, batch: Any) -> tuple[Any, Any, Tensor | None]:
         if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
@@ -45,14 +45,14 @@ class Classification(Task):
             )
         return [Rows(student, teacher, batch[1], ids=batch[2] if len(batch) == 3 else None)]
 
-    def mass(self, batch: Any) -> dict[str, float]:
+    def row_weights(self, batch: Any) -> dict[str, float]:
         return {"logits": float(len(batch[1]))}
 
     def score(self, student: nn.Module, batches: Iterable[Any], *, teacher: Teaches | None = None) -> dict[str, float]:
         """accuracy, top5 and ece in [0, 1], loss in nats, and agreement with the teacher where there is one."""
-        return self.scores(collect(self, student, batches, teacher))
+        return self.scores(collect_outputs(self, student, batches, teacher))
 
-    def scores(self, answers: Answers) -> dict[str, float]:
+    def scores(self, answers: Outputs) -> dict[str, float]:
         """What ``score`` says of these answers."""
         from torchmetrics.functional.classification import multiclass_calibration_error
 
@@ -68,7 +68,7 @@ class Classification(Task):
             out["agreement"] = float((z.argmax(-1) == answers.teacher.argmax(-1)).double().mean())
         return out
 
-    def analyse(
+    def analyze(
         self,
         student: nn.Module,
         batches: Iterable[Any],
@@ -76,7 +76,7 @@ class Classification(Task):
         teacher: Teaches | None = None,
         temperatures: Callable[[Rows], Any] | None = None,
     ) -> dict[str, Any]:
-        answers = collect(self, student, batches, teacher)
+        answers = collect_outputs(self, student, batches, teacher)
         sides = {"student": answers.student} | ({} if answers.teacher is None else {"teacher": answers.teacher})
         y, classes = answers.labels, answers.student.shape[-1]
         out: dict[str, Any] = {
@@ -99,7 +99,7 @@ class Classification(Task):
         return out
 
 
-class Answers(NamedTuple):
+class Outputs(NamedTuple):
     """Everything both models said about a data set, on the CPU in float32: logits (N, C) and labels (N,)."""
 
     student: Tensor
@@ -108,7 +108,7 @@ class Answers(NamedTuple):
 
 
 @torch.no_grad()
-def collect(task: Task, student: nn.Module, batches: Iterable[Any], teacher: Teaches | None = None) -> Answers:
+def collect_outputs(task: Task, student: nn.Module, batches: Iterable[Any], teacher: Teaches | None = None) -> Outputs:
     """Run both over the batches, the student in eval mode; its mode is put back.
 
     Raises:
@@ -121,15 +121,15 @@ def collect(task: Task, student: nn.Module, batches: Iterable[Any], teacher: Tea
         for batch in batches:
             batch = to_device(batch, device)
             student_in, teacher_in, ids = task.inputs(batch)
-            said = widened(_logits(student(student_in), "student")).cpu()
-            taught = None if teacher is None else widened(_logits(teacher(teacher_in, ids), "teacher")).cpu()
+            said = upcast_to_float32(_logits(student(student_in), "student")).cpu()
+            taught = None if teacher is None else upcast_to_float32(_logits(teacher(teacher_in, ids), "teacher")).cpu()
             parts.append((said, taught, batch[1].cpu()))
     finally:
         student.train(training)
     if not parts:
         raise ValueError("there is nothing to score: the loader yields no batches. Is the split empty?")
     said, taught, labels = zip(*parts, strict=True)
-    return Answers(torch.cat(said), None if taught[0] is None else torch.cat(taught), torch.cat(labels))
+    return Outputs(torch.cat(said), None if taught[0] is None else torch.cat(taught), torch.cat(labels))
 
 
 def reliability(logits: Tensor, labels: Tensor) -> list[dict[str, float]]:
@@ -184,7 +184,7 @@ def _confusions(student: Tensor, teacher: Tensor, labels: Tensor, classes: int, 
     ]
 
 
-def _by_difficulty(answers: Answers, temperatures: Callable[[Rows], Any], bins: int = 5) -> list[dict[str, float]]:
+def _by_difficulty(answers: Outputs, temperatures: Callable[[Rows], Any], bins: int = 5) -> list[dict[str, float]]:
     """Mean temperatures in equal-sized bins of the teacher's log-odds of the label, hardest first."""
     assert answers.teacher is not None
     T = temperatures(Rows(answers.student, answers.teacher, answers.labels))

@@ -8,14 +8,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from tempering.rows import Rows, widened
+from tempering.rows import Rows, upcast_to_float32
 from tempering.tasks.base import Task
-from tempering.tasks.language_modeling import Generation
+from tempering.tasks.language_modeling import LanguageModeling
 
 Merge = Literal["bayesian", "observed"]
 
 
-class Aligned(Task):
+class CrossTokenizer(Task):
     """Batches hold "student" and "teacher", each the same texts as its own tokenizer cuts them, with "groups" (B, L).
 
     ``data.spans`` makes them. A group of tokens that cover the same bytes on both sides is a row: it is what a model
@@ -45,23 +45,23 @@ class Aligned(Task):
 
     def __init__(self, *, merge: Merge = "bayesian", shared: tuple[Sequence[int], Sequence[int]] | None = None) -> None:
         if merge not in get_args(Merge):
-            raise ValueError(f"Aligned needs merge 'bayesian' or 'observed'; got {merge!r}.")
+            raise ValueError(f"CrossTokenizer needs merge 'bayesian' or 'observed'; got {merge!r}.")
         sides = ([], []) if shared is None else shared
         if len(sides) != 2 or len(sides[0]) != len(sides[1]) or any(len(set(side)) != len(side) for side in sides):
             raise ValueError(
-                "Aligned needs shared=(student's ids, teacher's ids), as many on both sides and none twice; got "
+                "CrossTokenizer needs shared=(student's ids, teacher's ids), as many on both sides and none twice; got "
                 f"{[len(side) for side in sides]} ids. data.spans.shared_tokens makes them."
             )
         self.merge, self.shared = merge, shared
-        self._own = Generation()
+        self._own = LanguageModeling()
 
     @property
     def matched(self) -> int:
         """How many columns, from the first on, are one token on both sides."""
         return 0 if self.shared is None else len(self.shared[0])
 
-    def meet(self, model: nn.Module) -> None:
-        self._own.meet(model)
+    def prepare_model(self, model: nn.Module) -> None:
+        self._own.prepare_model(model)
 
     def inputs(self, batch: Any) -> tuple[dict[str, Any], dict[str, Any], Tensor | None]:
         given = [self._own.inputs(_plain(_side(batch, name)))[0] for name in ("student", "teacher")]
@@ -80,7 +80,7 @@ class Aligned(Task):
         ids = batch["ids"].index_select(0, ours.text) if "ids" in batch else None
         return [Rows(_columns(ours, order, width), _columns(theirs, other, width).detach(), target, ids=ids)]
 
-    def mass(self, batch: Any) -> Mapping[str, Tensor | float]:
+    def row_weights(self, batch: Any) -> Mapping[str, Tensor | float]:
         return {"logits": (_side(batch, "student")["groups"].amax(1) + 1).sum()}
 
     def score(
@@ -100,14 +100,14 @@ class Aligned(Task):
         if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != tokens.shape:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
             raise ValueError(
-                f"Aligned needs the {name}'s logits of its whole vocabulary, here ({tokens.shape[0]}, "
+                f"CrossTokenizer needs the {name}'s logits of its whole vocabulary, here ({tokens.shape[0]}, "
                 f"{tokens.shape[1]}, V); got {got}."
             )
         order = None if self.shared is None else _order(self.shared[who], logits.shape[2], name).to(logits.device)
         text, column = (groups >= 0).nonzero(as_tuple=True)
         starts = (groups.amax(1) + 1).cumsum(0) - (groups.amax(1) + 1)
         group = starts[text] + groups[text, column]
-        z = widened(logits.flatten(0, 1).index_select(0, text * tokens.shape[1] + column - 1))
+        z = upcast_to_float32(logits.flatten(0, 1).index_select(0, text * tokens.shape[1] + column - 1))
         token = tokens[text, column]
         whole = torch.logsumexp(z, -1)
         own = z.gather(1, token[:, None]).squeeze(1) - whole
@@ -137,7 +137,7 @@ def _side(batch: Any, name: str) -> Mapping[str, Tensor]:
     part = batch.get(name) if isinstance(batch, Mapping) else None
     if not isinstance(part, Mapping) or "groups" not in part or part["groups"].shape != part["input_ids"].shape:
         raise ValueError(
-            f"Aligned needs batches with {name!r}, a mapping with input_ids and groups (B, L). "
+            f"CrossTokenizer needs batches with {name!r}, a mapping with input_ids and groups (B, L). "
             "data.spans.collate_spans makes them."
         )
     return part

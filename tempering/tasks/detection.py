@@ -8,16 +8,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tempering.models.boxes import centred, giou, iou
+from tempering.models.boxes import centered, giou, iou
 from tempering.models.detector import Detected, Detector, detections
-from tempering.rows import UNLABELLED, Rows, widened
+from tempering.rows import IGNORE_INDEX, Rows, upcast_to_float32
 from tempering.tasks.average_precision import average_precision
 from tempering.tasks.base import Task
 from tempering.utils.tensors import to_device
 
 Teaches = Callable[[Any, Tensor | None], Any]
-FOUND = 0.5  # IoU from which a box is the teacher's one
-SURE = 0.3  # score of the boxes that are compared to the teacher's, and shown
+MATCH_IOU = 0.5  # IoU from which a box is the teacher's one
+CONFIDENT = 0.3  # score of the boxes that are compared to the teacher's, and shown
 
 
 class Detection(Task):
@@ -60,16 +60,16 @@ class Detection(Task):
         class_rows: bool = True,
         keep: int = 100,
         pictures: int = 3,
-        taps: Mapping[str, tuple[str, str]] | None = None,
+        features: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
         if classes not in ("background", "binary"):
             raise ValueError(f"Detection needs classes 'background' or 'binary'; got {classes!r}.")
         if keep < 1 or pictures < 0:
             raise ValueError(f"Detection needs keep >= 1 and pictures >= 0; got keep={keep} and pictures={pictures}.")
         self.classes, self.class_rows, self.keep, self.pictures = classes, class_rows, keep, pictures
-        self.taps = dict(taps or {})
+        self.features = dict(features or {})
 
-    def meet(self, model: nn.Module) -> None:
+    def prepare_model(self, model: nn.Module) -> None:
         if not isinstance(model, Detector):
             raise TypeError(
                 f"Detection needs a Detector; got {type(model).__name__}. models.build('fcos_tiny', classes=...) is "
@@ -93,7 +93,7 @@ class Detection(Task):
                 blocks = [self._classes(s, t, own, theirs), *self._sides(s, t, own, theirs)]
         return [*blocks, _images(s, t, batch)]
 
-    def mass(self, batch: Any) -> dict[str, float]:
+    def row_weights(self, batch: Any) -> dict[str, float]:
         return dict.fromkeys(("classes", "sides", "images"), float(len(batch["images"])))
 
     def headline(self) -> tuple[str, bool]:
@@ -142,11 +142,11 @@ class Detection(Task):
 
     def score(self, student: nn.Module, batches: Iterable[Any], *, teacher: Teaches | None = None) -> dict[str, float]:
         """map, map50 and map75 (COCO's, over 100 boxes an image) in [0, 1], and loss, the mean of the images' ones."""
-        seen = collect(self, student, batches)
+        seen = collect_detections(self, student, batches)
         out = average_precision(seen["student"], seen["truth"], seen["classes"])
         return {name: out[name] for name in ("map", "map50", "map75")} | {"loss": seen["loss"]}
 
-    def analyse(
+    def analyze(
         self,
         student: nn.Module,
         batches: Iterable[Any],
@@ -157,7 +157,7 @@ class Detection(Task):
         """Average precision by class and side, agreement with the teacher, and a few images with all boxes."""
         from tempering.tasks.sample_images import picture
 
-        seen = collect(self, student, batches, teacher, pictures=self.pictures)
+        seen = collect_detections(self, student, batches, teacher, pictures=self.pictures)
         names = getattr(batches, "class_names", None)
         sides = [side for side in ("student", "teacher") if seen[side]]
         found = {side: average_precision(seen[side], seen["truth"], seen["classes"]) for side in sides}
@@ -166,21 +166,21 @@ class Detection(Task):
             "detection": {
                 "map": {side: values["map"] for side, values in found.items()},
                 "map_by_class": {side: values["by_class"] for side, values in found.items()},
-                "found": (again := found_again(seen["student"], seen["teacher"])),
-                "sure": SURE,
+                "found": (again := teacher_recall(seen["student"], seen["teacher"])),
+                "sure": CONFIDENT,
                 "pictures": [],
             },
         }
         if again is not None:
             out["scores"] = {"agreement": again}
         for i, image in enumerate(seen["images"]):
-            shown = {side: sure(seen[side][i]) for side in sides} | {"truth": seen["truth"][i]}
+            shown = {side: confident_boxes(seen[side][i]) for side in sides} | {"truth": seen["truth"][i]}
             out["detection"]["pictures"].append(picture(image, shown))
         return out
 
 
 @torch.no_grad()
-def collect(
+def collect_detections(
     task: Task, student: nn.Module, batches: Iterable[Any], teacher: Teaches | None = None, *, pictures: int = 0
 ) -> dict[str, Any]:
     """What both find, and the truth, on the CPU: a list an image under "student", "teacher" and "truth".
@@ -215,20 +215,20 @@ def collect(
     return out | {"loss": lost / len(out["truth"])}
 
 
-def sure(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def confident_boxes(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The boxes with a score of SURE or more."""
-    kept = found["scores"] >= SURE
+    kept = found["scores"] >= CONFIDENT
     return {name: value[kept] for name, value in found.items()}
 
 
-def found_again(student: Sequence[Mapping[str, Tensor]], teacher: Sequence[Mapping[str, Tensor]]) -> float | None:
+def teacher_recall(student: Sequence[Mapping[str, Tensor]], teacher: Sequence[Mapping[str, Tensor]]) -> float | None:
     """The share of the teacher's sure boxes that a sure one of the student's class meets at an IoU of FOUND or more."""
     met = count = 0
     if not teacher:
         return None
-    for mine, theirs in zip(map(sure, student), map(sure, teacher), strict=True):
+    for mine, theirs in zip(map(confident_boxes, student), map(confident_boxes, teacher), strict=True):
         count += len(theirs["labels"])
-        near = iou(theirs["boxes"][:, None], mine["boxes"][None]) >= FOUND
+        near = iou(theirs["boxes"][:, None], mine["boxes"][None]) >= MATCH_IOU
         met += int((near & (theirs["labels"][:, None] == mine["labels"][None])).any(1).sum())
     return met / count if count else None
 
@@ -270,15 +270,15 @@ def _at(x: Tensor, place: Tensor) -> Tensor:
 
 def _block(student: Tensor, teacher: Tensor, weight: Tensor, name: str) -> Rows:
     """Rows without labels of two (..., C)."""
-    target = torch.full(weight.shape, UNLABELLED, device=weight.device)
+    target = torch.full(weight.shape, IGNORE_INDEX, device=weight.device)
     return Rows(student.flatten(0, -2), teacher.flatten(0, -2), target, weight, name=name)
 
 
 def _images(s: Detected, t: Detected | None, batch: Any) -> Rows:
     """The last block; a gradient path leads to every loss, also where no image has a box."""
-    logits = 0.0 * widened(s.logits).flatten(1).mean(1, keepdim=True)
-    hard = torch.stack([widened(loss) for loss in s.losses.values()]).sum(0) if s.losses else None
-    target = torch.full((len(logits),), UNLABELLED, device=logits.device)
+    logits = 0.0 * upcast_to_float32(s.logits).flatten(1).mean(1, keepdim=True)
+    hard = torch.stack([upcast_to_float32(loss) for loss in s.losses.values()]).sum(0) if s.losses else None
+    target = torch.full((len(logits),), IGNORE_INDEX, device=logits.device)
     features = {}
     if t is not None:
         features = {f"p{i}": pair for i, pair in enumerate(zip(s.levels, t.levels, strict=True))}
@@ -286,7 +286,7 @@ def _images(s: Detected, t: Detected | None, batch: Any) -> Rows:
         if not t.queries:
             features["scores"] = (best := t.foreground.amax(-1).detach(), best)
     taught = torch.zeros_like(logits).detach()
-    return Rows(logits, taught, target, features=features, name="images", ids=batch.get("ids"), hard=hard)
+    return Rows(logits, taught, target, features=features, name="images", ids=batch.get("ids"), task_loss=hard)
 
 
 def _padded(batch: Any) -> Tensor:
@@ -313,7 +313,7 @@ def _matched(s: Detected, t: Detected, theirs: Tensor, size: Sequence[int]) -> T
         p, q = (side.foreground[i] for side in (s, t))
         q, boxes = q[chosen], t.boxes[i][chosen]
         away = 2.0 * (q[:, None] - p[None]).abs().sum(-1)
-        away += 5.0 * ((centred(boxes)[:, None] - centred(s.boxes[i])[None]).abs() / scale).sum(-1)
+        away += 5.0 * ((centered(boxes)[:, None] - centered(s.boxes[i])[None]).abs() / scale).sum(-1)
         away += 2.0 * (1.0 - giou(boxes[:, None], s.boxes[i][None]))
         _, columns = linear_sum_assignment(torch.nan_to_num(away, nan=1e6, posinf=1e6).cpu().numpy())
         places.append(torch.from_numpy(columns).to(theirs.device))

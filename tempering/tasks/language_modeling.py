@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempering.rollouts.decoding import encodes
-from tempering.rollouts.scoring import Graded
-from tempering.rows import UNLABELLED, Rows, widened
+from tempering.rollouts.decoding import is_encoder_decoder
+from tempering.rollouts.scoring import GenerationScorer
+from tempering.rows import IGNORE_INDEX, Rows, upcast_to_float32
 from tempering.tasks.base import Task
-from tempering.teachers.outputs import Hidden, Sparse, Taught, bucketed
+from tempering.teachers.outputs import Hidden, PrecomputedLogits, Sparse, to_top_k_plus_tail
 from tempering.utils.tensors import to_device
 
-NO_INPUTS = {"labels", "ids", "learn", "replaced", "private", "taught"}
+NO_INPUTS = {"labels", "ids", "learn", "replaced", "privacy_score", "taught"}
 OPTIONAL = ("use_cache", "position_ids")  # what a model that does not name them goes without
 
 
-class Generation(Task):
+class LanguageModeling(Task):
     """Batches are mappings of (B, L) input_ids with attention_mask, labels or both; models answer (B, L, V) .logits.
 
     The models are causal; for encoder-decoders see ``Seq2Seq``.
@@ -52,20 +52,20 @@ class Generation(Task):
         self,
         *,
         vocabulary: int | None = None,
-        taps: Mapping[str, tuple[str, str]] | None = None,
-        graded: Graded | None = None,
+        features: Mapping[str, tuple[str, str]] | None = None,
+        scorer: GenerationScorer | None = None,
     ) -> None:
         if vocabulary is not None and vocabulary < 1:
             raise ValueError(f"{type(self).__name__} needs vocabulary >= 1 or None; got {vocabulary!r}.")
-        self.vocabulary, self.taps, self.graded = vocabulary, dict(taps or {}), graded
+        self.vocabulary, self.features, self.scorer = vocabulary, dict(features or {}), scorer
 
-    def meet(self, model: nn.Module) -> None:
+    def prepare_model(self, model: nn.Module) -> None:
         """Let a model of transformers be asked with one mapping of inputs; one that takes a mapping stays as it is.
 
         Raises:
             TypeError: for an encoder-decoder.
         """
-        if encodes(model):
+        if is_encoder_decoder(model):
             raise TypeError(f"{type(model).__name__} is an encoder-decoder. Its task is tasks.Seq2Seq().")
         # peft's own forward names but a few of the inputs, and hands the others on
         bare: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
@@ -82,7 +82,7 @@ class Generation(Task):
         given = {name: value for name, value in batch.items() if name not in NO_INPUTS} | {"use_cache": False}
         if "attention_mask" in batch and "position_ids" not in batch:
             given["position_ids"] = (batch["attention_mask"].long().cumsum(-1) - 1).clamp_min(0)
-        return given, with_answers(given, batch), batch.get("ids")
+        return given, with_teacher_outputs(given, batch), batch.get("ids")
 
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
         shape = self._shape(batch)
@@ -90,21 +90,21 @@ class Generation(Task):
         place, target, weight = self._places(batch)
         ids = batch["ids"].index_select(0, place // shape[1]) if "ids" in batch else None
         found = said.flatten(0, 1).index_select(0, place)[:, : self.vocabulary]
-        own = {"ids": ids, "places": place % shape[1], "private": _private(batch, place)}
+        own = {"ids": ids, "positions": place % shape[1], "privacy_score": _private(batch, place)}
         if isinstance(teacher, Sparse):
-            found, taught, target = bucketed(found, teacher.at(place, shape), target)
+            found, taught, target = to_top_k_plus_tail(found, teacher.gather_positions(place, shape), target)
             return [Rows(found, taught, target, weight, **own)]
         if teacher is None:
             return [Rows(found, found.detach(), target, weight, **own)]
-        if isinstance(teacher, Hidden | Taught):
-            taught = teacher.at(place, shape)
+        if isinstance(teacher, Hidden | PrecomputedLogits):
+            taught = teacher.gather_positions(place, shape)
         else:
             taught = _logits(teacher, "teacher", shape).flatten(0, 1).index_select(0, place)
         known = min(found.shape[1], taught.shape[1])
         return [Rows(found[:, :known], taught[:, :known], target, weight, **own)]
 
-    def mass(self, batch: Any) -> dict[str, Tensor | float]:
-        return {"logits": valid(batch).sum()}
+    def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
+        return {"logits": prediction_mask(batch).sum()}
 
     @torch.no_grad()
     def score(
@@ -112,11 +112,11 @@ class Generation(Task):
     ) -> dict[str, float]:
         """loss in nats a token, its perplexity, accuracy and agreement of the likeliest token, in [0, 1].
 
-        And what ``graded`` says of the texts that the student writes.
+        And what ``scorer`` says of the texts that the student writes.
         """
         for model in (student, getattr(teacher, "model", None)):
             if isinstance(model, nn.Module):
-                self.meet(model)
+                self.prepare_model(model)
         device = next((p.device for p in student.parameters()), torch.device("cpu"))
         training, sums, count = student.training, {"loss": 0.0, "accuracy": 0.0, "agreement": 0.0}, 0
         student.eval()
@@ -129,10 +129,10 @@ class Generation(Task):
                 sparse = isinstance(taught, Sparse)
                 rows = self.rows(said, None if sparse else taught, batch)[0]
                 kept = rows.target >= 0  # pyright: ignore[reportOptionalOperand]
-                z, y = widened(rows.student)[kept], rows.target[kept]  # pyright: ignore[reportOptionalSubscript]
+                z, y = upcast_to_float32(rows.student)[kept], rows.target[kept]  # pyright: ignore[reportOptionalSubscript]
                 likeliest = rows.teacher[kept].argmax(-1)
                 if sparse:
-                    likeliest = taught.at(self._places(batch)[0], self._shape(batch)).ids[kept, 0]
+                    likeliest = taught.gather_positions(self._places(batch)[0], self._shape(batch)).ids[kept, 0]
                 sums["loss"] += float(nn.functional.cross_entropy(z.double(), y, reduction="sum"))
                 sums["accuracy"] += float((z.argmax(-1) == y).sum())
                 sums["agreement"] += float((z.argmax(-1) == likeliest).sum())
@@ -143,7 +143,7 @@ class Generation(Task):
             raise ValueError("there is nothing to score: no token has a label. Is the split empty?")
         out = {name: value / count for name, value in sums.items() if name != "agreement" or teacher is not None}
         out["perplexity"] = math.exp(min(out["loss"], 700.0))
-        return out if self.graded is None else out | self.graded(student, batches, vocabulary=self.vocabulary)
+        return out if self.scorer is None else out | self.scorer(student, batches, vocabulary=self.vocabulary)
 
     def headline(self) -> tuple[str, bool]:
         return "loss", False
@@ -156,20 +156,20 @@ class Generation(Task):
 
     def _places(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Which of the B * L positions are rows, their targets, and a weight: a batch with none keeps one, of 0."""
-        keep, length = valid(batch), batch["input_ids"].shape[1]
+        keep, length = prediction_mask(batch), batch["input_ids"].shape[1]
         row, column = keep.nonzero(as_tuple=True)
         if not len(row):
             nothing = row.new_zeros(min(1, keep.shape[0] * length))
-            return nothing, nothing + UNLABELLED, torch.zeros(len(nothing), device=row.device)
+            return nothing, nothing + IGNORE_INDEX, torch.zeros(len(nothing), device=row.device)
         return row * length + column, _labels(batch)[row, column + 1].long(), None
 
 
-def valid(batch: Mapping[str, Any]) -> Tensor:
-    """Which tokens from the second on are to be predicted, (B, L - 1): labelled, no padding, no text's first one."""
+def prediction_mask(batch: Mapping[str, Any]) -> Tensor:
+    """Which tokens from the second on are to be predicted, (B, L - 1): labeled, no padding, no text's first one."""
     _check(batch)
     learn = batch.get("learn")
     if learn is None:
-        learn = _labels(batch) != UNLABELLED
+        learn = _labels(batch) != IGNORE_INDEX
     keep = learn[:, 1:] != 0
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if mask is not None:
@@ -179,7 +179,7 @@ def valid(batch: Mapping[str, Any]) -> Tensor:
     return keep
 
 
-def with_answers(given: dict[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
+def with_teacher_outputs(given: dict[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
     """The teacher's inputs: with answers of its own, where the batch has some, which it need not be asked for again."""
     return given | {"taught": batch["taught"]} if "taught" in batch else given
 
@@ -190,7 +190,7 @@ def _labels(batch: Mapping[str, Any]) -> Tensor:
 
 def _private(batch: Mapping[str, Any], place: Tensor) -> Tensor | None:
     """How private the tokens are that these of the B * L positions predict; None where the batch does not say."""
-    scores = batch.get("private")
+    scores = batch.get("privacy_score")
     if scores is None:
         return None
     return scores.roll(-1, 1).flatten().index_select(0, place)  # a text's last position predicts nothing
@@ -219,15 +219,15 @@ def _check(batch: Any) -> None:
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         got = type(batch).__name__ if ids is None else f"input_ids {tuple(getattr(ids, 'shape', ()))}"
         raise ValueError(
-            f"Generation needs batches that are mappings with input_ids (B, L); got {got}. data.text.collate makes "
-            "them."
+            f"LanguageModeling needs batches that are mappings with input_ids (B, L); got {got}. data.text.collate "
+            "makes them."
         )
-    for name in ("attention_mask", "labels", "learn", "position_ids", "private"):
+    for name in ("attention_mask", "labels", "learn", "position_ids", "privacy_score"):
         value = batch.get(name)
         if value is not None and value.shape != ids.shape:
             raise ValueError(
-                f"Generation needs {name} of the shape of input_ids, {tuple(ids.shape)}; got {tuple(value.shape)}. The "
-                "labels are not shifted: the task does that."
+                f"LanguageModeling needs {name} of the shape of input_ids, {tuple(ids.shape)}; got "
+                f"{tuple(value.shape)}. The labels are not shifted: the task does that."
             )
 
 

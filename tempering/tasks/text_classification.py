@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tempering.tasks.classification import Answers, Classification
+from tempering.tasks.classification import Classification, Outputs
 
 
 class TextClassification(Classification):
@@ -16,10 +16,10 @@ class TextClassification(Classification):
 
     Models of transformers answer (N, C) .logits and are asked by name; others take the mapping itself. Inputs of
     {"student": ..., "teacher": ...} are two tokenizers' readings of the same texts: rows are texts, so the two
-    vocabularies need not agree. ``data.Sentences`` makes such batches.
+    vocabularies need not agree. ``data.TextPairLoader`` makes such batches.
     """
 
-    def meet(self, model: nn.Module) -> None:
+    def prepare_model(self, model: nn.Module) -> None:
         """Let a model of transformers be asked with one mapping of inputs; one that takes a mapping stays as it is."""
         takes = inspect.signature(model.forward).parameters
         if "input_ids" in takes and not any(isinstance(hook, _ByName) for hook in model._forward_pre_hooks.values()):
@@ -30,11 +30,11 @@ class TextClassification(Classification):
         if not isinstance(given, Mapping):
             raise ValueError(
                 f"TextClassification needs inputs that are a mapping, with input_ids (B, L); got {type(given).__name__}"
-                ". data.Sentences makes them."
+                ". data.TextPairLoader makes them."
             )
         return given.get("student", given), given.get("teacher", given), ids
 
-    def scores(self, answers: Answers) -> dict[str, float]:
+    def scores(self, answers: Outputs) -> dict[str, float]:
         """What Classification says, and f1 of class 1 in [0, 1] where there are two classes."""
         from torchmetrics.functional.classification import binary_f1_score
 

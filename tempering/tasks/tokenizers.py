@@ -37,7 +37,7 @@ def shared_vocabulary(student: Any, teacher: Any, *, probe: str = PROBE) -> int:
         at = next((i for i, (a, b) in enumerate(zip(*cut, strict=False)) if a != b), min(map(len, cut)))
         raise ValueError(
             f"the tokenizers have one vocabulary and cut {probe!r} differently: from its token {at} on the student's "
-            f"are {cut[0][at : at + 4]} and the teacher's {cut[1][at : at + 4]}. Other merges, or another normaliser?"
+            f"are {cut[0][at : at + 4]} and the teacher's {cut[1][at : at + 4]}. Other merges, or another normalizer?"
         )
     for name in SPECIAL:
         a, b = getattr(student, name, None), getattr(teacher, name, None)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tempering.rows import UNLABELLED, Rows, widened
+from tempering.rows import IGNORE_INDEX, Rows, upcast_to_float32
 from tempering.tasks.base import Task
 from tempering.tasks.classification import Classification
 
@@ -16,19 +16,19 @@ Augment = Callable[[Tensor], Tensor]
 VIEWS = ("clean", "augmented")  # names of the blocks where the copy has no labels
 
 
-class Views(Task):
+class TwoView(Task):
     """Classification on each batch as it comes and on an augmented copy: two blocks of rows, which the loss adds up.
 
-    MLKD and CSKD want ``Views(RandAugment(2, 10, mean=..., std=...))``, R2KD
-    ``Views(CutMix(), names=("clean", "augmented"), labelled=False)``. Both views go through each model as one batch of
-    2 N, so batch normalisation sees them together (the released codes call their student twice).
+    MLKD and CSKD want ``TwoView(RandAugment(2, 10, mean=..., std=...))``, R2KD
+    ``TwoView(CutMix(), names=("clean", "augmented"), labeled=False)``. Both views go through each model as one batch of
+    2 N, so batch normalization sees them together (the released codes call their student twice).
 
     Args:
-        augment: (N, C, H, W) normalised images -> the same, drawn anew at every call from torch's random numbers.
+        augment: (N, C, H, W) normalized images -> the same, drawn anew at every call from torch's random numbers.
         names: of the two blocks.
         teacher: "same": sees what the student sees. "first": sees the batch as it comes, and its answers stand beside
             both of the student's views; the one way for a cached teacher. A callable: makes its own second view.
-        labelled: whether the augmented rows keep their labels. None: if the view is of one image; a mixed one's label
+        labeled: whether the augmented rows keep their labels. None: if the view is of one image; a mixed one's label
             is not one class, and -100 leaves hard terms out.
         pick: of the augmented rows only this many count, those of the largest teacher entropy (CutMixPick); the others
             weigh 0. None for all. The released code of R2KD takes the entropy of the images before they are mixed.
@@ -45,27 +45,27 @@ class Views(Task):
         *,
         names: Sequence[str] = ("weak", "strong"),
         teacher: Literal["same", "first"] | Augment = "same",
-        labelled: bool | None = None,
+        labeled: bool | None = None,
         pick: int | None = None,
     ) -> None:
         mixes = bool(getattr(augment, "mixes", False))
         if not callable(augment):
-            raise ValueError(f"Views needs a callable augment, such as CutMix(); got {augment!r}.")
+            raise ValueError(f"TwoView needs a callable augment, such as CutMix(); got {augment!r}.")
         if isinstance(names, str) or len(names) != 2 or names[0] == names[1]:
-            raise ValueError(f"Views needs two different names for its blocks; got {names!r}.")
+            raise ValueError(f"TwoView needs two different names for its blocks; got {names!r}.")
         if not callable(teacher) and teacher not in ("same", "first"):
-            raise ValueError(f"Views needs teacher 'same', 'first' or a callable; got {teacher!r}.")
+            raise ValueError(f"TwoView needs teacher 'same', 'first' or a callable; got {teacher!r}.")
         if mixes and teacher != "same":
             raise ValueError(
                 f"{augment!r} mixes images, so a teacher that sees others cannot say what is on them. Use "
                 "teacher='same'."
             )
-        if mixes and labelled:
-            raise ValueError(f"{augment!r} mixes images, whose label is not one class. Leave labelled=None.")
+        if mixes and labeled:
+            raise ValueError(f"{augment!r} mixes images, whose label is not one class. Leave labeled=None.")
         if pick is not None and pick < 1:
-            raise ValueError(f"Views needs pick >= 1, or None for all; got {pick!r}.")
+            raise ValueError(f"TwoView needs pick >= 1, or None for all; got {pick!r}.")
         self.augment, self.names, self.teacher, self.pick = augment, tuple(names), teacher, pick
-        self.labelled = not mixes if labelled is None else labelled
+        self.labeled = not mixes if labeled is None else labeled
         self.inner = Classification()
 
     def inputs(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -99,33 +99,33 @@ class Views(Task):
                     "view: use teacher='first', or a live one."
                 )
         blocks = [
-            self.inner.rows(part, by, batch)[0].with_(name=name)
+            self.inner.rows(part, by, batch)[0].replace(name=name)
             for part, by, name in zip((student[:n], student[n:]), taught, self.names, strict=True)
         ]
-        if not self.labelled:
-            blocks[1] = blocks[1].with_(target=torch.full_like(batch[1], UNLABELLED))
+        if not self.labeled:
+            blocks[1] = blocks[1].replace(target=torch.full_like(batch[1], IGNORE_INDEX))
         if self.pick is not None:
-            blocks[1] = blocks[1].with_(weight=self._picked(blocks[1].teacher))
+            blocks[1] = blocks[1].replace(weight=self._picked(blocks[1].teacher))
         return blocks
 
     def _picked(self, logits: Tensor) -> Tensor:
         """1 for the rows of the largest entropy and 0 for the others, (N,)."""
-        logp = widened(logits).log_softmax(-1)
+        logp = upcast_to_float32(logits).log_softmax(-1)
         entropy = -(logp.exp() * logp.masked_fill(torch.isneginf(logp), 0.0)).sum(-1)
         weight = torch.zeros_like(entropy)
         return weight.index_fill(0, entropy.topk(min(self.pick or 0, len(entropy))).indices, 1.0)
 
-    def mass(self, batch: Any) -> dict[str, float]:
+    def row_weights(self, batch: Any) -> dict[str, float]:
         n = float(len(batch[1]))
         return {self.names[0]: n, self.names[1]: n if self.pick is None else min(float(self.pick), n)}
 
     def score(self, student: nn.Module, batches: Iterable[Any], *, teacher: Any = None) -> dict[str, float]:
         return self.inner.score(student, batches, teacher=teacher)
 
-    def analyse(
+    def analyze(
         self, student: nn.Module, batches: Iterable[Any], *, teacher: Any = None, temperatures: Any = None
     ) -> dict[str, Any]:
-        return self.inner.analyse(student, batches, teacher=teacher, temperatures=temperatures)
+        return self.inner.analyze(student, batches, teacher=teacher, temperatures=temperatures)
 
 
 class MixUp:
@@ -137,7 +137,7 @@ class MixUp:
     mixes = True
 
     def __init__(self, alpha: float = 0.2) -> None:
-        self.alpha = _positive("MixUp", alpha=alpha)
+        self.alpha = _check_positive("MixUp", alpha=alpha)
 
     def __call__(self, x: Tensor) -> Tensor:
         lam = float(torch.distributions.Beta(self.alpha, self.alpha).sample())
@@ -155,7 +155,7 @@ class CutMix:
     mixes = True
 
     def __init__(self, alpha: float = 1.0) -> None:
-        self.alpha = _positive("CutMix", alpha=alpha)
+        self.alpha = _check_positive("CutMix", alpha=alpha)
 
     def __call__(self, x: Tensor) -> Tensor:
         side = (1.0 - float(torch.distributions.Beta(self.alpha, self.alpha).sample())) ** 0.5
@@ -169,7 +169,7 @@ class CutMix:
 
 
 class CutOut:
-    """A square set to 0 (the mean colour of normalised images), at a place of each image's own, cut off at the border.
+    """A square set to 0 (the mean color of normalized images), at a place of each image's own, cut off at the border.
 
     The released code of R2KD has one place for the whole batch.
 
@@ -179,7 +179,7 @@ class CutOut:
     mixes = False
 
     def __init__(self, size: int = 8) -> None:
-        self.size = int(_positive("CutOut", size=size))
+        self.size = int(_check_positive("CutOut", size=size))
 
     def __call__(self, x: Tensor) -> Tensor:
         inside = torch.ones(len(x), 1, 1, 1, dtype=torch.bool, device=x.device)
@@ -192,7 +192,7 @@ class CutOut:
 
 
 class _Kornia:
-    """An augmentation of kornia's on images that are normalised by ``mean`` and ``std`` (pixels in [0, 1] before)."""
+    """An augmentation of kornia's on images that are normalized by ``mean`` and ``std`` (pixels in [0, 1] before)."""
 
     mixes = False
 
@@ -215,7 +215,7 @@ class RandAugment(_Kornia):
 
     Args:
         n, m: how many, how strong; the two-view papers use 2 and 10.
-        mean, std: what the images are normalised by, such as ``batches.mean`` and ``batches.std``.
+        mean, std: what the images are normalized by, such as ``batches.mean`` and ``batches.std``.
 
     Reference: Cubuk et al., 2019, arXiv:1909.13719.
     """
@@ -231,7 +231,7 @@ class AutoAugment(_Kornia):
 
     Args:
         policy: "imagenet", "cifar10" or "svhn".
-        mean, std: what the images are normalised by.
+        mean, std: what the images are normalized by.
 
     Reference: Cubuk et al., CVPR 2019, arXiv:1805.09501.
     """
@@ -252,7 +252,7 @@ def _kornia() -> Any:
     return auto
 
 
-def _positive(owner: str, **values: float) -> float:
+def _check_positive(owner: str, **values: float) -> float:
     ((name, value),) = values.items()
     if not value > 0:
         raise ValueError(f"{owner} needs {name} > 0; got {value!r}.")
@@ -273,9 +273,9 @@ def classification_of_views(
         ValueError: for features of two views.
     """
     if views == "one":
-        return Classification(taps=taps)
+        return Classification(features=taps)
     if taps:
         raise ValueError(f"--views {views} makes two blocks of rows, and features are tapped for one: --views one.")
     if views == "strong":
-        return Views(RandAugment(2, 10, mean=mean, std=std))
-    return Views({"cutmix": CutMix, "mixup": MixUp, "cutout": CutOut}[views](), names=VIEWS, labelled=False)
+        return TwoView(RandAugment(2, 10, mean=mean, std=std))
+    return TwoView({"cutmix": CutMix, "mixup": MixUp, "cutout": CutOut}[views](), names=VIEWS, labeled=False)

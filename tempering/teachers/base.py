@@ -19,13 +19,13 @@ class Teacher(ABC):
 
     identity: str  # sha256 of what it is: weights and options, or a cache's key
     trained: bool = True  # False for random weights, with which `tempering check` checks before there is a teacher
-    beyond: Teacher | None = None  # who is asked about data that a cache does not hold, such as the test split
+    fallback: Teacher | None = None  # who is asked about data that a cache does not hold, such as the test split
 
     @abstractmethod
     def __call__(self, inputs: Any, ids: Tensor | None) -> Any:
         """The teacher's outputs for these inputs, without gradient."""
 
-    def attached(self, inputs: Any, ids: Tensor | None) -> Any:
+    def forward_with_grad(self, inputs: Any, ids: Tensor | None) -> Any:
         """The same answers with a gradient path to the inputs, and to such weights as require grad.
 
         Raises:
@@ -44,13 +44,13 @@ class Teacher(ABC):
         """The live module, where there is one."""
         return None
 
-    def objection(self, batches: Any) -> str | None:
+    def incompatibility(self, batches: Any) -> str | None:
         """Why its answers do not belong to these batches, and what to do; None if they do. A live one never objects."""
         return None
 
-    def on(self, batches: Any) -> Teacher | None:
-        """Who answers for these batches: itself, else ``beyond``; None where neither can."""
-        return self if self.objection(batches) is None else self.beyond
+    def for_batches(self, batches: Any) -> Teacher | None:
+        """Who answers for these batches: itself, else ``fallback``; None where neither can."""
+        return self if self.incompatibility(batches) is None else self.fallback
 
 
 def fingerprint(model: nn.Module) -> str:

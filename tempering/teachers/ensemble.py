@@ -12,10 +12,10 @@ from tempering.teachers.base import Teacher, key_digest
 from tempering.teachers.live import Live
 
 
-class Blended(Teacher):
+class EnsembleTeacher(Teacher):
     """share * first's logits + (1 - share) * second's.
 
-    ``Blended(model, pruned(model))`` is R2KD's teacher. Features are tapped from the first.
+    ``EnsembleTeacher(model, pruned(model))`` is R2KD's teacher. Features are tapped from the first.
 
     Args:
         first, second: modules (wrapped in Live) or teachers that answer (N, C) logits.
@@ -26,7 +26,7 @@ class Blended(Teacher):
 
     def __init__(self, first: nn.Module | Teacher, second: nn.Module | Teacher, *, share: float = 0.7) -> None:
         if not 0.0 <= share <= 1.0:
-            raise ValueError(f"Blended needs share in [0, 1], the weight of the first teacher; got {share!r}.")
+            raise ValueError(f"EnsembleTeacher needs share in [0, 1], the weight of the first teacher; got {share!r}.")
         self.first, self.second = (x if isinstance(x, Teacher) else Live(x) for x in (first, second))
         self.share = share
         self.identity = key_digest({"blend": [self.first.identity, self.second.identity], "share": share})
@@ -40,15 +40,15 @@ class Blended(Teacher):
         self.second.to(device)
         return self
 
-    def objection(self, batches: Any) -> str | None:
-        return self.first.objection(batches) or self.second.objection(batches)
+    def incompatibility(self, batches: Any) -> str | None:
+        return self.first.incompatibility(batches) or self.second.incompatibility(batches)
 
     @torch.no_grad()
     def __call__(self, inputs: Any, ids: Tensor | None = None) -> Tensor:
         return self._blend(self.first(inputs, ids), self.second(inputs, ids))
 
-    def attached(self, inputs: Any, ids: Tensor | None = None) -> Tensor:
-        return self._blend(self.first.attached(inputs, ids), self.second.attached(inputs, ids))
+    def forward_with_grad(self, inputs: Any, ids: Tensor | None = None) -> Tensor:
+        return self._blend(self.first.forward_with_grad(inputs, ids), self.second.forward_with_grad(inputs, ids))
 
     def _blend(self, first: Any, second: Any) -> Tensor:
         one, other = _logits(first), _logits(second)
@@ -60,7 +60,7 @@ class Blended(Teacher):
         return self.share * one + (1.0 - self.share) * other
 
 
-def pruned(model: nn.Module, *, amount: float = 0.1) -> nn.Module:
+def prune(model: nn.Module, *, amount: float = 0.1) -> nn.Module:
     """A copy with the smallest weights of every convolution and linear layer set to 0, ``amount`` of each by |w|.
 
     Biases are kept, nothing is trained after, as R2KD does it.

@@ -12,29 +12,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tempering.rows import widened
+from tempering.rows import upcast_to_float32
 from tempering.teachers.base import Teacher, fingerprint, key_digest
-from tempering.teachers.outputs import Taught
-from tempering.utils.device import compiled, keeping
+from tempering.teachers.outputs import PrecomputedLogits
+from tempering.utils.device import clone_outputs, maybe_compile
 from tempering.utils.tensors import map_tensors
 
-FOLDED = ((nn.Conv1d, nn.BatchNorm1d), (nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))
+FUSABLE = ((nn.Conv1d, nn.BatchNorm1d), (nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Live(Teacher):
     """Answers in float32 at least, without gradient, whatever is done to the module's mode.
 
-    The module itself is frozen and put in eval mode; ``precision`` and ``fold`` leave it alone and use a frozen copy.
-    ``identity`` is that of the weights as they came, with precision and fold. Inputs with "taught", answers that this
-    very module gave while the batch was written (``tasks.Speculative(reuse=True)``), are answered with those.
+    The module itself is frozen and put in eval mode; ``precision`` and ``fuse_conv_bn`` leave it alone and use a frozen
+    copy. ``identity`` is that of the weights as they came, with precision and fold. Inputs with "taught", answers that
+    this very module gave while the batch was written (``tasks.Speculative(reuse=True)``), are answered with those.
 
     Args:
         model: the module that answers.
         precision: "bf16", "fp16" or "fp32", of a copy; None leaves it as it is. Half precision is laid out
             channels-last where there are convolutions.
         channels_last: lay weights and images out so; a change of speed, not of values.
-        fold: fold batch normalisation into the convolution before it; equal but for rounding. Only leaf modules of
+        fold: fold batch normalization into the convolution before it; equal but for rounding. Only leaf modules of
             the folded copy are called, so features of whole stages cannot be tapped.
         compile: torch.compile its forward; a word is its mode, and "reduce-overhead" replays CUDA graphs.
         device: where it stays, whatever the student's is: inputs are brought there, and answers back. None: with the
@@ -51,7 +51,7 @@ class Live(Teacher):
         *,
         precision: str | None = None,
         channels_last: bool = False,
-        fold: bool = False,
+        fuse_conv_bn: bool = False,
         compile: bool | str = False,
         device: torch.device | str | None = None,
     ) -> None:
@@ -59,13 +59,18 @@ class Live(Teacher):
             raise TypeError(f"Live needs a torch module; got {type(model).__name__}.")
         if precision is not None and precision not in DTYPES:
             raise ValueError(f"Live needs precision {', '.join(map(repr, DTYPES))} or None; got {precision!r}.")
-        self.precision, self.channels_last, self.fold, self.compile = precision, channels_last, fold, compile
+        self.precision, self.channels_last, self.fuse_conv_bn, self.compile = (
+            precision,
+            channels_last,
+            fuse_conv_bn,
+            compile,
+        )
         self.device = None if device is None else torch.device(device)
-        self.identity = key_digest({"weights": fingerprint(model), "precision": precision, "fold": fold})
-        if fold:
-            model = _folded(model)
+        self.identity = key_digest({"weights": fingerprint(model), "precision": precision, "fold": fuse_conv_bn})
+        if fuse_conv_bn:
+            model = _fuse_conv_bn(model)
         if precision is not None:
-            model = (model if fold else copy.deepcopy(model)).to(DTYPES[precision])
+            model = (model if fuse_conv_bn else copy.deepcopy(model)).to(DTYPES[precision])
         self._dtype = None if precision is None else DTYPES[precision]
         self._images_last = channels_last or (self._dtype in (torch.bfloat16, torch.float16) and _convolves(model))
         if self._images_last:
@@ -75,7 +80,7 @@ class Live(Teacher):
         self._modules = list(model.modules())
         if self.device is not None:
             self._model.to(self.device)
-        self._forward: Callable[[Any], Any] = keeping(compiled(self._model, compile), compile)
+        self._forward: Callable[[Any], Any] = clone_outputs(maybe_compile(self._model, compile), compile)
         self._warned = False
 
     @property
@@ -91,15 +96,15 @@ class Live(Teacher):
     @torch.no_grad()
     def __call__(self, inputs: Any, ids: Tensor | None = None) -> Any:
         known = inputs.get("taught") if isinstance(inputs, Mapping) else None
-        if isinstance(known, Taught) and known.by is self._model:
+        if isinstance(known, PrecomputedLogits) and known.producer is self._model:
             return known
-        return self.attached(inputs, ids)
+        return self.forward_with_grad(inputs, ids)
 
-    def attached(self, inputs: Any, ids: Tensor | None = None) -> Any:
+    def forward_with_grad(self, inputs: Any, ids: Tensor | None = None) -> Any:
         if any(module.training for module in self._modules):
             self._back_to_eval()
         answer = self._forward(map_tensors(inputs, self._prepared) if self._converts_inputs else inputs)
-        answer = widened(answer) if isinstance(answer, Tensor) else map_tensors(answer, widened)
+        answer = upcast_to_float32(answer) if isinstance(answer, Tensor) else map_tensors(answer, upcast_to_float32)
         if self.device is None:
             return answer
         here = next(x.device for x in tree_leaves(inputs) if isinstance(x, Tensor))
@@ -126,8 +131,8 @@ def _convolves(model: nn.Module) -> bool:
     return any(isinstance(m, nn.Conv2d) for m in model.modules())
 
 
-def _folded(model: nn.Module) -> nn.Module:
-    """A copy in eval mode with each batch normalisation folded into the convolution that feeds it alone.
+def _fuse_conv_bn(model: nn.Module) -> nn.Module:
+    """A copy in eval mode with each batch normalization folded into the convolution that feeds it alone.
 
     Raises:
         ValueError: for a model that torch.fx cannot trace.
@@ -151,7 +156,7 @@ def _folded(model: nn.Module) -> nn.Module:
             continue
         conv = parts[str(before.target)]
         # exactly these types: a subclass may compute something else from the same weights
-        fits = (type(conv), type(norm)) in FOLDED and getattr(norm, "running_mean", None) is not None
+        fits = (type(conv), type(norm)) in FUSABLE and getattr(norm, "running_mean", None) is not None
         if not fits or len(before.users) > 1 or calls[before.target] > 1:
             continue
         folded = fuse_conv_bn_eval(conv, norm)  # pyright: ignore[reportArgumentType]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tempering.rows import UNLABELLED, widened
+from tempering.rows import IGNORE_INDEX, upcast_to_float32
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Head:
     def __call__(self, hidden: Float[Tensor, "*N H"]) -> Float[Tensor, "*N V"]:
         """The logits, in float32 at least."""
         with torch.autocast(hidden.device.type, enabled=False):
-            x, weight = widened(hidden), widened(self.weight)
+            x, weight = upcast_to_float32(hidden), upcast_to_float32(self.weight)
             dtype = torch.promote_types(x.dtype, weight.dtype)
             bias = None if self.bias is None else self.bias.to(dtype)
             z = self.scale * nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
@@ -56,7 +56,7 @@ class Hidden:
     states: Float[Tensor, "B L H"]
     head: Head
 
-    def at(self, place: Int[Tensor, " N"], shape: tuple[int, ...]) -> Float[Tensor, "N V"]:
+    def gather_positions(self, place: Int[Tensor, " N"], shape: tuple[int, ...]) -> Float[Tensor, "N V"]:
         """The logits of some positions, counted over the flat batch of that shape (B, L).
 
         Raises:
@@ -71,13 +71,13 @@ class Hidden:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Taught:
+class PrecomputedLogits:
     """A model's logits of a batch's rows, (N, V), made on the way: ``by`` need not be asked for them again."""
 
     logits: Float[Tensor, "N V"]
-    by: nn.Module
+    producer: nn.Module
 
-    def at(self, place: Int[Tensor, " N"], shape: tuple[int, ...]) -> Float[Tensor, "N V"]:
+    def gather_positions(self, place: Int[Tensor, " N"], shape: tuple[int, ...]) -> Float[Tensor, "N V"]:
         """All of them; the rows are those of the batch, in its order.
 
         Raises:
@@ -88,7 +88,7 @@ class Taught:
                 f"the batch holds the teacher's answers to {len(self.logits)} tokens, and {len(place)} are learned: "
                 'its masks were changed after it was written. Leave out its "taught", and the teacher is asked.'
             )
-        return widened(self.logits)
+        return upcast_to_float32(self.logits)
 
 
 def _same(got: tuple[int, ...], shape: tuple[int, ...]) -> None:
@@ -112,28 +112,28 @@ class Sparse:
 
     ids: Int[Tensor, "*N K"]
     logp: Float[Tensor, "*N K"]
-    rest: Float[Tensor, "*N"]
+    tail_logp: Float[Tensor, "*N"]
 
-    def at(self, place: Int[Tensor, " M"], shape: tuple[int, ...]) -> Sparse:
+    def gather_positions(self, place: Int[Tensor, " M"], shape: tuple[int, ...]) -> Sparse:
         """Those of some positions, counted over the flat batch of that shape (B, L).
 
         Raises:
             ValueError: for answers to another shape.
         """
-        if tuple(self.rest.shape) != tuple(shape):
+        if tuple(self.tail_logp.shape) != tuple(shape):
             raise ValueError(
-                f"the sparse teacher answers {tuple(self.rest.shape)} positions, and the batch has {tuple(shape)}: was "
-                "it recorded with other texts or another length?"
+                f"the sparse teacher answers {tuple(self.tail_logp.shape)} positions, and the batch has "
+                f"{tuple(shape)}: was it recorded with other texts or another length?"
             )
-        flat = (self.ids.flatten(0, -2), self.logp.flatten(0, -2), self.rest.flatten())
+        flat = (self.ids.flatten(0, -2), self.logp.flatten(0, -2), self.tail_logp.flatten())
         return Sparse(*(x.index_select(0, place) for x in flat))
 
     def to(self, device: torch.device | str) -> Sparse:
         """The same on a device."""
-        return Sparse(self.ids.to(device), self.logp.to(device), self.rest.to(device))
+        return Sparse(self.ids.to(device), self.logp.to(device), self.tail_logp.to(device))
 
 
-def bucketed(
+def to_top_k_plus_tail(
     student: Float[Tensor, "N V"], teacher: Sparse, target: Int[Tensor, " N"] | None = None
 ) -> tuple[Float[Tensor, "N K+1"], Float[Tensor, "N K+1"], Int[Tensor, " N"] | None]:
     """Both sides over the kept tokens and the bucket of all others: student, teacher, and the targets' places.
@@ -146,7 +146,7 @@ def bucketed(
     Raises:
         ValueError: for a kept id that the student does not have.
     """
-    z, vocabulary = widened(student), student.shape[1]
+    z, vocabulary = upcast_to_float32(student), student.shape[1]
     none = torch.isneginf(teacher.logp)
     ids = teacher.ids.long().masked_fill(none, 0)
     if ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= vocabulary:
@@ -157,10 +157,10 @@ def bucketed(
     whole = torch.logsumexp(z, -1, keepdim=True)
     kept = (z.gather(1, ids) - whole).masked_fill(none, -torch.inf)
     said = torch.cat((kept, _others(z, ids, none) - whole), -1)
-    taught = torch.cat((teacher.logp, teacher.rest[:, None]), -1).to(said.dtype)
+    taught = torch.cat((teacher.logp, teacher.tail_logp[:, None]), -1).to(said.dtype)
     if target is not None:
         same = (ids == target[:, None]) & ~none
-        target = torch.where(same.any(-1), same.int().argmax(-1), torch.full_like(target, UNLABELLED))
+        target = torch.where(same.any(-1), same.int().argmax(-1), torch.full_like(target, IGNORE_INDEX))
     return said, taught, target
 
 

@@ -9,14 +9,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tempering.rows import widened
+from tempering.rows import upcast_to_float32
 from tempering.teachers.base import Teacher, key_digest
 from tempering.teachers.outputs import Sparse
 
 NEVER = -1e4  # the log-probability of a token that is kept for its label's sake: exp() of it is exactly 0
 
 
-def top(
+def keep_top_k(
     logits: Float[Tensor, "*N V"], k: int, *, besides: Int[Tensor, "*N"] | None = None, temperature: float = 1.0
 ) -> Sparse:
     """The k likeliest tokens, and all others in one bucket; ``besides`` is kept as well, so K is then k + 1.
@@ -34,7 +34,7 @@ def top(
     if k < 1 or width > logits.shape[-1]:
         raise ValueError(f"top needs 1 <= k <= {logits.shape[-1] - (besides is not None)}; got k={k}.")
     # not log_softmax, which sums up 19,000 numbers a lane of AVX2 in turn: 2e-5 off where V is 152,000
-    z = widened(logits) / temperature
+    z = upcast_to_float32(logits) / temperature
     z = z - z.amax(-1, keepdim=True)
     logp = z - z.logsumexp(-1, keepdim=True)
     ids = logp.topk(width, -1).indices
@@ -47,7 +47,7 @@ def top(
     return Sparse(ids, logp.gather(-1, ids), rest)
 
 
-def drawn(
+def keep_samples(
     logits: Float[Tensor, "*N V"],
     samples: int,
     *,
@@ -67,12 +67,12 @@ def drawn(
     """
     if samples < 1:
         raise ValueError(f"drawn needs samples >= 1; got {samples}.")
-    p = torch.softmax(widened(logits), -1)
+    p = torch.softmax(upcast_to_float32(logits), -1)
     ids = torch.multinomial(p.flatten(0, -2), samples, replacement=True, generator=generator)
-    return counted(ids.view(*logits.shape[:-1], samples), besides=besides, dtype=p.dtype)
+    return count_samples(ids.view(*logits.shape[:-1], samples), besides=besides, dtype=p.dtype)
 
 
-def counted(
+def count_samples(
     ids: Int[Tensor, "*N S"], *, besides: Int[Tensor, "*N"] | None = None, dtype: torch.dtype = torch.float32
 ) -> Sparse:
     """Drawn tokens with their shares, the commonest first; K = S, or S + 1 with ``besides``."""
@@ -102,7 +102,7 @@ def shares(
     return Sparse(ids, logp, torch.full_like(logp[..., 0], -torch.inf))
 
 
-class Kept(Teacher):
+class TopKTeacher(Teacher):
     """A teacher of which few tokens a position are kept: answers ``Sparse`` (B, L, K) to batches of a Generation task.
 
     The next token of the text is kept with them, so that a hard term has its label.
@@ -119,7 +119,9 @@ class Kept(Teacher):
 
     def __init__(self, teacher: Teacher, *, top: int | None = None, samples: int | None = None, seed: int = 0) -> None:
         if (top is None) == (samples is None) or (top or samples or 0) < 1:
-            raise ValueError(f"Kept needs one of top and samples, at least 1; got top={top} and samples={samples}.")
+            raise ValueError(
+                f"TopKTeacher needs one of top and samples, at least 1; got top={top} and samples={samples}."
+            )
         self.teacher, self.top, self.samples, self.seed = teacher, top, samples, seed
         how = {"top": top} if top is not None else {"samples": samples, "seed": seed}
         self.identity = key_digest({"teacher": teacher.identity, **how})
@@ -134,20 +136,20 @@ class Kept(Teacher):
 
     def __call__(self, inputs: Any, ids: Tensor | None) -> Sparse:
         said = self.teacher({name: x for name, x in inputs.items() if name != "taught"}, ids)
-        logits, label = getattr(said, "logits", said), following(inputs)
+        logits, label = getattr(said, "logits", said), next_tokens(inputs)
         if self.top is not None:
-            return top(logits, self.top, besides=label)
+            return keep_top_k(logits, self.top, besides=label)
         assert self.samples is not None
         parts = []
         for row, z in enumerate(logits.cpu()):
             number = row if ids is None else int(ids[row])
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
-            parts.append(drawn(z, self.samples, besides=label[row].cpu(), generator=generator))
-        stacked = (torch.stack([getattr(part, name) for part in parts]) for name in ("ids", "logp", "rest"))
+            parts.append(keep_samples(z, self.samples, besides=label[row].cpu(), generator=generator))
+        stacked = (torch.stack([getattr(part, name) for part in parts]) for name in ("ids", "logp", "tail_logp"))
         return Sparse(*stacked).to(logits.device)
 
 
-def following(inputs: Mapping[str, Any]) -> Int[Tensor, "B L"]:
+def next_tokens(inputs: Mapping[str, Any]) -> Int[Tensor, "B L"]:
     """The token of the text that each position answers for; of an encoder-decoder that is its label."""
     if "labels" in inputs:
         return inputs["labels"].clamp_min(0)

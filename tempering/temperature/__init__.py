@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tempering.temperature.base import LearningPolicy as LearningPolicy
+from tempering.temperature.base import AdaptivePolicy as AdaptivePolicy
 from tempering.temperature.base import Policy as Policy
 from tempering.temperature.base import Temperatures as Temperatures
 from tempering.utils.registry import Registry

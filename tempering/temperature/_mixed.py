@@ -32,10 +32,10 @@ def ranked(entropy: Float[Tensor, " S"], times: Float[Tensor, " S"], mix: float)
     return Mix(other, torch.zeros_like(entropy).index_copy(0, low, shares))
 
 
-class Mixed:
+class MixUpLoader:
     """The batches (inputs, labels, ids), mixed as ``mixes`` says when a batch is made; all else is the inner ones'.
 
-    share * other + (1 - share) * own, of normalised images as this epoch augments them (the released code mixes first).
+    share * other + (1 - share) * own, of normalized images as this epoch augments them (the released code mixes first).
 
     Args:
         batches: what is walked; ``at(ids)`` answers a batch.
@@ -61,9 +61,9 @@ class Mixed:
         """The epoch's batches from number ``start`` on."""
         return map(self._mixed, self.batches.iterate(start))
 
-    def to(self, device: torch.device | str) -> Mixed:
+    def to(self, device: torch.device | str) -> MixUpLoader:
         """The same, on ``device``."""
-        return Mixed(self.batches.to(device), self.mixes, larger=self.larger)
+        return MixUpLoader(self.batches.to(device), self.mixes, larger=self.larger)
 
     def _mixed(self, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         mix = self.mixes()
@@ -75,7 +75,7 @@ class Mixed:
         changed = (other != ids).nonzero().squeeze(1)
         if not len(changed):
             return batch
-        theirs, their_labels, _ = self.batches.at(other[changed])
+        theirs, their_labels, _ = self.batches.gather(other[changed])
         share = share[changed].view(-1, *[1] * (inputs.ndim - 1))
         inputs = inputs.index_copy(0, changed, torch.lerp(inputs[changed], theirs, share))
         if self.larger:

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation in small: a squashed Gaussian actor, its critic, and what calibrates their reward."""
+"""Proximal policy optimization in small: a squashed Gaussian actor, its critic, and what calibrates their reward."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Agent(nn.Module):
     """Actor, critic and reward calibration, which improve from one path at a time; their state is all in buffers.
 
     - "ppo": a path has one reward, at its end. It is redistributed over the rows by a return predictor, then PPO with
-      the clipped ratio and generalised advantages; the path ends there, so nothing is bootstrapped.
+      the clipped ratio and generalized advantages; the path ends there, so nothing is bootstrapped.
     - "bandit": every row has its own reward, and no row leads to another: the advantage is the reward less the critic.
     - "published": as "ppo", with the formulas of the released code (see ``Instance``).
     """
@@ -245,7 +245,7 @@ def gae(
     gamma: float,
     trace: float,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Generalised advantages and discounted returns, (n,) each; ``last`` is the value after the last step.
+    """Generalized advantages and discounted returns, (n,) each; ``last`` is the value after the last step.
 
     Reference: Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation", 2016,
     arXiv:1506.02438, equation 16.
@@ -312,7 +312,7 @@ def normals(place: Int[Tensor, " N"], key: Int[Tensor, ""]) -> Float[Tensor, " N
 
 
 def _mixed(word: Tensor) -> Tensor:
-    """splitmix64's finaliser; >> of torch keeps the sign, hence the masks."""
+    """splitmix64's finalizer; >> of torch keeps the sign, hence the masks."""
     word = (word ^ ((word >> 30) & (2**34 - 1))) * -4658895280553007687
     word = (word ^ ((word >> 27) & (2**37 - 1))) * -7723592293110705685
     return word ^ ((word >> 31) & (2**33 - 1))

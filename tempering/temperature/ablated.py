@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Literal, Self
 
 from tempering.rows import Rows
-from tempering.temperature.base import Policy, Temperatures, Wrapping, constant
+from tempering.temperature.base import Policy, PolicyWrapper, Temperatures, constant
 from tempering.temperature.sharpness import Sharpness
 from tempering.temperature.static import Static
 
 Keep = Literal["temperatures", "scale"]
 
 
-class Isolated(Wrapping):
+class Ablated(PolicyWrapper):
     """One of the two things that ``policy`` does, the other held at its reference tau.
 
     Args:
@@ -30,7 +30,7 @@ class Isolated(Wrapping):
     def __init__(self, policy: Policy | None = None, *, keep: Keep = "temperatures") -> None:
         super().__init__(Static(4.0) if policy is None else policy)
         if keep not in ("temperatures", "scale"):
-            raise ValueError(f"Isolated needs keep 'temperatures' or 'scale'; got {keep!r}.")
+            raise ValueError(f"Ablated needs keep 'temperatures' or 'scale'; got {keep!r}.")
         self.keep: Keep = keep
         self.reference = self.tau
 
@@ -39,14 +39,14 @@ class Isolated(Wrapping):
         return cls(Sharpness(4.0), keep="scale")
 
     def forward(self, rows: Rows, progress: float) -> Temperatures:
-        self.reference = self.tau_at(progress)
+        self.reference = self.reference_at(progress)
         return super().forward(rows, progress)
 
-    def at(self, tau: float, rows: Rows, progress: float) -> Temperatures:
+    def with_reference(self, tau: float, rows: Rows, progress: float) -> Temperatures:
         self.reference = tau
-        return super().at(tau, rows, progress)
+        return super().with_reference(tau, rows, progress)
 
-    def changed(self, T: Temperatures, rows: Rows) -> Temperatures:
+    def transform(self, T: Temperatures, rows: Rows) -> Temperatures:
         tau = constant(self.reference, T.student)
         if self.keep == "scale":
             return Temperatures(tau, tau, T.scale.unsqueeze(-1))

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tempering.rows import Rows, widened
-from tempering.temperature.base import Policy, Temperatures, positive
+from tempering.rows import Rows, upcast_to_float32
+from tempering.temperature.base import Policy, Temperatures, check_positive
 from tempering.utils.search_space import Temperature
 
 
@@ -35,7 +35,7 @@ class Adaptive(Policy):
 
     def __init__(self, tau: Annotated[float, Temperature()] = 4.0, *, strength: float = 0.5) -> None:
         super().__init__()
-        positive("Adaptive", tau=tau)
+        check_positive("Adaptive", tau=tau)
         if not math.isfinite(strength):
             raise ValueError(f"Adaptive needs a finite strength; got {strength!r}. The source's is 0.5.")
         self.tau, self.strength = tau, strength
@@ -58,7 +58,7 @@ class Adaptive(Policy):
 def hellinger(rows: Rows) -> Float[Tensor, "N 1"]:
     """The Hellinger distance of each row's predictions at temperature 1, (N, 1), in [0, 1]."""
     sides = []
-    for z in (widened(rows.student), widened(rows.teacher)):
+    for z in (upcast_to_float32(rows.student), upcast_to_float32(rows.teacher)):
         empty = torch.isneginf(z).all(-1, keepdim=True)
         sides.append(z.masked_fill(empty, 0.0).softmax(-1).sqrt())
     return (0.5 * (sides[0] - sides[1]).square().sum(-1, keepdim=True)).sqrt()

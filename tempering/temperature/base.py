@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tempering.rows import Rows, widened
+from tempering.rows import Rows, upcast_to_float32
 
 
 class Temperatures(NamedTuple):
@@ -61,15 +61,15 @@ class Policy(nn.Module, ABC):
         self.last = temperatures.detached()
         return temperatures
 
-    def at(self, tau: float, rows: Rows, progress: float) -> Temperatures:
+    def with_reference(self, tau: float, rows: Rows, progress: float) -> Temperatures:
         """The temperatures round another reference: multiplied by tau / self.tau, where a policy knows no better."""
         return self(rows, progress).times(tau / self.tau)
 
-    def tau_at(self, progress: float) -> float:
+    def reference_at(self, progress: float) -> float:
         """The reference temperature at that share of the run; only a schedule moves it."""
         return self.tau
 
-    def prepare(self, rows: Rows) -> None:
+    def setup(self, rows: Rows) -> None:
         """See one block of rows before the optimizer is made, to size what the policy trains."""
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -90,22 +90,22 @@ class Policy(nn.Module, ABC):
         return cls()
 
 
-class LearningPolicy(Policy):
+class AdaptivePolicy(Policy):
     """A policy that is told, after the step, what the step did."""
 
     @property
-    def wants_reward(self) -> bool:
+    def needs_reward(self) -> bool:
         """Whether it wants the rows' rewards of this step: for those the engine runs the student a second time."""
         return True
 
     @abstractmethod
-    def learn(self, reward: Float[Tensor, " N"] | None) -> None:
+    def update(self, reward: Float[Tensor, " N"] | None) -> None:
         """Take the rows' rewards (by how much the student's loss on each fell) and improve.
 
         Called after every step; None where the rewards are not wanted, or there are no labels to tell them by.
         """
 
-    def feed(self, batches: Iterable[Any], teacher: Any) -> Iterable[Any]:
+    def wrap_batches(self, batches: Iterable[Any], teacher: Any) -> Iterable[Any]:
         """The training batches, for a policy that has a say in them."""
         return batches
 
@@ -122,8 +122,8 @@ def hyperparameters(module: nn.Module) -> dict[str, object]:
     return out
 
 
-class Wrapping(Policy):
-    """A policy round another, which has the last word on what that answers: ``changed``.
+class PolicyWrapper(Policy):
+    """A policy round another, which has the last word on what that answers: ``transform``.
 
     Args:
         policy: the other one; a bare number is refused.
@@ -131,38 +131,38 @@ class Wrapping(Policy):
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()
-        self.policy = inner(type(self).__name__, policy)
+        self.policy = check_inner_policy(type(self).__name__, policy)
         self.tau = policy.tau
         self.shift_invariant, self.by_class = policy.shift_invariant, policy.by_class
         self.relational = policy.relational  # pyright: ignore[reportAttributeAccessIssue]
         self.counts: dict[str, Tensor] = {}
 
     @abstractmethod
-    def changed(self, T: Temperatures, rows: Rows) -> Temperatures:
+    def transform(self, T: Temperatures, rows: Rows) -> Temperatures:
         """What becomes of the policy's temperatures; ``counts`` is what ``report`` adds."""
 
     def forward(self, rows: Rows, progress: float) -> Temperatures:
-        return self.changed(self.policy(rows, progress), rows)
+        return self.transform(self.policy(rows, progress), rows)
 
-    def at(self, tau: float, rows: Rows, progress: float) -> Temperatures:
-        return self.changed(self.policy.at(tau, rows, progress), rows)
+    def with_reference(self, tau: float, rows: Rows, progress: float) -> Temperatures:
+        return self.transform(self.policy.with_reference(tau, rows, progress), rows)
 
-    def tau_at(self, progress: float) -> float:
-        return self.policy.tau_at(progress)
+    def reference_at(self, progress: float) -> float:
+        return self.policy.reference_at(progress)
 
     def report(self) -> dict[str, Tensor]:
         """What the policy reports, and the counts of the last call."""
         return {**self.policy.report(), **self.counts}
 
 
-def positive(owner: str, **values: float) -> None:
+def check_positive(owner: str, **values: float) -> None:
     """Refuse a temperature-like argument that is not a positive, finite number."""
     for name, value in values.items():
         if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise ValueError(f"{owner} needs {name} > 0 and finite; got {value!r}. Hinton's usual value is 4.0.")
 
 
-def share(owner: str, **values: float) -> None:
+def check_run_fraction(owner: str, **values: float) -> None:
     """Refuse a share of the run outside [0, 1]; epochs are a common slip."""
     for name, value in values.items():
         if not 0.0 <= value <= 1.0:
@@ -172,7 +172,7 @@ def share(owner: str, **values: float) -> None:
             )
 
 
-def inner(owner: str, policy: object) -> Policy:
+def check_inner_policy(owner: str, policy: object) -> Policy:
     """``policy`` itself, refused where it is none; a bare number is a common slip."""
     if isinstance(policy, Policy):
         return policy
@@ -186,14 +186,14 @@ def constant(value: float, like: Tensor) -> Float[Tensor, "1 1"]:
 
 
 @torch.no_grad()
-def sharpness_gap(rows: Rows, T: Temperatures) -> Float[Tensor, ""]:
-    """Mean |logsumexp(u / T_t) - logsumexp(v / T_s)| of the centred logits, (): what DTKD sets out to close.
+def logsumexp_gap(rows: Rows, T: Temperatures) -> Float[Tensor, ""]:
+    """Mean |logsumexp(u / T_t) - logsumexp(v / T_s)| of the centered logits, (): what DTKD sets out to close.
 
     Over the rows that have weight and a class left; 0 where there is none.
     """
 
     def sharpness(z: Tensor, temperature: Tensor) -> Tensor:
-        z = widened(z)
+        z = upcast_to_float32(z)
         valid = ~torch.isneginf(z)
         mean = torch.where(valid, z, 0.0).sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp_min(1)
         return torch.logsumexp((z - mean) / temperature, -1)

@@ -9,15 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tempering.rows import Rows
-from tempering.temperature.base import Policy, Temperatures, Wrapping, positive
+from tempering.temperature.base import Policy, PolicyWrapper, Temperatures, check_positive
 from tempering.temperature.sharpness import Sharpness
 from tempering.temperature.static import Static
 
 
-class Capped(Wrapping):
+class Capped(PolicyWrapper):
     """The temperatures of ``policy``, each side held within [low, high].
 
-    A scale of the policy's own (``Standardised(scale="tau")``) stays as it is. A temperature that is held has no slope,
+    A scale of the policy's own (``Standardized(scale="tau")``) stays as it is. A temperature that is held has no slope,
     so a learned one gets no gradient beyond the cap. ``report`` adds how many were held to what the policy reports.
 
     Args:
@@ -32,9 +32,9 @@ class Capped(Wrapping):
 
     def __init__(self, policy: Policy | None = None, *, low: float = 1.0, high: float | None = 10.0) -> None:
         super().__init__(Static(4.0) if policy is None else policy)
-        positive("Capped", low=low)
+        check_positive("Capped", low=low)
         if high is not None:
-            positive("Capped", high=high)
+            check_positive("Capped", high=high)
             if low > high:
                 raise ValueError(f"Capped needs low <= high; got low={low!r} and high={high!r}.")
         self.low, self.high = low, high
@@ -43,7 +43,7 @@ class Capped(Wrapping):
     def example(cls) -> Self:
         return cls(Sharpness(4.0), low=3.0, high=4.5)
 
-    def changed(self, T: Temperatures, rows: Rows) -> Temperatures:
+    def transform(self, T: Temperatures, rows: Rows) -> Temperatures:
         self.counts = {"capped": self._outside(T.student, rows) + self._outside(T.teacher, rows)}
         student, teacher = (side.clamp(self.low, self.high) for side in (T.student, T.teacher))
         return Temperatures(student, teacher, T.factor)

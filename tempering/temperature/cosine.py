@@ -7,8 +7,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from tempering.rows import Rows, widened
-from tempering.temperature.base import Policy, Temperatures, positive
+from tempering.rows import Rows, upcast_to_float32
+from tempering.temperature.base import Policy, Temperatures, check_positive
 from tempering.utils.search_space import Temperature
 
 
@@ -36,7 +36,7 @@ class Cosine(Policy):
         self, tau: Annotated[float, Temperature()] = 4.0, *, low: float = 2.0, high: float = 6.0, eps: float = 0.0
     ) -> None:
         super().__init__()
-        positive("Cosine", tau=tau, low=low, high=high)
+        check_positive("Cosine", tau=tau, low=low, high=high)
         if low > high:
             raise ValueError(f"Cosine needs low <= high; got low={low!r} and high={high!r}.")
         if not 0.0 <= eps < 1.0:
@@ -61,7 +61,7 @@ class Cosine(Policy):
     def _cosine(self, rows: Rows, kept: Tensor) -> Tensor:
         """The cosine of each row's predictions at temperature 1, (N, 1)."""
         sides = []
-        for z in (widened(rows.student), widened(rows.teacher)):
+        for z in (upcast_to_float32(rows.student), upcast_to_float32(rows.teacher)):
             z = z.masked_fill(~kept, 0.0)
             empty = torch.isneginf(z).all(-1, keepdim=True)
             sides.append(z.masked_fill(empty, 0.0).softmax(-1))

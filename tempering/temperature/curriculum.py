@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tempering.rows import Rows, widened
-from tempering.temperature.base import Policy, Temperatures, positive, share
+from tempering.rows import Rows, upcast_to_float32
+from tempering.temperature.base import Policy, Temperatures, check_positive, check_run_fraction
 from tempering.utils.search_space import Temperature
 
 Form = Literal["global", "instance"]
@@ -30,7 +30,7 @@ class Curriculum(Policy):
 
     Args:
         tau: the temperature that methods soften plainly at; the learned one does not start there.
-        form: "global", one number; "instance", a net of two layers from both sides' logits, sized by ``prepare``.
+        form: "global", one number; "instance", a net of two layers from both sides' logits, sized by ``setup``.
         low: lower bound.
         high: upper bound; the released t_start and t_end are 1 and 20, which is [1, 21].
         initial: ``raw`` at the start, or the bias of the net's last layer. The released 1.0 is T = 15.6.
@@ -40,10 +40,10 @@ class Curriculum(Policy):
         weight_decay: of ``raw`` or the net alone. None leaves them the optimizer's own as the released code does
             (5e-4), which pulls ``raw`` to 0 and so T to the middle of the range; 0.0 for none.
         hidden: width of the instance net; the published one is not known.
-        centred: take the mean off the logits that the net sees, so that a shift of them changes nothing.
+        centered: take the mean off the logits that the net sees, so that a shift of them changes nothing.
         attached: let the student's gradient flow through the net's input too, reversed as it is.
 
-    Warns once when the temperature, or most rows', sits at a bound: there it is a static one. On standardised logits it
+    Warns once when the temperature, or most rows', sits at a bound: there it is a static one. On standardized logits it
     always falls to the lower bound. ``report`` counts the temperatures that do.
 
     Reference: Li et al., "Curriculum Temperature for Knowledge Distillation", AAAI 2023, arXiv:2211.16231. The instance
@@ -65,12 +65,12 @@ class Curriculum(Policy):
         over: float = 10 / 240,
         weight_decay: float | None = None,
         hidden: int = 64,
-        centred: bool = True,
+        centered: bool = True,
         attached: bool = False,
     ) -> None:
         super().__init__()
-        positive("Curriculum", tau=tau, low=low, high=high)
-        share("Curriculum", over=over)
+        check_positive("Curriculum", tau=tau, low=low, high=high)
+        check_run_fraction("Curriculum", over=over)
         if form not in ("global", "instance"):
             raise ValueError(f"Curriculum needs form 'global' or 'instance'; got {form!r}.")
         if low >= high:
@@ -87,23 +87,23 @@ class Curriculum(Policy):
         self.form: Form = form
         self.tau, self.low, self.high, self.initial = tau, low, high, initial
         self.lambda_first, self.lambda_last, self.over = lambda_first, lambda_last, over
-        self.weight_decay, self.hidden, self.centred = weight_decay, hidden, centred
+        self.weight_decay, self.hidden, self.centered = weight_decay, hidden, centered
         self.by_class = form == "instance"
         self.attached = attached
-        self.shift_invariant = centred or form == "global"
+        self.shift_invariant = centered or form == "global"
         self.raw = nn.Parameter(torch.full((1, 1), float(initial))) if form == "global" else None
         self.net: nn.Sequential | None = None
         self.counts: dict[str, Tensor] = {}
         self.warned, self.calls = False, 0
 
-    def prepare(self, rows: Rows) -> None:
+    def setup(self, rows: Rows) -> None:
         """Make the instance net for these classes, unless there is one."""
         both = 2 * rows.student.shape[1]
         if self.form == "global" or (self.net is not None and self.net[0].in_features == both):
             return
         net = nn.Sequential(nn.Linear(both, self.hidden), nn.ReLU(), nn.Linear(self.hidden, 1))
         nn.init.constant_(net[2].bias, self.initial)  # pyright: ignore[reportArgumentType]
-        self.net = net.to(widened(rows.student))
+        self.net = net.to(upcast_to_float32(rows.student))
 
     def lambda_at(self, progress: float) -> float:
         """What the temperature's gradient is multiplied by at that share of the run."""
@@ -131,12 +131,12 @@ class Curriculum(Policy):
 
     def _raw(self, rows: Rows) -> Float[Tensor, "#N 1"]:
         if self.raw is not None:
-            return self.raw.to(widened(rows.student))
+            return self.raw.to(upcast_to_float32(rows.student))
         if self.net is None or self.net[0].in_features != 2 * rows.student.shape[1]:
             made = "has no size yet" if self.net is None else f"is made for {self.net[0].in_features // 2} classes"  # pyright: ignore
             raise RuntimeError(
                 f"Curriculum(form='instance'): its net {made}, and Rows(name={rows.name!r}) has "
-                f"{rows.student.shape[1]} classes. Call method.prepare(rows) with a first block of rows, before the "
+                f"{rows.student.shape[1]} classes. Call method.setup(rows) with a first block of rows, before the "
                 "optimizer is made."
             )
         student = rows.student if self.attached else rows.student.detach()
@@ -150,10 +150,10 @@ class Curriculum(Policy):
 
     def _seen(self, logits: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
         """One side's logits as the net sees them: masked classes are 0."""
-        z = widened(logits)
+        z = upcast_to_float32(logits)
         gone = torch.isneginf(z)
         z = z.masked_fill(gone, 0.0)
-        if self.centred:
+        if self.centered:
             z = z - z.sum(1, keepdim=True) / (~gone).sum(1, keepdim=True).clamp_min(1)
         return z.masked_fill(gone, 0.0)
 
@@ -173,6 +173,6 @@ class Curriculum(Policy):
         T = self.low + (self.high - self.low) * float(where[counted].median())
         warnings.warn(
             f"Curriculum's temperature sits at a bound, T = {T:.4g} of [{self.low:g}, {self.high:g}], where it is a "
-            "static one. On standardised logits it always falls to the lower bound. Use Static, or move low and high.",
+            "static one. On standardized logits it always falls to the lower bound. Use Static, or move low and high.",
             stacklevel=5,
         )

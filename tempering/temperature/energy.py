@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tempering.rows import Rows, widened
-from tempering.temperature.base import Policy, Temperatures, positive
+from tempering.rows import Rows, upcast_to_float32
+from tempering.temperature.base import Policy, Temperatures, check_positive
 from tempering.utils.search_space import Temperature
 
 
@@ -26,8 +26,8 @@ class Energy(Policy):
         bounds: (lower, upper) energies. As published they are taken once over the training set:
             ``Energy.bounds_of(logits)``. None takes them over the block's rows that have weight, so that a row's
             temperature depends on the others.
-        centred: take the mean over the classes off the logits first. Softmax ignores a shift and the energy does not;
-            the released code does not centre.
+        centered: take the mean over the classes off the logits first. Softmax ignores a shift and the energy does not;
+            the released code does not center.
 
     Reference: Kim et al., "Maximizing Discrimination Capability of Knowledge Distillation with Energy Function",
     Knowledge-Based Systems 2024, arXiv:2311.14334.
@@ -43,10 +43,10 @@ class Energy(Policy):
         unsure: float = 6.0,
         share: float = 0.2,
         bounds: Sequence[float] | None = None,
-        centred: bool = True,
+        centered: bool = True,
     ) -> None:
         super().__init__()
-        positive("Energy", tau=tau, sure=sure, unsure=unsure)
+        check_positive("Energy", tau=tau, sure=sure, unsure=unsure)
         if not 0.0 <= share <= 0.5:
             raise ValueError(f"Energy needs share in [0, 0.5], of the rows beyond either bound; got {share!r}.")
         if bounds is not None and (len(bounds) != 2 or not bounds[0] <= bounds[1]):
@@ -55,12 +55,12 @@ class Energy(Policy):
             )
         self.tau, self.sure, self.unsure, self.share = tau, sure, unsure, share
         self.bounds = None if bounds is None else tuple(bounds)
-        self.centred = self.shift_invariant = centred
+        self.centered = self.shift_invariant = centered
         self.relational = bounds is None  # pyright: ignore[reportAttributeAccessIssue]
 
     @torch.no_grad()
     def forward(self, rows: Rows, progress: float) -> Temperatures:
-        found = energy(rows.teacher, centred=self.centred)
+        found = energy(rows.teacher, centered=self.centered)
         if not len(rows):
             return Temperatures(found, found)
         kept = None if rows.weight is None else rows.weight > 0
@@ -69,19 +69,19 @@ class Energy(Policy):
         return Temperatures(T, T)
 
     @staticmethod
-    def bounds_of(logits: Float[Tensor, "N C"], *, share: float = 0.2, centred: bool = True) -> tuple[float, float]:
+    def bounds_of(logits: Float[Tensor, "N C"], *, share: float = 0.2, centered: bool = True) -> tuple[float, float]:
         """The energies that ``share`` of the rows lie below and above, for ``bounds``."""
         if not len(logits):
             raise ValueError("Energy.bounds_of needs the teacher's logits of at least one row; got none.")
-        low, high = _bounds(energy(logits, centred=centred), None, share)
+        low, high = _bounds(energy(logits, centered=centered), None, share)
         return float(low), float(high)
 
 
-def energy(logits: Float[Tensor, "N C"], *, centred: bool, softness: float = 4.0) -> Float[Tensor, "N 1"]:
+def energy(logits: Float[Tensor, "N C"], *, centered: bool, softness: float = 4.0) -> Float[Tensor, "N 1"]:
     """-softness * logsumexp(z / softness) over the classes that are not masked, (N, 1); 0 where none is left."""
-    z = widened(logits)
+    z = upcast_to_float32(logits)
     gone = torch.isneginf(z)
-    if centred:
+    if centered:
         z = z - z.masked_fill(gone, 0.0).sum(-1, keepdim=True) / (~gone).sum(-1, keepdim=True).clamp_min(1)
     found = -softness * torch.logsumexp(z / softness, -1, keepdim=True)
     return found.masked_fill(gone.all(-1, keepdim=True), 0.0)

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tempering.rows import Rows, widened
-from tempering.temperature.base import Policy, Temperatures, positive
-from tempering.temperature.sharpness import centred
+from tempering.rows import Rows, upcast_to_float32
+from tempering.temperature.base import Policy, Temperatures, check_positive
+from tempering.temperature.sharpness import centered
 from tempering.temperature.standardized import spread
 from tempering.utils.search_space import Temperature
 
@@ -33,22 +33,22 @@ class Entropy(Policy):
 
     def __init__(self, tau: Annotated[float, Temperature()] = 4.0, *, reach: float = 0.9) -> None:
         super().__init__()
-        positive("Entropy", tau=tau)
+        check_positive("Entropy", tau=tau)
         if not 0.0 < reach <= 1.0:
             raise ValueError(f"Entropy needs reach in (0, 1], the largest |delta| / tau; got {reach!r}.")
         self.tau, self.reach = tau, reach
         self.counts: dict[str, Tensor] = {}
 
     def forward(self, rows: Rows, progress: float) -> Temperatures:
-        return self.at(self.tau, rows, progress)
+        return self.with_reference(self.tau, rows, progress)
 
     @torch.no_grad()
-    def at(self, tau: float, rows: Rows, progress: float) -> Temperatures:
-        u, v = widened(rows.teacher), widened(rows.student)
+    def with_reference(self, tau: float, rows: Rows, progress: float) -> Temperatures:
+        u, v = upcast_to_float32(rows.teacher), upcast_to_float32(rows.student)
         kind = torch.promote_types(u.dtype, v.dtype)
         u, v = u.to(kind), v.to(kind)
         spreads = spread(u, ddof=0), spread(v, ddof=0)
-        flat = centred(u).flat | centred(v).flat
+        flat = centered(u).flat | centered(v).flat
         start = torch.where(flat, 0.0, tau * (spreads[0] - spreads[1]) / (spreads[0] + spreads[1]))
         delta, held = _solve(u, v, start, flat, tau, self.reach)
         counted = True if rows.weight is None else (rows.weight > 0).unsqueeze(1)

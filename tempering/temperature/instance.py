@@ -10,16 +10,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tempering.rows import Rows, widened
-from tempering.temperature._mixed import Mix, Mixed, ranked
+from tempering.rows import Rows, upcast_to_float32
+from tempering.temperature._mixed import Mix, MixUpLoader, ranked
 from tempering.temperature._ppo import Agent, Form, Path, normals, squashed
-from tempering.temperature.base import LearningPolicy, Temperatures, constant, positive
+from tempering.temperature.base import AdaptivePolicy, Temperatures, check_positive, constant
 from tempering.utils.search_space import Fraction, Temperature
 
 WAITING = 5  # columns of a path that waits for its reward: the state, the action, its log-density
 
 
-class Instance(LearningPolicy):
+class Instance(AdaptivePolicy):
     """T = low + (high - low) sigmoid(x), x from the agent's Gaussian, one temperature for both sides of a row, (N, 1).
 
     The agent sees the student's and the teacher's confidence (largest probability) and the student's margin (largest
@@ -95,7 +95,7 @@ class Instance(LearningPolicy):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        positive("Instance", tau=tau, high=high, period=period, clip=clip, actor_lr=actor_lr, critic_lr=critic_lr)
+        check_positive("Instance", tau=tau, high=high, period=period, clip=clip, actor_lr=actor_lr, critic_lr=critic_lr)
         self.tau, self.low, self.high, self.clip, self.rounds = tau, low, high, clip, rounds
         self.warmup, self.period, self.span = warmup, period, span
         self.gamma, self.trace, self.actor_lr, self.critic_lr = gamma, trace, actor_lr, critic_lr
@@ -117,7 +117,7 @@ class Instance(LearningPolicy):
             )
         self.register_buffer("accuracy", torch.tensor(-1.0))  # of the step before; -1 where none was
         self.register_buffer("waiting", torch.zeros(0, 0))  # (n, WAITING): the path of the step before; (0, 0) for none
-        self.register_buffer("entropy", torch.zeros(0))  # summed, a sample; what ``feed`` makes room for
+        self.register_buffer("entropy", torch.zeros(0))  # summed, a sample; what ``wrap_batches`` makes room for
         self.register_buffer("times", torch.zeros(0))  # how often it was summed
         for name in ("steps", "updates"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
@@ -166,11 +166,11 @@ class Instance(LearningPolicy):
         return math.ceil(periods - 1e-6) - periods < self.span / self.period - 1e-6
 
     @property
-    def wants_reward(self) -> bool:
+    def needs_reward(self) -> bool:
         return self.form == "bandit" and self.seen is not None and self.seen.improving
 
     @torch.no_grad()
-    def learn(self, reward: Float[Tensor, " N"] | None) -> None:
+    def update(self, reward: Float[Tensor, " N"] | None) -> None:
         """Take what the last call's rows brought and improve; "bandit" alone looks at ``reward``.
 
         Raises:
@@ -193,7 +193,7 @@ class Instance(LearningPolicy):
         deviation = (self.agent.actor.net.log_std.sum() - 0.5).exp()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
         return {"updates": self.updates.clone(), "deviation": deviation.detach()}
 
-    def feed(self, batches: Iterable[Any], teacher: Any) -> Iterable[Any]:
+    def wrap_batches(self, batches: Iterable[Any], teacher: Any) -> Iterable[Any]:
         """The batches, mixed in spans where ``mix`` says so.
 
         Raises:
@@ -201,7 +201,7 @@ class Instance(LearningPolicy):
         """
         if not self.mix:
             return batches
-        if not hasattr(batches, "at") or not hasattr(batches, "rows"):
+        if not hasattr(batches, "gather") or not hasattr(batches, "rows"):
             raise ValueError(
                 f"Instance(mix={self.mix}) mixes images by their ids, and {type(batches).__name__} cannot look them "
                 "up. Use tempering.data.Batches, or mix=0."
@@ -213,7 +213,7 @@ class Instance(LearningPolicy):
             )
         size = int(batches.rows)  # pyright: ignore[reportAttributeAccessIssue]
         self.entropy, self.times = self.entropy.new_zeros(size), self.times.new_zeros(size)
-        return Mixed(batches, self.mixes, larger=self.form != "published")
+        return MixUpLoader(batches, self.mixes, larger=self.form != "published")
 
     def mixes(self) -> Mix | None:
         """Which samples the next batch shows mixed; None outside a span."""
@@ -236,7 +236,7 @@ class Instance(LearningPolicy):
                 f"Instance.learn() needs the reward of each row of the last call, ({len(seen.kept)},); got "
                 f"{tuple(reward.shape)}."
             )
-        told = seen.kept & seen.labelled & reward.isfinite()
+        told = seen.kept & seen.labeled & reward.isfinite()
         self._improve(self._taken(seen.path, told), reward[told].to(self.accuracy.dtype))
 
     def _learn_path(self, seen: _Seen) -> None:
@@ -287,19 +287,19 @@ class Instance(LearningPolicy):
 
 
 class _Seen:
-    """What the last call leaves for ``learn``: the path of all rows, which of them count, and what they were."""
+    """What the last call leaves for ``update``: the path of all rows, which of them count, and what they were."""
 
     def __init__(self, path: Path, rows: Rows, kept: Bool[Tensor, " N"], progress: float, improving: bool) -> None:
         self.path, self.kept, self.progress, self.improving, self.ids = path, kept, progress, improving, rows.ids
-        self.student = widened(rows.student.detach())
+        self.student = upcast_to_float32(rows.student.detach())
         self.target = rows.target
-        self.labelled = torch.zeros_like(kept) if rows.target is None else rows.target >= 0
+        self.labeled = torch.zeros_like(kept) if rows.target is None else rows.target >= 0
 
     def accuracy(self, before: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """Of the kept rows that have a label; ``before`` where there are none."""
         if self.target is None or not self.student.numel():
             return before
-        counted = self.kept & self.labelled
+        counted = self.kept & self.labeled
         right = ((self.student.argmax(-1) == self.target) & counted).sum()
         return torch.where(counted.any(), right / counted.sum(), before).to(before.dtype)
 
@@ -309,7 +309,7 @@ def observed(rows: Rows, kept: Bool[Tensor, " N"], *, published: bool = False) -
 
     The margin is to the second largest probability, 0 where there is none; ``published``: to the second smallest.
     """
-    masked, (student, teacher) = [], (widened(rows.student.detach()), widened(rows.teacher))
+    masked, (student, teacher) = [], (upcast_to_float32(rows.student.detach()), upcast_to_float32(rows.teacher))
     for z in (student, teacher):
         z = z.masked_fill(~kept.unsqueeze(1), 0.0)
         masked.append(z.masked_fill(torch.isneginf(z).all(-1, keepdim=True), 0.0))

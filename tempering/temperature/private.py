@@ -8,15 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tempering.rows import Rows, widened
-from tempering.temperature.base import Policy, Temperatures, Wrapping, positive
+from tempering.rows import Rows, upcast_to_float32
+from tempering.temperature.base import Policy, PolicyWrapper, Temperatures, check_positive
 from tempering.temperature.sharpness import Sharpness
 from tempering.temperature.static import Static
 
 Sides = Literal["teacher", "both"]
 
 
-class Private(Wrapping):
+class Private(PolicyWrapper):
     """T + g (high - T) for the T of ``policy`` and g = privacy^power; rows that are not private keep T exactly.
 
     The scale of a row goes from the policy's own to 1 with g: a private row is not multiplied by its T_s T_t. At high
@@ -52,7 +52,7 @@ class Private(Wrapping):
         squared: bool = False,
     ) -> None:
         super().__init__(Static(4.0) if policy is None else policy)
-        positive("Private", high=high, power=power)
+        check_positive("Private", high=high, power=power)
         if sides not in ("teacher", "both"):
             raise ValueError(f"Private needs sides 'teacher' or 'both'; got {sides!r}.")
         self.high, self.power, self.sides, self.squared = high, power, sides, squared
@@ -61,7 +61,7 @@ class Private(Wrapping):
     def example(cls) -> Self:
         return cls(Sharpness(4.0))
 
-    def changed(self, T: Temperatures, rows: Rows) -> Temperatures:
+    def transform(self, T: Temperatures, rows: Rows) -> Temperatures:
         private = privacy(rows)
         if private is None:
             self.counts = {}
@@ -81,7 +81,7 @@ class Private(Wrapping):
 
 def privacy(rows: Rows) -> Float[Tensor, " N"] | None:
     """How private the rows are, (N,), 0 where they have no weight; None where nothing is said of it."""
-    if rows.private is None:
+    if rows.privacy_score is None:
         return None
-    private = rows.private.to(widened(rows.teacher).dtype)
+    private = rows.privacy_score.to(upcast_to_float32(rows.teacher).dtype)
     return private if rows.weight is None else torch.where(rows.weight > 0, private, torch.zeros_like(private))

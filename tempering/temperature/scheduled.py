@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tempering.rows import Rows, widened
-from tempering.temperature.base import Policy, Temperatures, inner, positive, share
+from tempering.rows import Rows, upcast_to_float32
+from tempering.temperature.base import Policy, Temperatures, check_inner_policy, check_positive, check_run_fraction
 from tempering.temperature.sharpness import Sharpness
 from tempering.temperature.static import Static
 from tempering.utils.search_space import Temperature
@@ -47,10 +47,10 @@ class Scheduled(Policy):
         over: float = 1.0,
     ) -> None:
         super().__init__()
-        self.policy = inner("Scheduled", Static(4.0) if policy is None else policy)
+        self.policy = check_inner_policy("Scheduled", Static(4.0) if policy is None else policy)
         self.tau = self.policy.tau if start is None else start
-        positive("Scheduled", start=self.tau, end=end)
-        share("Scheduled", over=over)
+        check_positive("Scheduled", start=self.tau, end=end)
+        check_run_fraction("Scheduled", over=over)
         if shape not in ("cosine", "linear"):
             raise ValueError(f"Scheduled needs shape 'cosine' or 'linear'; got {shape!r}.")
         self.shape: Shape = shape
@@ -62,13 +62,13 @@ class Scheduled(Policy):
     def example(cls) -> Self:
         return cls(Sharpness(4.0), end=2.0)
 
-    def tau_at(self, progress: float) -> float:
+    def reference_at(self, progress: float) -> float:
         done = 1.0 if self.over <= 0.0 else min(progress / self.over, 1.0)
         left = 1.0 - done if self.shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
         return self.end + (self.tau - self.end) * left
 
     def forward(self, rows: Rows, progress: float) -> Temperatures:
-        return self.policy.at(self.tau_at(progress), rows, progress)
+        return self.policy.with_reference(self.reference_at(progress), rows, progress)
 
     def report(self) -> dict[str, Tensor]:
         """What the policy reports."""
@@ -110,7 +110,7 @@ class DTS(Policy):
         adjust: bool = True,
     ) -> None:
         super().__init__()
-        positive("DTS", tau=tau, low=low, high=high, curve=curve)
+        check_positive("DTS", tau=tau, low=low, high=high, curve=curve)
         if low > high:
             raise ValueError(f"DTS needs low <= high; got low={low!r} and high={high!r}.")
         if not 0.0 <= momentum < 1.0:
@@ -123,7 +123,7 @@ class DTS(Policy):
 
     @torch.no_grad()
     def forward(self, rows: Rows, progress: float) -> Temperatures:
-        mean = self.mean.to(widened(rows.student))
+        mean = self.mean.to(upcast_to_float32(rows.student))
         if self.training and len(rows):
             cosine = 0.5 * (1.0 + math.cos(math.pi * self.curve * progress))
             aim = (self.tau * cosine * self._scale(rows)).clamp(self.low, self.high)
@@ -133,14 +133,14 @@ class DTS(Policy):
 
     def _scale(self, rows: Rows) -> Tensor:
         """m of this block, (); 1 where it does not act."""
-        one = torch.ones((), dtype=widened(rows.student).dtype, device=rows.student.device)
+        one = torch.ones((), dtype=upcast_to_float32(rows.student).dtype, device=rows.student.device)
         if not self.adjust or rows.target is None:
             return one
         weight = (rows.target >= 0).to(one.dtype)
         if rows.weight is not None:
             weight = weight * rows.weight.to(one.dtype)
         target = rows.target.long().clamp_min(0)
-        lost = [F.cross_entropy(widened(z), target, reduction="none") for z in (rows.teacher, rows.student)]
+        lost = [F.cross_entropy(upcast_to_float32(z), target, reduction="none") for z in (rows.teacher, rows.student)]
         gap = torch.where(weight > 0, (lost[0] - lost[1]).to(one.dtype), 0.0)
         d = (weight * gap).sum() / weight.sum().clamp_min(torch.finfo(one.dtype).tiny)
         m = d / (d + 1.0)

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tempering.rows import Rows, widened
-from tempering.temperature.base import Policy, Temperatures, positive
+from tempering.rows import Rows, upcast_to_float32
+from tempering.temperature.base import Policy, Temperatures, check_positive
 from tempering.utils.override import OVERRIDES
 from tempering.utils.search_space import Temperature
 
@@ -24,11 +24,11 @@ class Sharpness(Policy):
     The sharper side (the larger logsumexp) gets the higher temperature. ``solve`` says how delta is found:
 
     - "exact": the one root in (-tau, tau) of logsumexp(u / (tau + delta)) = logsumexp(v / (tau - delta)), u and v the
-      teacher's and the student's *centred* logits. Centring matters: softmax ignores a shift and logsumexp does not.
-      On centred logits that are not constant the root exists and is unique. As tau -> 0 it tends to "max", as
+      teacher's and the student's *centered* logits. Centering matters: softmax ignores a shift and logsumexp does not.
+      On centered logits that are not constant the root exists and is unique. As tau -> 0 it tends to "max", as
       tau -> infinity to "std".
     - "std": T_t / T_s = std(u) / std(v).
-    - "max": T_t / T_s = max(u) / max(v), both centred: the paper's closed form with its shift problem removed.
+    - "max": T_t / T_s = max(u) / max(v), both centered: the paper's closed form with its shift problem removed.
     - "published": T_t = 2x / (x + y) tau, x and y the maxima of the logits as they come, as in the released code (the
       text says the maximum of |logits|). It moves with a shift of the logits. Where the released code divides by zero
       or turns negative, the row falls back to tau on both sides.
@@ -60,7 +60,7 @@ class Sharpness(Policy):
         attached: bool = False,
     ) -> None:
         super().__init__()
-        positive("Sharpness", tau=tau)
+        check_positive("Sharpness", tau=tau)
         if solve not in ("exact", "std", "max", "published"):
             raise ValueError(f"Sharpness needs solve 'exact', 'std', 'max' or 'published'; got {solve!r}.")
         if not 0.0 < reach <= 1.0:
@@ -72,9 +72,9 @@ class Sharpness(Policy):
         self.warned = False
 
     def forward(self, rows: Rows, progress: float) -> Temperatures:
-        return self.at(self.tau, rows, progress)
+        return self.with_reference(self.tau, rows, progress)
 
-    def at(self, tau: float, rows: Rows, progress: float) -> Temperatures:
+    def with_reference(self, tau: float, rows: Rows, progress: float) -> Temperatures:
         follows = self.attached and rows.student.requires_grad and torch.is_grad_enabled()
         with torch.autocast(rows.student.device.type, enabled=False), torch.set_grad_enabled(follows):
             found = solve_delta(rows.teacher, rows.student, tau=tau, solve=self.solve, reach=self.reach)
@@ -115,14 +115,14 @@ def solve_delta(
     """The delta a row by which the temperatures part, and what had to be done to get it."""
     if not torch.compiler.is_compiling() and (fast := OVERRIDES.get().get("solve_delta")):
         return fast(teacher, student, tau=tau, solve=solve, reach=reach)
-    u, v = widened(teacher), widened(student)
+    u, v = upcast_to_float32(teacher), upcast_to_float32(student)
     if solve == "published":
         x, y = u.amax(-1, keepdim=True), v.amax(-1, keepdim=True)
         floor = 1e-4  # a maximum below this share of the other is a temperature near zero: the released code's NaNs
         bad = (x <= floor * y.abs().clamp_min(1.0)) | (y <= floor * x.abs().clamp_min(1.0))
         return _ratio(x, y, bad, tau, reach)
     u, v = u.to(torch.promote_types(u.dtype, v.dtype)), v.to(torch.promote_types(u.dtype, v.dtype))
-    a, b = centred(u), centred(v)
+    a, b = centered(u), centered(v)
     flat = a.flat | b.flat
     if solve == "max":
         return _ratio(a.top, b.top, flat, tau, reach)
@@ -132,11 +132,11 @@ def solve_delta(
     return _exact(a, b, start.delta, flat, tau, reach)
 
 
-class Centred(NamedTuple):
+class Centered(NamedTuple):
     """Logits less their mean over the valid classes, and what is known of each row, (N, 1) each."""
 
     z: Float[Tensor, "N C"]
-    """centred; masked classes become MASKED"""
+    """centered; masked classes become MASKED"""
     n: Tensor
     """how many classes are valid, 1 at least"""
     top: Tensor
@@ -147,9 +147,9 @@ class Centred(NamedTuple):
     """whether the row is constant"""
 
 
-def centred(z: Float[Tensor, "N C"]) -> Centred:
+def centered(z: Float[Tensor, "N C"]) -> Centered:
     """Each row's valid logits less their mean; classes of minus infinity are not valid."""
-    if not torch.compiler.is_compiling() and (fast := OVERRIDES.get().get("centred")):
+    if not torch.compiler.is_compiling() and (fast := OVERRIDES.get().get("centered")):
         return fast(z)
     valid = ~torch.isneginf(z)
     n = valid.to(z.dtype).sum(-1, keepdim=True).clamp_min(1.0)
@@ -162,7 +162,7 @@ def centred(z: Float[Tensor, "N C"]) -> Centred:
     off = torch.where(valid, z - mean, 0.0)
     std = (off.square().sum(-1, keepdim=True) / n).clamp_min(info.tiny).sqrt()
     top = torch.where(torch.isneginf(top), MASKED, top - mean)
-    return Centred(torch.where(valid, off, MASKED), n, top, std, flat)
+    return Centered(torch.where(valid, off, MASKED), n, top, std, flat)
 
 
 def _ratio(x: Tensor, y: Tensor, bad: Tensor, tau: float, reach: float) -> Solution:
@@ -173,7 +173,7 @@ def _ratio(x: Tensor, y: Tensor, bad: Tensor, tau: float, reach: float) -> Solut
 
 
 def _exact(
-    teacher: Centred, student: Centred, start: Tensor, flat: Tensor, tau: float, reach: float, steps: int = 12
+    teacher: Centered, student: Centered, start: Tensor, flat: Tensor, tau: float, reach: float, steps: int = 12
 ) -> Solution:
     """Safeguarded Newton for f(delta) = LSE(u / (tau + delta)) - LSE(v / (tau - delta)), strictly decreasing.
 
@@ -228,7 +228,7 @@ def _sharpness(z: Tensor, T: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     return top / T + mass.log(), (e * z).sum(-1, keepdim=True) / (mass * T.square())
 
 
-def _implicit(a: Tensor, student: Centred, delta: Tensor, moves: Tensor, tau: float, top: Tensor) -> Tensor:
+def _implicit(a: Tensor, student: Centered, delta: Tensor, moves: Tensor, tau: float, top: Tensor) -> Tensor:
     """delta with its implicit derivative in the student's logits attached, by a term whose value is zero."""
     T_s, v = tau - delta, student.z
     b, valid = v.detach(), v > MASKED

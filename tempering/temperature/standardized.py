@@ -1,4 +1,4 @@
-"""Temperatures from the spread of the logits: NormKD, and logit standardisation."""
+"""Temperatures from the spread of the logits: NormKD, and logit standardization."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tempering.rows import Rows, widened
-from tempering.temperature.base import Policy, Temperatures, positive
+from tempering.rows import Rows, upcast_to_float32
+from tempering.temperature.base import Policy, Temperatures, check_positive
 from tempering.utils.search_space import Temperature
 
 Scale = Literal["product", "teacher", "tau"]
 
 
-class Standardised(Policy):
+class Standardized(Policy):
     """T = tau * std(logits), each side by its own standard deviation, (N, 1): softening z-scored logits at tau.
 
     ``scale`` names what a softened divergence is multiplied by, since the sources differ: "product" is this house's
-    T_s * T_t; "teacher" NormKD's T_t^2 a row; "tau" logit standardisation's tau^2, in which the spread takes no part.
+    T_s * T_t; "teacher" NormKD's T_t^2 a row; "tau" logit standardization's tau^2, in which the spread takes no part.
     A row with no spread keeps tau. Standard deviations are over the classes that are not masked, with ``ddof`` = 1 as
     in both released codes.
 
@@ -42,11 +42,11 @@ class Standardised(Policy):
         attached: bool = False,
     ) -> None:
         super().__init__()
-        positive("Standardised", tau=tau)
+        check_positive("Standardized", tau=tau)
         if scale not in ("product", "teacher", "tau"):
-            raise ValueError(f"Standardised needs scale 'product', 'teacher' or 'tau'; got {scale!r}.")
+            raise ValueError(f"Standardized needs scale 'product', 'teacher' or 'tau'; got {scale!r}.")
         if ddof not in (0, 1):
-            raise ValueError(f"Standardised needs ddof 0 or 1; got {ddof!r}.")
+            raise ValueError(f"Standardized needs ddof 0 or 1; got {ddof!r}.")
         self.tau, self.scale, self.ddof, self.attached = tau, scale, ddof, attached
 
     def forward(self, rows: Rows, progress: float) -> Temperatures:
@@ -61,13 +61,13 @@ class Standardised(Policy):
 
 def spread(logits: Float[Tensor, "N C"], *, ddof: int) -> Float[Tensor, "N 1"]:
     """The standard deviation over the classes that are not masked, (N, 1); 1 where the row has none."""
-    z = widened(logits)
+    z = upcast_to_float32(logits)
     valid = ~torch.isneginf(z)
     count = valid.sum(-1, keepdim=True)
     z = torch.where(valid, z, 0.0)
     mean = z.sum(-1, keepdim=True) / count.clamp_min(1)
-    centred = torch.where(valid, z - mean, 0.0)
-    square = centred.square().sum(-1, keepdim=True) / (count - ddof).clamp_min(1)
+    centered = torch.where(valid, z - mean, 0.0)
+    square = centered.square().sum(-1, keepdim=True) / (count - ddof).clamp_min(1)
     flat = square <= (1e-6 * (1.0 + mean.abs())).square()
     # where before the root: its slope at 0 is infinite
     return torch.where(flat, torch.ones_like(square), square).sqrt()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from tempering.rows import Rows
-from tempering.temperature.base import Policy, Temperatures, constant, positive
+from tempering.temperature.base import Policy, Temperatures, check_positive, constant
 from tempering.utils.search_space import Temperature
 
 
@@ -19,7 +19,7 @@ class Static(Policy):
 
     def __init__(self, tau: Annotated[float, Temperature()] = 4.0) -> None:
         super().__init__()
-        positive("Static", tau=tau)
+        check_positive("Static", tau=tau)
         self.tau = tau
 
     def forward(self, rows: Rows, progress: float) -> Temperatures:

@@ -22,7 +22,7 @@ STATE, TENSORS = "state.json", "tensors.safetensors"
 FORMAT = 1
 
 
-class BrokenCheckpoint(RuntimeError):
+class CorruptCheckpointError(RuntimeError):
     """A checkpoint that cannot be trusted; the message names it and what to do."""
 
 
@@ -70,7 +70,7 @@ def load(folder: Path) -> dict[str, Any] | None:
     """The newest checkpoint's state, None where there is none.
 
     Raises:
-        BrokenCheckpoint: where the newest one is truncated, edited or unreadable.
+        CorruptCheckpointError: where the newest one is truncated, edited or unreadable.
     """
     steps = found(folder)
     if not steps:
@@ -83,7 +83,7 @@ def load(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         rest = [s for s in steps if s != max(steps)]
         older = f"from step {max(rest)}" if rest else "from the start: there is no older one"
-        raise BrokenCheckpoint(
+        raise CorruptCheckpointError(
             f"the checkpoint {place} is broken: {error}. Remove that folder to resume {older}."
         ) from error
 

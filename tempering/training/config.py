@@ -82,11 +82,11 @@ class TrainConfig:
         Raises:
             ValueError: naming the option and its value.
         """
-        from tempering.utils.device import refuse
+        from tempering.utils.device import validate_compile_mode
 
         if self.steps is None and self.epochs is None:
             raise ValueError("give steps= or epochs=, one of them; got steps=None, epochs=None.")
-        refuse(self.compile)
+        validate_compile_mode(self.compile)
         for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -89,7 +89,7 @@ def distill(
         ValueError: for options that do not fit together, a method whose loss a split of the step would change, or an
             ``out`` that holds another run.
         SelfCheckError: if the first batch shows that the run would be wrong.
-        BrokenCheckpoint: if the newest checkpoint is truncated or edited.
+        CorruptCheckpointError: if the newest checkpoint is truncated or edited.
         FloatingPointError: if the loss is NaN or infinite.
         OSError: if there is no space for a checkpoint; the earlier ones stay.
     """
@@ -180,7 +180,7 @@ def as_teacher(teacher: nn.Module | Teacher | None, method: Method, batches: Ite
     """
     if isinstance(teacher, Teacher):
         has_identity = getattr(batches, "identity", None) is not None  # somebody else's loader has none
-        if has_identity and (reason := teacher.objection(batches)) is not None:
+        if has_identity and (reason := teacher.incompatibility(batches)) is not None:
             raise ValueError(reason)
         return teacher
     if isinstance(teacher, nn.Module):
@@ -204,5 +204,5 @@ def _prepared(task: Task | None, student: nn.Module, teacher: Teacher | None) ->
         return Classification()
     for model in (student, None if teacher is None else teacher.model):
         if model is not None:
-            task.meet(model)
+            task.prepare_model(model)
     return task

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.methods.base import Method
-from tempering.rows import widened
+from tempering.rows import upcast_to_float32
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -28,12 +28,12 @@ def check_splittable(method: Method, *, accumulate: int = 1, world: int = 1) -> 
             f"{type(method).__name__} lets the teacher learn from each batch before the student does, which {split}="
             f"{parts} would change. Use {split}=1."
         )
-    if parts > 1 and method.is_relational():
+    if parts > 1 and method.is_batch_dependent():
         raise ValueError(
             f"{type(method).__name__} compares rows with each other, so its loss depends on how a step is split: "
             f"{split}={parts} would change it. Use {split}=1 and smaller batches, or a method over single rows."
         )
-    if world > 1 and (adaptive := method.learners()):
+    if world > 1 and (adaptive := method.adaptive_policies()):
         raise ValueError(
             f"{', '.join(type(p).__name__ for p in adaptive)} learns from what a step did to the rows of its own "
             f"process, so {world} processes would learn {world} different temperatures. Use devices=1, or another "
@@ -92,7 +92,7 @@ def clip_grad_norm(optimizer: Any, fabric: Fabric, max_norm: float) -> None:
     fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     kinds = ([g for g in grads if isinstance(g, DTensor)], [g for g in grads if not isinstance(g, DTensor)])
-    norms = [widened(full(torch.nn.utils.get_total_norm(kind))) for kind in kinds if kind]
+    norms = [upcast_to_float32(full(torch.nn.utils.get_total_norm(kind))) for kind in kinds if kind]
     if norms:
         factor = (max_norm / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
         for g in grads:

@@ -48,7 +48,9 @@ class Evaluator:
         for name, batches in self.splits.items():
             require_reiterable(name, batches)
         # a cache of the training set holds no other split, and would return rows of its own
-        sources = {} if teacher is None else {name: teacher.on(batches) for name, batches in self.splits.items()}
+        sources = (
+            {} if teacher is None else {name: teacher.for_batches(batches) for name, batches in self.splits.items()}
+        )
         self.teachers = {
             name: CachedTeacherOutputs(source.to(device), enabled=cache_teacher)
             for name, source in sources.items()
@@ -89,7 +91,7 @@ class Evaluator:
             return {}
         policy = next(iter(method.eval().policies().values()), None)
         temperatures = None if policy is None else temperatures_on_cpu(policy, self.device)
-        analysis = self.task.analyse(model, self.splits[name], teacher=self._teacher(name), temperatures=temperatures)
+        analysis = self.task.analyze(model, self.splits[name], teacher=self._teacher(name), temperatures=temperatures)
         (state.last or {}).get(name, {}).update(analysis.pop("scores", {}))
         return {"split": name, **analysis} if analysis else {}
 
@@ -134,7 +136,7 @@ def temperatures_on_cpu(policy: Callable[[Rows], Any], device: torch.device) -> 
 
     def call(rows: Rows) -> Any:
         target = None if rows.target is None else rows.target.to(device)
-        T = policy(rows.with_(student=rows.student.to(device), teacher=rows.teacher.to(device), target=target))
+        T = policy(rows.replace(student=rows.student.to(device), teacher=rows.teacher.to(device), target=target))
         return type(T)(*(None if x is None else x.detach().cpu() for x in T))
 
     return call

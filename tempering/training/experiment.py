@@ -125,7 +125,7 @@ class Experiment:
         ready, teacher = self, self.teacher
         if isinstance(teacher, TeacherRecipe):
             recipe = teacher if cached else replace(teacher, cache=None)
-            prepare = (lambda model: None) if self.task is None else self.task.meet
+            prepare = (lambda model: None) if self.task is None else self.task.prepare_model
             teacher, facts = recipe.make(weights, prepare)
             train = self.train if recipe.cache is None else recipe.cache.replayed
             ready = replace(self, train=train, facts={**self.facts, "teacher": facts})

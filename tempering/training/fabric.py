@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tempering.utils.device import warn_of_imitated_bf16
+from tempering.utils.device import warn_if_bf16_emulated
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -49,7 +49,7 @@ def fabric_for(
         loggers=[_logger(x, folder) for x in loggers],
     )
     fabric.launch()
-    warn_of_imitated_bf16(precision, fabric.device)
+    warn_if_bf16_emulated(precision, fabric.device)
     return fabric
 
 

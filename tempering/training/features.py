@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from tempering.teachers.base import Teacher
-    from tempering.utils.hooks import Taps
+    from tempering.utils.hooks import FeatureExtractor
 
 
 class PairedFeatures:
     """The features that both models computed in their last forward passes, by the names that the task gives them."""
 
-    def __init__(self, student: Taps, teacher: Taps, names: Mapping[str, tuple[str, str]]) -> None:
+    def __init__(
+        self, student: FeatureExtractor, teacher: FeatureExtractor, names: Mapping[str, tuple[str, str]]
+    ) -> None:
         self.student, self.teacher, self.names = student, teacher, names
 
     @classmethod
@@ -35,14 +37,16 @@ class PairedFeatures:
         """
         if not names:
             return None
-        from tempering.utils.hooks import Taps
+        from tempering.utils.hooks import FeatureExtractor
 
         if teacher is None or teacher.model is None:
             raise ValueError(
                 f"the task taps {', '.join(names)}, but {'no teacher' if teacher is None else type(teacher).__name__} "
                 "has features. Give the live model: teachers.Live(model)."
             )
-        sides = [Taps(m, [pair[i] for pair in names.values()]) for i, m in enumerate((student, teacher.model))]
+        sides = [
+            FeatureExtractor(m, [pair[i] for pair in names.values()]) for i, m in enumerate((student, teacher.model))
+        ]
         return cls(sides[0].__enter__(), sides[1].__enter__(), names)
 
     def features(self) -> dict[str, tuple[Tensor, Tensor]]:

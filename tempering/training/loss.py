@@ -19,7 +19,7 @@ def chunking_for(method: Method, chunks: bool | None = None) -> Chunking | None:
             alone and no policy adapts after the step.
     """
     if chunks is None:
-        independent = not (method.owns_step or method.is_relational() or method.learners())
+        independent = not (method.owns_step or method.is_batch_dependent() or method.adaptive_policies())
         return Chunking(chunked_loss, MIN_LOGITS) if independent else None
     return Chunking(chunked_loss, 0, always=True) if chunks else None
 
@@ -29,5 +29,5 @@ def chunked_loss(method: Method, rows: Rows, progress: float, normalizer: Tensor
     # imported here because it loads torch's compilers
     from tempering.kernels.chunked import chunked
 
-    loss, terms, path = chunked(method, rows, progress, rows_in_batch=normalizer)
+    loss, terms, path = chunked(method, rows, progress, normalizer=normalizer)
     return BlockLoss(rows, loss, terms, path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tempering.temperature.base import Policy, sharpness_gap
+from tempering.temperature.base import Policy, logsumexp_gap
 
 if TYPE_CHECKING:
     from tempering.methods.base import BlockLoss
@@ -37,7 +37,7 @@ def step_metrics(losses: Sequence[BlockLoss], policies: Mapping[str, Policy]) ->
         low, high = torch.quantile(values[:100_000], values.new_tensor([0.05, 0.95])).tolist()
         line[side] = {"mean": float(values.mean()), "p5": low, "p95": high}
     line["policy"] = {name: float(count) for name, count in policy.report().items()}
-    line["gap"] = float(sharpness_gap(rows.with_(student=rows.student.detach()), policy.last))
+    line["logsumexp_gap"] = float(logsumexp_gap(rows.replace(student=rows.student.detach()), policy.last))
     return line | path
 
 

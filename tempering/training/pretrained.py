@@ -103,7 +103,7 @@ class LogitCache:
             cached = _DryCache(path, live, as_recorded(self.batches, views), clean=views is None)
         else:
             cached = record(live, self.batches, path, views=views, quiet=self.quiet)
-        cached.beyond = live
+        cached.fallback = live
         return cached
 
 

@@ -65,7 +65,7 @@ class Keeper:
 
         Raises:
             ValueError: where the folder holds another run, naming what differs.
-            BrokenCheckpoint: where the newest checkpoint cannot be trusted.
+            CorruptCheckpointError: where the newest checkpoint cannot be trusted.
         """
         if self.folder is None:
             return TrainState(), None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.methods.base import Method
-from tempering.rows import Rows, total, widened
+from tempering.rows import Rows, total, upcast_to_float32
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.training.checkpoint import random_state, set_random_state
@@ -65,7 +65,7 @@ def selfcheck(
             student_output = student(student_inputs)
             blocks = task.rows(student_output, teacher_output, batch)
             if features is not None:
-                blocks[-1] = blocks[-1].with_(features={**blocks[-1].features, **features()})
+                blocks[-1] = blocks[-1].replace(features={**blocks[-1].features, **features()})
             for rows in blocks:
                 _check_student(rows)
             if teacher is not None:
@@ -105,7 +105,7 @@ def _check_teacher_logits(blocks: list[Rows], again: list[Rows], *, comparable: 
             row = int((torch.isnan(rows.teacher) | torch.isposinf(rows.teacher)).any(-1).nonzero()[0])
             raise SelfCheckError(
                 f"the teacher's logits hold NaN or infinity (first in row {row} of the first batch). Is its checkpoint "
-                "whole, are its inputs normalised as in its training, does its precision suffice? Try precision='fp32'."
+                "whole, are its inputs normalized as in its training, does its precision suffice? Try precision='fp32'."
             )
     if not all(_close(a.teacher, b.teacher) for a, b in zip(again, blocks, strict=True)):
         raise SelfCheckError(
@@ -137,12 +137,12 @@ def _check_above_chance(rows: Rows) -> str:
     known = rows.target >= 0 if rows.weight is None else (rows.target >= 0) & (rows.weight > 0)
     n, classes = int(known.sum()), rows.teacher.shape[1]
     if n < 8 or classes < 2:
-        return f"only {n} labelled rows of {classes} classes"
+        return f"only {n} labeled rows of {classes} classes"
     correct = int((rows.teacher.argmax(-1) == rows.target)[known].sum())
     if _p_value(correct, n, classes) > 0.05:
         raise SelfCheckError(
             f"the teacher is right on {correct} of {n} rows, as a guess among {classes} classes would be. Are its "
-            "classes in the labels' order, its weights loaded, its inputs normalised as in its training? "
+            "classes in the labels' order, its weights loaded, its inputs normalized as in its training? "
             "selfcheck=False (--no-selfcheck) runs it all the same."
         )
     return f"ok ({100 * correct / n:.1f} % on the first batch)"
@@ -157,16 +157,16 @@ def _p_value(correct: int, n: int, classes: int) -> float:
 
 def _check_row_weights(task: Task, batch: Any, blocks: list[Rows]) -> None:
     """Check that the task's total weight of a batch's rows is the weight of the rows that it makes."""
-    declared = task.mass(batch)
+    declared = task.row_weights(batch)
     for rows in blocks:
         if rows.name not in declared:
             raise SelfCheckError(
-                f"{type(task).__name__}.mass() does not name the block {rows.name!r} that rows() makes."
+                f"{type(task).__name__}.row_weights() does not name the block {rows.name!r} that rows() makes."
             )
-        got, expected = float(rows.mass), float(declared[rows.name])
+        got, expected = float(rows.total_weight), float(declared[rows.name])
         if abs(got - expected) > 1e-3 * max(1.0, got):
             raise SelfCheckError(
-                f"{type(task).__name__}.mass() promises weight {expected:g} for the block {rows.name!r} and rows() "
+                f"{type(task).__name__}.row_weights() promises weight {expected:g} for the block {rows.name!r} and rows() "
                 f"makes {got:g}: the loss would change with the batch split."
             )
 
@@ -179,7 +179,7 @@ def _check_student(rows: Rows) -> None:
             "Is the student's head too small, or do labels start at 1?"
         )
     if torch.isnan(rows.student).any():
-        raise SelfCheckError("the student's logits hold NaN on the first batch. Are the inputs finite and normalised?")
+        raise SelfCheckError("the student's logits hold NaN on the first batch. Are the inputs finite and normalized?")
 
 
 def _check_loss(method: Method, rows: Rows, *, has_teacher: bool) -> dict[str, str]:
@@ -190,19 +190,21 @@ def _check_loss(method: Method, rows: Rows, *, has_teacher: bool) -> dict[str, s
     """
     if method.owns_step:
         return {"loss": "the method owns its step"}
-    hard = None if rows.hard is None else widened(rows.hard.detach())
-    rows = rows.with_(student=widened(rows.student.detach()), teacher=widened(rows.teacher), hard=hard)
+    hard = None if rows.task_loss is None else upcast_to_float32(rows.task_loss.detach())
+    rows = rows.replace(
+        student=upcast_to_float32(rows.student.detach()), teacher=upcast_to_float32(rows.teacher), task_loss=hard
+    )
 
     def loss(rows: Rows, normalizer: float | None = None) -> float:
         with torch.no_grad():
-            return float(total(_terms(copy.deepcopy(method), rows), rows, rows_in_batch=normalizer))
+            return float(total(_terms(copy.deepcopy(method), rows), rows, normalizer=normalizer))
 
-    name, weight, reference = type(method).__name__, float(rows.mass), loss(rows)
+    name, weight, reference = type(method).__name__, float(rows.total_weight), loss(rows)
     if not math.isfinite(reference):
         raise SelfCheckError(
             f"{name}: the loss of the first batch is {reference}. Look at the logits of both models there."
         )
-    checks = _check_zero_when_equal(method, rows) if has_teacher and method.zero_at_agreement else {}
+    checks = _check_zero_when_equal(method, rows) if has_teacher and method.zero_when_equal else {}
 
     def check_same(check: str, got: float, why: str) -> None:
         # "not <=" rather than ">": NaN is not the same
@@ -210,7 +212,7 @@ def _check_loss(method: Method, rows: Rows, *, has_teacher: bool) -> dict[str, s
             raise SelfCheckError(f"{name}: the loss is {reference:.6g}, and {got:.6g} {why}")
         checks[check] = "ok"
 
-    if method.is_relational() or len(rows) < 2:
+    if method.is_batch_dependent() or len(rows) < 2:
         checks["split"] = "rows are compared with each other" if len(rows) > 1 else "one row"
     else:
         half = len(rows) // 2
@@ -222,7 +224,7 @@ def _check_loss(method: Method, rows: Rows, *, has_teacher: bool) -> dict[str, s
         padded = "with rows of weight 0 added: leave them out, or weigh what is summed over rows."
         check_same("same when padded", loss(_padded(rows)), padded)
     if all(p.shift_invariant for p in method.policies().values()) and method.shift_invariant:
-        shifted = rows.with_(student=rows.student + 3.0, teacher=rows.teacher - 5.0)
+        shifted = rows.replace(student=rows.student + 3.0, teacher=rows.teacher - 5.0)
         check_same("same when shifted", loss(shifted), "with a constant added to the logits, which softmax ignores.")
     else:
         checks["shift"] = "its temperatures move with a shift of the logits"
@@ -245,14 +247,14 @@ def _check_zero_when_equal(method: Method, rows: Rows) -> dict[str, str]:
     features = {name: (t, t) for name, (_, t) in rows.features.items()}
     with torch.no_grad():
         # without privacy scores: private rows may have other targets
-        terms = _terms(copy.deepcopy(method), rows.with_(student=rows.teacher, features=features, private=None))
+        terms = _terms(copy.deepcopy(method), rows.replace(student=rows.teacher, features=features, privacy_score=None))
     kept = slice(None) if rows.weight is None else rows.weight > 0
     soft = {k: v[kept].abs().max().item() for k, v in terms.items() if not k.endswith("hard") and len(v[kept])}
     if not all(v <= CLOSE for v in soft.values()):
         values = ", ".join(f"{k} = {v:.3g}" for k, v in soft.items())
         raise SelfCheckError(
             f"{type(method).__name__}: the loss of a student equal to its teacher is not 0 but {values} at most in a "
-            "row. If it is meant so, the method says zero_at_agreement = False."
+            "row. If it is meant so, the method says zero_when_equal = False."
         )
     return {"zero at agreement": "ok"}
 
@@ -262,8 +264,8 @@ def _check_gradients(method: Method, rows: Rows) -> None:
     with torch.enable_grad():
         student = rows.student.clone().requires_grad_()
         features = {n: (s.detach().clone().requires_grad_(), t) for n, (s, t) in rows.features.items()}
-        hard = None if rows.hard is None else rows.hard.clone().requires_grad_()
-        rows, method = rows.with_(student=student, features=features, hard=hard), copy.deepcopy(method)
+        hard = None if rows.task_loss is None else rows.task_loss.clone().requires_grad_()
+        rows, method = rows.replace(student=student, features=features, task_loss=hard), copy.deepcopy(method)
         leaves = {"the student's logits": student} | {f"the feature {n!r}": s for n, (s, _) in features.items()}
         leaves |= {} if hard is None else {"the task's own losses": hard}
         leaves |= {f"its own {n}": p for n, p in method.named_parameters() if p.requires_grad}
@@ -287,15 +289,15 @@ def _check_gradients(method: Method, rows: Rows) -> None:
 
 def _cut(rows: Rows, part: slice) -> Rows:
     """Slice the rows."""
-    return rows.with_(
+    return rows.replace(
         student=rows.student[part],
         teacher=rows.teacher[part],
         target=None if rows.target is None else rows.target[part],
         weight=None if rows.weight is None else rows.weight[part],
         ids=None if rows.ids is None else rows.ids[part],
-        places=None if rows.places is None else rows.places[part],
-        private=None if rows.private is None else rows.private[part],
-        hard=None if rows.hard is None else rows.hard[part],
+        positions=None if rows.positions is None else rows.positions[part],
+        privacy_score=None if rows.privacy_score is None else rows.privacy_score[part],
+        task_loss=None if rows.task_loss is None else rows.task_loss[part],
         features={name: (s[part], t[part]) for name, (s, t) in rows.features.items()},
     )
 
@@ -304,14 +306,14 @@ def _padded(rows: Rows, extra: int = 2) -> Rows:
     """Append the last ``extra`` rows again, with weight 0 and other values."""
     tail = slice(-extra, None)
     weight = torch.ones(len(rows), device=rows.student.device) if rows.weight is None else rows.weight
-    return rows.with_(
+    return rows.replace(
         student=torch.cat((rows.student, rows.student[tail].flip(-1))),
         teacher=torch.cat((rows.teacher, -rows.teacher[tail].flip(-1))),
         target=None if rows.target is None else torch.cat((rows.target, torch.full_like(rows.target[tail], -100))),
         weight=torch.cat((weight, torch.zeros_like(weight[tail]))),
         ids=None if rows.ids is None else torch.cat((rows.ids, rows.ids[tail])),
-        places=None if rows.places is None else torch.cat((rows.places, rows.places[tail])),
-        private=None if rows.private is None else torch.cat((rows.private, rows.private[tail])),
-        hard=None if rows.hard is None else torch.cat((rows.hard, -rows.hard[tail])),
+        positions=None if rows.positions is None else torch.cat((rows.positions, rows.positions[tail])),
+        privacy_score=None if rows.privacy_score is None else torch.cat((rows.privacy_score, rows.privacy_score[tail])),
+        task_loss=None if rows.task_loss is None else torch.cat((rows.task_loss, -rows.task_loss[tail])),
         features={n: (torch.cat((s, s[tail])), torch.cat((t, t[tail]))) for n, (s, t) in rows.features.items()},
     )

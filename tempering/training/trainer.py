@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempering.methods.base import BlockLoss, Method, Step, drawing
+from tempering.methods.base import BlockLoss, Method, Step, step_rng
 from tempering.rows import Rows
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
@@ -36,7 +36,7 @@ from tempering.training.recorder import Recorder
 from tempering.training.run_dir import Keeper, alone_in, facts_of, key_of
 from tempering.training.selfcheck import Checked, selfcheck
 from tempering.training.stream import ResumableLoader, micro_batches, reseed
-from tempering.utils.device import compiled, keeping
+from tempering.utils.device import clone_outputs, maybe_compile
 from tempering.utils.tensors import to_device
 
 EMPTY = "the training loader yields no batches. Is the data set empty, or smaller than a batch?"
@@ -95,9 +95,9 @@ class Trainer:
         check_splittable(method, world=self.world)
 
         # data
-        self.adaptive_policies = method.learners()
+        self.adaptive_policies = method.adaptive_policies()
         for part in (method, *self.adaptive_policies):
-            batches = part.feed(batches, teacher)
+            batches = part.wrap_batches(batches, teacher)
         self.loader = ResumableLoader(batches, self.fabric, seed=config.seed)
         self.total_steps = config.steps or (config.epochs or 0) * math.ceil(len(self.loader) / config.accumulate)
         if not self.total_steps:
@@ -108,11 +108,11 @@ class Trainer:
         if teacher is not None:
             teacher.to(self.device)
         broadcast_parameters(student, self.fabric)
-        self.model = keeping(self.fabric.setup_module(compiled(student, config.compile)), config.compile)
+        self.model = clone_outputs(self.fabric.setup_module(maybe_compile(student, config.compile)), config.compile)
         if method.needs_double_backward:
             allow_double_backward(self.model)
         method.meet(None if teacher is None else teacher.model)
-        self.features = PairedFeatures.from_models(student, teacher, task.taps)
+        self.features = PairedFeatures.from_models(student, teacher, task.features)
         self.chunking = chunking_for(method, config.chunks)
         self.uses_cuda_graphs = isinstance(config.compile, str)  # some modes of torch.compile do
         self._set_up_method()
@@ -152,11 +152,11 @@ class Trainer:
     @torch.no_grad()
     def _set_up_method(self) -> None:
         """Let the method size its own modules by a first block of rows, before the optimizer is made."""
-        if not self.method.wants_rows():
+        if not self.method.needs_setup():
             return
         batch = self._first_batch()
         self.model.eval()
-        self.method.prepare(self._make_step(batch, 1.0, {}).forward()[-1])
+        self.method.setup(self._make_step(batch, 1.0, {}).forward()[-1])
         self.model.train()
 
     def _first_batch(self) -> Any:
@@ -262,12 +262,12 @@ class Trainer:
             batches = [to_device(batch, self.device) for batch in batches]
         normalizer: Mapping[str, Tensor | float] = {}  # of the whole step; for a single batch its own rows give it
         if len(batches) > 1 or self.world > 1:
-            normalizer = global_row_weights([self.task.mass(batch) for batch in batches], self.fabric)
+            normalizer = global_row_weights([self.task.row_weights(batch) for batch in batches], self.fabric)
         step_losses, blocks = list[Tensor](), list[BlockLoss]()
         for i, batch in enumerate(batches, start=1):
             if self.uses_cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()
-            with self.fabric.no_backward_sync(self.model, enabled=i < len(batches)), drawing(config.seed, number):
+            with self.fabric.no_backward_sync(self.model, enabled=i < len(batches)), step_rng(config.seed, number):
                 blocks = self.method.compute(self._make_step(batch, progress, normalizer))
                 loss = blocks[0].loss if len(blocks) == 1 else torch.stack([block.loss for block in blocks]).sum()
                 if self.world > 1:  # gradients are averaged over ranks, and each rank has its part of the sum
@@ -298,7 +298,7 @@ class Trainer:
             progress,
             self.task.rows,
             features=None if self.features is None else self.features.features,
-            attached=None if teacher is None else teacher.attached,
+            teacher_with_grad=None if teacher is None else teacher.forward_with_grad,
             normalizer=normalizer,
             chunking=self.chunking,
         )
@@ -307,7 +307,7 @@ class Trainer:
     def _update_policies(self, batch: Any, rows: Rows) -> None:
         """Update the adaptive policies; the reward is the decrease of each row's cross entropy in a second forward."""
         reward: Tensor | None = None
-        if rows.target is not None and any(policy.wants_reward for policy in self.adaptive_policies):
+        if rows.target is not None and any(policy.needs_reward for policy in self.adaptive_policies):
             student_inputs, _, _ = self.task.inputs(batch)
             self.model.eval()
             after = self.task.rows(self.model(student_inputs), None, batch)[-1]
@@ -316,7 +316,7 @@ class Trainer:
             reward = nn.functional.cross_entropy(before, target, reduction="none", ignore_index=-100)
             reward -= nn.functional.cross_entropy(after.student.float(), target, reduction="none", ignore_index=-100)
         for policy in self.adaptive_policies:
-            policy.learn(reward if policy.wants_reward else None)
+            policy.update(reward if policy.needs_reward else None)
 
     def _log(self, loss: Tensor, blocks: list[BlockLoss], progress: float) -> None:
         """Log the step every ``log_every`` steps; other steps do not synchronize with a GPU."""

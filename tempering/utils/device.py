@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 
-def computes_bf16(device: torch.device | str) -> bool:
+def has_native_bf16(device: torch.device | str) -> bool:
     """Whether a device computes in bf16; False where each number is widened, computed and rounded back.
 
     A CPU does with AVX-512 BF16 or AMX, or ARM's own instructions, and a CUDA device from Ampere on. Of other devices
@@ -32,12 +32,12 @@ def resolve_precision(precision: str, accelerator: str = "auto", device: str | N
     if precision != "auto":
         return precision
     default = "cpu" if accelerator == "cpu" else torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    return "bf16" if computes_bf16(device or default) else "fp32"
+    return "bf16" if has_native_bf16(device or default) else "fp32"
 
 
-def warn_of_imitated_bf16(precision: str, device: torch.device) -> None:
+def warn_if_bf16_emulated(precision: str, device: torch.device) -> None:
     """Say that a run in bf16 will be slower than one in float32 on this device."""
-    if precision.startswith("bf16") and not computes_bf16(device):
+    if precision.startswith("bf16") and not has_native_bf16(device):
         name = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
         warnings.warn(
             f"precision={precision!r} on a {name} that does not compute in bf16: torch imitates it, "
@@ -50,10 +50,10 @@ def warn_of_imitated_bf16(precision: str, device: torch.device) -> None:
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
-Wanted = bool | str
+CompileMode = bool | str
 
 
-def refuse(compile: Wanted) -> None:
+def validate_compile_mode(compile: CompileMode) -> None:
     """Refuse a mode that torch.compile does not have."""
     if not isinstance(compile, bool) and compile not in MODES:
         raise ValueError(
@@ -62,20 +62,20 @@ def refuse(compile: Wanted) -> None:
         )
 
 
-def compiled(model: nn.Module, compile: Wanted) -> Any:
+def maybe_compile(model: nn.Module, compile: CompileMode) -> Any:
     """``model`` with its forward compiled as asked; itself for False."""
-    refuse(compile)
+    validate_compile_mode(compile)
     return torch.compile(model, mode=None if compile is True else compile) if compile else model
 
 
-def keeping(model: Any, compile: Wanted) -> Any:
+def clone_outputs(model: Any, compile: CompileMode) -> Any:
     """The model, answering with copies where a mode may replay graphs: the next replay writes where the last wrote."""
     if not isinstance(compile, bool):
         model.register_forward_hook(lambda module, given, out: tree_map_only(Tensor, torch.clone, out))
     return model
 
 
-def begin(compile: Wanted) -> None:
+def mark_step_begin(compile: CompileMode) -> None:
     """Say that what graphs gave before may be written over; harmless where there are none."""
     if not isinstance(compile, bool):
         torch.compiler.cudagraph_mark_step_begin()

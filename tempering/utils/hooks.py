@@ -9,10 +9,10 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 
-class Taps:
+class FeatureExtractor:
     """What the named modules answered in the model's last forward; used as a context, or opened and closed.
 
-        with Taps(model, ["stage3"]) as taps:
+        with FeatureExtractor(model, ["stage3"]) as taps:
             model(images)
             taps["stage3"]  # (N, C, H, W)
 

@@ -28,7 +28,7 @@ FORMER = {
     "cuda_graphs": "graphs",
     "canaries_per_count": "each",
     "canary_digits": "digits",
-    "privacy_detectors": "private",
+    "privacy_detectors": "privacy_score",
     "class_rows": "rows",
     "anchors_per_image": "keep",
     "resize_mode": "fit",
@@ -81,7 +81,7 @@ def plan_for(
     Raises:
         ValueError: for flags that cannot be read, or that the grid sets itself.
     """
-    what = shared(flags, OWN, "compare")
+    what = shared_flags(flags, OWN, "compare")
     cells = [
         Cell(_id(recipe.stem, arm, seed, what), arm.label, arm.spec, arm.temperature, seed)
         for arm in arms
@@ -90,7 +90,7 @@ def plan_for(
     return Plan(recipe.stem, what, control, tuple(cells))
 
 
-def shared(flags: Sequence[str], own: Collection[str], command: str) -> dict[str, str]:
+def shared_flags(flags: Sequence[str], own: Collection[str], command: str) -> dict[str, str]:
     """The flags that say what is run, name -> value, sorted; those of ``ELSEWHERE`` left out.
 
     Raises:

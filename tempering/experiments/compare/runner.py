@@ -23,8 +23,8 @@ from tempering.utils.files import inheritable_descriptors, try_lock
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-POLL = 0.2  # seconds
-PATIENCE = 20.0  # seconds for a stopped cell to close its record
+POLL_SECONDS = 0.2  # seconds
+STOP_TIMEOUT = 20.0  # seconds for a stopped cell to close its record
 
 
 @dataclass
@@ -85,8 +85,8 @@ class Arena:
         before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             with arena_view.Display(self.folder, self.plan, quiet=self.quiet) as self.display:
-                while self.stopped is None and self._advance():
-                    time.sleep(POLL)
+                while self.stopped is None and self._poll():
+                    time.sleep(POLL_SECONDS)
         finally:
             self._end_all()
             for number, handler in before.items():
@@ -104,18 +104,18 @@ class Arena:
         arena_plan.write(self.folder, self.plan)
         arena_view.records(self.folder, self.plan)  # an edited record stops it here, before an hour is spent
 
-    def _advance(self) -> bool:
+    def _poll(self) -> bool:
         """One look at all cells: take up what ended, begin what can be begun; whether there is more to do."""
         for running in [r for r in self.running if r.process.poll() is not None]:
             self.running.remove(running)
-            self._ended(running.cell, running.process.returncode)
+            self._on_exit(running.cell, running.process.returncode)
             running.lock.release()
         busy = {running.cell.id for running in self.running}
         waiting = [c for c in self.plan.cells if not self._done(c) and c.id not in self.failed and c.id not in busy]
         for cell in sorted(waiting, key=lambda c: c.seed):  # a stopped grid has some seeds of all arms, not all of some
             if len(self.running) >= self.jobs:
                 break
-            self._begin(cell)
+            self._launch(cell)
         self.display.show(self.failed, self.jobs)
         return bool(waiting or self.running)
 
@@ -127,7 +127,7 @@ class Arena:
 
     # a cell
 
-    def _begin(self, cell: Cell) -> None:
+    def _launch(self, cell: Cell) -> None:
         """Start a cell, unless another process has it; pack it where it is already run."""
         place = arena_plan.work_of(self.folder, cell)
         lock = try_lock(lock_path(place))
@@ -136,8 +136,8 @@ class Arena:
         if self._done(cell):  # by another arena, since we looked
             lock.release()
             return
-        if arena_view.facts_of(place).get("status") == "done":
-            self._ended(cell, 0)
+        if arena_view.read_facts(place).get("status") == "done":
+            self._on_exit(cell, 0)
             lock.release()
             return
         place.mkdir(parents=True, exist_ok=True)
@@ -172,16 +172,16 @@ class Arena:
             chosen["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         return {**os.environ, **chosen}
 
-    def _ended(self, cell: Cell, code: int) -> None:
+    def _on_exit(self, cell: Cell, code: int) -> None:
         """Record how a cell went."""
         place, record = arena_plan.work_of(self.folder, cell), arena_plan.record_of(self.folder, cell)
-        facts, failure = arena_view.facts_of(place), record.with_suffix(".failed.json")
+        facts, failure = arena_view.read_facts(place), record.with_suffix(".failed.json")
         if facts.get("status") == "done":
             write_cell(record, pack(place))
             failure.unlink(missing_ok=True)
             shutil.rmtree(place / "checkpoints", ignore_errors=True)
         else:
-            self.failed[cell.id] = why(place, facts, code)
+            self.failed[cell.id] = failure_reason(place, facts, code)
             if facts.get("status") == "failed":
                 write_cell(failure, pack(place))
         self.display.ended(cell, self.failed.get(cell.id), None if cell.id in self.failed else read_cell(record))
@@ -199,7 +199,7 @@ class Arena:
         """Let the running cells close their records, then make sure that none is left."""
         for running in self.running:
             running.process.terminate()
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + STOP_TIMEOUT
         for running in self.running:
             try:
                 running.process.wait(max(0.1, until - time.monotonic()))
@@ -210,7 +210,7 @@ class Arena:
         self.running = []
 
 
-def lowest_priority() -> None:
+def renice() -> None:
     """Make this process and all that it starts give way to everything else."""
     if hasattr(os, "nice"):
         os.nice(19)
@@ -231,7 +231,7 @@ def _as_nice(pid: int) -> None:
         return  # no such thing here: then niceness alone counts
 
 
-def why(place: Path, facts: Mapping[str, Any], code: int) -> str:
+def failure_reason(place: Path, facts: Mapping[str, Any], code: int) -> str:
     """What went wrong in a run, in a line, and where to read more."""
     if facts.get("status") == "failed" and facts.get("error"):
         return str(facts["error"])

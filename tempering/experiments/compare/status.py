@@ -24,7 +24,7 @@ OVERHEAD = 1.15  # of a run over its training steps, where the clock cannot tell
 
 
 @dataclass(frozen=True)
-class Stand:
+class CellStatus:
     """How a cell stands.
 
     Attributes:
@@ -48,19 +48,21 @@ class Stand:
         return None if self.seconds is None or not self.total else self.seconds * (1 - self.step / self.total)
 
 
-def stands(folder: Path, plan: Plan, failed: Mapping[str, str] | None = None) -> list[Stand]:
+def cell_statuses(folder: Path, plan: Plan, failed: Mapping[str, str] | None = None) -> list[CellStatus]:
     """How every cell stands; ``failed`` is what an arena at work has seen fail."""
-    return [_stand(folder, cell, (failed or {}).get(cell.id)) for cell in plan.cells]
+    return [_cell_status(folder, cell, (failed or {}).get(cell.id)) for cell in plan.cells]
 
 
-def _stand(folder: Path, cell: Cell, failed: str | None) -> Stand:
+def _cell_status(folder: Path, cell: Cell, failed: str | None) -> CellStatus:
     record, place = record_of(folder, cell), work_of(folder, cell)
     if record.is_file():
         run = read_cell(record)
         result = run.of("result")
         steps = int(result.get("steps") or 0)
-        return Stand(cell, "done", _last(run).get("epoch", 0), steps, steps, _lasted(run.facts), scores(_last(run)))
-    facts = facts_of(place)
+        return CellStatus(
+            cell, "done", _last(run).get("epoch", 0), steps, steps, _lasted(run.facts), scores(_last(run))
+        )
+    facts = read_facts(place)
     lines = _tail(place / "steps.jsonl", RECENT)
     total = int((facts.get("settings") or {}).get("total_steps") or 0)
     step, epoch = (int(lines[-1]["step"]), int(lines[-1]["epoch"])) if lines else (0, 0)
@@ -68,13 +70,13 @@ def _stand(folder: Path, cell: Cell, failed: str | None) -> Stand:
     note = failed or ""
     if failed is not None:
         state = "failed"
-    elif held(place):
+    elif is_locked(place):
         state, note = "running", scores(next(iter(_tail(place / "epochs.jsonl", 1)), {}))
     elif facts.get("status") == "failed":
         state, note = "failed", str(facts.get("error"))
     else:
         state = "interrupted" if facts else "open"
-    return Stand(cell, state, epoch, step, total, seconds, note)
+    return CellStatus(cell, state, epoch, step, total, seconds, note)
 
 
 def _expected(facts: Mapping[str, Any], lines: list[dict[str, Any]], total: int, path: Path) -> float:
@@ -113,7 +115,7 @@ def scores(line: Mapping[str, Any]) -> str:
     return ", ".join(right or [f"{split} loss {v:.4g}" for split, s in splits.items() if (v := number(s.get("loss")))])
 
 
-def remaining(found: Iterable[Stand], jobs: int) -> float | None:
+def remaining(found: Iterable[CellStatus], jobs: int) -> float | None:
     """Seconds until all cells are done, ``jobs`` at once; None while nothing is known of how long one takes."""
     found = list(found)
     known = [s.seconds for s in found if s.seconds is not None]
@@ -131,7 +133,7 @@ def remaining(found: Iterable[Stand], jobs: int) -> float | None:
     return max(total / max(1, jobs), longest)
 
 
-def summary(found: list[Stand], jobs: int) -> str:
+def summary(found: list[CellStatus], jobs: int) -> str:
     """How many are done, running, open, failed, and when the whole will end, in a line."""
     counts = {state: sum(s.state == state for s in found) for state in STATES}
     said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
@@ -144,7 +146,7 @@ def summary(found: list[Stand], jobs: int) -> str:
     return f"{len(found)} cells: {said}; {jobs} at once: about {_span(left)} left, until {end:%a %d %b %H:%M}"
 
 
-def status_table(found: list[Stand], *, most: int | None = None) -> Table:
+def status_table(found: list[CellStatus], *, most: int | None = None) -> Table:
     """The cells as a table for a terminal; of more than ``most`` the settled ones are left out first."""
     from rich.table import Table
     from rich.text import Text
@@ -261,7 +263,7 @@ class Display:
         from rich.console import Group
 
         self.due = time.monotonic() + 1.0
-        found = stands(self.folder, self.plan, failed)
+        found = cell_statuses(self.folder, self.plan, failed)
         most = max(4, self.console.height - 6)
         self.live.update(Group(status_table(found, most=most), summary(found, jobs)), refresh=True)
 
@@ -293,7 +295,7 @@ def show(folder: Path, plan: Plan, failed: Mapping[str, str]) -> None:
     for cell in plan.cells:
         if cell.id in failed:
             console.print(f"failed: {cell.label}, seed {cell.seed}: {failed[cell.id]}", markup=False, soft_wrap=True)
-    say(summary(stands(folder, plan, failed), 1))
+    say(summary(cell_statuses(folder, plan, failed), 1))
     say(f"table: {folder / 'table.md'}\nreport: {folder / 'report.html'}")
 
 
@@ -310,13 +312,13 @@ def _clock() -> str:
 # reading what a run is writing
 
 
-def facts_of(place: Path) -> dict[str, Any]:
+def read_facts(place: Path) -> dict[str, Any]:
     """facts.json of a run that may be at work; {} where there is none."""
     path = place / "facts.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def held(place: Path) -> bool:
+def is_locked(place: Path) -> bool:
     """Return whether a process is working on the run in this folder."""
     return is_locked(lock_path(place))
 

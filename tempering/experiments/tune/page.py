@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FEW = 4  # whole trials below which an importance is a guess about nothing
 STYLE = Path(charts.__file__).with_name("page.css")
 WAYS = {"COMPLETE": "whole", "PRUNED": "cut"}
-COLOURS = ".whole { --c: var(--c1) } .cut { --c: var(--c0) } pre { white-space: pre-wrap }"
+COLORS = ".whole { --c: var(--c1) } .cut { --c: var(--c0) } pre { white-space: pre-wrap }"
 
 
 def importances(study: optuna.Study, space: Space) -> dict[str, float]:
@@ -72,7 +72,7 @@ def page(folder: Path, study: optuna.Study, space: Space, typed: str) -> str:
     what = json.loads((folder / FILE).read_text(encoding="utf-8"))
     said, escaped = words(study, space), html.escape
     flags = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in what["flags"].items()) or "none"
-    past = "Each trial's score, and the best so far; in grey the trials that were cut, where they stood."
+    past = "Each trial's score, and the best so far; in gray the trials that were cut, where they stood."
     sections = [
         ("History", past, _history(study)),
         ("What mattered", *_mattered(study, space)),
@@ -94,7 +94,7 @@ def page(folder: Path, study: optuna.Study, space: Space, typed: str) -> str:
 <title>{escaped(title)}</title>
 <style>
 {STYLE.read_text(encoding="utf-8")}
-{COLOURS}
+{COLORS}
 </style>
 </head>
 <body>

@@ -82,7 +82,7 @@ class Search:
         if missing := sorted({"method", "seed", "out"} - self.known):
             raise ValueError(f"{recipe}: main() takes no {', '.join(missing)}; a search needs these as its flags.")
         self.folder, self.recipe, self.flags, self.space = folder, recipe, list(flags), space
-        self.shared = arena_plan.shared(flags, arena_plan.OWN, "tune")
+        self.shared = arena_plan.shared_flags(flags, arena_plan.OWN, "tune")
         self.trials, self.seed, self.jobs, self.threads = trials, seed, jobs, threads
         self.prune, self.quiet = prune, quiet
         self.running: list[Running] = []
@@ -96,12 +96,12 @@ class Search:
             ValueError: where the folder holds another search, or a trial cannot be run.
         """
         self._remember()
-        with self._alone(), _signals(self._stop):
+        with self._lock(), _signals(self._stop):
             self.study = study_of(self.folder, self.seed, prune=self.prune)
-            self._take_up()
+            self._recover()
             try:
-                while self.stopped is None and self._advance():
-                    time.sleep(arena.POLL)
+                while self.stopped is None and self._poll():
+                    time.sleep(arena.POLL_SECONDS)
             finally:
                 self._end_all()
         left = self.trials - len(finished(self.study))
@@ -140,7 +140,7 @@ class Search:
         write_atomic(path, json.dumps({"format": 1, **what}, indent=1) + "\n")
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _lock(self) -> Iterator[None]:
         lock = try_lock(arena_plan.lock_path(self.folder / "trials"))
         if lock is None:
             raise ValueError(f"another process is at work on {self.folder}. Wait for it, or give another --out.")
@@ -149,7 +149,7 @@ class Search:
         finally:
             lock.release()
 
-    def _take_up(self) -> None:
+    def _recover(self) -> None:
         """Begin with the method as it is; ask again for what an interruption left unfinished."""
         import optuna
 
@@ -163,15 +163,15 @@ class Search:
 
     # trials
 
-    def _advance(self) -> bool:
+    def _poll(self) -> bool:
         """One look at the trials at work, beginning others where there is room; whether there is more to do."""
         for running in list(self.running):
-            self._look(running)
+            self._poll_trial(running)
         while len(self.running) < self.jobs and len(finished(self.study)) + len(self.running) < self.trials:
-            self._begin()
+            self._launch()
         return bool(self.running)
 
-    def _begin(self) -> None:
+    def _launch(self) -> None:
         trial = self.study.ask()
         chosen = {d.name: suggest(trial, d) for d in self.space.varied}
         method, flags = self.space.method(chosen), self.space.flags(chosen)
@@ -197,8 +197,8 @@ class Search:
             for running in self.running:  # a trial of ours may have the same values
                 if running.place == place and running.process is not None and running.process.poll() is not None:
                     running.lock.release()
-            time.sleep(arena.POLL)
-        facts = arena_view.facts_of(place)
+            time.sleep(arena.POLL_SECONDS)
+        facts = arena_view.read_facts(place)
         if facts.get("status") == "done" or _diverged(facts):
             lock.release()
             return None, lock
@@ -215,20 +215,20 @@ class Search:
             )
         return process, lock
 
-    def _look(self, running: Running) -> None:
+    def _poll_trial(self, running: Running) -> None:
         """Tell the pruner of new epochs, cut the trial where it says so, and take up its end."""
         ended = (
             running.process is None or running.process.poll() is not None
         )  # before reading, so that nothing is written after
-        facts = arena_view.facts_of(running.place)
+        facts = arena_view.read_facts(running.place)
         if facts.get("best_by"):
             self._measure(facts)
-            self._report(running, facts)
+            self._report_epochs(running, facts)
         if not ended:
             return
         self.running.remove(running)
         running.lock.release()
-        self._ended(running, facts)
+        self._on_exit(running, facts)
 
     def _measure(self, facts: dict[str, Any]) -> None:
         """What trials are ranked by; the validation split's score, or nothing at all.
@@ -245,7 +245,7 @@ class Search:
         if self.study.user_attrs.get("metric") != self.metric.name:
             self.study.set_user_attr("metric", self.metric.name)
 
-    def _report(self, running: Running, facts: dict[str, Any]) -> None:
+    def _report_epochs(self, running: Running, facts: dict[str, Any]) -> None:
         epochs = load_run(running.place).epochs
         total = (facts.get("settings") or {}).get("epochs") or 0
         for line in epochs:
@@ -265,7 +265,7 @@ class Search:
         value = number((line.get("validation") or {}).get(self.metric.key))
         return None if value is None else -value if self.metric.lower else value
 
-    def _ended(self, running: Running, facts: dict[str, Any]) -> None:
+    def _on_exit(self, running: Running, facts: dict[str, Any]) -> None:
         from optuna.trial import TrialState
 
         said = facts.get("status")
@@ -280,13 +280,13 @@ class Search:
             self.study.tell(running.trial, state=TrialState.PRUNED)
         elif self.stopped is None:
             code = 0 if running.process is None else running.process.returncode
-            why = arena.why(running.place, facts, code)
+            why = arena.failure_reason(running.place, facts, code)
             raise ValueError(f"a trial of {running.trial.user_attrs['method']} could not be run: {why}")
         else:
             return  # it goes on in the next call
-        self._tell(running)
+        self._report(running)
 
-    def _tell(self, running: Running) -> None:
+    def _report(self, running: Running) -> None:
         """One line on a finished trial."""
         frozen = self.study.get_trials(deepcopy=False)[running.trial.number]
         how = "cut" if frozen.state.name == "PRUNED" else "done"
@@ -305,7 +305,7 @@ class Search:
         processes = [running.process for running in self.running if running.process is not None]
         for process in processes:
             process.terminate()
-        until = time.monotonic() + arena.PATIENCE
+        until = time.monotonic() + arena.STOP_TIMEOUT
         for process in processes:
             try:
                 process.wait(max(0.1, until - time.monotonic()))

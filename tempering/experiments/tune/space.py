@@ -106,7 +106,7 @@ def space_of(method: str, given: str = "", flags: set[str] = frozenset()) -> Spa
     if PLACE.search(method):
         return _of_template(method, wanted, flags)
     made = method_of(arm_from(method).spec)
-    texts = {path: _text(value) for path, value, _ in arguments(made)}
+    texts = {path: _text(value) for path, value, _ in iter_arguments(made)}
     dimensions = {d.name: d for d in _derived(made)}
     for name, text in wanted.items():
         path = _path(name, texts, flags)
@@ -118,7 +118,7 @@ def space_of(method: str, given: str = "", flags: set[str] = frozenset()) -> Spa
     if not any(not d.held for d in dimensions.values()):
         raise ValueError(f"{method} has nothing to search. Name what to vary: --space {EXAMPLE!r}.")
     inside = {p for d in dimensions.values() for c in d.choices for p in PLACE.findall(c)}
-    template = written(made, set(dimensions) - inside)
+    template = format_call(made, set(dimensions) - inside)
     defaults = {name: texts[name] for name in dimensions if name in texts}
     space = Space(template, dimensions, defaults)
     _check(space)
@@ -145,22 +145,22 @@ def _check(space: Space) -> None:
             method_of(space.method({**first, d.name: end}))
 
 
-def arguments(part: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any, nn.Module]]:
+def iter_arguments(part: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any, nn.Module]]:
     """(path, value, owner) of every argument of a method, and of the methods and policies in it."""
     for name, parameter in _parameters(part).items():
         if parameter.kind is parameter.VAR_POSITIONAL:
             for key, inner in getattr(part, name).items():
-                yield from arguments(inner, f"{prefix}{key}.")
+                yield from iter_arguments(inner, f"{prefix}{key}.")
             continue
         value = getattr(part, name)
         yield f"{prefix}{name}", value, part
         if hasattr(value, "hyperparameters"):
-            yield from arguments(value, f"{prefix}{name}.")
+            yield from iter_arguments(value, f"{prefix}{name}.")
 
 
 def _derived(made: nn.Module) -> Iterator[Dimension]:
     """The arguments whose annotations declare a range around their value; see ``tempering.utils.search_space``."""
-    for path, value, owner in arguments(made):
+    for path, value, owner in iter_arguments(made):
         marker = declared(type(owner).__init__).get(path.rpartition(".")[2])
         if marker is None or isinstance(value, bool) or not isinstance(value, int | float):
             continue
@@ -168,7 +168,7 @@ def _derived(made: nn.Module) -> Iterator[Dimension]:
             yield Dimension(path, found.low, found.high, log=found.log)
 
 
-def written(part: nn.Module, places: Collection[str] = (), prefix: str = "", *, whole: bool = False) -> str:
+def format_call(part: nn.Module, places: Collection[str] = (), prefix: str = "", *, whole: bool = False) -> str:
     """A method or policy as it is typed: a place for each path in ``places``, and the arguments that are no defaults.
 
     ``whole`` writes every argument.
@@ -178,11 +178,11 @@ def written(part: nn.Module, places: Collection[str] = (), prefix: str = "", *, 
         path = f"{prefix}{name}"
         if parameter.kind is parameter.VAR_POSITIONAL:
             parts = getattr(part, name).items()
-            said += [written(inner, places, f"{prefix}{key}.", whole=whole) for key, inner in parts]
+            said += [format_call(inner, places, f"{prefix}{key}.", whole=whole) for key, inner in parts]
         elif path in places:
             said.append(f"{name}={{{path}}}")
         elif hasattr(value := getattr(part, name), "hyperparameters"):
-            said.append(f"{name}={written(value, places, f'{path}.', whole=whole)}")
+            said.append(f"{name}={format_call(value, places, f'{path}.', whole=whole)}")
         elif whole or value != parameter.default:
             said.append(f"{name}={_text(value)}")
     return type(part).__name__.lower() + (f"({', '.join(said)})" if said else "")
@@ -196,7 +196,7 @@ def _parameters(part: nn.Module) -> dict[str, inspect.Parameter]:
 def _text(value: object) -> str:
     """An argument as it is typed."""
     if hasattr(value, "hyperparameters"):
-        return written(value)  # pyright: ignore[reportArgumentType]
+        return format_call(value)  # pyright: ignore[reportArgumentType]
     if isinstance(value, tuple | list):
         return repr(list(value))
     return repr(value) if isinstance(value, str) and not value.isidentifier() else str(value)

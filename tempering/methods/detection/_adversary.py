@@ -18,7 +18,7 @@ Target = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Attack:
+class FeatureAttack:
     """The settings of one attack; see ``InconsistentDetection``. Its draws depend on ``seed`` and the image alone."""
 
     eps: float

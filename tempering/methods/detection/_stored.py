@@ -18,7 +18,7 @@ FORMAT = 1
 AGAIN = "Remove it, and it is made again."
 
 
-class BrokenStore(RuntimeError):
+class CorruptStoreError(RuntimeError):
     """A stored adversary that cannot be trusted; the message names the file and what to do."""
 
 
@@ -32,7 +32,7 @@ class Store:
 
     Raises:
         ValueError: for a folder of another teacher or other settings, naming the field and both values.
-        BrokenStore: for a folder whose key cannot be read.
+        CorruptStoreError: for a folder whose key cannot be read.
     """
 
     def __init__(self, folder: str | Path, *, teacher: str, attack: dict[str, Any]) -> None:
@@ -45,7 +45,7 @@ class Store:
         try:
             found = json.loads(path.read_text())
         except ValueError as error:
-            raise BrokenStore(f"{path} is no key of stored adversaries ({error}). Remove the folder.") from error
+            raise CorruptStoreError(f"{path} is no key of stored adversaries ({error}). Remove the folder.") from error
         if other := [name for name in wanted if not isinstance(found, dict) or found.get(name) != wanted[name]]:
             name, has = other[0], found.get(other[0]) if isinstance(found, dict) else found
             raise ValueError(
@@ -57,7 +57,7 @@ class Store:
         """The stored int8 of this image, None where there is none.
 
         Raises:
-            BrokenStore: for a file that is truncated or edited.
+            CorruptStoreError: for a file that is truncated or edited.
         """
         path = self._path(name)
         if not path.exists():
@@ -66,9 +66,9 @@ class Store:
             with safe_open(path, "pt") as file:
                 said, value = file.metadata() or {}, file.get_tensor("delta")
         except (SafetensorError, OSError) as error:
-            raise BrokenStore(f"{path} cannot be read ({error}). {AGAIN}") from error
+            raise CorruptStoreError(f"{path} cannot be read ({error}). {AGAIN}") from error
         if value.dtype != torch.int8 or tuple(value.shape) != size or said.get("sha256") != _sum(value):
-            raise BrokenStore(f"{path} is not what was written: its numbers do not fit its checksum. {AGAIN}")
+            raise CorruptStoreError(f"{path} is not what was written: its numbers do not fit its checksum. {AGAIN}")
         return value
 
     def put(self, name: str, value: Tensor) -> None:

@@ -9,9 +9,9 @@ from typing import Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tempering.methods.base import zero
+from tempering.methods.base import zero_term
 from tempering.methods.features.base import Projected
-from tempering.rows import Rows, widened
+from tempering.rows import Rows, upcast_to_float32
 
 LEVEL = re.compile(r"p(\d+)")
 WITHOUT = ("classes", "sides")  # a detector's blocks of anchors and of sides, which have no maps
@@ -35,7 +35,7 @@ class NeckMethod(Projected):
     def example(cls) -> Self:
         return cls(feature=1.0, names=("map",))
 
-    def features(self, stages: Sequence[str]) -> tuple[str, ...]:
+    def select_features(self, stages: Sequence[str]) -> tuple[str, ...]:
         return ()  # levels are not tapped: they come with the task
 
     def chosen(self, rows: Rows) -> tuple[str, ...]:
@@ -43,22 +43,22 @@ class NeckMethod(Projected):
         return self.names or tuple(name for _, name in found)
 
     @property
-    def zero_at_agreement(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def zero_when_equal(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether it vanishes for a student equal to the teacher: once it is known that nothing stands between."""
         return bool(len(self.projectors)) and all(isinstance(p, nn.Identity) for p in self.projectors)
 
     def build(self, pairs: list[tuple[Tensor, Tensor]]) -> list[nn.Module]:
         return [between(s, t) for s, t in pairs]
 
-    def prepare(self, rows: Rows) -> None:
+    def setup(self, rows: Rows) -> None:
         if rows.name not in WITHOUT and not len(self.projectors):
-            super().prepare(rows)
+            super().setup(rows)
             pairs = self.pairs(rows)
             self.to(pairs[0][0])
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         if rows.name in WITHOUT:
-            return dict.fromkeys(self.weighs, zero(rows))
+            return dict.fromkeys(self.weighs, zero_term(rows))
         return super().forward(rows, progress)
 
     def aligned(self, pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
@@ -85,7 +85,7 @@ class NeckMethod(Projected):
                 f"{type(self).__name__} looks at {what}, and Rows(name={rows.name!r}) has no feature {name!r}. "
                 f"tasks.Detection gives it; in a loop of your own, add it to features, the same on both sides."
             )
-        value = widened(rows.features[name][1]).detach()
+        value = upcast_to_float32(rows.features[name][1]).detach()
         return value if rows.weight is None else value[rows.weight > 0]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tempering.methods.detection.base import NeckMethod, over_levels
 from tempering.objectives import divergence
 from tempering.rows import Rows
-from tempering.temperature.base import positive
+from tempering.temperature.base import check_positive
 from tempering.utils.search_space import Weight
 
 
@@ -41,7 +41,7 @@ class CWD(NeckMethod):
         names: Sequence[str] = (),
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
-        positive("CWD", tau=tau)
+        check_positive("CWD", tau=tau)
         self.tau = tau
 
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:

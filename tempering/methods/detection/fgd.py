@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tempering.methods.base import weights
+from tempering.methods.base import check_weights
 from tempering.methods.detection.base import NeckMethod, over_levels, summed
 from tempering.rows import Rows
-from tempering.temperature.base import positive
+from tempering.temperature.base import check_positive
 from tempering.utils.search_space import Weight
 
 
@@ -54,8 +54,8 @@ class FGD(NeckMethod):
         names: Sequence[str] = (),
     ) -> None:
         super().__init__(feature=1.0, hard=hard, names=names)  # its own four weights are in its place
-        weights("FGD", foreground=foreground, background=background, attention=attention, relation=relation)
-        positive("FGD", tau=tau)
+        check_weights("FGD", foreground=foreground, background=background, attention=attention, relation=relation)
+        check_positive("FGD", tau=tau)
         self.foreground, self.background = foreground, background
         self.attention, self.relation, self.tau = attention, relation, tau
         self.relations = nn.ModuleList()
@@ -65,9 +65,9 @@ class FGD(NeckMethod):
         return cls(foreground=1.0, background=1.0, attention=1.0, relation=1.0, names=("map",))
 
     @property
-    def zero_at_agreement(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def zero_when_equal(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """As for all necks, and until the context blocks, which begin by adding nothing, have learned."""
-        return super().zero_at_agreement and not any(p.any() for r in self.relations for p in last(r))
+        return super().zero_when_equal and not any(p.any() for r in self.relations for p in last(r))
 
     def build(self, pairs: list[tuple[Tensor, Tensor]]) -> list[nn.Module]:
         self.relations.extend(Relation(t.shape[1]) for _, t in pairs)

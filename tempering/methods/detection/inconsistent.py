@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tempering.methods.base import Step, StepMethod, share, single, weights, zero
-from tempering.methods.detection._adversary import Attack, Target, digest
+from tempering.methods.base import Step, StepMethod, check_run_fraction, check_weights, only_block, zero_term
+from tempering.methods.detection._adversary import FeatureAttack, Target, digest
 from tempering.methods.detection._stored import Store
 from tempering.methods.detection.base import LEVEL, NeckMethod, between, over_levels, resized, summed
 from tempering.methods.detection.fgd import FGD
 from tempering.methods.features.base import spread_out
-from tempering.rows import Rows, widened
+from tempering.rows import Rows, upcast_to_float32
 from tempering.teachers.base import fingerprint
 from tempering.utils.search_space import Weight
 
@@ -32,7 +32,7 @@ class InconsistentDetection(StepMethod):
 
     The released code attacks once, offline: whole images before any augmentation, which are then cropped and flipped
     with the clean ones, and stored as JPEG, so that they are neither exact nor within eps. It measures eps in each
-    image's own range of normalised values, and shrinks an image to a square whatever its shape while boxes stay where
+    image's own range of normalized values, and shrinks an image to a square whatever its shape while boxes stay where
     they were. Here the image is attacked as the student sees it, in pixels of [0, 1]; it shrinks in proportion, and its
     boxes with it; and x' differs from x by whole 1/255, rounded towards x, which int8 keeps without loss.
 
@@ -76,12 +76,12 @@ class InconsistentDetection(StepMethod):
         owner = "InconsistentDetection"
         if base is not None and not isinstance(base, NeckMethod):
             raise TypeError(f"{owner} goes on top of a method over necks, such as FGD() or MGD(); got {base!r}.")
-        weights(owner, adversarial=adversarial, decay=decay)
-        share(owner, until=until)
+        check_weights(owner, adversarial=adversarial, decay=decay)
+        check_run_fraction(owner, until=until)
         if not 0.0 < eps <= 127 / 255 or not 0.0 < step_size <= 1.0:
             raise ValueError(
                 f"{owner} needs eps in (0, 127/255] and step_size in (0, 1], of pixels in [0, 1]; got {eps!r} and "
-                f"{step_size!r}. Eight of 255 grey levels are 8/255."
+                f"{step_size!r}. Eight of 255 gray levels are 8/255."
             )
         if steps < 1 or not 0.0 < resize <= 1.0 or not 0.0 <= diversity <= 1.0:
             raise ValueError(
@@ -100,18 +100,18 @@ class InconsistentDetection(StepMethod):
         return cls(FGD(foreground=1.0, background=1.0), adversarial=1.0, until=1.0)
 
     @property
-    def attack(self) -> Attack:
+    def attack(self) -> FeatureAttack:
         """Its settings."""
-        return Attack(self.eps, self.step_size, self.steps, self.decay, self.resize, self.diversity, self.seed)
+        return FeatureAttack(self.eps, self.step_size, self.steps, self.decay, self.resize, self.diversity, self.seed)
 
-    def prepare(self, rows: Rows) -> None:
-        self.base.prepare(rows)
+    def setup(self, rows: Rows) -> None:
+        self.base.setup(rows)
         if not len(self.projectors):
             pairs = self.base.pairs(rows)
             self.projectors.extend(between(s, t) for s, t in pairs)
             self.projectors.to(pairs[0][0])
 
-    def meet(self, teacher: nn.Module | None) -> None:
+    def bind_teacher(self, teacher: nn.Module | None) -> None:
         """Take the detector on, and open its cache.
 
         Raises:
@@ -129,10 +129,10 @@ class InconsistentDetection(StepMethod):
         self._met = (teacher, store)
 
     def step(self, step: Step) -> Mapping[str, Tensor]:
-        rows = single(step.forward())
+        rows = only_block(step.forward())
         terms = dict(self.base(rows, step.progress))
         on = self.adversarial > 0 and step.progress <= self.until
-        terms["adversarial"] = self.adversarial * self._inconsistent(step, rows) if on else zero(rows)
+        terms["adversarial"] = self.adversarial * self._inconsistent(step, rows) if on else zero_term(rows)
         return terms
 
     def _inconsistent(self, step: Step, rows: Rows) -> Float[Tensor, " N"]:
@@ -140,15 +140,15 @@ class InconsistentDetection(StepMethod):
         images, targets = seen(step.student_inputs)
         kept = list(range(len(rows))) if rows.weight is None else (rows.weight > 0).nonzero().flatten().tolist()
         if not kept:
-            return zero(rows)
+            return zero_term(rows)
         own = images[kept]
-        adversaries = self.adversaries(widened(own), [targets[i] for i in kept])
+        adversaries = self.adversaries(upcast_to_float32(own), [targets[i] for i in kept])
         said = step.student({"images": adversaries.to(own.dtype), "only": "levels"})
         taught = step.teacher({"images": adversaries, "only": "levels"}, None)
         compared = [(said[i], taught[i]) for i in self._levels(rows)]
         with torch.autocast(images.device.type, enabled=False):
             errors = [
-                summed((resized(phi(widened(s)), t) - widened(t)).square())
+                summed((resized(phi(upcast_to_float32(s)), t) - upcast_to_float32(t)).square())
                 for phi, (s, t) in zip(self.projectors, compared, strict=True)
             ]
             return spread_out(over_levels(errors), rows)
@@ -172,12 +172,12 @@ class InconsistentDetection(StepMethod):
         """
         if self._met is None:
             raise RuntimeError(
-                "InconsistentDetection has met no teacher: call method.meet(teacher.model) before the first step."
+                "InconsistentDetection has no teacher: call method.bind_teacher(teacher.model) before the first step."
             )
         low, high = float(images.min()), float(images.max())
         if not 0.0 <= low <= high <= 1.0:
             raise ValueError(
-                f"InconsistentDetection needs pixels in [0, 1]; got {low:g} to {high:g}. Normalise inside the models."
+                f"InconsistentDetection needs pixels in [0, 1]; got {low:g} to {high:g}. Normalize inside the models."
             )
         (detector, store), size = self._met, tuple(images.shape[1:])
         names = [digest(image, target) for image, target in zip(images, targets, strict=True)]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from torch import Tensor
 
-from tempering.methods.base import Method, policy, weights, zero
+from tempering.methods.base import Method, check_policy, check_weights, zero_term
 from tempering.objectives import cross_entropy, kl
 from tempering.rows import Rows
 from tempering.temperature.base import Policy
@@ -39,13 +39,13 @@ class LD(Method):
         self, *, soft: Annotated[float, Weight()] = 0.25 / BINS, hard: float = 1.0, temperature: Policy | None = None
     ) -> None:
         super().__init__()
-        weights("LD", soft=soft, hard=hard)
+        check_weights("LD", soft=soft, hard=hard)
         self.soft, self.hard = soft, hard
-        self.temperature = policy("LD", Static(10.0) if temperature is None else temperature)
+        self.temperature = check_policy("LD", Static(10.0) if temperature is None else temperature)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         other = rows.name in OTHER
-        terms = {"soft": zero(rows) if other else self.soft * kl(rows, self.temperature(rows, progress))}
+        terms = {"soft": zero_term(rows) if other else self.soft * kl(rows, self.temperature(rows, progress))}
         if self.hard:
             terms["hard"] = self.hard * cross_entropy(rows)
         return terms

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from tempering.methods.base import drawn
+from tempering.methods.base import step_seed
 from tempering.methods.detection.base import NeckMethod, over_levels, summed
 from tempering.rows import Rows
 from tempering.utils.search_space import Weight
@@ -38,7 +38,7 @@ class MGD(NeckMethod):
     """
 
     paper = "arXiv:2205.01529"
-    zero_at_agreement = False  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
+    zero_when_equal = False  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class MGD(NeckMethod):
         kept = ids if rows.weight is None else ids[(rows.weight > 0).cpu()]
         if rows.ids is None:
             kept = torch.arange(len(kept))
-        number = drawn()
+        number = step_seed()
         return [torch.Generator().manual_seed((number + STRIDE * (1 + i)) % WHOLE) for i in kept.tolist()]
 
 

@@ -27,7 +27,7 @@ class PKD(NeckMethod):
     Args:
         feature: weight; the released one is 10 a level for RetinaNet.
         hard: weight of the task's own loss.
-        over: "batch", as published: a channel is standardised over all images together, so the loss depends on the
+        over: "batch", as published: a channel is standardized over all images together, so the loss depends on the
             batch. "image": each image by itself.
         names: which features; () for the levels "p0", "p1", ....
 
@@ -56,14 +56,14 @@ class PKD(NeckMethod):
         return over_levels([self._apart(s, t, dims) for s, t in self.aligned(pairs)])
 
     def _apart(self, s: Tensor, t: Tensor, dims: tuple[int, ...]) -> Tensor:
-        error = (standardised(s, dims) - standardised(t, dims)).square() / 2
+        error = (standardized(s, dims) - standardized(t, dims)).square() / 2
         return error.mean() if self.over == "batch" else error.mean((1, 2, 3))
 
 
-def standardised(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+def standardized(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """(x - mean) / standard deviation over ``dims``; 0 where there is no spread."""
     mean = x.mean(dims, keepdim=True)
-    centred = x - mean
-    variance = centred.square().mean(dims, keepdim=True)
+    centered = x - mean
+    variance = centered.square().mean(dims, keepdim=True)
     flat = variance.detach() <= (FLAT * (1 + mean.detach().abs())).square()
-    return torch.where(flat, 0.0, centred / torch.where(flat, 1.0, variance).sqrt())
+    return torch.where(flat, 0.0, centered / torch.where(flat, 1.0, variance).sqrt())

@@ -14,7 +14,7 @@ from tempering.utils.search_space import Weight
 
 
 class AT(FeatureMethod):
-    """feature * mean over positions of (a_s - a_t)^2, a = l2-normalised mean over channels of |F|^power; summed.
+    """feature * mean over positions of (a_s - a_t)^2, a = l2-normalized mean over channels of |F|^power; summed.
 
     The larger map is average-pooled to the smaller. This is the form of the released code; the paper's has an l2 norm
     where this has a mean of squares.

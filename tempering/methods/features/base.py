@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tempering.methods.base import Method, weights, zero
+from tempering.methods.base import Method, check_weights, zero_term
 from tempering.objectives import cross_entropy
-from tempering.rows import Rows, shared, widened
+from tempering.rows import Rows, expand_to_rows, upcast_to_float32
 
 BESIDE = ("boxes", "scores")  # of a detector's images: what some methods read beside the maps
 
@@ -31,16 +31,16 @@ class FeatureMethod(Method):
     relational = True
     wants = "maps"  # or "vectors": what a pair is flattened to
     weighs: ClassVar[tuple[str, ...]] = ("feature",)  # its terms but the hard one, each under the name of its weight
-    hint = "Name modules to tap in the task, such as Classification(taps={'last': ('stage3', 'stage3')}) " + (
+    hint = "Name modules to tap in the task, such as Classification(features={'last': ('stage3', 'stage3')}) " + (
         "(student's module, teacher's module)."
     )
 
     def __init__(self, *, feature: float, hard: float = 1.0, names: Sequence[str] = ()) -> None:
         super().__init__()
-        weights(type(self).__name__, feature=feature, hard=hard)
+        check_weights(type(self).__name__, feature=feature, hard=hard)
         self.feature, self.hard, self.names = feature, hard, tuple(names)
 
-    def features(self, stages: Sequence[str]) -> tuple[str, ...]:
+    def select_features(self, stages: Sequence[str]) -> tuple[str, ...]:
         self.names = self.names or self.usual(stages)
         return self.names
 
@@ -57,7 +57,7 @@ class FeatureMethod(Method):
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         pairs = self.pairs(rows)
-        found = self.compare(pairs, rows) if pairs[0][0].shape[0] else dict.fromkeys(self.weighs, zero(rows))
+        found = self.compare(pairs, rows) if pairs[0][0].shape[0] else dict.fromkeys(self.weighs, zero_term(rows))
         found = {"feature": found} if isinstance(found, Tensor) else found
         terms = {name: getattr(self, name) * self._placed(value, rows) for name, value in found.items()}
         if self.hard:
@@ -67,7 +67,7 @@ class FeatureMethod(Method):
     @staticmethod
     def _placed(value: Tensor, rows: Rows) -> Tensor:
         if value.ndim == 0:
-            return shared(value, rows)
+            return expand_to_rows(value, rows)
         return value if len(value) == len(rows) else spread_out(value, rows)
 
     def chosen(self, rows: Rows) -> tuple[str, ...]:
@@ -91,7 +91,7 @@ class FeatureMethod(Method):
         kept = slice(None) if rows.weight is None else rows.weight > 0
         out = []
         for name in names:
-            s, t = (widened(x)[kept] for x in rows.features[name])
+            s, t = (upcast_to_float32(x)[kept] for x in rows.features[name])
             if self.wants == "vectors":
                 s, t = s.flatten(1), t.flatten(1)
             elif s.ndim != 4 or t.ndim != 4:
@@ -125,12 +125,12 @@ def per_row(x: Tensor) -> Tensor:
 
 
 class Projected(FeatureMethod):
-    """A feature method with modules of its own, sized once by ``prepare`` on a first block of rows.
+    """A feature method with modules of its own, sized once by ``setup`` on a first block of rows.
 
-    The engine calls it before it makes the optimizer; in a loop of one's own, call ``method.prepare(rows)`` there.
+    The engine calls it before it makes the optimizer; in a loop of one's own, call ``method.setup(rows)`` there.
     """
 
-    zero_at_agreement = False
+    zero_when_equal = False
 
     def __init__(self, *, feature: float, hard: float = 1.0, names: Sequence[str] = ()) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
@@ -140,7 +140,7 @@ class Projected(FeatureMethod):
     def build(self, pairs: list[tuple[Tensor, Tensor]]) -> list[nn.Module]:
         """Projectors for pairs of these shapes."""
 
-    def prepare(self, rows: Rows) -> None:
+    def setup(self, rows: Rows) -> None:
         if not len(self.projectors):
             pairs = self.pairs(rows)
             self.projectors.extend(self.build(pairs))
@@ -149,7 +149,7 @@ class Projected(FeatureMethod):
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         if not len(self.projectors):
             raise RuntimeError(
-                f"{type(self).__name__} has projectors whose sizes come from the features: call method.prepare(rows) "
+                f"{type(self).__name__} has projectors whose sizes come from the features: call method.setup(rows) "
                 "with a first block of rows, before the optimizer is made."
             )
         return super().forward(rows, progress)

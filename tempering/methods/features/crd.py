@@ -24,7 +24,7 @@ class CRD(Projected):
         momentum: of the memories' entries.
         size: of the embeddings.
 
-    The normaliser is set by the first block and then fixed, as released.
+    The normalizer is set by the first block and then fixed, as released.
 
     Reference: Tian et al., "Contrastive Representation Distillation", ICLR 2020, arXiv:1910.10699, equations 10 and 19.
     """

@@ -14,7 +14,7 @@ from tempering.utils.search_space import Weight
 
 
 class NST(FeatureMethod):
-    """feature * squared maximum mean discrepancy of normalised channels, kernel (x . y)^2; summed over the pairs.
+    """feature * squared maximum mean discrepancy of normalized channels, kernel (x . y)^2; summed over the pairs.
 
     Reference: Huang & Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017,
     arXiv:1707.01219, equation 6.

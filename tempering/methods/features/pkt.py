@@ -1,4 +1,4 @@
-"""Probabilistic knowledge transfer: which rows are neighbours."""
+"""Probabilistic knowledge transfer: which rows are neighbors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tempering.utils.search_space import Weight
 
 
 class PKT(FeatureMethod):
-    """feature * mean over pairs of rows of p_t log(p_t / p_s), p the row-normalised (1 + cosine) / 2; summed.
+    """feature * mean over pairs of rows of p_t log(p_t / p_s), p the row-normalized (1 + cosine) / 2; summed.
 
     The mean is over all N^2 pairs, as in the released code.
 
@@ -33,13 +33,13 @@ class PKT(FeatureMethod):
         eps = 1e-7
         distances = []
         for s, t in pairs:
-            p_s, p_t = _neighbours(s, eps), _neighbours(t, eps)
+            p_s, p_t = _neighbors(s, eps), _neighbors(t, eps)
             distances.append((p_t * ((p_t + eps) / (p_s + eps)).log()).mean())
         return sum(distances[1:], distances[0])
 
 
-def _neighbours(x: Tensor, eps: float) -> Tensor:
-    """(N, N) probabilities that a row picks another as its neighbour."""
+def _neighbors(x: Tensor, eps: float) -> Tensor:
+    """(N, N) probabilities that a row picks another as its neighbor."""
     # the released code divides by norm + eps and not by the larger of the two
     unit = x / (x.norm(dim=1, keepdim=True) + eps)
     unit = unit.nan_to_num(0.0)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tempering.methods.base import ramp, share
+from tempering.methods.base import check_run_fraction, linear_warmup
 from tempering.methods.features.base import Projected, per_row
 from tempering.rows import Rows
 from tempering.utils.search_space import Fraction, Weight
@@ -41,7 +41,7 @@ class ReviewKD(Projected):
         names: Sequence[str] = (),
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
-        share("ReviewKD", warmup=warmup)
+        check_run_fraction("ReviewKD", warmup=warmup)
         self.middle, self.warmup = middle, warmup
 
     def build(self, pairs: list[tuple[Tensor, Tensor]]) -> list[nn.Module]:
@@ -51,7 +51,7 @@ class ReviewKD(Projected):
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         terms = super().forward(rows, progress)
-        terms["feature"] = terms["feature"] * ramp(progress, self.warmup)
+        terms["feature"] = terms["feature"] * linear_warmup(progress, self.warmup)
         return terms
 
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:

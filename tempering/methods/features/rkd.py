@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tempering.methods.base import weights
+from tempering.methods.base import check_weights
 from tempering.methods.features.base import FeatureMethod
 from tempering.rows import Rows
 from tempering.utils.search_space import Weight
 
 
 class RKD(FeatureMethod):
-    """feature * (distance * smooth-L1 of mean-normalised distances + angle * smooth-L1 of the triples' cosines).
+    """feature * (distance * smooth-L1 of mean-normalized distances + angle * smooth-L1 of the triples' cosines).
 
     The angles cost O(N^2 D + N^3) a block.
 
@@ -36,7 +36,7 @@ class RKD(FeatureMethod):
         names: Sequence[str] = (),
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
-        weights("RKD", distance=distance, angle=angle)
+        check_weights("RKD", distance=distance, angle=angle)
         self.distance, self.angle = distance, angle
 
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:

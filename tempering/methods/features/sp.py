@@ -14,7 +14,7 @@ from tempering.utils.search_space import Weight
 
 
 class SP(FeatureMethod):
-    """feature * mean over pairs of rows of (G_s - G_t)^2, G the row-normalised Gram matrix of the block; summed.
+    """feature * mean over pairs of rows of (G_s - G_t)^2, G the row-normalized Gram matrix of the block; summed.
 
     The released code takes the last stage alone, as recipes do where no ``names`` are given.
 

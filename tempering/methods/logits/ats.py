@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tempering.methods.base import Method, policy, ramp, share, weights
+from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
 from tempering.methods.logits.labeled import one_hot
-from tempering.objectives import cross_entropy, divergence, labels, log_softmax, tempered
-from tempering.rows import Rows, widened
-from tempering.temperature.base import Policy, positive
+from tempering.objectives import cross_entropy, divergence, log_softmax, require_labels, tempered
+from tempering.rows import Rows, upcast_to_float32
+from tempering.temperature.base import Policy, check_positive
 from tempering.temperature.static import Static
 from tempering.utils.search_space import Fraction, Temperature, Weight
 
@@ -29,8 +29,8 @@ class ATS(Method):
         hard: weight of the cross entropy, 1 - lambda.
         correct: the teacher's temperature on the label, the paper's tau_1.
         wrong: the teacher's temperature on the other classes, the paper's tau_2.
-        centred: take the mean over the classes off the teacher's logits first. Softmax ignores a shift and this method
-            does not: u + c adds c / correct - c / wrong to the label's logit alone. The released code does not centre.
+        centered: take the mean over the classes off the teacher's logits first. Softmax ignores a shift and this method
+            does not: u + c adds c / correct - c / wrong to the label's logit alone. The released code does not center.
         warmup: share of the run over which ``soft`` rises linearly; published: none.
         temperature: any policy for the student's side. The teacher's two temperatures are multiplied by its T_t over
             its reference tau. None is Static(1.0), as released.
@@ -44,7 +44,7 @@ class ATS(Method):
 
     paper = "arXiv:2210.04427"
     needs_labels = True
-    zero_at_agreement = False
+    zero_when_equal = False
 
     def __init__(
         self,
@@ -53,24 +53,24 @@ class ATS(Method):
         hard: float = 0.5,
         correct: Annotated[float, Temperature()] = 4.0,
         wrong: Annotated[float, Temperature()] = 2.0,
-        centred: bool = True,
+        centered: bool = True,
         warmup: Annotated[float, Fraction()] = 0.0,
         temperature: Policy | None = None,
     ) -> None:
         super().__init__()
-        weights("ATS", soft=soft, hard=hard)
-        share("ATS", warmup=warmup)
-        positive("ATS", correct=correct, wrong=wrong)
+        check_weights("ATS", soft=soft, hard=hard)
+        check_run_fraction("ATS", warmup=warmup)
+        check_positive("ATS", correct=correct, wrong=wrong)
         self.soft, self.hard, self.correct, self.wrong = soft, hard, correct, wrong
-        self.centred, self.warmup = centred, warmup
-        self.shift_invariant = centred  # pyright: ignore[reportAttributeAccessIssue]
-        self.temperature = policy("ATS", Static(1.0) if temperature is None else temperature)
+        self.centered, self.warmup = centered, warmup
+        self.shift_invariant = centered  # pyright: ignore[reportAttributeAccessIssue]
+        self.temperature = check_policy("ATS", Static(1.0) if temperature is None else temperature)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
-        T, label = self.temperature(rows, progress), labels(rows, "ATS")
+        T, label = self.temperature(rows, progress), require_labels(rows, "ATS")
         teacher = log_softmax(self._softened(rows, label, T.teacher / self.temperature.tau))
         student = log_softmax(tempered(rows.student, T.student))
-        scale = torch.where(label >= 0, T.scale, 0.0) * ramp(progress, self.warmup)
+        scale = torch.where(label >= 0, T.scale, 0.0) * linear_warmup(progress, self.warmup)
         terms = {"soft": self.soft * scale * divergence(teacher, student)}
         if self.hard:
             terms["hard"] = self.hard * cross_entropy(rows)
@@ -78,10 +78,10 @@ class ATS(Method):
 
     def _softened(self, rows: Rows, label: Tensor, by: Float[Tensor, "#N 1"]) -> Float[Tensor, "N C"]:
         """The teacher's logits over their two temperatures, each multiplied by ``by``."""
-        u = widened(rows.teacher)
+        u = upcast_to_float32(rows.teacher)
         gone = torch.isneginf(u)
         u = u.masked_fill(gone, 0.0)
-        if self.centred:
+        if self.centered:
             mean = u.sum(1, keepdim=True) / (~gone).sum(1, keepdim=True).clamp_min(1)
             u = u - mean
         T = torch.where(one_hot(label, u), self.correct, self.wrong).to(u.dtype) * by

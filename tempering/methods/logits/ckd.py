@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tempering.methods.base import Method, policy, weights
+from tempering.methods.base import Method, check_policy, check_weights
 from tempering.methods.features.base import Projected, fitted
 from tempering.methods.logits.labeled import one_hot
-from tempering.methods.logits.relations import taking_part
-from tempering.objectives import kl, labels
-from tempering.rows import Rows, shared, widened
+from tempering.methods.logits.relations import counted_entries
+from tempering.objectives import kl, require_labels
+from tempering.rows import Rows, expand_to_rows, upcast_to_float32
 from tempering.temperature.base import Policy
 from tempering.temperature.static import Static
 from tempering.utils.search_space import Weight
@@ -59,24 +59,24 @@ class CKD(Method):
         temperature: Policy | None = None,
     ) -> None:
         super().__init__()
-        weights("CKD", soft=soft, hard=hard, divergence=divergence)
+        check_weights("CKD", soft=soft, hard=hard, divergence=divergence)
         self.soft, self.hard, self.divergence = soft, hard, divergence
         self.groups, self.pairs = _sizes("CKD", groups), pairs
         if pairs is not None and pairs < 1:
             raise ValueError(f"CKD needs pairs >= 1, or None for all; got {pairs!r}.")
         if divergence and pairs is None:
             raise ValueError("CKD has no closed form of divergence > 0: draw comparisons, pairs=64.")
-        self.temperature = policy("CKD", Static(4.0) if temperature is None else temperature)
+        self.temperature = check_policy("CKD", Static(4.0) if temperature is None else temperature)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
-        kept, counted = taking_part(rows)
+        kept, counted = counted_entries(rows)
         sides = {"soft": (kept.teacher, counted)}
         if self.hard:
-            target = labels(rows, "CKD")
+            target = require_labels(rows, "CKD")
             sides["hard"] = (one_hot(target, kept.student).to(kept.student), counted & (target >= 0).unsqueeze(1))
         if self.pairs is None:
             terms = {
-                name: spread(kept.student - other, part, rows.weight, self.groups)
+                name: variance_share(kept.student - other, part, rows.weight, self.groups)
                 for name, (other, part) in sides.items()
             }
         else:
@@ -87,23 +87,23 @@ class CKD(Method):
 
     def _drawn(self, rows: Rows, other: Tensor, counted: Bool[Tensor, "N C"]) -> Float[Tensor, " N"]:
         """The mean squared difference over drawn comparisons, the same value for every row, (N,)."""
-        drawn = draw(counted.any(1), self.pairs or 0, sum(self.groups))
+        drawn = sample_groups(counted.any(1), self.pairs or 0, sum(self.groups))
         ours, theirs = (differences(x, counted, drawn, self.groups[0]) for x in (rows.student, other))
         both = counted.any(0)
         error = F.mse_loss(ours[:, both], theirs[:, both]) if len(drawn) and both.any() else _nothing(rows.student)
-        return shared(error, rows)
+        return expand_to_rows(error, rows)
 
     def _divergence(self, rows: Rows, counted: Bool[Tensor, "N C"], progress: float) -> Float[Tensor, " N"]:
-        drawn = draw(counted.any(1), self.pairs or 0, sum(self.groups))
+        drawn = sample_groups(counted.any(1), self.pairs or 0, sum(self.groups))
         if not len(drawn):
-            return shared(_nothing(rows.student), rows)
+            return expand_to_rows(_nothing(rows.student), rows)
         gone = ~counted.any(0)
         ours, theirs = (
             differences(x, counted, drawn, self.groups[0]).masked_fill(gone, -torch.inf)
             for x in (rows.student, rows.teacher)
         )
         compared = Rows(ours, theirs, name=rows.name)
-        return shared(kl(compared, self.temperature(compared, progress)).mean(), rows)
+        return expand_to_rows(kl(compared, self.temperature(compared, progress)).mean(), rows)
 
 
 class FeatureCKD(Projected):
@@ -147,11 +147,11 @@ class FeatureCKD(Projected):
         for project, (s, t) in zip(self.projectors, pairs, strict=True):
             s, t = fitted(project(s), t)
             r = (s - t).flatten(1)
-            errors.append(spread(r, torch.ones_like(r, dtype=torch.bool), weight, self.groups))
+            errors.append(variance_share(r, torch.ones_like(r, dtype=torch.bool), weight, self.groups))
         return sum(errors[1:], errors[0])
 
 
-def spread(
+def variance_share(
     r: Float[Tensor, "N C"], counted: Bool[Tensor, "N C"], weight: Float[Tensor, " N"] | None, groups: Sequence[int]
 ) -> Float[Tensor, " N"]:
     """Each row's share of the mean over all comparisons of the mean squared difference of ``r``, (N,).
@@ -159,19 +159,19 @@ def spread(
     The rows' weighted mean is that of the naive loop over all pairs of disjoint groups. A single row has no other to be
     compared with: 0.
     """
-    share = counted.to(r.dtype) if weight is None else counted * widened(weight).to(r.dtype).unsqueeze(1)
+    share = counted.to(r.dtype) if weight is None else counted * upcast_to_float32(weight).to(r.dtype).unsqueeze(1)
     whole, squares = share.sum(0), share.square().sum(0)
     r = torch.where(counted, r, 0.0)
-    centre = (share * r).sum(0) / torch.where(whole > 0, whole, 1.0)
+    center = (share * r).sum(0) / torch.where(whole > 0, whole, 1.0)
     left = whole.square() - squares
     alone = (counted.sum(0) < 2) | (left <= 0)
     unbiased = torch.where(alone, 0.0, whole / torch.where(alone, 1.0, left))
     mass = share.amax(1).sum()
-    squared = torch.where(counted, r - centre, 0.0).square() * (unbiased * mass)
+    squared = torch.where(counted, r - center, 0.0).square() * (unbiased * mass)
     return (1.0 / groups[0] + 1.0 / groups[1]) * squared.sum(1) / (whole > 0).sum().clamp_min(1)
 
 
-def draw(kept: Bool[Tensor, " N"], pairs: int, size: int) -> Int[Tensor, "P size"]:
+def sample_groups(kept: Bool[Tensor, " N"], pairs: int, size: int) -> Int[Tensor, "P size"]:
     """``pairs`` drawn lists of ``size`` different rows among those that are kept; none where there are too few."""
     places = kept.nonzero().squeeze(1)
     if len(places) < size:

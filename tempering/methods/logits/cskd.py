@@ -6,21 +6,21 @@ from typing import Annotated
 
 from torch import Tensor
 
-from tempering.methods.base import Method, policy, ramp, share, weights, zero
+from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup, zero_term
 from tempering.methods.logits.mlkd import STRONG, doubtful
 from tempering.methods.logits.relations import (
     Lines,
     Softened,
     block_scale,
-    class_unlikeness,
+    class_distance,
+    correlation_distance,
+    counted_entries,
     lines,
     mean_over,
     soften,
-    taking_part,
-    unlikeness,
 )
 from tempering.objectives import cross_entropy
-from tempering.rows import Rows, shared
+from tempering.rows import Rows, expand_to_rows
 from tempering.temperature.base import Policy, Temperatures
 from tempering.temperature.cosine import Cosine
 from tempering.temperature.static import Static
@@ -69,15 +69,15 @@ class CSKD(Method):
         eps: float = 0.0,
     ) -> None:
         super().__init__()
-        weights("CSKD", fixed=fixed, weighted=weighted, gram=gram, hard=hard, eps=eps)
-        share("CSKD", warmup=warmup)
+        check_weights("CSKD", fixed=fixed, weighted=weighted, gram=gram, hard=hard, eps=eps)
+        check_run_fraction("CSKD", warmup=warmup)
         self.fixed, self.weighted, self.gram, self.hard = fixed, weighted, gram, hard
         self.published, self.warmup, self.eps = published, warmup, eps
-        self.temperature = policy("CSKD", Cosine() if temperature is None else temperature)
+        self.temperature = check_policy("CSKD", Cosine() if temperature is None else temperature)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         names = ("fixed", "weighted", "gram") if self._grams(rows) else ("fixed", "weighted")
-        terms = self._cosines(rows, progress) if len(rows) else {name: zero(rows) for name in names}
+        terms = self._cosines(rows, progress) if len(rows) else {name: zero_term(rows) for name in names}
         if self.hard:
             terms["hard"] = self.hard * cross_entropy(rows)
         return terms
@@ -86,12 +86,12 @@ class CSKD(Method):
         return self.gram > 0 and rows.name != STRONG
 
     def _cosines(self, rows: Rows, progress: float) -> dict[str, Tensor]:
-        rise, T = ramp(progress, self.warmup), self.temperature(rows, progress)
-        kept, counted = taking_part(rows)
-        levels: list[Temperatures] = [Static(self.temperature.tau_at(progress))(rows), T]
+        rise, T = linear_warmup(progress, self.warmup), self.temperature(rows, progress)
+        kept, counted = counted_entries(rows)
+        levels: list[Temperatures] = [Static(self.temperature.reference_at(progress))(rows), T]
         softened = [soften(kept, counted, level) for level in levels]
         fixed, weighted = (
-            block_scale(level, counted) * class_unlikeness(s, centred=False, eps=self.eps)
+            block_scale(level, counted) * class_distance(s, centered=False, eps=self.eps)
             for level, s in zip(levels, softened, strict=True)
         )
         of_rows, of_classes = 1.0, 1.0
@@ -100,13 +100,13 @@ class CSKD(Method):
             of_rows = mean_over(unsure.to(fixed.dtype), counted.any(1))
             of_classes = mean_over(rare.to(fixed.dtype), counted.any(0))
         terms = {
-            "fixed": self.fixed * rise * of_rows * shared(fixed, rows),
-            "weighted": self.weighted * rise * of_rows * shared(weighted, rows),
+            "fixed": self.fixed * rise * of_rows * expand_to_rows(fixed, rows),
+            "weighted": self.weighted * rise * of_rows * expand_to_rows(weighted, rows),
         }
         if self._grams(rows):
             classes = class_grams(softened[0], self.eps) + class_grams(softened[1], self.eps)
             batch = batch_grams(softened[0], self.eps) + batch_grams(softened[1], self.eps)
-            terms["gram"] = self.gram * rise * shared(of_classes * classes + of_rows * batch, rows)
+            terms["gram"] = self.gram * rise * expand_to_rows(of_classes * classes + of_rows * batch, rows)
         return terms
 
 
@@ -117,7 +117,7 @@ def class_grams(s: Softened, eps: float) -> Tensor:
     for logp, p in zip((s.student, s.teacher), s.exp(), strict=False):
         line = lines(logp, s.counted, 0)
         grams.append(Lines(line.values.T @ p, line.log_scale.T))
-    return _mean_unlikeness(grams, counted, eps)
+    return _mean_distance(grams, counted, eps)
 
 
 def batch_grams(s: Softened, eps: float) -> Tensor:
@@ -127,9 +127,9 @@ def batch_grams(s: Softened, eps: float) -> Tensor:
     for logp, p in zip((s.student, s.teacher), s.exp(), strict=False):
         line = lines(logp, s.counted, 1)
         grams.append(Lines(line.values @ p.T, line.log_scale))
-    return _mean_unlikeness(grams, counted, eps)
+    return _mean_distance(grams, counted, eps)
 
 
-def _mean_unlikeness(grams: list[Lines], counted: Tensor, eps: float) -> Tensor:
+def _mean_distance(grams: list[Lines], counted: Tensor, eps: float) -> Tensor:
     whole = counted.unsqueeze(0) & counted.unsqueeze(1)
-    return mean_over(unlikeness(grams[0], grams[1], whole, 1, eps=eps), counted)
+    return mean_over(correlation_distance(grams[0], grams[1], whole, 1, eps=eps), counted)

@@ -6,10 +6,10 @@ from typing import Annotated
 
 from torch import Tensor
 
-from tempering.methods.base import Method, policy, ramp, share, weights, zero
-from tempering.methods.logits.relations import block_scale, class_unlikeness, row_unlikeness, soften, taking_part
+from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup, zero_term
+from tempering.methods.logits.relations import block_scale, class_distance, counted_entries, row_distance, soften
 from tempering.objectives import cross_entropy
-from tempering.rows import Rows, shared
+from tempering.rows import Rows, expand_to_rows
 from tempering.temperature.base import Policy
 from tempering.temperature.static import Static
 from tempering.utils.search_space import Fraction, Weight
@@ -49,21 +49,21 @@ class DIST(Method):
         eps: float = 0.0,
     ) -> None:
         super().__init__()
-        weights("DIST", inter=inter, intra=intra, hard=hard, eps=eps)
-        share("DIST", warmup=warmup)
+        check_weights("DIST", inter=inter, intra=intra, hard=hard, eps=eps)
+        check_run_fraction("DIST", warmup=warmup)
         self.inter, self.intra, self.hard, self.warmup, self.eps = inter, intra, hard, warmup, eps
-        self.temperature = policy("DIST", Static(4.0) if temperature is None else temperature)
+        self.temperature = check_policy("DIST", Static(4.0) if temperature is None else temperature)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
-        terms = self._relations(rows, progress) if len(rows) else {"inter": zero(rows), "intra": zero(rows)}
+        terms = self._relations(rows, progress) if len(rows) else {"inter": zero_term(rows), "intra": zero_term(rows)}
         if self.hard:
             terms["hard"] = self.hard * cross_entropy(rows)
         return terms
 
     def _relations(self, rows: Rows, progress: float) -> dict[str, Tensor]:
-        rise, T = ramp(progress, self.warmup), self.temperature(rows, progress)
-        kept, counted = taking_part(rows)
+        rise, T = linear_warmup(progress, self.warmup), self.temperature(rows, progress)
+        kept, counted = counted_entries(rows)
         both = soften(kept, counted, T)
-        inter = T.scale * row_unlikeness(both, centred=True, eps=self.eps)
-        intra = block_scale(T, counted) * class_unlikeness(both, centred=True, eps=self.eps)
-        return {"inter": self.inter * rise * inter, "intra": self.intra * rise * shared(intra, rows)}
+        inter = T.scale * row_distance(both, centered=True, eps=self.eps)
+        intra = block_scale(T, counted) * class_distance(both, centered=True, eps=self.eps)
+        return {"inter": self.inter * rise * inter, "intra": self.intra * rise * expand_to_rows(intra, rows)}

@@ -7,8 +7,8 @@ from typing import Annotated, Literal, get_args
 from torch import Tensor
 
 from tempering import objectives
-from tempering.methods.base import Method, policy, ramp, share, weights
-from tempering.objectives import fraction, skewed
+from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
+from tempering.objectives import check_fraction, check_skew
 from tempering.rows import Rows
 from tempering.temperature.base import Policy
 from tempering.temperature.static import Static
@@ -55,13 +55,13 @@ class Divergence(Method):
             raise ValueError(
                 f"Divergence needs objective {', '.join(map(repr, get_args(Objective)))}; got {objective!r}."
             )
-        weights("Divergence", soft=soft, hard=hard)
-        share("Divergence", warmup=warmup)
-        fraction("Divergence", beta=beta, head=head)
-        skewed("Divergence", skew)
+        check_weights("Divergence", soft=soft, hard=hard)
+        check_run_fraction("Divergence", warmup=warmup)
+        check_fraction("Divergence", beta=beta, head=head)
+        check_skew("Divergence", skew)
         self.objective, self.soft, self.hard, self.warmup = objective, soft, hard, warmup
         self.beta, self.skew, self.head = beta, skew, head
-        self.temperature = policy("Divergence", Static(1.0) if temperature is None else temperature)
+        self.temperature = check_policy("Divergence", Static(1.0) if temperature is None else temperature)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         T = self.temperature(rows, progress)
@@ -72,7 +72,7 @@ class Divergence(Method):
             "adaptive_kl": {"head": self.head},
         }
         value = getattr(objectives, self.objective)(rows, T, **own.get(self.objective, {}))
-        terms = {"soft": self.soft * ramp(progress, self.warmup) * value}
+        terms = {"soft": self.soft * linear_warmup(progress, self.warmup) * value}
         if self.hard:
             terms["hard"] = self.hard * objectives.cross_entropy(rows)
         return terms

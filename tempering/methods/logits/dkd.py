@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tempering.methods.base import Method, policy, ramp, share, weights
-from tempering.objectives import cross_entropy, divergence, labels, log_softmax, masked, tempered
+from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
+from tempering.objectives import cross_entropy, divergence, log_softmax, masked, require_labels, tempered
 from tempering.rows import Rows
 from tempering.temperature.base import Policy
 from tempering.temperature.static import Static
@@ -20,7 +20,8 @@ class DKD(Method):
     """target * TCKD + rest * NCKD + hard * cross entropy, the first two times T_s T_t.
 
     TCKD is the KL of the pairs (p(target), 1 - p(target)), NCKD the KL of the softmaxes over the other classes. A row
-    without a label has neither. ``DKD(rest=0.0)`` is target-only, ``DKD(target=0.0)`` non-target-only distillation.
+    without a label has neither. ``DKD(non_target=0.0)`` is target-only, ``DKD(target=0.0)`` non-target-only
+    distillation.
 
     Args:
         target: weight of TCKD (the paper's alpha).
@@ -44,35 +45,35 @@ class DKD(Method):
         self,
         *,
         target: Annotated[float, Weight()] = 1.0,
-        rest: Annotated[float, Weight()] = 8.0,
+        non_target: Annotated[float, Weight()] = 8.0,
         hard: float = 1.0,
         warmup: Annotated[float, Fraction()] = 20 / 240,
         temperature: Policy | None = None,
     ) -> None:
         super().__init__()
-        weights("DKD", target=target, rest=rest, hard=hard)
-        share("DKD", warmup=warmup)
-        self.target, self.rest, self.hard, self.warmup = target, rest, hard, warmup
-        self.temperature = policy("DKD", Static(4.0) if temperature is None else temperature)
+        check_weights("DKD", target=target, non_target=non_target, hard=hard)
+        check_run_fraction("DKD", warmup=warmup)
+        self.target, self.non_target, self.hard, self.warmup = target, non_target, hard, warmup
+        self.temperature = check_policy("DKD", Static(4.0) if temperature is None else temperature)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         T = self.temperature(rows, progress)
-        label = labels(rows, "DKD")
+        label = require_labels(rows, "DKD")
         is_target = torch.zeros_like(rows.student, dtype=torch.bool)
         is_target.scatter_(1, label.clamp_min(0).unsqueeze(1).long(), True)
-        pair_s, rest_s = decoupled(tempered(rows.student, T.student), is_target)
-        pair_t, rest_t = decoupled(tempered(rows.teacher, T.teacher), is_target)
-        scale = torch.where(label >= 0, T.scale, 0.0) * ramp(progress, self.warmup)
+        pair_s, rest_s = split_target(tempered(rows.student, T.student), is_target)
+        pair_t, rest_t = split_target(tempered(rows.teacher, T.teacher), is_target)
+        scale = torch.where(label >= 0, T.scale, 0.0) * linear_warmup(progress, self.warmup)
         terms = {
             "target": self.target * scale * divergence(pair_t, pair_s),
-            "rest": self.rest * scale * divergence(rest_t, rest_s),
+            "non_target": self.non_target * scale * divergence(rest_t, rest_s),
         }
         if self.hard:
             terms["hard"] = self.hard * cross_entropy(rows)
         return terms
 
 
-def decoupled(z: Float[Tensor, "N C"], is_target: Tensor) -> tuple[Float[Tensor, "N 2"], Float[Tensor, "N C"]]:
+def split_target(z: Float[Tensor, "N C"], is_target: Tensor) -> tuple[Float[Tensor, "N 2"], Float[Tensor, "N C"]]:
     """Log-probabilities of (target, any other) and of the classes without the target, which is minus infinity.
 
     Where the target is the only class left, the pair is (0, -inf) and the rest is uniform: neither costs anything.

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from torch import Tensor
 
-from tempering.methods.base import Method, policy, ramp, share, weights
+from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
 from tempering.objectives import cross_entropy, kl
 from tempering.rows import Rows
 from tempering.temperature.base import Policy, Temperatures, constant
@@ -45,17 +45,17 @@ class DTKD(Method):
         temperature: Policy | None = None,
     ) -> None:
         super().__init__()
-        weights("DTKD", dynamic=dynamic, soft=soft, hard=hard)
-        share("DTKD", warmup=warmup)
+        check_weights("DTKD", dynamic=dynamic, soft=soft, hard=hard)
+        check_run_fraction("DTKD", warmup=warmup)
         self.dynamic, self.soft, self.hard, self.warmup = dynamic, soft, hard, warmup
-        self.temperature = policy("DTKD", Sharpness(4.0) if temperature is None else temperature)
+        self.temperature = check_policy("DTKD", Sharpness(4.0) if temperature is None else temperature)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
-        rise = ramp(progress, self.warmup)
+        rise = linear_warmup(progress, self.warmup)
         T = self.temperature(rows, progress)
         terms = {"dynamic": self.dynamic * rise * kl(rows, T)}
         if self.soft:
-            tau = constant(self.temperature.tau_at(progress), rows.student)
+            tau = constant(self.temperature.reference_at(progress), rows.student)
             terms["soft"] = self.soft * rise * kl(rows, Temperatures(tau, tau))
         if self.hard:
             terms["hard"] = self.hard * cross_entropy(rows)

@@ -6,10 +6,10 @@ from typing import Annotated
 
 from torch import Tensor
 
-from tempering.methods.base import Method, policy, ramp, share, weights
+from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
 from tempering.objectives import cross_entropy, divergence, entropy, softened
-from tempering.rows import Rows, widened
-from tempering.temperature.base import Policy, positive
+from tempering.rows import Rows, upcast_to_float32
+from tempering.temperature.base import Policy, check_positive
 from tempering.temperature.static import Static
 from tempering.utils.search_space import Fraction, Weight
 
@@ -40,17 +40,17 @@ class ERKD(Method):
         temperature: Policy | None = None,
     ) -> None:
         super().__init__()
-        weights("ERKD", soft=soft, hard=hard)
-        share("ERKD", warmup=warmup)
-        positive("ERKD", tau=tau)
+        check_weights("ERKD", soft=soft, hard=hard)
+        check_run_fraction("ERKD", warmup=warmup)
+        check_positive("ERKD", tau=tau)
         self.soft, self.hard, self.tau, self.warmup = soft, hard, tau, warmup
-        self.temperature = policy("ERKD", Static(4.0) if temperature is None else temperature)
+        self.temperature = check_policy("ERKD", Static(4.0) if temperature is None else temperature)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         T = self.temperature(rows, progress)
         student, teacher = softened(rows, T)
-        unsure = entropy(widened(rows.teacher) / self.tau).clamp_min(0.0)
-        soft = self.soft * ramp(progress, self.warmup)
+        unsure = entropy(upcast_to_float32(rows.teacher) / self.tau).clamp_min(0.0)
+        soft = self.soft * linear_warmup(progress, self.warmup)
         terms = {"soft": soft * unsure * T.scale * divergence(teacher, student)}
         if self.hard:
             terms["hard"] = self.hard * cross_entropy(rows)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from torch import Tensor
 
-from tempering.methods.base import Method, policy, ramp, share, weights
+from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
 from tempering.objectives import cross_entropy, kl
 from tempering.rows import Rows
 from tempering.temperature.base import Policy
@@ -39,14 +39,14 @@ class KD(Method):
         warmup: Annotated[float, Fraction()] = 0.0,
     ) -> None:
         super().__init__()
-        weights("KD", soft=soft, hard=hard)
-        share("KD", warmup=warmup)
+        check_weights("KD", soft=soft, hard=hard)
+        check_run_fraction("KD", warmup=warmup)
         self.soft, self.hard, self.warmup = soft, hard, warmup
-        self.temperature = policy("KD", Static(4.0) if temperature is None else temperature)
+        self.temperature = check_policy("KD", Static(4.0) if temperature is None else temperature)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         T = self.temperature(rows, progress)
-        terms = {"soft": self.soft * ramp(progress, self.warmup) * kl(rows, T)}
+        terms = {"soft": self.soft * linear_warmup(progress, self.warmup) * kl(rows, T)}
         if self.hard:
             terms["hard"] = self.hard * cross_entropy(rows)
         return terms

@@ -1,4 +1,4 @@
-"""Logit standardisation: any method on z-scored logits."""
+"""Logit standardization: any method on z-scored logits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tempering.methods.base import Method, StepMethod, weights
+from tempering.methods.base import Method, StepMethod, check_weights
 from tempering.methods.logits.kd import KD
 from tempering.objectives import cross_entropy
-from tempering.rows import Rows, widened
+from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.static import Static
 
 
@@ -19,13 +19,13 @@ class LSKD(Method):
     """The terms of ``inner`` on (z - mean) / (std + eps) of each side's rows, + hard * cross entropy of the raw logits.
 
     The value of ``LSKD(KD(soft=9.0, hard=0.0, temperature=Static(2.0)))`` is that of KD with
-    ``Standardised(2.0, scale="tau")``. The gradient is not: as released it flows through the student's mean and
+    ``Standardized(2.0, scale="tau")``. The gradient is not: as released it flows through the student's mean and
     standard deviation, so a step never changes a row's scale. That is why this is a method and not a policy alone. The
     soft terms leave that scale to the labels.
 
     Args:
-        inner: the method that sees standardised logits; give it ``hard=0.0``. None is the paper's KD with weight 9 at
-            T = 2. ``LSKD(DKD(target=9.0, rest=72.0, hard=0.0, temperature=Static(2.0)), hard=1.0)`` is DKD + LS.
+        inner: the method that sees standardized logits; give it ``hard=0.0``. None is the paper's KD with weight 9 at
+            T = 2. ``LSKD(DKD(target=9.0, non_target=72.0, hard=0.0, temperature=Static(2.0)), hard=1.0)`` is DKD + LS.
         hard: weight of the cross entropy.
         eps: added to the standard deviation, as released. A row without any spread stays 0, with no slope.
 
@@ -38,39 +38,39 @@ class LSKD(Method):
 
     def __init__(self, inner: Method | None = None, *, hard: float = 0.1, eps: float = 1e-7) -> None:
         super().__init__()
-        weights("LSKD", hard=hard, eps=eps)
+        check_weights("LSKD", hard=hard, eps=eps)
         if inner is not None and (not isinstance(inner, Method) or isinstance(inner, StepMethod)):
             raise TypeError(f"LSKD needs a method over rows, such as KD(soft=9.0, hard=0.0); got {inner!r}.")
         if getattr(inner, "hard", 0.0):
             raise ValueError(
-                f"LSKD: {type(inner).__name__}(hard={inner.hard!r}) would teach labels on standardised logits. Give it "  # pyright: ignore
+                f"LSKD: {type(inner).__name__}(hard={inner.hard!r}) would teach labels on standardized logits. Give it "  # pyright: ignore
                 "hard=0.0, and LSKD the weight: LSKD(..., hard=0.1)."
             )
         self.inner = KD(soft=9.0, hard=0.0, temperature=Static(2.0)) if inner is None else inner
         self.hard, self.eps = hard, eps
-        for told in ("needs_labels", "needs_teacher", "zero_at_agreement", "non_negative"):
+        for told in ("needs_labels", "needs_teacher", "zero_when_equal", "non_negative"):
             setattr(self, told, getattr(self.inner, told))
 
-    def prepare(self, rows: Rows) -> None:
-        self.inner.prepare(self._standardised(rows))
+    def setup(self, rows: Rows) -> None:
+        self.inner.setup(self._standardized(rows))
 
     def param_groups(self) -> list[dict[str, Any]]:
         return self.inner.param_groups()
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
-        rows = rows.with_(student=widened(rows.student))
-        terms = self.inner(self._standardised(rows), progress)
+        rows = rows.replace(student=upcast_to_float32(rows.student))
+        terms = self.inner(self._standardized(rows), progress)
         if self.hard:
             terms["hard"] = self.hard * cross_entropy(rows)
         return terms
 
-    def _standardised(self, rows: Rows) -> Rows:
-        return rows.with_(student=standardised(rows.student, self.eps), teacher=standardised(rows.teacher, self.eps))
+    def _standardized(self, rows: Rows) -> Rows:
+        return rows.replace(student=standardized(rows.student, self.eps), teacher=standardized(rows.teacher, self.eps))
 
 
-def standardised(logits: Float[Tensor, "N C"], eps: float) -> Float[Tensor, "N C"]:
+def standardized(logits: Float[Tensor, "N C"], eps: float) -> Float[Tensor, "N C"]:
     """(z - mean) / (std + eps) over the classes that are not masked, which stay so; 0 where there is no spread."""
-    z = widened(logits)
+    z = upcast_to_float32(logits)
     gone = torch.isneginf(z)
     n = (~gone).sum(-1, keepdim=True)
     z = z.masked_fill(gone, 0.0)

@@ -9,15 +9,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tempering.methods.base import Method, policy, ramp, share, weights, zero
-from tempering.methods.logits.relations import Softened, mean_over, soften, taking_part
+from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup, zero_term
+from tempering.methods.logits.relations import Softened, counted_entries, mean_over, soften
 from tempering.objectives import cross_entropy, divergence, log_softmax
-from tempering.rows import Rows, shared
-from tempering.temperature.base import Policy, Temperatures, positive
+from tempering.rows import Rows, expand_to_rows
+from tempering.temperature.base import Policy, Temperatures, check_positive
 from tempering.temperature.static import Static
 from tempering.utils.search_space import Fraction, Weight
 
-STRONG = "strong"  # the name of the block of strongly augmented rows, as tasks.Views makes it
+STRONG = "strong"  # the name of the block of strongly augmented rows, as tasks.TwoView makes it
 
 
 class MLKD(Method):
@@ -40,9 +40,9 @@ class MLKD(Method):
             weak view's logits, without a mask.
         warmup: share of the run over which all terms but ``hard`` rise linearly; published: none.
         temperature: any policy; it is multiplied by each of ``temperatures`` over its reference tau. None is
-            Static(4.0). ``Standardised(2.0, scale="tau")`` is MLKD on standardised logits.
+            Static(4.0). ``Standardized(2.0, scale="tau")`` is MLKD on standardized logits.
 
-    Wants the two views as blocks of rows named "weak" and "strong": ``tasks.Views``.
+    Wants the two views as blocks of rows named "weak" and "strong": ``tasks.TwoView``.
 
     Reference: Jin et al., "Multi-Level Logit Distillation", CVPR 2023, doi 10.1109/CVPR52729.2023.02325.
     """
@@ -63,30 +63,30 @@ class MLKD(Method):
         temperature: Policy | None = None,
     ) -> None:
         super().__init__()
-        weights("MLKD", soft=soft, classes=classes, batch=batch, hard=hard)
-        share("MLKD", warmup=warmup)
+        check_weights("MLKD", soft=soft, classes=classes, batch=batch, hard=hard)
+        check_run_fraction("MLKD", warmup=warmup)
         if not temperatures:
             raise ValueError("MLKD needs at least one of temperatures, such as (4.0, 3.0, 5.0, 2.0, 6.0); got none.")
         for value in temperatures:
-            positive("MLKD", temperatures=value)
+            check_positive("MLKD", temperatures=value)
         self.soft, self.classes, self.batch, self.hard = soft, classes, batch, hard
         self.temperatures, self.published, self.warmup = tuple(temperatures), published, warmup
-        self.temperature = policy("MLKD", Static(4.0) if temperature is None else temperature)
+        self.temperature = check_policy("MLKD", Static(4.0) if temperature is None else temperature)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         names = ("soft",) if rows.name == STRONG else ("soft", "classes", "batch")
-        terms = self._levels(rows, progress) if len(rows) else {name: zero(rows) for name in names}
+        terms = self._levels(rows, progress) if len(rows) else {name: zero_term(rows) for name in names}
         if self.hard:
             terms["hard"] = self.hard * cross_entropy(rows)
         return terms
 
     def _levels(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         T, strong = self.temperature(rows, progress), rows.name == STRONG
-        kept, counted = taking_part(rows)
+        kept, counted = counted_entries(rows)
         levels = [self._at(T, tau) for tau in self.temperatures]
         softened = [soften(kept, counted, level) for level in levels]
         kl = torch.stack([T.scale * divergence(s.teacher, s.student) for T, s in zip(levels, softened, strict=True)])
-        rise = ramp(progress, self.warmup)
+        rise = linear_warmup(progress, self.warmup)
         if strong:
             return {"soft": self.soft * rise * (kl[:-2] if self.published else kl).sum(0)}
         unsure, rare = doubtful(kept.teacher, counted)
@@ -102,8 +102,8 @@ class MLKD(Method):
             batch = torch.stack([batch_gram(s, unsure) for s in softened]).sum()
         return {
             "soft": self.soft * rise * soft,
-            "classes": self.classes * rise * shared(classes, rows),
-            "batch": self.batch * rise * shared(batch, rows),
+            "classes": self.classes * rise * expand_to_rows(classes, rows),
+            "batch": self.batch * rise * expand_to_rows(batch, rows),
         }
 
     def _at(self, T: Temperatures, tau: float) -> Temperatures:

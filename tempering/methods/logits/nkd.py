@@ -1,4 +1,4 @@
-"""Normalised KD, and its teacher-free form: the target's confidence, and the order of the others."""
+"""Normalized KD, and its teacher-free form: the target's confidence, and the order of the others."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tempering.methods.base import Method, policy, ramp, share, weights
-from tempering.methods.logits.labeled import crossed, one_hot, place, told, without
-from tempering.objectives import cross_entropy, labels, log_softmax, tempered
-from tempering.rows import Rows, widened
+from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
+from tempering.methods.logits.labeled import drop_classes, label_index, one_hot, soft_cross_entropy, weighted_nll
+from tempering.objectives import cross_entropy, log_softmax, require_labels, tempered
+from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import Policy
 from tempering.temperature.static import Static
 from tempering.utils.search_space import Fraction, Weight
@@ -39,45 +39,49 @@ class NKD(Method):
 
     paper = "arXiv:2303.13005"
     needs_labels = True
-    zero_at_agreement = False
+    zero_when_equal = False
 
     def __init__(
         self,
         *,
         target: Annotated[float, Weight()] = 1.0,
-        rest: Annotated[float, Weight()] = 1.5,
+        non_target: Annotated[float, Weight()] = 1.5,
         hard: float = 1.0,
         warmup: Annotated[float, Fraction()] = 0.0,
         temperature: Policy | None = None,
     ) -> None:
         super().__init__()
-        weights("NKD", target=target, rest=rest, hard=hard)
-        share("NKD", warmup=warmup)
-        self.target, self.rest, self.hard, self.warmup = target, rest, hard, warmup
-        self.temperature = policy("NKD", Static(1.0) if temperature is None else temperature)
+        check_weights("NKD", target=target, non_target=non_target, hard=hard)
+        check_run_fraction("NKD", warmup=warmup)
+        self.target, self.non_target, self.hard, self.warmup = target, non_target, hard, warmup
+        self.temperature = check_policy("NKD", Static(1.0) if temperature is None else temperature)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
-        rise, T, label = ramp(progress, self.warmup), self.temperature(rows, progress), labels(rows, "NKD")
-        student, teacher = widened(rows.student), widened(rows.teacher)
+        rise, T, label = (
+            linear_warmup(progress, self.warmup),
+            self.temperature(rows, progress),
+            require_labels(rows, "NKD"),
+        )
+        student, teacher = upcast_to_float32(rows.student), upcast_to_float32(rows.teacher)
         is_label = one_hot(label, student)
-        sure = log_softmax(teacher).exp().gather(1, place(label)).squeeze(1)
-        others = crossed(
-            without(tempered(teacher, T.teacher), is_label), without(tempered(student, T.student), is_label)
+        sure = log_softmax(teacher).exp().gather(1, label_index(label)).squeeze(1)
+        others = soft_cross_entropy(
+            drop_classes(tempered(teacher, T.teacher), is_label), drop_classes(tempered(student, T.student), is_label)
         )
         terms = {
-            "target": self.target * rise * told(sure, student, label),
-            "rest": self.rest * rise * torch.where(label >= 0, T.scale * others, 0.0),
+            "target": self.target * rise * weighted_nll(sure, student, label),
+            "non_target": self.non_target * rise * torch.where(label >= 0, T.scale * others, 0.0),
         }
         if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows.with_(student=student))
+            terms["hard"] = self.hard * cross_entropy(rows.replace(student=student))
         return terms
 
 
 class USKD(Method):
     """target * smoothed confidence + rest * Zipf ranks + weak * cross entropy of a weak head + hard * cross entropy.
 
-    Teacher-free. The label's soft target is p(y)^2 + 1 - mean p(y)^2 over the labelled rows; the other classes' are
-    1 / rank, normalised, by the rank of their prediction. All are made from ``rows.teacher``, which is the student's
+    Teacher-free. The label's soft target is p(y)^2 + 1 - mean p(y)^2 over the labeled rows; the other classes' are
+    1 / rank, normalized, by the rank of their prediction. All are made from ``rows.teacher``, which is the student's
     own logits, held constant, where no teacher takes part (``distill(student, None, ...)``). Given a teacher, its
     predictions are smoothed in the student's place.
 
@@ -89,7 +93,7 @@ class USKD(Method):
         names: the one tapped feature (N, D) or (N, C, H, W), pooled, that a weak linear head of the method's own reads;
             its prediction is added to the final one before ranking. () goes without the head: the ranks are the
             prediction's own.
-        ranks: "mended" ranks the normalised probabilities of both, among the other classes alone; "published" has
+        ranks: "mended" ranks the normalized probabilities of both, among the other classes alone; "published" has
             log p / (1 - log p(y)) for the final prediction, where the released code reads a reused variable, and lets
             the label take a rank of its own.
         warmup: share of the run over which all parts but ``hard`` rise linearly; published: none.
@@ -103,13 +107,13 @@ class USKD(Method):
     relational = True
     needs_labels = True
     needs_teacher = False
-    zero_at_agreement = False
+    zero_when_equal = False
 
     def __init__(
         self,
         *,
         target: Annotated[float, Weight()] = 1.0,
-        rest: Annotated[float, Weight()] = 0.1,
+        non_target: Annotated[float, Weight()] = 0.1,
         weak: Annotated[float, Weight()] = 0.005,
         hard: float = 1.0,
         names: Sequence[str] = (),
@@ -117,54 +121,56 @@ class USKD(Method):
         warmup: Annotated[float, Fraction()] = 0.0,
     ) -> None:
         super().__init__()
-        weights("USKD", target=target, rest=rest, weak=weak, hard=hard)
-        share("USKD", warmup=warmup)
+        check_weights("USKD", target=target, non_target=non_target, weak=weak, hard=hard)
+        check_run_fraction("USKD", warmup=warmup)
         if len(names) > 1 or isinstance(names, str):
             raise ValueError(f"USKD reads one feature at most, names=['pooled']; got {names!r}.")
         if ranks not in ("mended", "published"):
             raise ValueError(f"USKD needs ranks 'mended' or 'published'; got {ranks!r}.")
-        self.target, self.rest, self.weak, self.hard, self.warmup = target, rest, weak, hard, warmup
+        self.target, self.non_target, self.weak, self.hard, self.warmup = target, non_target, weak, hard, warmup
         self.names, self.ranks = tuple(names), ranks
         self.head: nn.Linear | None = None
 
-    def prepare(self, rows: Rows) -> None:
+    def setup(self, rows: Rows) -> None:
         if self.names and self.head is None:
             feature = self._feature(rows)
             self.head = nn.Linear(feature.shape[1], rows.student.shape[1]).to(feature)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
-        rise, label = ramp(progress, self.warmup), labels(rows, "USKD")
-        student, own = widened(rows.student), widened(rows.teacher)
+        rise, label = linear_warmup(progress, self.warmup), require_labels(rows, "USKD")
+        student, own = upcast_to_float32(rows.student), upcast_to_float32(rows.teacher)
         is_label, known = one_hot(label, student), label >= 0
         guessed = self._guess(rows)
         ranked = self._ranks(own, None if guessed is None else guessed.detach(), is_label)
         terms = {
-            "target": self.target * rise * told(self._confidence(own, label, rows.weight), student, label),
-            "rest": self.rest * rise * torch.where(known, crossed(ranked, without(student, is_label)), 0.0),
+            "target": self.target * rise * weighted_nll(self._confidence(own, label, rows.weight), student, label),
+            "non_target": self.non_target
+            * rise
+            * torch.where(known, soft_cross_entropy(ranked, drop_classes(student, is_label)), 0.0),
         }
         if guessed is not None:
             logq = log_softmax(guessed.masked_fill(torch.isneginf(student), -torch.inf))
             smooth = 0.9 * is_label.to(logq.dtype) + 0.1 * (~torch.isneginf(logq)) / _classes(logq)
-            terms["weak"] = self.weak * rise * torch.where(known, crossed(smooth.log(), logq), 0.0)
+            terms["weak"] = self.weak * rise * torch.where(known, soft_cross_entropy(smooth.log(), logq), 0.0)
         if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows.with_(student=student))
+            terms["hard"] = self.hard * cross_entropy(rows.replace(student=student))
         return terms
 
     @torch.no_grad()
     def _confidence(self, own: Tensor, label: Tensor, weight: Tensor | None) -> Float[Tensor, " N"]:
-        """The label's soft target: p(y)^2 + 1 - its mean over the labelled rows that have weight."""
-        square = log_softmax(own).gather(1, place(label)).squeeze(1).exp().square()
+        """The label's soft target: p(y)^2 + 1 - its mean over the labeled rows that have weight."""
+        square = log_softmax(own).gather(1, label_index(label)).squeeze(1).exp().square()
         known = label >= 0 if weight is None else (label >= 0) & (weight > 0)
         return square + 1.0 - torch.where(known, square, 0.0).sum() / known.sum().clamp_min(1)
 
     @torch.no_grad()
     def _ranks(self, own: Tensor, guessed: Tensor | None, is_label: Bool[Tensor, "N C"]) -> Float[Tensor, "N C"]:
-        """log of the other classes' soft labels, 1 / rank normalised; minus infinity on the label."""
+        """log of the other classes' soft labels, 1 / rank normalized; minus infinity on the label."""
         gone = torch.isneginf(own)
         if self.ranks == "mended":
-            score = without(own, is_label).exp()
+            score = drop_classes(own, is_label).exp()
             if guessed is not None:
-                score = score + without(guessed.masked_fill(gone, -torch.inf), is_label).exp()
+                score = score + drop_classes(guessed.masked_fill(gone, -torch.inf), is_label).exp()
             out = gone | is_label
         else:
             logp = log_softmax(own)
@@ -186,7 +192,7 @@ class USKD(Method):
             return None
         if self.head is None:
             raise RuntimeError(
-                "USKD's weak head takes its size from the feature: call method.prepare(rows) with a first block of "
+                "USKD's weak head takes its size from the feature: call method.setup(rows) with a first block of "
                 "rows, before the optimizer is made."
             )
         return self.head(self._feature(rows))
@@ -196,9 +202,9 @@ class USKD(Method):
         if name not in rows.features:
             raise ValueError(
                 f"USKD reads the feature {name!r}, and Rows(name={rows.name!r}) has {sorted(rows.features) or 'none'}. "
-                f"Name a module to tap in the task: Classification(taps={{{name!r}: ('stage3', 'stage3')}})."
+                f"Name a module to tap in the task: Classification(features={{{name!r}: ('stage3', 'stage3')}})."
             )
-        feature = widened(rows.features[name][0])
+        feature = upcast_to_float32(rows.features[name][0])
         if rows.weight is not None:
             feature = feature.masked_fill(~(rows.weight > 0).view(-1, *[1] * (feature.ndim - 1)), 0.0)
         return feature.flatten(2).mean(2) if feature.ndim > 2 else feature

@@ -9,19 +9,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tempering.methods.base import Method, policy, ramp, share, weights, zero
+from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup, zero_term
 from tempering.methods.logits.relations import (
     Lines,
     block_scale,
-    class_unlikeness,
-    row_unlikeness,
+    class_distance,
+    correlation_distance,
+    counted_entries,
+    row_distance,
     soften,
-    taking_part,
-    unlikeness,
 )
 from tempering.objectives import cross_entropy
-from tempering.rows import Rows, shared
-from tempering.temperature.base import Policy, positive
+from tempering.rows import Rows, expand_to_rows
+from tempering.temperature.base import Policy, check_positive
 from tempering.temperature.static import Static
 from tempering.utils.search_space import Fraction, Weight
 
@@ -37,8 +37,8 @@ class R2KD(Method):
     Args:
         value: weight of both cosine distances.
         order: weight of the rank distance.
-        hard: weight of the cross entropy. On an augmented view the paper has none: ``tasks.Views(labelled=False)``.
-        rank: "soft" is the correlation of soft ranks, the sums of pairwise sigmoids of standardised logits: it has a
+        hard: weight of the cross entropy. On an augmented view the paper has none: ``tasks.TwoView(labeled=False)``.
+        rank: "soft" is the correlation of soft ranks, the sums of pairwise sigmoids of standardized logits: it has a
             gradient, ignores the row's scale, and tends to Spearman's as ``softness`` tends to 0. "published" ranks by
             argsort, whose gradient is 0: a constant, as in the released code.
         softness: width of the sigmoids, in standard deviations of the row's logits.
@@ -69,33 +69,33 @@ class R2KD(Method):
         eps: float = 0.0,
     ) -> None:
         super().__init__()
-        weights("R2KD", value=value, order=order, hard=hard, eps=eps)
-        share("R2KD", warmup=warmup)
-        positive("R2KD", softness=softness)
+        check_weights("R2KD", value=value, order=order, hard=hard, eps=eps)
+        check_run_fraction("R2KD", warmup=warmup)
+        check_positive("R2KD", softness=softness)
         if rank not in ("soft", "published"):
             raise ValueError(f"R2KD needs rank 'soft' or 'published'; got {rank!r}.")
         self.value, self.order, self.hard, self.rank, self.softness = value, order, hard, rank, softness
         self.warmup, self.eps = warmup, eps
-        self.temperature = policy("R2KD", Static(4.0) if temperature is None else temperature)
+        self.temperature = check_policy("R2KD", Static(4.0) if temperature is None else temperature)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         names = ("rows", "classes", "order")
-        terms = self._correlations(rows, progress) if len(rows) else {name: zero(rows) for name in names}
+        terms = self._correlations(rows, progress) if len(rows) else {name: zero_term(rows) for name in names}
         if self.hard:
             terms["hard"] = self.hard * cross_entropy(rows)
         return terms
 
     def _correlations(self, rows: Rows, progress: float) -> dict[str, Tensor]:
-        rise, T = ramp(progress, self.warmup), self.temperature(rows, progress)
-        kept, counted = taking_part(rows)
+        rise, T = linear_warmup(progress, self.warmup), self.temperature(rows, progress)
+        kept, counted = counted_entries(rows)
         both = soften(kept, counted, T)
-        classes = block_scale(T, counted) * class_unlikeness(both, centred=False, eps=self.eps)
+        classes = block_scale(T, counted) * class_distance(both, centered=False, eps=self.eps)
         of = kept if self.rank == "soft" else both.exp()
         sides = (self._ranked(of.student, counted), self._ranked(of.teacher, counted))
         return {
-            "rows": self.value * rise * T.scale * row_unlikeness(both, centred=False, eps=self.eps),
-            "classes": self.value * rise * shared(classes, rows),
-            "order": self.order * rise * unlikeness(*sides, counted, 1, centred=True, eps=self.eps),
+            "rows": self.value * rise * T.scale * row_distance(both, centered=False, eps=self.eps),
+            "classes": self.value * rise * expand_to_rows(classes, rows),
+            "order": self.order * rise * correlation_distance(*sides, counted, 1, centered=True, eps=self.eps),
         }
 
     def _ranked(self, z: Tensor, counted: Tensor) -> Lines:

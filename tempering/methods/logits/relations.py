@@ -9,24 +9,24 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tempering.objectives import log_softmax, tempered
-from tempering.rows import Rows, widened
+from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import Temperatures
 
 
-def taking_part(rows: Rows) -> tuple[Rows, Bool[Tensor, "N C"]]:
+def counted_entries(rows: Rows) -> tuple[Rows, Bool[Tensor, "N C"]]:
     """The rows in float32 at least, those of weight 0 blanked, and which entries count, (N, C).
 
     An entry counts where its row has weight and its class is masked on neither side. What a row of weight 0 holds is
     exchanged before anything is computed from it: a NaN would pass a later mask on the way back.
     """
-    student, teacher = widened(rows.student), widened(rows.teacher)
+    student, teacher = upcast_to_float32(rows.student), upcast_to_float32(rows.teacher)
     if rows.weight is not None:
         out = ~(rows.weight > 0).unsqueeze(1)
         student, teacher = student.masked_fill(out, 0.0), teacher.masked_fill(out, 0.0)
     counted = ~torch.isneginf(student) & ~torch.isneginf(teacher)
     if rows.weight is not None:
         counted = counted & (rows.weight > 0).unsqueeze(1)
-    return rows.with_(student=student, teacher=teacher), counted
+    return rows.replace(student=student, teacher=teacher), counted
 
 
 class Softened(NamedTuple):
@@ -43,7 +43,7 @@ class Softened(NamedTuple):
 
 
 def soften(rows: Rows, counted: Bool[Tensor, "N C"], T: Temperatures) -> Softened:
-    """Both sides of rows from ``taking_part`` at their temperatures."""
+    """Both sides of rows from ``counted_entries`` at their temperatures."""
     student, teacher = log_softmax(tempered(rows.student, T.student)), log_softmax(tempered(rows.teacher, T.teacher))
     return Softened(student, teacher, counted)
 
@@ -68,17 +68,17 @@ def lines(logp: Float[Tensor, "N C"], counted: Bool[Tensor, "N C"], dim: int) ->
     return Lines(shifted.exp(), top)
 
 
-def unlikeness(
-    a: Lines, b: Lines, counted: Bool[Tensor, ...], dim: int, *, centred: bool = False, eps: float = 0.0
+def correlation_distance(
+    a: Lines, b: Lines, counted: Bool[Tensor, ...], dim: int, *, centered: bool = False, eps: float = 0.0
 ) -> Tensor:
-    """1 - cosine of two families of lines along ``dim``, one value a line, in [0, 2]; ``centred``: 1 - Pearson's r.
+    """1 - cosine of two families of lines along ``dim``, one value a line, in [0, 2]; ``centered``: 1 - Pearson's r.
 
     Written as half the squared distance of the unit lines, so it is exactly 0, a minimum, where they agree. A line
-    without direction (constant, where centred) is 1 from any other and 0 from its like, with no slope.
+    without direction (constant, where centered) is 1 from any other and 0 from its like, with no slope.
 
     ``eps`` is what the released codes add to the product of the norms, in the probabilities' own scale.
     """
-    (u, norm_a, flat_a), (v, norm_b, flat_b) = (_unit(x.values, counted, dim, centred) for x in (a, b))
+    (u, norm_a, flat_a), (v, norm_b, flat_b) = (_unit(x.values, counted, dim, centered) for x in (a, b))
     half = 0.5 * (u - v).square().sum(dim)
     if eps:
         product = norm_a * norm_b * (a.log_scale + b.log_scale).squeeze(dim).exp()
@@ -87,9 +87,9 @@ def unlikeness(
     return torch.where(flat_a | flat_b, (flat_a ^ flat_b).to(half.dtype), half)
 
 
-def _unit(x: Tensor, counted: Tensor, dim: int, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _unit(x: Tensor, counted: Tensor, dim: int, centered: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Lines of length 1 (0 where flat), their lengths, and which are flat; a flat one's length is given as 1."""
-    if centred:
+    if centered:
         n = counted.sum(dim, keepdim=True).clamp_min(1)
         mean = x.sum(dim, keepdim=True) / n
         x = torch.where(counted, x - mean, 0.0)
@@ -117,15 +117,15 @@ def block_scale(T: Temperatures, counted: Bool[Tensor, "N C"]) -> Float[Tensor, 
     return mean(T.student) * mean(T.teacher) if T.factor is None else mean(T.factor)
 
 
-def row_unlikeness(softened: Softened, *, centred: bool, eps: float) -> Float[Tensor, " N"]:
-    """``unlikeness`` of each row's two distributions over the classes, (N,)."""
+def row_distance(softened: Softened, *, centered: bool, eps: float) -> Float[Tensor, " N"]:
+    """``correlation_distance`` of each row's two distributions over the classes, (N,)."""
     counted = softened.counted
     a, b = lines(softened.student, counted, 1), lines(softened.teacher, counted, 1)
-    return unlikeness(a, b, counted, 1, centred=centred, eps=eps)
+    return correlation_distance(a, b, counted, 1, centered=centered, eps=eps)
 
 
-def class_unlikeness(softened: Softened, *, centred: bool, eps: float) -> Float[Tensor, ""]:
-    """The mean over classes of ``unlikeness`` of each class's two lines of probabilities over the rows, ()."""
+def class_distance(softened: Softened, *, centered: bool, eps: float) -> Float[Tensor, ""]:
+    """The mean over classes of the ``correlation_distance`` of a class's two lines of probabilities over rows, ()."""
     counted = softened.counted
     a, b = lines(softened.student, counted, 0), lines(softened.teacher, counted, 0)
-    return mean_over(unlikeness(a, b, counted, 0, centred=centred, eps=eps), counted.any(0))
+    return mean_over(correlation_distance(a, b, counted, 0, centered=centered, eps=eps), counted.any(0))

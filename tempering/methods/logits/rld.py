@@ -7,12 +7,12 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from tempering.methods.base import Method, policy, ramp, share, weights
-from tempering.methods.logits.dkd import decoupled
-from tempering.methods.logits.labeled import one_hot, place
-from tempering.objectives import cross_entropy, divergence, labels, log_softmax, tempered
-from tempering.rows import Rows, widened
-from tempering.temperature.base import Policy, positive
+from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
+from tempering.methods.logits.dkd import split_target
+from tempering.methods.logits.labeled import label_index, one_hot
+from tempering.objectives import cross_entropy, divergence, log_softmax, require_labels, tempered
+from tempering.rows import Rows, upcast_to_float32
+from tempering.temperature.base import Policy, check_positive
 from tempering.temperature.static import Static
 from tempering.utils.search_space import Fraction, Weight
 
@@ -40,7 +40,7 @@ class RLD(Method):
 
     paper = "arXiv:2408.07703"
     needs_labels = True
-    zero_at_agreement = False
+    zero_when_equal = False
 
     def __init__(
         self,
@@ -53,19 +53,19 @@ class RLD(Method):
         temperature: Policy | None = None,
     ) -> None:
         super().__init__()
-        weights("RLD", sample=sample, masked=masked, hard=hard)
-        share("RLD", warmup=warmup)
-        positive("RLD", tau=tau)
+        check_weights("RLD", sample=sample, masked=masked, hard=hard)
+        check_run_fraction("RLD", warmup=warmup)
+        check_positive("RLD", tau=tau)
         self.sample, self.masked, self.hard, self.tau, self.warmup = sample, masked, hard, tau, warmup
-        self.temperature = policy("RLD", Static(4.0) if temperature is None else temperature)
+        self.temperature = check_policy("RLD", Static(4.0) if temperature is None else temperature)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
-        T, label = self.temperature(rows, progress), labels(rows, "RLD")
-        student, teacher = widened(rows.student), widened(rows.teacher)
-        rise = torch.where(label >= 0, ramp(progress, self.warmup), 0.0).to(student.dtype)
-        pair_s, _ = decoupled(student / self.tau, one_hot(label, student))
-        pair_t, _ = decoupled(teacher / self.tau, one_hot(teacher.argmax(1), teacher))
-        above = teacher >= teacher.gather(1, place(label))
+        T, label = self.temperature(rows, progress), require_labels(rows, "RLD")
+        student, teacher = upcast_to_float32(rows.student), upcast_to_float32(rows.teacher)
+        rise = torch.where(label >= 0, linear_warmup(progress, self.warmup), 0.0).to(student.dtype)
+        pair_s, _ = split_target(student / self.tau, one_hot(label, student))
+        pair_t, _ = split_target(teacher / self.tau, one_hot(teacher.argmax(1), teacher))
+        above = teacher >= teacher.gather(1, label_index(label))
         below_s = log_softmax(tempered(student, T.student).masked_fill(above, -torch.inf))
         below_t = log_softmax(tempered(teacher, T.teacher).masked_fill(above, -torch.inf))
         terms = {
@@ -73,5 +73,5 @@ class RLD(Method):
             "masked": self.masked * rise * T.scale * divergence(below_t, below_s),
         }
         if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows.with_(student=student))
+            terms["hard"] = self.hard * cross_entropy(rows.replace(student=student))
         return terms

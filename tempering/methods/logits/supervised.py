@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tempering.methods.base import Method, weights
+from tempering.methods.base import Method, check_weights
 from tempering.objectives import cross_entropy
 from tempering.rows import Rows
 
@@ -21,7 +21,7 @@ class Supervised(Method):
 
     def __init__(self, *, hard: float = 1.0) -> None:
         super().__init__()
-        weights("Supervised", hard=hard)
+        check_weights("Supervised", hard=hard)
         self.hard = hard
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tempering.methods.base import Method, policy, ramp, share, weights
+from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
 from tempering.objectives import cross_entropy, kl
-from tempering.rows import UNLABELLED, Rows, widened
+from tempering.rows import IGNORE_INDEX, Rows, upcast_to_float32
 from tempering.temperature.base import Policy, Temperatures
 from tempering.temperature.private import Private, privacy
 from tempering.utils.search_space import Fraction, Weight
@@ -23,15 +23,16 @@ MASK = 2**32 - 1
 class Swing(Method):
     """soft * T_s T_t KL(teacher + noise || student) + hard * cross entropy, where private rows alone have noise.
 
-    Private rows are hot besides, are not scaled by T_s T_t, and have no label. Without ``Rows.private``, or where it is
-    0, this is KD at the policy's temperatures to the last bit.
+    Private rows are hot besides, are not scaled by T_s T_t, and have no label. Without ``Rows.privacy_score``, or where
+    it is 0, this is KD at the policy's temperatures to the last bit.
 
     Args:
         soft: weight of the divergence.
         hard: weight of the cross entropy with the labels at temperature 1.
         temperature: any policy; None is temperature.Private(Static(4.0)).
         noise: standard deviation of what is added to the teacher's tempered logits, times the row's privacy; 0 for
-            none. Private rows then need ``ids`` and ``places``, which ``Generation`` gives where batches have "ids".
+            none. Private rows then need ``ids`` and ``positions``, which ``LanguageModeling`` gives where batches have
+            "ids".
         distribution: of the noise, mean 0 and variance 1 before that.
         hide: rows more private than this have no label, since a label tells what a hot teacher hides; 1 hides none.
         redact: leave rows more private than ``hide`` out altogether. There is no swing then: it is the plain
@@ -67,14 +68,14 @@ class Swing(Method):
         warmup: Annotated[float, Fraction()] = 0.0,
     ) -> None:
         super().__init__()
-        weights("Swing", soft=soft, hard=hard, noise=noise)
-        share("Swing", warmup=warmup)
+        check_weights("Swing", soft=soft, hard=hard, noise=noise)
+        check_run_fraction("Swing", warmup=warmup)
         if not 0.0 <= hide <= 1.0:
             raise ValueError(f"Swing needs hide in [0, 1], a privacy, 1 to hide nothing; got {hide!r}.")
         if distribution not in ("normal", "laplace", "gumbel"):
             raise ValueError(f"Swing needs distribution 'normal', 'laplace' or 'gumbel'; got {distribution!r}.")
         self.soft, self.hard, self.warmup = soft, hard, warmup
-        self.temperature = policy("Swing", Private() if temperature is None else temperature)
+        self.temperature = check_policy("Swing", Private() if temperature is None else temperature)
         self.distribution: Noise = distribution
         self.noise, self.hide, self.redact, self.seed = noise, hide, redact, seed
 
@@ -85,9 +86,9 @@ class Swing(Method):
             return self._terms(rows, T, progress)
         hidden = private > self.hide
         if rows.target is not None:
-            rows = rows.with_(target=rows.target.masked_fill(hidden, UNLABELLED))
-        if rows.hard is not None:
-            rows = rows.with_(hard=torch.where(hidden, torch.zeros_like(rows.hard), rows.hard))
+            rows = rows.replace(target=rows.target.masked_fill(hidden, IGNORE_INDEX))
+        if rows.task_loss is not None:
+            rows = rows.replace(task_loss=torch.where(hidden, torch.zeros_like(rows.task_loss), rows.task_loss))
         if self.noise and not self.redact:
             rows = self._noised(rows, private, T.teacher.detach().expand(len(rows), 1))
         terms = self._terms(rows, T, progress)
@@ -96,7 +97,7 @@ class Swing(Method):
         return {name: torch.where(hidden, torch.zeros_like(term), term) for name, term in terms.items()}
 
     def _terms(self, rows: Rows, T: Temperatures, progress: float) -> dict[str, Tensor]:
-        terms = {"soft": self.soft * ramp(progress, self.warmup) * kl(rows, T)}
+        terms = {"soft": self.soft * linear_warmup(progress, self.warmup) * kl(rows, T)}
         if self.hard:
             terms["hard"] = self.hard * cross_entropy(rows)
         return terms
@@ -107,15 +108,15 @@ class Swing(Method):
         at = private.nonzero().squeeze(1)
         if not len(at):
             return rows
-        if rows.ids is None or rows.places is None:
+        if rows.ids is None or rows.positions is None:
             raise ValueError(
                 f"Swing makes the noise of a private row from its sample and place, and Rows(name={rows.name!r}) has "
                 'no ids or no places. Give batches "ids", as data.Tokens does, or set noise=0.'
             )
-        teacher = widened(rows.teacher)
-        drawn = draws(self.distribution, self.seed, rows.ids[at], rows.places[at], teacher.shape[1])
+        teacher = upcast_to_float32(rows.teacher)
+        drawn = draws(self.distribution, self.seed, rows.ids[at], rows.positions[at], teacher.shape[1])
         added = self.noise * private[at].unsqueeze(1) * T[at] * drawn.to(teacher.dtype)
-        return rows.with_(teacher=teacher.index_add(0, at, added.to(teacher.dtype)))
+        return rows.replace(teacher=teacher.index_add(0, at, added.to(teacher.dtype)))
 
 
 def draws(

@@ -8,16 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tempering.methods.base import Method, policy, ramp, share, weights
+from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
 from tempering.objectives import cross_entropy, divergence, log_softmax, masked, tempered
-from tempering.rows import Rows, widened
+from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import Policy
 from tempering.temperature.static import Static
 from tempering.utils.search_space import Fraction, Weight
 
 
 class TTM(Method):
-    """soft * KL(p_t^gamma, normalised || p_s) + hard * cross entropy; gamma = 1 / T_t, the student at temperature 1.
+    """soft * KL(p_t^gamma, normalized || p_s) + hard * cross entropy; gamma = 1 / T_t, the student at temperature 1.
 
     The power of a softmax is a softmax at temperature 1 / gamma, so this is KD without the student's temperature: equal
     to KD and a Renyi entropy of the student as regulariser. There is no T^2: the scale is divided out, since the
@@ -36,7 +36,7 @@ class TTM(Method):
     """
 
     paper = "arXiv:2402.11148"
-    zero_at_agreement = False
+    zero_when_equal = False
 
     def __init__(
         self,
@@ -47,15 +47,15 @@ class TTM(Method):
         temperature: Policy | None = None,
     ) -> None:
         super().__init__()
-        weights(type(self).__name__, soft=soft, hard=hard)
-        share(type(self).__name__, warmup=warmup)
+        check_weights(type(self).__name__, soft=soft, hard=hard)
+        check_run_fraction(type(self).__name__, warmup=warmup)
         self.soft, self.hard, self.warmup = soft, hard, warmup
-        self.temperature = policy(type(self).__name__, Static(10.0) if temperature is None else temperature)
+        self.temperature = check_policy(type(self).__name__, Static(10.0) if temperature is None else temperature)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         T = self.temperature(rows, progress).teacher
         matched = divergence(log_softmax(tempered(rows.teacher, T)), log_softmax(rows.student))
-        terms = {"soft": self.soft * ramp(progress, self.warmup) * self.weigh(rows, T) * matched}
+        terms = {"soft": self.soft * linear_warmup(progress, self.warmup) * self.weigh(rows, T) * matched}
         if self.hard:
             terms["hard"] = self.hard * cross_entropy(rows)
         return terms
@@ -93,5 +93,5 @@ class WTTM(TTM):
         super().__init__(soft=soft, hard=hard, warmup=warmup, temperature=temperature)
 
     def weigh(self, rows: Rows, T: Float[Tensor, "#N 1"]) -> Tensor:
-        u = masked(widened(rows.teacher))
+        u = masked(upcast_to_float32(rows.teacher))
         return (torch.logsumexp(tempered(u, T), -1) - torch.logsumexp(u, -1) / T.squeeze(-1)).exp()

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tempering.methods.base import Method, policy, ramp, share, weights
-from tempering.objectives import cross_entropy, divergence, fraction, mixture, softened
+from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
+from tempering.objectives import check_fraction, cross_entropy, divergence, mixture, softened
 from tempering.rows import Rows
 from tempering.temperature.base import Policy
 from tempering.temperature.static import Static
@@ -21,7 +21,7 @@ class ULD(Method):
 
     The distance is 0 at agreement, and wherever the student has the teacher's probabilities in any order: it says how
     sure to be, never of what. So it needs ``hard``, or is one part of ``HybridULD``. Unscaled it lies in [0, 2]. Where
-    one side has fewer classes the others are minus infinity there, ``tasks.Aligned`` sees to that. As with every
+    one side has fewer classes the others are minus infinity there, ``tasks.CrossTokenizer`` sees to that. As with every
     distance of absolute values, its slope is 0 where two are equal.
 
     Args:
@@ -49,15 +49,15 @@ class ULD(Method):
         warmup: Annotated[float, Fraction()] = 0.0,
     ) -> None:
         super().__init__()
-        weights("ULD", soft=soft, hard=hard)
-        share("ULD", warmup=warmup)
+        check_weights("ULD", soft=soft, hard=hard)
+        check_run_fraction("ULD", warmup=warmup)
         self.soft, self.hard, self.warmup = soft, hard, warmup
-        self.temperature = policy("ULD", Static(1.0) if temperature is None else temperature)
+        self.temperature = check_policy("ULD", Static(1.0) if temperature is None else temperature)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         T = self.temperature(rows, progress)
         student, teacher = softened(rows, T)
-        terms = {"soft": self.soft * ramp(progress, self.warmup) * T.scale * by_rank(teacher, student)}
+        terms = {"soft": self.soft * linear_warmup(progress, self.warmup) * T.scale * by_rank(teacher, student)}
         if self.hard:
             terms["hard"] = self.hard * cross_entropy(rows)
         return terms
@@ -70,7 +70,7 @@ class HybridULD(Method):
     the two agree on all of them. The others are compared by rank, as ``ULD`` does.
 
     Args:
-        matched: so many classes, from the first on, mean the same on both sides: ``tasks.Aligned(...).matched``.
+        matched: so many classes, from the first on, mean the same on both sides: ``tasks.CrossTokenizer(...).matched``.
         exact: weight of the divergence over them.
         ranked: weight of the distance over the others.
         hard: weight of the cross entropy with the labels at temperature 1; 0 needs no labels.
@@ -100,14 +100,14 @@ class HybridULD(Method):
         warmup: Annotated[float, Fraction()] = 0.0,
     ) -> None:
         super().__init__()
-        weights("HybridULD", exact=exact, ranked=ranked, hard=hard)
-        share("HybridULD", warmup=warmup)
-        fraction("HybridULD", beta=beta)
+        check_weights("HybridULD", exact=exact, ranked=ranked, hard=hard)
+        check_run_fraction("HybridULD", warmup=warmup)
+        check_fraction("HybridULD", beta=beta)
         if matched < 0:
             raise ValueError(f"HybridULD needs matched >= 0, the classes that both sides have; got {matched!r}.")
         self.matched, self.exact, self.ranked, self.hard, self.beta = matched, exact, ranked, hard, beta
         self.warmup = warmup
-        self.temperature = policy("HybridULD", Static(1.0) if temperature is None else temperature)
+        self.temperature = check_policy("HybridULD", Static(1.0) if temperature is None else temperature)
 
     @classmethod
     def example(cls) -> Self:
@@ -116,7 +116,7 @@ class HybridULD(Method):
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         T = self.temperature(rows, progress)
         student, teacher = softened(rows, T)
-        scale, m = ramp(progress, self.warmup) * T.scale, self.matched
+        scale, m = linear_warmup(progress, self.warmup) * T.scale, self.matched
         terms = {
             "exact": self.exact * scale * self._jsd(folded(teacher, m), folded(student, m)),
             "ranked": self.ranked * scale * by_rank(teacher[:, m:], student[:, m:]),

@@ -9,14 +9,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tempering.rows import Rows, widened
+from tempering.rows import Rows, upcast_to_float32
 
 Bounds = Sequence[float] | None
 Draw = Callable[[Tensor], Tensor]  # of the rows that take part -> what is added to them
 ROOM = 1e-3  # by how much an input may miss its bounds
 
 
-class Ball:
+class PerturbationBall:
     """The l-infinity ball of radius ``eps`` round a batch of inputs, and the bounds that no input leaves.
 
     Args:
@@ -29,13 +29,13 @@ class Ball:
 
     def __init__(self, owner: str, inputs: Tensor, rows: Rows, *, eps: float, bounds: Bounds) -> None:
         self.inputs, self.eps, self.bounds = inputs.detach(), eps, bounds
-        self.centre = widened(self.inputs)
+        self.center = upcast_to_float32(self.inputs)
         self.taking = None if rows.weight is None else rows.weight > 0
-        within(owner, self.centre, rows, bounds)
+        check_bounds(owner, self.center, rows, bounds)
 
     def start(self, draw: Draw | None = None) -> Tensor:
         """Inputs moved by what is drawn, by itself uniformly in the ball."""
-        moved = self.centre.clone()
+        moved = self.center.clone()
         rows: Tensor | slice = slice(None) if self.taking is None else self.taking
         here = moved[rows]
         moved[rows] = here + (self.eps * (2 * torch.rand_like(here) - 1) if draw is None else draw(here))
@@ -66,12 +66,12 @@ class Ball:
         return values if self.taking is None else torch.where(self.taking, values, 0.0)
 
     def _inside(self, moved: Tensor) -> Tensor:
-        moved = torch.minimum(torch.maximum(moved, self.centre - self.eps), self.centre + self.eps)
+        moved = torch.minimum(torch.maximum(moved, self.center - self.eps), self.center + self.eps)
         moved = moved if self.bounds is None else moved.clamp(*self.bounds)
-        return moved if self.taking is None else torch.where(_like(self.taking, moved), moved, self.centre)
+        return moved if self.taking is None else torch.where(_like(self.taking, moved), moved, self.center)
 
 
-def within(owner: str, inputs: Tensor, rows: Rows, bounds: Bounds) -> None:
+def check_bounds(owner: str, inputs: Tensor, rows: Rows, bounds: Bounds) -> None:
     """Refuse inputs outside the bounds, of rows that take part; seen on the CPU alone, where it costs nothing.
 
     Raises:
@@ -84,13 +84,13 @@ def within(owner: str, inputs: Tensor, rows: Rows, bounds: Bounds) -> None:
     if not (low >= bounds[0] - ROOM and high <= bounds[1] + ROOM):
         raise ValueError(
             f"{owner} moves inputs within {bounds[0]:g} to {bounds[1]:g}, and these go from {low:.3g} to {high:.3g}. "
-            "Normalise inside the model (models.Normalised) and give it pixels in [0, 1], or say bounds=(low, high), "
+            "Normalize inside the model (models.Normalized) and give it pixels in [0, 1], or say bounds=(low, high), "
             "None for none."
         )
 
 
 @contextmanager
-def in_eval(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, its statistics at rest; then as it was, module by module."""
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -101,7 +101,7 @@ def in_eval(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def attackable(owner: str, *, eps: float, steps: int, size: float | None, bounds: Bounds) -> None:
+def check_attack(owner: str, *, eps: float, steps: int, size: float | None, bounds: Bounds) -> None:
     """Refuse an attack that is none, or bounds that hold nothing."""
     if not 0.0 <= eps < float("inf") or steps < 1 or (size is not None and not 0.0 < size < float("inf")):
         raise ValueError(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 
-class Exams:
+class HoldoutLoader:
     """The batches of a loader without ``held`` of its samples, each followed by some of those: ``share`` of the whole.
 
     Which are held out depends on their number alone; the order of both kinds on the loader's seed and the epoch. The
@@ -27,7 +27,7 @@ class Exams:
     """
 
     def __init__(self, batches: Any, *, held: int, share: float) -> None:
-        if lacking := [n for n in ("at", "size", "batch_size", "seed", "identity") if not hasattr(batches, n)]:
+        if lacking := [n for n in ("gather", "size", "batch_size", "seed", "identity") if not hasattr(batches, n)]:
             raise TypeError(
                 f"samples held out for exams (held={held}) are asked for by their ids, and {type(batches).__name__} "
                 f"has no .{lacking[0]}. Use tempering.data.Batches or Sentences, or held=0."
@@ -65,10 +65,10 @@ class Exams:
         for step in range(start, len(self)):
             lesson = learned[step * size : (step + 1) * size]
             exam = examined[np.arange(step * wide, step * wide + self._beside(len(lesson))) % self.held]
-            yield self.batches.at(torch.from_numpy(np.concatenate((lesson, exam))))
+            yield self.batches.gather(torch.from_numpy(np.concatenate((lesson, exam))))
 
     def _beside(self, lesson: int) -> int:
-        """How many examine beside so many that are learned; ``parted`` finds the same number."""
+        """How many examine beside so many that are learned; ``split_step`` finds the same number."""
         return max(1, round(lesson * self.share / (1 - self.share)))
 
 

@@ -16,13 +16,13 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tempering.methods.base import Step
-from tempering.rows import Rows, widened
+from tempering.rows import Rows, upcast_to_float32
 
 Weights = Mapping[str, Tensor]
 STEP = 0.01  # of the finite difference, over the direction's length
 
 
-class Rehearsal:
+class VirtualStep:
     """A student at weights that need not be its own.
 
     Every call draws the same random numbers, so that dropout leaves out the same units; buffers and the generators are
@@ -33,11 +33,11 @@ class Rehearsal:
         self.student = student
         # every place of a parameter (tied ones have several) by the name of its first; a wrapper shows one module twice
         first: dict[Tensor, str] = {}
-        self.places: dict[str, str] = {}
+        self.modules: dict[str, str] = {}
         for path, module in student.named_modules():
             for name, p in module.named_parameters(path, recurse=False):
                 if p.requires_grad:
-                    self.places[name] = first.setdefault(p, name)
+                    self.modules[name] = first.setdefault(p, name)
         self.weights = {name: p for p, name in first.items()}
         self.device = next(iter(self.weights.values())).device
         self.seed = int(torch.randint(2**31, ()))
@@ -45,10 +45,10 @@ class Rehearsal:
     def rows(self, step: Step, weights: Weights) -> Rows:
         """What the student answers to the step's inputs, as rows without a teacher."""
         values = {name: b.clone() for name, b in self.student.named_buffers()}
-        values |= {place: weights[name] for place, name in self.places.items()}
+        values |= {place: weights[name] for place, name in self.modules.items()}
         with self._same_draws():
             said = functional_call(self.student, values, (step.student_inputs,), tie_weights=False)
-            return step.answers(said)
+            return step.student_rows(said)
 
     def slope(self, loss: Float[Tensor, ""], weights: Weights) -> dict[str, Tensor]:
         """The gradient of ``loss`` in the weights; 0 in those that take no part."""
@@ -75,8 +75,8 @@ class Rehearsal:
                 self.rows(step, {n: w + by * direction[n] for n, w in self.weights.items()}).student
                 for by in (eps, -eps)
             )
-            moved = (widened(primal) - widened(below)) / (2.0 * eps)
-        return widened(moved).masked_fill(torch.isneginf(primal), 0.0)
+            moved = (upcast_to_float32(primal) - upcast_to_float32(below)) / (2.0 * eps)
+        return upcast_to_float32(moved).masked_fill(torch.isneginf(primal), 0.0)
 
     @contextmanager
     def _same_draws(self) -> Iterator[None]:
@@ -88,7 +88,7 @@ class Rehearsal:
             yield
 
 
-def parted(step: Step, share: float) -> tuple[Step, Step] | None:
+def split_step(step: Step, share: float) -> tuple[Step, Step] | None:
     """The step's samples in two: the first ones, and the last ``share`` of them; None for fewer than two samples."""
     n = _count(step.student_inputs)
     held = min(max(1, round(share * n)), n - 1)

@@ -9,8 +9,8 @@ from typing import Annotated, Self
 import torch
 from torch import Tensor
 
-from tempering.methods.base import Step, StepMethod, weights
-from tempering.methods.step._attack import Ball, attackable, in_eval
+from tempering.methods.base import Step, StepMethod, check_weights
+from tempering.methods.step._attack import PerturbationBall, check_attack, eval_mode
 from tempering.objectives import cross_entropy, divergence, log_softmax
 from tempering.utils.search_space import Weight
 
@@ -21,13 +21,13 @@ class _Adversarial(StepMethod):
     needs_labels = True
     needs_teacher = False
     needs_double_backward = True  # not twice, but within the step
-    zero_at_agreement = False
+    zero_when_equal = False
 
     def __init__(
         self, *, eps: float, attack_steps: int, step_size: float | None, bounds: Sequence[float] | None
     ) -> None:
         super().__init__()
-        attackable(type(self).__name__, eps=eps, steps=attack_steps, size=step_size, bounds=bounds)
+        check_attack(type(self).__name__, eps=eps, steps=attack_steps, size=step_size, bounds=bounds)
         self.eps, self.attack_steps, self.step_size = eps, attack_steps, step_size
         self.bounds = None if bounds is None else tuple(bounds)
 
@@ -36,19 +36,19 @@ class _Adversarial(StepMethod):
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
             got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{type(self).__name__} attacks one floating point tensor of inputs (N, ...); got {got}.")
-        with in_eval(step.student):
+        with eval_mode(step.student):
             with torch.no_grad():
-                still = step.answers(step.student(x))
+                still = step.student_rows(step.student(x))
             if len(still) != len(x):
                 raise ValueError(
                     f"{type(self).__name__} needs a row for each input; got {len(still)} rows of {len(x)} inputs."
                 )
-            ball = Ball(type(self).__name__, x, still, eps=self.eps, bounds=self.bounds)
+            ball = PerturbationBall(type(self).__name__, x, still, eps=self.eps, bounds=self.bounds)
             attacked = self.attacked(ball, step, log_softmax(still.student)).to(x.dtype)
         return self.terms(step, attacked)
 
     @abstractmethod
-    def attacked(self, ball: Ball, step: Step, clean: Tensor) -> Tensor:
+    def attacked(self, ball: PerturbationBall, step: Step, clean: Tensor) -> Tensor:
         """The inputs to train on; ``clean`` are the log-probabilities of the inputs as they came."""
 
     @abstractmethod
@@ -63,7 +63,7 @@ class _Adversarial(StepMethod):
 class PGDAT(_Adversarial):
     """hard * cross entropy on inputs that PGD made worst for the model as it is; the inputs as they came are not seen.
 
-    Inputs are pixels, normalised inside the model (``models.Normalised``). It costs ``attack_steps`` + 1 steps of plain
+    Inputs are pixels, normalized inside the model (``models.Normalized``). It costs ``attack_steps`` + 1 steps of plain
     training.
 
     Args:
@@ -90,25 +90,25 @@ class PGDAT(_Adversarial):
         step_size: float | None = None,
         bounds: Sequence[float] | None = (0.0, 1.0),
     ) -> None:
-        weights("PGDAT", hard=hard)
+        check_weights("PGDAT", hard=hard)
         super().__init__(eps=eps, attack_steps=attack_steps, step_size=step_size, bounds=bounds)
         self.hard = hard
 
-    def attacked(self, ball: Ball, step: Step, clean: Tensor) -> Tensor:
+    def attacked(self, ball: PerturbationBall, step: Step, clean: Tensor) -> Tensor:
         def losses(x: Tensor) -> Tensor:
-            return cross_entropy(step.answers(step.student(x)))
+            return cross_entropy(step.student_rows(step.student(x)))
 
         return ball.worst(losses, steps=self.attack_steps, size=self.step_size)
 
     def terms(self, step: Step, attacked: Tensor) -> Mapping[str, Tensor]:
-        step.rows = rows = step.answers(step.student(attacked))
+        step.rows = rows = step.student_rows(step.student(attacked))
         return {"hard": self.hard * cross_entropy(rows)}
 
 
 class TRADES(_Adversarial):
     """hard * cross entropy on the inputs as they came + robust * KL(answer there || answer on the worst inputs nearby).
 
-    Inputs are pixels, normalised inside the model (``models.Normalised``). Both answers carry a gradient. It needs
+    Inputs are pixels, normalized inside the model (``models.Normalized``). Both answers carry a gradient. It needs
     labels for the first term alone, and costs ``attack_steps`` + 2 steps of plain training.
 
     Args:
@@ -135,13 +135,13 @@ class TRADES(_Adversarial):
         step_size: float | None = None,
         bounds: Sequence[float] | None = (0.0, 1.0),
     ) -> None:
-        weights("TRADES", hard=hard, robust=robust)
+        check_weights("TRADES", hard=hard, robust=robust)
         super().__init__(eps=eps, attack_steps=attack_steps, step_size=step_size, bounds=bounds)
         self.hard, self.robust = hard, robust
 
-    def attacked(self, ball: Ball, step: Step, clean: Tensor) -> Tensor:
+    def attacked(self, ball: PerturbationBall, step: Step, clean: Tensor) -> Tensor:
         def losses(x: Tensor) -> Tensor:
-            return divergence(clean, log_softmax(step.answers(step.student(x)).student))
+            return divergence(clean, log_softmax(step.student_rows(step.student(x)).student))
 
         def nearby(x: Tensor) -> Tensor:
             return 0.001 * torch.randn_like(x)
@@ -149,7 +149,7 @@ class TRADES(_Adversarial):
         return ball.worst(losses, steps=self.attack_steps, size=self.step_size, draw=nearby)
 
     def terms(self, step: Step, attacked: Tensor) -> Mapping[str, Tensor]:
-        step.rows = rows = step.answers(step.student(step.student_inputs))
-        worst = step.answers(step.student(attacked)).student
+        step.rows = rows = step.student_rows(step.student(step.student_inputs))
+        worst = step.student_rows(step.student(attacked)).student
         moved = divergence(log_softmax(rows.student), log_softmax(worst))
         return {"hard": self.hard * cross_entropy(rows), "robust": self.robust * moved}

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tempering.methods.base import Step, StepMethod, policy, single, weights
-from tempering.objectives import cross_entropy, fraction, kl, labels, log_softmax
-from tempering.rows import Rows, shared
+from tempering.methods.base import Step, StepMethod, check_policy, check_weights, only_block
+from tempering.objectives import check_fraction, cross_entropy, kl, log_softmax, require_labels
+from tempering.rows import Rows, expand_to_rows
 from tempering.temperature.base import Policy
 from tempering.temperature.static import Static
 from tempering.utils.search_space import Weight
@@ -54,29 +54,29 @@ class Explainer(StepMethod):
         temperature: Policy | None = None,
     ) -> None:
         super().__init__()
-        weights("Explainer", soft=soft, hard=hard, entropy=entropy)
-        fraction("Explainer", smoothing=smoothing)
+        check_weights("Explainer", soft=soft, hard=hard, entropy=entropy)
+        check_fraction("Explainer", smoothing=smoothing)
         if not 0.0 < end <= start < float("inf"):
             raise ValueError(f"Explainer needs 0 < end <= start, both finite; got end={end!r}, start={start!r}.")
         self.soft, self.hard, self.entropy = soft, hard, entropy
         self.smoothing, self.start, self.end = smoothing, start, end
-        self.temperature = policy("Explainer", Static(4.0) if temperature is None else temperature)
+        self.temperature = check_policy("Explainer", Static(4.0) if temperature is None else temperature)
         self.needs_teacher = soft > 0.0  # pyright: ignore[reportAttributeAccessIssue]
-        self.zero_at_agreement = entropy == 0.0  # pyright: ignore[reportAttributeAccessIssue]
+        self.zero_when_equal = entropy == 0.0  # pyright: ignore[reportAttributeAccessIssue]
 
     def step(self, step: Step) -> Mapping[str, Tensor]:
         routing = min(self.start, self.end / step.progress) if step.progress > 0.0 else self.start
         for module in step.student.modules():
             if callable(anneal := getattr(module, "anneal", None)):
                 anneal(routing)
-        rows = single(step.forward())
+        rows = only_block(step.forward())
         terms = {}
         if self.soft:
             terms["soft"] = self.soft * kl(rows, self.temperature(rows, step.progress))
         if self.hard or not self.soft:
             terms["hard"] = self.hard * _smoothed(rows, self.smoothing)
         if self.entropy:
-            terms["entropy"] = self.entropy * shared(_entropy(step.student), rows)
+            terms["entropy"] = self.entropy * expand_to_rows(_entropy(step.student), rows)
         return terms
 
 
@@ -87,7 +87,7 @@ def _smoothed(rows: Rows, smoothing: float) -> Float[Tensor, " N"]:
     logq = log_softmax(rows.student)
     gone = torch.isneginf(logq)
     evenly = -logq.masked_fill(gone, 0.0).sum(-1) / (~gone).sum(-1).clamp_min(1)
-    evenly = torch.where(labels(rows, "Explainer") >= 0, evenly, 0.0)
+    evenly = torch.where(require_labels(rows, "Explainer") >= 0, evenly, 0.0)
     return (1.0 - smoothing) * cross_entropy(rows) + smoothing * evenly
 
 

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tempering.methods.base import Step, StepMethod, policy, single, weights
-from tempering.methods.step._exams import Exams
-from tempering.methods.step._rehearsal import Rehearsal, parted
+from tempering.methods.base import Step, StepMethod, check_policy, check_weights, only_block
+from tempering.methods.step._exams import HoldoutLoader
+from tempering.methods.step._rehearsal import VirtualStep, split_step
 from tempering.objectives import cross_entropy, kl, log_softmax, tempered
 from tempering.rows import Rows, total
 from tempering.temperature.base import Policy, Temperatures
@@ -84,7 +84,7 @@ class Interactive(StepMethod):
         layers: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        weights("Interactive", soft=soft, hard=hard, supervised=supervised)
+        check_weights("Interactive", soft=soft, hard=hard, supervised=supervised)
         for name, value in {"teacher_lr": teacher_lr, "course_lr": course_lr, "clip": clip}.items():
             if not 0.0 < value < float("inf"):
                 raise ValueError(f"Interactive needs {name} > 0 and finite; got {value!r}.")
@@ -97,14 +97,14 @@ class Interactive(StepMethod):
         if derivative not in ("exact", "difference"):
             raise ValueError(f"Interactive needs derivative 'exact' or 'difference'; got {derivative!r}.")
         self.soft, self.hard, self.supervised = soft, hard, supervised
-        self.temperature = policy("Interactive", Static(4.0) if temperature is None else temperature)
+        self.temperature = check_policy("Interactive", Static(4.0) if temperature is None else temperature)
         self.teacher_lr, self.course_lr, self.clip = teacher_lr, course_lr, clip
         self.exam_share, self.held, self.every = exam_share, held, every
         self.derivative, self.layers = derivative, tuple(layers)
         self.steps = 0
         self._met: tuple[nn.Module, torch.optim.Optimizer, list[nn.Parameter]] | None = None
 
-    def meet(self, teacher: nn.Module | None) -> None:
+    def bind_teacher(self, teacher: nn.Module | None) -> None:
         """Take the teacher's module on, with a fresh optimizer.
 
         Raises:
@@ -125,17 +125,17 @@ class Interactive(StepMethod):
         parameters = list(learning.values())
         self._met, self.steps = (teacher, torch.optim.Adam(parameters, lr=self.teacher_lr), parameters), 0
 
-    def feed(self, batches: Iterable[Any], teacher: Any) -> Iterable[Any]:
+    def wrap_batches(self, batches: Iterable[Any], teacher: Any) -> Iterable[Any]:
         """The training batches, widened by the held-out samples where there are some."""
-        return Exams(batches, held=self.held, share=self.exam_share) if self.held else batches
+        return HoldoutLoader(batches, held=self.held, share=self.exam_share) if self.held else batches
 
     def step(self, step: Step) -> Mapping[str, Tensor]:
-        parts = parted(step, self.exam_share)
+        parts = split_step(step, self.exam_share)
         if parts is not None and self.steps % self.every == 0:
             self._exam(*parts)
         self.steps += 1
         lesson = step if parts is None or not self.held else parts[0]
-        rows = single(lesson.forward())
+        rows = only_block(lesson.forward())
         step.rows = lesson.rows
         return self._course(rows, self.temperature(rows, step.progress))
 
@@ -144,8 +144,10 @@ class Interactive(StepMethod):
 
     def _exam(self, course: Step, exam: Step) -> None:
         if self._met is None:
-            raise RuntimeError("Interactive has met no teacher: call method.meet(teacher.model) before the first step.")
-        told, T = self.feedback(Rehearsal(course.student), course, exam)
+            raise RuntimeError(
+                "Interactive has met no teacher: call method.bind_teacher(teacher.model) before the first step."
+            )
+        told, T = self.feedback(VirtualStep(course.student), course, exam)
         _, optimizer, parameters = self._met
         with _learning(parameters):
             loss = self.teacher_loss(course, told, T)
@@ -156,13 +158,13 @@ class Interactive(StepMethod):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def feedback(self, rehearsal: Rehearsal, course: Step, exam: Step) -> tuple[Float[Tensor, "N C"], Temperatures]:
+    def feedback(self, rehearsal: VirtualStep, course: Step, exam: Step) -> tuple[Float[Tensor, "N C"], Temperatures]:
         """How fast the logits of the course's rows move along the exam's gradient, (N, C), and the temperatures."""
         rows = rehearsal.rows(course, rehearsal.weights)
         with torch.no_grad():
-            taught = course.answers(course.teacher(course.teacher_inputs, course.ids)).student
-        rows = rows.with_(teacher=taught.detach())
-        T = self.temperature(rows.with_(student=rows.student.detach()), course.progress).detached()
+            taught = course.student_rows(course.teacher(course.teacher_inputs, course.ids)).student
+        rows = rows.replace(teacher=taught.detach())
+        T = self.temperature(rows.replace(student=rows.student.detach()), course.progress).detached()
         down = rehearsal.slope(total(self._course(rows, T), rows), rehearsal.weights)
         ahead = {n: (w - self.course_lr * down[n]).detach().requires_grad_() for n, w in rehearsal.weights.items()}
         tested = rehearsal.rows(exam, ahead)
@@ -171,9 +173,9 @@ class Interactive(StepMethod):
 
     def teacher_loss(self, course: Step, told: Float[Tensor, "N C"], T: Temperatures) -> Float[Tensor, ""]:
         """What the teacher steps down, (): its gradient is that of the exam, and of the supervised term."""
-        if course.attached is None:
+        if course.teacher_with_grad is None:
             raise ValueError("Interactive needs a teacher with a gradient: teachers.Live(model).")
-        taught = course.answers(course.attached(course.teacher_inputs, course.ids))
+        taught = course.student_rows(course.teacher_with_grad(course.teacher_inputs, course.ids))
         p = log_softmax(tempered(taught.student, T.teacher)).exp()
         pull = self.course_lr * self.soft * T.scale.unsqueeze(-1) / T.student
         terms = {"feedback": (pull * p * told).sum(-1)}
@@ -192,7 +194,9 @@ class Interactive(StepMethod):
         self.steps = state["steps"]
         if "teacher" in state:
             if self._met is None:
-                raise RuntimeError("Interactive has met no teacher to load: call method.meet(teacher.model) first.")
+                raise RuntimeError(
+                    "Interactive has met no teacher to load: call method.bind_teacher(teacher.model) first."
+                )
             self._met[0].load_state_dict(state["teacher"])
             self._met[1].load_state_dict(state["optimizer"])
 

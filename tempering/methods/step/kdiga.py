@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tempering.methods.base import Step, StepMethod, policy, ramp, share, weights
+from tempering.methods.base import Step, StepMethod, check_policy, check_run_fraction, check_weights, linear_warmup
 from tempering.methods.features.base import spread_out
-from tempering.methods.step._attack import Ball, attackable, in_eval, within
+from tempering.methods.step._attack import PerturbationBall, check_attack, check_bounds, eval_mode
 from tempering.objectives import cross_entropy, kl
-from tempering.rows import Rows, shared, widened
+from tempering.rows import Rows, expand_to_rows, upcast_to_float32
 from tempering.temperature.base import Policy
 from tempering.temperature.static import Static
 from tempering.utils.search_space import Fraction, Weight
@@ -24,7 +24,7 @@ class KDIGA(StepMethod):
     """soft * KD's divergence + hard * CE + align * the l2 distance of both models' input gradients of their own CE.
 
     A row's gradient is that of its own loss in its own input (of all losses, where batch norm in training mode ties
-    rows together). It is taken in what the models are given: normalise inside both models to align slopes in pixels.
+    rows together). It is taken in what the models are given: normalize inside both models to align slopes in pixels.
     Gradients of the teacher's weights are not computed. It costs about twice a KD step.
 
     Attention of the student runs through torch's math kernel, since fused kernels have no second derivative. Inputs are
@@ -74,18 +74,18 @@ class KDIGA(StepMethod):
         published: bool = False,
     ) -> None:
         super().__init__()
-        weights("KDIGA", soft=soft, hard=hard, align=align, start=start)
-        share("KDIGA", warmup=warmup)
-        attackable("KDIGA", eps=attack, steps=attack_steps, size=None, bounds=bounds)
+        check_weights("KDIGA", soft=soft, hard=hard, align=align, start=start)
+        check_run_fraction("KDIGA", warmup=warmup)
+        check_attack("KDIGA", eps=attack, steps=attack_steps, size=None, bounds=bounds)
         self.soft, self.hard, self.align = soft, hard, align
         self.right, self.start, self.attack, self.attack_steps = right, start, attack, attack_steps
         self.bounds = None if bounds is None else tuple(bounds)
         self.warmup, self.published = warmup, published
-        self.temperature = policy("KDIGA", Static(1.0) if temperature is None else temperature)
+        self.temperature = check_policy("KDIGA", Static(1.0) if temperature is None else temperature)
         self.relational = published  # pyright: ignore[reportAttributeAccessIssue]
 
     def step(self, step: Step) -> Mapping[str, Tensor]:
-        if step.attached is None:
+        if step.teacher_with_grad is None:
             raise ValueError("KDIGA needs a teacher with a gradient: teachers.Live(model).")
         seen, shown = _leaf(step.student_inputs), _leaf(step.teacher_inputs)
         if seen.shape != shown.shape:
@@ -94,15 +94,15 @@ class KDIGA(StepMethod):
                 f"{tuple(shown.shape)}. Give both the same view."
             )
         if self.start:
-            noise = self.start * (2 * torch.rand_like(widened(seen)) - 1)
+            noise = self.start * (2 * torch.rand_like(upcast_to_float32(seen)) - 1)
             seen, shown = (self._moved(x, noise) for x in (seen, shown))
-        taught = step.answers(step.attached(shown, step.ids))
+        taught = step.student_rows(step.teacher_with_grad(shown, step.ids))
         toward = _slope(taught, shown, further=False)
         with sdpa_kernel(SDPBackend.MATH):
-            said = step.answers(step.student(seen))
-        step.rows = rows = said.with_(teacher=taught.student.detach())
+            said = step.student_rows(step.student(seen))
+        step.rows = rows = said.replace(teacher=taught.student.detach())
         if self.start:
-            within("KDIGA", step.student_inputs, rows, self.bounds)
+            check_bounds("KDIGA", step.student_inputs, rows, self.bounds)
         gap = _slope(rows, seen, further=True) - toward
         softened = self._attacked(step, rows, seen, shown) if self.attack else rows
         soft = kl(softened, self.temperature(softened, step.progress))
@@ -114,7 +114,7 @@ class KDIGA(StepMethod):
         return {
             "soft": self.soft / classes * soft,
             "hard": self.hard * cross_entropy(rows),
-            "align": self.align * ramp(step.progress, self.warmup) * self._distance(gap, rows),
+            "align": self.align * linear_warmup(step.progress, self.warmup) * self._distance(gap, rows),
         }
 
     def _moved(self, x: Tensor, noise: Tensor) -> Tensor:
@@ -126,21 +126,21 @@ class KDIGA(StepMethod):
         """What both answer where the student is worst."""
 
         def losses(x: Tensor) -> Tensor:
-            return cross_entropy(step.answers(step.student(x)))
+            return cross_entropy(step.student_rows(step.student(x)))
 
-        ball = Ball("KDIGA", seen, rows, eps=self.attack, bounds=self.bounds)
-        with in_eval(step.student):
+        ball = PerturbationBall("KDIGA", seen, rows, eps=self.attack, bounds=self.bounds)
+        with eval_mode(step.student):
             moved = ball.worst(losses, steps=self.attack_steps, size=None)
         also = (moved + (shown.detach() - seen.detach())).to(shown.dtype)
-        taught = step.answers(step.teacher(also, step.ids))
-        return step.answers(step.student(moved.to(seen.dtype))).with_(teacher=taught.student)
+        taught = step.student_rows(step.teacher(also, step.ids))
+        return step.student_rows(step.student(moved.to(seen.dtype))).replace(teacher=taught.student)
 
     def _distance(self, gap: Tensor, rows: Rows) -> Float[Tensor, " N"]:
         """How far apart the slopes of each row lie, (N,); 0 on rows of weight 0."""
         kept = gap.flatten(1) if rows.weight is None else gap.flatten(1)[rows.weight > 0]
         if not self.published:
             return spread_out(torch.linalg.vector_norm(kept, dim=1), rows)
-        return shared(torch.linalg.vector_norm(kept) / max(1, len(kept)) ** 2, rows)
+        return expand_to_rows(torch.linalg.vector_norm(kept) / max(1, len(kept)) ** 2, rows)
 
 
 def _leaf(inputs: Any) -> Tensor:
@@ -162,4 +162,4 @@ def _slope(rows: Rows, inputs: Tensor, *, further: bool) -> Tensor:
     if rows.weight is not None:
         loss = torch.where(rows.weight > 0, loss, 0.0)
     # the student's graph is gone through again by its loss
-    return widened(torch.autograd.grad(loss.sum(), inputs, create_graph=further, retain_graph=further)[0])
+    return upcast_to_float32(torch.autograd.grad(loss.sum(), inputs, create_graph=further, retain_graph=further)[0])

@@ -15,7 +15,7 @@ KEY, FORMAT = "key.json", 1
 CHECKED = 256 * 2**20  # bytes up to which a cache's checksums are compared whenever it is opened
 
 
-class BrokenCache(RuntimeError):
+class CorruptCacheError(RuntimeError):
     """A cache whose numbers cannot be trusted; the message names the file and what to do."""
 
 
@@ -38,7 +38,7 @@ class CachedTeacher(Teacher):
 
     Raises:
         FileNotFoundError: if there is no finished recording.
-        BrokenCache: for a file that is missing, truncated or edited.
+        CorruptCacheError: for a file that is missing, truncated or edited.
         ValueError: for a recording of another kind, other data or another teacher, naming what differs.
     """
 
@@ -58,7 +58,7 @@ class CachedTeacher(Teacher):
         self._mapped: Any = self._map()
         size = sum(file.size for file in self.files())
         self.check_files(checksum=size < CHECKED if checksum is None else checksum)
-        why = None if batches is None else self.objection(batches)
+        why = None if batches is None else self.incompatibility(batches)
         if why is not None:
             raise ValueError(why)
         if teacher is not None and teacher.identity != self.key["teacher"]:
@@ -80,20 +80,20 @@ class CachedTeacher(Teacher):
         """Compare the size of every file with the key, and its checksum.
 
         Raises:
-            BrokenCache: naming the file.
+            CorruptCacheError: naming the file.
         """
         again = f"Remove the folder and record it again: {self.recorded_by}."
         for file in self.files():
             got = file.path.stat().st_size if file.path.is_file() else None
             if got != file.size:
                 what = "is missing" if got is None else f"has {got} bytes, and {KEY} says {file.size}"
-                raise BrokenCache(f"{file.path} {what}. {again}")
+                raise CorruptCacheError(f"{file.path} {what}. {again}")
             if checksum and sha256_file(file.path) != file.sha256:
-                raise BrokenCache(
+                raise CorruptCacheError(
                     f"{file.path} was changed since it was recorded: its checksum is not that of {KEY}. {again}"
                 )
 
-    def objection(self, batches: Any) -> str | None:
+    def incompatibility(self, batches: Any) -> str | None:
         name, identity = getattr(batches, "name", type(batches).__name__), getattr(batches, "identity", None)
         if identity == self.key["data"]:
             return None
@@ -117,7 +117,7 @@ def read_key(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no recording.
-        BrokenCache: for a key that cannot be read, a recording half done, or another format.
+        CorruptCacheError: for a key that cannot be read, a recording half done, or another format.
     """
     again = "Remove the folder and record it again."
     try:
@@ -129,25 +129,27 @@ def read_key(path: Path) -> dict[str, Any]:
             f"there is no teacher cache in {path}: no {KEY}.{half} Make one: teachers.record(teacher, batches, path)."
         ) from None
     except ValueError as error:
-        raise BrokenCache(f"{path / KEY} cannot be read ({error}). {again}") from error
+        raise CorruptCacheError(f"{path / KEY} cannot be read ({error}). {again}") from error
     if "sha256" not in key:
-        raise BrokenCache(f"{path} is a recording half done. The record() that began it finishes it.")
+        raise CorruptCacheError(f"{path} is a recording half done. The record() that began it finishes it.")
     if key.get("format") != FORMAT:
-        raise BrokenCache(f"{path / KEY} has format {key.get('format')!r}; this version reads {FORMAT}. {again}")
+        raise CorruptCacheError(f"{path / KEY} has format {key.get('format')!r}; this version reads {FORMAT}. {again}")
     return key
 
 
-def refuse_other(folder: Path, key: Mapping[str, Any]) -> None:
+def check_key(folder: Path, key: Mapping[str, Any]) -> None:
     """Check that the recording in a folder, finished or half done, is the one that ``key`` describes.
 
     Raises:
-        BrokenCache: for a key that cannot be read.
+        CorruptCacheError: for a key that cannot be read.
         ValueError: naming the field that differs, and both values.
     """
     try:
         theirs = json.loads((folder / KEY).read_bytes())
     except ValueError as error:
-        raise BrokenCache(f"{folder / KEY} cannot be read ({error}). Remove the folder and record it again.") from error
+        raise CorruptCacheError(
+            f"{folder / KEY} cannot be read ({error}). Remove the folder and record it again."
+        ) from error
     for name, ours in key.items():
         if theirs.get(name) != ours:
             raise ValueError(

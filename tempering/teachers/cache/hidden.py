@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from tempering.rows import widened
+from tempering.rows import upcast_to_float32
 from tempering.teachers.base import Teacher
-from tempering.teachers.cache.recorder import STORED, Recordable, device_of, narrowed
+from tempering.teachers.cache.recorder import STORED, Recordable, device_of, to_stored_precision
 from tempering.teachers.cache.shards import (
     CachedShards,
     Inputs,
@@ -43,7 +43,7 @@ class CachedHidden(CachedShards):
         checksum: whether to look at every file's checksum; None does below 256 MB.
 
     Raises:
-        FileNotFoundError, BrokenCache, ValueError: as ``CachedTeacher`` does.
+        FileNotFoundError, CorruptCacheError, ValueError: as ``CachedTeacher`` does.
     """
 
     kind = "hidden states"
@@ -91,7 +91,8 @@ def record_hidden(
         teacher: a live language model of transformers.
         batches: texts of one length, ``data.Tokens`` or ``data.Pairs``.
         path: the folder to write.
-        inputs: how a batch becomes the models' inputs: ``Generation().inputs``. The model must take them: ``.meet``.
+        inputs: how a batch becomes the models' inputs: ``LanguageModeling().inputs``. The model must take them:
+            ``.prepare_model``.
         precision: "bf16", "fp16" or "fp32", in which hidden states are stored.
         head: where ``head_of(model)`` does not find it, or not its scale and cap.
         quiet: no progress bar.
@@ -144,7 +145,7 @@ def _layer_of(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
             return core, layer
     raise TypeError(
         f"{type(model).__name__} has no head to keep hidden states of: no get_output_embeddings() that is nn.Linear. "
-        "Models of transformers with a language modelling head do; of others, record logits: teachers.record_sparse."
+        "Models of transformers with a language modeling head do; of others, record logits: teachers.record_top_k."
     )
 
 
@@ -175,12 +176,12 @@ def _states(teacher: Live, inputs: Any, ids: Tensor, precision: str, head: Head 
     states = states.masked_fill(gone[..., None], 0.0)
     if head is not None:
         _check_head(head, teacher, states[:1], output.logits[:1], gone[:1])
-    kept = narrowed(states.flatten(1), precision, int(ids[0]), what="hidden states")
+    kept = to_stored_precision(states.flatten(1), precision, int(ids[0]), what="hidden states")
     return kept.view(states.shape).cpu()
 
 
 def _check_head(head: Head, teacher: Live, states: Tensor, logits: Tensor, gone: Tensor) -> None:
-    made, want = head(states[~gone]), widened(logits[~gone])
+    made, want = head(states[~gone]), upcast_to_float32(logits[~gone])
     off, scale = float((made - want).abs().max()), float(want.abs().max())
     if not off <= max(1e-4, 8 * torch.finfo(states.dtype).eps) * scale:
         raise ValueError(

@@ -11,8 +11,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tempering.teachers.base import Teacher
-from tempering.teachers.cache.base import FORMAT, KEY, BrokenCache, CachedTeacher, StoredFile, refuse_other
-from tempering.teachers.cache.recorder import LOGITS, STORED, Recordable, Recording, as_recorded, asked, device_of
+from tempering.teachers.cache.base import FORMAT, KEY, CachedTeacher, CorruptCacheError, StoredFile, check_key
+from tempering.teachers.cache.recorder import (
+    LOGITS,
+    STORED,
+    Recordable,
+    Recording,
+    as_recorded,
+    device_of,
+    query_teacher,
+)
 
 RESIDENT = 2**31  # bytes up to which a cache moves onto an accelerator with the run
 
@@ -32,7 +40,7 @@ class Cached(CachedTeacher):
 
     Raises:
         FileNotFoundError: where there is no finished cache.
-        BrokenCache: for files that are truncated or edited.
+        CorruptCacheError: for files that are truncated or edited.
         ValueError: for other data, augmentation or teacher, naming the field and both values.
     """
 
@@ -74,9 +82,9 @@ class Cached(CachedTeacher):
             self._mapped = self._mapped.to(device)
         return self
 
-    def objection(self, batches: Any) -> str | None:
+    def incompatibility(self, batches: Any) -> str | None:
         """Which of data and augmentation are not those that were recorded, and what to do; None if all are."""
-        if (why := super().objection(batches)) is not None:
+        if (why := super().incompatibility(batches)) is not None:
             return why
         name = getattr(batches, "name", type(batches).__name__)
         ours, theirs = self.key["augmentation"], batches.augmentation
@@ -86,7 +94,7 @@ class Cached(CachedTeacher):
             if self.clean:
                 return None
             return (
-                f"{self.path} holds answers to clean images, and {name} are augmented: {_said(theirs)}. If the "
+                f"{self.path} holds answers to clean images, and {name} are augmented: {_to_text(theirs)}. If the "
                 f'teacher is to speak of the clean image, say so: Cached("{self.path}", clean=True). If it is to speak '
                 "of what the student sees: record(teacher, batches, ANOTHER_PATH, views=8) and batches.replay(8)."
             )
@@ -94,7 +102,7 @@ class Cached(CachedTeacher):
         how = "leave out views=" if ours["views"] is None else f"train on batches.replay({ours['views']})"
         return (
             f"{self.path} was recorded with {field}={ours.get(field)}, and {name} have {field}={theirs.get(field)} "
-            f"(recorded: {_said(ours)}; given: {_said(theirs)}). With the recorded settings, {how}; or record "
+            f"(recorded: {_to_text(ours)}; given: {_to_text(theirs)}). With the recorded settings, {how}; or record "
             "anew: record(teacher, batches, ANOTHER_PATH, views=...)."
         )
 
@@ -105,11 +113,11 @@ class Cached(CachedTeacher):
             ValueError: for other batches, or naming the row that differs by more than its precision explains.
         """
         batches = as_recorded(batches, self.key["augmentation"]["views"])
-        if (why := self.objection(batches)) is not None:
+        if (why := self.incompatibility(batches)) is not None:
             raise ValueError(why)
         words = np.random.Philox(key=seed).random_raw(rows)
         ids = torch.from_numpy((words % self.rows).astype(np.int64)).unique()
-        fresh = asked(teacher, batches, ids).cpu()
+        fresh = query_teacher(teacher, batches, ids).cpu()
         held = self._mapped.cpu().index_select(0, ids).float()
         finite = torch.where(torch.isfinite(fresh), fresh, 0)
         scale = finite.abs().amax(-1, keepdim=True)
@@ -154,9 +162,9 @@ class Cached(CachedTeacher):
             # copy-on-write: mapped and shared like "r", and torch does not warn of a read-only array
             array = np.load(path, mmap_mode="c", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise BrokenCache(f"{path} cannot be read ({error}). {again}") from error
+            raise CorruptCacheError(f"{path} cannot be read ({error}). {again}") from error
         if array.shape != shape or array.dtype != stored:
-            raise BrokenCache(
+            raise CorruptCacheError(
                 f"{path} has shape {array.shape} and type {array.dtype}; {KEY} says {shape} and {stored}. {again}"
             )
         table = torch.from_numpy(array)
@@ -214,12 +222,12 @@ def record(
     }
     if made := not (path / KEY).is_file():
         Recording(path, teacher, seen, key, quiet=quiet).run()
-    refuse_other(path, key)
+    check_key(path, key)
     cached = Cached(path, batches=seen, teacher=teacher, clean=views is None)
     if not made:
         cached.verify(teacher, batches)
     return cached
 
 
-def _said(augmentation: dict[str, Any]) -> str:
+def _to_text(augmentation: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in augmentation.items())

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tempering.teachers.base import Teacher
-from tempering.teachers.cache.base import KEY, refuse_other
+from tempering.teachers.cache.base import KEY, check_key
 from tempering.utils.files import PARTIAL, file_lock, open_synced, sha256_file, write_atomic
 from tempering.utils.tensors import to_device
 
@@ -53,7 +53,7 @@ class Recordable(Protocol):
         """What is done to the samples, JSON-able; "views" is None where ids are indices."""
         ...
 
-    def at(self, ids: Tensor) -> tuple[Any, Any, Tensor]:
+    def gather(self, ids: Tensor) -> tuple[Any, Any, Tensor]:
         """(inputs, labels, ids) of any ids."""
         ...
 
@@ -72,13 +72,13 @@ def as_recorded(batches: Recordable, views: int | None) -> Recordable:
 
 
 @torch.no_grad()
-def asked(teacher: Teacher, batches: Recordable, ids: Int[Tensor, " B"]) -> Float[Tensor, "B C"]:
+def query_teacher(teacher: Teacher, batches: Recordable, ids: Int[Tensor, " B"]) -> Float[Tensor, "B C"]:
     """The teacher's logits for these samples.
 
     Raises:
         ValueError: for outputs that are no (B, C) logits.
     """
-    inputs, _, ids = batches.at(ids)
+    inputs, _, ids = batches.gather(ids)
     device = device_of(teacher)
     said = teacher(to_device(inputs, device), ids.to(device))
     logits = getattr(said, "logits", said)
@@ -141,16 +141,16 @@ class Recording:
         with partial_folder(self.path) as folder:
             if folder is None:
                 return
-            self._take_up()
-            self._ask()
+            self._recover()
+            self._query()
             with self._writing():
                 self._finish()
 
-    def _take_up(self) -> None:
+    def _recover(self) -> None:
         """Go to the last row the log vouches for, and cut off what lies behind."""
         if not (self.folder / KEY).is_file() or not (self.folder / LOG).is_file():
             return
-        refuse_other(self.folder, self.key)
+        check_key(self.folder, self.key)
         lines = (self.folder / LOG).read_bytes().split(b"\n")[:-1]  # a kill can leave the last line torn
         try:
             last = json.loads(lines[-1])
@@ -163,13 +163,13 @@ class Recording:
         (self.folder / LOG).write_bytes(lines[-1] + b"\n")
         self.done, self.classes = done, classes
 
-    def _ask(self) -> None:
+    def _query(self) -> None:
         total, size = self.key["rows"], self.batches.batch_size
         with progress(total, self.done, self.quiet) as advance:
             first, waiting, since = self.done, [], time.monotonic()
             while first < total:
                 ids = torch.arange(first, min(first + size, total))
-                waiting.append(self._stored(asked(self.teacher, self.batches, ids), first))
+                waiting.append(self._stored(query_teacher(self.teacher, self.batches, ids), first))
                 first += len(ids)
                 advance(len(ids))
                 if time.monotonic() - since >= EVERY or first == total:
@@ -179,7 +179,7 @@ class Recording:
 
     def _stored(self, logits: Tensor, first: int) -> np.ndarray:
         """The rows as the file holds them."""
-        cast = narrowed(logits, self.key["precision"], first).cpu().contiguous()
+        cast = to_stored_precision(logits, self.key["precision"], first).cpu().contiguous()
         return cast.view(torch.uint16).numpy() if cast.dtype == torch.bfloat16 else cast.numpy()
 
     def _write(self, blocks: list[np.ndarray]) -> None:
@@ -219,7 +219,9 @@ class Recording:
             ) from error
 
 
-def narrowed(values: Float[Tensor, "B C"], precision: str, first: int, *, what: str = "logits") -> Float[Tensor, "B C"]:
+def to_stored_precision(
+    values: Float[Tensor, "B C"], precision: str, first: int, *, what: str = "logits"
+) -> Float[Tensor, "B C"]:
     """The rows in a stored precision; ``first`` is the number of the first of them, for errors.
 
     Raises:
@@ -231,7 +233,7 @@ def narrowed(values: Float[Tensor, "B C"], precision: str, first: int, *, what: 
         found = "NaN" if torch.isnan(values[row]).any() else "infinity"
         raise ValueError(
             f"the teacher gives {found} on row {first + row}: nothing can be learned from it. Is its checkpoint "
-            "whole, are its inputs normalised as in its training? In half precision, try Live(precision='fp32')."
+            "whole, are its inputs normalized as in its training? In half precision, try Live(precision='fp32')."
         )
     dtype, _ = STORED[precision]
     cast = values.to(dtype)

@@ -24,24 +24,24 @@ from tempering.teachers.cache.shards import (
     to_bytes,
 )
 from tempering.teachers.outputs import Sparse
-from tempering.teachers.selection import Kept, following, shares
+from tempering.teachers.selection import TopKTeacher, next_tokens, shares
 
 
-class CachedDrawn(CachedShards):
+class CachedSampled(CachedShards):
     """Looks the drawn tokens up by sample id: ``Sparse`` (B, L, K), float32, with the next token of the text.
 
     Args:
-        path: the folder that ``record_drawn`` wrote.
+        path: the folder that ``record_sampled`` wrote.
         batches: refuse to open for other texts, another length or another padding.
         teacher: refuse to open for another teacher's answers.
         checksum: whether to look at every file's checksum; None does below 256 MB.
 
     Raises:
-        FileNotFoundError, BrokenCache, ValueError: as ``CachedTeacher`` does.
+        FileNotFoundError, CorruptCacheError, ValueError: as ``CachedTeacher`` does.
     """
 
     kind = "drawn tokens"
-    recorded_by = "teachers.record_drawn(teacher, batches, path, inputs=...)"
+    recorded_by = "teachers.record_sampled(teacher, batches, path, inputs=...)"
 
     def __init__(
         self, path: str | Path, *, batches: Any = None, teacher: Teacher | None = None, checksum: bool | None = None
@@ -50,13 +50,13 @@ class CachedDrawn(CachedShards):
         self.samples: int = self.key["samples"]
 
     def __call__(self, inputs: Any, ids: Int[Tensor, " B"] | None) -> Sparse:
-        texts = [unpacked(*self._held(file, row)) for file, row in self.find(ids)]
+        texts = [unpack_counts(*self._held(file, row)) for file, row in self.find(ids)]
         shape = (len(texts), self.length, max((found.shape[1] for found, _ in texts), default=1))
         both = torch.zeros(2, *shape, dtype=torch.long)
         for row, text in enumerate(texts):
             for side, x in zip(both, text, strict=True):
                 side[row, :, : x.shape[1]] = x
-        label = following(inputs)
+        label = next_tokens(inputs)
         tokens, counts = both.to(label.device)
         return shares(tokens, counts.float(), self.samples, besides=label)
 
@@ -65,14 +65,14 @@ class CachedDrawn(CachedShards):
         return file.get_slice("words")[first:last], file.get_slice("kinds")[row], int(file.get_tensor("bits"))
 
 
-def record_drawn(
-    teacher: Kept,
+def record_sampled(
+    teacher: TopKTeacher,
     batches: Recordable,
     path: str | Path,
     *,
     inputs: Inputs,
     quiet: bool = False,
-) -> CachedDrawn:
+) -> CachedSampled:
     """Ask the teacher once about every text, keep its draws, and open the result.
 
     A position takes a byte and, for each different token of its draws, ``id << bits | count`` in whole bytes: three
@@ -81,10 +81,11 @@ def record_drawn(
     was cut short goes on; of several processes one records.
 
     Args:
-        teacher: ``Kept(Live(model), samples=50)``.
+        teacher: ``TopKTeacher(Live(model), samples=50)``.
         batches: texts of one length, ``data.Tokens`` or ``data.Pairs``.
         path: the folder to write.
-        inputs: how a batch becomes the models' inputs: ``Generation().inputs``. The model must take them: ``.meet``.
+        inputs: how a batch becomes the models' inputs: ``LanguageModeling().inputs``. The model must take them:
+            ``.prepare_model``.
         quiet: no progress bar.
 
     Raises:
@@ -94,19 +95,19 @@ def record_drawn(
     Reference: Anshumann et al., "Sparse Logit Sampling", ACL 2025, arXiv:2503.16870; its own layout is not published.
     """
     if teacher.samples is None:
-        raise ValueError(f"record_drawn keeps draws; got Kept(top={teacher.top}). See record_sparse.")
+        raise ValueError(f"record_sampled keeps draws; got TopKTeacher(top={teacher.top}). See record_top_k.")
     path, samples = Path(path), teacher.samples
-    key = recording_key(CachedDrawn.kind, batches, teacher, samples=samples)
+    key = recording_key(CachedSampled.kind, batches, teacher, samples=samples)
 
     def query(ids: Tensor) -> Tensors:
         parts = [_draws(teacher, samples, *part) for part in text_batches(teacher, batches, ids, inputs)]
-        return packed(*(torch.cat(side) for side in zip(*parts, strict=True)))
+        return pack_counts(*(torch.cat(side) for side in zip(*parts, strict=True)))
 
     record_shards(path, key, query, teacher, size=texts_per_shard(16 * key["length"] * samples), quiet=quiet)
-    return CachedDrawn(path, batches=batches, teacher=teacher)
+    return CachedSampled(path, batches=batches, teacher=teacher)
 
 
-def packed(ids: Int[Tensor, "B L S"], counts: Int[Tensor, "B L S"]) -> Tensors:
+def pack_counts(ids: Int[Tensor, "B L S"], counts: Int[Tensor, "B L S"]) -> Tensors:
     """Tokens that were drawn so often at each position; a count of 0 is none.
 
     "words" (M, bytes), the least byte first, in the order of positions; "kinds" (B, L), how many words a position has;
@@ -130,7 +131,7 @@ def packed(ids: Int[Tensor, "B L S"], counts: Int[Tensor, "B L S"]) -> Tensors:
     }
 
 
-def unpacked(
+def unpack_counts(
     words: Int[Tensor, "M bytes"], kinds: Int[Tensor, " L"], bits: int
 ) -> tuple[Int[Tensor, "L K"], Int[Tensor, "L K"]]:
     """(ids, counts) of a text's positions, filled up with counts of 0 to the most that one has."""
@@ -140,7 +141,7 @@ def unpacked(
     return out >> bits, out & ((1 << bits) - 1)
 
 
-def _draws(teacher: Kept, samples: int, ids: Tensor, inputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _draws(teacher: TopKTeacher, samples: int, ids: Tensor, inputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return (tokens, counts) of a batch's positions; padding has counts of 0."""
     sparse = query_sparse(teacher, inputs, ids)
     # without the text's own token

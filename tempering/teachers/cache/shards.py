@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tempering.teachers.base import Teacher
-from tempering.teachers.cache.base import FORMAT, KEY, CachedTeacher, StoredFile, refuse_other
+from tempering.teachers.cache.base import FORMAT, KEY, CachedTeacher, StoredFile, check_key
 from tempering.teachers.cache.recorder import Recordable, device_of, finish, partial_folder, progress
 from tempering.teachers.outputs import Sparse
 from tempering.utils.files import sha256_file, sha256_text, write_atomic
@@ -80,7 +80,7 @@ def recording_key(kind: str, batches: Recordable, teacher: Teacher, **own: Any) 
         "teacher": teacher.identity,
         "augmentation": batches.augmentation,
         "rows": batches.rows,
-        "length": batches.at(torch.tensor([0]))[0]["labels"].shape[1],
+        "length": batches.gather(torch.tensor([0]))[0]["labels"].shape[1],
         **own,
     }
 
@@ -110,7 +110,7 @@ def record_shards(
         with partial_folder(path) as folder:
             if folder is not None:
                 _record(path, folder, {**key, "size": size}, query, teacher, more or {}, quiet)
-    refuse_other(path, key)
+    check_key(path, key)
 
 
 def text_batches(
@@ -119,7 +119,7 @@ def text_batches(
     """Yield (ids, the teacher's inputs on its device, labels) of these texts, batch by batch."""
     device = device_of(teacher)
     for part in ids.split(batches.batch_size):
-        batch, labels, _ = batches.at(part)
+        batch, labels, _ = batches.gather(part)
         yield part, inputs(to_device(batch, device))[1], labels
 
 
@@ -134,7 +134,7 @@ def query_sparse(teacher: Teacher, inputs: Any, ids: Tensor) -> Sparse:
     if not isinstance(sparse, Sparse):
         raise TypeError(
             f"only Sparse answers can be recorded so; {type(teacher).__name__} answers {type(sparse).__name__}. "
-            "Say what is kept of it: Kept(teacher, top=16)."
+            "Say what is kept of it: TopKTeacher(teacher, top=16)."
         )
     if torch.isnan(sparse.logp).any():
         raise ValueError("the teacher gives NaN: nothing can be learned from it. Is its checkpoint whole?")
@@ -156,7 +156,7 @@ def _record(
     quiet: bool,
 ) -> None:
     if (folder / KEY).is_file():
-        refuse_other(folder, key)
+        check_key(folder, key)
     else:
         write_atomic(folder / KEY, json.dumps(key), fsync=True)
     files = []

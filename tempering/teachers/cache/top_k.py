@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tempering.teachers.base import Teacher
 from tempering.teachers.cache.recorder import Recordable
-from tempering.teachers.cache.sampled import CachedDrawn, record_drawn
+from tempering.teachers.cache.sampled import CachedSampled, record_sampled
 from tempering.teachers.cache.shards import (
     CachedShards,
     Inputs,
@@ -25,29 +25,29 @@ from tempering.teachers.cache.shards import (
     to_bytes,
 )
 from tempering.teachers.outputs import Sparse
-from tempering.teachers.selection import Kept
+from tempering.teachers.selection import TopKTeacher
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 
 
-class CachedSparse(CachedShards):
+class CachedTopK(CachedShards):
     """Looks the kept tokens up by sample id: ``Sparse`` (B, L, K), float32, on the ids' device.
 
     Those of fp16 are divided by their sum again, so a position is a distribution and no loss over it negative. Files
     are mapped, and many processes may read them.
 
     Args:
-        path: the folder that ``record_sparse`` wrote.
+        path: the folder that ``record_top_k`` wrote.
         batches: refuse to open for other texts, another length or another padding.
         teacher: refuse to open for another teacher's answers.
         checksum: whether to look at every file's checksum; None does below 256 MB.
 
     Raises:
-        FileNotFoundError, BrokenCache, ValueError: as ``CachedTeacher`` does.
+        FileNotFoundError, CorruptCacheError, ValueError: as ``CachedTeacher`` does.
     """
 
     kind = "likeliest tokens"
-    recorded_by = "teachers.record_sparse(teacher, batches, path, inputs=...)"
+    recorded_by = "teachers.record_top_k(teacher, batches, path, inputs=...)"
 
     def __call__(self, inputs: Any, ids: Int[Tensor, " B"] | None) -> Sparse:
         parts = [self._held(file, row) for file, row in self.find(ids)]
@@ -65,7 +65,7 @@ class CachedSparse(CachedShards):
         return [from_bytes(tokens), logp, rest]
 
 
-def record_sparse(
+def record_top_k(
     teacher: Teacher,
     batches: Recordable,
     path: str | Path,
@@ -73,18 +73,20 @@ def record_sparse(
     inputs: Inputs,
     precision: str = "fp32",
     quiet: bool = False,
-) -> CachedSparse | CachedDrawn:
+) -> CachedTopK | CachedSampled:
     """Ask the teacher once about every text, and open the result; goes on where a recording was cut short.
 
     Of several processes that call this one records, and the others wait. Ids lie in whole bytes, two below 2^16 tokens
     and three below 2^24; with log-probabilities of fp32 a token of the text takes 6 K + 4 bytes, or 7 K + 4, and with
-    those of fp16 4 K + 2, or 5 K + 2. Samples go to ``record_drawn``, in about 37 bytes.
+    those of fp16 4 K + 2, or 5 K + 2. Samples go to ``record_sampled``, in about 37 bytes.
 
     Args:
-        teacher: one that answers ``Sparse``: what is kept of another, ``Kept(Live(model), top=16)``, or ``Served``.
+        teacher: one that answers ``Sparse``: what is kept of another, ``TopKTeacher(Live(model), top=16)``, or
+            ``RemoteTeacher``.
         batches: texts of one length, ``data.tokens.Tokens``.
         path: the folder to write.
-        inputs: how a batch becomes the models' inputs: ``Generation().inputs``. The model must take them: ``.meet``.
+        inputs: how a batch becomes the models' inputs: ``LanguageModeling().inputs``. The model must take them:
+            ``.prepare_model``.
         precision: "fp32" rounds nothing; "fp16" rounds log-probabilities by 2^-11 of themselves at most: the KL from
             what was said to what is read stays below 1e-6, and the total variation below 3e-4, measured for K of 16
             and 64 at 300 to 50,000 tokens.
@@ -95,21 +97,23 @@ def record_sparse(
             another precision.
         TypeError: for a teacher that answers no ``Sparse``.
     """
-    if isinstance(teacher, Kept) and teacher.samples is not None:
-        return record_drawn(teacher, batches, path, inputs=inputs, quiet=quiet)
+    if isinstance(teacher, TopKTeacher) and teacher.samples is not None:
+        return record_sampled(teacher, batches, path, inputs=inputs, quiet=quiet)
     if precision not in PRECISIONS:
-        raise ValueError(f"record_sparse needs precision {' or '.join(map(repr, PRECISIONS))}; got {precision!r}.")
+        raise ValueError(f"record_top_k needs precision {' or '.join(map(repr, PRECISIONS))}; got {precision!r}.")
     path, dtype = Path(path), PRECISIONS[precision]
-    key = recording_key(CachedSparse.kind, batches, teacher, precision=precision)
+    key = recording_key(CachedTopK.kind, batches, teacher, precision=precision)
     kept = 1 + (getattr(teacher, "top", None) or 64)
 
     def query(ids: Tensor) -> Tensors:
         parts = [query_sparse(teacher, given, part) for part, given, _ in text_batches(teacher, batches, ids, inputs)]
-        tokens, logp, rest = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "logp", "rest"))
+        tokens, logp, rest = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "logp", "tail_logp")
+        )
         return {"ids": to_bytes(tokens), "logp": _stored(logp, dtype), "rest": _stored(rest, dtype)}
 
     record_shards(path, key, query, teacher, size=texts_per_shard(8 * kept * key["length"]), quiet=quiet)
-    return CachedSparse(path, batches=batches, teacher=teacher)
+    return CachedTopK(path, batches=batches, teacher=teacher)
 
 
 def _stored(logp: Tensor, dtype: torch.dtype) -> Tensor:

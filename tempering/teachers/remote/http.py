@@ -82,14 +82,14 @@ class Endpoint:
         return found
 
 
-class _Stay(urllib.request.HTTPRedirectHandler):
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """No redirection is followed: the key is for the server that was named."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
         return None
 
 
-_OPENER = urllib.request.build_opener(_Stay)
+_OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 def _asked_for(header: str | None, otherwise: float) -> float:

@@ -21,14 +21,15 @@ OVER = 1e-3  # how far the mass of the kept tokens may lie above 1: half precisi
 LEAST = 1e-7  # mass of the bucket at least: below it float32, which a server computes in, cannot tell some from none
 
 
-class Served(Teacher):
+class RemoteTeacher(Teacher):
     """Answers ``Sparse`` (B, L, top + 1) to the inputs of a Generation task: the likeliest tokens and the text's next.
 
     Position i holds what the server says of the token of i + 1, as the task reads it; the last position of a text, for
     which nobody is asked, holds nothing. Token ids are sent, never text, so nothing is tokenized again. Padding is
     taken off by the attention mask. All is at temperature 1: a policy softens the top + 2 outcomes, not the vocabulary.
-    ``teachers.record_sparse`` writes the answers to disk; ``teachers.selftest`` holds them to a model at hand, which a
-    run should begin with. ``identity`` is that of the model's name: what is served under it nobody else can see.
+    ``teachers.record_top_k`` writes the answers to disk; ``teachers.verify_remote`` holds them to a model at hand,
+    which a run should begin with. ``identity`` is that of the model's name: what is served under it nobody else can
+    see.
 
     Args:
         url: the server's root, such as "http://localhost:8000".
@@ -65,8 +66,8 @@ class Served(Teacher):
     ) -> None:
         if api not in get_args(Api) or min(top, batch, concurrent) < 1:
             raise ValueError(
-                f"Served needs api 'vllm' or 'openai', and top, batch and concurrent >= 1; got {api!r}, {top}, {batch} "
-                f"and {concurrent}."
+                f"RemoteTeacher needs api 'vllm' or 'openai', and top, batch and concurrent >= 1; got {api!r}, {top}, "
+                f"{batch} and {concurrent}."
             )
         self.url, self.top, self.api, self.tokens = url, top, api, tokens
         self.batch, self.concurrent, self.served = batch, concurrent, model
@@ -83,7 +84,7 @@ class Served(Teacher):
         out = Sparse(torch.zeros(shape, dtype=torch.long), torch.full(shape, -torch.inf), torch.zeros(tokens.shape))
         for row, (kept, said) in enumerate(zip(real.cpu(), answers, strict=True)):
             place = kept.nonzero().flatten()
-            for room, values in ((out.ids, said.ids), (out.logp, said.logp), (out.rest, said.rest)):
+            for room, values in ((out.ids, said.ids), (out.logp, said.logp), (out.tail_logp, said.tail_logp)):
                 room[row, place] = values
         return out.to(tokens.device)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tempering.teachers.base import Teacher
 from tempering.teachers.outputs import Sparse
-from tempering.teachers.selection import top
+from tempering.teachers.selection import keep_top_k
 
 LIKELY = math.log(1e-3)  # log-probability of the tokens that are compared; rarer ones are the server's rounding
 MOST = 0.9  # share of the positions that have to say the same for one explanation to hold
@@ -18,11 +18,11 @@ CUT = -50.0  # log-probability below which a server has cut a token off
 SLOPE = 0.03  # how far the slope between two sets of log-probabilities may lie from 1
 
 
-class ServedDiffers(RuntimeError):
+class TeacherMismatchError(RuntimeError):
     """The served teacher is not the one at hand; the message says in what."""
 
 
-class Tested(NamedTuple):
+class VerificationResult(NamedTuple):
     """How many tokens were compared, and the largest difference in their log-probabilities, in nats."""
 
     tokens: int
@@ -34,20 +34,20 @@ class Tested(NamedTuple):
         return f"served teacher ok: {self.tokens} log-probabilities within {self.largest:.2g} nats"
 
 
-def selftest(
+def verify_remote(
     served: Teacher, reference: Teacher, inputs: Any, ids: Tensor | None = None, *, close: float = 0.1
-) -> Tested:
+) -> VerificationResult:
     """Ask both about a batch and compare: token ids, log-probabilities, their place, temperature and tail.
 
     Args:
-        served: answers ``Sparse``, such as ``teachers.Served``.
-        reference: the same weights at hand, ``Live(model)``; or their stored answers, ``CachedSparse``.
+        served: answers ``Sparse``, such as ``teachers.RemoteTeacher``.
+        reference: the same weights at hand, ``Live(model)``; or their stored answers, ``CachedTopK``.
         inputs: what a Generation task gives to teachers, ``task.inputs(batch)[1]``.
         ids: of the samples, for stored answers.
         close: nats by which tokens of probability 0.001 and more may differ; bfloat16 on one side takes up to 0.1.
 
     Raises:
-        ServedDiffers: naming the first that explains the difference: a shift by one, other token ids, another
+        TeacherMismatchError: naming the first that explains the difference: a shift by one, other token ids, another
             temperature, a missing tail; or the place where they differ most.
         ValueError: where the batch leaves nothing to compare.
     """
@@ -56,20 +56,20 @@ def selftest(
     if not isinstance(theirs, Sparse):
         logits, tokens = getattr(theirs, "logits", theirs), inputs["input_ids"]
         following = torch.cat((tokens[:, 1:], tokens[:, -1:]), 1)
-        theirs = top(logits, min(ours.ids.shape[-1], logits.shape[-1]) - 1, besides=following)
+        theirs = keep_top_k(logits, min(ours.ids.shape[-1], logits.shape[-1]) - 1, besides=following)
     ours, theirs = ours.to("cpu"), theirs.to("cpu")
-    if ours.rest.shape != theirs.rest.shape:
-        raise ServedDiffers(
-            f"the served teacher answers {tuple(ours.rest.shape)} positions and the one at hand "
-            f"{tuple(theirs.rest.shape)}: were its answers recorded with another length?"
+    if ours.tail_logp.shape != theirs.tail_logp.shape:
+        raise TeacherMismatchError(
+            f"the served teacher answers {tuple(ours.tail_logp.shape)} positions and the one at hand "
+            f"{tuple(theirs.tail_logp.shape)}: were its answers recorded with another length?"
         )
     asked = torch.isfinite(ours.logp).any(-1)
     both = _Compared(ours, theirs, asked & torch.isfinite(theirs.logp).any(-1))
     if not both.positions:
         raise ValueError("there is nothing to compare: no text of the batch has two tokens.")
     if both.same and not both.gone and both.largest <= close:
-        return Tested(both.count, both.largest)
-    raise ServedDiffers(_why(ours, theirs, both, asked, close))
+        return VerificationResult(both.count, both.largest)
+    raise TeacherMismatchError(_why(ours, theirs, both, asked, close))
 
 
 class _Compared:
@@ -79,7 +79,7 @@ class _Compared:
         self.places = kept.nonzero()
         self.positions = len(self.places)
         self.ids, self.a, self.wanted, self.r = ours.ids[kept], ours.logp[kept], theirs.ids[kept], theirs.logp[kept]
-        self.mass = [float((1.0 - rest[kept].exp()).mean()) for rest in (ours.rest, theirs.rest)]
+        self.mass = [float((1.0 - rest[kept].exp()).mean()) for rest in (ours.tail_logp, theirs.tail_logp)]
         shared = (self.ids[:, :, None] == self.wanted[:, None]) & (self.r[:, None] >= LIKELY)
         self.shared = shared & (self.a > CUT)[:, :, None]
         self.gone = int(shared.sum() - self.shared.sum())  # likely ones that the server calls impossible
@@ -119,7 +119,7 @@ class _Compared:
 def _why(ours: Sparse, theirs: Sparse, both: _Compared, asked: Tensor, close: float) -> str:
     said = "the served teacher is not the one at hand: "
     for by, word in ((1, "later"), (-1, "earlier")):
-        moved = Sparse(*(torch.roll(x, -by, 1) for x in (theirs.ids, theirs.logp, theirs.rest)))
+        moved = Sparse(*(torch.roll(x, -by, 1) for x in (theirs.ids, theirs.logp, theirs.tail_logp)))
         there = asked & torch.roll(asked, -by, 1)
         there[:, -1 if by > 0 else 0] = False
         shifted = _Compared(ours, moved, there)
@@ -151,5 +151,5 @@ def _why(ours: Sparse, theirs: Sparse, both: _Compared, asked: Tensor, close: fl
     row, column = both.places[worst].tolist()
     return (
         f"{said}of {both.count} log-probabilities one is off by {both.largest:.3g} nats (text {row}, position "
-        f"{column}), and close={close:g}. Other weights, quantised ones, or another precision?"
+        f"{column}), and close={close:g}. Other weights, quantized ones, or another precision?"
     )
