@@ -316,6 +316,30 @@ def test_a_cell_is_made_by_what_it_trains_not_by_where(fake: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("name", "recipe"), [("language-writers-gkd", "language"), ("swing-canaries", "swing"), ("glue-sst2", "glue")]
+)
+def test_a_renamed_flag_is_the_same_cell(name: str, recipe: str, tmp_path: Path) -> None:
+    """Cells that were recorded under the former names of flags are found by the present ones."""
+    folder = ROOT / "benchmarks" / "results" / name
+    former = json.loads((folder / "plan.json").read_text())
+    assert former["format"] == 1
+    plan = arena_plan.read(folder)
+    assert set(plan.flags) < recipefile.flags(recipefile.find(recipe)) and set(former["flags"]) - set(plan.flags)
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in plan.flags.items()]
+    cell = plan.cells[0]
+    again = arena_plan.plan_for(Path(recipe), arms_from(cell.method, cell.temperature), [cell.seed], flags)
+    assert (again.cells[0].id.rpartition("-")[2], again.flags) == (cell.id.rpartition("-")[2], plan.flags)
+    arena_plan.write(tmp_path, plan)
+    assert arena_plan.read(tmp_path) == plan
+
+
+def test_a_new_flag_with_the_former_name_of_another_is_itself(fake: Path, tmp_path: Path) -> None:
+    plan = arena_plan.plan_for(fake, arms_from("kd"), range(1), ["--fit=2", "--resize-mode=stretch"])
+    arena_plan.write(tmp_path, plan)
+    assert arena_plan.read(tmp_path).flags == {"fit": "2", "resize_mode": "stretch"}
+
+
+@pytest.mark.parametrize(
     ("args", "flags", "said"),
     [
         (("--seeds=0",), (), "a comparison needs a recipe, --methods and at least one seed"),

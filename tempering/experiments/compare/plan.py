@@ -16,7 +16,8 @@ FILE = "plan.json"
 OWN = ("method", "temperature", "seed", "label", "out")  # flags that a cell sets
 ELSEWHERE = {"threads", "teacher_dir", "quiet", "out", "keep"}  # flags that say where or how fast, not what
 FORMAT = 2  # of a plan; 1 has flags by their former names
-# flag -> its former name, under which the ids of cells are made: a renamed flag is the same cell
+# flag -> its former name, under which the ids of cells are made: a renamed flag is the same cell. (--subset and --views
+# were not renamed to --max-train-samples and --second-view: published commands use them.)
 FORMER = {
     "text_source": "writes",
     "max_new_tokens": "written",
