@@ -76,8 +76,8 @@ TEXT_NETS = --text $(TEXT) --teacher-width 512 --teacher-layers 8 --student-widt
 gpu-language: $(READY)  ## bytes of TinyStories: GPT 8x512 -> 4x256; learned from the data, and from what the models write
 	$(cuda)
 	$(TEXTS) --methods "$(TEXT_ARMS)" --control "KD, weight-matched" --out $(TEXT_FULL)/data -- $(TEXT_NETS)
-	for writes in teacher on-policy speculative; do $(TEXTS) --methods "$(WRITES)" --out $(TEXT_FULL)/$$writes -- \
-	$(TEXT_NETS) --writes $$writes --share 0.5 --prompt 64 --written 128 || exit 1; done
+	for source in teacher on-policy speculative; do $(TEXTS) --methods "$(WRITES)" --out $(TEXT_FULL)/$$source -- \
+	$(TEXT_NETS) --text-source $$source --generated-fraction 0.5 --prompt-length 64 --max-new-tokens 128 || exit 1; done
 
 # the table of DTKD's authors, run again beside KD at DTKD's total weights: days of one core; a killed stage goes on
 EVIDENCE ?= benchmarks/results/evidence-

@@ -4,7 +4,7 @@ Usage:
     python benchmarks/budget.py --data DIR [--images 500,1000,2000,5000] [--seeds 3] [--steps 1600] [-- RECIPE'S FLAGS]
     python benchmarks/budget.py                 table.md and curve.svg again, from the records alone
 
-For every number of images one grid of `tempering compare recipes/cifar100.py` under OUT/n-IMAGES: the teacher is
+For every number of images one grid of `tempering compare cifar100` under OUT/n-IMAGES: the teacher is
 trained once, on all 50,000, and is asked about each of the student's n images once; the student learns from
 augmentations of them, for the same number of steps whatever n is. A killed call goes on with the same command, and
 finished cells never run again.

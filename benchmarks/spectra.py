@@ -1,6 +1,6 @@
 """What Inconsistent KD does to the spectra of images: noise, crop and the teacher's adversaries beside the images.
 
-Trains a teacher first, by recipes/detection.py and once. Noise and crop are made of every image, whatever the size of
+Trains a teacher first, by the recipe detection and once. Noise and crop are made of every image, whatever the size of
 its objects. The figures come with the numbers, in a record of what they were made of.
 
 Usage:
@@ -24,7 +24,8 @@ from tempering.data.detection import DetectionLoader
 from tempering.data.inconsistent import SampleSpecific
 from tempering.data.spectrum import spectrum
 from tempering.data.synthetic_shapes import synthetic_shapes
-from tempering.experiments.recipe import load as recipe
+from tempering.experiments.recipe import find, with_flags
+from tempering.experiments.recipe import load as load_recipe
 from tempering.methods import InconsistentDetection
 from tempering.models import load
 from tempering.models.external_detectors import detector
@@ -39,8 +40,15 @@ def trained(args: argparse.Namespace, classes: int) -> tuple[nn.Module, dict[str
         args.runs / f"{args.teacher}-{args.data.resolve().name if args.data else 'shapes'}-{args.size}-{args.epochs}"
     )
     settings: dict[str, Any] = {"data": args.data, "size": args.size, "epochs": args.epochs, "subset": args.subset}
-    settings |= {"fit": "stretch", "evaluate_every": args.epochs, "threads": args.threads, "quiet": True, "out": folder}
-    run = recipe(ROOT / "tempering" / "recipes" / "detection.py")(method="supervised", student=args.teacher, **settings)
+    settings |= {
+        "resize_mode": "stretch",
+        "evaluate_every": args.epochs,
+        "threads": args.threads,
+        "quiet": True,
+        "out": folder,
+    }
+    settings |= {"method": "supervised", "student": args.teacher}
+    run = with_flags(load_recipe(find("detection")), settings).run()
     net = detector(args.teacher, classes=classes)
     load(net, folder / "student.safetensors")
     return net.eval().requires_grad_(False), run.last["test"]

@@ -171,7 +171,7 @@ def resumable(loader: str, out: Path, **more: Any) -> Run:
     """A run whose every random number counts: dropout, augmentation, order; with a method that trains, and a clip."""
     student, teacher = flattened(student_net(dropout=0.3, norm=True)), flattened(teacher_net())
     torch.manual_seed(77)  # of the method's projector
-    wanted = {"method": Learned(), "optimizer": ADAMW, "schedule": cosine, "clip": 1.0, "steps": STEPS} | more
+    wanted = {"method": Learned(), "optimizer": ADAMW, "schedule": cosine, "max_grad_norm": 1.0, "steps": STEPS} | more
     wanted = {"out": out, "checkpoint_every": 3, "validation": cut(points(20, seed=9), 10), "selfcheck": False} | wanted
     return go(LOADERS[loader](), student=student, teacher=teacher, **wanted)
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from tempering.experiments.compare import runner as arena
 from tempering.experiments.compare import status as arena_view
 from tempering.experiments.presets import arms_from
 from tempering.training.checkpoint import found
+from tests import recipes
 from tests.paths import ROOT, SHARED, needs_shared
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="cells are locked by flock, which is POSIX")
@@ -159,7 +159,7 @@ def test_table_and_page_come_from_the_records_alone_byte_for_byte(fake: Path, tm
     for name in ("table.md", "report.html"):
         (out / name).unlink()
     subprocess.run(["rm", "-r", str(out / "work")], check=True)
-    assert cli.main(["compare", "--tables-only", f"--out={out}"]) == 0
+    assert cli.main(["compare", "report", str(out)]) == 0
     assert [(out / name).read_bytes() for name in ("table.md", "report.html")] == made
 
 
@@ -168,8 +168,8 @@ def test_an_edited_record_is_refused(fake: Path, tmp_path: Path, capsys: pytest.
     compare(fake, out)
     record = cell_of(out, "KD")
     record.write_text(record.read_text().replace('"accuracy":0.5', '"accuracy":0.9'))
-    for args in (["--tables-only"], ["--status"]):
-        assert cli.main(["compare", *args, f"--out={out}"]) == 1
+    for command in ("report", "status"):
+        assert cli.main(["compare", command, str(out)]) == 1
         assert f"{record} was edited: its content has sha256" in capsys.readouterr().err
     before = begun(out)
     assert compare(fake, out, "--seeds=3") == 1
@@ -189,7 +189,7 @@ def test_a_failed_cell_is_shown_and_stops_no_other(
     table = (out / "table.md").read_text()
     assert "| KD | 0 of 1; failed: 0 |" in table
     assert "| DKD | 0 of 1; open: 0 |" in table
-    cli.main(["compare", "--status", f"--out={out}"])
+    cli.main(["compare", "status", str(out)])
     assert "3 cells: 1 done, 1 failed, 1 open" in capsys.readouterr().out
 
     plan = arena_plan.read(out)  # the same grid, mended
@@ -215,7 +215,7 @@ def test_open_cells_are_shown_as_open_and_status_says_so(
     assert "| KD | 1 of 2; open: 1 |" in table
     assert "| DTKD exact | 0 of 2; open: 0, 1 |" in table
     assert "DTKD exact" in (out / "report.html").read_text()
-    cli.main(["compare", "--status", f"--out={out}"])
+    cli.main(["compare", "status", str(out)])
     said = capsys.readouterr().out
     assert "6 cells: 2 done, 4 open; 1 at once: about 4 min left, until" in said
     assert "test 57.17" not in said.partition("DTKD exact")[2]
@@ -229,7 +229,7 @@ def test_what_runs_is_seen_from_outside_and_a_stop_reaches_it(
     process = subprocess.Popen([sys.executable, "-m", "tempering", *args], cwd=ROOT, stdout=subprocess.PIPE)
     try:
         _until(lambda: out.is_dir() and any((out / "work").glob("*/steps.jsonl")))
-        cli.main(["compare", "--status", f"--out={out}"])
+        cli.main(["compare", "status", str(out)])
         said = capsys.readouterr().out
         assert "2 cells: 1 running, 1 open" in said
         assert " 25 %" in said
@@ -316,6 +316,30 @@ def test_a_cell_is_made_by_what_it_trains_not_by_where(fake: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("name", "recipe"), [("language-writers-gkd", "language"), ("swing-canaries", "swing"), ("glue-sst2", "glue")]
+)
+def test_a_renamed_flag_is_the_same_cell(name: str, recipe: str, tmp_path: Path) -> None:
+    """Cells that were recorded under the former names of flags are found by the present ones."""
+    folder = ROOT / "benchmarks" / "results" / name
+    former = json.loads((folder / "plan.json").read_text())
+    assert former["format"] == 1
+    plan = arena_plan.read(folder)
+    assert set(plan.flags) < recipefile.flags(recipefile.find(recipe)) and set(former["flags"]) - set(plan.flags)
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in plan.flags.items()]
+    cell = plan.cells[0]
+    again = arena_plan.plan_for(Path(recipe), arms_from(cell.method, cell.temperature), [cell.seed], flags)
+    assert (again.cells[0].id.rpartition("-")[2], again.flags) == (cell.id.rpartition("-")[2], plan.flags)
+    arena_plan.write(tmp_path, plan)
+    assert arena_plan.read(tmp_path) == plan
+
+
+def test_a_new_flag_with_the_former_name_of_another_is_itself(fake: Path, tmp_path: Path) -> None:
+    plan = arena_plan.plan_for(fake, arms_from("kd"), range(1), ["--fit=2", "--resize-mode=stretch"])
+    arena_plan.write(tmp_path, plan)
+    assert arena_plan.read(tmp_path).flags == {"fit": "2", "resize_mode": "stretch"}
+
+
+@pytest.mark.parametrize(
     ("args", "flags", "said"),
     [
         (("--seeds=0",), (), "a comparison needs a recipe, --methods and at least one seed"),
@@ -347,7 +371,7 @@ def test_a_recipe_that_cannot_be_a_cell_is_refused(tmp_path: Path, capsys: pytes
     path.write_text("def main(*, method: str) -> None: ...\n")
     assert compare(path, tmp_path / "grid") == 1
     assert "main() takes no out, seed; a comparison needs these as its flags." in capsys.readouterr().err
-    assert cli.main(["compare", "--status", f"--out={tmp_path / 'grid'}"]) == 1
+    assert cli.main(["compare", "status", str(tmp_path / "grid")]) == 1
     assert "holds no comparison: there is no plan.json. Start one: tempering compare" in capsys.readouterr().err
 
 
@@ -424,30 +448,19 @@ def test_a_cell_killed_in_mid_epoch_equals_the_one_that_was_not(
     assert not (place / "checkpoints").exists(), "a finished cell needs none"
 
 
-class Seen(Exception):
-    """Ends a recipe where it would train."""
-
-
-def first_of(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> tuple[dict, tuple, Any]:
-    """The student's first weights, its first batch, and the teacher, of a recipe's run."""
-    caught: dict[str, Any] = {}
-
-    def spy(student: torch.nn.Module, teacher: Any, batches: Any, **settings: Any) -> None:
-        batches.set_epoch(0)
-        weights = {name: value.clone() for name, value in student.state_dict().items()}
-        caught.update(weights=weights, batch=next(iter(batches)), teacher=teacher)
-        raise Seen
-
-    monkeypatch.setattr(recipe, "distill", spy)
-    monkeypatch.setattr(recipe, "trained", lambda net, *_, **__: {"test": {"accuracy": 0.5}})
+def first_of(name: str, flags: dict[str, Any]) -> tuple[dict, tuple, Any]:
+    """The student's initial weights, its first batch, and the teacher as built, of a recipe's run."""
     torch.rand(torch.randint(9, ()))  # what went before must not matter
-    with pytest.raises(Seen):
-        recipe.main(quiet=True, **flags)
-    return caught["weights"], caught["batch"], caught["teacher"]
+    made = recipes.describe(name, flags)
+    batches: Any = made.train
+    batches.set_epoch(0)
+    weights = {key: value.clone() for key, value in made.student.state_dict().items()}
+    batch = next(iter(batches))
+    return weights, batch, made.with_teacher("random").made_teacher
 
 
 @pytest.mark.parametrize("name", ["digits", pytest.param("cifar100", marks=needs_shared)])
-def test_paired_seeds_are_paired(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_paired_seeds_are_paired(name: str, tmp_path: Path) -> None:
     """Cells of one seed begin with the same weights and see the same batches, whatever their method."""
     flags: dict[str, Any] = {"out": tmp_path / "run"}
     if name == "cifar100":
@@ -456,16 +469,15 @@ def test_paired_seeds_are_paired(name: str, monkeypatch: pytest.MonkeyPatch, tmp
         flags |= {"teacher": "resnet14", "student": "resnet8"}
     else:
         pytest.importorskip("sklearn")
-    recipe = sys.modules[recipefile.load(ROOT / "tempering" / "recipes" / f"{name}.py").__module__]
-    first, batch, teacher = first_of(recipe, monkeypatch, method="dtkd", seed=1, **flags)
+    first, batch, teacher = first_of(name, flags | {"method": "dtkd", "seed": 1})
     for method in ("supervised", "kd", "dkd-rest-dynamic"):
-        weights, other, taught = first_of(recipe, monkeypatch, method=method, seed=1, **flags)
+        weights, other, taught = first_of(name, flags | {"method": method, "seed": 1})
         assert all(torch.equal(weights[key], first[key]) for key in first)
         assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
         assert (taught is None) == (method == "supervised"), "the student alone does not even make a teacher"
         if taught is not None:
             assert taught.identity == teacher.identity
-    weights, other, _ = first_of(recipe, monkeypatch, method="dtkd", seed=2, **flags)
+    weights, other, _ = first_of(name, flags | {"method": "dtkd", "seed": 2})
     assert not all(torch.equal(weights[key], first[key]) for key in first)
     assert not torch.equal(other[2], batch[2])
 

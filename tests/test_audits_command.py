@@ -20,15 +20,15 @@ from tests.records_made import make_set
 
 RECIPE = '''
 """Striped images, and small nets."""
+from functools import partial
 from pathlib import Path
 import torch
 from torch import nn
-from tempering import distill
 from tempering.experiments.presets import method_of
 from tempering.data.batches import Batches
-from tempering.training.distill import CHECK_ONLY
-from tempering.methods.logits.supervised import Supervised
-from tempering.training.pretrained import trained
+from tempering.methods import Supervised
+from tempering.training.config import TrainConfig
+from tempering.training.experiment import Experiment, TeacherRecipe
 
 
 def net(width, seed):
@@ -36,14 +36,15 @@ def net(width, seed):
     return nn.Sequential(nn.Flatten(), nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 3))
 
 
-def main(*, method: str = "dtkd", shift: int = 0, out: Path = Path("runs/striped"), quiet: bool = False):
+def main(*, method: str = "dtkd", shift: int = 0, out: Path = Path("runs/striped"),
+         config: TrainConfig = TrainConfig(epochs=2, selfcheck=False)) -> Experiment:
     """Distil.
 
     Args:
         method: an arm.
         shift: of the labels.
         out: the run's folder.
-        quiet: no progress bar.
+        config: options of training.
     """
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(60, 200, (150, 1, 4, 4), generator=generator, dtype=torch.uint8)
@@ -52,15 +53,14 @@ def main(*, method: str = "dtkd", shift: int = 0, out: Path = Path("runs/striped
         images[torch.arange(150) % 3 == k, :, k] += 40
     whole = Batches(images, labels, batch_size=25, mean=(0.5,), std=(0.25,), shuffle=True, crop=1)
     train, test = whole.split(60)
-    how = {"epochs": 2, "quiet": quiet, "selfcheck": False}
-    teacher, method = net(16, 0), method_of(method)
+    method = method_of(method)
 
-    def teach(folder):
-        distill(teacher, None, train, method=Supervised(), out=None if CHECK_ONLY.get() else folder, **how, test=test)
+    def teach(teacher):
+        return Experiment(student=teacher, train=train, test=test, method=Supervised(), config=config)
 
-    trained(teacher, "striped", out.parent / "teachers", teach, key={})
-    taught = teacher if method.needs_teacher else None
-    return distill(net(4, 1), taught, train, method=method, out=None if CHECK_ONLY.get() else out, **how, test=test)
+    teacher = TeacherRecipe(name="striped", build=partial(net, 16, 0), train=teach, folder=out.parent / "teachers")
+    return Experiment(student=net(4, 1), teacher=teacher if method.needs_teacher else None, train=train, test=test,
+                      method=method, config=config, out=out)
 '''
 QUICK = ("--samples=20", "--quiet")
 
@@ -121,7 +121,7 @@ def test_the_policy_that_is_looked_at(made: tuple[Path, Path], tmp_path: Path) -
     assert "Curriculum(" in said["learned"] and ", the one it was trained with" in said["learned"]
     # what it had learned went with its checkpoints
     shutil.rmtree(outs["learned"] / "checkpoints")
-    assert run("audit", outs["learned"], "--explanation", "--again", *QUICK) == 0
+    assert run("audit", outs["learned"], "--explanation", "--overwrite", *QUICK) == 0
     assert "not one that it was trained with" in (outs["learned"] / "audits.json").read_text()
 
 
@@ -148,7 +148,7 @@ def test_an_interrupted_audit_begins_again_and_a_finished_one_is_kept(
     assert audits(folder / "audits.json")["calibration"] == json.loads(first)["audits"]["calibration"]
     assert run(*both) == 0 and len(ran) == 3  # nothing is left to do
     assert run(*both, "--seed=1") == 0 and len(ran) == 5
-    assert run(*both, "--seed=1", "--again") == 0 and len(ran) == 7
+    assert run(*both, "--seed=1", "--overwrite") == 0 and len(ran) == 7
     # other data: what was found is void
     assert run("audit", folder, "--privacy", *QUICK, "--", "--shift", "1") == 0
     assert list(audits(folder / "audits.json")) == ["privacy"]

@@ -24,6 +24,7 @@ from tempering.reports.compare import compare
 from tempering.reports.records import load_run
 from tempering.reports.table import markdown
 from tempering.tasks import LanguageModeling
+from tests import recipes
 from tests.later import Later, needs
 from tests.paths import ROOT
 
@@ -143,17 +144,30 @@ def test_slips_are_named() -> None:
 # the recipe
 
 
-TINY: dict[str, Any] = {"teacher_width": 32, "teacher_layers": 1, "student_width": 32, "student_layers": 1, "each": 1}
-TINY |= {"length": 32, "epochs": 1, "teacher_epochs": 1, "subset": 4000, "digits": 2, "threads": 1, "quiet": True}
+TINY: dict[str, Any] = {
+    "teacher_width": 32,
+    "teacher_layers": 1,
+    "student_width": 32,
+    "student_layers": 1,
+    "canaries_per_count": 1,
+}
+TINY |= {
+    "length": 32,
+    "epochs": 1,
+    "teacher_epochs": 1,
+    "subset": 4000,
+    "canary_digits": 2,
+    "threads": 1,
+    "quiet": True,
+}
 
 
 def test_from_made_up_text_to_an_audited_run_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main = load(ROOT / "tempering" / "recipes" / "swing.py")
     flags = [
         word for name, value in TINY.items() if name != "quiet" for word in (f"--{name.replace('_', '-')}", str(value))
     ]
     for method in ("swing", "kd"):
-        run = main(method=method, out=tmp_path / method, **TINY)
+        run = recipes.run("swing", TINY | {"method": method, "out": tmp_path / method})
         assert run.facts["status"] == "done" and run.facts["label"] == {"swing": "Swing", "kd": "KD"}[method]
         assert {"loss", "exposure", "exposure_0x", "exposure_100x"} <= set(run.epochs[-1]["test"])
         assert "exposure" not in run.epochs[-1]["validation"]
@@ -173,7 +187,7 @@ def test_from_made_up_text_to_an_audited_run_and_a_table(tmp_path: Path, capsys:
     assert content["settings"]["canaries"][0]["repeats"] == 0
     assert "exposure 100x" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(ValueError, match="its validation part has 100 characters, length=200"):
-        main(method="kd", out=tmp_path / "short", **(TINY | {"length": 200, "subset": 2000}))
+        recipes.describe("swing", TINY | {"method": "kd", "out": tmp_path / "short", "length": 200, "subset": 2000})
 
 
 def test_the_recipe_s_detector_finds_what_was_planted() -> None:

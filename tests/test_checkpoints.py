@@ -224,7 +224,7 @@ DIFFERENT: dict[str, tuple[str, dict[str, Any]]] = {
     "optimizer": ("optimizer", {"optimizer": ADAMW}),
     "length": ("total_steps", {"steps": 3}),
     "seed": ("seed", {"seed": 1}),
-    "clip": ("clip", {"clip": 1.0}),
+    "clip": ("clip", {"max_grad_norm": 1.0}),
     "precision": ("precision", {"precision": "64-true"}),
     "accumulate": ("accumulate", {"accumulate": 2}),
 }

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from tempering.data import cifar, cifar100
-from tempering.experiments import recipe as recipefile
-from tests.paths import ROOT, SHARED, needs_shared
+from tests import recipes
+from tests.paths import SHARED, needs_shared
 
 PACKED = SHARED / "data" / "cifar100"
 NAMES = [f"class_{i:02d}" for i in range(100)]
@@ -213,7 +213,6 @@ def test_packed_blocks_that_were_changed_are_refused(tmp_path: Path) -> None:
 def test_answers_to_augmentations_are_kept_by_the_seed_that_drew_them(tmp_path: Path) -> None:
     """Two arms of a seed share one recording; another seed draws other augmentations, and makes its own."""
     write_packed(tmp_path, train=500)
-    main = recipefile.load(ROOT / "tempering" / "recipes" / "cifar100.py")
     options = {"teacher": "resnet8", "student": "resnet8", "subset": 100, "test_subset": 100, "epochs": 2, "threads": 1}
     options |= {"teacher_epochs": 1, "teacher_cache": 2, "teacher_dir": tmp_path / "teachers", "quiet": True}
     options |= {"data": tmp_path, "selfcheck": False}  # a teacher of noise knows nothing
@@ -223,7 +222,7 @@ def test_answers_to_augmentations_are_kept_by_the_seed_that_drew_them(tmp_path: 
 
     made = []
     for method, seed in (("kd", 0), ("dtkd", 0), ("kd", 1)):
-        main(method=method, seed=seed, out=tmp_path / f"{method}-{seed}", **options)
+        recipes.run("cifar100", options | {"method": method, "seed": seed, "out": tmp_path / f"{method}-{seed}"})
         made.append(kept())
     assert made[0] == made[1] and made[1].items() < made[2].items() and len(made[2]) == 2
     found = json.loads((tmp_path / "dtkd-0" / "analysis.json").read_text())

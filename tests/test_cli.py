@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import subprocess
 import sys
@@ -20,32 +21,36 @@ from tempering.experiments import recipe as recipefile
 from tempering.experiments.presets import ARMS
 from tempering.methods import METHODS
 from tempering.temperature import POLICIES
-from tempering.training.distill import CHECK_ONLY, CheckedOnly
-from tempering.training.pretrained import trained
+from tempering.training.config import TrainConfig
+from tempering.training.pretrained import train_or_load
+from tempering.training.schedules import cifar_decay, cifar_lr
+from tests import recipes
 from tests.paths import ROOT, SHARED, needs_shared
 from tests.records_made import ARMS as MADE
 from tests.records_made import make_run, make_set
+from tests.test_cifar import write_packed
 
-RECIPES = [ROOT / "tempering" / "recipes" / f"{name}.py" for name in ("digits", "cifar100", "language", "robust")]
+RECIPES = sorted(p for p in (ROOT / "tempering" / "recipes").glob("*.py") if p.stem not in ("__init__", "nano"))
 
 TINY = '''
 """A linear student on random rows."""
 from pathlib import Path
 import torch
 from torch import nn
-import tempering as kd
 from tempering.experiments.presets import method_of
+from tempering.training.config import TrainConfig
+from tempering.training.experiment import Experiment
 
 
-def main(*, method: str = "kd", flip: bool = False, epochs: int = 1, out: Path | None = None, quiet: bool = False):
+def main(*, method: str = "kd", flip: bool = False, out: Path | None = None,
+         config: TrainConfig = TrainConfig(epochs=1)) -> Experiment:
     """Distil a linear student.
 
     Args:
         method: an arm, or a method with its arguments.
         flip: turn the teacher's classes round, so that it knows nothing.
-        epochs: how long.
         out: the run's folder.
-        quiet: no progress bar.
+        config: options of training.
     """
     x = torch.randn(96, 6, generator=torch.Generator().manual_seed(0))
     teacher, student = nn.Linear(6, 3, bias=False), nn.Linear(6, 3)
@@ -54,8 +59,23 @@ def main(*, method: str = "kd", flip: bool = False, epochs: int = 1, out: Path |
     batches = [(part, part[:, :3].argmax(1)) for part in x.split(32)]
     if flip:
         batches = [(part, (y + 1) % 3) for part, y in batches]
-    how = {"epochs": epochs, "out": out, "quiet": quiet, "test": batches}
-    return kd.distill(student, teacher, batches, method=method_of(method), **how)
+    return Experiment(student=student, teacher=teacher, train=batches, test=batches, method=method_of(method),
+                      config=config, out=out)
+'''
+OLD = '''
+"""A recipe that trains in its main()."""
+from pathlib import Path
+import torch
+from torch import nn
+import tempering as kd
+
+
+def main(*, epochs: int = 1, out: Path | None = None, quiet: bool = False){annotation}:
+    """Train."""
+    Path("began").touch()
+    batches = [(torch.eye(3), torch.arange(3))]
+    return kd.distill(nn.Linear(3, 3), None, batches, method=kd.methods.Supervised(), epochs=epochs, out=out,
+                      test=batches, quiet=quiet, selfcheck=False)
 '''
 
 
@@ -118,7 +138,8 @@ def test_a_mistyped_command_or_flag_names_the_nearest(tiny: Path, capsys: pytest
     assert "compare" in words(capsys.readouterr().err)
     assert exits("run", tiny, "--epoch", 1) == 2
     said = words(capsys.readouterr().err)
-    assert "Unrecognized options: --epoch" in said and "Perhaps you meant: --epochs INT how long." in said
+    assert "Unrecognized options: --epoch" in said
+    assert "Perhaps you meant: --epochs {None}|INT Number of epochs." in said
     assert exits("run", tiny, "--epochs=many") == 2
     assert "many" in capsys.readouterr().err
 
@@ -179,10 +200,71 @@ def test_check_looks_and_trains_nothing(tiny: Path, capsys: pytest.CaptureFixtur
     assert said.startswith("self-check ok: teacher frozen, in eval, deterministic, above chance, zero at agreement")
     assert run("check", tiny, "--flip") == 1
     assert "error: the teacher is right on " in capsys.readouterr().err
-    assert not CHECK_ONLY.get()
     tiny.write_text("def main(*, x: int = 1) -> None: ...\n")
     assert run("check", tiny) == 1
-    assert "ended without training anything, so nothing was checked" in capsys.readouterr().err
+    assert f"main() of recipe {tiny} returned None; return an Experiment" in capsys.readouterr().err
+
+
+def test_check_is_not_broken_by_a_recipe_that_catches_exceptions(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = TINY.replace("    return Experiment(", "    try:\n      return Experiment(")
+    tiny.write_text(text + "    except Exception:\n        return None\n")
+    assert run("check", tiny) == 0
+    assert capsys.readouterr().out.startswith("self-check ok: ")
+    assert run("run", tiny, "--quiet") == 0 and "KD, seed 0: test " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("annotation", [" -> kd.Run", ""])
+def test_a_recipe_that_returns_a_run_runs_and_says_what_the_others_need(
+    annotation: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.write_text(OLD.format(annotation=annotation))
+    assert run("run", tiny, "--quiet") == 0 and "Supervised, seed 0: test " in capsys.readouterr().out
+    Path("began").unlink()
+    for command in (("check", tiny), ("audit", tmp_path / "x.safetensors", "--recipe", tiny)):
+        (tmp_path / "x.safetensors").touch()
+        assert run(*command) == 1
+        said = capsys.readouterr().err
+        assert f"main() of recipe {tiny} returned Run; return an Experiment" in said and "e.g." in said
+        assert Path("began").exists() == (not annotation), "an annotated one is not even begun"
+
+
+REFUSED = ("--views", "strong", "--method", "fitnet")  # two blocks of rows, and features of one
+
+
+def test_check_refuses_what_the_run_refuses_whether_the_teacher_is_trained_or_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    write_packed(data)
+    args = ("cifar100", "--data", data, "--teacher", "resnet8", "--student", "resnet8", "--epochs", 1, "--subset", 1000)
+    args = (*args, "--test-subset", 100, "--threads", 1)
+
+    def check(teachers: str, *flags: object, code: int) -> str:
+        out = tmp_path / "runs" / "x"
+        assert run("check", *args, *flags, "--out", out, "--teacher-dir", tmp_path / teachers) == code
+        assert not (tmp_path / teachers).exists() or teachers == "there", "nothing is written"
+        assert not out.exists()
+        caught = capsys.readouterr()
+        return caught.err if code else caught.out
+
+    made = ("--quiet", "--no-selfcheck", "--subset", 100, "--teacher-subset", 1000)  # a teacher of noise knows nothing
+    assert run("run", *args, *made, "--teacher-dir", tmp_path / "there", "--out", tmp_path / "a") == 0
+    capsys.readouterr()
+    wrong = check("new", *REFUSED, code=1)
+    assert wrong.startswith("error: --views strong makes two blocks of rows, and features are tapped for one")
+    assert wrong == check("there", *REFUSED, code=1)
+    # what a cache cannot do is said before it is recorded, in the words of the run
+    cached = ("--teacher-cache", 0)
+    wrong = check("new", *cached, "--method", "fitnet", code=1)
+    assert "features, but Cached has none" in wrong or "Give the live model: teachers.Live(model)" in wrong
+    assert wrong == check("there", *cached, "--method", "fitnet", code=1)
+    ok = check("new", *cached, "--method", "dkd", code=0)
+    assert "not checked: above chance (the teacher is not trained yet)" in ok
+    assert "training of the teacher resnet8" in ok.partition("; not checked")[0]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -190,16 +272,41 @@ def test_every_flag_of_the_recipes_is_explained(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     main = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main")
     said = ast.get_docstring(main) or ""
-    for name in recipefile.flags(path):
+    assert recipefile.flags(path) > recipefile.TRAINING, "every recipe has every flag of training"
+    for name in recipefile.flags(path) - recipefile.TRAINING:
         assert f"\n    {name}: " in said, f"--{name} is not explained"
     assert "Command: " in (ast.get_docstring(tree) or "")
+
+
+def test_the_flags_of_training_are_explained_by_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    assert exits("run", "digits", "--help") == 0
+    said = words(capsys.readouterr().out)
+    tree = ast.parse(Path(sys.modules[TrainConfig.__module__].__file__ or "").read_text(encoding="utf-8"))
+    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "TrainConfig").body
+    for field in dataclasses.fields(TrainConfig):
+        at = next(i for i, n in enumerate(body) if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == field.name)
+        help_text = ast.literal_eval(body[at + 1].value)  # pyright: ignore[reportAttributeAccessIssue]
+        assert f"--{field.name.replace('_', '-')}" in said and help_text in said
+
+
+def test_a_flag_of_training_changes_its_option_alone() -> None:
+    pytest.importorskip("sklearn")
+    made = recipes.describe("digits", {"epochs": 3, "max_grad_norm": 2.0, "method": "kd"})
+    assert made.config == TrainConfig(epochs=3, max_grad_norm=2.0, log_every=10)
+    assert recipefile.describe(RECIPES[2], ["--compile", "--epochs", "3"], prog="x").config.compile is True
+    given = ["--compile", "reduce-overhead", "--devices", "auto", "--steps=7"]
+    config = recipefile.describe(RECIPES[2], given, prog="x").config
+    assert (config.compile, config.devices, config.steps) == ("reduce-overhead", "auto", 7)
 
 
 def test_digits_from_the_teacher_to_the_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     args = ("run", "digits", "--epochs=1", "--teacher-epochs=1", "--subset=200", "--threads=1", "--quiet")
     assert run("check", *args[1:], "--out", tmp_path / "a") == 0
-    assert "(of digits_large, which is trained first: then check again)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "not checked: above chance (the teacher is not trained yet)" in said
+    assert "training of the teacher digits_large" in said and not (tmp_path / "teachers").exists()
     assert run(*args, "--out", tmp_path / "a", "--method", "dtkd-published") == 0
     assert "DTKD published, seed 0: validation " in capsys.readouterr().out
     (teacher,) = (p for p in (tmp_path / "teachers").iterdir() if p.is_dir())
@@ -250,7 +357,6 @@ def test_cifar100_with_the_fields_recipe(tmp_path: Path, capsys: pytest.CaptureF
 @needs_shared
 def test_a_teacher_can_be_given(tmp_path: Path) -> None:
     pytest.importorskip("PIL")
-    recipe = recipefile.load(RECIPES[1])
     common: dict[str, Any] = {"data": SHARED / "data" / "cifar100", "teacher": "resnet8", "student": "resnet8"}
     common |= {
         "subset": 128,
@@ -261,18 +367,17 @@ def test_a_teacher_can_be_given(tmp_path: Path) -> None:
         "teacher_epochs": 1,
         "selfcheck": False,
     }
-    first = recipe(method="kd", out=tmp_path / "a", **common)
+    first = recipes.run("cifar100", {"method": "kd", "out": tmp_path / "a"} | common)
     weights = next((tmp_path / "teachers").glob("*/student.safetensors"))
-    second = recipe(method="kd", out=tmp_path / "b", teacher_weights=weights, **common)
+    second = recipes.run("cifar100", {"method": "kd", "out": tmp_path / "b", "teacher_weights": weights} | common)
     assert first.facts["teacher"]["identity"] == second.facts["teacher"]["identity"]
     pairs = zip(first.student.state_dict().values(), second.student.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_slow_nets_get_the_fields_learning_rate() -> None:
-    module = sys.modules[recipefile.load(RECIPES[1]).__module__]
-    assert [module.rate(n) for n in ("resnet8x4", "MobileNetV2", "ShuffleV1", "wrn_40_2")] == [0.05, 0.01, 0.01, 0.05]
-    factors = [module.decay(epoch / 240) for epoch in (0, 149, 150, 179, 180, 209, 210, 239)]
+    assert [cifar_lr(n) for n in ("resnet8x4", "MobileNetV2", "ShuffleV1", "wrn_40_2")] == [0.05, 0.01, 0.01, 0.05]
+    factors = [cifar_decay(epoch / 240) for epoch in (0, 149, 150, 179, 180, 209, 210, 239)]
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 
@@ -296,19 +401,15 @@ def test_what_is_trained_once_is_keyed_by_what_made_it(tmp_path: Path) -> None:
 
     first, second = nn.Linear(2, 2), nn.Linear(2, 2)
     with pytest.raises(KeyboardInterrupt):
-        trained(first, "net", tmp_path, lambda f: train(first, f, finish=False), key={"epochs": 1})
-    assert trained(first, "net", tmp_path, lambda f: train(first, f), key={"epochs": 1}) == {"test": {"accuracy": 0.5}}
-    trained(second, "net", tmp_path, lambda f: train(second, f), key={"epochs": 1})
+        train_or_load(first, "net", tmp_path, lambda f: train(first, f, finish=False), key={"epochs": 1})
+    assert train_or_load(first, "net", tmp_path, lambda f: train(first, f), key={"epochs": 1}) == {
+        "test": {"accuracy": 0.5}
+    }
+    train_or_load(second, "net", tmp_path, lambda f: train(second, f), key={"epochs": 1})
     assert begun[0] == begun[1] and len(begun) == 2, "it goes on where it stopped, and is not trained again"
     assert torch.equal(first.weight, second.weight)
-    trained(second, "net", tmp_path, lambda f: train(second, f), key={"epochs": 2})
+    train_or_load(second, "net", tmp_path, lambda f: train(second, f), key={"epochs": 2})
     assert len(set(begun)) == 2
-
-    def checked(_: Path) -> None:
-        raise CheckedOnly("self-check ok")
-
-    with pytest.raises(CheckedOnly, match=r"self-check ok\n\(of net, which is trained first"):
-        trained(first, "net", tmp_path, checked, key={"epochs": 3})
 
 
 # reports and lists
@@ -344,7 +445,10 @@ def test_demo_shows_five_arms_and_goes_on_where_it_stopped(
         label = labels.get(method, ARMS[method].label)
         make_run(out, label, seed, order=list(MADE).index(label))
         facts = json.loads((out / "facts.json").read_text())
-        return SimpleNamespace(facts=facts, folder=out, last=facts["result"]["last"], best=facts["result"]["best"])
+        result = facts["result"]
+        return SimpleNamespace(
+            run=lambda: SimpleNamespace(facts=facts, folder=out, last=result["last"], best=result["best"])
+        )
 
     monkeypatch.setattr(recipefile, "load", lambda _: main)
     assert run("demo", "--out", tmp_path, "--seeds=3") == 0

@@ -356,7 +356,7 @@ def test_image_folders_that_cannot_be_read_say_why(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere should hold one folder a class; it holds no folders"):
         image_folder(tmp_path / "nowhere", size=4)
     (tmp_path / "empty" / "cat").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=r"holds classes but no images. Looked for .jpg"):
+    with pytest.raises(FileNotFoundError, match=r"holds classes but no images. Expected .jpg"):
         image_folder(tmp_path / "empty", size=4)
     write_images(tmp_path / "flat", {"cat": 2, "dog": 2})
     with pytest.raises(ValueError, match=r"flat has no test split.*test=N"):

@@ -108,7 +108,7 @@ def test_files_that_do_not_fit(change: dict[str, Any], said: str, tmp_path: Path
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no training annotations. Looked for annotations_train.json"):
+    with pytest.raises(FileNotFoundError, match=r"no training annotations. Expected annotations_train.json"):
         coco(tmp_path, size=32)
     root = folder(tmp_path / "a", [box(10, 0, 0, 5, 5)], splits=("train",))
     with pytest.raises(ValueError, match="a has no test split"):

@@ -9,23 +9,21 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from tempering.experiments.recipe import load
 from tempering.models import build
 from tempering.reports.compare import compare
 from tempering.reports.page import render
 from tempering.reports.records import load_run
 from tempering.training.config import Run
-from tests.paths import ROOT
+from tests import recipes
 from tests.test_detection_data import box, folder
 
 pytest.importorskip("pycocotools")
-main = load(ROOT / "tempering" / "recipes" / "detection.py")
 
 
 def run(out: Path, method: str, **more: Any) -> Run:
     given: dict[str, Any] = {"student": "fcos_nano", "teacher": "fcos_tiny", "epochs": 1, "size": 32, "batch_size": 4}
     given |= {"subset": 8, "threads": 1, "quiet": True, "out": out}
-    return main(method=method, **(given | more))
+    return recipes.run("detection", {"method": method} | given | more)
 
 
 def test_from_arguments_to_the_page(tmp_path: Path) -> None:
@@ -52,7 +50,7 @@ def pictures(out: Path) -> list[dict[str, Any]]:
 def test_a_folder_and_what_was_left_out(tmp_path: Path) -> None:
     boxes = [box(10, 20, 0, 20, 10), box(11, 2, 2, 15, 15, category_id=7), box(11, 5, 5, 0, 3), box(12, 4, 4, 30, 30)]
     data = folder(tmp_path / "data", boxes)
-    done = run(tmp_path / "out", "supervised", data=data, subset=None, fit="stretch", augment=True)
+    done = run(tmp_path / "out", "supervised", data=data, subset=None, resize_mode="stretch", augment=True)
     assert done.facts["data"]["dropped"] == {"train": {"zero size": 1}, "validation": {}, "test": {"zero size": 1}}
     assert done.facts["data"]["classes"] == 2 and done.facts["data"]["augmentation"]["augment"]
 

@@ -253,7 +253,7 @@ def test_it_learns(tmp_path: Path) -> None:
         optimizer=partial(torch.optim.AdamW, lr=4e-3),
         schedule=lambda p: min(1.0, p / 0.05 + 0.02) * (1.0 - p),
         epochs=14,
-        clip=10.0,
+        max_grad_norm=10.0,
         test=data.test,
         evaluate_every=14,
         out=tmp_path,

@@ -68,7 +68,9 @@ def after(split: tuple[int, ...], dtype: torch.dtype, method: type[Method], **mo
 
 
 @pytest.mark.parametrize("method", [KD, DTKD, Learned], ids=lambda m: m.__name__)
-@pytest.mark.parametrize("more", [{}, {"optimizer": ADAMW, "clip": 0.1, "schedule": cosine}], ids=["sgd", "adamw"])
+@pytest.mark.parametrize(
+    "more", [{}, {"optimizer": ADAMW, "max_grad_norm": 0.1, "schedule": cosine}], ids=["sgd", "adamw"]
+)
 def test_parameters_do_not_depend_on_the_split(method: type[Method], more: dict[str, Any]) -> None:
     """Unequal micro-batches, weights from 0 to 9, rows without a label, and micro-batches of a single row."""
     torch.manual_seed(3)
@@ -261,7 +263,7 @@ def test_clip_is_the_norm_of_all_gradients(method: type[Method]) -> None:
         made.setup(Rows(student(batch[0]).detach(), torch.zeros(16, CLASSES)))
         before = torch.cat((weights(student), *(p.detach().double().flatten() for p in made.parameters())))
         run = go(
-            [batch], student=student, method=made, steps=1, clip=clip, selfcheck=False,
+            [batch], student=student, method=made, steps=1, max_grad_norm=clip, selfcheck=False,
             optimizer=lambda groups: torch.optim.SGD(groups, lr=1.0),
         )  # fmt: skip
         return torch.cat((weights(run.student), *(p.detach().double().flatten() for p in made.parameters()))) - before
@@ -335,7 +337,7 @@ def test_fp16_skips_a_step_that_overflows_also_with_a_clip(monkeypatch: pytest.M
     skipped = [bool(x[0, 0] > 0.0) for x, _ in batches]
     assert any(skipped) and not all(skipped)
     seen: list[Tensor] = []
-    settings: dict[str, Any] = {"clip": 0.1, "selfcheck": False, "epochs": 1}
+    settings: dict[str, Any] = {"max_grad_norm": 0.1, "selfcheck": False, "epochs": 1}
     go(batches, student=net, on_step=lambda number, loss: seen.append(weights(net)), **settings)
     moves = [not torch.equal(a, b) for a, b in pairwise(seen)]
     assert moves == [not s for s in skipped[1:]] and bool(torch.isfinite(seen[-1]).all())
@@ -478,7 +480,7 @@ def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
         go(batches, steps=8, out=tmp_path, checkpoint_every=2)
     said = str(caught.value)
     assert said.startswith("the loss is nan at step 6: the student and the teacher's logits hold NaN or infinity; ")
-    assert "A lower learning rate, clip=1.0, or precision='32-true' are what to try." in said
+    assert "A lower learning rate, max_grad_norm=1.0, or precision='32-true' are what to try." in said
     assert said.endswith(f"The last checkpoint under {tmp_path} is from before.")
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["status"] == "failed" and facts["error"].startswith("FloatingPointError: the loss is nan at step 6")
@@ -536,8 +538,8 @@ def test_settings_refused() -> None:
     for name in ("steps", "evaluate_every", "accumulate", "log_every", "checkpoint_every", "keep"):
         with pytest.raises(ValueError, match=rf"{name} must be 1 or more; got 0\."):
             go(cut(points(16), 8), **{"steps": 1, name: 0})
-    with pytest.raises(ValueError, match=r"clip is the largest norm of the gradient, > 0; got 0\. None leaves it"):
-        go(cut(points(16), 8), steps=1, clip=0)
+    with pytest.raises(ValueError, match=r"max_grad_norm must be > 0; got 0\. None does not clip"):
+        go(cut(points(16), 8), steps=1, max_grad_norm=0)
 
 
 def test_a_run_without_a_folder_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

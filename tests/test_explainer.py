@@ -7,7 +7,6 @@ import json
 import math
 import re
 from pathlib import Path
-from runpy import run_path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -19,18 +18,19 @@ from torch import Tensor, nn
 from tempering import distill, models
 from tempering.audits.explanation import Explanation
 from tempering.audits.trees import adjusted_rand, branches, compared
+from tempering.experiments.presets import arm_from, run_label
 from tempering.methods import Explainer as Method
-from tempering.models import build, load
+from tempering.models import build, load, network_facts
 from tempering.models.attention import attend, entropies, entropy, merge_attention
-from tempering.models.explainer import Explainer, Routing, adam, halving, rate, restart
+from tempering.models.explainer import Explainer, Routing, adam, halving, optimizer_and_schedule, rate, restart
 from tempering.reports.page import render
 from tempering.reports.records import load_run
 from tempering.reports.trees import tree_figure, whole, write_figures
 from tempering.rows import IGNORE_INDEX
 from tempering.teachers import Live
+from tempering.training.schedules import cifar_decay, cifar_lr, cifar_sgd
 from tempering.utils.hooks import FeatureExtractor
 from tests.contract import Lesson
-from tests.paths import ROOT
 from tests.records_made import make_run
 from tests.test_audits import by_name
 
@@ -462,16 +462,16 @@ def test_the_audit_asks_for_the_tree_and_the_report_draws_it(tmp_path: Path) -> 
 
 
 def test_the_recipe_s_students_records_and_rates() -> None:
-    recipe = run_path(str(ROOT / "tempering" / "recipes" / "cifar100.py"))
-    assert recipe["_net"]("VAM8:resnet8") == {"name": "resnet8", "attention": "vam8"}
-    assert recipe["_net"]("timm:resnet18") == {"name": "timm:resnet18"}
-    assert recipe["_label"]("KD", "vam:resnet8", staged=False) == "KD + VAM"
-    assert recipe["_label"]("KD", "explainer_small", staged=True) == "KD, second stage"
-    assert [recipe["rate"](n) for n in ("vam:MobileNetV2", "vam:vgg8", "ShuffleV1")] == [0.01, 0.05, 0.01]
+    assert network_facts("VAM8:resnet8") == {"name": "resnet8", "attention": "vam8"}
+    assert network_facts("timm:resnet18") == {"name": "timm:resnet18"}
+    assert run_label(arm_from("kd"), "vam:resnet8") == "KD + VAM"
+    assert run_label(arm_from("kd"), "explainer_small", second_stage=True) == "KD, second stage"
+    assert [cifar_lr(n) for n in ("vam:MobileNetV2", "vam:vgg8", "ShuffleV1")] == [0.01, 0.05, 0.01]
     net = small()
-    optimizer, schedule = recipe["_trains"](net, 0.05, staged=False)
+    others = cifar_sgd(0.05), cifar_decay
+    optimizer, schedule = optimizer_and_schedule(net, 0.05, others)
     made = optimizer([{"params": list(net.parameters())}])
     assert isinstance(made, torch.optim.Adam) and len(made.param_groups) == 2 and schedule is rate
-    optimizer, schedule = recipe["_trains"](net, 0.05, staged=True)
+    optimizer, schedule = optimizer_and_schedule(restart(net), 0.05, others)
     assert isinstance(optimizer([{"params": list(net.parameters())}]), torch.optim.SGD) and schedule is halving
-    assert recipe["_trains"](build("vam:resnet8", classes=3), 0.05, staged=False)[1](0.7) == pytest.approx(0.1)
+    assert optimizer_and_schedule(build("vam:resnet8", classes=3), 0.05, others)[1](0.7) == pytest.approx(0.1)

@@ -23,13 +23,13 @@ from tempering.methods.step._exams import HoldoutLoader
 from tempering.methods.step._rehearsal import VirtualStep, split_step
 from tempering.tasks import TextClassification
 from tempering.teachers import Live, record
+from tests import recipes
 from tests.paths import ROOT, SHARED, needs_shared
 from tests.runs import LOADERS, flattened, go, identical, left, stop_at
 from tests.runs import student_net as plain_student
 from tests.runs import teacher_net as plain_teacher
 
-main = load(ROOT / "tempering" / "recipes" / "glue.py")
-recipe = sys.modules["recipe_glue"]
+recipe = sys.modules[load(ROOT / "tempering" / "recipes" / "glue.py").__module__]
 GOOD, BAD = ("good", "fine", "lovely", "warm"), ("bad", "dull", "awful", "cold")
 SMALL: dict[str, Any] = {"teacher": "1x32", "student": "1x16", "length": 16, "vocabulary": 300, "quiet": True}
 SMALL |= {"batch_size": 8, "lr": 1e-2, "teacher_lr": 1e-2}
@@ -71,7 +71,7 @@ def batches(n: int = 24, **options: Any) -> TextPairLoader:
 
 def bert(layers: int = 1, width: int = 16, seed: int = 0, **options: Any) -> Any:
     tokenizer = trained_tokenizer(texts(24, pair=True).texts, vocabulary=300)
-    net = recipe._new(f"{layers}x{width}", tokenizer, 2, 16, 0.1, seed=seed)
+    net = recipe._new(f"{layers}x{width}", tokenizer, classes=2, length=16, dropout=0.1, seed=seed)
     TextClassification().prepare_model(net)
     return net
 
@@ -333,34 +333,41 @@ def test_interactive_on_texts_is_resumed_to_the_same_bits(tmp_path: Path) -> Non
 
 def test_from_files_to_records(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "runs"
-    run = main(data=folder, method="kd", teacher_cache=True, epochs=3, teacher_epochs=8, out=out / "kd", **SMALL)
+    given = SMALL | {"data": folder, "teacher_epochs": 8}
+    cached = {"method": "kd", "teacher_cache": True, "epochs": 3, "out": out / "kd"}
+    run = recipes.run("glue", given | cached)
     assert run.facts["status"] == "done" and run.facts["best_by"] == "validation/accuracy"
     assert run.facts["teacher"]["scores"]["test"]["accuracy"] > 0.9 and run.facts["teacher"]["calls"] == 48
     assert {"accuracy", "f1", "loss"} <= set(run.last["test"]) and run.last["test"]["accuracy"] > 0.7
     assert run.facts["data"]["name"] == "kind" and run.facts["student"]["name"] == "bert-1x16"
-    other = main(
-        data=folder, method="interactive(held=12)", subset=32, epochs=2, teacher_epochs=8, out=out / "i", **SMALL
-    )
+    held = {"method": "interactive(held=12)", "subset": 32, "epochs": 2, "out": out / "i"}
+    other = recipes.run("glue", given | held)
     teachers = [path.name for path in (out / "teachers").iterdir() if path.is_dir() and "answers" not in path.name]
     assert len(teachers) == 1 and other.facts["teacher"]["scores"] == run.facts["teacher"]["scores"]
     with pytest.raises(
         ValueError, match="Interactive trains its teacher, whose stored answers would not do: leave out"
     ):
-        main(data=folder, method="interactive", teacher_cache=True, out=out / "no", **SMALL)
+        recipes.describe("glue", given | {"method": "interactive", "teacher_cache": True})
     with pytest.raises(ValueError, match=r"kind has its own validation split \(12 texts\): no --validation"):
-        main(data=folder, method="supervised", validation=4, out=out / "no", **SMALL)
+        recipes.describe("glue", given | {"method": "supervised", "validation": 4})
 
 
 def test_a_local_folder_as_teacher_with_a_tokenizer_of_its_own(folder: Path, tmp_path: Path) -> None:
     part = texts(24)
     tokenizer = trained_tokenizer(part.texts, vocabulary=280)
-    recipe._new("1x32", tokenizer, 2, 16, 0.1, seed=2).save_pretrained(tmp_path / "theirs")
+    recipe._new("1x32", tokenizer, classes=2, length=16, dropout=0.1, seed=2).save_pretrained(tmp_path / "theirs")
     tokenizer.save_pretrained(tmp_path / "theirs")
-    options: dict[str, Any] = {**SMALL, "teacher": str(tmp_path / "theirs"), "epochs": 1}
-    run = main(data=folder, method="kd", teacher_epochs=6, out=tmp_path / "runs" / "a", **options)
+    options: dict[str, Any] = {
+        **SMALL,
+        "data": folder,
+        "method": "kd",
+        "teacher": str(tmp_path / "theirs"),
+        "epochs": 1,
+    }
+    run = recipes.run("glue", options | {"teacher_epochs": 6, "out": tmp_path / "runs" / "a"})
     assert run.facts["teacher"]["name"] == "theirs" and run.facts["teacher"]["scores"]["test"]["accuracy"] > 0.9
     options |= {"student": str(tmp_path / "theirs"), "selfcheck": False}
-    run = main(data=folder, method="kd", teacher_epochs=0, out=tmp_path / "runs" / "b", **options)
+    run = recipes.run("glue", options | {"teacher_epochs": 0, "out": tmp_path / "runs" / "b"})
     assert run.facts["student"]["name"] == "theirs" and "scores" not in run.facts["teacher"]
 
 

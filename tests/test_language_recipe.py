@@ -13,35 +13,43 @@ import torch
 
 from tempering import distill
 from tempering.data import Tokens
-from tempering.experiments.recipe import load
 from tempering.methods import Divergence  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.tasks import LanguageModeling, OnPolicy, Speculative
+from tests import recipes
 from tests.paths import ROOT
 from tests.test_generation import EOS, PAD, gpt2, texts
 
-main = load(ROOT / "tempering" / "recipes" / "language.py")
 
-
-@pytest.mark.parametrize("writes", ["data", "teacher", "on-policy", "speculative"])
-def test_from_a_text_to_records(tmp_path: Path, writes: str) -> None:
+@pytest.mark.parametrize("source", ["data", "teacher", "on-policy", "speculative"])
+def test_from_a_text_to_records(tmp_path: Path, source: str) -> None:
     text = tmp_path / "text.txt.gz"
     text.write_bytes(gzip.compress(b"to be, or not to be, that is the question: " * 40))
     sizes: dict[str, Any] = {"teacher_width": 32, "teacher_layers": 1, "student_width": 32, "student_layers": 1}
-    sizes |= {"length": 16, "prompt": 4, "written": 4, "batch_size": 16, "epochs": 2, "teacher_epochs": 3, "lr": 1e-2}
-    run = main(text=text, writes=writes, quiet=True, out=tmp_path / "runs" / "one", **sizes)
-    assert run.facts["label"] == ("DTKD exact" if writes == "data" else f"DTKD exact, {writes}")
+    sizes |= {
+        "length": 16,
+        "prompt_length": 4,
+        "max_new_tokens": 4,
+        "batch_size": 16,
+        "epochs": 2,
+        "teacher_epochs": 3,
+        "lr": 1e-2,
+    }
+    common = {"text": text, "quiet": True}
+    run = recipes.run("language", common | sizes | {"text_source": source, "out": tmp_path / "runs" / "one"})
+    assert run.facts["label"] == ("DTKD exact" if source == "data" else f"DTKD exact, {source}")
     assert run.facts["status"] == "done" and run.facts["teacher"]["scores"]["test"]["loss"] < 4.0
     assert run.epochs[-1]["test"]["loss"] < run.epochs[0]["test"]["loss"] < 5.6
-    if writes == "data":
-        main(text=text, quiet=True, out=tmp_path / "else" / "two", teacher_dir=tmp_path / "runs" / "teachers", **sizes)
+    if source == "data":
+        there = {"out": tmp_path / "else" / "two", "teacher_dir": tmp_path / "runs" / "teachers"}
+        recipes.run("language", common | sizes | there)
         assert not (tmp_path / "else" / "teachers").exists(), "a trained teacher is found where it lies"
         with pytest.raises(ValueError, match="its validation part has 86 bytes, length=128"):
-            main(text=text, quiet=True, out=tmp_path / "runs" / "two")
+            recipes.run("language", common | {"out": tmp_path / "runs" / "two"})
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
-@pytest.mark.parametrize(("score", "writes"), [("rouge_l", "speculative"), ("answers", "on-policy")])
-def test_pairs_are_learned_and_graded(tmp_path: Path, kind: str, score: str, writes: str) -> None:
+@pytest.mark.parametrize(("score", "source"), [("rouge_l", "speculative"), ("answers", "on-policy")])
+def test_pairs_are_learned_and_graded(tmp_path: Path, kind: str, score: str, source: str) -> None:
     fields = ("dialogue", "summary") if score == "rouge_l" else ("question", "answer")
     answer = "" if score == "rouge_l" else "#### "
     lines = [dict(zip(fields, (f"what is {i % 2} ?", f"{answer}{i % 2}"), strict=True)) for i in range(80)]
@@ -49,21 +57,21 @@ def test_pairs_are_learned_and_graded(tmp_path: Path, kind: str, score: str, wri
     text = tmp_path / "pairs.jsonl"
     text.write_text("\n".join(map(json.dumps, lines)))
     sizes: dict[str, Any] = {"teacher_width": 32, "teacher_layers": 1, "student_width": 32, "student_layers": 1}
-    sizes |= {"length": 24, "written": 8, "batch_size": 12, "epochs": 2, "teacher_epochs": 4, "lr": 3e-2}
+    sizes |= {"length": 24, "max_new_tokens": 8, "batch_size": 12, "epochs": 2, "teacher_epochs": 4, "lr": 3e-2}
     sizes |= {"text": text, "kind": kind, "quiet": True, "method": "divergence(hard=1)"}
-    run = main(writes=writes, out=tmp_path / "runs" / "one", **sizes)
+    run = recipes.run("language", sizes | {"text_source": source, "out": tmp_path / "runs" / "one"})
     scores, family = run.epochs[-1]["test"], "gpt" if kind == "causal" else "t5"
     assert run.facts["student"]["name"] == f"{family}-1x32" and 0.0 <= scores[score] <= 1.0
     assert scores["loss"] < run.epochs[0]["test"]["loss"] and score in run.facts["teacher"]["scores"]["test"]
-    if writes == "on-policy":
+    if source == "on-policy":
         return
     with pytest.raises(ValueError, match=r"no pairs for train: of 81 in pairs.jsonl 0 have a target of at most"):
-        main(out=tmp_path / "runs" / "two", **sizes | {"length": 1})
+        recipes.run("language", sizes | {"out": tmp_path / "runs" / "two", "length": 1})
     plain = tmp_path / "plain.txt"
     plain.write_text("a b" * 200)
     if kind == "seq2seq":
         with pytest.raises(ValueError, match=r"seq2seq learns pairs, and plain\.txt is a running text"):
-            main(out=tmp_path / "runs" / "three", **sizes | {"text": plain})
+            recipes.run("language", sizes | {"out": tmp_path / "runs" / "three", "text": plain})
 
 
 class Killed(RuntimeError):

@@ -23,5 +23,5 @@ def test_the_table_is_made_from_the_records_byte_for_byte(grid: Path, tmp_path: 
     assert {path.stem.removesuffix(".failed") for path in (copy / "records").glob("*.json")} <= cells
     table, _ = arena_view.render(copy, plan)
     assert table.read_bytes() == (grid / "table.md").read_bytes(), (
-        f"made again: tempering compare --tables-only --out {grid.relative_to(ROOT)}"
+        f"made again: tempering compare report {grid.relative_to(ROOT)}"
     )

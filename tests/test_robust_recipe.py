@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from tempering.experiments.recipe import load
 from tempering.reports.compare import compare
 from tempering.reports.records import load_run
 from tempering.reports.table import cells, markdown
+from tests import recipes
 from tests.paths import ROOT, SHARED, needs_shared
 from tests.runs import left
 from tests.test_audits_robustness import Linear, distance, images
@@ -62,8 +62,8 @@ def test_the_teacher_s_method_gets_the_recipe_s_attack() -> None:
 @needs_shared
 def test_a_table_of_students_of_one_robust_teacher(tmp_path: Path) -> None:
     pytest.importorskip("PIL")
-    run = partial(main, data=SHARED / "data" / "cifar100", teacher_dir=tmp_path / "teachers", **SMALL)
-    runs = [run(method=m, seed=0, out=tmp_path / m) for m in ("kd", "kdiga")]
+    given = SMALL | {"data": SHARED / "data" / "cifar100", "teacher_dir": tmp_path / "teachers", "seed": 0}
+    runs = [recipes.run("robust", given | {"method": m, "out": tmp_path / m}) for m in ("kd", "kdiga")]
     made = list((tmp_path / "teachers").glob("resnet8-*/facts.json"))
     assert len(made) == 1 and load_run(made[0].parent).facts["method"]["name"] == "PGDAT"
     for r in runs:
@@ -82,5 +82,6 @@ def test_a_table_of_students_of_one_robust_teacher(tmp_path: Path) -> None:
 def test_features_are_tapped_inside(tmp_path: Path) -> None:
     pytest.importorskip("PIL")
     data = SHARED / "data" / "cifar100"
-    r = main(data=data, method="fitnet", teacher_method="supervised", out=tmp_path / "fitnet", **SMALL)
+    own = {"data": data, "method": "fitnet", "teacher_method": "supervised", "out": tmp_path / "fitnet"}
+    r = recipes.run("robust", SMALL | own)
     assert r.last["test"]["pgd"] <= r.last["test"]["accuracy"]

@@ -34,8 +34,26 @@ import json, math, os, re, signal, sys, time
 from pathlib import Path
 
 
+class Fake:
+    """Has what is asked of an Experiment."""
+
+    def __init__(self, **flags):
+        self.flags, self.check = flags, None.__init__
+
+    def without_test(self):
+        return self
+
+    def run(self):
+        train(**self.flags)
+
+
 def main(*, method: str, seed: int = 0, out: Path, by: str = "validation/accuracy", epochs: int = 4, lr: float = 0.1,
-         crash: bool = False, quiet: bool = False) -> None:
+         crash: bool = False, quiet: bool = False) -> Fake:
+    """Describe a run."""
+    return Fake(method=method, seed=seed, out=out, by=by, epochs=epochs, lr=lr, crash=crash)
+
+
+def train(*, method, seed, out, by, epochs, lr, crash):
     """Write records."""
     with open(out.parent / "begun.txt", "a") as begun:
         begun.write(out.name + "\\n")
@@ -283,25 +301,23 @@ def test_a_line_that_a_kill_cut_short_is_taken_off(fake: Path, tmp_path: Path) -
 
 DIGITS = '''
 """The digits, killed once in the second epoch."""
-import os, signal, sys
-from functools import partial
+import os, signal
 from pathlib import Path
-from tempering import distill
-from tempering.experiments import recipe as recipefile
+from tempering.experiments.recipe import find, load, with_flags
+from tempering.training.experiment import Experiment
 
 
-def main(*, method: str, seed: int = 0, out: Path, quiet: bool = False):
+def main(*, method: str, seed: int = 0, out: Path, quiet: bool = False) -> Experiment:
     """Distil."""
-    recipe = recipefile.load(recipefile.find("digits"))
-
     def on_step(step, loss):
-        if step == 4 and not (out / "died").exists() and out.name != "teachers":
+        if step == 4 and not (out / "died").exists():
             (out / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.modules[recipe.__module__].distill = lambda *args, out, epochs, **how: distill(
-        *args, out=out, epochs=epochs, on_step=on_step if epochs == 2 else None, **how)
-    return recipe(method=method, seed=seed, out=out, epochs=2, teacher_epochs=1, subset=160, threads=1, quiet=quiet)
+    flags = {"epochs": 2, "teacher_epochs": 1, "subset": 160, "threads": 1, "quiet": quiet}
+    made = with_flags(load(find("digits")), flags | {"method": method, "seed": seed, "out": out})
+    made.on_step = on_step
+    return made
 '''
 
 
@@ -363,14 +379,15 @@ def test_a_recipe_without_a_validation_split_is_refused(tmp_path: Path, capsys: 
 from pathlib import Path
 import torch
 from torch import nn
-import tempering as kd
 from tempering.experiments.presets import method_of
+from tempering.training.config import TrainConfig
+from tempering.training.experiment import Experiment
 
-def main(*, method: str, seed: int = 0, out: Path, quiet: bool = False):
+def main(*, method: str, out: Path, config: TrainConfig = TrainConfig(epochs=1, selfcheck=False)) -> Experiment:
     """Distil."""
     batches = [(torch.randn(8, 4), torch.arange(8) % 3)]
-    return kd.distill(nn.Linear(4, 3), nn.Linear(4, 3), batches, method=method_of(method), epochs=1, test=batches,
-                      out=out, selfcheck=False, quiet=quiet)
+    return Experiment(student=nn.Linear(4, 3), teacher=nn.Linear(4, 3), train=batches, test=batches,
+                      method=method_of(method), config=config, out=out)
 '''
     )
     assert search(recipe, tmp_path / "s", "--method=kd") == 1
@@ -378,6 +395,17 @@ def main(*, method: str, seed: int = 0, out: Path, quiet: bool = False):
     assert "ValueError: a search scores its trials on a validation split, so that the test split stays unseen" in said
     assert "Give the recipe one, such as --validation=5000." in said
     assert not list((tmp_path / "s" / "trials").glob("*/facts.json")), "nothing was trained"
+
+
+def test_a_recipe_that_trains_in_its_main_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "old.py"
+    recipe.write_text(
+        "from pathlib import Path\nimport tempering as kd\n\n"
+        "def main(*, method: str, seed: int = 0, out: Path) -> kd.Run:\n    raise AssertionError('it was called')\n"
+    )
+    assert search(recipe, tmp_path / "s", "--method=kd") == 1
+    said = capsys.readouterr().err
+    assert f"ValueError: main() of recipe {recipe} returned Run; return an Experiment" in said
 
 
 def _until(true: Any, seconds: float = 60.0) -> None:

@@ -66,8 +66,8 @@ def unequal(dtype: torch.dtype = torch.float32) -> Shared:
 # name -> what to run; each also on one process, with the same global batch
 RUNS: dict[str, dict[str, Any]] = {
     "weights": {"method": DTKD, "precision": "64-true"},
-    "accumulated": {"method": DTKD, "precision": "64-true", "accumulate": 2, "clip": 0.05, "steps": 10},
-    "own parameters": {"method": Learned, "optimizer": ADAMW, "clip": 0.5},
+    "accumulated": {"method": DTKD, "precision": "64-true", "accumulate": 2, "max_grad_norm": 0.05, "steps": 10},
+    "own parameters": {"method": Learned, "optimizer": ADAMW, "max_grad_norm": 0.5},
 }
 
 

@@ -6,15 +6,14 @@ import copy
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, Suppress, arg
 
-from tempering.experiments import recipe as recipefile
+from tempering.experiments import recipe as recipes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from tempering.audits import Audit
     from tempering.teachers.base import Teacher
     from tempering.temperature.base import Policy
-    from tempering.training.distill import Looked
+    from tempering.training.experiment import Experiment
 
 FORMAT = 1
 KINDS = ("calibration", "explanation", "robustness", "privacy")  # cheap ones first
@@ -54,8 +53,9 @@ def audit(
     shadows: int = 0,
     seed: int = 0,
     device: str = "auto",
-    again: bool = False,
+    overwrite: bool = False,
     quiet: bool = False,
+    recipe_args: Annotated[tuple[str, ...], Suppress] = (),
 ) -> int:
     """Audit a trained student beside its teacher; every kind of audit where none is named.
 
@@ -74,34 +74,35 @@ def audit(
         robustness: FGSM, PGD and whether they may be believed, certified radii, common corruptions.
         privacy: membership inference; of a text with planted canaries, their exposure.
         recipe: the recipe, where the run does not say; then its flags are those behind the -- alone.
-        split: of the data that is looked at: test or validation. Members, for privacy, are those of the training split.
+        split: of the data to audit: test or validation. Members, for privacy, are those of the training split.
         samples: rows to look at; by itself all for calibration and agreement, 1000 for attacks, 2000 for privacy.
         eps: strength of attacks in pixels of [0, 1]; by itself 8/255.
         autoattack: AutoAttack too, which takes long (extra "robustness").
         shadows: shadow models that LiRA trains, an even number of 4 or more; 0 leaves LiRA out.
         seed: of random starts, halves and resamples.
         device: where the models answer: auto, cpu, cuda, cuda:1, mps.
-        again: audit again what was audited.
+        overwrite: repeat finished audits.
         quiet: no tables.
     """
     chosen = {"calibration": calibration, "explanation": explanation, "robustness": robustness, "privacy": privacy}
     kinds = [kind for kind in KINDS if chosen[kind]] or list(KINDS)
     folder, weights, place = _target(run)
-    looked = _look(run, folder, recipe)
+    experiment = _described(run, folder, recipe, recipe_args)
     where = _device(device)
-    student = _weighed(looked.student, weights).to(where)
-    teacher = None if looked.teacher is None else _teacher(looked.teacher).to(where)
-    data = looked.splits.get(split)
+    student = _weighed(experiment.student, weights).to(where)
+    teacher = None if experiment.made_teacher is None else _teacher(experiment.made_teacher).to(where)
+    data = experiment.splits.get(split)
     if data is None:
-        raise ValueError(f"the run has no {split} split; it has {', '.join(k for k, v in looked.splits.items() if v)}.")
+        there = ", ".join(name for name, batches in experiment.splits.items() if batches)
+        raise ValueError(f"the run has no {split} split; it has {there}.")
     asked = Asked(samples, eps, autoattack, shadows, seed)
     if teacher is None and "explanation" in kinds:
         if explanation:
             raise ValueError("--explanation compares a student with its teacher, and this run has none.")
         kinds.remove("explanation")
-    record = _Record(place, {"split": split, **_identities(student, looked, data)}, again=again)
+    record = _Record(place, {"split": split, **_identities(student, experiment, data)}, again=overwrite)
     for kind in kinds:
-        findings = record.made(kind, _auditor(kind, asked, folder, looked, data), student, teacher, data)
+        findings = record.made(kind, _auditor(kind, asked, folder, experiment, data), student, teacher, data)
         if not quiet:
             _show(kind, findings)
     print(f"findings, and what each means: {place}")
@@ -130,34 +131,26 @@ def _target(run: Path) -> tuple[Path | None, Path, Path]:
     return (above if (above / "facts.json").is_file() else None), run, run.with_name(f"{run.stem}.audits.json")
 
 
-def _look(run: Path, folder: Path | None, recipe: str | None) -> Looked:
-    """The recipe's models and data, by running it up to where it would train."""
-    from tempering.training.distill import CHECK_ONLY, LOOK_ONLY, CheckedOnly, Looked
+def _described(run: Path, folder: Path | None, recipe: str | None, recipe_args: Sequence[str]) -> Experiment:
+    """The run as its recipe describes it, with its trained teacher."""
+    from tempering.training.experiment import UntrainedTeacherError
 
-    given, flags = recipefile.BEHIND.get(), ()
+    recorded: Sequence[str] = ()
     if recipe is None:
-        recipe, flags = _recorded(run, folder)
-    file = recipefile.find(recipe)
-    if (
-        folder is not None
-        and "out" in recipefile.flags(file)
-        and not any(word.split("=")[0] == "--out" for word in given)
-    ):
-        given = (*given, "--out", str(folder))  # beside which its teacher lies
-    tokens = LOOK_ONLY.set(True), CHECK_ONLY.set(True)
+        recipe, recorded = _recorded(run, folder)
+    file = recipes.find(recipe)
+    given = [*recorded, *recipe_args]
+    named = any(word.split("=")[0] == "--out" for word in recipe_args)
+    if folder is not None and "out" in recipes.flags(file) and not named:
+        given += ["--out", str(folder)]  # next to which its teacher is kept
+    experiment = recipes.describe(file, given, prog=f"tempering audit {run} --")
     try:
-        tyro.cli(recipefile.load(file), prog=f"tempering audit {run} --", args=[*flags, *given])
-    except Looked as looked:
-        return looked
-    except CheckedOnly as error:
+        return experiment.with_teacher("present", cached=False)
+    except UntrainedTeacherError as error:
         raise ValueError(
             f"the recipe {file.name} would train its teacher first, so the teacher of {run} was not found. Say where "
             "it is with the recipe's flags behind the --, such as --teacher-dir DIR or --out RUN."
         ) from error
-    finally:
-        LOOK_ONLY.reset(tokens[0])
-        CHECK_ONLY.reset(tokens[1])
-    raise ValueError(f"{file.name} ended without calling distill(), so there is nothing to audit.")
 
 
 def _recorded(run: Path, folder: Path | None) -> tuple[str, tuple[str, ...]]:
@@ -203,28 +196,28 @@ def _teacher(teacher: Teacher) -> nn.Module:
     return model
 
 
-def _identities(student: nn.Module, looked: Looked, data: Any) -> dict[str, Any]:
+def _identities(student: nn.Module, experiment: Experiment, data: Any) -> dict[str, Any]:
     """What findings are of: other weights or other data make them void."""
     from tempering.teachers.base import fingerprint
 
-    teacher = None if looked.teacher is None else looked.teacher.identity
+    teacher = None if experiment.made_teacher is None else experiment.made_teacher.identity
     return {"student": fingerprint(student), "teacher": teacher, "data": getattr(data, "identity", None)}
 
 
 # the audits
 
 
-def _auditor(kind: str, asked: Asked, folder: Path | None, looked: Looked, data: Any) -> Audit:
+def _auditor(kind: str, asked: Asked, folder: Path | None, experiment: Experiment, data: Any) -> Audit:
     from tempering.audits import AUDITS
     from tempering.audits.canaries import Canaries
 
-    planted = getattr(looked.splits["train"], "canaries", ())
+    planted = getattr(experiment.train, "canaries", ())
     if kind == "privacy" and planted:  # a text's secrets, rather than whether its pieces were trained on
         return Canaries(planted, seed=asked.seed)
-    return AUDITS[kind.capitalize()](**_settings(kind, asked, folder, looked, data))
+    return AUDITS[kind.capitalize()](**_settings(kind, asked, folder, experiment, data))
 
 
-def _settings(kind: str, asked: Asked, folder: Path | None, looked: Looked, data: Any) -> dict[str, Any]:
+def _settings(kind: str, asked: Asked, folder: Path | None, experiment: Experiment, data: Any) -> dict[str, Any]:
     """An audit's arguments: what was asked for, and what the run and its data say."""
     from torch.fx import GraphModule
 
@@ -236,12 +229,12 @@ def _settings(kind: str, asked: Asked, folder: Path | None, looked: Looked, data
     if kind == "calibration":
         how["taught"] = _taught(folder)
     elif kind == "explanation":
-        model = None if looked.teacher is None else looked.teacher.model
+        model = None if experiment.made_teacher is None else experiment.made_teacher.model
         # a folded copy calls the leaves alone, so its stages cannot be tapped
         theirs = {} if model is None or isinstance(model, GraphModule) else dict(model.named_modules())
-        how["layers"] = {name: (name, name) for name in stages(looked.student) if name in theirs}
+        how["layers"] = {name: (name, name) for name in stages(experiment.student) if name in theirs}
         how["class_names"] = getattr(data, "class_names", None)
-        how["policy"] = _policy(folder, looked, data)
+        how["policy"] = _policy(folder, experiment, data)
     elif kind == "robustness":
         if not hasattr(data, "mean") or not hasattr(data, "std"):
             raise ValueError(
@@ -251,12 +244,12 @@ def _settings(kind: str, asked: Asked, folder: Path | None, looked: Looked, data
         how |= {"mean": tuple(data.mean), "std": tuple(data.std), "auto": asked.autoattack}
         how |= {} if asked.eps is None else {"eps": asked.eps}
     else:
-        members = looked.splits["train"]
+        members: Any = experiment.train
         how |= {"members": members.clean() if hasattr(members, "clean") else members, "shadows": asked.shadows}
     return how
 
 
-def _policy(folder: Path | None, looked: Looked, data: Any) -> Policy | None:
+def _policy(folder: Path | None, experiment: Experiment, data: Any) -> Policy | None:
     """The run's own policy that can tell samples apart; one that learned, with what the last checkpoint holds of it.
 
     None where there is none, where no run says which, or where what it learned is not there any more.
@@ -266,11 +259,11 @@ def _policy(folder: Path | None, looked: Looked, data: Any) -> Policy | None:
     from tempering.temperature.static import Static
     from tempering.training import checkpoint as checkpoints
 
-    named = looked.method.policies()
+    named = experiment.method.policies()
     name = next((name for name, policy in named.items() if not isinstance(policy, Static)), None)
-    if folder is None or name is None or looked.teacher is None or looked.teacher.model is None:
+    if folder is None or name is None or experiment.made_teacher is None or experiment.made_teacher.model is None:
         return None
-    said, y = answers({"student": looked.student, "teacher": _teacher(looked.teacher)}, data, 8)
+    said, y = answers({"student": experiment.student, "teacher": _teacher(experiment.made_teacher)}, data, 8)
     named[name].setup(Rows(said["student"].float(), said["teacher"].float(), y))
     if named[name].state_dict():
         state = checkpoints.load(folder / "checkpoints")

@@ -2,60 +2,57 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, Suppress, arg
 
 from tempering._version import __version__
 from tempering.cli.audit import audit
 from tempering.cli.new_recipe import new_recipe
-from tempering.experiments.recipe import BEHIND
 
-RECIPE = "A recipe's file; or digits, cifar100."
+RECIPE = "A recipe's file; or the name of a bundled one, such as digits or cifar100."
+Recipe = Annotated[Path, Positional, arg(metavar="RECIPE", help=RECIPE)]
+Folder = Annotated[Path, Positional, arg(metavar="FOLDER")]
+RecipeArgs = Annotated[tuple[str, ...], Suppress]  # the recipe's flags, which main() takes off the command line
 OURS = ("SelfCheckError", "CorruptCheckpointError")  # by name: their modules import torch
 
 
-def run(recipe: Annotated[Path, Positional, arg(metavar="RECIPE", help=RECIPE)]) -> int:
+def run(recipe: Recipe, *, recipe_args: RecipeArgs = ()) -> int:
     """Run a recipe: a Python file whose main(*, ...) takes its flags.
 
-    tempering run recipes/cifar100.py --help explains the flags of that recipe.
+    tempering run cifar100 --help explains the flags of that recipe.
     """
-    from tempering.experiments import recipe as recipefile
+    from tempering.experiments import recipe as recipes
 
-    done = tyro.cli(recipefile.load(recipefile.find(str(recipe))), prog=f"tempering run {recipe}", args=BEHIND.get())
-    if done is not None and getattr(done, "facts", {}).get("result"):
+    done = recipes.finish(recipes.call(recipes.find(str(recipe)), recipe_args, prog=f"tempering run {recipe}"))
+    if done is not None and done.facts.get("result"):
         _tell(done)
     return 0
 
 
-def check(recipe: Annotated[Path, Positional, arg(metavar="RECIPE", help=RECIPE)]) -> int:
-    """Look at a recipe's first batch and stop: the self-check alone, with the flags of the run.
+def check(recipe: Recipe, *, recipe_args: RecipeArgs = ()) -> int:
+    """Check a recipe and the first batch of its run, with the flags of the run. Trains and writes nothing.
 
-    tempering check recipes/cifar100.py --data DIR
+    tempering check cifar100 --data DIR
     """
-    from tempering.experiments import recipe as recipefile
-    from tempering.training.distill import CHECK_ONLY, CheckedOnly
+    from tempering.experiments import recipe as recipes
 
-    token = CHECK_ONLY.set(True)
-    try:
-        tyro.cli(recipefile.load(recipefile.find(str(recipe))), prog=f"tempering check {recipe}", args=BEHIND.get())
-    except CheckedOnly as checked:
-        print(checked)
-        return 0
-    finally:
-        CHECK_ONLY.reset(token)
-    raise ValueError(f"{recipe} ended without training anything, so nothing was checked. Does its main call distill()?")
+    made = recipes.describe(recipes.find(str(recipe)), recipe_args, prog=f"tempering check {recipe}")
+    print(made.check().line)
+    return 0
 
 
 def compare(
-    recipe: Annotated[Path | None, Positional, arg(metavar="RECIPE", help=RECIPE)] = None,
+    recipe: Recipe,
     *,
     out: Annotated[Path, arg(metavar="FOLDER")],
     methods: str = "",
@@ -68,80 +65,93 @@ def compare(
     gpus: str = "",
     control: str | None = None,
     controls: bool = True,
-    status: bool = False,
-    tables_only: bool = False,
     quiet: bool = False,
+    recipe_args: RecipeArgs = (),
 ) -> int:
-    """Run a grid of arms and seeds, resumable, and make one table and one page of it.
+    """Run a grid of methods and seeds, resumable, and make one table and one page of it.
 
     tempering compare RECIPE --methods kd,dtkd --seeds 3 --out runs/grid -- --data DIR --epochs 60
 
-    What stands behind the -- are the recipe's flags. A finished cell never runs again, a killed one goes on; records of
-    a few KB go to FOLDER/records, and FOLDER/table.md and FOLDER/report.html are made from them alone.
+    `tempering compare status FOLDER` shows what is done, what runs, and when it will end; `tempering compare report
+    FOLDER` makes the table and the page again, from the records.
+
+    After the -- come the recipe's flags. A finished run never runs again, an interrupted one resumes; records of a few
+    KB are written to FOLDER/records, and FOLDER/table.md and FOLDER/report.html are made from them alone.
 
     Args:
         out: the comparison's folder.
-        methods: arms with commas between: names (see `tempering list`) or methods such as "dtkd(soft=0.5)".
-        temperatures: policies with commas between, in place of each method's own; "own" leaves it.
-        seeds: how many, the same for every arm.
-        first_seed: the first of them.
-        jobs: cells at once.
-        threads: of each cell. Two cells of one thread do more than one of two.
+        methods: methods, separated by commas: names (see `tempering list`) or calls such as "dtkd(soft=0.5)".
+        temperatures: policies, separated by commas, in place of each method's own; "own" keeps it.
+        seeds: number of seeds, the same for every method.
+        first_seed: the first seed.
+        jobs: runs at the same time.
+        threads: CPU threads per run. Two runs with one thread each do more than one with two.
         nice: run at the lowest priority.
-        gpus: ids of GPUs with commas between, one a cell at work.
-        control: the arm that differences are taken to; by itself the student alone.
-        controls: add the student alone and KD at the same total weights where they are not among the methods.
-        status: only say what is done, what runs, and when it will end.
-        tables_only: only make table and page again.
-        quiet: print failures alone.
+        gpus: ids of GPUs, separated by commas, one per running run.
+        control: the method that differences are taken to; default: the student alone.
+        controls: add the student alone and KD with equal total weights if they are not among the methods.
+        quiet: print failures only.
     """
-    from tempering.experiments.compare import plan as arena_plan
-    from tempering.experiments.compare import status as arena_view
-
-    if status:
-        plan = arena_plan.read(out)
-        found = arena_view.cell_statuses(out, plan)
-        _print(
-            arena_view.status_table(found), arena_view.summary(found, max(1, sum(s.state == "running" for s in found)))
-        )
-        return 0
-    if tables_only:
-        plan = arena_plan.read(out)
-        print("made again: {} and {}".format(*arena_view.render(out, replace(plan, control=control or plan.control))))
-        return 0
-    from tempering.experiments import recipe as recipefile
+    from tempering.experiments import recipe as recipes
+    from tempering.experiments.compare import plan as plans
+    from tempering.experiments.compare import status as views
     from tempering.experiments.compare.runner import Arena, renice
     from tempering.experiments.presets import arms_from, with_controls
     from tempering.utils.registry import lookup
 
-    if recipe is None or not methods or seeds < 1:
+    if not methods or seeds < 1:
         raise ValueError(
             "a comparison needs a recipe, --methods and at least one seed: tempering compare digits --methods kd,dtkd "
-            f"--out {out}. --status and --tables-only need --out alone."
+            f"--out {out}."
         )
-    file = recipefile.find(str(recipe))
-    recipefile.check_flags(file, BEHIND.get())
+    file = recipes.find(str(recipe))
+    recipes.check_flags(file, recipe_args)
     arms = arms_from(methods, temperatures)
     if controls:
         arms, added = with_controls(arms)
         for arm in added:
-            arena_view.say(f"added as a control: {arm.label} = {arm.spec} (--no-controls leaves it out)", quiet=quiet)
-    grid = arena_plan.plan_for(file, arms, range(first_seed, first_seed + seeds), BEHIND.get(), control)
-    grid = arena_plan.merged(out, grid)
+            views.say(f"added as a control: {arm.label} = {arm.spec} (--no-controls leaves it out)", quiet=quiet)
+    grid = plans.plan_for(file, arms, range(first_seed, first_seed + seeds), recipe_args, control)
+    grid = plans.merged(out, grid)
     if control is not None:  # before hours are spent
         lookup(control, {cell.label: cell for cell in grid.cells}, "arm")
     if nice:
         renice()
     ids = [part.strip() for part in gpus.split(",") if part.strip()]
-    arena = Arena(out, grid, file, BEHIND.get(), jobs=jobs, threads=threads, gpus=ids, quiet=quiet)
+    arena = Arena(out, grid, file, recipe_args, jobs=jobs, threads=threads, gpus=ids, quiet=quiet)
     code = arena.run()
     if not quiet:
-        arena_view.show(out, grid, arena.failed)
+        views.show(out, grid, arena.failed)
     return code
 
 
+def compare_status(folder: Folder) -> int:
+    """Show which runs of a comparison are done and running, and when it will end."""
+    from tempering.experiments.compare import plan as plans
+    from tempering.experiments.compare import status as views
+
+    found = views.cell_statuses(folder, plans.read(folder))
+    _print(views.status_table(found), views.summary(found, max(1, sum(s.state == "running" for s in found))))
+    return 0
+
+
+def compare_report(folder: Folder, *, control: str | None = None) -> int:
+    """Make the table and the page of a comparison again, from its records.
+
+    Args:
+        folder: the comparison's folder.
+        control: the method that differences are taken to; default: the comparison's own.
+    """
+    from tempering.experiments.compare import plan as plans
+    from tempering.experiments.compare import status as views
+
+    plan = plans.read(folder)
+    print("written: {} and {}".format(*views.render(folder, replace(plan, control=control or plan.control))))
+    return 0
+
+
 def tune(
-    recipe: Annotated[Path, Positional, arg(metavar="RECIPE", help=RECIPE)],
+    recipe: Recipe,
     *,
     out: Annotated[Path, arg(metavar="FOLDER")],
     method: str = "dtkd",
@@ -152,6 +162,7 @@ def tune(
     threads: int = 1,
     prune: bool = True,
     quiet: bool = False,
+    recipe_args: RecipeArgs = (),
 ) -> int:
     """Search temperature and weights of a method on the validation split; the test split is not looked at.
 
@@ -174,20 +185,20 @@ def tune(
         prune: cut a trial that is worse, after the same epoch, than the median of those before.
         quiet: print the best flags alone.
     """
-    from tempering.experiments import recipe as recipefile
+    from tempering.experiments import recipe as recipes
     from tempering.experiments.tune import runner as tuning
     from tempering.experiments.tune.page import words, write_page
     from tempering.experiments.tune.space import space_of
     from tempering.experiments.tune.study import best
 
-    file, flags = recipefile.find(str(recipe)), BEHIND.get()
-    recipefile.check_flags(file, flags)
-    wanted = space_of(method, space, recipefile.flags(file))
+    file = recipes.find(str(recipe))
+    recipes.check_flags(file, recipe_args)
+    wanted = space_of(method, space, recipes.flags(file))
     how = {"trials": trials, "seed": seed, "jobs": jobs, "threads": threads, "prune": prune, "quiet": quiet}
-    search = tuning.Search(out, file, flags, wanted, **how)
+    search = tuning.Search(out, file, recipe_args, wanted, **how)
     if code := search.run():
         return code
-    typed = tuning.command(recipe, flags, best(search.study))
+    typed = tuning.command(recipe, recipe_args, best(search.study))
     page = write_page(out, search.study, wanted, typed)
     if not quiet:
         _print(*words(search.study, wanted), f"page: {page}", "the best flags:")
@@ -254,19 +265,20 @@ def demo(*, out: Path = Path("runs/demo"), seeds: int = 3) -> int:
         out: where runs and report go; a second demo in the same folder goes on where the first one stopped.
         seeds: of every arm.
     """
-    from tempering.experiments import recipe as recipefile
+    from tempering.experiments import recipe as recipes
     from tempering.reports.page import write_page
     from tempering.reports.records import load_run
     from tempering.reports.table import compare, rich_table
 
-    main = recipefile.load(recipefile.find("digits"))
+    main = recipes.load(recipes.find("digits"))
     arms = ("supervised", "kd", "kd-matched", "dtkd-published", "dtkd")
     folders = []
     for arm in arms:
         for seed in range(seeds):
             place = out / f"{arm}-{seed}"
             if not (place / "facts.json").is_file() or not load_run(place).done:
-                _tell(main(method=arm, seed=seed, out=place, threads=1))  # nets this small gain nothing from more
+                # networks this small gain nothing from more threads
+                _tell(recipes.with_flags(main, {"method": arm, "seed": seed, "out": place, "threads": 1}).run())
             folders.append(place)
     runs = [load_run(place) for place in folders]
     _print(rich_table(compare(runs)))
@@ -285,6 +297,7 @@ COMMANDS = {
     "audit": audit,
     "list": list_parts,
 }
+COMPARE = {"status": compare_status, "report": compare_report}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -294,17 +307,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args == ["--version"]:
         print(f"tempering {__version__}")
         return 0
-    args, behind = _divided([a for a in args if a != "--traceback"])
-    token = BEHIND.set(behind)
+    args, recipe_args = _divided([a for a in args if a != "--traceback"])
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        said = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="tempering",
-            args=_apart(args),
-            description="Knowledge distillation, with the temperature under control.",
-        )
-        return said or 0
+        return _dispatch(_apart(args), recipe_args)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -317,8 +323,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}\n(--traceback shows where)", file=sys.stderr)
         return 1
     finally:
-        BEHIND.reset(token)
         signal.signal(signal.SIGTERM, before)
+
+
+def _dispatch(args: list[str], recipe_args: tuple[str, ...]) -> int:
+    if args[:1] == ["compare"] and args[1:2] and (command := COMPARE.get(args[1])):
+        return tyro.cli(command, prog=f"tempering compare {args[1]}", args=args[2:])
+
+    def bound(command: Callable[..., Any]) -> Callable[..., Any]:
+        takes = "recipe_args" in inspect.signature(command).parameters
+        return partial(command, recipe_args=recipe_args) if takes else command
+
+    code = tyro.extras.subcommand_cli_from_dict(
+        {name: bound(command) for name, command in COMMANDS.items()},
+        prog="tempering",
+        args=args,
+        description="Knowledge distillation, with the temperature under control.",
+    )
+    return code or 0
 
 
 def _apart(args: Sequence[str]) -> list[str]:

@@ -112,7 +112,7 @@ def _reader(folder: Path) -> tuple[Reader, Sequence[str]]:
             return _official({name: (place / name, (place / name).read_bytes()) for name in ("train", "test", "meta")})
     is_there = "holds none of these" if folder.is_dir() else "is not there"
     raise FileNotFoundError(
-        f"no CIFAR-100 in {folder}: it {is_there}. Looked for packed blocks (meta.json, labels.npz, train_000.webp "
+        f"no CIFAR-100 in {folder}: it {is_there}. Expected packed blocks (meta.json, labels.npz, train_000.webp "
         f"...), for {ARCHIVE}, and for {INNER}/ with train, test and meta. To get it: curl -LO {ADDRESS}, then give "
         f"that file: {ARCHIVE}."
     )

@@ -74,7 +74,7 @@ def coco(
     files = {split: found for split, names in NAMES.items() if (found := _find(folder, names)) is not None}
     if "train" not in files:
         raise FileNotFoundError(
-            f"{folder} holds no training annotations. Looked for annotations_train.json with images/ beside it, "
+            f"{folder} holds no training annotations. Expected annotations_train.json with images/ beside it, "
             "annotations/instances_train2017.json, and train/_annotations.coco.json."
         )
     names = _classes(files)

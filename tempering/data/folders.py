@@ -141,7 +141,7 @@ def _read(folder: Path, names: Sequence[str], size: int) -> tuple[Tensor, Tensor
         if path.suffix.lower() in SUFFIXES and path.is_file()
     ]
     if not found:
-        raise FileNotFoundError(f"{folder} holds classes but no images. Looked for {', '.join(SUFFIXES)}.")
+        raise FileNotFoundError(f"{folder} holds classes but no images. Expected {', '.join(SUFFIXES)}.")
     images = np.empty((len(found), 3, size, size), np.uint8)
 
     def fill(place: int) -> None:

@@ -117,6 +117,14 @@ def _matched(arms: list[Arm]) -> str:
     return f"kd(soft={soft:g}, hard={hard:g}, warmup={warmup:g}/240{temperature})"
 
 
+def run_label(arm: Arm, student: str, *, second_stage: bool = False) -> str:
+    """The label of a run in tables: its arm's, and what its student has in addition."""
+    from tempering.models import parted
+
+    attention, _ = parted(student)
+    return arm.label + (f" + {attention.upper()}" if attention else "") + (", second stage" if second_stage else "")
+
+
 def slug(text: str) -> str:
     """``text`` as the name of a folder: lower case, letters, digits, dots and dashes, at most 48."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:48].rstrip("-.") or "arm"

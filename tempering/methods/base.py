@@ -116,7 +116,7 @@ class Method(nn.Module, ABC):
         """The training batches, for a method that has a say in them."""
         return batches
 
-    def meet(self, teacher: nn.Module | None) -> None:
+    def bind_teacher(self, teacher: nn.Module | None) -> None:
         """See the teacher's module, None where there is none, on its device and before any checkpoint is read."""
 
     def hyperparameters(self) -> dict[str, object]:

@@ -233,6 +233,21 @@ def halving(progress: float) -> float:
     return 0.5 ** int(10 * progress)
 
 
+def optimizer_and_schedule(net: nn.Module, lr: float, otherwise: tuple[Any, Any]) -> tuple[Any, Any]:
+    """How to train ``net``: an Explainer as its code does, its first or its second stage; ``otherwise`` for others.
+
+    Args:
+        net: the network; an Explainer after ``restart`` is in its second stage.
+        lr: learning rate of the first stage.
+        otherwise: (optimizer, schedule) of other networks; the second stage has its optimizer.
+    """
+    if not isinstance(net, Explainer):
+        return otherwise
+    if all(float(route.temperature) == 0 for route in net.routings().values()):
+        return otherwise[0], halving
+    return partial(adam, net=net, lr=lr), rate
+
+
 def _explainer(sizes: dict[str, Any], classes: int, channels: int) -> nn.Module:
     return Explainer(classes=classes, channels=channels, **sizes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from tempering.models.zoo import MODELS
@@ -47,6 +48,13 @@ def build(name: str, *, classes: int, channels: int = 3, pretrained: bool = Fals
     return lookup(name, MODELS, "net")(classes, channels)
 
 
+def build_seeded(name: str, *, seed: int, classes: int, channels: int = 3, channels_last: bool = False) -> nn.Module:
+    """``build`` with the initial weights of a seed, the same whatever was drawn before; optionally channels-last."""
+    torch.manual_seed(seed)
+    net = build(name, classes=classes, channels=channels)
+    return net.to(memory_format=torch.channels_last) if channels_last else net  # pyright: ignore[reportCallIssue]
+
+
 def stages(net: nn.Module) -> list[str]:
     """Names of the net's stages, shallow to deep; [] for a net that is not of the zoo."""
     return getattr(net, "stages", [])
@@ -56,6 +64,12 @@ def parted(name: str) -> tuple[str, str]:
     """("vam8", "resnet8") for "vam8:resnet8": how a net attends, "" where it does not, and the net itself."""
     found = re.fullmatch(r"(vam\d*):(.*)", name, re.IGNORECASE)
     return ("", name) if found is None else (found[1].lower(), found[2])
+
+
+def network_facts(name: str) -> dict[str, str]:
+    """A network in records. One with attention is the same network when merged, so tables compare the two."""
+    attention, plain = parted(name)
+    return {"name": plain, "attention": attention} if attention else {"name": plain}
 
 
 def load(net: nn.Module, path: str | Path) -> nn.Module:

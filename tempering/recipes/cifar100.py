@@ -1,43 +1,32 @@
-"""A student distilled on CIFAR-100 by the field's standard recipe; the teacher is trained first where there is none.
+"""A student distilled on CIFAR-100 with the field's standard recipe; the teacher is trained first if it is missing.
 
-Command:  tempering run recipes/cifar100.py --data DIR --teacher resnet32x4 --student resnet8x4 --method dtkd
+Command:  tempering run cifar100 --data DIR --teacher resnet32x4 --student resnet8x4 --method dtkd
 Laptop:   ... --teacher resnet14 --student resnet8 --epochs 6 --subset 5000 --threads 2
 
-The standard recipe is mdistiller's: 240 epochs of 64 cropped and flipped images a step, SGD with momentum 0.9 and
-weight decay 5e-4, learning rate 0.05 (0.01 for MobileNets and ShuffleNets), a tenth of it after each of 150, 180, 210
-epochs.
+The standard recipe is mdistiller's: 240 epochs of 64 cropped and flipped images per step; see training/schedules.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import nn
 
-from tempering import Run, distill
-from tempering.data import Splits, cifar100
+from tempering.data import cifar100
 from tempering.data.cifar import MEAN, STD
-from tempering.experiments.presets import arm_from, method_of, slug
+from tempering.experiments.presets import arm_from, method_of, run_label, slug
 from tempering.methods.logits.supervised import Supervised
-from tempering.models import build, explainer, load, parted, stages
-from tempering.tasks import Classification, Task
-from tempering.tasks.two_view import CutMix, CutOut, MixUp, RandAugment, TwoView
-from tempering.teachers import Live, record
-from tempering.training.distill import CHECK_ONLY
-from tempering.training.pretrained import trained
-from tempering.utils.device import has_native_bf16
-
-MILESTONES = (150 / 240, 180 / 240, 210 / 240)
-SLOW = ("mobilenet", "shuffle")  # nets that the field trains at a fifth of the learning rate
-
-
-def decay(progress: float) -> float:
-    """A tenth after each milestone, which are shares of the run, so that a shorter run decays in proportion."""
-    return 0.1 ** sum(progress >= m for m in MILESTONES)
+from tempering.models import build_seeded, explainer, load, network_facts, stages
+from tempering.tasks.two_view import classification_of_views
+from tempering.teachers import Live
+from tempering.training.config import TrainConfig
+from tempering.training.experiment import Experiment, TeacherRecipe
+from tempering.training.pretrained import LogitCache
+from tempering.training.schedules import cifar_decay, cifar_lr, cifar_sgd
+from tempering.utils.device import resolve_precision
 
 
 def main(
@@ -45,230 +34,117 @@ def main(
     data: Path,
     teacher: str = "resnet32x4",
     student: str = "resnet8x4",
-    tree: Path | None = None,
+    routing_tree: Path | None = None,
     method: str = "dtkd",
     temperature: str | None = None,
     views: Literal["one", "strong", "cutmix", "mixup", "cutout"] = "one",
     label: str | None = None,
-    epochs: int = 240,
     batch_size: int = 64,
     lr: float | None = None,
     subset: int | None = None,
     test_subset: int | None = None,
     validation: int = 0,
-    seed: int = 0,
     teacher_weights: Path | None = None,
     teacher_epochs: int | None = None,
     teacher_subset: int | None = None,
     teacher_dir: Path | None = None,
     teacher_cache: int | None = None,
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true",
     teacher_precision: Literal["auto", "bf16", "fp32"] = "auto",
-    fast: bool = True,
-    compile: bool = False,
-    graphs: bool = False,
     teacher_device: str | None = None,
-    accelerator: str = "auto",
-    devices: int = 1,
-    strategy: str = "auto",
-    threads: int | None = None,
-    evaluate_every: int = 1,
-    checkpoint_every: int | None = None,
-    selfcheck: bool = True,
-    resume: bool = True,
+    channels_last: bool = True,
+    fuse_bn: bool = True,
+    cuda_graphs: bool = False,
     out: Path | None = None,
-    quiet: bool = False,
-) -> Run:
-    """Distil a student on CIFAR-100; the teacher is trained first, once, where there are no weights of it.
+    config: TrainConfig = TrainConfig(epochs=240),
+) -> Experiment:
+    """Distill a student on CIFAR-100; the teacher is trained first, once, if there are no weights of it.
 
     Args:
         data: the official cifar-100-python archive or folder, or this project's packed blocks.
-        teacher: net of the teacher, such as resnet14, resnet32x4, wrn_40_2; `tempering list` names them.
-        student: net of the student; "vam:resnet8" attends to 4 virtual blocks of its maps, "vam8:resnet8" to 8.
-        tree: of an "explainer" student: weights of a finished run, whose tree is kept while all else is drawn anew.
-        method: an arm or a method, such as supervised, kd, kd-matched, dtkd-published, or
-            "dtkd(soft=0.5, temperature=sharpness(4, solve=std))".
+        teacher: the teacher's network, such as resnet14, resnet32x4, wrn_40_2; `tempering list` names them.
+        student: the student's; "vam:resnet8" adds attention over 4 virtual blocks of its maps, "vam8:resnet8" over 8.
+        routing_tree: of an "explainer" student: weights of a finished run, whose tree is kept for a second stage.
+        method: a preset or a method, such as supervised, kd-matched, "dtkd(soft=0.5, temperature=sharpness(4))".
         temperature: a policy in place of the method's own, such as "sharpness(4, solve=max)" or "static(2)".
-        views: a second, augmented view of every batch: "strong" for methods of two views (MLKD, CSKD), "cutmix" for
-            R2KD.
-        label: what tables call this run; by itself it follows from the method.
-        epochs: how long; decay and warm-up are shares of it.
-        batch_size: images a step.
-        lr: learning rate at the start; by itself 0.05, and 0.01 for MobileNets and ShuffleNets. Explainers have Adam
-            and a linear decay until they have a tree, and then halve it ten times.
-        subset: train on this many images, classes in proportion; by itself all 50,000.
-        test_subset: test on this many images, classes in proportion; by itself all 10,000.
-        validation: training images held out to choose the best epoch by; 0 trains on all, as the field does, and the
-            best epoch is then chosen by the test images, which the report says.
-        seed: of the student's first weights, of the order and of the augmentation.
-        teacher_weights: a safetensors file of a trained teacher; by itself it is trained here.
-        teacher_epochs: how long the teacher is trained; by itself as long as the student.
-        teacher_subset: train the teacher on this many images, 50,000 for all; by itself on the student's.
-        teacher_dir: where trained teachers are kept and found again; by itself "teachers" beside the run's folder.
-        teacher_cache: ask the teacher once and keep its answers: 0 to clean images, k to k augmentations of each that
-            training then replays, which differ from seed to seed; by itself it is asked at every step.
-        precision: of the student's training, and of the teacher's.
-        teacher_precision: in which the teacher is asked; auto is bf16 where the hardware computes in it, else fp32.
-        fast: fold the teacher's batch norms into its convolutions, where nothing is tapped, and lay images out
-            channels-last: the same but for rounding.
-        compile: torch.compile the student.
-        graphs: replay CUDA graphs of the student's forward, its way back, and the teacher's forward.
-        teacher_device: where the teacher stays, such as cuda:1; by itself with the student.
-        accelerator: auto, cpu, cuda or mps.
-        devices: how many.
-        strategy: auto, ddp or fsdp, for more than one device.
-        threads: of torch; by itself as many as there are cores.
-        evaluate_every: epochs between evaluations.
-        checkpoint_every: steps between checkpoints; by itself one an epoch.
-        selfcheck: look at the first batch before an hour is spent.
-        resume: go on where an earlier run in the same folder stopped; --no-resume begins again.
-        out: the run's folder; by itself runs/cifar100/TEACHER-STUDENT/METHOD-SEED.
-        quiet: no progress bar.
+        views: a second, augmented view of every batch: "strong" for two-view methods (MLKD, CSKD), "cutmix" for R2KD.
+        label: name of this run in tables; default: that of the method.
+        batch_size: images per step.
+        lr: initial learning rate; default: 0.05, and 0.01 for MobileNets and ShuffleNets.
+        subset: train on this many images, classes in proportion; default: all 50,000.
+        test_subset: test on this many images, classes in proportion; default: all 10,000.
+        validation: training images held out to select the best epoch; with 0 the test images select it.
+        teacher_weights: a safetensors file of a trained teacher; default: it is trained here.
+        teacher_epochs: epochs of the teacher's training; default: the student's.
+        teacher_subset: train the teacher on this many images, 50,000 for all; default: the student's.
+        teacher_dir: where trained teachers are kept; default: "teachers" next to the run's folder.
+        teacher_cache: cache the teacher's logits: 0 of clean images, k of k augmentations of each, which training then
+            replays and which depend on the seed; default: no cache.
+        teacher_precision: of the teacher's forward pass; auto is bf16 on hardware that computes in it, else fp32.
+        teacher_device: device of the teacher, such as cuda:1; default: the student's.
+        channels_last: store images and weights channels-last: the same values but for rounding.
+        fuse_bn: fuse the teacher's batch norms into its convolutions, unless a method uses its features.
+        cuda_graphs: replay CUDA graphs of both models, --compile reduce-overhead for the teacher too.
+        out: the run's folder; default: runs/cifar100/TEACHER-STUDENT/METHOD-SEED.
+        config: options of training.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
     arm, loss = arm_from(method, temperature), method_of(method, temperature)
-    out = out or Path("runs/cifar100", f"{teacher}-{student}", f"{slug(arm.name)}-{seed}")
-    read = partial(
-        cifar100,
-        data,
-        batch_size=batch_size,
-        subset=subset,
-        test_subset=test_subset,
-        validation=validation,
-        channels_last=fast,
-    )
-    train = partial(
-        distill,
-        schedule=decay,
-        precision=precision,
-        accelerator=accelerator,
-        compile="reduce-overhead" if graphs else compile,
-        evaluate_every=evaluate_every,
-        checkpoint_every=checkpoint_every,
-        selfcheck=selfcheck,
-        resume=resume,
-        quiet=quiet,
-    )
-    splits = read(seed=seed)
-    learner, taught, said = _new(student, splits, fast, seed=seed), None, None
-    if tree is not None:
-        explainer.restart(load(learner, tree))
-    optimizer, schedule = _trains(learner, lr or rate(student), staged=tree is not None)
-    taps = {name: (name, name) for name in loss.select_features(stages(learner))}
-    if loss.needs_teacher:
-        net = _new(teacher, splits, fast, seed=0)
-        said = {"name": teacher, "parameters": sum(p.numel() for p in net.parameters())}
-        if teacher_weights is not None:
-            load(net, teacher_weights)
-        else:
-            length, speed = teacher_epochs or epochs, lr or rate(teacher)
-            own = read if teacher_subset is None else partial(read, subset=teacher_subset)
-            teach = partial(_teach, net, teacher, own, partial(train, epochs=length, optimizer=sgd(speed)))
-            key = {"epochs": length, "batch_size": batch_size, "lr": speed, "seed": 0, "precision": precision}
-            # a larger set is not decoded to name it: the test images say which data it is, and the count how many
-            key["data"] = (
-                splits.train.identity if teacher_subset is None else [splits.test.identity, teacher_subset, validation]
-            )
-            said["scores"] = trained(net, teacher, teacher_dir or out.parent / "teachers", teach, key=key)
-        here = "cpu" if accelerator == "cpu" else torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        auto = "bf16" if has_native_bf16(teacher_device or here) else "fp32"
-        said["precision"] = auto if teacher_precision == "auto" else teacher_precision
-        taught = Live(
-            net,
-            precision=said["precision"],
-            channels_last=fast,
-            fuse_conv_bn=fast and not taps,
-            compile="reduce-overhead" if graphs else False,
-            device=teacher_device,
+    out = out or Path("runs/cifar100", f"{teacher}-{student}", f"{slug(arm.name)}-{config.seed}")
+    folder = teacher_dir or out.parent / "teachers"
+    config = replace(config, compile="reduce-overhead") if cuda_graphs else config
+    sizes = {"batch_size": batch_size, "test_subset": test_subset, "validation": validation}
+    read = partial(cifar100, data, **sizes, channels_last=channels_last)
+    splits = read(subset=subset, seed=config.seed)
+    new = partial(build_seeded, classes=splits.train.classes, channels_last=channels_last)
+    network = new(student, seed=config.seed)
+    if routing_tree is not None:
+        explainer.restart(load(network, routing_tree))
+    rate, teacher_lr, length = lr or cifar_lr(student), lr or cifar_lr(teacher), teacher_epochs or config.epochs
+    optimizer, schedule = explainer.optimizer_and_schedule(network, rate, (cifar_sgd(rate), cifar_decay))
+    taps = {name: (name, name) for name in loss.select_features(stages(network))}
+
+    def train_teacher(model: nn.Module) -> Experiment:
+        """With the same recipe and seed 0."""
+        own = read(subset=subset if teacher_subset is None else teacher_subset, seed=0)
+        return Experiment(
+            student=model,
+            **own._asdict(),
+            method=Supervised(),
+            optimizer=cifar_sgd(teacher_lr),
+            schedule=cifar_decay,
+            config=config.for_teacher(length),
+            facts={"label": f"teacher {teacher}", "student": {"name": teacher}, "data": own.facts()},
         )
-        if teacher_cache is not None:
-            of = f"{taught.identity[:10]}-{splits.train.identity[:10]}-{teacher_cache}"
-            of += f"-{seed}" if teacher_cache else ""  # augmentations are the seed's
-            place = (teacher_dir or out.parent / "teachers") / f"answers-{of}"
-            live, taught = taught, record(taught, splits.train, place, views=teacher_cache or None, quiet=quiet)
-            taught.fallback = live  # the test images are not in it
-            said["calls"] = taught.rows
-    return train(
-        learner,
-        taught,
-        splits.train.replay(teacher_cache) if taught is not None and teacher_cache else splits.train,
+
+    # a larger set is not decoded to name it: the test images identify the data set, and the count its size
+    source = splits.train.identity if teacher_subset is None else [splits.test.identity, teacher_subset, validation]
+    key = {"epochs": length, "batch_size": batch_size, "lr": teacher_lr, "seed": 0, "precision": config.precision}
+    precision = resolve_precision(teacher_precision, config.accelerator, teacher_device)
+    wrap = partial(Live, precision=precision, channels_last=channels_last, fuse_conv_bn=fuse_bn and not taps)
+    cache = partial(LogitCache, batches=splits.train, folder=folder, seed=config.seed, quiet=config.quiet)
+    recipe = TeacherRecipe(
+        name=teacher,
+        build=partial(new, teacher, seed=0),
+        train=train_teacher,
+        folder=folder,
+        key=key | {"data": source},
+        weights=teacher_weights,
+        wrap=partial(wrap, compile="reduce-overhead" if cuda_graphs else False, device=teacher_device),
+        cache=None if teacher_cache is None else cache(views=teacher_cache),
+        facts={"precision": precision},
+    )
+    return Experiment(
+        student=network,
+        teacher=recipe if loss.needs_teacher else None,
+        **splits._asdict(),
         method=loss,
-        task=_task(views, taps),
+        task=classification_of_views(views, taps, mean=MEAN, std=STD),
         optimizer=optimizer,
         schedule=schedule,
-        epochs=epochs,
-        validation=splits.validation,
-        test=splits.test,
-        devices=devices,
-        strategy=strategy,
-        seed=seed,
-        out=None if CHECK_ONLY.get() else out,
+        config=config,
+        out=out,
         facts={
-            "label": label or _label(arm.label, student, staged=tree is not None),
-            "student": _net(student),
-            "teacher": said,
+            "label": label or run_label(arm, student, second_stage=routing_tree is not None),
+            "student": network_facts(student),
             "data": splits.facts(),
         },
     )
-
-
-def _teach(net: nn.Module, name: str, read: Callable[..., Splits], train: Callable[..., Run], folder: Path) -> None:
-    """The teacher's own training: the same recipe, seed 0."""
-    own = read(seed=0)
-    train(
-        net,
-        None,
-        own.train,
-        method=Supervised(),
-        validation=own.validation,
-        test=own.test,
-        out=None if CHECK_ONLY.get() else folder,
-        facts={"label": f"teacher {name}", "student": {"name": name}, "data": own.facts()},
-    )
-
-
-def _task(views: str, taps: dict[str, tuple[str, str]]) -> Task:
-    """Batches as they come, or beside an augmented copy."""
-    if views == "one":
-        return Classification(features=taps)
-    if taps:
-        raise ValueError(f"--views {views} makes two blocks of rows, and features are tapped for one: --views one.")
-    if views == "strong":
-        return TwoView(RandAugment(2, 10, mean=MEAN, std=STD))
-    second = {"cutmix": CutMix, "mixup": MixUp, "cutout": CutOut}[views]()
-    return TwoView(second, names=("clean", "augmented"), labeled=False)
-
-
-def _new(name: str, splits: Splits, channels_last: bool, *, seed: int) -> nn.Module:
-    """The net with the first weights of that seed, the same in every arm."""
-    torch.manual_seed(seed)
-    net = build(name, classes=splits.train.classes)
-    return net.to(memory_format=torch.channels_last) if channels_last else net  # pyright: ignore[reportCallIssue]
-
-
-def rate(name: str) -> float:
-    return 0.01 if parted(name)[1].lower().startswith(SLOW) else 0.05
-
-
-def _net(name: str) -> dict[str, str]:
-    """A student in the records. One that attends is the same net when it is folded, so tables compare the two."""
-    attention, plain = parted(name)
-    return {"name": plain, "attention": attention} if attention else {"name": plain}
-
-
-def _label(arm: str, student: str, *, staged: bool) -> str:
-    """What tables call a run by itself: its arm, and what its student has beside it."""
-    attention, _ = parted(student)
-    return arm + (f" + {attention.upper()}" if attention else "") + (", second stage" if staged else "")
-
-
-def _trains(net: nn.Module, lr: float, *, staged: bool) -> tuple[Callable[..., Any], Callable[[float], float]]:
-    """Optimizer and schedule of a student; an explainer's are its code's, of its first or its second stage."""
-    if isinstance(net, explainer.Explainer) and not staged:
-        return partial(explainer.adam, net=net, lr=lr), explainer.rate
-    return sgd(lr), explainer.halving if staged else decay
-
-
-def sgd(lr: float) -> partial[torch.optim.SGD]:
-    return partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=5e-4)

@@ -1,6 +1,6 @@
 """A small student distilled on scikit-learn's bundled digits: the whole job in seconds, with no download.
 
-Command:  tempering run recipes/digits.py --method dtkd        (`tempering demo` runs five arms of it)
+Command:  tempering run digits --method dtkd        (`tempering demo` runs five methods of it)
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tempering import Run, distill
-from tempering.data import digits
+from tempering.data import Splits, digits
 from tempering.experiments.presets import arm_from, method_of, slug
 from tempering.methods.logits.supervised import Supervised
-from tempering.models import build, stages
+from tempering.models import build_seeded, stages
 from tempering.tasks import Classification
-from tempering.teachers import Live
-from tempering.training.distill import CHECK_ONLY
-from tempering.training.pretrained import trained
+from tempering.training.config import TrainConfig
+from tempering.training.experiment import Experiment, TeacherRecipe
 
 SGD = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4)
 
@@ -36,88 +34,73 @@ def main(
     label: str | None = None,
     teacher: str = "digits_large",
     student: str = "digits_small",
-    epochs: int = 20,
     teacher_epochs: int = 20,
     batch_size: int = 64,
     lr: float = 0.05,
     subset: int | None = None,
-    seed: int = 0,
-    threads: int | None = None,
-    resume: bool = True,
     out: Path | None = None,
-    quiet: bool = False,
-) -> Run:
-    """Distil a small student on 8 x 8 digits; the teacher is trained first, once, beside the run's folder.
+    config: TrainConfig = TrainConfig(epochs=20, log_every=10),
+) -> Experiment:
+    """Distill a small student on 8 x 8 digits; the teacher is trained first, once, next to the run's folder.
 
     Args:
-        method: an arm or a method, such as supervised, kd, kd-matched, dtkd-published, or
+        method: a preset or a method, such as supervised, kd, kd-matched, dtkd-published, or
             "dtkd(soft=0.5, temperature=sharpness(4, solve=std))".
         temperature: a policy in place of the method's own, such as "sharpness(4, solve=max)" or "static(2)".
-        label: what tables call this run; by itself it follows from the method.
-        teacher: net of the teacher.
-        student: net of the student.
-        epochs: how long; decay and warm-up are shares of it.
-        teacher_epochs: how long the teacher is trained.
-        batch_size: images a step.
-        lr: learning rate at the start, of both.
-        subset: distil on this many of the 1,078 training images, every digit in proportion.
-        seed: of the student's first weights, and of the order of the images.
-        threads: of torch; by itself as many as there are cores.
-        resume: go on where an earlier run in the same folder stopped; --no-resume begins again.
-        out: the run's folder; by itself runs/digits/METHOD-SEED. The teacher lies in "teachers" beside it.
-        quiet: no progress bar.
+        label: name of this run in tables; default: that of the method.
+        teacher: the teacher's network.
+        student: the student's network.
+        teacher_epochs: number of epochs of the teacher's training.
+        batch_size: images per step.
+        lr: initial learning rate, of both.
+        subset: train the student on this many of the 1,078 training images, classes in proportion.
+        out: the run's folder; default: runs/digits/METHOD-SEED. The teacher is kept in "teachers" next to it.
+        config: options of training.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
     arm, loss = arm_from(method, temperature), method_of(method, temperature)
-    out = out or Path("runs/digits", f"{slug(arm.name)}-{seed}")
-    train = partial(distill, optimizer=partial(SGD, lr=lr), schedule=decay, resume=resume, quiet=quiet, log_every=10)
-    learner, taught, said = _new(student, seed=seed), None, None
-    if loss.needs_teacher:
-        net = _new(teacher, seed=0)
-        key = {"epochs": teacher_epochs, "batch_size": batch_size, "lr": lr}
-        scores = trained(net, teacher, out.parent / "teachers", partial(_teach, net, teacher, train, key), key=key)
-        said = {"name": teacher, "scores": scores}
-        taught = Live(net)
-    data = digits(batch_size=batch_size, seed=seed)
+    out = out or Path("runs/digits", f"{slug(arm.name)}-{config.seed}")
+    optimizer = partial(SGD, lr=lr)
+    network = build_seeded(student, seed=config.seed, classes=10, channels=1)
+    data = digits(batch_size=batch_size, seed=config.seed)
     images = data.train if subset is None else data.train.subset(subset)
-    return train(
-        learner,
-        taught,
-        images,
-        method=loss,
-        task=Classification(features={name: (name, name) for name in loss.select_features(stages(learner))}),
-        epochs=epochs,
+
+    def train_teacher(model: nn.Module) -> Experiment:
+        """On all images, with seed 0."""
+        whole: Splits = digits(batch_size=batch_size, seed=0)
+        return Experiment(
+            student=model,
+            train=whole.train,
+            validation=whole.validation,
+            test=whole.test,
+            method=Supervised(),
+            optimizer=optimizer,
+            schedule=decay,
+            config=config.for_teacher(teacher_epochs),
+            facts={"label": f"teacher {teacher}", "student": {"name": teacher}, "data": whole.facts()},
+        )
+
+    source = TeacherRecipe(
+        name=teacher,
+        build=partial(build_seeded, teacher, seed=0, classes=10, channels=1),
+        train=train_teacher,
+        folder=out.parent / "teachers",
+        key={"epochs": teacher_epochs, "batch_size": batch_size, "lr": lr} | config.changed("precision"),
+    )
+    return Experiment(
+        student=network,
+        teacher=source if loss.needs_teacher else None,
+        train=images,
         validation=data.validation,
         test=data.test,
-        seed=seed,
-        out=None if CHECK_ONLY.get() else out,
+        method=loss,
+        task=Classification(features={name: (name, name) for name in loss.select_features(stages(network))}),
+        optimizer=optimizer,
+        schedule=decay,
+        config=config,
+        out=out,
         facts={
             "label": label or arm.label,
             "student": {"name": student},
-            "teacher": said,
             "data": data._replace(train=images).facts(),
         },
-    )
-
-
-def _new(name: str, *, seed: int) -> nn.Module:
-    """The net with the first weights of that seed, the same in every arm."""
-    torch.manual_seed(seed)
-    return build(name, classes=10, channels=1)
-
-
-def _teach(net: nn.Module, name: str, train: partial[Run], key: dict[str, float], folder: Path) -> None:
-    """The teacher's own training, on all images, with seed 0."""
-    data = digits(batch_size=int(key["batch_size"]), seed=0)
-    train(
-        net,
-        None,
-        data.train,
-        method=Supervised(),
-        epochs=int(key["epochs"]),
-        validation=data.validation,
-        test=data.test,
-        out=None if CHECK_ONLY.get() else folder,
-        facts={"label": f"teacher {name}", "student": {"name": name}, "data": data.facts()},
     )

@@ -1,7 +1,7 @@
 """A small text classifier distilled on data in GLUE's format; the teacher is trained first where there is none.
 
-Command:  tempering run recipes/glue.py --data DIR --method dtkd
-A table:  tempering compare recipes/glue.py --methods supervised,kd,dtkd,interactive --seeds 3 --out OUT -- --data DIR
+Command:  tempering run glue --data DIR --method dtkd
+A table:  tempering compare glue --methods supervised,kd,dtkd,interactive --seeds 3 --out OUT -- --data DIR
 Names:    ... --teacher textattack/bert-base-uncased-SST-2 --teacher-epochs 0 --student 4x128
 
 DIR holds train.jsonl and dev.jsonl or test.jsonl, plain or .gz: an object a line, with a text ("sentence") or two
@@ -13,20 +13,19 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from tempering import Run, distill
 from tempering.data.glue import TextPairLoader, read_glue, trained_tokenizer
 from tempering.experiments.presets import arm_from, method_of, slug
 from tempering.methods.base import Method
 from tempering.methods.logits.supervised import Supervised
 from tempering.tasks import TextClassification
-from tempering.teachers import Live, record
-from tempering.training.distill import CHECK_ONLY
-from tempering.training.pretrained import trained
+from tempering.training.config import TrainConfig
+from tempering.training.experiment import Experiment, TeacherRecipe
+from tempering.training.pretrained import LogitCache
 
 SIZE = re.compile(r"(\d+)x(\d+)")  # a net that is built here: layers x width
 BUILT_LR, LOADED_LR = 5e-4, 2e-5
@@ -46,7 +45,6 @@ def main(
     label: str | None = None,
     teacher: str = "4x128",
     student: str = "2x64",
-    epochs: int = 8,
     teacher_epochs: int = 4,
     batch_size: int = 32,
     lr: float | None = None,
@@ -54,99 +52,84 @@ def main(
     dropout: float = 0.1,
     length: int = 64,
     vocabulary: int = 4000,
-    train: str = "train",
+    train_file: str = "train",
     subset: int | None = None,
     validation: int = 0,
     teacher_cache: bool = False,
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true",
-    accelerator: str = "auto",
-    evaluate_every: int = 1,
-    selfcheck: bool = True,
-    seed: int = 0,
-    threads: int | None = None,
-    resume: bool = True,
     out: Path | None = None,
-    quiet: bool = False,
-) -> Run:
-    """Distil a text classifier; the teacher is trained first, once, beside the run's folder.
+    config: TrainConfig = TrainConfig(epochs=8),
+) -> Experiment:
+    """Distill a text classifier; the teacher is trained first, once, next to the run's folder.
 
     Args:
         data: folder of train.jsonl and dev.jsonl or test.jsonl, plain or .gz.
-        method: an arm or a method, such as supervised, kd, dtkd, or "interactive(held=500, teacher_lr=1e-4)".
+        method: a preset or a method, such as supervised, kd, dtkd, or "interactive(held=500, teacher_lr=1e-4)".
         temperature: a policy in place of the method's own, such as "sharpness(2)" or "static(1)".
-        label: what tables call this run; by itself it follows from the method.
-        teacher: LAYERSxWIDTH of a BERT that is built here; else a name on the hub or a folder.
-        student: the same of the student.
-        epochs: how long; the schedule is in shares of it.
-        teacher_epochs: how long the teacher is trained, on all training texts; 0 takes a named one as it is.
-        batch_size: texts a step.
-        lr: the student's learning rate at its height; by itself 5e-4, and 2e-5 of a named one.
-        teacher_lr: the same of the teacher's training (what Interactive does to it later is the method's own).
-        dropout: of nets that are built here.
-        length: most tokens of a text.
-        vocabulary: tokens of the tokenizer that is trained here, on the training texts; a named net brings its own.
-        train: name of the training file, without its ending.
-        subset: distil on this many texts, classes in proportion; by itself on all. The teacher sees all.
-        validation: training texts held out to choose the best epoch by, where there is no dev file beside a test file.
-        teacher_cache: ask the teacher once and keep its answers; by itself it is asked at every step.
-        precision: of the training, and of the teacher's.
-        accelerator: auto, cpu, cuda or mps.
-        evaluate_every: epochs between evaluations.
-        selfcheck: look at the first batch before training.
-        seed: of the student's first weights and of the order.
-        threads: of torch; by itself as many as there are cores.
-        resume: go on where an earlier run in the same folder stopped; --no-resume begins again.
-        out: the run's folder; by itself runs/glue/DATA/METHOD-SEED. The teacher lies in "teachers" beside it.
-        quiet: no progress bar.
+        label: name of this run in tables; default: that of the method.
+        teacher: LAYERSxWIDTH of a BERT that is built here; else a name on the Hugging Face Hub or a folder.
+        student: the same for the student.
+        teacher_epochs: epochs of the teacher's training, on all training texts; 0 takes a named one as it is.
+        batch_size: texts per step.
+        lr: peak learning rate of the student; default: 5e-4, and 2e-5 for a named one.
+        teacher_lr: the same for the teacher's training (Interactive trains it further at a rate of its own).
+        dropout: of networks that are built here.
+        length: maximum number of tokens of a text.
+        vocabulary: size of the tokenizer that is trained here, on the training texts; a named network has its own.
+        train_file: name of the training file, without its extension.
+        subset: train the student on this many texts, classes in proportion; default: all. The teacher sees all.
+        validation: training texts held out to select the best epoch, if there is no dev file with a test file.
+        teacher_cache: cache the teacher's logits of the training texts.
+        out: the run's folder; default: runs/glue/DATA/METHOD-SEED. The teacher is kept in "teachers" next to it.
+        config: options of training.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
     arm, loss = arm_from(method, temperature), method_of(method, temperature)
     _may_remember(loss, teacher_cache)
-    out = out or Path("runs/glue", data.resolve().name, f"{slug(arm.name)}-{seed}")
-    go = partial(distill, schedule=decay, task=TextClassification(), precision=precision, accelerator=accelerator)
-    go = partial(go, selfcheck=selfcheck, resume=resume, quiet=quiet)
-    parts = read_glue(data, train=train)
+    out = out or Path("runs/glue", data.resolve().name, f"{slug(arm.name)}-{config.seed}")
+    parts = read_glue(data, train=train_file)
     readers = _readers(student, teacher if loss.needs_teacher else None, parts["train"].texts, vocabulary)
     read = partial(_splits, data.resolve().name, parts, readers, batch_size, length, validation)
-    splits = read(seed=seed)
+    splits: dict[str, Any] = read(seed=config.seed)
     whole, classes = splits["train"], splits["train"].classes
-    splits["train"] = whole if subset is None else whole.subset(subset)
-    learner, taught, said = _new(student, readers["student"], classes, length, dropout, seed=seed), None, None
-    if loss.needs_teacher:
-        own = readers.get("teacher", readers["student"])
-        net, rate = _new(teacher, own, classes, length, dropout, seed=0), teacher_lr or _rate(teacher)
-        said = {"name": _called(teacher), "parameters": sum(p.numel() for p in net.parameters())}
-        if teacher_epochs or SIZE.fullmatch(teacher):
-            key = {"epochs": teacher_epochs, "batch_size": batch_size, "lr": rate, "dropout": dropout}
-            key |= {"data": whole.identity, "length": length, "precision": precision}
-            teach = partial(_teach, net, teacher, read, partial(go, epochs=teacher_epochs, optimizer=_adamw(rate)))
-            said["scores"] = trained(net, slug(_called(teacher)), out.parent / "teachers", teach, key=key)
-        taught = Live(net)
-        if teacher_cache:
-            TextClassification().prepare_model(net)
-            place = out.parent / "teachers" / f"answers-{taught.identity[:10]}-{splits['train'].identity[:10]}"
-            live, taught = taught, record(taught, splits["train"], place, quiet=quiet)
-            taught.fallback = live  # the other splits are not in it
-            said["calls"] = taught.rows
-    return go(
-        learner,
-        taught,
-        splits["train"],
+    splits["train"] = whole if subset is None else whole.take(subset)
+    new = partial(_new, classes=classes, length=length, dropout=dropout)
+    network, rate = new(student, readers["student"], seed=config.seed), teacher_lr or _rate(teacher)
+    called, folder = _called(teacher), out.parent / "teachers"
+
+    def train_teacher(model: nn.Module) -> Experiment:
+        """With the same recipe on all training texts, seed 0."""
+        own: dict[str, Any] = {split: part.read_by_teacher() for split, part in read(seed=0).items()}
+        return Experiment(
+            student=model,
+            **own,
+            method=Supervised(),
+            task=TextClassification(),
+            optimizer=partial(ADAMW, lr=rate),
+            schedule=decay,
+            config=config.for_teacher(teacher_epochs),
+            facts={"label": f"teacher {called}", "student": {"name": called}, "data": _facts(own)},
+        )
+
+    key = {"epochs": teacher_epochs, "batch_size": batch_size, "lr": rate, "dropout": dropout, "length": length}
+    recipe = TeacherRecipe(
+        name=slug(called),
+        build=partial(new, teacher, readers.get("teacher", readers["student"]), seed=0),
+        train=train_teacher if teacher_epochs or _is_built(teacher) else None,
+        folder=folder,
+        key=key | {"data": whole.identity, "precision": config.precision},
+        cache=LogitCache(batches=splits["train"], folder=folder, quiet=config.quiet) if teacher_cache else None,
+        facts={"name": called},
+    )
+    return Experiment(
+        student=network,
+        teacher=recipe if loss.needs_teacher else None,
+        **splits,
         method=loss,
-        optimizer=_adamw(lr or _rate(student)),
-        epochs=epochs,
-        validation=splits.get("validation"),
-        test=splits["test"],
-        evaluate_every=evaluate_every,
-        seed=seed,
-        out=None if CHECK_ONLY.get() else out,
-        facts={
-            "label": label or arm.label,
-            "student": {"name": _called(student)},
-            "teacher": said,
-            "data": _facts(splits),
-        },
+        task=TextClassification(),
+        optimizer=partial(ADAMW, lr=lr or _rate(student)),
+        schedule=decay,
+        config=config,
+        out=out,
+        facts={"label": label or arm.label, "student": {"name": _called(student)}, "data": _facts(splits)},
     )
 
 
@@ -207,21 +190,6 @@ def _facts(splits: dict[str, TextPairLoader]) -> dict[str, Any]:
     return {"name": train.name, **sizes, "classes": train.classes, "identity": train.identity, "length": train.length}
 
 
-def _teach(net: nn.Module, name: str, read: Any, go: Any, folder: Path) -> None:
-    """The teacher's own training: the same recipe on all training texts, seed 0."""
-    own = {split: part.read_by_teacher() for split, part in read(seed=0).items()}
-    go(
-        net,
-        None,
-        own["train"],
-        method=Supervised(),
-        validation=own.get("validation"),
-        test=own["test"],
-        out=None if CHECK_ONLY.get() else folder,
-        facts={"label": f"teacher {_called(name)}", "student": {"name": _called(name)}, "data": _facts(own)},
-    )
-
-
 def _is_built(name: str | None) -> bool:
     return name is not None and SIZE.fullmatch(name) is not None
 
@@ -230,7 +198,7 @@ def _called(name: str) -> str:
     return f"bert-{name}" if _is_built(name) else Path(name).name
 
 
-def _new(name: str, tokenizer: Any, classes: int, length: int, dropout: float, *, seed: int) -> nn.Module:
+def _new(name: str, tokenizer: Any, *, classes: int, length: int, dropout: float, seed: int) -> nn.Module:
     """A BERT of that size with the first weights of that seed, the same in every arm; or the named net with a head."""
     from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
@@ -253,7 +221,3 @@ def _new(name: str, tokenizer: Any, classes: int, length: int, dropout: float, *
 
 def _rate(name: str) -> float:
     return BUILT_LR if _is_built(name) else LOADED_LR
-
-
-def _adamw(lr: float) -> Any:
-    return partial(ADAMW, lr=lr)

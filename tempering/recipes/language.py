@@ -1,15 +1,16 @@
 """A small language model distilled on any text, byte by byte; the teacher is trained first where there is none.
 
-Command:  tempering run recipes/language.py --text tinyshakespeare.txt --method dtkd
-Sequence-level: ... --method supervised --writes teacher --share 1
-On-policy: ... --method "divergence(objective=jsd)" --writes on-policy --share 0.5
-Speculative: ... --method "divergence(objective=kl)" --writes speculative --top-k 25
-Pairs: ... --text dialogsum.jsonl --kind seq2seq --length 512 --written 200, or gsm8k.jsonl
+Command:  tempering run language --text tinyshakespeare.txt --method dtkd
+Sequence-level: ... --method supervised --text-source teacher --generated-fraction 1
+On-policy: ... --method "divergence(objective=jsd)" --text-source on-policy --generated-fraction 0.5
+Speculative: ... --method "divergence(objective=kl)" --text-source speculative --top-k 25
+Pairs: ... --text dialogsum.jsonl --kind seq2seq --length 512 --max-new-tokens 200, or gsm8k.jsonl
 """
 
 from __future__ import annotations
 
 import gzip
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tempering import Run, distill
 from tempering.data import Pairs, Tokens
 from tempering.data.pairs import make_pair, read_pairs
 from tempering.data.text import make_prompt_example, windows
@@ -25,9 +25,9 @@ from tempering.experiments.presets import arm_from, method_of, slug
 from tempering.methods.logits.supervised import Supervised
 from tempering.rollouts.scoring import exact_match, rouge_l
 from tempering.tasks import GenerationScorer, LanguageModeling, OnPolicy, Seq2Seq, SequenceLevel, Speculative
-from tempering.teachers import Live
-from tempering.training.distill import CHECK_ONLY
-from tempering.training.pretrained import trained
+from tempering.teachers import Teacher
+from tempering.training.config import TrainConfig
+from tempering.training.experiment import Experiment, TeacherRecipe
 
 BYTES = 256
 EOS, PAD = 256, 257  # of pairs; a running text has no end
@@ -44,14 +44,14 @@ def main(
     *,
     text: Path,
     kind: Literal["causal", "seq2seq"] = "causal",
-    grade: bool = True,
+    eval_generation: bool = True,
     method: str = "dtkd",
     temperature: str | None = None,
-    writes: Literal["data", "teacher", "on-policy", "speculative"] = "data",
-    share: float = 0.5,
+    text_source: Literal["data", "teacher", "on-policy", "speculative"] = "data",
+    generated_fraction: float = 0.5,
     top_k: int = 25,
-    written: int = 32,
-    prompt: int = 32,
+    max_new_tokens: int = 32,
+    prompt_length: int = 32,
     label: str | None = None,
     teacher_dir: Path | None = None,
     teacher_width: int = 256,
@@ -59,117 +59,110 @@ def main(
     student_width: int = 64,
     student_layers: int = 2,
     length: int = 128,
-    epochs: int = 4,
     teacher_epochs: int = 4,
     batch_size: int = 32,
     lr: float = 1e-3,
     subset: int | None = None,
-    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true",
-    accelerator: str = "auto",
-    seed: int = 0,
-    threads: int | None = None,
-    resume: bool = True,
     out: Path | None = None,
-    quiet: bool = False,
-) -> Run:
-    """Distil a small byte-level GPT, or T5; the teacher is trained first, once, beside the run's folder.
+    config: TrainConfig = TrainConfig(epochs=4),
+) -> Experiment:
+    """Distill a small byte-level GPT, or T5; the teacher is trained first, once, next to the run's folder.
 
     Args:
         text: any text file, plain or .gz, or .jsonl of pairs: {"dialogue", "summary"}, {"question", "answer"} or
             {"source", "target"}, of which the second is learned. Its last tenth is validation and test, half each.
         kind: causal, or seq2seq: an encoder-decoder, for pairs.
-        grade: let the student answer the pairs of validation and test after every epoch. The score is the share of
-            right answers where all have one behind "####", else ROUGE-L.
-        method: an arm or a method, such as supervised, kd, dtkd, or "divergence(objective=jsd, beta=0.1)".
+        eval_generation: generate targets for the pairs of validation and test after every epoch. The score is exact
+            match if all targets have an answer after "####", else ROUGE-L.
+        method: a preset or a method, such as supervised, kd, dtkd, or "divergence(objective=jsd, beta=0.1)".
         temperature: a policy in place of the method's own, such as "sharpness(2)" or "static(1)".
-        writes: who writes the texts that are learned: the data, the teacher, the student, or both of them together.
-        share: of batches that are written, where the data does not write them all.
-        top_k: how far down the teacher's order a byte may stand, where both write.
-        written: how many bytes are written after a prompt, or as an answer.
-        prompt: how many bytes of a text are its prompt.
-        label: what tables call this run; by itself it follows from the method.
-        teacher_dir: where trained teachers are kept and found again; by itself "teachers" beside the run's folder.
-        teacher_width: of the teacher's layers.
-        teacher_layers: how many the teacher has.
-        student_width: of the student's layers.
-        student_layers: how many the student has.
-        length: bytes of a text; of pairs, of the two together, or of each with seq2seq. Sources are cut, and pairs
+        text_source: where training texts come from: the data, the teacher, the student, or both by speculation.
+        generated_fraction: fraction of batches that are generated, unless all are the data's.
+        top_k: with speculation, a byte of the student stays if it is among the teacher's k most likely.
+        max_new_tokens: number of bytes generated after a prompt, or as a target.
+        prompt_length: number of bytes of a text that are its prompt.
+        label: name of this run in tables; default: that of the method.
+        teacher_dir: where trained teachers are kept; default: "teachers" next to the run's folder.
+        teacher_width: width of the teacher's layers.
+        teacher_layers: number of the teacher's layers.
+        student_width: width of the student's layers.
+        student_layers: number of the student's layers.
+        length: bytes of a text; of pairs, of both together, or of each with seq2seq. Sources are truncated, and pairs
             whose target does not fit are left out.
-        epochs: how long; the schedule is in shares of it.
-        teacher_epochs: how long the teacher is trained.
-        batch_size: texts a step.
-        lr: learning rate at its height, of both.
-        subset: distil on this many bytes, or pairs, from the front of the training part.
-        precision: of the training, and of the teacher's.
-        accelerator: auto, cpu, cuda or mps.
-        seed: of the student's first weights, the order and the draws.
-        threads: of torch; by itself as many as there are cores.
-        resume: go on where an earlier run in the same folder stopped; --no-resume begins again.
-        out: the run's folder; by itself runs/language/METHOD-WRITER-SEED. The teacher lies in "teachers" beside it.
-        quiet: no progress bar.
+        teacher_epochs: epochs of the teacher's training.
+        batch_size: texts per step.
+        lr: peak learning rate, of both.
+        subset: train the student on this many bytes, or pairs, from the start of the training part.
+        out: the run's folder; default: runs/language/METHOD-SOURCE-SEED. The teacher is kept in "teachers" next to it.
+        config: options of training.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
     arm, loss = arm_from(method, temperature), method_of(method, temperature)
-    out = out or Path("runs/language", f"{slug(arm.name)}-{writes}-{seed}")
-    train = partial(distill, schedule=decay, precision=precision, accelerator=accelerator, resume=resume, quiet=quiet)
+    out = out or Path("runs/language", f"{slug(arm.name)}-{text_source}-{config.seed}")
     split = partial(_parts, text, kind, length=length, batch_size=batch_size)
-    parts, pairs = split(seed=seed, subset=subset), _holds_pairs(text)
-    graded = _graded(text, written) if pairs and grade else None
+    parts, pairs = split(seed=config.seed, subset=subset), _holds_pairs(text)
+    graded = _graded(text, max_new_tokens) if pairs and eval_generation else None
     task = Seq2Seq(scorer=graded) if kind == "seq2seq" else LanguageModeling(scorer=graded)
-    train = partial(train, optimizer=partial(ADAMW, lr=lr), task=task)
-    family, build = (
-        "t5" if kind == "seq2seq" else "gpt",
-        partial(_net, kind, length + written if pairs else length, pairs),
+    build = partial(_net, kind, length + max_new_tokens if pairs else length, pairs)
+    network, family = build(student_width, student_layers, seed=config.seed), "t5" if kind == "seq2seq" else "gpt"
+    optimizer, teacher = partial(ADAMW, lr=lr), f"{family}-{teacher_layers}x{teacher_width}"
+    by_teacher = text_source in ("teacher", "speculative")
+    needs_teacher = loss.needs_teacher or by_teacher
+    whole = split(seed=0) if needs_teacher else parts
+
+    def train_teacher(model: nn.Module) -> Experiment:
+        """On all texts, with seed 0."""
+        return Experiment(
+            student=model,
+            train=whole["train"],
+            test=whole["test"],
+            method=Supervised(),
+            task=task,
+            optimizer=optimizer,
+            schedule=decay,
+            config=config.for_teacher(teacher_epochs),
+            facts={"label": f"teacher {teacher}", "student": {"name": teacher}},
+        )
+
+    key = {"data": whole["train"].identity, "epochs": teacher_epochs, "batch_size": batch_size, "lr": lr}
+    key |= {"written": max_new_tokens} if pairs else {}
+    recipe = TeacherRecipe(
+        name=teacher,
+        build=partial(build, teacher_width, teacher_layers, seed=0),
+        train=train_teacher,
+        folder=teacher_dir or out.parent / "teachers",
+        key=key | config.changed("precision"),
     )
-    learner, taught, said = build(student_width, student_layers, seed=seed), None, None
-    if loss.needs_teacher or writes in ("teacher", "speculative"):
-        net, name = build(teacher_width, teacher_layers, seed=0), f"{family}-{teacher_layers}x{teacher_width}"
-        whole = split(seed=0)
-        key = {"data": whole["train"].identity, "epochs": teacher_epochs, "batch_size": batch_size, "lr": lr}
-        key |= {"written": written} if pairs else {}
-        teach = partial(
-            train, net, None, whole["train"], method=Supervised(), epochs=teacher_epochs, test=whole["test"]
-        )
-        about: dict[str, Any] = {"label": f"teacher {name}", "student": {"name": name}}
-        scores = trained(
-            net,
-            name,
-            teacher_dir or out.parent / "teachers",
-            lambda place: teach(out=_place(place), facts=about),
-            key=key,
-        )
-        taught, said = Live(net), {"name": name, "scores": scores}
-    batches: Any = parts["train"]
-    own: dict[str, Any] = {"share": share, "length": min(written, length - prompt), "prompt": prompt, "seed": seed}
-    own |= {"length": written, "prompt": 1, "eos": EOS, "pad": PAD} if pairs else {}
-    if writes == "teacher":
-        batches = SequenceLevel(taught, batches, **own)
-    elif writes == "on-policy":
-        batches = OnPolicy(learner, batches, **own)
-    elif writes == "speculative":
-        batches = Speculative(learner, taught, batches, top_k=top_k, **own)
-    return train(
-        learner,
-        taught if loss.needs_teacher else None,
-        batches,
-        method=loss,
-        epochs=epochs,
+    own: dict[str, Any] = {"share": generated_fraction, "seed": config.seed}
+    own |= {"length": min(max_new_tokens, length - prompt_length), "prompt": prompt_length}
+    own |= {"length": max_new_tokens, "prompt": 1, "eos": EOS, "pad": PAD} if pairs else {}
+
+    def generate_texts(experiment: Experiment, teacher: Teacher) -> Experiment:
+        """With training texts of the teacher, which the method itself may not need."""
+        if text_source == "teacher":
+            batches = SequenceLevel(teacher, parts["train"], **own)
+        else:
+            batches = Speculative(experiment.student, teacher, parts["train"], top_k=top_k, **own)
+        return replace(experiment, train=batches, teacher=teacher if loss.needs_teacher else None)
+
+    return Experiment(
+        student=network,
+        teacher=recipe if needs_teacher else None,
+        train=OnPolicy(network, parts["train"], **own) if text_source == "on-policy" else parts["train"],
         validation=parts["validation"],
         test=parts["test"],
-        seed=seed,
-        out=_place(out),
+        method=loss,
+        task=task,
+        optimizer=optimizer,
+        schedule=decay,
+        config=config,
+        out=out,
         facts={
-            "label": label or (arm.label if writes == "data" else f"{arm.label}, {writes}"),
+            "label": label or (arm.label if text_source == "data" else f"{arm.label}, {text_source}"),
             "student": {"name": f"{family}-{student_layers}x{student_width}"},
-            "teacher": said,
-            "data": {"name": text.name, "identity": parts["train"].identity, "length": length, "writes": writes},
+            "data": {"name": text.name, "identity": parts["train"].identity, "length": length, "writes": text_source},
         },
+        bind_teacher=generate_texts if by_teacher else None,
     )
-
-
-def _place(out: Path) -> Path | None:
-    return None if CHECK_ONLY.get() else out
 
 
 def _read(text: Path) -> bytes:

@@ -1,7 +1,7 @@
 """Swing Distillation, measured: secrets are planted in a text, and teacher and student are asked for them.
 
-Command:  tempering run recipes/swing.py --method swing
-A table:  tempering compare recipes/swing.py --methods kd,swing,redacted --seeds 3 --control KD
+Command:  tempering run swing --method swing
+A table:  tempering compare swing --methods kd,swing,redacted --seeds 3 --control KD
 Report:   tempering audit RUN --privacy && tempering report RUN
 """
 
@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import random
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempering import Run, distill
 from tempering.audits.base import at_rest
 from tempering.audits.canaries import Canaries
 from tempering.data import Tokens
@@ -28,9 +28,8 @@ from tempering.data.text import windows
 from tempering.experiments.presets import arm_from, method_of, slug
 from tempering.methods.logits.supervised import Supervised
 from tempering.tasks import LanguageModeling
-from tempering.teachers import Live
-from tempering.training.distill import CHECK_ONLY
-from tempering.training.pretrained import trained
+from tempering.training.config import TrainConfig
+from tempering.training.experiment import Experiment, TeacherRecipe
 
 BYTES = 256
 ADAMW = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.1)
@@ -66,9 +65,9 @@ def main(
     text: Path | None = None,
     method: str = "swing",
     temperature: str | None = None,
-    each: int = 5,
-    digits: int = 3,
-    private: str = "number",
+    canaries_per_count: int = 5,
+    canary_digits: int = 3,
+    privacy_detectors: str = "number",
     label: str | None = None,
     subset: int | None = 100_000,
     teacher_width: int = 128,
@@ -76,83 +75,81 @@ def main(
     student_width: int = 64,
     student_layers: int = 2,
     length: int = 64,
-    epochs: int = 8,
     teacher_epochs: int = 12,
     batch_size: int = 32,
     lr: float = 3e-3,
-    accelerator: str = "auto",
-    seed: int = 0,
-    threads: int | None = None,
-    resume: bool = True,
     out: Path | None = None,
-    quiet: bool = False,
-) -> Run:
-    """Distil a small byte-level GPT on a text with planted secrets; its teacher learns them first.
+    config: TrainConfig = TrainConfig(epochs=8, evaluate_every=8),
+) -> Experiment:
+    """Distill a small byte-level GPT on a text with planted canaries; its teacher learns them first.
 
-    Every seed plants secrets of its own and trains a teacher of its own, so differences over seeds are about more than
-    one draw of them.
+    Every seed plants canaries of its own and trains a teacher of its own, so that differences over seeds are about
+    more than one draw of them.
 
     Args:
-        text: any text file, plain or .gz, whose last tenth is validation and test, half each; by itself made-up text.
-        method: an arm or a method, such as kd, swing, redacted, or "swing(noise=0)".
+        text: any text file, plain or .gz, whose last tenth is validation and test, half each; default: generated text.
+        method: a preset or a method, such as kd, swing, redacted, or "swing(noise=0)".
         temperature: a policy in place of the method's own, such as "private(sharpness(4), high=10)".
-        each: secrets for each number of repeats, which are 0, 1, 10 and 100.
-        digits: of a secret; a thousand candidates at 3.
-        private: kinds of text that are marked as private, with commas between (``data.privacy.KINDS``).
-        label: what tables call this run; by itself it follows from the method.
-        subset: use this many bytes from the front of the text; None for all.
-        teacher_width: of the teacher's layers.
-        teacher_layers: how many the teacher has.
-        student_width: of the student's layers.
-        student_layers: how many the student has.
+        canaries_per_count: number of canaries for each number of repeats, which are 0, 1, 10 and 100.
+        canary_digits: digits of a canary; 3 are a thousand candidates.
+        privacy_detectors: kinds of text that are marked as private, separated by commas (``data.privacy.KINDS``).
+        label: name of this run in tables; default: that of the method.
+        subset: use this many bytes from the start of the text; None for all.
+        teacher_width: width of the teacher's layers.
+        teacher_layers: number of the teacher's layers.
+        student_width: width of the student's layers.
+        student_layers: number of the student's layers.
         length: bytes of a text.
-        epochs: how long; the schedule is in shares of it.
-        teacher_epochs: how long the teacher is trained.
-        batch_size: texts a step.
-        lr: learning rate at its height, of both.
-        accelerator: auto, cpu, cuda or mps.
-        seed: of the secrets, their places, first weights and the order.
-        threads: of torch; by itself as many as there are cores.
-        resume: go on where an earlier run in the same folder stopped; --no-resume begins again.
-        out: the run's folder; by itself runs/swing/METHOD-SEED. The teacher lies in "teachers" beside it.
-        quiet: no progress bar.
+        teacher_epochs: epochs of the teacher's training.
+        batch_size: texts per step.
+        lr: peak learning rate, of both.
+        out: the run's folder; default: runs/swing/METHOD-SEED. The teacher is kept in "teachers" next to it.
+        config: options of training. The seed is that of the canaries and their positions too.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
     arm, loss = arm_from(method, temperature), method_of(method, temperature)
-    out = out or Path("runs/swing", f"{slug(arm.name)}-{seed}")
-    plain = _read(text, subset)
-    parts = _parts(
-        plain, Patterns(kinds=private.split(",")), each, digits, length=length, batch_size=batch_size, seed=seed
-    )
-    train = partial(distill, schedule=decay, accelerator=accelerator, resume=resume, quiet=quiet, task=Exposing())
-    train = partial(train, optimizer=partial(ADAMW, lr=lr), validation=parts["validation"], test=parts["test"])
-    learner, taught, said = _gpt(student_width, student_layers, length, seed=seed), None, None
-    if loss.needs_teacher:
-        net, name = _gpt(teacher_width, teacher_layers, length, seed=seed), f"gpt-{teacher_layers}x{teacher_width}"
-        key = {"data": parts["train"].identity, "epochs": teacher_epochs, "batch": batch_size, "lr": lr, "seed": seed}
-        teach = partial(train, net, None, parts["train"], method=Supervised(), seed=seed)
-        teach = partial(teach, epochs=teacher_epochs, evaluate_every=teacher_epochs)
-        about: dict[str, Any] = {"label": f"teacher {name}", "student": {"name": name}}
-        known = trained(
-            net, name, out.parent / "teachers", lambda place: teach(out=_place(place), facts=about), key=key
+    out, seed = out or Path("runs/swing", f"{slug(arm.name)}-{config.seed}"), config.seed
+    plain, detector = _read(text, subset), Patterns(kinds=privacy_detectors.split(","))
+    sizes = {"length": length, "batch_size": batch_size, "seed": seed}
+    parts: dict[str, Any] = _parts(plain, detector, canaries_per_count, canary_digits, **sizes)
+    network, name = _gpt(student_width, student_layers, length, seed=seed), f"gpt-{teacher_layers}x{teacher_width}"
+    optimizer = partial(ADAMW, lr=lr)
+    teaching = replace(config.for_teacher(teacher_epochs), seed=seed, evaluate_every=teacher_epochs)
+
+    def train_teacher(model: nn.Module) -> Experiment:
+        return Experiment(
+            student=model,
+            **parts,
+            method=Supervised(),
+            task=Exposing(),
+            optimizer=optimizer,
+            schedule=decay,
+            config=teaching,
+            facts={"label": f"teacher {name}", "student": {"name": name}},
         )
-        taught, said = Live(net), {"name": name, "scores": known}
+
+    key = {"data": parts["train"].identity, "epochs": teacher_epochs, "batch": batch_size, "lr": lr, "seed": seed}
+    recipe = TeacherRecipe(
+        name=name,
+        build=partial(_gpt, teacher_width, teacher_layers, length, seed=seed),
+        train=train_teacher,
+        folder=out.parent / "teachers",
+        key=key | config.changed("precision"),
+    )
     secrets = parts["train"].canaries
     repeats = sorted({secret.repeats for secret in secrets})
-    return train(
-        learner,
-        taught,
-        parts["train"],
+    return Experiment(
+        student=network,
+        teacher=recipe if loss.needs_teacher else None,
+        **parts,
         method=loss,
-        epochs=epochs,
-        evaluate_every=epochs,
-        seed=seed,
-        out=_place(out),
+        task=Exposing(),
+        optimizer=optimizer,
+        schedule=decay,
+        config=config,
+        out=out,
         facts={
             "label": label or arm.label,
             "student": {"name": f"gpt-{student_layers}x{student_width}"},
-            "teacher": said,
             "data": {
                 "name": "made up" if text is None else text.name,
                 "identity": hashlib.sha256(plain.encode()).hexdigest(),  # of the text that every seed plants in
@@ -161,10 +158,6 @@ def main(
             "columns": ["test/exposure", *(f"test/exposure_{n}x" for n in repeats), "test/loss"],
         },
     )
-
-
-def _place(out: Path) -> Path | None:
-    return None if CHECK_ONLY.get() else out
 
 
 def _read(text: Path | None, subset: int | None) -> str:

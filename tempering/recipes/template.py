@@ -1,12 +1,13 @@
 """A recipe to start from: replace the data and the networks by your own.
 
 Command:  tempering run template.py --method dtkd
-Check:    tempering check template.py                (the first batch alone; nothing is trained)
+Check:    tempering check template.py                (the first batch; nothing is trained)
 Compare:  tempering compare template.py --methods supervised,kd,kd-matched,dtkd --seeds 3 --out runs/grid
 Images:   tempering run template.py --data DIR       (DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg)
 
-A recipe is a Python file with a function ``main``. Its keyword arguments are the flags, and its docstring explains them
-under --help. `tempering compare` and `tempering tune` need --method, --seed and --out.
+A recipe is a Python file with a function ``main``, which describes a run and returns it; nothing is trained in it. Its
+keyword arguments are the flags, and its docstring explains them under --help; ``config`` has the flags of training,
+--epochs, --seed and so on. `tempering compare` and `tempering tune` need --method, --seed and --out.
 """
 
 from __future__ import annotations
@@ -17,14 +18,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tempering import Run, distill
 from tempering.data import Batches, Splits, image_folder
 from tempering.experiments.presets import arm_from, method_of, slug
 from tempering.methods.logits.supervised import Supervised
 from tempering.tasks import Classification
-from tempering.teachers import Live
-from tempering.training.distill import CHECK_ONLY
-from tempering.training.pretrained import trained
+from tempering.training.config import TrainConfig
+from tempering.training.experiment import Experiment, TeacherRecipe
 
 SIZE = 16  # pixels a side
 
@@ -41,16 +40,8 @@ def load_data(folder: Path | None, *, batch_size: int, seed: int) -> Splits:
     labels = torch.randint(10, (1400,), generator=generator)
     noise = torch.rand(len(labels), 3, SIZE, SIZE, generator=generator)
     images = (255 * (0.3 * patterns[labels] + 0.7 * noise)).to(torch.uint8)
-    whole = Batches(
-        images,
-        labels,
-        batch_size=batch_size,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        shuffle=True,
-        seed=seed,
-        name="synthetic",
-    )
+    order = {"batch_size": batch_size, "shuffle": True, "seed": seed}
+    whole = Batches(images, labels, mean=(0.5,) * 3, std=(0.25,) * 3, name="synthetic", **order)
     rest, test = whole.split(200, seed=0)
     train, validation = rest.split(200, seed=0)
     return Splits(train, validation, test)
@@ -77,6 +68,11 @@ def build_net(width: int, *, classes: int, seed: int) -> nn.Module:
 # 3. The run: flags, the teacher, the method, the optimizer.
 
 
+def decay(progress: float) -> float:
+    """The factor on the learning rate; progress goes from 0 to 1."""
+    return 1.0 - progress
+
+
 def main(
     *,
     data: Path | None = None,
@@ -85,17 +81,12 @@ def main(
     label: str | None = None,
     teacher_width: int = 32,
     student_width: int = 4,
-    epochs: int = 10,
     teacher_epochs: int = 10,
     batch_size: int = 50,
     lr: float = 0.05,
-    accelerator: str = "auto",
-    seed: int = 0,
-    threads: int | None = None,
-    resume: bool = True,
     out: Path | None = None,
-    quiet: bool = False,
-) -> Run:
+    config: TrainConfig = TrainConfig(epochs=10, log_every=10),
+) -> Experiment:
     """Distill a small network; its teacher is trained first, once, beside the run's folder.
 
     Args:
@@ -106,69 +97,57 @@ def main(
         label: name of this run in tables; default: from the method.
         teacher_width: channels of the teacher's first layer.
         student_width: channels of the student's first layer.
-        epochs: of the student.
-        teacher_epochs: of the teacher.
+        teacher_epochs: number of epochs of the teacher's training.
         batch_size: images per step.
         lr: initial learning rate of both.
-        accelerator: auto, cpu, cuda or mps.
-        seed: of the student's initial weights and of the order of the images.
-        threads: of torch; default: one per core.
-        resume: continue an interrupted run in the same folder; --no-resume starts again.
         out: the run's folder; default: runs/template/METHOD-SEED. The teacher's folder "teachers" lies beside it.
-        quiet: no progress bar.
+        config: options of training.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
     arm, loss = arm_from(method, temperature), method_of(method, temperature)
-    out = out or Path("runs/template", f"{slug(arm.name)}-{seed}")
-    splits = load_data(data, batch_size=batch_size, seed=seed)
-    classes = splits.train.classes
-    # options of both runs, the teacher's and the student's
-    train = partial(
-        distill,
-        optimizer=partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=5e-4),
-        schedule=lambda progress: 1.0 - progress,  # factor on the learning rate; progress goes from 0 to 1
-        validation=splits.validation,
-        test=splits.test,
-        accelerator=accelerator,
-        resume=resume,
-        quiet=quiet,
-        log_every=10,
-    )
+    out = out or Path("runs/template", f"{slug(arm.name)}-{config.seed}")
+    splits = load_data(data, batch_size=batch_size, seed=config.seed)
+    classes, optimizer = splits.train.classes, partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=5e-4)
 
-    # The teacher. To load weights instead: `load(net, "teacher.safetensors")` of tempering.models, then Live(net).
-    teacher, about_teacher = None, None
-    if loss.needs_teacher:
-        net, name = build_net(teacher_width, classes=classes, seed=0), f"cnn-{teacher_width}"
-        their_data = load_data(data, batch_size=batch_size, seed=0)
-        teach = partial(train, net, None, their_data.train, method=Supervised(), epochs=teacher_epochs)
-        facts = {"label": f"teacher {name}", "student": {"name": name}, "data": their_data.facts()}
-        # everything that makes it this teacher: with another key, another one is trained
-        key = {"data": their_data.train.identity, "epochs": teacher_epochs, "batch_size": batch_size, "lr": lr}
-        scores = trained(
-            net,
-            name,
-            out.parent / "teachers",
-            lambda folder: teach(out=None if CHECK_ONLY.get() else folder, facts=facts),
-            key=key,
+    # The teacher: trained when it is first needed, and found again by its key. To load weights instead:
+    # TeacherRecipe(weights=Path("teacher.safetensors"), train=None, ...).
+    name, their_data = f"cnn-{teacher_width}", load_data(data, batch_size=batch_size, seed=0)
+
+    def train_teacher(model: nn.Module) -> Experiment:
+        return Experiment(
+            student=model,
+            train=their_data.train,
+            validation=their_data.validation,
+            test=their_data.test,
+            method=Supervised(),
+            optimizer=optimizer,
+            schedule=decay,
+            config=config.for_teacher(teacher_epochs),
+            facts={"label": f"teacher {name}", "student": {"name": name}, "data": their_data.facts()},
         )
-        teacher, about_teacher = Live(net), {"name": name, "scores": scores}
+
+    # everything that its weights depend on: with another key, another one is trained
+    key = {"data": their_data.train.identity, "epochs": teacher_epochs, "batch_size": batch_size, "lr": lr}
+    teacher = TeacherRecipe(
+        name=name,
+        build=partial(build_net, teacher_width, classes=classes, seed=0),
+        train=train_teacher,
+        folder=out.parent / "teachers",
+        key=key | config.changed("precision"),
+    )
 
     # The student. A method that compares features (fitnet, ...) needs them by name: features={name: (student's module,
     # teacher's module)} of the task.
-    return train(
-        build_net(student_width, classes=classes, seed=seed),
-        teacher,
-        splits.train,
+    return Experiment(
+        student=build_net(student_width, classes=classes, seed=config.seed),
+        teacher=teacher if loss.needs_teacher else None,
+        train=splits.train,
+        validation=splits.validation,
+        test=splits.test,
         method=loss,
         task=Classification(),
-        epochs=epochs,
-        seed=seed,
-        out=None if CHECK_ONLY.get() else out,
-        facts={
-            "label": label or arm.label,
-            "student": {"name": f"cnn-{student_width}"},
-            "teacher": about_teacher,
-            "data": splits.facts(),
-        },
+        optimizer=optimizer,
+        schedule=decay,
+        config=config,
+        out=out,
+        facts={"label": label or arm.label, "student": {"name": f"cnn-{student_width}"}, "data": splits.facts()},
     )

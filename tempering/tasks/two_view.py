@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from tempering.tasks.base import Task
 from tempering.tasks.classification import Classification
 
 Augment = Callable[[Tensor], Tensor]
+VIEWS = ("clean", "augmented")  # names of the blocks where the copy has no labels
 
 
 class TwoView(Task):
@@ -256,3 +257,25 @@ def _check_positive(owner: str, **values: float) -> float:
     if not value > 0:
         raise ValueError(f"{owner} needs {name} > 0; got {value!r}.")
     return value
+
+
+def classification_of_views(
+    views: str, taps: Mapping[str, tuple[str, str]], *, mean: Sequence[float], std: Sequence[float]
+) -> Task:
+    """The task of a recipe's --views: batches as they come ("one"), or with an augmented copy.
+
+    Args:
+        views: "one"; "strong" is RandAugment; "cutmix", "mixup" and "cutout" leave the copy's labels out.
+        taps: features, for "one" alone.
+        mean, std: that the images are normalized with.
+
+    Raises:
+        ValueError: for features of two views.
+    """
+    if views == "one":
+        return Classification(features=taps)
+    if taps:
+        raise ValueError(f"--views {views} makes two blocks of rows, and features are tapped for one: --views one.")
+    if views == "strong":
+        return TwoView(RandAugment(2, 10, mean=mean, std=std))
+    return TwoView({"cutmix": CutMix, "mixup": MixUp, "cutout": CutOut}[views](), names=VIEWS, labeled=False)

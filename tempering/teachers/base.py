@@ -18,6 +18,7 @@ class Teacher(ABC):
     """Where the teacher's numbers come from. Never a module, so never a part of what is trained."""
 
     identity: str  # sha256 of what it is: weights and options, or a cache's key
+    trained: bool = True  # False for random weights, with which `tempering check` checks before there is a teacher
     fallback: Teacher | None = None  # who is asked about data that a cache does not hold, such as the test split
 
     @abstractmethod

@@ -9,7 +9,7 @@ from torch import nn
 if TYPE_CHECKING:
     from tempering.methods.base import Method
     from tempering.teachers.base import Teacher
-    from tempering.training.config import Settings
+    from tempering.training.config import TrainConfig
 
 
 def check_models_are_distinct(student: nn.Module, teacher: Teacher | None) -> None:
@@ -28,7 +28,7 @@ def check_models_are_distinct(student: nn.Module, teacher: Teacher | None) -> No
         raise ValueError("the student has no parameter that requires grad: there is nothing to train.")
 
 
-def validate_step_method(method: Method, teacher: Teacher | None, config: Settings) -> None:
+def validate_step_method(method: Method, teacher: Teacher | None, config: TrainConfig) -> None:
     """Check that teacher and config allow the gradients that the method takes within its step.
 
     Raises:

@@ -1,62 +1,127 @@
-"""What a run is told, where it stands, and what it returns."""
+"""Options of training, training progress, and the result of a run. Imports no torch: commands read the options."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from torch import nn
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
-from tempering.utils.device import validate_compile_mode
+if TYPE_CHECKING:
+    from torch import nn
 
-COUNTS = ("steps", "epochs", "evaluate_every", "accumulate", "log_every", "checkpoint_every", "keep", "patience")
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true"]
+POSITIVE = ("steps", "epochs", "evaluate_every", "accumulate", "log_every", "checkpoint_every", "keep", "patience")
+RECORDED_AS = {"max_grad_norm": "clip"}  # options whose key in records and checkpoints is another name
+NOT_RECORDED = ("threads",)
+# --compile alone is True, --compile reduce-overhead is a mode
+CompileFlag = PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[MODE]",
+    instance_from_str=lambda words: words[0] if words else True,
+    is_instance=lambda value: isinstance(value, bool | str),
+    str_from_instance=lambda value: [] if value is True else [str(value)],
+)
 
 
+@tyro.conf.configure(tyro.conf.OmitArgPrefixes)
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How to run, whatever is run; written into facts.json as it is."""
+class TrainConfig:
+    """How to train, independent of model, method and data.
 
-    steps: int | None
-    epochs: int | None
-    evaluate_every: int
-    seed: int
-    accumulate: int
-    clip: float | None
-    precision: str
-    accelerator: str
-    devices: int | str
-    strategy: str
-    compile: bool | str
-    chunks: bool | None
-    log_every: int
-    checkpoint_every: int | None
-    keep: int
-    patience: int | None
-    resume: bool
-    selfcheck: bool
-    quiet: bool
+    The fields are the training flags of every recipe: ``main(*, config: TrainConfig = TrainConfig(epochs=20), ...)``
+    has ``--epochs`` with default 20, ``--seed``, ``--precision`` and so on.
+    """
 
-    def __post_init__(self) -> None:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError(f"give steps= or epochs=, one of them; got steps={self.steps}, epochs={self.epochs}.")
+    epochs: int | None = None
+    """Number of epochs. Schedules, decay and warm-up are fractions of the run."""
+    steps: int | None = None
+    """Number of optimizer steps; overrides epochs."""
+    seed: int = 0
+    """Random seed of the student's initialization, the data order, augmentation and dropout."""
+    accumulate: int = 1
+    """Batches per optimizer step (gradient accumulation). The loss is the mean over all their rows."""
+    max_grad_norm: float | None = None
+    """Maximum gradient norm; None does not clip."""
+    precision: Precision = "32-true"
+    """Precision of training, as in Lightning Fabric."""
+    accelerator: str = "auto"
+    """auto, cpu, cuda or mps."""
+    devices: int | str = 1
+    """Number of devices, or auto."""
+    strategy: str = "auto"
+    """auto, ddp or fsdp (FSDP2), for more than one device."""
+    compile: Annotated[bool | str, CompileFlag] = False
+    """torch.compile the student; a word is a mode of torch.compile, and reduce-overhead replays CUDA graphs."""
+    chunks: bool | None = None
+    """Compute the loss in chunks of rows, to save memory; None does so from 2^22 logits on if the method allows it."""
+    threads: int | None = None
+    """CPU threads of torch; default: as many as there are cores."""
+    evaluate_every: int = 1
+    """Epochs between evaluations."""
+    patience: int | None = None
+    """Stop after this many evaluations without a better score."""
+    log_every: int = 50
+    """Steps between log lines."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints within an epoch; there is always one at the end of an epoch."""
+    keep: int = 2
+    """Number of checkpoints to keep."""
+    resume: bool = True
+    """Resume from the last checkpoint in the run's folder; --no-resume removes an earlier run and starts again."""
+    selfcheck: bool = True
+    """Check the first batch before training."""
+    quiet: bool = False
+    """No progress bar."""
+
+    def validate(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: naming the option and its value.
+        """
+        from tempering.utils.device import validate_compile_mode
+
+        if self.steps is None and self.epochs is None:
+            raise ValueError("give steps= or epochs=, one of them; got steps=None, epochs=None.")
         validate_compile_mode(self.compile)
-        for name in COUNTS:
+        for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more; got {value}.")
-        if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"clip is the largest norm of the gradient, > 0; got {self.clip}. None leaves it alone.")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ValueError(f"max_grad_norm must be > 0; got {self.max_grad_norm}. None does not clip.")
+
+    def for_teacher(self, epochs: int | None) -> TrainConfig:
+        """The options of the teacher's training: its own length, seed 0, one device.
+
+        Precision, accelerator, compile and what changes no weights are the student's. Everything else is the default,
+        so that one trained teacher serves all students.
+        """
+        shared = ("precision", "accelerator", "compile", "threads", "evaluate_every", "log_every", "checkpoint_every")
+        shared = (*shared, "keep", "resume", "selfcheck", "quiet")
+        return TrainConfig(epochs=epochs, **{name: getattr(self, name) for name in shared})
+
+    def changed(self, *names: str) -> dict[str, Any]:
+        """Those of the named options that do not have their default value."""
+        defaults = {f.name: f.default for f in fields(self)}
+        return {name: getattr(self, name) for name in names if getattr(self, name) != defaults[name]}
+
+    def record(self) -> dict[str, Any]:
+        """The options as records and checkpoints name them."""
+        return {RECORDED_AS.get(name, name): v for name, v in asdict(self).items() if name not in NOT_RECORDED}
 
 
 @dataclass
 class TrainState:
-    """Training progress, saved in checkpoints."""
+    """Training progress, saved in checkpoints beside weights and random states."""
 
     step: int = 0
     epoch: int = 0
     batch: int = 0  # of the epoch, in micro-batches
-    seconds: float = 0.0  # of training, evaluation left out
+    seconds: float = 0.0  # of training, without evaluation
     loss_sum: float = 0.0  # of the epoch so far, of this rank
     best_value: float | None = None
     best: dict[str, Any] | None = None
@@ -67,11 +132,11 @@ class TrainState:
 
 @dataclass
 class Run:
-    """What ``distill`` returns.
+    """The result of a run.
 
     Attributes:
-        student: the trained net, unwrapped, with its last weights.
-        folder: where the records are; None for a run that wrote none.
+        student: the trained model, unwrapped, with its last weights.
+        folder: where the records are; None for a run without records.
         facts: the content of facts.json.
         epochs: the lines of epochs.jsonl.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,33 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from tempering.methods.base import Method
-from tempering.searching import SEARCHING
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
-from tempering.training.config import Run, Settings
+from tempering.training.config import Precision, Run, TrainConfig
 from tempering.training.trainer import Trainer
 
-__all__ = ["CHECK_ONLY", "LOOK_ONLY", "SGD", "CheckedOnly", "Looked", "Run", "Settings", "distill"]
+__all__ = ["SGD", "Optimizer", "Run", "TrainConfig", "distill", "make_trainer"]
 
-# while it is on, distill() stops after the self-check and raises CheckedOnly
-CHECK_ONLY: ContextVar[bool] = ContextVar("check_only", default=False)
-# while it is on, distill() trains nothing and raises what it was given: an audit looks at a run through its recipe
-LOOK_ONLY: ContextVar[bool] = ContextVar("look_only", default=False)
-
-
+Optimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]  # parameter groups -> optimizer
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
-
-
-class CheckedOnly(Exception):
-    """Raised in place of training where ``CHECK_ONLY`` is set; carries the self-check's line."""
-
-
-class Looked(CheckedOnly):
-    """Raised in place of a run where ``LOOK_ONLY`` is set, with its models, its method and its data."""
-
-    def __init__(self, student: nn.Module, teacher: Teacher | None, method: Method, splits: dict[str, Any]) -> None:
-        super().__init__("the run was looked at, and not trained")
-        self.student, self.teacher, self.method, self.splits = student, teacher, method, splits
 
 
 def distill(
@@ -48,7 +29,7 @@ def distill(
     *,
     method: Method,
     task: Task | None = None,
-    optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = SGD,
+    optimizer: Optimizer = SGD,
     schedule: Callable[[float], float] | None = None,
     steps: int | None = None,
     epochs: int | None = None,
@@ -58,8 +39,8 @@ def distill(
     out: str | Path | None = None,
     seed: int = 0,
     accumulate: int = 1,
-    clip: float | None = None,
-    precision: str = "32-true",
+    max_grad_norm: float | None = None,
+    precision: Precision = "32-true",
     accelerator: str = "auto",
     devices: int | str = 1,
     strategy: str = "auto",
@@ -76,56 +57,51 @@ def distill(
     facts: Mapping[str, Any] | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Run:
-    """Train ``student`` under ``method`` beside ``teacher``; resumes where ``out`` holds the same run half done.
+    """Train ``student`` with ``method`` and ``teacher``; resumes if ``out`` holds the same run, interrupted.
+
+    ``tempering.training.experiment.Experiment`` describes the same run without starting it.
 
     Args:
-        student: the net that is trained, in place.
-        teacher: a module (wrapped in ``teachers.Live``), a Teacher, or None for a method that looks at none.
-        batches: training batches, walked anew every epoch. With several processes a batch of ``tempering.data.Batches``
-            is shared out to them; the batches of a DataLoader are each process's own.
+        student: the model to train, in place.
+        teacher: a module (wrapped in ``teachers.Live``), a Teacher, or None for a method without a teacher.
+        batches: training batches, iterated anew every epoch. With several processes, a batch of
+            ``tempering.data.Batches`` is split among them; the batches of a DataLoader are each process's own.
         method: the loss, with its temperature policy.
-        task: how batches become rows; None is Classification().
+        task: turns batches into rows; None is Classification().
         optimizer: parameter groups -> optimizer; groups of the method's own parameters follow the student's.
         schedule: progress in [0, 1) -> factor on every group's learning rate.
-        steps, epochs: how long, one of them. A step is one update of the weights.
-        validation: scored every ``evaluate_every`` epochs; chooses the best epoch and stops early.
-        test: scored as well; chooses the best epoch only where there is no validation, which the report says.
+        steps, epochs: length of the run, one of them. A step is one update of the weights.
+        validation: scored every ``evaluate_every`` epochs; selects the best epoch and stops early.
+        test: scored as well; selects the best epoch only if there is no validation, which the report says.
         out: folder for records, checkpoints and weights; None writes nothing.
         seed: of the order, augmentation and dropout of every epoch; initialize the student before.
-        accumulate: batches in one step. The loss is the mean over all of them, however they are split.
-        clip: largest norm of the gradient.
-        precision, accelerator, devices, strategy: Fabric's; strategy "fsdp" is FSDP2, and leaves the student sharded.
-            With several devices the script runs once for each; parameters are as with one and the same batch.
-        compile: compile the student's forward, and its way back; a word is a mode of torch.compile, and
-            "reduce-overhead" replays CUDA graphs. The loss and the optimizer stay as they are.
-        chunks: take the loss by ``kernels.chunked``, in the memory of a few rows; None does from 2^22 logits on, where
-            the method looks at a row at a time. The records say which path ran.
-        checkpoint_every: steps between checkpoints within an epoch; there is one at every epoch's end. A run killed at
-            any moment goes on from the last one, to the same bits.
-        keep: how many checkpoints stay.
-        patience: evaluations without a better score after which to stop.
-        resume: False begins again and removes what ``out`` holds of an earlier run.
+        accumulate, max_grad_norm, precision, accelerator, devices, strategy, compile, chunks, evaluate_every,
+            log_every, checkpoint_every, keep, patience, resume, selfcheck, quiet: options of ``TrainConfig``. With
+            strategy="fsdp" the student is left sharded. With several devices the script runs once per device; the
+            parameters are those of one device with the same batch. A run killed at any moment resumes from the last
+            checkpoint, to the same bits.
         loggers: "tensorboard", "csv", "wandb", or Fabric loggers.
-        selfcheck: look at the first batch before training.
-        facts: more for facts.json, such as "label" and "data".
+        facts: additional content of facts.json, such as "label" and "data".
         on_step: called after every step with its number (from 0) and its loss, (); with several processes, the mean
             over them is the step's loss.
 
     Raises:
-        ValueError: for settings that do not fit together, a method that a split of the step would change, or an
+        ValueError: for options that do not fit together, a method whose loss a split of the step would change, or an
             ``out`` that holds another run.
-        SelfCheckError: when the first batch shows that the run would be wrong.
-        CorruptCheckpointError: when the newest checkpoint is truncated or edited.
-        FloatingPointError: when the loss is no number.
-        OSError: when there is no space for a checkpoint; the earlier ones stay.
+        SelfCheckError: if the first batch shows that the run would be wrong.
+        CorruptCheckpointError: if the newest checkpoint is truncated or edited.
+        FloatingPointError: if the loss is NaN or infinite.
+        OSError: if there is no space for a checkpoint; the earlier ones stay.
     """
-    settings = Settings(
+    if steps is not None and epochs is not None:
+        raise ValueError(f"give steps= or epochs=, one of them; got steps={steps}, epochs={epochs}.")
+    config = TrainConfig(
         steps=steps,
         epochs=epochs,
         evaluate_every=evaluate_every,
         seed=seed,
         accumulate=accumulate,
-        clip=clip,
+        max_grad_norm=max_grad_norm,
         precision=precision,
         accelerator=accelerator,
         devices=devices,
@@ -140,59 +116,72 @@ def distill(
         selfcheck=selfcheck,
         quiet=quiet,
     )
-    _look(student, taught := _teacher(teacher, method, batches), method, (batches, validation, test))
-    trainer = Trainer(
+    trainer = make_trainer(
         student,
-        taught,
-        method,
-        _task(task, student, taught),
+        teacher,
         batches,
+        method=method,
+        task=task,
         optimizer=optimizer,
         schedule=schedule,
-        evaluations=_evaluations(validation, test),
-        config=settings,
+        evaluations={"validation": validation, "test": test},
+        config=config,
         folder=out,
         loggers=loggers,
         on_step=on_step,
     )
-    if CHECK_ONLY.get():
-        raise CheckedOnly(trainer.check().line)
     return trainer.run(dict(facts or {}))
 
 
-def _look(student: nn.Module, teacher: Teacher | None, method: Method, splits: tuple[Any, ...]) -> None:
-    if LOOK_ONLY.get():
-        raise Looked(student, teacher, method, dict(zip(("train", "validation", "test"), splits, strict=True)))
+def make_trainer(
+    student: nn.Module,
+    teacher: nn.Module | Teacher | None,
+    batches: Iterable[Any],
+    *,
+    method: Method,
+    task: Task | None,
+    optimizer: Optimizer,
+    schedule: Callable[[float], float] | None,
+    evaluations: Mapping[str, Iterable[Any] | None],
+    config: TrainConfig,
+    folder: str | Path | None,
+    loggers: Sequence[Any] = (),
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Trainer:
+    """The trainer of a run, ready to ``check()`` or ``run()``; the teacher as a Teacher, the task with its models.
+
+    Raises:
+        ValueError: for options, a teacher, data and a method that do not fit together.
+    """
+    config.validate()
+    source = as_teacher(teacher, method, batches)
+    return Trainer(
+        student,
+        source,
+        method,
+        _prepared(task, student, source),
+        batches,
+        optimizer=optimizer,
+        schedule=schedule,
+        evaluations=evaluations,
+        config=config,
+        folder=folder,
+        loggers=loggers,
+        on_step=on_step,
+    )
 
 
-def _task(task: Task | None, student: nn.Module, teacher: Teacher | None) -> Task:
-    if task is None:
-        from tempering.tasks.classification import Classification
+def as_teacher(teacher: nn.Module | Teacher | None, method: Method, batches: Iterable[Any]) -> Teacher | None:
+    """The teacher of these batches; a module becomes a live teacher.
 
-        return Classification()
-    for model in (student, None if teacher is None else teacher.model):
-        if model is not None:
-            task.prepare_model(model)
-    return task
-
-
-def _evaluations(validation: Iterable[Any] | None, test: Iterable[Any] | None) -> dict[str, Iterable[Any] | None]:
-    """The splits that are scored; in a search the validation split alone."""
-    if not SEARCHING.get():
-        return {"validation": validation, "test": test}
-    if validation is None:
-        raise ValueError(
-            "a search scores its trials on a validation split, so that the test split stays unseen, and this run has "
-            "none. Give the recipe one, such as --validation=5000."
-        )
-    return {"validation": validation}
-
-
-def _teacher(teacher: nn.Module | Teacher | None, method: Method, batches: Iterable[Any]) -> Teacher | None:
+    Raises:
+        ValueError: for a cache of other batches, or None with a method that needs a teacher.
+        TypeError: for anything that is no teacher.
+    """
     if isinstance(teacher, Teacher):
-        known = getattr(batches, "identity", None) is not None  # somebody else's loader says nothing of its data
-        if known and (why := teacher.incompatibility(batches)) is not None:
-            raise ValueError(why)
+        has_identity = getattr(batches, "identity", None) is not None  # somebody else's loader has none
+        if has_identity and (reason := teacher.incompatibility(batches)) is not None:
+            raise ValueError(reason)
         return teacher
     if isinstance(teacher, nn.Module):
         from tempering.teachers.live import Live
@@ -205,3 +194,15 @@ def _teacher(teacher: nn.Module | Teacher | None, method: Method, batches: Itera
             f"{type(method).__name__} needs a teacher, and teacher is None. Alone it is methods.Supervised()."
         )
     return None
+
+
+def _prepared(task: Task | None, student: nn.Module, teacher: Teacher | None) -> Task:
+    """The task, after it has prepared both models."""
+    if task is None:
+        from tempering.tasks.classification import Classification
+
+        return Classification()
+    for model in (student, None if teacher is None else teacher.model):
+        if model is not None:
+            task.prepare_model(model)
+    return task

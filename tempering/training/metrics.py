@@ -57,7 +57,8 @@ def nonfinite_loss_error(
     else:
         text = f"the loss is {loss} at step {step}, or was so at one before it."
     saved = "" if folder is None else f" The last checkpoint under {folder} is from before."
-    return FloatingPointError(f"{text} A lower learning rate, clip=1.0, or precision='32-true' are what to try.{saved}")
+    advice = "A lower learning rate, max_grad_norm=1.0, or precision='32-true' are what to try."
+    return FloatingPointError(f"{text} {advice}{saved}")
 
 
 class ProgressBar:

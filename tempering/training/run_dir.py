@@ -18,7 +18,7 @@ from tempering.methods.base import Method
 from tempering.teachers.base import Teacher
 from tempering.training import checkpoint as checkpoints
 from tempering.training import recorder as records
-from tempering.training.config import Settings, TrainState
+from tempering.training.config import TrainConfig, TrainState
 from tempering.training.distributed import all_gather_objects
 from tempering.utils.files import try_lock
 
@@ -126,7 +126,7 @@ def key_of(
     teacher: Teacher | None,
     method: Method,
     optimizer: Any,
-    settings: Settings,
+    config: TrainConfig,
     *,
     data: str | None,
     total_steps: int,
@@ -141,7 +141,7 @@ def key_of(
         "optimizer": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
         "total_steps": total_steps,
         "world": world,
-        **{name: getattr(settings, name) for name in ("seed", "accumulate", "clip", "precision")},
+        **{name: config.record()[name] for name in ("seed", "accumulate", "clip", "precision")},
     }
 
 
@@ -150,7 +150,7 @@ def facts_of(
     student: nn.Module,
     teacher: Teacher | None,
     method: Method,
-    settings: Settings,
+    config: TrainConfig,
     *,
     best_by: str | None,
     more: Mapping[str, Any],
@@ -164,11 +164,11 @@ def facts_of(
         taught = {"name": name, "parameters": count, "identity": teacher.identity, **(more.get("teacher") or {})}
     return {
         **records.surroundings(),
-        "seed": settings.seed,
+        "seed": config.seed,
         "method": key["method"],
         "policies": {name: {"name": type(p).__name__, **p.hyperparameters()} for name, p in method.policies().items()},
         "label": type(method).__name__,
-        "settings": asdict(settings) | {"total_steps": key["total_steps"], "world": key["world"]},
+        "settings": config.record() | {"total_steps": key["total_steps"], "world": key["world"]},
         "optimizer": key["optimizer"],
         "best_by": best_by,
         "selfcheck": None,

@@ -71,7 +71,7 @@ def selfcheck(
             if teacher is not None:
                 again = task.rows(student_output, teacher(teacher_inputs, ids), batch)
                 checks |= _check_modes(teacher, method)
-                checks |= _check_teacher_logits(blocks, again, comparable=task.comparable)
+                checks |= _check_teacher_logits(blocks, again, comparable=task.comparable, trained=teacher.trained)
         _check_row_weights(task, batch, blocks)
         for rows in blocks:
             checks |= _check_loss(method, rows, has_teacher=teacher is not None)
@@ -98,7 +98,7 @@ def _check_modes(teacher: Teacher, method: Method) -> dict[str, str]:
     return {"teacher frozen": "the method trains it" if method.trains_teacher else "ok", "in eval": "ok"}
 
 
-def _check_teacher_logits(blocks: list[Rows], again: list[Rows], *, comparable: bool) -> dict[str, str]:
+def _check_teacher_logits(blocks: list[Rows], again: list[Rows], *, comparable: bool, trained: bool) -> dict[str, str]:
     """Check that the teacher's logits are finite, the same in a second forward pass, and better than chance."""
     for rows in blocks:
         if torch.isnan(rows.teacher).any() or torch.isposinf(rows.teacher).any():
@@ -114,7 +114,10 @@ def _check_teacher_logits(blocks: list[Rows], again: list[Rows], *, comparable: 
         )
     checks = {"deterministic": "ok"}
     for rows in blocks:
-        checks["above chance"] = _check_above_chance(rows) if comparable else "the two have classes of their own"
+        if not trained:
+            checks["above chance"] = "the teacher is not trained yet"
+        else:
+            checks["above chance"] = _check_above_chance(rows) if comparable else "the two have classes of their own"
     return checks
 
 

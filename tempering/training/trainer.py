@@ -18,7 +18,7 @@ from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.training.checkpoint import random_state, set_random_state
 from tempering.training.checks import check_models_are_distinct, validate_step_method
-from tempering.training.config import Run, Settings, TrainState
+from tempering.training.config import Run, TrainConfig, TrainState
 from tempering.training.distributed import (
     all_reduce_gradients,
     all_reduce_mean,
@@ -71,7 +71,7 @@ class Trainer:
         optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
         schedule: Callable[[float], float] | None,
         evaluations: Mapping[str, Iterable[Any] | None],
-        config: Settings,
+        config: TrainConfig,
         folder: str | Path | None = None,
         loggers: Sequence[Any] = (),
         on_step: Callable[[int, Tensor], None] | None = None,
@@ -275,8 +275,8 @@ class Trainer:
                 self.fabric.backward(loss)
             step_losses.append(loss.detach())
         all_reduce_gradients(self.method, self.fabric)
-        if config.clip is not None:
-            clip_grad_norm(self.optimizer, self.fabric, config.clip)
+        if config.max_grad_norm is not None:
+            clip_grad_norm(self.optimizer, self.fabric, config.max_grad_norm)
         self.optimizer.step()
         if self.adaptive_policies:
             self._update_policies(batches[-1], blocks[-1].rows)

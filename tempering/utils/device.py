@@ -27,6 +27,14 @@ def has_native_bf16(device: torch.device | str) -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
+def resolve_precision(precision: str, accelerator: str = "auto", device: str | None = None) -> str:
+    """ "bf16" or "fp32" for "auto", by whether the device computes in bf16; any other precision as it is."""
+    if precision != "auto":
+        return precision
+    default = "cpu" if accelerator == "cpu" else torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    return "bf16" if has_native_bf16(device or default) else "fp32"
+
+
 def warn_if_bf16_emulated(precision: str, device: torch.device) -> None:
     """Say that a run in bf16 will be slower than one in float32 on this device."""
     if precision.startswith("bf16") and not has_native_bf16(device):

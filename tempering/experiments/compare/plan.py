@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,31 @@ from tempering.utils.files import sha256_text, write_atomic
 
 FILE = "plan.json"
 OWN = ("method", "temperature", "seed", "label", "out")  # flags that a cell sets
-RENAMED = {"standardized": "standardized", "isolated": "ablated"}  # words of methods in plans of older versions
-ELSEWHERE = {"threads", "teacher_dir", "quiet", "out"}  # flags that say where or how fast, not what
+ELSEWHERE = {"threads", "teacher_dir", "quiet", "out", "keep"}  # flags that say where or how fast, not what
+FORMAT = 2  # of a plan; 1 has flags by their former names
+# flag -> its former name, under which the ids of cells are made: a renamed flag is the same cell. (--subset and --views
+# were not renamed to --max-train-samples and --second-view: published commands use them.)
+FORMER = {
+    "text_source": "writes",
+    "max_new_tokens": "written",
+    "prompt_length": "prompt",
+    "generated_fraction": "share",
+    "eval_generation": "grade",
+    "no_eval_generation": "no_grade",
+    "routing_tree": "tree",
+    "cuda_graphs": "graphs",
+    "canaries_per_count": "each",
+    "canary_digits": "digits",
+    "privacy_detectors": "private",
+    "class_rows": "rows",
+    "anchors_per_image": "keep",
+    "resize_mode": "fit",
+    "train_file": "train",
+}
+PRESENT = {former: name for name, former in FORMER.items()}
+# the same for words of methods and policies
+FORMER_WORDS = {"standardized": "standardised", "ablated": "isolated", "non_target": "rest"}
+PRESENT_WORDS = {former: word for word, former in FORMER_WORDS.items()}
 
 
 @dataclass(frozen=True)
@@ -122,15 +145,20 @@ def read(folder: Path) -> Plan:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        cells = tuple(Cell(**cell | {"method": _renamed(cell["method"])}) for cell in content["cells"])
-        return Plan(content["recipe"], content["flags"], content["control"], cells)
+        cells = tuple(
+            Cell(**cell | {"method": _replace_words(cell["method"], PRESENT_WORDS)}) for cell in content["cells"]
+        )
+        flags: dict[str, str] = content["flags"]
+        if content["format"] == 1:
+            flags = {PRESENT.get(name, name): value for name, value in flags.items()}
+        return Plan(content["recipe"], dict(sorted(flags.items())), content["control"], cells)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the plan of a comparison: {error}. Was it edited by hand?") from error
 
 
 def write(folder: Path, plan: Plan) -> None:
     """Write the grid atomically, unless the file holds it already."""
-    text = json.dumps({"format": 1, **asdict(plan)}, indent=1) + "\n"
+    text = json.dumps({"format": FORMAT, **asdict(plan)}, indent=1) + "\n"
     path = folder / FILE
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return
@@ -152,8 +180,8 @@ def lock_path(work: Path) -> Path:
     return work.with_name(work.name + ".lock")
 
 
-def _renamed(method: str) -> str:
-    return re.sub(r"\w+", lambda word: RENAMED.get(word[0], word[0]), method)
+def _replace_words(text: str, words: Mapping[str, str]) -> str:
+    return re.sub(r"\w+", lambda word: words.get(word[0], word[0]), text)
 
 
 def _pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -172,6 +200,12 @@ def _pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _id(recipe: str, arm: Arm, seed: int, flags: dict[str, str]) -> str:
-    what: dict[str, Any] = {"recipe": recipe, "method": arm.spec, "temperature": arm.temperature, "flags": flags}
+    former = {FORMER.get(name, name): value for name, value in flags.items()}
+    what: dict[str, Any] = {
+        "recipe": recipe,
+        "method": _replace_words(arm.spec, FORMER_WORDS),
+        "temperature": None if arm.temperature is None else _replace_words(arm.temperature, FORMER_WORDS),
+        "flags": former,
+    }
     digest = sha256_text(json.dumps([what, seed], sort_keys=True))
     return f"{slug(arm.label)}-s{seed}-{digest[:8]}"

@@ -1,4 +1,4 @@
-"""One trial of a search, a process of its own: the recipe's run, which never sees the test split."""
+"""One trial of a search, in a process of its own: the recipe's run without its test split."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
-from tempering.experiments import recipe as recipefile
-from tempering.searching import SEARCHING
+from tempering.experiments import recipe
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run RECIPE with its flags, the test split left out; the exit code, 130 where it was stopped."""
+    """Run the recipe argv[0] with the flags argv[1:], without its test split; 130 if it was stopped."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    SEARCHING.set(True)
     try:
-        tyro.cli(recipefile.load(Path(argv[0])), prog=f"tempering run {argv[0]}", args=list(argv[1:]))
+        recipe.describe(Path(argv[0]), argv[1:], prog=f"tempering run {argv[0]}").without_test().run()
     except KeyboardInterrupt:
         return 130
     return 0

@@ -1,0 +1,253 @@
+"""A run, described before it runs: what the main() of a recipe returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tempering.methods.base import Method
+from tempering.tasks.base import Task
+from tempering.teachers.base import Teacher
+from tempering.teachers.live import Live
+from tempering.training.config import Run, TrainConfig
+from tempering.training.distill import SGD, Optimizer, make_trainer
+from tempering.training.pretrained import LogitCache, is_trained, model_folder, train_or_load
+from tempering.training.selfcheck import Checked
+from tempering.training.trainer import Trainer
+
+Weights = Literal["trained", "present", "random"]  # train the teacher if it is not trained; raise; do without
+
+
+class UntrainedTeacherError(FileNotFoundError):
+    """The teacher of a run has no trained weights."""
+
+
+@dataclass(kw_only=True)
+class Experiment:
+    """One run, described. Nothing is trained and nothing is written when it is made.
+
+    Attributes:
+        student: the model to train.
+        teacher: a Teacher, a module, a TeacherRecipe (trained once, when it is first needed), or None.
+        train: training batches.
+        validation: scored; selects the best epoch and stops early.
+        test: scored as well.
+        method: the loss, with its temperature policy.
+        task: turns batches into rows; None is Classification().
+        optimizer: parameter groups -> optimizer.
+        schedule: progress in [0, 1) -> factor on the learning rate.
+        config: options of training.
+        out: folder for records, checkpoints and weights; None writes nothing.
+        facts: additional content of facts.json, such as "label" and "data".
+        loggers: "tensorboard", "csv", "wandb", or Fabric loggers.
+        on_step: called after every step with its number (from 0) and its loss.
+        bind_teacher: for what depends on the teacher's weights, such as batches that the teacher writes: called with
+            this experiment and the teacher, before anything is checked or trained; returns the experiment to use.
+
+    Example:
+        >>> Experiment(student=net, teacher=big, train=data, method=DTKD(), config=TrainConfig(epochs=3)).check().line
+        'self-check ok: ...'
+    """
+
+    student: nn.Module
+    teacher: Teacher | nn.Module | TeacherRecipe | None = None
+    train: Iterable[Any]
+    validation: Iterable[Any] | None = None
+    test: Iterable[Any] | None = None
+    method: Method
+    task: Task | None = None
+    optimizer: Optimizer = SGD
+    schedule: Callable[[float], float] | None = None
+    config: TrainConfig
+    out: Path | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    loggers: Sequence[Any] = ()
+    on_step: Callable[[int, Tensor], None] | None = None
+    bind_teacher: Callable[[Experiment, Teacher], Experiment] | None = None
+
+    def __post_init__(self) -> None:
+        self.config.validate()
+
+    def run(self) -> Run:
+        """Train the teacher if it is missing, then the student; resumes an interrupted run in ``out``."""
+        self._set_threads()
+        ready = self.with_teacher("trained")
+        return ready._trainer(ready.out).run(dict(ready.facts))
+
+    def check(self) -> Checked:
+        """Run the self-check on the first batch; nothing is trained or written.
+
+        The student's side is checked first; if the teacher is not trained yet, with its initial weights, and then the
+        teacher's own training.
+
+        Raises:
+            ValueError: for what ``run()`` would refuse.
+            SelfCheckError: if the first batch shows that the run would be wrong.
+        """
+        self._set_threads()
+        checked = self.with_teacher("random")._trainer(None).check()
+        recipe = self.teacher
+        if not isinstance(recipe, TeacherRecipe) or recipe.is_trained or recipe.train is None:
+            return checked
+        recipe.train(recipe.build()).check()
+        return Checked({**checked.checks, f"training of the teacher {recipe.name}": "ok"})
+
+    def without_test(self) -> Experiment:
+        """The same run without a look at the test split, for a search that selects by the validation split.
+
+        Raises:
+            ValueError: if there is no validation split.
+        """
+        if self.validation is None:
+            raise ValueError(
+                "a search scores its trials on a validation split, so that the test split stays unseen, and this run "
+                "has none. Give the recipe one, such as --validation=5000."
+            )
+        teacher = self.teacher.without_test() if isinstance(self.teacher, TeacherRecipe) else self.teacher
+        return replace(self, test=None, teacher=teacher)
+
+    def with_teacher(self, weights: Weights, *, cached: bool = True) -> Experiment:
+        """The same run with its teacher made, and what depends on it.
+
+        Args:
+            weights: "trained" trains the teacher if it is missing, "present" raises then, "random" takes its initial
+                weights then.
+            cached: False makes the live teacher where the recipe caches its logits.
+
+        Raises:
+            UntrainedTeacherError: for "present", if the teacher is not trained.
+        """
+        ready, teacher = self, self.teacher
+        if isinstance(teacher, TeacherRecipe):
+            recipe = teacher if cached else replace(teacher, cache=None)
+            prepare = (lambda model: None) if self.task is None else self.task.prepare_model
+            teacher, facts = recipe.make(weights, prepare)
+            train = self.train if recipe.cache is None else recipe.cache.replayed
+            ready = replace(self, train=train, facts={**self.facts, "teacher": facts})
+        elif isinstance(teacher, nn.Module):
+            teacher = Live(teacher)
+        ready = replace(ready, teacher=teacher, bind_teacher=None)
+        return ready if self.bind_teacher is None or teacher is None else self.bind_teacher(ready, teacher)
+
+    @property
+    def made_teacher(self) -> Teacher | None:
+        """The teacher, after ``with_teacher``."""
+        if self.teacher is None or isinstance(self.teacher, Teacher):
+            return self.teacher
+        raise TypeError("the teacher is not made yet: with_teacher() makes it.")
+
+    @property
+    def splits(self) -> dict[str, Iterable[Any] | None]:
+        """The batches by the name of their split."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+    def _trainer(self, folder: Path | None) -> Trainer:
+        return make_trainer(
+            self.student,
+            self.made_teacher,
+            self.train,
+            method=self.method,
+            task=self.task,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            evaluations={"validation": self.validation, "test": self.test},
+            config=self.config,
+            folder=folder,
+            loggers=() if folder is None else self.loggers,
+            on_step=self.on_step,
+        )
+
+    def _set_threads(self) -> None:
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRecipe:
+    """A teacher that is trained once and reused, described. Nothing is built or trained when it is made.
+
+    Attributes:
+        name: of the network, in records and in the name of its folder.
+        build: makes the network with its initial weights.
+        train: the network -> the Experiment that trains it, as its student; its ``out`` is set here. None uses the
+            network as ``build`` makes it.
+        folder: where trained teachers are kept and found again.
+        key: what the trained weights depend on, JSON-able: data, length, learning rate and so on.
+        weights: a safetensors file in place of training.
+        wrap: the network -> a Teacher, such as ``partial(Live, precision="bf16")``.
+        cache: cache the teacher's logits; the experiment then trains on the cached batches.
+        facts: additional content of "teacher" in facts.json.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    train: Callable[[nn.Module], Experiment] | None
+    folder: Path
+    key: Mapping[str, Any] = field(default_factory=dict)
+    weights: Path | None = None
+    wrap: Callable[[nn.Module], Teacher] = Live
+    cache: LogitCache | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """The folder of the teacher's own run."""
+        return model_folder(self.name, self.folder, self.key)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there is nothing to train."""
+        return self.train is None or self.weights is not None or is_trained(self.path)
+
+    def make(self, weights: Weights, prepare: Callable[[nn.Module], None]) -> tuple[Teacher, dict[str, Any]]:
+        """The teacher, and what records say of it.
+
+        Args:
+            weights: "trained" trains the network if needed; "present" raises if it is not trained; "random" takes its
+                initial weights if it is not trained, and caches nothing.
+            prepare: called with the network before its logits are cached.
+
+        Raises:
+            UntrainedTeacherError: if there are no weights and they may not be trained.
+        """
+        network = self.build()
+        facts = {"name": self.name, "parameters": sum(p.numel() for p in network.parameters())}
+        ready = weights == "trained" or self.is_trained
+        if weights == "present" and not ready:
+            raise UntrainedTeacherError(f"the teacher {self.name} is not trained: there are no weights in {self.path}.")
+        if ready:
+            facts |= self._load(network)
+        live = self.wrap(network)
+        live.trained = ready
+        if self.cache is None:
+            return live, {**facts, **self.facts}
+        prepare(network)
+        cache = self.cache.open(live, dry=weights != "trained")
+        cache.trained = ready
+        return cache, {**facts, **self.facts, "calls": cache.rows}
+
+    def _load(self, network: nn.Module) -> dict[str, Any]:
+        if self.weights is not None:
+            from tempering.models import load
+
+            load(network, self.weights)
+        elif self.train is not None:
+            experiment = self.train
+
+            def train(path: Path) -> None:
+                replace(experiment(network), out=path).run()
+
+            return {"scores": train_or_load(network, self.name, self.folder, train, key=self.key)}
+        return {}
+
+    def without_test(self) -> TeacherRecipe:
+        """The same teacher, trained without a look at the test split."""
+        if self.train is None:
+            return self
+        train = self.train
+        return replace(self, train=lambda network: replace(train(network), test=None))
