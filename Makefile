@@ -24,7 +24,7 @@ check: $(READY)  ## lint, format, types
 	$(BIN)/python -m pyright
 
 test: $(READY)  ## the tests
-	$(BIN)/python -m pytest -n auto
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto
 
 demo: $(READY)  ## a teacher and students on the bundled digits, a table and a report
 	$(BIN)/python -m tempering demo
