@@ -89,7 +89,7 @@ class FastFunctions:
 
     def functions(self) -> Fast:
         """What ``override_with`` takes."""
-        solving = {name: self._solving(name) for name in ("centered", "_sharpness") if name in self.compiled}
+        solving = {name: self._solving(name) for name in ("centered", "logsumexp_and_slope") if name in self.compiled}
         if "exact" in self.compiled:
             solving["solve_delta"] = self._solve_delta
         return {"kl": self._kl, "cross_entropy": self._cross_entropy, **solving}

@@ -93,7 +93,7 @@ def _made(device: str) -> tuple[Fast, Exception | None]:
         "kl": divergence_and_slope,
         "cross_entropy": cross_entropy_and_slope,
         "centered": sharpness.centered,
-        "_sharpness": sharpness._sharpness,
+        "logsumexp_and_slope": sharpness.logsumexp_and_slope,
     }
     made = {name: _quiet(torch.compile(function, dynamic=True)) for name, function in plain.items()}
     try:
