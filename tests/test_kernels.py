@@ -26,7 +26,7 @@ from tests.paths import FAST_INDUCTOR, ROOT
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:Sharpness\(solve='published'\)"),
-    pytest.mark.filterwarnings(r"ignore:Curriculum's temperature sits at a bound"),
+    pytest.mark.filterwarnings(r"ignore:Curriculum's temperature is at a bound"),
 ]
 # MGD draws its masks a call, and chunks are several calls: another draw of the same loss
 ROW_WISE = [(name, part) for name, part in CASES if not part.is_batch_dependent() and not isinstance(part, MGD)]

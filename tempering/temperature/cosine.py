@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 from torch import Tensor
@@ -67,5 +67,9 @@ class Cosine(Policy):
             empty = torch.isneginf(z).all(-1, keepdim=True)
             sides.append(z.masked_fill(empty, 0.0).softmax(-1))
         p, q = sides
-        product = p.norm(dim=-1, keepdim=True) * q.norm(dim=-1, keepdim=True)
+        product = _norm(p) * _norm(q)
         return (p * q).sum(-1, keepdim=True) / (product + self.eps)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return cast(Tensor, x.norm(dim=-1, keepdim=True))  # pyright: ignore[reportUnknownMemberType]

@@ -65,9 +65,8 @@ class Energy(Policy):
             return Temperatures(energies, energies)
         has_weight = None if rows.weight is None else rows.weight > 0
         low, high = _bounds(energies, has_weight, self.share) if self.bounds is None else self.bounds
-        T = torch.where(energies < low, self.sure, torch.where(energies > high, self.unsure, self.tau)).to(
-            energies.dtype
-        )
+        not_sure = torch.where(energies > high, self.unsure, self.tau)
+        T = torch.where(energies < low, self.sure, not_sure).to(energies.dtype)
         return Temperatures(T, T)
 
     @staticmethod
