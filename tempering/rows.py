@@ -9,20 +9,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-IGNORE_INDEX = -100  # torch's ignore_index; a row with any negative target has no label
+IGNORE_INDEX = -100  # torch's ignore_index; rows with any negative target have no label
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
     """N student predictions with the teacher's predictions for the same inputs.
 
-    A row is an image, a selected anchor or a valid token. Classes that must not be predicted are minus infinity on both
+    Rows are images, selected anchors or valid tokens. Classes that must not be predicted are minus infinity on both
     sides. Rows of weight 0 are left out of every term and get no gradient.
 
     Args:
         student: (N, C) logits, with gradient.
         teacher: (N, C) logits, without gradient.
-        target: (N,) class indices; a negative index (torch's -100) marks a row without a label. None: no labels.
+        target: (N,) class indices; a negative index (torch's -100) marks rows without a label. None: no labels.
         weight: (N,) non-negative weights. None: every row has weight 1.
         features: name -> (student features, teacher features), for methods that match features.
         name: name of this block of rows in records and error messages.
@@ -78,7 +78,7 @@ class Rows:
         if w is not None and w.device.type == "cpu" and not bool(((w >= 0) & torch.isfinite(w)).all()):
             raise ValueError(
                 f"Rows(name={self.name!r}) needs weights >= 0 and finite; got {w.min().item():g} to "
-                f"{w.max().item():g}. 0 leaves a row out."
+                f"{w.max().item():g}. 0 leaves out the row."
             )
         if self.privacy_score is not None and self.privacy_score.device.type == "cpu":
             scores = self.privacy_score if w is None else self.privacy_score[w > 0]
@@ -143,7 +143,7 @@ def total(
     per_row = torch.stack(tuple(terms.values())).sum(0)
     if rows.weight is not None:
         weight = rows.weight.to(per_row.dtype)
-        # torch.where instead of a product: a row of weight 0 may hold infinity or NaN
+        # torch.where instead of a product: rows of weight 0 may hold infinity or NaN
         per_row = torch.where(weight > 0, per_row * weight, torch.zeros_like(per_row))
     divisor = normalizer
     if divisor is None:

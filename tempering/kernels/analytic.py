@@ -44,7 +44,7 @@ def divergence_and_slope(u: Tensor, v: Tensor, T_t: Tensor, T_s: Tensor, scale: 
     logp, logq = lt - mt.log(), ls - ms.log()
     is_masked = torch.isneginf(logp)
     value = torch.where(is_masked, 0.0, p * (logp - logq)).sum(-1)
-    # a row with all classes masked has no gradient, as in objectives.masked
+    # rows with all classes masked have no gradient, as in objectives.masked
     empty = torch.isneginf(v.amax(-1, keepdim=True))
     factor = torch.where(empty, 0.0, scale.unsqueeze(1) / T_s)
     return scale * value.clamp_min(0.0), (q - p) * factor
@@ -53,7 +53,7 @@ def divergence_and_slope(u: Tensor, v: Tensor, T_t: Tensor, T_s: Tensor, scale: 
 def _exponents(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """exp(z - max), its sum over the classes, (n, 1), and z - max, shared by softmax and log softmax.
 
-    A row with all classes masked is uniform.
+    Rows with all classes masked are uniform.
     """
     top = z.amax(-1, keepdim=True)
     shifted = torch.where(torch.isneginf(top), 0.0, z - top)

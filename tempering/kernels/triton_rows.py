@@ -23,7 +23,7 @@ STEPS = 12  # Newton steps, as in sharpness._exact
 
 @triton.jit
 def _tempered_lse(row, T, n, BLOCK: tl.constexpr):
-    """The maximum of z / T of a row and its logsumexp (log n if all classes are masked), in one pass."""
+    """The maximum of z / T of one row and its logsumexp (log n if all classes are masked), in one pass."""
     top = -float("inf")
     mass = 0.0
     for start in range(0, n, BLOCK):
@@ -33,7 +33,7 @@ def _tempered_lse(row, T, n, BLOCK: tl.constexpr):
         base = tl.where(new_top == -float("inf"), 0.0, new_top)
         mass = mass * tl.exp(top - base) + tl.sum(tl.exp(z - base), 0)
         top = new_top
-    # a row with all classes masked is uniform, as in objectives.masked
+    # rows with all classes masked are uniform, as in objectives.masked
     lse = tl.where(top == -float("inf"), tl.log(n * 1.0), top + tl.log(mass))
     return top, lse
 
@@ -87,7 +87,7 @@ def _label_rows(v, target, value, slope, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _spread(row, n, eps, BLOCK: tl.constexpr):
-    """Of a row's valid classes: mean, maximum minus mean, standard deviation, and whether they are constant."""
+    """Over one row's valid classes: mean, maximum minus mean, standard deviation, whether all are equal."""
     count = 0.0
     top = -float("inf")
     bottom = float("inf")

@@ -286,7 +286,7 @@ def prediction_loss(
 def redistributed(worth: Float[Tensor, " n"], reward: Float[Tensor, ""]) -> Float[Tensor, " n"]:
     """Redistribute a path's reward over its rows, (n,); their sum is the reward.
 
-    The predicted return of the first i rows is the sum of their ``worth`` over n; a row gets the difference that it
+    The predicted return of the first i rows is the sum of their ``worth`` over n; each row gets the difference that it
     makes, plus an equal share of the error of the last prediction.
     """
     return (worth - worth.mean() + reward) / len(worth)

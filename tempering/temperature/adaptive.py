@@ -15,7 +15,7 @@ from tempering.utils.search_space import Temperature
 
 
 class Adaptive(Policy):
-    """T = tau exp(-strength tanh(log(s / median s))), one temperature for both sides of a row, (N, 1).
+    """T = tau exp(-strength tanh(log(s / median s))), one temperature per row for both sides, (N, 1).
 
     s is the Hellinger distance of the row's two predictions at temperature 1; the (lower) median is over the rows of
     the block that have weight. Hard rows get a low temperature; all temperatures are in [tau e^-strength, tau

@@ -47,9 +47,9 @@ class Policy(nn.Module, ABC):
     """
 
     paper: ClassVar[str]  # citation, such as "arXiv:2404.12711"
-    relational: bool = False  # whether a row's temperature depends on the other rows of its block
+    relational: bool = False  # whether temperatures depend on the other rows of the block
     tau: float
-    shift_invariant: bool = True  # whether adding a constant to a row's logits keeps its temperatures
+    shift_invariant: bool = True  # whether adding a constant to one row's logits keeps its temperatures
     by_class: bool = False  # whether it depends on the order and number of classes
     last: Temperatures | None = None  # detached output of the last call, for logging
 

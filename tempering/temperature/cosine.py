@@ -13,10 +13,10 @@ from tempering.utils.search_space import Temperature
 
 
 class Cosine(Policy):
-    """T = low + (high - low) (c_max - c) / (c_max - c_min), one temperature for both sides of a row, (N, 1).
+    """T = low + (high - low) (c_max - c) / (c_max - c_min), one temperature per row for both sides, (N, 1).
 
     c is the cosine similarity of the row's two predictions at temperature 1, c_max and c_min its bounds over the rows
-    of the block that have weight, so a row's temperature depends on the other rows. If all rows are equally similar (as
+    of the block that have weight, so each temperature depends on the other rows. If all rows are equally similar (as
     in a block of one row), every row gets ``tau``; the source divides by zero there. Rows of weight 0 are clamped to
     [low, high].
 

@@ -24,7 +24,7 @@ class Energy(Policy):
             text states the opposite, a higher temperature for rows of low energy: ``Energy(sure=6.0, unsure=2.0)``.
         share: fraction of the rows beyond either bound.
         bounds: (lower, upper) energies. As published, they are computed once over the training set:
-            ``Energy.bounds_of(logits)``. None computes them over the block's rows that have weight, so that a row's
+            ``Energy.bounds_of(logits)``. None computes them over the block's rows that have weight, so that each
             temperature depends on the other rows.
         centered: subtract the mean over classes from the logits first. Softmax is invariant to a shift and the energy
             is not; the released code does not center.

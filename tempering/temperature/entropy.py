@@ -20,7 +20,7 @@ class Entropy(Policy):
 
     The entropy of a softened row increases with its temperature, so there is one root, found to rounding error by
     safeguarded Newton steps in the ratio of the entropies' logarithms; converged rows are frozen. |delta| <= reach *
-    tau: rows whose root is beyond are clamped. A row that is constant on either side gets tau. ``report`` counts the
+    tau: rows whose root is beyond are clamped. Rows that are constant on either side get tau. ``report`` counts the
     rows that fell back and the clamped rows.
 
     Equals Sharpness(tau) with entropy instead of logsumexp. Computed in at least float32, without gradient.

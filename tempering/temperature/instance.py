@@ -20,7 +20,7 @@ WAITING = 5  # columns of a stored path: the state, the action, its log-density
 
 
 class Instance(AdaptivePolicy):
-    """T = low + (high - low) sigmoid(x), x from the agent's Gaussian, one temperature for both sides of a row, (N, 1).
+    """T = low + (high - low) sigmoid(x), x from the agent's Gaussian, one temperature per row for both sides, (N, 1).
 
     The agent's state is the student's and the teacher's confidence (largest probability) and the student's margin
     (largest minus second largest). In training x is sampled; in eval mode it is the mean. Up to ``warmup`` every row

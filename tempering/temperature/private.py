@@ -19,12 +19,12 @@ Sides = Literal["teacher", "both"]
 class Private(PolicyWrapper):
     """T + g (high - T) for the T of ``policy`` and g = privacy_score^power; public rows keep T exactly.
 
-    With g, the scale of a row goes from the policy's own to 1: a private row is not multiplied by its T_s T_t. At high
-    temperatures that product would turn the divergence into logit matching, which hides nothing.
+    With g, the scale of each row goes from the policy's own to 1: private rows are not multiplied by their T_s T_t. At
+    high temperatures that product would turn the divergence into logit matching, which hides nothing.
 
     Args:
         policy: any policy. None: Static(4.0).
-        high: temperature of a row whose privacy score is 1.
+        high: temperature of rows whose privacy score is 1.
         power: exponent of the privacy score: 1 is linear, larger values change slightly private rows less.
         sides: "teacher" raises the teacher's temperature only, so that the student learns a flatter distribution;
             "both" raises both, where the divergence is still 0 only at the teacher's own logits and only its gradient

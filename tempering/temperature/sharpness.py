@@ -33,7 +33,7 @@ class Sharpness(Policy):
       (the text says the maximum of |logits|). It depends on shifts of the logits. Where the released code divides by
       zero or gives a negative temperature, the row falls back to tau on both sides.
 
-    A row that is constant on either side (including one with a single unmasked class) falls back to tau. ``report``
+    Rows that are constant on either side (including those with a single unmasked class) fall back to tau. ``report``
     counts the rows that fell back and the rows clamped at ``reach``.
 
     Computed in at least float32. In float32 the root of "exact" is as accurate as the difference of the two logsumexps:
@@ -185,7 +185,7 @@ def _exact(
     the ends, where its Newton step only doubles T. Two to four steps are typical; no row of millions took more than
     eight.
 
-    A row is frozen once |f| or the change of delta is at rounding error: otherwise noise flips the bracket's sign and
+    Rows are frozen once |f| or the change of delta is at rounding error: otherwise noise flips the bracket's sign and
     the next step bisects away from the root. A step outside the bracket is replaced by the bracket's end the first time
     and by its midpoint after that.
     """

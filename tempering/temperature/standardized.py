@@ -24,7 +24,7 @@ class Standardized(Policy):
     both released codes.
 
     ``attached`` lets gradients flow through the student's standard deviation, as both released codes do: a step then
-    leaves a row's scale unchanged to first order. Without it each step changes the scale, which the temperature then
+    leaves each row's scale unchanged to first order. Without it each step changes the scale, which the temperature then
     follows, and with ``scale="teacher"`` and no warmup the student can diverge.
 
     References: Chi et al., "NormKD: Normalized Logits for Knowledge Distillation", 2023, arXiv:2308.00520; Sun et al.,
