@@ -80,7 +80,7 @@ class DTS(Policy):
     """One temperature for all rows, (1, 1): a running mean of tau (1 + cos(pi curve progress)) / 2 * m in [low, high].
 
     m is d / (d + 1) if that is above 1, else 1, and 1.35 if it is above 2; d is the teacher's cross entropy with the
-    labels minus the student's, averaged over the block's rows that have weight and a label. So m differs from 1 only if
+    labels minus the student's, averaged over the block's rows that have weight and a label. So m exceeds 1 only if
     the student's is larger by more than 1, and never without labels. The mean keeps a fraction ``momentum`` of itself
     at every call in training, and is part of the state dict; in evaluation it is constant.
 
