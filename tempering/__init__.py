@@ -1,7 +1,7 @@
 """Knowledge distillation for PyTorch, with the temperature under control.
 
-Everything is loaded when it is first named, so ``import tempering`` costs next to nothing and a report or ``--help``
-never loads torch.
+Names and subpackages are imported on first access: ``import tempering`` is cheap, and reports and ``--help`` never load
+torch.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from tempering.utils.hooks import FeatureExtractor as FeatureExtractor
 
 
-_HOMES = {
+_EXPORTS = {
     "Rows": "tempering.rows",
     "total": "tempering.rows",
     "distill": "tempering.training.distill",
     "Run": "tempering.training.config",
     "FeatureExtractor": "tempering.utils.hooks",
 }
-_PARTS = (
+_SUBPACKAGES = (
     "audits",
     "data",
     "kernels",
@@ -49,14 +49,14 @@ _PARTS = (
     "temperature",
 )
 
-__all__ = [*_HOMES, *_PARTS, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [*_EXPORTS, *_SUBPACKAGES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PARTS:
+    if name in _SUBPACKAGES:
         return importlib.import_module(f"tempering.{name}")
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'tempering' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
 
 

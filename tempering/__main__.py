@@ -1,4 +1,4 @@
-"""`python -m tempering` is the command `tempering`."""
+"""Run the ``tempering`` command with ``python -m tempering``."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""Divergences, a value a row. Pure functions of rows and temperatures; nothing here reduces.
+"""Divergences per row: pure functions of rows and temperatures, without reduction.
 
-Each is exactly zero where the two sides agree and never negative, is multiplied by ``T.scale`` unless it says
-otherwise, is computed in float32 at least, and leaves out classes that are minus infinity on both sides. A class that
-is minus infinity for the student alone, and not for the teacher, costs infinity: mask both sides.
+Each is non-negative, exactly zero where both sides are equal, multiplied by ``T.scale`` unless documented otherwise,
+and computed in at least float32. Classes that are minus infinity on both sides are left out. A class that is minus
+infinity for the student but not for the teacher gives an infinite loss: mask both sides.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tempering.utils.override import OVERRIDES
 
 
 def kl(rows: Rows, T: Temperatures) -> Float[Tensor, " N"]:
-    """T_s T_t KL(teacher || student), (N,); 0 exactly where the softened two agree.
+    """T_s T_t KL(teacher || student), (N,); exactly 0 where the softened distributions are equal.
 
     Reference: Hinton et al., 2015, arXiv:1503.02531, section 2.
     """
@@ -29,7 +29,7 @@ def kl(rows: Rows, T: Temperatures) -> Float[Tensor, " N"]:
 
 
 def reverse_kl(rows: Rows, T: Temperatures) -> Float[Tensor, " N"]:
-    """T_s T_t KL(student || teacher), (N,): seeks the teacher's modes.
+    """T_s T_t KL(student || teacher), (N,); mode-seeking.
 
     Reference: Gu et al., "MiniLLM", ICLR 2024, arXiv:2306.08543.
     """
@@ -40,8 +40,8 @@ def reverse_kl(rows: Rows, T: Temperatures) -> Float[Tensor, " N"]:
 def jsd(rows: Rows, T: Temperatures, *, beta: float = 0.5) -> Float[Tensor, " N"]:
     """T_s T_t [beta KL(teacher || m) + (1 - beta) KL(student || m)], m = beta teacher + (1 - beta) student, (N,).
 
-    At beta 0 and 1, where the definition itself is zero, the limits that the source takes stand: ``kl`` at 0 and
-    ``reverse_kl`` at 1.
+    At beta 0 and 1, where this expression is zero, the limits of the source are used: ``kl`` at 0 and ``reverse_kl`` at
+    1.
 
     Raises:
         ValueError: for beta outside [0, 1].
@@ -52,8 +52,8 @@ def jsd(rows: Rows, T: Temperatures, *, beta: float = 0.5) -> Float[Tensor, " N"
     if beta in (0.0, 1.0):
         return kl(rows, T) if beta == 0.0 else reverse_kl(rows, T)
     student, teacher = softened(rows, T)
-    middle = mixture(teacher, student, beta)
-    return T.scale * (beta * divergence(teacher, middle) + (1.0 - beta) * divergence(student, middle))
+    mixed = mixture(teacher, student, beta)
+    return T.scale * (beta * divergence(teacher, mixed) + (1.0 - beta) * divergence(student, mixed))
 
 
 def skew_kl(rows: Rows, T: Temperatures, *, skew: float = 0.1) -> Float[Tensor, " N"]:
@@ -63,7 +63,7 @@ def skew_kl(rows: Rows, T: Temperatures, *, skew: float = 0.1) -> Float[Tensor, 
         ValueError: for skew outside [0, 1).
 
     Reference: Ko et al., "DistiLLM", ICML 2024, arXiv:2402.03898, equation 3. The released code leaves the teacher's
-    entropy out of the value; the gradient is the same.
+    entropy out of the value; the gradients are equal.
     """
     check_skew("skew_kl", skew)
     student, teacher = softened(rows, T)
@@ -84,9 +84,9 @@ def skew_reverse_kl(rows: Rows, T: Temperatures, *, skew: float = 0.1) -> Float[
 
 
 def tvd(rows: Rows, T: Temperatures) -> Float[Tensor, " N"]:
-    """T_s T_t times half the sum of |teacher - student|, the total variation distance, (N,); unscaled in [0, 1].
+    """T_s T_t times half the sum of |teacher - student|, the total variation distance, (N,); in [0, 1] before scaling.
 
-    Where the two agree on a class its slope is 0, as torch has it.
+    Its derivative at a class with equal probabilities is 0, as in torch.
 
     Reference: Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation", ACL 2023,
     arXiv:2307.15190.
@@ -96,16 +96,17 @@ def tvd(rows: Rows, T: Temperatures) -> Float[Tensor, " N"]:
 
 
 def adaptive_kl(rows: Rows, T: Temperatures, *, head: float = 0.5) -> Float[Tensor, " N"]:
-    """T_s T_t [w KL(teacher || student) + (1 - w) KL(student || teacher)], (N,), with a weight w for each row.
+    """T_s T_t [w KL(teacher || student) + (1 - w) KL(student || teacher)], (N,), with one weight w per row.
 
-    w is the part of |teacher - student| that lies in the teacher's head, held constant: the likeliest classes whose
-    probabilities together stay within ``head``, and the likeliest one always. Where the two agree w is 1/2.
+    w is the fraction of sum |teacher - student| over the teacher's head, treated as a constant. The head is the most
+    likely class and further likely classes while their cumulative probability stays within ``head``. Where the two
+    distributions are equal, w is 1/2.
 
     Raises:
         ValueError: for head outside [0, 1].
 
     Reference: Wu et al., "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models",
-    COLING 2025, arXiv:2404.02657. The released code calls the reverse divergence with its arguments exchanged.
+    COLING 2025, arXiv:2404.02657. The released code calls the reverse divergence with its arguments swapped.
     """
     check_fraction("adaptive_kl", head=head)
     student, teacher = softened(rows, T)
@@ -114,25 +115,26 @@ def adaptive_kl(rows: Rows, T: Temperatures, *, head: float = 0.5) -> Float[Tens
 
 
 def head_share(p: Float[Tensor, "N C"], q: Float[Tensor, "N C"], head: float) -> Float[Tensor, " N"]:
-    """Which part of sum |p - q| lies in the head of p, the likeliest classes up to mass ``head``, (N,), in [0, 1]."""
+    """The fraction of sum |p - q| over the head of p, its likely classes up to mass ``head``, (N,), in [0, 1]."""
     if not p.shape[-1]:
         return p.sum(-1)
-    likeliest, order = p.sort(dim=-1, descending=True, stable=True)
-    inside = likeliest.cumsum(-1) <= head
-    inside[..., 0] = True
-    apart = (p - q).abs().gather(-1, order)
-    whole = apart.sum(-1)
-    share = (apart * inside).sum(-1) / torch.where(whole > 0, whole, torch.ones_like(whole))
-    return torch.where(whole > 0, share, torch.full_like(share, 0.5))
+    sorted_p, order = p.sort(dim=-1, descending=True, stable=True)
+    in_head = sorted_p.cumsum(-1) <= head
+    in_head[..., 0] = True
+    difference = (p - q).abs().gather(-1, order)
+    total = difference.sum(-1)
+    share = (difference * in_head).sum(-1) / torch.where(total > 0, total, torch.ones_like(total))
+    return torch.where(total > 0, share, torch.full_like(share, 0.5))
 
 
 def cross_entropy(rows: Rows) -> Float[Tensor, " N"]:
     """-log p(target) of the student at temperature 1, (N,); 0 on rows without a label.
 
-    Rows that carry ``hard``, their task's own supervised loss, give that.
+    Returns ``rows.task_loss``, the task's own supervised loss, if the rows have one.
 
     Raises:
-        ValueError: for rows without targets, or (seen on the CPU alone, where it costs nothing) a target >= C.
+        ValueError: for rows without targets, or (checked on the CPU only, where it needs no synchronization) a target
+            >= C.
     """
     if not torch.compiler.is_compiling() and (fast := OVERRIDES.get().get("cross_entropy")):
         return fast(rows)
@@ -148,55 +150,59 @@ def entropy(logits: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
     return -(logp.exp() * logp.masked_fill(torch.isneginf(logp), 0.0)).sum(-1)
 
 
-def require_labels(rows: Rows, asker: str) -> Tensor:
-    """The rows' targets; a clear error where there are none or (on the CPU) one names no class."""
+def require_labels(rows: Rows, owner: str) -> Tensor:
+    """Return the rows' targets.
+
+    Raises:
+        ValueError: for rows without targets, or (checked on the CPU only) a target that is out of range.
+    """
     if rows.target is None:
         raise ValueError(
-            f"{asker} needs labels, but Rows(name={rows.name!r}) has target=None. Yield (input, label) batches, or "
+            f"{owner} needs labels, but Rows(name={rows.name!r}) has target=None. Yield (input, label) batches, or "
             "set the weight of the hard term to 0."
         )
     if rows.target.device.type == "cpu" and len(rows) and int(rows.target.max()) >= rows.student.shape[1]:
         raise ValueError(
-            f"{asker}: label {int(rows.target.max())} is out of range for {rows.student.shape[1]} classes (labels "
+            f"{owner}: label {int(rows.target.max())} is out of range for {rows.student.shape[1]} classes (labels "
             f"count from 0 to {rows.student.shape[1] - 1}). Is the student's head too small, or do labels start at 1?"
         )
     return rows.target
 
 
 def check_fraction(owner: str, **values: float) -> None:
-    """Refuse a weight of a mixture outside [0, 1]."""
+    """Raise ValueError for a value outside [0, 1]."""
     for name, value in values.items():
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{owner} needs {name} in [0, 1]; got {value!r}.")
 
 
 def check_skew(owner: str, skew: float) -> None:
-    """Refuse a skew at which the two sides would be one."""
+    """Raise ValueError for a skew outside [0, 1); at 1 both sides of the divergence are equal."""
     if not 0.0 <= skew < 1.0:
-        raise ValueError(f"{owner} needs skew in [0, 1); got {skew!r}. At 1 both sides are the same, and it is 0.")
+        raise ValueError(f"{owner} needs skew in [0, 1); got {skew!r}. At 1 both sides are equal.")
 
 
 def softened(rows: Rows, T: Temperatures) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N C"]]:
-    """Log-probabilities of student and teacher at their temperatures, in float32 at least."""
+    """Log-probabilities of student and teacher at their temperatures, (N, C) each, in at least float32."""
     return log_softmax(tempered(rows.student, T.student)), log_softmax(tempered(rows.teacher, T.teacher))
 
 
 def tempered(logits: Float[Tensor, "N C"], T: Float[Tensor, "#N 1"]) -> Float[Tensor, "N C"]:
-    """logits / T in float32 at least; a masked class stays masked and sends no NaN into a T that learns."""
+    """logits / T in at least float32; masked classes stay masked and give no NaN gradient in a learned T."""
     z = upcast_to_float32(logits)
     if not T.requires_grad:
         return z / T
-    gone = torch.isneginf(z)
-    return (z.masked_fill(gone, 0.0) / T).masked_fill(gone, -torch.inf)
+    is_masked = torch.isneginf(z)
+    return (z.masked_fill(is_masked, 0.0) / T).masked_fill(is_masked, -torch.inf)
 
 
 def log_softmax(logits: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
-    """log softmax, finite also where a row has all its classes masked (then uniform, without gradient)."""
+    """log softmax in at least float32; rows with all classes masked are uniform, without gradient."""
     return F.log_softmax(masked(upcast_to_float32(logits)), dim=-1)
 
 
 def masked(logits: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
-    """The logits, with a row that has no class left replaced by zeros, so that nothing turns into NaN."""
+    """Replace rows that have all classes masked by zeros, so that softmax gives no NaN."""
     if logits.shape[-1] == 0:
         return logits
     empty = torch.isneginf(logits.amax(-1, keepdim=True))
@@ -204,15 +210,15 @@ def masked(logits: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
 
 
 def divergence(logp: Float[Tensor, "N C"], logq: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
-    """KL(p || q) of two log-probabilities, (N,), in nats; never below zero by rounding, its gradient untouched."""
-    gone = torch.isneginf(logp)
-    ratio = logp.masked_fill(gone, 0.0) - logq.masked_fill(gone, 0.0)
+    """KL(p || q) of two log-probabilities, (N,), in nats; negative rounding errors are clamped, gradients kept."""
+    is_masked = torch.isneginf(logp)
+    ratio = logp.masked_fill(is_masked, 0.0) - logq.masked_fill(is_masked, 0.0)
     value = (logp.exp() * ratio).sum(-1)
     return value - value.detach().clamp_max(0.0)
 
 
 def mixture(logp: Float[Tensor, "N C"], logq: Float[Tensor, "N C"], share: float) -> Float[Tensor, "N C"]:
-    """log(share p + (1 - share) q) without leaving log space."""
+    """log(share p + (1 - share) q), (N, C), computed in log space."""
     if share in (0.0, 1.0):
         return logp if share == 1.0 else logq
     both = torch.isneginf(logp) & torch.isneginf(logq)

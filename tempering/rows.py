@@ -1,4 +1,4 @@
-"""Rows and their one reduction: what every task ends as, and how terms become a number."""
+"""Rows, the output of every task, and ``total``, the reduction of loss terms to a scalar."""
 
 from __future__ import annotations
 
@@ -9,39 +9,40 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-IGNORE_INDEX = -100  # torch's ignore_index: a row whose target is negative has no label
+IGNORE_INDEX = -100  # torch's ignore_index; rows with any negative target have no label
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """N predictions of the student beside the teacher's.
+    """N student predictions with the teacher's predictions for the same inputs.
 
-    An image is a row, a kept anchor is a row, a valid token is a row. A class that may not be predicted is minus
-    infinity on both sides. A row of weight 0 is left out of every term and gets no gradient.
+    Rows are images, selected anchors or valid tokens. Classes that must not be predicted are minus infinity on both
+    sides. Rows of weight 0 are left out of every term and get no gradient.
 
     Args:
-        student: (N, C) logits, carrying the gradient.
-        teacher: (N, C) logits, carrying none.
-        target: (N,) class indices; a negative one (torch's -100) means the row has no label. None: no labels at all.
-        weight: (N,) non-negative weights. None: every row weighs 1.
-        features: name -> (student's, teacher's) features, for methods that look inside.
-        name: of this block of rows, as it stands in records and error messages.
-        ids: which sample of the data set each row is, (N,), for methods that remember samples.
-        places: where in its sample each row stands, (N,), such as the position of the token before it.
-        private: how private what each row predicts is, (N,), 0 for not at all to 1. None: nothing is.
-        hard: the task's own supervised loss of each row, (N,), with its gradient, where that is not the cross entropy
-            of the target, as a detector's is not. Hard terms are then this.
+        student: (N, C) logits, with gradient.
+        teacher: (N, C) logits, without gradient.
+        target: (N,) class indices; a negative index (torch's -100) marks rows without a label. None: no labels.
+        weight: (N,) non-negative weights. None: every row has weight 1.
+        features: name -> (student features, teacher features), for methods that match features.
+        name: name of this block of rows in records and error messages.
+        ids: (N,) index in the data set of each row's sample, for methods that keep state per sample.
+        positions: (N,) position of each row in its sample, such as the position of the token before it.
+        privacy_score: (N,) how private each row's prediction is, from 0 (public) to 1. None: all rows are public.
+        task_loss: (N,) the task's own supervised loss per row, with gradient, for tasks whose loss is not the cross
+            entropy of the target, such as detection. Hard terms then use this loss.
 
     Raises:
-        ValueError: for shapes that do not fit, a teacher that requires grad, a target that is not integer, or (seen on
-            the CPU alone) weights that are negative or not finite, or a privacy outside [0, 1] where there is weight.
+        ValueError: for shapes that do not match, a teacher that requires grad, a target that is not integer, or
+            (checked on the CPU only) weights that are negative or not finite, or a privacy score outside [0, 1] on a
+            row of positive weight.
     """
 
     student: Float[Tensor, "N C"]
     teacher: Float[Tensor, "N C"]
     target: Int[Tensor, " N"] | None = None
     weight: Float[Tensor, " N"] | None = None
-    features: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    features: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
     name: str = "logits"
     ids: Int[Tensor, " N"] | None = None
     positions: Int[Tensor, " N"] | None = None
@@ -73,23 +74,23 @@ class Rows:
                     f"Rows(name={self.name!r}) needs {label} of shape (N,) = ({s.shape[0]},); got {tuple(value.shape)}."
                 )
         w = self.weight
-        # looked at on the CPU alone, where it costs nothing
+        # checked on the CPU only, where it needs no synchronization
         if w is not None and w.device.type == "cpu" and not bool(((w >= 0) & torch.isfinite(w)).all()):
             raise ValueError(
                 f"Rows(name={self.name!r}) needs weights >= 0 and finite; got {w.min().item():g} to "
-                f"{w.max().item():g}. 0 leaves a row out."
+                f"{w.max().item():g}. 0 leaves out the row."
             )
         if self.privacy_score is not None and self.privacy_score.device.type == "cpu":
-            seen = self.privacy_score if w is None else self.privacy_score[w > 0]
-            if not ((seen >= 0) & (seen <= 1)).all():
+            scores = self.privacy_score if w is None else self.privacy_score[w > 0]
+            if not ((scores >= 0) & (scores <= 1)).all():
                 raise ValueError(
-                    f"Rows(name={self.name!r}) needs a privacy in [0, 1]; got {seen.min().item():g} to "
-                    f"{seen.max().item():g}. 0 is public."
+                    f"Rows(name={self.name!r}) needs privacy_score in [0, 1]; got {scores.min().item():g} to "
+                    f"{scores.max().item():g}. 0 is public."
                 )
         if self.target is not None and (self.target.is_floating_point() or self.target.dtype == torch.bool):
             raise ValueError(
                 f"Rows(name={self.name!r}) needs class indices as target, an integer tensor; got {self.target.dtype}. "
-                "One-hot or soft labels? Pass labels.argmax(-1), or let a teacher carry the soft ones."
+                "One-hot or soft labels? Pass labels.argmax(-1), or let a teacher return the soft labels."
             )
 
     def __len__(self) -> int:
@@ -97,39 +98,39 @@ class Rows:
 
     @property
     def total_weight(self) -> Float[Tensor, ""]:
-        """The weight of these rows together, (): N where they have no weights."""
+        """The sum of the weights, (); N if there are none."""
         if self.weight is None:
             return torch.tensor(float(len(self)), device=self.student.device)
         return self.weight.sum(dtype=upcast_to_float32(self.weight).dtype)
 
     def replace(self, **changes: object) -> Rows:
-        """A copy with some fields exchanged."""
+        """Return a copy with the given fields replaced, as ``dataclasses.replace`` does."""
         return replace(self, **changes)  # pyright: ignore[reportArgumentType]
 
 
 def upcast_to_float32(x: Tensor) -> Tensor:
-    """``x`` in float32 at least; float64 stays float64. Temperatures and losses are computed so."""
+    """Return ``x`` in at least float32; float64 is kept. Temperatures and losses are computed in it."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def expand_to_rows(value: Float[Tensor, ""], rows: Rows) -> Float[Tensor, " N"]:
-    """A block's one value given to each of its rows, (N,): the mean over rows is the value itself."""
+    """Expand one value per block to one per row, (N,); the mean over rows equals the value."""
     return value.expand(len(rows))
 
 
 def total(
     terms: Mapping[str, Float[Tensor, " N"]], rows: Rows, *, normalizer: Tensor | float | None = None
 ) -> Float[Tensor, ""]:
-    """The weighted mean of the rows' summed terms, (): the only reduction there is.
+    """Return the weighted mean over rows of the sum of the terms, (); the only reduction in the library.
 
     Args:
         terms: name -> (N,), unreduced, as a method returns them.
-        rows: the rows they belong to.
-        normalizer: the weight of the whole optimizer step: all micro-batches, all ranks. Then the losses of the
-            parts add up to the loss of the whole, however it was split. None: these rows are the whole.
+        rows: the rows that the terms belong to.
+        normalizer: total weight of the optimizer step, over all micro-batches and ranks. The losses of the parts then
+            add up to the loss of the full batch, however it is split. None: the total weight of these rows.
 
     Returns:
-        (); 0 with a gradient path where no row has any weight.
+        (); 0, connected to the graph, if no row has weight.
 
     Raises:
         ValueError: for no terms, or a term that is not (N,).
@@ -142,12 +143,12 @@ def total(
     per_row = torch.stack(tuple(terms.values())).sum(0)
     if rows.weight is not None:
         weight = rows.weight.to(per_row.dtype)
-        # where, not a product: a row of weight 0 may hold anything, also an infinity
+        # torch.where instead of a product: rows of weight 0 may hold infinity or NaN
         per_row = torch.where(weight > 0, per_row * weight, torch.zeros_like(per_row))
-    whole = normalizer
-    if whole is None:
-        whole = rows.total_weight if rows.weight is not None else len(rows)
-    if isinstance(whole, Tensor):
-        whole = whole.to(device=per_row.device, dtype=per_row.dtype)
-        return per_row.sum() / torch.where(whole > 0, whole, torch.ones_like(whole))
-    return per_row.sum() / (whole if whole > 0 else 1.0)
+    divisor = normalizer
+    if divisor is None:
+        divisor = rows.total_weight if rows.weight is not None else len(rows)
+    if isinstance(divisor, Tensor):
+        divisor = divisor.to(device=per_row.device, dtype=per_row.dtype)
+        return per_row.sum() / torch.where(divisor > 0, divisor, torch.ones_like(divisor))
+    return per_row.sum() / (divisor if divisor > 0 else 1.0)

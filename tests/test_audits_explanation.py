@@ -107,7 +107,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
     z, y = sampled(20)
     with pytest.raises(ValueError, match="compares a student with its teacher, and there is none"):
         Explanation()(Answers(), None, [(z, y)])
-    with pytest.raises(ValueError, match="has no module 'pool' to tap"):
+    with pytest.raises(ValueError, match=r"has no module 'pool'\. Did you mean"):
         Explanation(layers={"pool": ("pool", "pool")})(Answers(), Answers(), [(z, y)])
     few = by_name(Explanation()(Answers(), Answers(2.0), [(z[:3], y[:3])]))
     assert few["both", "cka_logits"].value is None and few["both", "agreement"].value == 1.0

@@ -31,7 +31,7 @@ from tests.contract import (
 # these warnings are tested elsewhere; here rows that fall back, and temperatures at a bound, are wanted
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:Sharpness\(solve='published'\)"),
-    pytest.mark.filterwarnings(r"ignore:Curriculum's temperature sits at a bound"),
+    pytest.mark.filterwarnings(r"ignore:Curriculum's temperature is at a bound"),
 ]
 
 NON_NEGATIVE = [(name, part) for name, part in CASES if part.non_negative]

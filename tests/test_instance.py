@@ -395,7 +395,7 @@ def test_nothing_to_learn_from(form: Any) -> None:
         ({"low": 5.0, "high": 5.0}, r"needs 0 <= low < high; got low=5.0 and high=5.0"),
         ({"warmup": 20}, r"needs warmup in \[0, 1\]; got 20"),
         ({"mix": 0.5}, r"needs mix in \[0, 0.2\]; got 0.5"),
-        ({"span": 1.0}, r"0 < span <= period <= 1, shares of the run .*got span=1.0"),
+        ({"span": 1.0}, r"0 < span <= period <= 1, fractions of the run .*got span=1.0"),
         ({"rounds": 0}, r"needs rounds >= 1, an integer; got 0"),
         ({"clip": -0.2}, r"needs clip > 0"),
         ({"switches": (0.5,)}, r"needs three switches and two waves > 0; got \(0.5,\)"),
@@ -545,7 +545,7 @@ def test_what_cannot_be_mixed_is_refused() -> None:
     class Answers:
         model = None
 
-    with pytest.raises(ValueError, match=r"shows images that are in no cache, and Answers answers from one"):
+    with pytest.raises(ValueError, match=r"shows images that are in no cache, and Answers reads its outputs from one"):
         Instance(mix=0.1).wrap_batches(digits(), Answers())
     batches = [1, 2]
     assert Instance().wrap_batches(batches, None) is batches

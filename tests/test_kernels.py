@@ -27,7 +27,7 @@ from tests.paths import ROOT
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:Sharpness\(solve='published'\)"),
-    pytest.mark.filterwarnings(r"ignore:Curriculum's temperature sits at a bound"),
+    pytest.mark.filterwarnings(r"ignore:Curriculum's temperature is at a bound"),
 ]
 # MGD draws its masks a call, and chunks are several calls: another draw of the same loss
 ROW_WISE = [(name, part) for name, part in CASES if not part.is_batch_dependent() and not isinstance(part, MGD)]
@@ -198,7 +198,7 @@ def test_what_is_refused() -> None:
     loss = chunked(KD(), made).loss
     loss.backward(retain_graph=True)
     assert student.grad is not None
-    with pytest.raises(RuntimeError, match="goes back once"):
+    with pytest.raises(RuntimeError, match="backward of a chunked loss runs once"):
         loss.backward()
 
 
@@ -230,12 +230,12 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.exc import InvalidCxxCompiler
 
     monkeypatch.setattr(compiling, "LARGE", {"cpu": 1})
-    monkeypatch.setattr(compiling, "_made", lambda device: ({}, InvalidCxxCompiler()))
+    monkeypatch.setattr(compiling, "_inductor", lambda device: ({}, InvalidCxxCompiler()))
     rows = random_rows(4, 5)
     result = chunked(KD(), rows)
     assert not result.path.compiled and "InvalidCxxCompiler" in result.path.why
     same(result.loss, total(KD()(rows), rows))
-    with pytest.raises(RuntimeError, match=r"compile=True, and inductor cannot compile for 'cpu'"):
+    with pytest.raises(RuntimeError, match=r"compile=True, but inductor cannot compile for 'cpu'"):
         chunked(KD(), rows, compile=True)
 
 
@@ -435,7 +435,7 @@ def test_logits_of_bfloat16_are_as_good_as_float32(
     n, C, H = sizes
     x, head = torch.randn(n, H).bfloat16(), torch.randn(C, H).bfloat16()
     side = linear._Side(x, head, None)
-    found = side.logits(slice(0, n), None, side.room(n), wide=True)
+    found = side.logits(slice(0, n), None, side.buffer(n), wide=True)
     exact = x.double() @ head.double().T
     assert found.dtype == torch.float32
     assert (found - exact).norm() < (2e-5 if fine else 1e-6) * exact.norm()
@@ -474,7 +474,7 @@ def test_linear_refuses() -> None:
         kept = {"hidden_student": made.hs, "head_student": made.student, "hidden_teacher": made.ht}
         linear_loss(KD(), **({**kept, "head_teacher": made.teacher, "target": made.target} | changes))
 
-    with pytest.raises(ValueError, match=r"A padded vocabulary\? Give classes=16"):
+    with pytest.raises(ValueError, match=r"A padded vocabulary\? Set classes=16"):
         call(head_teacher=nn.Linear(8, 16).double())
     with pytest.raises(ValueError, match="would be trained"):
         call(hidden_teacher=made.ht.clone().requires_grad_())

@@ -121,7 +121,7 @@ def test_on_standardized_logits_it_falls_to_the_floor_and_says_so_once() -> None
     rows = like_cifar()
     policy = Curriculum(low=2.0, high=22.0, initial=-2.0, over=0.0)
     method = LSKD(KD(soft=9.0, hard=0.0, temperature=policy), hard=0.0)
-    with pytest.warns(UserWarning, match=r"sits at a bound, T = 2\.\d+ of \[2, 22\], where it is a static one") as said:
+    with pytest.warns(UserWarning, match=r"is at a bound, T = 2\.\d+ of \[2, 22\], where it is constant") as said:
         trained(method, rows, steps=50, lr=0.5)
     assert len(said) == 1 and int(policy.report()["at_bound"]) == 1
     assert float(reference(policy, rows)[0]) < 2.2
@@ -465,7 +465,7 @@ def test_nested_policies_from_text() -> None:
     assert said["name"] == "Scheduled" and said["policy"] == {"name": "Sharpness", **Sharpness(4).hyperparameters()}
     with pytest.raises(ValueError, match=r"no temperature policy is called 'sharpnes'. Did you mean 'sharpness'"):
         method_from("kd(temperature=scheduled(sharpnes))")
-    with pytest.raises(ValueError, match=r"Capped goes round another policy, such as Capped\(Static.*; got 4"):
+    with pytest.raises(ValueError, match=r"Capped wraps another policy, such as Capped\(Static.*; got 4"):
         policy_from("capped(4)")
 
 
@@ -517,5 +517,5 @@ def test_slips_are_named(make: Any, said: str) -> None:
 
 
 def test_a_number_is_no_policy_to_go_round() -> None:
-    with pytest.raises(TypeError, match=r"Scheduled goes round another policy, .*; got 4.0"):
+    with pytest.raises(TypeError, match=r"Scheduled wraps another policy, .*; got 4.0"):
         Scheduled(4.0)  # pyright: ignore[reportArgumentType]

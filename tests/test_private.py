@@ -168,7 +168,7 @@ def test_rows_refuse_a_privacy_outside_its_range() -> None:
         Rows(z, z, privacy_score=torch.zeros(2))
     for bad in (1.5, -0.1, float("nan")):
         score = torch.tensor([0.0, bad, 1.0])
-        with pytest.raises(ValueError, match=r"needs a privacy in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"needs privacy_score in \[0, 1\]"):
             Rows(z, z, privacy_score=score)
         Rows(
             z, z, weight=torch.tensor([1.0, 0.0, 1.0]), privacy_score=score

@@ -157,5 +157,5 @@ def test_the_loss_does_not_depend_on_the_split(values: list, cuts: list[int], we
 @pytest.mark.parametrize("wrong", [-1.0, float("nan"), float("inf")])
 def test_weights_that_are_no_weights(wrong: float) -> None:
     z = torch.zeros(3, 2)
-    with pytest.raises(ValueError, match=r"needs weights >= 0 and finite; got .* 0 leaves a row out"):
+    with pytest.raises(ValueError, match=r"needs weights >= 0 and finite; got .* 0 leaves out the row"):
         Rows(z, z, weight=torch.tensor([wrong, 1.0, 1.0]))

@@ -81,8 +81,8 @@ def test_exact_takes_few_steps(tau: float, reach: float, monkeypatch: pytest.Mon
         asked.append(args[1].squeeze(-1))
         return sharpness(*args)
 
-    sharpness = module._sharpness
-    monkeypatch.setattr(module, "_sharpness", counted)
+    sharpness = module.logsumexp_and_slope
+    monkeypatch.setattr(module, "logsumexp_and_slope", counted)
     u, v = logits(10_000, 10, seed=3), logits(10_000, 10, seed=4)
     Sharpness(tau, reach=reach)(Rows(v, u))
     T = torch.stack(asked[::2])  # the teacher's temperature at each look
@@ -325,7 +325,7 @@ def test_float16_logits_whose_double_overflows(solve: str) -> None:
 def test_the_published_form_warns_once_with_what_to_do() -> None:
     rows = random_rows(3, 4).replace(student=-torch.ones(3, 4, dtype=torch.float64))
     policy = Sharpness(4.0, solve="published")
-    with pytest.warns(UserWarning, match=r"3 of 3 rows have a maximum logit.*they use tau. solve='exact' serves them"):
+    with pytest.warns(UserWarning, match=r"3 of 3 rows have a maximum logit.*they use tau. solve='exact' handles them"):
         policy(rows)
     policy(rows)  # warnings are errors here
     assert counts(policy) == {"fallback": 3, "clamped": 0}

@@ -31,7 +31,7 @@ from tests.test_golden import Case
 # both are tested elsewhere
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:Sharpness\(solve='published'\)"),
-    pytest.mark.filterwarnings(r"ignore:Curriculum's temperature sits at a bound"),
+    pytest.mark.filterwarnings(r"ignore:Curriculum's temperature is at a bound"),
 ]
 
 

@@ -194,7 +194,7 @@ def test_slips_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             kind(**options)
-    with pytest.raises(TypeError, match="Private goes round another policy"):
+    with pytest.raises(TypeError, match="Private wraps another policy"):
         Private(4.0)
     made = method_from("swing(noise=0, temperature=private(sharpness(4), high=10))")
     assert isinstance(made, Swing) and isinstance(made.temperature, Private) and made.temperature.high == 10

@@ -22,7 +22,7 @@ from tempering.temperature import Cosine, Curriculum, Sharpness, Standardized
 
 PACKAGE = Path(tempering.__file__).parent
 # who looks at numbers on a CPU alone, where a look costs nothing (Curriculum also once in a while on a device)
-CPU_ONLY = {"_log", "_exact", "_warn_once", "_look", "__post_init__", "require_labels"}
+CPU_ONLY = {"_log", "_exact", "_warn_once", "_count_at_bound", "__post_init__", "require_labels"}
 METHODS = {
     "supervised": Supervised,
     "kd": KD,

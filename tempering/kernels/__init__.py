@@ -1,4 +1,4 @@
-"""Fast paths, each equal to the plain loss: any row-wise method in chunks, or from hidden states."""
+"""Memory-saving versions of losses: any row-wise method in chunks, or from hidden states."""
 
 import lazy_loader
 

@@ -1,7 +1,7 @@
-"""The KL family with its gradient in closed form, and what Inductor or Triton may stand in for within a chunk.
+"""The KL family with closed-form gradients, and the functions that Inductor or Triton can replace within a chunk.
 
-With the temperatures held constant, L = scale KL(p || q), p = softmax(u / T_t) and q = softmax(v / T_s), has
-dL/dv = scale / T_s (q - p). Value and gradient come of one look at the two sides.
+For constant temperatures, the gradient of L = scale KL(p || q), p = softmax(u / T_t) and q = softmax(v / T_s), is dL/dv
+= scale / T_s (q - p). Value and gradient are computed in one pass over both sides.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Fast = dict[str, Callable[..., Any]]
 
 
 class _ClosedForm(torch.autograd.Function):
-    """A value a row whose slope in the logits is already known. The slope is used up by the one way back."""
+    """A value per row with a precomputed gradient in the logits. Backward consumes the gradient, so it runs once."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, slope: Tensor, student: Tensor) -> Tensor:
@@ -38,48 +38,48 @@ class _ClosedForm(torch.autograd.Function):
 
 
 def divergence_and_slope(u: Tensor, v: Tensor, T_t: Tensor, T_s: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """scale KL(p || q), (n,), and its slope in ``v``, (n, C); as ``objectives.kl`` has them, masks included."""
+    """scale KL(p || q), (n,), and its gradient in ``v``, (n, C); masks are handled as in ``objectives.kl``."""
     (et, mt, lt), (es, ms, ls) = _exponents(u / T_t), _exponents(v / T_s)
     p, q = et / mt, es / ms
     logp, logq = lt - mt.log(), ls - ms.log()
-    gone = torch.isneginf(logp)
-    value = torch.where(gone, 0.0, p * (logp - logq)).sum(-1)
-    # a row with no class left has no slope, as where its logits were replaced
+    is_masked = torch.isneginf(logp)
+    value = torch.where(is_masked, 0.0, p * (logp - logq)).sum(-1)
+    # rows with all classes masked have no gradient, as in objectives.masked
     empty = torch.isneginf(v.amax(-1, keepdim=True))
-    by = torch.where(empty, 0.0, scale.unsqueeze(1) / T_s)
-    return scale * value.clamp_min(0.0), (q - p) * by
+    factor = torch.where(empty, 0.0, scale.unsqueeze(1) / T_s)
+    return scale * value.clamp_min(0.0), (q - p) * factor
 
 
 def _exponents(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(z - max), its sum over the classes, (n, 1), and z - max: once each, where a softmax and its log take two.
+    """exp(z - max), its sum over the classes, (n, 1), and z - max, shared by softmax and log softmax.
 
-    A row with no class left is uniform.
+    Rows with all classes masked are uniform.
     """
     top = z.amax(-1, keepdim=True)
-    below = torch.where(torch.isneginf(top), 0.0, z - top)
-    e = below.exp()
-    return e, e.sum(-1, keepdim=True), below
+    shifted = torch.where(torch.isneginf(top), 0.0, z - top)
+    e = shifted.exp()
+    return e, e.sum(-1, keepdim=True), shifted
 
 
 def cross_entropy_and_slope(v: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """-log softmax(v)[target], (n,), and its slope in ``v``, (n, C); 0 both where the target is negative.
+    """-log softmax(v)[target], (n,), and its gradient in ``v``, (n, C); both 0 where the target is negative.
 
-    NaN where it names no class, which on a device nobody has looked at.
+    NaN for a target >= C, which is not checked on a device.
     """
     logq = log_softmax(v)
-    known = (target >= 0).unsqueeze(1)
+    has_label = (target >= 0).unsqueeze(1)
     is_label = torch.arange(v.shape[1], device=v.device) == target.unsqueeze(1)
     value = torch.where(target < v.shape[1], -torch.where(is_label, logq, 0.0).sum(-1), torch.nan)
     empty = torch.isneginf(v.amax(-1, keepdim=True))
-    return value, torch.where(known & ~empty, logq.exp() - is_label.to(logq.dtype), 0.0)
+    return value, torch.where(has_label & ~empty, logq.exp() - is_label.to(logq.dtype), 0.0)
 
 
 class FastFunctions:
-    """The fast versions for one walk over chunks, and which of them were used.
+    """The overriding functions for one pass over chunks; records which of them were used.
 
     Args:
-        compiled: Inductor's or Triton's versions by name, {} for none; what is not there runs as it is written.
-        double: whether they compute float64 in float64; Triton's sum in float32.
+        compiled: Inductor's or Triton's functions by name, {} for none; the others run in eager mode.
+        double: whether they compute float64 in float64; Triton's kernels sum in float32.
     """
 
     def __init__(self, compiled: Fast, *, double: bool = True) -> None:
@@ -88,14 +88,14 @@ class FastFunctions:
         self.plain: set[str] = set()
 
     def functions(self) -> Fast:
-        """What ``override_with`` takes."""
-        solving = {name: self._solving(name) for name in ("centered", "_sharpness") if name in self.compiled}
+        """The functions for ``override_with``."""
+        solvers = {name: self._solver(name) for name in ("centered", "logsumexp_and_slope") if name in self.compiled}
         if "exact" in self.compiled:
-            solving["solve_delta"] = self._solve_delta
-        return {"kl": self._kl, "cross_entropy": self._cross_entropy, **solving}
+            solvers["solve_delta"] = self._solve_delta
+        return {"kl": self._kl, "cross_entropy": self._cross_entropy, **solvers}
 
     def _kl(self, rows: Rows, T: Temperatures) -> Tensor:
-        if any(x is not None and x.requires_grad for x in T) or not _logits(rows):
+        if any(x is not None and x.requires_grad for x in T) or not _has_logits(rows):
             self.plain.add("kl")
             with override_with({}):
                 return kl(rows, T)
@@ -107,7 +107,7 @@ class FastFunctions:
         return _differentiable(rows.student, *fast(u, v.detach(), T_t, T_s, scale))
 
     def _cross_entropy(self, rows: Rows) -> Tensor:
-        if not _logits(rows):
+        if not _has_logits(rows):
             self.plain.add("cross_entropy")
             with override_with({}):
                 return cross_entropy(rows)
@@ -119,7 +119,7 @@ class FastFunctions:
     def _fast(self, name: str, plain: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
         return plain if dtype == torch.float64 and not self.double else self.compiled.get(name, plain)
 
-    def _solving(self, name: str) -> Callable[..., Any]:
+    def _solver(self, name: str) -> Callable[..., Any]:
         def solve(*args: Tensor) -> Any:
             if not len(args[0]) or (torch.is_grad_enabled() and any(x.requires_grad for x in args)):
                 with override_with({}):
@@ -130,15 +130,15 @@ class FastFunctions:
         return solve
 
     def _solve_delta(self, u: Tensor, v: Tensor, *, tau: float, solve: sharpness.Solve, reach: float) -> Any:
-        follows = v.requires_grad and torch.is_grad_enabled()
-        if solve != "exact" or not v.numel() or follows or torch.float64 in (u.dtype, v.dtype):
+        with_grad = v.requires_grad and torch.is_grad_enabled()
+        if solve != "exact" or not v.numel() or with_grad or torch.float64 in (u.dtype, v.dtype):
             with override_with({}):
                 return sharpness.solve_delta(u, v, tau=tau, solve=solve, reach=reach)
         self.used.add("temperature")
         return self.compiled["exact"](u.detach(), v.detach(), tau, reach)
 
 
-def _logits(rows: Rows) -> bool:
+def _has_logits(rows: Rows) -> bool:
     return len(rows) > 0 and rows.student.shape[1] > 0
 
 

@@ -1,4 +1,4 @@
-"""From hidden states to the loss: the logits of a few rows at a time, never all of them."""
+"""Losses computed from hidden states: logits are computed for a chunk of rows at a time."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tempering.rows import Rows
 from tempering.teachers.outputs import Head
 
 Last = nn.Linear | Tensor | Head
-LOGITS = {"cpu": 2**25}  # bytes of both sides' logits
-ROWS = 256  # at least, where nobody sets the bytes: with fewer the products are slow, and their library takes more room
-BLOCK = 2**22  # numbers of a head that are widened at once, where torch cannot accumulate in float32 by itself
+LOGITS = {"cpu": 2**25}  # bytes of both sides' logits per chunk
+ROWS = 256  # minimum rows per chunk if memory is None: with fewer, matrix products are slow and need more workspace
+BLOCK = 2**22  # elements of a head upcast at once, where torch cannot accumulate in float32
 
 
 def linear_loss(
@@ -41,80 +41,89 @@ def linear_loss(
     compile: Wanted = None,
     name: str = "logits",
 ) -> Chunked:
-    """``total`` of the method on the logits of two heads, made and used a few rows at a time: (N, C) is never held.
+    """``total`` of the method on the logits of two heads, computed per chunk of rows, without storing (N, C) logits.
 
-    The gradient in the student's hidden states, and in its head where that requires grad, is made on the way, and is
-    open once. Any row-wise method and policy will do: see ``chunked``, which runs within.
+    The gradients in the student's hidden states, and in its head if that requires grad, are computed in forward, and
+    backward can run once. Supports any row-wise method and policy, as ``chunked``, which it uses.
 
     Args:
         method: row-wise.
-        hidden_student: (N, H), carrying the gradient.
-        head_student: nn.Linear, its weight (C, H), or ``answers.Head`` with a logit scale and a soft cap, which
-            ``teachers.hidden.head_of(model)`` finds: Gemma's, Cohere's, Granite's.
-        hidden_teacher: (N, H'), carrying none.
+        hidden_student: (N, H), with gradient.
+        head_student: nn.Linear, its weight (C, H), or ``teachers.outputs.Head`` with a logit scale and a soft cap, as
+            ``teachers.cache.hidden.head_of(model)`` returns: for Gemma, Cohere, Granite.
+        hidden_teacher: (N, H'), without gradient.
         head_teacher: the same for the teacher; it is never trained.
         target: (N,) class indices, negative for none.
         weight: (N,), non-negative.
-        ids, places, private: (N,) each, as ``Rows`` has them, for methods that ask.
-        progress: the share of the run that is done.
+        ids, positions, privacy_score: (N,) each, as in ``Rows``, for methods that need them.
+        progress: the fraction of the run that is done.
         normalizer: as for ``total``.
-        classes: how many classes of each head take part, the first ones, where a vocabulary is padded.
-        allowed: (C,) bool; the others are minus infinity on both sides.
-        wide: make logits of half-precision inputs, and sum the head's gradient, in float32. False rounds both to the
-            inputs' dtype: faster, half the memory for the head, and DTKD's gradient is off by 5 to 12 %, since its
-            temperatures divide small differences.
-        memory: bytes of both sides' logits at once, and again for what is computed on a chunk of them; None is 32 MiB
-            on a CPU, 256 MiB elsewhere, 256 rows at least, and what ``chunked`` takes.
+        classes: number of classes of each head to use, from the first, if a vocabulary is padded.
+        allowed: (C,) bool; the other classes are minus infinity on both sides.
+        wide: compute logits of half-precision inputs, and sum the head's gradient, in float32. False rounds both to the
+            inputs' dtype: faster, half the memory for the head, and DTKD's gradient has an error of 5 to 12 %, since
+            its temperatures divide small differences.
+        memory: bytes of both sides' logits at once, and again for the computation on a chunk of them. None: 32 MiB on a
+            CPU, 256 MiB elsewhere, at least 256 rows, and the default of ``chunked``.
         compile: as for ``chunked``.
         name: of the rows, in errors.
 
     Raises:
-        ValueError: for shapes that do not fit, a teacher that requires grad, or a method that is not row-wise.
-        RuntimeError: going back a second time.
+        ValueError: for shapes that do not match, a teacher that requires grad, or a method that is not row-wise.
+        RuntimeError: in a second backward.
     """
     student, teacher = _Side(hidden_student, head_student, classes), _Side(hidden_teacher, head_teacher, classes)
-    of_rows = {"target": target, "weight": weight, "ids": ids, "positions": positions, "privacy_score": privacy_score}
-    _fit(student, teacher, name, of_rows, allowed=allowed)
+    row_fields = {
+        "target": target,
+        "weight": weight,
+        "ids": ids,
+        "positions": positions,
+        "privacy_score": privacy_score,
+    }
+    _check_shapes(student, teacher, name, row_fields, allowed=allowed)
     if hidden_teacher.requires_grad:
         raise ValueError(
             f"linear_loss(name={name!r}): the teacher's hidden states require grad, so the teacher would be trained. "
-            "Make them under torch.no_grad()."
+            "Compute them under torch.no_grad()."
         )
     n, C = len(hidden_student), student.weight.shape[0]
-    whole = normalizer
-    if whole is None:
-        whole = float(n) if weight is None else weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))
-    walk = Walk(method, progress, whole, memory, n)
+    divisor = normalizer
+    if divisor is None:
+        divisor = float(n) if weight is None else weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))
+    walk = Walk(method, progress, divisor, memory, n)
     budget = memory or LOGITS.get(hidden_student.device.type, ELSEWHERE)
-    size = max(1, budget // (2 * C * (8 if student.weight.dtype == torch.float64 else 4) or 1))
-    size = max(ROWS, size) if memory is None else size
+    chunk_size = max(1, budget // (2 * C * (8 if student.weight.dtype == torch.float64 else 4) or 1))
+    chunk_size = max(ROWS, chunk_size) if memory is None else chunk_size
     slopes = student.slopes(hidden_student, head_student, wide=wide)
-    gone = None if allowed is None else ~allowed
+    not_allowed = None if allowed is None else ~allowed
     with torch.autocast(hidden_student.device.type, enabled=False):
-        room = student.room(min(size, n)), teacher.room(min(size, n))
-        for part in parts(n, size):
+        buffers = student.buffer(min(chunk_size, n)), teacher.buffer(min(chunk_size, n))
+        for part in parts(n, chunk_size):
             with torch.no_grad():
-                v, u = (x.logits(part, gone, to, wide=wide) for x, to in zip((student, teacher), room, strict=True))
-            # the slope may go where logits of rows that are done with stood; a cap's own slope needs the student's
-            into = v if student.cap is None else u if u.dtype == v.dtype else torch.empty_like(v)
-            cut = {key: x[part] for key, x in of_rows.items() if x is not None}
+                v, u = (
+                    x.logits(part, not_allowed, to, wide=wide)
+                    for x, to in zip((student, teacher), buffers, strict=True)
+                )
+            # the gradient may overwrite logits that are no longer needed; a cap's derivative needs the student's logits
+            slope = v if student.cap is None else u if u.dtype == v.dtype else torch.empty_like(v)
+            fields = {key: x[part] for key, x in row_fields.items() if x is not None}
             if not walk.chunks:
                 walk.compile(compile, v, n * C)
-            walk.over(Rows(v, u, name=name).replace(**cut), into if slopes else None)
+            walk.over(Rows(v, u, name=name).replace(**fields), slope if slopes else None)
             if slopes:
-                student.back(student.unbent(into, v, gone), part)
+                student.backward(student.undo_scale_and_cap(slope, v, not_allowed), part)
     return walk.result(slopes)
 
 
 class _Side:
-    """One model's last layer: hidden states, a head, and the slopes in them."""
+    """One model's last layer: hidden states, head, and the gradients in them."""
 
     def __init__(self, hidden: Tensor, head: Last, classes: int | None) -> None:
         if not isinstance(head, Last):
             raise ValueError(
-                f"linear_loss needs an answers.Head, an nn.Linear or its weight (C, H); got {type(head).__name__}. A "
-                "head with an adapter (LoRA)? Give the weight that it amounts to, or leave the head out of its "
-                "target_modules."
+                f"linear_loss needs a teachers.outputs.Head, an nn.Linear or its weight (C, H); got "
+                f"{type(head).__name__}. A head with an adapter (LoRA)? Pass the merged weight, or leave the head out "
+                "of its target_modules."
             )
         weight, bias = _tensors_of(head)
         self.hidden, self.weight = hidden.detach(), weight.detach()
@@ -140,15 +149,15 @@ class _Side:
         self.by_weight: Tensor | None = None
         self.by_bias: Tensor | None = None
 
-    def room(self, rows: int) -> Tensor:
-        """Where some rows' logits go, chunk after chunk: a heap that gives and takes them anew does not shrink."""
+    def buffer(self, rows: int) -> Tensor:
+        """Allocate a buffer for the logits of a chunk, reused for all chunks to avoid heap fragmentation."""
         dtype = torch.float32 if self.half else self.weight.dtype
         return torch.empty(rows, len(self.weight), dtype=dtype, device=self.weight.device)
 
-    def logits(self, part: slice, gone: Tensor | None, room: Tensor, *, wide: bool) -> Tensor:
-        """The logits of some rows, (n, C), in float32 at least, written into ``room``."""
+    def logits(self, part: slice, not_allowed: Tensor | None, buffer: Tensor, *, wide: bool) -> Tensor:
+        """The logits of a slice of rows, (n, C), in at least float32, written into ``buffer``."""
         x = self.hidden[part]
-        z = room[: len(x)]
+        z = buffer[: len(x)]
         if not self.half:
             torch.mm(x, self.weight.T, out=z)
         elif not wide:
@@ -158,9 +167,9 @@ class _Side:
         elif x.dtype == torch.bfloat16 and _subtracts_first():
             for block in self._blocks():
                 head = self.weight[block].T
-                near = x @ head
-                z[:, block] = near
-                z[:, block] += torch.addmm(near, x, head, beta=-1.0)  # what rounding took away
+                rounded = x @ head
+                z[:, block] = rounded
+                z[:, block] += torch.addmm(rounded, x, head, beta=-1.0)  # the rounding error
         else:
             x = x.float()
             for block in self._blocks():
@@ -171,38 +180,38 @@ class _Side:
             z *= self.scale
         if self.cap is not None:
             z.div_(self.cap).tanh_().mul_(self.cap)
-        return z if gone is None else z.masked_fill_(gone, -torch.inf)
+        return z if not_allowed is None else z.masked_fill_(not_allowed, -torch.inf)
 
     def slopes(self, hidden: Tensor, head: Last, *, wide: bool) -> list[tuple[Tensor, Tensor]]:
-        """Room for the slopes in what requires grad, as (input, slope); ``wide`` sums the head's in float32."""
+        """Allocate gradients of inputs that require grad, as (input, gradient); ``wide`` uses float32 for the head."""
         weight, bias = _tensors_of(head)
         if not torch.is_grad_enabled():
             return []
-        # float16 would lose small slopes before a loss scale has met them
-        kept = torch.float32 if hidden.dtype == torch.float16 else None
-        summed = torch.float32 if self.half and wide else kept
+        # float16 would underflow before a loss scale is applied
+        dtype = torch.float32 if hidden.dtype == torch.float16 else None
+        head_dtype = torch.float32 if self.half and wide else dtype
         if hidden.requires_grad:
-            self.by_hidden = torch.zeros_like(hidden, dtype=kept, memory_format=torch.contiguous_format)
+            self.by_hidden = torch.zeros_like(hidden, dtype=dtype, memory_format=torch.contiguous_format)
         if weight.requires_grad:
-            self.by_weight = torch.zeros_like(weight, dtype=summed, memory_format=torch.contiguous_format)
+            self.by_weight = torch.zeros_like(weight, dtype=head_dtype, memory_format=torch.contiguous_format)
         if bias is not None and bias.requires_grad:
-            self.by_bias = torch.zeros_like(bias, dtype=summed)
-        rooms = ((hidden, self.by_hidden), (weight, self.by_weight), (bias, self.by_bias))
-        return [(x, room) for x, room in rooms if x is not None and room is not None]
+            self.by_bias = torch.zeros_like(bias, dtype=head_dtype)
+        pairs = ((hidden, self.by_hidden), (weight, self.by_weight), (bias, self.by_bias))
+        return [(x, buffer) for x, buffer in pairs if x is not None and buffer is not None]
 
     @torch.no_grad()
-    def unbent(self, slope: Tensor, logits: Tensor, gone: Tensor | None) -> Tensor:
-        """The slope in some rows' logits, (n, C), before their scale and cap; both tensors are used up."""
+    def undo_scale_and_cap(self, slope: Tensor, logits: Tensor, not_allowed: Tensor | None) -> Tensor:
+        """Convert the gradient in logits, (n, C), to one before scale and cap; overwrites both tensors."""
         if self.cap is not None:
-            bent = logits if gone is None else logits.masked_fill_(gone, 0.0)
-            slope *= bent.div_(self.cap).square_().neg_().add_(1.0)
+            capped = logits if not_allowed is None else logits.masked_fill_(not_allowed, 0.0)
+            slope *= capped.div_(self.cap).square_().neg_().add_(1.0)
         if self.scale != 1.0:
             slope *= self.scale
         return slope
 
     @torch.no_grad()
-    def back(self, slope: Tensor, part: slice) -> None:
-        """Take the slope in some rows' logits, (n, C), on to the hidden states and the head."""
+    def backward(self, slope: Tensor, part: slice) -> None:
+        """Backpropagate the gradient in a slice's logits, (n, C), to the hidden states and the head."""
         x, C = self.hidden[part], len(self.weight)
         g = slope.to(x.dtype) if x.dtype == torch.bfloat16 else slope
         if self.by_hidden is not None:
@@ -222,40 +231,40 @@ class _Side:
             self.by_bias[:C] += slope.sum(0)
 
     def _blocks(self) -> list[slice]:
-        """Slices of the classes whose part of the head has at most ``BLOCK`` numbers."""
+        """Slices of the classes for which the part of the head has at most ``BLOCK`` elements."""
         return list(parts(len(self.weight), max(1, BLOCK // self.weight.shape[1])))
 
 
 @functools.cache
 def _subtracts_first() -> bool:
-    """Whether a product in bfloat16 less a tensor is rounded once, at the end, by this CPU's library.
+    """Whether this CPU's library rounds a bfloat16 product minus a tensor once, at the end.
 
-    Then a product and what its rounding took away are as good as 2^-17, and faster than a product in float32.
+    A product and its rounding error then have a precision of 2^-17, and are faster than a product in float32.
     """
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     x, head = (torch.randn(n, 64, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (16, 32))
-    near, exact = x @ head.T, x.double() @ head.double().T
-    found = near.double() + torch.addmm(near, x, head.T, beta=-1.0)
-    return bool((found - exact).norm() < 2e-5 * exact.norm())
+    rounded, exact = x @ head.T, x.double() @ head.double().T
+    total = rounded.double() + torch.addmm(rounded, x, head.T, beta=-1.0)
+    return bool((total - exact).norm() < 2e-5 * exact.norm())
 
 
 def _tensors_of(head: Last) -> tuple[Tensor, Tensor | None]:
     return (head, None) if isinstance(head, Tensor) else (head.weight, head.bias)
 
 
-def _fit(
-    student: _Side, teacher: _Side, name: str, of_rows: Mapping[str, Tensor | None], *, allowed: Tensor | None
+def _check_shapes(
+    student: _Side, teacher: _Side, name: str, row_fields: Mapping[str, Tensor | None], *, allowed: Tensor | None
 ) -> None:
-    """Refuse sides that do not make rows together."""
+    """Raise ValueError for two sides that do not form rows."""
     C, D = len(student.weight), len(teacher.weight)
     if len(student.hidden) != len(teacher.hidden) or C != D:
         raise ValueError(
-            f"linear_loss(name={name!r}) needs as many rows and classes on both sides; got hidden states "
+            f"linear_loss(name={name!r}) needs equal numbers of rows and classes on both sides; got hidden states "
             f"{tuple(student.hidden.shape)} and {tuple(teacher.hidden.shape)}, heads of {C} and {D} "
-            f"classes. A padded vocabulary? Give classes={min(C, D)}."
+            f"classes. A padded vocabulary? Set classes={min(C, D)}."
         )
-    for key, x in of_rows.items():
+    for key, x in row_fields.items():
         if x is not None and x.shape != (len(student.hidden),):
             raise ValueError(
                 f"linear_loss(name={name!r}) needs {key} of shape (N,) = ({len(student.hidden)},); got "

@@ -1,6 +1,6 @@
-"""The KL family, the cross entropy and DTKD's exact solver in Triton: one program a row, the row read in blocks.
+"""Triton kernels of the KL family, the cross entropy and DTKD's exact solver: one program per row, read in blocks.
 
-The same functions as ``analytic`` and ``temperature.sharpness`` have, for float32 and half precision; each sums in
+The functions match those of ``analytic`` and ``temperature.sharpness``, for float32 and half precision; all sum in
 float32. Triton's interpreter (TRITON_INTERPRET=1 before the first import) runs them on a CPU.
 """
 
@@ -17,23 +17,23 @@ from torch import Tensor
 
 from tempering.temperature.sharpness import Solution
 
-LARGEST = 4096  # classes that a program holds at once
-STEPS = 12  # of Newton, as sharpness._exact has them
+LARGEST = 4096  # maximum block size, in classes
+STEPS = 12  # Newton steps, as in sharpness._exact
 
 
 @triton.jit
 def _tempered_lse(row, T, n, BLOCK: tl.constexpr):
-    """The largest z / T of a row, taken as 0 where the row has no class left, and the logsumexp; one pass."""
+    """The maximum of z / T of one row and its logsumexp (log n if all classes are masked), in one pass."""
     top = -float("inf")
     mass = 0.0
     for start in range(0, n, BLOCK):
         at = start + tl.arange(0, BLOCK)
         z = tl.load(row + at, mask=at < n, other=-float("inf")).to(tl.float32) / T
-        found = tl.maximum(top, tl.max(z, 0))
-        base = tl.where(found == -float("inf"), 0.0, found)
+        new_top = tl.maximum(top, tl.max(z, 0))
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)
         mass = mass * tl.exp(top - base) + tl.sum(tl.exp(z - base), 0)
-        top = found
-    # a row with no class left is uniform, as where its logits were replaced by 0
+        top = new_top
+    # rows with all classes masked are uniform, as in objectives.masked
     lse = tl.where(top == -float("inf"), tl.log(n * 1.0), top + tl.log(mass))
     return top, lse
 
@@ -44,7 +44,7 @@ def _kl_rows(u, v, T_t, T_s, scale, value, slope, n, BLOCK: tl.constexpr):
     u += row * n
     v += row * n
     slope += row * n
-    by_t, by_s, by = tl.load(T_t + row), tl.load(T_s + row), tl.load(scale + row)
+    by_t, by_s, factor = tl.load(T_t + row), tl.load(T_s + row), tl.load(scale + row)
     top_t, lse_t = _tempered_lse(u, by_t, n, BLOCK)
     top_s, lse_s = _tempered_lse(v, by_s, n, BLOCK)
     empty_t = top_t == -float("inf")
@@ -58,10 +58,10 @@ def _kl_rows(u, v, T_t, T_s, scale, value, slope, n, BLOCK: tl.constexpr):
         logp = tl.where(inside, tl.where(empty_t, 0.0, zt), -float("inf")) - lse_t
         logq = tl.where(inside, tl.where(empty_s, 0.0, zs), -float("inf")) - lse_s
         p = tl.exp(logp)
-        gone = logp == -float("inf")
-        total += tl.sum(tl.where(gone, 0.0, p * (tl.where(gone, 0.0, logp) - tl.where(gone, 0.0, logq))), 0)
-        tl.store(slope + at, tl.where(empty_s, 0.0, (tl.exp(logq) - p) * (by / by_s)), mask=inside)
-    tl.store(value + row, by * tl.where(total < 0.0, 0.0, total))
+        masked = logp == -float("inf")
+        total += tl.sum(tl.where(masked, 0.0, p * (tl.where(masked, 0.0, logp) - tl.where(masked, 0.0, logq))), 0)
+        tl.store(slope + at, tl.where(empty_s, 0.0, (tl.exp(logq) - p) * (factor / by_s)), mask=inside)
+    tl.store(value + row, factor * tl.where(total < 0.0, 0.0, total))
 
 
 @triton.jit
@@ -73,21 +73,21 @@ def _label_rows(v, target, value, slope, n, BLOCK: tl.constexpr):
     top, lse = _tempered_lse(v, 1.0, n, BLOCK)
     empty = top == -float("inf")
     keep = tl.where(empty, 0, tl.where(label >= 0, 1, 0))
-    found = 0.0
+    loss = 0.0
     for start in range(0, n, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < n
         z = tl.load(v + at, mask=inside, other=-float("inf")).to(tl.float32)
         logq = tl.where(inside, tl.where(empty, 0.0, z), -float("inf")) - lse
         hit = at == label
-        found += tl.sum(tl.where(hit, -logq, 0.0), 0)
+        loss += tl.sum(tl.where(hit, -logq, 0.0), 0)
         tl.store(slope + at, tl.where(keep == 1, tl.exp(logq) - hit.to(tl.float32), 0.0), mask=inside)
-    tl.store(value + row, tl.where(label < n, found, float("nan")))
+    tl.store(value + row, tl.where(label < n, loss, float("nan")))
 
 
 @triton.jit
 def _spread(row, n, eps, BLOCK: tl.constexpr):
-    """Of a row's valid classes: mean, largest less the mean, standard deviation, and whether they are constant."""
+    """Over one row's valid classes: mean, maximum minus mean, standard deviation, whether all are equal."""
     count = 0.0
     top = -float("inf")
     bottom = float("inf")
@@ -113,8 +113,8 @@ def _spread(row, n, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sharpness(row, mean, top, T, n, BLOCK: tl.constexpr):
-    """logsumexp((z - mean) / T) and minus its derivative in T."""
+def _logsumexp_and_slope(row, mean, top, T, n, BLOCK: tl.constexpr):
+    """logsumexp((z - mean) / T) and its negative derivative in T."""
     mass = 0.0
     first = 0.0
     for start in range(0, n, BLOCK):
@@ -128,7 +128,9 @@ def _sharpness(row, mean, top, T, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _exact_rows(u, v, delta_to, flat_to, held_to, n, tau, reach, eps, close, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+def _exact_rows(
+    u, v, delta_to, flat_to, clamped_to, n, tau, reach, eps, close, STEPS: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     u += row * n
     v += row * n
@@ -139,43 +141,43 @@ def _exact_rows(u, v, delta_to, flat_to, held_to, n, tau, reach, eps, close, STE
     start = tl.where(flat == 1, 0.0, tau * (std_u - std_v) / (std_u + std_v))
     delta = tl.minimum(tl.maximum(start, -end), end)
     low, high = -end, end
-    # flags are numbers here, 0 or 1
-    low_seen, high_seen, held, done, step = 0, 0, 0, flat, 0
+    # flags are integers, 0 or 1
+    low_done, high_done, clamped, done, step = 0, 0, 0, flat, 0
     while step < STEPS:
         if done == 0:
-            f_u, slope_u = _sharpness(u, mean_u, top_u, tau + delta, n, BLOCK)
-            f_v, slope_v = _sharpness(v, mean_v, top_v, tau - delta, n, BLOCK)
+            f_u, slope_u = _logsumexp_and_slope(u, mean_u, top_u, tau + delta, n, BLOCK)
+            f_v, slope_v = _logsumexp_and_slope(v, mean_v, top_v, tau - delta, n, BLOCK)
             f = f_u - f_v
             slope = slope_u + slope_v
             noise = 2.0 * eps * (1.0 + tl.abs(f_u) + tl.abs(f_v) + tau * slope)
-            outside = tl.where(delta <= -end, tl.where(f < 0, 1, 0), 0)
-            outside = tl.where(delta >= end, tl.where(f > 0, 1, 0), outside)
+            at_end = tl.where(delta <= -end, tl.where(f < 0, 1, 0), 0)
+            at_end = tl.where(delta >= end, tl.where(f > 0, 1, 0), at_end)
             done = tl.where(tl.abs(f) <= noise, 1, 0)
-            held = tl.where(done == 1, 0, outside)
+            clamped = tl.where(done == 1, 0, at_end)
             low = tl.where(f > 0, delta, low)
             high = tl.where(f < 0, delta, high)
-            low_seen = tl.where(f > 0, 1, low_seen)
-            high_seen = tl.where(f < 0, 1, high_seen)
-            straight = slope + 2.0 * delta * f / ((tau + delta) * (tau - delta))
-            straight = tl.where(straight > 0, straight, slope)
-            raw = delta + f / straight
-            middle = 0.5 * (low + high)
-            moved = tl.where(raw <= low, tl.where(low_seen == 1, middle, low), raw)
-            moved = tl.where(raw >= high, tl.where(high_seen == 1, middle, high), moved)
-            done = tl.maximum(done, held)
+            low_done = tl.where(f > 0, 1, low_done)
+            high_done = tl.where(f < 0, 1, high_done)
+            newton_slope = slope + 2.0 * delta * f / ((tau + delta) * (tau - delta))
+            newton_slope = tl.where(newton_slope > 0, newton_slope, slope)
+            raw = delta + f / newton_slope
+            midpoint = 0.5 * (low + high)
+            moved = tl.where(raw <= low, tl.where(low_done == 1, midpoint, low), raw)
+            moved = tl.where(raw >= high, tl.where(high_done == 1, midpoint, high), moved)
+            done = tl.maximum(done, clamped)
             moved = tl.where(done == 1, delta, moved)
-            near = tl.where(tl.abs(moved) < end, tl.abs(moved - delta), tau)
-            done = tl.where(near <= close * (tau - tl.abs(delta)), 1, done)
+            change = tl.where(tl.abs(moved) < end, tl.abs(moved - delta), tau)
+            done = tl.where(change <= close * (tau - tl.abs(delta)), 1, done)
             delta = moved
         step += 1
     tl.store(delta_to + row, delta)
     tl.store(flat_to + row, flat)
-    tl.store(held_to + row, held)
+    tl.store(clamped_to + row, clamped)
 
 
 def divergence_and_slope(u: Tensor, v: Tensor, T_t: Tensor, T_s: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """``analytic.divergence_and_slope``, in float32."""
-    value, slope = _room(v)
+    value, slope = _empty_outputs(v)
     T_t, T_s, scale = (x.expand(len(v), *x.shape[1:]).float().contiguous() for x in (T_t, T_s, scale))
     _kl_rows[(len(v),)](u.contiguous(), v.contiguous(), T_t, T_s, scale, value, slope, v.shape[1], **_sizes(v))
     return value, slope
@@ -183,23 +185,23 @@ def divergence_and_slope(u: Tensor, v: Tensor, T_t: Tensor, T_s: Tensor, scale: 
 
 def cross_entropy_and_slope(v: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """``analytic.cross_entropy_and_slope``, in float32."""
-    value, slope = _room(v)
+    value, slope = _empty_outputs(v)
     _label_rows[(len(v),)](v.contiguous(), target.contiguous(), value, slope, v.shape[1], **_sizes(v))
     return value, slope
 
 
 def exact(teacher: Tensor, student: Tensor, tau: float, reach: float) -> Solution:
-    """The root of ``Sharpness(solve="exact")``, without its gradient."""
+    """The root of ``Sharpness(solve="exact")``, without gradient."""
     n = len(student)
     delta = torch.empty(n, 1, device=student.device, dtype=torch.float32)
-    flat, held = (torch.empty(n, 1, device=student.device, dtype=torch.int8) for _ in range(2))
+    flat, clamped = (torch.empty(n, 1, device=student.device, dtype=torch.int8) for _ in range(2))
     eps = torch.finfo(torch.float32).eps
     inputs = (
         teacher.contiguous(),
         student.contiguous(),
         delta,
         flat,
-        held,
+        clamped,
         student.shape[1],
         tau,
         reach,
@@ -207,10 +209,10 @@ def exact(teacher: Tensor, student: Tensor, tau: float, reach: float) -> Solutio
         0.25 * eps**0.5,
     )
     _exact_rows[(n,)](*inputs, STEPS=STEPS, **_sizes(student))
-    return Solution(delta, flat.bool(), held.bool())
+    return Solution(delta, flat.bool(), clamped.bool())
 
 
-def _room(v: Tensor) -> tuple[Tensor, Tensor]:
+def _empty_outputs(v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty(len(v), device=v.device), torch.empty(v.shape, device=v.device)
 
 

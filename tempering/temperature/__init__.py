@@ -1,4 +1,4 @@
-"""Temperature policies, one per file, found in this package when they are first named."""
+"""Temperature policies, one per file, discovered automatically and imported on first access."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Efficient exploration: batches some of whose samples are mixed with others, ranked by the student's entropy."""
+"""Efficient exploration: mixes samples in training batches, ranked by the student's entropy."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from torch import Tensor
 
 
 class Mix(NamedTuple):
-    """For each sample which other it is mixed with, itself where it is not, and the other's share; (S,) each."""
+    """For each sample the index of the sample to mix in (its own for none) and that sample's share; (S,) each."""
 
     other: Int[Tensor, " S"]
     share: Float[Tensor, " S"]
 
 
 def ranked(entropy: Float[Tensor, " S"], times: Float[Tensor, " S"], mix: float) -> Mix:
-    """Samples from rank 80 % on get those from rank 10 % on, ``mix`` of the set each; the share falls from 1 to 0.7.
+    """Mix the samples from rank 80 % with those from rank 10 %, ``mix`` of the set each; shares fall from 1 to 0.7.
 
-    Ranked by (times / 40)^0.03 times the mean entropy, highest first, as released; a sample never seen comes last.
+    Ranked by (times / 40)^0.03 times the mean entropy, highest first, as released; samples never counted come last.
     """
     size = len(entropy)
     score = (times / 40.0) ** 0.03 * entropy / times.clamp_min(1.0)
     order = torch.argsort(score, descending=True, stable=True)
     n = int(mix * size)
-    high, low = (order[int(start * size) : int(start * size) + n] for start in (0.1, 0.8))
-    other = torch.arange(size, device=entropy.device).index_copy(0, low, high)
+    sources, targets = (order[int(start * size) : int(start * size) + n] for start in (0.1, 0.8))
+    other = torch.arange(size, device=entropy.device).index_copy(0, targets, sources)
     shares = 1.0 - 0.3 * torch.arange(n, device=entropy.device, dtype=entropy.dtype) / max(n, 1)
-    return Mix(other, torch.zeros_like(entropy).index_copy(0, low, shares))
+    return Mix(other, torch.zeros_like(entropy).index_copy(0, targets, shares))
 
 
 class MixUpLoader:
-    """The batches (inputs, labels, ids), mixed as ``mixes`` says when a batch is made; all else is the inner ones'.
+    """Batches (inputs, labels, ids) with samples mixed by ``mixes()``; other attributes are the wrapped loader's.
 
-    share * other + (1 - share) * own, of normalized images as this epoch augments them (the released code mixes first).
+    share * other + (1 - share) * own, of normalized and augmented images (the released code mixes before augmentation).
 
     Args:
-        batches: what is walked; ``at(ids)`` answers a batch.
-        mixes: the present mixture, None for none.
-        larger: whether a mixed sample's label is that of its larger part, or stays its own.
+        batches: the loader to wrap; ``gather(ids)`` returns a batch.
+        mixes: returns the current mixture, None for none.
+        larger: label a mixed sample by its larger part; False keeps its own label.
     """
 
     def __init__(self, batches: Any, mixes: Callable[[], Mix | None], *, larger: bool) -> None:
         self.batches, self.mixes, self.larger = batches, mixes, larger
 
     def __getattr__(self, name: str) -> Any:
-        if name == "batches":  # not there yet, in a copy that is being made
+        if name == "batches":  # not set yet while a copy is created
             raise AttributeError(name)
         return getattr(self.batches, name)
 
@@ -58,26 +58,26 @@ class MixUpLoader:
         return self.iterate(0)
 
     def iterate(self, start: int = 0) -> Iterator[Any]:
-        """The epoch's batches from number ``start`` on."""
-        return map(self._mixed, self.batches.iterate(start))
+        """Iterate over the epoch's batches from index ``start``."""
+        return map(self._mix_batch, self.batches.iterate(start))
 
     def to(self, device: torch.device | str) -> MixUpLoader:
-        """The same, on ``device``."""
+        """Return a copy on ``device``."""
         return MixUpLoader(self.batches.to(device), self.mixes, larger=self.larger)
 
-    def _mixed(self, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _mix_batch(self, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         mix = self.mixes()
         if mix is None:
             return batch
         inputs, labels, ids = batch
-        place = ids.to(mix.other.device)
-        other, share = mix.other[place].to(ids.device), mix.share[place].to(inputs)
-        changed = (other != ids).nonzero().squeeze(1)
-        if not len(changed):
+        index = ids.to(mix.other.device)
+        other, share = mix.other[index].to(ids.device), mix.share[index].to(inputs)
+        mixed_index = (other != ids).nonzero().squeeze(1)
+        if not len(mixed_index):
             return batch
-        theirs, their_labels, _ = self.batches.gather(other[changed])
-        share = share[changed].view(-1, *[1] * (inputs.ndim - 1))
-        inputs = inputs.index_copy(0, changed, torch.lerp(inputs[changed], theirs, share))
+        other_inputs, other_labels, _ = self.batches.gather(other[mixed_index])
+        share = share[mixed_index].view(-1, *[1] * (inputs.ndim - 1))
+        inputs = inputs.index_copy(0, mixed_index, torch.lerp(inputs[mixed_index], other_inputs, share))
         if self.larger:
-            labels = labels.index_copy(0, changed, their_labels)
+            labels = labels.index_copy(0, mixed_index, other_labels)
         return inputs, labels, ids

@@ -1,11 +1,11 @@
-"""Proximal policy optimization in small: a squashed Gaussian actor, its critic, and what calibrates their reward."""
+"""A small proximal policy optimization (PPO): actor with a squashed Gaussian, critic and reward redistribution."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Form = Literal["ppo", "bandit", "published"]
-KEPT = 64  # paths that the return predictor learns from, the newest ones
-FLOOR = 1e-3  # of the squashed action in [0, 1], so that no temperature is 0
-STEP = -7046029254386353131  # of splitmix64, as a signed number: 0x9E3779B97F4A7C15
+KEPT = 64  # newest paths that the return predictor is trained on
+FLOOR = 1e-3  # minimum of the squashed action in [0, 1], so that no temperature is 0
+STEP = -7046029254386353131  # increment of splitmix64, 0x9E3779B97F4A7C15 as a signed integer
 
 
 class Path(NamedTuple):
-    """What the actor saw and did, a row a step: states (n, 3), actions before the squash (n,), log-densities (n,)."""
+    """One trajectory with one step per row: states (n, 3), actions before squashing (n,), log-densities (n,)."""
 
     state: Float[Tensor, "n 3"]
     x: Float[Tensor, " n"]
@@ -27,11 +27,11 @@ class Path(NamedTuple):
 
 
 class Agent(nn.Module):
-    """Actor, critic and reward calibration, which improve from one path at a time; their state is all in buffers.
+    """Actor, critic and reward redistribution, updated from one path at a time; all state is in parameters and buffers.
 
-    - "ppo": a path has one reward, at its end. It is redistributed over the rows by a return predictor, then PPO with
-      the clipped ratio and generalized advantages; the path ends there, so nothing is bootstrapped.
-    - "bandit": every row has its own reward, and no row leads to another: the advantage is the reward less the critic.
+    - "ppo": a path has one reward, at its end. A return predictor redistributes it over the rows; then PPO with the
+      clipped ratio and generalized advantages. The path ends there, so nothing is bootstrapped.
+    - "bandit": each row has its own reward, and no row leads to another: the advantage is the reward minus the critic.
     - "published": as "ppo", with the formulas of the released code (see ``Instance``).
     """
 
@@ -55,20 +55,20 @@ class Agent(nn.Module):
         self.low, self.high, self.clip, self.rounds, self.gamma, self.trace = low, high, clip, rounds, gamma, trace
         self.actor = Learned(Actor(), lr=actor_lr, max_norm=2.0)
         self.critic = Learned(Layers(3, 256, 256, 1), lr=critic_lr, max_norm=2.0)
-        plain = form == "published"  # the released predictor has no activation
+        plain = form == "published"  # the released predictor has no activation function
         self.predictor = None if form == "bandit" else Learned(Layers(4, 16, 1, linear=plain), lr=1e-3)
         self.detector = Learned(Layers(3, 16, 1, linear=True), lr=1e-3) if plain else None
-        # the rows of the last paths, for the predictor: the path's number and reward, the state, the action in [0, 1]
+        # rows of the last paths, for the predictor: path number, path reward, state, action in [0, 1]
         self.register_buffer("kept", torch.zeros(0, 6))
 
     def acted(self, state: Float[Tensor, "N 3"], noise: Float[Tensor, " N"] | None) -> tuple[Tensor, Tensor]:
-        """The actions before the squash and their log-densities, (N,) each; without noise the mean action."""
+        """Return actions before squashing and their log-densities, (N,) each; without noise the mean action."""
         mu, log_std = self.actor(state)
         x = mu if noise is None else mu + log_std.exp() * noise
         return x, self._log_density(x, mu, log_std)
 
     def improve(self, path: Path, reward: Float[Tensor, ""] | Float[Tensor, " n"]) -> None:
-        """Learn from one path: its reward at the end, (), or for "bandit" that of each row, (n,)."""
+        """Update from one path: its reward at the end, (), or for "bandit" the reward of each row, (n,)."""
         if not len(path.x):
             return
         state = path.state
@@ -76,16 +76,16 @@ class Agent(nn.Module):
         if self.form == "bandit":
             self._fit(state, path, reward - values, reward)
             return
-        last = values[-1:].sum() if self.form == "published" else values.new_zeros(())
+        last_value = values[-1:].sum() if self.form == "published" else values.new_zeros(())
         rewards = torch.zeros_like(values)
         rewards[-1:] = reward
         if self.form == "published":
-            returns = gae(rewards, values, last, gamma=self.gamma, trace=self.trace)[1]
+            returns = gae(rewards, values, last_value, gamma=self.gamma, trace=self.trace)[1]
             rewards = self._published_rewards(path, returns)
             state = state * self._mask(state)
         else:
             rewards = self._rewards(path, reward)
-        advantages, returns = gae(rewards, values, last, gamma=self.gamma, trace=self.trace)
+        advantages, returns = gae(rewards, values, last_value, gamma=self.gamma, trace=self.trace)
         self._fit(state, path, advantages, returns)
 
     def _log_density(self, x: Tensor, mu: Tensor, log_std: Tensor) -> Tensor:
@@ -93,31 +93,35 @@ class Agent(nn.Module):
         return density(x, mu, log_std, low=self.low, high=self.high)
 
     def _rewards(self, path: Path, reward: Tensor) -> Tensor:
-        """What each row of this path brought of its reward, (n,), by a predictor trained on the last paths."""
+        """Redistribute the reward over the rows of this path, (n,), by a predictor trained on the last paths."""
         assert self.predictor is not None
-        predictor, seen = self.predictor, torch.cat((path.state, path.x.sigmoid().unsqueeze(1)), 1)
-        number = self.kept[-1, :1] + 1.0 if len(self.kept) else reward.new_zeros(1)
-        tags = torch.cat((number % 2**20, reward.reshape(1))).expand(len(seen), 2)
-        kept = torch.cat((self.kept, torch.cat((tags, seen), 1)))
-        _, place, lengths = kept[:, 0].unique_consecutive(return_inverse=True, return_counts=True)
-        self.kept, lengths = kept[place >= len(lengths) - KEPT], lengths[-KEPT:]
+        predictor, inputs = self.predictor, torch.cat((path.state, path.x.sigmoid().unsqueeze(1)), 1)
+        path_number = self.kept[-1, :1] + 1.0 if len(self.kept) else reward.new_zeros(1)
+        tags = torch.cat((path_number % 2**20, reward.reshape(1))).expand(len(inputs), 2)
+        kept = torch.cat((self.kept, torch.cat((tags, inputs), 1)))
+        numbers = kept[:, 0]
+        _, index, lengths = cast(
+            tuple[Tensor, Tensor, Tensor],
+            numbers.unique_consecutive(return_inverse=True, return_counts=True),  # pyright: ignore[reportUnknownMemberType]
+        )
+        self.kept, lengths = kept[index >= len(lengths) - KEPT], lengths[-KEPT:]
         returns, rows = self.kept[:, 1], self.kept[:, 2:]
         for _ in range(9):
             predictor.descend(lambda: prediction_loss(predictor(rows).squeeze(-1), returns, lengths))
-        return redistributed(predictor(seen).squeeze(-1), reward)
+        return redistributed(predictor(inputs).squeeze(-1), reward)
 
     def _published_rewards(self, path: Path, returns: Tensor) -> Tensor:
         assert self.predictor is not None
         T = squashed(path.x, low=self.low, high=self.high)
-        predictor, seen = self.predictor, torch.cat((path.state, T.unsqueeze(1)), 1)
+        predictor, inputs = self.predictor, torch.cat((path.state, T.unsqueeze(1)), 1)
         for _ in range(9):
-            predictor.descend(lambda: published_prediction_loss(predictor(seen).squeeze(-1), returns[-1]))
-        return published_redistributed(predictor(seen).squeeze(-1), returns)
+            predictor.descend(lambda: published_prediction_loss(predictor(inputs).squeeze(-1), returns[-1]))
+        return published_redistributed(predictor(inputs).squeeze(-1), returns)
 
     def _mask(self, state: Tensor) -> Tensor:
         """The released detector of critical states, (n, 1) in [0, 1].
 
-        Its cross entropy is over a single class and so always 0: only the penalty on the mask trains it.
+        Its cross entropy is over a single class and thus always 0: only the penalty on the mask trains it.
         """
         assert self.detector is not None
         detector = self.detector
@@ -126,15 +130,15 @@ class Agent(nn.Module):
         return detector(state).sigmoid()
 
     def _fit(self, state: Tensor, path: Path, advantages: Tensor, returns: Tensor) -> None:
-        """``rounds`` steps of the critic towards the returns, and of the actor up its clipped objective."""
+        """Take ``rounds`` steps of the critic towards the returns, then of the actor on its clipped objective."""
         advantages = advantages - advantages.mean()
         spread = advantages.square().mean().sqrt()
         advantages = advantages / torch.where(spread > 0, spread, 1.0)
 
         def loss() -> Tensor:
             ratio = (self._log_density(path.x, *self.actor(state)) - path.log_density).exp()
-            held = ratio.clamp(1.0 - self.clip, 1.0 + self.clip)
-            return -torch.minimum(ratio * advantages, held * advantages).mean()
+            clipped = ratio.clamp(1.0 - self.clip, 1.0 + self.clip)
+            return -torch.minimum(ratio * advantages, clipped * advantages).mean()
 
         for _ in range(self.rounds):
             self.critic.descend(lambda: (self.critic(state).squeeze(-1) - returns).square().mean())
@@ -143,9 +147,9 @@ class Agent(nn.Module):
 
 
 class Learned(nn.Module):
-    """A net that is trained here and nowhere else: by Adam, whose moments are buffers and so in the state dict.
+    """A net trained by its own Adam, whose moments are buffers and thus in the state dict.
 
-    Its parameters want no gradient outside ``descend``: they are in no optimizer's groups, and answers carry none.
+    Its parameters require no gradient outside ``descend``: they are in no optimizer's groups, and outputs have none.
     """
 
     mean: Tensor
@@ -165,7 +169,7 @@ class Learned(nn.Module):
 
     @torch.no_grad()
     def descend(self, loss: Callable[[], Tensor]) -> None:
-        """One step of Adam down ``loss``, the gradient's norm held at ``max_norm``."""
+        """Take one step of Adam on ``loss``, with the gradient's norm clipped to ``max_norm``."""
         parameters = list(self.net.parameters())
         self.net.requires_grad_(True)
         try:
@@ -174,18 +178,19 @@ class Learned(nn.Module):
         finally:
             self.net.requires_grad_(False)
         gradient = torch.cat([g.flatten() for g in gradients])
-        gradient = gradient * (self.max_norm / gradient.norm()).clamp(max=1.0)
+        norm = cast(Tensor, gradient.norm())  # pyright: ignore[reportUnknownMemberType]
+        gradient = gradient * (self.max_norm / norm).clamp(max=1.0)
         self.steps += 1
         self.mean.lerp_(gradient, 1.0 - 0.9)
         self.square.lerp_(gradient.square(), 1.0 - 0.999)
         root = (self.square / (1.0 - 0.999**self.steps)).sqrt() + 1e-8
         step = self.lr / (1.0 - 0.9**self.steps) * self.mean / root
-        for p, by in zip(parameters, step.split([p.numel() for p in parameters]), strict=True):
-            p.sub_(by.view_as(p))
+        for p, change in zip(parameters, torch.split(step, [p.numel() for p in parameters]), strict=True):
+            p.sub_(change.view_as(p))
 
 
 class Layers(nn.Module):
-    """Linear layers of these widths with ReLU between, or with nothing; computed in the dtype of what comes in."""
+    """Linear layers of these widths with ReLU between them unless ``linear``; computed in the dtype of the input."""
 
     def __init__(self, *widths: int, linear: bool = False) -> None:
         super().__init__()
@@ -200,9 +205,9 @@ class Layers(nn.Module):
 
 
 class Actor(nn.Module):
-    """state (N, 3) -> the mean of the Gaussian, in [-1, 1], (N,), and the log of its deviation, ().
+    """Map a state (N, 3) to the mean of the Gaussian, in [-1, 1], (N,), and its log standard deviation, ().
 
-    As released: the log-deviation is a sum of ten parameters, which makes its steps ten times as long.
+    As released: the log standard deviation is a sum of ten parameters, which makes its steps ten times as long.
     """
 
     def __init__(self) -> None:
@@ -215,21 +220,21 @@ class Actor(nn.Module):
 
 
 def squashed(x: Float[Tensor, " N"], *, low: float, high: float) -> Float[Tensor, " N"]:
-    """low + (high - low) sigmoid(x), (N,); the sigmoid is held above 0.001."""
+    """low + (high - low) sigmoid(x), (N,); the sigmoid is clamped to at least 0.001."""
     return low + (high - low) * x.sigmoid().clamp_min(FLOOR)
 
 
 def log_density(
     x: Float[Tensor, " N"], mu: Float[Tensor, " N"], log_std: Float[Tensor, ""], *, low: float, high: float
 ) -> Float[Tensor, " N"]:
-    """The log-density of the squashed action at sigmoid(x), (N,): the Gaussian's at x less log |d action / d x|."""
+    """The log-density of the squashed action at sigmoid(x), (N,): the Gaussian's at x minus log |d action / d x|."""
     return _gaussian(x, mu, log_std) - F.logsigmoid(x) - F.logsigmoid(-x) - math.log(high - low)
 
 
 def published_log_density(
     x: Float[Tensor, " N"], mu: Float[Tensor, " N"], log_std: Float[Tensor, ""], *, low: float, high: float
 ) -> Float[Tensor, " N"]:
-    """What the released code takes for it, (N,): the Gaussian's density at the squashed action."""
+    """The log-density used by the released code, (N,): the Gaussian's at the squashed action."""
     return _gaussian(squashed(x, low=low, high=high), mu, log_std, 1e-8)
 
 
@@ -250,10 +255,10 @@ def gae(
     Reference: Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation", 2016,
     arXiv:1506.02438, equation 16.
     """
-    after = torch.cat((values[1:], last.reshape(1)))[: len(values)]
-    ahead = gamma ** torch.arange(len(values), 0, -1, device=values.device, dtype=values.dtype)
-    advantages = discounted(rewards + gamma * after - values, gamma * trace)
-    return advantages, discounted(rewards, gamma) + last * ahead
+    next_values = torch.cat((values[1:], last.reshape(1)))[: len(values)]
+    discount = gamma ** torch.arange(len(values), 0, -1, device=values.device, dtype=values.dtype)
+    advantages = discounted(rewards + gamma * next_values - values, gamma * trace)
+    return advantages, discounted(rewards, gamma) + last * discount
 
 
 def discounted(x: Float[Tensor, " n"], factor: float) -> Float[Tensor, " n"]:
@@ -268,9 +273,9 @@ def discounted(x: Float[Tensor, " n"], factor: float) -> Float[Tensor, " n"]:
 def prediction_loss(
     worth: Float[Tensor, " m"], returns: Float[Tensor, " m"], lengths: Int[Tensor, " k"]
 ) -> Float[Tensor, ""]:
-    """What trains the return predictor on k paths, one behind the other, ().
+    """The loss of the return predictor on k concatenated paths, ().
 
-    The mean ``worth`` of a path's rows predicts its return, and so shall, at half the weight, that of any first ones.
+    The mean ``worth`` of a path's rows predicts its return, and with half the weight so does the mean of each prefix.
     """
     start = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     summed, count = worth.cumsum(0), torch.arange(1, len(worth) + 1, device=worth.device) - start
@@ -279,10 +284,10 @@ def prediction_loss(
 
 
 def redistributed(worth: Float[Tensor, " n"], reward: Float[Tensor, ""]) -> Float[Tensor, " n"]:
-    """A path's reward shared out over its rows, (n,): their sum is the reward.
+    """Redistribute a path's reward over its rows, (n,); their sum is the reward.
 
-    The predicted return of the first i rows is the sum of their ``worth`` over n; a row gets the difference it makes,
-    and an equal share of the error of the last prediction.
+    The predicted return of the first i rows is the sum of their ``worth`` over n; each row gets the difference that it
+    makes, plus an equal share of the error of the last prediction.
     """
     return (worth - worth.mean() + reward) / len(worth)
 
@@ -290,29 +295,29 @@ def redistributed(worth: Float[Tensor, " n"], reward: Float[Tensor, ""]) -> Floa
 def published_redistributed(predicted: Float[Tensor, " n"], returns: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """The released code's redistribution, (n,): the first return, then differences of consecutive predictions.
 
-    The error that is added is another at every row, since it is that of the row's own return.
+    The added error differs per row, since it is that of the row's own return.
     """
     steps = torch.cat((returns[:1], predicted.diff()))
     return steps + (returns - steps.sum()) / len(steps)
 
 
 def published_prediction_loss(predicted: Float[Tensor, " n"], final: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """The released return predictor's loss of a path, (): of the last error and, at half the weight, of the mean error.
+    """The released return predictor's loss on a path, (): the last error's and, with half the weight, the mean error's.
 
-    That is the square of a mean, not the mean of squares. The released trainer makes each row a path of its own.
+    It is the square of a mean, not the mean of squares. The released trainer treats each row as its own path.
     """
     return (predicted[-1] - final).square() + 0.5 * (predicted - final).mean().square()
 
 
-def normals(place: Int[Tensor, " N"], key: Int[Tensor, ""]) -> Float[Tensor, " N"]:
-    """Standard normal numbers, (N,) in float32, each a function of its place and the key alone (splitmix64)."""
-    word = _mixed(_mixed(key) + place * STEP)
+def normals(positions: Int[Tensor, " N"], key: Int[Tensor, ""]) -> Float[Tensor, " N"]:
+    """Standard normal numbers, (N,) in float32, each a function of its position and the key only (splitmix64)."""
+    word = _finalize(_finalize(key) + positions * STEP)
     uniform = (((word >> 40) & 0xFFFFFF).float() + 0.5) / 2**24
-    return torch.special.ndtri(uniform)
+    return cast(Tensor, torch.special.ndtri(uniform))  # pyright: ignore[reportUnknownMemberType]
 
 
-def _mixed(word: Tensor) -> Tensor:
-    """splitmix64's finalizer; >> of torch keeps the sign, hence the masks."""
+def _finalize(word: Tensor) -> Tensor:
+    """splitmix64's finalizer; torch's >> keeps the sign, hence the masks."""
     word = (word ^ ((word >> 30) & (2**34 - 1))) * -4658895280553007687
     word = (word ^ ((word >> 27) & (2**37 - 1))) * -7723592293110705685
     return word ^ ((word >> 31) & (2**33 - 1))

@@ -1,4 +1,4 @@
-"""One half of what another policy does: its temperatures without their scale, or their scale without them."""
+"""Ablate a policy: its temperatures without its scale, or its scale without its temperatures."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Keep = Literal["temperatures", "scale"]
 
 
 class Ablated(PolicyWrapper):
-    """One of the two things that ``policy`` does, the other held at its reference tau.
+    """Keep one of the two effects of ``policy``; the other uses the reference tau.
 
     Args:
-        policy: any policy; None is Static(4.0), of which either half is the whole.
+        policy: any policy. None: Static(4.0), whose two effects are both those of tau.
         keep: "temperatures" softens as the policy does and multiplies the divergence by tau^2; "scale" softens both
             sides at tau, (1, 1), and multiplies by the policy's T_s T_t, (N, 1).
 
-    A policy weighs rows by T_s T_t as well as softening them; with this an ablation tells which of the two matters.
+    A policy softens rows and also weights them by T_s T_t; this ablation shows which of the two matters.
 
-    Reference: none of its own; the question is one of Wei & Bai, 2024, arXiv:2404.12711, which changes both at once.
+    Reference: no publication of this policy; it ablates Wei & Bai, 2024, arXiv:2404.12711, which changes both at once.
     """
 
     paper = "none: an ablation of another policy"

@@ -1,4 +1,4 @@
-"""AdaKD's temperatures: rows on which the two differ more than usual are softened less."""
+"""AdaKD's temperatures: lower temperatures for rows on which student and teacher differ more than the median."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tempering.utils.search_space import Temperature
 
 
 class Adaptive(Policy):
-    """T = tau exp(-strength tanh(log(s / median s))), one temperature for both sides of a row, (N, 1).
+    """T = tau exp(-strength tanh(log(s / median s))), one temperature per row for both sides, (N, 1).
 
-    s is the Hellinger distance of the row's two predictions at temperature 1, and the median (the lower one) is over
-    the rows of the block that have weight. Hard rows get a low temperature; all lie in tau e^-strength to tau
-    e^strength. Where the median is 0, most rows agree and every row has tau; the source divides by zero there.
+    s is the Hellinger distance of the row's two predictions at temperature 1; the (lower) median is over the rows of
+    the block that have weight. Hard rows get a low temperature; all temperatures are in [tau e^-strength, tau
+    e^strength]. If the median is 0, most rows agree and every row gets tau; the source divides by zero there.
 
     Args:
-        tau: of the row in the middle; the source's is 1, on tokens.
-        strength: how far the temperatures spread, the source's c; below 0, hard rows get the high temperatures.
+        tau: temperature of the median row; 1 in the source, on tokens.
+        strength: range of the temperatures, c in the source; negative values give hard rows the high temperatures.
 
-    This is the temperature of AdaKD alone (IDTS). Its choice of tokens (LATF) is a matter of the rows' weights.
+    This is the temperature of AdaKD only (IDTS). Its selection of tokens (LATF) corresponds to the rows' weights.
 
     Reference: "LLM-Oriented Token-Adaptive Knowledge Distillation", AAAI 2026, arXiv:2510.11615.
     """
@@ -37,7 +37,7 @@ class Adaptive(Policy):
         super().__init__()
         check_positive("Adaptive", tau=tau)
         if not math.isfinite(strength):
-            raise ValueError(f"Adaptive needs a finite strength; got {strength!r}. The source's is 0.5.")
+            raise ValueError(f"Adaptive needs a finite strength; got {strength!r}. The source uses 0.5.")
         self.tau, self.strength = tau, strength
 
     @torch.no_grad()
@@ -45,19 +45,19 @@ class Adaptive(Policy):
         s = hellinger(rows)
         if not len(rows):
             return Temperatures(s, s)
-        kept = torch.ones_like(s, dtype=torch.bool) if rows.weight is None else (rows.weight > 0).unsqueeze(1)
-        ranked = s.masked_fill(~kept, torch.inf).flatten().sort().values
-        middle = ranked[(kept.sum() - 1).clamp_min(0) // 2]
-        # tanh(log r) = (r^2 - 1) / (r^2 + 1), which needs no logarithm of 0
-        usual = (middle > 0) & middle.isfinite()
-        a, b = s.square(), torch.where(usual, middle, 1.0).square()
-        T = self.tau * torch.exp(-self.strength * torch.where(usual, (a - b) / (a + b), 0.0))
+        has_weight = torch.ones_like(s, dtype=torch.bool) if rows.weight is None else (rows.weight > 0).unsqueeze(1)
+        sorted_s = s.masked_fill(~has_weight, torch.inf).flatten().sort().values
+        median = sorted_s[(has_weight.sum() - 1).clamp_min(0) // 2]
+        # tanh(log r) = (r^2 - 1) / (r^2 + 1), which avoids log(0)
+        is_usable = (median > 0) & median.isfinite()
+        a, b = s.square(), torch.where(is_usable, median, 1.0).square()
+        T = self.tau * torch.exp(-self.strength * torch.where(is_usable, (a - b) / (a + b), 0.0))
         return Temperatures(T, T)
 
 
 def hellinger(rows: Rows) -> Float[Tensor, "N 1"]:
     """The Hellinger distance of each row's predictions at temperature 1, (N, 1), in [0, 1]."""
-    sides = []
+    sides: list[Tensor] = []
     for z in (upcast_to_float32(rows.student), upcast_to_float32(rows.teacher)):
         empty = torch.isneginf(z).all(-1, keepdim=True)
         sides.append(z.masked_fill(empty, 0.0).softmax(-1).sqrt())

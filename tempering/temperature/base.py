@@ -1,4 +1,4 @@
-"""What a temperature policy is: rows in, a temperature for each side of each row out."""
+"""Base classes of temperature policies, which map rows to one temperature per row and side."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tempering.rows import Rows, upcast_to_float32
 
 
 class Temperatures(NamedTuple):
-    """A temperature for each side, (N, 1) or (1, 1), positive.
+    """Positive temperatures of both sides, (N, 1) or (1, 1) each.
 
-    ``factor`` is for policies that scale their divergence by something else than the product (they say so).
+    ``factor`` replaces the product T_s * T_t in ``scale``, for policies that document a different scale.
     """
 
     student: Float[Tensor, "#N 1"]
@@ -26,35 +26,36 @@ class Temperatures(NamedTuple):
 
     @property
     def scale(self) -> Float[Tensor, " #N"]:
-        """What a softened divergence is multiplied by: T_s * T_t, (N,) or (1,); Hinton's T^2 where they agree."""
+        """The factor of a softened divergence: T_s * T_t, (N,) or (1,); Hinton's T^2 if both are equal."""
         product = self.student * self.teacher if self.factor is None else self.factor
         return product.squeeze(-1)
 
     def times(self, by: float) -> Temperatures:
-        """Both sides multiplied by ``by``, and so the scale by its square."""
+        """Multiply both sides by ``by``, and thus the scale by its square."""
         return Temperatures(self.student * by, self.teacher * by, None if self.factor is None else self.factor * by**2)
 
     def detached(self) -> Temperatures:
-        """The same, cut from the graph."""
+        """Return a copy detached from the graph."""
         return Temperatures(*(None if x is None else x.detach() for x in self))  # pyright: ignore[reportArgumentType]
 
 
 class Policy(nn.Module, ABC):
-    """A way to set the temperature. It sees rows and the progress of the run in [0, 1], never epochs.
+    """Base class of temperature policies: a module that maps rows to temperatures.
 
-    ``tau`` is the reference temperature a policy moves around; methods that also soften plainly use it.
+    It gets the rows and the progress of the run in [0, 1], never epochs. ``tau`` is the reference temperature around
+    which the policy moves; methods with a plain softened term use ``tau`` for it.
     """
 
     paper: ClassVar[str]  # citation, such as "arXiv:2404.12711"
-    relational: ClassVar[bool] = False  # whether a row's temperature depends on the other rows of its block
+    relational: bool = False  # whether temperatures depend on the other rows of the block
     tau: float
-    shift_invariant: bool = True  # whether a constant added to a row's logits leaves its temperatures alone
-    by_class: bool = False  # whether it is made for one number of classes, and tells them apart
-    last: Temperatures | None = None  # what the last call answered, detached; the engine logs it
+    shift_invariant: bool = True  # whether adding a constant to one row's logits keeps its temperatures
+    by_class: bool = False  # whether it depends on the order and number of classes
+    last: Temperatures | None = None  # detached output of the last call, for logging
 
     @abstractmethod
     def forward(self, rows: Rows, progress: float) -> Temperatures:
-        """The temperatures of these rows."""
+        """Return the temperatures of the rows; ``progress`` is the fraction of the run that is done."""
 
     def __call__(self, rows: Rows, progress: float = 1.0) -> Temperatures:
         temperatures: Temperatures = super().__call__(rows, progress)
@@ -62,56 +63,56 @@ class Policy(nn.Module, ABC):
         return temperatures
 
     def with_reference(self, tau: float, rows: Rows, progress: float) -> Temperatures:
-        """The temperatures round another reference: multiplied by tau / self.tau, where a policy knows no better."""
+        """Return the temperatures for another reference; default: scaled by tau / self.tau."""
         return self(rows, progress).times(tau / self.tau)
 
     def reference_at(self, progress: float) -> float:
-        """The reference temperature at that share of the run; only a schedule moves it."""
+        """Return the reference temperature at this fraction of the run; only schedules change it."""
         return self.tau
 
     def setup(self, rows: Rows) -> None:
-        """See one block of rows before the optimizer is made, to size what the policy trains."""
+        """Create parameters that depend on the shape of the rows; called once, before the optimizer is created."""
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups of parameters that want options of their own; the rest share one group."""
+        """Return optimizer groups for parameters with options of their own; the others share one group."""
         return []
 
     def report(self) -> dict[str, Tensor]:
-        """Counts the policy wants logged, {name: ()}, of the last call; such as rows that fell back."""
+        """Return counts of the last call to log, {name: ()}, such as rows that fell back."""
         return {}
 
     def hyperparameters(self) -> dict[str, object]:
-        """Constructor arguments by name, as records write them."""
+        """Return the constructor arguments by name, as written to records."""
         return hyperparameters(self)
 
     @classmethod
     def example(cls) -> Self:
-        """One of it, as the contract tests make it; overridden where the constructor needs arguments."""
+        """Return an instance for the contract tests; override it if the constructor needs arguments."""
         return cls()
 
 
 class AdaptivePolicy(Policy):
-    """A policy that is told, after the step, what the step did."""
+    """A policy that is updated after every optimizer step."""
 
     @property
     def needs_reward(self) -> bool:
-        """Whether it wants the rows' rewards of this step: for those the engine runs the student a second time."""
+        """Whether ``update`` needs the rows' rewards of this step, for which the trainer runs the student again."""
         return True
 
     @abstractmethod
     def update(self, reward: Float[Tensor, " N"] | None) -> None:
-        """Take the rows' rewards (by how much the student's loss on each fell) and improve.
+        """Update the policy from the rows' rewards: the decrease of the student's loss on each row.
 
-        Called after every step; None where the rewards are not wanted, or there are no labels to tell them by.
+        Called after every step; None if rewards are not needed, or if there are no labels to compute them from.
         """
 
     def wrap_batches(self, batches: Iterable[Any], teacher: Any) -> Iterable[Any]:
-        """The training batches, for a policy that has a say in them."""
+        """Return the training batches, modified if the policy changes them."""
         return batches
 
 
 def hyperparameters(module: nn.Module) -> dict[str, object]:
-    """Constructor arguments of a method or a policy by name: each is kept as an attribute of its own name."""
+    """Return the constructor arguments of a method or policy by name; each is kept as an attribute of that name."""
     out: dict[str, object] = {}
     for name, parameter in inspect.signature(type(module).__init__).parameters.items():
         if name == "self" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -123,10 +124,10 @@ def hyperparameters(module: nn.Module) -> dict[str, object]:
 
 
 class PolicyWrapper(Policy):
-    """A policy round another, which has the last word on what that answers: ``transform``.
+    """A policy that changes the temperatures of another policy with ``transform``.
 
     Args:
-        policy: the other one; a bare number is refused.
+        policy: the policy to wrap; a number raises TypeError.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -134,12 +135,12 @@ class PolicyWrapper(Policy):
         self.policy = check_inner_policy(type(self).__name__, policy)
         self.tau = policy.tau
         self.shift_invariant, self.by_class = policy.shift_invariant, policy.by_class
-        self.relational = policy.relational  # pyright: ignore[reportAttributeAccessIssue]
+        self.relational = policy.relational
         self.counts: dict[str, Tensor] = {}
 
     @abstractmethod
     def transform(self, T: Temperatures, rows: Rows) -> Temperatures:
-        """What becomes of the policy's temperatures; ``counts`` is what ``report`` adds."""
+        """Return the changed temperatures; may set ``counts``, which ``report`` adds to its own."""
 
     def forward(self, rows: Rows, progress: float) -> Temperatures:
         return self.transform(self.policy(rows, progress), rows)
@@ -151,19 +152,19 @@ class PolicyWrapper(Policy):
         return self.policy.reference_at(progress)
 
     def report(self) -> dict[str, Tensor]:
-        """What the policy reports, and the counts of the last call."""
+        """The counts of the wrapped policy and of the last call."""
         return {**self.policy.report(), **self.counts}
 
 
-def check_positive(owner: str, **values: float) -> None:
-    """Refuse a temperature-like argument that is not a positive, finite number."""
+def check_positive(owner: str, **values: object) -> None:
+    """Raise ValueError for an argument that is not a positive, finite number."""
     for name, value in values.items():
         if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise ValueError(f"{owner} needs {name} > 0 and finite; got {value!r}. Hinton's usual value is 4.0.")
 
 
 def check_run_fraction(owner: str, **values: float) -> None:
-    """Refuse a share of the run outside [0, 1]; epochs are a common slip."""
+    """Raise ValueError for a fraction of the run outside [0, 1], such as a number of epochs."""
     for name, value in values.items():
         if not 0.0 <= value <= 1.0:
             raise ValueError(
@@ -173,23 +174,23 @@ def check_run_fraction(owner: str, **values: float) -> None:
 
 
 def check_inner_policy(owner: str, policy: object) -> Policy:
-    """``policy`` itself, refused where it is none; a bare number is a common slip."""
+    """Return ``policy``; raise TypeError if it is not a policy, such as a number."""
     if isinstance(policy, Policy):
         return policy
-    raise TypeError(f"{owner} goes round another policy, such as {owner}(Static(4.0), ...); got {policy!r}.")
+    raise TypeError(f"{owner} wraps another policy, such as {owner}(Static(4.0), ...); got {policy!r}.")
 
 
 def constant(value: float, like: Tensor) -> Float[Tensor, "1 1"]:
-    """``value`` as a (1, 1) temperature on the device of ``like``, in float32 at least."""
+    """Return ``value`` as a (1, 1) temperature on the device of ``like``, in at least float32."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return torch.full((1, 1), float(value), dtype=dtype, device=like.device)
 
 
 @torch.no_grad()
 def logsumexp_gap(rows: Rows, T: Temperatures) -> Float[Tensor, ""]:
-    """Mean |logsumexp(u / T_t) - logsumexp(v / T_s)| of the centered logits, (): what DTKD sets out to close.
+    """Mean |logsumexp(u / T_t) - logsumexp(v / T_s)| of the centered logits, (), which DTKD makes zero.
 
-    Over the rows that have weight and a class left; 0 where there is none.
+    Over rows that have weight and unmasked classes; 0 if there are none.
     """
 
     def sharpness(z: Tensor, temperature: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A cap round another policy."""
+"""Clamp the temperatures of another policy."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from tempering.temperature.static import Static
 
 
 class Capped(PolicyWrapper):
-    """The temperatures of ``policy``, each side held within [low, high].
+    """The temperatures of ``policy``, clamped to [low, high] on each side.
 
-    A scale of the policy's own (``Standardized(scale="tau")``) stays as it is. A temperature that is held has no slope,
-    so a learned one gets no gradient beyond the cap. ``report`` adds how many were held to what the policy reports.
+    A scale set by the policy (``Standardized(scale="tau")``) is kept. A clamped temperature has zero gradient, so a
+    learned temperature gets no gradient beyond the bounds. ``report`` adds the number of clamped temperatures to the
+    counts of the policy.
 
     Args:
-        policy: any policy; None is Static(4.0).
-        low: the least temperature.
-        high: the largest; None for no bound.
+        policy: any policy. None: Static(4.0).
+        low: lower bound.
+        high: upper bound; None for no bound.
 
-    Reference: none of its own.
+    Reference: none.
     """
 
     paper = "none: a cap round another policy"
@@ -49,5 +50,5 @@ class Capped(PolicyWrapper):
         return Temperatures(student, teacher, T.factor)
 
     def _outside(self, T: Float[Tensor, "#N 1"], rows: Rows) -> Tensor:
-        out = (self.low > T) | ((math.inf if self.high is None else self.high) < T)
-        return (out if rows.weight is None else out & (rows.weight > 0).unsqueeze(1)).sum()
+        outside = (self.low > T) | ((math.inf if self.high is None else self.high) < T)
+        return (outside if rows.weight is None else outside & (rows.weight > 0).unsqueeze(1)).sum()

@@ -1,4 +1,4 @@
-"""CTKD: a temperature that is learned against the student, by a reversed gradient that grows over the first epochs."""
+"""CTKD: a learned temperature, trained against the student by gradient reversal with a curriculum."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from tempering.temperature.base import Policy, Temperatures, check_positive, che
 from tempering.utils.search_space import Temperature
 
 Form = Literal["global", "instance"]
-AT_BOUND = 0.01  # a temperature within this share of [low, high] from its end sits at the bound
-LOOK = 256  # on a device every so many calls: a look at the temperature waits for it
+AT_BOUND = 0.01  # a temperature within this fraction of [low, high] from its end is at the bound
+CHECK_INTERVAL = 256  # calls between checks on a device, since reading the temperature synchronizes
 
 
 class Curriculum(Policy):
-    """T = low + (high - low) sigmoid(raw), the same for both sides: (1, 1) where global, (N, 1) where by instance.
+    """T = low + (high - low) sigmoid(raw), equal for both sides: (1, 1) if global, (N, 1) if per instance.
 
-    It learns through the loss: its gradient is multiplied by lambda, which goes from ``lambda_first`` to
-    ``lambda_last`` along half a cosine over the first ``over`` of the run. Below zero the temperature climbs the loss
-    that the student descends; ``lambda_last=1.0`` makes it descend too. The optimizer must have ``raw`` (or the net):
-    take ``method.param_groups()``, as the engine does.
+    Trained by the loss: its gradient is multiplied by lambda, which goes from ``lambda_first`` to ``lambda_last`` along
+    half a cosine over the first ``over`` of the run. With a negative lambda the temperature maximizes the loss that the
+    student minimizes; ``lambda_last=1.0`` makes it minimize the loss too. The optimizer must include ``raw`` (or the
+    net): use ``method.param_groups()``, as the trainer does.
 
     Args:
-        tau: the temperature that methods soften plainly at; the learned one does not start there.
-        form: "global", one number; "instance", a net of two layers from both sides' logits, sized by ``setup``.
+        tau: reference temperature for methods with a plain softened term; the learned temperature does not start there.
+        form: "global", one parameter; "instance", a two-layer net on the logits of both sides, created by ``setup``.
         low: lower bound.
         high: upper bound; the released t_start and t_end are 1 and 20, which is [1, 21].
-        initial: ``raw`` at the start, or the bias of the net's last layer. The released 1.0 is T = 15.6.
-        lambda_first: what the gradient is multiplied by at the start.
-        lambda_last: and at the end of the curriculum.
-        over: the curriculum's share of the run; published: 10 of 240 epochs (5 of 120 on ImageNet).
-        weight_decay: of ``raw`` or the net alone. None leaves them the optimizer's own as the released code does
-            (5e-4), which pulls ``raw`` to 0 and so T to the middle of the range; 0.0 for none.
-        hidden: width of the instance net; the published one is not known.
-        centered: take the mean off the logits that the net sees, so that a shift of them changes nothing.
-        attached: let the student's gradient flow through the net's input too, reversed as it is.
+        initial: initial ``raw``, or initial bias of the net's last layer. The released 1.0 is T = 15.6.
+        lambda_first: factor of the gradient at the start.
+        lambda_last: factor of the gradient at the end of the curriculum.
+        over: length of the curriculum as a fraction of the run; published: 10 of 240 epochs (5 of 120 on ImageNet).
+        weight_decay: weight decay of ``raw`` or the net only. None uses the optimizer's, as the released code does
+            (5e-4), which pulls ``raw`` to 0 and thus T to the middle of the range; 0.0 for none.
+        hidden: width of the instance net; the published width is not known.
+        centered: subtract the mean from the logits that enter the net, so that it is invariant to a shift of them.
+        attached: let the student's gradient flow through the net's input too, reversed likewise.
 
-    Warns once when the temperature, or most rows', sits at a bound: there it is a static one. On standardized logits it
-    always falls to the lower bound. ``report`` counts the temperatures that do.
+    Warns once if the temperature, or most rows' temperatures, is at a bound, where it is constant. On standardized
+    logits it always falls to the lower bound. ``report`` counts the temperatures at a bound.
 
     Reference: Li et al., "Curriculum Temperature for Knowledge Distillation", AAAI 2023, arXiv:2211.16231. The instance
-    net is not in the released code; its input is what its snippet says, without the 1e-7 that it adds to the teacher.
+    net is not in the released code; its input follows the paper's snippet, without the 1e-7 added to the teacher.
     """
 
     paper = "arXiv:2211.16231"
@@ -97,27 +97,27 @@ class Curriculum(Policy):
         self.warned, self.calls = False, 0
 
     def setup(self, rows: Rows) -> None:
-        """Make the instance net for these classes, unless there is one."""
-        both = 2 * rows.student.shape[1]
-        if self.form == "global" or (self.net is not None and self.net[0].in_features == both):
+        """Create the instance net for this number of classes, unless it exists."""
+        inputs = 2 * rows.student.shape[1]
+        if self.form == "global" or (self.net is not None and self.net[0].in_features == inputs):
             return
-        net = nn.Sequential(nn.Linear(both, self.hidden), nn.ReLU(), nn.Linear(self.hidden, 1))
+        net = nn.Sequential(nn.Linear(inputs, self.hidden), nn.ReLU(), nn.Linear(self.hidden, 1))
         nn.init.constant_(net[2].bias, self.initial)  # pyright: ignore[reportArgumentType]
         self.net = net.to(upcast_to_float32(rows.student))
 
     def lambda_at(self, progress: float) -> float:
-        """What the temperature's gradient is multiplied by at that share of the run."""
-        done = 1.0 if self.over <= 0.0 else min(progress / self.over, 1.0)
-        return self.lambda_last + (self.lambda_first - self.lambda_last) * 0.5 * (1.0 + math.cos(math.pi * done))
+        """The factor of the temperature's gradient at this fraction of the run."""
+        fraction = 1.0 if self.over <= 0.0 else min(progress / self.over, 1.0)
+        return self.lambda_last + (self.lambda_first - self.lambda_last) * 0.5 * (1.0 + math.cos(math.pi * fraction))
 
     def forward(self, rows: Rows, progress: float) -> Temperatures:
         with torch.autocast(rows.student.device.type, enabled=False):
             raw = self._raw(rows)
-            # the value is raw to the last bit; the gradient is multiplied by lambda
+            # the value is raw to the bit; the gradient is multiplied by lambda
             raw = raw.detach() + self.lambda_at(progress) * (raw - raw.detach())
-            where = raw.sigmoid()
-            T = self.low + (self.high - self.low) * where
-        self._look(where.detach(), rows)
+            position = raw.sigmoid()
+            T = self.low + (self.high - self.low) * position
+        self._count_at_bound(position.detach(), rows)
         return Temperatures(T, T)
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -126,21 +126,21 @@ class Curriculum(Policy):
         return [{"params": [p for p in self.parameters() if p.requires_grad], "weight_decay": self.weight_decay}]
 
     def report(self) -> dict[str, Tensor]:
-        """Temperatures of the last call (one, or a row's each) that sit at a bound."""
+        """The number of temperatures of the last call (one, or one per row) at a bound."""
         return dict(self.counts)
 
     def _raw(self, rows: Rows) -> Float[Tensor, "#N 1"]:
         if self.raw is not None:
             return self.raw.to(upcast_to_float32(rows.student))
         if self.net is None or self.net[0].in_features != 2 * rows.student.shape[1]:
-            made = "has no size yet" if self.net is None else f"is made for {self.net[0].in_features // 2} classes"  # pyright: ignore
+            state = "has no size yet" if self.net is None else f"is made for {self.net[0].in_features // 2} classes"  # pyright: ignore
             raise RuntimeError(
-                f"Curriculum(form='instance'): its net {made}, and Rows(name={rows.name!r}) has "
+                f"Curriculum(form='instance'): its net {state}, and Rows(name={rows.name!r}) has "
                 f"{rows.student.shape[1]} classes. Call method.setup(rows) with a first block of rows, before the "
                 "optimizer is made."
             )
         student = rows.student if self.attached else rows.student.detach()
-        x = torch.cat((self._seen(rows.teacher), self._seen(student)), 1)
+        x = torch.cat((self._net_input(rows.teacher), self._net_input(student)), 1)
         if rows.weight is not None:
             x = torch.where((rows.weight > 0).unsqueeze(1), x, 0.0)
         first, last = self.net[0], self.net[2]
@@ -148,31 +148,31 @@ class Curriculum(Policy):
             x = F.linear(x.relu() if i else x, layer.weight.to(x), layer.bias.to(x))  # pyright: ignore
         return x
 
-    def _seen(self, logits: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
-        """One side's logits as the net sees them: masked classes are 0."""
+    def _net_input(self, logits: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
+        """One side's logits as input of the net: masked classes are 0."""
         z = upcast_to_float32(logits)
-        gone = torch.isneginf(z)
-        z = z.masked_fill(gone, 0.0)
+        is_masked = torch.isneginf(z)
+        z = z.masked_fill(is_masked, 0.0)
         if self.centered:
-            z = z - z.sum(1, keepdim=True) / (~gone).sum(1, keepdim=True).clamp_min(1)
-        return z.masked_fill(gone, 0.0)
+            z = z - z.sum(1, keepdim=True) / (~is_masked).sum(1, keepdim=True).clamp_min(1)
+        return z.masked_fill(is_masked, 0.0)
 
-    def _look(self, where: Float[Tensor, "#N 1"], rows: Rows) -> None:
-        """Count the temperatures at a bound, and say once when most of them are."""
-        counted = torch.ones_like(where, dtype=torch.bool)
+    def _count_at_bound(self, position: Float[Tensor, "#N 1"], rows: Rows) -> None:
+        """Count the temperatures at a bound, and warn once if most are."""
+        has_weight = torch.ones_like(position, dtype=torch.bool)
         if self.form == "instance" and rows.weight is not None:
-            counted = (rows.weight > 0).unsqueeze(1)
-        stuck = counted & ((where < AT_BOUND) | (where > 1.0 - AT_BOUND))
-        self.counts = {"at_bound": stuck.sum()}
+            has_weight = (rows.weight > 0).unsqueeze(1)
+        at_bound = has_weight & ((position < AT_BOUND) | (position > 1.0 - AT_BOUND))
+        self.counts = {"at_bound": at_bound.sum()}
         self.calls += 1
-        if self.warned or not self.training or (where.device.type != "cpu" and self.calls % LOOK):
+        if self.warned or not self.training or (position.device.type != "cpu" and self.calls % CHECK_INTERVAL):
             return
-        if 2 * int(stuck.sum()) <= int(counted.sum()):
+        if 2 * int(at_bound.sum()) <= int(has_weight.sum()):
             return
         self.warned = True
-        T = self.low + (self.high - self.low) * float(where[counted].median())
+        T = self.low + (self.high - self.low) * float(position[has_weight].median())
         warnings.warn(
-            f"Curriculum's temperature sits at a bound, T = {T:.4g} of [{self.low:g}, {self.high:g}], where it is a "
-            "static one. On standardized logits it always falls to the lower bound. Use Static, or move low and high.",
+            f"Curriculum's temperature is at a bound, T = {T:.4g} of [{self.low:g}, {self.high:g}], where it is "
+            "constant. On standardized logits it always falls to the lower bound. Use Static, or move low and high.",
             stacklevel=5,
         )

@@ -1,4 +1,4 @@
-"""Temperatures by privacy, those of Swing Distillation: the more private a token, the hotter its teacher's answer."""
+"""Privacy-dependent temperatures, as in Swing Distillation: higher teacher temperatures for private tokens."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ Sides = Literal["teacher", "both"]
 
 
 class Private(PolicyWrapper):
-    """T + g (high - T) for the T of ``policy`` and g = privacy^power; rows that are not private keep T exactly.
+    """T + g (high - T) for the T of ``policy`` and g = privacy_score^power; public rows keep T exactly.
 
-    The scale of a row goes from the policy's own to 1 with g: a private row is not multiplied by its T_s T_t. At high
-    temperatures that product would turn the divergence into the matching of logits, which hides nothing.
+    With g, the scale of each row goes from the policy's own to 1: private rows are not multiplied by their T_s T_t. At
+    high temperatures that product would turn the divergence into logit matching, which hides nothing.
 
     Args:
-        policy: any policy; None is Static(4.0).
-        high: the temperature of a row whose privacy is 1.
-        power: of the privacy: 1 is linear, more spares rows that are a little private.
-        sides: "teacher" heats the teacher's answer alone, so that the student learns a flatter one; "both" heats both,
-            where the divergence still is 0 only at the teacher's own logits, and only its slope is less.
+        policy: any policy. None: Static(4.0).
+        high: temperature of rows whose privacy score is 1.
+        power: exponent of the privacy score: 1 is linear, larger values change slightly private rows less.
+        sides: "teacher" raises the teacher's temperature only, so that the student learns a flatter distribution;
+            "both" raises both, where the divergence is still 0 only at the teacher's own logits and only its gradient
+            is smaller.
         squared: multiply private rows by their T_s T_t too.
 
-    With "teacher" a student that equals its teacher is not at zero on private rows: it is meant to forget. DTKD's plain
-    term keeps to its reference temperature and tells all of it: give this to ``DTKD(soft=0)`` or to ``methods.Swing``.
+    With "teacher", a student equal to its teacher does not have zero loss on private rows: it is meant to forget. The
+    plain term of DTKD uses the reference temperature and reveals private rows in full: use this policy with
+    ``DTKD(soft=0)`` or ``methods.Swing``.
 
-    The source says that the temperature of a token follows from how private it is; its formula is not known to us, and
-    this one, with every argument here, is ours.
+    The source states that the temperature of a token depends on how private it is; its formula is not known to us. The
+    formula and all arguments here are ours.
 
     Reference: Li et al., "Swing Distillation: A Privacy-Preserving Knowledge Distillation Framework", 2022,
     arXiv:2212.08349.
@@ -62,16 +64,16 @@ class Private(PolicyWrapper):
         return cls(Sharpness(4.0))
 
     def transform(self, T: Temperatures, rows: Rows) -> Temperatures:
-        private = privacy(rows)
-        if private is None:
+        scores = privacy(rows)
+        if scores is None:
             self.counts = {}
             return T
-        self.counts = {"private": (private > 0).sum()}
-        g = private.unsqueeze(1).to(T.teacher.dtype) ** self.power
+        self.counts = {"private": (scores > 0).sum()}
+        g = scores.unsqueeze(1).to(T.teacher.dtype) ** self.power
 
-        def toward(x: Tensor, aim: Tensor | float) -> Tensor:
-            # where, so that a public row keeps the very same number
-            return torch.where(g > 0, x + g * (aim - x), x)
+        def toward(x: Tensor, goal: Tensor | float) -> Tensor:
+            # torch.where, so that public rows keep x to the bit
+            return torch.where(g > 0, x + g * (goal - x), x)
 
         teacher = toward(T.teacher, self.high)
         student = toward(T.student, self.high) if self.sides == "both" else T.student
@@ -80,8 +82,8 @@ class Private(PolicyWrapper):
 
 
 def privacy(rows: Rows) -> Float[Tensor, " N"] | None:
-    """How private the rows are, (N,), 0 where they have no weight; None where nothing is said of it."""
+    """The privacy scores, (N,), 0 for rows without weight; None if the rows have no scores."""
     if rows.privacy_score is None:
         return None
-    private = rows.privacy_score.to(upcast_to_float32(rows.teacher).dtype)
-    return private if rows.weight is None else torch.where(rows.weight > 0, private, torch.zeros_like(private))
+    scores = rows.privacy_score.to(upcast_to_float32(rows.teacher).dtype)
+    return scores if rows.weight is None else torch.where(rows.weight > 0, scores, torch.zeros_like(scores))

@@ -1,4 +1,4 @@
-"""Temperatures that follow the run: a schedule on the reference of any policy, and DTS."""
+"""Temperatures that depend on the progress of the run: a schedule for the reference of any policy, and DTS."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ Shape = Literal["cosine", "linear"]
 
 
 class Scheduled(Policy):
-    """The temperatures of ``policy`` round a reference that moves from ``start`` to ``end`` over the run.
+    """The temperatures of ``policy`` for a reference that moves from ``start`` to ``end`` over the run.
 
-    A policy whose equation has the reference in it (Sharpness, Entropy) is solved anew at each; the temperatures of any
-    other are multiplied by the reference over its own tau, also those that lie in a range. Methods that soften plainly
-    too follow the reference.
+    A policy whose equation contains the reference (Sharpness, Entropy) is solved for each reference; the temperatures
+    of other policies are multiplied by the reference divided by their tau, including those of a policy with a range.
+    Methods with a plain softened term use the scheduled reference for it.
 
     Args:
-        policy: any policy; None is Static(4.0).
-        shape: "cosine", half a period, flat at both ends; "linear".
-        start: the reference at the start; None is the policy's own tau.
-        end: and from ``over`` on.
-        over: the share of the run over which it moves.
+        policy: any policy. None: Static(4.0).
+        shape: "cosine", half a period, flat at both ends; or "linear".
+        start: the reference at the start. None: the policy's own tau.
+        end: the reference from ``over`` on.
+        over: the fraction of the run over which the reference moves.
 
-    Reference: none of its own; annealing is as old as Jafari et al., "Annealing Knowledge Distillation", EACL 2021.
+    Reference: no publication of this policy; for annealing see Jafari et al., "Annealing Knowledge Distillation", EACL
+    2021.
     """
 
     paper = "none: a schedule on another policy"
@@ -56,7 +57,7 @@ class Scheduled(Policy):
         self.shape: Shape = shape
         self.start, self.end, self.over = start, end, over
         self.shift_invariant, self.by_class = self.policy.shift_invariant, self.policy.by_class
-        self.relational = self.policy.relational  # pyright: ignore[reportAttributeAccessIssue]
+        self.relational = self.policy.relational
 
     @classmethod
     def example(cls) -> Self:
@@ -64,35 +65,35 @@ class Scheduled(Policy):
 
     def reference_at(self, progress: float) -> float:
         done = 1.0 if self.over <= 0.0 else min(progress / self.over, 1.0)
-        left = 1.0 - done if self.shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-        return self.end + (self.tau - self.end) * left
+        remaining = 1.0 - done if self.shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return self.end + (self.tau - self.end) * remaining
 
     def forward(self, rows: Rows, progress: float) -> Temperatures:
         return self.policy.with_reference(self.reference_at(progress), rows, progress)
 
     def report(self) -> dict[str, Tensor]:
-        """What the policy reports."""
+        """The counts of the policy."""
         return self.policy.report()
 
 
 class DTS(Policy):
     """One temperature for all rows, (1, 1): a running mean of tau (1 + cos(pi curve progress)) / 2 * m in [low, high].
 
-    m is d / (d + 1) where that is above 1, else 1, and 1.35 where it is above 2; d is the teacher's cross entropy with
-    the labels less the student's, the mean over the block's rows that have weight and a label. So m acts only where the
-    student's is the larger by more than 1, and without labels never. The mean keeps ``momentum`` of itself at every
-    call in training, and is a part of the state that is saved; in evaluation it stands still.
+    m is d / (d + 1) if that is above 1, else 1, and 1.35 if it is above 2; d is the teacher's cross entropy with the
+    labels minus the student's, averaged over the block's rows that have weight and a label. So m exceeds 1 only if
+    the student's is larger by more than 1, and never without labels. The mean keeps a fraction ``momentum`` of itself
+    at every call in training, and is part of the state dict; in evaluation it is constant.
 
     Args:
         tau: the temperature at the start.
-        low: lower bound of what enters the mean.
-        high: upper bound.
-        curve: how much of the half period the run takes.
-        momentum: of the running mean.
-        adjust: whether m acts at all; without it this is a cosine schedule with a lag.
+        low: lower bound of the values that are averaged.
+        high: upper bound of the values that are averaged.
+        curve: fraction of the cosine's half period that the run covers.
+        momentum: momentum of the running mean.
+        adjust: use m; False gives a cosine schedule with a lag.
 
-    Differs from the released code in that a step's temperature knows the step's own losses; there it knows those of the
-    step before. Every rank of a distributed run keeps its own mean.
+    Differs from the released code, in which a step's temperature uses the losses of the step before; here it uses the
+    step's own losses. Each rank of a distributed run keeps its own mean.
 
     Reference: dynamic temperature scheduling (DTS), 2025, arXiv:2511.13767, after its authors' code (DATS_enhanced).
     """
@@ -114,10 +115,10 @@ class DTS(Policy):
         if low > high:
             raise ValueError(f"DTS needs low <= high; got low={low!r} and high={high!r}.")
         if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"DTS needs momentum in [0, 1), the share of itself the mean keeps; got {momentum!r}.")
+            raise ValueError(f"DTS needs momentum in [0, 1), the fraction of the mean that is kept; got {momentum!r}.")
         self.tau, self.low, self.high, self.curve = tau, low, high, curve
         self.momentum, self.adjust = momentum, adjust
-        self.relational = adjust  # pyright: ignore[reportAttributeAccessIssue]
+        self.relational = adjust
         self.mean: Tensor
         self.register_buffer("mean", torch.full((1, 1), float(tau)))
 
@@ -126,13 +127,13 @@ class DTS(Policy):
         mean = self.mean.to(upcast_to_float32(rows.student))
         if self.training and len(rows):
             cosine = 0.5 * (1.0 + math.cos(math.pi * self.curve * progress))
-            aim = (self.tau * cosine * self._scale(rows)).clamp(self.low, self.high)
-            mean = self.momentum * mean + (1.0 - self.momentum) * aim
+            value = (self.tau * cosine * self._scale(rows)).clamp(self.low, self.high)
+            mean = self.momentum * mean + (1.0 - self.momentum) * value
             self.mean.copy_(mean)
         return Temperatures(mean, mean)
 
     def _scale(self, rows: Rows) -> Tensor:
-        """m of this block, (); 1 where it does not act."""
+        """m of this block, (); 1 without ``adjust`` or labels."""
         one = torch.ones((), dtype=upcast_to_float32(rows.student).dtype, device=rows.student.device)
         if not self.adjust or rows.target is None:
             return one
@@ -140,9 +141,9 @@ class DTS(Policy):
         if rows.weight is not None:
             weight = weight * rows.weight.to(one.dtype)
         target = rows.target.long().clamp_min(0)
-        lost = [F.cross_entropy(upcast_to_float32(z), target, reduction="none") for z in (rows.teacher, rows.student)]
-        gap = torch.where(weight > 0, (lost[0] - lost[1]).to(one.dtype), 0.0)
+        losses = [F.cross_entropy(upcast_to_float32(z), target, reduction="none") for z in (rows.teacher, rows.student)]
+        gap = torch.where(weight > 0, (losses[0] - losses[1]).to(one.dtype), 0.0)
         d = (weight * gap).sum() / weight.sum().clamp_min(torch.finfo(one.dtype).tiny)
         m = d / (d + 1.0)
         m = torch.where(m > 2.0, 1.35, m)
-        return torch.where(m > 1.0, m, one)  # also where a masked label makes d infinite or not a number
+        return torch.where(m > 1.0, m, one)  # also if a masked label makes d infinite or NaN

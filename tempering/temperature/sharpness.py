@@ -1,4 +1,4 @@
-"""DTKD's cooperative temperatures: T_t + T_s = 2 tau, set so that both sides are equally sharp."""
+"""DTKD's cooperative temperatures: T_t + T_s = 2 tau such that both sides are equally sharp."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from tempering.utils.override import OVERRIDES
 from tempering.utils.search_space import Temperature
 
 Solve = Literal["exact", "std", "max", "published"]
-MASKED = -1e30  # stands for minus infinity where 0 * inf would give NaN; exp of it is 0 in every dtype we compute in
+MASKED = -1e30  # replaces minus infinity where 0 * inf would give NaN; its exp is 0 in float32 and float64
 
 
 class Sharpness(Policy):
-    """T_t = tau + delta and T_s = tau - delta, (N, 1) each; a delta a row, |delta| <= reach * tau.
+    """T_t = tau + delta and T_s = tau - delta, (N, 1) each, with one delta per row, |delta| <= reach * tau.
 
-    The sharper side (the larger logsumexp) gets the higher temperature. ``solve`` says how delta is found:
+    The sharper side (the larger logsumexp) gets the higher temperature. ``solve`` selects how delta is computed:
 
     - "exact": the one root in (-tau, tau) of logsumexp(u / (tau + delta)) = logsumexp(v / (tau - delta)), u and v the
-      teacher's and the student's *centered* logits. Centering matters: softmax ignores a shift and logsumexp does not.
-      On centered logits that are not constant the root exists and is unique. As tau -> 0 it tends to "max", as
+      teacher's and the student's *centered* logits. Centering matters: softmax is invariant to a shift and logsumexp is
+      not. For centered logits that are not constant the root exists and is unique. As tau -> 0 it tends to "max", as
       tau -> infinity to "std".
     - "std": T_t / T_s = std(u) / std(v).
-    - "max": T_t / T_s = max(u) / max(v), both centered: the paper's closed form with its shift problem removed.
-    - "published": T_t = 2x / (x + y) tau, x and y the maxima of the logits as they come, as in the released code (the
-      text says the maximum of |logits|). It moves with a shift of the logits. Where the released code divides by zero
-      or turns negative, the row falls back to tau on both sides.
+    - "max": T_t / T_s = max(u) / max(v), both centered: the paper's closed form without its dependence on shifts.
+    - "published": T_t = 2x / (x + y) tau, x and y the maxima of the logits without centering, as in the released code
+      (the text says the maximum of |logits|). It depends on shifts of the logits. Where the released code divides by
+      zero or gives a negative temperature, the row falls back to tau on both sides.
 
-    A row that is constant on either side (also one with a single class left) falls back to tau. ``report`` counts the
-    rows that fell back and the rows held at ``reach``.
+    Rows that are constant on either side (including those with a single unmasked class) fall back to tau. ``report``
+    counts the rows that fell back and the rows clamped at ``reach``.
 
-    Computed in float32 at least. There the root of "exact" is as good as float32 tells the two logsumexps apart: 1e-5
-    at tau 4 for logits that spread over a few units, 1e-2 for logits that spread over a tenth, whose sharpness is log C
-    but for its last digits and whose temperatures hardly matter.
+    Computed in at least float32. In float32 the root of "exact" is as accurate as the difference of the two logsumexps:
+    1e-5 at tau 4 for logits with a spread of a few units, 1e-2 for logits with a spread of a tenth, whose sharpness is
+    log C up to its last digits and whose temperatures hardly matter.
 
-    The temperatures carry no gradient, unless ``attached``: the released code's own gradient for "published", the
-    analogous one for "max" and "std", and for "exact" the implicit derivative
-    d delta / d v = -(softmax(v / T_s) - 1/C) / (T_s (E_p[u] / T_t^2 + E_q[v] / T_s^2)); first order only.
+    The temperatures carry no gradient, unless ``attached``: then "published" uses the released code's own gradient,
+    "max" and "std" the analogous one, and "exact" the implicit derivative d delta / d v = -(softmax(v / T_s) - 1/C) /
+    (T_s (E_p[u] / T_t^2 + E_q[v] / T_s^2)); first order only.
 
     Reference: Wei & Bai, "Dynamic Temperature Knowledge Distillation", 2024, arXiv:2404.12711, equations 2 to 5, and
     the author's erratum to 4 and 5: no single delta solves equation 4 unless u is a multiple of v, so "exact" solves
@@ -75,34 +75,37 @@ class Sharpness(Policy):
         return self.with_reference(self.tau, rows, progress)
 
     def with_reference(self, tau: float, rows: Rows, progress: float) -> Temperatures:
-        follows = self.attached and rows.student.requires_grad and torch.is_grad_enabled()
-        with torch.autocast(rows.student.device.type, enabled=False), torch.set_grad_enabled(follows):
-            found = solve_delta(rows.teacher, rows.student, tau=tau, solve=self.solve, reach=self.reach)
-        weighs = True if rows.weight is None else (rows.weight > 0).unsqueeze(1)
-        self.counts = {"fallback": (found.fallback & weighs).sum(), "clamped": (found.clamped & weighs).sum()}
+        with_grad = self.attached and rows.student.requires_grad and torch.is_grad_enabled()
+        with torch.autocast(rows.student.device.type, enabled=False), torch.set_grad_enabled(with_grad):
+            solution = solve_delta(rows.teacher, rows.student, tau=tau, solve=self.solve, reach=self.reach)
+        has_weight = True if rows.weight is None else (rows.weight > 0).unsqueeze(1)
+        self.counts = {
+            "fallback": (solution.fallback & has_weight).sum(),
+            "clamped": (solution.clamped & has_weight).sum(),
+        }
         if self.solve == "published" and not self.warned:
             self._warn_once(len(rows))
-        return Temperatures(tau - found.delta, tau + found.delta)
+        return Temperatures(tau - solution.delta, tau + solution.delta)
 
     def report(self) -> dict[str, Tensor]:
-        """Rows of the last call that fell back to tau, and rows held at the reach."""
+        """Numbers of rows in the last call that fell back to tau, and of rows clamped at the reach."""
         return dict(self.counts)
 
     def _warn_once(self, rows: int) -> None:
-        # looked at on the CPU alone: on a device the look would wait for it, and report() is logged there anyway
+        # checked on the CPU only: on a device it would synchronize, and report() is logged anyway
         fallback = self.counts["fallback"]
         if fallback.device.type != "cpu" or not int(fallback):
             return
         self.warned = True
         warnings.warn(
             f"Sharpness(solve='published'): {int(fallback)} of {rows} rows have a maximum logit that is not positive, "
-            "where the released code gives NaN or a negative temperature; they use tau. solve='exact' serves them.",
+            "where the released code gives NaN or a negative temperature; they use tau. solve='exact' handles them.",
             stacklevel=5,
         )
 
 
 class Solution(NamedTuple):
-    """What a solver found: delta (N, 1), and which rows (N, 1) fell back to 0 or were held at the reach."""
+    """The result of a solver: delta (N, 1), and masks (N, 1) of the rows set to 0 and of those clamped at the reach."""
 
     delta: Float[Tensor, "N 1"]
     fallback: Bool[Tensor, "N 1"]
@@ -112,13 +115,14 @@ class Solution(NamedTuple):
 def solve_delta(
     teacher: Float[Tensor, "N C"], student: Float[Tensor, "N C"], *, tau: float, solve: Solve, reach: float
 ) -> Solution:
-    """The delta a row by which the temperatures part, and what had to be done to get it."""
+    """Return delta per row, by which the temperatures differ from tau, with masks of the special cases."""
     if not torch.compiler.is_compiling() and (fast := OVERRIDES.get().get("solve_delta")):
         return fast(teacher, student, tau=tau, solve=solve, reach=reach)
     u, v = upcast_to_float32(teacher), upcast_to_float32(student)
     if solve == "published":
         x, y = u.amax(-1, keepdim=True), v.amax(-1, keepdim=True)
-        floor = 1e-4  # a maximum below this share of the other is a temperature near zero: the released code's NaNs
+        # a maximum below this fraction of the other gives a temperature near zero, NaN in the released code
+        floor = 1e-4
         bad = (x <= floor * y.abs().clamp_min(1.0)) | (y <= floor * x.abs().clamp_min(1.0))
         return _ratio(x, y, bad, tau, reach)
     u, v = u.to(torch.promote_types(u.dtype, v.dtype)), v.to(torch.promote_types(u.dtype, v.dtype))
@@ -133,22 +137,22 @@ def solve_delta(
 
 
 class Centered(NamedTuple):
-    """Logits less their mean over the valid classes, and what is known of each row, (N, 1) each."""
+    """Logits minus their mean over the valid classes, with statistics per row, (N, 1) each."""
 
     z: Float[Tensor, "N C"]
-    """centered; masked classes become MASKED"""
+    """centered logits; masked classes are MASKED"""
     n: Tensor
-    """how many classes are valid, 1 at least"""
+    """number of valid classes, at least 1"""
     top: Tensor
-    """the largest"""
+    """maximum"""
     std: Tensor
-    """the standard deviation over the valid classes, kept off zero so that its slope is finite"""
+    """standard deviation over the valid classes, bounded away from zero so that its gradient is finite"""
     flat: Tensor
     """whether the row is constant"""
 
 
 def centered(z: Float[Tensor, "N C"]) -> Centered:
-    """Each row's valid logits less their mean; classes of minus infinity are not valid."""
+    """Subtract the mean of each row's valid logits; classes of minus infinity are not valid."""
     if not torch.compiler.is_compiling() and (fast := OVERRIDES.get().get("centered")):
         return fast(z)
     valid = ~torch.isneginf(z)
@@ -166,7 +170,7 @@ def centered(z: Float[Tensor, "N C"]) -> Centered:
 
 
 def _ratio(x: Tensor, y: Tensor, bad: Tensor, tau: float, reach: float) -> Solution:
-    """delta of T_t / T_s = x / y within the reach; 0 on bad rows."""
+    """delta such that T_t / T_s = x / y, clamped at the reach; 0 on bad rows."""
     x, y = torch.where(bad, 1.0, x), torch.where(bad, 1.0, y)
     delta = tau * (x - y) / (x + y)
     return Solution(delta.clamp(-reach * tau, reach * tau), bad, delta.abs() > reach * tau)
@@ -177,63 +181,64 @@ def _exact(
 ) -> Solution:
     """Safeguarded Newton for f(delta) = LSE(u / (tau + delta)) - LSE(v / (tau - delta)), strictly decreasing.
 
-    The step is that of T_t T_s f, which has the same root and is nearly straight: f itself grows like 1 / T at the
-    ends, where Newton's step only doubles T. Two to four steps are usual, and no row of millions took more than eight.
+    Newton's step is computed for T_t T_s f, which has the same root and is nearly linear: f itself grows like 1 / T at
+    the ends, where its Newton step only doubles T. Two to four steps are typical; no row of millions took more than
+    eight.
 
-    A row is frozen once |f| is at its rounding noise, or delta at its own: without that, noise flips the bracket's sign
-    and the next step bisects away from the root. A step that leaves the bracket goes to its end the first time, and to
-    its middle after.
+    Rows are frozen once |f| or the change of delta is at rounding error: otherwise noise flips the bracket's sign and
+    the next step bisects away from the root. A step outside the bracket is replaced by the bracket's end the first time
+    and by its midpoint after that.
     """
     v, eps = student.z, torch.finfo(student.z.dtype).eps
     end, close = min(reach, 1.0 - 16 * eps) * tau, 0.25 * eps**0.5
     with torch.no_grad():
         a, b, top_a, top_b = teacher.z.detach(), v.detach(), teacher.top.detach(), student.top.detach()
         low, high = torch.full_like(start, -end), torch.full_like(start, end)
-        low_seen, high_seen = torch.zeros_like(flat), torch.zeros_like(flat)
-        delta, done, held = start.detach().clamp(-end, end), flat.clone(), torch.zeros_like(flat)
+        low_done, high_done = torch.zeros_like(flat), torch.zeros_like(flat)
+        delta, done, clamped = start.detach().clamp(-end, end), flat.clone(), torch.zeros_like(flat)
         for _ in range(steps):
-            f_u, slope_u = _sharpness(a, tau + delta, top_a)
-            f_v, slope_v = _sharpness(b, tau - delta, top_b)
+            f_u, slope_u = logsumexp_and_slope(a, tau + delta, top_a)
+            f_v, slope_v = logsumexp_and_slope(b, tau - delta, top_b)
             f, slope = f_u - f_v, slope_u + slope_v
             noise = 2.0 * eps * (1.0 + f_u.abs() + f_v.abs() + tau * slope)
             done = done | (f.abs() <= noise)
             at_low, at_high = delta <= -end, delta >= end
-            held = held | (~done & ((at_low & (f < 0)) | (at_high & (f > 0))))
-            done = done | held
+            clamped = clamped | (~done & ((at_low & (f < 0)) | (at_high & (f > 0))))
+            done = done | clamped
             if v.device.type == "cpu" and bool(done.all()):
                 break
             low, high = torch.where(f > 0, delta, low), torch.where(f < 0, delta, high)
-            low_seen, high_seen = low_seen | (f > 0), high_seen | (f < 0)
-            straight = slope + 2.0 * delta * f / ((tau + delta) * (tau - delta))
-            step = delta + f / torch.where(straight > 0, straight, slope)
-            middle = 0.5 * (low + high)
+            low_done, high_done = low_done | (f > 0), high_done | (f < 0)
+            newton_slope = slope + 2.0 * delta * f / ((tau + delta) * (tau - delta))
+            step = delta + f / torch.where(newton_slope > 0, newton_slope, slope)
+            midpoint = 0.5 * (low + high)
             below, above = step <= low, step >= high
-            step = torch.where(below, torch.where(low_seen, middle, low), step)
-            step = torch.where(above, torch.where(high_seen, middle, high), step)
+            step = torch.where(below, torch.where(low_done, midpoint, low), step)
+            step = torch.where(above, torch.where(high_done, midpoint, high), step)
             step = torch.where(done, delta, step)
-            # Newton squares the error: after so small a step, what is left is rounding
+            # Newton squares the error: after such a small step only rounding error is left
             done = done | (((step - delta).abs() <= close * (tau - delta.abs())) & (step.abs() < end))
             delta = step
     if v.requires_grad and torch.is_grad_enabled():
-        delta = _implicit(a, student, delta, ~flat & ~held, tau, top_a)
-    return Solution(delta, flat, held)
+        delta = _implicit(a, student, delta, ~flat & ~clamped, tau, top_a)
+    return Solution(delta, flat, clamped)
 
 
-def _sharpness(z: Tensor, T: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-    """logsumexp(z / T) and minus its derivative in T, E_p[z] / T^2, (N, 1) each; ``top`` is the row's largest z."""
-    if not torch.compiler.is_compiling() and (fast := OVERRIDES.get().get("_sharpness")):
+def logsumexp_and_slope(z: Tensor, T: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """logsumexp(z / T) and its negative derivative in T, E_p[z] / T^2, (N, 1) each; ``top`` is the maximum of z."""
+    if not torch.compiler.is_compiling() and (fast := OVERRIDES.get().get("logsumexp_and_slope")):
         return fast(z, T, top)
     e = ((z - top) / T).exp()
     mass = e.sum(-1, keepdim=True)
     return top / T + mass.log(), (e * z).sum(-1, keepdim=True) / (mass * T.square())
 
 
-def _implicit(a: Tensor, student: Centered, delta: Tensor, moves: Tensor, tau: float, top: Tensor) -> Tensor:
-    """delta with its implicit derivative in the student's logits attached, by a term whose value is zero."""
+def _implicit(a: Tensor, student: Centered, delta: Tensor, is_free: Tensor, tau: float, top: Tensor) -> Tensor:
+    """Add a term of value zero to delta that gives it its implicit derivative in the student's logits."""
     T_s, v = tau - delta, student.z
     b, valid = v.detach(), v > MASKED
-    slope = _sharpness(a, tau + delta, top)[1] + _sharpness(b, T_s, student.top.detach())[1]
+    slope = logsumexp_and_slope(a, tau + delta, top)[1] + logsumexp_and_slope(b, T_s, student.top.detach())[1]
     q = torch.softmax(b / T_s, -1)
-    by_v = torch.where(moves & valid, -(q - 1.0 / student.n) / (T_s * slope), 0.0)
+    by_v = torch.where(is_free & valid, -(q - 1.0 / student.n) / (T_s * slope), 0.0)
     shift = torch.where(valid, v - b, 0.0)
     return delta + (by_v * shift).sum(-1, keepdim=True)

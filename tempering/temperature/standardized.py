@@ -1,4 +1,4 @@
-"""Temperatures from the spread of the logits: NormKD, and logit standardization."""
+"""Temperatures from the standard deviation of the logits: NormKD and logit standardization."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Scale = Literal["product", "teacher", "tau"]
 
 
 class Standardized(Policy):
-    """T = tau * std(logits), each side by its own standard deviation, (N, 1): softening z-scored logits at tau.
+    """T = tau * std(logits) per row and side, (N, 1): softens standardized logits at tau.
 
-    ``scale`` names what a softened divergence is multiplied by, since the sources differ: "product" is this house's
-    T_s * T_t; "teacher" NormKD's T_t^2 a row; "tau" logit standardization's tau^2, in which the spread takes no part.
-    A row with no spread keeps tau. Standard deviations are over the classes that are not masked, with ``ddof`` = 1 as
-    in both released codes.
+    ``scale`` selects the factor of a softened divergence, on which the sources differ: "product" is T_s * T_t, as for
+    other policies; "teacher" is NormKD's T_t^2 per row; "tau" is logit standardization's tau^2, without the standard
+    deviations. Rows without spread get tau. Standard deviations are over the unmasked classes, with ``ddof`` = 1 as in
+    both released codes.
 
-    ``attached`` lets the gradient flow through the student's standard deviation, as both released codes do: then a step
-    does not change a row's scale to first order. Without it each step pulls at the scale that the temperature follows,
-    and with ``scale="teacher"`` and no warm-up the student can run away.
+    ``attached`` lets gradients flow through the student's standard deviation, as both released codes do: a step then
+    leaves each row's scale unchanged to first order. Without it each step changes the scale, which the temperature then
+    follows, and with ``scale="teacher"`` and no warmup the student can diverge.
 
-    References: Chi et al., "NormKD: Normalized Logits for Knowledge Distillation", 2023, arXiv:2308.00520;
-    Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv:2403.01427, equation 7.
+    References: Chi et al., "NormKD: Normalized Logits for Knowledge Distillation", 2023, arXiv:2308.00520; Sun et al.,
+    "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv:2403.01427, equation 7.
     """
 
     paper = "arXiv:2308.00520; arXiv:2403.01427"
@@ -60,7 +60,7 @@ class Standardized(Policy):
 
 
 def spread(logits: Float[Tensor, "N C"], *, ddof: int) -> Float[Tensor, "N 1"]:
-    """The standard deviation over the classes that are not masked, (N, 1); 1 where the row has none."""
+    """The standard deviation over the unmasked classes, (N, 1); 1 for rows without spread."""
     z = upcast_to_float32(logits)
     valid = ~torch.isneginf(z)
     count = valid.sum(-1, keepdim=True)
@@ -68,6 +68,6 @@ def spread(logits: Float[Tensor, "N C"], *, ddof: int) -> Float[Tensor, "N 1"]:
     mean = z.sum(-1, keepdim=True) / count.clamp_min(1)
     centered = torch.where(valid, z - mean, 0.0)
     square = centered.square().sum(-1, keepdim=True) / (count - ddof).clamp_min(1)
-    flat = square <= (1e-6 * (1.0 + mean.abs())).square()
-    # where before the root: its slope at 0 is infinite
-    return torch.where(flat, torch.ones_like(square), square).sqrt()
+    is_constant = square <= (1e-6 * (1.0 + mean.abs())).square()
+    # torch.where before sqrt, whose gradient at 0 is infinite
+    return torch.where(is_constant, torch.ones_like(square), square).sqrt()

@@ -1,4 +1,4 @@
-"""One temperature for everything."""
+"""A constant temperature."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tempering.utils.search_space import Temperature
 
 
 class Static(Policy):
-    """The same temperature for both sides of every row, (1, 1).
+    """One constant temperature for both sides of every row, (1, 1).
 
     Reference: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531.
     """

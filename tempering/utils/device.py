@@ -12,15 +12,15 @@ from torch.utils._pytree import tree_map_only
 
 
 def has_native_bf16(device: torch.device | str) -> bool:
-    """Whether a device computes in bf16; False where each number is widened, computed and rounded back.
+    """Return whether a device computes in bf16; False if it emulates bf16 by upcasting and rounding.
 
-    A CPU does with AVX-512 BF16 or AMX, or ARM's own instructions, and a CUDA device from Ampere on. Of other devices
-    nothing is known, and they are taken at their word.
+    CPUs need AVX-512 BF16 or AMX, or ARM's bf16 instructions; CUDA devices need Ampere or later. Other devices are
+    assumed to compute in bf16.
     """
-    where = torch.device(device).type
-    if where == "cuda":
+    device_type = torch.device(device).type
+    if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if where != "cpu":
+    if device_type != "cpu":
         return True
     if platform.machine().lower() in ("arm64", "aarch64"):
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -36,13 +36,13 @@ def resolve_precision(precision: str, accelerator: str = "auto", device: str | N
 
 
 def warn_if_bf16_emulated(precision: str, device: torch.device) -> None:
-    """Say that a run in bf16 will be slower than one in float32 on this device."""
+    """Warn that a run in bf16 will be slower than one in float32 on this device."""
     if precision.startswith("bf16") and not has_native_bf16(device):
         name = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
         warnings.warn(
-            f"precision={precision!r} on a {name} that does not compute in bf16: torch imitates it, "
+            f"precision={precision!r} on a {name} that does not compute in bf16: torch emulates it, "
             "and a step of a ResNet took eleven times as long as in float32 on such a CPU. precision='32-true' "
-            "(--precision 32-true) is quicker.",
+            "(--precision 32-true) is faster.",
             stacklevel=2,
         )
 
@@ -54,7 +54,7 @@ CompileMode = bool | str
 
 
 def validate_compile_mode(compile: CompileMode) -> None:
-    """Refuse a mode that torch.compile does not have."""
+    """Raise ValueError for a mode that torch.compile does not have."""
     if not isinstance(compile, bool) and compile not in MODES:
         raise ValueError(
             f"compile must be True, False or a mode of torch.compile, {', '.join(map(repr, MODES))}; got {compile!r}. "
@@ -63,19 +63,19 @@ def validate_compile_mode(compile: CompileMode) -> None:
 
 
 def maybe_compile(model: nn.Module, compile: CompileMode) -> Any:
-    """``model`` with its forward compiled as asked; itself for False."""
+    """Return ``model`` with its forward compiled in the given mode; the model itself for False."""
     validate_compile_mode(compile)
     return torch.compile(model, mode=None if compile is True else compile) if compile else model
 
 
 def clone_outputs(model: Any, compile: CompileMode) -> Any:
-    """The model, answering with copies where a mode may replay graphs: the next replay writes where the last wrote."""
+    """Make the model clone its outputs if the mode may replay CUDA graphs, whose next replay overwrites the last."""
     if not isinstance(compile, bool):
-        model.register_forward_hook(lambda module, given, out: tree_map_only(Tensor, torch.clone, out))
+        model.register_forward_hook(lambda module, args, out: tree_map_only(Tensor, torch.clone, out))
     return model
 
 
 def mark_step_begin(compile: CompileMode) -> None:
-    """Say that what graphs gave before may be written over; harmless where there are none."""
+    """Allow CUDA graphs to overwrite the outputs of the previous step; no effect without graphs."""
     if not isinstance(compile, bool):
         torch.compiler.cudagraph_mark_step_begin()

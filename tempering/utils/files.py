@@ -50,16 +50,16 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_atomic(path: Path, content: str | bytes, *, fsync: bool = False, concurrent: bool = False) -> None:
-    """Write a temporary file in the same folder, then rename it, so that ``path`` never holds half of ``content``.
+    """Write a temporary file in the same folder, then rename it, so that ``path`` never has partial ``content``.
 
     Args:
         path: the file to write or replace.
         content: text is written as UTF-8 with its line ends unchanged.
         fsync: flush to the disk before renaming.
-        concurrent: use a temporary file of this process's own, for files that several processes may write at once.
+        concurrent: use a temporary file per process, for files that several processes may write at once.
 
     Raises:
-        OSError: if it cannot be written; an older file stays.
+        OSError: if it cannot be written; an existing file is kept.
     """
     tmp_path = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}" if concurrent else path.name + PARTIAL)
     data = content.encode() if isinstance(content, str) else content
@@ -138,19 +138,19 @@ def try_lock(path: Path) -> BaseFileLock | None:
 
 
 def inheritable_descriptors(lock: BaseFileLock) -> tuple[int, ...]:
-    """Return what ``subprocess.Popen(pass_fds=...)`` needs for a child to keep the lock when this process is killed.
+    """Return the ``pass_fds`` of ``subprocess.Popen`` with which a child keeps the lock if this process is killed.
 
     Empty where locks are not inherited: on Windows, and where Python has no ``fcntl``.
     """
     from filelock import UnixFileLock
 
-    # filelock 3.12 to 4.3 have no public name for it; test_a_lock_outlives_its_arena_with_the_cell would notice
+    # filelock 3.12 to 4.3 have no public name for it; test_a_lock_outlives_its_arena_with_the_cell covers it
     descriptor = lock._context.lock_file_fd if isinstance(lock, UnixFileLock) else None
     return () if descriptor is None else (descriptor,)
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether a process holds the lock. Creates nothing, and needs no right to write where Python has ``fcntl``.
+    """Return whether a process holds the lock. Creates nothing; needs no write permission where Python has ``fcntl``.
 
     Raises:
         LockUnsupportedError: if the file system has no locks.
@@ -175,7 +175,7 @@ def _acquire(path: Path, timeout: float) -> BaseFileLock | None:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            _probe(path)  # filelock 3 takes any error for another process's lock, and would wait forever
+            _probe(path)  # filelock 3 treats any error as another process's lock, and would wait forever
             if timeout == 0:
                 return None
             lock.acquire(timeout=timeout)

@@ -1,4 +1,4 @@
-"""Features from any model by module name; no model is edited."""
+"""Extract features of any model by module name with forward hooks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 
 class FeatureExtractor:
-    """What the named modules answered in the model's last forward; used as a context, or opened and closed.
+    """Outputs of named modules in the model's last forward; a context manager that registers forward hooks.
 
-        with FeatureExtractor(model, ["stage3"]) as taps:
+        with FeatureExtractor(model, ["stage3"]) as features:
             model(images)
-            taps["stage3"]  # (N, C, H, W)
+            features["stage3"]  # (N, C, H, W)
 
-    A module that answers a tuple or a mapping gives its first tensor. Names are those of ``model.named_modules()``; ""
-    is the model itself.
+    Of an output that is a tuple or a mapping, the first tensor is used. Names are those of ``model.named_modules()``;
+    "" is the model itself.
 
     Raises:
-        ValueError: for a name that the model does not have, with the nearest ones.
+        ValueError: for a name that the model does not have, with the most similar names.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -28,43 +28,43 @@ class FeatureExtractor:
         modules = dict(model.named_modules())
         for name in self.names:
             if name not in modules:
-                near = difflib.get_close_matches(name, modules, n=3, cutoff=0.5) or list(model._modules)
+                matches = difflib.get_close_matches(name, modules, n=3, cutoff=0.5) or list(model._modules)
                 raise ValueError(
-                    f"{type(model).__name__} has no module {name!r} to tap. Did you mean "
-                    f"{' or '.join(map(repr, near))}? Names are those of model.named_modules()."
+                    f"{type(model).__name__} has no module {name!r}. Did you mean "
+                    f"{' or '.join(map(repr, matches))}? Names are those of model.named_modules()."
                 )
         self._modules = {name: modules[name] for name in self.names}
-        self._seen: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Self:
         if not self._hooks:
-            self._hooks = [m.register_forward_hook(self._keeper(name)) for name, m in self._modules.items()]
+            self._hooks = [m.register_forward_hook(self._make_hook(name)) for name, m in self._modules.items()]
         return self
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._seen.clear()
+        self._outputs.clear()
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor that the module answered.
+        """Return the module's output.
 
         Raises:
-            KeyError: where it was not named, or has not run since the taps were opened.
+            KeyError: for a module that was not named, or did not run since the context was entered.
         """
         if name not in self._modules:
-            raise KeyError(f"{name!r} is not tapped; these are: {', '.join(self.names) or 'none'}.")
-        if name not in self._seen:
-            raise KeyError(f"the module {name!r} did not run in the last forward, or the taps are closed.")
-        return self._seen[name]
+            raise KeyError(f"{name!r} is not extracted; these are: {', '.join(self.names) or 'none'}.")
+        if name not in self._outputs:
+            raise KeyError(f"the module {name!r} did not run in the last forward, or the context was exited.")
+        return self._outputs[name]
 
-    def _keeper(self, name: str) -> Any:
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._seen[name] = _first_tensor(output, name)
+    def _make_hook(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._outputs[name] = _first_tensor(output, name)
 
-        return keep
+        return hook
 
 
 def _first_tensor(output: Any, name: str) -> Tensor:
@@ -75,4 +75,4 @@ def _first_tensor(output: Any, name: str) -> Tensor:
         for value in values:
             if isinstance(value, Tensor):
                 return value
-    raise TypeError(f"the module {name!r} answers {type(output).__name__}, in which there is no tensor to tap.")
+    raise TypeError(f"the module {name!r} returns {type(output).__name__}, which contains no tensor.")

@@ -1,4 +1,4 @@
-"""Fast versions of functions, which replace them inside the kernels' chunks and nowhere else."""
+"""Context-local overrides of functions by faster versions, used by ``tempering.kernels`` only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OVERRIDES: ContextVar[Mapping[str, Callable[..., Any]]] = ContextVar("overrides"
 
 @contextmanager
 def override_with(fast: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Replace the functions of these names by their fast versions inside the context; {} restores the plain ones."""
+    """Override the functions of these names inside the context; {} restores the plain ones."""
     token = OVERRIDES.set(fast)
     try:
         yield

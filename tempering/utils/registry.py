@@ -15,14 +15,14 @@ Part = TypeVar("Part")
 
 
 class Registry(MutableMapping[str, type[Part]]):
-    """Name -> class, for every concrete subclass of ``kind`` defined in a file of ``package``, in order of names.
+    """Name -> class, for every concrete subclass of ``kind`` defined in a file of ``package``, sorted by name.
 
-    Files are searched for class statements and imported when one of their classes is asked for, so a new class is one
-    new file, and a run imports the classes that it uses. ``registry[name] = cls`` adds a class from elsewhere.
+    Files are searched for class statements and imported on first access to one of their classes, so a new class is one
+    new file, and a run imports only the classes that it uses. ``registry[name] = cls`` adds a class from elsewhere.
 
     Args:
         package: full name, such as "tempering.methods".
-        path: its folders, ``__path__``; folders in them are searched too.
+        path: the package's folders, ``__path__``; searched recursively.
         kind: base class.
     """
 
@@ -32,17 +32,17 @@ class Registry(MutableMapping[str, type[Part]]):
 
     @cached_property
     def modules(self) -> dict[str, str]:
-        """Class -> module, of every public class statement in these files."""
-        found: dict[str, str] = {}
+        """Class name -> module, for every public class statement in these files."""
+        modules: dict[str, str] = {}
         for folder in map(Path, self.path):
             for file in sorted(folder.rglob("*.py")):
                 module = ".".join((self.package, *file.relative_to(folder).with_suffix("").parts))
                 for name in re.findall(r"^class ([A-Za-z]\w*)", file.read_text(encoding="utf-8"), re.MULTILINE):
-                    found[name] = module.removesuffix(".__init__")
-        return dict(sorted(found.items()))
+                    modules[name] = module.removesuffix(".__init__")
+        return dict(sorted(modules.items()))
 
     def find(self, name: str) -> type[Part] | None:
-        """The class of that name, letter case aside; None where there is none."""
+        """Return the class of that name, case-insensitive; None if there is none."""
         match = next((key for key in (*self.added, *self.modules) if key.lower() == name.lower()), None)
         return None if match is None else self._load(match)
 
@@ -72,10 +72,10 @@ class Registry(MutableMapping[str, type[Part]]):
         return sum(1 for _ in self)
 
     def attribute(self, name: str) -> Any:
-        """For a package's ``__getattr__``: the class of exactly that name.
+        """Return the class of exactly that name, for a package's ``__getattr__``.
 
         Raises:
-            AttributeError: where there is none.
+            AttributeError: if there is none.
         """
         if name in self:
             return self[name]
@@ -83,25 +83,25 @@ class Registry(MutableMapping[str, type[Part]]):
 
 
 def lookup(name: str, parts: Mapping[str, Part], kind: str) -> Part:
-    """The part of that name, letter case aside; ``kind`` is the noun in the error message.
+    """Return the item of that name, case-insensitive; ``kind`` is the noun in the error message.
 
     Raises:
-        ValueError: if there is none, with the nearest name.
+        ValueError: if there is none, with the most similar name.
     """
-    find = getattr(parts, "find", None)  # imports less than a walk
-    found = find(name) if find else next((v for k, v in parts.items() if k.lower() == name.lower()), None)
-    if found is not None:
-        return found
+    find = getattr(parts, "find", None)  # imports less than iterating
+    item = find(name) if find else next((v for k, v in parts.items() if k.lower() == name.lower()), None)
+    if item is not None:
+        return item
     names = sorted(key.lower() for key in parts)
     raise ValueError(f"no {kind} is called {name!r}.{suggest(name, names)} There are: {', '.join(names)}.")
 
 
 def suggest(name: str, names: Iterable[str]) -> str:
-    """ " Did you mean ...?" with the name nearest to a mistyped one; "" where none is near."""
-    near = difflib.get_close_matches(name.lower(), names, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    """ " Did you mean ...?" with the name most similar to a mistyped one; "" if none is similar."""
+    matches = difflib.get_close_matches(name.lower(), names, n=1)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
 def plain_net(name: str) -> str:
-    """A net's name without case, dashes, dots and underscores; shufflenet is shuffle, as tables abbreviate it."""
+    """Normalize a net's name: lower case without dashes, dots and underscores; shufflenet becomes shuffle."""
     return "".join(c for c in name.lower() if c.isalnum()).replace("shufflenet", "shuffle")

@@ -1,4 +1,4 @@
-"""Markers that declare in a constructor's annotations what ``tempering tune`` searches by default, and over what range.
+"""Markers in a constructor's annotations that declare which arguments ``tempering tune`` searches, and their ranges.
 
 For example ``soft: Annotated[float, Weight()] = 1.0``. Markers change nothing at run time.
 """
@@ -32,8 +32,8 @@ class Marker(ABC):
 class Weight(Marker):
     """The weight of a loss term, from ``value / factor`` to ``value * factor``; a weight of 0 stays 0.
 
-    The weight of the labels (``hard``) is not marked: only the ratio of the other weights to it, and the learning rate,
-    matter.
+    The weight of the hard term (``hard``) has no marker: only the ratios of the other weights to it, and the learning
+    rate, matter.
     """
 
     factor: float = 10.0
@@ -66,35 +66,35 @@ class Fraction(Marker):
 
 
 def declared(function: Callable[..., Any]) -> dict[str, Marker]:
-    """The markers in a function's annotations, by argument; arguments without one are left out.
+    """Return the markers in a function's annotations, by argument; arguments without a marker are left out.
 
     Annotations are evaluated one by one, so that a name imported for type checkers only does not hide the others.
 
     Raises:
-        TypeError: for an ``Annotated`` that cannot be evaluated, because its marker would be lost silently.
+        TypeError: for an ``Annotated`` that cannot be evaluated, since its marker would be ignored silently.
     """
     function = inspect.unwrap(function)
-    found: dict[str, Marker] = {}
-    for name, note in inspect.get_annotations(function).items():
-        if isinstance(note, str):  # source text of the module itself, by "from __future__ import annotations"
+    markers: dict[str, Marker] = {}
+    for name, annotation in inspect.get_annotations(function).items():
+        if isinstance(annotation, str):  # source text of the module itself, by "from __future__ import annotations"
             try:
-                note = eval(note, getattr(function, "__globals__", {}))
+                annotation = eval(annotation, getattr(function, "__globals__", {}))
             except Exception as error:
-                if "Annotated" not in note:
+                if "Annotated" not in annotation:
                     continue
                 raise TypeError(
-                    f"{function.__qualname__}: the annotation of {name!r}, {note}, cannot be evaluated ({error}). "
-                    "Import its names at the top of the module, outside TYPE_CHECKING."
+                    f"{function.__qualname__}: the annotation of {name!r}, {annotation}, cannot be evaluated "
+                    f"({error}). Import its names at the top of the module, outside TYPE_CHECKING."
                 ) from error
-        if (marker := _marker(note)) is not None:
-            found[name] = marker
-    return found
+        if (marker := _marker(annotation)) is not None:
+            markers[name] = marker
+    return markers
 
 
-def _marker(note: Any) -> Marker | None:
-    """The first marker in an annotation, also inside a union; a bare class stands for its defaults."""
-    if isinstance(note, Marker):
-        return note
-    if isinstance(note, type) and issubclass(note, Marker):
-        return note()
-    return next((marker for part in get_args(note) if (marker := _marker(part)) is not None), None)
+def _marker(annotation: Any) -> Marker | None:
+    """Return the first marker in an annotation, also inside a union; a class is instantiated with its defaults."""
+    if isinstance(annotation, Marker):
+        return annotation
+    if isinstance(annotation, type) and issubclass(annotation, Marker):
+        return annotation()
+    return next((marker for part in get_args(annotation) if (marker := _marker(part)) is not None), None)

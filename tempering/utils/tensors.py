@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """Return the same nest of tuples, lists and mappings with ``fn`` applied to every tensor.
+    """Return a copy of nested tuples, lists and mappings with ``fn`` applied to every tensor.
 
-    Classes are kept: namedtuples, and mappings with attributes such as the outputs of transformers. Anything else is
-    returned as it is. The given nest is not changed.
+    Classes are kept: namedtuples, and mappings with attributes such as the outputs of transformers. Other values are
+    returned unchanged. The input is not changed.
     """
     if isinstance(value, Tensor):
         return fn(value)
@@ -33,7 +33,7 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
 
 
 def tensor_bytes(x: Tensor) -> memoryview:
-    """Return the bytes of a tensor's values, to be hashed."""
+    """Return the bytes of a tensor's values, for hashing."""
     return x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
@@ -48,5 +48,5 @@ def _mapping_like(like: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     make: Any = type(like)
     try:
         return make(items)
-    except TypeError:  # its constructor takes something else
+    except TypeError:  # its constructor does not take a mapping
         return items
