@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Self, TypeGuard
+from typing import Any, ClassVar, NamedTuple, Self, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +137,7 @@ class Method(nn.Module, ABC):
 
     def policies(self) -> dict[str, Policy]:
         """Return every temperature policy in the method, by its path in the module."""
-        modules: Iterable[tuple[str, nn.Module]] = self.named_modules()
+        modules = cast("Iterable[tuple[str, nn.Module]]", self.named_modules())
         return {name: m for name, m in modules if isinstance(m, Policy)}
 
     def is_batch_dependent(self) -> bool:

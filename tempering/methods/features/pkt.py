@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, cast
 
 from torch import Tensor
 
@@ -42,7 +42,7 @@ class PKT(FeatureMethod):
 def _neighbors(x: Tensor, eps: float) -> Tensor:
     """Return (N, N) conditional probabilities of a row being a neighbor of another."""
     # the released code divides by norm + eps, not by max(norm, eps)
-    norm: Tensor = x.norm(dim=1, keepdim=True)  # pyright: ignore[reportUnknownMemberType]
+    norm = cast("Tensor", x.norm(dim=1, keepdim=True))  # pyright: ignore[reportUnknownMemberType]
     unit = x / (norm + eps)
     unit = unit.nan_to_num(0.0)
     similarity = (unit @ unit.T + 1.0) / 2.0
