@@ -52,12 +52,12 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(path, json.dumps(expected, indent=1), concurrent=True)
         try:
-            stored: object = json.loads(path.read_text())
+            stored: Any = json.loads(path.read_text())
         except ValueError as error:
             raise CorruptStoreError(
                 f"{path} is not a key of stored perturbations ({error}). Remove the folder."
             ) from error
-        key = cast("dict[str, Any]", stored) if isinstance(stored, dict) else None
+        key = _mapping(stored)
         if other := [name for name in expected if key is None or key.get(name) != expected[name]]:
             name, value = other[0], stored if key is None else key.get(other[0])
             raise ValueError(
@@ -91,6 +91,10 @@ class Store:
 
     def _path(self, name: str) -> Path:
         return self.folder / name[:2] / f"{name}.safetensors"
+
+
+def _mapping(value: Any) -> dict[str, Any] | None:
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
 
 
 def _checksum(value: Tensor) -> str:

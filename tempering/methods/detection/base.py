@@ -24,8 +24,9 @@ class NeckMethod(Projected):
     blocks all terms are 0. If the channels differ, a learned 1x1 convolution projects the student's map to the
     teacher's channels; if the sizes differ, it is interpolated to the teacher's size, unlike in the released codes.
 
-    Terms are sums over an image's channels and positions if the method's docstring says so. The released codes'
-    "sum / N" is the mean of these terms over the images, as computed by ``total``, so their weights apply unchanged.
+    Terms are sums over an image's channels and positions where the method's docstring defines them so. The released
+    codes' "sum / N" is the mean of these terms over the images, as computed by ``total``, so their weights apply
+    unchanged.
     """
 
     relational = False

@@ -1,4 +1,4 @@
-"""Feature imitation: match the teacher's neck, optionally weighted by the teacher's class scores."""
+"""Neck feature distillation: match the teacher's maps, optionally weighted by the teacher's class scores."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tempering.utils.search_space import Weight
 
 
 class Imitation(NeckMethod):
-    """Feature imitation: feature * sum a (P(F_s) - F_t)^2 / (C sum a) over channels and positions, summed over levels,
-    plus hard * the task's own loss.
+    """Neck feature distillation: feature * sum a (P(F_s) - F_t)^2 / (C sum a) over channels and positions, summed over
+    levels, plus hard * the task's own loss.
 
     By default a = 1, the mean squared error of FitNet, with P a 1x1 convolution if the channels differ. With
     ``scored``, a is the teacher's largest class probability at the position, and P is 1x1 convolution - ReLU - 1x1

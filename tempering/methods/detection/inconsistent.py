@@ -207,6 +207,7 @@ def detection_inputs(inputs: object) -> tuple[Tensor, Sequence[Target]]:
     Raises:
         ValueError: for other inputs.
     """
+    got = type(inputs).__name__
     if isinstance(inputs, Mapping):
         mapping = cast("Mapping[str, Any]", inputs)
         images, targets = mapping.get("images"), mapping.get("targets")
@@ -214,5 +215,5 @@ def detection_inputs(inputs: object) -> tuple[Tensor, Sequence[Target]]:
             return images.detach(), targets
     raise ValueError(
         "InconsistentDetection needs a detector's inputs, {'images': (B, 3, H, W), 'targets': [{'boxes', 'labels'}]}; "
-        f"got {type(inputs).__name__}. Use tasks.Detection(class_rows=False)."
+        f"got {got}. Use tasks.Detection(class_rows=False)."
     )
