@@ -28,8 +28,8 @@ class DKD(Method):
         non_target: weight of NCKD (the paper's beta).
         hard: weight of the cross entropy.
         warmup: fraction of the run over which ``target`` and ``non_target`` rise linearly from 0; published for
-        CIFAR-100: 20 of 240 epochs. temperature: a temperature policy; None: Static(4.0). With Sharpness this is DTKD
-        applied to DKD: temperatures
+            CIFAR-100: 20 of 240 epochs.
+        temperature: a temperature policy; None: Static(4.0). With Sharpness this is DTKD applied to DKD: temperatures
             are computed from the full logits, and each row of both terms is multiplied by its T_s T_t.
 
     The released code computes log(sum of softmax) and masks the target with -1000, which is infinite once the margin

@@ -30,7 +30,7 @@ class TTM(Method):
         warmup: fraction of the run over which ``soft`` rises linearly from 0; published: none.
         temperature: a temperature policy; only its teacher temperatures are used. None: Static(10.0), gamma = 0.1.
 
-    The defaults are those of resnet32x4 -> resnet8x4; see ``experiments.published.ttm`` for other pairs.
+    The defaults are those of resnet32x4 -> resnet8x4; see the presets in docs/papers.md for other pairs.
 
     Reference: Zheng & Yang, "Knowledge Distillation Based on Transformed Teacher Matching", ICLR 2024,
     arXiv:2402.11148, equations 2 and 7.
@@ -77,7 +77,7 @@ class WTTM(TTM):
         warmup: fraction of the run over which ``soft`` rises linearly from 0; published: none.
         temperature: a temperature policy; only its teacher temperatures are used. None: Static(10.0), gamma = 0.1.
 
-    The defaults are those of resnet32x4 -> resnet8x4; see ``experiments.published.wttm`` for other pairs.
+    The defaults are those of resnet32x4 -> resnet8x4; see the presets in docs/papers.md for other pairs.
 
     Reference: Zheng & Yang, "Knowledge Distillation Based on Transformed Teacher Matching", ICLR 2024,
     arXiv:2402.11148, section 4.
