@@ -70,7 +70,7 @@ def test_inputs_that_are_no_pixels_are_refused(value: float) -> None:
     for method in (PGDAT(), TRADES(), KDIGA(start=0.1), KDIGA(attack=0.1, attack_steps=1)):
         lesson = pixels()
         lesson.images[0] = value
-        with pytest.raises(ValueError, match=r"moves inputs within 0 to 1, and these go from .*models.Normalized"):
+        with pytest.raises(ValueError, match=r"perturbs inputs in 0 to 1, and these are from .*models.Normalized"):
             lesson.loss(method)
 
 
@@ -95,7 +95,7 @@ def test_inputs_without_a_slope_are_refused() -> None:
     step = pixels().step()
     step.student_inputs = torch.zeros(6, 4, dtype=torch.long)
     with pytest.raises(
-        ValueError, match=r"PGDAT attacks one floating point tensor of inputs \(N, ...\); got torch.int64"
+        ValueError, match=r"PGDAT needs one floating point tensor of inputs \(N, ...\); got torch.int64"
     ):
         PGDAT().step(step)
 

@@ -453,16 +453,16 @@ def test_only_some_blocks() -> None:
 def test_messages() -> None:
     rows = images()
     bare = rows.replace(features={n: rows.features[n] for n in SIZES})
-    with pytest.raises(ValueError, match=r"FGD looks at the boxes of each image, .* no feature 'boxes'. tasks"):
+    with pytest.raises(ValueError, match=r"FGD needs the boxes of each image, .* no feature 'boxes'. tasks"):
         ready(FGD)(bare, 1.0)
     with pytest.raises(ValueError, match=r"no feature 'scores'"):
         ready(Imitation, scored=True)(bare, 1.0)
-    with pytest.raises(ValueError, match=r"as many anchors at each of 60 positions; got 7 scores"):
+    with pytest.raises(ValueError, match=r"the same number of anchors at each of 60 positions; got 7 scores"):
         few = torch.rand(3, 7)
         ready(Imitation, scored=True)(rows.replace(features={**rows.features, "scores": (few, few)}), 1.0)
     with pytest.raises(ValueError, match=r"tasks.Detection gives the levels of both necks as 'p0', 'p1'"):
         ready(CWD)(rows.replace(features={}), 1.0)
-    with pytest.raises(ValueError, match=r"PKD was prepared for 2 levels; got 1. Make a new one"):
+    with pytest.raises(ValueError, match=r"PKD was set up for 2 levels; got 1. Construct a new one"):
         ready(PKD)(rows.replace(features={"p0": rows.features["p0"]}), 1.0)
     with pytest.raises(RuntimeError, match=r"MGD has projectors .* call method.setup\(rows\)"):
         MGD()(rows, 1.0)

@@ -258,7 +258,7 @@ def test_arguments_that_there_are_not(options: dict[str, float], said: str) -> N
 
 
 def test_a_student_that_attends_nowhere_has_no_entropy() -> None:
-    with pytest.raises(ValueError, match=r"this one attends nowhere\. Wrap it: models\.attention\.attend"):
+    with pytest.raises(ValueError, match=r"this one has none\. Wrap it: models\.attention\.attend"):
         Lesson().loss(Method(entropy=0.1))
 
 

@@ -282,7 +282,8 @@ def test_held_out_samples_are_examined_and_never_learned() -> None:
             Step(bert(), lambda x, i: x, inputs, inputs, ids, batch, 1.0, TextClassification().rows), 0.25
         )
         assert parts is not None and len(parts[1].batch[1]) == held
-    with pytest.raises(TypeError, match=r"held=2.* and list has no \.at\. Use tempering\.data\.Batches or Sentences"):
+    words = r"held=2.* and list has no \.gather\. Use tempering\.data\.Batches or TextPairLoader"
+    with pytest.raises(TypeError, match=words):
         HoldoutLoader([1, 2], held=2, share=0.5)
     with pytest.raises(ValueError, match="held=40 of 40 training samples leaves none"):
         HoldoutLoader(data, held=40, share=0.5)

@@ -303,20 +303,20 @@ def test_a_broken_or_foreign_store_is_named(tmp_path: Path) -> None:
     file = sorted(folder.rglob("*.safetensors"))[0]
     whole = file.read_bytes()
     file.write_bytes(whole[:-10])
-    with pytest.raises(CorruptStoreError, match=rf"{file.name} cannot be read .* Remove it, and it is made again"):
+    with pytest.raises(CorruptStoreError, match=rf"{file.name} cannot be read .* Remove it, and it is computed again"):
         method.step(step_of(student, teacher, batch))
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(CorruptStoreError, match=rf"{file.name} is not what was written"):
+    with pytest.raises(CorruptStoreError, match=rf"{file.name} is corrupt: its values do not match its checksum"):
         method.step(step_of(student, teacher, batch))
     file.unlink()
     method.step(step_of(student, teacher, batch))
     assert file.read_bytes() == whole
-    with pytest.raises(ValueError, match=r"adversaries of another teacher: its teacher is .* Give another cache="):
+    with pytest.raises(ValueError, match=r"perturbations of another teacher: its teacher is .* Give another cache="):
         made(student, net(seed=9), batch, **options)
-    with pytest.raises(ValueError, match="adversaries of another attack: its steps is 5, and 7 is wanted"):
+    with pytest.raises(ValueError, match="perturbations of another attack: its steps is 5, and 7 is needed"):
         made(student, teacher, batch, **options, steps=7)
     (folder / "key.json").write_text("{")
-    with pytest.raises(CorruptStoreError, match=r"key.json is no key of stored adversaries"):
+    with pytest.raises(CorruptStoreError, match=r"key.json is not a key of stored perturbations"):
         made(student, teacher, batch, **options)
 
 
@@ -358,7 +358,7 @@ def test_stopped_and_resumed_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_messages() -> None:
-    with pytest.raises(TypeError, match=r"on top of a method over necks, such as FGD\(\) or MGD\(\); got KD"):
+    with pytest.raises(TypeError, match=r"needs a method over necks as base, such as FGD\(\) or MGD\(\); got KD"):
         InconsistentDetection(KD())  # pyright: ignore
     with pytest.raises(TypeError, match=r"needs a detector with class_loss\(inputs\), .*; got Linear"):
         InconsistentDetection().bind_teacher(nn.Linear(2, 2))

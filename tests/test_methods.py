@@ -432,7 +432,7 @@ def test_lskd_is_kd_at_standardized_temperatures_with_another_gradient() -> None
     assert float(along.abs().max()) < 1e-6 < float(gradient.abs().max()), "no say in the row's scale"
     (held,) = torch.autograd.grad(loss_of(policy, rows, "soft"), rows.student)
     assert float((held * rows.student.detach()).sum(1).abs().max()) > 1e-2
-    with pytest.raises(ValueError, match=r"LSKD: KD\(hard=0.1\) would teach labels on standardized logits"):
+    with pytest.raises(ValueError, match=r"LSKD: KD\(hard=0.1\) would apply its hard term to standardized logits"):
         LSKD(KD())
     with pytest.raises(TypeError, match="LSKD needs a method over rows"):
         LSKD(Static(2.0))  # pyright: ignore[reportArgumentType]

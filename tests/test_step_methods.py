@@ -299,7 +299,7 @@ def test_kdiga_with_other_teachers() -> None:
     [
         (torch.zeros(6, 4, dtype=torch.long), r"got torch.int64 of shape \(6, 4\). Tokens have no gradient"),
         ({"pixel_values": torch.zeros(6, 3)}, "got dict.*a module that takes the images alone"),
-        (torch.zeros(6, 3, 4, 4), r"the student sees \(6, 3, 4, 4\) and the teacher \(6, 3, 2, 2\)"),
+        (torch.zeros(6, 3, 4, 4), r"the student gets \(6, 3, 4, 4\) and the teacher \(6, 3, 2, 2\)"),
     ],
 )
 def test_kdiga_refuses_other_inputs(inputs: Any, said: str) -> None:
@@ -526,7 +526,7 @@ def test_interactive_refuses_teachers_that_cannot_learn() -> None:
     model = Lesson().teacher.model
     with pytest.raises(ValueError, match=r"layers=\('head',\) of parameters 1.weight, 1.bias, 3.weight, 3.bias"):
         Interactive(layers=["head"]).bind_teacher(model)
-    with pytest.raises(ValueError, match="finds nothing in the teacher"):
+    with pytest.raises(ValueError, match="finds no parameters of the teacher"):
         Interactive().bind_teacher(nn.Flatten())
     with pytest.raises(ValueError, match=r"whose 1.weight is torch.bfloat16: .* without precision="):
         Interactive().bind_teacher(Live(model, precision="bf16").model)
@@ -534,7 +534,7 @@ def test_interactive_refuses_teachers_that_cannot_learn() -> None:
         Interactive().step(Lesson().step())
     met = Interactive()
     met.bind_teacher(model)
-    with pytest.raises(RuntimeError, match="has met no teacher to load"):
+    with pytest.raises(RuntimeError, match="has no teacher to load"):
         Interactive().load_state_dict(met.state_dict())
 
 

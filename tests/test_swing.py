@@ -115,7 +115,7 @@ def test_noise_meets_private_rows_alone_and_is_the_same_again() -> None:
     seen: list[Rows] = []
     method = Swing(noise=0.5)
     T = method.temperature(rows).teacher
-    seen.append(method._noised(rows, SCORES, T.expand(6, 1)))
+    seen.append(method._add_noise(rows, SCORES, T.expand(6, 1)))
     moved = ((seen[0].teacher - rows.teacher) / T)[SCORES > 0]
     want = 0.5 * SCORES[SCORES > 0].unsqueeze(1) * draws("normal", 0, rows.ids, rows.positions, 7)[SCORES > 0]  # pyright: ignore
     same(moved, want)
@@ -181,7 +181,7 @@ def test_what_a_hidden_label_and_a_redacted_row_send() -> None:
 
 def test_slips_are_named() -> None:
     rows = private().replace(ids=None)
-    with pytest.raises(ValueError, match=r'has no ids or no places. Give batches "ids", .* or set noise=0'):
+    with pytest.raises(ValueError, match=r'has no ids or no positions. Give batches "ids", .* or set noise=0'):
         Swing()(rows)
     Swing(noise=0.0)(rows)
     Swing()(rows.replace(privacy_score=torch.zeros(6)))

@@ -1,4 +1,4 @@
-"""Methods, one per file, found in this package and its subpackages when they are first named."""
+"""Distillation methods, one per file, discovered in this package and its subpackages at first access."""
 
 from typing import Any
 

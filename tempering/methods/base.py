@@ -1,14 +1,14 @@
-"""What a method is: rows in, named and unreduced terms out."""
+"""Base classes of methods: losses that map rows to named, unreduced terms."""
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +21,24 @@ _STEP: ContextVar[tuple[int, int] | None] = ContextVar("step", default=None)
 
 
 class Method(nn.Module, ABC):
-    """A distillation loss: (rows, progress) -> {term: (N,)}, weighted and unreduced; ``total`` reduces.
+    """Base class of distillation losses: (rows, progress) -> {term: (N,)}, weighted and unreduced; ``total`` reduces.
 
     Class attributes:
         paper: the citation, such as "arXiv:1503.02531".
-        relational: whether a row's term depends on the other rows. Then the loss depends on how a batch is split, and
-            the engine refuses to split it.
-        needs_labels: whether it cannot do without targets, whatever its weights.
-        needs_teacher: whether it looks at the teacher at all.
-        zero_when_equal: whether its terms, those named "hard" aside, vanish for a student equal to the teacher, on
-            rows that are not private.
-        non_negative: whether no term ever falls below zero.
-        shift_invariant: whether a constant added to a row's logits changes nothing, its policies aside.
-        owns_step: whether the method runs the models itself (``StepMethod``), so that rows alone do not give its loss.
-        needs_double_backward: whether it takes derivatives within its step, and may differentiate them again. Rules out
+        relational: whether a row's term depends on the other rows. The loss then depends on how a batch is split, and
+            the trainer does not split it.
+        needs_labels: whether it requires targets, whatever its weights.
+        needs_teacher: whether it uses the teacher's outputs.
+        zero_when_equal: whether all terms but "hard" are 0 for a student equal to the teacher, on rows that are not
+            private.
+        non_negative: whether every term is always >= 0.
+        shift_invariant: whether adding a constant to a row's logits leaves the terms unchanged, policies aside.
+        owns_step: whether the method runs the models (``StepMethod``), so that rows alone do not determine its loss.
+        needs_double_backward: whether it takes derivatives within its step, and may differentiate them again. Excludes
             torch.compile, FSDP and fp16 with a loss scale.
         needs_live: whether it differentiates through the teacher, so that cached outputs do not suffice.
-        trains_teacher: whether its step updates the teacher's weights. ``meet`` gets the module; the method's
-            state_dict then holds the teacher's weights and their optimizer, and no teacher outputs are cached.
+        trains_teacher: whether its step updates the teacher's weights. ``bind_teacher`` gets the module; the method's
+            state_dict then contains the teacher's weights and their optimizer, and no teacher outputs are cached.
     """
 
     paper: ClassVar[str]
@@ -55,10 +55,10 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
-        """The terms of these rows; progress in [0, 1] is the share of the run that is done."""
+        """Compute the terms of these rows; ``progress`` in [0, 1] is the completed fraction of the run."""
 
     def __call__(self, rows: Rows, progress: float = 1.0) -> dict[str, Tensor]:
-        # losses are computed in float32 at least, also inside somebody's autocast
+        # compute losses in float32 at least, also under autocast
         with torch.autocast(rows.student.device.type, enabled=False):
             return super().__call__(rows if rows.weight is None else zero_masked_rows(rows), progress)
 
@@ -95,57 +95,58 @@ class Method(nn.Module, ABC):
         return [losses[i] for i in range(len(blocks))]
 
     def setup(self, rows: Rows) -> None:
-        """See one block of rows before the optimizer is made, to size what the method and its policies train."""
-        for found in self.policies().values():
-            found.setup(rows)
+        """Create the parameters of the method and its policies from a first block of rows, before the optimizer."""
+        for policy in self.policies().values():
+            policy.setup(rows)
 
     def needs_setup(self) -> bool:
-        """Whether ``setup`` has anything to do."""
-        plain = all(type(found).setup is Policy.setup for found in self.policies().values())
-        return type(self).setup is not Method.setup or not plain
+        """Whether the method or a policy in it overrides ``setup``."""
+        inherited = all(type(policy).setup is Policy.setup for policy in self.policies().values())
+        return type(self).setup is not Method.setup or not inherited
 
     def select_features(self, stages: Sequence[str]) -> tuple[str, ...]:
-        """Settle on the features to compare, of nets with these stages (shallow to deep) and "pool"; () for none.
+        """Select and return the features to compare, out of the stages (shallow to deep) and "pool"; () for none.
 
-        Recipes tap what this names. A method that was told its ``names`` keeps them.
+        Recipes extract these features. A method constructed with ``names`` keeps them.
         """
         parts = [m for m in self.modules() if isinstance(m, Method) and m is not self]
         return tuple(dict.fromkeys(name for part in parts for name in part.select_features(stages)))
 
     def wrap_batches(self, batches: Iterable[Any], teacher: Any) -> Iterable[Any]:
-        """The training batches, for a method that has a say in them."""
+        """Return the training batches, changed by methods that need other batches."""
         return batches
 
     def bind_teacher(self, teacher: nn.Module | None) -> None:
-        """See the teacher's module, None where there is none, on its device and before any checkpoint is read."""
+        """Receive the teacher's module (or None), on its device, before any checkpoint is loaded."""
 
     def hyperparameters(self) -> dict[str, object]:
-        """Constructor arguments by name, as records write them."""
+        """Return the constructor arguments by name, as written to records."""
         return hyperparameters(self)
 
     @classmethod
     def example(cls) -> Self:
-        """One of it, as the contract tests make it; overridden where the constructor needs arguments."""
+        """Return an instance for the contract tests; override if the constructor has required arguments."""
         return cls()
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups of what the method itself trains (projectors, learned temperatures); [] for none."""
-        apart = [group for found in self.policies().values() for group in found.param_groups()]
-        taken = {id(p) for group in apart for p in group["params"]}
-        trained = [p for p in self.parameters() if p.requires_grad and id(p) not in taken]
-        return [{"params": trained}, *apart] if trained else apart
+        """Return optimizer groups of the method's own parameters (projectors, learned temperatures); [] for none."""
+        policy_groups = [group for policy in self.policies().values() for group in policy.param_groups()]
+        assigned = {id(p) for group in policy_groups for p in group["params"]}
+        own = [p for p in self.parameters() if p.requires_grad and id(p) not in assigned]
+        return [{"params": own}, *policy_groups] if own else policy_groups
 
     def policies(self) -> dict[str, Policy]:
-        """Every temperature policy inside, by its path in the module."""
-        return {name: m for name, m in self.named_modules() if isinstance(m, Policy)}
+        """Return every temperature policy in the method, by its path in the module."""
+        modules = cast("Iterable[tuple[str, nn.Module]]", self.named_modules())
+        return {name: m for name, m in modules if isinstance(m, Policy)}
 
     def is_batch_dependent(self) -> bool:
-        """Whether the method, or a policy in it, compares rows with each other."""
-        inside = [m for m in self.modules() if isinstance(m, Method | Policy)]
-        return any(m.relational for m in inside)
+        """Whether the method, or a method or policy in it, compares rows with each other."""
+        parts = [m for m in self.modules() if isinstance(m, Method | Policy)]
+        return any(m.relational for m in parts)
 
     def adaptive_policies(self) -> list[AdaptivePolicy]:
-        """The policies that want to be told what a step did."""
+        """Return the policies that are updated after every step."""
         return [p for p in self.policies().values() if isinstance(p, AdaptivePolicy)]
 
 
@@ -156,7 +157,7 @@ class BlockLoss(NamedTuple):
         rows: the block.
         loss: (), the reduced terms, with gradient.
         terms: name -> (N,), unreduced.
-        path: how chunks were computed (``kernels.chunked.Path``); None without chunks.
+        path: how the chunks were computed (``kernels.chunked.Path``); None if the block was not chunked.
     """
 
     rows: Rows
@@ -171,7 +172,7 @@ class Chunking(NamedTuple):
     Attributes:
         compute: (method, rows, progress, normalizer) -> the block's loss.
         min_logits: the smallest number of student logits to compute in chunks.
-        always: compute every block in chunks, however small.
+        always: compute every block in chunks, whatever its size.
     """
 
     compute: Callable[[Method, Rows, float, Tensor | float | None], BlockLoss]
@@ -187,7 +188,7 @@ class Step:
         normalizer: block name -> total weight of its rows in the optimizer step; {}: this micro-batch is the step.
         chunking: how to compute the loss of large blocks in chunks; None: never.
         rows: the last block of rows, set by ``forward``.
-        attached: the teacher's forward pass with gradient; None where it has none.
+        teacher_with_grad: the teacher's forward pass with gradient; None if the teacher has none.
     """
 
     student: nn.Module
@@ -201,17 +202,18 @@ class Step:
     features: Callable[[], Mapping[str, tuple[Tensor, Tensor]]] | None = None
     rows: Rows | None = None
     teacher_with_grad: Callable[[Any, Tensor | None], Any] | None = None
-    normalizer: Mapping[str, Tensor | float] = field(default_factory=dict)
+    normalizer: Mapping[str, Tensor | float] = field(default_factory=dict[str, Tensor | float])
     chunking: Chunking | None = None
 
     def student_rows(self, output: Any) -> Rows:
-        """What one model said, as the student of rows without a teacher: so a teacher's logits may carry a gradient."""
+        """Convert one model's output to rows without a teacher; as ``rows.student`` its logits may require grad."""
         return only_block(self.make_rows(output, None, self.batch))
 
     def forward(self) -> list[Rows]:
-        """Both forwards on the batch as it is; the last block stays in ``rows``."""
-        said, taught = self.student(self.student_inputs), self.teacher(self.teacher_inputs, self.ids)
-        blocks = self.make_rows(said, taught, self.batch)
+        """Run both models on the batch and return its blocks of rows; store the last block in ``rows``."""
+        student_output = self.student(self.student_inputs)
+        teacher_output = self.teacher(self.teacher_inputs, self.ids)
+        blocks = self.make_rows(student_output, teacher_output, self.batch)
         if self.features is not None:
             blocks[-1] = blocks[-1].replace(features={**blocks[-1].features, **self.features()})
         self.rows = blocks[-1]
@@ -219,10 +221,10 @@ class Step:
 
 
 def only_block(blocks: list[Rows]) -> Rows:
-    """The one block of rows that a method which owns its step works on.
+    """Return the single block of rows of a task.
 
     Raises:
-        ValueError: for a task that makes several.
+        ValueError: if the task makes several blocks.
     """
     if len(blocks) != 1:
         raise ValueError(
@@ -233,12 +235,12 @@ def only_block(blocks: list[Rows]) -> Rows:
 
 
 class StepMethod(Method):
-    """A method that owns its step, for what rows alone cannot say: input gradients, a teacher that learns."""
+    """A method that runs its own training step, for losses that need input gradients or a teacher that is trained."""
 
     owns_step = True
 
     def compute(self, step: Step) -> list[BlockLoss]:
-        """Take the method's own step and reduce its terms to a loss.
+        """Run the method's own step and reduce its terms to a loss.
 
         Raises:
             TypeError: if ``step()`` leaves ``step.rows`` empty.
@@ -250,25 +252,25 @@ class StepMethod(Method):
 
     @abstractmethod
     def step(self, step: Step) -> Mapping[str, Tensor]:
-        """The terms (N,) of ``step.rows``, which this fills (``step.forward()`` does)."""
+        """Fill ``step.rows`` (as ``step.forward()`` does) and return the terms (N,) of these rows."""
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         raise TypeError(f"{type(self).__name__} owns its step: call .step(...), or run it by tempering.distill.")
 
 
 def zero_masked_rows(rows: Rows) -> Rows:
-    """The rows with 0 for the numbers in those of weight 0, which may hold anything: a NaN times 0 would be NaN."""
+    """Replace the values of rows of weight 0 by 0, since they may be NaN, and NaN times 0 is NaN."""
     if rows.weight is None:
         return rows
     kept = (rows.weight > 0).unsqueeze(1)
-    hard = None if rows.task_loss is None else torch.where(rows.weight > 0, rows.task_loss, 0.0)
+    task_loss = None if rows.task_loss is None else torch.where(rows.weight > 0, rows.task_loss, 0.0)
     student, teacher = (torch.where(kept, side, 0.0) for side in (rows.student, rows.teacher))
-    return rows.replace(student=student, teacher=teacher, task_loss=hard)
+    return rows.replace(student=student, teacher=teacher, task_loss=task_loss)
 
 
 @contextmanager
-def step_rng(seed: int, step: int) -> Iterator[None]:
-    """Within it ``drawn`` says what belongs to this step of a run with this seed."""
+def step_rng(seed: int, step: int) -> Generator[None, None, None]:
+    """Context manager that makes ``step_seed`` deterministic: a function of this seed and step."""
     token = _STEP.set((seed, step))
     try:
         yield
@@ -277,9 +279,9 @@ def step_rng(seed: int, step: int) -> Iterator[None]:
 
 
 def step_seed() -> int:
-    """A number in [0, 2^63) to seed draws by: one for all parts and processes of a step of ``distill``.
+    """Return a seed in [0, 2^63), equal in all micro-batches and processes of a step of ``distill``.
 
-    In a loop of one's own torch's generator draws it, anew at every call.
+    In a custom training loop, outside ``step_rng``, torch's default generator draws a new one at every call.
     """
     if (step := _STEP.get()) is None:
         return int(torch.randint(2**63 - 1, ()))
@@ -287,19 +289,19 @@ def step_seed() -> int:
 
 
 def linear_warmup(progress: float, warmup: float) -> float:
-    """Linear warm-up, from 0 to 1 over the first ``warmup`` of the run; 1 where there is none."""
+    """Return the warm-up factor, rising linearly from 0 to 1 over the first ``warmup`` of the run; 1 for warmup 0."""
     return 1.0 if warmup <= 0.0 else min(progress / warmup, 1.0)
 
 
-def check_weights(owner: str, **values: float) -> None:
-    """Refuse weights of terms that are negative or not numbers."""
+def check_weights(owner: str, **values: object) -> None:
+    """Raise ValueError for weights of terms that are negative, infinite or not numbers."""
     for name, value in values.items():
         if not isinstance(value, (int, float)) or not 0.0 <= value < float("inf"):
             raise ValueError(f"{owner} needs {name} >= 0 and finite; got {value!r}.")
 
 
 def check_policy(owner: str, temperature: object) -> Policy:
-    """``temperature`` itself, refused where it is not a policy; a bare number is a common slip."""
+    """Return ``temperature``; raise TypeError if it is not a policy, such as a bare number."""
     if isinstance(temperature, Policy):
         return temperature
     raise TypeError(
@@ -308,6 +310,11 @@ def check_policy(owner: str, temperature: object) -> Policy:
     )
 
 
+def is_row_method(method: object) -> TypeGuard[Method]:
+    """Whether it is a method that computes its terms from rows alone, so not a ``StepMethod``."""
+    return isinstance(method, Method) and not isinstance(method, StepMethod)
+
+
 def zero_term(rows: Rows) -> Tensor:
-    """A term of nothing with a gradient path, (N,)."""
+    """Return zeros connected to the student's graph, (N,)."""
     return torch.nan_to_num(rows.student, nan=0.0, posinf=0.0, neginf=0.0).float().sum(-1) * 0.0

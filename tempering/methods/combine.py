@@ -1,4 +1,4 @@
-"""Sums of methods, and a method applied to some blocks of rows only."""
+"""Combinations of methods: a sum of several, and a method restricted to some blocks of rows."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from tempering.methods.base import Method, StepMethod, zero_term
+from tempering.methods.base import Method, is_row_method, zero_term
 from tempering.methods.logits.dkd import DKD
 from tempering.methods.logits.kd import KD
 from tempering.rows import Rows
 
 
 class Sum(Method):
-    """The terms of several methods side by side, each named ``<method>.<term>``: ``Sum(KD(hard=0.0), DKD())``.
+    """Sum of several methods, with terms named ``<method>.<term>``: ``Sum(KD(hard=0.0), DKD())``.
 
-    A second method of one kind gets a number: ``kd``, ``kd2``. Beware of counting the hard term twice.
+    A second method of the same class is numbered: ``kd``, ``kd2``. Give only one of them a hard term.
 
-    Reference: none of its own; ``papers`` lists the parts'.
+    Reference: none; see the references of its methods.
     """
 
     paper = "none: the sum of its parts"
@@ -27,7 +27,7 @@ class Sum(Method):
         super().__init__()
         if not methods:
             raise ValueError("Sum needs at least one method, such as Sum(KD(hard=0.0), DKD()); got none.")
-        wrong = [m for m in methods if not isinstance(m, Method) or isinstance(m, StepMethod)]
+        wrong = [m for m in methods if not is_row_method(m)]
         if wrong:
             raise TypeError(f"Sum adds methods over rows; got {[type(m).__name__ for m in wrong]}.")
         self.methods = nn.ModuleDict()
@@ -39,8 +39,8 @@ class Sum(Method):
                 name = f"{kind}{number}"
             self.methods[name] = method
         self.needs_teacher = any(m.needs_teacher for m in methods)  # pyright: ignore[reportAttributeAccessIssue]
-        for told in ("zero_when_equal", "non_negative", "shift_invariant"):
-            setattr(self, told, all(getattr(m, told) for m in methods))
+        for flag in ("zero_when_equal", "non_negative", "shift_invariant"):
+            setattr(self, flag, all(getattr(m, flag) for m in methods))
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         return {
@@ -66,28 +66,28 @@ class Sum(Method):
 
 
 class OnBlocks(Method):
-    """The terms of a method on blocks of these names, 0 on others: ``OnBlocks(DTKD(hard=0.0), blocks=["classes"])``.
+    """A method restricted to blocks of these names, 0 on others: ``OnBlocks(DTKD(hard=0.0), blocks=["classes"])``.
 
-    It is for tasks that make several, as detection does: "classes", "sides" and "images".
+    For tasks that make several blocks, such as detection: "classes", "sides" and "images".
 
     Args:
         inner: a method over rows.
-        blocks: names of ``Rows.name``.
+        blocks: values of ``Rows.name``.
 
-    Reference: none of its own; ``inner`` has one.
+    Reference: none; see the reference of ``inner``.
     """
 
     paper = "none: another method, on some of the rows"
 
     def __init__(self, inner: Method, *, blocks: Sequence[str] = ("classes",)) -> None:
         super().__init__()
-        if not isinstance(inner, Method) or isinstance(inner, StepMethod):
+        if not is_row_method(inner):
             raise TypeError(f"OnBlocks needs a method over rows, such as KD(hard=0.0); got {inner!r}.")
         if isinstance(blocks, str) or not blocks:
             raise ValueError(f"OnBlocks needs blocks, names of blocks of rows such as ('classes',); got {blocks!r}.")
         self.inner, self.blocks = inner, tuple(blocks)
-        for told in ("needs_labels", "needs_teacher", "zero_when_equal", "non_negative", "shift_invariant"):
-            setattr(self, told, getattr(inner, told))
+        for flag in ("needs_labels", "needs_teacher", "zero_when_equal", "non_negative", "shift_invariant"):
+            setattr(self, flag, getattr(inner, flag))
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         return self.inner(rows, progress) if rows.name in self.blocks else {"elsewhere": zero_term(rows)}

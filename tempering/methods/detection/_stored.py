@@ -1,11 +1,11 @@
-"""Adversaries on disk, a file an image: whole 1/255 in int8, so that what is read is what was made."""
+"""Store of adversarial perturbations on disk, one file per image: int8 in units of 1/255, so without loss."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,20 +15,29 @@ from torch import Tensor
 from tempering.utils.files import write_atomic
 
 FORMAT = 1
-AGAIN = "Remove it, and it is made again."
+AGAIN = "Remove it, and it is computed again."
+
+
+class _TensorFile(Protocol):
+    """The part of safetensors' ``safe_open`` in use."""
+
+    def __enter__(self) -> _TensorFile: ...
+    def __exit__(self, *error: object) -> None: ...
+    def metadata(self) -> dict[str, str] | None: ...
+    def get_tensor(self, name: str) -> Tensor: ...
 
 
 class CorruptStoreError(RuntimeError):
-    """A stored adversary that cannot be trusted; the message names the file and what to do."""
+    """A corrupt file of stored perturbations; the message names the file and the remedy."""
 
 
 class Store:
-    """What was made for one teacher by one attack, by the image's name; several processes may share a folder.
+    """Perturbations of one teacher and attack, by image name; several processes may share a folder.
 
     Args:
-        folder: made where there is none.
-        teacher: the fingerprint of its weights.
-        attack: its settings, JSON-able.
+        folder: created if it does not exist.
+        teacher: fingerprint of the teacher's weights.
+        attack: settings of the attack, JSON-serializable.
 
     Raises:
         ValueError: for a folder of another teacher or other settings, naming the field and both values.
@@ -37,24 +46,27 @@ class Store:
 
     def __init__(self, folder: str | Path, *, teacher: str, attack: dict[str, Any]) -> None:
         self.folder = Path(folder)
-        wanted = {"format": FORMAT, "teacher": teacher, **attack}
+        expected = {"format": FORMAT, "teacher": teacher, **attack}
         path = self.folder / "key.json"
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, json.dumps(wanted, indent=1), concurrent=True)
+            write_atomic(path, json.dumps(expected, indent=1), concurrent=True)
         try:
-            found = json.loads(path.read_text())
+            stored: Any = json.loads(path.read_text())
         except ValueError as error:
-            raise CorruptStoreError(f"{path} is no key of stored adversaries ({error}). Remove the folder.") from error
-        if other := [name for name in wanted if not isinstance(found, dict) or found.get(name) != wanted[name]]:
-            name, has = other[0], found.get(other[0]) if isinstance(found, dict) else found
+            raise CorruptStoreError(
+                f"{path} is not a key of stored perturbations ({error}). Remove the folder."
+            ) from error
+        key = _mapping(stored)
+        if other := [name for name in expected if key is None or key.get(name) != expected[name]]:
+            name, value = other[0], stored if key is None else key.get(other[0])
             raise ValueError(
-                f"{self.folder} holds adversaries of another {'teacher' if name == 'teacher' else 'attack'}: its "
-                f"{name} is {has!r}, and {wanted[name]!r} is wanted. Give another cache=, or remove the folder."
+                f"{self.folder} contains perturbations of another {'teacher' if name == 'teacher' else 'attack'}: its "
+                f"{name} is {value!r}, and {expected[name]!r} is needed. Give another cache=, or remove the folder."
             )
 
     def get(self, name: str, size: tuple[int, ...]) -> Tensor | None:
-        """The stored int8 of this image, None where there is none.
+        """Return the stored int8 perturbation of this image, or None.
 
         Raises:
             CorruptStoreError: for a file that is truncated or edited.
@@ -63,23 +75,27 @@ class Store:
         if not path.exists():
             return None
         try:
-            with safe_open(path, "pt") as file:
-                said, value = file.metadata() or {}, file.get_tensor("delta")
+            with cast("_TensorFile", safe_open(path, "pt")) as file:
+                metadata, value = file.metadata() or {}, file.get_tensor("delta")
         except (SafetensorError, OSError) as error:
             raise CorruptStoreError(f"{path} cannot be read ({error}). {AGAIN}") from error
-        if value.dtype != torch.int8 or tuple(value.shape) != size or said.get("sha256") != _sum(value):
-            raise CorruptStoreError(f"{path} is not what was written: its numbers do not fit its checksum. {AGAIN}")
+        if value.dtype != torch.int8 or tuple(value.shape) != size or metadata.get("sha256") != _checksum(value):
+            raise CorruptStoreError(f"{path} is corrupt: its values do not match its checksum. {AGAIN}")
         return value
 
     def put(self, name: str, value: Tensor) -> None:
-        """Write one, whole or not at all."""
+        """Write a perturbation atomically."""
         path, value = self._path(name), value.cpu().contiguous()
         path.parent.mkdir(exist_ok=True)
-        write_atomic(path, save({"delta": value}, metadata={"sha256": _sum(value)}), concurrent=True)
+        write_atomic(path, save({"delta": value}, metadata={"sha256": _checksum(value)}), concurrent=True)
 
     def _path(self, name: str) -> Path:
         return self.folder / name[:2] / f"{name}.safetensors"
 
 
-def _sum(value: Tensor) -> str:
+def _mapping(value: Any) -> dict[str, Any] | None:
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
+
+
+def _checksum(value: Tensor) -> str:
     return hashlib.sha256(value.numpy().data).hexdigest()

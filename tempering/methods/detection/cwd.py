@@ -1,4 +1,4 @@
-"""CWD: where each channel looks."""
+"""Channel-wise distillation: match each channel's distribution over positions."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tempering.utils.search_space import Weight
 
 
 class CWD(NeckMethod):
-    """feature * tau^2 KL(softmax over positions of F_t / tau || that of F_s / tau), the mean over channels, summed over
-    levels, plus hard * the task's own loss.
+    """Channel-wise distillation: feature * tau^2 KL(softmax over positions of F_t / tau || softmax over positions of
+    F_s / tau), averaged over channels, summed over levels, plus hard * the task's own loss.
 
-    The released code's sum / (C N) is the mean of it over images, as ``total`` gives it.
+    The released code's sum / (C N) is the mean of this term over images, as computed by ``total``.
 
     Args:
-        feature: weight; 10 at tau = 1 is the released one for detectors' necks, a level.
+        feature: weight; released for detectors' necks: 10 per level at tau = 1.
         hard: weight of the task's own loss.
-        tau: temperature over an image's positions, one number: the rows of a temperature policy are images here.
-        names: which features; () for the levels "p0", "p1", ....
+        tau: temperature over an image's positions, a number: rows are images here, so there is no temperature policy.
+        names: feature names; () for the levels "p0", "p1", ....
 
     Reference: Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021, arXiv:2011.13256;
     values as in open-mmlab/mmrazor.
@@ -45,8 +45,8 @@ class CWD(NeckMethod):
         self.tau = tau
 
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:
-        found = []
+        divergences: list[Tensor] = []
         for s, t in self.aligned(pairs):
             student, teacher = ((x.flatten(2) / self.tau).log_softmax(-1).flatten(0, 1) for x in (s, t))
-            found.append(self.tau**2 * divergence(teacher, student).view(len(t), -1).mean(1))
-        return over_levels(found)
+            divergences.append(self.tau**2 * divergence(teacher, student).view(len(t), -1).mean(1))
+        return over_levels(divergences)

@@ -1,4 +1,4 @@
-"""FGD: what the teacher's neck holds of objects and of the rest, apart, and how all of it hangs together."""
+"""Focal and global distillation: separate foreground and background losses, and global relations."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from tempering.utils.search_space import Weight
 
 
 class FGD(NeckMethod):
-    """foreground * sum M A_S A_C (F_s - F_t)^2 + background * the same outside boxes + attention * (|A_S - A_S'| +
-    |A_C - A_C'|) + relation * |R(F_s) - R'(F_t)|^2, summed over positions, channels and levels, plus hard * the task's.
+    """Focal and global distillation: foreground * sum M A_S A_C (F_s - F_t)^2 + background * the same sum outside boxes
+    + attention * (|A_S - A_S'| + |A_C - A_C'|) + relation * |R(F_s) - R'(F_t)|^2, summed over positions, channels and
+    levels, plus hard * the task's own loss.
 
-    M is 1 / (a box's cells) within boxes, of the smallest where they overlap, and outside them 1 / (the cells outside).
-    A_S = HW softmax(mean over channels of |F| / tau) and A_C = C softmax(mean over positions of |F| / tau) are the
-    teacher's in the first two terms; A' are the student's. R adds to a map what a global context block makes of it; the
-    student's and the teacher's block are both trained.
+    M is 1 / (cells of the box) inside boxes (of the smallest box if they overlap) and 1 / (cells outside all boxes)
+    elsewhere. A_S = HW softmax(mean over channels of |F| / tau) and A_C = C softmax(mean over positions of |F| / tau)
+    are the teacher's in the first two terms; A' are the student's. R adds the output of a global context block to a
+    map; the blocks of the student and of the teacher are both trained.
 
-    All sums are an image's own, and ``total`` takes their mean over images, which is the released code's sum / N. The
-    cells of a box go from floor to ceil of its edges, both included, as released. Boxes are cut to the image first, and
-    those outside it are none; an image without boxes is all background.
+    Sums are per image, and ``total`` computes their mean over images, which is the released code's sum / N. The cells
+    of a box are those from floor to ceil of its edges, inclusive, as released. Boxes are clipped to the image, and
+    boxes outside it are ignored; an image without boxes is all background.
 
     Args:
-        foreground, background, attention, relation: weights; the released values of RetinaNet.
+        foreground, background, attention, relation: weights; default: the released values for RetinaNet.
         hard: weight of the task's own loss.
-        tau: temperature of the attentions.
-        names: which features; () for the levels "p0", "p1", .... The boxes are the feature "boxes": (N, M, 4) as xyxy
-            in [0, 1] of the image, rows of -1 where an image has fewer.
+        tau: temperature of the attention maps.
+        names: feature names; () for the levels "p0", "p1", .... Boxes are the feature "boxes": (N, M, 4) as xyxy in
+            [0, 1] of the image, padded with rows of -1.
 
     Reference: Yang et al., "Focal and Global Knowledge Distillation for Detectors", CVPR 2022, arXiv:2111.11837.
     """
@@ -53,7 +54,7 @@ class FGD(NeckMethod):
         tau: float = 0.5,
         names: Sequence[str] = (),
     ) -> None:
-        super().__init__(feature=1.0, hard=hard, names=names)  # its own four weights are in its place
+        super().__init__(feature=1.0, hard=hard, names=names)  # unused: FGD has four weights of its own
         check_weights("FGD", foreground=foreground, background=background, attention=attention, relation=relation)
         check_positive("FGD", tau=tau)
         self.foreground, self.background = foreground, background
@@ -66,7 +67,7 @@ class FGD(NeckMethod):
 
     @property
     def zero_when_equal(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """As for all necks, and until the context blocks, which begin by adding nothing, have learned."""
+        """As for all neck methods, and as long as the context blocks, which are initialized to 0, are not trained."""
         return super().zero_when_equal and not any(p.any() for r in self.relations for p in last(r))
 
     def build(self, pairs: list[tuple[Tensor, Tensor]]) -> list[nn.Module]:
@@ -74,23 +75,23 @@ class FGD(NeckMethod):
         return super().build(pairs)
 
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> dict[str, Tensor]:
-        boxes = self.beside(rows, "boxes", "the boxes of each image")
-        found: dict[str, list[Tensor]] = {name: [] for name in self.weighs}
+        boxes = self.teacher_feature(rows, "boxes", "the boxes of each image")
+        terms: dict[str, list[Tensor]] = {name: [] for name in self.weighs}
         for relate, (s, t) in zip(self.relations, self.aligned(pairs), strict=True):
             inside, outside = focus(boxes, (t.shape[-2], t.shape[-1]))
-            (where_s, what_s), (where_t, what_t) = attentions(s, self.tau), attentions(t, self.tau)
-            error = (where_t.unsqueeze(1) * what_t[:, :, None, None] * (s - t).square()).sum(1)
-            found["foreground"].append(summed(inside * error))
-            found["background"].append(summed(outside * error))
-            found["attention"].append(summed((where_s - where_t).abs()) + summed((what_s - what_t).abs()))
-            found["relation"].append(summed(relate(s, t).square()))
-        return {name: over_levels(values) for name, values in found.items()}
+            (spatial_s, channel_s), (spatial_t, channel_t) = attentions(s, self.tau), attentions(t, self.tau)
+            error = (spatial_t.unsqueeze(1) * channel_t[:, :, None, None] * (s - t).square()).sum(1)
+            terms["foreground"].append(summed(inside * error))
+            terms["background"].append(summed(outside * error))
+            terms["attention"].append(summed((spatial_s - spatial_t).abs()) + summed((channel_s - channel_t).abs()))
+            terms["relation"].append(summed(relate(s, t).square()))
+        return {name: over_levels(values) for name, values in terms.items()}
 
 
 class Relation(nn.Module):
-    """What two maps (N, C, H, W) differ by once each has its own global context added.
+    """Difference of two maps (N, C, H, W), each with the output of its own global context block added.
 
-    Reference: Cao et al., "GCNet", 2019, arXiv:1904.11492, whose block FGD takes.
+    Reference: Cao et al., "GCNet", 2019, arXiv:1904.11492, which introduced the block.
     """
 
     def __init__(self, channels: int) -> None:
@@ -102,7 +103,7 @@ class Relation(nn.Module):
 
 
 class Context(nn.Module):
-    """A map's average under an attention of its own, through a bottleneck, (N, C, 1, 1); 0 at first."""
+    """Global context block: attention pooling and a bottleneck, (N, C, 1, 1); initialized to return 0."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -120,37 +121,38 @@ class Context(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        where = self.attend(x).flatten(2).softmax(-1)  # (N, 1, HW)
-        pooled = (x.flatten(2) * where).sum(-1)
+        attention = self.attend(x).flatten(2).softmax(-1)  # (N, 1, HW)
+        pooled = (x.flatten(2) * attention).sum(-1)
         return self.change(pooled[:, :, None, None])
 
 
 def last(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of all context blocks in it that are 0 until something is learned."""
+    """Return the zero-initialized parameters of all context blocks in a module."""
     blocks = [m for m in module.modules() if isinstance(m, Context)]
     return [p for block in blocks for p in block.change[3].parameters()]
 
 
 def attentions(x: Tensor, tau: float) -> tuple[Float[Tensor, "N H W"], Float[Tensor, "N C"]]:
-    """Where a map (N, C, H, W) is strong, and in which channels, with a mean of 1 each."""
+    """Return the spatial and channel attention of a map (N, C, H, W), each with mean 1."""
     strength = x.abs()
-    where = (strength.mean(1).flatten(1) / tau).softmax(-1).view(len(x), *x.shape[2:])
-    return where * where[0].numel(), x.shape[1] * (strength.mean((2, 3)) / tau).softmax(-1)
+    spatial = (strength.mean(1).flatten(1) / tau).softmax(-1).view(len(x), *x.shape[2:])
+    return spatial * spatial[0].numel(), x.shape[1] * (strength.mean((2, 3)) / tau).softmax(-1)
 
 
 @torch.no_grad()
 def focus(
     boxes: Float[Tensor, "N M 4"], size: tuple[int, int]
 ) -> tuple[Float[Tensor, "N H W"], Float[Tensor, "N H W"]]:
-    """Of each cell of a (height, width) grid: 1 / cells of the smallest box it is in, and 1 / cells in no box.
+    """Return foreground and background masks of a (height, width) grid, each cell weighted by an inverse cell count.
 
-    Boxes are xyxy in [0, 1] of the image. Those that end before they begin, or do not touch the image, are none.
+    A cell in boxes has 1 / (cells of the smallest of them), a cell in no box 1 / (cells in no box); 0 elsewhere. Boxes
+    are xyxy in [0, 1] of the image; inverted boxes and boxes outside the image are ignored.
     """
     (left, top, right, bottom), (height, width) = boxes.unbind(-1), size
-    there = (right > 0) & (bottom > 0) & (left < 1) & (top < 1) & (right >= left) & (bottom >= top)
-    across, columns = _span(left, right, width)
-    down, rows = _span(top, bottom, height)
-    inside = down.unsqueeze(-1) & across.unsqueeze(-2) & there[..., None, None]
+    valid = (right > 0) & (bottom > 0) & (left < 1) & (top < 1) & (right >= left) & (bottom >= top)
+    in_columns, columns = _span(left, right, width)
+    in_rows, rows = _span(top, bottom, height)
+    inside = in_rows.unsqueeze(-1) & in_columns.unsqueeze(-2) & valid[..., None, None]
     share = inside / (columns * rows)[..., None, None]
     foreground = share.amax(1) if boxes.shape[1] else share.sum(1)
     outside = (foreground == 0).to(share.dtype)
@@ -158,7 +160,7 @@ def focus(
 
 
 def _span(low: Tensor, high: Tensor, cells: int) -> tuple[Bool[Tensor, "N M cells"], Float[Tensor, "N M"]]:
-    """Which of so many cells lie between two edges in [0, 1], and how many there are."""
+    """Return the mask of the cells between two edges in [0, 1], and their number."""
     first, last = (low.clamp(0, 1) * cells).floor(), (high.clamp(0, 1) * cells).ceil()
-    at = torch.arange(cells, device=low.device)
-    return (at >= first.unsqueeze(-1)) & (at <= last.unsqueeze(-1)), last - first + 1
+    cell = torch.arange(cells, device=low.device)
+    return (cell >= first.unsqueeze(-1)) & (cell <= last.unsqueeze(-1)), last - first + 1

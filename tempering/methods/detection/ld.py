@@ -1,4 +1,4 @@
-"""LD: where the teacher thinks a box's side may lie."""
+"""Localization distillation: match the teacher's distributions of the sides of boxes."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from tempering.temperature.base import Policy
 from tempering.temperature.static import Static
 from tempering.utils.search_space import Weight
 
-OTHER = ("classes", "images")  # a detector's blocks whose rows are no sides
-BINS = 17  # of the released heads, whose reg_max is 16
+OTHER = ("classes", "images")  # a detector's blocks whose rows are not sides of boxes
+BINS = 17  # number of bins of the released heads, whose reg_max is 16
 
 
 class LD(Method):
-    """soft * T_s T_t KL(teacher || student) over the bins of a box's side, plus hard * the task's own loss.
+    """Localization distillation: soft * T_s T_t KL(teacher || student) over the bins of a box's side, plus hard * the
+    task's own loss.
 
-    A row is a side of an anchor's box, which a detector with binned boxes gives as the block "sides"; on its blocks of
-    anchors and of images the divergence is 0. The rows' weights say which anchors count, and how much: those of the
-    main region, and a valuable region beside it with the weight that the task gives it.
+    A row is one side of an anchor's box; detectors with binned boxes provide these rows as the block "sides". On the
+    blocks of anchors and of images the divergence is 0. The rows' weights select the anchors: those of the main region,
+    and those of the valuable localization region with the weight that the task gives them.
 
     Args:
         soft: weight of the divergence. The released code has 0.25 in both regions and takes the mean over its 17 bins,
-            where we take the sum as everywhere: so 0.25 / 17. It also weighs an anchor by its class score.
+            while this is the sum over bins, so the default is 0.25 / 17. It also weighs an anchor by its class score.
         hard: weight of the task's own loss.
-        temperature: any policy; None is Static(10.0), as released.
+        temperature: a temperature policy; None: Static(10.0), as released.
 
     Reference: Zheng et al., "Localization Distillation for Dense Object Detection", CVPR 2022, arXiv:2102.12252.
     """

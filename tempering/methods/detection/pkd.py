@@ -1,4 +1,4 @@
-"""PKD: what rises and falls together in two maps, whatever their means and scales."""
+"""PKD: match feature maps by their Pearson correlation."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from tempering.methods.detection.base import NeckMethod, over_levels
 from tempering.rows import Rows
 from tempering.utils.search_space import Weight
 
-FLAT = 1e-6  # a spread below that, against 1 + the mean, is none
+CONSTANT = 1e-6  # maximum standard deviation, relative to 1 + |mean|, of a constant channel
 
 
 class PKD(NeckMethod):
-    """feature * (1 - Pearson correlation of F_s and F_t), the mean over channels, summed over levels, plus hard * the
-    task's own loss.
+    """PKD: feature * (1 - Pearson correlation of F_s and F_t), averaged over channels, summed over levels, plus hard *
+    the task's own loss.
 
-    That is half the mean squared error of maps brought to mean 0 and variance 1. The released code divides by the
-    sample's variance (one less in the denominator), so that it is smaller by the factor (n - 1) / n of n positions, and
-    adds 1e-6 to the standard deviation; here a channel without spread is 0 in all places. A mean is no sum / N: the
-    weight does not depend on the size of the maps.
+    This equals half the mean squared error of maps standardized to mean 0 and variance 1. The released code uses the
+    unbiased variance (n - 1 in the denominator), so that its value is smaller by the factor (n - 1) / n for n
+    positions, and adds 1e-6 to the standard deviation; here a constant channel becomes 0. The term is a mean, so the
+    weight is independent of the size of the maps.
 
     Args:
-        feature: weight; the released one is 10 a level for RetinaNet.
+        feature: weight; released for RetinaNet: 10 per level.
         hard: weight of the task's own loss.
-        over: "batch", as published: a channel is standardized over all images together, so the loss depends on the
-            batch. "image": each image by itself.
-        names: which features; () for the levels "p0", "p1", ....
+        over: "batch", as published: standardize a channel over all images, so that the loss depends on the batch;
+            "image": over each image separately.
+        names: feature names; () for the levels "p0", "p1", ....
 
     Reference: Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson Correlation
     Coefficient", NeurIPS 2022, arXiv:2207.02039; values as in open-mmlab/mmrazor.
@@ -53,17 +53,17 @@ class PKD(NeckMethod):
 
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:
         dims = (0, 2, 3) if self.over == "batch" else (2, 3)
-        return over_levels([self._apart(s, t, dims) for s, t in self.aligned(pairs)])
+        return over_levels([self._distance(s, t, dims) for s, t in self.aligned(pairs)])
 
-    def _apart(self, s: Tensor, t: Tensor, dims: tuple[int, ...]) -> Tensor:
+    def _distance(self, s: Tensor, t: Tensor, dims: tuple[int, ...]) -> Tensor:
         error = (standardized(s, dims) - standardized(t, dims)).square() / 2
         return error.mean() if self.over == "batch" else error.mean((1, 2, 3))
 
 
 def standardized(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """(x - mean) / standard deviation over ``dims``; 0 where there is no spread."""
+    """Return (x - mean) / standard deviation over ``dims``; 0 where the standard deviation is 0."""
     mean = x.mean(dims, keepdim=True)
     centered = x - mean
     variance = centered.square().mean(dims, keepdim=True)
-    flat = variance.detach() <= (FLAT * (1 + mean.detach().abs())).square()
-    return torch.where(flat, 0.0, centered / torch.where(flat, 1.0, variance).sqrt())
+    is_constant = variance.detach() <= (CONSTANT * (1 + mean.detach().abs())).square()
+    return torch.where(is_constant, 0.0, centered / torch.where(is_constant, 1.0, variance).sqrt())

@@ -1,4 +1,4 @@
-"""Attention transfer: where the maps are strong."""
+"""Attention transfer: match the spatial attention maps of features."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from tempering.utils.search_space import Weight
 
 
 class AT(FeatureMethod):
-    """feature * mean over positions of (a_s - a_t)^2, a = l2-normalized mean over channels of |F|^power; summed.
+    """Attention transfer: feature * mean over positions of (a_s - a_t)^2, summed over the pairs, with a the
+    l2-normalized mean over channels of |F|^power.
 
-    The larger map is average-pooled to the smaller. This is the form of the released code; the paper's has an l2 norm
-    where this has a mean of squares.
+    The larger map is average-pooled to the size of the smaller. This is the form of the released code; the paper has an
+    l2 norm instead of a mean of squares.
 
     Reference: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, arXiv:1612.03928, equation 2.
     """

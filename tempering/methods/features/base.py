@@ -1,4 +1,4 @@
-"""What methods over features share: which pairs, which rows, and projectors that the method owns."""
+"""Base classes of feature methods: selection of feature pairs and rows, and learned projectors."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from tempering.methods.base import Method, check_weights, zero_term
 from tempering.objectives import cross_entropy
 from tempering.rows import Rows, expand_to_rows, upcast_to_float32
 
-BESIDE = ("boxes", "scores")  # of a detector's images: what some methods read beside the maps
+NOT_COMPARED = ("boxes", "scores")  # detection features that are no maps: inputs of some methods
 
 
 class FeatureMethod(Method):
-    """A loss over pairs of features, plus hard * cross entropy.
+    """Base class of losses over pairs of features, plus hard * cross entropy.
 
     Args:
-        feature: weight of the features' term.
-        hard: weight of the cross entropy; beside another method in a Sum it is usually 0.
-        names: which of ``rows.features``, in order; () for all of them (but a detector's boxes and scores).
+        feature: weight of the feature term.
+        hard: weight of the cross entropy; usually 0 in a ``Sum`` with another method.
+        names: keys of ``rows.features``, in order; () for all except a detector's boxes and scores.
 
-    Only rows of weight > 0 take part. Features are (N, C, H, W) maps or (N, D) vectors, as the method says.
+    Only rows of weight > 0 are compared. Features are maps (N, C, H, W) or vectors (N, D), depending on the method.
     """
 
     relational = True
-    wants = "maps"  # or "vectors": what a pair is flattened to
-    weighs: ClassVar[tuple[str, ...]] = ("feature",)  # its terms but the hard one, each under the name of its weight
+    wants = "maps"  # or "vectors": flatten features to (N, D)
+    weighs: ClassVar[tuple[str, ...]] = ("feature",)  # terms except "hard", named like their weights
     hint = "Name modules to tap in the task, such as Classification(features={'last': ('stage3', 'stage3')}) " + (
         "(student's module, teacher's module)."
     )
@@ -45,40 +45,41 @@ class FeatureMethod(Method):
         return self.names
 
     def usual(self, stages: Sequence[str]) -> tuple[str, ...]:
-        """What the field's tables compare: the pooled vector, or the maps of all stages."""
+        """Return the features compared in published tables: the pooled vector, or the maps of all stages."""
         return ("pool",) if self.wants == "vectors" else tuple(stages)
 
     @abstractmethod
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor | dict[str, Tensor]:
-        """The unweighted term of these (student, teacher) features: () for the block, or a value a row.
+        """Compute the unweighted term of these (student, teacher) features: () for the block, or one value per row.
 
-        Several are named as in ``weighs``.
+        Several terms are returned as a dictionary with the names in ``weighs``.
         """
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         pairs = self.pairs(rows)
-        found = self.compare(pairs, rows) if pairs[0][0].shape[0] else dict.fromkeys(self.weighs, zero_term(rows))
-        found = {"feature": found} if isinstance(found, Tensor) else found
-        terms = {name: getattr(self, name) * self._placed(value, rows) for name, value in found.items()}
+        values = self.compare(pairs, rows) if pairs[0][0].shape[0] else dict.fromkeys(self.weighs, zero_term(rows))
+        values = {"feature": values} if isinstance(values, Tensor) else values
+        terms = {name: getattr(self, name) * self._expand(value, rows) for name, value in values.items()}
         if self.hard:
             terms["hard"] = self.hard * cross_entropy(rows)
         return terms
 
     @staticmethod
-    def _placed(value: Tensor, rows: Rows) -> Tensor:
+    def _expand(value: Tensor, rows: Rows) -> Tensor:
+        """Expand a value of the block, or of its rows of weight > 0, to all rows, (N,)."""
         if value.ndim == 0:
             return expand_to_rows(value, rows)
         return value if len(value) == len(rows) else spread_out(value, rows)
 
     def chosen(self, rows: Rows) -> tuple[str, ...]:
-        """The names of the features that are compared."""
-        return self.names or tuple(name for name in rows.features if name not in BESIDE)
+        """Return the names of the features to compare."""
+        return self.names or tuple(name for name in rows.features if name not in NOT_COMPARED)
 
     def pairs(self, rows: Rows) -> list[tuple[Tensor, Tensor]]:
-        """The chosen pairs in float32 at least, rows of weight 0 left out.
+        """Return the (student, teacher) pairs to compare, in float32 at least, without rows of weight 0.
 
         Raises:
-            ValueError: for features that are not there, or of the wrong kind.
+            ValueError: for features that are missing or have the wrong shape.
         """
         names = self.chosen(rows)
         missing = [name for name in names if name not in rows.features]
@@ -89,7 +90,7 @@ class FeatureMethod(Method):
                 f"missing: {missing or 'any'}. {self.hint}"
             )
         kept = slice(None) if rows.weight is None else rows.weight > 0
-        out = []
+        pairs: list[tuple[Tensor, Tensor]] = []
         for name in names:
             s, t = (upcast_to_float32(x)[kept] for x in rows.features[name])
             if self.wants == "vectors":
@@ -99,19 +100,19 @@ class FeatureMethod(Method):
                     f"{owner} compares maps (N, C, H, W); the feature {name!r} is {tuple(s.shape)} and "
                     f"{tuple(t.shape)}. Tap a convolutional stage."
                 )
-            out.append((s, t.detach()))
-        return out
+            pairs.append((s, t.detach()))
+        return pairs
 
 
 def spread_out(value: Tensor, rows: Rows) -> Tensor:
-    """Values of the rows that have weight, back in their places, (N,); 0 elsewhere."""
+    """Scatter the values of rows of weight > 0 to all rows, (N,); 0 for rows of weight 0."""
     if rows.weight is None:
         return value
     return torch.zeros(len(rows), dtype=value.dtype, device=value.device).masked_scatter(rows.weight > 0, value)
 
 
 def fitted(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Both maps at the smaller one's size: the larger is average-pooled."""
+    """Average-pool the larger of two maps to the size of the smaller."""
     if s.shape[-1] > t.shape[-1]:
         s = F.adaptive_avg_pool2d(s, (t.shape[-2], t.shape[-1]))
     elif s.shape[-1] < t.shape[-1]:
@@ -120,14 +121,14 @@ def fitted(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def per_row(x: Tensor) -> Tensor:
-    """The mean over everything but the rows, (N,)."""
+    """Return the mean over all dimensions but the first, (N,)."""
     return x.flatten(1).mean(1)
 
 
 class Projected(FeatureMethod):
-    """A feature method with modules of its own, sized once by ``setup`` on a first block of rows.
+    """Base class of feature methods with learned projectors, created by ``setup`` from a first block of rows.
 
-    The engine calls it before it makes the optimizer; in a loop of one's own, call ``method.setup(rows)`` there.
+    The trainer calls ``setup`` before it creates the optimizer; in a custom training loop, call it there yourself.
     """
 
     zero_when_equal = False
@@ -138,7 +139,7 @@ class Projected(FeatureMethod):
 
     @abstractmethod
     def build(self, pairs: list[tuple[Tensor, Tensor]]) -> list[nn.Module]:
-        """Projectors for pairs of these shapes."""
+        """Create the projectors for pairs of these shapes."""
 
     def setup(self, rows: Rows) -> None:
         if not len(self.projectors):

@@ -1,4 +1,4 @@
-"""Contrastive representation distillation: the teacher's vector of this sample, told from those of others."""
+"""Contrastive representation distillation: discriminate a sample's teacher embedding from those of other samples."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from tempering.utils.search_space import Weight
 
 
 class CRD(Projected):
-    """feature * noise-contrastive estimation over a memory of all samples' embeddings, both ways.
+    """Contrastive representation distillation: feature * noise-contrastive estimation over memory banks of all samples'
+    embeddings, with the student and with the teacher as anchor.
 
     Args:
-        samples: how many samples the data set has: the memories' length. ``rows.ids`` say which sample a row is.
-        negatives: drawn per step, uniformly over the samples, as in the released code's default mode.
-        contrast: temperature of the embeddings' dot products.
-        momentum: of the memories' entries.
-        size: of the embeddings.
+        samples: number of samples in the data set, the length of the memory banks. ``rows.ids`` index them.
+        negatives: number drawn per row, uniformly over the samples, as in the released code's default mode.
+        contrast: temperature of the dot products of embeddings.
+        momentum: of the updates of the memory banks.
+        size: dimension of the embeddings.
 
-    The normalizer is set by the first block and then fixed, as released.
+    The normalizer is estimated from the first block and then fixed, as released.
 
     Reference: Tian et al., "Contrastive Representation Distillation", ICLR 2020, arXiv:1910.10699, equations 10 and 19.
     """
@@ -71,28 +72,29 @@ class CRD(Projected):
             raise ValueError("CRD remembers samples by id: yield (input, label, id) batches.")
         ids = rows.ids if rows.weight is None else rows.ids[rows.weight > 0]
         s, t = (F.normalize(p(x)) for p, x in zip(self.projectors, pairs[0], strict=True))
-        others = torch.randint(self.samples, (len(ids), self.negatives), device=ids.device)
-        chosen = torch.cat((ids[:, None], others), 1)
-        loss = self._nce(s, self.teacher_memory[chosen], "student") + self._nce(
-            t, self.student_memory[chosen], "teacher"
+        negatives = torch.randint(self.samples, (len(ids), self.negatives), device=ids.device)
+        indices = torch.cat((ids[:, None], negatives), 1)
+        loss = self._nce(s, self.teacher_memory[indices], "student") + self._nce(
+            t, self.student_memory[indices], "teacher"
         )
-        self._remember(ids, s, t)
+        self._update_memory(ids, s, t)
         return loss
 
-    def _nce(self, anchor: Tensor, remembered: Tensor, side: str) -> Tensor:
-        """-log of telling the first remembered vector from the drawn ones, (N,)."""
-        score = (torch.einsum("nd,nkd->nk", anchor, remembered.to(anchor)) / self.contrast).exp()
-        whole = getattr(self, f"{side}_whole")
-        if whole < 0:
-            whole.fill_(score.detach().mean() * self.samples)
-        p = score / whole.to(score)
+    def _nce(self, anchor: Tensor, candidates: Tensor, side: str) -> Tensor:
+        """Return the NCE loss of classifying the first memory vector as positive and the others as noise, (N,)."""
+        score = (torch.einsum("nd,nkd->nk", anchor, candidates.to(anchor)) / self.contrast).exp()
+        normalizer = getattr(self, f"{side}_whole")
+        if normalizer < 0:
+            normalizer.fill_(score.detach().mean() * self.samples)
+        p = score / normalizer.to(score)
         noise = self.negatives / self.samples
-        found = p[:, 0] / (p[:, 0] + noise + 1e-7)
-        refused = noise / (p[:, 1:] + noise + 1e-7)
-        return -(found.log() + refused.log().sum(1))
+        positive = p[:, 0] / (p[:, 0] + noise + 1e-7)
+        negative = noise / (p[:, 1:] + noise + 1e-7)
+        return -(positive.log() + negative.log().sum(1))
 
     @torch.no_grad()
-    def _remember(self, ids: Tensor, s: Tensor, t: Tensor) -> None:
+    def _update_memory(self, ids: Tensor, s: Tensor, t: Tensor) -> None:
+        """Move the memory entries of these samples toward their new embeddings."""
         for memory, new in ((self.student_memory, s), (self.teacher_memory, t)):
             mixed = self.momentum * memory[ids] + (1.0 - self.momentum) * new.detach().to(memory)
             memory[ids] = F.normalize(mixed)

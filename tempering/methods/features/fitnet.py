@@ -1,4 +1,4 @@
-"""FitNet: the student's hint layer, regressed onto the teacher's."""
+"""FitNet: regress the student's intermediate features onto the teacher's."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tempering.utils.search_space import Weight
 
 
 class FitNet(Projected):
-    """feature * mean squared error of regressor(student map) and the teacher's map, summed over the pairs.
+    """FitNet hints: feature * mean squared error of regressor(student map) and teacher map, summed over the pairs.
 
-    The regressor is a convolution that brings channels and size to the teacher's (1x1; 3x3 of stride 2; transposed of
-    stride 2; or a valid one), batch norm and ReLU, as in mdistiller. Batch norm makes it depend on the block.
+    The regressor is a convolution to the teacher's channels and size (1x1; 3x3 with stride 2; transposed with stride 2;
+    or without padding), batch norm and ReLU, as in mdistiller. Batch norm makes a row depend on its block.
 
     Reference: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, arXiv:1412.6550, equation 3.
     """
@@ -30,7 +30,7 @@ class FitNet(Projected):
         super().__init__(feature=feature, hard=hard, names=names)
 
     def usual(self, stages: Sequence[str]) -> tuple[str, ...]:
-        return tuple(stages[len(stages) // 2 :][:1])  # the middle one, as the tables have it
+        return tuple(stages[len(stages) // 2 :][:1])  # the middle stage, as in published tables
 
     def build(self, pairs: list[tuple[Tensor, Tensor]]) -> list[nn.Module]:
         return [regressor(s, t) for s, t in pairs]
@@ -44,10 +44,10 @@ class FitNet(Projected):
 
 
 def regressor(s: Tensor, t: Tensor) -> nn.Sequential:
-    """Convolution, batch norm and ReLU from a map like ``s`` to one like ``t``.
+    """Create a convolution, batch norm and ReLU from maps like ``s`` to maps like ``t``.
 
     Raises:
-        ValueError: where the teacher's map is larger, and not twice as large.
+        ValueError: if the teacher's map is larger, but not by a factor of two.
     """
     channels, size_s, size_t = (s.shape[1], t.shape[1]), s.shape[2], t.shape[2]
     if size_s == size_t:

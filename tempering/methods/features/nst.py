@@ -1,4 +1,4 @@
-"""Neuron selectivity transfer: the distribution of a map's channels."""
+"""Neuron selectivity transfer: match the distributions of channel activations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tempering.utils.search_space import Weight
 
 
 class NST(FeatureMethod):
-    """feature * squared maximum mean discrepancy of normalized channels, kernel (x . y)^2; summed over the pairs.
+    """Neuron selectivity transfer: feature * squared maximum mean discrepancy of the normalized channels, with the
+    kernel (x . y)^2, summed over the pairs.
 
     Reference: Huang & Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017,
     arXiv:1707.01219, equation 6.
@@ -29,7 +30,7 @@ class NST(FeatureMethod):
         super().__init__(feature=feature, hard=hard, names=names)
 
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:
-        distances = []
+        distances: list[Tensor] = []
         for s, t in (fitted(*p) for p in pairs):
             s, t = F.normalize(s.flatten(2), dim=2), F.normalize(t.flatten(2), dim=2)
             distances.append(_kernel(t, t) + _kernel(s, s) - 2.0 * _kernel(s, t))
@@ -37,5 +38,5 @@ class NST(FeatureMethod):
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    """Mean over channel pairs of (x_i . y_j)^2, (N,)."""
+    """Return the mean over pairs of channels of (x_i . y_j)^2, (N,)."""
     return (x @ y.transpose(1, 2)).square().mean((1, 2))

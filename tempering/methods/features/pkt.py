@@ -1,9 +1,9 @@
-"""Probabilistic knowledge transfer: which rows are neighbors."""
+"""Probabilistic knowledge transfer: match the similarity distributions over samples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, cast
 
 from torch import Tensor
 
@@ -13,7 +13,8 @@ from tempering.utils.search_space import Weight
 
 
 class PKT(FeatureMethod):
-    """feature * mean over pairs of rows of p_t log(p_t / p_s), p the row-normalized (1 + cosine) / 2; summed.
+    """Probabilistic knowledge transfer: feature * mean over pairs of rows of p_t log(p_t / p_s), summed over the pairs
+    of features, with p the row-normalized (1 + cosine) / 2.
 
     The mean is over all N^2 pairs, as in the released code.
 
@@ -31,7 +32,7 @@ class PKT(FeatureMethod):
 
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:
         eps = 1e-7
-        distances = []
+        distances: list[Tensor] = []
         for s, t in pairs:
             p_s, p_t = _neighbors(s, eps), _neighbors(t, eps)
             distances.append((p_t * ((p_t + eps) / (p_s + eps)).log()).mean())
@@ -39,9 +40,10 @@ class PKT(FeatureMethod):
 
 
 def _neighbors(x: Tensor, eps: float) -> Tensor:
-    """(N, N) probabilities that a row picks another as its neighbor."""
-    # the released code divides by norm + eps and not by the larger of the two
-    unit = x / (x.norm(dim=1, keepdim=True) + eps)
+    """Return (N, N) conditional probabilities of a row being a neighbor of another."""
+    # the released code divides by norm + eps, not by max(norm, eps)
+    norm = cast("Tensor", x.norm(dim=1, keepdim=True))  # pyright: ignore[reportUnknownMemberType]
+    unit = x / (norm + eps)
     unit = unit.nan_to_num(0.0)
     similarity = (unit @ unit.T + 1.0) / 2.0
     return similarity / similarity.sum(1, keepdim=True)

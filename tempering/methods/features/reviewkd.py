@@ -1,4 +1,4 @@
-"""ReviewKD: deep stages of the student help its shallow ones to mimic the teacher's."""
+"""ReviewKD: match the teacher's features with fused features of several student stages."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from tempering.utils.search_space import Fraction, Weight
 
 
 class ReviewKD(Projected):
-    """feature * sum over stages of the hierarchical context loss between fused student maps and the teacher's.
+    """Knowledge review: feature * hierarchical context loss of the fused student maps and the teacher's maps, summed
+    over the stages.
 
-    Features are given from shallow to deep. Fusing goes from deep to shallow: a stage's map and the fused deeper one
-    are mixed by two attention maps. The context loss is the squared error at full size and pooled to 4, 2 and 1, with
-    weights 1, 1/2, 1/4, 1/8 over their sum.
+    Features are ordered from shallow to deep. Fusion runs from deep to shallow: two attention maps weigh a stage's map
+    and the fused map of the next deeper stage. The context loss is the squared error at full size and pooled to 4, 2
+    and 1, with weights 1, 1/2, 1/4, 1/8 divided by their sum.
 
     Args:
-        middle: most channels of the fused maps.
-        warmup: share of the run over which the term rises; released: 20 of 240 epochs.
+        middle: maximum number of channels of the fused maps.
+        warmup: fraction of the run over which the term rises linearly from 0; released: 20 of 240 epochs.
 
     Reference: Chen et al., "Distilling Knowledge via Knowledge Review", CVPR 2021, arXiv:2104.09044, sections 3.3, 3.4.
     """
@@ -56,15 +57,15 @@ class ReviewKD(Projected):
 
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:
         deeper: Tensor | None = None
-        losses = []
+        losses: list[Tensor] = []
         for fuse, (s, t) in zip(reversed(self.projectors), reversed(pairs), strict=True):
-            made, deeper = fuse(s, deeper, t.shape[-2:])
-            losses.append(context_loss(made, t))
+            fused, deeper = fuse(s, deeper, t.shape[-2:])
+            losses.append(context_loss(fused, t))
         return sum(losses[1:], losses[0])
 
 
 class Fuse(nn.Module):
-    """Attention-based fusion of a stage's map with the deeper fused one."""
+    """Attention-based fusion of a stage's map with the fused map of the next deeper stage."""
 
     def __init__(self, student: int, middle: int, teacher: int, *, fuse: bool) -> None:
         super().__init__()
@@ -79,22 +80,22 @@ class Fuse(nn.Module):
         x = self.reduce(s)
         if self.attend is not None and deeper is not None:
             deeper = F.interpolate(deeper, x.shape[-2:], mode="nearest")
-            own, help_ = self.attend(torch.cat((x, deeper), 1)).split(1, dim=1)
-            x = x * own + deeper * help_
-        made = self.expand(x)
-        if made.shape[-2:] != size:
-            made = F.interpolate(made, size, mode="nearest")
-        return made, x
+            weight, weight_deeper = self.attend(torch.cat((x, deeper), 1)).split(1, dim=1)
+            x = x * weight + deeper * weight_deeper
+        fused = self.expand(x)
+        if fused.shape[-2:] != size:
+            fused = F.interpolate(fused, size, mode="nearest")
+        return fused, x
 
 
 def context_loss(s: Tensor, t: Tensor) -> Tensor:
-    """Squared error at full size and pooled to 4, 2, 1, weighted 1, 1/2, 1/4, 1/8 over their sum, (N,)."""
-    weight, whole = 1.0, 1.0
+    """Return the squared error at full size and pooled to 4, 2, 1, weighted 1, 1/2, 1/4, 1/8 over their sum, (N,)."""
+    weight, total_weight = 1.0, 1.0
     loss = per_row((s - t).square())
     for size in (4, 2, 1):
         if size >= s.shape[-1]:
             continue
         weight /= 2.0
         pooled = F.adaptive_avg_pool2d(s, size) - F.adaptive_avg_pool2d(t, size)
-        loss, whole = loss + weight * per_row(pooled.square()), whole + weight
-    return loss / whole
+        loss, total_weight = loss + weight * per_row(pooled.square()), total_weight + weight
+    return loss / total_weight

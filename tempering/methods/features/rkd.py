@@ -1,4 +1,4 @@
-"""Relational KD: distances between rows, and angles of triples."""
+"""Relational KD: match the pairwise distances of samples and the angles of triplets."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from tempering.utils.search_space import Weight
 
 
 class RKD(FeatureMethod):
-    """feature * (distance * smooth-L1 of mean-normalized distances + angle * smooth-L1 of the triples' cosines).
+    """Relational KD: feature * (distance * smooth-L1 of mean-normalized pairwise distances + angle * smooth-L1 of the
+    cosines of triplets).
 
-    The angles cost O(N^2 D + N^3) a block.
+    Angles cost O(N^2 D + N^3) per block.
 
     Reference: Park et al., "Relational Knowledge Distillation", CVPR 2019, arXiv:1904.05068, equations 5 to 9.
     """
@@ -40,7 +41,7 @@ class RKD(FeatureMethod):
         self.distance, self.angle = distance, angle
 
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:
-        values = []
+        values: list[Tensor] = []
         for s, t in pairs:
             d_s, d_t = _distances(s), _distances(t)
             value = self.distance * F.smooth_l1_loss(_relative(d_s), _relative(d_t))
@@ -49,20 +50,20 @@ class RKD(FeatureMethod):
 
 
 def _distances(x: Tensor, eps: float = 1e-12) -> Tensor:
-    """(N, N) Euclidean distances; exactly 0, without slope, on the diagonal."""
+    """Return (N, N) Euclidean distances; exactly 0, with gradient 0, on the diagonal."""
     square = x.square().sum(1)
     squared = (square[:, None] + square[None, :] - 2.0 * x @ x.T).clamp_min(eps)
     return squared.sqrt() * (1.0 - torch.eye(len(x), dtype=x.dtype, device=x.device))
 
 
 def _relative(d: Tensor) -> Tensor:
-    """Distances over the mean of the positive ones."""
+    """Divide distances by the mean of the positive ones."""
     positive = d > 0
     mean = d.sum() / positive.sum().clamp_min(1)
     return d / torch.where(mean > 0, mean, torch.ones_like(mean))
 
 
 def _angles(x: Tensor) -> Tensor:
-    """(N, N, N) cosines of the angle at a row between two others."""
+    """Return (N, N, N) cosines of the angle at one row between two others."""
     unit = F.normalize(x[None, :, :] - x[:, None, :], dim=2)
     return unit @ unit.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""SimKD: mimic the teacher's last map, and use the teacher's own classifier."""
+"""SimKD: match the teacher's last feature map and reuse the teacher's classifier."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tempering.utils.search_space import Weight
 
 
 class SimKD(FeatureMethod):
-    """feature * mean squared error of the student's projected map and the teacher's; no labels, no logits.
+    """SimKD: feature * mean squared error of the student's projected map and the teacher's map; no labels, no logits.
 
-    The student is a ``ReusedHead``: its projector is a part of it, since it is needed when it is used.
+    The student is a ``ReusedHead``, which contains the projector because inference needs it.
 
     Reference: Chen et al., "Knowledge Distillation with the Reused Teacher Classifier", CVPR 2022, arXiv:2203.14001,
     equation 2.
@@ -36,16 +36,16 @@ class SimKD(FeatureMethod):
 
 
 class ReusedHead(nn.Module):
-    """A student's trunk, a bottleneck projector (tap it as "projector"), and the teacher's frozen classifier.
+    """A student's backbone, a bottleneck projector (feature "projector"), and the teacher's frozen classifier.
 
-    The larger of the two maps is average-pooled to the smaller before it is compared, as in the released code, so the
-    projector works at the student's size where that is the smaller one.
+    The projector keeps the spatial size of the student's map, and the teacher's map must have that size; the released
+    code average-pools the larger of the two.
 
     Args:
-        trunk: inputs -> map (N, channels, H, W).
-        student, teacher: channels of the trunk's and of the teacher's last map.
-        head: the teacher's classifier over pooled features.
-        factor: by how much the bottleneck narrows the teacher's channels.
+        trunk: the backbone: inputs -> map (N, channels, H, W).
+        student, teacher: channels of the last maps of the backbone and of the teacher.
+        head: the teacher's classifier of pooled features.
+        factor: reduction of the teacher's channels in the bottleneck.
     """
 
     def __init__(self, trunk: nn.Module, student: int, teacher: int, head: nn.Module, *, factor: int = 2) -> None:

@@ -1,4 +1,4 @@
-"""Similarity-preserving KD: which rows activate alike."""
+"""Similarity-preserving KD: match the pairwise similarities of samples."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from tempering.utils.search_space import Weight
 
 
 class SP(FeatureMethod):
-    """feature * mean over pairs of rows of (G_s - G_t)^2, G the row-normalized Gram matrix of the block; summed.
+    """Similarity-preserving KD: feature * mean over pairs of rows of (G_s - G_t)^2, summed over the pairs of features,
+    with G the row-normalized Gram matrix of the block.
 
-    The released code takes the last stage alone, as recipes do where no ``names`` are given.
+    The released code compares the last stage only; recipes do the same if ``names`` is empty.
 
     Reference: Tung & Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, arXiv:1907.09682, equation 4.
     """

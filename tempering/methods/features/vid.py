@@ -1,4 +1,4 @@
-"""Variational information distillation: a Gaussian guess at the teacher's map, with a variance a channel."""
+"""Variational information distillation: a Gaussian model of the teacher's map with one variance per channel."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from tempering.utils.search_space import Weight
 
 
 class VID(Projected):
-    """feature * mean of [(F_t - r(F_s))^2 / var_c + log var_c] / 2, r three 1x1 convolutions; summed over the pairs.
+    """Variational information distillation: feature * mean of [(F_t - r(F_s))^2 / var_c + log var_c] / 2, summed over
+    the pairs, with r three 1x1 convolutions.
 
-    The negative log-likelihood less its constant, so it can be negative. var_c = softplus(scale_c) + 1e-5 is learned,
-    from ``variance`` on; mdistiller keeps the scales in a plain list that no optimizer sees, so there they stay.
+    The term is the negative log-likelihood without its constant, so it can be negative. var_c = softplus(scale_c) +
+    1e-5 is learned, starting at ``variance``; mdistiller keeps the scales in a plain list, outside the optimizer, so
+    there they do not change.
 
     Reference: Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019, arXiv:1904.05835,
     equation 6.
@@ -43,15 +45,15 @@ class VID(Projected):
         self.variance = variance
 
     def build(self, pairs: list[tuple[Tensor, Tensor]]) -> list[nn.Module]:
-        return [Guess(s.shape[1], t.shape[1], self.variance) for s, t in pairs]
+        return [GaussianModel(s.shape[1], t.shape[1], self.variance) for s, t in pairs]
 
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:
-        values = [per_row(guess(*fitted(s, t))) for guess, (s, t) in zip(self.projectors, pairs, strict=True)]
+        values = [per_row(model(*fitted(s, t))) for model, (s, t) in zip(self.projectors, pairs, strict=True)]
         return sum(values[1:], values[0])
 
 
-class Guess(nn.Module):
-    """The negative log-likelihood of a teacher's map given the student's, pointwise."""
+class GaussianModel(nn.Module):
+    """Pointwise negative log-likelihood of the teacher's map given the student's."""
 
     def __init__(self, student: int, teacher: int, variance: float) -> None:
         super().__init__()

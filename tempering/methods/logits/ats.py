@@ -1,4 +1,4 @@
-"""Asymmetric temperature scaling: the teacher's label is softened more than its other classes."""
+"""Asymmetric temperature scaling: a higher teacher temperature for the label than for the other classes."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ from tempering.utils.search_space import Fraction, Temperature, Weight
 
 
 class ATS(Method):
-    """soft * T_s T_t KL(softmax(u_y / correct, u_others / wrong) || student at T_s) + hard * cross entropy.
+    """Asymmetric temperature scaling: soft * T_s T_t KL(softmax(u_y / correct, u_others / wrong) || student at T_s) +
+    hard * cross entropy.
 
-    A higher temperature on the teacher's label than on its other classes keeps their differences, which a large and
-    sure teacher would flatten. It is no temperature policy: one row has two teacher temperatures. A row without a label
-    has no such term.
+    A higher teacher temperature for the label than for the other classes keeps the differences between the other
+    classes, which are small for a large, confident teacher. This is not a temperature policy, since a row has two
+    teacher temperatures. The soft term is 0 on rows without a label.
 
     Args:
         soft: weight of the divergence, the code's lambda.
-        hard: weight of the cross entropy, 1 - lambda.
-        correct: the teacher's temperature on the label, the paper's tau_1.
-        wrong: the teacher's temperature on the other classes, the paper's tau_2.
-        centered: take the mean over the classes off the teacher's logits first. Softmax ignores a shift and this method
-            does not: u + c adds c / correct - c / wrong to the label's logit alone. The released code does not center.
-        warmup: share of the run over which ``soft`` rises linearly; published: none.
-        temperature: any policy for the student's side. The teacher's two temperatures are multiplied by its T_t over
-            its reference tau. None is Static(1.0), as released.
+        hard: weight of the cross entropy, the code's 1 - lambda.
+        correct: the teacher's temperature for the label, the paper's tau_1.
+        wrong: the teacher's temperature for the other classes, the paper's tau_2.
+        centered: subtract the mean over the classes from the teacher's logits first. Unlike softmax, this method is not
+            invariant to shifts: u + c adds c / correct - c / wrong to the label's logit only. The released code does
+            not center.
+        warmup: fraction of the run over which ``soft`` rises linearly from 0; published: none.
+        temperature: a temperature policy for the student. The teacher's two temperatures are multiplied by its T_t
+            divided by its reference tau. None: Static(1.0), as released.
 
-    The value is the released cross entropy less the teacher's entropy; the gradient is the same. The defaults are those
-    of the authors' second release (CIFAR-100, ResNet-110 -> VGG-8); the paper sweeps both temperatures.
+    The value is the released cross entropy minus the teacher's entropy; the gradient is the same. The defaults are
+    those of the authors' second release (CIFAR-100, ResNet-110 -> VGG-8); the paper sweeps both temperatures.
 
     Reference: Li et al., "Asymmetric Temperature Scaling Makes Larger Networks Teach Well Again", NeurIPS 2022,
     arXiv:2210.04427.
@@ -68,7 +70,7 @@ class ATS(Method):
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         T, label = self.temperature(rows, progress), require_labels(rows, "ATS")
-        teacher = log_softmax(self._softened(rows, label, T.teacher / self.temperature.tau))
+        teacher = log_softmax(self._scaled_logits(rows, label, T.teacher / self.temperature.tau))
         student = log_softmax(tempered(rows.student, T.student))
         scale = torch.where(label >= 0, T.scale, 0.0) * linear_warmup(progress, self.warmup)
         terms = {"soft": self.soft * scale * divergence(teacher, student)}
@@ -76,13 +78,13 @@ class ATS(Method):
             terms["hard"] = self.hard * cross_entropy(rows)
         return terms
 
-    def _softened(self, rows: Rows, label: Tensor, by: Float[Tensor, "#N 1"]) -> Float[Tensor, "N C"]:
-        """The teacher's logits over their two temperatures, each multiplied by ``by``."""
+    def _scaled_logits(self, rows: Rows, label: Tensor, factor: Float[Tensor, "#N 1"]) -> Float[Tensor, "N C"]:
+        """Return the teacher's logits divided by their two temperatures, each multiplied by ``factor``."""
         u = upcast_to_float32(rows.teacher)
-        gone = torch.isneginf(u)
-        u = u.masked_fill(gone, 0.0)
+        is_masked = torch.isneginf(u)
+        u = u.masked_fill(is_masked, 0.0)
         if self.centered:
-            mean = u.sum(1, keepdim=True) / (~gone).sum(1, keepdim=True).clamp_min(1)
+            mean = u.sum(1, keepdim=True) / (~is_masked).sum(1, keepdim=True).clamp_min(1)
             u = u - mean
-        T = torch.where(one_hot(label, u), self.correct, self.wrong).to(u.dtype) * by
-        return (u / T).masked_fill(gone, -torch.inf)
+        T = torch.where(one_hot(label, u), self.correct, self.wrong).to(u.dtype) * factor
+        return (u / T).masked_fill(is_masked, -torch.inf)

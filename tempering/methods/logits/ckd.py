@@ -1,4 +1,4 @@
-"""Comparative KD: the student is to see the differences between samples that the teacher sees."""
+"""Comparative KD: match the differences between the teacher's logits of different samples."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ from tempering.utils.search_space import Weight
 
 
 class CKD(Method):
-    """soft * MSE(dS, dT) + hard * MSE(dS, dY) + divergence * T^2 KL(softmax dT/T || softmax dS/T), over comparisons.
+    """Comparative KD: soft * MSE(dS, dT) + hard * MSE(dS, dY) + divergence * T^2 KL(softmax dT/T || softmax dS/T), over
+    comparisons.
 
-    A comparison is of two disjoint groups of rows: dS is the difference of the groups' mean student logits, dT of the
-    teacher's, dY of their one-hot labels. N answers of the teacher make N^2 of them. What the groups' rows share
-    cancels, so a classifier's bias learns nothing; ``Sum(CKD(), Supervised(hard=0.1))`` anchors it. There is no other
-    cross entropy in it. Rows of weight 0 take no part, rows without a label none in ``hard``.
+    A comparison is between two disjoint groups of rows: dS is the difference of the groups' mean student logits, dT of
+    the teacher's, dY of their one-hot labels. N teacher outputs give N^2 comparisons. An offset common to all rows
+    cancels, so the bias of a classifier gets no gradient; ``Sum(CKD(), Supervised(hard=0.1))`` adds one. There is no
+    cross entropy in CKD. Rows of weight 0 are excluded, rows without a label from ``hard`` only.
 
     Args:
-        soft: weight of the teacher's differences.
-        hard: weight of the labels' differences; 0 needs no labels.
-        divergence: weight of the divergence of the softened differences; needs ``pairs``.
-        groups: rows in each of the two groups; (1, 1) and (2, 1) in the released configurations.
-        pairs: comparisons drawn per block, as released (64). None takes the mean over all there are, in O(N C): for
-            r the difference of the two sides, (1/m + 1/n) times its variance over the rows, unbiased, in each class.
-        temperature: of ``divergence``; None is Static(4.0), as released. A policy sees the differences as its rows.
+        soft: weight of the MSE to the teacher's differences.
+        hard: weight of the MSE to the labels' differences; with 0 no labels are needed.
+        divergence: weight of the divergence of the softened differences; requires ``pairs``.
+        groups: number of rows in each of the two groups; (1, 1) and (2, 1) in the released configurations.
+        pairs: number of comparisons drawn per block; released: 64. None: the mean over all comparisons, in O(N C): with
+            r the difference of the two sides, (1/m + 1/n) times the unbiased variance of r over the rows, per class.
+        temperature: policy of ``divergence``, applied to the differences as rows; None: Static(4.0), as released.
 
-    With weights, a comparison over all counts by the product of its rows' weights; a drawn one does not.
+    In the mean over all comparisons, each is weighted by the product of its rows' weights; drawn comparisons are not.
 
     Reference: Wilf et al., "Comparative Knowledge Distillation", WACV 2025, arXiv:2311.02253. The released code draws
-    its groups over the data set, here over the block.
+    the groups from the data set, this one from the block.
     """
 
     paper = "arXiv:2311.02253"
@@ -80,43 +81,48 @@ class CKD(Method):
                 for name, (other, part) in sides.items()
             }
         else:
-            terms = {name: self._drawn(kept, *side) for name, side in sides.items()}
+            terms = {name: self._sampled_mse(kept, *side) for name, side in sides.items()}
             if self.divergence:
                 terms["divergence"] = self._divergence(kept, counted, progress)
         return {name: getattr(self, name) * term for name, term in terms.items()}
 
-    def _drawn(self, rows: Rows, other: Tensor, counted: Bool[Tensor, "N C"]) -> Float[Tensor, " N"]:
-        """The mean squared difference over drawn comparisons, the same value for every row, (N,)."""
-        drawn = sample_groups(counted.any(1), self.pairs or 0, sum(self.groups))
-        ours, theirs = (differences(x, counted, drawn, self.groups[0]) for x in (rows.student, other))
-        both = counted.any(0)
-        error = F.mse_loss(ours[:, both], theirs[:, both]) if len(drawn) and both.any() else _nothing(rows.student)
+    def _sampled_mse(self, rows: Rows, other: Tensor, counted: Bool[Tensor, "N C"]) -> Float[Tensor, " N"]:
+        """Return the mean squared error over drawn comparisons, one value expanded to all rows, (N,)."""
+        groups = sample_groups(counted.any(1), self.pairs or 0, sum(self.groups))
+        d_s, d_other = (differences(x, counted, groups, self.groups[0]) for x in (rows.student, other))
+        classes = counted.any(0)
+        if len(groups) and classes.any():
+            error = F.mse_loss(d_s[:, classes], d_other[:, classes])
+        else:
+            error = _zero(rows.student)
         return expand_to_rows(error, rows)
 
     def _divergence(self, rows: Rows, counted: Bool[Tensor, "N C"], progress: float) -> Float[Tensor, " N"]:
-        drawn = sample_groups(counted.any(1), self.pairs or 0, sum(self.groups))
-        if not len(drawn):
-            return expand_to_rows(_nothing(rows.student), rows)
-        gone = ~counted.any(0)
-        ours, theirs = (
-            differences(x, counted, drawn, self.groups[0]).masked_fill(gone, -torch.inf)
+        groups = sample_groups(counted.any(1), self.pairs or 0, sum(self.groups))
+        if not len(groups):
+            return expand_to_rows(_zero(rows.student), rows)
+        is_masked = ~counted.any(0)
+        d_s, d_t = (
+            differences(x, counted, groups, self.groups[0]).masked_fill(is_masked, -torch.inf)
             for x in (rows.student, rows.teacher)
         )
-        compared = Rows(ours, theirs, name=rows.name)
+        compared = Rows(d_s, d_t, name=rows.name)
         return expand_to_rows(kl(compared, self.temperature(compared, progress)).mean(), rows)
 
 
 class FeatureCKD(Projected):
-    """feature * MSE(differences of the projected student features, differences of the teacher's): the white-box form.
+    """Comparative KD of features: feature * MSE(differences of projected student features, differences of teacher
+    features).
 
-    Over all comparisons there are, as in ``CKD``. The projector is a 1x1 convolution without a bias, which would
-    cancel; the larger of two maps is pooled. Beside the logits: ``Sum(CKD(), FeatureCKD(names=["stage3"]))``.
+    The mean is over all comparisons, as in ``CKD``. The projector is a 1x1 convolution without bias (a bias would
+    cancel); the larger of the two maps is average-pooled. Combine it with logits as ``Sum(CKD(),
+    FeatureCKD(names=["stage3"]))``.
 
     Args:
-        feature: weight of the term; 100 is the released one of the hint.
-        hard: weight of the rows' cross entropy.
-        groups: rows in each of the two groups.
-        names: which of ``rows.features``; () for the middle stage.
+        feature: weight of the term; default: 100, the released weight of the FitNet hint.
+        hard: weight of the cross entropy.
+        groups: number of rows in each of the two groups.
+        names: keys of ``rows.features``; () for the middle stage.
 
     Reference: Wilf et al., 2025, arXiv:2311.02253: the released code's "ckd_inter" with a FitNet hint, whose regressor
     also has batch norm and ReLU.
@@ -143,7 +149,7 @@ class FeatureCKD(Projected):
 
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:
         weight = None if rows.weight is None else rows.weight[rows.weight > 0]
-        errors = []
+        errors: list[Tensor] = []
         for project, (s, t) in zip(self.projectors, pairs, strict=True):
             s, t = fitted(project(s), t)
             r = (s - t).flatten(1)
@@ -154,46 +160,46 @@ class FeatureCKD(Projected):
 def variance_share(
     r: Float[Tensor, "N C"], counted: Bool[Tensor, "N C"], weight: Float[Tensor, " N"] | None, groups: Sequence[int]
 ) -> Float[Tensor, " N"]:
-    """Each row's share of the mean over all comparisons of the mean squared difference of ``r``, (N,).
+    """Return each row's part of the mean squared difference of ``r`` over all comparisons, (N,).
 
-    The rows' weighted mean is that of the naive loop over all pairs of disjoint groups. A single row has no other to be
-    compared with: 0.
+    The weighted mean over rows equals a loop over all pairs of disjoint groups. It is 0 for a single row.
     """
-    share = counted.to(r.dtype) if weight is None else counted * upcast_to_float32(weight).to(r.dtype).unsqueeze(1)
-    whole, squares = share.sum(0), share.square().sum(0)
+    w = counted.to(r.dtype) if weight is None else counted * upcast_to_float32(weight).to(r.dtype).unsqueeze(1)
+    class_weight, squares = w.sum(0), w.square().sum(0)
     r = torch.where(counted, r, 0.0)
-    center = (share * r).sum(0) / torch.where(whole > 0, whole, 1.0)
-    left = whole.square() - squares
-    alone = (counted.sum(0) < 2) | (left <= 0)
-    unbiased = torch.where(alone, 0.0, whole / torch.where(alone, 1.0, left))
-    mass = share.amax(1).sum()
-    squared = torch.where(counted, r - center, 0.0).square() * (unbiased * mass)
-    return (1.0 / groups[0] + 1.0 / groups[1]) * squared.sum(1) / (whole > 0).sum().clamp_min(1)
+    center = (w * r).sum(0) / torch.where(class_weight > 0, class_weight, 1.0)
+    off_diagonal = class_weight.square() - squares
+    too_few = (counted.sum(0) < 2) | (off_diagonal <= 0)
+    unbiased = torch.where(too_few, 0.0, class_weight / torch.where(too_few, 1.0, off_diagonal))
+    total_weight = w.amax(1).sum()
+    squared = torch.where(counted, r - center, 0.0).square() * (unbiased * total_weight)
+    return (1.0 / groups[0] + 1.0 / groups[1]) * squared.sum(1) / (class_weight > 0).sum().clamp_min(1)
 
 
 def sample_groups(kept: Bool[Tensor, " N"], pairs: int, size: int) -> Int[Tensor, "P size"]:
-    """``pairs`` drawn lists of ``size`` different rows among those that are kept; none where there are too few."""
-    places = kept.nonzero().squeeze(1)
-    if len(places) < size:
-        return places.new_zeros(0, size)
-    return places[torch.rand(pairs, len(places), device=kept.device).topk(size, dim=1).indices]
+    """Draw ``pairs`` lists of ``size`` different indices of kept rows; an empty tensor if there are too few rows."""
+    indices = kept.nonzero().squeeze(1)
+    if len(indices) < size:
+        return indices.new_zeros(0, size)
+    return indices[torch.rand(pairs, len(indices), device=kept.device).topk(size, dim=1).indices]
 
 
 def differences(
     x: Tensor, counted: Bool[Tensor, "N C"], drawn: Int[Tensor, "P size"], first: int
 ) -> Float[Tensor, "P C"]:
-    """Mean of the first ``first`` rows of each list less that of the others, (P, C); 0 where a class is masked."""
+    """Return the mean of the first ``first`` rows of each list minus the mean of the others, (P, C); 0 if masked."""
     x = torch.where(counted, x, 0.0)[drawn]
     gap = x[:, :first].mean(1) - x[:, first:].mean(1)
     return torch.where(counted[drawn].all(1), gap, 0.0)
 
 
-def _nothing(student: Tensor) -> Float[Tensor, ""]:
-    """0 with a gradient path."""
+def _zero(student: Tensor) -> Float[Tensor, ""]:
+    """Return 0 connected to the student's graph."""
     return torch.nan_to_num(student, neginf=0.0).sum() * 0.0
 
 
-def _sizes(owner: str, groups: Sequence[int]) -> tuple[int, int]:
-    if len(groups) != 2 or any(not isinstance(n, int) or n < 1 for n in groups):
+def _sizes(owner: str, groups: Sequence[object]) -> tuple[int, int]:
+    sizes = [n for n in groups if isinstance(n, int) and n >= 1]
+    if len(groups) != 2 or len(sizes) != 2:
         raise ValueError(f"{owner} compares two groups of one row or more, such as (1, 1) or (2, 1); got {groups!r}.")
-    return groups[0], groups[1]
+    return sizes[0], sizes[1]

@@ -1,4 +1,4 @@
-"""Cosine similarity KD: each class's predictions over the batch, at one temperature and at one a row."""
+"""Cosine similarity KD: match each class's predictions over the batch, at a fixed and at a per-row temperature."""
 
 from __future__ import annotations
 
@@ -28,24 +28,26 @@ from tempering.utils.search_space import Fraction, Weight
 
 
 class CSKD(Method):
-    """fixed * tau^2 (1 - cosine of the classes at tau) + weighted * mean(T)^2 (the same at a row's T) + hard * CE.
+    """Cosine similarity KD: fixed * tau^2 (1 - cosine of the classes at tau) + weighted * mean(T)^2 (1 - cosine of the
+    classes at T, a temperature per row) + hard * cross entropy.
 
-    The cosine is of a class's softened probabilities over the block's rows, student beside teacher, mean over classes:
-    the scale of each class's line does not matter, what else is in the batch does. A block of one row says nothing.
-    Rows of weight 0 take no part.
+    The cosine is between the student's and the teacher's softened probabilities of a class over the rows of the block,
+    averaged over classes. It is invariant to the scale of a class, but depends on the whole batch. It is 0 for a block
+    of one row. Rows of weight 0 are excluded.
 
     Args:
         fixed: weight of the term at the policy's reference tau; the code's alpha.
         weighted: weight of the term at the policy's temperatures.
-        gram: weight of the cosine distances of the class and batch Gram matrices, at both temperatures, on any block
-            but the one named "strong"; 0, since the paper has them not and the released copy does.
+        gram: weight of the cosine distances of the class and batch Gram matrices, at both temperatures, on all blocks
+            except "strong"; default: 0, as in the paper. The released copy includes them.
         hard: weight of the cross entropy.
-        published: the copy's slip: on any block but "strong" all terms are multiplied by the share of rows (class
-            Gram: of classes) whose teacher is no surer than the median, where a mask over entries was meant. The
-            copy also takes the strong view's temperatures from the weak view; here each view has its own.
-        warmup: share of the run over which all terms but ``hard`` rise linearly; published: none.
-        temperature: any policy; None is Cosine(), CSWT's: T in [2, 6] by the row's own cosine.
-        eps: the copy adds 1e-8 to the product of the norms; 0 leaves it out.
+        published: reproduce an error of the copy: on all blocks except "strong", all terms are multiplied by the
+            fraction of rows (class Gram: of classes) whose teacher is at most as confident as the median, instead of
+            masking entries. The copy also uses the weak view's temperatures for the strong view; here each view has its
+            own.
+        warmup: fraction of the run over which all terms but ``hard`` rise linearly from 0; published: none.
+        temperature: a temperature policy; None: Cosine(), the paper's CSWT, T in [2, 6] by the cosine of the row.
+        eps: added to the product of the norms; default: 0. The copy adds 1e-8.
 
     The source is a third-party copy of the code; the paper's own weights and results are not known.
 
@@ -94,26 +96,26 @@ class CSKD(Method):
             block_scale(level, counted) * class_distance(s, centered=False, eps=self.eps)
             for level, s in zip(levels, softened, strict=True)
         )
-        of_rows, of_classes = 1.0, 1.0
+        row_fraction, class_fraction = 1.0, 1.0
         if self.published and rows.name != STRONG:
-            unsure, rare = doubtful(kept.teacher, counted)
-            of_rows = mean_over(unsure.to(fixed.dtype), counted.any(1))
-            of_classes = mean_over(rare.to(fixed.dtype), counted.any(0))
+            unconfident, rare = doubtful(kept.teacher, counted)
+            row_fraction = mean_over(unconfident.to(fixed.dtype), counted.any(1))
+            class_fraction = mean_over(rare.to(fixed.dtype), counted.any(0))
         terms = {
-            "fixed": self.fixed * rise * of_rows * expand_to_rows(fixed, rows),
-            "weighted": self.weighted * rise * of_rows * expand_to_rows(weighted, rows),
+            "fixed": self.fixed * rise * row_fraction * expand_to_rows(fixed, rows),
+            "weighted": self.weighted * rise * row_fraction * expand_to_rows(weighted, rows),
         }
         if self._grams(rows):
             classes = class_grams(softened[0], self.eps) + class_grams(softened[1], self.eps)
             batch = batch_grams(softened[0], self.eps) + batch_grams(softened[1], self.eps)
-            terms["gram"] = self.gram * rise * expand_to_rows(of_classes * classes + of_rows * batch, rows)
+            terms["gram"] = self.gram * rise * expand_to_rows(class_fraction * classes + row_fraction * batch, rows)
         return terms
 
 
 def class_grams(s: Softened, eps: float) -> Tensor:
-    """1 - mean cosine of the rows of P_s'P_s and P_t'P_t, (C, C): which classes are predicted together; ()."""
+    """Return 1 - mean cosine of the rows of the class Gram matrices P_s'P_s and P_t'P_t (C, C), ()."""
     counted = s.counted.any(0)
-    grams = []
+    grams: list[Lines] = []
     for logp, p in zip((s.student, s.teacher), s.exp(), strict=False):
         line = lines(logp, s.counted, 0)
         grams.append(Lines(line.values.T @ p, line.log_scale.T))
@@ -121,9 +123,9 @@ def class_grams(s: Softened, eps: float) -> Tensor:
 
 
 def batch_grams(s: Softened, eps: float) -> Tensor:
-    """1 - mean cosine of the rows of P_s P_s' and P_t P_t', (N, N): which rows are alike; ()."""
+    """Return 1 - mean cosine of the rows of the batch Gram matrices P_s P_s' and P_t P_t' (N, N), ()."""
     counted = s.counted.any(1)
-    grams = []
+    grams: list[Lines] = []
     for logp, p in zip((s.student, s.teacher), s.exp(), strict=False):
         line = lines(logp, s.counted, 1)
         grams.append(Lines(line.values @ p.T, line.log_scale))
@@ -131,5 +133,5 @@ def batch_grams(s: Softened, eps: float) -> Tensor:
 
 
 def _mean_distance(grams: list[Lines], counted: Tensor, eps: float) -> Tensor:
-    whole = counted.unsqueeze(0) & counted.unsqueeze(1)
-    return mean_over(correlation_distance(grams[0], grams[1], whole, 1, eps=eps), counted)
+    entries = counted.unsqueeze(0) & counted.unsqueeze(1)
+    return mean_over(correlation_distance(grams[0], grams[1], entries, 1, eps=eps), counted)

@@ -1,4 +1,4 @@
-"""DIST: the teacher's relations between classes and between samples, matched by correlation instead of by value."""
+"""DIST: match the teacher's inter-class and intra-class relations by Pearson correlation."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from tempering.utils.search_space import Fraction, Weight
 
 
 class DIST(Method):
-    """inter * T_s T_t (1 - r of a row) + intra * T_s T_t (1 - mean r of the classes) + hard * cross entropy.
+    """DIST: inter * T_s T_t (1 - r of the row) + intra * T_s T_t (1 - mean r of the classes) + hard * cross entropy.
 
-    r is Pearson's correlation of the softened probabilities: of a row over the classes (inter), and of a class over
-    the block's rows (intra). It ignores the scale and the offset of either side. Rows of weight 0 take no part; the
-    others' weights count in "inter" alone.
+    r is the Pearson correlation of the softened probabilities: of a row over the classes (inter), and of a class over
+    the rows of the block (intra). It is invariant to the scale and offset of either side. Rows of weight 0 are
+    excluded; the weights of other rows apply to "inter" only.
 
     Args:
-        inter: weight of the rows' term; the paper's 2 beta.
-        intra: weight of the classes' term; the paper's 2 gamma.
+        inter: weight of the row term; the paper's 2 beta.
+        intra: weight of the class term; the paper's 2 gamma.
         hard: weight of the cross entropy.
-        warmup: share of the run over which both terms rise linearly; published: none.
-        temperature: any policy; None is Static(4.0), the CIFAR value (ImageNet: 1). Where it gives a temperature a row,
-            "intra" is scaled by mean(T_s) mean(T_t).
-        eps: the released code adds 1e-8 to the product of the norms, which makes the term 1e-7 and not 0 where both
-            agree; 0 leaves it out.
+        warmup: fraction of the run over which both terms rise linearly from 0; published: none.
+        temperature: a temperature policy; None: Static(4.0), the CIFAR value (ImageNet: 1). If it gives one temperature
+            per row, "intra" is scaled by mean(T_s) mean(T_t).
+        eps: added to the product of the norms; default: 0. The released code adds 1e-8, so that its term is about 1e-7
+            where both sides agree.
 
     Reference: Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, arXiv:2205.10536.
     """
@@ -61,9 +61,9 @@ class DIST(Method):
         return terms
 
     def _relations(self, rows: Rows, progress: float) -> dict[str, Tensor]:
-        rise, T = linear_warmup(progress, self.warmup), self.temperature(rows, progress)
+        warmup, T = linear_warmup(progress, self.warmup), self.temperature(rows, progress)
         kept, counted = counted_entries(rows)
-        both = soften(kept, counted, T)
-        inter = T.scale * row_distance(both, centered=True, eps=self.eps)
-        intra = block_scale(T, counted) * class_distance(both, centered=True, eps=self.eps)
-        return {"inter": self.inter * rise * inter, "intra": self.intra * rise * expand_to_rows(intra, rows)}
+        softened = soften(kept, counted, T)
+        inter = T.scale * row_distance(softened, centered=True, eps=self.eps)
+        intra = block_scale(T, counted) * class_distance(softened, centered=True, eps=self.eps)
+        return {"inter": self.inter * warmup * inter, "intra": self.intra * warmup * expand_to_rows(intra, rows)}

@@ -1,4 +1,4 @@
-"""Any divergence in the place of Hinton's, with any temperature policy."""
+"""Distillation with other divergences than KL, with any temperature policy."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ Objective = Literal["kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "ad
 
 
 class Divergence(Method):
-    """soft * T_s T_t D(teacher, student) + hard * cross entropy, for the D that language models are distilled by.
+    """KD with a choice of divergence: soft * T_s T_t D(teacher, student) + hard * cross entropy, with the divergences
+    used to distill language models.
 
     Args:
-        objective: the function of ``tempering.objectives``; "kl" is KD.
+        objective: name of a function of ``tempering.objectives``; "kl" is KD.
         soft: weight of the divergence.
-        hard: weight of the cross entropy with the labels at temperature 1; 0 needs no labels.
-        beta: of "jsd": 0 is "kl", 1 is "reverse_kl" (the value jumps there, as in the source).
-        skew: of "skew_kl" and "skew_reverse_kl".
-        head: of "adaptive_kl".
-        temperature: any policy; None is Static(1.0), as the sources have it.
-        warmup: share of the run over which ``soft`` rises linearly from 0; 0 for none, as published.
+        hard: weight of the cross entropy with the labels at temperature 1; with 0 no labels are needed.
+        beta: parameter of "jsd": 0 is "kl", 1 is "reverse_kl" (discontinuous at both, as in the source).
+        skew: parameter of "skew_kl" and "skew_reverse_kl".
+        head: parameter of "adaptive_kl".
+        temperature: a temperature policy; None: Static(1.0), as in the sources.
+        warmup: fraction of the run over which ``soft`` rises linearly from 0; default: none, as published.
 
-    Unlike the released trainers (GKD, DistiLLM) the divergence is multiplied by T_s T_t, which is 1 at their setting.
+    Unlike in the released trainers (GKD, DistiLLM), the divergence is multiplied by T_s T_t, which is 1 with their
+    settings.
 
-    Reference: Agarwal et al., "On-Policy Distillation of Language Models", ICLR 2024, arXiv:2306.13649, for "jsd"; the
-    others as ``tempering.objectives`` says.
+    Reference: Agarwal et al., "On-Policy Distillation of Language Models", ICLR 2024, arXiv:2306.13649, for "jsd"; see
+    ``tempering.objectives`` for the others.
     """
 
     paper = "arXiv:2306.13649"
@@ -65,13 +67,13 @@ class Divergence(Method):
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         T = self.temperature(rows, progress)
-        own = {
+        parameters = {
             "jsd": {"beta": self.beta},
             "skew_kl": {"skew": self.skew},
             "skew_reverse_kl": {"skew": self.skew},
             "adaptive_kl": {"head": self.head},
         }
-        value = getattr(objectives, self.objective)(rows, T, **own.get(self.objective, {}))
+        value = getattr(objectives, self.objective)(rows, T, **parameters.get(self.objective, {}))
         terms = {"soft": self.soft * linear_warmup(progress, self.warmup) * value}
         if self.hard:
             terms["hard"] = self.hard * objectives.cross_entropy(rows)

@@ -1,4 +1,4 @@
-"""Decoupled KD: how sure of the target, and which of the others, weighed apart."""
+"""Decoupled KD: separate weights for the target class and the non-target classes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from tempering.utils.search_space import Fraction, Weight
 
 
 class DKD(Method):
-    """target * TCKD + rest * NCKD + hard * cross entropy, the first two times T_s T_t.
+    """Decoupled KD: target * TCKD + non_target * NCKD + hard * cross entropy, with TCKD and NCKD multiplied by T_s T_t.
 
-    TCKD is the KL of the pairs (p(target), 1 - p(target)), NCKD the KL of the softmaxes over the other classes. A row
-    without a label has neither. ``DKD(non_target=0.0)`` is target-only, ``DKD(target=0.0)`` non-target-only
-    distillation.
+    TCKD is the KL divergence of (p(target), 1 - p(target)), NCKD the KL divergence of the softmaxes over the other
+    classes. Both are 0 on rows without a label. ``DKD(non_target=0.0)`` distills the target class only,
+    ``DKD(target=0.0)`` the non-target classes only.
 
     Args:
         target: weight of TCKD (the paper's alpha).
-        rest: weight of NCKD (the paper's beta).
+        non_target: weight of NCKD (the paper's beta).
         hard: weight of the cross entropy.
-        warmup: share of the run over which ``target`` and ``rest`` rise linearly; the CIFAR tables use 20 of 240.
-        temperature: any policy; None is Static(4.0). With Sharpness it is DTKD on DKD: the temperatures come from
-            the full logits, and each row of both terms is weighed by its T_s T_t.
+        warmup: fraction of the run over which ``target`` and ``non_target`` rise linearly from 0; published for
+            CIFAR-100: 20 of 240 epochs.
+        temperature: a temperature policy; None: Static(4.0). With Sharpness this is DTKD applied to DKD: temperatures
+            are computed from the full logits, and each row of both terms is multiplied by its T_s T_t.
 
-    The released code takes log(sum of softmax) and hides the target behind -1000: infinite once the margin over T
-    passes about 104 in float32 (18 in float16). Here log(1 - p(target)) is a difference of logsumexps and the target
-    is really left out; both agree where the released one is finite.
+    The released code computes log(sum of softmax) and masks the target with -1000, which is infinite once the margin
+    over T exceeds about 104 in float32 (18 in float16). Here log(1 - p(target)) is a difference of logsumexps and the
+    target is excluded exactly; both agree where the released value is finite.
 
     Reference: Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, arXiv:2203.08679, equations 3 to 7.
     """
@@ -61,12 +62,12 @@ class DKD(Method):
         label = require_labels(rows, "DKD")
         is_target = torch.zeros_like(rows.student, dtype=torch.bool)
         is_target.scatter_(1, label.clamp_min(0).unsqueeze(1).long(), True)
-        pair_s, rest_s = split_target(tempered(rows.student, T.student), is_target)
-        pair_t, rest_t = split_target(tempered(rows.teacher, T.teacher), is_target)
+        pair_s, others_s = split_target(tempered(rows.student, T.student), is_target)
+        pair_t, others_t = split_target(tempered(rows.teacher, T.teacher), is_target)
         scale = torch.where(label >= 0, T.scale, 0.0) * linear_warmup(progress, self.warmup)
         terms = {
             "target": self.target * scale * divergence(pair_t, pair_s),
-            "non_target": self.non_target * scale * divergence(rest_t, rest_s),
+            "non_target": self.non_target * scale * divergence(others_t, others_s),
         }
         if self.hard:
             terms["hard"] = self.hard * cross_entropy(rows)
@@ -74,15 +75,16 @@ class DKD(Method):
 
 
 def split_target(z: Float[Tensor, "N C"], is_target: Tensor) -> tuple[Float[Tensor, "N 2"], Float[Tensor, "N C"]]:
-    """Log-probabilities of (target, any other) and of the classes without the target, which is minus infinity.
+    """Return log-probabilities of (target, any other class), and of the other classes with minus infinity at the
+    target.
 
-    Where the target is the only class left, the pair is (0, -inf) and the rest is uniform: neither costs anything.
+    If all other classes are masked, the pair is (0, -inf) and the other classes are uniform: both divergences are 0.
     """
     z = masked(z)
     others = z.masked_fill(is_target, -torch.inf)
-    alone = torch.isneginf(others.amax(-1, keepdim=True)) if z.shape[-1] else is_target
-    log_others = torch.logsumexp(others.masked_fill(alone, 0.0), -1, keepdim=True)
-    log_others = log_others.masked_fill(alone, -torch.inf)
+    no_others = torch.isneginf(others.amax(-1, keepdim=True)) if z.shape[-1] else is_target
+    log_others = torch.logsumexp(others.masked_fill(no_others, 0.0), -1, keepdim=True)
+    log_others = log_others.masked_fill(no_others, -torch.inf)
     log_target = z.masked_fill(~is_target, -torch.inf).amax(-1, keepdim=True)
     pair = log_softmax(torch.cat((log_target, log_others), -1))
     return pair, log_softmax(others)

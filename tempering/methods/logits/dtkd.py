@@ -1,4 +1,4 @@
-"""Dynamic Temperature KD: the released objective, with any way to solve for its temperatures."""
+"""Dynamic temperature KD: the released objective with any temperature policy."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from tempering.utils.search_space import Fraction, Weight
 
 
 class DTKD(Method):
-    """ramp * (dynamic * T_s T_t KL at dynamic temperatures + soft * tau^2 KL at tau) + hard * cross entropy.
+    """Dynamic temperature KD: ramp * (dynamic * T_s T_t KL at the policy's temperatures + soft * tau^2 KL at tau) +
+    hard * cross entropy, with ramp the linear warm-up.
 
     Args:
         dynamic: weight of the divergence at the policy's temperatures (the paper's alpha).
         soft: weight of plain KD at the policy's reference temperature (the paper's beta).
         hard: weight of the cross entropy (the paper's gamma).
-        warmup: share of the run over which the two soft terms rise linearly from 0; published: 20 of 240 epochs.
-        temperature: any policy; None is Sharpness(4.0), the exact solution. ``Sharpness(4.0, solve="published",
-            attached=True)`` is the released code with its divisions by zero mended.
+        warmup: fraction of the run over which the two soft terms rise linearly from 0; published: 20 of 240 epochs.
+        temperature: a temperature policy; None: Sharpness(4.0), the exact solution. ``Sharpness(4.0,
+            solve="published", attached=True)`` is the released code without its divisions by zero.
 
     The dynamic term does not supervise the student's overall scale (it is 0 for v = c u, any c > 0); plain KD and the
-    labels do, so it is not meant to stand alone. Its total soft weight is ``dynamic + soft``: compare it with
-    ``KD(soft=dynamic + soft, hard=hard, warmup=warmup)``, since part of the published gain may be the weights.
+    labels do, so use it with at least one of them. Its total soft weight is ``dynamic + soft``: compare it with
+    ``KD(soft=dynamic + soft, hard=hard, warmup=warmup)``, since part of the published gain may come from the weights.
 
     Reference: Wei & Bai, "Dynamic Temperature Knowledge Distillation", 2024, arXiv:2404.12711, equation 6, with the
     weights and the warm-up of the released code for resnet32x4 -> resnet8x4.

@@ -1,4 +1,4 @@
-"""Entropy-reweighted KD: rows on which the teacher is unsure count more."""
+"""Entropy-reweighted KD: weigh rows by the entropy of the teacher's prediction."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from tempering.utils.search_space import Fraction, Weight
 
 
 class ERKD(Method):
-    """soft * H(teacher at tau) * T_s T_t KL(teacher || student) + hard * cross entropy; H in nats, in [0, log C].
+    """Entropy-reweighted KD: soft * H(teacher at tau) * T_s T_t KL(teacher || student) + hard * cross entropy, with the
+    entropy H in nats, in [0, log C].
 
     Args:
         soft: weight of the divergence.
         hard: weight of the cross entropy.
-        tau: temperature at which the entropy is taken, 4 whatever the policy says, as released.
-        warmup: share of the run over which ``soft`` rises linearly; published: none.
-        temperature: any policy; None is Static(4.0).
+        tau: temperature of the entropy, independent of the policy; default: 4, as released.
+        warmup: fraction of the run over which ``soft`` rises linearly from 0; published: none.
+        temperature: a temperature policy; None: Static(4.0).
 
     Reference: Su et al., "Knowledge From the Dark Side: Entropy-Reweighted Knowledge Distillation for Balanced
-    Knowledge Transfer", 2023, arXiv:2311.13621 (version 1; later versions are another method, EA-KD).
+    Knowledge Transfer", 2023, arXiv:2311.13621 (version 1; later versions describe another method, EA-KD).
     """
 
     paper = "arXiv:2311.13621"
@@ -49,9 +50,9 @@ class ERKD(Method):
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         T = self.temperature(rows, progress)
         student, teacher = softened(rows, T)
-        unsure = entropy(upcast_to_float32(rows.teacher) / self.tau).clamp_min(0.0)
+        teacher_entropy = entropy(upcast_to_float32(rows.teacher) / self.tau).clamp_min(0.0)
         soft = self.soft * linear_warmup(progress, self.warmup)
-        terms = {"soft": soft * unsure * T.scale * divergence(teacher, student)}
+        terms = {"soft": soft * teacher_entropy * T.scale * divergence(teacher, student)}
         if self.hard:
             terms["hard"] = self.hard * cross_entropy(rows)
         return terms

@@ -1,4 +1,4 @@
-"""Knowledge distillation as Hinton wrote it, with any temperature policy."""
+"""Knowledge distillation (Hinton et al.) with any temperature policy."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tempering.utils.search_space import Fraction, Weight
 
 
 class KD(Method):
-    """soft * T_s T_t KL(teacher || student) + hard * cross entropy.
+    """Knowledge distillation: soft * T_s T_t KL(teacher || student) + hard * cross entropy.
 
     Args:
         soft: weight of the divergence.
-        hard: weight of the cross entropy with the labels at temperature 1; 0 needs no labels.
-        temperature: any policy; None is Static(4.0).
-        warmup: share of the run over which ``soft`` rises linearly from 0; 0 for none, as published.
+        hard: weight of the cross entropy with the labels at temperature 1; with 0 no labels are needed.
+        temperature: a temperature policy; None: Static(4.0).
+        warmup: fraction of the run over which ``soft`` rises linearly from 0; default: none, as published.
 
-    The defaults 0.9 and 0.1 at T = 4 are those of the CIFAR tables (mdistiller).
+    The defaults 0.9 and 0.1 at T = 4 are those of mdistiller for CIFAR-100.
 
     Reference: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531, section 2.
     """

@@ -1,4 +1,4 @@
-"""Logit standardization: any method on z-scored logits."""
+"""Logit standardization: any method on standardized (z-scored) logits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tempering.methods.base import Method, StepMethod, check_weights
+from tempering.methods.base import Method, check_weights, is_row_method
 from tempering.methods.logits.kd import KD
 from tempering.objectives import cross_entropy
 from tempering.rows import Rows, upcast_to_float32
@@ -16,18 +16,19 @@ from tempering.temperature.static import Static
 
 
 class LSKD(Method):
-    """The terms of ``inner`` on (z - mean) / (std + eps) of each side's rows, + hard * cross entropy of the raw logits.
+    """Logit standardization: the terms of ``inner`` on (z - mean) / (std + eps) of each row of both sides, plus hard *
+    cross entropy of the raw logits.
 
-    The value of ``LSKD(KD(soft=9.0, hard=0.0, temperature=Static(2.0)))`` is that of KD with
-    ``Standardized(2.0, scale="tau")``. The gradient is not: as released it flows through the student's mean and
-    standard deviation, so a step never changes a row's scale. That is why this is a method and not a policy alone. The
-    soft terms leave that scale to the labels.
+    The value of ``LSKD(KD(soft=9.0, hard=0.0, temperature=Static(2.0)))`` equals that of KD with ``Standardized(2.0,
+    scale="tau")``. The gradient differs: as released, it flows through the student's mean and standard deviation, so
+    the soft terms do not change the scale of a row; only the hard term does. This is why it is a method and not only a
+    temperature policy.
 
     Args:
-        inner: the method that sees standardized logits; give it ``hard=0.0``. None is the paper's KD with weight 9 at
+        inner: the method applied to standardized logits; give it ``hard=0.0``. None: the paper's KD with weight 9 at
             T = 2. ``LSKD(DKD(target=9.0, non_target=72.0, hard=0.0, temperature=Static(2.0)), hard=1.0)`` is DKD + LS.
         hard: weight of the cross entropy.
-        eps: added to the standard deviation, as released. A row without any spread stays 0, with no slope.
+        eps: added to the standard deviation, as released. A row of constant logits stays 0, with gradient 0.
 
     Standard deviations have C - 1 in the denominator, as released.
 
@@ -39,17 +40,17 @@ class LSKD(Method):
     def __init__(self, inner: Method | None = None, *, hard: float = 0.1, eps: float = 1e-7) -> None:
         super().__init__()
         check_weights("LSKD", hard=hard, eps=eps)
-        if inner is not None and (not isinstance(inner, Method) or isinstance(inner, StepMethod)):
+        if inner is not None and not is_row_method(inner):
             raise TypeError(f"LSKD needs a method over rows, such as KD(soft=9.0, hard=0.0); got {inner!r}.")
-        if getattr(inner, "hard", 0.0):
+        if inner_hard := getattr(inner, "hard", 0.0):
             raise ValueError(
-                f"LSKD: {type(inner).__name__}(hard={inner.hard!r}) would teach labels on standardized logits. Give it "  # pyright: ignore
-                "hard=0.0, and LSKD the weight: LSKD(..., hard=0.1)."
+                f"LSKD: {type(inner).__name__}(hard={inner_hard!r}) would apply its hard term to standardized logits. "
+                "Give it hard=0.0, and LSKD the weight: LSKD(..., hard=0.1)."
             )
         self.inner = KD(soft=9.0, hard=0.0, temperature=Static(2.0)) if inner is None else inner
         self.hard, self.eps = hard, eps
-        for told in ("needs_labels", "needs_teacher", "zero_when_equal", "non_negative"):
-            setattr(self, told, getattr(self.inner, told))
+        for flag in ("needs_labels", "needs_teacher", "zero_when_equal", "non_negative"):
+            setattr(self, flag, getattr(self.inner, flag))
 
     def setup(self, rows: Rows) -> None:
         self.inner.setup(self._standardized(rows))
@@ -69,14 +70,14 @@ class LSKD(Method):
 
 
 def standardized(logits: Float[Tensor, "N C"], eps: float) -> Float[Tensor, "N C"]:
-    """(z - mean) / (std + eps) over the classes that are not masked, which stay so; 0 where there is no spread."""
+    """Return (z - mean) / (std + eps) over the unmasked classes; constant rows become 0, masked classes stay masked."""
     z = upcast_to_float32(logits)
-    gone = torch.isneginf(z)
-    n = (~gone).sum(-1, keepdim=True)
-    z = z.masked_fill(gone, 0.0)
+    is_masked = torch.isneginf(z)
+    n = (~is_masked).sum(-1, keepdim=True)
+    z = z.masked_fill(is_masked, 0.0)
     noise = 8.0 * torch.finfo(z.dtype).eps * z.detach().abs().amax(-1, keepdim=True)
-    z = (z - z.sum(-1, keepdim=True) / n.clamp_min(1)).masked_fill(gone, 0.0)
+    z = (z - z.sum(-1, keepdim=True) / n.clamp_min(1)).masked_fill(is_masked, 0.0)
     square = z.square().sum(-1, keepdim=True) / (n - 1).clamp_min(1)
-    flat = square <= noise.square()
-    scaled = z / (torch.where(flat, 1.0, square).sqrt() + eps)
-    return torch.where(flat, 0.0, scaled).masked_fill(gone, -torch.inf)
+    is_constant = square <= noise.square()
+    scaled = z / (torch.where(is_constant, 1.0, square).sqrt() + eps)
+    return torch.where(is_constant, 0.0, scaled).masked_fill(is_masked, -torch.inf)

@@ -1,4 +1,4 @@
-"""Multi-level logit distillation: rows, classes and the whole batch, each at several temperatures."""
+"""Multi-level logit distillation: match instances, classes and the batch, each at several temperatures."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ from tempering.temperature.base import Policy, Temperatures, check_positive
 from tempering.temperature.static import Static
 from tempering.utils.search_space import Fraction, Weight
 
-STRONG = "strong"  # the name of the block of strongly augmented rows, as tasks.TwoView makes it
+STRONG = "strong"  # name of the block of strongly augmented rows of tasks.TwoView
 
 
 class MLKD(Method):
-    """soft * sum KL + classes * sum |P_t'P_t - P_s'P_s|^2 / C + batch * sum |P_t P_t' - P_s P_s'|^2 / N + hard * CE.
+    """Multi-level logit distillation: soft * sum KL + classes * sum |P_t'P_t - P_s'P_s|^2 / C + batch * sum |P_t P_t' -
+    P_s P_s'|^2 / N + hard * cross entropy.
 
-    Sums are over ``temperatures``; each KL is times T_s T_t, the Gram matrices' distances are not. P is the (N, C)
-    matrix of softened probabilities. On the block named "strong" there are the KL and the cross entropy alone; on any
-    other block (the weak view, or the one view there is) "soft" and "batch" take the rows whose teacher is no surer
-    than the median, "classes" the classes whose teacher mass is no larger than the median. Gram terms grow with the
-    batch. Rows of weight 0 take no part.
+    Sums are over ``temperatures``; each KL is multiplied by T_s T_t, the distances of Gram matrices are not. P is the
+    (N, C) matrix of softened probabilities. The block named "strong" has only the KL and the cross entropy. On other
+    blocks (the weak view, or a single view) "soft" and "batch" use the rows whose teacher is at most as confident as
+    the median, and "classes" the classes whose summed teacher probability is at most the median. Gram terms grow with
+    the batch size. Rows of weight 0 are excluded.
 
     Args:
-        soft: weight of the rows' KL.
+        soft: weight of the KL of each row.
         classes: weight of the class Gram matrices, (C, C).
         batch: weight of the batch Gram matrices, (N, N).
         hard: weight of the cross entropy.
-        temperatures: at which all are taken.
-        published: the released code's slips: its masks multiply sums and not entries, so they only scale by the share
-            of rows (classes) they hold; and the strong view's KL at the last two temperatures is computed from the
-            weak view's logits, without a mask.
-        warmup: share of the run over which all terms but ``hard`` rise linearly; published: none.
-        temperature: any policy; it is multiplied by each of ``temperatures`` over its reference tau. None is
+        temperatures: the temperatures of all terms but ``hard``.
+        published: reproduce errors of the released code: its masks multiply sums instead of entries, so they only scale
+            by the fraction of selected rows (classes); and the strong view's KL at the last two temperatures is
+            computed from the weak view's logits, without a mask.
+        warmup: fraction of the run over which all terms but ``hard`` rise linearly from 0; published: none.
+        temperature: a temperature policy, multiplied by each of ``temperatures`` divided by its reference tau. None:
             Static(4.0). ``Standardized(2.0, scale="tau")`` is MLKD on standardized logits.
 
-    Wants the two views as blocks of rows named "weak" and "strong": ``tasks.TwoView``.
+    Expects the two views as blocks of rows named "weak" and "strong": ``tasks.TwoView``.
 
     Reference: Jin et al., "Multi-Level Logit Distillation", CVPR 2023, doi 10.1109/CVPR52729.2023.02325.
     """
@@ -83,58 +84,58 @@ class MLKD(Method):
     def _levels(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         T, strong = self.temperature(rows, progress), rows.name == STRONG
         kept, counted = counted_entries(rows)
-        levels = [self._at(T, tau) for tau in self.temperatures]
+        levels = [self._rescaled(T, tau) for tau in self.temperatures]
         softened = [soften(kept, counted, level) for level in levels]
         kl = torch.stack([T.scale * divergence(s.teacher, s.student) for T, s in zip(levels, softened, strict=True)])
         rise = linear_warmup(progress, self.warmup)
         if strong:
             return {"soft": self.soft * rise * (kl[:-2] if self.published else kl).sum(0)}
-        unsure, rare = doubtful(kept.teacher, counted)
+        unconfident, rare = doubtful(kept.teacher, counted)
         if self.published:
-            of_rows, of_classes = counted.any(1), counted.any(0)
-            share_r, share_c = (mean_over(m.to(kl.dtype), c) for m, c in ((unsure, of_rows), (rare, of_classes)))
+            in_rows, in_classes = counted.any(1), counted.any(0)
+            share_r, share_c = (mean_over(m.to(kl.dtype), c) for m, c in ((unconfident, in_rows), (rare, in_classes)))
             soft = share_r * kl.sum(0) + kl[-2:].sum(0)
-            classes = share_c * torch.stack([class_gram(s, of_classes) for s in softened]).sum()
-            batch = share_r * torch.stack([batch_gram(s, of_rows) for s in softened]).sum()
+            classes = share_c * torch.stack([class_gram(s, in_classes) for s in softened]).sum()
+            batch = share_r * torch.stack([batch_gram(s, in_rows) for s in softened]).sum()
         else:
-            soft = torch.where(unsure, kl.sum(0), 0.0)
+            soft = torch.where(unconfident, kl.sum(0), 0.0)
             classes = torch.stack([class_gram(s, rare) for s in softened]).sum()
-            batch = torch.stack([batch_gram(s, unsure) for s in softened]).sum()
+            batch = torch.stack([batch_gram(s, unconfident) for s in softened]).sum()
         return {
             "soft": self.soft * rise * soft,
             "classes": self.classes * rise * expand_to_rows(classes, rows),
             "batch": self.batch * rise * expand_to_rows(batch, rows),
         }
 
-    def _at(self, T: Temperatures, tau: float) -> Temperatures:
-        """The policy's temperatures moved from its reference to ``tau``."""
-        by = tau / self.temperature.tau
-        return Temperatures(T.student * by, T.teacher * by, None if T.factor is None else T.factor * by**2)
+    def _rescaled(self, T: Temperatures, tau: float) -> Temperatures:
+        """Rescale the policy's temperatures from its reference to ``tau``."""
+        ratio = tau / self.temperature.tau
+        return Temperatures(T.student * ratio, T.teacher * ratio, None if T.factor is None else T.factor * ratio**2)
 
 
 @torch.no_grad()
 def doubtful(
     teacher: Float[Tensor, "N C"], counted: Bool[Tensor, "N C"]
 ) -> tuple[Bool[Tensor, " N"], Bool[Tensor, " C"]]:
-    """Rows (N,) whose top probability, and classes (C,) whose summed one, is at most the median of those that count."""
+    """Select rows (N,) whose top probability, and classes (C,) whose summed probability, is at most the median."""
     p = log_softmax(teacher).exp().masked_fill(~counted, 0.0)
-    return _lower(p.amax(1), counted.any(1)), _lower(p.sum(0), counted.any(0))
+    return _lower_half(p.amax(1), counted.any(1)), _lower_half(p.sum(0), counted.any(0))
 
 
-def _lower(x: Tensor, counted: Tensor) -> Tensor:
-    middle = torch.nanquantile(x.masked_fill(~counted, torch.nan), 0.5)
-    return counted & (x <= middle)
+def _lower_half(x: Tensor, counted: Tensor) -> Tensor:
+    median = torch.nanquantile(x.masked_fill(~counted, torch.nan), 0.5)
+    return counted & (x <= median)
 
 
 def class_gram(s: Softened, columns: Bool[Tensor, " C"]) -> Float[Tensor, ""]:
-    """|P_t'P_t - P_s'P_s|^2 / C over these columns, (): which classes are predicted together."""
+    """Return |P_t'P_t - P_s'P_s|^2 / C over these columns, the distance of the class Gram matrices, ()."""
     p, q, counted = s.exp()
     gap = (q.T @ q - p.T @ p).square().sum(0)
     return torch.where(columns, gap, 0.0).sum() / counted.any(0).sum().clamp_min(1)
 
 
 def batch_gram(s: Softened, columns: Bool[Tensor, " N"]) -> Float[Tensor, ""]:
-    """|P_t P_t' - P_s P_s'|^2 / N over these columns, (): which rows are alike."""
+    """Return |P_t P_t' - P_s P_s'|^2 / N over these columns, the distance of the batch Gram matrices, ()."""
     p, q, counted = s.exp()
     gap = (q @ q.T - p @ p.T).square().sum(0)
     return torch.where(columns, gap, 0.0).sum() / counted.any(1).sum().clamp_min(1)

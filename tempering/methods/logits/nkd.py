@@ -1,4 +1,4 @@
-"""Normalized KD, and its teacher-free form: the target's confidence, and the order of the others."""
+"""Normalized KD, and universal self-KD, its teacher-free form."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from tempering.utils.search_space import Fraction, Weight
 
 
 class NKD(Method):
-    """-target * p_t(y) log p_s(y) + rest * T_s T_t H(N(u / T_t), N(v / T_s)) + hard * cross entropy.
+    """Normalized KD: -target * p_t(y) log p_s(y) + non_target * T_s T_t H(N(u / T_t), N(v / T_s)) + hard * cross
+    entropy.
 
-    N is the softmax over the classes other than the label y; the first part stands at temperature 1. Both are cross
-    entropies as published: the teacher's own entropy is not taken off, so a student equal to its teacher is at the
-    minimum of "rest" but not at 0. A row without a label has neither.
+    N is the softmax over the classes other than the label y; the target term is at temperature 1. Both terms are cross
+    entropies as published: the teacher's entropy is not subtracted, so for a student equal to the teacher "non_target"
+    is at its minimum but not 0. Both are 0 on rows without a label.
 
     Args:
-        target: weight of the label's part.
-        rest: weight of the other classes' part, the paper's gamma.
+        target: weight of the label's term.
+        non_target: weight of the term of the other classes, the paper's gamma.
         hard: weight of the cross entropy.
-        warmup: share of the run over which ``target`` and ``rest`` rise linearly; published: none.
-        temperature: any policy; None is Static(1.0).
+        warmup: fraction of the run over which ``target`` and ``non_target`` rise linearly from 0; published: none.
+        temperature: a temperature policy; None: Static(1.0).
 
-    The defaults are those of ImageNet; CIFAR-100 has rest 3.5 at T = 3.
+    The defaults are those for ImageNet; for CIFAR-100, ``non_target`` is 3.5 at T = 3.
 
     Reference: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation", ICCV 2023, arXiv:2303.13005.
     """
@@ -57,19 +58,16 @@ class NKD(Method):
         self.temperature = check_policy("NKD", Static(1.0) if temperature is None else temperature)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
-        rise, T, label = (
-            linear_warmup(progress, self.warmup),
-            self.temperature(rows, progress),
-            require_labels(rows, "NKD"),
-        )
+        rise, T = linear_warmup(progress, self.warmup), self.temperature(rows, progress)
+        label = require_labels(rows, "NKD")
         student, teacher = upcast_to_float32(rows.student), upcast_to_float32(rows.teacher)
         is_label = one_hot(label, student)
-        sure = log_softmax(teacher).exp().gather(1, label_index(label)).squeeze(1)
+        confidence = log_softmax(teacher).exp().gather(1, label_index(label)).squeeze(1)
         others = soft_cross_entropy(
             drop_classes(tempered(teacher, T.teacher), is_label), drop_classes(tempered(student, T.student), is_label)
         )
         terms = {
-            "target": self.target * rise * weighted_nll(sure, student, label),
+            "target": self.target * rise * weighted_nll(confidence, student, label),
             "non_target": self.non_target * rise * torch.where(label >= 0, T.scale * others, 0.0),
         }
         if self.hard:
@@ -78,27 +76,27 @@ class NKD(Method):
 
 
 class USKD(Method):
-    """target * smoothed confidence + rest * Zipf ranks + weak * cross entropy of a weak head + hard * cross entropy.
+    """Universal self-KD, without a teacher: target * smoothed confidence + non_target * Zipf ranks + weak * cross
+    entropy of a weak head + hard * cross entropy.
 
-    Teacher-free. The label's soft target is p(y)^2 + 1 - mean p(y)^2 over the labeled rows; the other classes' are
-    1 / rank, normalized, by the rank of their prediction. All are made from ``rows.teacher``, which is the student's
-    own logits, held constant, where no teacher takes part (``distill(student, None, ...)``). Given a teacher, its
-    predictions are smoothed in the student's place.
+    The soft target of the label is p(y)^2 + 1 - mean p(y)^2 over the labeled rows; those of the other classes are
+    1 / rank, normalized, with ranks of their predictions. They are computed from ``rows.teacher``, which contains the
+    student's own detached logits if there is no teacher (``distill(student, None, ...)``). With a teacher, its
+    predictions are smoothed instead of the student's.
 
     Args:
-        target: weight of the label's part, the paper's alpha.
-        rest: weight of the other classes' part, the paper's beta.
-        weak: weight of the weak head's own cross entropy, the paper's mu; labels smoothed by 0.1.
+        target: weight of the label's term, the paper's alpha.
+        non_target: weight of the term of the other classes, the paper's beta.
+        weak: weight of the weak head's cross entropy, the paper's mu; labels smoothed by 0.1.
         hard: weight of the cross entropy.
-        names: the one tapped feature (N, D) or (N, C, H, W), pooled, that a weak linear head of the method's own reads;
-            its prediction is added to the final one before ranking. () goes without the head: the ranks are the
-            prediction's own.
-        ranks: "mended" ranks the normalized probabilities of both, among the other classes alone; "published" has
-            log p / (1 - log p(y)) for the final prediction, where the released code reads a reused variable, and lets
-            the label take a rank of its own.
-        warmup: share of the run over which all parts but ``hard`` rise linearly; published: none.
+        names: one feature (N, D) or (N, C, H, W), pooled, the input of the method's weak linear head; its prediction
+            is added to the final one before ranking. (): no weak head; only the final prediction is ranked.
+        ranks: "mended" ranks the normalized probabilities of both predictions over the other classes only; "published"
+            uses log p / (1 - log p(y)) for the final prediction, since the released code reads a reused variable, and
+            includes the label in the ranking.
+        warmup: fraction of the run over which all terms but ``hard`` rise linearly from 0; published: none.
 
-    The defaults are those of ImageNet; CIFAR-100 has 0.1, 0.1 and 0.1.
+    The defaults are those for ImageNet; for CIFAR-100 the three weights are 0.1, 0.1 and 0.1.
 
     Reference: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation", ICCV 2023, arXiv:2303.13005.
     """
@@ -139,55 +137,54 @@ class USKD(Method):
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         rise, label = linear_warmup(progress, self.warmup), require_labels(rows, "USKD")
         student, own = upcast_to_float32(rows.student), upcast_to_float32(rows.teacher)
-        is_label, known = one_hot(label, student), label >= 0
-        guessed = self._guess(rows)
-        ranked = self._ranks(own, None if guessed is None else guessed.detach(), is_label)
+        is_label, has_label = one_hot(label, student), label >= 0
+        weak_logits = self._weak_logits(rows)
+        ranked = self._ranks(own, None if weak_logits is None else weak_logits.detach(), is_label)
         terms = {
             "target": self.target * rise * weighted_nll(self._confidence(own, label, rows.weight), student, label),
             "non_target": self.non_target
             * rise
-            * torch.where(known, soft_cross_entropy(ranked, drop_classes(student, is_label)), 0.0),
+            * torch.where(has_label, soft_cross_entropy(ranked, drop_classes(student, is_label)), 0.0),
         }
-        if guessed is not None:
-            logq = log_softmax(guessed.masked_fill(torch.isneginf(student), -torch.inf))
+        if weak_logits is not None:
+            logq = log_softmax(weak_logits.masked_fill(torch.isneginf(student), -torch.inf))
             smooth = 0.9 * is_label.to(logq.dtype) + 0.1 * (~torch.isneginf(logq)) / _classes(logq)
-            terms["weak"] = self.weak * rise * torch.where(known, soft_cross_entropy(smooth.log(), logq), 0.0)
+            terms["weak"] = self.weak * rise * torch.where(has_label, soft_cross_entropy(smooth.log(), logq), 0.0)
         if self.hard:
             terms["hard"] = self.hard * cross_entropy(rows.replace(student=student))
         return terms
 
     @torch.no_grad()
     def _confidence(self, own: Tensor, label: Tensor, weight: Tensor | None) -> Float[Tensor, " N"]:
-        """The label's soft target: p(y)^2 + 1 - its mean over the labeled rows that have weight."""
+        """Return the label's soft target: p(y)^2 + 1 - its mean over the labeled rows of weight > 0."""
         square = log_softmax(own).gather(1, label_index(label)).squeeze(1).exp().square()
-        known = label >= 0 if weight is None else (label >= 0) & (weight > 0)
-        return square + 1.0 - torch.where(known, square, 0.0).sum() / known.sum().clamp_min(1)
+        counted = label >= 0 if weight is None else (label >= 0) & (weight > 0)
+        return square + 1.0 - torch.where(counted, square, 0.0).sum() / counted.sum().clamp_min(1)
 
     @torch.no_grad()
-    def _ranks(self, own: Tensor, guessed: Tensor | None, is_label: Bool[Tensor, "N C"]) -> Float[Tensor, "N C"]:
-        """log of the other classes' soft labels, 1 / rank normalized; minus infinity on the label."""
-        gone = torch.isneginf(own)
+    def _ranks(self, own: Tensor, weak_logits: Tensor | None, is_label: Bool[Tensor, "N C"]) -> Float[Tensor, "N C"]:
+        """Return the log of the soft labels of the other classes, 1 / rank normalized; minus infinity on the label."""
+        is_masked = torch.isneginf(own)
         if self.ranks == "mended":
             score = drop_classes(own, is_label).exp()
-            if guessed is not None:
-                score = score + drop_classes(guessed.masked_fill(gone, -torch.inf), is_label).exp()
-            out = gone | is_label
+            if weak_logits is not None:
+                score = score + drop_classes(weak_logits.masked_fill(is_masked, -torch.inf), is_label).exp()
+            unranked = is_masked | is_label
         else:
             logp = log_softmax(own)
             score = logp / (1.0 - (logp * is_label).nan_to_num(0.0).sum(1, keepdim=True) + 1e-6)
-            if guessed is not None:
-                p = log_softmax(guessed.masked_fill(gone, -torch.inf)).exp()
+            if weak_logits is not None:
+                p = log_softmax(weak_logits.masked_fill(is_masked, -torch.inf)).exp()
                 score = score + p / (1.0 - (p * is_label).sum(1, keepdim=True) + 1e-6)
-            out = gone
-        order = torch.sort(score.masked_fill(out, -torch.inf), dim=1, descending=True, stable=True).indices
-        places = torch.arange(1, own.shape[1] + 1, device=own.device, dtype=own.dtype).expand_as(own)
-        rank = torch.zeros_like(own).scatter(1, order, places)
-        return log_softmax((-rank.log()).masked_fill(gone | is_label, -torch.inf)).masked_fill(
-            gone | is_label, -torch.inf
-        )
+            unranked = is_masked
+        order = torch.sort(score.masked_fill(unranked, -torch.inf), dim=1, descending=True, stable=True).indices
+        positions = torch.arange(1, own.shape[1] + 1, device=own.device, dtype=own.dtype).expand_as(own)
+        rank = torch.zeros_like(own).scatter(1, order, positions)
+        excluded = is_masked | is_label
+        return log_softmax((-rank.log()).masked_fill(excluded, -torch.inf)).masked_fill(excluded, -torch.inf)
 
-    def _guess(self, rows: Rows) -> Float[Tensor, "N C"] | None:
-        """The weak head's logits, in which only the head learns from this block's weights and labels."""
+    def _weak_logits(self, rows: Rows) -> Float[Tensor, "N C"] | None:
+        """Return the logits of the weak head; None without one."""
         if not self.names:
             return None
         if self.head is None:
@@ -211,5 +208,5 @@ class USKD(Method):
 
 
 def _classes(logp: Float[Tensor, "N C"]) -> Float[Tensor, "N 1"]:
-    """How many classes each row has left, at least 1."""
+    """Return the number of unmasked classes of each row, at least 1."""
     return (~torch.isneginf(logp)).sum(1, keepdim=True).clamp_min(1).to(logp.dtype)

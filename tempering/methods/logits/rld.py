@@ -1,4 +1,4 @@
-"""Refined logits: the teacher's confidence without its mistakes, and only the classes it ranks below the label."""
+"""Refined logit distillation: the teacher's confidence, and its ranking of the classes below the label."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from tempering.utils.search_space import Fraction, Weight
 
 
 class RLD(Method):
-    """sample * tau^2 KL of (top-1 or label, any other) + masked * T_s T_t KL below the label + hard * cross entropy.
+    """Refined logit distillation: sample * tau^2 KL of (top-1 or label, all others) + masked * T_s T_t KL of the
+    classes below the label + hard * cross entropy.
 
     "sample" compares the teacher's pair (its top class, all others) with the student's pair (the label, all others), so
-    a teacher that errs says how sure to be and not of what. "masked" leaves out every class whose teacher logit is at
-    least that of the label: what the teacher wrongly ranks above it. A row without a label has neither; a student equal
-    to a teacher that errs is not at rest.
+    a wrong teacher supervises the confidence but not the class. "masked" excludes every class whose teacher logit is at
+    least that of the label, so the classes that the teacher wrongly ranks above it. Both are 0 on rows without a label.
+    For a student equal to the teacher they are not 0 where the teacher is wrong.
 
     Args:
         sample: weight of sample confidence, the paper's alpha.
         masked: weight of masked correlation, the paper's beta.
         hard: weight of the cross entropy.
         tau: temperature of the pairs.
-        warmup: share of the run over which ``sample`` and ``masked`` rise linearly.
-        temperature: any policy, for ``masked``; None is Static(4.0).
+        warmup: fraction of the run over which ``sample`` and ``masked`` rise linearly from 0.
+        temperature: a temperature policy for ``masked``; None: Static(4.0).
 
-    The released code takes logarithms of sums of probabilities and masks with -1e9; see DKD for what that costs.
+    The released code computes logarithms of sums of probabilities and masks with -1e9; see DKD for the consequences.
 
     Reference: Sun et al., "Knowledge Distillation with Refined Logits", ICCV 2025, arXiv:2408.07703.
     """

@@ -1,4 +1,4 @@
-"""The student alone: the control of every table."""
+"""Supervised training without a teacher, the baseline."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from tempering.rows import Rows
 
 
 class Supervised(Method):
-    """hard * cross entropy with the labels; the teacher is not looked at.
+    """Supervised baseline: hard * cross entropy with the labels; the teacher is not used.
 
-    Reference: the control without distillation; cross entropy as in Hinton et al., 2015, arXiv:1503.02531.
+    Reference: the baseline without distillation; cross entropy as in Hinton et al., 2015, arXiv:1503.02531.
     """
 
     paper = "arXiv:1503.02531"

@@ -1,4 +1,4 @@
-"""Transformed teacher matching: temperature on the teacher alone."""
+"""Transformed teacher matching: apply the temperature to the teacher only."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from tempering.utils.search_space import Fraction, Weight
 
 
 class TTM(Method):
-    """soft * KL(p_t^gamma, normalized || p_s) + hard * cross entropy; gamma = 1 / T_t, the student at temperature 1.
+    """Transformed teacher matching: soft * KL(p_t^gamma, normalized || p_s) + hard * cross entropy, with gamma = 1 /
+    T_t and the student at temperature 1.
 
-    The power of a softmax is a softmax at temperature 1 / gamma, so this is KD without the student's temperature: equal
-    to KD and a Renyi entropy of the student as regulariser. There is no T^2: the scale is divided out, since the
-    student is not softened. A student equal to its teacher is not at rest, unless T is 1.
+    The power of a softmax is a softmax at temperature 1 / gamma, so this is KD without the student's temperature. That
+    equals KD plus a Renyi entropy of the student as regularizer. The divergence is not multiplied by T^2, since the
+    student is not softened. The gradient is not 0 for a student equal to the teacher, unless T is 1.
 
     Args:
         soft: weight of the divergence, the paper's beta.
         hard: weight of the cross entropy.
-        warmup: share of the run over which ``soft`` rises linearly; published: none.
-        temperature: any policy, of which only the teacher's side is used; None is Static(10.0), gamma = 0.1.
+        warmup: fraction of the run over which ``soft`` rises linearly from 0; published: none.
+        temperature: a temperature policy; only its teacher temperatures are used. None: Static(10.0), gamma = 0.1.
 
-    The defaults are those of resnet32x4 -> resnet8x4; ``papers.ttm`` has the other pairs'.
+    The defaults are those of resnet32x4 -> resnet8x4; see the presets in docs/papers.md for other pairs.
 
     Reference: Zheng & Yang, "Knowledge Distillation Based on Transformed Teacher Matching", ICLR 2024,
     arXiv:2402.11148, equations 2 and 7.
@@ -61,22 +62,22 @@ class TTM(Method):
         return terms
 
     def weigh(self, rows: Rows, T: Float[Tensor, "#N 1"]) -> Tensor | float:
-        """What each row's divergence is multiplied by."""
+        """Return the factor of each row's divergence."""
         return 1.0
 
 
 class WTTM(TTM):
-    """TTM with each row's divergence times U = sum of p_t^gamma, (N,): smooth teachers count more.
+    """Weighted TTM: each row's divergence is multiplied by U = sum of p_t^gamma, (N,), larger for smoother teachers.
 
-    U lies in [1, C^(1 - gamma)] for gamma < 1. It is computed as exp(LSE(u / T) - LSE(u) / T).
+    U is in [1, C^(1 - gamma)] for gamma < 1. It is computed as exp(LSE(u / T) - LSE(u) / T).
 
     Args:
         soft: weight of the divergence, the paper's beta.
         hard: weight of the cross entropy.
-        warmup: share of the run over which ``soft`` rises linearly; published: none.
-        temperature: any policy, of which only the teacher's side is used; None is Static(10.0), gamma = 0.1.
+        warmup: fraction of the run over which ``soft`` rises linearly from 0; published: none.
+        temperature: a temperature policy; only its teacher temperatures are used. None: Static(10.0), gamma = 0.1.
 
-    The defaults are those of resnet32x4 -> resnet8x4; ``papers.wttm`` has the other pairs'.
+    The defaults are those of resnet32x4 -> resnet8x4; see the presets in docs/papers.md for other pairs.
 
     Reference: Zheng & Yang, "Knowledge Distillation Based on Transformed Teacher Matching", ICLR 2024,
     arXiv:2402.11148, section 4.

@@ -1,4 +1,4 @@
-"""Universal logit distillation: probabilities compared by rank, for vocabularies that mean different tokens."""
+"""Universal logit distillation: compare sorted probabilities, for models with different vocabularies."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ from tempering.utils.search_space import Fraction, Weight
 
 
 class ULD(Method):
-    """soft * T_s T_t sum over ranks of |p_(i) - q_(i)| + hard * cross entropy, p and q sorted from their largest.
+    """Universal logit distillation: soft * T_s T_t sum over ranks of |p_(i) - q_(i)| + hard * cross entropy, with p and
+    q sorted in descending order.
 
-    The distance is 0 at agreement, and wherever the student has the teacher's probabilities in any order: it says how
-    sure to be, never of what. So it needs ``hard``, or is one part of ``HybridULD``. Unscaled it lies in [0, 2]. Where
-    one side has fewer classes the others are minus infinity there, ``tasks.CrossTokenizer`` sees to that. As with every
-    distance of absolute values, its slope is 0 where two are equal.
+    The distance is 0 whenever the student has the teacher's probabilities in any order: it supervises confidence, not
+    the predicted class. So use it with ``hard`` > 0, or as part of ``HybridULD``. Unscaled it is in [0, 2]. If one side
+    has fewer classes, the missing ones are minus infinity there (``tasks.CrossTokenizer`` pads them). The gradient of
+    an absolute difference is 0 where both are equal.
 
     Args:
         soft: weight of the distance.
-        hard: weight of the cross entropy with the labels at temperature 1; 0 needs no labels.
-        temperature: any policy; None is Static(1.0), as published.
-        warmup: share of the run over which ``soft`` rises linearly from 0; 0 for none, as published.
+        hard: weight of the cross entropy with the labels at temperature 1; with 0 no labels are needed.
+        temperature: a temperature policy; None: Static(1.0), as published.
+        warmup: fraction of the run over which ``soft`` rises linearly from 0; default: none, as published.
 
-    Unlike the released code the distance is multiplied by T_s T_t, which is 1 at the published setting, and rows are
-    aligned before it is asked (there: position by position, whatever stands there).
+    Unlike in the released code, the distance is multiplied by T_s T_t, which is 1 with the published setting, and rows
+    are aligned beforehand (released: position by position, whatever the tokens).
 
     Reference: Boizard et al., "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs",
     2024, arXiv:2402.12030.
     """
 
     paper = "arXiv:2402.12030"
-    up_to_order: ClassVar[bool] = True  # 0 for the teacher's probabilities in any order, not only at agreement
+    up_to_order: ClassVar[bool] = True  # 0 for the teacher's probabilities in any order
 
     def __init__(
         self,
@@ -64,22 +65,23 @@ class ULD(Method):
 
 
 class HybridULD(Method):
-    """exact * T_s T_t JSD over the tokens that both sides have + ranked * T_s T_t ULD over the others + hard * CE.
+    """Hybrid ULD: exact * T_s T_t JSD over the tokens in both vocabularies + ranked * T_s T_t ULD over the other tokens
+    + hard * cross entropy.
 
-    The JSD is over ``matched`` + 1 outcomes, the last being any other token, so it is never negative and 0 only where
-    the two agree on all of them. The others are compared by rank, as ``ULD`` does.
+    The JSD is over ``matched`` + 1 outcomes, the last being any other token, so it is never negative, and 0 only if
+    both sides agree on all of them. The other tokens are compared by rank, as in ``ULD``.
 
     Args:
-        matched: so many classes, from the first on, mean the same on both sides: ``tasks.CrossTokenizer(...).matched``.
-        exact: weight of the divergence over them.
-        ranked: weight of the distance over the others.
-        hard: weight of the cross entropy with the labels at temperature 1; 0 needs no labels.
-        beta: of the JSD, as ``objectives.jsd`` has it, but for the ends 0 and 1, which are KL and reverse KL.
-        temperature: any policy; None is Static(1.0), as in the source.
-        warmup: share of the run over which ``exact`` and ``ranked`` rise linearly from 0.
+        matched: number of leading classes that are the same token on both sides: ``tasks.CrossTokenizer(...).matched``.
+        exact: weight of the divergence over the matched tokens.
+        ranked: weight of the distance over the other tokens.
+        hard: weight of the cross entropy with the labels at temperature 1; with 0 no labels are needed.
+        beta: parameter of the JSD, as in ``objectives.jsd``; 0 is KL and 1 is reverse KL.
+        temperature: a temperature policy; None: Static(1.0), as in the source.
+        warmup: fraction of the run over which ``exact`` and ``ranked`` rise linearly from 0.
 
-    The source's divergence is over the matched tokens alone, which do not add up to 1 there, and its weights are the
-    matched tokens' share of the teacher's vocabulary and what is left of 1.
+    The source's divergence is over the matched tokens only, whose probabilities do not sum to 1 there, and its weights
+    are the fraction of matched tokens in the teacher's vocabulary and 1 minus that fraction.
 
     Reference: TRL's GOLD trainer, "Unlocking On-Policy Distillation for Any Model Family", 2025; Boizard et al., 2024,
     arXiv:2402.12030, for the distance.
@@ -104,7 +106,9 @@ class HybridULD(Method):
         check_run_fraction("HybridULD", warmup=warmup)
         check_fraction("HybridULD", beta=beta)
         if matched < 0:
-            raise ValueError(f"HybridULD needs matched >= 0, the classes that both sides have; got {matched!r}.")
+            raise ValueError(
+                f"HybridULD needs matched >= 0, the number of classes that both sides have; got {matched!r}."
+            )
         self.matched, self.exact, self.ranked, self.hard, self.beta = matched, exact, ranked, hard, beta
         self.warmup = warmup
         self.temperature = check_policy("HybridULD", Static(1.0) if temperature is None else temperature)
@@ -133,16 +137,16 @@ class HybridULD(Method):
 
 
 def by_rank(logp: Float[Tensor, "N C"], logq: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
-    """The sum of absolute differences of two sets of probabilities, each sorted from its largest, (N,), in [0, 2]."""
+    """Return the sum of absolute differences of two sorted sets of probabilities, (N,), in [0, 2]."""
     p, q = (x.exp().sort(dim=-1, descending=True).values for x in (logp, logq))
     return (p - q).abs().sum(-1)
 
 
 def folded(logp: Float[Tensor, "N C"], kept: int) -> Float[Tensor, "N K"]:
-    """The first ``kept`` classes and one bucket of all others, (N, min(kept, C) + 1), minus infinity if empty."""
+    """Merge all classes after the first ``kept`` into one, (N, min(kept, C) + 1); minus infinity if there are none."""
     others = logp[:, kept:]
     if not others.shape[1]:
         return torch.cat((logp, torch.full_like(logp[:, :1], -torch.inf)), 1)
-    none = torch.isneginf(others.amax(-1, keepdim=True))
-    rest = torch.logsumexp(others.masked_fill(none, 0.0), -1, keepdim=True).masked_fill(none, -torch.inf)
-    return torch.cat((logp[:, :kept], rest), 1)
+    is_empty = torch.isneginf(others.amax(-1, keepdim=True))
+    merged = torch.logsumexp(others.masked_fill(is_empty, 0.0), -1, keepdim=True).masked_fill(is_empty, -torch.inf)
+    return torch.cat((logp[:, :kept], merged), 1)

@@ -1,76 +1,98 @@
-"""Batches widened by samples that are held out for exams."""
+"""Loader that appends held-out samples to the training batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import copy
-from typing import Any, Self
+from typing import Any, Protocol, Self, cast, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 
-class HoldoutLoader:
-    """The batches of a loader without ``held`` of its samples, each followed by some of those: ``share`` of the whole.
+class IndexedLoader(Protocol):
+    """A loader that can return any samples by id, such as ``data.Batches``."""
 
-    Which are held out depends on their number alone; the order of both kinds on the loader's seed and the epoch. The
-    held ones come round as often as the epoch needs.
+    size: int
+    batch_size: int
+    seed: int
+    identity: str
+
+    def gather(self, ids: torch.Tensor, /) -> Any: ...
+    def set_epoch(self, epoch: int, /) -> None: ...
+
+
+@runtime_checkable
+class MovableLoader(Protocol):
+    """A loader whose data can be moved to a device."""
+
+    def to(self, device: torch.device, /) -> Any: ...
+
+
+class HoldoutLoader:
+    """The batches of a loader without ``held`` of its samples, with held-out samples appended to each batch.
+
+    The held-out samples depend on their number only; the order of training and held-out samples on the loader's seed
+    and the epoch. Held-out samples are repeated as often as the epoch requires.
 
     Args:
-        batches: with ``size``, ``batch_size``, ``seed``, ``identity`` and ``at(ids)``, as ``data.Batches`` has them.
-        held: how many.
-        share: of a batch's samples, once it is widened.
+        batches: a loader with ``size``, ``batch_size``, ``seed``, ``identity`` and ``gather(ids)``, such as
+            ``data.Batches``.
+        held: number of held-out samples.
+        share: fraction of held-out samples in a batch.
 
     Raises:
-        TypeError: for a loader that cannot give any sample again.
-        ValueError: where nothing would be left to learn.
+        TypeError: if the loader cannot return samples by id.
+        ValueError: if no training samples would remain.
     """
 
-    def __init__(self, batches: Any, *, held: int, share: float) -> None:
-        if lacking := [n for n in ("gather", "size", "batch_size", "seed", "identity") if not hasattr(batches, n)]:
+    def __init__(self, batches: object, *, held: int, share: float) -> None:
+        if missing := [n for n in ("gather", "size", "batch_size", "seed", "identity") if not hasattr(batches, n)]:
             raise TypeError(
-                f"samples held out for exams (held={held}) are asked for by their ids, and {type(batches).__name__} "
-                f"has no .{lacking[0]}. Use tempering.data.Batches or Sentences, or held=0."
+                f"samples held out for exams (held={held}) are gathered by their ids, and {type(batches).__name__} "
+                f"has no .{missing[0]}. Use tempering.data.Batches or TextPairLoader, or held=0."
             )
-        if held >= batches.size:
-            raise ValueError(f"held={held} of {batches.size} training samples leaves none to learn.")
-        self.batches, self.held, self.share, self.number = batches, held, share, 0
-        self.identity: str = batches.identity
-        order = _permutation(0, held, batches.size)
-        self.examined, self.learned = np.sort(order[:held]), np.sort(order[held:])
+        self.batches = cast("IndexedLoader", batches)
+        if held >= self.batches.size:
+            raise ValueError(f"held={held} of {self.batches.size} training samples leaves none to train on.")
+        self.held, self.share, self.number = held, share, 0
+        self.identity: str = self.batches.identity
+        order = _permutation(0, held, self.batches.size)
+        self.held_out, self.training = np.sort(order[:held]), np.sort(order[held:])
 
     def __len__(self) -> int:
-        return -(-len(self.learned) // self.batches.batch_size)
+        return -(-len(self.training) // self.batches.batch_size)
 
     def set_epoch(self, number: int) -> None:
-        """Choose which epoch the next walk is."""
+        """Set the epoch of the next iteration."""
         self.number = number
         self.batches.set_epoch(number)
 
     def to(self, device: torch.device) -> Self:
-        """The same on ``device``, as far as the loader goes there."""
-        made = copy(self)
-        made.batches = self.batches.to(device) if hasattr(self.batches, "to") else self.batches
-        return made
+        """Return a copy whose loader is on ``device``, if the loader can be moved."""
+        result = copy(self)
+        result.batches = self.batches.to(device) if isinstance(self.batches, MovableLoader) else self.batches
+        return result
 
     def __iter__(self) -> Iterator[Any]:
         return self.iterate(0)
 
     def iterate(self, start: int = 0) -> Iterator[Any]:
-        """The epoch's batches from number ``start`` on."""
+        """Yield the epoch's batches, starting at batch ``start``."""
         size, seed = self.batches.batch_size, self.batches.seed
-        learned = self.learned[_permutation(seed, 2 * self.number, len(self.learned))]
-        examined = self.examined[_permutation(seed, 2 * self.number + 1, self.held)]
-        wide = self._beside(size)
+        training = self.training[_permutation(seed, 2 * self.number, len(self.training))]
+        held_out = self.held_out[_permutation(seed, 2 * self.number + 1, self.held)]
+        stride = self._exam_size(size)
         for step in range(start, len(self)):
-            lesson = learned[step * size : (step + 1) * size]
-            exam = examined[np.arange(step * wide, step * wide + self._beside(len(lesson))) % self.held]
-            yield self.batches.gather(torch.from_numpy(np.concatenate((lesson, exam))))
+            lesson = training[step * size : (step + 1) * size]
+            exam = held_out[np.arange(step * stride, step * stride + self._exam_size(len(lesson))) % self.held]
+            yield self.batches.gather(torch.as_tensor(np.concatenate((lesson, exam))))
 
-    def _beside(self, lesson: int) -> int:
-        """How many examine beside so many that are learned; ``split_step`` finds the same number."""
+    def _exam_size(self, lesson: int) -> int:
+        """Return the number of held-out samples for ``lesson`` training samples, equal to that of ``split_step``."""
         return max(1, round(lesson * self.share / (1 - self.share)))
 
 
-def _permutation(seed: int, stream: int, n: int) -> np.ndarray:
+def _permutation(seed: int, stream: int, n: int) -> npt.NDArray[np.int64]:
     return np.random.Generator(np.random.Philox(key=[seed, stream])).permutation(n)

@@ -1,12 +1,12 @@
-"""What a student would say: its rows at other weights, and how its logits move along a direction. No trace is left."""
+"""Virtual steps: a student's rows at other weights, and directional derivatives of its logits."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -19,22 +19,22 @@ from tempering.methods.base import Step
 from tempering.rows import Rows, upcast_to_float32
 
 Weights = Mapping[str, Tensor]
-STEP = 0.01  # of the finite difference, over the direction's length
+STEP = 0.01  # of the finite difference, divided by the norm of the direction
 
 
 class VirtualStep:
-    """A student at weights that need not be its own.
+    """Forward passes of a student with other weights than its own.
 
-    Every call draws the same random numbers, so that dropout leaves out the same units; buffers and the generators are
-    afterwards as they were.
+    Every call draws the same random numbers, so that dropout masks are equal; buffers and random generators are
+    restored afterwards.
     """
 
     def __init__(self, student: nn.Module) -> None:
         self.student = student
-        # every place of a parameter (tied ones have several) by the name of its first; a wrapper shows one module twice
+        # every path of a parameter (tied ones have several) -> its first path; wrappers may contain a module twice
         first: dict[Tensor, str] = {}
         self.modules: dict[str, str] = {}
-        for path, module in student.named_modules():
+        for path, module in cast("Iterable[tuple[str, nn.Module]]", student.named_modules()):
             for name, p in module.named_parameters(path, recurse=False):
                 if p.requires_grad:
                     self.modules[name] = first.setdefault(p, name)
@@ -43,45 +43,46 @@ class VirtualStep:
         self.seed = int(torch.randint(2**31, ()))
 
     def rows(self, step: Step, weights: Weights) -> Rows:
-        """What the student answers to the step's inputs, as rows without a teacher."""
+        """Return the student's rows for the step's inputs, without a teacher."""
         values = {name: b.clone() for name, b in self.student.named_buffers()}
-        values |= {place: weights[name] for place, name in self.modules.items()}
-        with self._same_draws():
-            said = functional_call(self.student, values, (step.student_inputs,), tie_weights=False)
-            return step.student_rows(said)
+        values |= {path: weights[name] for path, name in self.modules.items()}
+        with self._fixed_rng():
+            output = functional_call(self.student, values, (step.student_inputs,), tie_weights=False)
+            return step.student_rows(output)
 
-    def slope(self, loss: Float[Tensor, ""], weights: Weights) -> dict[str, Tensor]:
-        """The gradient of ``loss`` in the weights; 0 in those that take no part."""
-        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
-        return dict(zip(weights, found, strict=True))
+    def gradient(self, loss: Float[Tensor, ""], weights: Weights) -> dict[str, Tensor]:
+        """Return the gradient of ``loss`` with respect to the weights; 0 for unused ones."""
+        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(weights, gradients, strict=True))
 
     @torch.no_grad()
     def along(self, step: Step, direction: Weights, *, exact: bool) -> Float[Tensor, "N C"]:
-        """How fast the logits of the step's rows move as the student's weights go in ``direction``, (N, C).
+        """Return the directional derivative of the logits of the step's rows along ``direction`` of the weights, (N,
+        C).
 
-        ``exact`` is one forward pass in forward mode, with attention through torch's math kernel; else a central
-        difference of two passes, which any kernel can do. A masked class does not move.
+        ``exact``: one pass with forward-mode differentiation, with attention by torch's math kernel; otherwise a
+        central difference of two passes, for any kernel. The derivative of a masked class is 0.
         """
         if exact:
             with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
                 dual = {name: _dual(w.detach(), direction[name]) for name, w in self.weights.items()}
                 z = self.rows(step, dual).student
-                primal, tangent = forward_ad.unpack_dual(z)
-                moved = torch.zeros_like(primal) if tangent is None else tangent
+                primal, tangent = forward_ad.unpack_dual(z)  # pyright: ignore[reportUnknownMemberType]
+                derivative = torch.zeros_like(primal) if tangent is None else tangent
         else:
-            length = torch.stack([v.double().square().sum() for v in direction.values()]).sum().sqrt()
-            eps = STEP / float(length) if length > 0 else 1.0
+            norm = torch.stack([v.double().square().sum() for v in direction.values()]).sum().sqrt()
+            eps = STEP / float(norm) if norm > 0 else 1.0
             primal, below = (
-                self.rows(step, {n: w + by * direction[n] for n, w in self.weights.items()}).student
-                for by in (eps, -eps)
+                self.rows(step, {n: w + shift * direction[n] for n, w in self.weights.items()}).student
+                for shift in (eps, -eps)
             )
-            moved = (upcast_to_float32(primal) - upcast_to_float32(below)) / (2.0 * eps)
-        return upcast_to_float32(moved).masked_fill(torch.isneginf(primal), 0.0)
+            derivative = (upcast_to_float32(primal) - upcast_to_float32(below)) / (2.0 * eps)
+        return upcast_to_float32(derivative).masked_fill(torch.isneginf(primal), 0.0)
 
     @contextmanager
-    def _same_draws(self) -> Iterator[None]:
+    def _fixed_rng(self) -> Generator[None, None, None]:
         on_gpu = self.device.type == "cuda"
-        with torch.random.fork_rng([self.device] if on_gpu else []):
+        with torch.random.fork_rng([self.device] if on_gpu else []):  # pyright: ignore[reportUnknownMemberType]
             torch.default_generator.manual_seed(self.seed)
             if on_gpu:
                 torch.cuda.manual_seed(self.seed)
@@ -89,9 +90,9 @@ class VirtualStep:
 
 
 def split_step(step: Step, share: float) -> tuple[Step, Step] | None:
-    """The step's samples in two: the first ones, and the last ``share`` of them; None for fewer than two samples."""
+    """Split the step's samples into the first ones and the last fraction ``share``; None for fewer than two samples."""
     n = _count(step.student_inputs)
-    held = min(max(1, round(share * n)), n - 1)
+    last_n = min(max(1, round(share * n)), n - 1)
     if n < 2:
         return None
     first, last = (
@@ -102,34 +103,34 @@ def split_step(step: Step, share: float) -> tuple[Step, Step] | None:
             ids=_cut(step.ids, part, n),
             batch=_cut(step.batch, part, n),
         )
-        for part in (slice(None, n - held), slice(n - held, None))
+        for part in (slice(None, n - last_n), slice(n - last_n, None))
     )
     return first, last
 
 
 def _count(value: Any) -> int:
-    """How many samples a nest of tensors holds."""
+    """Return the number of samples in a nested structure of tensors."""
     if isinstance(value, Tensor):
         return len(value)
-    parts = value.values() if isinstance(value, Mapping) else value
+    parts = cast("Iterable[Any]", value.values() if isinstance(value, Mapping) else value)
     return _count(next(part for part in parts if not isinstance(part, (str, int, float, bool, type(None)))))
 
 
 def _cut(value: Any, part: slice, n: int) -> Any:
-    """The same nest with those samples of every tensor that has ``n``."""
+    """Slice the samples of every tensor of length ``n`` in a nested structure."""
     if isinstance(value, Tensor):
         return value[part] if value.ndim and len(value) == n else value
     if isinstance(value, Mapping):
-        return {key: _cut(item, part, n) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_cut(item, part, n) for item in value))
+        return {key: _cut(item, part, n) for key, item in cast("Mapping[Any, Any]", value).items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_cut(item, part, n) for item in value)
+        items = [_cut(item, part, n) for item in cast("Iterable[Any]", value)]
+        kind = cast("type[Any]", type(value))  # pyright: ignore[reportUnknownArgumentType]
+        return kind(*items) if hasattr(kind, "_fields") else kind(items)
     return value
 
 
 def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
     with warnings.catch_warnings():
-        # torch's own, where it first makes a dual number
+        # raised by torch at the first dual number
         warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=DeprecationWarning)
-        return forward_ad.make_dual(primal, tangent)
+        return forward_ad.make_dual(primal, tangent)  # pyright: ignore[reportUnknownMemberType]

@@ -1,4 +1,4 @@
-"""Adversarial training without a teacher: how a robust teacher is made, and the control of a student of its own."""
+"""Adversarial training without a teacher, for robust teachers and as the baseline of robust students."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tempering.utils.search_space import Weight
 
 
 class _Adversarial(StepMethod):
-    """What both share: an l-infinity ball, PGD in it, inputs in ``bounds``; the model is attacked in eval mode."""
+    """Base class of adversarial training: PGD in an l-infinity ball within ``bounds``, with the model in eval mode."""
 
     needs_labels = True
     needs_teacher = False
-    needs_double_backward = True  # not twice, but within the step
+    needs_double_backward = True  # derivatives within the step, not second ones
     zero_when_equal = False
 
     def __init__(
@@ -35,25 +35,25 @@ class _Adversarial(StepMethod):
         x = step.student_inputs
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
             got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{type(self).__name__} attacks one floating point tensor of inputs (N, ...); got {got}.")
+            raise ValueError(f"{type(self).__name__} needs one floating point tensor of inputs (N, ...); got {got}.")
         with eval_mode(step.student):
             with torch.no_grad():
-                still = step.student_rows(step.student(x))
-            if len(still) != len(x):
+                clean = step.student_rows(step.student(x))
+            if len(clean) != len(x):
                 raise ValueError(
-                    f"{type(self).__name__} needs a row for each input; got {len(still)} rows of {len(x)} inputs."
+                    f"{type(self).__name__} needs a row for each input; got {len(clean)} rows of {len(x)} inputs."
                 )
-            ball = PerturbationBall(type(self).__name__, x, still, eps=self.eps, bounds=self.bounds)
-            attacked = self.attacked(ball, step, log_softmax(still.student)).to(x.dtype)
+            ball = PerturbationBall(type(self).__name__, x, clean, eps=self.eps, bounds=self.bounds)
+            attacked = self.attacked(ball, step, log_softmax(clean.student)).to(x.dtype)
         return self.terms(step, attacked)
 
     @abstractmethod
     def attacked(self, ball: PerturbationBall, step: Step, clean: Tensor) -> Tensor:
-        """The inputs to train on; ``clean`` are the log-probabilities of the inputs as they came."""
+        """Return the adversarial inputs; ``clean`` are the log-probabilities of the clean inputs."""
 
     @abstractmethod
     def terms(self, step: Step, attacked: Tensor) -> Mapping[str, Tensor]:
-        """The terms of ``step.rows``, which this fills."""
+        """Fill ``step.rows`` and return the terms of these rows."""
 
     @classmethod
     def example(cls) -> Self:
@@ -61,20 +61,20 @@ class _Adversarial(StepMethod):
 
 
 class PGDAT(_Adversarial):
-    """hard * cross entropy on inputs that PGD made worst for the model as it is; the inputs as they came are not seen.
+    """PGD adversarial training: hard * cross entropy on inputs perturbed by PGD; the clean inputs are not used.
 
-    Inputs are pixels, normalized inside the model (``models.Normalized``). It costs ``attack_steps`` + 1 steps of plain
-    training.
+    Inputs are pixels, normalized inside the model (``models.Normalized``). A step costs ``attack_steps`` + 1 steps of
+    standard training.
 
     Args:
         hard: weight of the cross entropy.
         eps: radius of the l-infinity ball, in units of the inputs.
-        attack_steps: of PGD, from a random start.
-        step_size: of each; None is 2 eps / attack_steps. Madry et al. take 7 of 2/255.
-        bounds: the range that inputs keep to, and come in; None for inputs that have none.
+        attack_steps: number of PGD steps, from a random start.
+        step_size: of PGD; None: 2 eps / attack_steps. Madry et al. use 7 steps of 2/255.
+        bounds: range of the inputs, clean and perturbed; None: unbounded.
 
-    The model is attacked in eval mode, as TRADES does; Madry et al. leave it in training mode, where every step of the
-    attack moves the statistics of batch norm.
+    The model is attacked in eval mode, as in TRADES; Madry et al. attack it in training mode, in which every step of
+    the attack updates the statistics of batch norm.
 
     Reference: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, arXiv:1706.06083.
     """
@@ -106,18 +106,20 @@ class PGDAT(_Adversarial):
 
 
 class TRADES(_Adversarial):
-    """hard * cross entropy on the inputs as they came + robust * KL(answer there || answer on the worst inputs nearby).
+    """TRADES: hard * cross entropy on clean inputs + robust * KL(prediction on clean inputs || prediction on perturbed
+    inputs).
 
-    Inputs are pixels, normalized inside the model (``models.Normalized``). Both answers carry a gradient. It needs
-    labels for the first term alone, and costs ``attack_steps`` + 2 steps of plain training.
+    Inputs are pixels, normalized inside the model (``models.Normalized``). Both predictions carry a gradient. Only the
+    first term needs labels. A step costs ``attack_steps`` + 2 steps of standard training.
 
     Args:
         hard: weight of the cross entropy.
         robust: weight of the divergence; the paper's 1 / lambda, 6 in its tables.
         eps: radius of the l-infinity ball, in units of the inputs.
-        attack_steps: of PGD on the divergence, from a point nearby, since at the input itself it has no slope.
-        step_size: of each; None is 2 eps / attack_steps. The released code takes 10 of 0.007 at 0.031.
-        bounds: the range that inputs keep to, and come in; None for inputs that have none.
+        attack_steps: number of PGD steps on the divergence, from a random point near the input, where the gradient is
+            not 0 as it is at the input.
+        step_size: of PGD; None: 2 eps / attack_steps. The released code uses 10 steps of 0.007 at eps 0.031.
+        bounds: range of the inputs, clean and perturbed; None: unbounded.
 
     Reference: Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", ICML 2019,
     arXiv:1901.08573, equation 5.
@@ -151,5 +153,5 @@ class TRADES(_Adversarial):
     def terms(self, step: Step, attacked: Tensor) -> Mapping[str, Tensor]:
         step.rows = rows = step.student_rows(step.student(step.student_inputs))
         worst = step.student_rows(step.student(attacked)).student
-        moved = divergence(log_softmax(rows.student), log_softmax(worst))
-        return {"hard": self.hard * cross_entropy(rows), "robust": self.robust * moved}
+        robust = divergence(log_softmax(rows.student), log_softmax(worst))
+        return {"hard": self.hard * cross_entropy(rows), "robust": self.robust * robust}

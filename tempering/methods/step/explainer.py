@@ -1,4 +1,4 @@
-"""KDExplainer's loss: KD, or labels alone, for a student that attends, whose routing hardens as the run goes on."""
+"""KDExplainer: the loss of students with attention or routing, whose routing temperature is annealed."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from tempering.utils.search_space import Weight
 
 
 class Explainer(StepMethod):
-    """soft * T_s T_t KL(teacher || student) + hard * CE + entropy * mean entropy of what the student attends to.
+    """KDExplainer: soft * T_s T_t KL(teacher || student) + hard * cross entropy + entropy * mean entropy of the
+    student's attention.
 
-    The parts of the student that have an ``anneal(temperature)`` (the routing of models.explainer) are told their
-    temperature before every step: ``start`` at first, falling as ``end`` / progress. Those that have an
-    ``attention_entropy()`` (that routing, and the virtual blocks of models.attention: each the mean over its rows in
-    nats) make up the entropy by their mean. Any other student is taught by KD.
+    Before every step, the routing temperature of student modules with a method ``anneal(temperature)``
+    (models.explainer) is set to ``end`` / progress, at most ``start``. The entropy is the mean over student modules
+    with a method ``attention_entropy()`` (this routing, and the virtual blocks of models.attention), each the mean over
+    its rows in nats. For other students the loss is that of KD.
 
     Args:
-        soft: weight of the divergence; 0 needs no teacher.
+        soft: weight of the divergence; with 0 no teacher is needed.
         hard: weight of the cross entropy.
-        entropy: weight of the entropy, which > 0 makes attention sparse; the paper's gamma, whose value is not known.
-        smoothing: share of the label that is spread over all classes, in ``hard``; 0.1 with soft=0 and hard=1 is the
-            label smoothing that KD is compared with. Its value in the paper is not known.
-        start: largest temperature of the routing.
-        end: its temperature at the end of the run. The code has 10 / epoch, so 10/300 after its 300 epochs.
-        temperature: of the soft term, any policy; None is Static(4.0), as released.
+        entropy: weight of the entropy; > 0 makes attention sparse. The paper's gamma, whose value is not known.
+        smoothing: label smoothing of ``hard``; 0.1 with soft=0 and hard=1 is the baseline that KD is compared with. Its
+            value in the paper is not known.
+        start: maximum temperature of the routing.
+        end: temperature of the routing at the end of the run. The code has 10 / epoch, so 10/300 after its 300 epochs.
+        temperature: a temperature policy for the soft term; None: Static(4.0), as released.
 
     Reference: Xue et al., "KDExplainer: A Task-oriented Attention Model for Explaining Knowledge Distillation", IJCAI
-    2021, arXiv:2105.04181. Weights and annealing are the first author's code's, of 300 epochs; here they follow the
-    share of the run that is done, step by step. The entropy is after the paper's module, of which no code was released.
+    2021, arXiv:2105.04181. Weights and annealing are those of the first author's code for 300 epochs; here annealing
+    follows the completed fraction of the run, step by step. The entropy follows the paper; its code was not released.
     """
 
     paper = "arXiv:2105.04181"
@@ -65,12 +66,12 @@ class Explainer(StepMethod):
         self.zero_when_equal = entropy == 0.0  # pyright: ignore[reportAttributeAccessIssue]
 
     def step(self, step: Step) -> Mapping[str, Tensor]:
-        routing = min(self.start, self.end / step.progress) if step.progress > 0.0 else self.start
+        routing_temperature = min(self.start, self.end / step.progress) if step.progress > 0.0 else self.start
         for module in step.student.modules():
             if callable(anneal := getattr(module, "anneal", None)):
-                anneal(routing)
+                anneal(routing_temperature)
         rows = only_block(step.forward())
-        terms = {}
+        terms: dict[str, Tensor] = {}
         if self.soft:
             terms["soft"] = self.soft * kl(rows, self.temperature(rows, step.progress))
         if self.hard or not self.soft:
@@ -81,23 +82,23 @@ class Explainer(StepMethod):
 
 
 def _smoothed(rows: Rows, smoothing: float) -> Float[Tensor, " N"]:
-    """Cross entropy with labels of which ``smoothing`` is spread over the classes there are; 0 without a label."""
+    """Return the cross entropy with label smoothing over the unmasked classes; 0 on rows without a label."""
     if smoothing == 0.0:
         return cross_entropy(rows)
     logq = log_softmax(rows.student)
-    gone = torch.isneginf(logq)
-    evenly = -logq.masked_fill(gone, 0.0).sum(-1) / (~gone).sum(-1).clamp_min(1)
-    evenly = torch.where(require_labels(rows, "Explainer") >= 0, evenly, 0.0)
-    return (1.0 - smoothing) * cross_entropy(rows) + smoothing * evenly
+    is_masked = torch.isneginf(logq)
+    uniform = -logq.masked_fill(is_masked, 0.0).sum(-1) / (~is_masked).sum(-1).clamp_min(1)
+    uniform = torch.where(require_labels(rows, "Explainer") >= 0, uniform, 0.0)
+    return (1.0 - smoothing) * cross_entropy(rows) + smoothing * uniform
 
 
 def _entropy(student: nn.Module) -> Float[Tensor, ""]:
-    """Mean entropy of what attends, in nats, ()."""
-    asked = [getattr(m, "attention_entropy", None) for m in student.modules()]
-    found = [ask() for ask in asked if ask is not None]
-    if not found:
+    """Return the mean attention entropy of the student's modules, in nats, ()."""
+    methods = [getattr(m, "attention_entropy", None) for m in student.modules()]
+    entropies = [method() for method in methods if method is not None]
+    if not entropies:
         raise ValueError(
-            "Explainer(entropy=...) weighs the entropy of a student's attention, and this one attends nowhere. Wrap "
-            "it: models.attention.attend(net, blocks=4), or by its name, as in vam:resnet8; or leave entropy at 0."
+            "Explainer(entropy=...) needs a student with attention, and this one has none. Wrap it: "
+            "models.attention.attend(net, blocks=4), or by its name, as in vam:resnet8; or use entropy=0."
         )
-    return torch.stack(found).mean()
+    return torch.stack(entropies).mean()

@@ -1,8 +1,8 @@
-"""Interactive KD: the teacher learns from what its student would make of a lesson, then gives the lesson."""
+"""Interactive KD: train the teacher on the student's loss after a virtual step, then train the student."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
@@ -21,40 +21,41 @@ from tempering.utils.search_space import Weight
 
 
 class Interactive(StepMethod):
-    """An exam step, by which the teacher learns, and then the course step: soft * KD's divergence + hard * CE.
+    """Interactive KD: an exam step that trains the teacher, then a course step of the student with soft * KL divergence
+    + hard * cross entropy.
 
-    The exam rehearses the course on a part of the batch: one plain step of ``course_lr`` from the student's weights.
-    The other part examines the weights so found by their cross entropy, and the teacher steps down the gradient of that
-    in its own weights. Of the rehearsal nothing stays; the course proper is the engine's own step on the whole batch,
-    or with samples ``held`` out on those that are not, with the new teacher. The paper says that both steps alternate;
-    how is not known, and this is MetaDistil's way (arXiv:2106.04570), as the defaults of ``teacher_lr`` and ``clip``
-    are its.
+    The exam takes a virtual step of the course on one part of the batch: one SGD step with learning rate ``course_lr``
+    from the student's weights. The cross entropy at the new weights on the other part is the exam loss, and the teacher
+    takes an optimizer step on the gradient of the exam loss with respect to its weights. The virtual step is then
+    discarded; the course is the trainer's step on the whole batch, or with ``held`` samples on the others, with the new
+    teacher. In the paper both steps alternate; the details are not known, so this follows MetaDistil
+    (arXiv:2106.04570), including the defaults of ``teacher_lr`` and ``clip``.
 
     The teacher's part of the course's gradient is linear in its softened probabilities p. So with v the exam's gradient
-    in the rehearsed weights, dz the rate at which the student's logits move along v, and J = dz / T_s, it is exactly
+    at the virtual weights, dz the derivative of the student's logits along v, and J = dz / T_s, exactly
 
         d exam / d teacher = course_lr * soft * d/d teacher  mean over rows of T_s T_t  sum over classes of p J
 
-    without a graph of a graph. Temperatures are held still in it. The teacher stays in eval mode: no dropout, and its
-    statistics do not move. It ends trained in place, and its weights and its optimizer (Adam) lie in the checkpoints.
-    One process, one batch a step.
+    without differentiating through the virtual step. Temperatures are constant in it. The teacher stays in eval mode,
+    without dropout and with fixed statistics. It is trained in place, and checkpoints contain its weights and its
+    optimizer (Adam). Requires one process and one batch per step.
 
     Args:
         soft, hard: weights of the course's terms.
-        temperature: any policy; None is Static(4.0).
-        supervised: weight of the teacher's own cross entropy with the labels of the rehearsed part. 0: feedback alone.
-            The feedback is multiplied by course_lr, so that a small weight here is a large one.
-        teacher_lr: of the teacher's Adam.
-        course_lr: of the rehearsed step; the student's own learning rate is the natural choice.
-        exam_share: of the batch's samples, the last ones, that examine; a batch of one sample holds no exam.
-        held: training samples that are held out for exams alone: the student never learns them, and every batch is
-            widened by as many of them as make ``exam_share`` of it. 0 examines by a part of the batch, which is learned
-            as well.
-        every: steps from exam to exam.
-        clip: largest norm of the teacher's gradient.
-        derivative: "exact" takes dz in forward mode; "difference" from two more forward passes, as fast attention
-            kernels without a forward mode need it.
-        layers: names, or beginnings of names, of the teacher's parameters that learn; () for all.
+        temperature: a temperature policy; None: Static(4.0).
+        supervised: weight of the teacher's own cross entropy on the course part of the batch; 0: feedback only. The
+            feedback is multiplied by course_lr, so even a small weight dominates it.
+        teacher_lr: learning rate of the teacher's Adam.
+        course_lr: learning rate of the virtual step, usually the student's learning rate.
+        exam_share: fraction of the batch's samples, the last ones, used for the exam; a batch of one sample has none.
+        held: number of training samples held out for exams: the student is not trained on them, and every batch is
+            extended by as many as make up the fraction ``exam_share``. 0: the exam uses a part of the batch, which the
+            student is also trained on.
+        every: number of steps between exams.
+        clip: maximum norm of the teacher's gradient.
+        derivative: "exact" computes dz in forward mode; "difference" by two more forward passes, for attention kernels
+            without forward mode.
+        layers: names, or prefixes of names, of the teacher's parameters to train; () for all.
 
     All defaults are our choice: the paper's values are not known.
 
@@ -102,31 +103,31 @@ class Interactive(StepMethod):
         self.exam_share, self.held, self.every = exam_share, held, every
         self.derivative, self.layers = derivative, tuple(layers)
         self.steps = 0
-        self._met: tuple[nn.Module, torch.optim.Optimizer, list[nn.Parameter]] | None = None
+        self._teacher: tuple[nn.Module, torch.optim.Optimizer, list[nn.Parameter]] | None = None
 
     def bind_teacher(self, teacher: nn.Module | None) -> None:
-        """Take the teacher's module on, with a fresh optimizer.
+        """Set the teacher's module, and create its optimizer.
 
         Raises:
             ValueError: for a teacher without parameters of the names in ``layers``, or in half precision.
         """
         named = {} if teacher is None else dict(teacher.named_parameters())
-        learning = {n: p for n, p in named.items() if not self.layers or n.startswith(self.layers)}
-        if teacher is None or not learning:
+        trained = {n: p for n, p in named.items() if not self.layers or n.startswith(self.layers)}
+        if teacher is None or not trained:
             raise ValueError(
-                f"Interactive finds nothing in the teacher that could learn: layers={self.layers!r} of parameters "
-                f"{', '.join(list(named)[:5]) or 'none'}. Give a live model, and names that it has."
+                f"Interactive finds no parameters of the teacher to train: layers={self.layers!r} of parameters "
+                f"{', '.join(list(named)[:5]) or 'none'}. Give a live model, and names of its parameters."
             )
-        if half := [n for n, p in learning.items() if p.dtype in (torch.float16, torch.bfloat16)]:
+        if half := [n for n, p in trained.items() if p.dtype in (torch.float16, torch.bfloat16)]:
             raise ValueError(
-                f"Interactive trains the teacher, whose {half[0]} is {named[half[0]].dtype}: small steps are lost. "
+                f"Interactive trains the teacher, whose {half[0]} is {named[half[0]].dtype}: small updates are lost. "
                 "Give teachers.Live(model) without precision=; in recipes, --teacher-precision fp32."
             )
-        parameters = list(learning.values())
-        self._met, self.steps = (teacher, torch.optim.Adam(parameters, lr=self.teacher_lr), parameters), 0
+        parameters = list(trained.values())
+        self._teacher, self.steps = (teacher, torch.optim.Adam(parameters, lr=self.teacher_lr), parameters), 0
 
     def wrap_batches(self, batches: Iterable[Any], teacher: Any) -> Iterable[Any]:
-        """The training batches, widened by the held-out samples where there are some."""
+        """Return the training batches, extended by held-out samples if ``held`` > 0."""
         return HoldoutLoader(batches, held=self.held, share=self.exam_share) if self.held else batches
 
     def step(self, step: Step) -> Mapping[str, Tensor]:
@@ -143,67 +144,65 @@ class Interactive(StepMethod):
         return {"soft": self.soft * kl(rows, T), "hard": self.hard * cross_entropy(rows)}
 
     def _exam(self, course: Step, exam: Step) -> None:
-        if self._met is None:
+        if self._teacher is None:
             raise RuntimeError(
-                "Interactive has met no teacher: call method.bind_teacher(teacher.model) before the first step."
+                "Interactive has no teacher: call method.bind_teacher(teacher.model) before the first step."
             )
-        told, T = self.feedback(VirtualStep(course.student), course, exam)
-        _, optimizer, parameters = self._met
-        with _learning(parameters):
-            loss = self.teacher_loss(course, told, T)
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, found, strict=True):
+        derivative, T = self.feedback(VirtualStep(course.student), course, exam)
+        _, optimizer, parameters = self._teacher
+        with _trainable(parameters):
+            loss = self.teacher_loss(course, derivative, T)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         torch.nn.utils.clip_grad_norm_(parameters, self.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def feedback(self, rehearsal: VirtualStep, course: Step, exam: Step) -> tuple[Float[Tensor, "N C"], Temperatures]:
-        """How fast the logits of the course's rows move along the exam's gradient, (N, C), and the temperatures."""
-        rows = rehearsal.rows(course, rehearsal.weights)
+    def feedback(self, virtual: VirtualStep, course: Step, exam: Step) -> tuple[Float[Tensor, "N C"], Temperatures]:
+        """Return the derivative of the course's logits along the exam's gradient, (N, C), and the temperatures."""
+        rows = virtual.rows(course, virtual.weights)
         with torch.no_grad():
-            taught = course.student_rows(course.teacher(course.teacher_inputs, course.ids)).student
-        rows = rows.replace(teacher=taught.detach())
+            teacher_logits = course.student_rows(course.teacher(course.teacher_inputs, course.ids)).student
+        rows = rows.replace(teacher=teacher_logits.detach())
         T = self.temperature(rows.replace(student=rows.student.detach()), course.progress).detached()
-        down = rehearsal.slope(total(self._course(rows, T), rows), rehearsal.weights)
-        ahead = {n: (w - self.course_lr * down[n]).detach().requires_grad_() for n, w in rehearsal.weights.items()}
-        tested = rehearsal.rows(exam, ahead)
-        along = rehearsal.slope(total({"exam": cross_entropy(tested)}, tested), ahead)
-        return rehearsal.along(course, along, exact=self.derivative == "exact"), T
+        gradient = virtual.gradient(total(self._course(rows, T), rows), virtual.weights)
+        weights = {n: (w - self.course_lr * gradient[n]).detach().requires_grad_() for n, w in virtual.weights.items()}
+        exam_rows = virtual.rows(exam, weights)
+        direction = virtual.gradient(total({"exam": cross_entropy(exam_rows)}, exam_rows), weights)
+        return virtual.along(course, direction, exact=self.derivative == "exact"), T
 
-    def teacher_loss(self, course: Step, told: Float[Tensor, "N C"], T: Temperatures) -> Float[Tensor, ""]:
-        """What the teacher steps down, (): its gradient is that of the exam, and of the supervised term."""
+    def teacher_loss(self, course: Step, derivative: Float[Tensor, "N C"], T: Temperatures) -> Float[Tensor, ""]:
+        """Return the teacher's loss, (): its gradient is that of the exam and of the supervised term."""
         if course.teacher_with_grad is None:
             raise ValueError("Interactive needs a teacher with a gradient: teachers.Live(model).")
-        taught = course.student_rows(course.teacher_with_grad(course.teacher_inputs, course.ids))
-        p = log_softmax(tempered(taught.student, T.teacher)).exp()
-        pull = self.course_lr * self.soft * T.scale.unsqueeze(-1) / T.student
-        terms = {"feedback": (pull * p * told).sum(-1)}
+        rows = course.student_rows(course.teacher_with_grad(course.teacher_inputs, course.ids))
+        p = log_softmax(tempered(rows.student, T.teacher)).exp()
+        factor = self.course_lr * self.soft * T.scale.unsqueeze(-1) / T.student
+        terms = {"feedback": (factor * p * derivative).sum(-1)}
         if self.supervised:
-            terms["supervised"] = self.supervised * cross_entropy(taught)
-        return total(terms, taught)
+            terms["supervised"] = self.supervised * cross_entropy(rows)
+        return total(terms, rows)
 
     def get_extra_state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"steps": self.steps}
-        if self._met is not None:
-            teacher, optimizer, _ = self._met
+        if self._teacher is not None:
+            teacher, optimizer, _ = self._teacher
             state |= {"teacher": teacher.state_dict(), "optimizer": optimizer.state_dict()}
         return state
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         self.steps = state["steps"]
         if "teacher" in state:
-            if self._met is None:
-                raise RuntimeError(
-                    "Interactive has met no teacher to load: call method.bind_teacher(teacher.model) first."
-                )
-            self._met[0].load_state_dict(state["teacher"])
-            self._met[1].load_state_dict(state["optimizer"])
+            if self._teacher is None:
+                raise RuntimeError("Interactive has no teacher to load: call method.bind_teacher(teacher.model) first.")
+            self._teacher[0].load_state_dict(state["teacher"])
+            self._teacher[1].load_state_dict(state["optimizer"])
 
 
 @contextmanager
-def _learning(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let these require grad for a moment; to all others the teacher is frozen."""
+def _trainable(parameters: Sequence[nn.Parameter]) -> Generator[None, None, None]:
+    """Context manager in which these parameters require grad; outside it the teacher is frozen."""
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:

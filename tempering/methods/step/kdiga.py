@@ -1,9 +1,9 @@
-"""Input-gradient alignment: the student's loss is to slope as the teacher's does, at the data."""
+"""KD with input gradient alignment: match the input gradients of the student's and the teacher's loss."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from jaxtyping import Float
@@ -21,36 +21,38 @@ from tempering.utils.search_space import Fraction, Weight
 
 
 class KDIGA(StepMethod):
-    """soft * KD's divergence + hard * CE + align * the l2 distance of both models' input gradients of their own CE.
+    """KD with input gradient alignment: soft * KL divergence + hard * cross entropy + align * l2 distance of the input
+    gradients of the two models' cross entropies.
 
-    A row's gradient is that of its own loss in its own input (of all losses, where batch norm in training mode ties
-    rows together). It is taken in what the models are given: normalize inside both models to align slopes in pixels.
-    Gradients of the teacher's weights are not computed. It costs about twice a KD step.
+    A row's gradient is that of its own loss with respect to its own input (of all losses, if batch norm in training
+    mode couples rows). It is computed for the models' inputs: normalize inside both models to align gradients in
+    pixels. Gradients of the teacher's weights are not computed. A step costs about twice a KD step.
 
-    Attention of the student runs through torch's math kernel, since fused kernels have no second derivative. Inputs are
-    one floating point tensor, with as many rows as the task makes.
+    The student's attention uses torch's math kernel, since fused kernels have no second derivative. Inputs are one
+    floating point tensor with one row per input.
 
     Args:
-        soft, hard: weights of KD's terms; the code's alpha and 1 - alpha.
+        soft, hard: weights of the KD terms; the code's alpha and 1 - alpha.
         align: weight of the distance. The code's gamma of 1000 at its batch of 128 is about 0.7 here.
-        temperature: of the soft term, any policy; None is Static(1.0), as released.
-        warmup: share of the run over which ``align`` rises linearly from 0. Our addition: a constant student has no
-            slope, and a large weight from the first step finds it. 0 for none, as published.
-        right: take the soft term and the distance only of rows on which the teacher is right; rows without a label are
-            then left out.
-        start: both models see the inputs moved at random by up to this much; 8/255 is the code's ``kdiga_rs``.
-        attack: the soft term is taken where PGD of this strength makes the student worst, and the rest where it was;
-            8/255 is the code's ``kdiga_ard``. 0 for none; it costs ``attack_steps`` + 1 steps more.
-        attack_steps: of that attack, 2 attack / attack_steps each, from a random start, of the student in eval mode.
-        bounds: of inputs that are moved, which have to come in them; None for none. Without ``start`` and ``attack``
-            inputs may be anything.
-        published: the released code's scales: the divergence is divided by the number of classes (torch's "mean"), and
-            the distance is one norm over the batch, of gradients of the mean loss, divided by the number of rows. It
+        temperature: a temperature policy for the soft term; None: Static(1.0), as released.
+        warmup: fraction of the run over which ``align`` rises linearly from 0; published: none (0). Our addition, since
+            a large weight from the first step leads to a constant student, whose input gradient is 0.
+        right: use the soft term and the distance only for rows that the teacher classifies correctly, so not for rows
+            without a label.
+        start: maximum random perturbation of both models' inputs; 8/255 is the code's ``kdiga_rs``.
+        attack: strength of a PGD attack on the student; the soft term is computed on the attacked inputs, the others on
+            the original ones. 8/255 is the code's ``kdiga_ard``; 0: no attack. It costs ``attack_steps`` + 1 steps
+            more.
+        attack_steps: number of steps of the attack, each of size 2 attack / attack_steps, from a random start, with the
+            student in eval mode.
+        bounds: range of the inputs, original and perturbed; None: unbounded. Ignored without ``start`` and ``attack``.
+        published: use the released code's scales: the divergence is divided by the number of classes (torch's "mean"),
+            and the distance is one norm over the batch of gradients of the mean loss, divided by the number of rows. It
             falls with the batch size to the power 1.5.
 
     Reference: Shao et al., "How and When Adversarial Robustness Transfers in Knowledge Distillation?", 2021,
-    arXiv:2110.12072. The weights, the form of the norm and the variants are the first author's code's; the paper's are
-    not known.
+    arXiv:2110.12072. The weights, the form of the norm and the variants are those of the first author's code; the
+    paper's are not known.
     """
 
     paper = "arXiv:2110.12072"
@@ -87,25 +89,25 @@ class KDIGA(StepMethod):
     def step(self, step: Step) -> Mapping[str, Tensor]:
         if step.teacher_with_grad is None:
             raise ValueError("KDIGA needs a teacher with a gradient: teachers.Live(model).")
-        seen, shown = _leaf(step.student_inputs), _leaf(step.teacher_inputs)
-        if seen.shape != shown.shape:
+        x_s, x_t = _leaf(step.student_inputs), _leaf(step.teacher_inputs)
+        if x_s.shape != x_t.shape:
             raise ValueError(
-                f"KDIGA compares gradients in one input; the student sees {tuple(seen.shape)} and the teacher "
-                f"{tuple(shown.shape)}. Give both the same view."
+                f"KDIGA compares gradients of one input; the student gets {tuple(x_s.shape)} and the teacher "
+                f"{tuple(x_t.shape)}. Give both the same view."
             )
         if self.start:
-            noise = self.start * (2 * torch.rand_like(upcast_to_float32(seen)) - 1)
-            seen, shown = (self._moved(x, noise) for x in (seen, shown))
-        taught = step.student_rows(step.teacher_with_grad(shown, step.ids))
-        toward = _slope(taught, shown, further=False)
+            noise = self.start * (2 * torch.rand_like(upcast_to_float32(x_s)) - 1)
+            x_s, x_t = (self._perturb(x, noise) for x in (x_s, x_t))
+        teacher_rows = step.student_rows(step.teacher_with_grad(x_t, step.ids))
+        teacher_gradient = _input_gradient(teacher_rows, x_t, create_graph=False)
         with sdpa_kernel(SDPBackend.MATH):
-            said = step.student_rows(step.student(seen))
-        step.rows = rows = said.replace(teacher=taught.student.detach())
+            student_rows = step.student_rows(step.student(x_s))
+        step.rows = rows = student_rows.replace(teacher=teacher_rows.student.detach())
         if self.start:
             check_bounds("KDIGA", step.student_inputs, rows, self.bounds)
-        gap = _slope(rows, seen, further=True) - toward
-        softened = self._attacked(step, rows, seen, shown) if self.attack else rows
-        soft = kl(softened, self.temperature(softened, step.progress))
+        gap = _input_gradient(rows, x_s, create_graph=True) - teacher_gradient
+        soft_rows = self._attacked(step, rows, x_s, x_t) if self.attack else rows
+        soft = kl(soft_rows, self.temperature(soft_rows, step.progress))
         if self.right:
             right = rows.teacher.argmax(-1) == rows.target
             soft = torch.where(right, soft, 0.0)
@@ -117,49 +119,52 @@ class KDIGA(StepMethod):
             "align": self.align * linear_warmup(step.progress, self.warmup) * self._distance(gap, rows),
         }
 
-    def _moved(self, x: Tensor, noise: Tensor) -> Tensor:
-        moved = x.detach() + noise
-        moved = moved if self.bounds is None else moved.clamp(*self.bounds)
-        return moved.to(x.dtype).requires_grad_()
+    def _perturb(self, x: Tensor, noise: Tensor) -> Tensor:
+        perturbed = x.detach() + noise
+        perturbed = perturbed if self.bounds is None else perturbed.clamp(*self.bounds)
+        return perturbed.to(x.dtype).requires_grad_()
 
-    def _attacked(self, step: Step, rows: Rows, seen: Tensor, shown: Tensor) -> Rows:
-        """What both answer where the student is worst."""
+    def _attacked(self, step: Step, rows: Rows, x_s: Tensor, x_t: Tensor) -> Rows:
+        """Return the rows of both models on inputs attacked for the student."""
 
         def losses(x: Tensor) -> Tensor:
             return cross_entropy(step.student_rows(step.student(x)))
 
-        ball = PerturbationBall("KDIGA", seen, rows, eps=self.attack, bounds=self.bounds)
+        ball = PerturbationBall("KDIGA", x_s, rows, eps=self.attack, bounds=self.bounds)
         with eval_mode(step.student):
-            moved = ball.worst(losses, steps=self.attack_steps, size=None)
-        also = (moved + (shown.detach() - seen.detach())).to(shown.dtype)
-        taught = step.student_rows(step.teacher(also, step.ids))
-        return step.student_rows(step.student(moved.to(seen.dtype))).replace(teacher=taught.student)
+            attacked = ball.worst(losses, steps=self.attack_steps, size=None)
+        teacher_inputs = (attacked + (x_t.detach() - x_s.detach())).to(x_t.dtype)
+        teacher_rows = step.student_rows(step.teacher(teacher_inputs, step.ids))
+        return step.student_rows(step.student(attacked.to(x_s.dtype))).replace(teacher=teacher_rows.student)
 
     def _distance(self, gap: Tensor, rows: Rows) -> Float[Tensor, " N"]:
-        """How far apart the slopes of each row lie, (N,); 0 on rows of weight 0."""
+        """Return the distance of each row's input gradients, (N,); 0 on rows of weight 0."""
         kept = gap.flatten(1) if rows.weight is None else gap.flatten(1)[rows.weight > 0]
         if not self.published:
-            return spread_out(torch.linalg.vector_norm(kept, dim=1), rows)
-        return expand_to_rows(torch.linalg.vector_norm(kept) / max(1, len(kept)) ** 2, rows)
+            norms = cast("Tensor", torch.linalg.vector_norm(kept, dim=1))  # pyright: ignore[reportUnknownMemberType]
+            return spread_out(norms, rows)
+        norm = cast("Tensor", torch.linalg.vector_norm(kept))  # pyright: ignore[reportUnknownMemberType]
+        return expand_to_rows(norm / max(1, len(kept)) ** 2, rows)
 
 
 def _leaf(inputs: Any) -> Tensor:
-    """The inputs as a leaf to take the gradient in."""
+    """Return the inputs as a leaf tensor that requires grad."""
     if isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.ndim > 1:
         return inputs.detach().requires_grad_()
     got = f"{inputs.dtype} of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
     raise ValueError(
-        f"KDIGA takes gradients in the inputs, so they are one floating point tensor (N, ...); got {got}. Tokens have "
-        "no gradient; a mapping of images goes through a module that takes the images alone."
+        f"KDIGA needs gradients of the inputs, so one floating point tensor (N, ...); got {got}. Tokens have no "
+        "gradient; for a mapping of images, wrap the models in a module that takes the images alone."
     )
 
 
-def _slope(rows: Rows, inputs: Tensor, *, further: bool) -> Tensor:
-    """The gradient of the rows' summed cross entropies in the inputs; ``further``: with a graph of its own."""
+def _input_gradient(rows: Rows, inputs: Tensor, *, create_graph: bool) -> Tensor:
+    """Return the gradient of the sum of the rows' cross entropies with respect to the inputs."""
     if len(rows) != len(inputs):
         raise ValueError(f"KDIGA needs a row for each input; got {len(rows)} rows of {len(inputs)} inputs.")
     loss = cross_entropy(rows)
     if rows.weight is not None:
         loss = torch.where(rows.weight > 0, loss, 0.0)
-    # the student's graph is gone through again by its loss
-    return upcast_to_float32(torch.autograd.grad(loss.sum(), inputs, create_graph=further, retain_graph=further)[0])
+    # the loss uses the student's graph again
+    gradient = torch.autograd.grad(loss.sum(), inputs, create_graph=create_graph, retain_graph=create_graph)[0]
+    return upcast_to_float32(gradient)
