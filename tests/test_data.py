@@ -158,7 +158,7 @@ def test_at_gives_any_sample_as_the_walk_shows_it() -> None:
     without = made(crop=2, flip=True)
     without.set_epoch(2)
     assert torch.equal(without.gather(torch.tensor([7]))[0][0], slow(without, 7, view=2))
-    with pytest.raises(ValueError, match=r"ids lie in \[0, 150\); got 3 to 150"):
+    with pytest.raises(ValueError, match=r"ids must be in \[0, 150\); got 3 to 150"):
         batches.gather(torch.tensor([3, 150]))
 
 
@@ -279,7 +279,7 @@ def test_bad_arguments_are_named(change: dict, message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         Batches(**{**good, **change})
-    with pytest.raises(ValueError, match="begins at a batch >= 0; got -1"):
+    with pytest.raises(ValueError, match="needs start >= 0; got -1"):
         Batches(**good).iterate(-1)
 
 

@@ -225,7 +225,7 @@ def test_ranks_share_a_batch(world: int) -> None:
         parts = [share[number] for share in shares]
         assert torch.equal(torch.cat([p["ids"] for p in parts]), batch["ids"])
         assert torch.equal(torch.cat([p["images"] for p in parts]), batch["images"])
-    with pytest.raises(ValueError, match="batch_size=4 images cannot be shared out evenly to 3 processes"):
+    with pytest.raises(ValueError, match="batch_size=4 images cannot be split evenly over 3 processes"):
         made.shard(0, 3)
 
 
@@ -246,7 +246,7 @@ def test_answers_are_not_recorded(tmp_path: Path) -> None:
     from tempering.teachers import Live, record
 
     with pytest.raises(
-        ValueError, match="a detector's answers are maps, boxes and logits of every anchor, which are not"
+        ValueError, match="the outputs of a detector are feature maps, boxes and logits of every anchor, which are not"
     ):
         record(Live(build("fcos_nano", classes=2)), scenes(), tmp_path / "answers", quiet=True)
 
