@@ -353,7 +353,7 @@ def _all(splits: Splits) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_image_folders_that_cannot_be_read_say_why(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere should hold one folder a class; it holds no folders"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere should hold one folder per class; it holds no folders"):
         image_folder(tmp_path / "nowhere", size=4)
     (tmp_path / "empty" / "cat").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=r"holds classes but no images. Looked for .jpg"):
@@ -366,7 +366,7 @@ def test_image_folders_that_cannot_be_read_say_why(tmp_path: Path) -> None:
         image_folder(tmp_path / "flat", size=4, test=1)
     write_images(tmp_path / "other" / "train", {"cat": 2, "dog": 2})
     write_images(tmp_path / "other" / "test", {"cat": 2, "cow": 2})
-    with pytest.raises(FileNotFoundError, match=r"one folder a class, the same as .*train; it holds cat, cow"):
+    with pytest.raises(FileNotFoundError, match=r"one folder per class, the same as .*train; it holds cat, cow"):
         image_folder(tmp_path / "other", size=4)
 
 

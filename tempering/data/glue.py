@@ -117,7 +117,8 @@ def _object(line: str) -> dict[str, Any]:
 def trained_tokenizer(texts: Sequence[tuple[str, ...]], *, vocabulary: int = 4000) -> Any:
     """Train a tokenizer of transformers, byte-level BPE in lower case, on these texts.
 
-    It encodes a pair as [CLS] one [SEP] other [SEP]. The result is deterministic. (That of the WordPiece trainer is not: it iterates over a hash map.)
+    It encodes a pair as [CLS] one [SEP] other [SEP]. Training is deterministic. (That of WordPiece vocabularies is
+    not: their trainer iterates over a hash map.)
 
     Args:
         texts: to train on.
