@@ -215,7 +215,7 @@ def test_odd_boxes_are_none() -> None:
 
 
 def test_targets_of_other_images_or_classes_are_refused() -> None:
-    with pytest.raises(ValueError, match="needs targets of every image; got 3 images and 2"):
+    with pytest.raises(ValueError, match="needs targets for every image; got 3 images and 2"):
         small()({"images": images(), "targets": targets()[:2]})
     for wrong in (3, -1):
         other = {"boxes": targets()[2]["boxes"], "labels": torch.tensor([wrong])}

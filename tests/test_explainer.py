@@ -354,9 +354,9 @@ def test_what_cannot_attend_is_refused(options: dict[str, Any], said: str) -> No
 
 def test_nothing_attends_twice_or_where_there_is_nothing() -> None:
     net = build("vam:resnet8", classes=4)
-    with pytest.raises(ValueError, match="attends already; fold"):
+    with pytest.raises(ValueError, match=r"has attention already; call merge_attention"):
         attend(net)
-    with pytest.raises(ValueError, match="Linear attends nowhere"):
+    with pytest.raises(ValueError, match="Linear has no attention"):
         entropy(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="Explainer has no dense convolution"):
         build("vam:explainer_small", classes=4)

@@ -120,8 +120,8 @@ def _classes(files: Mapping[str, _Split]) -> dict[int, str]:
         if names != categories["train"]:
             raise ValueError(
                 f"{files[split].path} has the categories {_to_text(names)}, and {files['train'].path} has "
-                f"{_to_text(categories['train'])}. Every split needs the same ids and names: copy the list of the training "
-                "file, and number the annotations as it does."
+                f"{_to_text(categories['train'])}. Every split needs the same ids and names: copy the list of the "
+                "training file, and number the annotations as it does."
             )
     if not categories["train"]:
         raise ValueError(f"{files['train'].path} has no categories.")
@@ -145,8 +145,8 @@ def _load(file: _Split, ids: list[int], size: int, fit: Fit, settings: dict[str,
     for annotation in file.content["annotations"]:
         if annotation.get("image_id") not in index or annotation.get("category_id") not in label:
             raise ValueError(
-                f"{file.path}: the annotation {annotation.get('id')} is of image {annotation.get('image_id')} and category "
-                f"{annotation.get('category_id')}, and one of them is not in the file."
+                f"{file.path}: the annotation {annotation.get('id')} is of image {annotation.get('image_id')} and "
+                f"category {annotation.get('category_id')}, and one of them is not in the file."
             )
         if annotation.get("iscrowd"):
             dropped["crowd"] += 1
@@ -207,7 +207,8 @@ def _open(entry: Mapping[str, Any], file: _Split, size: int, fit: Fit) -> tuple[
     path = next((p for folder in file.folders if (p := folder / str(entry["file_name"])).is_file()), None)
     if path is None:
         raise FileNotFoundError(
-            f"{file.path} lists the image {entry['file_name']}, which is not in {', '.join(map(str, file.folders[:3]))}."
+            f"{file.path} lists the image {entry['file_name']}, which is not in "
+            f"{', '.join(map(str, file.folders[:3]))}."
         )
     try:
         with Image.open(path) as opened:
@@ -220,7 +221,7 @@ def _open(entry: Mapping[str, Any], file: _Split, size: int, fit: Fit) -> tuple[
         raise ValueError(f"{path} cannot be read as an image ({error}). Remove it, or copy it again.") from error
     if image.size != stated:
         raise ValueError(
-            f"{path} is {image.size} pixels and {file.path} states {stated}, so its boxes do not fit the image."
+            f"{path} is {image.size} pixels and {file.path} says {stated}, so its boxes do not fit the image."
         )
     width, height = image.size
     new = (size, size)

@@ -100,7 +100,7 @@ def assembled(
 
 
 def pixels(image: Any, size: int) -> np.ndarray:
-    """Convert a PIL image to (3, size, size) uint8: rotate it by its EXIF data, resize its shorter side, center crop."""
+    """Convert a PIL image to (3, size, size) uint8: rotate by EXIF data, resize the shorter side, center crop."""
     from PIL import Image, ImageOps
 
     upright = rgb(ImageOps.exif_transpose(image))
