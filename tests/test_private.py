@@ -45,7 +45,7 @@ def test_patterns_take_no_quadratic_time() -> None:
     [
         ({"kinds": ["numbers"]}, r"no kind of private text is called \['numbers'\]. Known are: email, phone"),
         ({"weights": {"number": 1.5}}, r"weights in \[0, 1\]; got \{'number': 1.5\}"),
-        ({"more": {"odd": "("}}, "the pattern of 'odd' cannot be read"),
+        ({"more": {"odd": "("}}, "the pattern of 'odd' is no regular expression"),
     ],
 )
 def test_slips_in_patterns_are_named(options: dict[str, Any], said: str) -> None:
@@ -202,7 +202,7 @@ def test_canaries_are_planted_as_often_as_they_say() -> None:
         (lambda: Canary("x", "1", -1), "got '1' and -1"),
         (lambda: canaries(each=99), "needs 1 to 48 of them"),
         (lambda: canaries(form="no name"), "a form with {name}"),
-        (lambda: insert_canaries("no line end", canaries()), "the text has no line end"),
+        (lambda: insert_canaries("no line end", canaries()), "the text has no line break"),
     ],
 )
 def test_slips_in_canaries_are_named(make: Any, said: str) -> None:

@@ -36,8 +36,8 @@ class TextExample:
             )
         if self.privacy_score is not None and len(self.ids) != len(self.privacy_score):
             raise ValueError(
-                f"TextExample needs a privacy score for every id; got {len(self.ids)} ids and {len(self.privacy_score)}. "
-                "data.privacy.scores computes them from the same tokens."
+                f"TextExample needs a privacy score for every id; got {len(self.ids)} ids and "
+                f"{len(self.privacy_score)}. data.privacy.scores computes them from the same tokens."
             )
 
     def __len__(self) -> int:
