@@ -239,5 +239,5 @@ def test_a_net_that_normalizes_inside() -> None:
         made.eval()(x)
         assert taps["net.stage3"].shape == (2, 64, 8, 8)
     for mean, std in (((0.5,), (0.2, 0.2)), ((), ()), ((0.5,), (0.0,))):
-        with pytest.raises(ValueError, match="a mean and a std > 0 a channel"):
+        with pytest.raises(ValueError, match="a mean and a std > 0 per channel"):
             Normalized(net, mean=mean, std=std)

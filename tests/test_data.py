@@ -158,7 +158,7 @@ def test_at_gives_any_sample_as_the_walk_shows_it() -> None:
     without = made(crop=2, flip=True)
     without.set_epoch(2)
     assert torch.equal(without.gather(torch.tensor([7]))[0][0], slow(without, 7, view=2))
-    with pytest.raises(ValueError, match=r"ids lie in \[0, 150\); got 3 to 150"):
+    with pytest.raises(ValueError, match=r"ids must be in \[0, 150\); got 3 to 150"):
         batches.gather(torch.tensor([3, 150]))
 
 
@@ -279,7 +279,7 @@ def test_bad_arguments_are_named(change: dict, message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         Batches(**{**good, **change})
-    with pytest.raises(ValueError, match="begins at a batch >= 0; got -1"):
+    with pytest.raises(ValueError, match="needs start >= 0; got -1"):
         Batches(**good).iterate(-1)
 
 
@@ -353,7 +353,7 @@ def _all(splits: Splits) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_image_folders_that_cannot_be_read_say_why(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere should hold one folder a class; it holds no folders"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere should hold one folder per class; it holds no folders"):
         image_folder(tmp_path / "nowhere", size=4)
     (tmp_path / "empty" / "cat").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=r"holds classes but no images. Expected .jpg"):
@@ -366,7 +366,7 @@ def test_image_folders_that_cannot_be_read_say_why(tmp_path: Path) -> None:
         image_folder(tmp_path / "flat", size=4, test=1)
     write_images(tmp_path / "other" / "train", {"cat": 2, "dog": 2})
     write_images(tmp_path / "other" / "test", {"cat": 2, "cow": 2})
-    with pytest.raises(FileNotFoundError, match=r"one folder a class, the same as .*train; it holds cat, cow"):
+    with pytest.raises(FileNotFoundError, match=r"one folder per class, the same as .*train; it holds cat, cow"):
         image_folder(tmp_path / "other", size=4)
 
 

@@ -79,7 +79,7 @@ def test_the_zoo_has_it_small_and_wide() -> None:
     sizes = {name: sum(p.numel() for p in build(name, classes=3).parameters()) for name in ("fcos_tiny", "fcos_wide")}
     assert sizes["fcos_tiny"] < 1_000_000 < sizes["fcos_wide"]
     assert isinstance(detector("FCOS_tiny_bins", classes=2), FCOS)
-    with pytest.raises(ValueError, match="resnet8 is no detector"):
+    with pytest.raises(ValueError, match="resnet8 is not a detector"):
         detector("resnet8", classes=2)
     with pytest.raises(ValueError, match="channels=1"):
         build("fcos_tiny", classes=3, channels=1)
@@ -215,7 +215,7 @@ def test_odd_boxes_are_none() -> None:
 
 
 def test_targets_of_other_images_or_classes_are_refused() -> None:
-    with pytest.raises(ValueError, match="needs targets of every image; got 3 images and 2"):
+    with pytest.raises(ValueError, match="needs targets for every image; got 3 images and 2"):
         small()({"images": images(), "targets": targets()[:2]})
     for wrong in (3, -1):
         other = {"boxes": targets()[2]["boxes"], "labels": torch.tensor([wrong])}

@@ -172,7 +172,7 @@ def test_the_second_stage_keeps_the_tree_alone(tmp_path: Path) -> None:
 
 def test_two_answers_a_leaf() -> None:
     net = small(answers=2).eval()
-    both = net.head.layers(net._mixed(net.pool(torch.randn(3, 12, 4, 4)), "head").transpose(0, 1))
+    both = net.head.layers(net._mix(net.pool(torch.randn(3, 12, 4, 4)), "head").transpose(0, 1))
     assert both.shape == (5, 3, 2) and net(images(3)).shape == (3, 5)
 
 
@@ -344,7 +344,7 @@ def test_what_attends_and_what_does_not() -> None:
         ({"blocks": 1}, "blocks >= 2, share >= 1 and a temperature > 0; got blocks=1"),
         ({"temperature": 0.0}, "temperature=0"),
         ({"skip": ("stege1",)}, "no module 'stege1' to skip. Did you mean 'stage1'"),
-        ({"blocks": 65}, r"ResNet8? ?has no dense|has no dense convolution of 65 input maps"),
+        ({"blocks": 65}, r"ResNet8? ?has no dense|has no dense convolution of 65 or more input maps"),
     ],
 )
 def test_what_cannot_attend_is_refused(options: dict[str, Any], said: str) -> None:
@@ -354,9 +354,9 @@ def test_what_cannot_attend_is_refused(options: dict[str, Any], said: str) -> No
 
 def test_nothing_attends_twice_or_where_there_is_nothing() -> None:
     net = build("vam:resnet8", classes=4)
-    with pytest.raises(ValueError, match="attends already; fold"):
+    with pytest.raises(ValueError, match=r"has attention already; call merge_attention"):
         attend(net)
-    with pytest.raises(ValueError, match="Linear attends nowhere"):
+    with pytest.raises(ValueError, match="Linear has no attention"):
         entropy(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="Explainer has no dense convolution"):
         build("vam:explainer_small", classes=4)

@@ -183,7 +183,7 @@ def test_prompt_completion_and_windows() -> None:
         pack([example], 3)
     with pytest.raises(ValueError, match="side 'left' or 'right'; got 0"):
         collate([])
-    with pytest.raises(ValueError, match="a flag for every id"):
+    with pytest.raises(ValueError, match="a learn flag for every id"):
         TextExample((1, 2), (True,))
 
 
@@ -198,9 +198,9 @@ def test_of_a_chat_the_assistant_s_turns_are_learned() -> None:
         def apply_chat_template(self, messages: Any, **options: Any) -> list[int]:
             return [len(messages), *super().apply_chat_template(messages, **options)]
 
-    with pytest.raises(ValueError, match="before turn 1 as the chat goes on"):
+    with pytest.raises(ValueError, match="before turn 1 when later turns are added"):
         chat(Rewrites(), messages)
-    with pytest.raises(ValueError, match="no assistant's token to learn: roles \\['user'\\]"):
+    with pytest.raises(ValueError, match="no assistant token to learn: roles \\['user'\\]"):
         chat(Bytes(), messages[:1])
 
 

@@ -88,7 +88,7 @@ def test_keys_are_found_and_errors_say_what_is_wanted(folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no train split: it holds test\.jsonl"):
         read_glue(folder)
     (folder / "train.jsonl").write_text(lines(texts(9, pair=True), "premise", "hypothesis"))
-    with pytest.raises(ValueError, match=r"sentences in a text are \{'train': 2, 'test': 1\}"):
+    with pytest.raises(ValueError, match=r"sentences per text are \{'train': 2, 'test': 1\}"):
         read_glue(folder)
     (folder / "dev.jsonl").write_text(lines(texts(6, pair=True), "premise", "hypothesis"))
     (folder / "test.jsonl").write_text(lines(texts(6, pair=True)._replace(labels=[-1] * 6), "premise", "hypothesis"))
@@ -102,17 +102,17 @@ def test_keys_are_found_and_errors_say_what_is_wanted(folder: Path) -> None:
     [
         (
             '{"sentences": "a", "label": 1}',
-            "line 1: found sentences: str, label: int; wanted an object.* or sentence or",
+            "line 1: got sentences: str, label: int; each line needs an object.* or sentence or",
         ),
         (
             '{"sentence": "a", "label": "entailment"}',
-            "found sentence: str, label: str; wanted .* texts sentence, and an",
+            "got sentence: str, label: str; each line needs .* texts sentence, and an",
         ),
-        ('{"sentence": "a"}', "found sentence: str; wanted"),
-        ("[1]", r"found '\[1\]'; wanted"),
-        ('\n{"sentence": "a', r"line 2: found '\{\"sentence\": \"a'; wanted"),
-        ('{"sentence": "a", "label": 2}', r"the validation split has the labels \{2\}, and no training text has"),
-        ("", "holds no line"),
+        ('{"sentence": "a"}', "got sentence: str; each line needs"),
+        ("[1]", r"got '\[1\]'; each line needs"),
+        ('\n{"sentence": "a', r"line 2: got '\{\"sentence\": \"a'; each line needs"),
+        ('{"sentence": "a", "label": 2}', r"the validation split has the labels \{2\}, which no training text has"),
+        ("", "contains no examples"),
     ],
 )
 def test_a_line_that_does_not_fit_is_named(folder: Path, line: str, said: str) -> None:
@@ -123,7 +123,7 @@ def test_a_line_that_does_not_fit_is_named(folder: Path, line: str, said: str) -
 
 def test_one_class_is_refused(folder: Path) -> None:
     (folder / "train.jsonl").write_text(lines(texts(6)._replace(labels=[1] * 6), "sentence"))
-    with pytest.raises(ValueError, match=r"two classes or more are wanted; the labels of the training texts are \{1\}"):
+    with pytest.raises(ValueError, match=r"two or more classes are needed; the labels of the training texts are \{1\}"):
         read_glue(folder)
 
 
@@ -173,7 +173,7 @@ def test_subsets_hold_outs_and_what_is_refused() -> None:
             call()
     with pytest.raises(ValueError, match="got 0 texts, 0 labels"):
         TextPairLoader(Labeled([], []), None)
-    with pytest.raises(ValueError, match="there are no 2 views"):
+    with pytest.raises(ValueError, match="they have no 2 views"):
         data.replay(2)
 
 

@@ -125,12 +125,12 @@ def test_load_names_what_differs(tmp_path) -> None:
 
 def test_load_reads_no_pickle_and_no_half_file(tmp_path) -> None:
     torch.save(build("resnet8", classes=10).state_dict(), tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="is a pickle, which is not read here"):
+    with pytest.raises(ValueError, match="is a pickle, which is not loaded"):
         load(build("resnet8", classes=10), tmp_path / "w.pth")
     save_file(build("resnet8", classes=10).state_dict(), tmp_path / "w.safetensors")
     whole = (tmp_path / "w.safetensors").read_bytes()
     (tmp_path / "w.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not a valid safetensors file"):
         load(build("resnet8", classes=10), tmp_path / "w.safetensors")
     with pytest.raises(FileNotFoundError, match=r"student\.safetensors"):
         load(build("resnet8", classes=10), tmp_path / "none.safetensors")

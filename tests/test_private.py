@@ -43,9 +43,9 @@ def test_patterns_take_no_quadratic_time() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"kinds": ["numbers"]}, r"no kind of private text is called \['numbers'\]. There are: email, phone"),
+        ({"kinds": ["numbers"]}, r"no kind of private text is called \['numbers'\]. Known are: email, phone"),
         ({"weights": {"number": 1.5}}, r"weights in \[0, 1\]; got \{'number': 1.5\}"),
-        ({"more": {"odd": "("}}, "the pattern of 'odd' cannot be read"),
+        ({"more": {"odd": "("}}, "the pattern of 'odd' is no regular expression"),
     ],
 )
 def test_slips_in_patterns_are_named(options: dict[str, Any], said: str) -> None:
@@ -60,7 +60,7 @@ def test_spans_become_scores_of_tokens() -> None:
     assert byte_offsets(text)[-2:] == [(9, 10), (9, 10)] and len(byte_offsets(text)) == len(text.encode())
     assert scores(text, byte_offsets(text), both(spans, Patterns(kinds=["number"])))[4:8] == [1.0] * 4
     for wrong in ((4, 99), (4, 4), (0, 2, 1.5)):
-        with pytest.raises(ValueError, match="a span must lie in its text of 10 characters"):
+        with pytest.raises(ValueError, match="a span must be in its text of 10 characters"):
             scores(text, tokens, known_spans([wrong]))
 
 
@@ -118,7 +118,7 @@ def test_scores_go_where_their_tokens_go() -> None:
         lambda: windows(range(5), 3, privacy_score=(0, 0)),
         lambda: make_prompt_example([1], [2], privacy_score=([0.0], [0.0, 0.0])),
     ):
-        with pytest.raises(ValueError, match="needs a privacy for "):
+        with pytest.raises(ValueError, match="needs a privacy score for "):
             make()
 
 
@@ -202,7 +202,7 @@ def test_canaries_are_planted_as_often_as_they_say() -> None:
         (lambda: Canary("x", "1", -1), "got '1' and -1"),
         (lambda: canaries(each=99), "needs 1 to 48 of them"),
         (lambda: canaries(form="no name"), "a form with {name}"),
-        (lambda: insert_canaries("no line end", canaries()), "the text has no line end"),
+        (lambda: insert_canaries("no line end", canaries()), "the text has no line break"),
     ],
 )
 def test_slips_in_canaries_are_named(make: Any, said: str) -> None:

@@ -326,7 +326,7 @@ def test_a_shard_is_a_share_of_every_batch_and_its_draws_are_its_own() -> None:
     parts = [data.shard(rank, 2) for rank in range(2)]
     for whole, *shares in zip(data, *parts, strict=True):
         assert torch.equal(torch.cat([share["ids"] for share in shares]), whole["ids"])
-    with pytest.raises(ValueError, match="batch_size=4 texts cannot be shared out evenly to 3"):
+    with pytest.raises(ValueError, match="batch_size=4 texts cannot be split evenly over 3"):
         data.shard(0, 3)
     source = OnPolicy(t5(8, 0), data, share=0.5, length=4)
     one, other = (list(source.shard(rank, 2)) for rank in range(2))

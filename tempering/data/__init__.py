@@ -1,4 +1,4 @@
-"""Data sets as batches of tensors; what reads files imports its libraries only when it reads."""
+"""Data sets as batches of tensors. Libraries that read files are imported on first use."""
 
 import lazy_loader
 

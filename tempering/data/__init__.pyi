@@ -8,5 +8,9 @@ from .folders import image_folder as image_folder
 from .glue import TextPairLoader as TextPairLoader
 from .huggingface import hugging_face as hugging_face
 from .pairs import Pairs as Pairs
+from .protocols import Loader as Loader
+from .protocols import SeekableLoader as SeekableLoader
+from .protocols import ShardableLoader as ShardableLoader
+from .protocols import SplittableLoader as SplittableLoader
 from .synthetic_shapes import synthetic_shapes as synthetic_shapes
 from .tokens import Tokens as Tokens

@@ -1,27 +1,34 @@
-"""Images in memory, augmented a batch at a time; every draw is a pure function of (seed, epoch, sample)."""
+"""Load batches of images in memory, augmented by batch; every draw is a pure function of (seed, epoch, sample)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from tempering.data.protocols import SplittableLoader
 from tempering.data.sharded import ShardedLoader
 
 Batch = tuple[Tensor, Tensor, Tensor]
+LoaderT = TypeVar("LoaderT", bound=SplittableLoader[Any])
 
 
 @dataclass(frozen=True)
 class AugmentationParams:
-    """What one view draws for every sample, (N,) each: where its crop begins in the padded image, whether it flips."""
+    """Augmentation parameters of one view for every sample, (N,) each.
+
+    Attributes:
+        y, x: offsets of the crop in the padded image, in pixels.
+        flip: whether the image is flipped horizontally.
+    """
 
     y: Int[Tensor, " N"]
     x: Int[Tensor, " N"]
@@ -29,29 +36,30 @@ class AugmentationParams:
 
 
 class Batches(ShardedLoader):
-    """Batches of (inputs (B, C, H, W) float32 normalized, labels (B,), ids (B,)) of images that lie in memory.
+    """Load batches of (inputs (B, C, H, W) float32 normalized, labels (B,), ids (B,)) from images in memory.
 
     The order and the augmentation of an epoch depend on (seed, epoch, sample) alone: no global random number is drawn,
-    ``iterate(start)`` begins anywhere at no cost, and any device, shard or subset sees the same pixels.
+    ``iterate(start)`` starts at any batch at no cost, and every device, shard and subset gets the same pixels.
 
     Args:
         images: (N, C, H, W) uint8.
         labels: (N,) class indices; negative is unlabeled.
-        batch_size: images in a step, over all ranks.
-        mean, std: of each channel, of pixels in [0, 1].
-        shuffle: a new order every epoch.
-        crop: pixels of black border from which an image of the old size is cut at random, before normalization.
-        flip: left to right, every second image.
+        batch_size: images per step, over all ranks.
+        mean, std: per channel, for pixels in [0, 1].
+        shuffle: draw a new order every epoch.
+        crop: pixels of black padding on each side, from which an image of the original size is cropped at random,
+            before normalization.
+        flip: flip horizontally with probability 1/2.
         seed: of order and augmentation.
-        views: an epoch shows one of this many recorded augmentations, epoch % views; ids are then view * N + index, so
-            that a teacher's answers can be looked up. None: new ones every epoch, and ids are indices.
-        drop_last: leave out a last batch that is short.
-        channels_last: the inputs' memory format.
-        class_names: one a class, for reports.
+        views: use this many fixed augmentations, view epoch % views in an epoch; ids are then view * N + index, so that
+            cached teacher outputs can be looked up. None: a new augmentation every epoch, and ids are indices.
+        drop_last: drop a last batch that is short.
+        channels_last: use the channels_last memory format for the inputs.
+        class_names: one per class, for reports.
         name: of the data set, for records.
 
     Raises:
-        ValueError: for anything that does not fit, saying what does.
+        ValueError: for an invalid argument, stating what is accepted.
     """
 
     def __init__(
@@ -80,7 +88,7 @@ class Batches(ShardedLoader):
         self.class_names = None if class_names is None else tuple(class_names)
         self.name = name
         self.epoch, self.rank, self.world = 0, 0, 1
-        self._known: dict[str, str] = {}  # shared by every copy of the same data
+        self._hash_cache: dict[str, str] = {}  # shared by all copies of the same data
         self._validate()
         self._set_scale()
 
@@ -117,163 +125,163 @@ class Batches(ShardedLoader):
         shape = "x".join(map(str, self.images.shape[1:]))
         return f"Batches({self.name}: {self.size} images {shape}, {self.classes} classes, batch_size={self.batch_size})"
 
-    # what it is
+    # properties
 
     @property
     def size(self) -> int:
-        """Images in the data set."""
+        """Number of images in the data set."""
         return len(self.images)
 
     @property
     def rows(self) -> int:
-        """Different ids: the images, times their recorded views where there are some."""
+        """Number of different ids: the number of images, times the number of views where there are views."""
         return self.size * (self.views or 1)
 
     @property
     def classes(self) -> int:
-        """Classes: the named ones, else one more than the largest label."""
+        """Number of classes: that of ``class_names``, else the largest label plus one."""
         return int(self.labels.max()) + 1 if self.class_names is None else len(self.class_names)
 
     @property
     def augmented(self) -> bool:
-        """Whether an image looks different from one epoch to the next."""
+        """Whether the images are augmented."""
         return self.crop > 0 or self.flip
 
     @property
     def augmentation(self) -> dict[str, Any]:
-        """What is done to the images, JSON-able; ``seed`` is None where nothing is drawn."""
+        """Description of the augmentation, JSON-able; ``seed`` is None where nothing is random."""
         seed = self.seed if self.augmented else None
         return {"crop": self.crop, "flip": self.flip, "seed": seed, "views": self.views}
 
     @property
     def identity(self) -> str:
-        """sha256 of images, labels, mean and std, in hexadecimal; augmentation and batch size are not part of it."""
-        if "identity" not in self._known:
+        """SHA-256 of images, labels, mean and std, in hexadecimal; independent of augmentation and batch size."""
+        if "identity" not in self._hash_cache:
             digest = hashlib.sha256(json.dumps([list(self.images.shape), self.mean, self.std]).encode())
             for part in (self.images, self.labels):
                 digest.update(part.cpu().contiguous().numpy().data)
-            self._known["identity"] = digest.hexdigest()
-        return self._known["identity"]
+            self._hash_cache["identity"] = digest.hexdigest()
+        return self._hash_cache["identity"]
 
-    # walking
+    # iteration
 
     def __len__(self) -> int:
-        return self.size // self.batch_size if self.drop_last else self._steps(self.size)
+        return self.size // self.batch_size if self.drop_last else self._num_batches(self.size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose which epoch the next walk is."""
+        """Select the epoch of the next iteration."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
         return self.iterate(0)
 
     def iterate(self, start: int = 0) -> Iterator[Batch]:
-        """The epoch's batches from number ``start`` on, with the same pixels as if it had begun at 0."""
+        """Iterate over the epoch from batch ``start``; the pixels equal those of an iteration from 0."""
         if start < 0:
-            raise ValueError(f"iterate() begins at a batch >= 0; got {start}.")
-        return self._walk(start, self.epoch)
+            raise ValueError(f"iterate() needs start >= 0; got {start}.")
+        return self._iterate_epoch(start, self.epoch)
 
-    def _walk(self, start: int, epoch: int) -> Iterator[Batch]:
+    def _iterate_epoch(self, start: int, epoch: int) -> Iterator[Batch]:
         device, n = self.images.device, self.size
-        order = _order(n, self.seed, epoch) if self.shuffle else torch.arange(n)
+        order = epoch_order(n, self.seed, epoch) if self.shuffle else torch.arange(n)
         order, view = order.to(device), epoch % self.views if self.views else epoch
-        words = self._words(view).to(device) if self.augmented else None
+        bits = self._random_bits(view).to(device) if self.augmented else None
         for step in range(start, len(self)):
-            index = order[self._share(step, n)]
-            inputs = self._inputs(index, None if words is None else words[index])
+            index = order[self._shard_slice(step, n)]
+            inputs = self._inputs(index, None if bits is None else bits[index])
             yield inputs, self.labels[index], index + view * n if self.views else index
 
     def gather(self, ids: Int[Tensor, " B"]) -> Batch:
-        """The batch of these ids, in their order; without ``views``, as the present epoch shows them.
+        """Return the batch of these ids, in their order; without ``views``, with the current epoch's augmentation.
 
         Raises:
-            ValueError: for an id that there is not.
+            ValueError: for an id outside [0, rows).
         """
         ids = ids.to(self.images.device)
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.rows:
-            raise ValueError(f"ids lie in [0, {self.rows}); got {int(ids.min())} to {int(ids.max())}.")
+            raise ValueError(f"ids must be in [0, {self.rows}); got {int(ids.min())} to {int(ids.max())}.")
         index = ids % self.size
-        words: Tensor | None = None
+        bits: Tensor | None = None
         if self.augmented:
             view = ids // self.size if self.views else torch.full_like(ids, self.epoch)
-            words = torch.empty_like(ids)
+            bits = torch.empty_like(ids)
             for v in view.unique().tolist():
-                words = torch.where(view == v, self._words(v).to(ids.device)[index], words)
-        return self._inputs(index, words), self.labels[index], ids
+                bits = torch.where(view == v, self._random_bits(v).to(ids.device)[index], bits)
+        return self._inputs(index, bits), self.labels[index], ids
 
     def augmentation_params(self, view: int) -> AugmentationParams:
-        """What augmentation draws for every image in this view (an epoch, where there are no recorded views)."""
-        return self._augmentation_params(self._words(view))
+        """Return the augmentation parameters of every image in this view (in this epoch, without ``views``)."""
+        return self._params_from_bits(self._random_bits(view))
 
-    def _words(self, view: int) -> Int[Tensor, " N"]:
-        return _words(self.size, self.seed, "augment", view)
+    def _random_bits(self, view: int) -> Int[Tensor, " N"]:
+        return random_bits(self.size, self.seed, "augment", view)
 
-    def _augmentation_params(self, words: Tensor) -> AugmentationParams:
+    def _params_from_bits(self, bits: Tensor) -> AugmentationParams:
         span = 2 * self.crop + 1
-        y, x = words & 0x7FFFFFFF, (words >> 31) & 0x7FFFFFFF
-        flip = words < 0 if self.flip else torch.zeros_like(words, dtype=torch.bool)
+        y, x = bits & 0x7FFFFFFF, (bits >> 31) & 0x7FFFFFFF
+        flip = bits < 0 if self.flip else torch.zeros_like(bits, dtype=torch.bool)
         return AugmentationParams(y % span, x % span, flip)
 
-    def _inputs(self, index: Tensor, words: Tensor | None) -> Float[Tensor, "B C H W"]:
+    def _inputs(self, index: Tensor, bits: Tensor | None) -> Float[Tensor, "B C H W"]:
         pixels = self.images.index_select(0, index)
-        if words is not None:
-            pixels = augmented(pixels, self._augmentation_params(words), self.crop)
+        if bits is not None:
+            pixels = augmented(pixels, self._params_from_bits(bits), self.crop)
         mean, std = self._scale
-        # torchvision's operations in its order, so that the floats are its floats
+        # torchvision's operations in torchvision's order, so that the floats are equal to the bit
         inputs = pixels.float().div_(255).sub_(mean).div_(std)
-        # last of all: changing the layout of bytes is slower than of floats
+        # last: changing the memory format of uint8 is slower than of float32
         return inputs.contiguous(memory_format=torch.channels_last) if self.channels_last else inputs
 
-    # variants: copies that share the images
+    # copies that share the images
 
     def clean(self) -> Batches:
-        """The same data in its own order, whole and without augmentation."""
-        return self._with(shuffle=False, crop=0, flip=False, views=None, drop_last=False)
+        """Return a loader of the same data in its stored order, without augmentation or dropped samples."""
+        return self._replace(shuffle=False, crop=0, flip=False, views=None, drop_last=False)
 
     def replay(self, views: int) -> Batches:
-        """The same data shown in this many recorded augmentations."""
-        made = self._with(views=views)
-        made._validate()
-        return made
+        """Return a loader of the same data with this many fixed augmentations."""
+        result = self._replace(views=views)
+        result._validate()
+        return result
 
     def to(self, device: torch.device | str) -> Batches:
-        """The same data resident on ``device``, where it is augmented too."""
-        made = self._with(images=self.images.to(device), labels=self.labels.to(device))
-        made._set_scale()
-        return made
+        """Return a loader of the same data on ``device``; augmentation runs there too."""
+        result = self._replace(images=self.images.to(device), labels=self.labels.to(device))
+        result._set_scale()
+        return result
 
     def subset(self, n: int) -> Batches:
-        """The first ``n`` images in proportion to the classes, in their old order."""
+        """Return a loader of ``n`` images, stratified by class, in their stored order."""
         if not 0 < n <= self.size:
             raise ValueError(f"cannot take {n} of {self.size} images.")
         if n == self.size:
             return self
-        return self._only(_proportional(self._labels(), np.arange(self.size))[:n])
+        return self._select(stratified_order(self._labels(), np.arange(self.size))[:n])
 
     def split(self, n_validation: int, seed: int = 0) -> tuple[Batches, Batches]:
-        """(the rest, a clean hold-out of ``n_validation`` images), every class in proportion."""
+        """Return (the remaining images, a clean held-out split of ``n_validation`` images), stratified by class."""
         if not 0 < n_validation < self.size:
-            raise ValueError(f"cannot hold out {n_validation} of {self.size} images; some must be left on both sides.")
-        order = _proportional(self._labels(), _words(self.size, seed, "split", n_validation).numpy())
-        return self._only(order[n_validation:]), self._only(order[:n_validation]).clean()
+            raise ValueError(f"cannot hold out {n_validation} of {self.size} images; both splits need at least one.")
+        order = stratified_order(self._labels(), random_bits(self.size, seed, "split", n_validation).numpy())
+        return self._select(order[n_validation:]), self._select(order[:n_validation]).clean()
 
     def _labels(self) -> np.ndarray:
         return self.labels.cpu().numpy()
 
-    def _only(self, index: np.ndarray) -> Batches:
+    def _select(self, index: np.ndarray) -> Batches:
         kept = torch.from_numpy(np.sort(index)).to(self.images.device)
-        return self._with(images=self.images.index_select(0, kept), labels=self.labels[kept], _known={})
+        return self._replace(images=self.images.index_select(0, kept), labels=self.labels[kept], _hash_cache={})
 
 
-class Splits(NamedTuple):
-    """A data set as a run wants it; without a validation split the best epoch is chosen by the test split."""
+class Splits(NamedTuple, Generic[LoaderT]):
+    """The splits of a data set; without a validation split the best epoch is selected on the test split."""
 
-    train: Batches
-    validation: Batches | None
-    test: Batches
+    train: LoaderT
+    validation: LoaderT | None
+    test: LoaderT
 
     def facts(self) -> dict[str, Any]:
-        """What a record says of the data: name, sizes, classes, and the identity of the training images."""
+        """Describe the data for records: name, sizes, classes, identity and augmentation of the training split."""
         return {
             "name": self.train.name,
             "train": self.train.size,
@@ -285,51 +293,56 @@ class Splits(NamedTuple):
         }
 
 
-def augmented(pixels: UInt8[Tensor, "B C H W"], drawn: AugmentationParams, crop: int) -> UInt8[Tensor, "B C H W"]:
-    """Each image padded with ``crop`` black pixels, cut where ``drawn`` says, and flipped where it says; one gather."""
+def augmented(pixels: UInt8[Tensor, "B C H W"], params: AugmentationParams, crop: int) -> UInt8[Tensor, "B C H W"]:
+    """Pad every image with ``crop`` black pixels, crop it and flip it by ``params``, in one gather."""
     batch, channels, height, width = pixels.shape
     rows = torch.arange(height, device=pixels.device).expand(batch, -1)
     columns = torch.arange(width, device=pixels.device).expand(batch, -1)
-    columns = torch.where(drawn.flip[:, None], width - 1 - columns, columns)
+    columns = torch.where(params.flip[:, None], width - 1 - columns, columns)
     if crop:
         pixels = torch.nn.functional.pad(pixels, [crop] * 4)
-        rows, columns = rows + drawn.y[:, None], columns + drawn.x[:, None]
-    place = (rows[:, :, None] * pixels.shape[-1] + columns[:, None, :]).view(batch, 1, -1).expand(-1, channels, -1)
-    return pixels.flatten(2).gather(2, place).view(batch, channels, height, width)
+        rows, columns = rows + params.y[:, None], columns + params.x[:, None]
+    index = (rows[:, :, None] * pixels.shape[-1] + columns[:, None, :]).view(batch, 1, -1).expand(-1, channels, -1)
+    return pixels.flatten(2).gather(2, index).view(batch, channels, height, width)
 
 
 @lru_cache(maxsize=4)
-def _words(n: int, *what: object) -> Int[Tensor, " n"]:
-    """n words of 64 random bits named by ``what``, as int64; never changed in place.
+def random_bits(n: int, *key: object) -> Int[Tensor, " n"]:
+    """Return n words of 64 random bits, seeded by ``key``, as int64 (cached: do not change the tensor in place).
 
-    Philox is counter-based and numpy keeps its stream for good, so a recorded augmentation can be replayed by a later
-    version, and a subset's draws are the first ones of the whole.
+    Philox is counter-based and its stream in numpy is stable, so a later version can replay a recorded augmentation,
+    and the draws of a subset are the first ones of the full set.
     """
-    digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
-    words = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(n)
-    return torch.from_numpy(words.view(np.int64))
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    bits = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(n)
+    return torch.from_numpy(bits.view(np.int64))
 
 
-def _order(n: int, seed: int, epoch: int) -> Int[Tensor, " n"]:
-    return torch.from_numpy(np.argsort(_words(n, seed, "order", epoch).numpy(), kind="stable"))
+def epoch_order(n: int, seed: int, epoch: int) -> Int[Tensor, " n"]:
+    """Return the random order of n samples in an epoch."""
+    return torch.from_numpy(np.argsort(random_bits(n, seed, "order", epoch).numpy(), kind="stable"))
 
 
-def _proportional(labels: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """An order of the samples whose every beginning has the classes in proportion; ``key`` orders each class."""
+def stratified_order(labels: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Return an order of the samples whose every prefix is stratified by class; ``key`` orders each class."""
     by_class = np.lexsort((key, labels))
     ordered = labels[by_class]
     begin, end = (np.searchsorted(ordered, ordered, side) for side in ("left", "right"))
-    place = (np.arange(len(labels)) - begin + 0.5) / (end - begin)
-    return by_class[np.lexsort((key[by_class], place))]
+    quantile = (np.arange(len(labels)) - begin + 0.5) / (end - begin)
+    return by_class[np.lexsort((key[by_class], quantile))]
 
 
-def train_val_split(train: Any, others: dict[str, Any], *, validation: int, test: int) -> Splits:
-    """Splits of a loader and those beside it, by name; what is missing is held out of the training samples.
+def train_val_split(train: LoaderT, others: Mapping[str, LoaderT], *, validation: int, test: int) -> Splits[LoaderT]:
+    """Combine loaders into splits, and hold missing splits out of the training samples.
 
-    A data set whose one other split is called validation is tested on it, as the field does.
+    Args:
+        train: loader of the training split.
+        others: loaders of the other splits, "validation" and "test". If only "validation" exists and ``test`` is 0, it
+            becomes the test split.
+        validation, test: number of training samples to hold out for a split that does not exist.
 
     Raises:
-        ValueError: for a hold-out of a split that is there, or no test split at all.
+        ValueError: for a held-out split that already exists, or if there is no test split.
     """
     if "test" not in others and not test and "validation" in others:
         others = {"test": others["validation"]}
@@ -338,8 +351,8 @@ def train_val_split(train: Any, others: dict[str, Any], *, validation: int, test
             size = others[split].size
             raise ValueError(f"{train.name} has its own {split} split ({size} images): leave out {split}=.")
         if count:
-            train, held = train.split(count, seed=0)
-            others = {**others, split: held}
+            train, held_out = train.split(count, seed=0)
+            others = {**others, split: held_out}
     if "test" not in others:
         raise ValueError(
             f"{train.name} has no test split. Give it one, or hold images out of the training ones: test=N."

@@ -1,4 +1,4 @@
-"""CIFAR-100 from disk: packed lossless blocks, or the official archive behind a checksum and a narrow unpickler."""
+"""Load CIFAR-100 from packed lossless blocks, or from the official archive with a checksum and a safe unpickler."""
 
 from __future__ import annotations
 
@@ -52,24 +52,24 @@ def cifar100(
     seed: int = 0,
     channels_last: bool = False,
     pixels: bool = False,
-) -> Splits:
-    """CIFAR-100: 50,000 / 0 / 10,000 images (3, 32, 32) of 100 fine classes, training images cropped and flipped.
+) -> Splits[Batches]:
+    """Load CIFAR-100: 50,000 / 0 / 10,000 images (3, 32, 32) of 100 fine classes, augmented by crops and flips.
 
     Args:
         folder: with packed blocks (meta.json, labels.npz, train_000.webp ...), the official archive
-            ``cifar-100-python.tar.gz``, what it unpacks to, or a folder that holds one of these.
+            ``cifar-100-python.tar.gz``, its extracted files, or a folder that contains one of these.
         batch_size: of all splits.
-        subset: training images to use, the classes in proportion; of packed blocks only those needed are decoded.
-        validation: of these, how many to hold out; always the same ones, every class in proportion.
-        test_subset: test images to use.
+        subset: number of training images to use, stratified by class; only the packed blocks needed are decoded.
+        validation: number of these to hold out, always the same ones, stratified by class.
+        test_subset: number of test images to use, stratified by class.
         crop, flip: augmentation of the training images.
         seed: of order and augmentation.
-        channels_last: the inputs' memory format.
-        pixels: inputs are pixels in [0, 1] as they are, for nets that normalize inside (``models.Normalized``).
+        channels_last: use the channels_last memory format for the inputs.
+        pixels: leave inputs as pixels in [0, 1], for models that normalize their inputs (``models.Normalized``).
 
     Raises:
-        FileNotFoundError: saying what was looked for, and how to get it.
-        ValueError: for files that are not the published ones, or that hold anything but arrays and plain containers.
+        FileNotFoundError: if no data are found, stating which files were looked for and how to download them.
+        ValueError: for files that are not the published ones, or that contain anything but arrays and containers.
     """
     for name, count in (("subset", subset), ("test_subset", test_subset)):
         if count is not None and count < 1:
@@ -100,21 +100,21 @@ def _tensors(part: Part) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _reader(folder: Path) -> tuple[Reader, Sequence[str]]:
-    """How to read what lies there, and the class names."""
+    """Return a function that reads a split, and the class names."""
     if (folder / "meta.json").is_file() and (folder / "labels.npz").is_file():
         meta = json.loads((folder / "meta.json").read_bytes())
         return lambda split, limit: _packed(folder, meta, split, limit), meta["class_names"]
     for archive in (folder, folder / ARCHIVE):
         if archive.is_file():
             return _official(_from_archive(archive))
-    for place in (folder, folder / INNER):
-        if all((place / name).is_file() for name in ("train", "test", "meta")):
-            return _official({name: (place / name, (place / name).read_bytes()) for name in ("train", "test", "meta")})
-    is_there = "holds none of these" if folder.is_dir() else "is not there"
+    for path in (folder, folder / INNER):
+        if all((path / name).is_file() for name in ("train", "test", "meta")):
+            return _official({name: (path / name, (path / name).read_bytes()) for name in ("train", "test", "meta")})
+    reason = "holds none of these" if folder.is_dir() else "is not there"
     raise FileNotFoundError(
-        f"no CIFAR-100 in {folder}: it {is_there}. Expected packed blocks (meta.json, labels.npz, train_000.webp "
-        f"...), for {ARCHIVE}, and for {INNER}/ with train, test and meta. To get it: curl -LO {ADDRESS}, then give "
-        f"that file: {ARCHIVE}."
+        f"no CIFAR-100 in {folder}: it {reason}. Expected packed blocks (meta.json, labels.npz, train_000.webp "
+        f"...), for {ARCHIVE}, and for {INNER}/ with train, test and meta. To download it: curl -LO {ADDRESS}, then "
+        f"pass the path of {ARCHIVE}."
     )
 
 
@@ -122,22 +122,22 @@ def _reader(folder: Path) -> tuple[Reader, Sequence[str]]:
 
 
 def _packed(folder: Path, meta: dict[str, Any], split: str, limit: int | None) -> Part:
-    """The first ``limit`` images of a split; the whole split's checksum is looked at where all of it is read."""
+    """Read the first ``limit`` images of a split; the checksum is verified if the whole split is read."""
     facts = meta["splits"][split]
-    wanted = facts["images"] if limit is None else min(limit, facts["images"])
-    paths = [folder / f"{split}_{i:03d}.webp" for i in range(-(-wanted // BLOCK))]
+    count = facts["images"] if limit is None else min(limit, facts["images"])
+    paths = [folder / f"{split}_{i:03d}.webp" for i in range(-(-count // BLOCK))]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise FileNotFoundError(
             f"{folder} lacks {len(missing)} of its blocks, the first is {missing[0]}. Copy it again."
         )
-    # Pillow lets go of the interpreter while it decodes
+    # Pillow releases the GIL while it decodes
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        images = np.concatenate(list(pool.map(_block, paths)))[:wanted]
-    if wanted == facts["images"] and hashlib.sha256(images.data).hexdigest() != facts["sha256_uint8_NHWC"]:
+        images = np.concatenate(list(pool.map(_block, paths)))[:count]
+    if count == facts["images"] and hashlib.sha256(images.data).hexdigest() != facts["sha256_uint8_NHWC"]:
         raise ValueError(f"the {split} blocks in {folder} do not have the checksum of meta.json. Copy them again.")
     with np.load(folder / "labels.npz", allow_pickle=False) as arrays:
-        return Part(images, arrays[f"{split}_labels"][:wanted])
+        return Part(images, arrays[f"{split}_labels"][:count])
 
 
 def _block(path: Path) -> np.ndarray:
@@ -149,7 +149,7 @@ def _block(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB")).reshape(-1, 32, 32, 3)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no block of 32 x 32 images ({error}). Copy it again.") from error
+        raise ValueError(f"{path} is not a block of 32 x 32 images ({error}). Copy it again.") from error
 
 
 # the official archive
@@ -168,44 +168,44 @@ def _from_archive(archive: Path) -> dict[str, tuple[Path, bytes]]:
 
 
 def _check(path: Path, name: str, data: bytes) -> None:
-    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    if found != MD5[name]:
+    digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if digest != MD5[name]:
         raise ValueError(
-            f"{path} has md5 {found}, and the published file {MD5[name]}: it is truncated or another file, and is not "
-            f"read. Get it again: curl -LO {ADDRESS}"
+            f"{path} has md5 {digest}, and the published file {MD5[name]}: it is truncated or another file, and is not "
+            f"read. Download it again: curl -LO {ADDRESS}"
         )
 
 
 def _official(files: dict[str, tuple[Path, bytes]]) -> tuple[Reader, Sequence[str]]:
-    held = {}
+    contents = {}
     for name, (path, data) in files.items():
         _check(path, name, data)
-        held[name] = _Narrow(data, path).load()
+        contents[name] = _RestrictedUnpickler(data, path).load()
 
     def read(split: str, limit: int | None) -> Part:
-        pixels = np.asarray(held[split]["data"], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        return Part(pixels, np.asarray(held[split]["fine_labels"], np.uint8))
+        pixels = np.asarray(contents[split]["data"], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return Part(pixels, np.asarray(contents[split]["fine_labels"], np.uint8))
 
-    return read, list(held["meta"]["fine_label_names"])
+    return read, list(contents["meta"]["fine_label_names"])
 
 
-class _Narrow(pickle.Unpickler):
-    """An unpickler that makes numpy arrays and plain containers and nothing else, so it can run no code of a file's."""
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Unpickle numpy arrays and plain containers only, so that a file cannot run code."""
 
     def __init__(self, data: bytes, path: Path) -> None:
-        super().__init__(io.BytesIO(data), encoding="latin1")  # it was written by Python 2
+        super().__init__(io.BytesIO(data), encoding="latin1")  # the files were written by Python 2
         self.path = path
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        admitted = {
+        allowed = {
             "multiarray._reconstruct": np.empty(0).__reduce__()[0],
             "numpy.ndarray": np.ndarray,
             "numpy.dtype": np.dtype,
         }
         short = module_name.removeprefix("numpy.core.").removeprefix("numpy._core.")
-        if f"{short}.{global_name}" in admitted:
-            return admitted[f"{short}.{global_name}"]
+        if f"{short}.{global_name}" in allowed:
+            return allowed[f"{short}.{global_name}"]
         raise ValueError(
-            f"{self.path} asks for {module_name}.{global_name}, which no array or plain container needs: it is not "
+            f"{self.path} contains {module_name}.{global_name}, which no array or plain container needs: it is not "
             "CIFAR-100 and is not read further. Do not open it with pickle."
         )

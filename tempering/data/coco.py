@@ -1,4 +1,4 @@
-"""Detection data in COCO's format, decoded once into memory at one size."""
+"""Load detection data in COCO's format, decoded once into memory at one size."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from tempering.data.folders import rgb
 
 NAMES = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
 YEARS = ("", "2017", "2014")
-GROUND = 114  # gray of what letterboxing leaves free
+GROUND = 114  # gray value of the padding in letterboxed images
 Fit = Literal["letterbox", "stretch"]
 
 
 class _Split(NamedTuple):
-    """One annotation file: where it lies, its object, and where its images may lie."""
+    """One annotation file: its path, its parsed content, and the folders that may contain its images."""
 
     path: Path
     content: dict[str, Any]
-    places: list[Path]
+    folders: list[Path]
 
 
 def coco(
@@ -45,57 +45,57 @@ def coco(
     augment: Sequence[Augment] = (),
     epochs: int = 1,
     seed: int = 0,
-) -> Splits:
-    """Images (3, size, size) with boxes, from FOLDER/annotations_SPLIT.json and FOLDER/images, or COCO's own layout.
+) -> Splits[DetectionLoader]:
+    """Load images (3, size, size) with boxes from FOLDER/annotations_SPLIT.json and FOLDER/images, or COCO's layout.
 
-    Also found: annotations/instances_SPLIT2017.json with SPLIT2017/ or images/SPLIT2017/, and
-    SPLIT/_annotations.coco.json. SPLIT is train, val (valid, validation) or test; of train and one other, the other is
-    the test split. Classes are the categories by their id. Crowds, boxes of no size and boxes outside their image are
-    left out and counted in ``dropped``; boxes are cut to their image. Images in gray, of 16 bits or with a palette
-    become RGB in 8 bits.
+    Also supported: annotations/instances_SPLIT2017.json with SPLIT2017/ or images/SPLIT2017/, and
+    SPLIT/_annotations.coco.json. SPLIT is train, val (valid, validation) or test; if there are only train and one other
+    split, the other one is the test split. Classes are the categories, ordered by id. Crowds, boxes of zero size and
+    boxes outside their image are dropped and counted in ``dropped``; boxes are clipped to their image. Grayscale,
+    16-bit and palette images are converted to 8-bit RGB.
 
     Args:
         folder: as above.
-        size: pixels a side; detectors want a multiple of 32.
+        size: height and width of the images in pixels; detectors need a multiple of 32.
         batch_size: of all splits.
-        fit: "letterbox" keeps the proportions and fills up with gray; "stretch" does not.
-        validation, test: images to hold out of the training ones where there is no such split; always the same ones.
-        subset: train on this many images.
-        flip, augment, epochs, seed: as Scenes has them, for training.
+        fit: "letterbox" keeps the aspect ratio and pads with gray; "stretch" does not keep it.
+        validation, test: number of training images to hold out if there is no such split; always the same ones.
+        subset: number of training images to use.
+        flip, augment, epochs, seed: of the training split, as in ``DetectionLoader``.
 
     Raises:
-        FileNotFoundError: where there is no annotation file or an image is missing, saying what was looked for.
-        ValueError: for files that are broken or do not fit together, saying which.
+        FileNotFoundError: for a missing annotation file or image, stating which files were looked for.
+        ValueError: for files that are corrupt or inconsistent, naming them.
         ImportError: without Pillow.
     """
     folder = Path(folder)
     if fit not in ("letterbox", "stretch") or not isinstance(size, int) or size < 1:
         raise ValueError(f"coco() needs size >= 1 and fit 'letterbox' or 'stretch'; got size={size!r}, fit={fit!r}.")
-    files = {split: found for split, names in NAMES.items() if (found := _find(folder, names)) is not None}
+    files = {split: file for split, names in NAMES.items() if (file := _find(folder, names)) is not None}
     if "train" not in files:
         raise FileNotFoundError(
-            f"{folder} holds no training annotations. Expected annotations_train.json with images/ beside it, "
+            f"{folder} holds no training annotations. Expected annotations_train.json and images/, "
             "annotations/instances_train2017.json, and train/_annotations.coco.json."
         )
     names = _classes(files)
     settings = {"batch_size": batch_size, "class_names": list(names.values()), "epochs": epochs, "seed": seed}
     settings["name"] = folder.resolve().name
-    made = {split: _scenes(file, list(names), size, fit, settings) for split, file in files.items()}
-    splits = train_val_split(made.pop("train"), made, validation=validation, test=test)
-    train: Any = splits.train if subset is None else splits.train.subset(subset)
+    loaders = {split: _load(file, list(names), size, fit, settings) for split, file in files.items()}
+    splits = train_val_split(loaders.pop("train"), loaders, validation=validation, test=test)
+    train = splits.train if subset is None else splits.train.subset(subset)
     train.shuffle, train.flip, train.augment = True, flip, tuple(augment)
     return splits._replace(train=train)
 
 
 def _find(folder: Path, names: Sequence[str]) -> _Split | None:
     for name in names:
-        places = [folder / "images", folder / name, folder / "images" / name, folder]
-        places += [inner / f"{name}{year}" for year in YEARS[1:] for inner in (folder, folder / "images")]
+        folders = [folder / "images", folder / name, folder / "images" / name, folder]
+        folders += [inner / f"{name}{year}" for year in YEARS[1:] for inner in (folder, folder / "images")]
         annotations = folder / "annotations"
         files = [folder / f"annotations_{name}.json", folder / name / "_annotations.coco.json"]
         files += [annotations / f"{name}.json", *(annotations / f"instances_{name}{year}.json" for year in YEARS)]
         if path := next((file for file in files if file.is_file()), None):
-            return _Split(path, _read(path), places)
+            return _Split(path, _read(path), folders)
     return None
 
 
@@ -111,118 +111,124 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _classes(files: Mapping[str, _Split]) -> dict[int, str]:
-    """id -> name of the categories, by id; the same in all files."""
-    read = {
+    """Return id -> name of the categories, ordered by id; they must be equal in all files."""
+    categories = {
         split: dict(sorted((int(c["id"]), str(c["name"])) for c in file.content["categories"]))
         for split, file in files.items()
     }
-    for split, names in read.items():
-        if names != read["train"]:
+    for split, names in categories.items():
+        if names != categories["train"]:
             raise ValueError(
-                f"{files[split].path} has the categories {_said(names)}, and {files['train'].path} has "
-                f"{_said(read['train'])}. Every split needs the same ids and names: copy the list of the training "
-                "file, and number the annotations as it does."
+                f"{files[split].path} has the categories {_to_text(names)}, and {files['train'].path} has "
+                f"{_to_text(categories['train'])}. Every split needs the same ids and names: copy the list of the "
+                "training file, and number the annotations as it does."
             )
-    if not read["train"]:
+    if not categories["train"]:
         raise ValueError(f"{files['train'].path} has no categories.")
-    return read["train"]
+    return categories["train"]
 
 
-def _said(names: Mapping[int, str]) -> str:
+def _to_text(names: Mapping[int, str]) -> str:
     return ", ".join(f"{i}={name}" for i, name in list(names.items())[:6]) or "none"
 
 
-def _scenes(file: _Split, ids: list[int], size: int, fit: Fit, settings: dict[str, Any]) -> DetectionLoader:
+def _load(file: _Split, ids: list[int], size: int, fit: Fit, settings: dict[str, Any]) -> DetectionLoader:
     entries = file.content["images"]
     if not entries:
         raise ValueError(f"{file.path} lists no images.")
-    place, label = {entry["id"]: i for i, entry in enumerate(entries)}, {c: i for i, c in enumerate(ids)}
-    if len(place) != len(entries):
-        raise ValueError(f"{file.path} lists two images of one id.")
+    index, label = {entry["id"]: i for i, entry in enumerate(entries)}, {c: i for i, c in enumerate(ids)}
+    if len(index) != len(entries):
+        raise ValueError(f"{file.path} lists two images with the same id.")
     boxes: list[list[list[float]]] = [[] for _ in entries]
     labels: list[list[int]] = [[] for _ in entries]
     dropped = {"crowd": 0}
-    for one in file.content["annotations"]:
-        if one.get("image_id") not in place or one.get("category_id") not in label:
+    for annotation in file.content["annotations"]:
+        if annotation.get("image_id") not in index or annotation.get("category_id") not in label:
             raise ValueError(
-                f"{file.path}: the annotation {one.get('id')} is of image {one.get('image_id')} and category "
-                f"{one.get('category_id')}, and one of them is not in the file."
+                f"{file.path}: the annotation {annotation.get('id')} is of image {annotation.get('image_id')} and "
+                f"category {annotation.get('category_id')}, and one of them is not in the file."
             )
-        if one.get("iscrowd"):
+        if annotation.get("iscrowd"):
             dropped["crowd"] += 1
             continue
-        boxes[place[one["image_id"]]].append(_corners(one, file.path))
-        labels[place[one["image_id"]]].append(label[one["category_id"]])
+        boxes[index[annotation["image_id"]]].append(_corners(annotation, file.path))
+        labels[index[annotation["image_id"]]].append(label[annotation["category_id"]])
     images = np.empty((len(entries), 3, size, size), np.uint8)
-    moved = torch.zeros(len(entries), 4)  # x and y scale, x and y offset
+    transforms = torch.zeros(len(entries), 4)  # x and y scale, x and y offset
 
     def fill(i: int) -> None:
-        images[i], moved[i] = _open(entries[i], file, size, fit)
+        images[i], transforms[i] = _open(entries[i], file, size, fit)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(fill, range(len(entries))))
-    placed = []
-    for own, entry, (scale, offset) in zip(boxes, entries, moved.unflatten(1, (2, 2)), strict=True):
-        kept = _cut(torch.tensor(own, dtype=torch.float64).view(-1, 4), entry)
-        placed.append((kept * scale.double().repeat(2) + offset.double().repeat(2)).float())
+    resized_boxes = []
+    for image_boxes, entry, (scale, offset) in zip(boxes, entries, transforms.unflatten(1, (2, 2)), strict=True):
+        clipped = _clip(torch.tensor(image_boxes, dtype=torch.float64).view(-1, 4), entry)
+        resized_boxes.append((clipped * scale.double().repeat(2) + offset.double().repeat(2)).float())
     return DetectionLoader(
         torch.from_numpy(images),
-        placed,
-        [torch.tensor(own, dtype=torch.int64) for own in labels],
-        scales=moved[:, :2].prod(1).sqrt(),
+        resized_boxes,
+        [torch.tensor(image_labels, dtype=torch.int64) for image_labels in labels],
+        scales=transforms[:, :2].prod(1).sqrt(),
         dropped={reason: count for reason, count in dropped.items() if count},
         **settings,
     )
 
 
-def _corners(one: Mapping[str, Any], path: Path) -> list[float]:
-    box = one.get("bbox")
+def _corners(annotation: Mapping[str, Any], path: Path) -> list[float]:
+    """Return the box of an annotation as xyxy."""
+    box = annotation.get("bbox")
     numbers = isinstance(box, list) and all(isinstance(x, int | float) and math.isfinite(x) for x in box)
     if not isinstance(box, list) or len(box) != 4 or not numbers:
-        raise ValueError(f"{path}: the annotation {one.get('id')} needs bbox [x, y, width, height]; got {box!r}.")
+        raise ValueError(
+            f"{path}: the annotation {annotation.get('id')} needs bbox [x, y, width, height]; got {box!r}."
+        )
     return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
 
 
-def _cut(boxes: Tensor, entry: Mapping[str, Any]) -> Tensor:
-    """Boxes cut to the original image; those wholly outside, or of no size, as boxes that stay empty or outside.
+def _clip(boxes: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    """Clip boxes to the original image; empty boxes stay empty, and boxes outside stay outside after resizing.
 
-    Letterboxing has room beside the image, to which boxes must not reach.
+    Clipping to the resized image is not enough: boxes must not extend into the padding of letterboxed images.
     """
     limit = boxes.new_tensor([entry["width"], entry["height"]] * 2)
-    cut = torch.minimum(boxes.clamp_min(0), limit)
-    lost = (cut[:, 2:] <= cut[:, :2]).any(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
-    # far outside of any canvas
-    return torch.where(lost[:, None], boxes.new_tensor([-2e6, -2e6, -1e6, -1e6]), cut)
+    clipped = torch.minimum(boxes.clamp_min(0), limit)
+    outside = (clipped[:, 2:] <= clipped[:, :2]).any(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+    # far outside any resized image
+    return torch.where(outside[:, None], boxes.new_tensor([-2e6, -2e6, -1e6, -1e6]), clipped)
 
 
 def _open(entry: Mapping[str, Any], file: _Split, size: int, fit: Fit) -> tuple[np.ndarray, Tensor]:
-    """The image (3, size, size), and by what its boxes are scaled and moved."""
+    """Return the image (3, size, size), and the scale and offset of its boxes: (x scale, y scale, x, y)."""
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
         raise ImportError("images are read by Pillow: pip install 'tempering[detection]'") from error
-    path = next((p for place in file.places if (p := place / str(entry["file_name"])).is_file()), None)
+    path = next((p for folder in file.folders if (p := folder / str(entry["file_name"])).is_file()), None)
     if path is None:
         raise FileNotFoundError(
-            f"{file.path} lists the image {entry['file_name']}, which is not in {', '.join(map(str, file.places[:3]))}."
+            f"{file.path} lists the image {entry['file_name']}, which is not in "
+            f"{', '.join(map(str, file.folders[:3]))}."
         )
     try:
         with Image.open(path) as opened:
             image = rgb(opened)
-            told = (entry.get("width"), entry.get("height"))
-            if image.size != told:
-                # boxes are drawn on pixels as they are stored, or as a viewer turns them; the file says which
+            stated = (entry.get("width"), entry.get("height"))
+            if image.size != stated:
+                # annotations refer to the stored pixels, or to those rotated by EXIF; the stated size shows which
                 image = rgb(ImageOps.exif_transpose(opened))
     except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three for broken files
         raise ValueError(f"{path} cannot be read as an image ({error}). Remove it, or copy it again.") from error
-    if image.size != told:
-        raise ValueError(f"{path} is {image.size} pixels and {file.path} says {told}, so its boxes cannot be placed.")
-    wide, high = image.size
+    if image.size != stated:
+        raise ValueError(
+            f"{path} is {image.size} pixels and {file.path} says {stated}, so its boxes do not fit the image."
+        )
+    width, height = image.size
     new = (size, size)
     if fit == "letterbox":
-        share = size / max(wide, high)
-        new = (max(1, round(wide * share)), max(1, round(high * share)))
+        scale = size / max(width, height)
+        new = (max(1, round(width * scale)), max(1, round(height * scale)))
     pixels = np.full((size, size, 3), GROUND, np.uint8)
     x, y = (size - new[0]) // 2, (size - new[1]) // 2
     pixels[y : y + new[1], x : x + new[0]] = np.asarray(image.resize(new, Image.Resampling.BILINEAR))
-    return pixels.transpose(2, 0, 1), torch.tensor([new[0] / wide, new[1] / high, x, y])
+    return pixels.transpose(2, 0, 1), torch.tensor([new[0] / width, new[1] / height, x, y])

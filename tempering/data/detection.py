@@ -1,4 +1,4 @@
-"""Images with boxes in memory, as batches for detectors; every draw is a pure function of (seed, epoch, sample)."""
+"""Load batches of images with boxes from memory; every draw is a pure function of (seed, epoch, sample)."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from tempering.data.batches import _order, _words
+from tempering.data.batches import epoch_order, random_bits
 from tempering.data.sharded import ShardedLoader
 
 Target = dict[str, Any]
-# (image (3, H, W) uint8, target, generator, progress in [0, 1)) -> the same two, the image of the same size
+# (image (3, H, W) uint8, target, generator, progress in [0, 1)) -> augmented image of the same size, augmented target
 Augment = Callable[[Tensor, Target, torch.Generator, float], tuple[Tensor, Target]]
 
 
 class DetectionLoader(ShardedLoader):
-    """Batches of {"images" (B, 3, H, W) float32 in [0, 1], "targets" [{"boxes" (M, 4), "labels" (M,)}], "ids" (B,)}.
+    """Load {"images" (B, 3, H, W) float32 in [0, 1], "targets" [{"boxes" (M, 4), "labels" (M,)}], "ids" (B,)}.
 
     Boxes are xyxy in pixels; an image may have none. Order and augmentation of an epoch depend on (seed, epoch, sample)
-    alone: no global random number is drawn, and ``iterate(start)`` begins anywhere at no cost.
+    alone: no global random number is drawn, and ``iterate(start)`` starts at any batch at no cost.
 
     Args:
         images: (N, 3, H, W) uint8.
-        boxes: (M, 4) of each image. Those outside it are cut; what is then empty is left out and counted in
+        boxes: (M, 4) per image. They are clipped to the image; boxes that are then empty are dropped and counted in
             ``dropped``.
-        labels: (M,) int64 of each image, from 0.
-        batch_size: images in a step, over all ranks.
-        class_names: one a class.
-        scales: pixels of these images for one of the original, (N,); None: they are the originals.
-        shuffle: a new order every epoch.
-        flip: left to right, every second image.
-        augment: called one after the other on each image, before it is flipped. A target has "boxes", "labels" and
-            "scale", the image's of ``scales``; progress is epoch / ``epochs``.
-        epochs: how many there will be, which augmentations that end before the end want to know.
+        labels: (M,) int64 per image, from 0.
+        batch_size: images per step, over all ranks.
+        class_names: one per class.
+        scales: scale of each image relative to the original, (N,); None: the images are the originals.
+        shuffle: draw a new order every epoch.
+        flip: flip horizontally with probability 1/2.
+        augment: called one after another on each image, before it is flipped. A target has "boxes", "labels" and
+            "scale", the image's entry of ``scales``; progress is epoch / ``epochs``.
+        epochs: number of epochs of the run, for augmentations that end before the run does.
         seed: of order and augmentation.
         name: of the data set, for records.
-        dropped: reason -> boxes that were left out before.
+        dropped: reason -> number of boxes already dropped.
 
     Raises:
-        ValueError: for anything that does not fit, saying what does.
+        ValueError: for an invalid argument, stating what is accepted.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class DetectionLoader(ShardedLoader):
         self.seed, self.name, self.dropped = seed, name, dict(dropped or {})
         self.scales = torch.ones(len(images)) if scales is None else scales
         self.epoch, self.rank, self.world = 0, 0, 1
-        self._known: dict[str, str] = {}
+        self._hash_cache: dict[str, str] = {}
         self.boxes, self.labels = list(boxes), list(labels)
         self._validate()
-        for i, (own, named) in enumerate(zip(self.boxes, self.labels, strict=True)):
-            self.boxes[i], self.labels[i], lost = inside(own.float(), named, self.shape)
-            for reason, count in lost.items():
+        for i, (image_boxes, image_labels) in enumerate(zip(self.boxes, self.labels, strict=True)):
+            self.boxes[i], self.labels[i], removed = inside(image_boxes.float(), image_labels, self.shape)
+            for reason, count in removed.items():
                 self.dropped[reason] = self.dropped.get(reason, 0) + count
 
     def _validate(self) -> None:
@@ -82,7 +82,7 @@ class DetectionLoader(ShardedLoader):
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8 or not len(images):
             raise ValueError(
                 f"DetectionLoader needs images (N, 3, H, W) in uint8, N > 0; got {tuple(images.shape)} {images.dtype}. "
-                "Gray ones: images.expand(-1, 3, -1, -1)."
+                "Grayscale images: images.expand(-1, 3, -1, -1)."
             )
         counts = {"boxes": len(self.boxes), "labels": len(self.labels), "scales": len(self.scales)}
         if set(counts.values()) != {len(images)}:
@@ -110,17 +110,17 @@ class DetectionLoader(ShardedLoader):
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.images.shape[1:]))
-        what = f"{self.name}: {self.size} images {shape}, {self.classes} classes, batch_size={self.batch_size}"
-        return f"DetectionLoader({what})"
+        facts = f"{self.name}: {self.size} images {shape}, {self.classes} classes, batch_size={self.batch_size}"
+        return f"DetectionLoader({facts})"
 
     @property
     def size(self) -> int:
-        """Images in the data set."""
+        """Number of images in the data set."""
         return len(self.images)
 
     @property
     def rows(self) -> int:
-        """Different ids: the images."""
+        """Number of different ids: that of the images."""
         return self.size
 
     @property
@@ -130,70 +130,70 @@ class DetectionLoader(ShardedLoader):
 
     @property
     def classes(self) -> int:
-        """How many classes there are."""
+        """Number of classes."""
         return len(self.class_names)
 
     @property
     def augmented(self) -> bool:
-        """Whether an image looks different from one epoch to the next."""
+        """Whether the images are augmented."""
         return self.flip or bool(self.augment)
 
     @property
     def augmentation(self) -> dict[str, Any]:
-        """What is done to the images, JSON-able; ``seed`` is None where nothing is drawn."""
-        told = [getattr(a, "__name__", None) or repr(a) for a in self.augment]
-        return {"flip": self.flip, "augment": told, "seed": self.seed if self.augmented else None, "views": None}
+        """Description of the augmentation, JSON-able; ``seed`` is None where nothing is random."""
+        names = [getattr(a, "__name__", None) or repr(a) for a in self.augment]
+        return {"flip": self.flip, "augment": names, "seed": self.seed if self.augmented else None, "views": None}
 
     @property
     def identity(self) -> str:
-        """sha256 of images, boxes, labels and class names, in hexadecimal."""
-        if "identity" not in self._known:
+        """SHA-256 of images, boxes, labels and class names, in hexadecimal."""
+        if "identity" not in self._hash_cache:
             digest = hashlib.sha256(json.dumps([list(self.images.shape), self.class_names]).encode())
             for part in (self.images, *self.boxes, *self.labels):
                 digest.update(json.dumps(list(part.shape)).encode())
                 digest.update(part.cpu().contiguous().numpy().data)
-            self._known["identity"] = digest.hexdigest()
-        return self._known["identity"]
+            self._hash_cache["identity"] = digest.hexdigest()
+        return self._hash_cache["identity"]
 
-    # walking
+    # iteration
 
     def __len__(self) -> int:
-        return self._steps(self.size)
+        return self._num_batches(self.size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose which epoch the next walk is."""
+        """Select the epoch of the next iteration."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.iterate(0)
 
     def iterate(self, start: int = 0) -> Iterator[dict[str, Any]]:
-        """The epoch's batches from number ``start`` on, with the same pixels as if it had begun at 0."""
+        """Iterate over the epoch from batch ``start``; the pixels equal those of an iteration from 0."""
         if start < 0:
-            raise ValueError(f"iterate() begins at a batch >= 0; got {start}.")
-        return self._walk(start, self.epoch)
+            raise ValueError(f"iterate() needs start >= 0; got {start}.")
+        return self._iterate_epoch(start, self.epoch)
 
-    def _walk(self, start: int, epoch: int) -> Iterator[dict[str, Any]]:
-        order = _order(self.size, self.seed, epoch) if self.shuffle else torch.arange(self.size)
-        words = _words(self.size, self.seed, "augment", epoch) if self.augmented else None
+    def _iterate_epoch(self, start: int, epoch: int) -> Iterator[dict[str, Any]]:
+        order = epoch_order(self.size, self.seed, epoch) if self.shuffle else torch.arange(self.size)
+        bits = random_bits(self.size, self.seed, "augment", epoch) if self.augmented else None
         for step in range(start, len(self)):
-            index = order[self._share(step, self.size)]
-            yield self._batch(index, None if words is None else words[index], epoch)
+            index = order[self._shard_slice(step, self.size)]
+            yield self._batch(index, None if bits is None else bits[index], epoch)
 
-    def _batch(self, index: Tensor, words: Tensor | None, epoch: int) -> dict[str, Any]:
+    def _batch(self, index: Tensor, bits: Tensor | None, epoch: int) -> dict[str, Any]:
         device = self.images.device
         pixels = self.images.index_select(0, index.to(device))
         targets: list[Target] = [{"boxes": self.boxes[i], "labels": self.labels[i]} for i in index.tolist()]
-        if words is not None:
-            flips = words < 0 if self.flip else torch.zeros_like(words, dtype=torch.bool)
-            for i, word in enumerate(words.tolist()) if self.augment else ():
-                pixels[i], targets[i] = self._changed(pixels[i], targets[i], int(index[i]), word, epoch)
+        if bits is not None:
+            flips = bits < 0 if self.flip else torch.zeros_like(bits, dtype=torch.bool)
+            for i, seed in enumerate(bits.tolist()) if self.augment else ():
+                pixels[i], targets[i] = self._augment_image(pixels[i], targets[i], int(index[i]), seed, epoch)
             pixels = torch.where(flips.to(device)[:, None, None, None], pixels.flip(3), pixels)
             targets = [_flipped(t, self.shape[1]) if f else t for t, f in zip(targets, flips.tolist(), strict=True)]
         return {"images": pixels.float().div_(255), "targets": targets, "ids": index.to(device)}
 
-    def _changed(self, image: Tensor, target: Target, i: int, word: int, epoch: int) -> tuple[Tensor, Target]:
-        generator = torch.Generator().manual_seed(word & 0x7FFFFFFFFFFFFFFF)
+    def _augment_image(self, image: Tensor, target: Target, i: int, seed: int, epoch: int) -> tuple[Tensor, Target]:
+        generator = torch.Generator().manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
         shape, target = image.shape, {**target, "scale": float(self.scales[i])}
         for augment in self.augment:
             image, target = augment(image, target, generator, min(epoch / self.epochs, 1.0))
@@ -205,67 +205,71 @@ class DetectionLoader(ShardedLoader):
         return image, {"boxes": boxes, "labels": labels}
 
     def gather(self, ids: Tensor) -> Any:
-        """Detectors' answers are not recorded.
+        """Raise, since detector outputs cannot be cached.
 
         Raises:
             ValueError: always.
         """
         raise ValueError(
-            "a detector's answers are maps, boxes and logits of every anchor, which are not cached. Ask the teacher "
-            "live: teachers.Live(model)."
+            "the outputs of a detector are feature maps, boxes and logits of every anchor, which are not cached. Run "
+            "the teacher in every step: teachers.Live(model)."
         )
 
     def replay(self, views: int) -> Any:
-        """As ``at``.
+        """Raise, as ``gather`` does.
 
         Raises:
             ValueError: always.
         """
         return self.gather(torch.zeros(0))
 
-    # variants: copies that share the images
+    # copies that share the images
 
     def clean(self) -> DetectionLoader:
-        """The same data in its own order, without augmentation."""
-        return self._with(shuffle=False, flip=False, augment=())
+        """Return a loader of the same data in its stored order, without augmentation."""
+        return self._replace(shuffle=False, flip=False, augment=())
 
     def to(self, device: torch.device | str) -> DetectionLoader:
-        """The same data resident on ``device``; augmentations of single images run there too."""
+        """Return a loader of the same data on ``device``; augmentations of single images run there too."""
         boxes, labels = ([x.to(device) for x in parts] for parts in (self.boxes, self.labels))
-        return self._with(images=self.images.to(device), boxes=boxes, labels=labels)
+        return self._replace(images=self.images.to(device), boxes=boxes, labels=labels)
 
     def subset(self, n: int) -> DetectionLoader:
-        """The first ``n`` images of a fixed random order, in their old order."""
+        """Return a loader of the first ``n`` images of a fixed random order, in their stored order."""
         if not 0 < n <= self.size:
             raise ValueError(f"cannot take {n} of {self.size} images.")
-        return self if n == self.size else self._only(_order(self.size, 0, 0)[:n])
+        return self if n == self.size else self._select(epoch_order(self.size, 0, 0)[:n])
 
     def split(self, n_validation: int, seed: int = 0) -> tuple[DetectionLoader, DetectionLoader]:
-        """(the rest, a clean hold-out of ``n_validation`` images), drawn by ``seed``."""
+        """Return (the remaining images, a clean held-out split of ``n_validation`` images), drawn with ``seed``."""
         if not 0 < n_validation < self.size:
-            raise ValueError(f"cannot hold out {n_validation} of {self.size} images; some must be left on both sides.")
-        order = _order(self.size, seed, 0)
-        return self._only(order[n_validation:]), self._only(order[:n_validation]).clean()
+            raise ValueError(f"cannot hold out {n_validation} of {self.size} images; both splits need at least one.")
+        order = epoch_order(self.size, seed, 0)
+        return self._select(order[n_validation:]), self._select(order[:n_validation]).clean()
 
-    def _only(self, index: Tensor) -> DetectionLoader:
+    def _select(self, index: Tensor) -> DetectionLoader:
         kept = np.sort(index.numpy()).tolist()
         boxes, labels = ([parts[i] for i in kept] for parts in (self.boxes, self.labels))
-        return self._with(
-            images=self.images[kept], boxes=boxes, labels=labels, scales=self.scales[kept], dropped={}, _known={}
+        return self._replace(
+            images=self.images[kept], boxes=boxes, labels=labels, scales=self.scales[kept], dropped={}, _hash_cache={}
         )
 
 
 def inside(boxes: Tensor, labels: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """Boxes cut to an image of (height, width) without the empty ones, their labels, and reason -> boxes left out."""
+    """Clip boxes to an image of (height, width) and drop the empty ones.
+
+    Returns:
+        The boxes, their labels, and reason -> number of dropped boxes.
+    """
     limit = boxes.new_tensor([size[1], size[0], size[1], size[0]])
-    cut = torch.minimum(boxes.clamp_min(0), limit)
+    clipped = torch.minimum(boxes.clamp_min(0), limit)
     empty = (boxes[:, 2:] <= boxes[:, :2]).any(1)
-    kept = (cut[:, 2:] > cut[:, :2]).all(1)
-    lost = {"zero size": int(empty.sum()), "outside the image": int((~kept & ~empty).sum())}
-    return cut[kept], labels[kept], {reason: count for reason, count in lost.items() if count}
+    kept = (clipped[:, 2:] > clipped[:, :2]).all(1)
+    dropped = {"zero size": int(empty.sum()), "outside the image": int((~kept & ~empty).sum())}
+    return clipped[kept], labels[kept], {reason: count for reason, count in dropped.items() if count}
 
 
 def _flipped(target: Target, width: int) -> Target:
     boxes = target["boxes"]
-    turned = torch.stack((width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]), 1)
-    return {**target, "boxes": turned}
+    flipped = torch.stack((width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]), 1)
+    return {**target, "boxes": flipped}

@@ -1,4 +1,4 @@
-"""scikit-learn's bundled digits: 1,797 images of 8 x 8 pixels, no download."""
+"""Load scikit-learn's digits, 1,797 images of 8 x 8 pixels, without a download."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ MEAN, STD = (0.3053,), (0.3759,)
 VALIDATION, TEST = 359, 360
 
 
-def digits(*, batch_size: int = 64, crop: int = 0, seed: int = 0, channels_last: bool = False) -> Splits:
-    """1,078 / 359 / 360 images (1, 8, 8) of ten digits; the split is fixed, every digit in proportion.
+def digits(*, batch_size: int = 64, crop: int = 0, seed: int = 0, channels_last: bool = False) -> Splits[Batches]:
+    """Load 1,078 / 359 / 360 images (1, 8, 8) of ten digits; the splits are fixed and stratified by class.
 
     Args:
         batch_size: of all three splits.
-        crop: as Batches has it, for training.
-        seed: of order and augmentation; not of the split.
-        channels_last: the inputs' memory format.
+        crop: of the training images, as in ``Batches``.
+        seed: of order and augmentation; not of the splits.
+        channels_last: use the channels_last memory format for the inputs.
 
     Raises:
         ImportError: without scikit-learn.
@@ -28,7 +28,7 @@ def digits(*, batch_size: int = 64, crop: int = 0, seed: int = 0, channels_last:
         raise ImportError('digits() reads scikit-learn\'s data: pip install "tempering[data]"') from error
     values, labels = load_digits(return_X_y=True)  # 0 to 16
     images = (torch.from_numpy(values).view(-1, 1, 8, 8) * (255 / 16)).round().to(torch.uint8)
-    whole = Batches(
+    data = Batches(
         images,
         torch.from_numpy(labels).long(),
         batch_size=batch_size,
@@ -41,6 +41,6 @@ def digits(*, batch_size: int = 64, crop: int = 0, seed: int = 0, channels_last:
         class_names=[str(i) for i in range(10)],
         name="digits",
     )
-    rest, test = whole.split(TEST, seed=0)
-    train, validation = rest.split(VALIDATION, seed=0)
+    train, test = data.split(TEST, seed=0)
+    train, validation = train.split(VALIDATION, seed=0)
     return Splits(train, validation, test)

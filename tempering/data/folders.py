@@ -1,4 +1,4 @@
-"""Image folders, a folder a class, read into memory at one size."""
+"""Load image folders, one folder per class, into memory at one size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tempering.data.batches import Batches, Splits, train_val_split
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as most published teachers want
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as most published teachers expect
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SPLITS = {
     "train": ("train", "training"),
@@ -36,43 +36,43 @@ def image_folder(
     flip: bool = False,
     seed: int = 0,
     channels_last: bool = False,
-) -> Splits:
-    """The images (3, size, size) of FOLDER/CLASS/*.jpg or FOLDER/{train,val,test}/CLASS/*.jpg; classes by name.
+) -> Splits[Batches]:
+    """Load images (3, size, size) from FOLDER/CLASS/*.jpg or FOLDER/{train,val,test}/CLASS/*.jpg, classes by name.
 
-    Everything is decoded once and kept in memory: 3 * size * size bytes an image. An image is scaled until it covers
-    the square, and its middle is cut out.
+    All images are decoded once and kept in memory: 3 * size * size bytes per image. An image is resized so that its
+    shorter side is ``size``, and center cropped.
 
     Args:
-        folder: as above. Of train and one other split, as ImageNet has them, the other one is the test split.
-        size: pixels a side.
+        folder: as above. If it has only train and one other split, as ImageNet has, the other one is the test split.
+        size: height and width of the images in pixels.
         batch_size: of all splits.
-        validation, test: images to hold out of the training ones where the folder has no such split, every class in
-            proportion; always the same ones.
-        mean, std: of each channel, of pixels in [0, 1]; those the teacher was trained with.
+        validation, test: number of training images to hold out if the folder has no such split, always the same ones,
+            stratified by class.
+        mean, std: per channel, for pixels in [0, 1]; those the teacher was trained with.
         crop, flip: augmentation of the training images.
         seed: of order and augmentation.
-        channels_last: the inputs' memory format.
+        channels_last: use the channels_last memory format for the inputs.
 
     Raises:
-        FileNotFoundError: for a folder without classes or images, saying what was looked for.
-        ValueError: for an image that cannot be read, splits of other classes, or no test split.
+        FileNotFoundError: for a folder without classes or images, stating which files were looked for.
+        ValueError: for an image that cannot be read, splits of different classes, or no test split.
     """
     folder = Path(folder)
-    places = {split: place for split, names in SPLITS.items() if (place := _first(folder, names)) is not None}
-    places = places if "train" in places else {"train": folder}
-    names = _subfolders(places["train"])
-    for split, place in places.items():
-        if not names or _subfolders(place) != names:
+    folders = {split: path for split, names in SPLITS.items() if (path := _first(folder, names)) is not None}
+    folders = folders if "train" in folders else {"train": folder}
+    names = _subfolders(folders["train"])
+    for split, path in folders.items():
+        if not names or _subfolders(path) != names:
             raise FileNotFoundError(
-                f"{place} should hold one folder a class"
-                f"{', the same as ' + str(places['train']) if names and split != 'train' else ''}; it holds "
-                f"{', '.join(_subfolders(place)[:5]) or 'no folders'}. Put images as {folder}/CLASS/NAME.jpg, or as "
-                f"{folder}/train/CLASS/NAME.jpg with {folder}/test/CLASS/NAME.jpg beside it."
+                f"{path} should hold one folder per class"
+                f"{', the same as ' + str(folders['train']) if names and split != 'train' else ''}; it holds "
+                f"{', '.join(_subfolders(path)[:5]) or 'no folders'}. Put images as {folder}/CLASS/NAME.jpg, or as "
+                f"{folder}/train/CLASS/NAME.jpg and {folder}/test/CLASS/NAME.jpg."
             )
-    read = {split: _read(place, names, size) for split, place in places.items()}
+    tensors = {split: _read(path, names, size) for split, path in folders.items()}
     settings = {"batch_size": batch_size, "mean": mean, "std": std, "seed": seed, "channels_last": channels_last}
     settings |= {"class_names": names, "name": folder.resolve().name}
-    return assembled(read, settings, {"crop": crop, "flip": flip}, validation=validation, test=test)
+    return assembled(tensors, settings, {"crop": crop, "flip": flip}, validation=validation, test=test)
 
 
 def assembled(
@@ -82,25 +82,25 @@ def assembled(
     *,
     validation: int,
     test: int,
-) -> Splits:
-    """Splits of what was read; those that are missing are held out of the training images.
+) -> Splits[Batches]:
+    """Build splits from tensors; missing splits are held out of the training images.
 
     Args:
-        read: split -> images (N, C, H, W) and labels (N,); "train" is one of them.
-        settings: of all splits, as Batches takes them.
-        augmentation: of the training images.
-        validation, test: how many images to hold out.
+        read: split -> images (N, C, H, W) and labels (N,); "train" is required.
+        settings: arguments of ``Batches`` for all splits.
+        augmentation: arguments of ``Batches`` for the training split.
+        validation, test: number of images to hold out.
 
     Raises:
-        ValueError: for a hold-out of a split that is there, or no test split at all.
+        ValueError: for a held-out split that already exists, or if there is no test split.
     """
-    made = {split: Batches(*tensors, **settings) for split, tensors in read.items() if split != "train"}
+    others = {split: Batches(*tensors, **settings) for split, tensors in read.items() if split != "train"}
     train = Batches(*read["train"], **settings, **augmentation, shuffle=True)
-    return train_val_split(train, made, validation=validation, test=test)
+    return train_val_split(train, others, validation=validation, test=test)
 
 
 def pixels(image: Any, size: int) -> np.ndarray:
-    """A PIL image as (3, size, size) uint8, scaled to cover the square, its middle cut out, turned as its EXIF says."""
+    """Convert a PIL image to (3, size, size) uint8: rotate by EXIF data, resize the shorter side, center crop."""
     from PIL import Image, ImageOps
 
     upright = rgb(ImageOps.exif_transpose(image))
@@ -109,15 +109,15 @@ def pixels(image: Any, size: int) -> np.ndarray:
 
 
 def rgb(image: Any) -> Any:
-    """A PIL image in RGB; one of 16 bits by its upper 8, where PIL would cut off what is above 255.
+    """Convert a PIL image to RGB; 16-bit images keep their upper 8 bits, whereas PIL would clip values above 255.
 
     Raises:
-        ValueError: for numbers whose range is not known.
+        ValueError: for pixel values of unknown range.
     """
     from PIL import Image
 
     if image.mode == "F" or (image.mode == "I" and not 0 <= image.getextrema()[0] <= image.getextrema()[1] < 2**16):
-        raise ValueError(f"its mode is {image.mode}, of numbers in any range; write it in 8 or 16 bits")
+        raise ValueError(f"its mode is {image.mode}, whose values have no fixed range; save it in 8 or 16 bits")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     return image.convert("RGB")
@@ -134,29 +134,29 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _read(folder: Path, names: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
-    found = [
+    files = [
         (path, label)
         for label, name in enumerate(names)
         for path in sorted((folder / name).rglob("*"))
         if path.suffix.lower() in SUFFIXES and path.is_file()
     ]
-    if not found:
+    if not files:
         raise FileNotFoundError(f"{folder} holds classes but no images. Expected {', '.join(SUFFIXES)}.")
-    images = np.empty((len(found), 3, size, size), np.uint8)
+    images = np.empty((len(files), 3, size, size), np.uint8)
 
-    def fill(place: int) -> None:
-        images[place] = _open(found[place][0], size)
+    def fill(index: int) -> None:
+        images[index] = _open(files[index][0], size)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(fill, range(len(found))))
-    return torch.from_numpy(images), torch.tensor([label for _, label in found])
+        list(pool.map(fill, range(len(files))))
+    return torch.from_numpy(images), torch.tensor([label for _, label in files])
 
 
 def _open(path: Path, size: int) -> np.ndarray:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError('image folders are read by Pillow: pip install "tempering[data]"') from error
+        raise ImportError('image folders are read with Pillow: pip install "tempering[data]"') from error
     try:
         with Image.open(path) as image:
             return pixels(image, size)

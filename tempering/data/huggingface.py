@@ -1,4 +1,4 @@
-"""Image data sets of Hugging Face ``datasets``, read into memory."""
+"""Load image data sets of Hugging Face ``datasets`` into memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tempering.data.batches import Splits
+from tempering.data.batches import Batches, Splits
 from tempering.data.folders import MEAN, SPLITS, STD, assembled, pixels
 
 
@@ -29,43 +29,43 @@ def hugging_face(
     flip: bool = False,
     seed: int = 0,
     channels_last: bool = False,
-) -> Splits:
-    """The images (3, size, size) and labels of a Dataset or DatasetDict, scaled and cut as ``image_folder`` does.
+) -> Splits[Batches]:
+    """Load images (3, size, size) and labels of a Dataset or DatasetDict, resized and cropped as ``image_folder`` does.
 
     Args:
-        source: a ``datasets`` object, or the folder of one (``save_to_disk``). By a name on the hub:
-            ``datasets.load_dataset(name)``, which is yours to call, since it downloads.
-        size: pixels a side.
-        image, label: columns; None is the first one of type Image and of type ClassLabel.
+        source: a ``datasets`` object, or the folder of one (``save_to_disk``). For a name on the hub, pass
+            ``datasets.load_dataset(name)``; this function downloads nothing.
+        size: height and width of the images in pixels.
+        image, label: names of columns; None: the first one of type Image and of type ClassLabel.
         batch_size: of all splits.
-        validation, test: images to hold out of the training ones where there is no such split.
-        mean, std: of each channel, of pixels in [0, 1].
+        validation, test: number of training images to hold out if there is no such split.
+        mean, std: per channel, for pixels in [0, 1].
         crop, flip: augmentation of the training images.
         seed: of order and augmentation.
-        channels_last: the inputs' memory format.
+        channels_last: use the channels_last memory format for the inputs.
 
     Raises:
         ImportError: for a folder without ``datasets`` installed.
-        ValueError: for columns or splits that are not there.
+        ValueError: for columns or splits that do not exist.
     """
     name = "data"
     if isinstance(source, (str, Path)):
-        name, source = Path(source).name, _loaded(Path(source))
+        name, source = Path(source).name, _load(Path(source))
     parts = dict(source) if isinstance(source, Mapping) else {"train": source}
-    found = {split: parts[n] for split, names in SPLITS.items() for n in names if n in parts}
-    if "train" not in found:
+    splits = {split: parts[n] for split, names in SPLITS.items() for n in names if n in parts}
+    if "train" not in splits:
         raise ValueError(f"the data set has the splits {', '.join(parts)}; one must be called train.")
-    features = found["train"].features
+    features = splits["train"].features
     image = _column(features, image, "Image", "image")
     label = _column(features, label, "ClassLabel", "label")
     names = getattr(features[label], "names", None)
-    read = {split: _read(part, image, label, size) for split, part in found.items()}
+    tensors = {split: _read(part, image, label, size) for split, part in splits.items()}
     settings = {"batch_size": batch_size, "mean": mean, "std": std, "seed": seed, "channels_last": channels_last}
     settings |= {"class_names": names, "name": name}
-    return assembled(read, settings, {"crop": crop, "flip": flip}, validation=validation, test=test)
+    return assembled(tensors, settings, {"crop": crop, "flip": flip}, validation=validation, test=test)
 
 
-def _loaded(folder: Path) -> Any:
+def _load(folder: Path) -> Any:
     if not folder.is_dir():
         raise FileNotFoundError(f"no data set in {folder}: it is not there. Write one with dataset.save_to_disk(...).")
     try:
@@ -75,18 +75,18 @@ def _loaded(folder: Path) -> Any:
     return load_from_disk(str(folder))
 
 
-def _column(features: Mapping[str, Any], wanted: str | None, kind: str, argument: str) -> str:
-    """The named column, or the first one whose feature is of this type."""
-    if wanted is None:
-        wanted = next((name for name, feature in features.items() if type(feature).__name__ == kind), None)
-    if wanted is None or wanted not in features:
-        missing = f"no column is of type {kind}" if wanted is None else f"there is no column {wanted!r}"
+def _column(features: Mapping[str, Any], name: str | None, kind: str, argument: str) -> str:
+    """Return the named column, or the first one whose feature is of this type."""
+    if name is None:
+        name = next((column for column, feature in features.items() if type(feature).__name__ == kind), None)
+    if name is None or name not in features:
+        missing = f"no column is of type {kind}" if name is None else f"there is no column {name!r}"
         raise ValueError(f"{missing}; there are {', '.join(features)}. Name it: {argument}=...")
-    return wanted
+    return name
 
 
 def _read(part: Any, image: str, label: str, size: int) -> tuple[Tensor, Tensor]:
     images = np.empty((len(part), 3, size, size), np.uint8)
-    for place, row in enumerate(part):
-        images[place] = pixels(row[image], size)
+    for index, row in enumerate(part):
+        images[index] = pixels(row[image], size)
     return torch.from_numpy(images), torch.tensor([int(y) for y in part[label]])

@@ -1,4 +1,4 @@
-"""Pairs of a source and a target, for encoder-decoders and for prompts with completions; JSON lines of them."""
+"""Load pairs of a source and a target, for encoder-decoders and for prompts with completions, from JSON lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIELDS = (("dialogue", "summary"), ("dialogue", "summary1"), ("question", "answe
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The token ids that an encoder reads, and those that its decoder has to write."""
+    """Token ids of the encoder's input and of the decoder's output."""
 
     source: tuple[int, ...]
     target: tuple[int, ...]
@@ -30,38 +30,41 @@ class Pair:
 def make_pair(
     source: Sequence[int], target: Sequence[int], *, eos: int | None = None, lengths: tuple[int, int] | None = None
 ) -> Pair:
-    """A source and a target, each with one end-of-sequence.
+    """Return a pair of a source and a target, each with one end-of-sequence token.
 
     Args:
-        eos: appended to each that does not end with it yet; None for none.
-        lengths: at most so many tokens of either. What is cut at its end has no eos: it did not end there.
+        source, target: token ids.
+        eos: end-of-sequence id, appended to a side that does not end with it; None: append nothing.
+        lengths: maximal number of tokens of source and target; a truncated side has no eos.
 
     Raises:
-        ValueError: where nothing of one of them is left.
+        ValueError: if a side has no tokens.
     """
-    read, write = (list(x) if eos is None or list(x)[-1:] == [eos] else [*x, eos] for x in (source, target))
+    source_ids, target_ids = (list(x) if eos is None or list(x)[-1:] == [eos] else [*x, eos] for x in (source, target))
     if lengths is not None:
-        read, write = read[: lengths[0]], write[: lengths[1]]
-    if not read or not write:
-        raise ValueError(f"a pair needs tokens on both sides; got {len(read)} and {len(write)} (lengths={lengths}).")
-    return Pair(tuple(read), tuple(write))
+        source_ids, target_ids = source_ids[: lengths[0]], target_ids[: lengths[1]]
+    if not source_ids or not target_ids:
+        raise ValueError(
+            f"a pair needs tokens on both sides; got {len(source_ids)} and {len(target_ids)} (lengths={lengths})."
+        )
+    return Pair(tuple(source_ids), tuple(target_ids))
 
 
 def collate_pairs(
     pairs: Sequence[Pair], *, pad: int = 0, lengths: tuple[int, int] | None = None, ids: Iterable[int] | None = None
 ) -> dict[str, Tensor]:
-    """A batch for ``Seq2Seq``: input_ids and attention_mask (B, S), labels (B, L) that are -100 behind a target's end.
+    """Collate pairs into a batch for ``Seq2Seq``: input_ids and attention_mask (B, S), labels (B, L), padded with -100.
 
-    Padding is on the right: models that learn their positions count them from there, and those of decoders shift the
-    labels right themselves.
+    Padding is on the right, as models with learned absolute positions need it; decoders shift the labels themselves.
 
     Args:
-        pad: of the sources; it may be the end-of-sequence.
-        lengths: (S, L); None are those of the longest source and target.
-        ids: sample ids, for teachers that look their answers up.
+        pairs: to collate.
+        pad: padding id of the sources; it may be the end-of-sequence id.
+        lengths: (S, L); None: the lengths of the longest source and target.
+        ids: sample ids, for cached teachers.
 
     Raises:
-        ValueError: for no pairs, or one that is longer.
+        ValueError: for no pairs, or a pair that is longer than ``lengths``.
     """
     longest = tuple(max((len(getattr(p, side)) for p in pairs), default=0) for side in ("source", "target"))
     S, L = lengths or longest
@@ -80,14 +83,14 @@ def collate_pairs(
 
 
 class Pairs(Tokens):
-    """Batches of pairs, padded to one length a side, with their sample ids: input_ids, attention_mask, labels, ids.
+    """Load batches of pairs, padded to one length per side: input_ids, attention_mask, labels and sample ids ("ids").
 
     Args:
-        pairs: such as ``make_pair`` makes.
+        pairs: such as those of ``make_pair``.
         batch_size: of every batch but the last.
-        lengths: of sources and targets in every batch; None are the longest.
-        pad: of the sources.
-        shuffle: draw another order every epoch, from ``seed`` and the epoch's number.
+        lengths: of sources and targets in every batch; None: those of the longest source and target.
+        pad: padding id of the sources.
+        shuffle: draw a new order every epoch, from ``seed`` and the epoch.
         seed: of the order.
 
     Raises:
@@ -105,16 +108,16 @@ class Pairs(Tokens):
         seed: int = 0,
     ) -> None:
         longest = [max((len(getattr(p, side)) for p in pairs), default=0) for side in ("source", "target")]
-        chosen = lengths or (longest[0], longest[1])
-        if not pairs or batch_size < 1 or longest[0] > chosen[0] or longest[1] > chosen[1]:
+        limits = lengths or (longest[0], longest[1])
+        if not pairs or batch_size < 1 or longest[0] > limits[0] or longest[1] > limits[1]:
             raise ValueError(
-                f"Pairs needs pairs no longer than {chosen} and batch_size >= 1; got {len(pairs)} of at most "
-                f"{tuple(longest)} tokens, and {batch_size}."
+                f"Pairs needs pairs no longer than {limits} and batch_size >= 1; got {len(pairs)} of at most "
+                f"{tuple(longest)} tokens and batch_size={batch_size}."
             )
-        self.pairs, self.batch_size, self.lengths = list(pairs), batch_size, chosen
+        self.pairs, self.batch_size, self.lengths = list(pairs), batch_size, limits
         self.pad, self.shuffle, self.seed, self.number, self.rank, self.world = pad, shuffle, seed, 0, 0, 1
         self.canaries = ()
-        digest = hashlib.sha256(repr(("pairs", chosen, pad)).encode())
+        digest = hashlib.sha256(repr(("pairs", limits, pad)).encode())
         for pair in self.pairs:
             numbers = [len(pair.source), len(pair.target), *pair.source, *pair.target]
             digest.update(np.asarray(numbers, dtype=np.int64).tobytes())
@@ -122,29 +125,31 @@ class Pairs(Tokens):
 
     @property
     def rows(self) -> int:
-        """How many pairs there are."""
+        """Number of pairs."""
         return len(self.pairs)
 
     def batch(self, ids: Sequence[int]) -> dict[str, Tensor]:
-        """The batch of these pairs."""
+        """Return the batch of these pairs."""
         return collate_pairs([self.pairs[i] for i in ids], pad=self.pad, lengths=self.lengths, ids=ids)
 
 
 def read_pairs(path: str | Path) -> list[tuple[str, str]]:
-    """(source, target) of every JSON line, plain or .gz: DialogSum's, GSM8K's, or {"source": ..., "target": ...}.
+    """Read (source, target) from a JSON lines file, plain or .gz: DialogSum, GSM8K, or {"source": ..., "target": ...}.
 
     Raises:
-        ValueError: for a line that has no such fields.
+        ValueError: for a line without such fields.
     """
     path = Path(path)
     lines = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8")
-    out = []
+    pairs = []
     with lines as file:
         for number, line in enumerate(file, 1):
-            held = json.loads(line)
-            names = next((names for names in FIELDS if all(isinstance(held.get(n), str) for n in names)), None)
+            fields = json.loads(line)
+            names = next((names for names in FIELDS if all(isinstance(fields.get(n), str) for n in names)), None)
             if names is None:
                 known = ", ".join(f"{a} and {b}" for a, b in FIELDS)
-                raise ValueError(f"{path}, line {number} has the fields {sorted(held)}; known are {known}, as texts.")
-            out.append((held[names[0]], held[names[1]]))
-    return out
+                raise ValueError(
+                    f"{path}, line {number} has the fields {sorted(fields)}; supported are {known}, as texts."
+                )
+            pairs.append((fields[names[0]], fields[names[1]]))
+    return pairs

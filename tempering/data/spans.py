@@ -1,4 +1,4 @@
-"""One text cut by two tokenizers: which of its tokens cover the same bytes on both sides."""
+"""Align the tokens of two tokenizers: find the groups of tokens that cover the same bytes of a text."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torch import Tensor
 
 from tempering.data.text import TextExample, collate, make_prompt_example
 
-NOWHERE = -1  # the group of a token that has no partner
+NO_GROUP = -1  # the group of a token without a counterpart
 
 
 class Pieces:
-    """A tokenizer that knows the bytes of its tokens.
+    """A tokenizer with the bytes of its tokens.
 
     Args:
-        encode: text -> token ids, without a beginning or an end of text.
-        table: id -> the bytes of that token; b"" for one that stands for no text, as special ones do.
-        eos, bos: the end that is learned after a completion, and the beginning before a prompt; None for none.
+        encode: text -> token ids, without special tokens.
+        table: id -> bytes of the token; b"" for tokens without text, such as special tokens.
+        eos, bos: ids of the end-of-sequence token, learned after a completion, and of the beginning-of-sequence token,
+            put before a prompt; None for none.
     """
 
     def __init__(
@@ -36,89 +37,88 @@ class Pieces:
 
     @classmethod
     def of(cls, tokenizer: Any) -> Self:
-        """That of a tokenizer of transformers: byte-level (GPT-2, Llama 3, Qwen) or SentencePiece (Llama 2, Gemma).
+        """Wrap a tokenizer of transformers: byte-level (GPT-2, Llama 3, Qwen) or SentencePiece (Llama 2, Gemma).
 
         Raises:
-            ValueError: for a vocabulary of another kind, of which the bytes cannot be told.
+            ValueError: for a vocabulary of another kind, whose bytes are unknown.
         """
         vocabulary: dict[str, int] = tokenizer.get_vocab()
         added = {int(i): str(token) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
-        special, letters = set(tokenizer.all_special_ids), _letters()
-        level = all(letter in vocabulary for letter in letters)
-        if not level and not any(token.startswith("\u2581") for token in vocabulary):
+        special, letters = set(tokenizer.all_special_ids), _byte_letters()
+        byte_level = all(letter in vocabulary for letter in letters)
+        if not byte_level and not any(token.startswith("\u2581") for token in vocabulary):
             raise ValueError(
                 f"{type(tokenizer).__name__} has neither bytes nor SentencePiece's pieces, so the bytes of its tokens "
-                "are not known. Give them: data.spans.Pieces(encode, {id: bytes})."
+                "are not known. Pass them: data.spans.Pieces(encode, {id: bytes})."
             )
 
-        def of(token: str, number: int) -> bytes:
+        def token_bytes(token: str, number: int) -> bytes:
             if number in special:
                 return b""
-            if not level and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            if not byte_level and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
                 return bytes([int(token[3:5], 16)])
             if number in added:
                 return added[number].encode()
-            if level:
+            if byte_level:
                 return bytes(letters[letter] for letter in token)
             return token.replace("\u2581", " ").encode()
 
-        table = {int(number): of(token, int(number)) for token, number in vocabulary.items()}
-        begins = list(tokenizer.encode("a"))[:1] == [tokenizer.bos_token_id]
-        bos = tokenizer.bos_token_id if begins else None
+        table = {int(number): token_bytes(token, int(number)) for token, number in vocabulary.items()}
+        adds_bos = list(tokenizer.encode("a"))[:1] == [tokenizer.bos_token_id]
+        bos = tokenizer.bos_token_id if adds_bos else None
         return cls(
             lambda text: tokenizer.encode(text, add_special_tokens=False), table, eos=tokenizer.eos_token_id, bos=bos
         )
 
     def cut(self, text: str) -> tuple[list[int], list[int]]:
-        """The token ids of a text, and how many of its bytes each covers.
+        """Return the token ids of a text, and the number of bytes that each covers.
 
-        The space that SentencePiece puts before a text counts for nothing.
+        The space that SentencePiece adds before a text is not counted.
 
         Raises:
-            ValueError: where the tokens' bytes are not the text's, with the first place that differs.
+            ValueError: if the bytes of the tokens differ from those of the text, stating the first difference.
         """
-        ids, want = list(self.encode(text)), text.encode()
+        ids, expected = list(self.encode(text)), text.encode()
         parts = [self.table.get(i, b"") for i in ids]
-        sizes, found = [len(part) for part in parts], b"".join(parts)
-        if found == b" " + want:
+        sizes, actual = [len(part) for part in parts], b"".join(parts)
+        if actual == b" " + expected:
             first = next(i for i, size in enumerate(sizes) if size)
-            sizes[first], found = sizes[first] - 1, want
-        if found != want:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(found, want, strict=False)) if a != b), min(len(found), len(want))
-            )
+            sizes[first], actual = sizes[first] - 1, expected
+        if actual != expected:
+            differing = (i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b)
+            at = next(differing, min(len(actual), len(expected)))
             raise ValueError(
-                f"the tokens do not spell the text: from byte {at} on it has {want[at : at + 12]!r}, and they have "
-                f"{found[at : at + 12]!r}. A tokenizer that normalizes (lower case, NFKC) or has an unknown token "
-                "cannot be aligned; clean the text first."
+                f"the tokens do not spell the text: from byte {at} on it has {expected[at : at + 12]!r}, and they have "
+                f"{actual[at : at + 12]!r}. Tokens of a tokenizer that normalizes (lower case, NFKC) or has an unknown "
+                "token cannot be aligned; normalize the text first."
             )
         return ids, sizes
 
 
 def align_groups(ours: Sequence[int], theirs: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The group of every token on both sides, from 0 on: a group closes wherever both end at the same byte.
+    """Assign the tokens of both sides to groups, from 0: a group ends where tokens of both sides end at the same byte.
 
     Args:
-        ours, theirs: the bytes that each token covers, over one text from its first byte on; either may be cut short.
+        ours, theirs: number of bytes that each token covers, from the first byte of one text; either may be truncated.
 
     Returns:
-        -1 for a token that covers nothing (a beginning of text on one side alone moves nothing), and for what is left
-        over behind the last byte at which both end.
+        The group of every token on both sides. -1 for a token of 0 bytes (so a beginning-of-sequence token on one side
+        shifts nothing), and for tokens after the last byte at which both end.
     """
     sizes = [np.asarray(side, dtype=np.int64) for side in (ours, theirs)]
     ends = [np.cumsum(side) for side in sizes]
     shared = np.intersect1d(ends[0][sizes[0] > 0], ends[1][sizes[1] > 0])
-    out: list[list[int]] = []
+    groups: list[list[int]] = []
     for size, end in zip(sizes, ends, strict=True):
         group = np.searchsorted(shared, end)
-        group[(size == 0) | (group == len(shared))] = NOWHERE
-        out.append(group.tolist())
-    return out[0], out[1]
+        group[(size == 0) | (group == len(shared))] = NO_GROUP
+        groups.append(group.tolist())
+    return groups[0], groups[1]
 
 
 @dataclass(frozen=True, slots=True)
 class AlignedExample:
-    """One text as both sides read it, and the group of each token; -1 for a token in none."""
+    """One text, tokenized by both tokenizers, and the group of each token on both sides; -1: in no group."""
 
     student: TextExample
     teacher: TextExample
@@ -128,36 +128,38 @@ class AlignedExample:
 def make_aligned_example(
     student: Pieces, teacher: Pieces, prompt: str, completion: str, *, length: int | None = None
 ) -> AlignedExample:
-    """A prompt that is read and a completion that is learned, cut by both tokenizers.
+    """Tokenize a prompt and a completion with both tokenizers, and align them; only the completion is learned.
 
-    The two ends of text are a group of their own. A group with a text's very first token is none: nothing predicts it.
+    The two end-of-sequence tokens form a group. The group of a text's first token is dropped: nothing predicts it.
 
     Args:
-        length: at most so many tokens on each side, as in ``data.text.make_prompt_example``; what one side lost is left
-            over.
+        student, teacher: tokenizers.
+        prompt, completion: texts.
+        length: maximal number of tokens on each side, as in ``data.text.make_prompt_example``; tokens whose
+            counterparts are truncated are in no group.
 
     Raises:
-        ValueError: as ``Pieces.cut`` and ``make_prompt_example`` do.
+        ValueError: as in ``Pieces.cut`` and ``make_prompt_example``.
     """
-    examples, sizes, whole = [], [], []
+    examples, sizes, has_eos = [], [], []
     for side in (student, teacher):
-        read, (learned, size) = side.cut(prompt)[0], side.cut(completion)
-        begin = [] if side.bos is None else [side.bos]
-        examples.append(make_prompt_example([*begin, *read], learned, eos=side.eos, length=length))
+        context, (learned, size) = side.cut(prompt)[0], side.cut(completion)
+        bos = [] if side.bos is None else [side.bos]
+        examples.append(make_prompt_example([*bos, *context], learned, eos=side.eos, length=length))
         count = sum(examples[-1].learn)
         sizes.append([*size, 0][:count])
-        whole.append(count > len(size))
+        has_eos.append(count > len(size))
     groups = align_groups(*sizes)
-    if all(whole):  # both end, and say so
+    if all(has_eos):
         groups[0][-1] = groups[1][-1] = max(groups[0]) + 1
     first = {group[0] for group, example in zip(groups, examples, strict=True) if example.learn[0]}
     kept = sorted({g for g in groups[0] if g >= 0} - first)
-    name = {g: i for i, g in enumerate(kept)}
-    named = [
-        (NOWHERE,) * (len(example) - len(side)) + tuple(name.get(g, NOWHERE) for g in side)
+    index = {g: i for i, g in enumerate(kept)}
+    renumbered = [
+        (NO_GROUP,) * (len(example) - len(side)) + tuple(index.get(g, NO_GROUP) for g in side)
         for side, example in zip(groups, examples, strict=True)
     ]
-    return AlignedExample(examples[0], examples[1], (named[0], named[1]))
+    return AlignedExample(examples[0], examples[1], (renumbered[0], renumbered[1]))
 
 
 def collate_spans(
@@ -167,26 +169,29 @@ def collate_spans(
     side: str = "right",
     ids: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """A batch for ``tasks.CrossTokenizer``: "student" and "teacher", as ``data.text.collate`` makes them, and "groups".
+    """Collate a batch for ``tasks.CrossTokenizer``: "student" and "teacher" as in ``data.text.collate``, with "groups".
 
-    ``DataLoader(texts, collate_fn=partial(collate_spans, pad=(a, b)))`` takes it as it is.
+    Use it as ``DataLoader(texts, collate_fn=partial(collate_spans, pad=(a, b)))``.
 
     Args:
-        pad: the padding's id for the student and for the teacher.
+        texts: to collate.
+        pad: padding ids of the student and of the teacher.
+        side: padding side, "right" or "left".
+        ids: sample ids, for cached teachers.
     """
     out: dict[str, Any] = {} if ids is None else {"ids": torch.tensor(list(ids))}
-    for who, name in enumerate(("student", "teacher")):
+    for i, name in enumerate(("student", "teacher")):
         examples = [getattr(text, name) for text in texts]
-        batch = collate(examples, pad=pad[who], side=side)
-        batch["groups"] = _placed([text.groups[who] for text in texts], batch["attention_mask"])
+        batch = collate(examples, pad=pad[i], side=side)
+        batch["groups"] = _pad_groups([text.groups[i] for text in texts], batch["attention_mask"])
         out[name] = batch
     return out
 
 
 def shared_tokens(student: Pieces, teacher: Pieces) -> tuple[list[int], list[int]]:
-    """The ids, on both sides, of the tokens that are the same bytes, and of the two ends of text.
+    """Return the ids, on both sides, of the tokens with equal bytes, and of the end-of-sequence tokens.
 
-    Of several tokens with the same bytes the last one counts: SentencePiece has its single bytes before its letters.
+    Of several tokens with equal bytes the last one is used: SentencePiece lists single bytes before its letters.
     """
     ours, theirs = ({piece: i for i, piece in sorted(side.table.items()) if piece} for side in (student, teacher))
     pairs = [(i, theirs[piece]) for piece, i in sorted(ours.items()) if piece in theirs]
@@ -195,16 +200,16 @@ def shared_tokens(student: Pieces, teacher: Pieces) -> tuple[list[int], list[int
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def _placed(groups: Sequence[Sequence[int]], mask: Tensor) -> Tensor:
-    """The groups where their tokens stand, -1 on padding."""
-    out = torch.full(mask.shape, NOWHERE)
-    for row, found in enumerate(groups):
-        out[row, mask[row] != 0] = torch.tensor(found, dtype=torch.long)
+def _pad_groups(groups: Sequence[Sequence[int]], mask: Tensor) -> Tensor:
+    """Put the groups at the positions of their tokens, (B, L), and -1 on padding."""
+    out = torch.full(mask.shape, NO_GROUP)
+    for row, group in enumerate(groups):
+        out[row, mask[row] != 0] = torch.tensor(group, dtype=torch.long)
     return out
 
 
-def _letters() -> dict[str, int]:
-    """The letter that byte-level vocabularies write each byte as: itself where it can be seen, else one from 256 on."""
-    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in seen]
-    return {chr(b): b for b in seen} | {chr(256 + i): b for i, b in enumerate(hidden)}
+def _byte_letters() -> dict[str, int]:
+    """Return letter -> byte of byte-level vocabularies: printable bytes stand for themselves, others for 256 and up."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    other = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(other)}

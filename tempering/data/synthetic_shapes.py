@@ -1,4 +1,4 @@
-"""Colored shapes on noise, drawn from a seed: a detection data set of any size without a download."""
+"""Generate a detection data set of colored shapes on noise, of any size, without a download."""
 
 from __future__ import annotations
 
@@ -24,64 +24,64 @@ def synthetic_shapes(
     flip: bool = True,
     epochs: int = 1,
     seed: int = 0,
-) -> Splits:
-    """Images (3, size, size) with up to ``most`` rectangles, ellipses and triangles of any color; a tenth has none.
+) -> Splits[DetectionLoader]:
+    """Generate images (3, size, size) with up to ``most`` rectangles, ellipses and triangles; a tenth has none.
 
-    The images depend on their split, number and size alone.
+    The images depend on their split, number, ``size`` and ``most`` alone.
 
     Args:
-        size: pixels a side.
-        train, test: images of each split.
-        batch_size: of both.
-        most: shapes an image, at most.
+        size: height and width of the images in pixels.
+        train, test: number of images of each split.
+        batch_size: of both splits.
+        most: maximal number of shapes per image.
         flip: augmentation of the training images.
-        epochs, seed: as Scenes has them, of order and augmentation; not of the images.
+        epochs, seed: of order and augmentation, as in ``DetectionLoader``; not of the images.
 
     Raises:
-        ValueError: for a size below 16.
+        ValueError: for a size below 16 or ``most`` below 1.
     """
     if size < 16 or most < 1:
-        raise ValueError(f"shapes() needs size >= 16 and most >= 1; got size={size} and most={most}.")
-    made = {}
+        raise ValueError(f"synthetic_shapes() needs size >= 16 and most >= 1; got size={size} and most={most}.")
+    splits = {}
     for split, count in (("train", train), ("test", test)):
-        drawn = [_scene(split, i, size, most) for i in range(count)]
-        images = torch.from_numpy(np.stack([image for image, _, _ in drawn]).transpose(0, 3, 1, 2).copy())
-        boxes = [torch.tensor(b, dtype=torch.float32).view(-1, 4) for _, b, _ in drawn]
-        labels = [torch.tensor(y, dtype=torch.int64) for _, _, y in drawn]
-        own = split == "train"
-        made[split] = DetectionLoader(
+        examples = [_generate(split, i, size, most) for i in range(count)]
+        images = torch.from_numpy(np.stack([image for image, _, _ in examples]).transpose(0, 3, 1, 2).copy())
+        boxes = [torch.tensor(b, dtype=torch.float32).view(-1, 4) for _, b, _ in examples]
+        labels = [torch.tensor(y, dtype=torch.int64) for _, _, y in examples]
+        training = split == "train"
+        splits[split] = DetectionLoader(
             images,
             boxes,
             labels,
             batch_size=batch_size,
             class_names=SHAPES,
-            shuffle=own,
-            flip=own and flip,
+            shuffle=training,
+            flip=training and flip,
             epochs=epochs,
             seed=seed,
             name=f"shapes{size}",
         )
-    return Splits(made["train"], None, made["test"])
+    return Splits(splits["train"], None, splits["test"])
 
 
-def _scene(split: str, number: int, size: int, most: int) -> tuple[np.ndarray, list[list[float]], list[int]]:
-    """One image (size, size, 3) with the boxes and labels of its shapes; later ones lie on earlier ones."""
+def _generate(split: str, number: int, size: int, most: int) -> tuple[np.ndarray, list[list[float]], list[int]]:
+    """Generate an image (size, size, 3) with the boxes and labels of its shapes; later shapes cover earlier ones."""
     key = int.from_bytes(hashlib.sha256(f"{split}/{number}/{size}/{most}".encode()).digest()[:16], "little")
     rng = np.random.Generator(np.random.Philox(key=key))
-    ground = rng.uniform(40, 215, 3)
-    image = ground + rng.normal(0, 20, (size, size, 3))
+    background = rng.uniform(40, 215, 3)
+    image = background + rng.normal(0, 20, (size, size, 3))
     boxes: list[list[float]] = []
     labels: list[int] = []
     for _ in range(0 if rng.random() < 0.1 else rng.integers(1, most + 1)):
         width, height = rng.uniform(0.16, 0.5, 2) * size
         x, y = rng.uniform(0, size - width), rng.uniform(0, size - height)
         box = [x, y, x + width, y + height]
-        # one that hides another, or is hidden, would be a box of nothing
+        # skip shapes that overlap another one: a hidden shape would be a box without an object
         if any(_overlap(box, other) > 0.2 for other in boxes):
             continue
         label = int(rng.integers(len(SHAPES)))
         color = _color(rng, label)
-        while np.abs(color - ground).max() < 60:
+        while np.abs(color - background).max() < 60:
             color = _color(rng, label)
         inside = _mask(SHAPES[label], box, size)
         image[inside] = color + rng.normal(0, 20, (int(inside.sum()), 3))
@@ -91,24 +91,24 @@ def _scene(split: str, number: int, size: int, most: int) -> tuple[np.ndarray, l
 
 
 def _color(rng: np.random.Generator, label: int) -> np.ndarray:
-    """A color with much of the class's own channel: a strong hint, which the ground's color disturbs."""
+    """Draw a color with a high value in the channel of the class, a strong but not sufficient hint."""
     color = rng.uniform(0, 140, 3)
     color[label] += 115
     return color
 
 
 def _mask(shape: str, box: list[float], size: int) -> np.ndarray:
-    """Which pixels (size, size) have their middle in the shape that fills the box."""
+    """Return a mask (size, size) of the pixels whose center is in the shape that fills the box."""
     y, x = np.mgrid[:size, :size] + 0.5
     u, v = (x - box[0]) / (box[2] - box[0]), (y - box[1]) / (box[3] - box[1])
     if shape == "ellipse":
         return (2 * u - 1) ** 2 + (2 * v - 1) ** 2 <= 1
-    within = (u >= 0) & (u <= 1) & (v >= 0) & (v <= 1)
-    return within if shape == "rectangle" else within & (np.abs(2 * u - 1) <= v)
+    in_box = (u >= 0) & (u <= 1) & (v >= 0) & (v <= 1)
+    return in_box if shape == "rectangle" else in_box & (np.abs(2 * u - 1) <= v)
 
 
 def _overlap(a: list[float], b: list[float]) -> float:
-    """The intersection's share of the smaller box."""
-    wide, high = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
+    """Return the intersection of two boxes as a fraction of the smaller area."""
+    width, height = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
     areas = [(c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)]
-    return max(wide, 0.0) * max(high, 0.0) / min(areas)
+    return max(width, 0.0) * max(height, 0.0) / min(areas)

@@ -1,4 +1,4 @@
-"""Texts as token ids: prompts with completions, chats, padded batches and packed ones. Ids are never decoded again."""
+"""Make examples of token ids from prompts, completions, chats and long texts, and collate or pack them into batches."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from tempering.rows import IGNORE_INDEX
 
 @dataclass(frozen=True, slots=True)
 class TextExample:
-    """One text: its token ids, which of them are to be learned, and how private each is (0 to 1; None: none is).
+    """One tokenized text.
+
+    Attributes:
+        ids: token ids.
+        learn: whether each token is a training target.
+        privacy_score: how private each token is, in [0, 1]; None: no token is private.
 
     Raises:
-        ValueError: for lists of two lengths.
+        ValueError: for fields of different lengths.
     """
 
     ids: tuple[int, ...]
@@ -27,12 +32,12 @@ class TextExample:
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.learn):
             raise ValueError(
-                f"TextExample needs a flag for every id; got {len(self.ids)} ids and {len(self.learn)} flags."
+                f"TextExample needs a learn flag for every id; got {len(self.ids)} ids and {len(self.learn)} flags."
             )
         if self.privacy_score is not None and len(self.ids) != len(self.privacy_score):
             raise ValueError(
-                f"TextExample needs a privacy for every id; got {len(self.ids)} ids and {len(self.privacy_score)}. "
-                "data.private.scores makes them of the same tokens."
+                f"TextExample needs a privacy score for every id; got {len(self.ids)} ids and "
+                f"{len(self.privacy_score)}. data.privacy.scores computes them from the same tokens."
             )
 
     def __len__(self) -> int:
@@ -47,86 +52,95 @@ def make_prompt_example(
     length: int | None = None,
     privacy_score: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> TextExample:
-    """A prompt that is read and a completion that is learned, with one end-of-sequence.
+    """Return an example of a prompt, which is not learned, and a completion, which is learned.
 
-    ``prompt`` and ``completion`` are token ids, each tokenized by itself: where they meet no token is merged, as in
-    generation.
+    Tokenize ``prompt`` and ``completion`` separately, so that no token spans both, as in generation.
 
     Args:
-        eos: appended where the completion does not end with it yet; None for none.
-        length: at most so many tokens. The prompt is cut at its front, the completion at its end, which then has no
-            eos: it did not end there.
-        private: how private each token is, of the prompt and of the completion; an appended eos is not.
+        prompt, completion: token ids.
+        eos: end-of-sequence id, appended to a completion that does not end with it; None: append nothing.
+        length: maximal number of tokens. The prompt is truncated on the left, the completion on the right; a truncated
+            completion has no eos.
+        privacy_score: how private each token is, of the prompt and of the completion; an appended eos scores 0.
 
     Raises:
-        ValueError: where nothing of the completion is left.
+        ValueError: if the completion has no tokens, or for privacy scores of another length.
     """
-    read, learned = list(prompt), list(completion)
+    context, learned = list(prompt), list(completion)
     if eos is not None and learned[-1:] != [eos]:
         learned.append(eos)
     if length is not None:
         learned = learned[:length]
-        read = read[len(read) - max(0, min(len(read), length - len(learned))) :]
+        context = context[len(context) - max(0, min(len(context), length - len(learned))) :]
     if not learned:
         raise ValueError(f"the completion has no token to learn (length={length}, eos={eos}).")
-    flags = (False,) * len(read) + (True,) * len(learned)
+    flags = (False,) * len(context) + (True,) * len(learned)
     if privacy_score is None:
-        return TextExample((*read, *learned), flags)
+        return TextExample((*context, *learned), flags)
     if [*map(len, privacy_score)] != [len(prompt), len(completion)]:
         raise ValueError(
-            f"make_prompt_example needs a privacy for each of {len(prompt)} and {len(completion)} ids; got "
+            f"make_prompt_example needs a privacy score for each of {len(prompt)} and {len(completion)} ids; got "
             f"{len(privacy_score[0])} and {len(privacy_score[1])}."
         )
-    scores = [*privacy_score[0][len(prompt) - len(read) :], *privacy_score[1], 0.0][: len(flags)]
-    return TextExample((*read, *learned), flags, tuple(scores))
+    scores = [*privacy_score[0][len(prompt) - len(context) :], *privacy_score[1], 0.0][: len(flags)]
+    return TextExample((*context, *learned), flags, tuple(scores))
 
 
 def chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, length: int | None = None) -> TextExample:
-    """A chat of which the assistant's turns are learned, each with what the template ends a turn with.
+    """Return an example of a chat, of which the assistant's turns and their end-of-turn tokens are learned.
 
     Args:
         tokenizer: of transformers, with a chat template.
         messages: {"role": ..., "content": ...}; at least one of the assistant.
-        length: at most so many tokens, from the front.
+        length: maximal number of tokens; the chat is truncated on the right.
 
     Raises:
-        ValueError: for a chat without the assistant, or a template that rewrites earlier turns as a chat goes on.
+        ValueError: for a chat without assistant turns, or a template that rewrites earlier turns in a longer chat.
     """
 
-    def tokens(n: int, *, asked: bool = False) -> list[int]:
-        found = tokenizer.apply_chat_template(list(messages[:n]), add_generation_prompt=asked, tokenize=True)
-        return list(found["input_ids"] if isinstance(found, Mapping) else found)
+    def tokenize(n: int, *, generation_prompt: bool = False) -> list[int]:
+        output = tokenizer.apply_chat_template(
+            list(messages[:n]), add_generation_prompt=generation_prompt, tokenize=True
+        )
+        return list(output["input_ids"] if isinstance(output, Mapping) else output)
 
-    whole = tokens(len(messages))
-    learn = [False] * len(whole)
+    ids = tokenize(len(messages))
+    learn = [False] * len(ids)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for i in turns:
-        before, after = tokens(i, asked=True) if i else [], tokens(i + 1)
-        if after[: len(before)] != before or whole[: len(after)] != after:
+        before, after = tokenize(i, generation_prompt=True) if i else [], tokenize(i + 1)
+        if after[: len(before)] != before or ids[: len(after)] != after:
             raise ValueError(
-                f"the chat template does not keep what it wrote before turn {i} as the chat goes on, so its tokens "
-                "cannot be told apart. Give each answer as a chat of its own, or a template that only appends."
+                f"the chat template changes the tokens before turn {i} when later turns are added, so the assistant's "
+                "tokens cannot be located. Use one chat per assistant turn, or a template that only appends."
             )
         learn[len(before) : len(after)] = [True] * (len(after) - len(before))
     if not turns or not any(learn[:length]):
-        raise ValueError(f"the chat has no assistant's token to learn: roles {[m['role'] for m in messages]}.")
-    return TextExample(tuple(whole[:length]), tuple(learn[:length]))
+        raise ValueError(f"the chat has no assistant token to learn: roles {[m['role'] for m in messages]}.")
+    return TextExample(tuple(ids[:length]), tuple(learn[:length]))
 
 
 def windows(
     ids: Sequence[int], length: int, *, stride: int | None = None, privacy_score: Sequence[float] | None = None
 ) -> list[TextExample]:
-    """A long text in pieces of ``length`` tokens, every token of which is learned; a shorter rest is left out.
+    """Split a long text into examples of ``length`` tokens, all learned; a shorter remainder is dropped.
 
-    Neighbors share one token where ``stride`` is None (length - 1), so each token but the first is predicted once.
-    ``privacy_score`` says how private each of the ids is.
+    Args:
+        ids: token ids.
+        length: tokens per example.
+        stride: distance between the starts of examples; None: length - 1, so that neighbors share one token and each
+            token but the first is predicted once.
+        privacy_score: how private each token is, in [0, 1].
+
+    Raises:
+        ValueError: for a length below 2, a stride below 1, or another number of scores than of ids.
     """
     step = length - 1 if stride is None else stride
     if length < 2 or step < 1:
         raise ValueError(f"windows needs length >= 2 and stride >= 1; got {length} and {step}.")
     starts = range(0, len(ids) - length + 1, step)
     if privacy_score is not None and len(privacy_score) != len(ids):
-        raise ValueError(f"windows needs a privacy for every id; got {len(ids)} ids and {len(privacy_score)}.")
+        raise ValueError(f"windows needs a privacy score for every id; got {len(ids)} ids and {len(privacy_score)}.")
     scores = [None if privacy_score is None else tuple(privacy_score[i : i + length]) for i in starts]
     return [TextExample(tuple(ids[i : i + length]), (True,) * length, p) for i, p in zip(starts, scores, strict=True)]
 
@@ -140,24 +154,27 @@ def collate(
     multiple: int = 1,
     ids: Iterable[int] | None = None,
 ) -> dict[str, Tensor]:
-    """A batch of padded texts: input_ids, attention_mask and labels (-100 where nothing is learned), each (B, L).
+    """Collate examples into a padded batch: input_ids, attention_mask and labels (-100: not learned), each (B, L).
 
-    And "privacy_score" (B, L), where some text says how private its tokens are; other tokens are not.
-
-    ``DataLoader(examples, collate_fn=partial(collate, pad=tokenizer.pad_token_id))`` takes it as it is. ``pad`` may be
-    the end-of-sequence: padding is told by the mask, not by its id.
+    If an example has a privacy score, the batch also has "privacy_score" (B, L), 0 for all other tokens. Use it as
+    ``DataLoader(examples, collate_fn=partial(collate, pad=tokenizer.pad_token_id))``.
 
     Args:
-        side: "right" or "left", where the padding goes.
-        length: of the batch; None is that of the longest text.
-        multiple: the length is rounded up to one of it.
-        ids: sample ids, for teachers that look their answers up.
+        examples: to collate.
+        pad: padding id. It may be the end-of-sequence id: padding is identified by the mask, not by its id.
+        side: padding side, "right" or "left".
+        length: of the batch; None: the length of the longest example.
+        multiple: round the length up to a multiple of this.
+        ids: sample ids, for cached teachers.
+
+    Raises:
+        ValueError: for no examples, another side, or an example longer than ``length``.
     """
     if side not in ("left", "right") or not examples:
         raise ValueError(f"collate needs examples, and side 'left' or 'right'; got {len(examples)} and {side!r}.")
     longest = max(map(len, examples))
     if length is not None and longest > length:
-        raise ValueError(f"a text of {longest} tokens does not fit into length={length}. Cut it before.")
+        raise ValueError(f"a text of {longest} tokens does not fit into length={length}. Truncate it first.")
     length = -(-(length or longest) // multiple) * multiple
     batch = {
         "input_ids": torch.full((len(examples), length), pad),
@@ -177,35 +194,35 @@ def collate(
 
 
 def pack(examples: Iterable[TextExample], length: int, *, pad: int = 0) -> list[dict[str, Tensor]]:
-    """The texts in as few rows of ``length`` as first-fit finds: batches of one row, of which ``torch.cat`` makes more.
+    """Pack examples into rows of ``length`` tokens by first fit; return batches of one row, to join with ``torch.cat``.
 
-    Each has input_ids, labels and position_ids (1, length), which start again at 0 with every text, and no
-    attention_mask: so models of transformers keep the texts apart, and the loss is that of the padded texts. And
-    "privacy_score", where one of its texts says how private its tokens are.
+    A row has input_ids, labels and position_ids (1, length). Positions restart at 0 with every example and there is no
+    attention_mask, so that models of transformers do not attend across examples, and the loss equals that of padded
+    examples. If an example has a privacy score, its row also has "privacy_score".
 
     Raises:
-        ValueError: for a text longer than ``length``.
+        ValueError: for an example longer than ``length``.
     """
     bins: list[list[TextExample]] = []
     for example in examples:
         if len(example) > length:
-            raise ValueError(f"a text of {len(example)} tokens does not fit into length={length}. Cut it before.")
-        room = next((found for found in bins if sum(map(len, found)) + len(example) <= length), None)
-        bins.append([example]) if room is None else room.append(example)
-    return [_packed(found, length, pad) for found in bins]
+            raise ValueError(f"a text of {len(example)} tokens does not fit into length={length}. Truncate it first.")
+        free = next((part for part in bins if sum(map(len, part)) + len(example) <= length), None)
+        bins.append([example]) if free is None else free.append(example)
+    return [_pack_row(part, length, pad) for part in bins]
 
 
-def _packed(examples: list[TextExample], length: int, pad: int) -> dict[str, Tensor]:
-    rest = length - sum(map(len, examples))
-    filler = [TextExample((pad,) * rest, (False,) * rest)] if rest else []
-    parts = [*examples, *filler]
+def _pack_row(examples: list[TextExample], length: int, pad: int) -> dict[str, Tensor]:
+    free = length - sum(map(len, examples))
+    padding = [TextExample((pad,) * free, (False,) * free)] if free else []
+    parts = [*examples, *padding]
     scores = [p for part in parts for p in part.privacy_score or (0.0,) * len(part)]
-    marked = any(part.privacy_score is not None for part in parts)
+    has_scores = any(part.privacy_score is not None for part in parts)
     return {
         "input_ids": torch.tensor([[i for part in parts for i in part.ids]]),
         "labels": torch.cat([_labels(part) for part in parts])[None],
         "position_ids": torch.cat([torch.arange(len(part)) for part in parts])[None],
-        **({"privacy_score": torch.tensor([scores])} if marked else {}),
+        **({"privacy_score": torch.tensor([scores])} if has_scores else {}),
     }
 
 

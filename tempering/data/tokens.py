@@ -1,4 +1,4 @@
-"""A data set of texts as batches of token ids, with an identity, so that a teacher's answers can be recorded."""
+"""Load batches of token ids from a data set with an identity, so that teacher outputs can be cached."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tempering.data.text import TextExample, collate
 
 
 class Tokens(ShardedLoader):
-    """Batches of examples padded to one length, with their sample ids: input_ids, attention_mask, labels, ids.
+    """Load batches of examples padded to one length: input_ids, attention_mask, labels and sample ids ("ids").
 
-    And "privacy_score", where some example has it (``collate``), which is a part of the data's identity then.
+    If an example has a privacy score, batches also have "privacy_score" (``collate``), and it is part of the identity.
 
     Args:
-        examples: such as ``make_prompt_example`` and ``windows`` make.
+        examples: such as those of ``make_prompt_example`` and ``windows``.
         batch_size: of every batch but the last.
-        length: every batch is (B, length); None is the longest example.
+        length: every batch is (B, length); None: the length of the longest example.
         pad, side: of the padding, as in ``collate``.
-        shuffle: draw another order every epoch, from ``seed`` and the epoch's number.
+        shuffle: draw a new order every epoch, from ``seed`` and the epoch.
         seed: of the order.
-        canaries: the secrets that were planted in the texts, ``data.canaries.Canary``, for audits to ask after.
+        canaries: the secrets inserted into the texts, ``data.canaries.Canary``, for audits of memorization.
 
     Raises:
         ValueError: for no examples, or one longer than ``length``.
@@ -50,8 +50,8 @@ class Tokens(ShardedLoader):
         longest = max(map(len, examples), default=0)
         if not longest or batch_size < 1 or longest > (length or longest):
             raise ValueError(
-                f"Tokens needs examples no longer than length={length} and batch_size >= 1; got {len(examples)} of at "
-                f"most {longest} tokens, and {batch_size}."
+                f"Tokens needs examples no longer than length={length} and batch_size >= 1; got {len(examples)} "
+                f"examples of at most {longest} tokens and batch_size={batch_size}."
             )
         self.examples, self.batch_size, self.length = list(examples), batch_size, length or longest
         self.pad, self.side, self.shuffle, self.seed, self.number = pad, side, shuffle, seed, 0
@@ -65,46 +65,46 @@ class Tokens(ShardedLoader):
         self.identity = digest.hexdigest()
 
     def __len__(self) -> int:
-        return self._steps(self.rows)
+        return self._num_batches(self.rows)
 
     @property
     def rows(self) -> int:
-        """How many examples there are."""
+        """Number of examples."""
         return len(self.examples)
 
-    def set_epoch(self, number: int) -> None:
-        """Choose the epoch whose order is drawn."""
-        self.number = number
+    def set_epoch(self, epoch: int) -> None:
+        """Select the epoch of the next iteration."""
+        self.number = epoch
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return self.iterate(0)
 
-    def iterate(self, start: int) -> Iterator[dict[str, Tensor]]:
-        """The batches of the epoch from batch ``start`` on."""
+    def iterate(self, start: int = 0) -> Iterator[dict[str, Tensor]]:
+        """Iterate over the epoch from batch ``start``."""
         order = np.arange(self.rows)
         if self.shuffle:
             order = np.random.Generator(np.random.Philox(key=[self.seed, self.number])).permutation(self.rows)
         for step in range(start, len(self)):
-            yield self.batch(order[self._share(step, self.rows)].tolist())
+            yield self.batch(order[self._shard_slice(step, self.rows)].tolist())
 
     def batch(self, ids: Sequence[int]) -> dict[str, Tensor]:
-        """The batch of these examples."""
-        chosen = [self.examples[i] for i in ids]
-        return collate(chosen, pad=self.pad, side=self.side, length=self.length, ids=ids)
+        """Return the batch of these examples."""
+        examples = [self.examples[i] for i in ids]
+        return collate(examples, pad=self.pad, side=self.side, length=self.length, ids=ids)
 
     def gather(self, ids: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """(batch, labels, ids) of any ids, as a recording asks for them."""
+        """Return (batch, labels, ids) of these ids, in their order, as cached teachers need them."""
         batch = self.batch(ids.tolist())
         return batch, batch["labels"], ids
 
     def clean(self) -> Tokens:
-        """The same: texts are not augmented."""
+        """Return this loader: texts are not augmented."""
         return self
 
     def replay(self, views: int) -> Tokens:
-        """Texts have no views.
+        """Raise, since texts have no views.
 
         Raises:
             ValueError: always.
         """
-        raise ValueError(f"texts are not augmented, so there are no {views} views of one. Leave out views=.")
+        raise ValueError(f"texts are not augmented, so they have no {views} views. Leave out views=.")

@@ -1,7 +1,7 @@
-"""The networks that this field's tables are made of, by the field's names, and classifiers of other libraries.
+"""Build the models of the distillation literature by their usual names, and models of other libraries.
 
-A family is one file with a dict ``NETS``, name -> (classes, channels) -> module; nothing else is edited. Stages are the
-modules ``stem``, ``stage1``, ``stage2``, ..., and what the head sees is ``pool``.
+A family is one file with a dict ``NETS``, name -> (classes, channels) -> module; adding a file is enough. The feature
+modules are ``stem``, ``stage1``, ``stage2``, ..., and ``pool``, whose output is the input of the head.
 """
 
 import lazy_loader

@@ -1,6 +1,6 @@
-"""Attention over virtual blocks of a convolution's input maps, after KDExplainer's Virtual Attention Module.
+"""Add attention over blocks of a convolution's input maps, after KDExplainer's Virtual Attention Module.
 
-No code of that module was released and its equations are not known here: this is a reading of what the abstract says.
+No code of that module was released and its equations are not known here: this follows the description in the abstract.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class BlockAttention(nn.Module):
-    """A weight (out, in, ...) times M A over its input maps: of M blocks of neighboring maps, A_om is the share that
-    output map o takes of block m, A = softmax(alpha / T) by rows. alpha begins at 0, so that M A begins at 1.
+    """Multiply a weight (out, in, ...) by M A, an attention over M blocks of neighboring input maps.
+
+    A_om is the attention of output map o to block m, A = softmax(alpha / T) by rows. alpha is initialized to 0, so that
+    M A is initially 1.
     """
 
     block: Tensor
@@ -36,12 +38,12 @@ class BlockAttention(nn.Module):
         self.register_buffer("row", row.to(weight.device), persistent=False)
 
     def attends(self) -> Float[Tensor, "rows blocks"]:
-        """The shares A, rows that add up to 1, in float32 at least."""
+        """Return the attention A, whose rows add up to 1, in float32 at least."""
         alpha = self.alpha if self.alpha.dtype == torch.float64 else self.alpha.float()
         return (alpha / self.temperature).softmax(-1)
 
     def attention_entropy(self) -> Float[Tensor, ""]:
-        """Mean entropy of the rows in nats, (), in [0, log blocks]."""
+        """Return the mean entropy of the rows in nats, (), in [0, log blocks]."""
         return row_entropy(self.attends()).mean()
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -52,25 +54,28 @@ class BlockAttention(nn.Module):
 def attend(
     net: nn.Module, *, blocks: int = 4, temperature: float = 1.0, share: int = 1, skip: Sequence[str] | None = None
 ) -> nn.Module:
-    """``net`` itself, its dense convolutions attending to blocks of their input maps; its answers are what they were.
+    """Add attention to the dense convolutions of ``net``, in place; initially its outputs do not change.
 
     y_o = sum over blocks m of M A_om sum over maps c of block m of W_oc x_c, as a parametrization of each weight W. A
-    does not depend on x, so ``merge_attention`` puts it into the weights: nothing is left of it at run time. Depthwise
-    and grouped convolutions, those with fewer maps than blocks, and linear layers are left as they are.
+    does not depend on x, so ``merge_attention`` can merge it into the weights, without any cost at inference. Depthwise
+    and grouped convolutions, those with fewer input maps than blocks, and linear layers are not changed.
 
     Args:
         net: any model with convolutions.
-        blocks: M, over which a convolution's input maps are dealt out in order, as evenly as it goes. The paper's
-            sizes are not known; it is said that they are tuned for each net. 4 is ours.
-        temperature: T, the same in all layers. The paper's is not known; 1 is ours.
-        share: output maps that share one row of A. Ours is 1: each its own.
-        skip: names of modules to leave out, with all inside them; None for the first convolution, the stem.
+        blocks: M, the number of consecutive blocks into which the input maps are divided as evenly as possible. The
+            paper tunes it for each network, but its values are not known; 4 is our default.
+        temperature: T, shared by all layers. The paper's value is not known; 1 is our default.
+        share: number of output maps that share a row of A; default: 1, a row for each output map.
+        skip: names of modules to skip, with all their submodules; None: the first convolution, the stem.
+
+    Returns:
+        ``net``.
 
     Raises:
-        ValueError: for sizes that there are not, a name that the net lacks, or where nothing is left to attend.
+        ValueError: for invalid sizes, an unknown module name, or if no convolution is left.
 
-    Reference: reconstruction after Xue et al., "KDExplainer", 2021, arXiv:2105.04181, whose equations were not seen.
-    The factor M, which keeps the scale, is ours.
+    Reference: reconstruction after Xue et al., "KDExplainer", 2021, arXiv:2105.04181, without access to its equations.
+    The factor M, which keeps the scale, is our addition.
     """
     if blocks < 2 or share < 1 or not 0.0 < temperature < float("inf"):
         raise ValueError(
@@ -82,59 +87,58 @@ def attend(
     for name in skip:
         if name not in (known := [n for n, _ in net.named_modules() if n]):
             raise ValueError(f"the net has no module {name!r} to skip.{suggest(name, known)}")
-    chosen = [
+    selected = [
         layer
         for name, layer in layers.items()
         if layer.groups == 1
         and layer.in_channels >= blocks
         and not any(name == s or name.startswith(f"{s}.") for s in skip)
     ]
-    if any(_blocks_of(layer) for layer in layers.values()):
-        raise ValueError("the net attends already; fold(net) first.")
-    if not chosen:
+    if any(_attention_of(layer) for layer in layers.values()):
+        raise ValueError("the net has attention already; call merge_attention(net) first.")
+    if not selected:
         raise ValueError(
-            f"{type(net).__name__} has no dense convolution of {blocks} input maps or more outside {list(skip)}, so "
-            "there is nothing to attend. Fewer blocks?"
+            f"{type(net).__name__} has no dense convolution of {blocks} or more input maps outside {list(skip)}, so "
+            "there is nothing to attend to. Try fewer blocks."
         )
-    for layer in chosen:
-        made = BlockAttention(layer.weight, blocks=blocks, temperature=temperature, share=share)
-        parametrize.register_parametrization(layer, "weight", made)
+    for layer in selected:
+        attention = BlockAttention(layer.weight, blocks=blocks, temperature=temperature, share=share)
+        parametrize.register_parametrization(layer, "weight", attention)
     return net
 
 
 def merge_attention(net: nn.Module) -> nn.Module:
-    """``net`` itself as it was before ``attend``, the attention multiplied into its weights: the same answers."""
-    for layer in [m for m in net.modules() if _blocks_of(m)]:
+    """Merge the attention into the weights of ``net``, in place, and return it; its outputs do not change."""
+    for layer in [m for m in net.modules() if _attention_of(m)]:
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     return net
 
 
 def entropies(net: nn.Module) -> dict[str, Float[Tensor, ""]]:
-    """Mean entropy of each attending layer's rows in nats, by its name, (), in [0, log blocks]; with a gradient."""
-    return {name: part.attention_entropy() for name, part in _attending(net)}
+    """Return layer name -> mean entropy of its attention in nats, (), in [0, log blocks]; differentiable."""
+    return {name: attention.attention_entropy() for name, attention in _named_attentions(net)}
 
 
 def entropy(net: nn.Module) -> Float[Tensor, ""]:
-    """Mean over the attending layers of their rows' mean entropy in nats, (); ``methods.Explainer(entropy=...)`` weighs
-    it.
+    """Return the mean of ``entropies`` over the layers in nats, (), a term of ``methods.Explainer(entropy=...)``.
 
     Raises:
-        ValueError: for a net that attends nowhere.
+        ValueError: for a net without attention.
     """
-    found = list(entropies(net).values())
-    if not found:
-        raise ValueError(f"{type(net).__name__} attends nowhere. Wrap it: models.attention.attend(net, blocks=4).")
-    return torch.stack(found).mean()
+    values = list(entropies(net).values())
+    if not values:
+        raise ValueError(f"{type(net).__name__} has no attention. Add it: models.attention.attend(net, blocks=4).")
+    return torch.stack(values).mean()
 
 
-def _attending(net: nn.Module) -> Iterator[tuple[str, BlockAttention]]:
+def _named_attentions(net: nn.Module) -> Iterator[tuple[str, BlockAttention]]:
     for name, module in net.named_modules():
-        if (found := _blocks_of(module)) is not None:
-            yield name, found
+        if (attention := _attention_of(module)) is not None:
+            yield name, attention
 
 
-def _blocks_of(module: nn.Module) -> BlockAttention | None:
-    """The attention on a layer's weight; None where there is none."""
+def _attention_of(module: nn.Module) -> BlockAttention | None:
+    """Return the attention on a layer's weight, or None."""
     if not parametrize.is_parametrized(module, "weight"):
         return None
     parts = module.get_submodule("parametrizations.weight").children()

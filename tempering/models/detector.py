@@ -1,4 +1,4 @@
-"""What a detector is to the rest: images in, its neck's maps, class logits and boxes out, and its losses an image."""
+"""Define the interface of detectors: images to neck feature maps, class logits, boxes, and losses per image."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Target = Mapping[str, Tensor]  # boxes (M, 4) as xyxy in pixels, labels (M,) fro
 
 
 class Detected(NamedTuple):
-    """What a detector says of a batch of B images: A anchors, points or queries each.
+    """Output of a detector for a batch of B images with A anchors, points or queries each.
 
     Attributes:
-        levels: maps of the neck (B, C, h, w), shallow to deep.
+        levels: feature maps of the neck (B, C, h, w), shallow to deep.
         logits: (B, A, K) class logits; with a softmax the last class is the background.
         boxes: (B, A, 4) as xyxy in pixels.
-        bins: (B, A, 4, n) logits of each side's distribution; None for boxes that are regressed.
-        losses: name -> (B,), where targets were given; {} else. Each is normalized by its own image's positives, so it
-            does not depend on the other images. Those of the classes have names that begin with "class".
-        sigmoid: whether each class is a yes or no of its own; else a softmax over K.
-        quality: (B, A) logits that the sigmoid of the score is multiplied with; None for none.
-        queries: whether every object has one prediction, so that nothing is to be suppressed, and two models' ones are
-            to be matched.
+        bins: (B, A, 4, n) logits of the distribution of each side; None for boxes that are regressed.
+        losses: name -> (B,) if there are targets, else {}. Each is normalized by the positives of its own image, so it
+            does not depend on the other images. Names of classification losses start with "class".
+        sigmoid: whether class probabilities are sigmoids; else a softmax over K.
+        quality: (B, A) logits of a factor of the score, such as centerness; None for none.
+        queries: whether every object has one prediction, so that non-maximum suppression is not needed and predictions
+            of two models have to be matched.
     """
 
     levels: list[Tensor]
@@ -41,22 +41,22 @@ class Detected(NamedTuple):
 
     @property
     def foreground(self) -> Tensor:
-        """Probabilities of the K classes that are no background, (B, A, K)."""
+        """Probabilities of the classes without the background, (B, A, K)."""
         return self.logits.sigmoid() if self.sigmoid else self.logits.softmax(-1)[..., :-1]
 
 
 class Detector(nn.Module, ABC):
-    """A detector of ``classes`` classes. It is called with a mapping, and may be wrapped:
+    """Base of detectors. A detector is called with a mapping:
 
         detector({"images": (B, 3, H, W) in [0, 1], "targets": [{"boxes": (M, 4), "labels": (M,)}, ...]}) -> Detected
-        detector({"images": images, "only": "levels"}) -> the neck's maps alone
+        detector({"images": images, "only": "levels"}) -> the feature maps of the neck only
 
-    Normalization is the model's own. Targets may be missing or None: then there are no losses. They are made in eval
+    The model normalizes images. Targets may be missing or None: then there are no losses. Losses are computed in eval
     mode too.
 
     Attributes:
-        classes: how many, the background aside.
-        shared: names of the modules that ``inherit`` copies from a teacher: neck and head.
+        classes: number of classes, without the background.
+        shared: names of the modules, neck and head, that ``inherit`` copies from a teacher.
     """
 
     classes: int
@@ -67,32 +67,34 @@ class Detector(nn.Module, ABC):
         if inputs.get("only") == "levels":
             return self.levels_of(images)
         if targets is not None:
-            self._look(images, targets)
+            self._validate_targets(images, targets)
         return self.detect(images, targets)
 
-    def _look(self, images: Tensor, targets: Sequence[Target]) -> None:
-        """Refuse targets of other images or classes; labels on a device are not waited for."""
+    def _validate_targets(self, images: Tensor, targets: Sequence[Target]) -> None:
+        """Reject targets of other images or classes; labels on an accelerator are not checked, to avoid a sync."""
         if len(images) != len(targets):
-            raise ValueError(f"a detector needs targets of every image; got {len(images)} images and {len(targets)}.")
+            raise ValueError(
+                f"a detector needs targets for every image; got {len(images)} images and {len(targets)} targets."
+            )
         labels = [target["labels"] for target in targets if len(target["labels"])]
-        found = torch.cat(labels) if labels and labels[0].device.type == "cpu" else torch.zeros(1)
-        if not 0 <= int(found.min()) <= int(found.max()) < self.classes:
+        values = torch.cat(labels) if labels and labels[0].device.type == "cpu" else torch.zeros(1)
+        if not 0 <= int(values.min()) <= int(values.max()) < self.classes:
             raise ValueError(
                 f"this detector has {self.classes} classes, counted from 0, and there are labels from "
-                f"{int(found.min())} to {int(found.max())}. Build it with the classes of the data: "
+                f"{int(values.min())} to {int(values.max())}. Build it with the classes of the data: "
                 "models.build(name, classes=data.train.classes)."
             )
 
     @abstractmethod
     def levels_of(self, images: Tensor) -> list[Tensor]:
-        """The neck's maps (B, C, h, w) of images (B, 3, H, W) in [0, 1], shallow to deep."""
+        """Return the feature maps (B, C, h, w) of the neck for images (B, 3, H, W) in [0, 1], shallow to deep."""
 
     @abstractmethod
     def detect(self, images: Tensor, targets: Sequence[Target] | None) -> Detected:
-        """Everything it says of these images."""
+        """Return the full output for these images."""
 
     def class_loss(self, inputs: Mapping[str, Any]) -> Tensor:
-        """The classification losses of ``inputs["images"]`` with their targets, (B,), with a gradient to the images."""
+        """Return the classification loss of ``inputs["images"]``, (B,), differentiable in the images."""
         losses = self.detect(inputs["images"], inputs["targets"]).losses
         return torch.stack([loss for name, loss in losses.items() if name.startswith("class")]).sum(0)
 
@@ -101,50 +103,53 @@ class Detector(nn.Module, ABC):
 def detections(
     output: Detected, size: tuple[int, int], *, score: float = 0.05, overlap: float = 0.6, most: int = 100
 ) -> list[dict[str, Tensor]]:
-    """The boxes of each image, the best first: {"boxes" (D, 4) xyxy, "scores" (D,), "labels" (D,)}.
+    """Decode the detections of each image, best first: {"boxes" (D, 4) xyxy, "scores" (D,), "labels" (D,)}.
 
     Args:
-        said: of the model.
-        size: height and width of the images, to which boxes are cut.
-        score: those below are left out.
-        overlap: of two boxes of one class with a larger IoU the better one stays; not for queries.
-        most: boxes an image, at most; three times as many are looked at.
+        output: of the model.
+        size: height and width of the images, to which boxes are clipped.
+        score: minimal score.
+        overlap: IoU threshold of non-maximum suppression by class; not used for queries.
+        most: maximal number of boxes per image; three times as many candidates are considered.
     """
-    scores, out = output.foreground.float(), []
+    scores, results = output.foreground.float(), []
     if output.quality is not None:
         scores = (scores * output.quality.float().sigmoid().unsqueeze(-1)).sqrt()
     classes = scores.shape[-1]
-    for own, boxes in zip(scores.flatten(1), output.boxes.float(), strict=True):
-        best, place = own.topk(min(3 * most, len(own)))
-        place, best = place[best > score], best[best > score]
-        found, labels = clipped(boxes[place // classes], size), place % classes
-        kept = slice(None) if output.queries else nms(found, best, labels, overlap=overlap)
-        found, best, labels = (x[kept][:most] for x in (found, best, labels))
-        out.append({"boxes": found, "scores": best, "labels": labels})
-    return out
+    for image_scores, boxes in zip(scores.flatten(1), output.boxes.float(), strict=True):
+        best, index = image_scores.topk(min(3 * most, len(image_scores)))
+        index, best = index[best > score], best[best > score]
+        candidates, labels = clipped(boxes[index // classes], size), index % classes
+        kept = slice(None) if output.queries else nms(candidates, best, labels, overlap=overlap)
+        candidates, best, labels = (x[kept][:most] for x in (candidates, best, labels))
+        results.append({"boxes": candidates, "scores": best, "labels": labels})
+    return results
 
 
 def inherit(student: Detector, teacher: Detector) -> list[str]:
-    """Give the student the teacher's weights of neck and head where they have equal shapes; names of what did not fit.
+    """Copy the teacher's weights of neck and head to the student where shapes are equal.
 
-    Reference: Kang et al., "Instance-Conditional Knowledge Distillation", NeurIPS 2021, arXiv:2110.12724, whose
-    inheriting strategy FGD, MGD and Inconsistent KD take over.
+    Returns:
+        Names of the student's weights of neck and head that were not copied.
 
     Raises:
-        ValueError: for detectors of two kinds, or where nothing fits.
+        ValueError: for detectors of different classes, or if no shape is equal.
+
+    Reference: Kang et al., "Instance-Conditional Knowledge Distillation", NeurIPS 2021, arXiv:2110.12724, whose
+    inheriting strategy FGD, MGD and Inconsistent KD use.
     """
     if type(student) is not type(teacher) or not student.shared:
         raise ValueError(
             f"a {type(student).__name__} cannot inherit the neck and head of a {type(teacher).__name__}. Leave out "
-            "inherit, or take two detectors of one kind."
+            "inherit, or use two detectors of the same class."
         )
-    own, theirs = student.state_dict(), teacher.state_dict()
-    asked = [n for n in own if any(n == part or n.startswith(f"{part}.") for part in student.shared)]
-    fits = [n for n in asked if n in theirs and theirs[n].shape == own[n].shape]
-    if not fits:
+    student_state, teacher_state = student.state_dict(), teacher.state_dict()
+    names = [n for n in student_state if any(n == part or n.startswith(f"{part}.") for part in student.shared)]
+    equal = [n for n in names if n in teacher_state and teacher_state[n].shape == student_state[n].shape]
+    if not equal:
         raise ValueError(
-            f"nothing of the teacher's {' and '.join(student.shared)} fits the student, whose widths are others. Give "
-            "both the same neck, or leave out inherit."
+            f"no weight of the teacher's {' and '.join(student.shared)} has the student's shape. Use the same neck in "
+            "both, or leave out inherit."
         )
-    student.load_state_dict({n: theirs[n] for n in fits}, strict=False)
-    return [n for n in asked if n not in fits]
+    student.load_state_dict({n: teacher_state[n] for n in equal}, strict=False)
+    return [n for n in names if n not in equal]

@@ -1,4 +1,4 @@
-"""Nets for the bundled 8 x 8 digits: a run of them takes seconds on one core."""
+"""Build small networks for the 8 x 8 digits; a run takes seconds on one core."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tempering.models.layers import Staged, conv_norm, pooled
 
 
 def digits_net(widths: tuple[int, ...], classes: int, channels: int) -> nn.Module:
-    """Convolutions of these widths, halving between them; (N, channels, 8, 8) -> (N, classes)."""
+    """Build convolutions of these widths, of stride 2 after the first; (N, channels, 8, 8) -> (N, classes)."""
     stem, *stages = (
         nn.Sequential(*conv_norm(a, b, 3, 1 if number == 0 else 2), nn.ReLU())
         for number, (a, b) in enumerate(zip((channels, *widths[:-1]), widths, strict=True))

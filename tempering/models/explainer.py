@@ -1,4 +1,4 @@
-"""KDExplainer's student: a hierarchical mixture of experts whose routing is free parameters, so that it can be read."""
+"""Build KDExplainer's student, a hierarchical mixture of experts whose routing does not depend on the input."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ START = 10.0  # temperature of the routing in the first epoch, as released
 
 
 class Routing(nn.Module):
-    """Each child's mixture of its parents, (N, parents, ...) -> (N, children, ...), whatever the input is.
+    """Mix parents for each child, (N, parents, ...) -> (N, children, ...), by weights independent of the input.
 
     a_i = softmax(log p_i / t) with p_i = softmax(alpha_i / 0.5) and t the ``temperature``, a buffer; t = 0 is hard
-    routing, one-hot at the largest. Though the released code calls it so, no Gumbel noise is added.
+    routing, one-hot at the maximum. No Gumbel noise is added, despite the name in the released code.
     """
 
     temperature: Tensor
@@ -38,24 +38,24 @@ class Routing(nn.Module):
 
     @torch.no_grad()
     def anneal(self, temperature: float) -> None:
-        """Set the temperature; what is hard stays hard."""
+        """Set the temperature; hard routing stays hard."""
         self.temperature.copy_((self.temperature > 0) * temperature)
 
     @torch.no_grad()
     def harden(self) -> None:
-        """Route each child from its first parent alone, and learn no more."""
+        """Route each child from its main parent only, and freeze the routing."""
         self.temperature.zero_()
         self.alpha.requires_grad_(False)
 
     def attends(self, temperature: float | Tensor | None = None) -> Float[Tensor, "children parents"]:
-        """What each child takes of each parent, rows that add up to 1, in float32 at least."""
+        """Return the weight of each parent for each child; rows add up to 1, in float32 at least."""
         t = torch.as_tensor(self.temperature if temperature is None else temperature, device=self.alpha.device)
         alpha = self.alpha if self.alpha.dtype == torch.float64 else self.alpha.float()
         soft = (alpha / (SHARPNESS * torch.where(t > 0, t, 1.0).to(alpha.dtype))).softmax(-1)
         return torch.where(t > 0, soft, one_hot(alpha.argmax(-1), alpha.shape[-1]).to(alpha.dtype))
 
     def attention_entropy(self) -> Float[Tensor, ""]:
-        """Mean entropy of the children's rows in nats, (), in [0, log parents]."""
+        """Return the mean entropy of the children's rows in nats, (), in [0, log parents]."""
         return row_entropy(self.attends()).mean()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Routing(nn.Module):
 
 
 class Each(nn.Module):
-    """A linear layer for each of ``count``, (count, N, wide_in) -> (count, N, wide_out)."""
+    """Apply ``count`` separate linear layers, (count, N, wide_in) -> (count, N, wide_out)."""
 
     def __init__(self, count: int, wide_in: int, wide_out: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Each(nn.Module):
 
 
 class Leaves(nn.Module):
-    """A small perceptron for each class, (N, classes, wide) -> (N, classes); of several answers the largest counts."""
+    """Apply an MLP per class, (N, classes, wide) -> (N, classes): the maximum of ``answers`` logits."""
 
     def __init__(self, classes: int, wide: int, hidden: int, dropout: float, answers: int) -> None:
         super().__init__()
@@ -94,23 +94,28 @@ class Leaves(nn.Module):
 
 
 class Explainer(nn.Module):
-    """Levels of experts, (N, channels, H, W) -> (N, classes): what each class is told by can be read off the routing.
+    """Build levels of experts with a routing that explains each class, (N, channels, H, W) -> (N, classes).
 
-    Every expert of the first level sees the image, every other one a mixture of the level before, and every class is a
-    leaf on a mixture of the last. ``methods.Explainer`` anneals the routing; under other methods it stays soft. Then
-    ``restart`` keeps the tree alone. ``stages`` are the levels; a level's output has its experts' maps side by side.
+    The input of the experts of the first level is the image, that of all others a mixture of the previous level; every
+    class is a leaf with a mixture of the last level as its input. ``methods.Explainer`` anneals the routing; with other
+    methods it stays soft. Afterwards, ``restart`` keeps only the tree. ``stages`` are the levels; the output of a level
+    is the concatenation of its experts' maps.
 
     Args:
-        classes, channels: of the answers and of the images.
-        experts: of each level.
-        inner: maps within an expert.
-        widths: maps that an expert of each level gives, half as wide and as high as it got them.
-        side: to which the last level's maps are averaged; 7 enlarges the 4 x 4 of CIFAR, as released.
+        classes: number of classes.
+        channels: of the images.
+        experts: number of experts of each level.
+        inner: hidden maps of an expert.
+        widths: output maps of an expert of each level, at half the height and width of its input.
+        side: height and width to which the last level's maps are average pooled; 7 enlarges CIFAR's 4 x 4, as released.
         hidden, dropout: of the leaves.
-        answers: logits of a leaf, of which the largest is the class's: 1 in the released "ce" head, 2 in "nce".
+        answers: logits of a leaf, whose maximum is that of the class: 1 in the released "ce" head, 2 in "nce".
 
-    Reference: Xue et al., "KDExplainer", 2021, arXiv:2105.04181; sizes of the first author's code for CIFAR. The first
-    weights are torch's own.
+    Raises:
+        ValueError: for another number of widths than of levels, or no levels.
+
+    Reference: Xue et al., "KDExplainer", 2021, arXiv:2105.04181; sizes of the first author's code for CIFAR. Weights
+    are initialized by torch's defaults.
     """
 
     stages: list[str]
@@ -146,90 +151,92 @@ class Explainer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for number, name in enumerate(self.stages):
-            x = getattr(self, name)(self._mixed(x, name).flatten(1, 2) if number else x)
-        return self.head(self._mixed(self.pool(x), "head"))
+            x = getattr(self, name)(self._mix(x, name).flatten(1, 2) if number else x)
+        return self.head(self._mix(self.pool(x), "head"))
 
-    def _mixed(self, x: Tensor, child: str) -> Tensor:
-        """What the children of that level get, (N, children, ...)."""
+    def _mix(self, x: Tensor, child: str) -> Tensor:
+        """Return the inputs of the children of a level, (N, children, ...)."""
         route = self.routings()[child]
         return route(x.unflatten(1, (route.alpha.shape[1], -1)))
 
     def routings(self) -> dict[str, Routing]:
-        """The routing into each level, shallow to deep: "stage2", ..., and "head" for the classes."""
+        """Return the routing into each level, shallow to deep: "stage2", ..., and "head" for the classes."""
         return {name: route for name, route in self.routes.items() if isinstance(route, Routing)}
 
     def harden(self) -> Explainer:
-        """The same net with the tree fixed: each child hears its first parent alone, and the routing learns no more."""
+        """Route each child from its main parent only, freeze the routing, in place, and return the model."""
         for route in self.routings().values():
             route.harden()
         return self
 
     @torch.no_grad()
     def tree(self) -> list[dict[str, Any]]:
-        """The concept tree, plain enough for JSON: a dict for each level that is routed, shallow to deep.
+        """Return the concept tree, JSON-able: a dict for each level with routing, shallow to deep.
 
-        "level" is the children's, "parents" how many the level above has, "parent" each child's first, "attention" its
-        rows (children, parents) at the routing's "temperature", "entropy" theirs in nats, in [0, log parents].
-        "entropy_unannealed" is that at temperature 1, which does not fall by the schedule alone.
+        "level": that of the children; "parents": number of parents; "parent": each child's main parent; "attention":
+        weights (children, parents) at the routing's "temperature"; "entropy": that of each row in nats, in
+        [0, log parents]; "entropy_unannealed": that at temperature 1, on which annealing has no effect.
         """
         levels = []
         for name, route in self.routings().items():
-            now, own = route.attends().double(), route.attends(1.0).double()
+            current, unannealed = route.attends().double(), route.attends(1.0).double()
             levels.append(
                 {
                     "level": "classes" if name == "head" else name,
-                    "parents": now.shape[1],
+                    "parents": current.shape[1],
                     "parent": route.alpha.argmax(-1).tolist(),
                     "temperature": float(route.temperature),
-                    "attention": now.tolist(),
-                    "entropy": row_entropy(now).tolist(),
-                    "entropy_unannealed": row_entropy(own).tolist(),
+                    "attention": current.tolist(),
+                    "entropy": row_entropy(current).tolist(),
+                    "entropy_unannealed": row_entropy(unannealed).tolist(),
                 }
             )
         return levels
 
 
 def restart(net: nn.Module) -> Explainer:
-    """The second stage's net, in place: the tree is fixed, and all weights but the routing's are drawn anew.
+    """Prepare the model for the second stage, in place: fix the tree and reinitialize all weights but the routing.
 
     Raises:
-        ValueError: for a net that is no Explainer.
+        ValueError: for a model that is not an Explainer.
 
-    Reference: the first author's code, "stage 2". It then trains with SGD of rate 0.05, halved every 30 of 300 epochs.
+    Reference: the first author's code, "stage 2", which then trains with SGD, learning rate 0.05, halved every 30 of
+    300 epochs.
     """
     if not isinstance(net, Explainer):
         raise ValueError(f'only an Explainer has a tree to keep; got {type(net).__name__}. Build "explainer_small".')
     for module in net.modules():
-        if not isinstance(module, Routing) and callable(again := getattr(module, "reset_parameters", None)):
-            again()
+        if not isinstance(module, Routing) and callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
     return net.harden()
 
 
 def adam(
     groups: list[dict[str, Any]], *, net: nn.Module, lr: float = 0.05, routing: float = 0.01, weight_decay: float = 5e-4
 ) -> torch.optim.Adam:
-    """The first stage's optimizer: Adam with a rate of its own for the routing, as released.
+    """Build the first stage's optimizer: Adam with a separate learning rate for the routing, as released.
 
-    ``distill(optimizer=partial(adam, net=net))`` with ``rate`` as its schedule.
+    Use it as ``distill(optimizer=partial(adam, net=net))``, with ``rate`` as the schedule.
     """
-    own = {id(m.alpha) for m in net.modules() if isinstance(m, Routing)}
+    routing_ids = {id(m.alpha) for m in net.modules() if isinstance(m, Routing)}
     first, *others = groups
-    kept = [p for p in first["params"] if id(p) not in own]
-    routed = [p for p in first["params"] if id(p) in own]
+    kept = [p for p in first["params"] if id(p) not in routing_ids]
+    routed = [p for p in first["params"] if id(p) in routing_ids]
     parts = [{"params": kept}, {"params": routed, "lr": routing}, *others]
     return torch.optim.Adam([group for group in parts if group["params"]], lr=lr, weight_decay=weight_decay)
 
 
 def rate(progress: float) -> float:
-    """The first stage's schedule: a quarter and a half in the first two of 300 epochs, then linear.
+    """Return the learning rate factor of the first stage: 1/4, 1/2 in the first two of 300 epochs, then linear decay.
 
-    The code also holds the routing still in these two; it comes down every second epoch and here at every step.
+    Differences to the released code: it also freezes the routing in these two epochs, and decays every second epoch,
+    not at every step.
     """
     return 0.25 if progress < 1 / 300 else 0.5 if progress < 2 / 300 else 1.0 - progress / 1.03093
 
 
 def halving(progress: float) -> float:
-    """The second stage's schedule: a half after every 30 of 300 epochs."""
+    """Return the learning rate factor of the second stage: halved every 30 of 300 epochs."""
     return 0.5 ** int(10 * progress)
 
 

@@ -1,4 +1,4 @@
-"""Classifiers of timm, torchvision and transformers by name; none is imported before it is asked for."""
+"""Build classifiers of timm, torchvision and transformers by name; the libraries are imported on first use."""
 
 from __future__ import annotations
 
@@ -6,38 +6,39 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tempering.utils.protocols import HasLogits
 from tempering.utils.registry import suggest
 
 LIBRARIES = ("timm", "torchvision", "transformers")
 
 
 class Logits(nn.Module):
-    """A model of transformers that answers its logits alone."""
+    """Wrap a model of transformers to return its logits only."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, inputs: Any) -> Tensor:
-        return self.model(**inputs).logits if isinstance(inputs, dict) else self.model(inputs).logits
+        output: HasLogits = self.model(**inputs) if isinstance(inputs, dict) else self.model(inputs)
+        return output.logits
 
 
 def from_library(library: str, name: str, *, classes: int, channels: int, pretrained: bool) -> nn.Module:
-    """The library's model of that name with a head of ``classes``.
+    """Build the library's model of that name with a head of ``classes``.
 
     Raises:
-        ImportError: where the library is not installed or does not import, saying why.
-        ValueError: for a model that it does not have.
+        ImportError: if the library is not installed or cannot be imported, stating the reason.
+        ValueError: for a model that the library does not have.
     """
-    make = {"timm": _timm, "torchvision": _torchvision, "transformers": _transformers}[library]
+    builder = {"timm": _timm, "torchvision": _torchvision, "transformers": _transformers}[library]
     try:
-        return make(name, classes, channels, pretrained)
+        return builder(name, classes, channels, pretrained)
     except (ImportError, RuntimeError) as error:
-        # torchvision of another build than torch fails with a RuntimeError at import
+        # a torchvision built for another torch raises RuntimeError at import
         if isinstance(error, ImportError) or "torchvision" in str(error):
             raise ImportError(
-                f"{library}:{name} needs {library}, which does not import here ({error}): "
-                'pip install "tempering[models]"'
+                f'{library}:{name} needs {library}, which cannot be imported ({error}): pip install "tempering[models]"'
             ) from error
         raise
 
@@ -63,7 +64,7 @@ def _torchvision(name: str, classes: int, channels: int, pretrained: bool) -> nn
 
 
 def _with_head(net: nn.Module, classes: int) -> nn.Module:
-    """The net with its last linear layer made anew for ``classes``, unless it fits."""
+    """Replace the last linear layer by one for ``classes`` outputs, unless it has that many."""
     path, last = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Linear)][-1]
     if last.out_features != classes:
         net.set_submodule(path, nn.Linear(last.in_features, classes))
@@ -78,10 +79,10 @@ def _transformers(name: str, classes: int, channels: int, pretrained: bool) -> n
             name, num_labels=classes, ignore_mismatched_sizes=True, trust_remote_code=False
         )
     else:
-        known: dict[str, Any] = {"num_labels": classes, "num_channels": channels}
+        sizes: dict[str, Any] = {"num_labels": classes, "num_channels": channels}
         try:
-            config = AutoConfig.for_model(name, **known)  # an architecture, such as "vit": nothing is fetched
+            config = AutoConfig.for_model(name, **sizes)  # an architecture, such as "vit": nothing is downloaded
         except ValueError:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False, **known)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False, **sizes)
         model = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
     return Logits(model)

@@ -1,4 +1,4 @@
-"""Detectors of torchvision and transformers as ``Detector``s; neither library is imported before it is asked for."""
+"""Wrap detectors of torchvision and transformers as ``Detector``; the libraries are imported on first use."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from tempering.models.factory import build
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TORCHVISION = ("fcos_resnet50_fpn", "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2")
 TRANSFORMERS = ("d_fine", "rt_detr", "rt_detr_v2", "detr")
-OPERATORS = ("nms", "qnms")  # what torchvision wants to be there when it is imported
-_LIBRARY: list[Any] = []  # alive as long as the operators are
+OPERATORS = ("nms", "qnms")  # operators that must be defined when torchvision is imported
+_LIBRARY: list[Any] = []  # keeps the definitions of the operators alive
 
 
 def detector(name: str, *, classes: int, pretrained: bool = False) -> Detector:
-    """A detector by its name: of the zoo, "torchvision:NAME", or "transformers:NAME" by architecture or hub name.
+    """Build a detector by name: of the zoo, "torchvision:NAME", or "transformers:NAME" by architecture or hub name.
 
     Args:
         name: such as "fcos_tiny", "torchvision:fcos_resnet50_fpn", "transformers:ustc-community/dfine-nano-coco".
-        classes: how many, the background aside.
-        pretrained: weights that the library has or fetches, but for what does not fit ``classes``.
+        classes: number of classes, without the background.
+        pretrained: load the library's weights, except for layers whose shape depends on ``classes``.
 
     Raises:
-        ValueError: for a name that there is not, or a detector that is not supported.
+        ValueError: for an unknown name or an unsupported detector.
         ImportError: for a library that is not installed.
     """
     library, colon, inner = name.partition(":")
@@ -41,14 +41,14 @@ def detector(name: str, *, classes: int, pretrained: bool = False) -> Detector:
     net = build(name, classes=classes, pretrained=pretrained)
     if not isinstance(net, Detector):
         raise ValueError(
-            f"{name} is no detector. The zoo has fcos_nano, fcos_tiny, fcos_wide and fcos_large, each also with _bins; "
-            "others are torchvision:NAME and transformers:NAME."
+            f"{name} is not a detector. The zoo has fcos_nano, fcos_tiny, fcos_wide and fcos_large, each also with "
+            "_bins; others are torchvision:NAME and transformers:NAME."
         )
     return net
 
 
 class _Normalized(Detector):
-    """A detector that wraps a model of another library."""
+    """Base of detectors that wrap a model of another library and normalize its inputs."""
 
     mean: Tensor
     std: Tensor
@@ -60,29 +60,29 @@ class _Normalized(Detector):
             self.register_buffer(name, torch.tensor(value)[:, None, None], persistent=False)
 
     def normalized(self, images: Tensor) -> Tensor:
-        """The pixels as the model was trained on them; gray images in all three channels."""
+        """Normalize pixels for the model."""
         return (images - self.mean) / self.std
 
 
 def proper(targets: Sequence[Target], size: Sequence[int]) -> list[dict[str, Tensor]]:
-    """Boxes cut to images of (height, width), less those of no size or outside, which the libraries would count."""
-    out = []
+    """Clip boxes to images of (height, width) and drop empty ones, which the libraries would count as positives."""
+    result = []
     for target in targets:
         boxes = clipped(target["boxes"], (size[0], size[1]))
         kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        out.append({"boxes": boxes[kept], "labels": target["labels"][kept]})
-    return out
+        result.append({"boxes": boxes[kept], "labels": target["labels"][kept]})
+    return result
 
 
 # torchvision
 
 
 class TorchvisionDetector(_Normalized):
-    """torchvision's FCOS or RetinaNet, its labels counted from 0.
+    """Wrap FCOS or RetinaNet of torchvision, with labels counted from 0.
 
-    Images go to backbone and head as they come, without torchvision's own resizing. Losses are torchvision's, of one
-    image at a time. Two-stage detectors choose their anchors at random and refine them, so they have no anchors to
-    compare: Faster R-CNN and its kin are refused.
+    Images are passed to backbone and head without torchvision's resizing. Losses are torchvision's, computed for one
+    image at a time. Two-stage detectors such as Faster R-CNN are not supported: they sample and refine proposals, so
+    two models have no common anchors.
 
     Raises:
         TypeError: for another model.
@@ -95,7 +95,7 @@ class TorchvisionDetector(_Normalized):
         if kind not in ("FCOS", "RetinaNet"):
             raise TypeError(
                 f"TorchvisionDetector wraps FCOS and RetinaNet; got {kind}. Two-stage detectors and SSD are not "
-                f"supported: take one of {', '.join(TORCHVISION)}."
+                f"supported: use one of {', '.join(TORCHVISION)}."
             )
         super().__init__(model, model.head.classification_head.num_classes)  # pyright: ignore
 
@@ -107,34 +107,36 @@ class TorchvisionDetector(_Normalized):
         from torchvision.models.detection.image_list import ImageList  # pyright: ignore[reportMissingImports]
 
         levels, model = self.levels_of(images), cast(Any, self.model)
-        said: dict[str, Tensor] = model.head(levels)
+        outputs: dict[str, Tensor] = model.head(levels)
         size = (images.shape[2], images.shape[3])
         anchors: list[Tensor] = model.anchor_generator(ImageList(images, [size] * len(images)), levels)
         coder = model.box_coder
-        decode = coder.decode if "bbox_ctrness" in said else coder.decode_single
-        boxes = torch.stack([decode(own, at) for own, at in zip(said["bbox_regression"], anchors, strict=True)])
-        quality = said["bbox_ctrness"].squeeze(-1) if "bbox_ctrness" in said else None
-        losses = {} if targets is None else self._losses(said, proper(targets, size), anchors, levels)
-        return Detected(levels, said["cls_logits"], boxes, None, losses, True, quality)
+        decode = coder.decode if "bbox_ctrness" in outputs else coder.decode_single
+        boxes = torch.stack(
+            [decode(deltas, boxes) for deltas, boxes in zip(outputs["bbox_regression"], anchors, strict=True)]
+        )
+        quality = outputs["bbox_ctrness"].squeeze(-1) if "bbox_ctrness" in outputs else None
+        losses = {} if targets is None else self._losses(outputs, proper(targets, size), anchors, levels)
+        return Detected(levels, outputs["cls_logits"], boxes, None, losses, True, quality)
 
     def _losses(
-        self, said: Mapping[str, Tensor], targets: Sequence[Target], anchors: list[Tensor], levels: list[Tensor]
+        self, outputs: Mapping[str, Tensor], targets: Sequence[Target], anchors: list[Tensor], levels: list[Tensor]
     ) -> dict[str, Tensor]:
-        points = [[x.shape[2] * x.shape[3] for x in levels]] if "bbox_ctrness" in said else []
-        each = []
+        points = [[x.shape[2] * x.shape[3] for x in levels]] if "bbox_ctrness" in outputs else []
+        losses = []
         for i, target in enumerate(targets):
-            own = {name: value[i : i + 1].float() for name, value in said.items()}
-            # targets are a copy: torchvision writes into labels of images without boxes
-            each.append(self.model.compute_loss([target], own, [anchors[i]], *points))  # pyright: ignore
-        named = {"classification": "class", "bbox_regression": "box", "bbox_ctrness": "quality"}
-        return {named[name]: torch.stack([loss[name] for loss in each]) for name in each[0]}
+            output = {name: value[i : i + 1].float() for name, value in outputs.items()}
+            # targets are a copy: torchvision writes into the labels of images without boxes
+            losses.append(self.model.compute_loss([target], output, [anchors[i]], *points))  # pyright: ignore
+        names = {"classification": "class", "bbox_regression": "box", "bbox_ctrness": "quality"}
+        return {names[name]: torch.stack([loss[name] for loss in losses]) for name in losses[0]}
 
 
 def torchvision() -> Any:
-    """The library, also where its compiled operators are of another build than torch: then without its own NMS.
+    """Import torchvision, even if its compiled operators were built for another torch (then without its NMS).
 
     Raises:
-        ImportError: where it is not installed, or fails for another reason.
+        ImportError: if it is not installed, or fails for another reason.
     """
     try:
         import torchvision as library  # pyright: ignore[reportMissingImports]
@@ -142,9 +144,9 @@ def torchvision() -> Any:
         return library
     except RuntimeError as error:
         if "torchvision::" not in str(error):
-            raise ImportError(f"torchvision does not import here ({error}): pip install 'tempering[models]'") from error
+            raise ImportError(f"torchvision cannot be imported ({error}): pip install 'tempering[models]'") from error
     except ImportError as error:
-        raise ImportError(f"torchvision does not import here ({error}): pip install 'tempering[models]'") from error
+        raise ImportError(f"torchvision cannot be imported ({error}): pip install 'tempering[models]'") from error
     _LIBRARY.append(torch.library.Library("torchvision", "DEF"))
     for name in OPERATORS:
         _LIBRARY[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -158,7 +160,7 @@ def torchvision() -> Any:
 def _from_torchvision(name: str, classes: int, pretrained: bool) -> Detector:
     if name not in TORCHVISION:
         raise ValueError(
-            f"torchvision:{name} is not supported. These are: {', '.join(TORCHVISION)}; two-stage detectors have no "
+            f"torchvision:{name} is not supported. Supported are {', '.join(TORCHVISION)}; two-stage detectors have no "
             "anchors that two models share."
         )
     torchvision()
@@ -166,9 +168,9 @@ def _from_torchvision(name: str, classes: int, pretrained: bool) -> Detector:
 
     model = models.get_model(name, weights=None, weights_backbone=None, num_classes=classes)
     if pretrained:
-        theirs, own = models.get_model_weights(name).DEFAULT.get_state_dict(check_hash=True), model.state_dict()
-        fits = {n: value for n, value in theirs.items() if n in own and own[n].shape == value.shape}
-        model.load_state_dict(fits, strict=False)
+        weights, state = models.get_model_weights(name).DEFAULT.get_state_dict(check_hash=True), model.state_dict()
+        equal = {n: value for n, value in weights.items() if n in state and state[n].shape == value.shape}
+        model.load_state_dict(equal, strict=False)
     return TorchvisionDetector(model)
 
 
@@ -176,11 +178,11 @@ def _from_torchvision(name: str, classes: int, pretrained: bool) -> Detector:
 
 
 class TransformersDetector(_Normalized):
-    """A D-FINE, RT-DETR, RT-DETRv2 or DETR of transformers.
+    """Wrap D-FINE, RT-DETR, RT-DETRv2 or DETR of transformers.
 
-    Losses are the library's, auxiliary ones included, of one image at a time: "class" is the parts of the class logits,
-    "box" the rest. Denoising queries, which depend on the other images of a batch, are turned off. A D-FINE has bins:
-    the last layer's distributions. DETR's level is its encoder's output.
+    Losses are the library's, with auxiliary losses, computed for one image at a time: "class" is the classification
+    loss, "box" all other losses. Denoising queries, which depend on the other images of a batch, are disabled. D-FINE
+    has bins, the distributions of the last layer. The only level of DETR is the output of its encoder.
 
     Raises:
         TypeError: for another model.
@@ -209,9 +211,9 @@ class TransformersDetector(_Normalized):
         if hasattr(config, "num_denoising"):
             config.num_denoising = 0
             for unused in (p for n, p in model.named_parameters() if "denoising_class_embed" in n):
-                unused.requires_grad_(False)  # no rank would have its gradient
-        self._each = _EachImage(model.loss_function, 1 if kind == "detr" else 0)  # pyright: ignore[reportArgumentType]
-        model.loss_function = self._each  # pyright: ignore[reportArgumentType]
+                unused.requires_grad_(False)  # unused parameters have no gradient, which DDP does not accept
+        self._image_losses = _PerImageLoss(model.loss_function, 1 if kind == "detr" else 0)  # pyright: ignore[reportArgumentType]
+        model.loss_function = self._image_losses  # pyright: ignore[reportArgumentType]
 
     def levels_of(self, images: Tensor) -> list[Tensor]:
         return self.detect(images, None).levels
@@ -221,59 +223,61 @@ class TransformersDetector(_Normalized):
         scale = images.new_tensor([width, height, width, height])
         labels = None
         if targets is not None:
-            kept = proper(targets, (height, width))
-            labels = [{"class_labels": t["labels"], "boxes": centered(t["boxes"].to(scale) / scale)} for t in kept]
-        said = self.model(self.normalized(images), labels=labels)
-        maps = said.encoder_last_hidden_state
-        levels = [_map(maps, height, width)] if isinstance(maps, Tensor) else list(maps)
+            valid = proper(targets, (height, width))
+            labels = [{"class_labels": t["labels"], "boxes": centered(t["boxes"].to(scale) / scale)} for t in valid]
+        output = self.model(self.normalized(images), labels=labels)
+        maps = output.encoder_last_hidden_state
+        levels = [_to_map(maps, height, width)] if isinstance(maps, Tensor) else list(maps)
         bins = None
         if self.kind == "d_fine":
-            bins = said.intermediate_predicted_corners[:, -1].unflatten(-1, (4, -1))
-        losses = {} if targets is None else self._each.take()
-        boxes = cornered(said.pred_boxes) * scale
-        return Detected(levels, said.logits, boxes, bins, losses, self.kind != "detr", queries=True)
+            bins = output.intermediate_predicted_corners[:, -1].unflatten(-1, (4, -1))
+        losses = {} if targets is None else self._image_losses.pop()
+        boxes = cornered(output.pred_boxes) * scale
+        return Detected(levels, output.logits, boxes, bins, losses, self.kind != "detr", queries=True)
 
 
-class _EachImage:
-    """In the place of a model's loss function: that function on one image at a time, its losses kept apart."""
+class _PerImageLoss:
+    """Replace a model's loss function: compute it for one image at a time and store the losses by image."""
 
     def __init__(self, function: Callable[..., Any], layers: int) -> None:
-        self.function, self.layers = function, layers  # the dimension of the batch in outputs of all layers
+        self.function, self.layers = function, layers  # batch dimension of outputs of all layers
         self.losses: list[tuple[Tensor, Tensor]] = []
 
     def __call__(
-        self, logits: Tensor, labels: Any, device: Any, boxes: Tensor, config: Any, *more: Any, **kept: Any
+        self, logits: Tensor, labels: Any, device: Any, boxes: Tensor, config: Any, *more: Any, **named: Any
     ) -> Any:
         self.losses = []
         for i in range(len(labels)):
             args = (logits[i : i + 1], labels[i : i + 1], device, boxes[i : i + 1], config)
-            rest = [x.narrow(self.layers, i, 1) if isinstance(x, Tensor) else x for x in more]
-            named = {n: x[i : i + 1] if isinstance(x, Tensor) else x for n, x in kept.items()}
-            whole, parts, _ = self.function(*args, *rest, **named)
-            of_class = [v for n, v in parts.items() if any(kind in n for kind in ("_ce", "_vfl", "_focal", "_bce"))]
-            self.losses.append((torch.stack(of_class).sum(), torch.as_tensor(whole)))
-        total = torch.stack([whole for _, whole in self.losses])
+            more_args = [x.narrow(self.layers, i, 1) if isinstance(x, Tensor) else x for x in more]
+            kwargs = {n: x[i : i + 1] if isinstance(x, Tensor) else x for n, x in named.items()}
+            loss, parts, _ = self.function(*args, *more_args, **kwargs)
+            class_parts = [v for n, v in parts.items() if any(kind in n for kind in ("_ce", "_vfl", "_focal", "_bce"))]
+            self.losses.append((torch.stack(class_parts).sum(), torch.as_tensor(loss)))
+        total = torch.stack([loss for _, loss in self.losses])
         return total.mean(), {}, None
 
-    def take(self) -> dict[str, Tensor]:
-        """name -> (B,) of the last call."""
-        classes, whole = (torch.stack(side) for side in zip(*self.losses, strict=True))
+    def pop(self) -> dict[str, Tensor]:
+        """Return name -> (B,) of the last call, and forget it."""
+        classes, total = (torch.stack(side) for side in zip(*self.losses, strict=True))
         self.losses = []
-        return {"class": classes, "box": whole - classes}
+        return {"class": classes, "box": total - classes}
 
 
-def _map(sequence: Tensor, height: int, width: int) -> Tensor:
-    """(B, h * w, C) as (B, C, h, w), in the image's proportions."""
+def _to_map(sequence: Tensor, height: int, width: int) -> Tensor:
+    """Reshape (B, h * w, C) to (B, C, h, w), with the aspect ratio of the image."""
     count = sequence.shape[1]
-    high = round((count * height / width) ** 0.5)
-    if count % high:
-        raise ValueError(f"{count} positions are no map of an image of {height} x {width}. Use sides that 32 divides.")
-    return sequence.transpose(1, 2).unflatten(2, (high, count // high))
+    rows = round((count * height / width) ** 0.5)
+    if count % rows:
+        raise ValueError(
+            f"{count} positions are not a feature map of an image of {height} x {width}. Use multiples of 32."
+        )
+    return sequence.transpose(1, 2).unflatten(2, (rows, count // rows))
 
 
 def _from_transformers(name: str, classes: int, pretrained: bool) -> Detector:
     with contextlib.suppress(ImportError):
-        torchvision()  # one of another build would keep transformers' detectors from being imported
+        torchvision()  # a build for another torch would make the import of transformers' detectors fail
     try:
         from transformers import AutoConfig, AutoModelForObjectDetection
     except ImportError as error:
@@ -284,7 +288,7 @@ def _from_transformers(name: str, classes: int, pretrained: bool) -> Detector:
         )
     else:
         try:
-            config = AutoConfig.for_model(name, num_labels=classes)  # an architecture: nothing is fetched
+            config = AutoConfig.for_model(name, num_labels=classes)  # an architecture: nothing is downloaded
         except ValueError:
             config = AutoConfig.from_pretrained(name, num_labels=classes, trust_remote_code=False)
         model = AutoModelForObjectDetection.from_config(config, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""A net by its name, and weights from a file."""
+"""Build a network by name, and load its weights from a file."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tempering.utils.registry import lookup
 
 
 def build(name: str, *, classes: int, channels: int = 3, pretrained: bool = False) -> nn.Module:
-    """A new classifier (N, channels, H, W) -> (N, classes) logits, its weights drawn from torch's global generator.
+    """Build a network (N, channels, H, W) -> (N, classes) logits, initialized with torch's global random generator.
 
     Args:
-        name: of the zoo, such as "resnet8x4" (letter case aside), or LIBRARY:NAME with timm, torchvision or
-            transformers, such as "timm:resnet18" or "transformers:google/vit-base-patch16-224". "vam:" before any of
-            them wraps it by attention.attend, "vam8:" with 8 blocks.
-        classes: width of the head.
+        name: of the zoo, such as "resnet8x4" (not case-sensitive), or LIBRARY:NAME with timm, torchvision or
+            transformers, such as "timm:resnet18" or "transformers:google/vit-base-patch16-224". The prefix "vam:" adds
+            attention (``attention.attend``), "vam8:" with 8 blocks.
+        classes: number of outputs.
         channels: of the images.
-        pretrained: weights that the library has or fetches; the zoo has none.
+        pretrained: load the library's weights; the zoo has none.
 
     Raises:
-        ValueError: for a name that there is not, with the nearest; or sizes below 1.
+        ValueError: for an unknown name, with the most similar one; or sizes below 1.
         ImportError: for a library that is not installed.
     """
     if classes < 1 or channels < 1:
@@ -56,14 +56,14 @@ def build_seeded(name: str, *, seed: int, classes: int, channels: int = 3, chann
 
 
 def stages(net: nn.Module) -> list[str]:
-    """Names of the net's stages, shallow to deep; [] for a net that is not of the zoo."""
+    """Return the names of the network's stages, shallow to deep; [] for a network that is not of the zoo."""
     return getattr(net, "stages", [])
 
 
 def parted(name: str) -> tuple[str, str]:
-    """("vam8", "resnet8") for "vam8:resnet8": how a net attends, "" where it does not, and the net itself."""
-    found = re.fullmatch(r"(vam\d*):(.*)", name, re.IGNORECASE)
-    return ("", name) if found is None else (found[1].lower(), found[2])
+    """Split a name into attention and network: ("vam8", "resnet8") for "vam8:resnet8", ("", name) without attention."""
+    match = re.fullmatch(r"(vam\d*):(.*)", name, re.IGNORECASE)
+    return ("", name) if match is None else (match[1].lower(), match[2])
 
 
 def network_facts(name: str) -> dict[str, str]:
@@ -73,11 +73,11 @@ def network_facts(name: str) -> dict[str, str]:
 
 
 def load(net: nn.Module, path: str | Path) -> nn.Module:
-    """``net`` with the weights of a safetensors file, every one of them and no other.
+    """Load all weights of ``net`` from a safetensors file, in place, and return it; names and shapes must match.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: for a file that is broken, or holds another net's weights, naming the first that differ.
+        FileNotFoundError: if there is no such file.
+        ValueError: for a corrupt file, or weights of another network, naming the first differences.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -86,21 +86,21 @@ def load(net: nn.Module, path: str | Path) -> nn.Module:
     if not path.is_file():
         raise FileNotFoundError(f"there are no weights at {path}. A finished run leaves student.safetensors.")
     try:
-        theirs = load_file(path)
+        weights = load_file(path)
     except (SafetensorError, ValueError) as error:
         raise ValueError(
-            f"{path} is not a whole safetensors file: {error}. A .pth or .ckpt is a pickle, which is not read here: "
+            f"{path} is not a valid safetensors file: {error}. A .pth or .ckpt is a pickle, which is not loaded: "
             "convert it once with safetensors.torch.save_file(state_dict, path)."
         ) from error
-    ours = net.state_dict()
-    missing, extra = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
-    other = [n for n in ours if n in theirs and ours[n].shape != theirs[n].shape]
+    state = net.state_dict()
+    missing, extra = sorted(state.keys() - weights.keys()), sorted(weights.keys() - state.keys())
+    other = [n for n in state if n in weights and state[n].shape != weights[n].shape]
     if missing or extra or other:
-        said = [
+        differences = [
             *(f"{name} is missing" for name in missing[:2]),
             *(f"{name} is not in the net" for name in extra[:2]),
-            *(f"{n} is {tuple(theirs[n].shape)} and should be {tuple(ours[n].shape)}" for n in other[:2]),
+            *(f"{n} is {tuple(weights[n].shape)} and should be {tuple(state[n].shape)}" for n in other[:2]),
         ]
-        raise ValueError(f"{path} does not hold the weights of this {type(net).__name__}: {'; '.join(said)}.")
-    net.load_state_dict(theirs)
+        raise ValueError(f"{path} does not hold the weights of this {type(net).__name__}: {'; '.join(differences)}.")
+    net.load_state_dict(weights)
     return net

@@ -1,7 +1,7 @@
-"""A small one-stage detector without anchors, which learns on a CPU in minutes; a teacher is the same net wider.
+"""Build a small anchor-free one-stage detector that trains on a CPU in minutes; a teacher is a wider one.
 
 Reference: Tian et al., "FCOS", ICCV 2019, arXiv:1904.01355; its losses, with GIoU as in the authors' later version.
-What is small here: four stages, three levels, two convolutions a tower. ``bins`` makes the sides distributions, as in
+It is smaller: four stages, three levels, two convolutions per tower. With ``bins`` the sides are distributions, as in
 Li et al., "Generalized Focal Loss", NeurIPS 2020, arXiv:2006.04388.
 """
 
@@ -22,31 +22,33 @@ from tempering.models.detector import Detected, Detector, Target
 
 WIDTHS = (16, 32, 48, 64, 96)  # of the stem and the stages at width 1
 STRIDES = (8, 16, 32)
-REACH = 4.0  # a level takes boxes whose farthest side lies up to so many strides from a point, the deepest all larger
-RADIUS = 1.5  # strides round a box's middle within which its points lie
+REACH = (
+    4.0  # a level is assigned boxes whose farthest side is up to this many strides from a point; the last, all larger
+)
+RADIUS = 1.5  # maximal distance of positive points from the center of a box, in strides
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-DFL = 0.25  # weight of the distributions' own loss, as Generalized Focal Loss has it
+DFL = 0.25  # weight of the distribution focal loss, as in Generalized Focal Loss
 
 
 class Assigned(NamedTuple):
-    """Which object each point answers for: labels (B, A), -1 for none, and its box (B, A, 4)."""
+    """The object assigned to each point: its label (B, A), -1 for none, and its box (B, A, 4)."""
 
     labels: Tensor
     boxes: Tensor
 
 
 class FCOS(Detector):
-    """A detector of images whose sides are multiples of 32.
+    """A detector for images whose height and width are multiples of 32.
 
     Args:
-        classes: how many, the background aside.
-        width: factor on the backbone's channels; neck and head keep theirs, so that they can be inherited.
-        neck: channels of the neck and the head, a multiple of 8.
-        bins: classes of each side's distribution over 0, 1, ..., bins - 1 strides; None regresses the sides.
-        norm: of the backbone: "batch", or "group", which keeps images apart also in training.
+        classes: number of classes, without the background.
+        width: factor of the backbone's channels; neck and head are not scaled, so that they can be inherited.
+        neck: channels of neck and head, a multiple of 8.
+        bins: number of bins of each side's distribution over 0, 1, ..., bins - 1 strides; None: regress the sides.
+        norm: of the backbone: "batch", or "group", with which images of a batch are independent in training too.
 
     Raises:
-        ValueError: for sizes that do not fit.
+        ValueError: for invalid sizes.
     """
 
     mean: Tensor
@@ -71,10 +73,10 @@ class FCOS(Detector):
         if norm not in ("batch", "group"):
             raise ValueError(f"FCOS needs norm 'batch' or 'group'; got {norm!r}.")
         self.classes, self.width, self.neck, self.bins, self.norm = classes, width, neck, bins, norm
-        wide = [max(8, round(w * width / 8) * 8) for w in WIDTHS]
-        self.stem = _convolved(3, wide[0], 2, norm)
-        self.stages = nn.ModuleList(_Stage(a, b, norm) for a, b in itertools.pairwise(wide))
-        self.laterals = nn.ModuleList(nn.Conv2d(w, neck, 1) for w in wide[2:])
+        widths = [max(8, round(w * width / 8) * 8) for w in WIDTHS]
+        self.stem = _conv_norm_relu(3, widths[0], 2, norm)
+        self.stages = nn.ModuleList(_Stage(a, b, norm) for a, b in itertools.pairwise(widths))
+        self.laterals = nn.ModuleList(nn.Conv2d(w, neck, 1) for w in widths[2:])
         self.outputs = nn.ModuleList(nn.Conv2d(neck, neck, 3, padding=1) for _ in STRIDES)
         self.class_tower, self.box_tower = (nn.Sequential(*(_tower(neck) for _ in range(2))) for _ in range(2))
         self.class_head = nn.Conv2d(neck, classes, 3, padding=1)
@@ -98,29 +100,29 @@ class FCOS(Detector):
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
-        above, out = None, []
+        top_down, out = None, []
         for lateral, output, x in reversed(list(zip(self.laterals, self.outputs, maps[1:], strict=True))):
-            above = lateral(x) if above is None else lateral(x) + F.interpolate(above, scale_factor=2.0)
-            out.append(output(above))
+            top_down = lateral(x) if top_down is None else lateral(x) + F.interpolate(top_down, scale_factor=2.0)
+            out.append(output(top_down))
         return out[::-1]
 
     def detect(self, images: Tensor, targets: Sequence[Target] | None) -> Detected:
         levels = self.levels_of(images)
         logits, quality, sides = [], [], []
         for x, scale in zip(levels, self.scales, strict=True):
-            inner = self.box_tower(x)
+            features = self.box_tower(x)
             logits.append(_points(self.class_head(self.class_tower(x))))
-            quality.append(_points(self.quality_head(inner)))
-            sides.append(_points(self.box_head(inner)) * scale)
+            quality.append(_points(self.quality_head(features)))
+            sides.append(_points(self.box_head(features)) * scale)
         points, strides = (x.to(images.device) for x in grid([x.shape[2:] for x in levels]))
         raw = torch.cat(sides, 1)
         bins = raw.unflatten(-1, (4, self.bins)) if self.bins else None
         distances = (raw.clamp(max=6.0).exp() if bins is None else _expected(bins)) * strides[:, None]
         boxes = torch.cat((points - distances[..., :2], points + distances[..., 2:]), -1)
-        said = Detected(levels, torch.cat(logits, 1), boxes, bins, {}, True, torch.cat(quality, 1).squeeze(-1))
+        output = Detected(levels, torch.cat(logits, 1), boxes, bins, {}, True, torch.cat(quality, 1).squeeze(-1))
         if targets is None:
-            return said
-        return said._replace(losses=losses(said, assign(targets, points, strides, said.boxes), points, strides))
+            return output
+        return output._replace(losses=losses(output, assign(targets, points, strides, output.boxes), points, strides))
 
     def class_loss(self, inputs: object) -> Tensor:
         images, targets = inputs["images"], inputs["targets"]  # pyright: ignore[reportIndexIssue]
@@ -131,13 +133,13 @@ class FCOS(Detector):
 
 
 class _Stage(nn.Module):
-    """Half the size, then a residual block."""
+    """Apply a convolution of stride 2 and a residual block."""
 
     def __init__(self, wide_in: int, wide: int, norm: str) -> None:
         super().__init__()
-        self.down = _convolved(wide_in, wide, 2, norm)
+        self.down = _conv_norm_relu(wide_in, wide, 2, norm)
         self.block = nn.Sequential(
-            _convolved(wide, wide, 1, norm), nn.Conv2d(wide, wide, 3, padding=1, bias=False), _norm(wide, norm)
+            _conv_norm_relu(wide, wide, 1, norm), nn.Conv2d(wide, wide, 3, padding=1, bias=False), _norm(wide, norm)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,7 +151,7 @@ def _norm(wide: int, norm: str) -> nn.Module:
     return nn.BatchNorm2d(wide) if norm == "batch" else nn.GroupNorm(8, wide)
 
 
-def _convolved(wide_in: int, wide: int, stride: int, norm: str) -> nn.Sequential:
+def _conv_norm_relu(wide_in: int, wide: int, stride: int, norm: str) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(wide_in, wide, 3, stride, 1, bias=False), _norm(wide, norm), nn.ReLU())
 
 
@@ -158,17 +160,17 @@ def _tower(neck: int) -> nn.Sequential:
 
 
 def _points(x: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, h * w, C)."""
+    """Flatten (B, C, h, w) to (B, h * w, C)."""
     return x.flatten(2).transpose(1, 2)
 
 
 def _expected(bins: Tensor) -> Tensor:
-    """The mean of each side's distribution, (..., 4), in strides."""
+    """Return the mean of each side's distribution, (..., 4), in strides."""
     return bins.softmax(-1) @ torch.arange(bins.shape[-1], dtype=bins.dtype, device=bins.device)
 
 
 def grid(sizes: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Middles (A, 2) of all levels' cells as xy in pixels, and the stride (A,) of each."""
+    """Return the centers (A, 2) of the cells of all levels as xy in pixels, and the stride (A,) of each."""
     points, strides = [], []
     for (height, width), stride in zip(sizes, STRIDES, strict=True):
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -179,9 +181,9 @@ def grid(sizes: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def assign(targets: Sequence[Target], points: Tensor, strides: Tensor, like: Tensor) -> Assigned:
-    """The smallest box that a point lies in, near its middle and of a size that the point's level takes.
+    """Assign to each point the smallest box that contains it, is centered near it, and is of a size for its level.
 
-    A box that no point lies in, smaller than the finest stride, teaches nothing.
+    A box that contains no point, smaller than the finest stride, is not assigned.
     """
     most = max((len(target["labels"]) for target in targets), default=0)
     boxes, labels = like.new_zeros(len(targets), most + 1, 4), points.new_full((len(targets), most + 1), -1).long()
@@ -189,41 +191,42 @@ def assign(targets: Sequence[Target], points: Tensor, strides: Tensor, like: Ten
         boxes[i, : len(target["labels"])], labels[i, : len(target["labels"])] = target["boxes"], target["labels"]
     low, high = points[:, None] - boxes[:, None, :, :2], boxes[:, None, :, 2:] - points[:, None]  # (B, A, M, 2)
     near, far = torch.cat((low, high), -1).amin(-1), torch.cat((low, high), -1).amax(-1)
-    middle = (boxes[..., :2] + boxes[..., 2:]) / 2
-    central = (points[:, None] - middle[:, None]).abs().amax(-1) < RADIUS * strides[:, None]
+    center = (boxes[..., :2] + boxes[..., 2:]) / 2
+    central = (points[:, None] - center[:, None]).abs().amax(-1) < RADIUS * strides[:, None]
     least = torch.where(strides == STRIDES[0], 0.0, REACH * strides / 2)
     largest = torch.where(strides == STRIDES[-1], torch.inf, REACH * strides)
-    taken = (near > 0) & central & (far > least[:, None]) & (far <= largest[:, None]) & (labels[:, None] >= 0)
-    size = areas(boxes)[:, None].expand_as(taken).masked_fill(~taken, torch.inf)
+    valid = (near > 0) & central & (far > least[:, None]) & (far <= largest[:, None]) & (labels[:, None] >= 0)
+    size = areas(boxes)[:, None].expand_as(valid).masked_fill(~valid, torch.inf)
     best = size.min(-1)
-    chosen = torch.where(torch.isfinite(best.values), labels.gather(1, best.indices), -1)
-    return Assigned(chosen, boxes.gather(1, best.indices.unsqueeze(-1).expand(-1, -1, 4)))
+    assigned = torch.where(torch.isfinite(best.values), labels.gather(1, best.indices), -1)
+    return Assigned(assigned, boxes.gather(1, best.indices.unsqueeze(-1).expand(-1, -1, 4)))
 
 
 def focal(logits: Tensor, labels: Tensor) -> Tensor:
-    """Focal loss (alpha 0.25, gamma 2) of each image over its positives, (B,); label -1 is the background.
+    """Return the focal loss (alpha 0.25, gamma 2) of each image, normalized by its positives, (B,); -1: background.
 
     Reference: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv:1708.02002.
     """
     truth = F.one_hot(labels + 1, logits.shape[-1] + 1)[..., 1:].to(logits.dtype)
     p = logits.sigmoid()
-    wrong = torch.where(truth > 0, 1.0 - p, p)
-    weight = torch.where(truth > 0, 0.25, 0.75) * wrong.square()
+    error = torch.where(truth > 0, 1.0 - p, p)
+    weight = torch.where(truth > 0, 0.25, 0.75) * error.square()
     loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
     return (weight * loss).sum((1, 2)) / (labels >= 0).sum(1).clamp_min(1)
 
 
-def losses(said: Detected, assigned: Assigned, points: Tensor, strides: Tensor) -> dict[str, Tensor]:
-    """Each image's losses (B,): "class", "box" (GIoU), "quality" (centerness) and with bins "bins"."""
-    assert said.quality is not None
-    logits, quality, boxes = (x.float() if x.dtype.itemsize < 4 else x for x in (said.logits, said.quality, said.boxes))
+def losses(output: Detected, assigned: Assigned, points: Tensor, strides: Tensor) -> dict[str, Tensor]:
+    """Return the losses of each image, (B,): "class", "box" (GIoU), "quality" (centerness), and "bins" with bins."""
+    assert output.quality is not None
+    parts = (output.logits, output.quality, output.boxes)
+    logits, quality, boxes = (x.float() if x.dtype.itemsize < 4 else x for x in parts)
     positive, truth = assigned.labels >= 0, assigned.boxes.to(boxes.dtype)
     count = positive.sum(1).clamp_min(1)
     sides = torch.cat((points - truth[..., :2], truth[..., 2:] - points), -1).clamp_min(0)
     x, y = sides[..., 0::2], sides[..., 1::2]
-    shares = [s.amin(-1) / s.amax(-1).clamp_min(1e-9) for s in (x, y)]
-    central = (shares[0] * shares[1]).sqrt().masked_fill(~positive, 0.0)
-    weight = central / central.sum(1, keepdim=True).clamp_min(1e-9)
+    ratios = [s.amin(-1) / s.amax(-1).clamp_min(1e-9) for s in (x, y)]
+    centerness = (ratios[0] * ratios[1]).sqrt().masked_fill(~positive, 0.0)
+    weight = centerness / centerness.sum(1, keepdim=True).clamp_min(1e-9)
 
     def over_positives(loss: Tensor) -> Tensor:
         return torch.where(positive, loss, 0.0)
@@ -231,22 +234,22 @@ def losses(said: Detected, assigned: Assigned, points: Tensor, strides: Tensor) 
     out = {
         "class": focal(logits, assigned.labels),
         "box": (over_positives(1.0 - giou(boxes, truth)) * weight).sum(1),
-        "quality": over_positives(F.binary_cross_entropy_with_logits(quality, central, reduction="none")).sum(1)
+        "quality": over_positives(F.binary_cross_entropy_with_logits(quality, centerness, reduction="none")).sum(1)
         / count,
     }
-    if said.bins is not None:
-        loss = DFL * _between(said.bins.to(boxes.dtype), sides / strides[:, None]).mean(-1)
+    if output.bins is not None:
+        loss = DFL * _distribution_focal(output.bins.to(boxes.dtype), sides / strides[:, None]).mean(-1)
         out["bins"] = (over_positives(loss) * weight).sum(1)
     return out
 
 
-def _between(bins: Tensor, value: Tensor) -> Tensor:
-    """Cross entropy to the two bins next to ``value``, by their nearness, (B, A, 4)."""
+def _distribution_focal(bins: Tensor, value: Tensor) -> Tensor:
+    """Return the cross entropy to the two bins next to ``value``, weighted linearly by distance, (B, A, 4)."""
     value = value.clamp(0, bins.shape[-1] - 1 - 1e-3)
     low = value.floor().long()
-    logp, share = bins.log_softmax(-1), value - low
-    below, above = (logp.gather(-1, place.unsqueeze(-1)).squeeze(-1) for place in (low, low + 1))
-    return -(below * (1.0 - share) + above * share)
+    logp, fraction = bins.log_softmax(-1), value - low
+    lower, upper = (logp.gather(-1, index.unsqueeze(-1)).squeeze(-1) for index in (low, low + 1))
+    return -(lower * (1.0 - fraction) + upper * fraction)
 
 
 def _net(classes: int, channels: int, *, width: float, bins: int | None) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What the families share."""
+"""Build the layers that the model families share."""
 
 from __future__ import annotations
 
@@ -10,27 +10,31 @@ from torch import Tensor, nn
 
 
 def conv(wide_in: int, wide_out: int, size: int = 3, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """A convolution without bias that keeps the size at stride 1."""
+    """Build a convolution without bias, padded to keep the size at stride 1."""
     return nn.Conv2d(wide_in, wide_out, size, stride, size // 2, groups=groups, bias=False)
 
 
 def conv_norm(wide_in: int, wide_out: int, size: int = 3, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    """A convolution and its batch normalization."""
+    """Build a convolution and its batch normalization."""
     return [conv(wide_in, wide_out, size, stride, groups), nn.BatchNorm2d(wide_out)]
 
 
 def pooled() -> nn.Sequential:
-    """The mean over the positions, (N, C, H, W) -> (N, C)."""
+    """Build global average pooling, (N, C, H, W) -> (N, C)."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def row_entropy(shares: Float[Tensor, "rows parts"]) -> Float[Tensor, " rows"]:
-    """Entropy of each row of shares in nats; its gradient stays finite where a share is 0."""
+    """Return the entropy of each row of probabilities in nats; the gradient stays finite where a probability is 0."""
     return -(shares * shares.clamp_min(torch.finfo(shares.dtype).tiny).log()).sum(-1)
 
 
 class Staged(nn.Sequential):
-    """stem -> stage1 -> ... -> pool -> head; the shape all nets of the zoo have. ``stages`` names the stages."""
+    """Chain stem -> stage1 -> ... -> pool -> head, the structure of all classifiers of the zoo.
+
+    Attributes:
+        stages: names of the stages.
+    """
 
     stages: list[str]
 
@@ -44,7 +48,7 @@ class Staged(nn.Sequential):
 
 
 def fan_out(net: nn.Module, *, head: float | None = None) -> nn.Module:
-    """He's initialization by fan-out of the convolutions, as the field's nets have it; ``head``: std of the linear."""
+    """Apply He initialization by fan-out to convolutions, in place; ``head``: standard deviation of linear layers."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             fan = module.kernel_size[0] * module.kernel_size[1] * module.out_channels

@@ -1,6 +1,6 @@
-"""MobileNetV2 at half width, as CIFAR tables use it.
+"""Build MobileNetV2 at half width, as used in the distillation literature on CIFAR.
 
-Reference: Sandler et al., "MobileNetV2", CVPR 2018, arXiv:1801.04381; strides and widths of the field's tables.
+Reference: Sandler et al., "MobileNetV2", CVPR 2018, arXiv:1801.04381; strides and widths as in that literature.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STAGES = (
 
 
 class Block(nn.Module):
-    """Widen, convolve depthwise, narrow; beside the identity where nothing changes size."""
+    """Apply an inverted residual: expand, depthwise convolution, project; with a shortcut if the size is unchanged."""
 
     def __init__(self, wide_in: int, wide: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 def mobilenet_v2(classes: int, channels: int) -> nn.Module:
-    """(N, channels, 32, 32) -> (N, classes)."""
+    """Build the network (N, channels, 32, 32) -> (N, classes)."""
     stem, wide_in = nn.Sequential(*conv_norm(channels, 16, 3, 2), nn.ReLU()), 16
     stages = []
     for groups in STAGES:

@@ -1,7 +1,7 @@
-"""ResNets for CIFAR: the thin ones of depth 6n + 2 (resnet20, resnet32x4), and ResNet18/50 with a small stem.
+"""Build ResNets for CIFAR: thin ones of depth 6n + 2 (resnet20, resnet32x4), and ResNet18/50 with a small stem.
 
 Reference: He et al., "Deep Residual Learning", CVPR 2016, arXiv:1512.03385, section 4.2; widths of "x4" and the
-projections at a change of width as in the field's tables (CRD, mdistiller).
+projections at a change of width as in the distillation literature (CRD, mdistiller).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tempering.models.layers import Staged, conv_norm, fan_out, pooled
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions, or 1x1, 3x3, 1x1 where ``expansion`` is 4, beside the identity or a projection."""
+    """Apply two 3x3 convolutions, or 1x1, 3x3, 1x1 if ``expansion`` is 4, with an identity or projection shortcut."""
 
     def __init__(self, wide_in: int, wide: int, stride: int, expansion: int = 1) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ def _stage(wide_in: int, wide: int, count: int, stride: int, expansion: int = 1)
 
 
 def resnet(depth: int, widths: tuple[int, int, int, int], classes: int, channels: int) -> nn.Module:
-    """A stem and three stages of (depth - 2) / 6 blocks; (N, channels, 32, 32) -> (N, classes)."""
+    """Build a stem and three stages of (depth - 2) / 6 blocks; (N, channels, 32, 32) -> (N, classes)."""
     count, (first, *rest) = (depth - 2) // 6, widths
     stem = nn.Sequential(*conv_norm(channels, first), nn.ReLU())
     strides = (1, 2, 2)
@@ -48,7 +48,7 @@ def resnet(depth: int, widths: tuple[int, int, int, int], classes: int, channels
 
 
 def wide_stem(counts: tuple[int, int, int, int], expansion: int, classes: int, channels: int) -> nn.Module:
-    """ResNet18/50 for 32 x 32 images: a 3x3 stem of stride 1 and no pooling behind it."""
+    """Build ResNet18/50 for 32 x 32 images: a 3x3 stem of stride 1, without pooling."""
     stem = nn.Sequential(*conv_norm(channels, 64), nn.ReLU())
     stages, wide_in = [], 64
     for wide, count, stride in zip((64, 128, 256, 512), counts, (1, 2, 2, 2), strict=True):
@@ -59,5 +59,5 @@ def wide_stem(counts: tuple[int, int, int, int], expansion: int, classes: int, c
 
 NETS = {f"resnet{depth}": partial(resnet, depth, (16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)}
 NETS |= {f"resnet{depth}x4": partial(resnet, depth, (32, 64, 128, 256)) for depth in (8, 32)}
-# "resnet18" of these tables is ResNet18: no thin net has that depth, so letter case does not matter
+# "resnet18" in the literature is ResNet18: no thin ResNet has that depth, so names are not case-sensitive
 NETS |= {"ResNet18": partial(wide_stem, (2, 2, 2, 2), 1), "ResNet50": partial(wide_stem, (3, 4, 6, 3), 4)}

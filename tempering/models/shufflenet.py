@@ -1,7 +1,7 @@
-"""ShuffleNets in their CIFAR form: a 1x1 stem that keeps the size, three stages that halve it.
+"""Build ShuffleNets for CIFAR: a 1x1 stem that keeps the size, and three stages that halve it.
 
 References: Zhang et al., "ShuffleNet", CVPR 2018, arXiv:1707.01083; Ma et al., "ShuffleNet V2", ECCV 2018,
-arXiv:1807.11164; sizes of the field's tables.
+arXiv:1807.11164; sizes as in the distillation literature.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tempering.models.layers import Staged, conv_norm, pooled
 
 
 class Shuffle(nn.Module):
-    """Channels of ``groups`` groups dealt out in turn, (N, C, H, W)."""
+    """Interleave the channels of ``groups`` groups, (N, C, H, W)."""
 
     def __init__(self, groups: int) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Shuffle(nn.Module):
 
 
 class BlockV1(nn.Module):
-    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; added to the input, or joined to it pooled at stride 2."""
+    """Apply grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; add the input, or at stride 2 concatenate it, pooled."""
 
     def __init__(self, wide_in: int, wide: int, stride: int, *, groups: int = 3) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class BlockV1(nn.Module):
 
 
 class BlockV2(nn.Module):
-    """Half of the channels pass, half are convolved, and both are shuffled."""
+    """Convolve half of the channels, pass the other half through, and shuffle both."""
 
     def __init__(self, wide: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class BlockV2(nn.Module):
 
 
 class HalveV2(nn.Module):
-    """Two convolved branches of stride 2, joined and shuffled."""
+    """Concatenate two convolutional branches of stride 2, and shuffle."""
 
     def __init__(self, wide_in: int, wide: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class HalveV2(nn.Module):
 
 
 def shuffle_v1(classes: int, channels: int) -> nn.Module:
-    """(N, channels, 32, 32) -> (N, classes); three groups."""
+    """Build ShuffleNetV1 with three groups; (N, channels, 32, 32) -> (N, classes)."""
     stages, wide_in = [], 24
     for wide, count in ((240, 4), (480, 8), (960, 4)):
         stages.append(nn.Sequential(BlockV1(wide_in, wide, 2), *(BlockV1(wide, wide, 1) for _ in range(count - 1))))
@@ -101,7 +101,7 @@ def shuffle_v1(classes: int, channels: int) -> nn.Module:
 
 
 def shuffle_v2(classes: int, channels: int) -> nn.Module:
-    """(N, channels, 32, 32) -> (N, classes); width 1."""
+    """Build ShuffleNetV2 of width 1; (N, channels, 32, 32) -> (N, classes)."""
     stages, wide_in = [], 24
     for wide, count in ((116, 3), (232, 7), (464, 3)):
         stages.append(nn.Sequential(HalveV2(wide_in, wide), *(BlockV2(wide) for _ in range(count))))

@@ -1,6 +1,6 @@
-"""VGG for CIFAR, with batch normalization and one linear layer.
+"""Build VGG for CIFAR, with batch normalization and one linear layer.
 
-Reference: Simonyan and Zisserman, 2015, arXiv:1409.1556; the layer counts of the field's tables.
+Reference: Simonyan and Zisserman, 2015, arXiv:1409.1556; layer counts as in the distillation literature.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ COUNTS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 
 
 
 def vgg(depth: int, classes: int, channels: int) -> nn.Module:
-    """Five groups of convolutions, halved between the first four; (N, channels, 32, 32) -> (N, classes)."""
+    """Build five groups of convolutions, max pooling between the first four; (N, channels, 32, 32) -> (N, classes)."""
     groups, wide_in = [], channels
     for number, (wide, count) in enumerate(zip(WIDTHS, COUNTS[depth], strict=True)):
         layers: list[nn.Module] = [nn.MaxPool2d(2)] if 0 < number < 4 else []

@@ -1,4 +1,4 @@
-"""Wide ResNets for CIFAR: wrn_40_2 is 40 layers deep and twice as wide.
+"""Build wide ResNets for CIFAR: wrn_40_2 has 40 layers and twice the width.
 
 Reference: Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016, arXiv:1605.07146.
 """
@@ -13,8 +13,10 @@ from tempering.models.layers import Staged, conv, fan_out, pooled
 
 
 class Block(nn.Module):
-    """Normalize, activate, convolve, twice. Where the width changes, the shortcut is a 1x1 convolution of the
-    activated input, else the input itself."""
+    """Apply normalization, activation and convolution, twice.
+
+    If the width changes, the shortcut is a 1x1 convolution of the activated input, else the identity.
+    """
 
     def __init__(self, wide_in: int, wide: int, stride: int) -> None:
         super().__init__()
@@ -28,7 +30,7 @@ class Block(nn.Module):
 
 
 def wrn(depth: int, widen: int, classes: int, channels: int) -> nn.Module:
-    """A stem and three stages of (depth - 4) / 6 blocks; (N, channels, 32, 32) -> (N, classes)."""
+    """Build a stem and three stages of (depth - 4) / 6 blocks; (N, channels, 32, 32) -> (N, classes)."""
     count, widths = (depth - 4) // 6, (16, 16 * widen, 32 * widen, 64 * widen)
     stages = [
         nn.Sequential(Block(a, b, stride), *(Block(b, b, 1) for _ in range(count - 1)))

@@ -1,4 +1,4 @@
-"""The networks of this package by name, imported when one of them is asked for."""
+"""Look up the networks of this package by name; families are imported on first use."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Builder = Callable[[int, int], nn.Module]
 
 
 class Zoo(Mapping[str, Builder]):
-    """Name -> (classes, channels) -> module. A family is one file of this package with a dict ``NETS``."""
+    """Mapping of name -> (classes, channels) -> module. A family is one file of this package with a dict ``NETS``."""
 
     @cached_property
     def families(self) -> list[str]:
-        """Names of the files that have ``NETS``."""
+        """Names of the modules that define ``NETS``."""
         files = sorted(Path(__file__).parent.glob("*.py"))
         return [f.stem for f in files if re.search(r"^NETS\b", f.read_text(encoding="utf-8"), re.MULTILINE)]
 
@@ -26,7 +26,10 @@ class Zoo(Mapping[str, Builder]):
         return importlib.import_module(f"tempering.models.{family}").NETS
 
     def find(self, name: str) -> Builder | None:
-        """The network of that name, letter case aside; the family whose file has a similar name is imported first."""
+        """Return the builder of that name, not case-sensitive, or None.
+
+        Families whose name is a prefix are imported first.
+        """
         name = name.lower()
         for family in sorted(self.families, key=lambda family: not name.startswith(family)):
             if (net := {k.lower(): v for k, v in self._nets(family).items()}.get(name)) is not None:
