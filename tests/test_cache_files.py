@@ -127,7 +127,7 @@ def test_drawn_tokens_of_an_earlier_version_are_read(tmp_path: Path) -> None:
 def test_a_recording_of_another_kind_is_refused_by_every_class(tmp_path: Path) -> None:
     write_logits(tmp_path / "c")
     for kind in (CachedHidden, CachedTopK, CachedSampled):
-        with pytest.raises(ValueError, match=f"holds logits, and {kind.__name__} reads {kind.kind}"):
+        with pytest.raises(ValueError, match=f"contains logits, and {kind.__name__} reads {kind.kind}"):
             kind(tmp_path / "c")
 
 

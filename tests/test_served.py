@@ -201,7 +201,7 @@ def test_a_run_and_a_recording(server: Server, tmp_path: Path) -> None:
     assert isinstance(again, CachedTopK) and len(server.asked) == before + 6, "three questions a batch of five"
     with pytest.raises(ValueError, match="its teacher is"):
         record_top_k(served(server, top=3), data, tmp_path / "kept", inputs=task.inputs, quiet=True)
-    with pytest.raises(TypeError, match=r"Live answers .*Kept\(teacher, top=16\)"):
+    with pytest.raises(TypeError, match=r"Live returned .*TopKTeacher\(teacher, top=16\)"):
         record_top_k(local(server)[0], data, tmp_path / "other", inputs=task.inputs, quiet=True)
     losses: list[float] = []
     adam = partial(torch.optim.Adam, lr=3e-2)

@@ -165,9 +165,9 @@ def test_a_recording_is_refused_for_anything_else(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its data is"):
         ask(kept_of(top=3), data(side="left"))
     other = Tokens([*texts()[:4], TextExample((1, 2, 3), (False, True, True))], batch_size=2, pad=PAD)
-    with pytest.raises(ValueError, match="holds answers to other data"):
+    with pytest.raises(ValueError, match="contains outputs for other data"):
         CachedTopK(path, batches=other)
-    with pytest.raises(ValueError, match="holds answers to other data"):
+    with pytest.raises(ValueError, match="contains outputs for other data"):
         distill(gpt2(8, 0), CachedTopK(path), other, method=KD(), task=task, epochs=1, quiet=True)
     held = json.loads((path / "key.json").read_text())
     assert held["rows"] == 5 and held["length"] == 14
