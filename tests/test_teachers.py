@@ -411,7 +411,7 @@ def test_answers_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
         (
             7e4,
             "fp16",
-            r"reach 70000 \(first in row 21\), and the largest fp16 .* is 65504. Record with precision='bf16' or 'fp32'",
+            r"reach 70000 \(first in row 21\), and the largest fp16 .* 65504. Record with precision='bf16' or 'fp32'",
         ),
         (3.4e38, "bf16", r"largest bf16 number is 3.38953e\+38. Record with precision='fp32'"),
     ]

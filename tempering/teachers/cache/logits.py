@@ -129,7 +129,8 @@ class Cached(CachedTeacher):
             raise ValueError(
                 f"{self.path}: row {int(ids[row])} differs from the teacher's current logits: {len(wrong)} of "
                 f"{len(ids)} compared rows differ, this one by {error:.3g}, its largest logit being "
-                f"{float(scale[row]):.3g}. The teacher, data or augmentation has changed; remove the folder and record it again."
+                f"{float(scale[row]):.3g}. The teacher, data or augmentation has changed; remove the folder "
+                "and record it again."
             )
 
     def _tolerance(self, teacher: Teacher) -> float:
