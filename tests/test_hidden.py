@@ -157,7 +157,7 @@ def test_a_recording_is_refused_for_anything_else_and_damage_is_named(tmp_path: 
         first({}, torch.tensor([3, 5]))
     with pytest.raises(ValueError, match="the batch has none"):
         first({}, None)
-    with pytest.raises(ValueError, match=r"are of \(2, 14\) positions, and the batch has \(2, 9\)"):
+    with pytest.raises(ValueError, match=r"have \(2, 14\) positions, and the batch has \(2, 9\)"):
         first({}, torch.tensor([3, 1])).gather_positions(torch.tensor([0]), (2, 9))
     for name in ("00000.safetensors", "head.safetensors"):
         whole = (path / name).read_bytes()

@@ -235,9 +235,9 @@ def test_what_is_refused() -> None:
         keep_top_k(torch.zeros(2, 7), 8)
     with pytest.raises(ValueError, match="samples >= 1"):
         keep_samples(torch.zeros(2, 7), 0)
-    with pytest.raises(ValueError, match="speaks of token 6, and the student has 5"):
+    with pytest.raises(ValueError, match="has token 6, and the student has 5"):
         to_top_k_plus_tail(torch.zeros(1, 5), keep_top_k(torch.arange(7.0)[None], 2))
-    with pytest.raises(ValueError, match=r"answers \(2,\) positions, and the batch has \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"outputs have \(2,\) positions, and the batch has \(1, 3\)"):
         keep_top_k(torch.zeros(2, 7), 2).gather_positions(torch.tensor([0]), (1, 3))
     with pytest.raises(ValueError, match="no longer than length=2"):
         data(length=2)

@@ -88,7 +88,7 @@ def test_a_teacher_put_in_training_mode_goes_back_and_says_so_once() -> None:
     teacher = Live(model)
     expected = teacher(x)
     model.train()
-    with pytest.warns(UserWarning, match="somebody put the teacher Block in training mode"):
+    with pytest.warns(UserWarning, match="the teacher Block was in training mode"):
         assert torch.equal(teacher(x), expected)
     assert not any(m.training for m in model.modules())
     model.drop.train()  # one layer is enough
@@ -146,7 +146,7 @@ class Branching(nn.Module):
 
 
 def test_what_cannot_be_folded_or_is_no_model_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"torch.fx cannot trace Branching.* Leave out fold=True"):
+    with pytest.raises(ValueError, match=r"torch.fx cannot trace Branching.* Leave out fuse_conv_bn=True"):
         Live(Branching(), fuse_conv_bn=True)
     with pytest.raises(ValueError, match="precision 'bf16', 'fp16', 'fp32' or None; got 'half'"):
         Live(net(), precision="half")

@@ -220,7 +220,7 @@ def test_blended() -> None:
     assert EnsembleTeacher(Live(one), other).identity == teacher.identity
     with pytest.raises(ValueError, match=r"needs share in \[0, 1\]"):
         EnsembleTeacher(one, other, share=1.5)
-    with pytest.raises(ValueError, match=r"first teacher answers \(6, 4\) and the second \(6, 5\)"):
+    with pytest.raises(ValueError, match=r"first teacher returned \(6, 4\) and the second \(6, 5\)"):
         EnsembleTeacher(one, net(5))(x)
 
 
