@@ -137,7 +137,7 @@ def test_of_an_encoder_decoder(tmp_path: Path) -> None:
     cached = record_sampled(teacher, batches, tmp_path / "d", inputs=task.inputs, quiet=True)
     for batch in batches:
         _, inputs, ids = task.inputs(batch)
-        place, target, _ = task._places(batch)
+        place, target, _ = task._positions(batch)
         live, found = (
             source(inputs, ids).gather_positions(place, tuple(batch["labels"].shape)) for source in (teacher, cached)
         )

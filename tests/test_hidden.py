@@ -92,7 +92,7 @@ def test_encoder_decoders_too(tmp_path: Path, family: Any) -> None:
     cached = ask(teacher, batches, tmp_path / "h", precision="fp32", inputs=task.inputs)
     for batch in batches:
         _, inputs, ids = task.inputs(batch)
-        place = task._places(batch)[0]
+        place = task._positions(batch)[0]
         want = teacher(inputs, ids).logits.flatten(0, 1)[place]
         torch.testing.assert_close(
             cached(inputs, ids).gather_positions(place, batch["labels"].shape), want, rtol=1e-6, atol=1e-5
@@ -124,7 +124,7 @@ def test_from_hidden_states_to_the_loss_without_logits(tmp_path: Path, family: s
     want.backward()
     slopes = [p.grad.clone() for p in student.parameters() if p.grad is not None]
     student.zero_grad()
-    place, target, _ = TASK._places(batch)
+    place, target, _ = TASK._positions(batch)
     answer, told = answers(inputs, ids), {n: student_in[n] for n in ("input_ids", "attention_mask", "position_ids")}
     mine = student.model(**told).last_hidden_state.flatten(0, 1)[place]  # pyright: ignore
     taught = answer.rows(place, tuple(batch["input_ids"].shape))

@@ -67,9 +67,7 @@ def cifar(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("selfcheck", [True, False])
 def test_mismatched_classes(selfcheck: bool) -> None:
-    text = (
-        r"the student answers 3 classes and the teacher 4\. Give both heads the same .*models.build\(name, classes=4\)"
-    )
+    text = r"the student has 3 classes and the teacher 4\. Give both heads the same .*models.build\(name, classes=4\)"
     with pytest.raises(ValueError, match=text):
         go(teacher=nn.Linear(6, 4), selfcheck=selfcheck)
 
@@ -125,10 +123,10 @@ def test_wrong_answers() -> None:
     ):
         go(teacher=Said(lambda x: knowing(x).long()))
     with pytest.raises(
-        ValueError, match=r"the teacher must answer \(N, C\) logits for classification; got \(24, 3, 1\)"
+        ValueError, match=r"the teacher must return \(N, C\) logits for classification; got \(24, 3, 1\)"
     ):
         go(teacher=Said(lambda x: knowing(x)[:, :, None]))
-    with pytest.raises(ValueError, match=r"the student must answer \(N, C\) logits for classification; got list"):
+    with pytest.raises(ValueError, match=r"the student must return \(N, C\) logits for classification; got list"):
         go(student=Listed())
 
 

@@ -413,7 +413,7 @@ def test_what_is_refused_and_other_makes() -> None:
     assert len(rows) == 18
     with pytest.raises(TypeError, match=r"is an encoder-decoder. Its task is tasks.Seq2Seq"):
         LanguageModeling().prepare_model(t5(8, 0))
-    with pytest.raises(TypeError, match=r"is no encoder-decoder. Its task is tasks.LanguageModeling"):
+    with pytest.raises(TypeError, match=r"is not an encoder-decoder. Its task is tasks.LanguageModeling"):
         task.prepare_model(gpt2(8, 0))
     with pytest.raises(ValueError, match=r"input_ids \(B, S\) and labels \(B, L\); got tuple"):
         task.inputs((1, 2))
@@ -421,7 +421,7 @@ def test_what_is_refused_and_other_makes() -> None:
         task.inputs(batch | {"labels": torch.zeros(3, 2)})
     with pytest.raises(ValueError, match=r"needs learn of shape"):
         task.inputs(batch | {"learn": torch.zeros(4, 2)})
-    with pytest.raises(ValueError, match='no "written" to say which'):
+    with pytest.raises(ValueError, match='no "generated" with their ids'):
         task.inputs(batch | {"learn": torch.ones_like(batch["labels"])})
     source = {"input_ids": batch["input_ids"]}
     with pytest.raises(TypeError, match="cannot generate together"):

@@ -136,7 +136,7 @@ def test_a_recording_answers_as_the_teacher_and_trains_as_it(tmp_path: Path, how
     cached = ask(teacher, tokens, tmp_path / "kept")
     for batch in tokens:
         _, inputs, ids = task.inputs(batch)
-        place, shape = task._places(batch)[0], tuple(batch["input_ids"].shape)
+        place, shape = task._positions(batch)[0], tuple(batch["input_ids"].shape)
         live, found = (source(inputs, ids).gather_positions(place, shape) for source in (teacher, cached))
         for kept in (live, found):
             assert (kept.ids[:, -1] == batch["input_ids"].flatten()[place + 1]).all() or "top" in how
