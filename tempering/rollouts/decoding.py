@@ -16,8 +16,7 @@ STRATEGIES: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionar
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """Return the language model inside wrappers: the first module whose forward has a cache argument, else the "
-    "model."""
+    """Return the model inside wrappers: the first module whose forward has a cache argument, else ``model``."""
     return next((m for m in model.modules() if _cache_of(m) is not None), model)
 
 

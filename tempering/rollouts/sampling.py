@@ -56,8 +56,7 @@ class Sampling:
 
 
 class Verification(NamedTuple):
-    """Proposed tokens' ranks among the teacher's logits, whether each is accepted, and the length of the accepted "
-    "prefix."""
+    """Ranks of proposed tokens in the teacher's logits, whether each is accepted, and the accepted prefix's length."""
 
     rank: Int[Tensor, "B G"]
     ok: Bool[Tensor, "B G"]
@@ -96,8 +95,7 @@ class GenerationStats:
             setattr(self, name, getattr(self, name) + value)
 
     def report(self) -> dict[str, float]:
-        """Return the shares of accepted, replaced and repeated tokens, the mean length, and the share of ended "
-        "texts."""
+        """Return shares of accepted, replaced and repeated tokens, the mean length, and the share of ended texts."""
         tokens, texts = max(1, self.tokens), max(1, self.texts)
         return {
             "acceptance": 1.0 - self.replaced / tokens,

@@ -222,8 +222,7 @@ def confident_boxes(boxes: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def teacher_recall(student: Sequence[Mapping[str, Tensor]], teacher: Sequence[Mapping[str, Tensor]]) -> float | None:
-    """Return the share of the teacher's confident boxes matched by the student's of equal class at MATCH_IOU or "
-    "more."""
+    """Return the share of the teacher's confident boxes that the student matches: equal class, IoU >= MATCH_IOU."""
     matched = count = 0
     if not teacher:
         return None

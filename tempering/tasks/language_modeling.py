@@ -162,8 +162,7 @@ class LanguageModeling(Task):
         return B, L
 
     def _positions(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the rows' indices among B * L positions, targets, and weights; a batch without rows has one of "
-        "weight 0."""
+        """Return the rows' indices among B * L positions, targets and weights; without rows, one of weight 0."""
         keep, length = prediction_mask(batch), batch["input_ids"].shape[1]
         row, column = keep.nonzero(as_tuple=True)
         if not len(row):

@@ -85,8 +85,7 @@ def _row_mask(batch: Mapping[str, Any]) -> Tensor:
 
 
 class _ShiftLabels(UnpackInputs):
-    """Unpacks inputs and replaces the labels by shifted decoder inputs, so that the model computes no loss of its "
-    "own."""
+    """Unpacks inputs and replaces labels by shifted decoder inputs, so that the model computes no loss."""
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         args, kwargs = super().__call__(model, args, kwargs)

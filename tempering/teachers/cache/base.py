@@ -39,7 +39,7 @@ class CachedTeacher(Teacher):
     Raises:
         FileNotFoundError: if there is no finished recording.
         CorruptCacheError: for a file that is missing, truncated or edited.
-        ValueError: for a recording of another kind, other data or another teacher, naming what differs.
+        ValueError: for a recording of another kind, other data or another teacher, naming the difference.
     """
 
     kind: ClassVar[str]  # required contents of the recording

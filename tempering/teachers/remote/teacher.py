@@ -37,7 +37,7 @@ class RemoteTeacher(Teacher):
             OpenAI: 5).
         api: "vllm" requests prompt_logprobs, which are keyed by id. "openai" requests echo and logprobs, whose tokens
             are strings: "token_id:7", or the keys of ``tokens``.
-        tokens: string -> id as the server writes tokens; a likely token that is not in it counts to the tail.
+        tokens: string -> id as the server writes tokens; a likely token that is not in it belongs to the tail.
         key_env: name of the environment variable with the key; the key itself is not stored.
         batch: texts per request.
         concurrent: requests at the same time.
