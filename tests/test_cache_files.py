@@ -91,7 +91,7 @@ def test_likeliest_tokens_of_an_earlier_version_are_read(tmp_path: Path) -> None
     logp = torch.tensor([0.5, 0.25]).log().expand(3, 2, 2).contiguous()
     rest = torch.full((3, 2), 0.25).log()
     tokens = torch.stack((ids % 256, ids // 256), -1).to(torch.uint8)
-    whole = {"ids": tokens, "logp": logp, "non_target": rest}
+    whole = {"ids": tokens, "logp": logp, "rest": rest}
     parts = {f"0000{i}.safetensors": ({n: x[2 * i : 2 * i + 2] for n, x in whole.items()}, {}) for i in range(2)}
     write_shards(tmp_path / "c", "likeliest tokens", parts, precision="fp32")
     found = CachedTopK(tmp_path / "c", checksum=True)({}, torch.tensor([2, 0]))
@@ -127,7 +127,7 @@ def test_drawn_tokens_of_an_earlier_version_are_read(tmp_path: Path) -> None:
 def test_a_recording_of_another_kind_is_refused_by_every_class(tmp_path: Path) -> None:
     write_logits(tmp_path / "c")
     for kind in (CachedHidden, CachedTopK, CachedSampled):
-        with pytest.raises(ValueError, match=f"holds logits, and {kind.__name__} reads {kind.kind}"):
+        with pytest.raises(ValueError, match=f"contains logits, and {kind.__name__} reads {kind.kind}"):
             kind(tmp_path / "c")
 
 

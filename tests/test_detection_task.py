@@ -163,7 +163,7 @@ def test_models_that_do_not_fit_are_refused() -> None:
         r"detects 3 classes and the teacher 2. Give both heads the same classes": {"logits": said.logits[..., :2]},
         r"the student has 84 anchors and the teacher 83 anchors": {"logits": said.logits[:, 1:]},
         r"the student has 84 anchors and the teacher 84 queries": {"queries": True},
-        r"one model's head is of sigmoids": {"sigmoid": False},
+        r"one model's head has sigmoids": {"sigmoid": False},
         r"neck has 3 levels and the teacher's 2": {"levels": said.levels[1:]},
         r"sides have 9 bins and the teacher's 5": {"bins": torch.zeros(4, 84, 4, 5)},
     }
@@ -173,13 +173,13 @@ def test_models_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             Detection().rows(wide, teacher, given)
     soft = said._replace(sigmoid=False, logits=said.logits.detach())
-    with pytest.raises(ValueError, match="classes='binary' is for heads of sigmoids"):
+    with pytest.raises(ValueError, match="classes='binary' is for sigmoid heads"):
         Detection(classes="binary").rows(soft, soft, given)
     with pytest.raises(TypeError, match="Detection needs a Detector; got Linear"):
         Detection().prepare_model(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="needs batches with images and targets; got tuple"):
         Detection().inputs((1, 2))
-    with pytest.raises(ValueError, match="must answer Detected for detection; got Tensor"):
+    with pytest.raises(ValueError, match="must return Detected for detection; got Tensor"):
         Detection().rows(said, torch.zeros(4, 3), given)
     with pytest.raises(ValueError, match="keep=0"):
         Detection(keep=0)

@@ -115,11 +115,11 @@ def test_damage_is_named_and_other_recordings_are_refused(tmp_path: Path) -> Non
         ask(kept(samples=7), data())
     with pytest.raises(ValueError, match="its data is"):
         ask(kept(), data(side="left"))
-    with pytest.raises(ValueError, match="holds drawn tokens, and Cached reads logits"):
+    with pytest.raises(ValueError, match="contains drawn tokens, and Cached reads logits"):
         Cached(path)
-    with pytest.raises(ValueError, match="holds drawn tokens, and CachedHidden reads hidden states"):
+    with pytest.raises(ValueError, match="contains drawn tokens, and CachedHidden reads hidden states"):
         CachedHidden(path)
-    with pytest.raises(ValueError, match=r"keeps draws; got TopKTeacher\(top=3\)"):
+    with pytest.raises(ValueError, match=r"needs TopKTeacher\(samples=...\); got TopKTeacher\(top=3\)"):
         record_sampled(kept(top=3), data(), tmp_path / "e", inputs=TASK.inputs)
     name = path / "00000.safetensors"
     whole = name.read_bytes()
@@ -137,7 +137,7 @@ def test_of_an_encoder_decoder(tmp_path: Path) -> None:
     cached = record_sampled(teacher, batches, tmp_path / "d", inputs=task.inputs, quiet=True)
     for batch in batches:
         _, inputs, ids = task.inputs(batch)
-        place, target, _ = task._places(batch)
+        place, target, _ = task._positions(batch)
         live, found = (
             source(inputs, ids).gather_positions(place, tuple(batch["labels"].shape)) for source in (teacher, cached)
         )

@@ -443,7 +443,7 @@ def test_the_teacher_is_not_trained() -> None:
 def test_a_teacher_that_somebody_puts_in_training_mode_goes_back() -> None:
     teacher = teacher_net()  # with batch normalization
     before = copy.deepcopy(dict(teacher.state_dict()))
-    with pytest.warns(UserWarning, match="somebody put the teacher Sequential in training mode"):
+    with pytest.warns(UserWarning, match="the teacher Sequential was in training mode"):
         run = go(cut(points(64), 16), teacher=teacher, steps=6, on_step=lambda number, loss: teacher.train() and None)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     calm = go(cut(points(64), 16), steps=6)

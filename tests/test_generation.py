@@ -212,7 +212,7 @@ def test_a_padded_vocabulary_is_left_out_on_both_sides_as_minus_infinity_is(wide
     got, slopes = loss_of(student, teacher, [batch], DTKD(), task)
 
     said, taught = (m(task.inputs(batch)[0]).logits.flatten(0, 1) for m in (student, teacher))
-    place, target, _ = task._places(batch)
+    place, target, _ = task._positions(batch)
     said, taught = said[place], taught[place].detach()
     widen = {"student": (said, 0), "teacher": (taught, 0)}
     for side, (z, _) in widen.items():
@@ -384,7 +384,7 @@ def test_what_is_no_batch_of_tokens_is_refused() -> None:
         task.inputs({"input_ids": torch.arange(13)})
     with pytest.raises(ValueError, match="labels of the shape of input_ids"):
         task.row_weights(batch | {"labels": batch["labels"][:, 1:]})
-    with pytest.raises(ValueError, match=r"the teacher must answer \(B, L, V\) logits"):
+    with pytest.raises(ValueError, match=r"the teacher must return \(B, L, V\) logits"):
         task.rows(torch.zeros(*batch["input_ids"].shape, V), torch.zeros(2, V), batch)
     with pytest.raises(ValueError, match="vocabulary >= 1"):
         LanguageModeling(vocabulary=0)
@@ -400,7 +400,7 @@ def test_tokenizers_that_differ_are_told_by_their_first_difference() -> None:
         ValueError, match=r"id 257 is nothing for the student and '<new0>' for the teacher \(257 and 259"
     ):
         shared_vocabulary(Bytes(), Bytes(more=2))
-    with pytest.raises(ValueError, match=r"cut .* differently: from its token 0 on"):
+    with pytest.raises(ValueError, match=r"encode .* differently: from token 0 on"):
         shared_vocabulary(Bytes(), Bytes(backwards=True))
     other = Bytes()
     other.eos_token_id = 0

@@ -92,7 +92,7 @@ def test_encoder_decoders_too(tmp_path: Path, family: Any) -> None:
     cached = ask(teacher, batches, tmp_path / "h", precision="fp32", inputs=task.inputs)
     for batch in batches:
         _, inputs, ids = task.inputs(batch)
-        place = task._places(batch)[0]
+        place = task._positions(batch)[0]
         want = teacher(inputs, ids).logits.flatten(0, 1)[place]
         torch.testing.assert_close(
             cached(inputs, ids).gather_positions(place, batch["labels"].shape), want, rtol=1e-6, atol=1e-5
@@ -124,7 +124,7 @@ def test_from_hidden_states_to_the_loss_without_logits(tmp_path: Path, family: s
     want.backward()
     slopes = [p.grad.clone() for p in student.parameters() if p.grad is not None]
     student.zero_grad()
-    place, target, _ = TASK._places(batch)
+    place, target, _ = TASK._positions(batch)
     answer, told = answers(inputs, ids), {n: student_in[n] for n in ("input_ids", "attention_mask", "position_ids")}
     mine = student.model(**told).last_hidden_state.flatten(0, 1)[place]  # pyright: ignore
     taught = answer.rows(place, tuple(batch["input_ids"].shape))
@@ -145,19 +145,19 @@ def test_a_recording_is_refused_for_anything_else_and_damage_is_named(tmp_path: 
     assert ask(teacher, data(), path).identity == first.identity
     with pytest.raises(ValueError, match="its teacher is"):
         ask(live(gpt2(12, 2)), data(), path)
-    with pytest.raises(ValueError, match="its precision is 'bf16', asked for is 'fp32'"):
+    with pytest.raises(ValueError, match="its precision is 'bf16', requested is 'fp32'"):
         ask(teacher, data(), path, precision="fp32")
-    with pytest.raises(ValueError, match="holds answers to other data"):
+    with pytest.raises(ValueError, match="contains outputs for other data"):
         CachedHidden(path, batches=data(side="left"))
-    with pytest.raises(ValueError, match="holds answers to other data"):
+    with pytest.raises(ValueError, match="contains outputs for other data"):
         distill(gpt2(8, 0), CachedHidden(path), data(side="left"), method=KD(), task=TASK, epochs=1, quiet=True)
-    with pytest.raises(ValueError, match="holds the answers of another teacher"):
+    with pytest.raises(ValueError, match="contains the outputs of another teacher"):
         CachedHidden(path, teacher=live(gpt2(12, 2)))
-    with pytest.raises(ValueError, match="has texts 0 to 4, and the batch asks for 3 to 5"):
+    with pytest.raises(ValueError, match="has texts 0 to 4, and the batch has ids 3 to 5"):
         first({}, torch.tensor([3, 5]))
     with pytest.raises(ValueError, match="the batch has none"):
         first({}, None)
-    with pytest.raises(ValueError, match=r"are of \(2, 14\) positions, and the batch has \(2, 9\)"):
+    with pytest.raises(ValueError, match=r"have \(2, 14\) positions, and the batch has \(2, 9\)"):
         first({}, torch.tensor([3, 1])).gather_positions(torch.tensor([0]), (2, 9))
     for name in ("00000.safetensors", "head.safetensors"):
         whole = (path / name).read_bytes()
@@ -238,7 +238,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
     teacher = live(scaled())
     head = head_of(teacher.model)
     wrong = Head(head.weight, head.bias)
-    with pytest.raises(ValueError, match=r"head of CohereForCausalLM does not make its logits .* off by"):
+    with pytest.raises(
+        ValueError, match=r"head of CohereForCausalLM does not reproduce its logits .* largest difference"
+    ):
         ask(teacher, data(), tmp_path / "a", head=wrong)
     with pytest.raises(TypeError, match="Linear has no head"):
         head_of(nn.Linear(2, 2))
@@ -247,11 +249,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
     broken = live(gpt2(12, 1))
     with torch.no_grad():
         broken.model.transformer.ln_f.weight.fill_(1e6)  # pyright: ignore
-    with pytest.raises(ValueError, match=r"the teacher's hidden states reach .* and fp16 ends at 65504"):
+    with pytest.raises(ValueError, match=r"the teacher's hidden states reach .* and the largest fp16 number is 65504"):
         ask(broken, data(), tmp_path / "c", precision="fp16")
     with torch.no_grad():
         broken.model.transformer.ln_f.weight.fill_(torch.nan)  # pyright: ignore
-    with pytest.raises(ValueError, match=r"off by nan"):
+    with pytest.raises(ValueError, match=r"largest difference is nan"):
         ask(broken, data(), tmp_path / "d")
     empty = Hidden(torch.zeros(1, 3, 2), Head(torch.ones(4, 2))).gather_positions(
         torch.tensor([], dtype=torch.long), (1, 3)

@@ -67,9 +67,7 @@ def cifar(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("selfcheck", [True, False])
 def test_mismatched_classes(selfcheck: bool) -> None:
-    text = (
-        r"the student answers 3 classes and the teacher 4\. Give both heads the same .*models.build\(name, classes=4\)"
-    )
+    text = r"the student has 3 classes and the teacher 4\. Give both heads the same .*models.build\(name, classes=4\)"
     with pytest.raises(ValueError, match=text):
         go(teacher=nn.Linear(6, 4), selfcheck=selfcheck)
 
@@ -92,7 +90,7 @@ def test_nan_in_the_teachers_logits(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step 1: the teacher's logits hold NaN or inf"):
         go(teacher=broken, selfcheck=False)
     data = Batches(torch.zeros(24, 1, 2, 3, dtype=torch.uint8), Y, mean=[0.5], std=[0.5], batch_size=8)
-    with pytest.raises(ValueError, match=r"the teacher gives NaN on row 0: nothing can be learned from it"):
+    with pytest.raises(ValueError, match=r"the teacher's logits contain NaN in row 0"):
         record(Said(lambda x: torch.full((len(x), 3), torch.nan)), data, tmp_path / "cache", quiet=True)
 
 
@@ -125,10 +123,10 @@ def test_wrong_answers() -> None:
     ):
         go(teacher=Said(lambda x: knowing(x).long()))
     with pytest.raises(
-        ValueError, match=r"the teacher must answer \(N, C\) logits for classification; got \(24, 3, 1\)"
+        ValueError, match=r"the teacher must return \(N, C\) logits for classification; got \(24, 3, 1\)"
     ):
         go(teacher=Said(lambda x: knowing(x)[:, :, None]))
-    with pytest.raises(ValueError, match=r"the student must answer \(N, C\) logits for classification; got list"):
+    with pytest.raises(ValueError, match=r"the student must return \(N, C\) logits for classification; got list"):
         go(student=Listed())
 
 
@@ -176,9 +174,9 @@ def test_a_cache_for_other_batches_is_refused_before_the_first_step(tmp_path: Pa
     student = nn.Sequential(nn.Flatten(), nn.Linear(6, 3))
     how: dict[str, Any] = {"method": KD(), "steps": 2, "quiet": True, "selfcheck": False}
     kd.distill(student, cache, data, **how)
-    with pytest.raises(ValueError, match=r"cache holds answers to other data: .* or record anew"):
+    with pytest.raises(ValueError, match=r"cache contains outputs for other data: .* or record again"):
         kd.distill(student, cache, images(1), **how)
-    with pytest.raises(ValueError, match=r"cache holds answers to clean images, and .* are augmented: .*clean=True\)"):
+    with pytest.raises(ValueError, match=r"cache contains outputs for clean images, .* are augmented: .*clean=True\)"):
         kd.distill(student, cache, images(0, flip=True), **how)
     kd.distill(student, Cached(tmp_path / "cache", clean=True), images(0, flip=True), **how)
 

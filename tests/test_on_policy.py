@@ -267,7 +267,7 @@ def test_a_teacher_s_own_texts_are_labels() -> None:
     loss.backward()
     assert len(rows) == int((first[0]["labels"] != IGNORE_INDEX).sum()) and float(loss.detach()) > 0.0
     assert any(bool(p.grad.any()) for p in student.parameters() if p.grad is not None)
-    with pytest.raises(TypeError, match="SequenceLevel has a teacher's model write; got str"):
+    with pytest.raises(TypeError, match="SequenceLevel needs a teacher with a model; got str"):
         SequenceLevel("teacher", given)
 
 
@@ -275,16 +275,16 @@ def test_what_is_refused() -> None:
     student = gpt2(8, 3)
     with pytest.raises(ValueError, match=r"share in \[0, 1\].*got 1.5"):
         OnPolicy(student, [], share=1.5)
-    with pytest.raises(ValueError, match="walked again"):
+    with pytest.raises(ValueError, match="iterated again"):
         OnPolicy(student, iter([]))
     with pytest.raises(ValueError, match="top_k and block >= 1; got 0 and 5"):
         Speculative(student, student, [], top_k=0)
-    with pytest.raises(TypeError, match="asks a teacher's model; got str"):
+    with pytest.raises(TypeError, match="Speculative needs a teacher with a model; got str"):
         Speculative(student, "gpt", [])
     with pytest.raises(TypeError, match="Linear has no cache"):
         generate(nn.Linear(2, 2), None, [[1]], length=2)
     with pytest.raises(ValueError, match="the shortest of 0 tokens"):
         generate(student, None, [[1], []], length=2)
     packed = {"input_ids": torch.zeros(1, 4, dtype=torch.long), "position_ids": torch.arange(4)[None]}
-    with pytest.raises(ValueError, match="OnPolicy takes padded texts"):
+    with pytest.raises(ValueError, match="OnPolicy needs padded texts"):
         list(OnPolicy(student, [packed], share=1.0))

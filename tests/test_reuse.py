@@ -98,5 +98,5 @@ def test_another_teacher_is_asked_and_a_changed_batch_is_refused() -> None:
     assert Live(other)(inputs).logits.shape[:2] == batch["input_ids"].shape
     assert TopKTeacher(Live(teacher), top=3)(inputs, None).ids.shape[:2] == batch["input_ids"].shape
     batch["learn"][0] = False
-    with pytest.raises(ValueError, match=r"answers to \d+ tokens, and \d+ are learned"):
+    with pytest.raises(ValueError, match=r"logits of \d+ tokens, and \d+ are learned"):
         task.rows(student(task.inputs(batch)[0]), batch["taught"], batch)

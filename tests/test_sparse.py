@@ -136,7 +136,7 @@ def test_a_recording_answers_as_the_teacher_and_trains_as_it(tmp_path: Path, how
     cached = ask(teacher, tokens, tmp_path / "kept")
     for batch in tokens:
         _, inputs, ids = task.inputs(batch)
-        place, shape = task._places(batch)[0], tuple(batch["input_ids"].shape)
+        place, shape = task._positions(batch)[0], tuple(batch["input_ids"].shape)
         live, found = (source(inputs, ids).gather_positions(place, shape) for source in (teacher, cached))
         for kept in (live, found):
             assert (kept.ids[:, -1] == batch["input_ids"].flatten()[place + 1]).all() or "top" in how
@@ -165,9 +165,9 @@ def test_a_recording_is_refused_for_anything_else(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its data is"):
         ask(kept_of(top=3), data(side="left"))
     other = Tokens([*texts()[:4], TextExample((1, 2, 3), (False, True, True))], batch_size=2, pad=PAD)
-    with pytest.raises(ValueError, match="holds answers to other data"):
+    with pytest.raises(ValueError, match="contains outputs for other data"):
         CachedTopK(path, batches=other)
-    with pytest.raises(ValueError, match="holds answers to other data"):
+    with pytest.raises(ValueError, match="contains outputs for other data"):
         distill(gpt2(8, 0), CachedTopK(path), other, method=KD(), task=task, epochs=1, quiet=True)
     held = json.loads((path / "key.json").read_text())
     assert held["rows"] == 5 and held["length"] == 14
@@ -235,9 +235,9 @@ def test_what_is_refused() -> None:
         keep_top_k(torch.zeros(2, 7), 8)
     with pytest.raises(ValueError, match="samples >= 1"):
         keep_samples(torch.zeros(2, 7), 0)
-    with pytest.raises(ValueError, match="speaks of token 6, and the student has 5"):
+    with pytest.raises(ValueError, match="has token 6, and the student has 5"):
         to_top_k_plus_tail(torch.zeros(1, 5), keep_top_k(torch.arange(7.0)[None], 2))
-    with pytest.raises(ValueError, match=r"answers \(2,\) positions, and the batch has \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"outputs have \(2,\) positions, and the batch has \(1, 3\)"):
         keep_top_k(torch.zeros(2, 7), 2).gather_positions(torch.tensor([0]), (1, 3))
     with pytest.raises(ValueError, match="no longer than length=2"):
         data(length=2)

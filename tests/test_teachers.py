@@ -88,7 +88,7 @@ def test_a_teacher_put_in_training_mode_goes_back_and_says_so_once() -> None:
     teacher = Live(model)
     expected = teacher(x)
     model.train()
-    with pytest.warns(UserWarning, match="somebody put the teacher Block in training mode"):
+    with pytest.warns(UserWarning, match="the teacher Block was in training mode"):
         assert torch.equal(teacher(x), expected)
     assert not any(m.training for m in model.modules())
     model.drop.train()  # one layer is enough
@@ -146,7 +146,7 @@ class Branching(nn.Module):
 
 
 def test_what_cannot_be_folded_or_is_no_model_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"torch.fx cannot trace Branching.* Leave out fold=True"):
+    with pytest.raises(ValueError, match=r"torch.fx cannot trace Branching.* Leave out fuse_conv_bn=True"):
         Live(Branching(), fuse_conv_bn=True)
     with pytest.raises(ValueError, match="precision 'bf16', 'fp16', 'fp32' or None; got 'half'"):
         Live(net(), precision="half")
@@ -287,7 +287,7 @@ def test_clean_targets_for_augmented_batches_are_a_choice_that_is_made_aloud(tmp
     cached.verify(live, batches)
     with pytest.raises(ValueError) as caught:
         Cached(tmp_path / "cache", batches=batches)
-    for part in ("answers to clean images, and data are augmented: crop=1, flip=True", "clean=True", "views=8"):
+    for part in ("outputs for clean images, and data are augmented: crop=1, flip=True", "clean=True", "views=8"):
         assert part in str(caught.value)
     Cached(tmp_path / "cache", batches=batches, clean=True)
     Cached(tmp_path / "cache", batches=batches.clean(), teacher=live)
@@ -299,7 +299,7 @@ def test_ids_are_needed_and_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Yield \(x, y, id\)"):
         cached(x, None)
     for wrong in (40, -1):
-        with pytest.raises(ValueError, match=r"has rows 0 to 39, and the batch asks for"):
+        with pytest.raises(ValueError, match=r"has rows 0 to 39, and the batch has ids"):
             cached(x, torch.tensor([3, wrong]))
 
 
@@ -340,7 +340,7 @@ class Shifted(Told):
 def test_a_recording_that_the_teacher_would_not_repeat_is_refused(tmp_path: Path) -> None:
     live, batches = Live(net()), data()
     record(live, batches, tmp_path / "cache", quiet=True)
-    with pytest.raises(ValueError, match="is not what the teacher answers now"):
+    with pytest.raises(ValueError, match="differs from the teacher's current logits"):
         record(Shifted(live), batches, tmp_path / "cache", quiet=True)
 
 
@@ -353,12 +353,12 @@ def test_another_key_is_refused_naming_the_field_and_both_values(tmp_path: Path)
     with torch.no_grad():
         other.head.weight.mul_(1.01)
     cases: list[tuple[dict[str, Any], list[str]]] = [
-        ({"teacher": Live(other)}, ["answers of another teacher", live.identity, Live(other).identity]),
-        ({"teacher": Live(net(), fuse_conv_bn=True)}, ["answers of another teacher", "fold count"]),
-        ({"batches": augmented(pixels_seed=1).replay(2)}, ["other data", batches.identity, "record anew"]),
+        ({"teacher": Live(other)}, ["outputs of another teacher", live.identity, Live(other).identity]),
+        ({"teacher": Live(net(), fuse_conv_bn=True)}, ["outputs of another teacher", "fuse_conv_bn"]),
+        ({"batches": augmented(pixels_seed=1).replay(2)}, ["other data", batches.identity, "record again"]),
         ({"batches": batches.replay(3)}, ["views=2", "views=3", "batches.replay(2)"]),
         ({"batches": batches}, ["views=2", "views=None", "train on batches.replay(2)"]),
-        ({"batches": augmented(seed=1).replay(2)}, ["seed=0", "seed=1", "record anew"]),
+        ({"batches": augmented(seed=1).replay(2)}, ["seed=0", "seed=1", "record again"]),
         ({"batches": data(crop=2, flip=True).replay(2)}, ["crop=1", "crop=2"]),
         ({"batches": data(crop=1).replay(2)}, ["flip=True", "flip=False"]),
         ({"batches": batches.clean()}, ["views=2", "views=None"]),
@@ -377,13 +377,13 @@ def test_another_key_is_refused_naming_the_field_and_both_values(tmp_path: Path)
 def test_recording_over_another_recording_is_refused(tmp_path: Path) -> None:
     live, place = Live(net()), tmp_path / "cache"
     record(live, data(), place, quiet=True)
-    with pytest.raises(ValueError, match=r"another recording: its precision is 'fp16', asked for is 'bf16'"):
+    with pytest.raises(ValueError, match=r"another recording: its precision is 'fp16', requested is 'bf16'"):
         record(live, data(), place, precision="bf16", quiet=True)
     with pytest.raises(ValueError, match=r"another recording: its teacher is"):
         record(Live(net(), fuse_conv_bn=True), data(), place, quiet=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("do not touch")
-    with pytest.raises(ValueError, match="is there and is no teacher cache"):
+    with pytest.raises(ValueError, match="exists and is not a teacher cache"):
         record(live, data(), tmp_path / "mine", quiet=True)
     with pytest.raises(ValueError, match="precision 'fp16', 'bf16', 'fp32'; got 'int8'"):
         record(live, data(), tmp_path / "x", precision="int8")
@@ -406,14 +406,14 @@ class Breaks(Told):
 def test_answers_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
     live = Live(net())
     cases = [
-        (float("nan"), "fp32", "the teacher gives NaN on row 21"),
-        (float("inf"), "fp32", "the teacher gives infinity on row 21"),
+        (float("nan"), "fp32", "the teacher's logits contain NaN in row 21"),
+        (float("inf"), "fp32", "the teacher's logits contain infinity in row 21"),
         (
             7e4,
             "fp16",
-            r"reach 70000 \(first in row 21\), and fp16 ends at 65504. Record with precision='bf16' or 'fp32'",
+            r"reach 70000 \(first in row 21\), and the largest fp16 .* 65504. Record with precision='bf16' or 'fp32'",
         ),
-        (3.4e38, "bf16", r"bf16 ends at 3.38953e\+38. Record with precision='fp32'"),
+        (3.4e38, "bf16", r"largest bf16 number is 3.38953e\+38. Record with precision='fp32'"),
     ]
     for value, precision, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -428,7 +428,7 @@ def test_answers_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
         def change(self, logits: Tensor, ids: Tensor) -> Tensor:
             return logits.flatten()
 
-    with pytest.raises(ValueError, match=r"only logits \(B, C\) .* here B = 8; the teacher answers \(40,\)"):
+    with pytest.raises(ValueError, match=r"only logits \(B, C\) .* here B = 8; the teacher returned \(40,\)"):
         record(Flat(live), data(), tmp_path / "flat", quiet=True)
 
 
@@ -468,14 +468,14 @@ def test_a_changed_or_truncated_file_is_refused(tmp_path: Path, monkeypatch) -> 
 def test_verify_names_the_row_that_is_not_the_teachers(tmp_path: Path) -> None:
     live = Live(net())
     cached = record(Breaks(live, 1.5), data(), tmp_path / "cache", quiet=True)
-    with pytest.raises(ValueError, match=r"row 21 is not what the teacher answers now: 1 of \d+ rows looked at differ"):
+    with pytest.raises(ValueError, match=r"row 21 differs from the teacher's current logits: 1 of \d+ compared rows"):
         cached.verify(live, data(), rows=400)
-    with pytest.raises(ValueError, match="answers to other data"):
+    with pytest.raises(ValueError, match="outputs for other data"):
         cached.verify(live, data(pixels_seed=1))
     views = record(live, augmented(), tmp_path / "views", views=2, quiet=True)
     with pytest.raises(ValueError, match="seed=0, and data have seed=1"):
         views.verify(live, augmented(seed=1))
-    with pytest.raises(ValueError, match="is not what the teacher answers now"):
+    with pytest.raises(ValueError, match="differs from the teacher's current logits"):
         views.verify(Live(nn.Sequential(net(), nn.Softplus())), augmented())
 
 
@@ -506,11 +506,11 @@ def test_a_recording_cut_short_is_served_to_nobody_and_goes_on(tmp_path: Path, o
     partial = tmp_path / "cache.partial"
     with pytest.raises(RuntimeError, match="power cut"):
         record(Stops(live, 32), batches, place, views=2, quiet=True)
-    with pytest.raises(FileNotFoundError, match=r"begun in .*cache.partial; the same record\(\) goes on"):
+    with pytest.raises(FileNotFoundError, match=r"cache.partial is an unfinished recording; .* record\(\) resumes"):
         Cached(place)
     with pytest.raises(FileNotFoundError):
         Cached(partial.parent / "other")
-    with pytest.raises(ValueError, match=r"cache.partial holds another recording: its augmentation is"):
+    with pytest.raises(ValueError, match=r"cache.partial contains another recording: its augmentation is"):
         record(live, batches, place, views=3, quiet=True)
     # as a kill leaves it: rows behind the last one the log knows, and a torn line
     with open(partial / "logits.npy", "ab") as file:
@@ -527,7 +527,7 @@ def test_a_recording_cut_short_is_served_to_nobody_and_goes_on(tmp_path: Path, o
 def test_a_half_done_recording_is_no_cache_even_when_asked_for_by_name(tmp_path: Path, often) -> None:
     with pytest.raises(RuntimeError, match="power cut"):
         record(Stops(Live(net()), 32), data(), tmp_path / "cache", quiet=True)
-    with pytest.raises(CorruptCacheError, match="half done"):
+    with pytest.raises(CorruptCacheError, match="unfinished"):
         Cached(tmp_path / "cache.partial")
 
 
@@ -587,7 +587,7 @@ def test_a_full_disk_is_said_and_what_is_done_is_kept(tmp_path: Path, often, mon
         plain(descriptor)
 
     monkeypatch.setattr(recording.os, "fsync", full)
-    with pytest.raises(OSError, match=r"the teacher's answers \(0.0 MB\) under .*: No space left") as caught:
+    with pytest.raises(OSError, match=r"the teacher's outputs \(0.0 MB\) under .*: No space left") as caught:
         record(live, data(), place, quiet=True)
     assert caught.value.errno == 28
     counting = Told(live)

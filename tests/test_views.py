@@ -67,7 +67,7 @@ def test_the_teacher_may_see_other_views() -> None:
     assert all(torch.equal(rows.teacher, teacher) for rows in blocks)
     own = TwoView(doubled, teacher=lambda x: -x)
     assert torch.equal(own.inputs((x, y))[1], torch.cat((x, -x)))
-    with pytest.raises(ValueError, match=r"answered 6 rows for two views of 6. A cached teacher knows no fresh view"):
+    with pytest.raises(ValueError, match=r"returned 6 rows for two views of 6. A cached teacher has no outputs for"):
         TwoView(doubled).rows(student, teacher, (x, y))
 
 
@@ -89,13 +89,13 @@ def test_picked_rows_are_the_unsure_ones() -> None:
         (lambda: TwoView(3), "needs a callable augment"),  # pyright: ignore
         (lambda: TwoView(doubled, names=("a", "a")), "two different names"),
         (lambda: TwoView(doubled, teacher="none"), "teacher 'same', 'first' or a callable; got 'none'"),  # pyright: ignore
-        (lambda: TwoView(CutMix(), teacher="first"), "mixes images, so a teacher that sees others cannot say"),
+        (lambda: TwoView(CutMix(), teacher="first"), "mixes images, so a teacher needs the same mixed images"),
         (lambda: TwoView(MixUp(), labeled=True), "mixes images, whose label is not one class"),
         (lambda: TwoView(doubled, pick=0), "needs pick >= 1"),
         (lambda: TwoView(lambda x: x[:2]).inputs(batch()), r"must keep the shape \(6, 3, 8, 8\); got \(2, 3, 8, 8\)"),
         (lambda: TwoView(doubled).inputs(([1], torch.tensor([0]))), "augments one tensor of inputs; got list"),
         (lambda: CutMix(0.0), "CutMix needs alpha > 0"),
-        (lambda: RandAugment(mean=MEAN, std=(0.0, 1.0, 1.0)), "needs a mean and a std > 0 a channel"),
+        (lambda: RandAugment(mean=MEAN, std=(0.0, 1.0, 1.0)), "needs a mean and a std > 0 per channel"),
         (lambda: AutoAugment("mine", mean=MEAN, std=STD), "policy 'imagenet', 'cifar10' or 'svhn'; got 'mine'"),
     ],
 )
@@ -220,7 +220,7 @@ def test_blended() -> None:
     assert EnsembleTeacher(Live(one), other).identity == teacher.identity
     with pytest.raises(ValueError, match=r"needs share in \[0, 1\]"):
         EnsembleTeacher(one, other, share=1.5)
-    with pytest.raises(ValueError, match=r"first teacher answers \(6, 4\) and the second \(6, 5\)"):
+    with pytest.raises(ValueError, match=r"first teacher returned \(6, 4\) and the second \(6, 5\)"):
         EnsembleTeacher(one, net(5))(x)
 
 

@@ -1,4 +1,4 @@
-"""Texts that a student writes, alone or under a teacher's eye: blocks of tokens, caches, and a row's own pace."""
+"""Generate text with the student, alone or speculatively with a teacher that verifies blocks of tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tempering.teachers.outputs import PrecomputedLogits
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a next token is drawn: softmax(logits / temperature) cut to its likeliest part ``top_p``; 0 is the likeliest.
+    """Sampling from softmax(logits / temperature), cut to the nucleus ``top_p``; temperature 0 is greedy.
 
     Raises:
         ValueError: for a temperature below 0 or top_p outside (0, 1].
@@ -42,19 +42,21 @@ class Sampling:
             )
 
     def draw(self, logits: Float[Tensor, "B V"], generator: torch.Generator) -> Int[Tensor, " B"]:
-        """A token a row."""
+        """Return one sampled token per row."""
         if self.temperature == 0.0:
             return logits.argmax(-1)
         p = torch.softmax(upcast_to_float32(logits) / self.temperature, -1)
         if self.top_p < 1.0:
             likeliest, order = p.sort(dim=-1, descending=True, stable=True)
-            outside = likeliest.cumsum(-1) - likeliest >= self.top_p  # what comes before is enough; the first stays
+            outside = (
+                likeliest.cumsum(-1) - likeliest >= self.top_p
+            )  # the tokens before suffice; the first is always kept
             p = p.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)
         return torch.multinomial(p, 1, generator=generator).squeeze(-1)
 
 
 class Verification(NamedTuple):
-    """What a teacher says of proposed tokens: their rank among its logits, whether each will do, how many in a row."""
+    """Ranks of proposed tokens in the teacher's logits, whether each is accepted, and the accepted prefix's length."""
 
     rank: Int[Tensor, "B G"]
     ok: Bool[Tensor, "B G"]
@@ -62,12 +64,12 @@ class Verification(NamedTuple):
 
 
 def verify_tokens(teacher: Float[Tensor, "B G V"], proposed: Int[Tensor, "B G"], top_k: int) -> Verification:
-    """A token will do where fewer than ``top_k`` of the teacher's raw logits are larger than its own; ties will do.
+    """Accept a token if fewer than ``top_k`` of the teacher's raw logits are larger than its own; ties are accepted.
 
-    A token that the teacher does not have never will.
+    A token that the teacher does not have is rejected.
 
     Reference: Xu et al., "Speculative Knowledge Distillation", ICLR 2025, arXiv:2410.11325, algorithm 1. The released
-    code looks at the distribution after the teacher's own sampling cuts, where tokens of probability 0 fill the top K.
+    code uses the distribution after the teacher's own top-k and top-p, where tokens of probability 0 fill the top K.
     """
     vocabulary = teacher.shape[-1]
     rank = (teacher > teacher.gather(-1, proposed.clamp_max(vocabulary - 1)[..., None])).sum(-1)
@@ -77,7 +79,7 @@ def verify_tokens(teacher: Float[Tensor, "B G V"], proposed: Int[Tensor, "B G"],
 
 @dataclass
 class GenerationStats:
-    """What was written, in counts that add up over batches."""
+    """Counts of generated texts and tokens, summed over batches."""
 
     texts: int = 0
     ended: int = 0
@@ -88,12 +90,12 @@ class GenerationStats:
     teacher_forwards: int = 0
 
     def add(self, other: GenerationStats) -> None:
-        """Count another batch too."""
+        """Add the counts of another batch."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
     def report(self) -> dict[str, float]:
-        """acceptance and replaced share of tokens, repeated tokens' share, mean length, share of texts that ended."""
+        """Return shares of accepted, replaced and repeated tokens, the mean length, and the share of ended texts."""
         tokens, texts = max(1, self.tokens), max(1, self.texts)
         return {
             "acceptance": 1.0 - self.replaced / tokens,
@@ -106,7 +108,7 @@ class GenerationStats:
 
 
 class GenerationState:
-    """A batch of texts being written: what is there of each row, and the mask of its slots in the caches."""
+    """State of generating a batch: the tokens of each row, and the mask of its slots in the caches."""
 
     def __init__(self, prompts: list[list[int]], *, length: int, eos: int | None, device: torch.device) -> None:
         self.prompts, self.length, self.eos = prompts, length, eos
@@ -114,7 +116,7 @@ class GenerationState:
         self.replaced: list[list[bool]] = [[] for _ in prompts]
         self.logits: list[list[Tensor]] = [[] for _ in prompts]
         self.done = [length < 1] * len(prompts)
-        width = max(map(len, prompts)) - 1  # the last token of a prompt is read with the first block
+        width = max(map(len, prompts)) - 1  # the last token of a prompt is decoded with the first block
         ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
         self.mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
@@ -125,23 +127,30 @@ class GenerationState:
         self.last = torch.tensor([prompt[-1] for prompt in prompts], device=device)
 
     def positions(self, first: int, count: int) -> Int[Tensor, "B count"]:
-        """Those of the block's tokens, none beyond the longest that a row may become."""
-        at = [len(p) + len(w) - 1 for p, w in zip(self.prompts, self.generated, strict=True)]
-        most = torch.tensor([len(p) + self.length - 1 for p in self.prompts], device=self.last.device)
-        return (torch.tensor(at, device=self.last.device)[:, None] + first + self._count(count)).minimum(most[:, None])
+        """Return the positions of the block's tokens, limited to the longest possible row."""
+        last = [len(p) + len(w) - 1 for p, w in zip(self.prompts, self.generated, strict=True)]
+        limit = torch.tensor([len(p) + self.length - 1 for p in self.prompts], device=self.last.device)
+        return (torch.tensor(last, device=self.last.device)[:, None] + first + self._arange(count)).minimum(
+            limit[:, None]
+        )
 
-    def _count(self, count: int) -> Tensor:
+    def _arange(self, count: int) -> Tensor:
         return torch.arange(count, device=self.last.device)
 
-    def seen(self, count: int) -> Int[Tensor, "B slots"]:
-        """The mask with ``count`` slots of the block behind it, which are none of a row that is done."""
-        writing = (~torch.tensor(self.done, device=self.mask.device)).long()
-        return torch.cat((self.mask, writing[:, None].expand(-1, count)), 1)
+    def block_mask(self, count: int) -> Int[Tensor, "B slots"]:
+        """Return the mask with ``count`` slots of the block appended, masked for finished rows."""
+        active = (~torch.tensor(self.done, device=self.mask.device)).long()
+        return torch.cat((self.mask, active[:, None].expand(-1, count)), 1)
 
-    def take(self, block: Int[Tensor, "B G"], accepted: list[int], said: Float[Tensor, "B G V"] | None = None) -> None:
-        """Add what stands of a block: its accepted tokens and, where it was longer, the one that replaces the next.
+    def append(
+        self, block: Int[Tensor, "B G"], accepted: list[int], logits: Float[Tensor, "B G V"] | None = None
+    ) -> None:
+        """Append a block's accepted tokens and, if it is longer, the one that replaces the next.
 
-        ``said`` are logits before each of its tokens, kept of those that stand.
+        Args:
+            block: the proposed tokens, with replacements.
+            accepted: number of accepted tokens of each row.
+            logits: logits before each token of the block, to be stored for the appended ones.
         """
         tokens, width = block.tolist(), block.shape[1]
         kept = torch.zeros(len(tokens), dtype=torch.long)
@@ -155,15 +164,15 @@ class GenerationState:
             self.replaced[row] += [i == n for i in range(len(ids))]
             self.done[row] = len(self.generated[row]) >= self.length or ids[-1] == self.eos
             kept[row] = len(ids)
-            if said is not None:
-                self.logits[row].append(said[row, : len(ids)].clone())
+            if logits is not None:
+                self.logits[row].append(logits[row, : len(ids)].clone())
         kept = kept.to(block.device)
         self.last = torch.where(kept > 0, block.gather(1, (kept - 1).clamp_min(0)[:, None])[:, 0], self.last)
-        # the block's slots hold the token before it and all of it but the last
-        self.mask = torch.cat((self.mask, (self._count(width) < kept[:, None]).long()), 1)
+        # the block's slots contain the token before it and all of its tokens but the last
+        self.mask = torch.cat((self.mask, (self._arange(width) < kept[:, None]).long()), 1)
 
     def batch(self, pad: int) -> dict[str, Tensor]:
-        """Prompts and what was written, padded on the right; exactly the ids that were drawn."""
+        """Return prompts with the generated tokens, padded on the right; exactly the sampled ids."""
         rows = [p + w for p, w in zip(self.prompts, self.generated, strict=True)]
         shape, device = (len(rows), max(map(len, rows))), self.last.device
         out = {name: torch.zeros(shape, dtype=torch.long, device=device) for name in ("input_ids", "attention_mask")}
@@ -178,18 +187,18 @@ class GenerationState:
             out["replaced"][i, begin : len(row)] = torch.tensor(self.replaced[i], dtype=torch.bool, device=device)
         return out
 
-    def answer(self, pad: int, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What was written behind an encoder-decoder's start, with the source: a batch for ``Seq2Seq``."""
-        whole = self.batch(pad)
-        held = {name: whole[name][:, 1:] for name in ("labels", "learn", "replaced")}
-        return {**source, **held, "generated": whole["input_ids"][:, 1:]}
+    def seq2seq_batch(self, pad: int, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the source with the tokens generated after the decoder's start: a batch for ``Seq2Seq``."""
+        batch = self.batch(pad)
+        targets = {name: batch[name][:, 1:] for name in ("labels", "learn", "replaced")}
+        return {**source, **targets, "generated": batch["input_ids"][:, 1:]}
 
     def stats(self) -> GenerationStats:
-        """The counts of this batch."""
-        again = sum(a == b for w in self.generated for a, b in pairwise(w))
+        """Return the counts of this batch."""
+        repeated = sum(a == b for w in self.generated for a, b in pairwise(w))
         ended = sum(self.eos is not None and w[-1:] == [self.eos] for w in self.generated)
         tokens, replaced = sum(map(len, self.generated)), sum(map(sum, self.replaced))
-        return GenerationStats(len(self.prompts), ended, tokens, replaced, again)
+        return GenerationStats(len(self.prompts), ended, tokens, replaced, repeated)
 
 
 @torch.no_grad()
@@ -210,16 +219,26 @@ def generate(
     source: Mapping[str, Tensor] | None = None,
     reuse: bool = False,
 ) -> tuple[dict[str, Any], GenerationStats]:
-    """What the student writes after the prompts, with what the teacher replaces: a ``LanguageModeling`` batch, counts.
+    """Generate completions of prompts with the student, verified by the teacher; return the batch and its statistics.
 
-    The student proposes a block, the teacher reads it in one forward, and the first token outside the ``top_k`` of its
-    raw logits gives way to one that the teacher draws; what came behind it is proposed anew. Without a teacher the
-    student writes alone. Student and teacher draw from generators of their own, so ``top_k`` of the whole vocabulary
-    writes what the student alone would. Both are in eval mode meanwhile.
+    The student proposes a block, the teacher verifies it in one forward, and the first token outside the ``top_k`` of
+    its raw logits is replaced by one that the teacher samples; the tokens after it are proposed again. Without a
+    teacher the student generates alone. Student and teacher have separate random generators, so ``top_k`` of the whole
+    vocabulary generates the same texts as the student alone. Both models run in eval mode.
 
     Args:
-        source: what an encoder-decoder reads; the prompts are then its start, and the batch is for ``Seq2Seq``.
-        reuse: keep the teacher's logits of what was written as the batch's "taught": 4 V bytes a token in float32.
+        student, teacher: the models.
+        prompts: token ids of each prompt.
+        length: most tokens to generate.
+        top_k: number of the teacher's largest logits whose tokens are accepted.
+        block: tokens proposed at a time.
+        eos: end-of-text token id; None for none.
+        pad: padding token id.
+        sampling, resampling: of the student, and of the teacher's replacements; None is ``Sampling()``.
+        vocabulary: number of tokens; None is the smallest embedding of the models.
+        seed: seed of the sampling.
+        source: inputs of an encoder-decoder; the prompts are then its start, and the batch is for ``Seq2Seq``.
+        reuse: store the teacher's logits of generated tokens as the batch's "taught": 4 V bytes per token in float32.
 
     Raises:
         TypeError: for a causal model without a cache, an encoder-decoder without a source, or one of each.
@@ -227,83 +246,84 @@ def generate(
     """
     if not prompts or not all(prompts) or min(top_k, block, length) < 1:
         raise ValueError(
-            f"write needs prompts of at least one token, and top_k, block and length >= 1; got {len(prompts)} prompts, "
-            f"the shortest of {min(map(len, prompts), default=0)} tokens, {top_k}, {block} and {length}."
+            f"generate needs prompts of at least one token, and top_k, block and length >= 1; got {len(prompts)} "
+            f"prompts, the shortest of {min(map(len, prompts), default=0)} tokens, {top_k}, {block} and {length}."
         )
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
     source = None if source is None else {name: x.to(device) for name, x in source.items()}
-    draft = GenerationState(prompts, length=length, eos=eos, device=device)
+    state = GenerationState(prompts, length=length, eos=eos, device=device)
     generators = [torch.Generator(device).manual_seed((2 * seed + side) % 2**63) for side in (0, 1)]
     sampling, resampling = sampling or Sampling(), resampling or Sampling()
     with eval_mode(student, teacher):
         models = [model for model in (student, teacher) if model is not None]
-        known = _known(models, vocabulary)
-        readers = [
-            CachedDecoder(m, known) if source is None else make_decoder(m, known, source, most=length) for m in models
+        size = _vocabulary_size(models, vocabulary)
+        decoders = [
+            CachedDecoder(m, size) if source is None else make_decoder(m, size, source, most=length) for m in models
         ]
-        if draft.start.shape[1]:
-            positions = (draft.mask.cumsum(-1) - 1).clamp_min(0)
-            for reader in readers:
-                reader.decode(draft.start, positions, draft.mask)
-        while not all(draft.done):
-            proposed, read = _proposed(readers[0], draft, block, sampling, generators[0])
-            accepted, said = [block] * len(prompts), None
+        if state.start.shape[1]:
+            positions = (state.mask.cumsum(-1) - 1).clamp_min(0)
+            for decoder in decoders:
+                decoder.decode(state.start, positions, state.mask)
+        while not all(state.done):
+            proposed, previous = _propose(decoders[0], state, block, sampling, generators[0])
+            accepted, stored = [block] * len(prompts), None
             if teacher is not None:
-                logits = readers[1].decode(read, draft.positions(0, block), draft.seen(block))
-                found = verify_tokens(logits, proposed, top_k)
-                at = found.accepted.clamp_max(block - 1)[:, None]
-                instead = resampling.draw(
-                    logits.gather(1, at[..., None].expand(-1, -1, logits.shape[-1]))[:, 0], generators[1]
+                logits = decoders[1].decode(previous, state.positions(0, block), state.block_mask(block))
+                verified = verify_tokens(logits, proposed, top_k)
+                index = verified.accepted.clamp_max(block - 1)[:, None]
+                replacement = resampling.draw(
+                    logits.gather(1, index[..., None].expand(-1, -1, logits.shape[-1]))[:, 0], generators[1]
                 )
-                replace = (found.accepted < block)[:, None] & (torch.arange(block, device=device) == at)
-                proposed, accepted = torch.where(replace, instead[:, None], proposed), found.accepted.tolist()
-                said = logits if reuse else None
-            draft.take(proposed, accepted, said)
-    pace = draft.stats()
-    pace.student_forwards = readers[0].forwards
-    pace.teacher_forwards = readers[1].forwards if teacher is not None else 0
-    batch: dict[str, Any] = draft.batch(pad) if source is None else draft.answer(pad, source)
+                replace = (verified.accepted < block)[:, None] & (torch.arange(block, device=device) == index)
+                proposed = torch.where(replace, replacement[:, None], proposed)
+                accepted = verified.accepted.tolist()
+                stored = logits if reuse else None
+            state.append(proposed, accepted, stored)
+    stats = state.stats()
+    stats.student_forwards = decoders[0].forwards
+    stats.teacher_forwards = decoders[1].forwards if teacher is not None else 0
+    batch: dict[str, Any] = state.batch(pad) if source is None else state.seq2seq_batch(pad, source)
     if reuse and teacher is not None:
-        batch["taught"] = PrecomputedLogits(torch.cat([part for row in draft.logits for part in row]), teacher)
-    return batch, pace
+        batch["taught"] = PrecomputedLogits(torch.cat([part for row in state.logits for part in row]), teacher)
+    return batch, stats
 
 
-def asked_for(
+def prompts_and_source(
     model: nn.Module, batch: Mapping[str, Any], least: int
 ) -> tuple[list[list[int]], dict[str, Tensor] | None]:
-    """The prompts of a batch, and what an encoder-decoder reads: then its prompts are its own start."""
+    """Return the prompts of a batch and None; for an encoder-decoder its start tokens and its encoder inputs."""
     if not is_encoder_decoder(model):
         return prompts_of(batch, least), None
     source = {name: batch[name] for name in ("input_ids", "attention_mask") if batch.get(name) is not None}
     return [[decoder_start_id(model)] for _ in batch["input_ids"]], source
 
 
-def _known(models: list[nn.Module], vocabulary: int | None) -> int | None:
-    """How many tokens all of them can read; None where no model says."""
+def _vocabulary_size(models: list[nn.Module], vocabulary: int | None) -> int | None:
+    """Return the number of tokens that all models have; None if no model has an input embedding."""
     tables = [model.get_input_embeddings() for model in models if hasattr(model, "get_input_embeddings")]  # pyright: ignore
     sizes = [len(table.weight) for table in tables if isinstance(table, nn.Embedding)]
     return min([*sizes, *([] if vocabulary is None else [vocabulary])], default=None)
 
 
-def _proposed(
-    reader: CachedDecoder | RecomputingDecoder | ShiftingCacheDecoder,
-    draft: GenerationState,
+def _propose(
+    decoder: CachedDecoder | RecomputingDecoder | ShiftingCacheDecoder,
+    state: GenerationState,
     block: int,
-    drawn: Sampling,
+    sampling: Sampling,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """A block that the student goes on with, (B, block), and the tokens that were read for it, one before."""
-    read, tokens = [draft.last], []
+    """Return a block of the student's tokens, (B, block), and the decoder's inputs for it, shifted by one."""
+    inputs, tokens = [state.last], []
     for i in range(block):
-        logits = reader.decode(read[-1][:, None], draft.positions(i, 1), draft.seen(i + 1))[:, -1]
-        tokens.append(drawn.draw(logits, generator))
-        read.append(tokens[-1])
-    return torch.stack(tokens, 1), torch.stack(read[:-1], 1)
+        logits = decoder.decode(inputs[-1][:, None], state.positions(i, 1), state.block_mask(i + 1))[:, -1]
+        tokens.append(sampling.draw(logits, generator))
+        inputs.append(tokens[-1])
+    return torch.stack(tokens, 1), torch.stack(inputs[:-1], 1)
 
 
 @contextmanager
 def eval_mode(*models: nn.Module | None) -> Iterator[None]:
-    """The models in eval mode; every module's mode is put back."""
+    """Put the models in eval mode; restore the mode of every module at exit."""
     modes = {module: module.training for model in models if model is not None for module in model.modules()}
     for model in models:
         if model is not None:
@@ -316,7 +336,7 @@ def eval_mode(*models: nn.Module | None) -> Iterator[None]:
 
 
 def prompts_of(batch: Mapping[str, Any], least: int = 1) -> list[list[int]]:
-    """The tokens of each text before the first that is learned, at least ``least`` of them."""
+    """Return the tokens of each text before the first learned one, at least ``least`` of them."""
     ids = batch["input_ids"]
     mask = batch["attention_mask"] if batch.get("attention_mask") is not None else torch.ones_like(ids)
     learn = batch.get("learn")
@@ -324,7 +344,7 @@ def prompts_of(batch: Mapping[str, Any], least: int = 1) -> list[list[int]]:
         learn = batch["labels"] != IGNORE_INDEX if batch.get("labels") is not None else mask
     out = []
     for row, kept, learned in zip(ids.tolist(), mask.tolist(), learn.tolist(), strict=True):
-        text = [(i, flag) for i, here, flag in zip(row, kept, learned, strict=True) if here]
-        first = next((place for place, (_, flag) in enumerate(text) if flag), len(text))
+        text = [(i, flag) for i, keep, flag in zip(row, kept, learned, strict=True) if keep]
+        first = next((index for index, (_, flag) in enumerate(text) if flag), len(text))
         out.append([i for i, _ in text[: max(first, least)]])
     return out

@@ -1,4 +1,4 @@
-"""What a student writes by itself, beside what it should have: scores of texts, not of tokens."""
+"""Score generated texts against their references."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempering.rollouts.sampling import Sampling, asked_for, generate
+from tempering.rollouts.sampling import Sampling, generate, prompts_and_source
 from tempering.rows import IGNORE_INDEX
 from tempering.utils.tensors import to_device
 
@@ -18,16 +18,16 @@ ANSWER = re.compile(r"####\s*([^\n]*)")
 
 
 class GenerationScorer:
-    """The mean grade of what a student writes greedily, text by text: {name: mean}.
+    """Generates greedily and averages a score over texts: {name: mean}.
 
     Args:
-        grade: (what was written, what is wanted) -> a number; both are what ``decode`` makes of token ids.
-        name: of the score.
-        decode: token ids, without the end, to what is graded; None leaves the list.
-        eos: the token that ends a text; None for none.
-        pad: of the batches.
-        length: how many tokens are written at most.
-        prompt: how many tokens of a text are its prompt at least, of causal models.
+        grade: (generated, reference) -> score; both are results of ``decode``.
+        name: name of the score.
+        decode: maps token ids, without the end-of-text token, to the input of ``grade``; None passes the list.
+        eos: end-of-text token id; None for none.
+        pad: padding token id.
+        length: most tokens to generate.
+        prompt: fewest prompt tokens per text, for causal models.
 
     Raises:
         ValueError: for length or prompt below 1.
@@ -57,29 +57,35 @@ class GenerationScorer:
         grades = []
         for batch in batches:
             batch = to_device(dict(batch), device)
-            prompts, source = asked_for(student, batch, self.prompt)
-            own: dict[str, Any] = {"length": self.length, "eos": self.eos, "pad": self.pad, "vocabulary": vocabulary}
-            made, _ = generate(student, None, prompts, source=source, sampling=Sampling(temperature=0.0), **own)
-            said = made["input_ids"] if source is None else made["generated"]
-            for ids, learn, labels in zip(said, made["learn"], batch["labels"], strict=True):
-                written, wanted = self._text(ids[learn != 0]), self._text(labels[labels != IGNORE_INDEX])
-                grades.append(float(self.grade(written, wanted)))
+            prompts, source = prompts_and_source(student, batch, self.prompt)
+            options: dict[str, Any] = {
+                "length": self.length,
+                "eos": self.eos,
+                "pad": self.pad,
+                "vocabulary": vocabulary,
+            }
+            out, _ = generate(student, None, prompts, source=source, sampling=Sampling(temperature=0.0), **options)
+            tokens = out["input_ids"] if source is None else out["generated"]
+            for ids, learn, labels in zip(tokens, out["learn"], batch["labels"], strict=True):
+                generated, reference = self._decode(ids[learn != 0]), self._decode(labels[labels != IGNORE_INDEX])
+                grades.append(float(self.grade(generated, reference)))
         return {self.name: sum(grades) / max(1, len(grades))}
 
-    def _text(self, ids: Tensor) -> Any:
-        found = ids.tolist()
-        found = found[:-1] if found[-1:] == [self.eos] else found
-        return found if self.decode is None else self.decode(found)
+    def _decode(self, ids: Tensor) -> Any:
+        tokens = ids.tolist()
+        tokens = tokens[:-1] if tokens[-1:] == [self.eos] else tokens
+        return tokens if self.decode is None else self.decode(tokens)
 
 
-def rouge_l(written: str | Sequence[Any], wanted: str | Sequence[Any]) -> float:
-    """ROUGE-L F1 in [0, 1]: the harmonic mean of the longest common subsequence's share of either; 0 for an empty one.
+def rouge_l(generated: str | Sequence[Any], reference: str | Sequence[Any]) -> float:
+    """Return ROUGE-L F1 in [0, 1]: the longest common subsequence's share of either side, in harmonic mean.
 
-    Of texts the lower-case words of letters and digits are compared, not stemmed; of sequences their items.
+    It is 0 if one side is empty. Texts are compared by their lower-case words of letters and digits, not stemmed;
+    sequences by their items.
 
     Reference: Lin, "ROUGE", 2004; words as in Google's rouge_score.
     """
-    a, b = (WORD.findall(x.lower()) if isinstance(x, str) else list(x) for x in (written, wanted))
+    a, b = (WORD.findall(x.lower()) if isinstance(x, str) else list(x) for x in (generated, reference))
     if not a or not b:
         return 0.0
     row = [0] * (len(b) + 1)
@@ -90,17 +96,17 @@ def rouge_l(written: str | Sequence[Any], wanted: str | Sequence[Any]) -> float:
     return 2.0 * row[-1] / (len(a) + len(b))
 
 
-def exact_match(written: str, wanted: str) -> float:
-    """1 where both have the same answer behind their last "####", as GSM8K's do, else 0; commas in numbers are nothing.
+def exact_match(generated: str, reference: str) -> float:
+    """Return 1 if the answers after the last "####" are equal, as in GSM8K, else 0; commas in numbers are ignored.
 
     Raises:
-        ValueError: where what is wanted has no answer.
+        ValueError: if the reference has no answer.
     """
-    said, asked = (ANSWER.findall(text) for text in (written, wanted))
-    if not asked:
-        raise ValueError(f'the wanted text has no answer behind "####": {wanted[-40:]!r}.')
-    return float(bool(said) and _plain(said[-1]) == _plain(asked[-1]))
+    answers, expected = (ANSWER.findall(text) for text in (generated, reference))
+    if not expected:
+        raise ValueError(f'the reference has no answer after "####": {reference[-40:]!r}.')
+    return float(bool(answers) and _normalize(answers[-1]) == _normalize(expected[-1]))
 
 
-def _plain(answer: str) -> str:
+def _normalize(answer: str) -> str:
     return answer.replace(",", "").strip().rstrip(".")

@@ -1,4 +1,4 @@
-"""Sequence-level distillation: the teacher writes the texts, and the student learns them as data."""
+"""Sequence-level distillation: train the student on texts that the teacher generates."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from tempering.rows import IGNORE_INDEX
 
 
 class SequenceLevel(OnPolicy):
-    """The batches of a loader, a ``share`` of them with completions that the teacher writes, which are their labels.
+    """Replaces the completions of a share of a loader's batches by the teacher's, with their tokens as labels.
 
-    ``Supervised`` on them is sequence-level KD; a divergence beside it, or alone, learns from the teacher's answers on
-    its own texts. Greedy unless told otherwise: then the texts of an epoch are those of every other, and are written
-    anew all the same.
+    ``Supervised`` on them is sequence-level KD; a divergence, in addition or alone, uses the teacher's logits on its
+    own texts. Greedy by default: then every epoch has the same texts, which are generated again all the same.
 
     Args:
-        teacher: the model that writes, of transformers, or a Teacher with one, such as Live(model).
+        teacher: the transformers model that generates, or a Teacher with one, such as Live(model).
         batches, share, length, eos, pad, prompt, vocabulary, seed: as in ``OnPolicy``.
-        sampling: of the teacher; None takes the likeliest token.
+        sampling: how the teacher's tokens are sampled; None is greedy.
 
     Raises:
         ValueError: as ``OnPolicy`` does.
         TypeError: for a teacher without a model.
 
     Reference: Kim & Rush, "Sequence-Level Knowledge Distillation", EMNLP 2016, arXiv:1606.07947, section 3.2. The paper
-    searches with a beam; this takes one token after the other.
+    uses beam search; this is greedy or samples.
     """
 
     def __init__(
@@ -49,7 +48,9 @@ class SequenceLevel(OnPolicy):
     ) -> None:
         model = teacher if isinstance(teacher, nn.Module) else getattr(teacher, "model", None)
         if not isinstance(model, nn.Module):
-            raise TypeError(f"SequenceLevel has a teacher's model write; got {type(teacher).__name__}, which has none.")
+            raise TypeError(
+                f"SequenceLevel needs a teacher with a model; got {type(teacher).__name__}, which has none."
+            )
         super().__init__(
             model,
             batches,
@@ -64,7 +65,7 @@ class SequenceLevel(OnPolicy):
         )
 
     def generate(self, batch: Any, seed: int) -> dict[str, Any]:
-        """The batch with the teacher's completions, each of its tokens a label."""
+        """Return the batch with the teacher's completions as labels."""
         out = super().generate(batch, seed)
         ids = out.pop("generated", out["input_ids"])
         return {**out, "labels": torch.where(out.pop("learn"), ids, IGNORE_INDEX)}

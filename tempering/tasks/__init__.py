@@ -1,4 +1,4 @@
-"""Tasks: how batches become rows. Those that train on generated text are in ``tempering.rollouts``, and here too."""
+"""Tasks: map model outputs to rows and score students. Exports the generated-text classes of ``rollouts`` too."""
 
 from typing import Any
 

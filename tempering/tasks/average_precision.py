@@ -1,4 +1,4 @@
-"""COCO's average precision, counted by pycocotools."""
+"""COCO's average precision, computed by pycocotools."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch import Tensor
 def average_precision(
     found: Sequence[Mapping[str, Tensor]], truth: Sequence[Mapping[str, Tensor]], classes: int
 ) -> dict[str, Any]:
-    """map (over IoU 0.5 to 0.95), map50, map75 in [0, 1], and "by_class": map of each class, None where it has no box.
+    """Return map (over IoU 0.5 to 0.95), map50 and map75 in [0, 1], and "by_class": map per class, None without a box.
 
     Args:
-        found: of each image boxes (D, 4) as xyxy, scores (D,) and labels (D,); the best 100 count.
-        truth: of each image boxes (M, 4) and labels (M,).
-        classes: how many there are.
+        found: per image boxes (D, 4) as xyxy, scores (D,) and labels (D,); the 100 best are evaluated.
+        truth: per image boxes (M, 4) and labels (M,).
+        classes: number of classes.
 
     Raises:
         ImportError: without pycocotools.
-        ValueError: where no image has a box.
+        ValueError: if no image has a box.
     """
     try:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError as error:
-        raise ImportError("mAP is counted by pycocotools: pip install 'tempering[detection]'") from error
+        raise ImportError("mAP is computed by pycocotools: pip install 'tempering[detection]'") from error
     if not any(len(t["labels"]) for t in truth):
         raise ValueError("average precision needs boxes, and no image of this split has one. Is it the right file?")
     head = {
@@ -39,19 +39,21 @@ def average_precision(
     }
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         sides = []
-        for said in (truth, found):
+        for detections in (truth, found):
             side = COCO()
-            side.dataset = head | {"annotations": _annotations(said)}  # pyright: ignore[reportAttributeAccessIssue]
+            side.dataset = head | {"annotations": _annotations(detections)}  # pyright: ignore[reportAttributeAccessIssue]
             side.createIndex()
             sides.append(side)
-        counted = COCOeval(*sides, iouType="bbox")
-        counted.evaluate()
-        counted.accumulate()
-    precision: np.ndarray = counted.eval["precision"][:, :, :, 0, -1]  # (thresholds, recalls, classes), -1: no truth
+        evaluator = COCOeval(*sides, iouType="bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+    precision: np.ndarray = evaluator.eval["precision"][
+        :, :, :, 0, -1
+    ]  # (thresholds, recalls, classes), -1: no true box
 
     def mean(part: np.ndarray) -> float | None:
-        known = part[part > -1]
-        return float(known.mean()) if len(known) else None
+        defined = part[part > -1]
+        return float(defined.mean()) if len(defined) else None
 
     return {
         "map": mean(precision),
@@ -63,10 +65,10 @@ def average_precision(
 
 def _annotations(images: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
-    for i, said in enumerate(images):
-        scores = said["scores"].tolist() if "scores" in said else [1.0] * len(said["labels"])
-        for box, label, score in zip(said["boxes"].double().tolist(), said["labels"].tolist(), scores, strict=True):
+    for i, image in enumerate(images):
+        scores = image["scores"].tolist() if "scores" in image else [1.0] * len(image["labels"])
+        for box, label, score in zip(image["boxes"].double().tolist(), image["labels"].tolist(), scores, strict=True):
             width, height = box[2] - box[0], box[3] - box[1]
-            own = {"bbox": [box[0], box[1], width, height], "area": width * height, "iscrowd": 0, "score": score}
-            out.append({"id": len(out) + 1, "image_id": i, "category_id": label, **own})
+            fields = {"bbox": [box[0], box[1], width, height], "area": width * height, "iscrowd": 0, "score": score}
+            out.append({"id": len(out) + 1, "image_id": i, "category_id": label, **fields})
     return out

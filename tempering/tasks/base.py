@@ -1,4 +1,4 @@
-"""What a task is: how a batch becomes inputs, how outputs become rows, and how a student is scored."""
+"""Base class of tasks: map batches to inputs and outputs to rows, and score students."""
 
 from __future__ import annotations
 
@@ -12,44 +12,43 @@ from tempering.rows import Rows
 
 
 class Task(ABC):
-    """A kind of problem. The engine knows nothing of images or tokens; it asks its task.
+    """A kind of problem: all that depends on images, tokens or boxes in a run.
 
-    ``features`` names features for methods that look inside: name -> (student's module, teacher's module). The engine
-    taps them and adds them to the last block of rows. ``comparable`` says whether a class is the same one on both
-    sides.
+    ``features`` are the inputs of feature methods: name -> (student's module, teacher's module). ``distill`` extracts
+    them and adds them to the last block of rows. ``comparable`` is whether a class has the same meaning on both sides.
     """
 
     features: Mapping[str, tuple[str, str]] = {}
     comparable: bool = True
-    remember: bool = True  # whether the teacher's answers on the scored splits are small enough to be kept
+    remember: bool = True  # whether the teacher's outputs on the scored splits are small enough to be cached
 
     def prepare_model(self, model: nn.Module) -> None:
-        """See each model of a run before it is asked, to let it take what ``inputs`` gives."""
+        """Prepare a model before its first forward, such as by a hook that unpacks ``inputs``."""
         return
 
     @abstractmethod
     def inputs(self, batch: Any) -> tuple[Any, Any, Tensor | None]:
-        """The student's inputs, the teacher's (the two views may differ), and sample ids (N,) where there are some."""
+        """Return the student's inputs, the teacher's (the two views may differ), and sample ids (N,) or None."""
 
     @abstractmethod
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
-        """The blocks of rows that two outputs make; a teacher of None means that no teacher takes part."""
+        """Return the blocks of rows of two outputs; a teacher of None means a run without a teacher."""
 
     @abstractmethod
     def row_weights(self, batch: Any) -> Mapping[str, Tensor | float]:
-        """Block name -> the weight of its rows in this batch, known before the forward.
+        """Return block name -> total weight of its rows in this batch, known before the forward.
 
-        With it a loss divides by the weight of the whole optimizer step, so micro-batches and ranks add up.
+        Losses divide by its sum over the whole optimizer step, so micro-batches and ranks add up.
         """
 
     @abstractmethod
     def score(
         self, student: nn.Module, batches: Iterable[Any], *, teacher: Callable[[Any, Tensor | None], Any] | None = None
     ) -> dict[str, float]:
-        """How good the student is on these batches: metric -> value."""
+        """Score the student on these batches: metric -> value."""
 
     def headline(self) -> tuple[str, bool]:
-        """The metric by which the best epoch is chosen, and whether higher is better."""
+        """Return the metric that selects the best epoch, and whether higher is better."""
         return "accuracy", True
 
     def analyze(
@@ -60,8 +59,8 @@ class Task(ABC):
         teacher: Callable[[Any, Tensor | None], Any] | None = None,
         temperatures: Callable[[Rows], Any] | None = None,
     ) -> dict[str, Any]:
-        """What the report shows beyond scores, JSON-able; {} where a task has nothing to say.
+        """Return the contents of the report beyond scores, JSON-serializable; {} if there are none.
 
-        "scores" in it join the last epoch's of this split: metrics of the finished student that are too dear for more.
+        "scores" in it are added to the last epoch's scores of this split: metrics too expensive for each epoch.
         """
         return {}

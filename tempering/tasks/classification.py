@@ -1,4 +1,4 @@
-"""Classification: a row is an image (or whatever gets one label)."""
+"""Classification: one row per image, or other sample with one label."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tempering.rows import Rows, upcast_to_float32
 from tempering.tasks.base import Task
 from tempering.utils.tensors import to_device
 
-BINS = 15  # of the reliability diagram and of the calibration error, equal width
+BINS = 15  # bins of the reliability diagram and of the calibration error, of equal width
 Teaches = Callable[[Any, Tensor | None], Any]
 
 
 class Classification(Task):
-    """Batches of (inputs, labels) or (inputs, labels, ids); models answer (N, C) logits.
+    """Task with batches of (inputs, labels) or (inputs, labels, ids) and models that return (N, C) logits.
 
     A label of -100 means unlabeled. Both models see the same inputs.
 
     Args:
-        taps: features for methods that look inside, name -> (student's module, teacher's module), shallow to deep.
+        features: features for feature methods, name -> (student's module, teacher's module), shallow to deep.
     """
 
     def __init__(self, *, features: Mapping[str, tuple[str, str]] | None = None) -> None:
@@ -40,7 +40,7 @@ class Classification(Task):
             teacher = student.detach()
         if student.shape != teacher.shape:
             raise ValueError(
-                f"the student answers {student.shape[-1]} classes and the teacher {teacher.shape[-1]}. Give both heads "
+                f"the student has {student.shape[-1]} classes and the teacher {teacher.shape[-1]}. Give both heads "
                 f"the same classes in the same order, such as models.build(name, classes={teacher.shape[-1]})."
             )
         return [Rows(student, teacher, batch[1], ids=batch[2] if len(batch) == 3 else None)]
@@ -49,14 +49,14 @@ class Classification(Task):
         return {"logits": float(len(batch[1]))}
 
     def score(self, student: nn.Module, batches: Iterable[Any], *, teacher: Teaches | None = None) -> dict[str, float]:
-        """accuracy, top5 and ece in [0, 1], loss in nats, and agreement with the teacher where there is one."""
+        """Return accuracy, top5 and ece in [0, 1], loss in nats, and agreement if there is a teacher."""
         return self.scores(collect_outputs(self, student, batches, teacher))
 
-    def scores(self, answers: Outputs) -> dict[str, float]:
-        """What ``score`` says of these answers."""
+    def scores(self, outputs: Outputs) -> dict[str, float]:
+        """Compute the metrics of ``score`` from outputs."""
         from torchmetrics.functional.classification import multiclass_calibration_error
 
-        z, y = answers.student, answers.labels
+        z, y = outputs.student, outputs.labels
         out = {
             "accuracy": float((z.argmax(-1) == y).double().mean()),
             "loss": float(nn.functional.cross_entropy(z, y, ignore_index=-100)),
@@ -64,8 +64,8 @@ class Classification(Task):
         }
         if z.shape[-1] > 5:
             out["top5"] = float((z.topk(5).indices == y[:, None]).any(-1).double().mean())
-        if answers.teacher is not None:
-            out["agreement"] = float((z.argmax(-1) == answers.teacher.argmax(-1)).double().mean())
+        if outputs.teacher is not None:
+            out["agreement"] = float((z.argmax(-1) == outputs.teacher.argmax(-1)).double().mean())
         return out
 
     def analyze(
@@ -76,9 +76,9 @@ class Classification(Task):
         teacher: Teaches | None = None,
         temperatures: Callable[[Rows], Any] | None = None,
     ) -> dict[str, Any]:
-        answers = collect_outputs(self, student, batches, teacher)
-        sides = {"student": answers.student} | ({} if answers.teacher is None else {"teacher": answers.teacher})
-        y, classes = answers.labels, answers.student.shape[-1]
+        outputs = collect_outputs(self, student, batches, teacher)
+        sides = {"student": outputs.student} | ({} if outputs.teacher is None else {"teacher": outputs.teacher})
+        y, classes = outputs.labels, outputs.student.shape[-1]
         out: dict[str, Any] = {
             "classes": classes,
             "class_names": list(names) if (names := getattr(batches, "class_names", None)) else None,
@@ -91,16 +91,16 @@ class Classification(Task):
             for side, bins in out["reliability"].items()
         }
         out["agreement"], out["confusions"], out["temperatures"] = None, [], None
-        if answers.teacher is not None:
-            out["agreement"] = float((answers.student.argmax(-1) == answers.teacher.argmax(-1)).double().mean())
-            out["confusions"] = _confusions(answers.student, answers.teacher, y, classes)
+        if outputs.teacher is not None:
+            out["agreement"] = float((outputs.student.argmax(-1) == outputs.teacher.argmax(-1)).double().mean())
+            out["confusions"] = _confusions(outputs.student, outputs.teacher, y, classes)
             if temperatures is not None:
-                out["temperatures"] = {"by_difficulty": _by_difficulty(answers, temperatures)}
+                out["temperatures"] = {"by_difficulty": _by_difficulty(outputs, temperatures)}
         return out
 
 
 class Outputs(NamedTuple):
-    """Everything both models said about a data set, on the CPU in float32: logits (N, C) and labels (N,)."""
+    """Both models' outputs on a data set, on the CPU in float32: logits (N, C) and labels (N,)."""
 
     student: Tensor
     teacher: Tensor | None
@@ -109,10 +109,10 @@ class Outputs(NamedTuple):
 
 @torch.no_grad()
 def collect_outputs(task: Task, student: nn.Module, batches: Iterable[Any], teacher: Teaches | None = None) -> Outputs:
-    """Run both over the batches, the student in eval mode; its mode is put back.
+    """Run both models on the batches, the student in eval mode; restore its mode.
 
     Raises:
-        ValueError: for batches that hold nothing.
+        ValueError: if there are no batches.
     """
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
     training, parts = student.training, []
@@ -121,58 +121,59 @@ def collect_outputs(task: Task, student: nn.Module, batches: Iterable[Any], teac
         for batch in batches:
             batch = to_device(batch, device)
             student_in, teacher_in, ids = task.inputs(batch)
-            said = upcast_to_float32(_logits(student(student_in), "student")).cpu()
-            taught = None if teacher is None else upcast_to_float32(_logits(teacher(teacher_in, ids), "teacher")).cpu()
-            parts.append((said, taught, batch[1].cpu()))
+            z = upcast_to_float32(_logits(student(student_in), "student")).cpu()
+            t = None if teacher is None else upcast_to_float32(_logits(teacher(teacher_in, ids), "teacher")).cpu()
+            parts.append((z, t, batch[1].cpu()))
     finally:
         student.train(training)
     if not parts:
         raise ValueError("there is nothing to score: the loader yields no batches. Is the split empty?")
-    said, taught, labels = zip(*parts, strict=True)
-    return Outputs(torch.cat(said), None if taught[0] is None else torch.cat(taught), torch.cat(labels))
+    z, t, labels = zip(*parts, strict=True)
+    return Outputs(torch.cat(z), None if t[0] is None else torch.cat(t), torch.cat(labels))
 
 
 def reliability(logits: Tensor, labels: Tensor) -> list[dict[str, float]]:
-    """Confidence against accuracy in BINS bins of equal width: [{low, high, count, confidence, accuracy}]."""
+    """Return confidence and accuracy in BINS bins of equal width: [{low, high, count, confidence, accuracy}]."""
     confidence, predicted = logits.softmax(-1).max(-1)
-    right = (predicted == labels).double()
-    place = (confidence * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
-    count = torch.bincount(place, minlength=BINS).double()
-    per = count.clamp_min(1)
-    mean_confidence = torch.bincount(place, confidence.double(), minlength=BINS) / per
-    mean_right = torch.bincount(place, right, minlength=BINS) / per
+    correct = (predicted == labels).double()
+    index = (confidence * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
+    count = torch.bincount(index, minlength=BINS).double()
+    divisor = count.clamp_min(1)
+    mean_confidence = torch.bincount(index, confidence.double(), minlength=BINS) / divisor
+    mean_correct = torch.bincount(index, correct, minlength=BINS) / divisor
     return [
         {
             "low": i / BINS,
             "high": (i + 1) / BINS,
             "count": int(count[i]),
             "confidence": float(mean_confidence[i]),
-            "accuracy": float(mean_right[i]),
+            "accuracy": float(mean_correct[i]),
         }
         for i in range(BINS)
     ]
 
 
 def _logits(output: Any, side: str) -> Tensor:
-    """The (N, C) logits of a model's output; transformers' outputs carry them by name."""
+    """Return the (N, C) logits of a model's output, a tensor or an object with ``.logits``."""
     logits = getattr(output, "logits", output)
     if isinstance(logits, Tensor) and logits.ndim == 2:
         return logits
     got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    raise ValueError(f"the {side} must answer (N, C) logits for classification; got {got}.")
+    raise ValueError(f"the {side} must return (N, C) logits for classification; got {got}.")
 
 
 def _per_class(logits: Tensor, labels: Tensor, classes: int) -> list[float | None]:
-    right = torch.bincount(labels[logits.argmax(-1) == labels], minlength=classes)
+    correct = torch.bincount(labels[logits.argmax(-1) == labels], minlength=classes)
     count = torch.bincount(labels[labels >= 0], minlength=classes)
-    return [float(r) / int(n) if n else None for r, n in zip(right, count, strict=True)]
+    return [float(r) / int(n) if n else None for r, n in zip(correct, count, strict=True)]
 
 
 def _confusions(student: Tensor, teacher: Tensor, labels: Tensor, classes: int, most: int = 20) -> list[dict[str, int]]:
-    """The (true, predicted) pairs off the diagonal on which student and teacher differ most, with both counts."""
-    known = labels >= 0
+    """Return the off-diagonal (true, predicted) pairs whose counts differ most, with both counts."""
+    labeled = labels >= 0
     cells = [
-        torch.bincount(labels[known] * classes + z.argmax(-1)[known], minlength=classes**2) for z in (student, teacher)
+        torch.bincount(labels[labeled] * classes + z.argmax(-1)[labeled], minlength=classes**2)
+        for z in (student, teacher)
     ]
     gap = (cells[0] - cells[1]).abs()
     gap[torch.arange(classes) * (classes + 1)] = 0
@@ -184,13 +185,13 @@ def _confusions(student: Tensor, teacher: Tensor, labels: Tensor, classes: int, 
     ]
 
 
-def _by_difficulty(answers: Outputs, temperatures: Callable[[Rows], Any], bins: int = 5) -> list[dict[str, float]]:
-    """Mean temperatures in equal-sized bins of the teacher's log-odds of the label, hardest first."""
-    assert answers.teacher is not None
-    T = temperatures(Rows(answers.student, answers.teacher, answers.labels))
-    n = len(answers.labels)
+def _by_difficulty(outputs: Outputs, temperatures: Callable[[Rows], Any], bins: int = 5) -> list[dict[str, float]]:
+    """Return mean temperatures in equal-sized bins of the teacher's log-odds of the label, hardest first."""
+    assert outputs.teacher is not None
+    T = temperatures(Rows(outputs.student, outputs.teacher, outputs.labels))
+    n = len(outputs.labels)
     sides = {"T_teacher": T.teacher.expand(n, 1).flatten(), "T_student": T.student.expand(n, 1).flatten()}
-    logp = answers.teacher.log_softmax(-1).gather(1, answers.labels.clamp_min(0)[:, None]).flatten()
+    logp = outputs.teacher.log_softmax(-1).gather(1, outputs.labels.clamp_min(0)[:, None]).flatten()
     margin = logp - torch.log(-torch.expm1(logp).clamp(max=-1e-30))
     order = torch.argsort(margin, stable=True)
     return [

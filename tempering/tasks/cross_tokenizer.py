@@ -1,4 +1,4 @@
-"""A student and a teacher with different tokenizers: a row is a piece of text that ends at one byte on both sides."""
+"""Student and teacher with different tokenizers: one row per piece of text with equal ends on both sides."""
 
 from __future__ import annotations
 
@@ -16,29 +16,32 @@ Merge = Literal["bayesian", "observed"]
 
 
 class CrossTokenizer(Task):
-    """Batches hold "student" and "teacher", each the same texts as its own tokenizer cuts them, with "groups" (B, L).
+    """Task whose batches have "student" and "teacher", the same texts in two tokenizations, with "groups" (B, L).
 
-    ``data.spans`` makes them. A group of tokens that cover the same bytes on both sides is a row: it is what a model
-    says of one of its tokens, given those before it, times the probability of the group's other tokens. The last column
-    is the bucket of everything else, so a row is a distribution, and its cross entropy with the label is exactly that
-    of the whole group. A group of one token is that token's row as it is. What is said of a token stands one position
+    ``data.spans`` makes them. A group of tokens that cover the same bytes on both sides is a row: the distribution of
+    one of its tokens, given those before it, times the probability of the group's other tokens. The last column is the
+    tail, all remaining probability, so a row is a distribution, and its cross entropy with the label is exactly that of
+    the whole group. A group of one token is the unchanged row of that token. The logits of a token are at the position
     before it, on both sides.
 
-    This is an approximation. At a group of several tokens a model has a probability for the one continuation in the
-    text, and for others only of their last ("bayesian") or first ("observed") token; and the columns of two
-    vocabularies mean different tokens. So methods that compare column by column, KD as well as any KL, say nothing
+    This is an approximation. For a group of several tokens a model has a probability of the one continuation in the
+    text, and of other continuations only of their last ("bayesian") or first ("observed") token; and the columns of two
+    vocabularies mean different tokens. So methods that compare column by column, such as KD or any KL, are meaningless
     here: use ``methods.ULD``, which compares sorted probabilities, or ``methods.HybridULD(matched=task.matched)``.
 
     Args:
         merge: which token of a group keeps its distribution. "bayesian": the last one, after the others: every column
-            is a probability of the same length of text. "observed": the first one, times the probability of what
-            followed in the text, whatever its column.
+            is a probability of the same length of text. "observed": the first one, times the probability of its
+            continuation in the text, whatever its column.
         shared: ids of tokens that are the same on both sides, ``data.spans.shared_tokens``: they become the first
             columns, in that order. None leaves the columns as they are.
 
-    Reference: TRL's GOLD trainer, "Unlocking On-Policy Distillation for Any Model Family", 2025, for the two ways to
-    merge. There a merged row is not a distribution, since the probability of the other tokens is lost from it, and
-    "observed" reads the position of a token instead of the one before it.
+    Raises:
+        ValueError: for an unknown merge, or shared ids that are no one-to-one mapping.
+
+    Reference: TRL's GOLD trainer, "Unlocking On-Policy Distillation for Any Model Family", 2025, for the two merges.
+    There a merged row is not a distribution, since the probability of the other tokens is lost from it, and "observed"
+    uses the logits at the position of a token instead of those before it.
     """
 
     comparable = False
@@ -57,28 +60,28 @@ class CrossTokenizer(Task):
 
     @property
     def matched(self) -> int:
-        """How many columns, from the first on, are one token on both sides."""
+        """Number of first columns that are the same token on both sides."""
         return 0 if self.shared is None else len(self.shared[0])
 
     def prepare_model(self, model: nn.Module) -> None:
         self._own.prepare_model(model)
 
     def inputs(self, batch: Any) -> tuple[dict[str, Any], dict[str, Any], Tensor | None]:
-        given = [self._own.inputs(_plain(_side(batch, name)))[0] for name in ("student", "teacher")]
-        return given[0], given[1], batch.get("ids")
+        student, teacher = (self._own.inputs(_without_groups(_side(batch, name)))[0] for name in ("student", "teacher"))
+        return student, teacher, batch.get("ids")
 
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
-        ours, order = self._merged(student, _side(batch, "student"), 0)
-        theirs, other = (ours, order) if teacher is None else self._merged(teacher, _side(batch, "teacher"), 1)
-        if len(ours.rest) != len(theirs.rest):
+        s, order = self._merge(student, _side(batch, "student"), 0)
+        t, teacher_order = (s, order) if teacher is None else self._merge(teacher, _side(batch, "teacher"), 1)
+        if len(s.tail) != len(t.tail):
             raise ValueError(
-                f"the student's texts have {len(ours.rest)} groups and the teacher's {len(theirs.rest)}: they are not "
-                "of one alignment. data.spans.spanned makes both."
+                f"the student's texts have {len(s.tail)} groups and the teacher's {len(t.tail)}: they are not of one "
+                "alignment. data.spans.make_aligned_example makes both."
             )
-        width = max(ours.logp.shape[1], theirs.logp.shape[1])
-        target = ours.target if order is None else order.argsort()[ours.target]
-        ids = batch["ids"].index_select(0, ours.text) if "ids" in batch else None
-        return [Rows(_columns(ours, order, width), _columns(theirs, other, width).detach(), target, ids=ids)]
+        width = max(s.logp.shape[1], t.logp.shape[1])
+        target = s.target if order is None else order.argsort()[s.target]
+        ids = batch["ids"].index_select(0, s.text) if "ids" in batch else None
+        return [Rows(_columns(s, order, width), _columns(t, teacher_order, width).detach(), target, ids=ids)]
 
     def row_weights(self, batch: Any) -> Mapping[str, Tensor | float]:
         return {"logits": (_side(batch, "student")["groups"].amax(1) + 1).sum()}
@@ -86,49 +89,49 @@ class CrossTokenizer(Task):
     def score(
         self, student: nn.Module, batches: Iterable[Any], *, teacher: Callable[[Any, Tensor | None], Any] | None = None
     ) -> dict[str, float]:
-        """loss in nats a token of the student's, its perplexity, and accuracy; there is no agreement to speak of."""
-        return self._own.score(student, (_plain(_side(batch, "student")) for batch in batches))
+        """Return the loss in nats per token of the student, its perplexity, and accuracy; agreement is undefined."""
+        return self._own.score(student, (_without_groups(_side(batch, "student")) for batch in batches))
 
     def headline(self) -> tuple[str, bool]:
         return self._own.headline()
 
-    def _merged(self, output: Any, part: Mapping[str, Tensor], who: int) -> tuple[_Merged, Tensor | None]:
-        """One side's groups, in the order of the texts, and the order of its columns."""
-        tokens, groups = part["input_ids"], part["groups"]
+    def _merge(self, output: Any, batch: Mapping[str, Tensor], side: int) -> tuple[_Merged, Tensor | None]:
+        """Return one side's groups, in the order of the texts, and the order of its columns."""
+        tokens, groups = batch["input_ids"], batch["groups"]
         logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-        name = ("student", "teacher")[who]
+        name = ("student", "teacher")[side]
         if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != tokens.shape:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
             raise ValueError(
                 f"CrossTokenizer needs the {name}'s logits of its whole vocabulary, here ({tokens.shape[0]}, "
                 f"{tokens.shape[1]}, V); got {got}."
             )
-        order = None if self.shared is None else _order(self.shared[who], logits.shape[2], name).to(logits.device)
+        order = None if self.shared is None else _order(self.shared[side], logits.shape[2], name).to(logits.device)
         text, column = (groups >= 0).nonzero(as_tuple=True)
         starts = (groups.amax(1) + 1).cumsum(0) - (groups.amax(1) + 1)
         group = starts[text] + groups[text, column]
         z = upcast_to_float32(logits.flatten(0, 1).index_select(0, text * tokens.shape[1] + column - 1))
         token = tokens[text, column]
-        whole = torch.logsumexp(z, -1)
-        own = z.gather(1, token[:, None]).squeeze(1) - whole
-        new = torch.ones_like(group, dtype=torch.bool)
-        new[1:] = group[1:] != group[:-1]
-        is_kept = new if self.merge == "observed" else torch.cat((new[1:], new[:1]))
+        total = torch.logsumexp(z, -1)
+        token_logp = z.gather(1, token[:, None]).squeeze(1) - total
+        is_first = torch.ones_like(group, dtype=torch.bool)
+        is_first[1:] = group[1:] != group[:-1]
+        is_kept = is_first if self.merge == "observed" else torch.cat((is_first[1:], is_first[:1]))
         kept = is_kept.nonzero().squeeze(1)
         several = torch.bincount(group, minlength=len(kept)) > 1
-        others = own.new_zeros(len(kept)).index_add(0, group, own.masked_fill(is_kept, 0.0))
-        # a float cannot tell certainty from near it; the bucket is never empty where there is something else to say
-        others = torch.where(several, others.clamp_max(-torch.finfo(own.dtype).eps), 0.0)
-        rest = torch.log(-torch.expm1(torch.where(several, others, -1.0))).masked_fill(~several, -torch.inf)
-        logp = z.index_select(0, kept) - whole.index_select(0, kept)[:, None] + others[:, None]
-        return _Merged(logp, rest, token.index_select(0, kept), text.index_select(0, kept)), order
+        others = token_logp.new_zeros(len(kept)).index_add(0, group, token_logp.masked_fill(is_kept, 0.0))
+        # a float cannot represent probabilities just below 1: the tail of a group of several tokens is never empty
+        others = torch.where(several, others.clamp_max(-torch.finfo(token_logp.dtype).eps), 0.0)
+        tail = torch.log(-torch.expm1(torch.where(several, others, -1.0))).masked_fill(~several, -torch.inf)
+        logp = z.index_select(0, kept) - total.index_select(0, kept)[:, None] + others[:, None]
+        return _Merged(logp, tail, token.index_select(0, kept), text.index_select(0, kept)), order
 
 
 class _Merged(NamedTuple):
-    """G groups: log-probabilities (G, V) and of everything else (G,), the kept token and the text's number, (G,)."""
+    """G groups: log-probabilities (G, V) and of the tail (G,), the kept token and the index of the text, (G,)."""
 
     logp: Tensor
-    rest: Tensor
+    tail: Tensor
     target: Tensor
     text: Tensor
 
@@ -143,22 +146,22 @@ def _side(batch: Any, name: str) -> Mapping[str, Tensor]:
     return part
 
 
-def _plain(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a Generation task knows of one side."""
+def _without_groups(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return one side as a ``LanguageModeling`` batch."""
     return {name: value for name, value in part.items() if name != "groups"}
 
 
 def _order(first: Sequence[int], columns: int, name: str) -> Tensor:
-    """The columns with those named first, then the others as they come."""
+    """Return the order of the columns: those of ``first``, then the others."""
     if len(first) and not 0 <= min(first) <= max(first) < columns:
-        raise ValueError(f"the {name} has {columns} logits, and no token {max(first)}, which is said to be shared.")
-    named, other = torch.tensor(list(first), dtype=torch.long), torch.ones(columns, dtype=torch.bool)
-    other[named] = False
-    return torch.cat((named, other.nonzero().squeeze(1)))
+        raise ValueError(f"the {name} has {columns} logits, and no token {max(first)}, which is in shared.")
+    shared, other = torch.tensor(list(first), dtype=torch.long), torch.ones(columns, dtype=torch.bool)
+    other[shared] = False
+    return torch.cat((shared, other.nonzero().squeeze(1)))
 
 
 def _columns(side: _Merged, order: Tensor | None, width: int) -> Tensor:
-    """(G, width + 1): the vocabulary in its order, classes that the other side alone has, and the bucket."""
+    """Return (G, width + 1): the vocabulary in its order, classes of the other side only, and the tail."""
     logp = side.logp if order is None else side.logp.index_select(1, order)
     absent = logp.new_full((len(logp), width - logp.shape[1]), -torch.inf)
-    return torch.cat((logp, absent, side.rest[:, None]), 1)
+    return torch.cat((logp, absent, side.tail[:, None]), 1)

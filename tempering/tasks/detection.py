@@ -1,4 +1,4 @@
-"""Detection: an anchor's classes are a row, a box's side is a row, an image is a row."""
+"""Object detection: one row per anchor's classes, per box side, and per image."""
 
 from __future__ import annotations
 
@@ -16,42 +16,41 @@ from tempering.tasks.base import Task
 from tempering.utils.tensors import to_device
 
 Teaches = Callable[[Any, Tensor | None], Any]
-MATCH_IOU = 0.5  # IoU from which a box is the teacher's one
-CONFIDENT = 0.3  # score of the boxes that are compared to the teacher's, and shown
+MATCH_IOU = 0.5  # smallest IoU at which a box matches the teacher's
+CONFIDENT = 0.3  # smallest score of the boxes that are compared to the teacher's, and shown
 
 
 class Detection(Task):
-    """Batches are mappings of images, targets and ids, as ``data.coco`` makes them; models are ``Detector``s.
+    """Task with batches of images, targets and ids, as ``data.coco`` makes them; models are ``Detector``s.
 
-    Each batch of B images makes up to three blocks of rows, each of which weighs B:
+    Each batch of B images has up to three blocks of rows, each of total weight B:
 
-    - "classes": the class logits of an image's ``keep`` anchors (or queries) of which the teacher is surest, on both
-      sides at the same anchors; an anchor weighs 1 / keep. Rows have no labels. Queries are first matched one to one,
-      at the least distance of classes and boxes.
-    - "sides", where both models have bins: each side of the same anchors' boxes, weighted by how sure the teacher is
-      of it among the image's. That takes the place of the positives, whose number is not known before the forward.
-    - "images", the last one: a row an image, with the student's own losses as ``hard``. Its features are the neck's
-      maps "p0", "p1", ..., shallow to deep, and "boxes": the true ones (B, M, 4) as xyxy in [0, 1], filled up with -1,
-      and, but for queries, "scores": the teacher's best one of each anchor (B, A). Its logits are zeros of one class,
-      at which divergences vanish.
+    - "classes": the class logits of the ``keep`` anchors (or queries) per image with the teacher's largest scores, on
+      both sides at the same anchors; an anchor has weight 1 / keep. Rows have no labels. Queries are first matched one
+      to one by the smallest distance of classes and boxes.
+    - "sides", if both models have bins: each side of the same anchors' boxes, weighted by the anchor's share of the
+      teacher's scores in the image. This replaces the positives, whose number is not known before the forward.
+    - "images", the last one: one row per image, with the student's own losses as ``task_loss``. Its features are the
+      neck's maps "p0", "p1", ..., shallow to deep, and "boxes": the true boxes (B, M, 4) as xyxy in [0, 1], padded with
+      -1, and, except for queries, "scores": the teacher's largest score of each anchor (B, A). Its logits are zeros of
+      one class, at which divergences vanish.
 
-    Without a teacher there is the last block alone.
+    Without a teacher there is only the last block.
 
     Args:
-        classes: rows of the class block: "background" has a row an anchor, over the classes and a background of logit 0
-            (heads of a softmax bring their own); "binary" has a row of two for each class of an anchor, and is for
-            heads of sigmoids.
-        class_rows: False makes "images" alone, for methods over features or which own their step, and for detectors
-            whose anchors differ.
-        keep: anchors of an image that are rows.
-        pictures: images that the report shows.
-        taps: more features of the last block, name -> (student's module, teacher's module).
+        classes: rows of the class block: "background" has a row per anchor, over the classes and a background of logit
+            0 (softmax heads have their own); "binary" has a row of two for each class of an anchor, for sigmoid heads.
+        class_rows: False makes only "images", for feature methods, methods that own their step, and detectors with
+            different anchors.
+        keep: anchors per image that are rows.
+        pictures: number of images in the report.
+        features: further features of the last block, name -> (student's module, teacher's module).
 
     Raises:
-        ValueError: for options that do not fit.
+        ValueError: for invalid options.
     """
 
-    remember = False  # answers hold maps
+    remember = False  # outputs contain feature maps
 
     def __init__(
         self,
@@ -87,11 +86,11 @@ class Detection(Task):
         s, t = _detected(student, "student"), None if teacher is None else _detected(teacher, "teacher")
         blocks = []
         if t is not None:
-            _fit(s, t)
+            _check_comparable(s, t)
             if self.class_rows:
-                own, theirs = self._places(s, t, batch["images"].shape[2:])
-                blocks = [self._classes(s, t, own, theirs), *self._sides(s, t, own, theirs)]
-        return [*blocks, _images(s, t, batch)]
+                s_index, t_index = self._anchors(s, t, batch["images"].shape[2:])
+                blocks = [self._class_rows(s, t, s_index, t_index), *self._side_rows(s, t, s_index, t_index)]
+        return [*blocks, _image_rows(s, t, batch)]
 
     def row_weights(self, batch: Any) -> dict[str, float]:
         return dict.fromkeys(("classes", "sides", "images"), float(len(batch["images"])))
@@ -99,24 +98,24 @@ class Detection(Task):
     def headline(self) -> tuple[str, bool]:
         return "map", True
 
-    # the blocks
+    # blocks of rows
 
     @torch.no_grad()
-    def _places(self, s: Detected, t: Detected, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Which anchors of each image are rows, (B, k), of the student and of the teacher."""
+    def _anchors(self, s: Detected, t: Detected, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the anchors of each image that are rows, (B, k), of the student and of the teacher."""
         if s.queries != t.queries or (not s.queries and s.logits.shape[1] != t.logits.shape[1]):
             raise ValueError(
                 f"the student has {_kind(s)} and the teacher {_kind(t)}, which do not correspond. Give both the same "
-                "strides, or distil their features alone: Detection(class_rows=False)."
+                "strides, or distill features only: Detection(class_rows=False)."
             )
         k = min(self.keep, s.logits.shape[1], t.logits.shape[1])
-        theirs = t.foreground.amax(-1).topk(k).indices
-        return (_matched(s, t, theirs, size) if s.queries else theirs), theirs
+        index = t.foreground.amax(-1).topk(k).indices
+        return (_match_queries(s, t, index, size) if s.queries else index), index
 
-    def _classes(self, s: Detected, t: Detected, own: Tensor, theirs: Tensor) -> Rows:
-        a, b = (_at(side.logits, place) for side, place in ((s, own), (t, theirs)))
+    def _class_rows(self, s: Detected, t: Detected, s_index: Tensor, t_index: Tensor) -> Rows:
+        a, b = (_gather(side.logits, index) for side, index in ((s, s_index), (t, t_index)))
         if self.classes == "binary" and not s.sigmoid:
-            raise ValueError("classes='binary' is for heads of sigmoids, and these have a softmax. Use 'background'.")
+            raise ValueError("classes='binary' is for sigmoid heads, and these have a softmax. Use 'background'.")
         if self.classes == "binary":
             a, b = (torch.stack((x, torch.zeros_like(x)), -1) for x in (a, b))
         elif s.sigmoid:
@@ -124,27 +123,27 @@ class Detection(Task):
         weight = a.new_full(a.shape[:-1], 1.0 / max(1, a[0, ..., 0].numel())).flatten()
         return _block(a, b, weight, "classes")
 
-    def _sides(self, s: Detected, t: Detected, own: Tensor, theirs: Tensor) -> list[Rows]:
+    def _side_rows(self, s: Detected, t: Detected, s_index: Tensor, t_index: Tensor) -> list[Rows]:
         if s.bins is None or t.bins is None:
             return []
         if s.bins.shape[-1] != t.bins.shape[-1]:
             raise ValueError(
-                f"the student's sides have {s.bins.shape[-1]} bins and the teacher's {t.bins.shape[-1]}. Give both as "
-                "many."
+                f"the student's sides have {s.bins.shape[-1]} bins and the teacher's {t.bins.shape[-1]}. Give both the "
+                "same number."
             )
-        sure = _at(t.foreground.amax(-1, keepdim=True), theirs).squeeze(-1).to(s.bins.dtype)
-        weight = (sure / sure.sum(1, keepdim=True) / 4).unsqueeze(-1).expand(-1, -1, 4)
-        pairs = ((s.bins, own), (t.bins, theirs))
-        a, b = (_at(side.flatten(2), place).view(*place.shape, 4, -1) for side, place in pairs)
+        score = _gather(t.foreground.amax(-1, keepdim=True), t_index).squeeze(-1).to(s.bins.dtype)
+        weight = (score / score.sum(1, keepdim=True) / 4).unsqueeze(-1).expand(-1, -1, 4)
+        pairs = ((s.bins, s_index), (t.bins, t_index))
+        a, b = (_gather(bins.flatten(2), index).view(*index.shape, 4, -1) for bins, index in pairs)
         return [_block(a, b, weight.flatten(), "sides")]
 
-    # what is said of a student
+    # scores
 
     def score(self, student: nn.Module, batches: Iterable[Any], *, teacher: Teaches | None = None) -> dict[str, float]:
-        """map, map50 and map75 (COCO's, over 100 boxes an image) in [0, 1], and loss, the mean of the images' ones."""
-        seen = collect_detections(self, student, batches)
-        out = average_precision(seen["student"], seen["truth"], seen["classes"])
-        return {name: out[name] for name in ("map", "map50", "map75")} | {"loss": seen["loss"]}
+        """Return COCO's map, map50 and map75 (100 boxes per image) in [0, 1], and the mean loss per image."""
+        outputs = collect_detections(self, student, batches)
+        out = average_precision(outputs["student"], outputs["truth"], outputs["classes"])
+        return {name: out[name] for name in ("map", "map50", "map75")} | {"loss": outputs["loss"]}
 
     def analyze(
         self,
@@ -154,27 +153,27 @@ class Detection(Task):
         teacher: Teaches | None = None,
         temperatures: Callable[[Rows], Any] | None = None,
     ) -> dict[str, Any]:
-        """Average precision by class and side, agreement with the teacher, and a few images with all boxes."""
+        """Return average precision per class and side, agreement with the teacher, and some images with all boxes."""
         from tempering.tasks.sample_images import picture
 
-        seen = collect_detections(self, student, batches, teacher, pictures=self.pictures)
+        outputs = collect_detections(self, student, batches, teacher, pictures=self.pictures)
         names = getattr(batches, "class_names", None)
-        sides = [side for side in ("student", "teacher") if seen[side]]
-        found = {side: average_precision(seen[side], seen["truth"], seen["classes"]) for side in sides}
+        sides = [side for side in ("student", "teacher") if outputs[side]]
+        precision = {side: average_precision(outputs[side], outputs["truth"], outputs["classes"]) for side in sides}
         out = {
             "class_names": None if names is None else list(names),
             "detection": {
-                "map": {side: values["map"] for side, values in found.items()},
-                "map_by_class": {side: values["by_class"] for side, values in found.items()},
-                "found": (again := teacher_recall(seen["student"], seen["teacher"])),
+                "map": {side: values["map"] for side, values in precision.items()},
+                "map_by_class": {side: values["by_class"] for side, values in precision.items()},
+                "found": (agreement := teacher_recall(outputs["student"], outputs["teacher"])),
                 "sure": CONFIDENT,
                 "pictures": [],
             },
         }
-        if again is not None:
-            out["scores"] = {"agreement": again}
-        for i, image in enumerate(seen["images"]):
-            shown = {side: confident_boxes(seen[side][i]) for side in sides} | {"truth": seen["truth"][i]}
+        if agreement is not None:
+            out["scores"] = {"agreement": agreement}
+        for i, image in enumerate(outputs["images"]):
+            shown = {side: confident_boxes(outputs[side][i]) for side in sides} | {"truth": outputs["truth"][i]}
             out["detection"]["pictures"].append(picture(image, shown))
         return out
 
@@ -183,16 +182,17 @@ class Detection(Task):
 def collect_detections(
     task: Task, student: nn.Module, batches: Iterable[Any], teacher: Teaches | None = None, *, pictures: int = 0
 ) -> dict[str, Any]:
-    """What both find, and the truth, on the CPU: a list an image under "student", "teacher" and "truth".
+    """Collect the detections of both models and the true boxes on the CPU, and restore the student's mode.
 
-    And "images", the first ``pictures`` that have boxes first in the loader's order, "classes", how many there are, and
-    "loss". The student's mode is put back.
+    Returns:
+        Lists with one entry per image, "student", "teacher" and "truth"; "images", the first ``pictures`` images in the
+        loader's order; "classes", the number of classes; and "loss", the mean per image.
 
     Raises:
-        ValueError: for batches that hold nothing.
+        ValueError: if there are no batches.
     """
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
-    training, lost = student.training, 0.0
+    training, total_loss = student.training, 0.0
     out: dict[str, Any] = {"student": [], "teacher": [], "truth": [], "images": [], "classes": 0}
     student.eval()
     try:
@@ -200,61 +200,61 @@ def collect_detections(
             batch = to_device(batch, device)
             student_in, teacher_in, ids = task.inputs(batch)
             size = tuple(batch["images"].shape[2:])
-            said = _detected(student(student_in), "student")
-            lost += float(sum(loss.double().sum() for loss in said.losses.values()))
-            taught = None if teacher is None else _detected(teacher(teacher_in, ids), "teacher")
-            out["classes"] = said.logits.shape[-1] - (not said.sigmoid)
-            for name, answer in (("student", said), ("teacher", taught)):
-                out[name] += [] if answer is None else to_device(detections(answer, size), "cpu")
+            s = _detected(student(student_in), "student")
+            total_loss += float(sum(loss.double().sum() for loss in s.losses.values()))
+            t = None if teacher is None else _detected(teacher(teacher_in, ids), "teacher")
+            out["classes"] = s.logits.shape[-1] - (not s.sigmoid)
+            for name, output in (("student", s), ("teacher", t)):
+                out[name] += [] if output is None else to_device(detections(output, size), "cpu")
             out["truth"] += to_device(list(batch["targets"]), "cpu")
             out["images"] += list(batch["images"][: max(0, pictures - len(out["images"]))].cpu())
     finally:
         student.train(training)
     if not out["truth"]:
         raise ValueError("there is nothing to score: the loader yields no batches. Is the split empty?")
-    return out | {"loss": lost / len(out["truth"])}
+    return out | {"loss": total_loss / len(out["truth"])}
 
 
-def confident_boxes(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The boxes with a score of SURE or more."""
-    kept = found["scores"] >= CONFIDENT
-    return {name: value[kept] for name, value in found.items()}
+def confident_boxes(boxes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the boxes with a score of at least CONFIDENT."""
+    kept = boxes["scores"] >= CONFIDENT
+    return {name: value[kept] for name, value in boxes.items()}
 
 
 def teacher_recall(student: Sequence[Mapping[str, Tensor]], teacher: Sequence[Mapping[str, Tensor]]) -> float | None:
-    """The share of the teacher's sure boxes that a sure one of the student's class meets at an IoU of FOUND or more."""
-    met = count = 0
+    """Return the share of the teacher's confident boxes that the student matches: equal class, IoU >= MATCH_IOU."""
+    matched = count = 0
     if not teacher:
         return None
-    for mine, theirs in zip(map(confident_boxes, student), map(confident_boxes, teacher), strict=True):
-        count += len(theirs["labels"])
-        near = iou(theirs["boxes"][:, None], mine["boxes"][None]) >= MATCH_IOU
-        met += int((near & (theirs["labels"][:, None] == mine["labels"][None])).any(1).sum())
-    return met / count if count else None
+    for s, t in zip(map(confident_boxes, student), map(confident_boxes, teacher), strict=True):
+        count += len(t["labels"])
+        overlaps = iou(t["boxes"][:, None], s["boxes"][None]) >= MATCH_IOU
+        matched += int((overlaps & (t["labels"][:, None] == s["labels"][None])).any(1).sum())
+    return matched / count if count else None
 
 
 def _detected(output: Any, side: str) -> Detected:
     if isinstance(output, Detected):
         return output
     raise ValueError(
-        f"the {side} must answer Detected for detection; got {type(output).__name__}. Cached answers do not do: give "
-        "the model itself, teachers.Live(model)."
+        f"the {side} must return Detected for detection; got {type(output).__name__}. Cached outputs are not "
+        "supported: give the model itself, teachers.Live(model)."
     )
 
 
-def _kind(said: Detected) -> str:
-    return f"{said.logits.shape[1]} {'queries' if said.queries else 'anchors'}"
+def _kind(output: Detected) -> str:
+    return f"{output.logits.shape[1]} {'queries' if output.queries else 'anchors'}"
 
 
-def _fit(s: Detected, t: Detected) -> None:
-    """Refuse two models that do not speak of the same things."""
+def _check_comparable(s: Detected, t: Detected) -> None:
+    """Check that both outputs have the same kind of head, classes and number of levels."""
     if s.sigmoid != t.sigmoid:
-        raise ValueError("one model's head is of sigmoids and the other's a softmax; give both the same kind.")
+        raise ValueError("one model's head has sigmoids and the other's a softmax; give both the same kind.")
     if s.logits.shape[-1] != t.logits.shape[-1]:
-        own, theirs = (side.logits.shape[-1] - (not side.sigmoid) for side in (s, t))
+        s_classes, t_classes = (side.logits.shape[-1] - (not side.sigmoid) for side in (s, t))
         raise ValueError(
-            f"the student detects {own} classes and the teacher {theirs}. Give both heads the same classes in the same "
-            f"order, such as models.build(name, classes={theirs})."
+            f"the student detects {s_classes} classes and the teacher {t_classes}. Give both heads the same classes in "
+            f"the same order, such as models.build(name, classes={t_classes})."
         )
     if len(s.levels) != len(t.levels):
         raise ValueError(
@@ -263,58 +263,57 @@ def _fit(s: Detected, t: Detected) -> None:
         )
 
 
-def _at(x: Tensor, place: Tensor) -> Tensor:
-    """(B, A, n) at anchors (B, k), (B, k, n)."""
-    return x.gather(1, place.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Return the values of (B, A, n) at anchors (B, k): (B, k, n)."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def _block(student: Tensor, teacher: Tensor, weight: Tensor, name: str) -> Rows:
-    """Rows without labels of two (..., C)."""
+    """Return rows without labels of two (..., C) tensors."""
     target = torch.full(weight.shape, IGNORE_INDEX, device=weight.device)
     return Rows(student.flatten(0, -2), teacher.flatten(0, -2), target, weight, name=name)
 
 
-def _images(s: Detected, t: Detected | None, batch: Any) -> Rows:
-    """The last block; a gradient path leads to every loss, also where no image has a box."""
+def _image_rows(s: Detected, t: Detected | None, batch: Any) -> Rows:
+    """Return the last block; its losses have a gradient path even if no image has a box."""
     logits = 0.0 * upcast_to_float32(s.logits).flatten(1).mean(1, keepdim=True)
-    hard = torch.stack([upcast_to_float32(loss) for loss in s.losses.values()]).sum(0) if s.losses else None
+    task_loss = torch.stack([upcast_to_float32(loss) for loss in s.losses.values()]).sum(0) if s.losses else None
     target = torch.full((len(logits),), IGNORE_INDEX, device=logits.device)
     features = {}
     if t is not None:
         features = {f"p{i}": pair for i, pair in enumerate(zip(s.levels, t.levels, strict=True))}
-        features["boxes"] = (truth := _padded(batch), truth)
+        features["boxes"] = (truth := _padded_boxes(batch), truth)
         if not t.queries:
             features["scores"] = (best := t.foreground.amax(-1).detach(), best)
-    taught = torch.zeros_like(logits).detach()
-    return Rows(logits, taught, target, features=features, name="images", ids=batch.get("ids"), task_loss=hard)
+    zeros = torch.zeros_like(logits).detach()
+    return Rows(logits, zeros, target, features=features, name="images", ids=batch.get("ids"), task_loss=task_loss)
 
 
-def _padded(batch: Any) -> Tensor:
-    """The true boxes (B, M, 4) as xyxy in [0, 1] of the image, M >= 1; rows of -1 where an image has fewer."""
+def _padded_boxes(batch: Any) -> Tensor:
+    """Return the true boxes (B, M, 4) as xyxy in [0, 1] of the image, M >= 1, padded with -1."""
     height, width = batch["images"].shape[2:]
-    every = [target["boxes"] for target in batch["targets"]]
-    boxes = [own / own.new_tensor([width, height, width, height]) for own in every]
-    most = max([1, *map(len, boxes)])
-    return torch.stack([nn.functional.pad(own, (0, 0, 0, most - len(own)), value=-1.0) for own in boxes])
+    absolute = [target["boxes"] for target in batch["targets"]]
+    boxes = [x / x.new_tensor([width, height, width, height]) for x in absolute]
+    largest = max([1, *map(len, boxes)])
+    return torch.stack([nn.functional.pad(x, (0, 0, 0, largest - len(x)), value=-1.0) for x in boxes])
 
 
-def _matched(s: Detected, t: Detected, theirs: Tensor, size: Sequence[int]) -> Tensor:
-    """The student's query for each of the teacher's ``theirs`` (B, k), each once: the least total distance.
+def _match_queries(s: Detected, t: Detected, t_index: Tensor, size: Sequence[int]) -> Tensor:
+    """Match the student's queries one to one to the teacher's ``t_index`` (B, k), by the smallest total distance.
 
-    Distance is L1 of the class probabilities, L1 of the boxes in shares of the image, and 1 - GIoU, weighted 2, 5 and
-    2.
+    The distance is 2 * L1 of the class probabilities + 5 * L1 of the boxes as shares of the image + 2 * (1 - GIoU).
     """
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise ImportError("queries are matched by scipy: pip install 'tempering[detection]'") from error
-    places, scale = [], t.boxes.new_tensor([size[1], size[0]] * 2)
-    for i, chosen in enumerate(theirs):
+    indices, scale = [], t.boxes.new_tensor([size[1], size[0]] * 2)
+    for i, chosen in enumerate(t_index):
         p, q = (side.foreground[i] for side in (s, t))
         q, boxes = q[chosen], t.boxes[i][chosen]
-        away = 2.0 * (q[:, None] - p[None]).abs().sum(-1)
-        away += 5.0 * ((centered(boxes)[:, None] - centered(s.boxes[i])[None]).abs() / scale).sum(-1)
-        away += 2.0 * (1.0 - giou(boxes[:, None], s.boxes[i][None]))
-        _, columns = linear_sum_assignment(torch.nan_to_num(away, nan=1e6, posinf=1e6).cpu().numpy())
-        places.append(torch.from_numpy(columns).to(theirs.device))
-    return torch.stack(places)
+        distance = 2.0 * (q[:, None] - p[None]).abs().sum(-1)
+        distance += 5.0 * ((centered(boxes)[:, None] - centered(s.boxes[i])[None]).abs() / scale).sum(-1)
+        distance += 2.0 * (1.0 - giou(boxes[:, None], s.boxes[i][None]))
+        _, columns = linear_sum_assignment(torch.nan_to_num(distance, nan=1e6, posinf=1e6).cpu().numpy())
+        indices.append(torch.from_numpy(columns).to(t_index.device))
+    return torch.stack(indices)

@@ -1,4 +1,4 @@
-"""Generation: a row is a token that a causal language model has to predict."""
+"""Language modeling: one row per token that a causal language model has to predict."""
 
 from __future__ import annotations
 
@@ -18,34 +18,37 @@ from tempering.teachers.outputs import Hidden, PrecomputedLogits, Sparse, to_top
 from tempering.utils.tensors import to_device
 
 NO_INPUTS = {"labels", "ids", "learn", "replaced", "privacy_score", "taught"}
-OPTIONAL = ("use_cache", "position_ids")  # what a model that does not name them goes without
+OPTIONAL = ("use_cache", "position_ids")  # left out for models whose forward does not have them
 
 
 class LanguageModeling(Task):
-    """Batches are mappings of (B, L) input_ids with attention_mask, labels or both; models answer (B, L, V) .logits.
+    """Task for causal models: batches of (B, L) input_ids with attention_mask, labels or both; (B, L, V) .logits.
 
-    The models are causal; for encoder-decoders see ``Seq2Seq``.
+    For encoder-decoders see ``Seq2Seq``.
 
-    Position i answers for the token of i + 1. A row is a token whose label is not -100, which is no padding and whose
-    predecessor belongs to the same text; the others are no rows at all. So padding on either side, and micro-batches
-    of unequal size, change neither loss nor gradient. Without labels every token of a text is learned. "learn", a
-    (B, L) mask, names the rows in the labels' place: a token in it with the label -100 learns from the teacher alone,
-    as tokens do that a student wrote itself.
+    Position i predicts token i + 1. A row is a token whose label is not -100, that is not padding and whose predecessor
+    belongs to the same text; other tokens are not rows. So padding on either side, and micro-batches of unequal size,
+    change neither loss nor gradient. Without labels every token of a text is learned. "learn", a (B, L) mask, selects
+    the rows in place of the labels: a token in it with the label -100 is learned from the teacher only, as generated
+    tokens are.
 
-    Positions are counted from the attention mask, as left padding needs them. A batch with position_ids of its own,
-    which start again at 0 with every text, and no attention_mask is packed (``data.text.pack``): transformers then
-    keep the texts apart. Logits are what the model says they are, with its own soft cap and scale.
+    Positions are counted from the attention mask, as left padding needs. A batch with position_ids, which restart at 0
+    with every text, and no attention_mask is packed (``data.text.pack``): transformers then separates the texts. Logits
+    are the model's own, with its soft cap and scale.
 
-    A teacher with another number of logits shares the first ``vocabulary`` of them: the columns of padding are left
-    out on both sides, which is what minus infinity on both sides amounts to. "ids", where a batch has them, are those
-    of the samples, for teachers that look their answers up. "private", (B, L) in [0, 1], says how private each token
-    is; a row has that of the token it predicts.
+    With a teacher of another number of logits, the first ``vocabulary`` of both are compared: the columns of padding
+    are left out on both sides, which is equivalent to minus infinity on both sides. "ids" of a batch are the ids of its
+    samples, for cached teachers. "privacy_score", (B, L) in [0, 1], is the privacy score of each token; a row has that
+    of the token it predicts.
 
     Args:
-        vocabulary: how many tokens there are, such as ``tasks.shared_vocabulary(student, teacher)``; None takes the
-            smaller of the two heads (and the student's where there is no teacher, as scores without one do).
-        taps: features for methods that look inside, name -> (student's module, teacher's module), shallow to deep.
-        graded: a score of what the student writes by itself, beside those of single tokens.
+        vocabulary: number of tokens, such as ``tasks.shared_vocabulary(student, teacher)``; None is the smaller of the
+            two heads (the student's without a teacher).
+        features: features for feature methods, name -> (student's module, teacher's module), shallow to deep.
+        scorer: a score of texts that the student generates, in addition to those of single tokens.
+
+    Raises:
+        ValueError: for a vocabulary below 1.
     """
 
     def __init__(
@@ -60,48 +63,48 @@ class LanguageModeling(Task):
         self.vocabulary, self.features, self.scorer = vocabulary, dict(features or {}), scorer
 
     def prepare_model(self, model: nn.Module) -> None:
-        """Let a model of transformers be asked with one mapping of inputs; one that takes a mapping stays as it is.
+        """Register a hook that unpacks the mapping for a transformers model; leave one that takes a mapping.
 
         Raises:
             TypeError: for an encoder-decoder.
         """
         if is_encoder_decoder(model):
             raise TypeError(f"{type(model).__name__} is an encoder-decoder. Its task is tasks.Seq2Seq().")
-        # peft's own forward names but a few of the inputs, and hands the others on
-        bare: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
-        takes = inspect.signature(bare.forward).parameters
-        wraps = any(p.kind is p.VAR_KEYWORD for p in takes.values()) and "input_ids" not in takes
-        met = any(isinstance(hook, _Unpack) for hook in model._forward_pre_hooks.values())
-        if met or not (wraps or "input_ids" in takes):
+        # the forward of peft names only some of the inputs, and passes on the others
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+        parameters = inspect.signature(base.forward).parameters
+        wraps = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and "input_ids" not in parameters
+        prepared = any(isinstance(hook, UnpackInputs) for hook in model._forward_pre_hooks.values())
+        if prepared or not (wraps or "input_ids" in parameters):
             return
-        absent = () if wraps else tuple(name for name in OPTIONAL if name not in takes)
-        model.register_forward_pre_hook(_Unpack(absent), with_kwargs=True)
+        unsupported = () if wraps else tuple(name for name in OPTIONAL if name not in parameters)
+        model.register_forward_pre_hook(UnpackInputs(unsupported), with_kwargs=True)
 
     def inputs(self, batch: Any) -> tuple[dict[str, Any], dict[str, Any], Tensor | None]:
         _check(batch)
-        given = {name: value for name, value in batch.items() if name not in NO_INPUTS} | {"use_cache": False}
+        inputs = {name: value for name, value in batch.items() if name not in NO_INPUTS} | {"use_cache": False}
         if "attention_mask" in batch and "position_ids" not in batch:
-            given["position_ids"] = (batch["attention_mask"].long().cumsum(-1) - 1).clamp_min(0)
-        return given, with_teacher_outputs(given, batch), batch.get("ids")
+            inputs["position_ids"] = (batch["attention_mask"].long().cumsum(-1) - 1).clamp_min(0)
+        return inputs, with_teacher_outputs(inputs, batch), batch.get("ids")
 
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
         shape = self._shape(batch)
-        said = _logits(student, "student", shape)
-        place, target, weight = self._places(batch)
-        ids = batch["ids"].index_select(0, place // shape[1]) if "ids" in batch else None
-        found = said.flatten(0, 1).index_select(0, place)[:, : self.vocabulary]
-        own = {"ids": ids, "positions": place % shape[1], "privacy_score": _private(batch, place)}
+        logits = _logits(student, "student", shape)
+        index, target, weight = self._positions(batch)
+        ids = batch["ids"].index_select(0, index // shape[1]) if "ids" in batch else None
+        z = logits.flatten(0, 1).index_select(0, index)[:, : self.vocabulary]
+        fields = {"ids": ids, "positions": index % shape[1], "privacy_score": _privacy_score(batch, index)}
         if isinstance(teacher, Sparse):
-            found, taught, target = to_top_k_plus_tail(found, teacher.gather_positions(place, shape), target)
-            return [Rows(found, taught, target, weight, **own)]
+            z, t, target = to_top_k_plus_tail(z, teacher.gather_positions(index, shape), target)
+            return [Rows(z, t, target, weight, **fields)]
         if teacher is None:
-            return [Rows(found, found.detach(), target, weight, **own)]
+            return [Rows(z, z.detach(), target, weight, **fields)]
         if isinstance(teacher, Hidden | PrecomputedLogits):
-            taught = teacher.gather_positions(place, shape)
+            t = teacher.gather_positions(index, shape)
         else:
-            taught = _logits(teacher, "teacher", shape).flatten(0, 1).index_select(0, place)
-        known = min(found.shape[1], taught.shape[1])
-        return [Rows(found[:, :known], taught[:, :known], target, weight, **own)]
+            t = _logits(teacher, "teacher", shape).flatten(0, 1).index_select(0, index)
+        columns = min(z.shape[1], t.shape[1])
+        return [Rows(z[:, :columns], t[:, :columns], target, weight, **fields)]
 
     def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
         return {"logits": prediction_mask(batch).sum()}
@@ -110,9 +113,12 @@ class LanguageModeling(Task):
     def score(
         self, student: nn.Module, batches: Iterable[Any], *, teacher: Callable[[Any, Tensor | None], Any] | None = None
     ) -> dict[str, float]:
-        """loss in nats a token, its perplexity, accuracy and agreement of the likeliest token, in [0, 1].
+        """Return the loss in nats per token, its perplexity, and top-1 accuracy and agreement in [0, 1].
 
-        And what ``scorer`` says of the texts that the student writes.
+        The scores of ``scorer`` on generated texts are added.
+
+        Raises:
+            ValueError: if no token has a label.
         """
         for model in (student, getattr(teacher, "model", None)):
             if isinstance(model, nn.Module):
@@ -124,15 +130,16 @@ class LanguageModeling(Task):
             for batch in batches:
                 batch = to_device(dict(batch), device)
                 student_in, teacher_in, ids = self.inputs(batch)
-                said = student(student_in)
-                taught = None if teacher is None else teacher(teacher_in, ids)
-                sparse = isinstance(taught, Sparse)
-                rows = self.rows(said, None if sparse else taught, batch)[0]
+                student_out = student(student_in)
+                teacher_out = None if teacher is None else teacher(teacher_in, ids)
+                sparse = isinstance(teacher_out, Sparse)
+                rows = self.rows(student_out, None if sparse else teacher_out, batch)[0]
                 kept = rows.target >= 0  # pyright: ignore[reportOptionalOperand]
                 z, y = upcast_to_float32(rows.student)[kept], rows.target[kept]  # pyright: ignore[reportOptionalSubscript]
                 likeliest = rows.teacher[kept].argmax(-1)
                 if sparse:
-                    likeliest = taught.gather_positions(self._places(batch)[0], self._shape(batch)).ids[kept, 0]
+                    positions = self._positions(batch)[0]
+                    likeliest = teacher_out.gather_positions(positions, self._shape(batch)).ids[kept, 0]
                 sums["loss"] += float(nn.functional.cross_entropy(z.double(), y, reduction="sum"))
                 sums["accuracy"] += float((z.argmax(-1) == y).sum())
                 sums["agreement"] += float((z.argmax(-1) == likeliest).sum())
@@ -149,23 +156,23 @@ class LanguageModeling(Task):
         return "loss", False
 
     def _shape(self, batch: Any) -> tuple[int, int]:
-        """(B, L) of the positions that a model answers for."""
+        """Return (B, L) of the models' logits."""
         _check(batch)
         B, L = batch["input_ids"].shape
         return B, L
 
-    def _places(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Which of the B * L positions are rows, their targets, and a weight: a batch with none keeps one, of 0."""
+    def _positions(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the rows' indices among B * L positions, targets and weights; without rows, one of weight 0."""
         keep, length = prediction_mask(batch), batch["input_ids"].shape[1]
         row, column = keep.nonzero(as_tuple=True)
         if not len(row):
-            nothing = row.new_zeros(min(1, keep.shape[0] * length))
-            return nothing, nothing + IGNORE_INDEX, torch.zeros(len(nothing), device=row.device)
+            dummy = row.new_zeros(min(1, keep.shape[0] * length))
+            return dummy, dummy + IGNORE_INDEX, torch.zeros(len(dummy), device=row.device)
         return row * length + column, _labels(batch)[row, column + 1].long(), None
 
 
 def prediction_mask(batch: Mapping[str, Any]) -> Tensor:
-    """Which tokens from the second on are to be predicted, (B, L - 1): labeled, no padding, no text's first one."""
+    """Return which tokens from the second on are rows, (B, L - 1): labeled, no padding, not first in their text."""
     _check(batch)
     learn = batch.get("learn")
     if learn is None:
@@ -179,42 +186,42 @@ def prediction_mask(batch: Mapping[str, Any]) -> Tensor:
     return keep
 
 
-def with_teacher_outputs(given: dict[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The teacher's inputs: with answers of its own, where the batch has some, which it need not be asked for again."""
-    return given | {"taught": batch["taught"]} if "taught" in batch else given
+def with_teacher_outputs(inputs: dict[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the teacher's inputs: with its precomputed logits, if the batch has them, so that it is not run again."""
+    return inputs | {"taught": batch["taught"]} if "taught" in batch else inputs
 
 
 def _labels(batch: Mapping[str, Any]) -> Tensor:
     return batch["input_ids"] if batch.get("labels") is None else batch["labels"]
 
 
-def _private(batch: Mapping[str, Any], place: Tensor) -> Tensor | None:
-    """How private the tokens are that these of the B * L positions predict; None where the batch does not say."""
+def _privacy_score(batch: Mapping[str, Any], index: Tensor) -> Tensor | None:
+    """Return the privacy scores of the tokens predicted at these of the B * L positions; None if there are none."""
     scores = batch.get("privacy_score")
     if scores is None:
         return None
-    return scores.roll(-1, 1).flatten().index_select(0, place)  # a text's last position predicts nothing
+    return scores.roll(-1, 1).flatten().index_select(0, index)  # a text's last position predicts nothing
 
 
-class _Unpack:
-    """A hook before the forward: one mapping becomes named inputs, without those that the model does not take."""
+class UnpackInputs:
+    """A forward pre-hook that unpacks a mapping to keyword arguments, without those that the model does not take."""
 
-    def __init__(self, absent: tuple[str, ...]) -> None:
-        self.absent = absent
+    def __init__(self, unsupported: tuple[str, ...]) -> None:
+        self.unsupported = unsupported
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if len(args) == 1 and isinstance(args[0], Mapping):
             args, kwargs = (), {**args[0], **kwargs}
-        if "position_ids" in self.absent and "position_ids" in kwargs and kwargs.get("attention_mask") is None:
+        if "position_ids" in self.unsupported and "position_ids" in kwargs and kwargs.get("attention_mask") is None:
             raise ValueError(
                 f"{type(model).__name__} takes no position_ids, so it cannot keep packed texts apart. Pad them: "
                 "data.text.collate(examples)."
             )
-        return args, {name: value for name, value in kwargs.items() if name not in (*self.absent, "taught")}
+        return args, {name: value for name, value in kwargs.items() if name not in (*self.unsupported, "taught")}
 
 
 def _check(batch: Any) -> None:
-    """Refuse what is no batch of token ids, or has labels or a mask of another shape."""
+    """Check that a batch has input_ids (B, L), and labels and masks of their shape."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         got = type(batch).__name__ if ids is None else f"input_ids {tuple(getattr(ids, 'shape', ()))}"
@@ -227,14 +234,14 @@ def _check(batch: Any) -> None:
         if value is not None and value.shape != ids.shape:
             raise ValueError(
                 f"LanguageModeling needs {name} of the shape of input_ids, {tuple(ids.shape)}; got "
-                f"{tuple(value.shape)}. The labels are not shifted: the task does that."
+                f"{tuple(value.shape)}. The labels are not shifted: the task shifts them."
             )
 
 
 def _logits(output: Any, side: str, shape: tuple[int, ...]) -> Tensor:
-    """The (B, L, V) logits of a model's output."""
+    """Return the (B, L, V) logits of a model's output."""
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[:2] == shape:
         return logits
     got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    raise ValueError(f"the {side} must answer (B, L, V) logits, here ({shape[0]}, {shape[1]}, V); got {got}.")
+    raise ValueError(f"the {side} must return (B, L, V) logits, here ({shape[0]}, {shape[1]}, V); got {got}.")

@@ -1,4 +1,4 @@
-"""Whether two models mean the same by a token id."""
+"""Check that two tokenizers have the same vocabulary."""
 
 from __future__ import annotations
 
@@ -10,46 +10,50 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def shared_vocabulary(student: Any, teacher: Any, *, probe: str = PROBE) -> int:
-    """How many tokens both tokenizers have, after a look that every id means the same to both.
+    """Check that every id is the same token in both tokenizers and return the number of tokens.
 
-    Of tokenizers of transformers, or anything with ``get_vocab()`` and ``encode(text)``. Other ids of bos, eos and pad
-    are a warning: such a teacher ends its texts where the student has never seen an end.
+    Takes transformers tokenizers, or objects with ``get_vocab()`` and ``encode(text)``. Warns if the ids of bos, eos or
+    pad differ: such a teacher ends its texts with a token that the student does not know as an end.
 
     Args:
-        probe: a text that both have to cut into the same tokens.
+        student, teacher: the tokenizers.
+        probe: a text that both have to tokenize equally.
 
     Raises:
         ValueError: naming the first id, or the first token of the probe, that differs.
     """
-    ours, theirs = ({int(i): token for token, i in side.get_vocab().items()} for side in (student, teacher))
-    for i in sorted(ours.keys() | theirs.keys()):
-        if ours.get(i) != theirs.get(i):
-            said = " and ".join(
+    student_vocab, teacher_vocab = (
+        {int(i): token for token, i in side.get_vocab().items()} for side in (student, teacher)
+    )
+    for i in sorted(student_vocab.keys() | teacher_vocab.keys()):
+        if student_vocab.get(i) != teacher_vocab.get(i):
+            tokens = " and ".join(
                 f"{vocabulary[i]!r} for the {side}" if i in vocabulary else f"nothing for the {side}"
-                for side, vocabulary in (("student", ours), ("teacher", theirs))
+                for side, vocabulary in (("student", student_vocab), ("teacher", teacher_vocab))
             )
             raise ValueError(
-                f"the tokenizers differ: id {i} is {said} ({len(ours)} and {len(theirs)} tokens). Rows compare token "
-                "by token: take a student of the teacher's family, or one with its tokenizer."
+                f"the tokenizers differ: id {i} is {tokens} ({len(student_vocab)} and {len(teacher_vocab)} tokens). "
+                "Rows compare token by token: take a student of the teacher's family, or one with its tokenizer."
             )
-    cut = [_ids(side, probe) for side in (student, teacher)]
-    if cut[0] != cut[1]:
-        at = next((i for i, (a, b) in enumerate(zip(*cut, strict=False)) if a != b), min(map(len, cut)))
+    encoded = [_ids(side, probe) for side in (student, teacher)]
+    if encoded[0] != encoded[1]:
+        first = next((i for i, (a, b) in enumerate(zip(*encoded, strict=False)) if a != b), min(map(len, encoded)))
         raise ValueError(
-            f"the tokenizers have one vocabulary and cut {probe!r} differently: from its token {at} on the student's "
-            f"are {cut[0][at : at + 4]} and the teacher's {cut[1][at : at + 4]}. Other merges, or another normalizer?"
+            f"the tokenizers have one vocabulary and encode {probe!r} differently: from token {first} on the student's "
+            f"are {encoded[0][first : first + 4]} and the teacher's {encoded[1][first : first + 4]}. Other merges, or "
+            "another normalizer?"
         )
     for name in SPECIAL:
         a, b = getattr(student, name, None), getattr(teacher, name, None)
         if a != b:
             warnings.warn(
                 f"{name} is {a} for the student and {b} for the teacher. A base and an instruct model? Build the data "
-                "with the one that the student is to end with.",
+                "with the token with which the student shall end its texts.",
                 stacklevel=2,
             )
-    return max(ours) + 1
+    return max(student_vocab) + 1
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    found = tokenizer.encode(text)
-    return list(getattr(found, "ids", found))
+    encoded = tokenizer.encode(text)
+    return list(getattr(encoded, "ids", encoded))

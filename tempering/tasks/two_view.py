@@ -1,4 +1,4 @@
-"""Two views of each batch, as two blocks of rows; teacher and student may see different ones."""
+"""Two views of each batch as two blocks of rows; teacher and student may have different ones."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ VIEWS = ("clean", "augmented")  # names of the blocks where the copy has no labe
 
 
 class TwoView(Task):
-    """Classification on each batch as it comes and on an augmented copy: two blocks of rows, which the loss adds up.
+    """Classification of each batch and of an augmented copy: two blocks of rows, whose losses are added.
 
-    MLKD and CSKD want ``TwoView(RandAugment(2, 10, mean=..., std=...))``, R2KD
+    MLKD and CSKD need ``TwoView(RandAugment(2, 10, mean=..., std=...))``, R2KD
     ``TwoView(CutMix(), names=("clean", "augmented"), labeled=False)``. Both views go through each model as one batch of
-    2 N, so batch normalization sees them together (the released codes call their student twice).
+    2 N, so batch normalization sees them together (the released implementations call their student twice).
 
     Args:
-        augment: (N, C, H, W) normalized images -> the same, drawn anew at every call from torch's random numbers.
-        names: of the two blocks.
-        teacher: "same": sees what the student sees. "first": sees the batch as it comes, and its answers stand beside
-            both of the student's views; the one way for a cached teacher. A callable: makes its own second view.
-        labeled: whether the augmented rows keep their labels. None: if the view is of one image; a mixed one's label
-            is not one class, and -100 leaves hard terms out.
-        pick: of the augmented rows only this many count, those of the largest teacher entropy (CutMixPick); the others
-            weigh 0. None for all. The released code of R2KD takes the entropy of the images before they are mixed.
+        augment: maps (N, C, H, W) normalized images to augmented ones, random at every call by torch's generator.
+        names: names of the two blocks.
+        teacher: "same": the student's two views. "first": the batch without augmentation, whose logits are paired with
+            both of the student's views; the only choice for a cached teacher. A callable: makes the teacher's own
+            second view.
+        labeled: whether the augmented rows keep their labels. None: unless ``augment`` mixes images, whose labels are
+            not one class; -100 leaves out hard terms.
+        pick: number of augmented rows with weight 1, those of the largest teacher entropy (CutMixPick); the others
+            have weight 0. None for all. The released code of R2KD uses the entropy of the images before mixing.
 
-    Scores and analyses look at batches as they come.
+    Scores and analyses use batches without augmentation.
 
     Raises:
-        ValueError: for options that do not fit together.
+        ValueError: for invalid or incompatible options.
     """
 
     def __init__(
@@ -56,10 +57,7 @@ class TwoView(Task):
         if not callable(teacher) and teacher not in ("same", "first"):
             raise ValueError(f"TwoView needs teacher 'same', 'first' or a callable; got {teacher!r}.")
         if mixes and teacher != "same":
-            raise ValueError(
-                f"{augment!r} mixes images, so a teacher that sees others cannot say what is on them. Use "
-                "teacher='same'."
-            )
+            raise ValueError(f"{augment!r} mixes images, so a teacher needs the same mixed images. Use teacher='same'.")
         if mixes and labeled:
             raise ValueError(f"{augment!r} mixes images, whose label is not one class. Leave labeled=None.")
         if pick is not None and pick < 1:
@@ -71,14 +69,14 @@ class TwoView(Task):
     def inputs(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         x, _, ids = self.inner.inputs(batch)
         if not isinstance(x, Tensor):
-            raise ValueError(f"Views augments one tensor of inputs; got {type(x).__name__}.")
+            raise ValueError(f"TwoView augments one tensor of inputs; got {type(x).__name__}.")
         both = torch.cat((x, self._second(self.augment, x)))
         if self.teacher == "first":
             return both, x, ids
-        twice = None if ids is None else torch.cat((ids, ids))
+        both_ids = None if ids is None else torch.cat((ids, ids))
         if callable(self.teacher):
-            return both, torch.cat((x, self._second(self.teacher, x))), twice
-        return both, both, twice
+            return both, torch.cat((x, self._second(self.teacher, x))), both_ids
+        return both, both, both_ids
 
     @torch.no_grad()
     def _second(self, augment: Augment, x: Tensor) -> Tensor:
@@ -90,26 +88,26 @@ class TwoView(Task):
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
         student, teacher = getattr(student, "logits", student), getattr(teacher, "logits", teacher)
         n = len(batch[1])
-        taught = (None, None)
+        teacher_views = (None, None)
         if teacher is not None:
-            taught = (teacher, teacher) if self.teacher == "first" else (teacher[:n], teacher[n:])
-            if len(taught[0]) != n or len(taught[1]) != n:
+            teacher_views = (teacher, teacher) if self.teacher == "first" else (teacher[:n], teacher[n:])
+            if len(teacher_views[0]) != n or len(teacher_views[1]) != n:
                 raise ValueError(
-                    f"the teacher answered {len(teacher)} rows for two views of {n}. A cached teacher knows no fresh "
-                    "view: use teacher='first', or a live one."
+                    f"the teacher returned {len(teacher)} rows for two views of {n}. A cached teacher has no outputs "
+                    "for new views: use teacher='first', or a live one."
                 )
         blocks = [
-            self.inner.rows(part, by, batch)[0].replace(name=name)
-            for part, by, name in zip((student[:n], student[n:]), taught, self.names, strict=True)
+            self.inner.rows(z, t, batch)[0].replace(name=name)
+            for z, t, name in zip((student[:n], student[n:]), teacher_views, self.names, strict=True)
         ]
         if not self.labeled:
             blocks[1] = blocks[1].replace(target=torch.full_like(batch[1], IGNORE_INDEX))
         if self.pick is not None:
-            blocks[1] = blocks[1].replace(weight=self._picked(blocks[1].teacher))
+            blocks[1] = blocks[1].replace(weight=self._pick_weights(blocks[1].teacher))
         return blocks
 
-    def _picked(self, logits: Tensor) -> Tensor:
-        """1 for the rows of the largest entropy and 0 for the others, (N,)."""
+    def _pick_weights(self, logits: Tensor) -> Tensor:
+        """Return 1 for the rows of the largest entropy and 0 for the others, (N,)."""
         logp = upcast_to_float32(logits).log_softmax(-1)
         entropy = -(logp.exp() * logp.masked_fill(torch.isneginf(logp), 0.0)).sum(-1)
         weight = torch.zeros_like(entropy)
@@ -129,7 +127,7 @@ class TwoView(Task):
 
 
 class MixUp:
-    """lam * image + (1 - lam) * another of the batch, lam from Beta(alpha, alpha), one a batch.
+    """Mixes images: lam * image + (1 - lam) * another of the batch, one lam from Beta(alpha, alpha) per batch.
 
     Reference: Zhang et al., ICLR 2018, arXiv:1710.09412.
     """
@@ -145,9 +143,9 @@ class MixUp:
 
 
 class CutMix:
-    """A rectangle of another image of the batch pasted in, its area 1 - lam, lam from Beta(alpha, alpha), one a batch.
+    """Pastes in a rectangle of another image, of area 1 - lam, one lam from Beta(alpha, alpha) per batch.
 
-    Cut off at the border, as released.
+    The rectangle is clipped at the border, as in the released code.
 
     Reference: Yun et al., ICCV 2019, arXiv:1905.04899.
     """
@@ -161,17 +159,17 @@ class CutMix:
         side = (1.0 - float(torch.distributions.Beta(self.alpha, self.alpha).sample())) ** 0.5
         spans = []
         for size in x.shape[-2:]:
-            half, middle = int(size * side) // 2, int(torch.randint(size, ()))
-            spans.append(slice(max(middle - half, 0), middle + half))
+            half, center = int(size * side) // 2, int(torch.randint(size, ()))
+            spans.append(slice(max(center - half, 0), center + half))
         out = x.clone()
         out[..., spans[0], spans[1]] = x[torch.randperm(len(x), device=x.device)][..., spans[0], spans[1]]
         return out
 
 
 class CutOut:
-    """A square set to 0 (the mean color of normalized images), at a place of each image's own, cut off at the border.
+    """Sets a square of each image to 0 (the mean color of normalized images), at random and clipped at the border.
 
-    The released code of R2KD has one place for the whole batch.
+    The released code of R2KD has one position for the whole batch.
 
     Reference: DeVries & Taylor, 2017, arXiv:1708.04552.
     """
@@ -186,13 +184,13 @@ class CutOut:
         for dim in (-2, -1):
             length = x.shape[dim]
             start = torch.randint(length, (len(x), 1, 1, 1), device=x.device) - self.size // 2
-            place = torch.arange(length, device=x.device).view((1, 1, -1, 1) if dim == -2 else (1, 1, 1, -1))
-            inside = inside & (place >= start) & (place < start + self.size)
+            index = torch.arange(length, device=x.device).view((1, 1, -1, 1) if dim == -2 else (1, 1, 1, -1))
+            inside = inside & (index >= start) & (index < start + self.size)
         return x.masked_fill(inside, 0.0)
 
 
 class _Kornia:
-    """An augmentation of kornia's on images that are normalized by ``mean`` and ``std`` (pixels in [0, 1] before)."""
+    """A kornia augmentation of images that are normalized by ``mean`` and ``std`` (pixels in [0, 1] before)."""
 
     mixes = False
 
@@ -200,7 +198,7 @@ class _Kornia:
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         if len(mean) != len(std) or min(std) <= 0:
-            raise ValueError(f"{type(self).__name__} needs a mean and a std > 0 a channel; got {mean!r} and {std!r}.")
+            raise ValueError(f"{type(self).__name__} needs a mean and a std > 0 per channel; got {mean!r} and {std!r}.")
         self.mean, self.std = tuple(mean), tuple(std)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -211,11 +209,11 @@ class _Kornia:
 
 
 class RandAugment(_Kornia):
-    """``n`` random operations of magnitude ``m`` in (0, 30), by kornia: drawn once a batch, signs an image.
+    """Applies ``n`` random operations of magnitude ``m`` in (0, 30), by kornia: one choice per batch, signs per image.
 
     Args:
-        n, m: how many, how strong; the two-view papers use 2 and 10.
-        mean, std: what the images are normalized by, such as ``batches.mean`` and ``batches.std``.
+        n, m: number and magnitude of the operations; the two-view papers use 2 and 10.
+        mean, std: statistics by which the images are normalized, such as ``batches.mean`` and ``batches.std``.
 
     Reference: Cubuk et al., 2019, arXiv:1909.13719.
     """
@@ -227,11 +225,11 @@ class RandAugment(_Kornia):
 
 
 class AutoAugment(_Kornia):
-    """A learned policy's sub-policy, by kornia: drawn once a batch.
+    """Applies a random sub-policy of a learned policy, by kornia: one choice per batch.
 
     Args:
         policy: "imagenet", "cifar10" or "svhn".
-        mean, std: what the images are normalized by.
+        mean, std: statistics by which the images are normalized.
 
     Reference: Cubuk et al., CVPR 2019, arXiv:1805.09501.
     """
@@ -248,7 +246,7 @@ def _kornia() -> Any:
     try:
         from kornia.augmentation import auto
     except ImportError as error:
-        raise ImportError("RandAugment and AutoAugment are kornia's: pip install 'tempering[views]'.") from error
+        raise ImportError("RandAugment and AutoAugment need kornia: pip install 'tempering[views]'.") from error
     return auto
 
 

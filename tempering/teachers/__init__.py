@@ -1,4 +1,4 @@
-"""Teachers: where the teacher's numbers come from."""
+"""Teachers: sources of the teacher's outputs, live, cached or remote."""
 
 import lazy_loader
 

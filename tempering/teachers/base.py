@@ -1,4 +1,4 @@
-"""What a teacher is: inputs and sample ids in, outputs without gradient out."""
+"""Base class of teachers: map inputs and sample ids to outputs without gradient."""
 
 from __future__ import annotations
 
@@ -15,48 +15,49 @@ from tempering.utils.tensors import tensor_bytes
 
 
 class Teacher(ABC):
-    """Where the teacher's numbers come from. Never a module, so never a part of what is trained."""
+    """Source of the teacher's outputs. Not an ``nn.Module``, so it is never part of the trained parameters."""
 
-    identity: str  # sha256 of what it is: weights and options, or a cache's key
-    trained: bool = True  # False for random weights, with which `tempering check` checks before there is a teacher
-    fallback: Teacher | None = None  # who is asked about data that a cache does not hold, such as the test split
+    identity: str  # sha256 of the weights and options, or of a cache's key
+    trained: bool = True  # False for random weights, which `tempering check` uses before the teacher is trained
+    fallback: Teacher | None = None  # teacher for data that a cache does not contain, such as the test split
 
     @abstractmethod
     def __call__(self, inputs: Any, ids: Tensor | None) -> Any:
-        """The teacher's outputs for these inputs, without gradient."""
+        """Return the teacher's outputs for these inputs, without gradient."""
 
     def forward_with_grad(self, inputs: Any, ids: Tensor | None) -> Any:
-        """The same answers with a gradient path to the inputs, and to such weights as require grad.
+        """Return the same outputs with a gradient path to the inputs, and to the weights that require grad.
 
         Raises:
-            TypeError: for a teacher that has no way back.
+            TypeError: if the teacher is not differentiable.
         """
         raise TypeError(
-            f"{type(self).__name__} has answers and no gradient. Give the model itself: teachers.Live(model)."
+            f"{type(self).__name__} is not differentiable: it has only stored outputs. Give the model "
+            "itself: teachers.Live(model)."
         )
 
     def to(self, device: torch.device | str) -> Self:
-        """The same teacher, answering on ``device``."""
+        """Move the teacher to ``device`` and return it."""
         return self
 
     @property
     def model(self) -> nn.Module | None:
-        """The live module, where there is one."""
+        """The live module, or None."""
         return None
 
     def incompatibility(self, batches: Any) -> str | None:
-        """Why its answers do not belong to these batches, and what to do; None if they do. A live one never objects."""
+        """Return why the outputs do not belong to these batches and what to do; None if they do, as for a live one."""
         return None
 
     def for_batches(self, batches: Any) -> Teacher | None:
-        """Who answers for these batches: itself, else ``fallback``; None where neither can."""
+        """Return the teacher for these batches: itself, else ``fallback``; None if there is none."""
         return self if self.incompatibility(batches) is None else self.fallback
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 of a model, in hexadecimal: its modules' names and types, and the bytes of its state.
+    """Return the sha256 of a model, in hexadecimal: of its modules' names and types and the bytes of its state.
 
-    The same for the same weights on any device; hyperparameters that are neither state nor a type are not seen.
+    Equal weights have equal fingerprints on any device; hyperparameters that are neither state nor a type do not count.
     """
     digest = hashlib.sha256()
     for name, module in model.named_modules():
@@ -71,5 +72,5 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def key_digest(key: dict[str, Any]) -> str:
-    """sha256 of a JSON-able key, in hexadecimal."""
+    """Return the sha256 of a JSON-serializable key, in hexadecimal."""
     return sha256_text(json.dumps(key, sort_keys=True))

@@ -1,4 +1,4 @@
-"""A teacher blended from two: R2KD's is a net and its own pruned copy."""
+"""Ensemble of two teachers, such as R2KD's: a network and its pruned copy."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tempering.teachers.live import Live
 
 
 class EnsembleTeacher(Teacher):
-    """share * first's logits + (1 - share) * second's.
+    """Weighted sum of two teachers' logits: share * first + (1 - share) * second.
 
-    ``EnsembleTeacher(model, pruned(model))`` is R2KD's teacher. Features are tapped from the first.
+    ``EnsembleTeacher(model, prune(model))`` is R2KD's teacher. Features are extracted from the first.
 
     Args:
-        first, second: modules (wrapped in Live) or teachers that answer (N, C) logits.
+        first, second: modules (wrapped in Live) or teachers that return (N, C) logits.
         share: weight of the first, in [0, 1].
 
     Reference: Kim et al., IEEE TKDE 2024, arXiv:2311.13934.
@@ -51,19 +51,19 @@ class EnsembleTeacher(Teacher):
         return self._blend(self.first.forward_with_grad(inputs, ids), self.second.forward_with_grad(inputs, ids))
 
     def _blend(self, first: Any, second: Any) -> Tensor:
-        one, other = _logits(first), _logits(second)
-        if one.shape != other.shape:
+        first, second = _logits(first), _logits(second)
+        if first.shape != second.shape:
             raise ValueError(
-                f"Blended adds logits of one shape; the first teacher answers {tuple(one.shape)} and the second "
-                f"{tuple(other.shape)}. Both need the same classes in the same order."
+                f"EnsembleTeacher adds logits of one shape; the first teacher returned {tuple(first.shape)} and the "
+                f"second {tuple(second.shape)}. Both need the same classes in the same order."
             )
-        return self.share * one + (1.0 - self.share) * other
+        return self.share * first + (1.0 - self.share) * second
 
 
 def prune(model: nn.Module, *, amount: float = 0.1) -> nn.Module:
-    """A copy with the smallest weights of every convolution and linear layer set to 0, ``amount`` of each by |w|.
+    """Return a copy with the smallest |w| of every convolution and linear layer set to 0, a share ``amount`` of each.
 
-    Biases are kept, nothing is trained after, as R2KD does it.
+    Biases are kept and the copy is not fine-tuned, as in R2KD.
 
     Raises:
         ValueError: for an amount outside [0, 1), or a model without such layers.
@@ -71,11 +71,11 @@ def prune(model: nn.Module, *, amount: float = 0.1) -> nn.Module:
     from torch.nn.utils import prune
 
     if not 0.0 <= amount < 1.0:
-        raise ValueError(f"pruned needs amount in [0, 1), the share of weights set to 0; got {amount!r}.")
+        raise ValueError(f"prune needs amount in [0, 1), the share of weights set to 0; got {amount!r}.")
     out = copy.deepcopy(model)
     layers = [m for m in out.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))]
     if not layers:
-        raise ValueError(f"pruned found no convolution or linear layer in {type(model).__name__}.")
+        raise ValueError(f"prune found no convolution or linear layer in {type(model).__name__}.")
     for layer in layers:
         prune.l1_unstructured(layer, "weight", amount=amount)
         prune.remove(layer, "weight")
@@ -85,5 +85,5 @@ def prune(model: nn.Module, *, amount: float = 0.1) -> nn.Module:
 def _logits(output: Any) -> Tensor:
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
-        raise ValueError(f"Blended adds logits, and a teacher answers {type(logits).__name__}.")
+        raise ValueError(f"EnsembleTeacher adds logits, and a teacher returned {type(logits).__name__}.")
     return logits

@@ -1,4 +1,4 @@
-"""A teacher that is asked anew every time: a frozen module in eval mode."""
+"""Live teacher: a frozen module in eval mode that runs in every step."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Live(Teacher):
-    """Answers in float32 at least, without gradient, whatever is done to the module's mode.
+    """Runs a module in eval mode and returns its outputs, float32 at least, without gradient.
 
-    The module itself is frozen and put in eval mode; ``precision`` and ``fuse_conv_bn`` leave it alone and use a frozen
-    copy. ``identity`` is that of the weights as they came, with precision and fold. Inputs with "taught", answers that
-    this very module gave while the batch was written (``tasks.Speculative(reuse=True)``), are answered with those.
+    The module itself is frozen and put in eval mode, and put back in eval mode if something changes its mode;
+    ``precision`` and ``fuse_conv_bn`` use a frozen copy instead. ``identity`` is the sha256 of the original weights,
+    ``precision`` and ``fuse_conv_bn``. Inputs with "taught", outputs of this module from the generation of the batch
+    (``tasks.Speculative(reuse=True)``), are not run again: those outputs are returned.
 
     Args:
-        model: the module that answers.
-        precision: "bf16", "fp16" or "fp32", of a copy; None leaves it as it is. Half precision is laid out
-            channels-last where there are convolutions.
-        channels_last: lay weights and images out so; a change of speed, not of values.
-        fold: fold batch normalization into the convolution before it; equal but for rounding. Only leaf modules of
-            the folded copy are called, so features of whole stages cannot be tapped.
-        compile: torch.compile its forward; a word is its mode, and "reduce-overhead" replays CUDA graphs.
-        device: where it stays, whatever the student's is: inputs are brought there, and answers back. None: with the
-            student.
+        model: the teacher's module.
+        precision: "bf16", "fp16" or "fp32" of a copy; None uses the module itself. Half precision uses the
+            channels-last memory format if there are 2d convolutions.
+        channels_last: use the channels-last memory format for weights and images; changes speed, not values.
+        fuse_conv_bn: fuse batch normalization into the preceding convolution; equal up to rounding. Only leaf modules
+            of the fused copy are called, so features of whole stages cannot be extracted.
+        compile: apply torch.compile to the forward; a string is its mode, and "reduce-overhead" replays CUDA graphs.
+        device: device of the teacher, whatever the student's is: inputs are moved to it, and outputs back. None: the
+            student's device.
 
     Raises:
-        TypeError: for something that is no module.
-        ValueError: for a precision that there is not, or a model that cannot be traced to be folded.
+        TypeError: if ``model`` is not a module.
+        ValueError: for an unknown precision, or a model that torch.fx cannot trace for fusing.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Live(Teacher):
         if precision is not None:
             model = (model if fuse_conv_bn else copy.deepcopy(model)).to(DTYPES[precision])
         self._dtype = None if precision is None else DTYPES[precision]
-        self._images_last = channels_last or (self._dtype in (torch.bfloat16, torch.float16) and _convolves(model))
+        self._images_last = channels_last or (self._dtype in (torch.bfloat16, torch.float16) and _has_conv2d(model))
         if self._images_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self._model = model.eval().requires_grad_(False)
@@ -85,7 +86,7 @@ class Live(Teacher):
 
     @property
     def model(self) -> nn.Module:
-        """The module that answers: the given one, or the copy in another precision or folded."""
+        """The module that runs: the given one, or its fused copy or copy in another precision."""
         return self._model
 
     def to(self, device: torch.device | str) -> Self:
@@ -95,44 +96,44 @@ class Live(Teacher):
 
     @torch.no_grad()
     def __call__(self, inputs: Any, ids: Tensor | None = None) -> Any:
-        known = inputs.get("taught") if isinstance(inputs, Mapping) else None
-        if isinstance(known, PrecomputedLogits) and known.producer is self._model:
-            return known
+        precomputed = inputs.get("taught") if isinstance(inputs, Mapping) else None
+        if isinstance(precomputed, PrecomputedLogits) and precomputed.producer is self._model:
+            return precomputed
         return self.forward_with_grad(inputs, ids)
 
     def forward_with_grad(self, inputs: Any, ids: Tensor | None = None) -> Any:
         if any(module.training for module in self._modules):
-            self._back_to_eval()
-        answer = self._forward(map_tensors(inputs, self._prepared) if self._converts_inputs else inputs)
-        answer = upcast_to_float32(answer) if isinstance(answer, Tensor) else map_tensors(answer, upcast_to_float32)
+            self._restore_eval()
+        output = self._forward(map_tensors(inputs, self._convert) if self._converts_inputs else inputs)
+        output = upcast_to_float32(output) if isinstance(output, Tensor) else map_tensors(output, upcast_to_float32)
         if self.device is None:
-            return answer
-        here = next(x.device for x in tree_leaves(inputs) if isinstance(x, Tensor))
-        return map_tensors(answer, lambda x: x.to(here))
+            return output
+        device = next(x.device for x in tree_leaves(inputs) if isinstance(x, Tensor))
+        return map_tensors(output, lambda x: x.to(device))
 
-    def _prepared(self, x: Tensor) -> Tensor:
+    def _convert(self, x: Tensor) -> Tensor:
         x = x if self.device is None else x.to(self.device, non_blocking=True)
         if x.is_floating_point() and self._dtype is not None:
             x = x.to(self._dtype)
         return x.contiguous(memory_format=torch.channels_last) if self._images_last and x.ndim == 4 else x
 
-    def _back_to_eval(self) -> None:
+    def _restore_eval(self) -> None:
         self._model.eval()
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"somebody put the teacher {type(self._model).__name__} in training mode; it is back in eval mode. Is "
-                "it a part of the student, or does a callback call .train() on everything?",
+                f"the teacher {type(self._model).__name__} was in training mode; it is back in eval mode. Is it part "
+                "of the student, or does a callback call .train() on all modules?",
                 stacklevel=4,
             )
 
 
-def _convolves(model: nn.Module) -> bool:
+def _has_conv2d(model: nn.Module) -> bool:
     return any(isinstance(m, nn.Conv2d) for m in model.modules())
 
 
 def _fuse_conv_bn(model: nn.Module) -> nn.Module:
-    """A copy in eval mode with each batch normalization folded into the convolution that feeds it alone.
+    """Return a copy in eval mode with each batch normalization fused into a convolution that feeds only it.
 
     Raises:
         ValueError: for a model that torch.fx cannot trace.
@@ -142,27 +143,27 @@ def _fuse_conv_bn(model: nn.Module) -> nn.Module:
 
     try:
         traced = fx.symbolic_trace(copy.deepcopy(model).eval())
-    except Exception as error:  # tracing runs the model's own code, which may raise anything
+    except Exception as error:  # tracing runs the model's own code, which may raise any exception
         raise ValueError(
-            f"torch.fx cannot trace {type(model).__name__}, so it cannot be folded: {error}. Leave out fold=True; "
-            "precision='bf16' makes it faster too."
+            f"torch.fx cannot trace {type(model).__name__}, so it cannot be fused: {error}. Leave out "
+            "fuse_conv_bn=True; precision='bf16' makes it faster too."
         ) from error
-    parts = dict(traced.named_modules())
-    called = [node for node in traced.graph.nodes if node.op == "call_module"]
-    calls = Counter(node.target for node in called)
-    for node in called:
-        norm, before = parts[node.target], node.args[0] if node.args else None
-        if not isinstance(before, fx.Node) or before.op != "call_module":
+    modules = dict(traced.named_modules())
+    module_calls = [node for node in traced.graph.nodes if node.op == "call_module"]
+    calls = Counter(node.target for node in module_calls)
+    for node in module_calls:
+        norm, previous = modules[node.target], node.args[0] if node.args else None
+        if not isinstance(previous, fx.Node) or previous.op != "call_module":
             continue
-        conv = parts[str(before.target)]
+        conv = modules[str(previous.target)]
         # exactly these types: a subclass may compute something else from the same weights
-        fits = (type(conv), type(norm)) in FUSABLE and getattr(norm, "running_mean", None) is not None
-        if not fits or len(before.users) > 1 or calls[before.target] > 1:
+        fusable = (type(conv), type(norm)) in FUSABLE and getattr(norm, "running_mean", None) is not None
+        if not fusable or len(previous.users) > 1 or calls[previous.target] > 1:
             continue
-        folded = fuse_conv_bn_eval(conv, norm)  # pyright: ignore[reportArgumentType]
-        parts[str(before.target)] = folded
-        traced.set_submodule(str(before.target), folded)
-        node.replace_all_uses_with(before)
+        fused = fuse_conv_bn_eval(conv, norm)  # pyright: ignore[reportArgumentType]
+        modules[str(previous.target)] = fused
+        traced.set_submodule(str(previous.target), fused)
+        node.replace_all_uses_with(previous)
         traced.graph.erase_node(node)
     traced.delete_all_unused_submodules()
     traced.recompile()

@@ -1,4 +1,4 @@
-"""Forms of teacher output besides dense logits: hidden states with their head, precomputed rows, top-k lists."""
+"""Teacher outputs other than dense logits: hidden states with their head, precomputed logits, top-k tokens."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tempering.rows import IGNORE_INDEX, upcast_to_float32
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Head:
-    """A language model's last layer: cap * tanh(scale * (H W^T + b) / cap), without the cap where it is None.
+    """A language model's last layer: cap * tanh(scale * (H W^T + b) / cap), without the tanh if cap is None.
 
     Args:
         weight: (V, H).
         bias: (V,) or None.
-        scale: of the logits, as Cohere's and Granite's have one.
-        cap: soft cap, as Gemma's have one.
+        scale: scale of the logits, as in Cohere and Granite.
+        cap: soft cap of the logits, as in Gemma.
 
     Raises:
         ValueError: for a cap that is not positive.
@@ -32,10 +32,10 @@ class Head:
 
     def __post_init__(self) -> None:
         if self.cap is not None and not self.cap > 0:
-            raise ValueError(f"Head needs cap > 0; got {self.cap}. None is no cap.")
+            raise ValueError(f"Head needs cap > 0; got {self.cap}. None means no cap.")
 
     def __call__(self, hidden: Float[Tensor, "*N H"]) -> Float[Tensor, "*N V"]:
-        """The logits, in float32 at least."""
+        """Return the logits, in float32 at least."""
         with torch.autocast(hidden.device.type, enabled=False):
             x, weight = upcast_to_float32(hidden), upcast_to_float32(self.weight)
             dtype = torch.promote_types(x.dtype, weight.dtype)
@@ -44,131 +44,131 @@ class Head:
         return z if self.cap is None else self.cap * torch.tanh(z / self.cap)
 
     def to(self, device: torch.device | str) -> Head:
-        """The same on a device."""
+        """Return a copy on ``device``."""
         bias = None if self.bias is None else self.bias.to(device)
         return dataclasses.replace(self, weight=self.weight.to(device), bias=bias)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Hidden:
-    """Hidden states (B, L, H) before a head, which makes logits of the rows that are asked for, and of no others."""
+    """Hidden states (B, L, H) and the head that computes logits, of the requested positions only."""
 
     states: Float[Tensor, "B L H"]
     head: Head
 
-    def gather_positions(self, place: Int[Tensor, " N"], shape: tuple[int, ...]) -> Float[Tensor, "N V"]:
-        """The logits of some positions, counted over the flat batch of that shape (B, L).
+    def gather_positions(self, positions: Int[Tensor, " N"], shape: tuple[int, ...]) -> Float[Tensor, "N V"]:
+        """Return the logits of positions that index the flattened batch of this shape (B, L).
 
         Raises:
-            ValueError: for answers to another shape.
+            ValueError: if the hidden states have another shape.
         """
-        return self.head(self.rows(place, shape))
+        return self.head(self.rows(positions, shape))
 
-    def rows(self, place: Int[Tensor, " N"], shape: tuple[int, ...]) -> Float[Tensor, "N H"]:
-        """The hidden states of some positions, such as ``kernels.linear_loss`` takes."""
-        _same(tuple(self.states.shape[:2]), shape)
-        return self.states.flatten(0, 1).index_select(0, place)
+    def rows(self, positions: Int[Tensor, " N"], shape: tuple[int, ...]) -> Float[Tensor, "N H"]:
+        """Return the hidden states of positions, as ``kernels.linear_loss`` takes them."""
+        _check_shape(tuple(self.states.shape[:2]), shape)
+        return self.states.flatten(0, 1).index_select(0, positions)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PrecomputedLogits:
-    """A model's logits of a batch's rows, (N, V), made on the way: ``by`` need not be asked for them again."""
+    """A model's logits of a batch's rows, (N, V), from generation; ``producer`` is the model that computed them."""
 
     logits: Float[Tensor, "N V"]
     producer: nn.Module
 
-    def gather_positions(self, place: Int[Tensor, " N"], shape: tuple[int, ...]) -> Float[Tensor, "N V"]:
-        """All of them; the rows are those of the batch, in its order.
+    def gather_positions(self, positions: Int[Tensor, " N"], shape: tuple[int, ...]) -> Float[Tensor, "N V"]:
+        """Return all logits; the rows are those of the batch, in its order.
 
         Raises:
-            ValueError: for another number of rows.
+            ValueError: for another number of positions.
         """
-        if len(place) != len(self.logits):
+        if len(positions) != len(self.logits):
             raise ValueError(
-                f"the batch holds the teacher's answers to {len(self.logits)} tokens, and {len(place)} are learned: "
-                'its masks were changed after it was written. Leave out its "taught", and the teacher is asked.'
+                f"the batch contains the teacher's logits of {len(self.logits)} tokens, and {len(positions)} are "
+                'learned: its masks were changed after its generation. Remove "taught" from it, and the teacher is run.'
             )
         return upcast_to_float32(self.logits)
 
 
-def _same(got: tuple[int, ...], shape: tuple[int, ...]) -> None:
+def _check_shape(got: tuple[int, ...], shape: tuple[int, ...]) -> None:
     if got != tuple(shape):
         raise ValueError(
-            f"the teacher's hidden states are of {got} positions, and the batch has {tuple(shape)}: were they recorded "
+            f"the teacher's hidden states have {got} positions, and the batch has {tuple(shape)}: were they recorded "
             "with other texts or another length?"
         )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sparse:
-    """Log-probabilities of K tokens a position, the likeliest first, and of all others together.
+    """Log-probabilities of K tokens per position, the likeliest first, and of all other tokens together.
 
     Args:
-        ids: (..., K) token ids, different ones in a position; a place that holds none has a logp of minus infinity and
-            any id.
+        ids: (..., K) token ids, different ones in a position; an empty slot has a logp of minus infinity and any id.
         logp: (..., K) their log-probabilities.
-        rest: (...) that of all other tokens; minus infinity where there is nothing left, as in sampled targets.
+        tail_logp: (...) log-probability of all other tokens; minus infinity if their probability is 0, as in sampled
+            targets.
     """
 
     ids: Int[Tensor, "*N K"]
     logp: Float[Tensor, "*N K"]
     tail_logp: Float[Tensor, "*N"]
 
-    def gather_positions(self, place: Int[Tensor, " M"], shape: tuple[int, ...]) -> Sparse:
-        """Those of some positions, counted over the flat batch of that shape (B, L).
+    def gather_positions(self, positions: Int[Tensor, " M"], shape: tuple[int, ...]) -> Sparse:
+        """Return the rows of positions that index the flattened batch of this shape (B, L).
 
         Raises:
-            ValueError: for answers to another shape.
+            ValueError: if the outputs have another shape.
         """
         if tuple(self.tail_logp.shape) != tuple(shape):
             raise ValueError(
-                f"the sparse teacher answers {tuple(self.tail_logp.shape)} positions, and the batch has "
+                f"the sparse teacher's outputs have {tuple(self.tail_logp.shape)} positions, and the batch has "
                 f"{tuple(shape)}: was it recorded with other texts or another length?"
             )
         flat = (self.ids.flatten(0, -2), self.logp.flatten(0, -2), self.tail_logp.flatten())
-        return Sparse(*(x.index_select(0, place) for x in flat))
+        return Sparse(*(x.index_select(0, positions) for x in flat))
 
     def to(self, device: torch.device | str) -> Sparse:
-        """The same on a device."""
+        """Return a copy on ``device``."""
         return Sparse(self.ids.to(device), self.logp.to(device), self.tail_logp.to(device))
 
 
 def to_top_k_plus_tail(
     student: Float[Tensor, "N V"], teacher: Sparse, target: Int[Tensor, " N"] | None = None
 ) -> tuple[Float[Tensor, "N K+1"], Float[Tensor, "N K+1"], Int[Tensor, " N"] | None]:
-    """Both sides over the kept tokens and the bucket of all others: student, teacher, and the targets' places.
+    """Return student and teacher over the K tokens and the tail as K + 1 classes, and the targets among them.
 
     The values are log-probabilities at temperature 1. Both are distributions over the same K + 1 outcomes, so a
-    divergence of them is never negative, is 0 where the two agree, and never more than that over all tokens (exactly
-    that of the sampled targets, whose bucket is empty). A temperature above 1 softens the K + 1 outcomes, not the V
-    tokens: the bucket counts as one. A target that is not among the kept tokens becomes -100.
+    divergence of them is never negative, is 0 if they are equal, and at most that over all tokens (equal to it for
+    sampled targets, whose tail is empty). A temperature above 1 softens the K + 1 outcomes, not the V tokens: the tail
+    counts as one. A target that is not among the K tokens becomes -100.
 
     Raises:
-        ValueError: for a kept id that the student does not have.
+        ValueError: for a token id that the student does not have.
     """
     z, vocabulary = upcast_to_float32(student), student.shape[1]
-    none = torch.isneginf(teacher.logp)
-    ids = teacher.ids.long().masked_fill(none, 0)
+    empty = torch.isneginf(teacher.logp)
+    ids = teacher.ids.long().masked_fill(empty, 0)
     if ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= vocabulary:
         raise ValueError(
-            f"the sparse teacher speaks of token {int(ids.max())}, and the student has {vocabulary}. Is it another "
-            "tokenizer's teacher? See tasks.shared_vocabulary."
+            f"the sparse teacher has token {int(ids.max())}, and the student has {vocabulary} tokens. Has the teacher "
+            "another tokenizer? See tasks.shared_vocabulary."
         )
-    whole = torch.logsumexp(z, -1, keepdim=True)
-    kept = (z.gather(1, ids) - whole).masked_fill(none, -torch.inf)
-    said = torch.cat((kept, _others(z, ids, none) - whole), -1)
-    taught = torch.cat((teacher.logp, teacher.tail_logp[:, None]), -1).to(said.dtype)
+    total = torch.logsumexp(z, -1, keepdim=True)
+    kept = (z.gather(1, ids) - total).masked_fill(empty, -torch.inf)
+    student_logp = torch.cat((kept, _tail_logsumexp(z, ids, empty) - total), -1)
+    teacher_logp = torch.cat((teacher.logp, teacher.tail_logp[:, None]), -1).to(student_logp.dtype)
     if target is not None:
-        same = (ids == target[:, None]) & ~none
-        target = torch.where(same.any(-1), same.int().argmax(-1), torch.full_like(target, IGNORE_INDEX))
-    return said, taught, target
+        matches = (ids == target[:, None]) & ~empty
+        target = torch.where(matches.any(-1), matches.int().argmax(-1), torch.full_like(target, IGNORE_INDEX))
+    return student_logp, teacher_logp, target
 
 
-def _others(z: Tensor, ids: Tensor, none: Tensor) -> Tensor:
-    """logsumexp of all logits but those kept, (N, 1), without the cancellation of 1 - sum; minus infinity for none."""
-    # a column more, for the places that hold nothing
-    gone = z.new_zeros((len(z), z.shape[1] + 1), dtype=torch.bool)
-    gone = gone.scatter_(1, ids.masked_fill(none, z.shape[1]), True)[:, :-1]
-    left = z.masked_fill(gone, -torch.inf)
-    empty = torch.isneginf(left.amax(-1, keepdim=True))
-    return torch.logsumexp(left.masked_fill(empty, 0.0), -1, keepdim=True).masked_fill(empty, -torch.inf)
+def _tail_logsumexp(z: Tensor, ids: Tensor, empty: Tensor) -> Tensor:
+    """Return the logsumexp of all logits but those of ``ids``, (N, 1), without the cancellation of 1 - sum."""
+    # one column more, for the empty slots
+    kept = z.new_zeros((len(z), z.shape[1] + 1), dtype=torch.bool)
+    kept = kept.scatter_(1, ids.masked_fill(empty, z.shape[1]), True)[:, :-1]
+    tail = z.masked_fill(kept, -torch.inf)
+    no_tail = torch.isneginf(tail.amax(-1, keepdim=True))
+    return torch.logsumexp(tail.masked_fill(no_tail, 0.0), -1, keepdim=True).masked_fill(no_tail, -torch.inf)

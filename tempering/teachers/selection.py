@@ -1,4 +1,4 @@
-"""Reduce teacher logits to a few tokens per position: the top k with a tail bucket, or unbiased samples."""
+"""Reduce teacher logits to a few tokens per position: the top k with their tail, or unbiased samples."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from tempering.rows import upcast_to_float32
 from tempering.teachers.base import Teacher, key_digest
 from tempering.teachers.outputs import Sparse
 
-NEVER = -1e4  # the log-probability of a token that is kept for its label's sake: exp() of it is exactly 0
+NEVER = -1e4  # log-probability of a label that was not sampled: its exp() is exactly 0
 
 
 def keep_top_k(
     logits: Float[Tensor, "*N V"], k: int, *, besides: Int[Tensor, "*N"] | None = None, temperature: float = 1.0
 ) -> Sparse:
-    """The k likeliest tokens, and all others in one bucket; ``besides`` is kept as well, so K is then k + 1.
+    """Keep the k likeliest tokens and the tail of all others; ``besides`` is kept as well, so K is then k + 1.
 
-    The bucket is summed over the others themselves, so it is never negative and not lost to rounding. The divergence
-    to it is "with ghost token": without the bucket the kept tokens would be scaled up, and their teacher is worse than
-    none up to k = 25.
+    The tail is summed over the other tokens, not computed as 1 - sum, so it is never negative or lost to rounding. The
+    divergence to it is "with ghost token": without the tail the kept tokens would be renormalized, and such a teacher
+    is worse than none up to k = 25.
 
     Raises:
         ValueError: for k outside [1, V).
 
-    Reference: Anshumann et al., "Sparse Logit Sampling", ACL 2025, arXiv:2503.16870, for the bucket.
+    Reference: Anshumann et al., "Sparse Logit Sampling", ACL 2025, arXiv:2503.16870, for the tail.
     """
     width = k + (besides is not None)
     if k < 1 or width > logits.shape[-1]:
         raise ValueError(f"top needs 1 <= k <= {logits.shape[-1] - (besides is not None)}; got k={k}.")
-    # not log_softmax, which sums up 19,000 numbers a lane of AVX2 in turn: 2e-5 off where V is 152,000
+    # not log_softmax, which adds 19,000 numbers per AVX2 lane in sequence: an error of 2e-5 for V = 152,000
     z = upcast_to_float32(logits) / temperature
     z = z - z.amax(-1, keepdim=True)
     logp = z - z.logsumexp(-1, keepdim=True)
     ids = logp.topk(width, -1).indices
     if besides is not None:
-        absent = (ids[..., :k] != besides[..., None]).all(-1)
-        ids[..., -1] = torch.where(absent, besides, ids[..., -1])
+        missing = (ids[..., :k] != besides[..., None]).all(-1)
+        ids[..., -1] = torch.where(missing, besides, ids[..., -1])
     others = logp.scatter(-1, ids, -torch.inf)
-    none = torch.isneginf(others.amax(-1))
-    rest = torch.logsumexp(others.masked_fill(none[..., None], 0.0), -1).masked_fill(none, -torch.inf)
-    return Sparse(ids, logp.gather(-1, ids), rest)
+    empty = torch.isneginf(others.amax(-1))
+    tail = torch.logsumexp(others.masked_fill(empty[..., None], 0.0), -1).masked_fill(empty, -torch.inf)
+    return Sparse(ids, logp.gather(-1, ids), tail)
 
 
 def keep_samples(
@@ -54,11 +54,11 @@ def keep_samples(
     besides: Int[Tensor, "*N"] | None = None,
     generator: torch.Generator | None = None,
 ) -> Sparse:
-    """``samples`` tokens drawn with replacement, each as likely as it was drawn often: in the mean the teacher itself.
+    """Sample tokens with replacement, each with its relative frequency as probability: unbiased for the teacher.
 
-    The gradient of ``kl`` to it is that of ``kl`` to the teacher in expectation, since that is linear in the teacher's
-    probabilities; its value is not, nor is anything at another temperature than 1, and reverse divergences are
-    infinite. There is no rest. ``besides`` is kept as well, with probability 0 where it was not drawn.
+    The gradient of ``kl`` to it equals that of ``kl`` to the teacher in expectation, since that is linear in the
+    teacher's probabilities; its value does not, nor does any gradient at another temperature than 1, and reverse
+    divergences are infinite. The tail is empty. ``besides`` is kept as well, with probability 0 if it was not sampled.
 
     Raises:
         ValueError: for samples < 1.
@@ -66,7 +66,7 @@ def keep_samples(
     Reference: Anshumann et al., "Sparse Logit Sampling", ACL 2025, arXiv:2503.16870.
     """
     if samples < 1:
-        raise ValueError(f"drawn needs samples >= 1; got {samples}.")
+        raise ValueError(f"keep_samples needs samples >= 1; got {samples}.")
     p = torch.softmax(upcast_to_float32(logits), -1)
     ids = torch.multinomial(p.flatten(0, -2), samples, replacement=True, generator=generator)
     return count_samples(ids.view(*logits.shape[:-1], samples), besides=besides, dtype=p.dtype)
@@ -75,7 +75,7 @@ def keep_samples(
 def count_samples(
     ids: Int[Tensor, "*N S"], *, besides: Int[Tensor, "*N"] | None = None, dtype: torch.dtype = torch.float32
 ) -> Sparse:
-    """Drawn tokens with their shares, the commonest first; K = S, or S + 1 with ``besides``."""
+    """Return sampled tokens with their frequencies, the most frequent first; K = S, or S + 1 with ``besides``."""
     samples = ids.shape[-1]
     ids = ids.sort(-1).values
     first = torch.ones_like(ids, dtype=torch.bool)
@@ -90,28 +90,28 @@ def count_samples(
 def shares(
     ids: Int[Tensor, "*N K"], counts: Float[Tensor, "*N K"], samples: int, *, besides: Int[Tensor, "*N"] | None = None
 ) -> Sparse:
-    """Return tokens that were drawn ``counts`` times in ``samples`` draws, a count of 0 for none, as ``Sparse``.
+    """Return tokens with ``counts`` of ``samples`` samples, 0 for an empty slot, as ``Sparse``.
 
-    ``besides`` is kept as well, behind the others: K is then K + 1.
+    ``besides`` is kept as well, after the others: K is then K + 1.
     """
     logp = (counts / samples).log()
     if besides is not None:
-        known = ((ids == besides[..., None]) & (counts > 0)).any(-1, keepdim=True)
-        extra = torch.full_like(logp[..., :1], NEVER).masked_fill(known, -torch.inf)
+        sampled = ((ids == besides[..., None]) & (counts > 0)).any(-1, keepdim=True)
+        extra = torch.full_like(logp[..., :1], NEVER).masked_fill(sampled, -torch.inf)
         ids, logp = torch.cat((ids, besides[..., None]), -1), torch.cat((logp, extra), -1)
     return Sparse(ids, logp, torch.full_like(logp[..., 0], -torch.inf))
 
 
 class TopKTeacher(Teacher):
-    """A teacher of which few tokens a position are kept: answers ``Sparse`` (B, L, K) to batches of a Generation task.
+    """Reduces a language model teacher to few tokens per position: returns ``Sparse`` (B, L, K).
 
     The next token of the text is kept with them, so that a hard term has its label.
 
     Args:
-        teacher: the one that is asked, such as Live(model).
-        top: how many of the likeliest tokens, beside the bucket of the rest.
-        samples: in its place, how many draws; for forward divergences at Static(1.0), see ``drawn``.
-        seed: of the draws, which are those of a sample of the data set wherever it stands; without ids, of the batch.
+        teacher: the teacher, such as Live(model).
+        top: number of likeliest tokens, besides the tail.
+        samples: number of samples in place of ``top``; for forward divergences at Static(1.0), see ``keep_samples``.
+        seed: seed of the samples, which depend on a text's id in the data set; without ids, on its row in the batch.
 
     Raises:
         ValueError: unless exactly one of ``top`` and ``samples`` is given.
@@ -123,8 +123,8 @@ class TopKTeacher(Teacher):
                 f"TopKTeacher needs one of top and samples, at least 1; got top={top} and samples={samples}."
             )
         self.teacher, self.top, self.samples, self.seed = teacher, top, samples, seed
-        how = {"top": top} if top is not None else {"samples": samples, "seed": seed}
-        self.identity = key_digest({"teacher": teacher.identity, **how})
+        options = {"top": top} if top is not None else {"samples": samples, "seed": seed}
+        self.identity = key_digest({"teacher": teacher.identity, **options})
 
     @property
     def model(self) -> nn.Module | None:
@@ -135,8 +135,8 @@ class TopKTeacher(Teacher):
         return self
 
     def __call__(self, inputs: Any, ids: Tensor | None) -> Sparse:
-        said = self.teacher({name: x for name, x in inputs.items() if name != "taught"}, ids)
-        logits, label = getattr(said, "logits", said), next_tokens(inputs)
+        output = self.teacher({name: x for name, x in inputs.items() if name != "taught"}, ids)
+        logits, label = getattr(output, "logits", output), next_tokens(inputs)
         if self.top is not None:
             return keep_top_k(logits, self.top, besides=label)
         assert self.samples is not None
@@ -150,7 +150,7 @@ class TopKTeacher(Teacher):
 
 
 def next_tokens(inputs: Mapping[str, Any]) -> Int[Tensor, "B L"]:
-    """The token of the text that each position answers for; of an encoder-decoder that is its label."""
+    """Return the token that each position predicts; for an encoder-decoder that is its label."""
     if "labels" in inputs:
         return inputs["labels"].clamp_min(0)
     tokens = inputs["input_ids"]

@@ -12,15 +12,15 @@ from tempering.teachers.base import Teacher, key_digest
 from tempering.utils.files import PARTIAL, sha256_file
 
 KEY, FORMAT = "key.json", 1
-CHECKED = 256 * 2**20  # bytes up to which a cache's checksums are compared whenever it is opened
+CHECKED = 256 * 2**20  # size in bytes below which checksums are compared whenever a cache is opened
 
 
 class CorruptCacheError(RuntimeError):
-    """A cache whose numbers cannot be trusted; the message names the file and what to do."""
+    """Raised for a cache with a missing, truncated or edited file; the message names the file and what to do."""
 
 
 class StoredFile(NamedTuple):
-    """A file of a recording, and what the key says of it."""
+    """A file of a recording, with the size and checksum of the key."""
 
     path: Path
     size: int
@@ -28,7 +28,7 @@ class StoredFile(NamedTuple):
 
 
 class CachedTeacher(Teacher):
-    """A teacher whose outputs are read from disk by sample id. Files are mapped, so many processes may share them.
+    """A teacher whose outputs are read from disk by sample id. Files are memory-mapped, so processes share them.
 
     Args:
         path: the folder of the recording.
@@ -39,10 +39,10 @@ class CachedTeacher(Teacher):
     Raises:
         FileNotFoundError: if there is no finished recording.
         CorruptCacheError: for a file that is missing, truncated or edited.
-        ValueError: for a recording of another kind, other data or another teacher, naming what differs.
+        ValueError: for a recording of another kind, other data or another teacher, naming the difference.
     """
 
-    kind: ClassVar[str]  # what the recording must hold
+    kind: ClassVar[str]  # required contents of the recording
     recorded_by: ClassVar[str]  # the call that makes such a recording
 
     def __init__(
@@ -52,20 +52,20 @@ class CachedTeacher(Teacher):
         self.key = read_key(self.path)
         kind = self.key.get("kind", "logits")
         if kind != self.kind:
-            raise ValueError(f"{self.path} holds {kind}, and {type(self).__name__} reads {self.kind}.")
+            raise ValueError(f"{self.path} contains {kind}, and {type(self).__name__} reads {self.kind}.")
         self.rows: int = self.key["rows"]
         self.identity = key_digest({name: value for name, value in self.key.items() if name != "made"})
         self._mapped: Any = self._map()
         size = sum(file.size for file in self.files())
         self.check_files(checksum=size < CHECKED if checksum is None else checksum)
-        why = None if batches is None else self.incompatibility(batches)
-        if why is not None:
-            raise ValueError(why)
+        reason = None if batches is None else self.incompatibility(batches)
+        if reason is not None:
+            raise ValueError(reason)
         if teacher is not None and teacher.identity != self.key["teacher"]:
             raise ValueError(
-                f"{self.path} holds the answers of another teacher: its teacher is {self.key['teacher']}, the one "
-                f"given is {teacher.identity} (weights, precision and fold count). Give that teacher, or record this "
-                f"one in another folder: {self.recorded_by}."
+                f"{self.path} contains the outputs of another teacher: its teacher is {self.key['teacher']}, the one "
+                f"given is {teacher.identity} (of weights, precision and fuse_conv_bn). Give that teacher, or record "
+                f"this one in another folder: {self.recorded_by}."
             )
 
     @abstractmethod
@@ -74,7 +74,7 @@ class CachedTeacher(Teacher):
 
     @abstractmethod
     def _map(self) -> Any:
-        """Map the files; called again in a process that this teacher is sent to."""
+        """Memory-map the files; called again after unpickling in another process."""
 
     def check_files(self, *, checksum: bool = True) -> None:
         """Compare the size of every file with the key, and its checksum.
@@ -82,15 +82,15 @@ class CachedTeacher(Teacher):
         Raises:
             CorruptCacheError: naming the file.
         """
-        again = f"Remove the folder and record it again: {self.recorded_by}."
+        advice = f"Remove the folder and record it again: {self.recorded_by}."
         for file in self.files():
             got = file.path.stat().st_size if file.path.is_file() else None
             if got != file.size:
-                what = "is missing" if got is None else f"has {got} bytes, and {KEY} says {file.size}"
-                raise CorruptCacheError(f"{file.path} {what}. {again}")
+                problem = "is missing" if got is None else f"has {got} bytes, and {KEY} says {file.size}"
+                raise CorruptCacheError(f"{file.path} {problem}. {advice}")
             if checksum and sha256_file(file.path) != file.sha256:
                 raise CorruptCacheError(
-                    f"{file.path} was changed since it was recorded: its checksum is not that of {KEY}. {again}"
+                    f"{file.path} was changed since it was recorded: its checksum is not that of {KEY}. {advice}"
                 )
 
     def incompatibility(self, batches: Any) -> str | None:
@@ -99,8 +99,8 @@ class CachedTeacher(Teacher):
             return None
         has = "has no identity" if identity is None else f"is {identity}"
         return (
-            f"{self.path} holds answers to other data: its data is {self.key['data']}, and {name} {has} (samples, "
-            "labels, preprocessing and their order count). Give the batches it was recorded with, or record anew: "
+            f"{self.path} contains outputs for other data: its data is {self.key['data']}, and {name} {has} (of "
+            "samples, labels, preprocessing and order). Give the batches it was recorded with, or record again: "
             f"{self.recorded_by}."
         )
 
@@ -117,42 +117,42 @@ def read_key(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no recording.
-        CorruptCacheError: for a key that cannot be read, a recording half done, or another format.
+        CorruptCacheError: for a key that cannot be read, an unfinished recording, or another format.
     """
-    again = "Remove the folder and record it again."
+    advice = "Remove the folder and record it again."
     try:
         key = json.loads((path / KEY).read_bytes())
     except OSError:
         partial = path.with_name(path.name + PARTIAL)
-        half = f" A recording was begun in {partial}; the same record() goes on there." if partial.is_dir() else ""
+        hint = f" {partial} is an unfinished recording; the same record() resumes it." if partial.is_dir() else ""
         raise FileNotFoundError(
-            f"there is no teacher cache in {path}: no {KEY}.{half} Make one: teachers.record(teacher, batches, path)."
+            f"there is no teacher cache in {path}: no {KEY}.{hint} Make one: teachers.record(teacher, batches, path)."
         ) from None
     except ValueError as error:
-        raise CorruptCacheError(f"{path / KEY} cannot be read ({error}). {again}") from error
+        raise CorruptCacheError(f"{path / KEY} cannot be read ({error}). {advice}") from error
     if "sha256" not in key:
-        raise CorruptCacheError(f"{path} is a recording half done. The record() that began it finishes it.")
+        raise CorruptCacheError(f"{path} is an unfinished recording. The same record() resumes it.")
     if key.get("format") != FORMAT:
-        raise CorruptCacheError(f"{path / KEY} has format {key.get('format')!r}; this version reads {FORMAT}. {again}")
+        raise CorruptCacheError(f"{path / KEY} has format {key.get('format')!r}; this version reads {FORMAT}. {advice}")
     return key
 
 
 def check_key(folder: Path, key: Mapping[str, Any]) -> None:
-    """Check that the recording in a folder, finished or half done, is the one that ``key`` describes.
+    """Check that the recording in a folder, finished or not, is the one that ``key`` describes.
 
     Raises:
         CorruptCacheError: for a key that cannot be read.
         ValueError: naming the field that differs, and both values.
     """
     try:
-        theirs = json.loads((folder / KEY).read_bytes())
+        stored = json.loads((folder / KEY).read_bytes())
     except ValueError as error:
         raise CorruptCacheError(
             f"{folder / KEY} cannot be read ({error}). Remove the folder and record it again."
         ) from error
-    for name, ours in key.items():
-        if theirs.get(name) != ours:
+    for name, value in key.items():
+        if stored.get(name) != value:
             raise ValueError(
-                f"{folder} holds another recording: its {name} is {theirs.get(name)!r}, asked for is {ours!r}. "
-                "Give another path, or remove that folder to record anew."
+                f"{folder} contains another recording: its {name} is {stored.get(name)!r}, requested is {value!r}. "
+                "Give another path, or remove that folder to record again."
             )

@@ -1,4 +1,4 @@
-"""A teacher whose answers lie on disk: asked once by ``record``, looked up by sample id ever after."""
+"""Cache of a teacher's logits: written once by ``record``, looked up by sample id in training."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from tempering.teachers.cache.recorder import (
     query_teacher,
 )
 
-RESIDENT = 2**31  # bytes up to which a cache moves onto an accelerator with the run
+RESIDENT = 2**31  # bytes up to which a cache is moved to the accelerator of a run
 
 
 class Cached(CachedTeacher):
-    """Looks the teacher's logits up by sample id; float32, on the device of the inputs. Files are only read.
+    """Looks up the teacher's logits by sample id; float32, on the device of the inputs. Files are only read.
 
-    Many processes may read one cache. Memory is shared between them, since the file is mapped.
+    Many processes may read one cache and share its memory, since the file is memory-mapped.
 
     Args:
         path: the folder that ``record`` wrote.
         batches: refuse to open for other data or other augmentation than these.
-        teacher: refuse to open for another teacher's answers.
-        clean: give every augmented view of an image the answer to the clean image. The teacher then speaks of another
-            picture than the student sees; without it, a cache of clean images serves clean images alone.
-        checksum: whether to look at the file's checksum; None does for files below 256 MB.
+        teacher: refuse to open for another teacher's outputs.
+        clean: use the logits of the clean image for every augmented view of it. Teacher and student then see different
+            images; without it, a cache of clean images is refused for augmented batches.
+        checksum: whether to compare the file with its checksum; None does below 256 MB.
 
     Raises:
-        FileNotFoundError: where there is no finished cache.
+        FileNotFoundError: if there is no finished cache.
         CorruptCacheError: for files that are truncated or edited.
-        ValueError: for other data, augmentation or teacher, naming the field and both values.
+        ValueError: for other data, augmentation or another teacher, naming the field and both values.
     """
 
     kind = "logits"
@@ -63,19 +63,19 @@ class Cached(CachedTeacher):
     def __call__(self, inputs: Any, ids: Int[Tensor, " B"] | None) -> Float[Tensor, "B C"]:
         if ids is None:
             raise ValueError(
-                "a cached teacher looks answers up by sample id, and the batch has none. Yield (x, y, id), as "
+                "a cached teacher looks up outputs by sample id, and the batch has none. Yield (x, y, id), as "
                 "data.Batches does, or use teachers.Live(model)."
             )
         table = self._mapped
         device = inputs.device if isinstance(inputs, Tensor) else ids.device
-        place = ids.to(table.device)
+        rows = ids.to(table.device)
         if table.device.type == "cpu":
-            self._in_range(place)
-            return table.index_select(0, place).to(device, torch.float32, non_blocking=True)
-        # asking whether any id is out of range would wait for the device every step: such a row becomes NaN instead
-        known = (place >= 0) & (place < self.rows)
-        found = table.index_select(0, place.clamp(0, self.rows - 1)).float()
-        return torch.where(known[:, None], found, torch.nan).to(device)
+            self._check_range(rows)
+            return table.index_select(0, rows).to(device, torch.float32, non_blocking=True)
+        # raising for an id out of range would synchronize with the device every step: such a row becomes NaN instead
+        in_range = (rows >= 0) & (rows < self.rows)
+        logits = table.index_select(0, rows.clamp(0, self.rows - 1)).float()
+        return torch.where(in_range[:, None], logits, torch.nan).to(device)
 
     def to(self, device: torch.device | str) -> Self:
         if torch.device(device).type == "cpu" or self._mapped.nbytes <= RESIDENT:
@@ -83,71 +83,72 @@ class Cached(CachedTeacher):
         return self
 
     def incompatibility(self, batches: Any) -> str | None:
-        """Which of data and augmentation are not those that were recorded, and what to do; None if all are."""
-        if (why := super().incompatibility(batches)) is not None:
-            return why
+        """Return which of data and augmentation differ from the recorded ones and what to do; None if none does."""
+        if (reason := super().incompatibility(batches)) is not None:
+            return reason
         name = getattr(batches, "name", type(batches).__name__)
-        ours, theirs = self.key["augmentation"], batches.augmentation
-        if ours == theirs:
+        recorded, given = self.key["augmentation"], batches.augmentation
+        if recorded == given:
             return None
-        if ours["views"] is None and theirs["views"] is None:
+        if recorded["views"] is None and given["views"] is None:
             if self.clean:
                 return None
             return (
-                f"{self.path} holds answers to clean images, and {name} are augmented: {_to_text(theirs)}. If the "
-                f'teacher is to speak of the clean image, say so: Cached("{self.path}", clean=True). If it is to speak '
-                "of what the student sees: record(teacher, batches, ANOTHER_PATH, views=8) and batches.replay(8)."
+                f"{self.path} contains outputs for clean images, and {name} are augmented: {_to_text(given)}. To use "
+                f'the logits of the clean images: Cached("{self.path}", clean=True). For logits of the images that the '
+                "student sees: record(teacher, batches, ANOTHER_PATH, views=8) and batches.replay(8)."
             )
-        field = next(f for f in ("views", *ours) if ours.get(f) != theirs.get(f))
-        how = "leave out views=" if ours["views"] is None else f"train on batches.replay({ours['views']})"
+        field = next(f for f in ("views", *recorded) if recorded.get(f) != given.get(f))
+        advice = "leave out views=" if recorded["views"] is None else f"train on batches.replay({recorded['views']})"
         return (
-            f"{self.path} was recorded with {field}={ours.get(field)}, and {name} have {field}={theirs.get(field)} "
-            f"(recorded: {_to_text(ours)}; given: {_to_text(theirs)}). With the recorded settings, {how}; or record "
-            "anew: record(teacher, batches, ANOTHER_PATH, views=...)."
+            f"{self.path} was recorded with {field}={recorded.get(field)}, and {name} have {field}={given.get(field)} "
+            f"(recorded: {_to_text(recorded)}; given: {_to_text(given)}). To use the recording, {advice}; or record "
+            "again: record(teacher, batches, ANOTHER_PATH, views=...)."
         )
 
     def verify(self, teacher: Teacher, batches: Recordable, *, rows: int = 32, seed: int = 0) -> None:
-        """Ask the teacher again about ``rows`` random rows; nothing is said when all are as recorded.
+        """Compare ``rows`` random rows with the teacher's current logits.
 
         Raises:
-            ValueError: for other batches, or naming the row that differs by more than its precision explains.
+            ValueError: for other batches, or naming the row that differs by more than the precision explains.
         """
         batches = as_recorded(batches, self.key["augmentation"]["views"])
-        if (why := self.incompatibility(batches)) is not None:
-            raise ValueError(why)
+        if (reason := self.incompatibility(batches)) is not None:
+            raise ValueError(reason)
         words = np.random.Philox(key=seed).random_raw(rows)
         ids = torch.from_numpy((words % self.rows).astype(np.int64)).unique()
-        fresh = query_teacher(teacher, batches, ids).cpu()
-        held = self._mapped.cpu().index_select(0, ids).float()
-        finite = torch.where(torch.isfinite(fresh), fresh, 0)
+        current = query_teacher(teacher, batches, ids).cpu()
+        stored = self._mapped.cpu().index_select(0, ids).float()
+        finite = torch.where(torch.isfinite(current), current, 0)
         scale = finite.abs().amax(-1, keepdim=True)
-        same = (held == fresh) | ((held - fresh).abs() <= self._tolerance(teacher) * scale)
-        wrong = (~same).any(-1).nonzero().flatten()
+        equal = (stored == current) | ((stored - current).abs() <= self._tolerance(teacher) * scale)
+        wrong = (~equal).any(-1).nonzero().flatten()
         if len(wrong):
             row = int(wrong[0])
-            off = float((torch.where(torch.isfinite(held), held, 0) - finite)[row].abs().max())
+            error = float((torch.where(torch.isfinite(stored), stored, 0) - finite)[row].abs().max())
             raise ValueError(
-                f"{self.path}: row {int(ids[row])} is not what the teacher answers now: {len(wrong)} of {len(ids)} "
-                f"rows looked at differ, this one by {off:.3g} where its logits reach {float(scale[row]):.3g}. Its "
-                "teacher, data or augmentation is another one; remove the folder and record it again."
+                f"{self.path}: row {int(ids[row])} differs from the teacher's current logits: {len(wrong)} of "
+                f"{len(ids)} compared rows differ, this one by {error:.3g}, its largest logit being "
+                f"{float(scale[row]):.3g}. The teacher, data or augmentation has changed; remove the folder "
+                "and record it again."
             )
 
     def _tolerance(self, teacher: Teacher) -> float:
-        """How far a row may lie from a fresh answer, as a share of its largest logit.
+        """Return the relative tolerance between a stored row and current logits, as a share of its largest logit.
 
-        Half an ulp in storage, doubled; and what another batch size or device changes in the teacher's sums.
+        Half an ulp in storage, doubled, plus the change of the teacher's sums by another batch size or device.
         """
         on_gpu = "cuda" in (self.key["made"]["device"], device_of(teacher).type)
         parameters = () if teacher.model is None else teacher.model.parameters()
         dtype = next((p.dtype for p in parameters), torch.float32)
-        # a GPU multiplies float32 in TF32, which has fp16's digits
+        # a GPU multiplies float32 in TF32, which has as many digits as fp16
         computed = torch.finfo(torch.float16 if on_gpu and dtype == torch.float32 else dtype).eps
         return 2 * torch.finfo(STORED[self.key["precision"]][0]).eps + max(1e-4, 8 * computed)
 
-    def _in_range(self, ids: Tensor) -> None:
+    def _check_range(self, ids: Tensor) -> None:
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.rows:
             raise ValueError(
-                f"{self.path} has rows 0 to {self.rows - 1}, and the batch asks for {int(ids.min())} to "
+                f"{self.path} has rows 0 to {self.rows - 1}, and the batch has ids {int(ids.min())} to "
                 f"{int(ids.max())}. Are these the batches it was recorded with? Cached(path, batches=...) checks."
             )
 
@@ -157,15 +158,15 @@ class Cached(CachedTeacher):
     def _map(self) -> Float[Tensor, "rows C"]:
         path, shape = self.path / LOGITS, (self.key["rows"], self.key["classes"])
         dtype, stored = STORED[self.key["precision"]]
-        again = f"Remove the folder and record it again: {self.recorded_by}."
+        advice = f"Remove the folder and record it again: {self.recorded_by}."
         try:
-            # copy-on-write: mapped and shared like "r", and torch does not warn of a read-only array
+            # copy-on-write: memory-mapped and shared like "r", without torch's warning about read-only arrays
             array = np.load(path, mmap_mode="c", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise CorruptCacheError(f"{path} cannot be read ({error}). {again}") from error
+            raise CorruptCacheError(f"{path} cannot be read ({error}). {advice}") from error
         if array.shape != shape or array.dtype != stored:
             raise CorruptCacheError(
-                f"{path} has shape {array.shape} and type {array.dtype}; {KEY} says {shape} and {stored}. {again}"
+                f"{path} has shape {array.shape} and type {array.dtype}; {KEY} says {shape} and {stored}. {advice}"
             )
         table = torch.from_numpy(array)
         return table.view(torch.bfloat16) if dtype == torch.bfloat16 else table
@@ -180,29 +181,29 @@ def record(
     precision: str = "fp16",
     quiet: bool = False,
 ) -> Cached:
-    """Ask the teacher once about every image, or about ``views`` augmentations of each, and open the result.
+    """Run the teacher once on every image, or on ``views`` augmentations of each, and open the result.
 
-    A recording that is complete is opened and not made again. One that was cut short goes on where it was; until it is
-    complete it lies in ``path.partial`` and is served to nobody. Of several processes that call this one records, and
-    the others wait and open what it wrote.
+    A finished recording is opened, not repeated. An interrupted one is resumed; until it is finished it is in
+    ``path.partial`` and cannot be opened. If several processes call this, one records, and the others wait and open the
+    result.
 
     Args:
-        teacher: asked in eval mode, such as Live(model).
-        batches: the training batches; they are walked in their own order whatever their shuffling.
+        teacher: the teacher, such as Live(model), which runs in eval mode.
+        batches: the training batches; they are recorded in the order of the data set, whatever their shuffling.
         path: the folder to write.
-        views: None records clean images. k records k augmentations of each, those that ``batches.replay(k)`` shows in
+        views: None records clean images. k records k augmentations of each, those that ``batches.replay(k)`` yields in
             training: k times the work and the space.
-        precision: "fp16", "bf16" or "fp32", in which logits are stored.
-        quiet: no progress bar.
+        precision: "fp16", "bf16" or "fp32" of the stored logits.
+        quiet: whether to hide the progress bar.
 
     Returns:
-        A Cached opened for these batches; of an older recording a sample of rows is compared with what the teacher
-        answers now. One of clean images serves their augmentations too.
+        A Cached opened for these batches. A sample of rows of an older recording is compared with the teacher's current
+        logits. A recording of clean images is opened with ``clean=True``.
 
     Raises:
-        ValueError: where ``path`` holds another recording, naming what differs; for a teacher that answers NaN, or
-            logits beyond the precision's range; for a row that the teacher now answers otherwise.
-        OSError: when it cannot be written, saying how much is needed; what is done is kept.
+        ValueError: if ``path`` contains another recording, naming the difference; if the teacher's logits are NaN or
+            beyond the precision's range; if a row differs from the teacher's current logits.
+        OSError: if it cannot be written, naming the space needed; finished rows are kept.
     """
     path = Path(path)
     if precision not in STORED:
@@ -210,21 +211,21 @@ def record(
     if not isinstance(teacher, Teacher):
         raise TypeError(f"record needs a Teacher; got {type(teacher).__name__}. Wrap a module: teachers.Live(model).")
     if path.exists() and not (path / KEY).is_file() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} is there and is no teacher cache. Give a path that is free.")
-    seen = as_recorded(batches, views)
+        raise ValueError(f"{path} exists and is not a teacher cache. Give another path.")
+    recorded = as_recorded(batches, views)
     key = {
         "format": FORMAT,
-        "data": seen.identity,
+        "data": recorded.identity,
         "teacher": teacher.identity,
-        "augmentation": seen.augmentation,
+        "augmentation": recorded.augmentation,
         "precision": precision,
-        "rows": seen.rows,
+        "rows": recorded.rows,
     }
-    if made := not (path / KEY).is_file():
-        Recording(path, teacher, seen, key, quiet=quiet).run()
+    if is_new := not (path / KEY).is_file():
+        Recording(path, teacher, recorded, key, quiet=quiet).run()
     check_key(path, key)
-    cached = Cached(path, batches=seen, teacher=teacher, clean=views is None)
-    if not made:
+    cached = Cached(path, batches=recorded, teacher=teacher, clean=views is None)
+    if not is_new:
         cached.verify(teacher, batches)
     return cached
 

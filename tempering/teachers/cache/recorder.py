@@ -1,4 +1,4 @@
-"""Asking a teacher once about a whole data set, so that a kill half-way costs a moment's work."""
+"""Record a teacher's outputs for a whole data set, resumably: a kill costs seconds of work."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tempering.utils.files import PARTIAL, file_lock, open_synced, sha256_file, 
 from tempering.utils.tensors import to_device
 
 LOGITS, LOG = "logits.npy", "done.jsonl"
-EVERY = 2.0  # seconds of work that a kill may cost
-STORED = {  # precision -> (as torch computes, as the file holds it); numpy has no bf16
+EVERY = 2.0  # seconds between writes: the most work that a kill can lose
+STORED = {  # precision -> (torch type, numpy type in the file); numpy has no bf16
     "fp16": (torch.float16, np.dtype("<f2")),
     "bf16": (torch.bfloat16, np.dtype("<u2")),
     "fp32": (torch.float32, np.dtype("<f4")),
@@ -31,65 +31,65 @@ STORED = {  # precision -> (as torch computes, as the file holds it); numpy has 
 
 
 class Recordable(Protocol):
-    """Batches that can be recorded: they know what they are and give any sample again. ``data.Batches`` is one."""
+    """Batches that can be recorded: identified by a checksum and indexable by sample id, such as ``data.Batches``."""
 
     @property
     def batch_size(self) -> int:
-        """Samples to ask about at a time."""
+        """Samples per forward of the teacher."""
         ...
 
     @property
     def identity(self) -> str:
-        """sha256 of the data and its preprocessing."""
+        """The sha256 of the data and its preprocessing."""
         ...
 
     @property
     def rows(self) -> int:
-        """How many ids there are."""
+        """Number of ids."""
         ...
 
     @property
     def augmentation(self) -> dict[str, Any]:
-        """What is done to the samples, JSON-able; "views" is None where ids are indices."""
+        """Augmentation of the samples, JSON-serializable; "views" is None if ids are indices of samples."""
         ...
 
     def gather(self, ids: Tensor) -> tuple[Any, Any, Tensor]:
-        """(inputs, labels, ids) of any ids."""
+        """Return (inputs, labels, ids) of these ids."""
         ...
 
     def clean(self) -> Recordable:
-        """The same without augmentation."""
+        """Return these batches without augmentation."""
         ...
 
     def replay(self, views: int) -> Recordable:
-        """The same in this many recorded augmentations."""
+        """Return these batches in ``views`` recorded augmentations."""
         ...
 
 
 def as_recorded(batches: Recordable, views: int | None) -> Recordable:
-    """The batches as a recording sees them: clean, or in their recorded views."""
+    """Return the batches to record: clean, or in ``views`` recorded augmentations."""
     return batches.clean() if views is None else batches.replay(views)
 
 
 @torch.no_grad()
 def query_teacher(teacher: Teacher, batches: Recordable, ids: Int[Tensor, " B"]) -> Float[Tensor, "B C"]:
-    """The teacher's logits for these samples.
+    """Return the teacher's logits for these samples.
 
     Raises:
-        ValueError: for outputs that are no (B, C) logits.
+        ValueError: for outputs other than (B, C) logits.
     """
     inputs, _, ids = batches.gather(ids)
     device = device_of(teacher)
-    said = teacher(to_device(inputs, device), ids.to(device))
-    logits = getattr(said, "logits", said)
+    output = teacher(to_device(inputs, device), ids.to(device))
+    logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(ids):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"only logits (B, C) can be recorded, here B = {len(ids)}; the teacher answers {got}.")
+        raise ValueError(f"only logits (B, C) can be recorded, here B = {len(ids)}; the teacher returned {got}.")
     return logits
 
 
 def device_of(teacher: Teacher) -> torch.device:
-    """Where the teacher's weights lie; the CPU where it has none."""
+    """Return the device of the teacher's weights; the CPU if it has none."""
     parameters = () if teacher.model is None else teacher.model.parameters()
     return next((p.device for p in parameters), torch.device("cpu"))
 
@@ -98,10 +98,10 @@ def device_of(teacher: Teacher) -> torch.device:
 def partial_folder(path: Path) -> Iterator[Path | None]:
     """Lock and yield the folder in which the recording of ``path`` is written; None if it is finished.
 
-    Waits for another process that records it.
+    Wait for another process that records it.
     """
     folder = path.with_name(path.name + PARTIAL)
-    lock = folder.with_name(folder.name + ".lock")  # outside, since Windows renames no folder that holds an open file
+    lock = folder.with_name(folder.name + ".lock")  # outside, since Windows cannot rename a folder with an open file
     with file_lock(lock):
         if (path / KEY).is_file():
             shutil.rmtree(folder, ignore_errors=True)
@@ -114,22 +114,22 @@ def partial_folder(path: Path) -> Iterator[Path | None]:
 
 
 def finish(path: Path, folder: Path, key: Mapping[str, Any], teacher: Teacher, **files: Any) -> None:
-    """Write the key with what ``files`` says of the recording's files, then rename the folder to ``path``."""
+    """Write the key with ``files``, the sizes and checksums of the recording, then rename the folder to ``path``."""
     from tempering._version import __version__
 
     model = teacher.model
-    made = {
+    provenance = {
         "teacher": type(teacher if model is None else model).__name__,
         "device": device_of(teacher).type,
         "torch": str(torch.__version__),
         "tempering": __version__,
     }
-    write_atomic(folder / KEY, json.dumps({**key, **files, "made": made}, indent=1), fsync=True)
+    write_atomic(folder / KEY, json.dumps({**key, **files, "made": provenance}, indent=1), fsync=True)
     folder.rename(path)
 
 
 class Recording:
-    """A recording under way beside its path: the array, and a log of the rows that are safely in it."""
+    """A recording in progress in ``path.partial``: the array, and a log of the rows that are safely written."""
 
     def __init__(self, path: Path, teacher: Teacher, batches: Recordable, key: dict[str, Any], *, quiet: bool) -> None:
         self.path, self.teacher, self.batches, self.key, self.quiet = path, teacher, batches, key, quiet
@@ -137,7 +137,7 @@ class Recording:
         self.done, self.classes = 0, 0
 
     def run(self) -> None:
-        """Take up what is there, ask about the rest, and move the whole to its path. Waits for another who does so."""
+        """Resume an unfinished recording, query the remaining rows and rename the result; wait for other recorders."""
         with partial_folder(self.path) as folder:
             if folder is None:
                 return
@@ -147,11 +147,11 @@ class Recording:
                 self._finish()
 
     def _recover(self) -> None:
-        """Go to the last row the log vouches for, and cut off what lies behind."""
+        """Resume after the last row of the log, and truncate the array there."""
         if not (self.folder / KEY).is_file() or not (self.folder / LOG).is_file():
             return
         check_key(self.folder, self.key)
-        lines = (self.folder / LOG).read_bytes().split(b"\n")[:-1]  # a kill can leave the last line torn
+        lines = (self.folder / LOG).read_bytes().split(b"\n")[:-1]  # a kill can leave an incomplete last line
         try:
             last = json.loads(lines[-1])
             end, done, classes = int(last["bytes"]), int(last["done"]), int(last["classes"])
@@ -166,24 +166,24 @@ class Recording:
     def _query(self) -> None:
         total, size = self.key["rows"], self.batches.batch_size
         with progress(total, self.done, self.quiet) as advance:
-            first, waiting, since = self.done, [], time.monotonic()
+            first, pending, last_write = self.done, [], time.monotonic()
             while first < total:
                 ids = torch.arange(first, min(first + size, total))
-                waiting.append(self._stored(query_teacher(self.teacher, self.batches, ids), first))
+                pending.append(self._stored(query_teacher(self.teacher, self.batches, ids), first))
                 first += len(ids)
                 advance(len(ids))
-                if time.monotonic() - since >= EVERY or first == total:
+                if time.monotonic() - last_write >= EVERY or first == total:
                     with self._writing():
-                        self._write(waiting)
-                    waiting, since = [], time.monotonic()
+                        self._write(pending)
+                    pending, last_write = [], time.monotonic()
 
     def _stored(self, logits: Tensor, first: int) -> np.ndarray:
-        """The rows as the file holds them."""
+        """Return the rows in the type of the file."""
         cast = to_stored_precision(logits, self.key["precision"], first).cpu().contiguous()
         return cast.view(torch.uint16).numpy() if cast.dtype == torch.bfloat16 else cast.numpy()
 
     def _write(self, blocks: list[np.ndarray]) -> None:
-        """Append blocks and make them last, then say so in the log and make that last."""
+        """Append blocks and sync them to the disk, then append to the log and sync it."""
         if not self.done:
             self.classes = blocks[0].shape[1]
             for name in (LOG, LOGITS):
@@ -202,9 +202,9 @@ class Recording:
 
     def _finish(self) -> None:
         array = self.folder / LOGITS
-        whole = {"classes": self.classes, "bytes": array.stat().st_size, "sha256": sha256_file(array)}
-        finish(self.path, self.folder, self.key, self.teacher, **whole)
-        (self.path / LOG).unlink(missing_ok=True)  # not before: killed here, it would be all to do again
+        files = {"classes": self.classes, "bytes": array.stat().st_size, "sha256": sha256_file(array)}
+        finish(self.path, self.folder, self.key, self.teacher, **files)
+        (self.path / LOG).unlink(missing_ok=True)  # not earlier: a kill before the rename would lose all work
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -214,47 +214,54 @@ class Recording:
             needed = self.key["rows"] * self.classes * STORED[self.key["precision"]][1].itemsize
             raise OSError(
                 error.errno,
-                f"cannot write the teacher's answers ({needed / 2**20:.1f} MB) under {self.folder}: {error.strerror}. "
-                "Free some space there and call record() again: it goes on where it stopped.",
+                f"cannot write the teacher's outputs ({needed / 2**20:.1f} MB) under {self.folder}: {error.strerror}. "
+                "Free some space there and call record() again: it resumes.",
             ) from error
 
 
 def to_stored_precision(
     values: Float[Tensor, "B C"], precision: str, first: int, *, what: str = "logits"
 ) -> Float[Tensor, "B C"]:
-    """The rows in a stored precision; ``first`` is the number of the first of them, for errors.
+    """Cast rows to a stored precision.
+
+    Args:
+        values: the rows.
+        precision: a key of ``STORED``.
+        first: the number of the first row, for error messages.
+        what: name of the values, for error messages.
 
     Raises:
-        ValueError: for a row with NaN or infinity, or beyond the precision's range.
+        ValueError: for a row with NaN or positive infinity, or beyond the precision's range.
     """
-    broken = torch.isnan(values) | torch.isposinf(values)
-    if broken.any():
-        row = int(broken.any(-1).nonzero()[0])
-        found = "NaN" if torch.isnan(values[row]).any() else "infinity"
+    invalid = torch.isnan(values) | torch.isposinf(values)
+    if invalid.any():
+        row = int(invalid.any(-1).nonzero()[0])
+        kind = "NaN" if torch.isnan(values[row]).any() else "infinity"
         raise ValueError(
-            f"the teacher gives {found} on row {first + row}: nothing can be learned from it. Is its checkpoint "
-            "whole, are its inputs normalized as in its training? In half precision, try Live(precision='fp32')."
+            f"the teacher's {what} contain {kind} in row {first + row}. Is its checkpoint complete, and are its inputs "
+            "normalized as in its training? In half precision, try Live(precision='fp32')."
         )
     dtype, _ = STORED[precision]
     cast = values.to(dtype)
-    beyond = torch.isinf(cast) & torch.isfinite(values)
-    if beyond.any():
-        largest, row = float(values[beyond].abs().max()), int(beyond.any(-1).nonzero()[0])
+    overflow = torch.isinf(cast) & torch.isfinite(values)
+    if overflow.any():
+        largest, row = float(values[overflow].abs().max()), int(overflow.any(-1).nonzero()[0])
         other = "'bf16' or 'fp32'" if precision == "fp16" else "'fp32'"
         raise ValueError(
-            f"the teacher's {what} reach {largest:.6g} (first in row {first + row}), and {precision} ends at "
-            f"{torch.finfo(dtype).max:.6g}. Record with precision={other}."
+            f"the teacher's {what} reach {largest:.6g} (first in row {first + row}), and the largest {precision} "
+            f"number is {torch.finfo(dtype).max:.6g}. Record with precision={other}."
         )
     return cast
 
 
 @contextmanager
 def progress(total: int, done: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar and yield the function that advances it."""
     if quiet:
         yield lambda count: None
         return
     from rich.progress import Progress
 
     with Progress(transient=True) as bar:
-        task = bar.add_task("asking the teacher", total=total, completed=done)
+        task = bar.add_task("querying the teacher", total=total, completed=done)
         yield lambda count: bar.advance(task, count)

@@ -1,4 +1,4 @@
-"""Teacher outputs for texts, stored as shards: safetensors files of some texts each, written atomically."""
+"""Store teacher outputs for texts as shards: safetensors files of several texts each, written atomically."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tempering.utils.tensors import to_device
 
 Tensors = dict[str, Tensor]
 Inputs = Callable[[Any], tuple[Any, Any, Any]]  # a batch -> (student's inputs, teacher's inputs, ids), as tasks do
-BYTES = 2**26  # of a shard at most, so that a kill costs little and a shard fits into memory
-TEXTS = 1024  # in a shard at most
+BYTES = 2**26  # largest shard: a kill costs little and a shard fits into memory
+TEXTS = 1024  # most texts per shard
 
 
 class CachedShards(CachedTeacher):
@@ -31,14 +31,14 @@ class CachedShards(CachedTeacher):
         self, path: str | Path, *, batches: Any = None, teacher: Teacher | None = None, checksum: bool | None = None
     ) -> None:
         super().__init__(path, batches=batches, teacher=teacher, checksum=checksum)
-        self.size: int = self.key["size"]  # texts in a shard
+        self.size: int = self.key["size"]  # texts per shard
         self.length: int = self.key["length"]
 
     def files(self) -> list[StoredFile]:
         return [StoredFile(self.path / s["file"], s["bytes"], s["sha256"]) for s in self.key["shards"]]
 
     def file(self, name: str) -> Any:
-        """Return one of the files, mapped."""
+        """Return one of the files, memory-mapped."""
         from safetensors import safe_open
 
         if name not in self._mapped:
@@ -49,30 +49,30 @@ class CachedShards(CachedTeacher):
         """Return (file, row in it) of every id.
 
         Raises:
-            ValueError: for no ids, or one that is not in the recording.
+            ValueError: for ids of None, or an id that is not in the recording.
         """
         if ids is None:
             raise ValueError(
-                "a recorded teacher looks answers up by sample id, and the batch has none. data.Tokens and data.Pairs "
-                "have them; what a student wrote itself has none: teachers.Live(model)."
+                "a cached teacher looks up outputs by sample id, and the batch has none. Batches of data.Tokens and "
+                "data.Pairs have ids; generated texts have none and need teachers.Live(model)."
             )
         numbers = ids.tolist()
         if numbers and not 0 <= min(numbers) <= max(numbers) < self.rows:
             raise ValueError(
-                f"{self.path} has texts 0 to {self.rows - 1}, and the batch asks for {min(numbers)} to {max(numbers)}. "
+                f"{self.path} has texts 0 to {self.rows - 1}, and the batch has ids {min(numbers)} to {max(numbers)}. "
                 "Are these the batches it was recorded with?"
             )
         return [(self.file(_shard(i // self.size)), i % self.size) for i in numbers]
 
     def _map(self) -> dict[str, Any]:
-        return {}  # files are mapped when they are first read
+        return {}  # files are memory-mapped at their first use
 
 
 # recording
 
 
 def recording_key(kind: str, batches: Recordable, teacher: Teacher, **own: Any) -> dict[str, Any]:
-    """Return the key of a recording of texts; ``own`` holds the fields of this kind."""
+    """Return the key of a recording of texts; ``own`` are the additional fields of its kind."""
     return {
         "format": FORMAT,
         "kind": kind,
@@ -95,16 +95,16 @@ def record_shards(
     more: Mapping[str, tuple[Tensors, dict[str, str]]] | None = None,
     quiet: bool = False,
 ) -> None:
-    """Query the teacher about ``key["rows"]`` texts, ``size`` in a shard; resume a recording that was cut short.
+    """Query the teacher for ``key["rows"]`` texts, ``size`` per shard; resume an interrupted recording.
 
     If several processes call this, one records and the others wait.
 
     Args:
-        query: returns what a shard stores of the texts with these ids.
+        query: returns the tensors to store for the texts with these ids.
         more: other files by name, with their metadata.
 
     Raises:
-        ValueError: if another recording was begun or finished there, naming what differs.
+        ValueError: if ``path`` contains another recording, finished or not, naming the difference.
     """
     if not (path / KEY).is_file():
         with partial_folder(path) as folder:
@@ -133,16 +133,16 @@ def query_sparse(teacher: Teacher, inputs: Any, ids: Tensor) -> Sparse:
     sparse = teacher(inputs, ids)
     if not isinstance(sparse, Sparse):
         raise TypeError(
-            f"only Sparse answers can be recorded so; {type(teacher).__name__} answers {type(sparse).__name__}. "
-            "Say what is kept of it: TopKTeacher(teacher, top=16)."
+            f"only Sparse outputs can be recorded; {type(teacher).__name__} returned {type(sparse).__name__}. "
+            "Reduce them first: TopKTeacher(teacher, top=16)."
         )
     if torch.isnan(sparse.logp).any():
-        raise ValueError("the teacher gives NaN: nothing can be learned from it. Is its checkpoint whole?")
+        raise ValueError("the teacher's log-probabilities contain NaN. Is its checkpoint complete?")
     return sparse.to("cpu")
 
 
 def texts_per_shard(bytes_per_text: int) -> int:
-    """Return how many texts go into a shard."""
+    """Return the number of texts per shard."""
     return max(1, min(TEXTS, BYTES // max(1, bytes_per_text)))
 
 
@@ -186,16 +186,16 @@ def _shard(number: int) -> str:
     return f"{number:05d}.safetensors"
 
 
-# integers in as few bytes as they need
+# integers in as few bytes as possible
 
 
 def to_bytes(values: Int[Tensor, "*N"], width: int | None = None) -> Int[Tensor, "*N bytes"]:
-    """Return non-negative integers as uint8, least significant byte first; None is the width that the largest needs."""
-    most = int(values.max()) if values.numel() else 0
-    shifts = 8 * torch.arange(width or max(1, -(-most.bit_length() // 8)))
+    """Return non-negative integers as uint8, least significant byte first; width None fits the largest."""
+    largest = int(values.max()) if values.numel() else 0
+    shifts = 8 * torch.arange(width or max(1, -(-largest.bit_length() // 8)))
     return ((values[..., None] >> shifts) & 255).to(torch.uint8)
 
 
 def from_bytes(parts: Int[Tensor, "*N bytes"]) -> Int[Tensor, "*N"]:
-    """Return the integers that ``to_bytes`` was given."""
+    """Invert ``to_bytes``."""
     return (parts.long() << 8 * torch.arange(parts.shape[-1])).sum(-1)
