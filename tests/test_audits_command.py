@@ -92,10 +92,10 @@ def test_a_run_is_audited_by_its_own_command(made: tuple[Path, Path], capsys: py
     assert "temperature" in said and "findings, and what each means: " in said
     found = audits(folder / "audits.json")
     assert list(found) == ["calibration", "explanation"]
-    assert "It was taught with" in json.dumps(found["calibration"]) and found["calibration"]["commit"] is not None
+    assert "It was distilled with" in json.dumps(found["calibration"]) and found["calibration"]["commit"] is not None
     assert "host" not in found["calibration"]
     said = json.dumps(found["explanation"])
-    assert "Sharpness(tau=4, solve=exact, reach=0.9, attached=False), the one it was trained with" in said
+    assert "Sharpness(tau=4, solve=exact, reach=0.9, attached=False), used in training" in said
     assert (
         found["explanation"]["settings"]["policy"] == "Sharpness" and "_drawn" not in found["explanation"]["settings"]
     )
@@ -118,7 +118,7 @@ def test_the_policy_that_is_looked_at(made: tuple[Path, Path], tmp_path: Path) -
         assert run("audit", outs[name], "--explanation", *QUICK) == 0
     said = {name: json.dumps(audits(out / "audits.json")["explanation"]) for name, out in outs.items()}
     assert "Sharpness(tau=4" in said["constant"] and "not one that it was trained with" in said["constant"]
-    assert "Curriculum(" in said["learned"] and ", the one it was trained with" in said["learned"]
+    assert "Curriculum(" in said["learned"] and ", used in training" in said["learned"]
     # what it had learned went with its checkpoints
     shutil.rmtree(outs["learned"] / "checkpoints")
     assert run("audit", outs["learned"], "--explanation", "--again", *QUICK) == 0
