@@ -94,7 +94,7 @@ class Privacy(Audit):
         )
         tpr_meaning = (
             f"Of the training samples, those detected by {attack} at a false-positive rate of {self.rate:.3g}, at "
-            f"which guessing detects {100 * self.rate:.3g} %. It shows the few certain detections that an average hides."
+            f"which guessing detects {100 * self.rate:.3g} %. It shows the few sure detections that an average hides."
         )
         if len(others) * self.rate < 1:
             tpr_meaning += f" With {len(others)} others the rate is 0."
