@@ -117,7 +117,7 @@ def test_the_policy_that_is_looked_at(made: tuple[Path, Path], tmp_path: Path) -
             assert run(*command) == 0
         assert run("audit", outs[name], "--explanation", *QUICK) == 0
     said = {name: json.dumps(audits(out / "audits.json")["explanation"]) for name, out in outs.items()}
-    assert "Sharpness(tau=4" in said["constant"] and "not one that it was trained with" in said["constant"]
+    assert "Sharpness(tau=4" in said["constant"] and "not used in training" in said["constant"]
     assert "Curriculum(" in said["learned"] and ", used in training" in said["learned"]
     # what it had learned went with its checkpoints
     shutil.rmtree(outs["learned"] / "checkpoints")
