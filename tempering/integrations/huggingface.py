@@ -216,7 +216,7 @@ class Unpacked(nn.Module):
 class Labeled(Task):
     """Handle batches as transformers collates them: a mapping of inputs with "labels"; models return ``.logits``.
 
-    (N, C) logits give N rows; a row with the label -100 learns from the teacher only. (N, L, C) logits give N * L rows;
+    (N, C) logits give N rows; rows with the label -100 learn from the teacher only. (N, L, C) logits give N * L rows;
     a token with the label -100 has weight 0. If a batch has "ids", they identify the samples (the Trainer then needs
     remove_unused_columns=False).
 
