@@ -101,7 +101,7 @@ def test_a_run_is_audited_by_its_own_command(made: tuple[Path, Path], capsys: py
     )
     if importlib.util.find_spec("jinja2") is not None:
         page = render([load_run(folder)])
-        for title in ("Reliability as they are", "After the fitted temperature", "Temperature by the student"):
+        for title in ("Reliability before scaling", "After the fitted temperature", "Temperature by the student"):
             assert title in page
     assert before == {p: (folder / p).read_bytes() for p in before}, "records are left alone"
 
@@ -122,7 +122,7 @@ def test_the_policy_that_is_looked_at(made: tuple[Path, Path], tmp_path: Path) -
     # what it had learned went with its checkpoints
     shutil.rmtree(outs["learned"] / "checkpoints")
     assert run("audit", outs["learned"], "--explanation", "--again", *QUICK) == 0
-    assert "not one that it was trained with" in (outs["learned"] / "audits.json").read_text()
+    assert "not used in training" in (outs["learned"] / "audits.json").read_text()
 
 
 def test_an_interrupted_audit_begins_again_and_a_finished_one_is_kept(

@@ -450,7 +450,7 @@ def test_the_audit_asks_for_the_tree_and_the_report_draws_it(tmp_path: Path) -> 
     made = {"findings": [f.record() for f in rows.values()], "drawn": audit.report_data(student)}
     (run / "audits.json").write_text(json.dumps({"format": 1, "audits": {"explanation": made}}))
     html = render([load_run(run)])
-    assert "KDExplainer&#39;s tree where it was used" in html and ">elk</text>" in html and "branch share" in html
+    assert "KDExplainer&#39;s concept tree" in html and ">elk</text>" in html and "branch share" in html
     made["drawn"]["tree"][-1]["parent"][0] = 9
     assert not is_complete(made["drawn"]["tree"])
     (run / "audits.json").write_text(json.dumps({"format": 1, "audits": {"explanation": made}}))
