@@ -319,7 +319,7 @@ def test_a_cell_is_made_by_what_it_trains_not_by_where(fake: Path, tmp_path: Pat
     ("args", "flags", "said"),
     [
         (("--seeds=0",), (), "a comparison needs a recipe, --methods and at least one seed"),
-        (("--methods=kdd",), (), "no arm or method is called 'kdd'. Did you mean 'kd'?"),
+        (("--methods=kdd",), (), "no method is called 'kdd'. Did you mean 'kd'?"),
         (("--jobs=0",), (), "jobs and threads must be 1 or more; got 0 and 1."),
         ((), ("--seed=3",), "compare sets --seed itself"),
         ((), ("seed",), "'seed' behind the -- is no flag of the recipe. Write --name=value."),

@@ -145,7 +145,7 @@ def test_a_space_can_be_typed() -> None:
 @pytest.mark.parametrize(
     ("method", "given", "said"),
     [
-        ("dkdd", "", "no arm or method is called 'dkdd'. Did you mean 'dkd'?"),
+        ("dkdd", "", "no method is called 'dkdd'. Did you mean 'dkd'?"),
         ("supervised", "", "supervised has nothing to search. Name what to vary: --space"),
         ("kd", "sof=1..2", "neither the method nor the recipe has an argument 'sof'. Did you mean 'soft'?"),
         ("kd", "soft", "'soft' says nothing about what to search. Write it as in"),
