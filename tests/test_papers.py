@@ -97,7 +97,7 @@ def test_presets_are_the_papers() -> None:
 def test_presets_invent_nothing() -> None:
     with pytest.raises(ValueError, match=r"published.dtkd has no values for resnet34 -> resnet18 on imagenet. It has"):
         papers.dtkd("resnet34", "resnet18", data="imagenet")
-    with pytest.raises(ValueError, match=r"It knows tiny_imagenet: resnet32x4 -> resnet8x4, .* configure the method"):
+    with pytest.raises(ValueError, match=r"It has tiny_imagenet: resnet32x4 -> resnet8x4, .* configure the method"):
         papers.r2kd("resnet32x4", "resnet8x4", data="cifar100")
 
 
