@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tempering.reports import charts, page
 from tempering.reports.charts import Svg, tag
 from tempering.reports.compare import Comparison
-from tempering.reports.figures import SMALL, curve, inside, make_sections, overlay, percent, styles
+from tempering.reports.figures import SMALL, curve, inside, arms_in_charts, overlay, percent, styles
 
 COLUMNS, PITCH, HEAD, AIR, LINE = 3, 384, 20, 22, 18  # panels in a row; widths and heights in pixels
 OWN = "svg { overflow: visible } text { font-size: 11.5px; fill: var(--muted) } .teacher { --c: var(--ink) }"
@@ -28,7 +28,7 @@ def learning(found: Comparison) -> list[Panel]:
         if (f := overlay(found, key, title, get, y_label=label, begin=begin, size=SMALL)) is not None
     ]
     curves = {
-        arm.label: c for arm in make_sections(found) if arm.n and (c := curve(arm.counted, "epochs", "epoch", get))
+        arm.label: c for arm in arms_in_charts(found) if arm.n and (c := curve(arm.counted, "epochs", "epoch", get))
     }
     middle = max((c.x[-1] for c in curves.values()), default=0.0) / 2
     curves = {name: late for name, c in curves.items() if (late := c.since(middle)).x}
@@ -62,7 +62,7 @@ def sheet(title: str, panels: Sequence[Panel], found: Comparison) -> str:
             place = f'<svg x="{PITCH * i}" y="{y + HEAD:g}" width="{width:g}" height="{height:g}"'
             parts.append(Svg(svg.replace("<svg", place, 1)))
         y += HEAD + max(height for *_, height in row) + AIR
-    shown = [arm.label for arm in make_sections(found) if arm.n]
+    shown = [arm.label for arm in arms_in_charts(found) if arm.n]
     for i, label in enumerate(shown):
         x, at = PITCH * (i % COLUMNS), y + LINE * (i // COLUMNS) + 12
         line = tag("line", class_="line", x1=x, x2=x + 26, y1=at - 4, y2=at - 4)

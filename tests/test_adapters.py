@@ -207,7 +207,7 @@ def test_teacher_is_frozen_and_in_no_checkpoint_and_resume_goes_on(hf: Any, tmp_
     alike(resumed.model, straight.model)
     alike(again, method)
     (saved / METHOD).unlink()
-    with pytest.raises(ValueError, match=rf"{METHOD} is not there, so Sum cannot go on with what it trained"):
+    with pytest.raises(ValueError, match=rf"{METHOD} does not exist, so Sum cannot resume its own parameters"):
         hf(Conv(2, 2), images(), method=Sum(FitNet(hard=0.0), KD()), options=options, **own).train(str(saved))
 
 
@@ -272,13 +272,17 @@ def test_what_the_trainer_of_transformers_refuses(hf: Any) -> None:
     own: dict[str, Any] = {"teacher": vit(16, 0), "method": KD()}
     for changed, error, text in [
         ({"method": DIST(), "accumulate": 2}, ValueError, "DIST compares rows .* gradient_accumulation_steps=2 would"),
-        ({"method": Owner()}, TypeError, "Owner owns its step, and so does this trainer. Run it by tempering.distill"),
+        (
+            {"method": Owner()},
+            TypeError,
+            "Owner owns its step, and so does this trainer. Run it with tempering.distill",
+        ),
         ({"method": KD(temperature=Told())}, ValueError, "Told learns from a second forward after every step"),
         ({"method": "kd"}, TypeError, r"method must be a Method, such as methods.DTKD\(\); got str"),
         ({"teacher": None}, ValueError, "KD needs a teacher, and teacher is None"),
         ({"teacher": "bert"}, TypeError, "teacher must be a module, a Teacher or None; got str"),
         ({"teacher": student}, ValueError, r"shares weights with the student: frozen, .* copy.deepcopy\(model\)"),
-        ({"options": {"label_smoothing_factor": 0.1}}, ValueError, "the method makes the loss, so label_smoothing_fac"),
+        ({"options": {"label_smoothing_factor": 0.1}}, ValueError, "the method computes the loss, so label_smoothing_fac"),
     ]:
         with pytest.raises(error, match=text):
             hf(student, images(), **own | changed)
@@ -321,14 +325,14 @@ def test_labeled_loss_is_that_of_the_model_of_transformers() -> None:
 
 def test_labeled_refuses_what_does_not_fit() -> None:
     task, tokens = Labeled(), torch.zeros(2, 4, 3)
-    with pytest.raises(ValueError, match=r"mappings, as collators of transformers make; got tuple.*Classification\(\)"):
+    with pytest.raises(ValueError, match=r"mappings, as collators of transformers return; got tuple.*Classification\(\)"):
         task.inputs((tokens, tokens))
     with pytest.raises(ValueError, match=r"need labels of shape \(N, L\) = \(2, 4\), .*got none. Collate with labels"):
         task.rows(tokens, None, {"x": tokens})
     with pytest.raises(ValueError, match=r"got \(2, 3\)"):
         task.rows(tokens, None, {"labels": torch.zeros(2, 3)})
     with pytest.raises(
-        ValueError, match=r"student answers \(2, 4, 3\) and the teacher \(2, 4, 5\): they need the same"
+        ValueError, match=r"student's logits are \(2, 4, 3\) and the teacher's \(2, 4, 5\): both need the same"
     ):
         task.rows(tokens, torch.zeros(2, 4, 5), {"labels": tokens[..., 0].long()})
     with pytest.raises(ValueError, match=r"teacher must answer \(N, C\) or \(N, L, C\) logits.*got str"):
@@ -512,7 +516,7 @@ def test_what_lightning_refuses(pl: Any) -> None:
     with pytest.raises(ValueError, match=r"DIST compares rows .* accumulate_grad_batches=2 would change it"):
         fit(pl, DistillModule(mlp(8, 1), teacher, method=DIST(), selfcheck=False), data, batch=24, accumulate=2)
     fit(pl, DistillModule(mlp(8, 1), teacher, method=DIST(), selfcheck=False), data, batch=24, epochs=1)
-    with pytest.raises(ValueError, match=r"needs its end: give the Trainer max_epochs= or max_steps="):
+    with pytest.raises(ValueError, match=r"needs its end: set max_epochs= or max_steps= of the Trainer"):
         fit(pl, DistillModule(mlp(8, 1), teacher, method=KD(), selfcheck=False), data, batch=24, epochs=-1)
     with pytest.raises(TypeError, match="Owner owns its step"):
         DistillModule(mlp(8, 1), teacher, method=Owner())
@@ -525,6 +529,6 @@ def test_what_lightning_refuses(pl: Any) -> None:
     def two() -> Any:
         return DistillModule(mlp(8, 1), teacher, method=KD(), task=Twice(), selfcheck=False)
 
-    with pytest.raises(ValueError, match=r"Twice makes 2 blocks of rows a batch.*=1 on one device"):
+    with pytest.raises(ValueError, match=r"Twice makes 2 blocks of rows per batch.*=1 on one device"):
         fit(pl, two(), data, batch=24, accumulate=3)
     fit(pl, two(), data, batch=24, epochs=1)

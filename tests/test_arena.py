@@ -190,7 +190,7 @@ def test_a_failed_cell_is_shown_and_stops_no_other(
     assert "| KD | 0 of 1; failed: 0 |" in table
     assert "| DKD | 0 of 1; open: 0 |" in table
     cli.main(["compare", "status", str(out)])
-    assert "3 cells: 1 done, 1 failed, 1 open" in capsys.readouterr().out
+    assert "3 runs: 1 done, 1 failed, 1 open" in capsys.readouterr().out
 
     plan = arena_plan.read(out)  # the same grid, mended
     mended = tmp_path / "mended" / "fake.py"
@@ -217,7 +217,7 @@ def test_open_cells_are_shown_as_open_and_status_says_so(
     assert "DTKD exact" in (out / "report.html").read_text()
     cli.main(["compare", "status", str(out)])
     said = capsys.readouterr().out
-    assert "6 cells: 2 done, 4 open; 1 at once: about 4 min left, until" in said
+    assert "6 runs: 2 done, 4 open; 1 at once: about 4 min left, until" in said
     assert "test 57.17" not in said.partition("DTKD exact")[2]
 
 
@@ -231,7 +231,7 @@ def test_what_runs_is_seen_from_outside_and_a_stop_reaches_it(
         _until(lambda: out.is_dir() and any((out / "work").glob("*/steps.jsonl")))
         cli.main(["compare", "status", str(out)])
         said = capsys.readouterr().out
-        assert "2 cells: 1 running, 1 open" in said
+        assert "2 runs: 1 running, 1 open" in said
         assert " 25 %" in said
 
         # a second arena does not take the cell that the first one runs: it does the rest, then waits
@@ -247,10 +247,10 @@ def test_what_runs_is_seen_from_outside_and_a_stop_reaches_it(
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=30)[0].decode()
     assert process.returncode == 130
-    assert "stopped; the same command goes on: 1 cells are open" in said
+    assert "stopped; the same command resumes: 1 runs left" in said
     place = out / "work" / cell_of(out, "KD").stem
     assert json.loads((place / "facts.json").read_text())["status"] == "interrupted"
-    assert not arena_view.is_locked(place)
+    assert not arena_view.is_running(place)
 
 
 LAUNCHER = """
@@ -275,12 +275,12 @@ def test_a_lock_outlives_its_arena_with_the_cell(tmp_path: Path) -> None:
     assert parent.stdout.readline() == b"ready\n"
     parent.kill()
     parent.wait()
-    assert arena.try_lock(path) is None and arena_view.is_locked(place)
+    assert arena.try_lock(path) is None and arena_view.is_running(place)
     parent.stdin.write(b"\n")  # ends the child, which inherited the pipe
     parent.stdin.close()
     with parent.stdout:
         assert parent.stdout.read() == b""
-    _until(lambda: not arena_view.is_locked(place))
+    _until(lambda: not arena_view.is_running(place))
     lock = arena.try_lock(path)
     assert lock is not None
     lock.release()
@@ -343,11 +343,11 @@ def test_a_new_flag_with_the_former_name_of_another_is_itself(fake: Path, tmp_pa
     ("args", "flags", "said"),
     [
         (("--seeds=0",), (), "a comparison needs a recipe, --methods and at least one seed"),
-        (("--methods=kdd",), (), "no arm or method is called 'kdd'. Did you mean 'kd'?"),
+        (("--methods=kdd",), (), "no method is called 'kdd'. Did you mean 'kd'?"),
         (("--jobs=0",), (), "jobs and threads must be 1 or more; got 0 and 1."),
         ((), ("--seed=3",), "compare sets --seed itself"),
-        ((), ("seed",), "'seed' behind the -- is no flag of the recipe. Write --name=value."),
-        ((), ("--epochs=3",), "holds another grid: its epochs was None, now it is '3'"),
+        ((), ("seed",), "'seed' after the -- is not a flag of the recipe. Write --name=value."),
+        ((), ("--epochs=3",), "contains another comparison: its epochs was None, now it is '3'"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(
@@ -372,7 +372,7 @@ def test_a_recipe_that_cannot_be_a_cell_is_refused(tmp_path: Path, capsys: pytes
     assert compare(path, tmp_path / "grid") == 1
     assert "main() takes no out, seed; a comparison needs these as its flags." in capsys.readouterr().err
     assert cli.main(["compare", "status", str(tmp_path / "grid")]) == 1
-    assert "holds no comparison: there is no plan.json. Start one: tempering compare" in capsys.readouterr().err
+    assert "contains no comparison: there is no plan.json. Start one: tempering compare" in capsys.readouterr().err
 
 
 # real cells

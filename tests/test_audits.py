@@ -94,15 +94,15 @@ def test_labeled_rows_alone_and_no_more_than_asked() -> None:
     [
         (Answers(), [], "no labeled row"),
         (Answers(), [(torch.randn(8, 3), torch.full((8,), -100))], "no labeled row"),
-        (Answers(), [(torch.randn(8, 3), torch.full((8,), 3))], "a label 3 and the models answer 3 classes"),
+        (Answers(), [(torch.randn(8, 3), torch.full((8,), 3))], "a label 3, but the models have 3 classes"),
         (
             Answers(),
             [(torch.randn(8, 3), torch.zeros(8))],
             "a class index (N,) for each of 8 inputs; got torch.float32",
         ),
         (Answers(), [torch.randn(8, 3)], "batches (inputs, labels, ...) of tensors; got Tensor"),
-        (Answers(), [(torch.randn(8, 3, 2), torch.zeros(8).long())], "must answer (N, C) logits for an audit"),
-        (Answers(math.nan), [(torch.randn(8, 3), torch.zeros(8).long())], "numbers that are not finite"),
+        (Answers(), [(torch.randn(8, 3, 2), torch.zeros(8).long())], "must return (N, C) logits for an audit"),
+        (Answers(math.nan), [(torch.randn(8, 3), torch.zeros(8).long())], "logits that are not finite"),
         (Answers(), [(torch.randn(3, 3), torch.zeros(3).long())], "at least 4 rows; got 3"),
     ],
 )
@@ -114,7 +114,7 @@ def test_what_cannot_be_audited_is_refused(student: nn.Module, batches: list[Any
 
 def test_a_cache_or_another_number_of_classes_is_refused() -> None:
     x, y = sampled(8, 3)
-    with pytest.raises(TypeError, match="give the model itself"):
+    with pytest.raises(TypeError, match="pass the model itself"):
         Calibration()(Answers(), object(), [(x, y)])
     with pytest.raises(ValueError, match="the student 3 and the teacher 4"):
         Calibration()(Answers(), nn.Linear(3, 4), [(x, y)])
@@ -175,7 +175,7 @@ def test_an_overconfident_predictor_is_found_and_one_temperature_mends_it() -> N
     z, y = sampled(4000)
     found = by_name(Calibration(draws=40, taught={"student": 3.0, "teacher": 5.5})(Answers(3.0), None, [(z, y)]))
     T = found["student", "temperature"]
-    assert T.low < 3 < T.high and T.high - T.low < 0.6 and "too sure" in T.meaning
+    assert T.low < 3 < T.high and T.high - T.low < 0.6 and "overconfident" in T.meaning
     assert "the student's logits at 3, the teacher's logits at 5.5" in T.meaning
     for name in ("ece", "ece_adaptive", "nll", "brier"):
         before, after = found["student", name], found["student", f"{name}_tempered"]
@@ -206,6 +206,6 @@ def test_where_no_temperature_is_best_the_edge_is_named() -> None:
     assert right.bound and right.value == pytest.approx(0.02, rel=1e-3)
     assert fit_temperature(z, z.argmin(-1)).bound
     found = by_name(Calibration(draws=5)(Answers(), None, [(z, z.argmax(-1))]))
-    assert "at the edge" in found["student", "temperature"].meaning
+    assert "at a bound" in found["student", "temperature"].meaning
     one = by_name(Calibration(draws=5)(Answers(), None, [(torch.randn(8, 1), torch.zeros(8).long())]))  # one class
     assert one["student", "ece"].value == 0.0

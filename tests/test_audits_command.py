@@ -92,16 +92,16 @@ def test_a_run_is_audited_by_its_own_command(made: tuple[Path, Path], capsys: py
     assert "temperature" in said and "findings, and what each means: " in said
     found = audits(folder / "audits.json")
     assert list(found) == ["calibration", "explanation"]
-    assert "It was taught with" in json.dumps(found["calibration"]) and found["calibration"]["commit"] is not None
+    assert "It was distilled with" in json.dumps(found["calibration"]) and found["calibration"]["commit"] is not None
     assert "host" not in found["calibration"]
     said = json.dumps(found["explanation"])
-    assert "Sharpness(tau=4, solve=exact, reach=0.9, attached=False), the one it was trained with" in said
+    assert "Sharpness(tau=4, solve=exact, reach=0.9, attached=False), used in training" in said
     assert (
         found["explanation"]["settings"]["policy"] == "Sharpness" and "_drawn" not in found["explanation"]["settings"]
     )
     if importlib.util.find_spec("jinja2") is not None:
         page = render([load_run(folder)])
-        for title in ("Reliability as they are", "After the fitted temperature", "Temperature by the student"):
+        for title in ("Reliability before scaling", "After the fitted temperature", "Temperature by the student"):
             assert title in page
     assert before == {p: (folder / p).read_bytes() for p in before}, "records are left alone"
 
@@ -117,12 +117,12 @@ def test_the_policy_that_is_looked_at(made: tuple[Path, Path], tmp_path: Path) -
             assert run(*command) == 0
         assert run("audit", outs[name], "--explanation", *QUICK) == 0
     said = {name: json.dumps(audits(out / "audits.json")["explanation"]) for name, out in outs.items()}
-    assert "Sharpness(tau=4" in said["constant"] and "not one that it was trained with" in said["constant"]
-    assert "Curriculum(" in said["learned"] and ", the one it was trained with" in said["learned"]
+    assert "Sharpness(tau=4" in said["constant"] and "not used in training" in said["constant"]
+    assert "Curriculum(" in said["learned"] and ", used in training" in said["learned"]
     # what it had learned went with its checkpoints
     shutil.rmtree(outs["learned"] / "checkpoints")
     assert run("audit", outs["learned"], "--explanation", "--overwrite", *QUICK) == 0
-    assert "not one that it was trained with" in (outs["learned"] / "audits.json").read_text()
+    assert "not used in training" in (outs["learned"] / "audits.json").read_text()
 
 
 def test_an_interrupted_audit_begins_again_and_a_finished_one_is_kept(

@@ -32,7 +32,7 @@ def test_separation_by_hand_and_its_interval_covers() -> None:
         hits += got.low <= true <= got.high
         assert 0 <= got.low <= got.auc <= got.high <= 1
     assert hits >= 180
-    with pytest.raises(ValueError, match="some of both; got 0 and 2"):
+    with pytest.raises(ValueError, match="members and others; got 0 and 2"):
         separation(members[:0], others)
 
 
@@ -150,7 +150,7 @@ def test_shadows_leave_every_sample_out_by_half_and_are_not_the_student() -> Non
             super().__init__()
             self.scale = nn.Parameter(torch.ones(3))
 
-    with pytest.raises(ValueError, match=r"head \(Own\) has scale and no reset_parameters"):
+    with pytest.raises(ValueError, match=r"head \(Own\) has scale but no reset_parameters"):
         fresh(nn.ModuleDict({"head": Own()}), 0)
 
 
@@ -206,7 +206,7 @@ def test_the_modelled_exposure_is_the_tails_beyond_what_sampling_can_count() -> 
     near = [canary._log_below(x, shape) for x in (-10.8, -10.6, -10.4, -10.2, -10.0)]
     steps = np.diff(near)
     assert (np.abs(np.diff(steps)) < 0.02).all() and (steps > 0).all()
-    with pytest.raises(ValueError, match="20 alternatives or more"):
+    with pytest.raises(ValueError, match="20 or more alternatives"):
         canary.modeled_exposure(at, normal[:5])
 
 

@@ -91,11 +91,11 @@ def test_more_of_everything_never_helps_the_defender() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"eps": 1.5}, "a strength in linf lies in \\[0, 1\\].*got eps=1.5"),
+        ({"eps": 1.5}, "eps in linf must be in \\[0, 1\\].*got eps=1.5"),
         ({"eps": -0.1}, "got eps=-0.1"),
-        ({"p": images() * 3}, "begins at pixels in \\[0, 1\\] and stays there"),
-        ({"p": images() * float("nan")}, "begins at pixels in"),
-        ({"norm": "l1"}, 'norm is "linf" or "l2"'),
+        ({"p": images() * 3}, "starts at pixels in \\[0, 1\\] and stays there"),
+        ({"p": images() * float("nan")}, "starts at pixels in"),
+        ({"norm": "l1"}, 'norm must be "linf" or "l2"'),
         ({"steps": 0}, "steps and restarts >= 1"),
         ({"losses": ("hinge",)}, "losses of"),
     ],
@@ -111,11 +111,11 @@ def test_inputs_of_another_normalization_are_refused() -> None:
     view = Pixels((0.5,), (0.25,))
     p = images()
     assert torch.allclose(view.pixels(view.inputs(p)), p, atol=1e-6)
-    with pytest.raises(ValueError, match="Give the mean and std that the loader normalizes with"):
+    with pytest.raises(ValueError, match="Pass the mean and std that the loader normalizes with"):
         Robustness()(Linear(), None, [(view.inputs(p), torch.zeros(60).long())])
     with pytest.raises(ValueError, match=r"images \(N, C, H, W\) of floats with 1 channels"):
         view.pixels(torch.zeros(3, 4))
-    with pytest.raises(ValueError, match="one value a channel, std > 0"):
+    with pytest.raises(ValueError, match="one value per channel, std > 0"):
         Pixels((0.5, 0.5), (0.0, 1.0))
 
 

@@ -64,7 +64,7 @@ def test_likelihoods_are_those_of_each_sequence_by_itself() -> None:
         assert math.isclose(float(value), want, rel_tol=1e-5)
     with pytest.raises(ValueError, match="two tokens at least; sequence 1 has 1"):
         log_likelihoods(model, [[1, 2], [3]])
-    with pytest.raises(ValueError, match=r"answers \(B, L, V\) logits, here of \(10, 1\); got \(10, 1\)"):
+    with pytest.raises(ValueError, match=r"with \(B, L, V\) logits, \(B, L\) being \(10, 1\) here; got \(10, 1\)"):
         Canaries([Canary("", "12", 1)]).exposures(Answers())
 
 

@@ -177,7 +177,7 @@ def test_errors_that_say_what_to_do_come_without_a_traceback(
 ) -> None:
     assert run("run", tiny, "--method=dkdd", "--quiet") == 1
     said = capsys.readouterr().err
-    assert said.startswith("error: no arm or method is called 'dkdd'. Did you mean 'dkd'?")
+    assert said.startswith("error: no method is called 'dkdd'. Did you mean 'dkd'?")
     assert said.endswith("(--traceback shows where)\n") and "Traceback" not in said
     assert run("run", tiny, "--flip", "--quiet") == 1
     assert "error: the teacher is right on " in capsys.readouterr().err

@@ -134,7 +134,7 @@ def test_open_cells_are_shown_as_open(evidence: ModuleType, tmp_path: Path) -> N
     assert "| DTKD published minus KD, weight-matched | 0 of 3 | open | - | - |" in text
     assert "**DTKD is not shown to beat KD at its own total weights (60 epochs, resnet14 to resnet8, so far).**" in text
     assert (
-        "over 2 paired seeds so far, an interval that holds zero; the smallest difference that they could have" in text
+        "over 2 paired seeds so far, an interval that includes zero; the smallest difference that they could have" in text
     )
 
 

@@ -25,7 +25,7 @@ from tempering.models.attention import attend, entropies, entropy, merge_attenti
 from tempering.models.explainer import Explainer, Routing, adam, halving, optimizer_and_schedule, rate, restart
 from tempering.reports.page import render
 from tempering.reports.records import load_run
-from tempering.reports.trees import tree_figure, whole, write_figures
+from tempering.reports.trees import is_complete, tree_figure, write_figures
 from tempering.rows import IGNORE_INDEX
 from tempering.teachers import Live
 from tempering.training.schedules import cifar_decay, cifar_lr, cifar_sgd
@@ -132,7 +132,7 @@ def test_the_tree_is_plain_and_says_who_hears_whom() -> None:
     net.routings()["head"].anneal(0.5)
     tree = json.loads(json.dumps(net.tree()))
     assert [level["level"] for level in tree] == LEVELS and [level["parents"] for level in tree] == [2, 3, 4]
-    assert [len(level["parent"]) for level in tree] == [3, 4, 5] and whole(tree)
+    assert [len(level["parent"]) for level in tree] == [3, 4, 5] and is_complete(tree)
     for level in tree:
         a = torch.tensor(level["attention"], dtype=torch.float64)
         assert level["parent"] == a.argmax(-1).tolist()
@@ -450,9 +450,9 @@ def test_the_audit_asks_for_the_tree_and_the_report_draws_it(tmp_path: Path) -> 
     made = {"findings": [f.record() for f in rows.values()], "drawn": audit.report_data(student)}
     (run / "audits.json").write_text(json.dumps({"format": 1, "audits": {"explanation": made}}))
     html = render([load_run(run)])
-    assert "KDExplainer&#39;s tree where it was used" in html and ">elk</text>" in html and "branch share" in html
+    assert "KDExplainer&#39;s concept tree" in html and ">elk</text>" in html and "branch share" in html
     made["drawn"]["tree"][-1]["parent"][0] = 9
-    assert not whole(made["drawn"]["tree"])
+    assert not is_complete(made["drawn"]["tree"])
     (run / "audits.json").write_text(json.dumps({"format": 1, "audits": {"explanation": made}}))
     assert ">elk</text>" not in render([load_run(run)]), "a tree that does not fit is not drawn"
     assert tree_figure("t", student.tree()).count("<circle") == 1 + 2 + 2 + 2 + 5

@@ -56,7 +56,7 @@ def test_a_policy_that_goes_by_the_loss_is_found_out() -> None:
     assert most.value == pytest.approx(1 + float(loss.max()), rel=1e-5)
     assert f"id {1000 + int(loss.argmax())} (T" in most.meaning and most.meaning.count("id ") == 5
     assert f"id {1000 + int(loss.argmin())} (T" in found["student", "temperature_lowest"].meaning
-    assert "ByLoss(), the one it was trained with" in found["student", "temperature_difficulty"].meaning
+    assert "ByLoss(), used in training" in found["student", "temperature_difficulty"].meaning
     parts = audit.report_data(Answers())["temperatures"]["by_difficulty"]
     assert [p["count"] for p in parts] == [20] * 5
     assert [p["T_student"] for p in parts] == sorted((p["T_student"] for p in parts), reverse=True)
@@ -66,7 +66,7 @@ def test_a_policy_that_goes_by_the_loss_is_found_out() -> None:
 def test_without_a_policy_it_is_sharpness_and_says_so() -> None:
     found, _, z, y = told(None)
     meaning = found["student", "temperature_difficulty"].meaning
-    assert "Sharpness(tau=4, solve=exact" in meaning and "not one that it was trained with" in meaning
+    assert "Sharpness(tau=4, solve=exact" in meaning and "not used in training" in meaning
     T = Sharpness(4.0)(Rows(Blunt()(z), z, y))
     assert found["student", "temperature_lowest"].value == pytest.approx(float(T.student.min()), rel=1e-5)
     policy = Sharpness(4.0)
@@ -165,7 +165,7 @@ def test_what_has_no_maps_is_left_out() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 3, stride=9, padding=1), nn.Flatten(), nn.Linear(2, 5))
     found = by_name(Explanation(layers={"conv": ("0", "0")})(copy.deepcopy(net), net, [(torch.rand(20, 1, 4, 4), y)]))
     one = found["both", "gradcam_correlation"]
-    assert one.value is None and "with one place" in one.meaning
+    assert one.value is None and "with one position" in one.meaning
 
 
 # calibration, and what is drawn

@@ -187,7 +187,7 @@ def test_a_cache_for_other_batches_is_refused_before_the_first_step(tmp_path: Pa
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (("--method=dtkdd",), "error: no arm or method is called 'dtkdd'. Did you mean 'dtkd'?"),
+        (("--method=dtkdd",), "error: no method is called 'dtkdd'. Did you mean 'dtkd'?"),
         (("--method=kd(sotf=1)",), "error: KD has no argument 'sotf'. Did you mean 'soft'?"),
         (
             ("--method=kd(temperature=sharpnes)",),

@@ -95,9 +95,9 @@ def test_presets_are_the_papers() -> None:
 
 
 def test_presets_invent_nothing() -> None:
-    with pytest.raises(ValueError, match=r"papers.dtkd knows no values for resnet34 -> resnet18 on imagenet. It knows"):
+    with pytest.raises(ValueError, match=r"published.dtkd has no values for resnet34 -> resnet18 on imagenet. It has"):
         papers.dtkd("resnet34", "resnet18", data="imagenet")
-    with pytest.raises(ValueError, match=r"It knows tiny_imagenet: resnet32x4 -> resnet8x4, .* configure the method"):
+    with pytest.raises(ValueError, match=r"It has tiny_imagenet: resnet32x4 -> resnet8x4, .* configure the method"):
         papers.r2kd("resnet32x4", "resnet8x4", data="cifar100")
 
 
@@ -119,7 +119,7 @@ def test_presets_of_temperatures() -> None:
     assert (ctkd.soft, ctkd.hard) == (1.0, 1.0)
     assert isinstance(ctkd.temperature, Curriculum) and ctkd.temperature.over == 5 / 120
     assert papers.ctkd("vgg13", "vgg8").hyperparameters()["soft"] == 0.9
-    with pytest.raises(papers.UnknownPair, match=r"papers.ctkd knows no values for resnet32x4 -> resnet8x4"):
+    with pytest.raises(papers.UnknownPair, match=r"published.ctkd has no values for resnet32x4 -> resnet8x4"):
         papers.ctkd("resnet32x4", "resnet8x4")
     itkd = papers.itkd("resnet110", "resnet20", published=True).temperature
     assert isinstance(itkd, Instance) and itkd.form == "published"

@@ -16,7 +16,7 @@ import pytest
 
 from tempering.reports import figures, page
 from tempering.reports.charts import Series, lines, tag
-from tempering.reports.compare import compare
+from tempering.reports.compare import compare, display_name
 from tempering.reports.page import render, write_page
 from tempering.reports.records import RunRecord, find_runs, load_run
 from tempering.reports.table import cells
@@ -159,13 +159,13 @@ def test_the_table_on_the_page_is_the_comparisons(runs: list[RunRecord], read: P
 def test_curves_end_where_the_records_end(folder: Path, read: Page) -> None:
     """Computed again from the raw lines."""
     for label in ARMS:
-        order = list(ARMS).index(label)
+        order, name = list(ARMS).index(label), display_name(label)
         epochs = [_lines(folder / f"{order}-{seed}" / "epochs.jsonl") for seed in range(3)]
         accuracy = 100 * np.mean([lines[-1]["test"]["accuracy"] for lines in epochs])
-        assert f"{label} ends at {accuracy:.4g}" in read.told("score")
+        assert f"{name} ends at {accuracy:.4g}" in read.told("score")
         if label != "student alone":
             agreement = 100 * np.mean([lines[-1]["test"]["agreement"] for lines in epochs])
-            assert f"{label} ends at {agreement:.4g}" in read.told("agreement")
+            assert f"{name} ends at {agreement:.4g}" in read.told("agreement")
         if not label.startswith("DTKD"):
             continue
         steps = [_lines(folder / f"{order}-{seed}" / "steps.jsonl") for seed in range(3)]
@@ -173,9 +173,9 @@ def test_curves_end_where_the_records_end(folder: Path, read: Page) -> None:
         assert f"teacher from {first:.2f} to {last:.2f}" in read.told(f"temperature-{order}")
         fell = sum(line["policy"]["fallback"] for lines in steps for line in lines)
         assert (f"{fell} rows fell back" in read.texts["temperatures"]) == (label == "DTKD published")
-        assert f"{label} ends at {np.mean([lines[-1]['logsumexp_gap'] for lines in steps]):.4g}" in read.told("gap")
+        assert f"{name} ends at {np.mean([lines[-1]['logsumexp_gap'] for lines in steps]):.4g}" in read.told("gap")
     assert "No row fell back to the reference temperature" in read.texts["temperatures"]
-    assert "Constant: KD at 4; KD, weight-matched at 4." in read.texts["temperatures"]
+    assert "Constant: KD at 4; KD, equal weights at 4." in read.texts["temperatures"]
 
 
 def test_bands_hold_the_5_and_95_percent_of_rows(read: Page) -> None:
@@ -202,7 +202,7 @@ def test_calibration_and_confusions_are_those_of_the_records(folder: Path, read:
     assert any(text.startswith("DTKD exact: teacher") and f"{single} rows" in text for text in said), (
         "one teacher, once"
     )
-    head = ["true", "taken for", "student", "teacher", "gap"]
+    head = ["true", "predicted", "student", "teacher", "gap"]
     first = read.rows["confusions"].index(head)
     true, predicted, student, teacher, gap = read.rows["confusions"][first + 1]
     counts = [
@@ -256,13 +256,13 @@ def test_sections_say_what_is_missing(tmp_path: Path) -> None:
     read = Page(render([RunRecord(tmp_path / "x", one(tmp_path / "y", status="running").facts)]))
     for section, text in {
         "result": "No run has finished.",
-        "learning": "No epoch was scored",
-        "temperatures": "No arm of these runs has a temperature.",
+        "learning": "No epoch was evaluated",
+        "temperatures": "No method of these runs has a temperature.",
         "terms": "No step was logged.",
-        "agreement": "No run was scored beside a teacher.",
+        "agreement": "No run was evaluated with a teacher.",
         "calibration": "No run wrote an analysis.",
         "classes": "No run wrote an analysis.",
-        "confusions": "No run wrote confusions beside a teacher.",
+        "confusions": "No run with a teacher wrote confusions.",
     }.items():
         assert text in read.texts[section]
     assert "nothing to compare yet" in read.texts["header"]

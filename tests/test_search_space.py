@@ -185,7 +185,7 @@ class Declared(Undeclared):
 def test_what_is_not_declared_is_searched_only_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "Undeclared", Undeclared)
     monkeypatch.setitem(POLICIES, "Plain", Plain)
-    with pytest.raises(ValueError, match=r"undeclared has nothing to search\. Name what to vary: --space"):
+    with pytest.raises(ValueError, match=r"undeclared has nothing to search\. Name the arguments to vary: --space"):
         space_of("undeclared")
     space = space_of("undeclared", "soft=0.5..1, tau=1..2")
     assert [str(d) for d in space.varied] == ["soft=0.5..1 linear", "temperature.tau=1..2 linear"]

@@ -80,16 +80,16 @@ def test_a_method_from_text_trains() -> None:
         ("kd(temperature=4)", "KD needs a temperature policy; got 4."),
         ("kd(soft=abc)", "KD needs soft >= 0 and finite; got 'abc'."),
         ("kd(soft=1/0)", "1 / 0 in 'kd(soft=1/0)' divides by zero."),
-        ("kd(soft='a'+1)", "'a' in \"kd(soft='a'+1)\" is no number."),
+        ("kd(soft='a'+1)", "'a' in \"kd(soft='a'+1)\" is not a number."),
         ("kd(soft=9**9)", "9 ** 9 in 'kd(soft=9**9)' is neither a number, a word, a list of them"),
         ("kd(soft=[x for x in y])", "is neither a number, a word, a list of them, nor a method or a policy."),
         ("kd(**a)", "KD has no argument '**'."),
-        ("kd(", "'kd(' cannot be read"),
+        ("kd(", "'kd(' cannot be parsed"),
         ("kd.forward", "'kd.forward' is neither a name nor a call of one. Write it as in 'dtkd(soft=0.5"),
         ("__import__('os').system('true')", "is neither a name nor a call of one."),
         ("kd(soft=__import__('os'))", "no method or temperature policy is called '__import__'."),
         ("lambda: 1", "is neither a name nor a call of one."),
-        ("(" * 300 + ")" * 300, "cannot be read"),
+        ("(" * 300 + ")" * 300, "cannot be parsed"),
         ("sum", "Sum needs at least one method"),
     ],
 )
@@ -100,7 +100,7 @@ def test_what_cannot_be_read_is_refused_with_the_way_out(text: str, said: str) -
 
 
 def test_a_method_without_a_temperature_refuses_another() -> None:
-    with pytest.raises(ValueError, match=r"Sum takes no temperature; got temperature='static\(4\)'. Give it to a part"):
+    with pytest.raises(ValueError, match=r"Sum takes no temperature; got temperature='static\(4\)'. Pass it to a part"):
         method_from("sum(kd, dkd)", "static(4)")
 
 
@@ -149,7 +149,7 @@ def test_a_list_of_arms_times_temperatures() -> None:
 
 
 def test_a_mistyped_arm_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"no arm or method is called 'dtkd-publised'. Did you mean 'dtkd-published'"):
+    with pytest.raises(ValueError, match=r"no method is called 'dtkd-publised'. Did you mean 'dtkd-published'"):
         arms_from("kd,dtkd-publised")
     with pytest.raises(ValueError, match=r"no temperature policy is called 'statik'. Did you mean 'static'"):
         arms_from("kd", "statik")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tempering.reports.compare import Comparison, compare
+from tempering.reports.compare import Comparison, compare, display_name
 from tempering.reports.intervals import difference
 from tempering.reports.records import RunRecord, load_run, pack, read_cell, write_cell
 from tempering.reports.table import cells, markdown, rich_table
@@ -115,7 +115,7 @@ def test_the_tables_numbers_are_those_of_the_records(runs: list[RunRecord]) -> N
         own, results = 100 * last[arm.label], raw[arm.label]
         best = 100 * np.array([r["best"]["test"]["accuracy"] for r in results])
         row = {head: text for head, (text, _) in cells(found, arm).items()}
-        assert row["arm"] == arm.label and row["seeds"] == "3"
+        assert row["method"] == display_name(arm.label) and row["seeds"] == "3"
         assert row["test accuracy, last (%)"] == f"{own.mean():.2f} ± {own.std(ddof=1):.2f}"
         assert row["best (%)"] == f"{best.mean():.2f} ± {best.std(ddof=1):.2f}"
         epochs = [r["best"]["epoch"] for r in results]
@@ -125,7 +125,7 @@ def test_the_tables_numbers_are_those_of_the_records(runs: list[RunRecord]) -> N
         assert row["train min"] == f"{np.mean([r['seconds'] for r in results]) / 60:.3g}"
         assert row["peak MB"] == f"{np.mean([r['peak_mb'] for r in results]):.0f}"
         for control in found.controls:
-            text, strong = cells(found, arm)[f"vs {control} (points)"]
+            text, strong = cells(found, arm)[f"vs {display_name(control)} (points)"]
             if control == arm.label:
                 assert (text, strong) == ("control", False)
                 continue
@@ -156,7 +156,7 @@ def test_a_terminal_of_80_columns_is_wide_enough(runs: list[RunRecord]) -> None:
     file, found = StringIO(), compare(runs)
     Console(width=80, file=file).print(rich_table(found))
     text = file.getvalue()
-    assert "weight-matched" in text and "DTKD published" in text and found.metric.show(found.arms[0].mean) in text
+    assert "equal weights" in text and "DTKD published" in text and found.metric.show(found.arms[0].mean) in text
 
 
 # what is missing
@@ -172,7 +172,7 @@ def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
     assert cells(found, found.arm("KD"))["vs student alone (points)"] == ("+2.00 (no interval)", False)
     assert cells(found, found.arm("KD"))["detectable (points)"] == ("-", False)
     assert headline(found)[0] == "KD is 2.00 points better than student alone, on one seed."
-    assert "Without a second seed there is no interval, so this may be chance." in said(found)
+    assert "With one seed there is no interval, so this may be chance." in said(found)
     assert "One seed gives no spread and no interval" in said(found)
 
 
@@ -182,14 +182,14 @@ def test_a_comparison_without_a_control_takes_no_difference(tmp_path: Path) -> N
     assert not [head for head in cells(found, found.arms[0]) if head.startswith(("vs", "detectable"))]
     assert headline(found) == [
         "A has the highest mean, 90.50 % test accuracy.",
-        "No arm is named as the control: no difference is taken.",
+        "No method is named as the control, so there are no differences.",
     ]
 
 
 def test_a_control_may_be_named_and_then_decides(runs: list[RunRecord]) -> None:
     found = compare(runs, "kd")
     assert (found.controls, found.main, found.arms[0].label) == (("KD", "KD, weight-matched"), "KD", "KD")
-    with pytest.raises(ValueError, match=r"no arm is called 'DTKD exakt'. Did you mean 'dtkd exact'\?"):
+    with pytest.raises(ValueError, match=r"no method is called 'DTKD exakt'. Did you mean 'dtkd exact'\?"):
         compare(runs, "DTKD exakt")
 
 
@@ -210,7 +210,7 @@ def test_only_common_seeds_are_paired(tmp_path: Path) -> None:
     text, _ = cells(found, found.arm("apart"))["vs student alone (points)"]
     assert text == f"{50 * (welch.low + welch.high):+.2f} ± {50 * (welch.high - welch.low):.2f} (u)"
     assert cells(found, found.arm("KD"))["seeds"][0] == "3 of 6; not run: 0, 8, 9"
-    assert "(u): the seeds do not pair, so it is Welch's interval" in said(found)
+    assert "(u): unpaired seeds, so Welch's interval" in said(found)
 
 
 def test_open_cells_are_shown_as_open(tmp_path: Path) -> None:
@@ -224,9 +224,9 @@ def test_open_cells_are_shown_as_open(tmp_path: Path) -> None:
     )
     row = cells(found, found.arm("later"))
     assert row["seeds"][0] == "0 of 3; open: 0, 1, 2"
-    assert {text for head, (text, _) in row.items() if head not in ("arm", "seeds")} == {"-"}
+    assert {text for head, (text, _) in row.items() if head not in ("method", "seeds")} == {"-"}
     assert cells(found, found.arm("KD"))["seeds"][0] == "2 of 3; failed: 2"
-    assert "Runs still open: 1 failed, 3 open." in said(found)
+    assert "Unfinished runs: 1 failed, 3 open." in said(found)
 
 
 def test_nothing_finished_is_said(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_published_number_stands_beside_ours_with_its_source(runs: list[RunRec
     found = compare([*own, *made(tmp_path, "Y", scores(0.9, 0.91))])
     assert cells(found, found.arm("X"))["reported (%)"] == ("62.88", False)
     assert cells(found, found.arm("Y"))["reported (%)"] == ("-", False)
-    assert "Reported: not measured here but published, for full-length training; X: arXiv:2404.12711." in said(found)
+    assert "Reported: published values for full-length training, not measured here; X: arXiv:2404.12711." in said(found)
 
 
 def test_a_known_pair_of_nets_has_its_published_number(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_runs_on_two_data_sets_are_refused(tmp_path: Path) -> None:
 def test_an_arm_of_two_nets_is_refused(tmp_path: Path, part: str, value: dict[str, str]) -> None:
     seed = 0 if part == "teacher" else 1
     both = [*made(tmp_path, "KD", {0: 0.9}), *made(tmp_path, "KD", {seed: 0.9}, **{part: value})]
-    with pytest.raises(ValueError, match=f"the arm 'KD' has two {part}s: .*{value['name']}.* or label them apart"):
+    with pytest.raises(ValueError, match=f"the method 'KD' has two {part}s: .*{value['name']}.* or give them different labels"):
         compare(both)
 
 
@@ -303,7 +303,7 @@ def test_another_student_is_kept_out_of_the_differences(tmp_path: Path) -> None:
 def test_a_seed_that_was_run_twice_is_counted_once(tmp_path: Path) -> None:
     first, again = made(tmp_path, "KD", {0: 0.9}), made(tmp_path, "KD", {0: 0.8})
     assert compare([*first, *again]).arm("KD").last == {0: 0.8}
-    assert "KD, seed 0, was run more than once; the one begun last (" in said(compare([*again, *first]))
+    assert "KD, seed 0, was run more than once; the one started last (" in said(compare([*again, *first]))
     cell = read_cell(write_cell(tmp_path / "cell.json", pack(first[0].source)))
     assert "more than once" not in said(compare([*first, cell])), "a run and its packed cell are one"
 
@@ -320,25 +320,25 @@ def verdict(root: Path, matched: tuple[float, ...], best: tuple[float, ...]) -> 
 def test_a_gain_over_the_student_alone_that_the_weights_explain_is_the_headline(tmp_path: Path) -> None:
     """DTKD beats the student alone by far, and KD at its weights does too: that is what has to be said first."""
     text = verdict(tmp_path, (0.900, 0.915, 0.908), (0.903, 0.910, 0.906))
-    assert text.startswith("Nothing here beats KD, weight-matched. DTKD against KD, weight-matched: -0.13 ± ")
-    assert "an interval that holds zero" in text and "would show in four of five such experiments" in text
+    assert text.startswith("Nothing here beats KD, equal weights. DTKD against KD, equal weights: -0.13 ± ")
+    assert "an interval that includes zero" in text and "would show in four of five such experiments" in text
     assert "Against student alone it is +9.63 ± " in text and "excludes zero" in text
 
 
 def test_a_better_mean_that_seeds_cannot_tell_apart_is_no_victory(tmp_path: Path) -> None:
     text = verdict(tmp_path, (0.900, 0.915, 0.908), (0.920, 0.910, 0.916))
-    assert text.startswith("DTKD has the best mean, but these seeds cannot tell it from KD, weight-matched.")
+    assert text.startswith("DTKD has the best mean, but is not shown to differ from KD, equal weights.")
     assert "beats" not in text
 
 
 def test_a_loss_is_called_one(tmp_path: Path) -> None:
     text = verdict(tmp_path, (0.900, 0.915, 0.908), (0.890, 0.906, 0.898))
-    assert text.startswith("Nothing here beats KD, weight-matched. The closest, DTKD, is worse by 0.97 points;")
+    assert text.startswith("Nothing here beats KD, equal weights. The closest, DTKD, is worse by 0.97 points;")
 
 
 def test_a_victory_gives_its_interval(tmp_path: Path) -> None:
     text = verdict(tmp_path, (0.900, 0.915, 0.908), (0.920, 0.936, 0.928))
-    assert text.startswith("DTKD beats KD, weight-matched by 2.03 points. It reaches 92.80 % test accuracy;")
+    assert text.startswith("DTKD beats KD, equal weights by 2.03 points. It reaches 92.80 % test accuracy;")
     assert "1.89 to 2.18 points over 3 paired seeds, excludes zero" in text
 
 
@@ -355,5 +355,5 @@ def test_less_is_better_where_it_is(tmp_path: Path) -> None:
 
 def test_many_arms_are_counted_and_the_pick_is_named(runs: list[RunRecord]) -> None:
     text = " ".join(headline(compare(runs)))
-    assert "Of 3 arms 1 is shown to be better than KD, weight-matched, none to be worse; 2 cannot be told" in text
-    assert "which flatters it" in text
+    assert "Of 3 methods 1 is shown to be better than KD, equal weights, none to be worse; 2 not shown to differ" in text
+    assert "which biases it upward" in text

@@ -163,18 +163,18 @@ def test_a_space_can_be_typed() -> None:
 @pytest.mark.parametrize(
     ("method", "given", "said"),
     [
-        ("dkdd", "", "no arm or method is called 'dkdd'. Did you mean 'dkd'?"),
-        ("supervised", "", "supervised has nothing to search. Name what to vary: --space"),
+        ("dkdd", "", "no method is called 'dkdd'. Did you mean 'dkd'?"),
+        ("supervised", "", "supervised has nothing to search. Name the arguments to vary: --space"),
         ("kd", "sof=1..2", "neither the method nor the recipe has an argument 'sof'. Did you mean 'soft'?"),
-        ("kd", "soft", "'soft' says nothing about what to search. Write it as in"),
-        ("kd", "soft=2..1", "soft=2..1 is no range: 2 is not below 1."),
-        ("kd", "soft=0..1 log", "a logarithm needs a lower end above 0; got 0"),
+        ("kd", "soft", "'soft' is not a dimension of a search. Write it as in"),
+        ("kd", "soft=2..1", "soft=2..1 is not a range: 2 is not below 1."),
+        ("kd", "soft=0..1 log", "a logarithmic range needs a lower bound above 0; got 0"),
         ("kd", "soft=1..2..3", "soft=1..2..3 is neither a range nor a choice"),
-        ("kd", "soft=1..2/0", "soft: 2/0 is no number."),
+        ("kd", "soft=1..2/0", "soft: 2/0 is not a number."),
         ("kd", "soft=-1..1", "KD needs soft >= 0 and finite; got -1"),
         ("kd", "warmup=0..20", "KD needs warmup in [0, 1]"),
         ("kd", "temperature=static|statik", "Did you mean 'static'?"),
-        ("kd(soft={a})", "", "has a place {a} without a range. Give --space a=0.1..10."),
+        ("kd(soft={a})", "", "has a placeholder {a} without a range. Pass --space a=0.1..10."),
         ("sum(kd(hard=0), dkd)", "tau=1..2", "'tau' could be kd.temperature.tau or dkd.temperature.tau."),
         ("kd", "seed=1..2", "neither the method nor the recipe has an argument 'seed'"),
     ],
@@ -219,11 +219,11 @@ def test_the_best_is_found_cut_ones_are_cut_and_the_page_shows_it(
     space = space_of("kd", "soft=0.02..20, tau=4, warmup=0")
     assert tune_view.importances(study, space) == {"soft": pytest.approx(1.0)}
     page = (out / "tune.html").read_text()
-    for part in ("soft=0.02..20", "What mattered", "% of the variance", top.user_attrs["method"], "cut</td>"):
+    for part in ("soft=0.02..20", "Importance", "% of the variance", top.user_attrs["method"], "pruned</td>"):
         assert part.replace("soft=0.02..20", "kd(soft={soft}") in page
     assert "http" not in page.replace("http-equiv", "") and "<script" not in page
     assert page == tune_view.page(out, study, space, tune.command(fake, (), top)), "the same trials, the same bytes"
-    assert "flatters itself" in " ".join(tune_view.words(study, space))
+    assert "biased upward" in " ".join(tune_view.words(study, space))
 
 
 def test_values_whose_loss_is_no_number_count_as_bad_and_end_nothing(fake: Path, tmp_path: Path) -> None:
@@ -256,8 +256,8 @@ def test_the_test_split_is_never_chosen_by(fake: Path, tmp_path: Path, capsys: p
     [
         (("--trials=0",), (), "trials, jobs and threads must be 1 or more; got 0, 1 and 1."),
         ((), ("--seed=3",), "tune sets --seed itself"),
-        ((), ("--crash",), "could not be run: exit code 1: ValueError: this run was asked to crash"),
-        (("--seed=4",), ("--epochs=9",), "holds another search: its flags was {'epochs': '2'}, now it is"),
+        ((), ("--crash",), "failed to run: exit code 1: ValueError: this run was asked to crash"),
+        (("--seed=4",), ("--epochs=9",), "contains another search: its flags was {'epochs': '2'}, now it is"),
     ],
 )
 def test_bad_input_is_refused(
@@ -281,7 +281,7 @@ def test_two_searches_do_not_share_a_folder(fake: Path, tmp_path: Path, capsys: 
     lock = try_lock(lock_path(out / "trials"))
     assert lock is not None
     assert search(fake, out, "--method=kd", "--trials=2") == 1
-    assert f"another process is at work on {out}" in capsys.readouterr().err
+    assert f"another process is working on {out}" in capsys.readouterr().err
     lock.release()
 
 
@@ -326,7 +326,7 @@ def test_digits_killed_in_the_middle_go_on(tmp_path: Path, capsys: pytest.Captur
     recipe, out = tmp_path / "killed.py", tmp_path / "s"
     recipe.write_text(DIGITS)
     assert search(recipe, out, "--method=kd", "--trials=1") == 1
-    assert "could not be run: ended by SIGKILL (out of memory?); the same command resumes it" in capsys.readouterr().err
+    assert "failed to run: ended by SIGKILL (out of memory?); the same command resumes it" in capsys.readouterr().err
     assert search(recipe, out, "--method=kd", "--trials=1") == 0
     study = tune_study.study_of(out, 0)
     assert [t.state.name for t in study.trials] == ["FAIL", "COMPLETE"]
@@ -366,7 +366,7 @@ def test_a_stop_reaches_the_trial(fake: Path, tmp_path: Path) -> None:
     _until(lambda: any((out / "trials").glob("*/epochs.jsonl")))
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=30)[0].decode()
-    assert process.returncode == 130 and "stopped; the same command goes on: 1 trials are open" in said
+    assert process.returncode == 130 and "stopped; the same command resumes: 1 trials left" in said
     (facts,) = (json.loads(p.read_text()) for p in (out / "trials").glob("*/facts.json"))
     assert facts["status"] == "interrupted"
 

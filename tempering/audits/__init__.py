@@ -1,10 +1,11 @@
-"""Audits of what was distilled: calibration, robustness, privacy, explanation. They return findings and train nothing
-of the pair (membership inference may train shadows of its own).
+"""Audits of distilled students: calibration, robustness, privacy, explanation.
+
+Audits return findings and do not train the student or the teacher (membership inference may train shadow models).
 
     for finding in Calibration()(student, teacher, test):
         print(finding.of, finding.name, finding.value, (finding.low, finding.high), finding.meaning)
 
-An audit is one file with a subclass of ``Audit``; nothing else is edited.
+To add an audit, write one file with a subclass of ``Audit``; no other file needs to change.
 """
 
 from typing import Any

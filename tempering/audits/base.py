@@ -1,4 +1,4 @@
-"""What an audit is: a student, its teacher and labeled batches in, findings out, and no model changed."""
+"""Base class of audits, which take a student, its teacher and labeled batches and return findings."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Answer = Callable[[Tensor], Tensor]  # inputs (N, ...) to logits (N, C), in floa
 
 @dataclass(frozen=True)
 class Finding:
-    """One number that an audit found.
+    """One result of an audit.
 
     Args:
-        name: of the number, such as "ece" or "pgd".
-        of: whose it is: "student", "teacher", or "both" for what is between them.
-        value: the number; None where it could not be had, and ``meaning`` says why.
-        meaning: a sentence or two for a reader: what the number says, and what it does not.
-        low, high: its 95 % interval; None where there is none.
-        n: samples it rests on.
-        share: whether it is a share, written in percent.
+        name: name of the metric, such as "ece" or "pgd".
+        of: the model it belongs to: "student", "teacher", or "both" for a comparison of the two.
+        value: the value; None if it could not be computed, with the reason in ``meaning``.
+        meaning: one or two sentences for the reader on how to interpret the value.
+        low, high: bounds of its 95 % interval; None if there is no interval.
+        n: number of samples.
+        share: whether the value is a fraction, shown in percent.
 
     Raises:
-        ValueError: for a number that is not finite.
+        ValueError: if a number is not finite.
     """
 
     name: str
@@ -50,100 +50,105 @@ class Finding:
             raise ValueError(f"the finding {self.of}/{self.name} must be a finite number or None; got {wrong}.")
 
     def record(self) -> dict[str, Any]:
-        """As it stands in audits.json."""
+        """Return the entry of audits.json."""
         return asdict(self)
 
 
 class Audit(ABC):
-    """Looks at a trained student, beside its teacher where there is one. It changes neither: modes and the weights'
-    ``requires_grad`` are put back, also where it is interrupted, and no global random number is drawn.
+    """Evaluate a trained student, and its teacher if there is one.
+
+    Neither model is changed: training modes and ``requires_grad`` are restored, also after an exception, and the global
+    random state is not used.
 
     Batches are (inputs, labels, ...) of a classification task, such as a test split without augmentation; unlabeled
-    rows are left out. ``samples`` is how many rows are looked at, the first ones; None for all.
+    rows are skipped. ``samples`` is the number of rows to use, counted from the first; None for all.
     """
 
     samples: int | None = None
 
     def __call__(self, student: nn.Module, teacher: Any, batches: Iterable[Any]) -> list[Finding]:
-        """The findings. ``teacher`` is a module, a Teacher with a live one, or None.
+        """Return the findings. ``teacher`` is a module, a Teacher with a live model, or None.
 
         Raises:
-            TypeError: for something that is no model.
-            ValueError: for batches that hold nothing, labels that fit no class, or logits that are not finite.
+            TypeError: if the student or the teacher is not a model.
+            ValueError: if the batches are empty, a label fits no class, or logits are not finite.
         """
         if self.samples is not None and self.samples < 1:
             raise ValueError(f"{type(self).__name__} needs samples >= 1, or None for all; got {self.samples}.")
         models = {"student": _module(student, "student")}
         if teacher is not None:
             models["teacher"] = _module(teacher, "teacher")
-        with ExitStack() as rest:
+        with ExitStack() as stack:
             for model in models.values():
-                rest.enter_context(at_rest(model))
+                stack.enter_context(at_rest(model))
             return self.examine(models, batches)
 
     @abstractmethod
     def examine(self, models: Mapping[str, nn.Module], batches: Iterable[Any]) -> list[Finding]:
-        """The findings on "student" and, where there is one, "teacher", both in eval mode and frozen."""
+        """Return the findings on "student" and, if present, "teacher", both in eval mode and frozen."""
 
     def report_data(self, student: nn.Module) -> dict[str, Any]:
-        """What the report draws beside the findings, plain enough for JSON; {} for nothing."""
+        """Return JSON-serializable data for the report's figures; {} for none."""
         return {}
 
 
 def _module(model: Any, side: str) -> nn.Module:
-    found = model if isinstance(model, nn.Module) else getattr(model, "model", None)
-    if isinstance(found, nn.Module):
-        return found
+    module = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    if isinstance(module, nn.Module):
+        return module
     raise TypeError(
-        f"an audit asks the {side} anew, so it must be a module or a teacher with a live one; got "
-        f"{type(model).__name__}. A cache knows the answers to its own inputs alone: give the model itself."
+        f"an audit runs the {side} on new inputs, so it must be a module or a teacher with a live one; got "
+        f"{type(model).__name__}. A cache holds outputs for its own inputs only: pass the model itself."
     )
 
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode with weights that want no gradient; put back as it was, module by module."""
+    """Put the model in eval mode with frozen weights, and restore both per module on exit."""
     modes = [(module, module.training) for module in model.modules()]
-    wants = [(p, p.requires_grad) for p in model.parameters()]
+    parameters = [(p, p.requires_grad) for p in model.parameters()]
     try:
         model.eval()
-        for p, _ in wants:
+        for p, _ in parameters:
             p.requires_grad_(False)
         yield
     finally:
         for module, training in modes:
             module.training = training
-        for p, wanted in wants:
-            p.requires_grad_(wanted)
+        for p, requires_grad in parameters:
+            p.requires_grad_(requires_grad)
 
 
 def as_function(model: nn.Module, side: str) -> Answer:
-    """The model as inputs (N, ...) on any device -> logits (N, C), widened, with a gradient path where one is on."""
+    """Return the model as a function: inputs (N, ...) on any device -> logits (N, C) in float32 at least.
+
+    Gradients flow through it if they are enabled.
+    """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
-    def answer(inputs: Tensor) -> Tensor:
-        said = model(inputs.to(device))
-        logits = getattr(said, "logits", said)
+    def forward(inputs: Tensor) -> Tensor:
+        output = model(inputs.to(device))
+        logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(inputs):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"the {side} must answer (N, C) logits for an audit; got {got} for {len(inputs)} inputs.")
+            raise ValueError(f"the {side} must return (N, C) logits for an audit; got {got} for {len(inputs)} inputs.")
         logits = upcast_to_float32(logits)
         if not torch.isfinite(logits.detach()).all():
-            raise ValueError(f"the {side} answers numbers that are not finite; an audit of it would mean nothing.")
+            raise ValueError(f"the {side} returns logits that are not finite; an audit of it would be meaningless.")
         return logits
 
-    return answer
+    return forward
 
 
 def identified(batches: Iterable[Any], samples: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(inputs, labels, ids) of the labeled rows, batch by batch, the first ``samples`` of them.
+    """Yield (inputs, labels, ids) of the labeled rows, batch by batch, up to ``samples`` rows.
 
-    Ids are the batches' third part, else the rows' numbers in the order in which they come.
+    Ids are the third element of the batches, else the row numbers in the order of iteration.
 
     Raises:
-        ValueError: for batches of another form, or where there is no labeled row at all.
+        ValueError: if a batch has another form, or no row is labeled.
     """
-    seen = walked = 0
+    count = offset = 0
     for batch in batches:
         if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not all(isinstance(b, Tensor) for b in batch[:2]):
             raise ValueError(f"an audit needs batches (inputs, labels, ...) of tensors; got {type(batch).__name__}.")
@@ -152,29 +157,31 @@ def identified(batches: Iterable[Any], samples: int | None = None) -> Iterator[t
             raise ValueError(
                 f"an audit needs a class index (N,) for each of {len(x)} inputs; got {y.dtype} {tuple(y.shape)}."
             )
-        given = batch[2] if len(batch) > 2 else None
-        if not isinstance(given, Tensor) or given.shape != y.shape or given.is_floating_point():
-            given = torch.arange(walked, walked + len(y), device=y.device)
-        walked += len(y)
-        kept = y >= 0
-        x, y, ids = (part[kept] if samples is None else part[kept][: samples - seen] for part in (x, y, given))
-        seen += len(y)
+        ids_of_batch = batch[2] if len(batch) > 2 else None
+        if not isinstance(ids_of_batch, Tensor) or ids_of_batch.shape != y.shape or ids_of_batch.is_floating_point():
+            ids_of_batch = torch.arange(offset, offset + len(y), device=y.device)
+        offset += len(y)
+        labeled_rows = y >= 0
+        x, y, ids = (part[labeled_rows] for part in (x, y, ids_of_batch))
+        if samples is not None:
+            x, y, ids = (part[: samples - count] for part in (x, y, ids))
+        count += len(y)
         if len(y):
             yield x, y, ids
-        if samples is not None and seen >= samples:
+        if samples is not None and count >= samples:
             break
-    if not seen:
-        raise ValueError("there is nothing to audit: the batches hold no labeled row. Is the split empty?")
+    if not count:
+        raise ValueError("there is nothing to audit: the batches have no labeled row. Is the split empty?")
 
 
 def labeled(batches: Iterable[Any], samples: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same without ids."""
+    """Yield (inputs, labels) as ``identified`` does, without the ids."""
     for x, y, _ in identified(batches, samples):
         yield x, y
 
 
 def data(batches: Iterable[Any], samples: int | None) -> tuple[Tensor, Int[Tensor, " N"]]:
-    """All inputs and labels at once, (N, ...) and (N,), on the CPU."""
+    """Return all inputs (N, ...) and labels (N,), concatenated on the CPU."""
     x, y = zip(*((x.cpu(), y.cpu()) for x, y in labeled(batches, samples)), strict=True)
     return torch.cat(x), torch.cat(y)
 
@@ -183,34 +190,34 @@ def data(batches: Iterable[Any], samples: int | None) -> tuple[Tensor, Int[Tenso
 def answered(
     models: Mapping[str, nn.Module], batches: Iterable[Any], samples: int | None = None
 ) -> tuple[dict[str, Float[Tensor, "N C"]], Int[Tensor, " N"], Int[Tensor, " N"]]:
-    """What each model says, side -> (N, C) float64 on the CPU, the labels (N,) and the ids (N,).
+    """Return each model's logits, side -> (N, C) float64 on the CPU, with the labels (N,) and the ids (N,).
 
     Raises:
-        ValueError: where the two have other numbers of classes, or a label fits none.
+        ValueError: if the models have different numbers of classes, or a label fits none.
     """
-    asked = {side: as_function(model, side) for side, model in models.items()}
-    said: dict[str, list[Tensor]] = {side: [] for side in models}
-    labels, known = [], []
+    functions = {side: as_function(model, side) for side, model in models.items()}
+    parts_by_side: dict[str, list[Tensor]] = {side: [] for side in models}
+    labels, id_parts = [], []
     for x, y, ids in identified(batches, samples):
         labels.append(y.cpu())
-        known.append(ids.cpu())
-        for side, answer in asked.items():
-            said[side].append(answer(x).cpu().double())
-    whole, y = {side: torch.cat(parts) for side, parts in said.items()}, torch.cat(labels)
-    _check_widths({side: z.shape[1] for side, z in whole.items()}, y)
-    return whole, y, torch.cat(known)
+        id_parts.append(ids.cpu())
+        for side, answer in functions.items():
+            parts_by_side[side].append(answer(x).cpu().double())
+    logits, y = {side: torch.cat(parts) for side, parts in parts_by_side.items()}, torch.cat(labels)
+    _check_widths({side: z.shape[1] for side, z in logits.items()}, y)
+    return logits, y, torch.cat(id_parts)
 
 
 def answers(
     models: Mapping[str, nn.Module], batches: Iterable[Any], samples: int | None = None
 ) -> tuple[dict[str, Float[Tensor, "N C"]], Int[Tensor, " N"]]:
-    """The same without ids."""
-    said, y, _ = answered(models, batches, samples)
-    return said, y
+    """Return logits and labels as ``answered`` does, without the ids."""
+    logits, y, _ = answered(models, batches, samples)
+    return logits, y
 
 
 def count_classes(models: Mapping[str, nn.Module], x: Tensor, y: Tensor) -> int:
-    """How many classes the models tell apart, asked with one input.
+    """Return the number of classes, determined with one input.
 
     Raises:
         ValueError: as ``answers`` does.
@@ -222,16 +229,16 @@ def count_classes(models: Mapping[str, nn.Module], x: Tensor, y: Tensor) -> int:
 
 def _check_widths(widths: Mapping[str, int], y: Tensor) -> int:
     if len(set(widths.values())) > 1:
-        said = " and ".join(f"the {side} {n}" for side, n in widths.items())
-        raise ValueError(f"student and teacher must answer the same classes; {said}.")
+        counts = " and ".join(f"the {side} {n}" for side, n in widths.items())
+        raise ValueError(f"student and teacher must have the same classes; {counts}.")
     classes = next(iter(widths.values()))
     if int(y.max()) >= classes:
-        raise ValueError(f"there is a label {int(y.max())} and the models answer {classes} classes.")
+        raise ValueError(f"there is a label {int(y.max())}, but the models have {classes} classes.")
     return classes
 
 
 def check_positive(sizes: Mapping[str, float]) -> None:
-    """Raise ValueError for a size that is below 1, naming it."""
+    """Raise ValueError if a size is below 1, and name it."""
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be at least 1; got {size}.")

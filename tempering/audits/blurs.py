@@ -1,6 +1,6 @@
 """Corruptions that move or smear pixels, at CIFAR-C's strengths: glass, motion and zoom blur, and elastic deformation.
 
-Images are (N, C, H, W) in [0, 1], ``at`` is the severity from 0; what comes out may leave the range a little.
+Images are (N, C, H, W) in [0, 1]; ``at`` is the severity, counted from 0. Outputs may leave the range slightly.
 """
 
 from __future__ import annotations
@@ -14,47 +14,49 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-Border = Callable[[Tensor, int], Tensor]  # positions that may lie outside, and the length -> positions inside
+Border = Callable[[Tensor, int], Tensor]  # positions that may be out of bounds, and the length -> positions within
 
 
 def glass_blur(p: Tensor, at: int, generator: torch.Generator) -> Tensor:
-    """Each pixel is its neighbor's, one row up or one column left or both or neither; blurred before and after.
+    """Replace each pixel by a neighbor (one row up, one column left, both or neither); blur before and after.
 
-    The released code means to swap the two and copies, since numpy's views are not values; CIFAR-C is made by it.
+    The released code is meant to swap the two pixels but copies one, because numpy slices are views; CIFAR-C was
+    generated with it.
     """
     sigma, rounds = ((0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2))[at]
     n, _, h, w = p.shape
     p = (blurred(p, sigma, _edge) * 255 + 1e-3).floor() / 255
     for _ in range(rounds):
-        back = torch.randint(2, (2, n, h, w), generator=generator)
-        back[:, :, :2], back[..., :2] = 0, 0
-        p = picked(p, torch.arange(h)[:, None] - back[0], torch.arange(w) - back[1])
+        offsets = torch.randint(2, (2, n, h, w), generator=generator)
+        offsets[:, :, :2], offsets[..., :2] = 0, 0
+        p = picked(p, torch.arange(h)[:, None] - offsets[0], torch.arange(w) - offsets[1])
     return blurred(p, sigma, _edge)
 
 
 def motion_blur(p: Tensor, at: int, generator: torch.Generator) -> Tensor:
-    """Smeared along a line, within 45 degrees of the horizontal."""
+    """Smear along a line within 45 degrees of the horizontal."""
     radius, sigma = ((6, 1.0), (6, 1.5), (6, 2.0), (8, 2.0), (9, 2.5))[at]
     return smeared(p, radius, sigma, 90 * torch.rand(len(p), generator=generator) - 45)
 
 
 def zoom_blur(p: Tensor, at: int, generator: torch.Generator) -> Tensor:
-    """The mean of the image and of itself enlarged by steps of a hundredth."""
+    """Average the image with versions of itself enlarged in steps of 0.01."""
     factors = np.arange(1, (1.06, 1.11, 1.16, 1.21, 1.26)[at], 0.01).tolist()
     return (p + torch.stack([zoomed(p, by) for by in factors]).sum(0)) / (len(factors) + 1)
 
 
 def elastic(p: Tensor, at: int, generator: torch.Generator) -> Tensor:
-    """An affine map, then a field of small bends. The constants trade the one for the other: from severity 1 to 5 the
-    bends grow and the affine map's displacements shrink, so that the distance in pixels does not grow.
+    """Apply an affine map, then a field of small displacements.
+
+    From severity 1 to 5 the field grows and the affine map shrinks, so the total distance in pixels does not grow.
     """
     n, _, h, w = p.shape
     side = min(h, w)
     strength, smooth, corners = ((0.0, 0.0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03))[at]  # fmt: skip  # noqa: E501
-    middle, arm = torch.tensor([w // 2, h // 2]).double(), max(1, side // 3)
-    before = middle + arm * torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]).double()
+    middle, reach = torch.tensor([w // 2, h // 2]).double(), max(1, side // 3)
+    before = middle + reach * torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]).double()
     moved = before + side * corners * (2 * torch.rand(n, 3, 2, generator=generator).double() - 1)
-    # where each pixel comes from: the affine map that takes the moved corners back
+    # source position of each pixel: the affine map from the moved corners to the original ones
     back = torch.linalg.solve(torch.cat((moved, torch.ones(n, 3, 1).double()), 2), before.expand(n, 3, 2))
     y, x = torch.meshgrid(torch.arange(h).double(), torch.arange(w).double(), indexing="ij")
     from_x, from_y = (torch.stack((x, y, torch.ones_like(x)), -1) @ back[:, None]).unbind(-1)
@@ -65,26 +67,26 @@ def elastic(p: Tensor, at: int, generator: torch.Generator) -> Tensor:
 
 
 def blurred(p: Tensor, sigma: float, border: Border, *, truncate: float = 4.0) -> Tensor:
-    """Under a Gaussian that is cut off at ``truncate`` sigma; as it is where that leaves one pixel."""
+    """Blur with a Gaussian cut off at ``truncate`` sigma; return the input if that leaves one pixel."""
     radius = int(truncate * sigma + 0.5)
     if not radius:
         return p
-    at = torch.arange(-radius, radius + 1)
-    kernel = torch.exp(-(at.to(p.dtype) ** 2) / (2 * sigma**2))
+    offsets = torch.arange(-radius, radius + 1)
+    kernel = torch.exp(-(offsets.to(p.dtype) ** 2) / (2 * sigma**2))
     kernel = kernel / kernel.sum()
     for dim in (-2, -1):
         length = p.shape[dim]
         mixing = torch.zeros(length, length, dtype=p.dtype)
-        places = border(torch.arange(length)[:, None] + at, length)
-        mixing.scatter_add_(1, places, kernel.expand_as(places))
+        positions = border(torch.arange(length)[:, None] + offsets, length)
+        mixing.scatter_add_(1, positions, kernel.expand_as(positions))
         p = mixing @ p if dim == -2 else p @ mixing.T
     return p
 
 
 def smeared(p: Tensor, radius: int, sigma: float, angle: Float[Tensor, " N"]) -> Tensor:
-    """Under half a Gaussian along a line, an angle in degrees for each image; borders go on.
+    """Blur with half a Gaussian along a line, one angle in degrees per image; border pixels are repeated.
 
-    Reference: ImageMagick's motion blur, by which CIFAR-C is made.
+    Reference: ImageMagick's motion blur, which CIFAR-C uses.
     """
     _, _, h, w = p.shape
     kernel = torch.exp(-(torch.arange(2 * radius + 1).to(p.dtype) ** 2) / (2 * sigma**2))
@@ -97,7 +99,7 @@ def smeared(p: Tensor, radius: int, sigma: float, angle: Float[Tensor, " N"]) ->
 
 
 def zoomed(p: Tensor, by: float) -> Tensor:
-    """The middle, enlarged ``by`` >= 1 to the old size."""
+    """Enlarge the center by the factor ``by`` >= 1, cropped to the input size."""
     h, w = p.shape[-2:]
     cut = [math.ceil(length / by) for length in (h, w)]
     top, left = (h - cut[0]) // 2, (w - cut[1]) // 2
@@ -109,33 +111,33 @@ def zoomed(p: Tensor, by: float) -> Tensor:
 
 
 def picked(p: Tensor, rows: Int[Tensor, "#N H #W"], cols: Int[Tensor, "#N #H W"]) -> Tensor:
-    """Each image's pixels at these places."""
+    """Gather each image's pixels at these positions."""
     n, c = p.shape[:2]
     return p[torch.arange(n).view(n, 1, 1, 1), torch.arange(c).view(c, 1, 1), rows[:, None], cols[:, None]]
 
 
 def sampled(p: Tensor, rows: Float[Tensor, "N H W"], cols: Float[Tensor, "N H W"], border: Border) -> Tensor:
-    """Each image at places between pixels, linear in both directions."""
+    """Sample each image at fractional positions by bilinear interpolation."""
     h, w = p.shape[-2:]
     top, left = rows.floor(), cols.floor()
     down, right = (rows - top)[:, None], (cols - left)[:, None]
     y, x = ([border(a.long() + i, length) for i in (0, 1)] for a, length in ((top, h), (left, w)))
-    upper, lower = ((1 - right) * picked(p, place, x[0]) + right * picked(p, place, x[1]) for place in y)
+    upper, lower = ((1 - right) * picked(p, row, x[0]) + right * picked(p, row, x[1]) for row in y)
     return (1 - down) * upper + down * lower
 
 
-def _edge(place: Tensor, length: int) -> Tensor:
+def _edge(position: Tensor, length: int) -> Tensor:
     """aaa|abcd|ddd"""
-    return place.clamp(0, length - 1)
+    return position.clamp(0, length - 1)
 
 
-def _mirror(place: Tensor, length: int) -> Tensor:
+def _mirror(position: Tensor, length: int) -> Tensor:
     """cba|abcd|dcb"""
-    place = place % (2 * length)
-    return torch.minimum(place, 2 * length - 1 - place)
+    position = position % (2 * length)
+    return torch.minimum(position, 2 * length - 1 - position)
 
 
-def _mirror_101(place: Tensor, length: int) -> Tensor:
+def _mirror_101(position: Tensor, length: int) -> Tensor:
     """dcb|abcd|cba"""
-    place = place % max(1, 2 * length - 2)
-    return torch.minimum(place, 2 * length - 2 - place)
+    position = position % max(1, 2 * length - 2)
+    return torch.minimum(position, 2 * length - 2 - position)

@@ -1,4 +1,4 @@
-"""Calibration: whether a model is as sure as it is right, before and after one temperature fitted to it."""
+"""Calibration: whether confidence matches accuracy, before and after temperature scaling."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor, nn
 from tempering.audits.base import Audit, Finding, answers, check_positive
 from tempering.audits.intervals import Z, bootstrap
 
-COLDEST, HOTTEST = 0.02, 50.0  # temperatures that are fitted lie between them
+COLDEST, HOTTEST = 0.02, 50.0  # bounds of the fitted temperature
 
 
 class Calibration(Audit):
-    """ECE (equal width and adaptive), Brier score and NLL of both models, and the temperature that each would want.
+    """Compute ECE (equal width and adaptive), Brier score and NLL of both models, and the best temperature of each.
 
-    A random half of the rows is what the temperature is fitted on, the other half scores the model with it and without.
-    ECE is of the predicted class's confidence.
+    The temperature is fitted on a random half of the rows; the other half scores the model with and without it.
+    ECE uses the confidence in the predicted class.
 
     Args:
-        bins: of the calibration errors.
-        taught: temperatures the student was taught with, "student" and "teacher" -> mean, to be named beside the one
-            it would want; the two are not meant to agree.
-        samples: rows to look at, None for all.
-        draws: resamples that an interval is made of.
-        seed: of the halves and of the resamples.
+        bins: number of bins of the calibration errors.
+        taught: mean temperatures of the distillation, "student" and "teacher" -> mean, to be reported next to the
+            fitted one; the two are not expected to agree.
+        samples: number of rows, None for all.
+        draws: bootstrap resamples per interval.
+        seed: seed of the split into halves and of the resamples.
 
     Reference: Guo et al., "On Calibration of Modern Neural Networks", 2017, arXiv:1706.04599, equations 3 and 9;
     adaptive bins (equally full ones): Nixon et al., "Measuring Calibration in Deep Learning", 2019, arXiv:1904.01685,
@@ -49,75 +49,73 @@ class Calibration(Audit):
         self._report_data: dict[str, Any] = {}
 
     def examine(self, models: Mapping[str, nn.Module], batches: Iterable[Any]) -> list[Finding]:
-        said, y = answers(models, batches, self.samples)
+        logits, y = answers(models, batches, self.samples)
         if len(y) < 4:
             raise ValueError(f"Calibration fits on one half and scores the other, of at least 4 rows; got {len(y)}.")
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(self.seed))
-        fitted, held = order[: len(y) // 2], order[len(y) // 2 :]
-        found: list[Finding] = []
+        fitted, scored = order[: len(y) // 2], order[len(y) // 2 :]
+        results: list[Finding] = []
         self._report_data = {"temperature": {}, "plain": {}, "tempered": {}}
-        for side, z in said.items():
+        for side, z in logits.items():
             T = fit_temperature(z[fitted], y[fitted])
-            found += self._scores(side, z[held], y[held], "")
-            found.append(self._temperature(side, T, len(fitted)))
-            found += self._scores(side, z[held] / T.value, y[held], "_tempered")
+            results += self._scores(side, z[scored], y[scored], "")
+            results.append(self._temperature(side, T, len(fitted)))
+            results += self._scores(side, z[scored] / T.value, y[scored], "_tempered")
             self._report_data["temperature"][side] = T.value
             for when, by in (("plain", 1.0), ("tempered", T.value)):
-                self._report_data[when][side] = diagram(z[held] / by, y[held], bins=self.bins)
-        return found
+                self._report_data[when][side] = diagram(z[scored] / by, y[scored], bins=self.bins)
+        return results
 
     def report_data(self, student: nn.Module) -> dict[str, Any]:
-        """The reliability diagrams of the half that fits nothing, before and after the fitted temperature."""
+        """Return the reliability diagrams of the scored half, before and after temperature scaling."""
         return {"reliability": self._report_data}
 
     def _scores(self, side: str, z: Tensor, y: Tensor, after: str) -> list[Finding]:
-        """The four scores of these logits on the half that fits nothing."""
+        """Return the four scores of these logits on the scored half."""
         logp = z.log_softmax(-1)
         confidence, predicted = logp.exp().max(-1)
         right, n = predicted == y, len(y)
-        found = []
+        results = []
         when = " after the fitted temperature" if after else ""
-        for name, adaptive, how in (("ece", False, "of equal width"), ("ece_adaptive", True, "equally full")):
+        for name, adaptive, bin_text in (("ece", False, "of equal width"), ("ece_adaptive", True, "equally full")):
             floor = noise(confidence, bins=self.bins, adaptive=adaptive, draws=self.draws, seed=self.seed)
 
-            def of(rows: Tensor, adaptive: bool = adaptive) -> float:
+            def statistic(rows: Tensor, adaptive: bool = adaptive) -> float:
                 return ece(confidence[rows], right[rows], bins=self.bins, adaptive=adaptive)
 
-            value = of(torch.arange(n))
-            low, high = bootstrap(of, n, draws=self.draws, seed=self.seed, biased=True)
+            value = statistic(torch.arange(n))
+            low, high = bootstrap(statistic, n, draws=self.draws, seed=self.seed, biased=True)
             meaning = (
-                f"Expected calibration error{when}, {self.bins} bins {how}. A perfectly calibrated model with these "
-                f"confidences would score {100 * floor.mean:.1f} % on {n} samples by noise alone, 95 % of the "
+                f"Expected calibration error{when}, {self.bins} bins {bin_text}. A perfectly calibrated model with "
+                f"these confidences would score {100 * floor.mean:.1f} % on {n} samples by noise alone, 95 % of the "
                 f"time below {100 * floor.high:.1f} %: this is {'above' if value > floor.high else 'within'} it."
             )
-            found.append(Finding(name + after, side, value, meaning, low, high, n, True))
+            results.append(Finding(name + after, side, value, meaning, low, high, n, True))
         scores = {
             "brier": (brier(logp.exp(), y), f"Brier score{when}: squared distance to the one-hot label, 0 to 2."),
-            "nll": (-logp.gather(1, y[:, None])[:, 0], f"Negative log-likelihood{when}, nats a sample."),
+            "nll": (-logp.gather(1, y[:, None])[:, 0], f"Negative log-likelihood{when}, nats per sample."),
         }
-        for name, (each, meaning) in scores.items():
-            low, high = bootstrap(partial(_mean_of, each), n, draws=self.draws, seed=self.seed)
-            found.append(Finding(name + after, side, float(each.mean()), meaning, low, high, n))
-        return found
+        for name, (values, meaning) in scores.items():
+            low, high = bootstrap(partial(_mean_of, values), n, draws=self.draws, seed=self.seed)
+            results.append(Finding(name + after, side, float(values.mean()), meaning, low, high, n))
+        return results
 
     def _temperature(self, side: str, T: Fitted, n: int) -> Finding:
-        sense = (
-            "too sure" if T.low > 1 else "not sure enough" if T.high < 1 else "not shown to be either too sure or not"
-        )
+        verdict = "overconfident" if T.low > 1 else "underconfident" if T.high < 1 else "not shown to be either"
         meaning = (
-            f"The temperature that this model would want: dividing its logits by it minimizes the NLL. Above 1 a model "
-            f"is too sure, below 1 not sure enough; this one is {sense}."
+            f"The temperature that calibrates this model: dividing its logits by it minimizes the NLL. Above 1 a model "
+            f"is overconfident, below 1 underconfident; this one is {verdict}."
         )
         if T.bound:
-            meaning += " It is at the edge of what is fitted: every label is among the largest logits, or none is."
+            meaning += " It is at a bound of the search range: every label has the largest logit, or none has."
         if side == "student" and self.taught:
-            told = ", ".join(f"the {who}'s logits at {t:.3g}" for who, t in self.taught.items())
-            meaning += f" It was taught with {told}; a temperature of teaching is not one of calibration."
+            temperatures = ", ".join(f"the {model}'s logits at {t:.3g}" for model, t in self.taught.items())
+            meaning += f" It was distilled with {temperatures}; a distillation temperature is not a calibration one."
         return Finding("temperature", side, T.value, meaning, T.low, T.high, n)
 
 
 class Fitted(NamedTuple):
-    """A fitted temperature, its interval, and whether it is at the edge of what is fitted."""
+    """A fitted temperature, its interval, and whether it is at a bound of the search range."""
 
     value: float
     low: float
@@ -126,53 +124,53 @@ class Fitted(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """The calibration error of a perfectly calibrated model: its mean and its 95 % quantile."""
+    """Calibration error of a perfectly calibrated model: its mean and its 95 % quantile."""
 
     mean: float
     high: float
 
 
 def ece(confidence: Float[Tensor, " N"], right: Bool[Tensor, " N"], *, bins: int = 15, adaptive: bool = False) -> float:
-    """Expected calibration error in [0, 1]: the mean over rows of |confidence - accuracy| of the row's bin.
+    """Return the expected calibration error in [0, 1]: the mean over rows of |confidence - accuracy| of the row's bin.
 
-    Bins are of equal width, ((i-1)/bins, i/bins]; ``adaptive`` ones hold equally many rows, in order of confidence.
+    Bins have equal width, ((i-1)/bins, i/bins]; ``adaptive`` bins hold equally many rows, in order of confidence.
     """
     gap = confidence.double() - right.double()
     if adaptive:
-        place = torch.empty(len(gap), dtype=torch.long)
-        place[torch.argsort(confidence, stable=True)] = torch.arange(len(gap)) * bins // len(gap)
+        bin_index = torch.empty(len(gap), dtype=torch.long)
+        bin_index[torch.argsort(confidence, stable=True)] = torch.arange(len(gap)) * bins // len(gap)
     else:
-        place = _place(confidence, bins)
-    return float(torch.bincount(place, gap, minlength=bins).abs().sum() / len(gap))
+        bin_index = _bin_index(confidence, bins)
+    return float(torch.bincount(bin_index, gap, minlength=bins).abs().sum() / len(gap))
 
 
 def diagram(z: Float[Tensor, "N C"], y: Int[Tensor, " N"], *, bins: int = 15) -> list[dict[str, float]]:
-    """Confidence beside accuracy in the bins of equal width that hold a row, as records write a reliability diagram."""
+    """Return confidence and accuracy of the non-empty bins of equal width, in the format of the records."""
     confidence, predicted = z.softmax(-1).max(-1)
-    place = _place(confidence, bins)
-    found = []
-    for i in place.unique().tolist():
-        at = place == i
-        said, right = confidence[at].double().mean(), (predicted == y)[at].double().mean()
-        found.append({"low": i / bins, "high": (i + 1) / bins, "count": int(at.sum())})
-        found[-1] |= {"confidence": float(said), "accuracy": float(right)}
-    return found
+    bin_index = _bin_index(confidence, bins)
+    result = []
+    for i in bin_index.unique().tolist():
+        members = bin_index == i
+        mean_confidence, accuracy = confidence[members].double().mean(), (predicted == y)[members].double().mean()
+        result.append({"low": i / bins, "high": (i + 1) / bins, "count": int(members.sum())})
+        result[-1] |= {"confidence": float(mean_confidence), "accuracy": float(accuracy)}
+    return result
 
 
-def _place(confidence: Tensor, bins: int) -> Tensor:
+def _bin_index(confidence: Tensor, bins: int) -> Tensor:
     return (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
 
 
 def noise(
     confidence: Float[Tensor, " N"], *, bins: int = 15, adaptive: bool = False, draws: int = 200, seed: int = 0
 ) -> Noise:
-    """The calibration error that sampling alone makes: rows right with the probability that they say.
+    """Return the calibration error caused by sampling alone: each row is right with the probability it predicts.
 
     Reference: the null distribution of Vaicenavicius et al., "Evaluating model calibration in classification", 2019,
     arXiv:1902.06977, section 5 (consistency resampling).
     """
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.tensor(
+    errors = torch.tensor(
         [
             ece(
                 confidence, torch.rand(confidence.shape, generator=generator) < confidence, bins=bins, adaptive=adaptive
@@ -181,26 +179,26 @@ def noise(
         ],
         dtype=torch.float64,
     )
-    return Noise(float(drawn.mean()), float(drawn.quantile(0.95)))
+    return Noise(float(errors.mean()), float(errors.quantile(0.95)))
 
 
 def brier(p: Float[Tensor, "N C"], y: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Squared distance of the probabilities to the one-hot label, (N,), 0 to 2."""
+    """Return the squared distance of the probabilities to the one-hot label, (N,), 0 to 2."""
     return (p**2).sum(-1) - 2 * p.gather(1, y[:, None])[:, 0] + 1
 
 
 def fit_temperature(z: Float[Tensor, "N C"], y: Int[Tensor, " N"]) -> Fitted:
-    """The temperature in [0.02, 50] that minimizes the NLL of z / T, with a 95 % interval.
+    """Fit the temperature in [0.02, 50] that minimizes the NLL of z / T, with a 95 % interval.
 
-    The NLL is convex in 1 / T: bisection on its slope, then the interval of an M-estimator (sandwich variance) there.
+    The NLL is convex in 1 / T: bisect on its slope, then take the interval of an M-estimator (sandwich variance).
     """
     z = z.double() - z.double().max(-1, keepdim=True).values
-    own = z.gather(1, y[:, None])[:, 0]
+    label_logits = z.gather(1, y[:, None])[:, 0]
 
     def slopes(beta: float) -> tuple[Tensor, Tensor]:
         p = (beta * z).softmax(-1)
-        middle = (p * z).sum(-1)
-        return middle - own, (p * z**2).sum(-1) - middle**2
+        mean = (p * z).sum(-1)
+        return mean - label_logits, (p * z**2).sum(-1) - mean**2
 
     cold, hot = 1 / COLDEST, 1 / HOTTEST
     low, high = hot, cold
@@ -209,11 +207,11 @@ def fit_temperature(z: Float[Tensor, "N C"], y: Int[Tensor, " N"]) -> Fitted:
         low, high = (beta, high) if float(slopes(beta)[0].mean()) < 0 else (low, beta)
     beta = (low * high) ** 0.5
     bound = beta > 0.999 * cold or beta < 1.001 * hot
-    slope, bend = slopes(beta)
-    curve = float(bend.mean())
+    slope, curvature = slopes(beta)
+    curve = float(curvature.mean())
     half = cold if bound or curve <= 0 else Z * float((slope**2).mean()) ** 0.5 / (curve * len(y) ** 0.5)
     return Fitted(1 / beta, 1 / min(cold, beta + half), 1 / max(hot, beta - half), bound)
 
 
-def _mean_of(each: Tensor, rows: Tensor) -> float:
-    return float(each[rows].mean())
+def _mean_of(values: Tensor, rows: Tensor) -> float:
+    return float(values[rows].mean())

@@ -1,7 +1,7 @@
 """Common corruptions at CIFAR-C's strengths: all fifteen, in torch and Pillow.
 
-Frost is drawn where the original blends photographs, and every random number is another one, so accuracies are near
-those on the published files and not the same. A mean over them is not an mCE, which is relative to a baseline.
+Frost is synthesized where the original blends photographs, and random numbers differ, so accuracies are close to those
+on the published files but not equal. A mean over them is not an mCE, which is relative to a baseline.
 
 Reference: Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations",
 2019, arXiv:1903.12261; the constants of the authors' make_cifar_c.py, made for 32 x 32 images.
@@ -27,18 +27,18 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def corrupt(p: Float[Tensor, "N C H W"], name: str, severity: int, *, seed: int = 0) -> Float[Tensor, "N C H W"]:
-    """The images, pixels in [0, 1], under a corruption; rounded down to 8 bits, as CIFAR-C is stored.
+    """Corrupt images with pixels in [0, 1]; round down to 8 bits, as CIFAR-C is stored.
 
     Raises:
-        ValueError: for a corruption that there is not, or a severity outside 1 to 5.
-        ImportError: for pixelate and jpeg without Pillow.
+        ValueError: if the corruption is unknown, or the severity is outside 1 to 5.
+        ImportError: if pixelate or jpeg is used without Pillow.
     """
     if name not in CORRUPTIONS or severity not in SEVERITIES:
         raise ValueError(f"corruptions are {', '.join(CORRUPTIONS)}, at 1 to 5; got {name!r} at {severity}.")
     p = p.detach().cpu().float()
-    made = CORRUPTIONS[name](p, severity - 1, torch.Generator().manual_seed(seed))
-    # a little above, since 17 / 255 * 255 is not quite 17 in floats
-    return (made.clamp(0, 1) * 255 + 1e-3).floor() / 255
+    out = CORRUPTIONS[name](p, severity - 1, torch.Generator().manual_seed(seed))
+    # add a small offset, since 17 / 255 * 255 is slightly below 17 in floats
+    return (out.clamp(0, 1) * 255 + 1e-3).floor() / 255
 
 
 def _gaussian_noise(p: Tensor, at: int, generator: torch.Generator) -> Tensor:
@@ -51,13 +51,13 @@ def _shot_noise(p: Tensor, at: int, generator: torch.Generator) -> Tensor:
 
 
 def _impulse_noise(p: Tensor, at: int, generator: torch.Generator) -> Tensor:
-    """Salt and pepper, each value of each channel on its own."""
+    """Add salt and pepper, independently per channel."""
     hit = torch.rand(p.shape, generator=generator) < (0.01, 0.02, 0.03, 0.05, 0.07)[at]
     return torch.where(hit, (torch.rand(p.shape, generator=generator) < 0.5).to(p.dtype), p)
 
 
 def _defocus_blur(p: Tensor, at: int, generator: torch.Generator) -> Tensor:
-    """A disk, its edge softened by a 3 x 3 Gaussian."""
+    """Blur with a disk whose edge is smoothed by a 3 x 3 Gaussian."""
     radius, soft = ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1.0, 0.2), (1.5, 0.1))[at]
     grid = torch.arange(-3, 4).float()
     disk = (grid[:, None] ** 2 + grid**2 <= radius**2).float()
@@ -69,7 +69,7 @@ def _defocus_blur(p: Tensor, at: int, generator: torch.Generator) -> Tensor:
 
 
 def _brightness(p: Tensor, at: int, generator: torch.Generator) -> Tensor:
-    """The value of hue, saturation, value: all channels by one factor, black to gray."""
+    """Increase V of HSV: scale all channels by one factor; black becomes gray."""
     value = p.max(1, keepdim=True).values
     brighter = (value + (0.05, 0.1, 0.15, 0.2, 0.3)[at]).clamp(max=1)
     return torch.where(value > 0, p * brighter / value.clamp_min(1e-9), brighter)
@@ -106,17 +106,17 @@ def _through_jpeg(image: Any, quality: int) -> Any:
 
 
 def _by_pillow(p: Tensor, change: Callable[[Any], Any]) -> Tensor:
-    """Each image through Pillow as 8-bit gray or RGB."""
+    """Apply a Pillow operation to each image as 8-bit gray or RGB."""
     try:
         from PIL import Image
     except ImportError as error:
         raise ImportError('pixelate and jpeg need Pillow: pip install "tempering[data]"') from error
     if p.shape[1] not in (1, 3):
         raise ValueError(f"pixelate and jpeg need images of 1 or 3 channels; got {p.shape[1]}.")
-    whole = (p * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    out = [np.array(change(Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x))) for x in whole]
-    made = torch.from_numpy(np.stack(out)).float() / 255
-    return made[:, None] if made.ndim == 3 else made.permute(0, 3, 1, 2)
+    images = (p * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    out = [np.array(change(Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x))) for x in images]
+    result = torch.from_numpy(np.stack(out)).float() / 255
+    return result[:, None] if result.ndim == 3 else result.permute(0, 3, 1, 2)
 
 
 CORRUPTIONS: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {

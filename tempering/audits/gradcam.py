@@ -1,4 +1,4 @@
-"""Where two models look: the maps that Grad-CAM makes of each, by Captum, compared image by image."""
+"""Compare the Grad-CAM maps of two models, computed by Captum, image by image."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from tempering.utils.hooks import FeatureExtractor
 
 NAME = "gradcam_correlation"
 MISSING = 'Grad-CAM was left out: it needs Captum, pip install "tempering[explanation]".'
-NO_MAPS = "Grad-CAM was left out: it needs a convolution in both models whose map has several places; got {}."
+NO_MAPS = "Grad-CAM was left out: it needs a convolution in both models whose map has several positions; got {}."
 
 
 def looks_alike(
     models: Mapping[str, nn.Module], layers: Mapping[str, tuple[str, str]], x: Tensor, y: Tensor, *, batch: int
 ) -> Finding:
-    """Correlation over the places of both models' maps of the label's class, mean over images.
+    """Return the spatial correlation of both models' maps of the label's class, mean over images.
 
-    The maps are those of the last of ``layers`` that answers maps in both, else of the last convolution that each has;
-    the coarser is enlarged to the finer. A value of None says why there is none.
+    Uses the last of ``layers`` that outputs maps in both models, else the last convolution of each; the coarser map is
+    upsampled to the finer. If the value is None, its meaning gives the reason.
     """
     if find_spec("captum") is None:
         return Finding(NAME, "both", None, MISSING)
@@ -34,58 +34,58 @@ def looks_alike(
     if names is None:
         return Finding(NAME, "both", None, NO_MAPS.format(f"inputs {tuple(x.shape)}"))
     sides = [(model, side, name) for (side, model), name in zip(models.items(), names, strict=True)]
-    maps = [torch.cat([gradcam(*of, a, b) for a, b in _parts(x, y, batch)]) for of in sides]
+    maps = [torch.cat([gradcam(*layer, a, b) for a, b in _parts(x, y, batch)]) for layer in sides]
     if min(m[0].numel() for m in maps) < 2:
-        return Finding(NAME, "both", None, NO_MAPS.format(f"{names[0]} and {names[1]} with one place"))
+        return Finding(NAME, "both", None, NO_MAPS.format(f"{names[0]} and {names[1]} with one position"))
     meaning = (
-        f"Correlation over the places of an image between the two models' Grad-CAM maps of the label's class, at "
-        f"{names[0]} of the student and {names[1]} of the teacher, mean over images: whether both look at the same "
-        "places. Unrelated models are near 0; an image for which a map is flat counts as 0."
+        f"Spatial correlation between the two models' Grad-CAM maps of the label's class, at {names[0]} of the student "
+        f"and {names[1]} of the teacher, mean over images: whether both use the same regions. Unrelated models are "
+        "near 0; an image with a constant map counts as 0."
     )
     return average(NAME, "both", correlated(*maps), meaning)
 
 
 def gradcam(model: nn.Module, side: str, name: str, x: Tensor, y: Int[Tensor, " N"]) -> Float[Tensor, "N height width"]:
-    """The map of class ``y`` at the module ``name``, 0 or more, on the CPU.
+    """Compute the map of class ``y`` at the module ``name``, non-negative, on the CPU.
 
     Reference: Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization",
     ICCV 2017, arXiv:1610.02391; computed by Captum.
     """
     from captum.attr import LayerGradCam  # pyright: ignore[reportMissingImports]
 
-    answer, layer = as_function(model, side), dict(model.named_modules())[name]
+    forward, layer = as_function(model, side), dict(model.named_modules())[name]
     device = next((p.device for p in model.parameters()), x.device)
-    # the weights are frozen here, so the way back has to begin at the inputs
+    # the weights are frozen, so the inputs must require the gradient
     leaf = x.detach().to(device).requires_grad_()
     with torch.enable_grad():
-        found: Any = LayerGradCam(answer, layer).attribute(leaf, target=y.to(device), relu_attributions=True)
-    return found.detach()[:, 0].cpu().double()
+        attribution: Any = LayerGradCam(forward, layer).attribute(leaf, target=y.to(device), relu_attributions=True)
+    return attribution.detach()[:, 0].cpu().double()
 
 
 def correlated(a: Float[Tensor, "N h w"], b: Float[Tensor, "N H W"]) -> Float[Tensor, " N"]:
-    """Correlation over places of each image's two maps, (N,), 0 where one is flat."""
+    """Return the spatial correlation of each image's two maps, (N,), 0 where one is constant."""
     size = [max(p, q) for p, q in zip(a.shape[1:], b.shape[1:], strict=True)]
     flat = []
     for m in (a, b):
         m = m if list(m.shape[1:]) == size else interpolate(m[:, None], size=size, mode="bilinear")[:, 0]
         m = m.flatten(1) / m.flatten(1).amax(1, keepdim=True).clamp_min(1e-300)
-        middle = m - m.mean(1, keepdim=True)
-        # what is left of a flat map is rounding
-        flat.append(middle * (middle.abs().amax(1, keepdim=True) > 1e-9))
-    top, below = (flat[0] * flat[1]).sum(1), flat[0].norm(dim=1) * flat[1].norm(dim=1)
-    return torch.where(below > 0, top / below.clamp_min(1e-300), 0.0).clamp(-1, 1)
+        centered = m - m.mean(1, keepdim=True)
+        # a centered constant map holds rounding errors only
+        flat.append(centered * (centered.abs().amax(1, keepdim=True) > 1e-9))
+    numerator, denominator = (flat[0] * flat[1]).sum(1), flat[0].norm(dim=1) * flat[1].norm(dim=1)
+    return torch.where(denominator > 0, numerator / denominator.clamp_min(1e-300), 0.0).clamp(-1, 1)
 
 
 def _last_maps(
     models: Mapping[str, nn.Module], layers: Mapping[str, tuple[str, str]], x: Tensor
 ) -> tuple[str, str] | None:
-    """The modules whose maps are compared, the student's and the teacher's."""
+    """Return the names of the modules whose maps are compared, (student's, teacher's)."""
     pairs = list(layers.values())
     shapes = []
     for i, (side, model) in enumerate(models.items()):
-        with FeatureExtractor(model, [pair[i] for pair in pairs]) as taps, torch.no_grad():
+        with FeatureExtractor(model, [pair[i] for pair in pairs]) as extractor, torch.no_grad():
             as_function(model, side)(x)
-            shapes.append([taps[pair[i]].ndim for pair in pairs])
+            shapes.append([extractor[pair[i]].ndim for pair in pairs])
     for pair, dims in zip(reversed(pairs), reversed(list(zip(*shapes, strict=True))), strict=True):
         if dims == (4, 4):
             return pair

@@ -1,4 +1,4 @@
-"""Privacy: whether the student, or its teacher, gives away what it was trained on."""
+"""Privacy: whether the student, or its teacher, reveals its training data."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from tempering.audits.shadows import shadow_confidence
 
 
 class Privacy(Audit):
-    """Membership inference: the attacker sees a sample, its label and the answer, and says whether it was trained on.
+    """Run membership inference: given a sample, its label and the output, decide whether it was in the training set.
 
-    Called with batches that were not trained on, such as the test split. The attack by loss needs nothing else; LiRA
-    trains shadow models of the student's kind on random halves of both sets, by cross-entropy alone, which is a weaker
-    copy of a distilled student and so a lower bound of what an attacker can do. An attack that finds nothing is no
-    proof that there is nothing.
+    Call it with batches that were not trained on, such as the test split. The loss attack needs nothing else. LiRA
+    trains shadow models with the student's architecture on random halves of both sets, with cross-entropy only, which
+    is a weaker copy of a distilled student and so a lower bound on an attacker. A failed attack does not prove privacy.
 
     Args:
-        members: batches that were trained on, without augmentation.
-        shadows: how many, an even number of 4 or more; 0 for none.
-        epochs, lr, batch: of a shadow's training.
-        rate: the false-positive rate at which found members are counted.
-        samples: of members and of the others, each; as many of both.
-        seed: of halves, first weights and order.
+        members: batches of the training set, without augmentation.
+        shadows: number of shadow models, an even number from 4 on; 0 for none.
+        epochs, lr, batch: training settings of the shadow models.
+        rate: false-positive rate at which detected members are counted.
+        samples: number of members and of others, each.
+        seed: seed of the halves, initial weights and data order.
 
     Reference: Yeom et al., "Privacy Risk in Machine Learning", 2018, arXiv:1709.01604 (loss threshold); Carlini et al.,
     "Membership Inference Attacks From First Principles", 2022, arXiv:2112.03570 (LiRA, offline).
@@ -59,58 +58,60 @@ class Privacy(Audit):
     def examine(self, models: Mapping[str, nn.Module], batches: Iterable[Any]) -> list[Finding]:
         inside, y_inside = answers(models, self.members, self.samples)
         outside, y_outside = answers(models, batches, self.samples)
-        found, scores = [], {}
+        results, scores = [], {}
         for side in models:
-            own, other = confidence(inside[side], y_inside), confidence(outside[side], y_outside)
-            scores[side] = own, other
-            found.append(_gap(side, inside[side].argmax(-1) == y_inside, outside[side].argmax(-1) == y_outside))
-            found += self._attack("loss", side, own, other, "the loss alone")
+            member_scores, other_scores = confidence(inside[side], y_inside), confidence(outside[side], y_outside)
+            scores[side] = member_scores, other_scores
+            results.append(_gap(side, inside[side].argmax(-1) == y_inside, outside[side].argmax(-1) == y_outside))
+            results += self._attack("loss", side, member_scores, other_scores, "the loss alone")
         if "teacher" in models:
-            apart = separations_apart(scores["student"], scores["teacher"])
+            gap = separations_apart(scores["student"], scores["teacher"])
             meaning = (
-                "The student's AUC minus the teacher's, on the same samples. Above 0, the student gives away more of "
-                "what it was trained on than its teacher does; below 0, less."
+                "The student's AUC minus the teacher's, on the same samples. Above 0, the student reveals more of its "
+                "training data than the teacher does; below 0, less."
             )
-            found.append(_finding("loss_auc_gap", "both", apart, meaning, len(y_inside) + len(y_outside)))
+            results.append(_finding("loss_auc_gap", "both", gap, meaning, len(y_inside) + len(y_outside)))
         if self.shadows:
-            found += self._lira(models["student"], batches, scores["student"])
-        return found
+            results += self._lira(models["student"], batches, scores["student"])
+        return results
 
     def _lira(self, student: nn.Module, batches: Iterable[Any], scores: tuple[Tensor, Tensor]) -> list[Finding]:
         parts = [data(self.members, self.samples), data(batches, self.samples)]
         x, y = (torch.cat([part[i] for part in parts]) for i in (0, 1))
-        how = {"epochs": self.epochs, "lr": self.lr, "batch": self.batch, "seed": self.seed}
-        said, out = shadow_confidence(student, x, y, count=self.shadows, **how)
-        ratio = lira(torch.cat(scores), said, out)
-        own, other = ratio[: len(scores[0])], ratio[len(scores[0]) :]
-        return self._attack("lira", "student", own, other, f"LiRA, offline, with {self.shadows} shadow models")
+        options = {"epochs": self.epochs, "lr": self.lr, "batch": self.batch, "seed": self.seed}
+        shadow_scores, out = shadow_confidence(student, x, y, count=self.shadows, **options)
+        ratio = lira(torch.cat(scores), shadow_scores, out)
+        member_ratio, other_ratio = ratio[: len(scores[0])], ratio[len(scores[0]) :]
+        return self._attack(
+            "lira", "student", member_ratio, other_ratio, f"LiRA, offline, with {self.shadows} shadow models"
+        )
 
-    def _attack(self, name: str, side: str, own: Tensor, other: Tensor, by: str) -> list[Finding]:
-        n = len(own) + len(other)
-        auc = (
-            f"Membership inference by {by}: the chance that a sample trained on looks more so than one that was not. "
-            "0.5 is guessing, 1 gives everything away."
+    def _attack(self, name: str, side: str, members: Tensor, others: Tensor, attack: str) -> list[Finding]:
+        n = len(members) + len(others)
+        auc_meaning = (
+            f"Membership inference by {attack}: the probability that a training sample scores higher than another one. "
+            "0.5 is guessing, 1 is a full leak."
         )
-        at = (
-            f"Of the samples trained on, those found by {by} at a false-positive rate of {self.rate:.3g}, at which "
-            f"guessing finds {100 * self.rate:.3g} %. What an average hides: the few that are surely found."
+        tpr_meaning = (
+            f"Of the training samples, those detected by {attack} at a false-positive rate of {self.rate:.3g}, at "
+            f"which guessing detects {100 * self.rate:.3g} %. It shows the few sure detections that an average hides."
         )
-        if len(other) * self.rate < 1:
-            at += f" With {len(other)} others the rate is 0."
+        if len(others) * self.rate < 1:
+            tpr_meaning += f" With {len(others)} others the rate is 0."
         return [
-            _finding(f"{name}_auc", side, separation(own, other), auc, n),
-            share(f"{name}_found", side, found_at(own, other, self.rate), at),
+            _finding(f"{name}_auc", side, separation(members, others), auc_meaning, n),
+            share(f"{name}_found", side, found_at(members, others, self.rate), tpr_meaning),
         ]
 
 
 def _gap(side: str, inside: Tensor, outside: Tensor) -> Finding:
-    """Accuracy on members minus that on others, as two independent shares."""
+    """Return accuracy on members minus accuracy on others, as independent proportions."""
     value = float(inside.double().mean() - outside.double().mean())
     half = Z * math.sqrt(sum(float(p * (1 - p)) / len(x) for x in (inside, outside) for p in [x.double().mean()]))
-    meaning = "Accuracy on samples trained on minus accuracy on others: how much was learned by heart."
+    meaning = "Accuracy on training samples minus accuracy on others: how much was memorized."
     low, high = (value - half, value + half) if half else (None, None)
     return Finding("accuracy_gap", side, value, meaning, low, high, len(inside) + len(outside), share=True)
 
 
-def _finding(name: str, side: str, found: Separation, meaning: str, n: int) -> Finding:
-    return Finding(name, side, found.auc, meaning, found.low, found.high, n)
+def _finding(name: str, side: str, result: Separation, meaning: str, n: int) -> Finding:
+    return Finding(name, side, result.auc, meaning, result.low, result.high, n)

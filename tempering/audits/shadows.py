@@ -1,4 +1,4 @@
-"""Shadow models: nets like the audited one, each trained here on a random half of the samples."""
+"""Shadow models: networks with the audited architecture, each trained on a random half of the samples."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ from tempering.audits.membership import confidence
 
 
 def fresh(model: nn.Module, seed: int) -> nn.Module:
-    """A copy with new first weights, in training mode; the global random state is left as it was.
+    """Return a copy with new initial weights, in training mode; the global random state is restored.
 
     Raises:
-        ValueError: for a net some of whose weights nobody knows to draw anew.
+        ValueError: if some module with parameters has no ``reset_parameters``.
     """
-    made = copy.deepcopy(model).requires_grad_(True).train()
-    for name, module in made.named_modules():
-        own = [n for n, _ in module.named_parameters(recurse=False)]
-        if own and not callable(getattr(module, "reset_parameters", None)):
+    shadow = copy.deepcopy(model).requires_grad_(True).train()
+    for name, module in shadow.named_modules():
+        parameters = [n for n, _ in module.named_parameters(recurse=False)]
+        if parameters and not callable(getattr(module, "reset_parameters", None)):
             raise ValueError(
                 f"shadow models need the net with new weights, and {name or 'the net'} ({type(module).__name__}) has "
-                f"{own[0]} and no reset_parameters(). Give shadows=0, or a net of torch's layers."
+                f"{parameters[0]} but no reset_parameters(). Give shadows=0, or a net of torch's layers."
             )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for module in made.modules():
+        for module in shadow.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
-    return made
+    return shadow
 
 
 def halves(n: int, count: int, seed: int) -> Bool[Tensor, "S N"]:
-    """Which samples each of ``count`` shadows is trained on, half of them; a sample and its complement in pairs, so
-    that every sample is left out by half of the shadows."""
+    """Return which half of the samples each of ``count`` shadows is trained on.
+
+    Halves come in complementary pairs, so every sample is left out by half of the shadows.
+    """
     generator = torch.Generator().manual_seed(seed)
     out = torch.zeros(count, n, dtype=torch.bool)
     for s in range(count):
@@ -45,19 +47,19 @@ def halves(n: int, count: int, seed: int) -> Bool[Tensor, "S N"]:
 
 
 def train(model: nn.Module, x: Tensor, y: Int[Tensor, " N"], *, epochs: int, lr: float, batch: int, seed: int) -> None:
-    """Cross-entropy by SGD (momentum 0.9, weight decay 5e-4, a cosine to 0), without augmentation, in place."""
+    """Train in place with cross-entropy by SGD (momentum 0.9, weight decay 5e-4, cosine to 0), without augmentation."""
     device = next(model.parameters()).device
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     steps = epochs * max(1, len(y) // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
-    answer = as_function(model, "shadow")
+    forward = as_function(model, "shadow")
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # of dropout
         for _ in range(epochs):
             order = torch.randperm(len(y), generator=generator)
             for rows in order.tensor_split(max(1, len(y) // batch)):
-                loss = nn.functional.cross_entropy(answer(x[rows]), y[rows].to(device))
+                loss = nn.functional.cross_entropy(forward(x[rows]), y[rows].to(device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -67,12 +69,12 @@ def train(model: nn.Module, x: Tensor, y: Int[Tensor, " N"], *, epochs: int, lr:
 def shadow_confidence(
     model: nn.Module, x: Tensor, y: Int[Tensor, " N"], *, count: int, epochs: int, lr: float, batch: int, seed: int
 ) -> tuple[Float[Tensor, "S N"], Bool[Tensor, "S N"]]:
-    """Each shadow's confidence in each sample, (S, N), and which samples it was not trained on, (S, N)."""
-    taken, said = halves(len(y), count, seed), []
+    """Train shadows; return their confidence in each sample, and which samples each was not trained on, (S, N) each."""
+    trained_on, scores = halves(len(y), count, seed), []
     for s in range(count):
         shadow = fresh(model, seed + s)
-        train(shadow, x[taken[s]], y[taken[s]], epochs=epochs, lr=lr, batch=batch, seed=seed + s)
+        train(shadow, x[trained_on[s]], y[trained_on[s]], epochs=epochs, lr=lr, batch=batch, seed=seed + s)
         with at_rest(shadow), torch.no_grad():
             z = torch.cat([as_function(shadow, "shadow")(part).cpu().double() for part in x.split(500)])
-        said.append(confidence(z, y))
-    return torch.stack(said), ~taken
+        scores.append(confidence(z, y))
+    return torch.stack(scores), ~trained_on

@@ -1,4 +1,4 @@
-"""Randomised smoothing: the radius in which a noisy vote cannot be changed, certified."""
+"""Randomized smoothing: certify the radius within which the majority vote under noise cannot change."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def certify(
     batch: int = 500,
     seed: int = 0,
 ) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
-    """The class that the smoothed model answers, -1 where it abstains, and its certified l2 radius, 0 there; (N,) each.
+    """Return the smoothed model's class, -1 if it abstains, and its certified l2 radius, 0 there; (N,) each.
 
-    The smoothed model answers what the model says most often under Gaussian noise. The noise leaves [0, 1], as the
-    theorem needs it to.
+    The smoothed model predicts the most frequent class under Gaussian noise. The noise is not clipped to [0, 1], as
+    the theorem requires.
 
     Args:
         answer: pixels -> logits.
         p: images (N, C, H, W).
-        sigma: of the noise, in pixels of [0, 1].
-        picks: votes by which the class is picked.
-        votes: that bound its probability from below.
-        alpha: the probability with which an image's certificate may be wrong.
-        batch: noisy images at once.
-        seed: of the noise.
+        sigma: standard deviation of the noise, in pixels of [0, 1].
+        picks: noisy samples to select the class.
+        votes: noisy samples to bound its probability from below.
+        alpha: probability that an image's certificate is wrong.
+        batch: noisy images per forward pass.
+        seed: seed of the noise.
 
     Reference: Cohen et al., "Certified Adversarial Robustness via Randomized Smoothing", 2019, arXiv:1902.02918,
     CERTIFY in section 3.2.2.
@@ -51,16 +51,18 @@ def certify(
     predicted = torch.full((len(p),), ABSTAINS, dtype=torch.long)
     radius = torch.zeros(len(p), dtype=torch.float64)
     for i, image in enumerate(p):
-        top = int(_votes(answer, image, sigma, picks, batch, generator).argmax())
-        hits = int(_votes(answer, image, sigma, votes, batch, generator)[top])
-        surely = exact_lower(hits, votes, alpha)
-        if surely > 0.5:
-            predicted[i], radius[i] = top, sigma * NormalDist().inv_cdf(surely)
+        top = int(_count_predictions(answer, image, sigma, picks, batch, generator).argmax())
+        hits = int(_count_predictions(answer, image, sigma, votes, batch, generator)[top])
+        lower_bound = exact_lower(hits, votes, alpha)
+        if lower_bound > 0.5:
+            predicted[i], radius[i] = top, sigma * NormalDist().inv_cdf(lower_bound)
     return predicted, radius
 
 
-def _votes(answer: Answer, image: Tensor, sigma: float, n: int, batch: int, generator: torch.Generator) -> Tensor:
-    """How often each class is answered under n draws of noise, (C,)."""
+def _count_predictions(
+    answer: Answer, image: Tensor, sigma: float, n: int, batch: int, generator: torch.Generator
+) -> Tensor:
+    """Count the predictions per class under n samples of noise, (C,)."""
     counts = 0
     for first in range(0, n, batch):
         size = (min(batch, n - first), *image.shape)

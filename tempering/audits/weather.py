@@ -1,6 +1,6 @@
-"""Snow, frost and fog, at CIFAR-C's strengths; frost is drawn, since the original's are photographs.
+"""Snow, frost and fog, at CIFAR-C's strengths; frost is synthesized, since the original blends photographs.
 
-Images are (N, C, H, W) in [0, 1], ``at`` is the severity from 0; what comes out may leave the range.
+Images are (N, C, H, W) in [0, 1]; ``at`` is the severity, counted from 0. Outputs may leave the range.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ ICE = (0.8, 0.9, 1.0)
 
 
 def snow(p: Tensor, at: int, generator: torch.Generator) -> Tensor:
-    """Noise enlarged, cut off below and smeared downwards, over a paler image."""
-    mean, spread, zoom, least, radius, sigma, kept = (
+    """Overlay enlarged, thresholded and downward-smeared noise on a paler image."""
+    mean, spread, zoom, threshold, radius, sigma, keep = (
         (0.1, 0.2, 1.0, 0.6, 8, 3.0, 0.95),
         (0.1, 0.2, 1.0, 0.5, 10, 4.0, 0.9),
         (0.15, 0.3, 1.75, 0.55, 10, 4.0, 0.9),
@@ -26,33 +26,34 @@ def snow(p: Tensor, at: int, generator: torch.Generator) -> Tensor:
     )[at]
     n, _, h, w = p.shape
     flakes = zoomed(mean + spread * torch.randn(n, 1, h, w, generator=generator), zoom)
-    flakes = torch.where(flakes < least, 0.0, flakes.clamp(0, 1))
+    flakes = torch.where(flakes < threshold, 0.0, flakes.clamp(0, 1))
     flakes = smeared(flakes, radius, sigma, -45 - 90 * torch.rand(n, generator=generator))
     pale = torch.maximum(p, 1.5 * _gray(p) + 0.5)
-    return kept * p + (1 - kept) * pale + flakes + flakes.flip(2, 3)
+    return keep * p + (1 - keep) * pale + flakes + flakes.flip(2, 3)
 
 
 def frost(p: Tensor, at: int, generator: torch.Generator) -> Tensor:
-    """Blended with a picture of frost: here veins of ice on a fractal, another one for each image. Not CIFAR-C's own
-    pictures, so that accuracies under it are not comparable with published ones.
+    """Blend with synthetic frost: veins of ice on a fractal, different for each image.
+
+    These are not CIFAR-C's photographs, so accuracies are not comparable with published ones.
     """
-    kept, added = ((1.0, 0.2), (1.0, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45))[at]
+    keep, added = ((1.0, 0.2), (1.0, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45))[at]
     veins = 1 - (2 * plasma(p, 1.5, generator) - 1).abs()
     ice = torch.tensor(ICE if p.shape[1] == 3 else [sum(ICE) / 3] * p.shape[1])
-    return kept * p + added * ice.view(1, -1, 1, 1) * veins
+    return keep * p + added * ice.view(1, -1, 1, 1) * veins
 
 
 def fog(p: Tensor, at: int, generator: torch.Generator) -> Tensor:
-    """A fractal added, and the image's brightest value kept."""
+    """Add a fractal and keep the image's brightest value."""
     strength, decay = ((0.2, 3.0), (0.5, 3.0), (0.75, 2.5), (1.0, 2.0), (1.5, 1.75))[at]
     brightest = p.amax((1, 2, 3), keepdim=True)
     return (p + strength * plasma(p, decay, generator)) * brightest / (brightest + strength)
 
 
 def plasma(p: Tensor, decay: float, generator: torch.Generator) -> Float[Tensor, "N 1 H W"]:
-    """A fractal for each image, in [0, 1], rougher with less ``decay``: midpoints displaced on a torus.
+    """Return a fractal per image, in [0, 1], rougher for smaller ``decay``, by midpoint displacement on a torus.
 
-    Noise falls by ``decay`` squared from one scale to the next, as it does in the released code.
+    Noise decreases by ``decay`` squared from one scale to the next, as in the released code.
 
     Reference: Fournier et al., "Computer Rendering of Stochastic Models", 1982 (the diamond-square algorithm).
     """

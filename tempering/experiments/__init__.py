@@ -1,1 +1,1 @@
-"""Many runs, described by text."""
+"""Run many experiments described by text: comparisons and hyperparameter searches."""

@@ -1,4 +1,4 @@
-"""Named arms of a comparison: what is typed, how a table calls it, and the method it is."""
+"""Presets of methods for comparisons: name on the command line, label in records, and method."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MATCHED = "KD, weight-matched"
 
 
 class Arm(NamedTuple):
-    """An arm: the name that is typed, the label in tables, the method as specs.py reads it, and another temperature."""
+    """A method of a comparison: name, label in records, method as spec.py parses it, and temperature override."""
 
     name: str
     label: str
@@ -61,13 +61,13 @@ ARMS = {
 
 
 def arm_from(text: str, temperature: str | None = None) -> Arm:
-    """The arm of that name; any other text is a method of its own, labeled by itself.
+    """Return the preset with that name; any other text is parsed as a method and used as its label.
 
-    ``temperature`` is a policy that takes the place of the method's own, and is a part of the label.
+    ``temperature`` is a policy that replaces the method's own and becomes part of the label.
     """
     text = " ".join(text.split())
     if not text:
-        raise ValueError("an arm is empty. Give names or methods with commas between, such as kd,dtkd.")
+        raise ValueError("a method is empty. Pass names or methods separated by commas, such as kd,dtkd.")
     arm = ARMS.get(text.lower(), Arm(text, text, text))
     if temperature is None:
         return arm
@@ -76,43 +76,43 @@ def arm_from(text: str, temperature: str | None = None) -> Arm:
 
 
 def arms_from(methods: str, temperatures: str | None = None) -> list[Arm]:
-    """The arms of a comma-separated list, each once, times the temperatures where there are some.
+    """Return the arms of a comma-separated list, without duplicates, times the temperatures if given.
 
-    A method that looks at no temperature stands there once. "own" as a temperature leaves a method its own.
+    A method without a temperature appears once. The temperature "own" keeps a method's own.
 
     Raises:
-        ValueError: for an arm that cannot be made, naming the nearest.
+        ValueError: if an arm cannot be built; suggests the closest name.
     """
     arms: dict[str, Arm] = {}
     for text in split(methods):
         for temperature in split(temperatures) if temperatures else ["own"]:
-            own = temperature == "own" or "temperature" not in method_of(text).hyperparameters()
-            arm = arm_from(text, None if own else temperature)
+            keep_own = temperature == "own" or "temperature" not in method_of(text).hyperparameters()
+            arm = arm_from(text, None if keep_own else temperature)
             method_of(text, arm.temperature)
             arms.setdefault(arm.label, arm)
     return list(arms.values())
 
 
 def with_controls(arms: list[Arm]) -> tuple[list[Arm], list[Arm]]:
-    """The arms behind the controls that were missing, and those: the student alone, and KD at DTKD's total weights.
+    """Prepend missing controls, and return (all arms, added controls): student alone, and KD with DTKD's total weights.
 
     The weights, warm-up and tau are those of most DTKD arms, else the published ones.
     """
     added = [] if any(arm.label == ARMS["supervised"].label for arm in arms) else [ARMS["supervised"]]
     if not any(arm.label == MATCHED for arm in arms):
-        added.append(ARMS["kd-matched"]._replace(spec=_matched(arms)))
+        added.append(ARMS["kd-matched"]._replace(spec=_equal_weights_spec(arms)))
     return [*added, *arms], added
 
 
-def _matched(arms: list[Arm]) -> str:
-    """KD at the total weights, warm-up and tau of most DTKD arms."""
+def _equal_weights_spec(arms: list[Arm]) -> str:
+    """Return KD with the total weights, warm-up and tau of most DTKD arms."""
     from tempering.methods.logits.dtkd import DTKD
 
-    made = [m for m in (method_of(arm.spec, arm.temperature) for arm in arms) if isinstance(m, DTKD)]
-    if not made:
+    methods = [m for m in (method_of(arm.spec, arm.temperature) for arm in arms) if isinstance(m, DTKD)]
+    if not methods:
         return ARMS["kd-matched"].spec
-    found = [(m.dynamic + m.soft, m.hard, round(240 * m.warmup, 6), m.temperature.tau) for m in made]
-    soft, hard, warmup, tau = max(found, key=found.count)
+    settings = [(m.dynamic + m.soft, m.hard, round(240 * m.warmup, 6), m.temperature.tau) for m in methods]
+    soft, hard, warmup, tau = max(settings, key=settings.count)
     temperature = "" if tau == 4 else f", temperature=static({tau:g})"
     return f"kd(soft={soft:g}, hard={hard:g}, warmup={warmup:g}/240{temperature})"
 
@@ -126,12 +126,12 @@ def run_label(arm: Arm, student: str, *, second_stage: bool = False) -> str:
 
 
 def slug(text: str) -> str:
-    """``text`` as the name of a folder: lower case, letters, digits, dots and dashes, at most 48."""
+    """Convert ``text`` to a folder name: lower case, letters, digits, dots and dashes, at most 48 characters."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:48].rstrip("-.") or "arm"
 
 
 def split(text: str) -> list[str]:
-    """The parts between commas that stand in no bracket."""
+    """Split at commas outside of brackets."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "([") - (character in ")]")
@@ -143,19 +143,19 @@ def split(text: str) -> list[str]:
 
 
 def method_of(text: str, temperature: str | None = None) -> Method:
-    """The method of an arm, of its name or of any other text.
+    """Return the method of a preset's name or of any other text.
 
     Raises:
-        ValueError: for one that cannot be made, naming the nearest arm or method.
+        ValueError: if it cannot be built; suggests the closest name.
     """
     from tempering.experiments.spec import method_from
     from tempering.methods import METHODS
 
     arm = arm_from(text)
     if re.fullmatch(r"[\w-]+", arm.spec) and METHODS.find(arm.spec) is None:
-        known = {name.lower() for name in METHODS} | set(ARMS)
+        names = {name.lower() for name in METHODS} | set(ARMS)
         raise ValueError(
-            f"no arm or method is called {text!r}.{suggest(text, known)} There are: {', '.join(sorted(known))}; or "
+            f"no method is called {text!r}.{suggest(text, names)} There are: {', '.join(sorted(names))}; or "
             "write a method with its arguments, as in dtkd(soft=0.5)."
         )
     return method_from(arm.spec, temperature)

@@ -1,8 +1,8 @@
-"""Methods with the hyper-parameters their papers and released configurations give for a pair of nets.
+"""Methods with the hyperparameters that papers and released configurations give for a pair of networks.
 
-``papers.dtkd("resnet32x4", "resnet8x4")`` is the configured method. Names are those of the field's tables; case, dashes
-and underscores do not matter. A pair whose values are not known is an error that says which are: nothing is guessed.
-The values are those of the method alone; learning rates and epochs belong to the recipe.
+``published.dtkd("resnet32x4", "resnet8x4")`` returns the configured method. Names are the usual ones of the field;
+case, dashes and underscores do not matter. A pair without published values raises an error that lists those with
+values. Only hyperparameters of the method are set; learning rates and epochs belong to the recipe.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ OTHER: tuple[Pair, ...] = (
     ("wrn_40_2", "shufflev1"),
 )
 IMAGENET: tuple[Pair, Pair] = (("resnet34", "resnet18"), ("resnet50", "mobilenetv1"))
-# the pairs that mdistiller, and the repositories built on it, have configurations of
+# pairs with configurations in mdistiller and the repositories built on it
 MDISTILLER = tuple(pair for pair in (*SAME, *OTHER) if pair != ("resnet110", "resnet20"))
-# those of LSKD's logs and RLD's configurations
+# pairs in LSKD's logs and RLD's configurations
 LATER: tuple[Pair, ...] = (
     *(pair for pair in (*SAME, *OTHER) if pair[1] != "shufflev1"),
     ("resnet32x4", "wrn_16_2"),
@@ -74,10 +74,10 @@ DETECTORS: tuple[Pair, Pair, Pair] = (
 
 
 class UnknownPair(ValueError):
-    """A pair of nets whose values are not known; ``known`` has, by data set, the pairs whose values are."""
+    """Raised for a pair of networks without published values; ``known`` maps data sets to pairs with values."""
 
-    def __init__(self, said: str, known: dict[str, list[Pair]]) -> None:
-        super().__init__(said)
+    def __init__(self, message: str, known: dict[str, list[Pair]]) -> None:
+        super().__init__(message)
         self.known = known
 
 
@@ -92,17 +92,17 @@ def dkd(teacher: str, student: str, *, data: Data = "cifar100") -> DKD:
     """DKD (arXiv:2203.08679), from mdistiller's configurations."""
     cifar = _all(MDISTILLER, (8.0, 4.0, 20 / 240))
     cifar |= _all((("resnet56", "resnet20"), ("resnet110", "resnet32")), (2.0, 4.0, 20 / 240))
-    six = (("vgg13", "vgg8"), ("vgg13", "mobilenetv2"), ("wrn_40_2", "wrn_16_2"), ("wrn_40_2", "wrn_40_1"))
-    cifar |= _all(six, (6.0, 4.0, 20 / 240))
+    six_pairs = (("vgg13", "vgg8"), ("vgg13", "mobilenetv2"), ("wrn_40_2", "wrn_16_2"), ("wrn_40_2", "wrn_40_1"))
+    cifar |= _all(six_pairs, (6.0, 4.0, 20 / 240))
     imagenet = {IMAGENET[0]: (0.5, 1.0, 1 / 100), IMAGENET[1]: (2.0, 1.0, 1 / 100)}
-    rest, tau, warmup = _find("dkd", {"cifar100": cifar, "imagenet": imagenet}, teacher, student, data)
-    return DKD(target=1.0, non_target=rest, hard=1.0, warmup=warmup, temperature=Static(tau))
+    non_target, tau, warmup = _find("dkd", {"cifar100": cifar, "imagenet": imagenet}, teacher, student, data)
+    return DKD(target=1.0, non_target=non_target, hard=1.0, warmup=warmup, temperature=Static(tau))
 
 
 def dtkd(teacher: str, student: str, *, data: Data = "cifar100", published: bool = False) -> DTKD:
-    """DTKD (arXiv:2404.12711), from its released configurations; for ImageNet none is released.
+    """DTKD (arXiv:2404.12711), from its released configurations; there is none for ImageNet.
 
-    ``published`` takes the released code's temperatures in place of the exact ones.
+    ``published`` uses the released code's temperatures instead of the exact ones.
     """
     cifar = _all(MDISTILLER, (3.0, 1.0))
     cifar |= _all((("resnet56", "resnet20"), ("resnet110", "resnet32"), ("wrn_40_2", "wrn_40_1")), (1.0, 0.5))
@@ -113,7 +113,7 @@ def dtkd(teacher: str, student: str, *, data: Data = "cifar100", published: bool
 
 
 def ctkd(teacher: str, student: str, *, data: Data = "cifar100") -> KD:
-    """KD under a curriculum temperature (arXiv:2211.16231), global form, as released."""
+    """KD with a curriculum temperature (arXiv:2211.16231), global form, as released."""
     cifar = _all((*(pair for pair in SAME if pair[1] != "resnet8x4"), *OTHER), (0.9, 0.1, 10 / 240))
     known = {"cifar100": cifar, "imagenet": {IMAGENET[0]: (1.0, 1.0, 5 / 120)}}
     soft, hard, over = _find("ctkd", known, teacher, student, data)
@@ -121,22 +121,22 @@ def ctkd(teacher: str, student: str, *, data: Data = "cifar100") -> KD:
 
 
 def itkd(teacher: str, student: str, *, data: Data = "cifar100", published: bool = False) -> KD:
-    """KD under instance temperatures (ITKD, arXiv:2407.00115); ``published`` takes the released code's formulas."""
+    """KD with instance temperatures (ITKD, arXiv:2407.00115); ``published`` uses the released code's formulas."""
     soft, hard = _find("itkd", {"cifar100": {("resnet110", "resnet20"): (0.9, 0.1)}}, teacher, student, data)
     return KD(soft=soft, hard=hard, temperature=Instance(form="published" if published else "ppo"))
 
 
 def itkd_dkd(teacher: str, student: str, *, data: Data = "cifar100", published: bool = False) -> DKD:
-    """DKD under instance temperatures (ITKD, arXiv:2407.00115); ``published`` takes the released code's formulas."""
-    two = ("resnet56", "resnet20"), ("resnet110", "resnet32"), ("wrn_40_2", "wrn_16_2"), ("wrn_40_2", "wrn_40_1")
-    cifar = _all(two, 2.0) | {("resnet32x4", "resnet8x4"): 8.0}
-    rest = _find("itkd_dkd", {"cifar100": cifar}, teacher, student, data)
+    """DKD with instance temperatures (ITKD, arXiv:2407.00115); ``published`` uses the released code's formulas."""
+    two_pairs = ("resnet56", "resnet20"), ("resnet110", "resnet32"), ("wrn_40_2", "wrn_16_2"), ("wrn_40_2", "wrn_40_1")
+    cifar = _all(two_pairs, 2.0) | {("resnet32x4", "resnet8x4"): 8.0}
+    non_target = _find("itkd_dkd", {"cifar100": cifar}, teacher, student, data)
     T = Instance(form="published" if published else "ppo")
-    return DKD(target=1.0, non_target=rest, hard=1.0, warmup=20 / 240, temperature=T)
+    return DKD(target=1.0, non_target=non_target, hard=1.0, warmup=20 / 240, temperature=T)
 
 
 def normkd() -> KD:
-    """KD at temperatures that follow the logits' spread (NormKD, arXiv:2308.00520); one set of values for all pairs."""
+    """KD with temperatures proportional to the logits' standard deviation (NormKD, arXiv:2308.00520), for all pairs."""
     return KD(soft=0.9, hard=0.1, temperature=Standardized(2.0, scale="teacher", attached=True))
 
 
@@ -227,8 +227,8 @@ def nkd(teacher: str, student: str, *, data: Data = "cifar100") -> NKD:
     deit = ("deit3_small", "deit_tiny"), ("deit3_base", "deit_small"), ("deit3_large", "deit_base")
     imagenet = _all(IMAGENET, (1.5, 1.0)) | _all((*deit, ("deit_small", "deit_tiny")), (1.0, 1.0))
     known = {"cifar100": {("resnet34", "resnet18"): (3.5, 3.0)}, "imagenet": imagenet}
-    rest, tau = _find("nkd", known, teacher, student, data)
-    return NKD(target=1.0, non_target=rest, hard=1.0, temperature=Static(tau))
+    non_target, tau = _find("nkd", known, teacher, student, data)
+    return NKD(target=1.0, non_target=non_target, hard=1.0, temperature=Static(tau))
 
 
 def uskd(student: str, *, names: tuple[str, ...] = (), data: Data = "cifar100") -> USKD:
@@ -236,8 +236,8 @@ def uskd(student: str, *, names: tuple[str, ...] = (), data: Data = "cifar100") 
     nets = "resnet18", "resnet50", "resnet101", "mobilenetv1", "mobilenetv2", "shufflev2", "regnetx_1.6gf", "swin_tiny"
     imagenet = _all((("none", net) for net in (*nets, "deit_tiny")), (1.0, 0.1, 0.005))
     known = {"cifar100": {("none", "resnet18"): (0.1, 0.1, 0.1)}, "imagenet": imagenet}
-    target, rest, weak = _find("uskd", known, "none", student, data)
-    return USKD(target=target, non_target=rest, weak=weak, hard=1.0, names=names)
+    target, non_target, weak = _find("uskd", known, "none", student, data)
+    return USKD(target=target, non_target=non_target, weak=weak, hard=1.0, names=names)
 
 
 def rld(teacher: str, student: str, *, data: Data = "cifar100") -> RLD:
@@ -257,7 +257,7 @@ def erkd(teacher: str, student: str, *, data: Data = "cifar100") -> ERKD:
 
 
 def mlkd(teacher: str, student: str, *, data: Data = "cifar100", published: bool = False) -> MLKD:
-    """MLKD (CVPR 2023), from its released configurations; it wants two views: ``tasks.views.Views``."""
+    """MLKD (CVPR 2023), from its released configurations; it needs two views: ``tasks.two_view.TwoView``."""
     imagenet = ("resnet34", "resnet18"), ("resnet50", "mobilenetv2")
     known = {"cifar100": _all(MDISTILLER, (0.9, 0.1, 4.0)), "imagenet": _all(imagenet, (0.5, 0.5, 1.0))}
     soft, hard, first = _find("mlkd", known, teacher, student, data)
@@ -268,8 +268,8 @@ def mlkd(teacher: str, student: str, *, data: Data = "cifar100", published: bool
 def r2kd(teacher: str, student: str, *, data: Data = "tiny_imagenet", published: bool = False) -> R2KD:
     """R2KD (arXiv:2311.13934), from its released configurations, which are of Tiny-ImageNet alone.
 
-    ``published`` takes the rank term that has no gradient. The paper's teacher is ``EnsembleTeacher(model,
-    pruned(model))``.
+    ``published`` uses the rank term that has no gradient. The paper's teacher is ``EnsembleTeacher(model,
+    prune(model))``.
     """
     tiny = (
         ("resnet32x4", "resnet8x4"),
@@ -322,22 +322,22 @@ _ADVERSARIAL: dict[Pair, float] = dict(zip(DETECTORS, (1e-5, 1e-5, 2.5e-7), stri
 
 
 def _all(pairs: Iterable[Pair], value: Value) -> dict[Pair, Value]:
-    """The same value for each pair."""
+    """Assign the same value to each pair."""
     return dict.fromkeys(pairs, value)
 
 
 def _find(name: str, known: Mapping[str, Mapping[Pair, Value]], teacher: str, student: str, data: str) -> Value:
-    """The values of this pair.
+    """Return the values of this pair.
 
     Raises:
-        UnknownPair: for a pair that has none, with those that have.
+        UnknownPair: if there are none; lists the pairs with values.
     """
     for (t, s), value in known.get(data, {}).items():
         if (plain_net(t), plain_net(s)) == (plain_net(teacher), plain_net(student)):
             return value
-    said = "; ".join(f"{where}: {', '.join(f'{t} -> {s}' for t, s in pairs)}" for where, pairs in known.items())
+    listing = "; ".join(f"{where}: {', '.join(f'{t} -> {s}' for t, s in pairs)}" for where, pairs in known.items())
     raise UnknownPair(
-        f"papers.{name} knows no values for {teacher} -> {student} on {data}. It knows {said}. For another pair, "
+        f"published.{name} has no values for {teacher} -> {student} on {data}. It has {listing}. For another pair, "
         "configure the method itself.",
         {where: list(pairs) for where, pairs in known.items()},
     )

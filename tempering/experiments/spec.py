@@ -1,4 +1,4 @@
-"""A method or a temperature policy from text, as it would be written in Python; read, never evaluated."""
+"""Parse a method or a temperature policy from text in Python syntax, without evaluating code."""
 
 from __future__ import annotations
 
@@ -19,86 +19,88 @@ from tempering.utils.registry import lookup, suggest
 
 EXAMPLE = "dtkd(soft=0.5, temperature=sharpness(4, solve=published))"
 CONSTANTS = {"true": True, "false": False, "none": None}
-# a word that Python keeps for itself is a word here all the same: curriculum(form=global)
+# Python keywords are allowed as bare words: curriculum(form=global)
 KEPT = re.compile(rf"=\s*({'|'.join(w for w in words.kwlist if w.lower() not in CONSTANTS)})\b")
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-# arguments whose bare name can only be a part, so that a typo is seen
+# arguments whose value must be a policy, so that a typo raises an error
 SLOTS = {"temperature": POLICIES, "policy": POLICIES}
 
 
 def method_from(text: str, temperature: str | None = None) -> Method:
-    """The method that ``text`` names or calls: "dtkd", "kd(soft=4, hard=1, warmup=20/240)", "sum(kd(hard=0), dkd)".
+    """Build the method that ``text`` names or calls.
+
+    Examples: "dtkd", "kd(soft=4, hard=1, warmup=20/240)", "sum(kd(hard=0), dkd)".
 
     Args:
-        text: letter case of names does not matter; a bare word as an argument is a string or a part of that name.
-        temperature: a policy that takes the place of the method's own.
+        text: names are case-insensitive; a bare word as an argument is a string, or a method or policy of that name.
+        temperature: a policy that replaces the method's own.
 
     Raises:
-        ValueError: for a name, an argument or syntax that there is not, naming the nearest.
+        ValueError: for an unknown name or argument, or invalid syntax; suggests the closest name.
     """
     node = _parsed(text)
     if temperature is None:
-        return _made(node, METHODS, "method", text)
-    kind, call = lookup(_name(node, text), METHODS, "method"), _called(node)
+        return _build(node, METHODS, "method", text)
+    kind, call = lookup(_name(node, text), METHODS, "method"), _as_call(node)
     if "temperature" not in inspect.signature(kind.__init__).parameters:
         raise ValueError(
-            f"{kind.__name__} takes no temperature; got temperature={temperature!r}. Give it to a part, as in "
+            f"{kind.__name__} takes no temperature; got temperature={temperature!r}. Pass it to a part, as in "
             "sum(kd(hard=0, temperature=sharpness), dkd), or leave it out."
         )
-    kept = [keyword for keyword in call.keywords if keyword.arg != "temperature"]
-    replaced = ast.Call(call.func, call.args, [*kept, ast.keyword("temperature", _parsed(temperature))])
-    return _made(replaced, METHODS, "method", text)
+    keywords = [keyword for keyword in call.keywords if keyword.arg != "temperature"]
+    replaced = ast.Call(call.func, call.args, [*keywords, ast.keyword("temperature", _parsed(temperature))])
+    return _build(replaced, METHODS, "method", text)
 
 
 def policy_from(text: str) -> Policy:
-    """The policy that ``text`` names or calls, such as "sharpness(4, solve=std)".
+    """Build the policy that ``text`` names or calls, such as "sharpness(4, solve=std)".
 
     Raises:
-        ValueError: as ``method_from`` does.
+        ValueError: as in ``method_from``.
     """
-    return _made(_parsed(text), POLICIES, "temperature policy", text)
+    return _build(_parsed(text), POLICIES, "temperature policy", text)
 
 
 def _parsed(text: str) -> ast.expr:
     try:
         return ast.parse(KEPT.sub(r"='\1'", text.strip()), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{text!r} cannot be read ({error}). Write it as in {EXAMPLE!r}.") from error
+        raise ValueError(f"{text!r} cannot be parsed ({error}). Write it as in {EXAMPLE!r}.") from error
 
 
-def _made(node: ast.expr, parts: Mapping[str, type[Any]], what: str, text: str) -> Any:
-    """The part that ``node`` names or calls."""
-    kind, call = lookup(_name(node, text), parts, what), _called(node)
+def _build(node: ast.expr, parts: Mapping[str, type[Any]], category: str, text: str) -> Any:
+    """Build the method or policy that ``node`` names or calls."""
+    kind, call = lookup(_name(node, text), parts, category), _as_call(node)
     parameters = {name: p for name, p in inspect.signature(kind.__init__).parameters.items() if name != "self"}
     positional = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    several = next((p for p in parameters.values() if p.kind is p.VAR_POSITIONAL), None)
-    if several is None and len(call.args) > len(positional):
+    variadic = next((p for p in parameters.values() if p.kind is p.VAR_POSITIONAL), None)
+    if variadic is None and len(call.args) > len(positional):
         first = next(iter(parameters), None)
         hint = f"Name them, as in {first}=...; it" if first else "It"
         raise ValueError(
             f"{kind.__name__} takes {len(positional)} unnamed arguments; got {len(call.args)} in {text!r}. {hint} "
             f"takes: {_listed(parameters)}."
         )
-    args = [_value(a, positional[i] if i < len(positional) else several, text) for i, a in enumerate(call.args)]
-    given: dict[str, Any] = {}
+    args = [_value(a, positional[i] if i < len(positional) else variadic, text) for i, a in enumerate(call.args)]
+    kwargs: dict[str, Any] = {}
     for keyword in call.keywords:
         name = keyword.arg
-        if name is None or name not in parameters or parameters[name] is several:
+        if name is None or name not in parameters or parameters[name] is variadic:
             raise ValueError(
                 f"{kind.__name__} has no argument {name or '**'!r}.{suggest(name or '', parameters)} It takes: "
                 f"{_listed(parameters)}."
             )
-        given[name] = _value(keyword.value, parameters[name], text)
+        kwargs[name] = _value(keyword.value, parameters[name], text)
     try:
-        return kind(*args, **given)
+        return kind(*args, **kwargs)
     except TypeError as error:
-        missing = [n for n, x in parameters.items() if x.default is x.empty and x is not several and n not in given]
+        missing = [n for n, x in parameters.items() if x.default is x.empty and x is not variadic and n not in kwargs]
         example = f" Write {kind.__name__.lower()}({', '.join(f'{n}=...' for n in missing)})." if missing else ""
         raise ValueError(f"{text!r}: {error}.{example}") from error
 
 
 def _value(node: ast.expr, parameter: inspect.Parameter | None, text: str) -> Any:
-    """What an argument is: a number, a text, a list of them, or a part."""
+    """Return the value of an argument: a number, a string, a list of them, or a method or policy."""
     if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, (bool, int, float, str))):
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
@@ -117,8 +119,8 @@ def _value(node: ast.expr, parameter: inspect.Parameter | None, text: str) -> An
     if isinstance(node, ast.Call):
         slot = None if parameter is None else SLOTS.get(parameter.name)
         if slot:
-            return _made(node, slot, "temperature policy", text)
-        return _made(node, _registry_of(_name(node, text)), "method or temperature policy", text)
+            return _build(node, slot, "temperature policy", text)
+        return _build(node, _registry_of(_name(node, text)), "method or temperature policy", text)
     raise ValueError(
         f"{ast.unparse(node)} in {text!r} is neither a number, a word, a list of them, nor a method or a policy. Write "
         f"it as in {EXAMPLE!r}."
@@ -126,12 +128,12 @@ def _value(node: ast.expr, parameter: inspect.Parameter | None, text: str) -> An
 
 
 def _registry_of(name: str) -> Mapping[str, type[Any]]:
-    """The registry that has this name; both where none has."""
+    """Return the registry with this name; both if none has it."""
     return next((r for r in (METHODS, POLICIES) if r.find(name) is not None), ChainMap(METHODS, POLICIES))  # pyright: ignore[reportArgumentType]
 
 
 def _word(node: ast.Name, parameter: inspect.Parameter | None, text: str) -> Any:
-    """A bare word: true, false, none; a part where one can stand; else a string."""
+    """Return the value of a bare word: true, false, none; a method or policy if allowed; else a string."""
     word = node.id
     if word.lower() in CONSTANTS:
         return CONSTANTS[word.lower()]
@@ -146,7 +148,7 @@ def _word(node: ast.Name, parameter: inspect.Parameter | None, text: str) -> Any
 def _number(node: ast.expr, parameter: inspect.Parameter | None, text: str) -> float:
     value = _value(node, parameter, text)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{ast.unparse(node)} in {text!r} is no number. Write it as in {EXAMPLE!r}.")
+        raise ValueError(f"{ast.unparse(node)} in {text!r} is not a number. Write it as in {EXAMPLE!r}.")
     return value
 
 
@@ -157,8 +159,8 @@ def _name(node: ast.expr, text: str) -> str:
     return head.id
 
 
-def _called(node: ast.expr) -> ast.Call:
-    """The node as a call; a bare name is a call without arguments."""
+def _as_call(node: ast.expr) -> ast.Call:
+    """Return the node as a call; a bare name becomes a call without arguments."""
     return node if isinstance(node, ast.Call) else ast.Call(node, [], [])
 
 

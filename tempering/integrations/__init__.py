@@ -1,4 +1,4 @@
-"""Distillation inside somebody else's trainer: ``adapters.huggingface`` and ``adapters.lightning``.
+"""Distillation in other libraries' trainers: ``integrations.huggingface`` and ``integrations.lightning``.
 
-Neither is imported before it is named: ``from tempering.integrations.huggingface import DistillMixin``.
+Both are imported explicitly: ``from tempering.integrations.huggingface import DistillMixin``.
 """

@@ -1,4 +1,4 @@
-"""What the adapters share: which methods fit into a foreign loop, and one batch as rows."""
+"""Shared by the integrations: check that a method works in an external trainer, and turn a batch into rows."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from tempering.teachers.base import Teacher
 from tempering.teachers.live import Live
 from tempering.training.features import PairedFeatures
 
-ENGINE = "Run it by tempering.distill."
+ENGINE = "Run it with tempering.distill."
 
 
 def fitting(method: Method, teacher: nn.Module | Teacher | None, student: nn.Module) -> Teacher | None:
-    """The teacher, a bare module wrapped in ``Live``, for a method that a foreign loop can serve.
+    """Return the teacher, a bare module wrapped in ``Live``, if an external trainer supports the method.
 
     Raises:
-        TypeError: for what is no method, no teacher, or a method that owns its step.
-        ValueError: for a teacher that is missing or shares weights with the student, or policies that learn.
+        TypeError: if ``method`` is not a Method, ``teacher`` is not a teacher, or the method owns its step.
+        ValueError: if the teacher is missing or shares weights with the student, or a policy is adaptive.
     """
     if not isinstance(method, Method):
         raise TypeError(f"method must be a Method, such as methods.DTKD(); got {type(method).__name__}.")
     if method.owns_step:
         raise TypeError(f"{type(method).__name__} owns its step, and so does this trainer. {ENGINE}")
-    if learners := method.adaptive_policies():
+    if adaptive := method.adaptive_policies():
         raise ValueError(
-            f"{type(learners[0]).__name__} learns from a second forward after every step, which this trainer does not "
-            f"make. {ENGINE}"
+            f"{type(adaptive[0]).__name__} learns from a second forward after every step, which this trainer does not "
+            f"run. {ENGINE}"
         )
     if teacher is None:
         if method.needs_teacher:
@@ -44,20 +44,20 @@ def fitting(method: Method, teacher: nn.Module | Teacher | None, student: nn.Mod
     model = teacher if isinstance(teacher, nn.Module) else teacher.model
     if model is not None and {id(p) for p in model.parameters()} & {id(p) for p in student.parameters()}:
         raise ValueError(
-            "the teacher shares weights with the student: frozen, they would not be trained. Give copy.deepcopy(model) "
+            "the teacher shares weights with the student: frozen, they would not be trained. Pass copy.deepcopy(model) "
             "as teacher."
         )
     return Live(teacher) if isinstance(teacher, nn.Module) else teacher
 
 
 def whole_batches(method: Method, **splits: int) -> None:
-    """Refuse a method over pairs of rows where a step is split.
+    """Reject a method that compares rows with each other if a step is split.
 
     Args:
-        splits: the trainer's own names of what splits a step, and into how many parts.
+        splits: the trainer's options that split a step -> number of parts.
 
     Raises:
-        ValueError: naming the first of them that is not 1.
+        ValueError: if one of them is not 1; names the first.
     """
     for flag, parts in splits.items():
         if parts > 1 and method.is_batch_dependent():
@@ -70,11 +70,11 @@ def whole_batches(method: Method, **splits: int) -> None:
 def blocks_of(
     batch: Any, student: Callable[[Any], Any], teacher: Teacher | None, task: Task, features: PairedFeatures | None
 ) -> tuple[Any, list[Rows]]:
-    """The student's output, and the blocks of rows that both outputs make."""
+    """Return the student's output, and the blocks of rows of both outputs."""
     student_in, teacher_in, ids = task.inputs(batch)
-    said = student(student_in)
-    taught = None if teacher is None else teacher(teacher_in, ids)
-    blocks = task.rows(said, taught, batch)
+    student_output = student(student_in)
+    teacher_output = None if teacher is None else teacher(teacher_in, ids)
+    blocks = task.rows(student_output, teacher_output, batch)
     if features is not None:
         blocks[-1] = blocks[-1].replace(features={**blocks[-1].features, **features.features()})
-    return said, blocks
+    return student_output, blocks

@@ -23,29 +23,29 @@ from tempering.utils.tensors import to_device
 if TYPE_CHECKING:
     from transformers import Trainer
 else:
-    Trainer = object  # the user's Trainer stands behind the mixin; nothing here imports transformers
+    Trainer = object  # the user's Trainer follows the mixin in the MRO; this module does not import transformers
 
-METHOD = "distill_method.safetensors"  # what the method itself trains, beside the student in a checkpoint
+METHOD = "distill_method.safetensors"  # the method's own parameters, in the same checkpoint as the student
 
 
 class DistillMixin(Trainer):
-    """A Trainer whose loss is a method's: ``class KDTrainer(DistillMixin, Trainer): pass``.
+    """Use a distillation method as the Trainer's loss: ``class KDTrainer(DistillMixin, Trainer): pass``.
 
-    The loss of a step is the mean over the rows of all its micro-batches and processes, however they are split; what
-    transformers counts as ``num_items_in_batch`` is replaced by the weight of the rows. The teacher is frozen, in
-    eval mode, on the Trainer's device and never saved. What the method trains (projectors, learned temperatures) joins
-    the optimizer at its learning rate, without weight decay or clipping, and lies in checkpoints beside the student.
+    The loss of a step is the mean over the rows of all its micro-batches and processes, however they are split;
+    ``num_items_in_batch`` of transformers is replaced by the total weight of the rows. The teacher is frozen, in eval
+    mode, on the Trainer's device and never saved. Parameters of the method (projectors, learned temperatures) are
+    added to the optimizer at its learning rate, without weight decay or clipping, and saved in the checkpoints.
     ``eval_loss`` is the method's loss too.
 
     Args:
-        args, kwargs: the Trainer's own.
-        teacher: a model, frozen in place, or a Teacher (its answers must fit the task's inputs: see ``Unpacked``).
+        args, kwargs: arguments of the Trainer.
+        teacher: a model, frozen in place, or a Teacher (its inputs must fit the task's: see ``Unpacked``).
         method: the loss, with its temperature policy.
-        task: how batches become rows; None is ``Labeled()``. Causal language models need ``Labeled(shift=True)``.
-        selfcheck: look at the first batch before training.
+        task: converts batches to rows; None is ``Labeled()``. Causal language models need ``Labeled(shift=True)``.
+        selfcheck: check the first batch before training.
 
     Raises:
-        TypeError, ValueError: for a method, a teacher or settings that do not fit this loop.
+        TypeError, ValueError: if the method, the teacher or the settings do not work with this trainer.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class DistillMixin(Trainer):
         whole_batches(method, gradient_accumulation_steps=accumulate, num_processes=processes)
         if self.args.label_smoothing_factor or self.compute_loss_func is not None:
             raise ValueError(
-                "the method makes the loss, so label_smoothing_factor and compute_loss_func would do nothing. Leave "
-                "them out."
+                "the method computes the loss, so label_smoothing_factor and compute_loss_func would have no effect. "
+                "Leave them out."
             )
         if self.teacher is not None:
             self.teacher.to(self.args.device)
@@ -76,9 +76,11 @@ class DistillMixin(Trainer):
         names = {n: (s, f"model.{t}" if bare else t) for n, (s, t) in self.task.features.items()}
         self._features = PairedFeatures.from_models(self._module(), self.teacher, names)
         self._chunking = chunking_for(method)
-        self._mass: dict[str, Tensor] = {}
-        self.label_names = self.label_names or ["labels"]  # else columns that no forward takes would be removed
-        # both say that the loss is scaled by the whole step already: the second to transformers that know it
+        self._row_weights: dict[str, Tensor] = {}
+        self.label_names = self.label_names or [
+            "labels"
+        ]  # otherwise the Trainer removes columns that forward() does not take
+        # both declare that the loss is already scaled for the whole step; newer transformers read the second
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
 
@@ -89,47 +91,47 @@ class DistillMixin(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The method's share of the step's loss, (), and the outputs where they are wanted."""
-        said, blocks = self._blocks(model, inputs)
+        """Return this micro-batch's part of the step's loss, (), and the outputs if ``return_outputs``."""
+        output, blocks = self._blocks(model, inputs)
         training = model.training
         self.method.train(training)
-        whole, progress = self._mass if training else {}, self._progress()
-        losses = self.method.losses(blocks, progress, whole, self._chunking)
+        weights, progress = self._row_weights if training else {}, self._progress()
+        losses = self.method.losses(blocks, progress, weights, self._chunking)
         loss = torch.stack([block.loss for block in losses]).sum()
         if training:
-            # processes are averaged, and each has only its share of the one mean
+            # gradients are averaged over processes, and each process has only its part of the mean
             loss = loss * self.accelerator.num_processes
         if not return_outputs:
             return loss
-        # the Trainer cuts the first part off what is no mapping: it takes it for the loss
-        return loss, said if isinstance(said, dict) else {"logits": _logits(said, "student")}
+        # the Trainer drops the first element of outputs that are not a mapping, as if it were the loss
+        return loss, output if isinstance(output, dict) else {"logits": _logits(output, "student")}
 
     def get_batch_samples(self, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The micro-batches of one step, and the weight of all their rows on all processes."""
+        """Return the micro-batches of one step, and the total weight of their rows on all processes."""
         batches, _ = super().get_batch_samples(*args)
-        self.method.zero_grad(set_to_none=True)  # the Trainer resets the gradients of its model alone
-        self._mass = {}
+        self.method.zero_grad(set_to_none=True)  # the Trainer only resets the gradients of its model
+        self._row_weights = {}
         for batch in batches:
-            for name, mass in self.task.row_weights(batch).items():
-                mass = torch.as_tensor(mass, dtype=torch.float32, device=self.args.device)
-                self._mass[name] = self._mass[name] + mass if name in self._mass else mass
-        self._mass = {name: self._summed(mass) for name, mass in sorted(self._mass.items())}
+            for name, weight in self.task.row_weights(batch).items():
+                weight = torch.as_tensor(weight, dtype=torch.float32, device=self.args.device)
+                self._row_weights[name] = self._row_weights[name] + weight if name in self._row_weights else weight
+        self._row_weights = {name: self._all_reduce(weight) for name, weight in sorted(self._row_weights.items())}
         if self.selfcheck and batches:
             self.selfcheck = False
             self._check(batches[0])
-        return batches, sum(self._mass.values())
+        return batches, sum(self._row_weights.values())
 
     def create_optimizer(self, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The Trainer's optimizer, with a group for what the method trains."""
+        """Return the Trainer's optimizer, with a parameter group for the method."""
         optimizer = super().create_optimizer(*args)
         self._prepare_method()
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        own = [g for g in self.method.param_groups() if not {id(p) for p in g["params"]} & known]
-        if own and self.is_deepspeed_enabled:
-            raise ValueError(f"DeepSpeed cannot train what {type(self.method).__name__} owns beside the model.")
-        for group in own:
+        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        groups = [g for g in self.method.param_groups() if not {id(p) for p in g["params"]} & optimized]
+        if groups and self.is_deepspeed_enabled:
+            raise ValueError(f"DeepSpeed cannot train the parameters that {type(self.method).__name__} owns.")
+        for group in groups:
             optimizer.add_param_group({"weight_decay": 0.0, **group})
-        if own:
+        if groups:
             optimizer.register_step_pre_hook(self._share_method_gradients)
         return optimizer
 
@@ -145,8 +147,8 @@ class DistillMixin(Trainer):
             path = Path(checkpoint) / METHOD
             if not path.is_file():
                 raise ValueError(
-                    f"{path} is not there, so {type(self.method).__name__} cannot go on with what it trained. Was the "
-                    "checkpoint written by another method? Start without resume_from_checkpoint."
+                    f"{path} does not exist, so {type(self.method).__name__} cannot resume its own parameters. Was the "
+                    "checkpoint written with another method? Start without resume_from_checkpoint."
                 )
             self.method.load_state_dict(load_file(path))
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -162,30 +164,30 @@ class DistillMixin(Trainer):
         steps = self.state.max_steps
         return min(1.0, (self.state.global_step + 1) / steps) if steps > 0 else 1.0
 
-    def _summed(self, value: Tensor) -> Any:
+    def _all_reduce(self, value: Tensor) -> Any:
         return self.accelerator.reduce(value, reduction="sum")
 
     def _share_method_gradients(self, *_: Any) -> None:
-        """Average over processes what no DistributedDataParallel sees."""
+        """Average gradients of the method over processes, since DistributedDataParallel does not wrap it."""
         if self.accelerator.num_processes > 1:
             for p in self.method.parameters():
                 if p.requires_grad:
                     grad = torch.zeros_like(p) if p.grad is None else p.grad
-                    p.grad = self._summed(grad) / self.accelerator.num_processes
+                    p.grad = self._all_reduce(grad) / self.accelerator.num_processes
 
     def _check(self, batch: Any) -> None:
         model: Any = self.model_wrapped
         student, features = Unpacked(model), None if self._features is None else self._features.features
         batch = self._prepare_inputs(batch)
-        said = check_first_batch(student, self.teacher, batch, method=self.method, task=self.task, features=features)
+        report = check_first_batch(student, self.teacher, batch, method=self.method, task=self.task, features=features)
         if self.is_world_process_zero():
             import logging
 
-            logging.getLogger("tempering").info(said.line)
+            logging.getLogger("tempering").info(report.line)
 
     @torch.no_grad()
     def _prepare_method(self) -> None:
-        """Let the method size what it trains on a first batch, and leave random numbers and modes as they were."""
+        """Let the method create its parameters from a first batch; restore random states and training modes."""
         if type(self.method).setup is Method.setup:
             return
         before, model = random_state(), self._module()
@@ -201,7 +203,7 @@ class DistillMixin(Trainer):
 
 
 class Unpacked(nn.Module):
-    """A model of transformers that is asked with one mapping of inputs: ``teachers.Live(Unpacked(model))``."""
+    """Call a transformers model with one mapping of inputs: ``teachers.Live(Unpacked(model))``."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -212,16 +214,16 @@ class Unpacked(nn.Module):
 
 
 class Labeled(Task):
-    """Batches as transformers collates them: a mapping of inputs with "labels"; models answer ``.logits``.
+    """Handle batches as transformers collates them: a mapping of inputs with "labels"; models return ``.logits``.
 
-    (N, C) logits make N rows, of which one with the label -100 learns from the teacher alone. (N, L, C) logits make
-    N * L rows, and a token with the label -100 has weight 0. "ids", where a batch has them, are those of the samples
-    (the Trainer then needs remove_unused_columns=False).
+    (N, C) logits give N rows; rows with the label -100 learn from the teacher only. (N, L, C) logits give N * L rows;
+    a token with the label -100 has weight 0. If a batch has "ids", they identify the samples (the Trainer then needs
+    remove_unused_columns=False).
 
     Args:
-        shift: position i answers for the label of i + 1, as in causal language models.
-        keep_labels: give the labels to the models too; encoder-decoders make their decoder's inputs of them.
-        taps: features for methods that look inside, name -> (student's module, teacher's module), shallow to deep.
+        shift: position i predicts the label of i + 1, as in causal language models.
+        keep_labels: pass the labels to the models too; encoder-decoders build the decoder's inputs from them.
+        features: features for feature-based methods, name -> (student's module, teacher's module), shallow to deep.
     """
 
     def __init__(
@@ -236,34 +238,36 @@ class Labeled(Task):
     def inputs(self, batch: Any) -> tuple[dict[str, Any], dict[str, Any], Tensor | None]:
         if not isinstance(batch, Mapping):
             raise ValueError(
-                f"Labeled needs batches that are mappings, as collators of transformers make; got "
-                f"{type(batch).__name__}. For (inputs, labels) there is tasks.Classification()."
+                f"Labeled needs batches that are mappings, as collators of transformers return; got "
+                f"{type(batch).__name__}. For (inputs, labels) use tasks.Classification()."
             )
         dropped = {"ids"} if self.keep_labels else {"ids", "labels"}
         inputs = {name: value for name, value in batch.items() if name not in dropped}
         return inputs, inputs, batch.get("ids")
 
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
-        said = _logits(student, "student")
-        taught = said.detach() if teacher is None else _logits(teacher, "teacher")
-        if said.shape != taught.shape:
+        logits = _logits(student, "student")
+        teacher_logits = logits.detach() if teacher is None else _logits(teacher, "teacher")
+        if logits.shape != teacher_logits.shape:
             raise ValueError(
-                f"the student answers {tuple(said.shape)} and the teacher {tuple(taught.shape)}: they need the same "
-                "classes (or vocabulary) in the same order."
+                f"the student's logits are {tuple(logits.shape)} and the teacher's {tuple(teacher_logits.shape)}: both "
+                "need the same classes (or vocabulary) in the same order."
             )
         labels = batch.get("labels")
-        if said.ndim == 2:
-            return [Rows(said, taught, labels, ids=batch.get("ids"))]
-        if labels is None or labels.shape != said.shape[:2]:
+        if logits.ndim == 2:
+            return [Rows(logits, teacher_logits, labels, ids=batch.get("ids"))]
+        if labels is None or labels.shape != logits.shape[:2]:
             got = "none" if labels is None else str(tuple(labels.shape))
             raise ValueError(
-                f"(N, L, C) logits need labels of shape (N, L) = {tuple(said.shape[:2])}, -100 where a token is left "
+                f"(N, L, C) logits need labels of shape (N, L) = {tuple(logits.shape[:2])}, -100 where a token is left "
                 f"out; got {got}. Collate with labels, such as DataCollatorForLanguageModeling(mlm=False)."
             )
         if self.shift:
-            said, taught, labels = said[:, :-1], taught[:, :-1], labels[:, 1:]
+            logits, teacher_logits, labels = logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:]
         labels = labels.flatten()
-        return [Rows(said.flatten(0, 1), taught.flatten(0, 1), labels, weight=(labels != IGNORE_INDEX).float())]
+        return [
+            Rows(logits.flatten(0, 1), teacher_logits.flatten(0, 1), labels, weight=(labels != IGNORE_INDEX).float())
+        ]
 
     def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
         labels = batch.get("labels")
@@ -275,35 +279,35 @@ class Labeled(Task):
     def score(
         self, student: nn.Module, batches: Iterable[Any], *, teacher: Callable[[Any, Tensor | None], Any] | None = None
     ) -> dict[str, float]:
-        """accuracy in [0, 1] and loss in nats over labeled rows, and agreement with the teacher where there is one."""
+        """Return accuracy in [0, 1], loss in nats, and agreement with the teacher, if any, over labeled rows."""
         device = next((p.device for p in student.parameters()), torch.device("cpu"))
-        training, sums, known = student.training, {"accuracy": 0.0, "loss": 0.0, "agreement": 0.0}, 0
+        training, sums, count = student.training, {"accuracy": 0.0, "loss": 0.0, "agreement": 0.0}, 0
         student.eval()
         try:
             for batch in batches:
                 batch = to_device(dict(batch), device)
                 student_in, teacher_in, ids = self.inputs(batch)
-                taught = None if teacher is None else teacher(teacher_in, ids)
-                rows = self.rows(student(student_in), taught, batch)[0]
+                teacher_output = None if teacher is None else teacher(teacher_in, ids)
+                rows = self.rows(student(student_in), teacher_output, batch)[0]
                 if rows.target is None:
-                    raise ValueError("there is nothing to score by: the batches have no labels.")
-                kept = rows.target >= 0
-                z, y = rows.student[kept].float(), rows.target[kept]
+                    raise ValueError("scoring needs labels: the batches have none.")
+                mask = rows.target >= 0
+                z, y = rows.student[mask].float(), rows.target[mask]
                 sums["accuracy"] += float((z.argmax(-1) == y).sum())
                 sums["loss"] += float(nn.functional.cross_entropy(z, y, reduction="sum"))
-                sums["agreement"] += float((z.argmax(-1) == rows.teacher[kept].argmax(-1)).sum())
-                known += len(y)
+                sums["agreement"] += float((z.argmax(-1) == rows.teacher[mask].argmax(-1)).sum())
+                count += len(y)
         finally:
             student.train(training)
-        if not known:
+        if not count:
             raise ValueError("there is nothing to score: no row has a label. Is the split empty?")
-        return {name: value / known for name, value in sums.items() if name != "agreement" or teacher is not None}
+        return {name: value / count for name, value in sums.items() if name != "agreement" or teacher is not None}
 
 
 def _logits(output: Any, side: str) -> Tensor:
-    """The (N, C) or (N, L, C) logits of a model's output."""
+    """Return the (N, C) or (N, L, C) logits of a model's output."""
     logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", output)
     if isinstance(logits, Tensor) and logits.ndim in (2, 3):
         return logits
     got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    raise ValueError(f"the {side} must answer (N, C) or (N, L, C) logits, as a tensor or as .logits; got {got}.")
+    raise ValueError(f"the {side} must return (N, C) or (N, L, C) logits, as a tensor or as .logits; got {got}.")

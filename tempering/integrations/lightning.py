@@ -23,25 +23,26 @@ from tempering.training.selfcheck import selfcheck as check_first_batch
 
 
 class DistillModule(pl.LightningModule):
-    """A student trained under a method beside a teacher, by Lightning's own loop.
+    """Train a student with a distillation method in Lightning's Trainer.
 
-    Logs train_loss, val_loss and val_accuracy. ``accumulate_grad_batches``, devices and a short last group do not
-    change the loss: Lightning divides every micro-batch by their number, and before the optimizer's step (and before
-    clipping) the gradient is rescaled to the mean over the rows of the whole step. A subclass that overrides
-    ``on_before_optimizer_step`` calls this one first. The teacher is no submodule, so no checkpoint holds it.
+    Logs train_loss, val_loss and val_accuracy. ``accumulate_grad_batches``, the number of devices and a short last
+    group do not change the loss: Lightning divides every micro-batch by their number, and before the optimizer step
+    (and before clipping) the gradient is rescaled to the mean over the rows of the whole step. A subclass that
+    overrides ``on_before_optimizer_step`` must call this one first. The teacher is not a submodule, so checkpoints do
+    not contain it.
 
     Args:
-        student: the net that is trained.
-        teacher: a module (wrapped in ``teachers.Live``), a Teacher, or None for a method that looks at none.
-        method: the loss, with its temperature policy. Where it sizes projectors by features, call ``prepare(batch)``
-            before ``fit`` and before a checkpoint is loaded.
-        task: how batches become rows; None is Classification().
+        student: the network to train.
+        teacher: a module (wrapped in ``teachers.Live``), a Teacher, or None for a method without a teacher.
+        method: the loss, with its temperature policy. If it creates projectors from features, call ``prepare(batch)``
+            before ``fit`` and before loading a checkpoint.
+        task: converts batches to rows; None is Classification().
         optimizer: parameter groups -> optimizer; groups of the method's own parameters follow the student's.
         schedule: progress in [0, 1) -> factor on every group's learning rate.
-        selfcheck: look at the first batch before training.
+        selfcheck: check the first batch before training.
 
     Raises:
-        TypeError, ValueError: for a method or a teacher that do not fit this loop.
+        TypeError, ValueError: if the method or the teacher does not work with this trainer.
     """
 
     def __init__(
@@ -62,16 +63,16 @@ class DistillModule(pl.LightningModule):
         self.optimizer, self.schedule, self.selfcheck = optimizer, schedule, selfcheck
         self._features = PairedFeatures.from_models(student, self.teacher, self.task.features)
         self._chunking = chunking_for(method)
-        self._unit: float | None = None  # what a micro-batch's loss is divided by, before the step's weight is known
-        self._mass: Tensor | float = 0.0
+        self._unit: float | None = None  # divisor of a micro-batch's loss until the step's weight is known
+        self._row_weight: Tensor | float = 0.0
 
     def forward(self, inputs: Any) -> Any:
-        """The student's answer."""
+        """Return the student's output."""
         return self.student(inputs)
 
     @torch.no_grad()
     def prepare(self, batch: Any) -> None:
-        """Let the method size what it trains on a batch, before there is an optimizer."""
+        """Let the method create its parameters from a batch, before the optimizer is created."""
         training = self.student.training
         self.student.eval()
         self.method.setup(self._blocks(batch)[-1])
@@ -82,34 +83,36 @@ class DistillModule(pl.LightningModule):
             self.selfcheck = False
             self._check(batch)
         blocks = self._blocks(batch)
-        if not self._split():
+        if not self._is_split():
             losses = self.method.losses(blocks, self._progress(), chunking=self._chunking)
-            own = torch.stack([block.loss for block in losses]).sum()
-            self.log("train_loss", own.detach(), prog_bar=True, batch_size=len(blocks[0]))
-            return own
+            train_loss = torch.stack([block.loss for block in losses]).sum()
+            self.log("train_loss", train_loss.detach(), prog_bar=True, batch_size=len(blocks[0]))
+            return train_loss
         if len(blocks) > 1:
             raise ValueError(
-                f"{type(self.task).__name__} makes {len(blocks)} blocks of rows a batch, whose weights one factor "
-                "cannot mend after a split. Use accumulate_grad_batches=1 on one device, or tempering.distill."
+                f"{type(self.task).__name__} makes {len(blocks)} blocks of rows per batch, whose weights one factor "
+                "cannot correct after a split. Use accumulate_grad_batches=1 on one device, or tempering.distill."
             )
-        mass = blocks[0].total_weight.detach()
+        weight = blocks[0].total_weight.detach()
         if self._unit is None:
-            self._unit = max(1.0, float(self.trainer.strategy.broadcast(float(mass))))
-        self._mass = self._mass + mass
+            self._unit = max(1.0, float(self.trainer.strategy.broadcast(float(weight))))
+        self._row_weight = self._row_weight + weight
         unit = {blocks[0].name: self._unit}
         loss = self.method.losses(blocks, self._progress(), unit, self._chunking)[0].loss
-        own = torch.where(mass > 0, loss.detach() * self._unit / mass, 0.0)
-        self.log("train_loss", own, prog_bar=True, batch_size=len(blocks[0]))
+        train_loss = torch.where(weight > 0, loss.detach() * self._unit / weight, 0.0)
+        self.log("train_loss", train_loss, prog_bar=True, batch_size=len(blocks[0]))
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Turn the accumulated gradient into that of the mean over all rows of the step."""
-        if not self._split() or self._unit is None:
+        """Rescale the accumulated gradient to that of the mean over all rows of the step."""
+        if not self._is_split() or self._unit is None:
             return
         world = self.trainer.world_size
-        mass: Any = self._mass if world == 1 else self.trainer.strategy.reduce(self._mass, reduce_op="sum")
-        self._mass = 0.0
-        factor = self._unit * self.trainer.accumulate_grad_batches * world / float(mass) if float(mass) > 0 else 1.0
+        weight: Any = (
+            self._row_weight if world == 1 else self.trainer.strategy.reduce(self._row_weight, reduce_op="sum")
+        )
+        self._row_weight = 0.0
+        factor = self._unit * self.trainer.accumulate_grad_batches * world / float(weight) if float(weight) > 0 else 1.0
         for group in optimizer.param_groups if factor != 1.0 else ():
             for p in group["params"]:
                 if p.grad is not None:
@@ -119,8 +122,8 @@ class DistillModule(pl.LightningModule):
         rows = self._blocks(batch)[-1]
         self.log("val_loss", total(self.method(rows, self._progress()), rows), prog_bar=True, batch_size=len(rows))
         if rows.target is not None:
-            known = rows.target >= 0 if rows.weight is None else (rows.target >= 0) & (rows.weight > 0)
-            right = (rows.student.argmax(-1) == rows.target)[known].float()
+            mask = rows.target >= 0 if rows.weight is None else (rows.target >= 0) & (rows.weight > 0)
+            right = (rows.student.argmax(-1) == rows.target)[mask].float()
             self.log("val_accuracy", right.mean(), prog_bar=True, batch_size=max(1, len(right)))
 
     def configure_optimizers(self) -> Any:
@@ -143,23 +146,23 @@ class DistillModule(pl.LightningModule):
         features = None if self._features is None else self._features.features
         if self.teacher is not None:
             self.teacher.to(self.device)
-        said = check_first_batch(
+        report = check_first_batch(
             self.student, self.teacher, batch, method=self.method, task=self.task, features=features
         )
-        rank_zero_info(said.line)
+        rank_zero_info(report.line)
 
-    def _split(self) -> bool:
-        """Whether a step is more than one micro-batch on one device."""
+    def _is_split(self) -> bool:
+        """Return whether a step is split over micro-batches or devices."""
         return self.trainer.accumulate_grad_batches > 1 or self.trainer.world_size > 1
 
     def _steps(self) -> float:
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
-            raise ValueError("the progress of a run needs its end: give the Trainer max_epochs= or max_steps=.")
+            raise ValueError("the progress of a run needs its end: set max_epochs= or max_steps= of the Trainer.")
         return max(1.0, steps)
 
     def _progress(self) -> float:
-        """The share of the run that is done with this step; 1 outside of training."""
+        """Return the fraction of the run completed with this step; 1 outside of training."""
         if self.trainer.state.fn != "fit":
             return 1.0
         return min(1.0, (self.trainer.global_step + 1) / self._steps())

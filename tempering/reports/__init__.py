@@ -1,1 +1,1 @@
-"""Reports: read what runs recorded and show it. Nothing here imports torch."""
+"""Reports built from the records of runs. This package does not import torch."""

@@ -12,29 +12,29 @@ from tempering.reports.figures import SMALL, TEACHER, Figure
 SIDES = (("teacher", TEACHER), ("student", ""))
 
 
-def reliability(drawn: Mapping[str, Any], css: str, key: str) -> list[Figure]:
-    """Both models as they are, and each after the temperature that it would want; [] where nothing was drawn."""
-    found, out = drawn.get("reliability") or {}, []
-    T = found.get("temperature") or {}
-    for when, title in (("plain", "Reliability as they are"), ("tempered", "After the fitted temperature")):
-        bins = found.get(when) or {}
+def reliability(report_data: Mapping[str, Any], css: str, key: str) -> list[Figure]:
+    """Return reliability diagrams of both models before and after temperature scaling; [] without data."""
+    data, out = report_data.get("reliability") or {}, []
+    T = data.get("temperature") or {}
+    for when, title in (("plain", "Reliability before scaling"), ("tempered", "After the fitted temperature")):
+        bins = data.get(when) or {}
         sides = [
             Bins(color or css, side, [(b["confidence"], b["accuracy"], b["count"]) for b in bins[side]])
             for side, color in SIDES
             if bins.get(side)
         ]
         if sides:
-            said = ", ".join(f"{side} {value:.3g}" for side, value in T.items()) if when == "tempered" else ""
-            caption = f"Temperatures: {said}." if said else "On the half of the rows that fits no temperature."
+            values = ", ".join(f"{side} {value:.3g}" for side, value in T.items()) if when == "tempered" else ""
+            caption = f"Temperatures: {values}." if values else "On the half of the rows not used to fit a temperature."
             svg = charts.reliability(f"{key}-{when}", title, caption, sides)
             out.append(Figure(title, svg, caption, css))
     return out
 
 
-def temperatures(drawn: Mapping[str, Any], css: str, key: str) -> list[Figure]:
-    """Mean temperature of each side in fifths of the student's loss, hardest first; [] where nothing was drawn."""
-    found = drawn.get("temperatures") or {}
-    parts = found.get("by_difficulty") or []
+def temperatures(report_data: Mapping[str, Any], css: str, key: str) -> list[Figure]:
+    """Return mean temperatures of each side in fifths of the student's loss, hardest first; [] without data."""
+    data = report_data.get("temperatures") or {}
+    parts = data.get("by_difficulty") or []
     if not parts:
         return []
     x = [float(i) for i in range(len(parts))]
@@ -43,9 +43,11 @@ def temperatures(drawn: Mapping[str, Any], css: str, key: str) -> list[Figure]:
         for side, color in SIDES
     ]
     last = len(parts) - 1
-    ticks = [(at, {0: "hardest", last: "easiest"}.get(int(at), "")) for at in x]
+    ticks = [(position, {0: "hardest", last: "easiest"}.get(int(position), "")) for position in x]
     title = "Temperature by the student's loss"
-    caption = f"Means in fifths of the rows. {found.get('policy')}."
-    told = "; ".join(f"loss {p['loss']:.3g}: student {p['T_student']:.3g}, teacher {p['T_teacher']:.3g}" for p in parts)
-    svg = charts.lines(key, title, told, series, x_label="", y_label="temperature", size=SMALL, x_ticks=ticks)
+    caption = f"Means in fifths of the rows. {data.get('policy')}."
+    description = "; ".join(
+        f"loss {p['loss']:.3g}: student {p['T_student']:.3g}, teacher {p['T_teacher']:.3g}" for p in parts
+    )
+    svg = charts.lines(key, title, description, series, x_label="", y_label="temperature", size=SMALL, x_ticks=ticks)
     return [Figure(title, svg, caption, css)]

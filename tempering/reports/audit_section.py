@@ -1,4 +1,4 @@
-"""What audits found of the runs, as tables: numbers, intervals, and what they mean."""
+"""Findings of audits as tables: values, intervals and explanations."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tempering.reports import audit_figures
 from tempering.reports.compare import Comparison
 from tempering.reports.figures import Figure, styles
 from tempering.reports.records import number
-from tempering.reports.trees import tree_figure, whole
+from tempering.reports.trees import is_complete, tree_figure
 
 TITLES = {
     "calibration": "Calibration",
-    "explanation": "Explanation: what came over from the teacher",
+    "explanation": "Explanation: similarity to the teacher",
     "robustness": "Robustness",
     "privacy": "Privacy",
 }
@@ -22,7 +22,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class FindingText:
-    """One finding as a reader sees it."""
+    """One finding, formatted for the page."""
 
     of: str
     name: str
@@ -34,7 +34,7 @@ class FindingText:
 
 @dataclass(frozen=True)
 class Audited:
-    """The findings on one run, audit by audit."""
+    """Findings on one run, grouped by audit."""
 
     label: str
     css: str
@@ -43,46 +43,48 @@ class Audited:
     figures: Sequence[Figure] = ()
 
 
-def audits(found: Comparison) -> list[Audited]:
-    """Every run that was audited, in the order of the arms."""
-    css, out = styles(found), []
-    for arm in found.arms:
+def audits(comparison: Comparison) -> list[Audited]:
+    """Return every audited run, in the order of the comparison."""
+    css, out = styles(comparison), []
+    for arm in comparison.arms:
         for run in arm.runs:
-            there = (run.audits or {}).get("audits") or {}
+            content = (run.audits or {}).get("audits") or {}
             parts = [
-                (title, [finding_text(f) for f in there[k]["findings"]]) for k, title in TITLES.items() if there.get(k)
+                (title, [finding_text(f) for f in content[k]["findings"]])
+                for k, title in TITLES.items()
+                if content.get(k)
             ]
             if parts:
                 color = css[arm.label]
-                out.append(Audited(arm.label, color, run.seed, parts, _figures(there, color, len(out))))
+                out.append(Audited(arm.name, color, run.seed, parts, _figures(content, color, len(out))))
     return out
 
 
-def _figures(there: Mapping[str, Any], css: str, number: int) -> list[Figure]:
-    """What the audits of a run drew."""
-    drawn = {kind: (there.get(kind) or {}).get("drawn") or {} for kind in TITLES}
+def _figures(content: Mapping[str, Any], css: str, number: int) -> list[Figure]:
+    """Return the figures of a run's audits."""
+    report_data = {kind: (content.get(kind) or {}).get("drawn") or {} for kind in TITLES}
     return [
-        *audit_figures.reliability(drawn["calibration"], css, f"reliability-{number}"),
-        *audit_figures.temperatures(drawn["explanation"], css, f"hardness-{number}"),
-        *_tree(drawn["explanation"], css, f"tree-{number}"),
+        *audit_figures.reliability(report_data["calibration"], css, f"reliability-{number}"),
+        *audit_figures.temperatures(report_data["explanation"], css, f"hardness-{number}"),
+        *_tree(report_data["explanation"], css, f"tree-{number}"),
     ]
 
 
-def _tree(drawn: Mapping[str, Any], css: str, key: str) -> list[Figure]:
-    """The concept tree of a student that has one."""
-    tree = drawn.get("tree") or ()
-    if not whole(tree):
+def _tree(report_data: Mapping[str, Any], css: str, key: str) -> list[Figure]:
+    """Return the concept tree, if the student has one."""
+    tree = report_data.get("tree") or ()
+    if not is_complete(tree):
         return []
     caption = (
-        "Each class hangs on the expert that it hears first, and so on back to the image; a line is as strong as the "
-        "share it takes. Experts on no class's way are left out."
+        "Each class is connected to its strongest expert, and so on back to the image; the opacity of a line is the "
+        "attention weight. Experts on no path are left out."
     )
-    svg = tree_figure(key, tree, drawn.get("class_names") or (), css=css)
-    return [Figure("KDExplainer's tree where it was used", svg, caption)]
+    svg = tree_figure(key, tree, report_data.get("class_names") or (), css=css)
+    return [Figure("KDExplainer's concept tree", svg, caption)]
 
 
 def finding_text(finding: Mapping[str, Any]) -> FindingText:
-    """A finding with its numbers written out: shares in percent, others with four digits."""
+    """Format a finding: fractions in percent, other values with four significant digits."""
     scale, unit = (100.0, " %") if finding.get("share") else (1.0, "")
 
     def text(key: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Comparing arms: runs grouped by label, each arm beside its controls, and what a reader must know to trust it."""
+"""Compare methods: group runs by label, take differences to the controls, and collect caveats."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tempering.utils.registry import lookup
 
 CONTROL = "student alone"
 MATCHED = "KD, weight-matched"
+DISPLAY_NAMES = {MATCHED: "KD, equal weights"}  # labels in records are keys; these are shown to readers
 FRACTIONS = ("accuracy", "top5", "agreement", "ece", "fgsm", "pgd", "map", "map50", "map75")  # shown in percent
 LOWER = ("loss", "ece", "perplexity", "nll")  # better when lower
 NOT_RUN = "not run"
@@ -19,37 +20,37 @@ NOT_RUN = "not run"
 
 @dataclass(frozen=True)
 class Metric:
-    """What is compared, such as "test/accuracy", and how its numbers are written."""
+    """A metric such as "test/accuracy", and how its values are formatted."""
 
     name: str
 
     @property
     def key(self) -> str:
-        """The metric without its split."""
+        """Return the metric without its split."""
         return self.name.partition("/")[2]
 
     @property
     def fraction(self) -> bool:
-        """Whether it lies in [0, 1] and is written in percent."""
+        """Return whether it is in [0, 1] and shown in percent."""
         return self.key in FRACTIONS
 
     @property
     def lower(self) -> bool:
-        """Whether less is better."""
+        """Return whether lower is better."""
         return self.key in LOWER or self.key.startswith("exposure")
 
     @property
     def unit(self) -> str:
-        """ " %" or nothing."""
+        """Return " %" or an empty string."""
         return " %" if self.fraction else ""
 
     @property
     def step(self) -> str:
-        """ " points" or nothing: the unit of differences."""
+        """Return " points" or an empty string, the unit of differences."""
         return " points" if self.fraction else ""
 
     def show(self, value: float | None, *, signed: bool = False) -> str:
-        """The number with 2 decimals in percent, or with 4."""
+        """Format the value with 2 decimals in percent, or with 4."""
         if value is None:
             return "-"
         value, digits = (100 * value, 2) if self.fraction else (value, 4)
@@ -59,17 +60,17 @@ class Metric:
 
 @dataclass(frozen=True)
 class Arm:
-    """The runs of one label.
+    """The runs of one label, usually one method over several seeds.
 
     Attributes:
-        label: as the runs were named.
-        runs: one a seed, finished or not, by seed.
-        last: seed -> the metric at the end of the run; only finished runs are here.
-        best: seed -> the metric at the epoch that ``best_by`` chose.
-        open: seed -> why there is no number, for the seeds that this comparison has.
-        versus: control's label -> difference to it; None where it cannot be had.
-        same_student: whether it trains the control's network, so that a difference says something about the method.
-        reported: a published number of this arm on this data and pair of networks, and its source.
+        label: label of the runs, as recorded.
+        runs: one per seed, finished or not, sorted by seed.
+        last: seed -> the metric at the end of the run; finished runs only.
+        best: seed -> the metric at the epoch chosen by ``best_by``.
+        open: seed -> why there is no value, for the seeds of this comparison.
+        versus: control's label -> difference to it; None if there is none.
+        same_student: whether it trains the control's network, so that a difference is due to the method.
+        reported: published value of this method on this data and pair of networks, and its source.
     """
 
     label: str
@@ -82,51 +83,56 @@ class Arm:
     reported: tuple[float, str] | None = None
 
     @property
+    def name(self) -> str:
+        """Return the label as shown to readers."""
+        return display_name(self.label)
+
+    @property
     def n(self) -> int:
-        """Finished seeds."""
+        """Return the number of finished seeds."""
         return len(self.last)
 
     @property
     def mean(self) -> float | None:
-        """Of the last values, over seeds."""
+        """Return the mean of the last values over seeds."""
         return mean(list(self.last.values()))
 
     @property
     def sd(self) -> float | None:
-        """Sample standard deviation of the last values (n - 1); None for fewer than two."""
+        """Return the sample standard deviation of the last values (n - 1); None for fewer than two."""
         return deviation(list(self.last.values()))
 
     @property
     def counted(self) -> tuple[RunRecord, ...]:
-        """The finished runs."""
+        """Return the finished runs."""
         return tuple(run for run in self.runs if run.seed in self.last)
 
     def result(self, key: str) -> float | None:
-        """Mean over finished runs of a number of the result, such as "step_ms"."""
+        """Return the mean over finished runs of an entry of the result, such as "step_ms"."""
         return mean([v for run in self.counted if (v := number(run.of("result").get(key))) is not None])
 
     def scores(self, metric: Metric) -> list[float]:
-        """Another metric at the end of every finished run that has it, by seed."""
+        """Return another metric at the end of every finished run that has it, by seed."""
         return [v for run in self.counted if (v := run.score(metric.name)) is not None]
 
     def epochs(self, which: str) -> list[int]:
-        """The epoch of the "last" or the "best" score of every finished run that says it, by seed."""
-        told = [(run.of("result").get(which) or {}).get("epoch") for run in self.counted]
-        return [epoch for epoch in told if isinstance(epoch, int)]
+        """Return the epoch of the "last" or the "best" score of every finished run that records it, by seed."""
+        epochs = [(run.of("result").get(which) or {}).get("epoch") for run in self.counted]
+        return [epoch for epoch in epochs if isinstance(epoch, int)]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arms side by side: the control first, then in the order in which they were begun.
+    """Arms in order: the control first, then by start time.
 
     Attributes:
-        metric: what is compared.
+        metric: the metric to compare.
         arms: see ``Arm``.
         controls: labels of the arms that differences are taken to, at most two.
-        main: the control that decides: the one asked for, else KD at the same total weights where it has a number,
-            since to beat the student alone is not yet to beat plain distillation; None where no control has one.
-        notes: what a reader must know before trusting it, in sentences.
-        columns: other metrics that the records want shown beside it.
+        main: the decisive control: the requested one, else KD with equal total weights if it has a value, since beating
+            the student alone does not mean beating plain distillation; None if no control has a value.
+        notes: caveats, in sentences.
+        columns: further metrics that the records list for the table.
     """
 
     metric: Metric
@@ -138,38 +144,43 @@ class Comparison:
 
     @property
     def seeds(self) -> list[int]:
-        """All seeds of all arms."""
+        """Return all seeds of all arms."""
         return sorted({run.seed for arm in self.arms for run in arm.runs})
 
     def arm(self, label: str) -> Arm:
-        """The arm of that label."""
+        """Return the arm with that label."""
         return next(arm for arm in self.arms if arm.label == label)
 
     @property
     def ranked(self) -> list[Arm]:
-        """Arms of the control's network with a number, the best mean first."""
-        there = [arm for arm in self.arms if arm.mean is not None and arm.same_student]
-        return sorted(there, key=lambda arm: (arm.mean or 0.0) * (1 if self.metric.lower else -1))
+        """Return arms with a value that train the control's network, best mean first."""
+        scored = [arm for arm in self.arms if arm.mean is not None and arm.same_student]
+        return sorted(scored, key=lambda arm: (arm.mean or 0.0) * (1 if self.metric.lower else -1))
+
+
+def display_name(label: str) -> str:
+    """Return the label of an arm as shown to readers."""
+    return DISPLAY_NAMES.get(label, label)
 
 
 def compare(runs: Sequence[RunRecord], control: str | None = None, *, metric: str | None = None) -> Comparison:
-    """Runs grouped into arms by their label, each compared to the control.
+    """Group runs into arms by their label, and compare each to the controls.
 
     Args:
-        control: label of the arm to subtract; None takes "student alone" where it is there. An arm "KD,
-            weight-matched" is another control where it is there.
-        metric: as in "test/accuracy"; None takes the first of the records' own ``columns``, else the test accuracy, or
-            what they have in its place.
+        control: label of the arm to subtract; None uses "student alone" if present. An arm labeled "KD,
+            weight-matched" is a second control if present.
+        metric: such as "test/accuracy"; None uses the first of the records' own ``columns``, else the test accuracy, or
+            the metric they have instead.
 
     Raises:
-        ValueError: for no runs, runs on different data, an arm of two students or two teachers, or a control that is
-            not there.
+        ValueError: if there are no runs, they use different data, an arm has two students or two teachers, or the
+            control does not exist.
     """
     if not runs:
-        raise ValueError("there are no runs to compare. Give records: folders that runs wrote to, or packed cells.")
+        raise ValueError("there are no runs to compare. Pass records: folders of runs, or packed runs (.json).")
     runs = sorted(runs, key=lambda r: (str(r.facts.get("started")), r.label, r.seed, str(r.source)))
-    _one_data_set(runs)
-    _one_kind_an_arm(runs)
+    _check_one_data_set(runs)
+    _check_one_student(runs)
     measure = Metric(metric or _metric_of(runs))
     notes: list[str] = []
     groups: dict[str, list[RunRecord]] = {}
@@ -177,7 +188,7 @@ def compare(runs: Sequence[RunRecord], control: str | None = None, *, metric: st
         groups.setdefault(run.label, []).append(run)
     controls = _controls(groups, control)
     chosen = {
-        label: _one_a_seed(groups[label], notes)
+        label: _one_run_per_seed(groups[label], notes)
         for label in sorted(groups, key=lambda name: (name != (controls or ("",))[0], list(groups).index(name)))
     }
     arms = _arms(chosen, controls, measure)
@@ -189,41 +200,45 @@ def compare(runs: Sequence[RunRecord], control: str | None = None, *, metric: st
     return Comparison(measure, arms, controls, main, tuple(notes), columns)
 
 
-def _one_data_set(runs: Sequence[RunRecord]) -> None:
-    seen: dict[tuple[str, str], RunRecord] = {}
+def _check_one_data_set(runs: Sequence[RunRecord]) -> None:
+    first_runs: dict[tuple[str, str], RunRecord] = {}
     for run in runs:
         data = run.of("data")
         if data.get("name") or data.get("identity"):
-            seen.setdefault((str(data.get("name")), str(data.get("identity"))), run)
-    if len(seen) > 1:
-        said = " and ".join(f"{name} (identity {key[:12]}) in {run.source}" for (name, key), run in seen.items())
-        raise ValueError(f"runs on different data cannot be compared; got {said}. Give the runs of one data set.")
+            first_runs.setdefault((str(data.get("name")), str(data.get("identity"))), run)
+    if len(first_runs) > 1:
+        listing = " and ".join(
+            f"{name} (identity {key[:12]}) in {run.source}" for (name, key), run in first_runs.items()
+        )
+        raise ValueError(f"runs on different data cannot be compared; got {listing}. Pass runs on one data set.")
 
 
-def _one_kind_an_arm(runs: Sequence[RunRecord]) -> None:
-    """An arm trains one student; and one seed of it has one teacher."""
-    seen: dict[tuple[object, ...], tuple[str, RunRecord]] = {}
+def _check_one_student(runs: Sequence[RunRecord]) -> None:
+    """Check that an arm has one student, and each of its seeds one teacher."""
+    first_values: dict[tuple[object, ...], tuple[str, RunRecord]] = {}
     for run in runs:
-        for part, key, place in (("student", "name", None), ("teacher", "identity", run.seed)):
-            own = run.of(part).get(key)
-            if own is None:
+        for part, key, seed in (("student", "name", None), ("teacher", "identity", run.seed)):
+            value = run.of(part).get(key)
+            if value is None:
                 continue
-            other, first = seen.setdefault((run.label, part, place), (str(own), run))
-            if other != str(own):
+            other, first = first_values.setdefault((run.label, part, seed), (str(value), run))
+            if other != str(value):
                 raise ValueError(
-                    f"the arm {run.label!r} has two {part}s: {_called(first, part)} in {first.source} and "
-                    f"{_called(run, part)} in {run.source}. Give the runs of one {part}, or label them apart."
+                    f"the method {run.label!r} has two {part}s: {_describe(first, part)} in {first.source} and "
+                    f"{_describe(run, part)} in {run.source}. Pass runs of one {part}, or give them different labels."
                 )
 
 
-def _called(run: RunRecord, part: str) -> str:
+def _describe(run: RunRecord, part: str) -> str:
     net = run.of(part)
     return " ".join(str(net[key])[:20] for key in ("name", "identity") if net.get(key))
 
 
 def _metric_of(runs: Sequence[RunRecord]) -> str:
-    """The metric that these records are about: their first column, else accuracy, or what chose the best epoch; test
-    before validation."""
+    """Return the metric of these records: their first column, else accuracy, or the one that chose the best epoch.
+
+    The test split comes before the validation split.
+    """
     if columns := _columns(runs):
         return columns[0]
     for split in ("test", "validation"):
@@ -237,27 +252,28 @@ def _metric_of(runs: Sequence[RunRecord]) -> str:
 
 
 def _columns(runs: Sequence[RunRecord]) -> list[str]:
-    """The metrics that the records name for a table, ``facts["columns"]``, in their order."""
+    """Return the metrics that the records list for a table, ``facts["columns"]``, in order."""
     return list(dict.fromkeys(str(name) for run in runs for name in run.facts.get("columns") or ()))
 
 
 def _controls(groups: Mapping[str, object], control: str | None) -> tuple[str, ...]:
     by_name = {label: label for label in groups}
     by_lower = {label.lower(): label for label in groups}
-    first = by_lower.get(CONTROL) if control is None else lookup(control, by_name, "arm")
-    wanted = (first, by_lower.get(MATCHED.lower()))
-    return tuple(dict.fromkeys(label for label in wanted if label is not None))
+    first = by_lower.get(CONTROL) if control is None else lookup(control, by_name, "method")
+    labels = (first, by_lower.get(MATCHED.lower()))
+    return tuple(dict.fromkeys(label for label in labels if label is not None))
 
 
-def _one_a_seed(runs: Sequence[RunRecord], notes: list[str]) -> tuple[RunRecord, ...]:
-    """One run a seed: a finished one before an unfinished one, then the one begun last."""
+def _one_run_per_seed(runs: Sequence[RunRecord], notes: list[str]) -> tuple[RunRecord, ...]:
+    """Keep one run per seed: prefer finished runs, then the one started last."""
     by_seed: dict[int, RunRecord] = {}
     for run in sorted(runs, key=lambda r: (r.done, str(r.facts.get("started")), str(r.source))):
         other = by_seed.get(run.seed)
-        # a run and the cell it was packed into are one run
+        # a run and its packed record are the same run
         if other and run.done == other.done and run.facts.get("started") != other.facts.get("started"):
             notes.append(
-                f"{run.label}, seed {run.seed}, was run more than once; the one begun last ({run.name}) is shown."
+                f"{display_name(run.label)}, seed {run.seed}, was run more than once; the one started last "
+                f"({run.name}) is shown."
             )
         by_seed[run.seed] = run
     return tuple(by_seed[seed] for seed in sorted(by_seed))
@@ -265,22 +281,22 @@ def _one_a_seed(runs: Sequence[RunRecord], notes: list[str]) -> tuple[RunRecord,
 
 def _arms(chosen: Mapping[str, tuple[RunRecord, ...]], controls: tuple[str, ...], metric: Metric) -> tuple[Arm, ...]:
     def values(runs: Sequence[RunRecord], which: str) -> dict[int, float]:
-        found = {run.seed: run.score(metric.name, which) for run in runs if run.done}
-        return {seed: value for seed, value in found.items() if value is not None}
+        scores = {run.seed: run.score(metric.name, which) for run in runs if run.done}
+        return {seed: value for seed, value in scores.items() if value is not None}
 
     def net(runs: Sequence[RunRecord]) -> str:
         return str(runs[0].of("student").get("name"))
 
     nets = [net(runs) for runs in chosen.values()]
-    own = net(chosen[controls[0]]) if controls else max(nets, key=nets.count)
-    own_runs = [run for runs in chosen.values() if net(runs) == own for run in runs]
+    student_name = net(chosen[controls[0]]) if controls else max(nets, key=nets.count)
+    own_runs = [run for runs in chosen.values() if net(runs) == student_name for run in runs]
     seeds = {run.seed for run in own_runs}
     arms = []
     for label, runs in chosen.items():
-        last, same = values(runs, "last"), net(runs) == own
-        there = {run.seed: f"no {metric.name}" if run.status == "done" else run.status for run in runs}
-        wanted = sorted(seeds if same else {run.seed for run in runs})
-        missing = {seed: there.get(seed, NOT_RUN) for seed in wanted if seed not in last}
+        last, same = values(runs, "last"), net(runs) == student_name
+        reasons = {run.seed: f"no {metric.name}" if run.status == "done" else run.status for run in runs}
+        expected = sorted(seeds if same else {run.seed for run in runs})
+        missing = {seed: reasons.get(seed, NOT_RUN) for seed in expected if seed not in last}
         versus = {c: difference(last, values(chosen[c], "last")) for c in controls if c != label and same}
         reported = _reported(runs, _teachers(runs) or _teachers(own_runs), metric)
         arms.append(Arm(label, runs, last, values(runs, "best"), missing, versus, same, reported))
@@ -292,7 +308,7 @@ def _teachers(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def _reported(runs: Sequence[RunRecord], teachers: Sequence[str], metric: Metric) -> tuple[float, str] | None:
-    """What a record carries as ``facts["reported"]`` = {"value", "source"}, else what is known of its pair of nets."""
+    """Return a record's ``facts["reported"]`` = {"value", "source"}, else the published value for its networks."""
     for run in runs:
         value = number(run.of("reported").get("value"))
         if value is not None:
@@ -304,48 +320,48 @@ def _reported(runs: Sequence[RunRecord], teachers: Sequence[str], metric: Metric
 
 
 def _mixed_arms(arms: Sequence[Arm]) -> list[str]:
-    said = []
+    sentences = []
     for arm in arms:
         if len({str(run.facts.get("method")) for run in arm.runs}) > 1:
-            said.append(f"Runs labeled {arm.label} do not share one method; their mean says little.")
+            sentences.append(f"Runs labeled {arm.name} do not share one method; their mean is not meaningful.")
         if not arm.same_student:
-            said.append(f"{arm.label} trains another network: it is in the table alone, without differences.")
-    return said
+            sentences.append(f"{arm.name} trains another network: it is in the table only, without differences.")
+    return sentences
 
 
 def _fairness(runs: Sequence[RunRecord]) -> list[str]:
-    """What the runs share, or what they do not, in a sentence."""
-    seen: dict[str, set[str]] = {}
+    """Return sentences on settings that the runs share or do not share."""
+    values_by_name: dict[str, set[str]] = {}
 
-    def see(name: str, value: object) -> None:
+    def add(name: str, value: object) -> None:
         if value is not None:
-            seen.setdefault(name, set()).add(str(value))
+            values_by_name.setdefault(name, set()).add(str(value))
 
     for run in runs:
-        see("student", run.of("student").get("name"))
-        see("teacher", run.of("teacher").get("identity"))
-        see("commit", run.facts.get("commit"))
-        see("processor", run.of("host").get("gpu") or run.of("host").get("cpu"))
+        add("student", run.of("student").get("name"))
+        add("teacher", run.of("teacher").get("identity"))
+        add("commit", run.facts.get("commit"))
+        add("processor", run.of("host").get("gpu") or run.of("host").get("cpu"))
         # the first group is the student's; a method with parameters of its own adds others
-        see("optimizer", next(iter(run.facts.get("optimizer") or []), None))
+        add("optimizer", next(iter(run.facts.get("optimizer") or []), None))
         for package, version in run.of("versions").items():
-            see(f"{package} version", version)
+            add(f"{package} version", version)
         for name, value in run.of("settings").items():
             if name not in ("seed", "out", "quiet", "resume", "log_every", "keep", "checkpoint_every", "selfcheck"):
-                see(name, value)
-    apart = [name for name, values in sorted(seen.items()) if len(values) > 1]
-    said = []
-    if apart:
-        said.append(f"Not the same in all runs: {', '.join(apart)}.")
+                add(name, value)
+    differing = [name for name, values in sorted(values_by_name.items()) if len(values) > 1]
+    sentences = []
+    if differing:
+        sentences.append(f"Not the same in all runs: {', '.join(differing)}.")
     elif len(runs) > 1:
-        said.append("All runs share data, networks, settings, versions and kind of host; what differs is the method.")
+        sentences.append("All runs share data, networks, settings, versions and kind of host; only the method differs.")
     if dirty := sum(bool(run.facts.get("dirty")) for run in runs):
-        said.append(f"{dirty} of {len(runs)} runs were made from a tree with uncommitted changes.")
-    return said
+        sentences.append(f"{dirty} of {len(runs)} runs were made with uncommitted changes.")
+    return sentences
 
 
 def _choice_of_best(runs: Sequence[RunRecord]) -> list[str]:
     by = dict.fromkeys(str(run.facts["best_by"]) for run in runs if run.facts.get("best_by"))
     if any(name.startswith("test/") for name in by):
         return ['"Best" is the epoch that was best on the test split itself, so it is too high; "last" is not.']
-    return [f'"Best" is the epoch that {" and ".join(name.replace("/", " ") for name in by)} chose.'] if by else []
+    return [f'"Best" is the epoch chosen by {" and ".join(name.replace("/", " ") for name in by)}.'] if by else []

@@ -1,4 +1,4 @@
-"""What every section of the page is made of, and the figures of how training went."""
+"""Building blocks of the page's sections, and the figures of training curves."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 from tempering.reports import charts
 from tempering.reports.charts import Mark, Series, Strip, Svg
-from tempering.reports.compare import Arm, Comparison
+from tempering.reports.compare import Arm, Comparison, display_name
 from tempering.reports.records import RunRecord, number
 
-POINTS = 120  # of a line, at most: more than that a chart of this width cannot show
-BANDED = 8  # arms in a chart, at most: bands of more cover each other
-SMALL = (360, 240)  # of a chart, where there are many beside each other
-TEACHER = "teacher"  # CSS class: the teacher is drawn in ink everywhere, arms have colors
+POINTS = 120  # maximum points of a line; a chart of this width cannot show more
+BANDED = 8  # maximum number of arms with bands in a chart; more bands would overlap
+SMALL = (360, 240)  # size of a chart in a grid of many
+TEACHER = "teacher"  # CSS class: the teacher has the text color everywhere, arms have colors
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with what a reader is told above and below it; ``arm`` is the class of the one arm it shows, if any."""
+    """A chart with title and caption; ``arm`` is the CSS class of the arm, if it shows only one."""
 
     title: str
     svg: Svg
@@ -30,19 +30,19 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """Figures under a heading; where there are none, ``missing`` says why."""
+    """Figures under a heading; ``missing`` is shown if there are none."""
 
     key: str
     title: str
     lead: str
     figures: Sequence[Figure] = ()
     missing: str = ""
-    many: bool = False  # many small figures, one an arm
+    many: bool = False  # many small figures, one per arm
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Mean over seeds, and the lowest and highest seed, on one x."""
+    """Mean, minimum and maximum over seeds on a common x."""
 
     x: list[float]
     y: list[float | None]
@@ -51,34 +51,34 @@ class Curve:
     seeds: int
 
     def since(self, begin: float) -> Curve:
-        """The part from that x on."""
+        """Return the part from x = ``begin``."""
         cut = bisect.bisect_left(self.x, begin)
         return Curve(self.x[cut:], self.y[cut:], self.low[cut:], self.high[cut:], self.seeds)
 
     def series(self, css: str, name: str, *, dots: bool = False, band: bool = True) -> Series:
-        """As a line with a band; no band for one seed."""
+        """Return a line with a band; no band for one seed."""
         band = band and self.seeds > 1
         return Series(css, name, self.x, self.y, self.low if band else (), self.high if band else (), dots)
 
 
-def make_sections(found: Comparison) -> list[Arm]:
-    """The arms that charts show; one that trains another network would only set their scale."""
-    return [arm for arm in found.arms if arm.same_student]
+def arms_in_charts(comparison: Comparison) -> list[Arm]:
+    """Return the arms shown in charts; one that trains another network would distort their scale."""
+    return [arm for arm in comparison.arms if arm.same_student]
 
 
-def styles(found: Comparison) -> dict[str, str]:
-    """Arm -> its CSS class; the control is a0, which is gray."""
-    first, last = 0 if found.controls else 1, [arm for arm in found.arms if not arm.same_student]
-    return {arm.label: f"a{i + first}" for i, arm in enumerate([*make_sections(found), *last])}
+def styles(comparison: Comparison) -> dict[str, str]:
+    """Return arm's label -> CSS class; the control is a0, which is gray."""
+    first, last = 0 if comparison.controls else 1, [arm for arm in comparison.arms if not arm.same_student]
+    return {arm.label: f"a{i + first}" for i, arm in enumerate([*arms_in_charts(comparison), *last])}
 
 
 def shown(arm: Arm) -> tuple[RunRecord, ...]:
-    """The runs that curves are drawn from: the finished ones, or what there is while none is."""
+    """Return the runs that curves are drawn from: the finished ones, or all if none has finished."""
     return arm.counted or arm.runs
 
 
 def curve(runs: Sequence[RunRecord], stream: str, key: str, get: Callable[[Mapping[str, Any]], object]) -> Curve | None:
-    """One quantity over ``key`` ("epoch", "step"), read from ``stream`` ("epochs", "steps"); None if nobody has it."""
+    """Return one quantity over ``key`` ("epoch", "step"), read from ``stream`` ("epochs", "steps"); None if missing."""
     import numpy as np
 
     tracks = []
@@ -93,19 +93,19 @@ def curve(runs: Sequence[RunRecord], stream: str, key: str, get: Callable[[Mappi
     if not tracks:
         return None
     grid = np.unique(np.concatenate([x for x, _ in tracks]))
-    each = np.stack([np.interp(grid, x, y, left=np.nan, right=np.nan) for x, y in tracks])
-    there = ~np.isnan(each)
-    middle = np.where(there, each, 0.0).sum(0) / there.sum(0)
-    low, high = np.where(there, each, np.inf).min(0), np.where(there, each, -np.inf).max(0)
+    tracks_on_grid = np.stack([np.interp(grid, x, y, left=np.nan, right=np.nan) for x, y in tracks])
+    present = ~np.isnan(tracks_on_grid)
+    mean = np.where(present, tracks_on_grid, 0.0).sum(0) / present.sum(0)
+    low, high = np.where(present, tracks_on_grid, np.inf).min(0), np.where(present, tracks_on_grid, -np.inf).max(0)
     if len(grid) > POINTS:
-        grid, middle, low, high = (
-            np.array([part.mean() for part in np.array_split(values, POINTS)]) for values in (grid, middle, low, high)
+        grid, mean, low, high = (
+            np.array([part.mean() for part in np.array_split(values, POINTS)]) for values in (grid, mean, low, high)
         )
-    return Curve(grid.tolist(), middle.tolist(), low.tolist(), high.tolist(), len(tracks))
+    return Curve(grid.tolist(), mean.tolist(), low.tolist(), high.tolist(), len(tracks))
 
 
 def inside(*path: str) -> Callable[[Mapping[str, Any]], object]:
-    """A getter of a nested value, None where a part of the path is missing."""
+    """Return a getter of a nested value; it returns None if a part of the path is missing."""
 
     def get(line: Mapping[str, Any]) -> object:
         value: object = line
@@ -117,7 +117,7 @@ def inside(*path: str) -> Callable[[Mapping[str, Any]], object]:
 
 
 def percent(get: Callable[[Mapping[str, Any]], object]) -> Callable[[Mapping[str, Any]], object]:
-    """The same, times 100."""
+    """Return a getter that multiplies the value by 100."""
 
     def scaled(line: Mapping[str, Any]) -> object:
         value = number(get(line))
@@ -127,7 +127,7 @@ def percent(get: Callable[[Mapping[str, Any]], object]) -> Callable[[Mapping[str
 
 
 def overlay(
-    found: Comparison,
+    comparison: Comparison,
     key: str,
     title: str,
     get: Callable[[Mapping[str, Any]], object],
@@ -140,51 +140,63 @@ def overlay(
     begin: float = 0.0,
     size: tuple[int, int] = (480, 270),
 ) -> Figure | None:
-    """One chart with a line an arm, from the share ``begin`` of the longest run on; None where no arm has it."""
-    css, x = styles(found), "epoch" if stream == "epochs" else "step"
-    curves = {arm.label: c for arm in make_sections(found) if (c := curve(shown(arm), stream, x, get)) is not None}
+    """Return a chart with one line per arm, from fraction ``begin`` of the longest run; None if no arm has it."""
+    css, x = styles(comparison), "epoch" if stream == "epochs" else "step"
+    curves = {
+        arm.label: c for arm in arms_in_charts(comparison) if (c := curve(shown(arm), stream, x, get)) is not None
+    }
     end = max((c.x[-1] for c in curves.values()), default=0.0)
-    curves = {label: c for label, whole in curves.items() if (c := whole.since(begin * end)).x}
-    series, told, few = [], [], len(curves) <= BANDED
+    curves = {label: c for label, full in curves.items() if (c := full.since(begin * end)).x}
+    series, descriptions, with_bands = [], [], len(curves) <= BANDED
     for label, line in curves.items():
         dots = stream == "epochs" and len(line.x) <= 60
-        series.append(line.series(css[label], label, dots=dots, band=few))
-        told.append(f"{label} ends at {line.y[-1]:.4g}")
+        name = display_name(label)
+        series.append(line.series(css[label], name, dots=dots, band=with_bands))
+        descriptions.append(f"{name} ends at {line.y[-1]:.4g}")
     if not series:
         return None
     svg = charts.lines(
-        key, title, "; ".join(told), series, x_label=x, y_label=y_label, log=log, levels=levels, size=size
+        key, title, "; ".join(descriptions), series, x_label=x, y_label=y_label, log=log, levels=levels, size=size
     )
     return Figure(title, svg, caption)
 
 
-def result(found: Comparison) -> Section:
-    """The first thing to see: every seed of every arm, and the differences with their intervals."""
-    metric, css = found.metric, styles(found)
+def result(comparison: Comparison) -> Section:
+    """Return the first section: every seed of every arm, and the differences with their intervals."""
+    metric, css = comparison.metric, styles(comparison)
     factor = 100.0 if metric.fraction else 1.0
     rows = []
-    for arm in make_sections(found):
+    for arm in arms_in_charts(comparison):
         if arm.mean is not None:
             marks = [
                 Mark(factor * v, "", f"seed {seed}: {metric.show(v)}{metric.unit}") for seed, v in arm.last.items()
             ]
-            middle = Mark(factor * arm.mean, "", f"mean {metric.show(arm.mean)}{metric.unit}", "tick")
-            rows.append(Strip(arm.label, css[arm.label], [*marks, middle], figure=metric.show(arm.mean) + metric.unit))
+            mean_mark = Mark(factor * arm.mean, "", f"mean {metric.show(arm.mean)}{metric.unit}", "tick")
+            rows.append(
+                Strip(arm.name, css[arm.label], [*marks, mean_mark], figure=metric.show(arm.mean) + metric.unit)
+            )
     name = metric.name.replace("/", " ")
     figures = []
     if rows:
-        told = "; ".join(f"{row.label} {row.figure}" for row in rows)
+        description = "; ".join(f"{row.label} {row.figure}" for row in rows)
         svg = charts.strips(
-            "each-seed", f"{name} of every seed", told, rows, x_label=f"{name}{_in(metric.unit)}", width=360
+            "each-seed",
+            f"{name} of every seed",
+            description,
+            rows,
+            x_label=f"{name}{_unit_suffix(metric.unit)}",
+            width=360,
         )
-        figures.append(Figure("Every seed", svg, "A dot is a seed, the upright line their mean."))
-    figures += [f for control in found.controls[:2] if (f := _differences(found, control, factor)) is not None]
+        figures.append(Figure("Every seed", svg, "Dots: seeds. Vertical line: their mean."))
+    figures += [
+        f for control in comparison.controls[:2] if (f := _differences(comparison, control, factor)) is not None
+    ]
     return Section("result", "Result", "", figures, missing="No run has finished.", many=True)
 
 
-def _differences(found: Comparison, control: str, factor: float) -> Figure | None:
-    metric, css, rows = found.metric, styles(found), []
-    for arm in found.arms:
+def _differences(comparison: Comparison, control: str, factor: float) -> Figure | None:
+    metric, css, rows = comparison.metric, styles(comparison), []
+    for arm in comparison.arms:
         gap = arm.versus.get(control)
         if gap is None:
             continue
@@ -194,64 +206,64 @@ def _differences(found: Comparison, control: str, factor: float) -> Figure | Non
             span = (factor * (gap.mean - gap.half), factor * (gap.mean + gap.half))
             text += f" \u00b1 {metric.show(gap.half)}"
         marks = [Mark(factor * v, "", f"seed {seed}: {metric.show(v, signed=True)}") for seed, v in gap.each.items()]
-        middle = Mark(factor * gap.mean, "" if gap.shown else "hollow", f"mean {text}{metric.step}", "mean")
-        rows.append(Strip(arm.label, css[arm.label], [*marks, middle], span, text))
+        mean_mark = Mark(factor * gap.mean, "" if gap.shown else "hollow", f"mean {text}{metric.step}", "mean")
+        rows.append(Strip(arm.name, css[arm.label], [*marks, mean_mark], span, text))
     if not rows:
         return None
-    title = f"Difference to {control}"
-    told = "; ".join(f"{row.label} {row.figure}" for row in rows)
+    title = f"Difference to {display_name(control)}"
+    description = "; ".join(f"{row.label} {row.figure}" for row in rows)
     unit = "points" if metric.fraction else metric.key
-    key = f"versus-{found.controls.index(control)}"
-    svg = charts.strips(key, title, told, rows, x_label=f"difference, {unit}", reference=0.0, width=360)
+    key = f"versus-{comparison.controls.index(control)}"
+    svg = charts.strips(key, title, description, rows, x_label=f"difference, {unit}", reference=0.0, width=360)
     return Figure(title, svg, "Bar: 95 % t interval. Large dot: mean, hollow unless it excludes zero. Small: seeds.")
 
 
-def learning(found: Comparison) -> Section:
-    """Scores and losses over epochs."""
-    metric = found.metric
-    split = _scored(found)
+def learning(comparison: Comparison) -> Section:
+    """Return scores and losses over epochs."""
+    metric = comparison.metric
+    split = _scored_split(comparison)
     get = inside(split, metric.key)
     get = percent(get) if metric.fraction else get
-    name, unit = f"{split.capitalize()} {metric.key}", f"{metric.key}{_in(metric.unit)}"
-    taught = teacher_accuracy(found)
-    levels = [] if taught is None else [(100 * taught, TEACHER, "teacher")]
+    name, unit = f"{split.capitalize()} {metric.key}", f"{metric.key}{_unit_suffix(metric.unit)}"
+    teacher_score = teacher_accuracy(comparison)
+    levels = [] if teacher_score is None else [(100 * teacher_score, TEACHER, "teacher")]
     figures = [
-        overlay(found, "score", name, get, y_label=unit, levels=levels),
-        overlay(found, "score-late", f"{name}, second half", get, y_label=unit, begin=0.5),
-        overlay(found, "loss-train", "Loss in training", inside("loss"), y_label="log scale", log=True),
+        overlay(comparison, "score", name, get, y_label=unit, levels=levels),
+        overlay(comparison, "score-late", f"{name}, second half", get, y_label=unit, begin=0.5),
+        overlay(comparison, "loss-train", "Training loss", inside("loss"), y_label="log scale", log=True),
     ]
     if metric.key != "loss":
         title = f"{split.capitalize()} cross entropy"
-        nats = overlay(found, "loss-scored", title, inside(split, "loss"), y_label="nats, log scale", log=True)
+        nats = overlay(comparison, "loss-scored", title, inside(split, "loss"), y_label="nats, log scale", log=True)
         figures.insert(2, nats)
     if metric.key == "accuracy":
         top5 = percent(inside(split, "top5"))
         figures.append(
-            overlay(found, "top5", f"{split.capitalize()} top-5 accuracy", top5, y_label="top-5 accuracy, %")
+            overlay(comparison, "top5", f"{split.capitalize()} top-5 accuracy", top5, y_label="top-5 accuracy, %")
         )
     return Section(
         "learning",
         "Learning",
-        "Line: mean over seeds. Band: lowest to highest seed. The loss in training adds up other terms in each arm, so "
-        "only its course compares, not its height.",
+        "Line: mean over seeds. Band: lowest to highest seed. The training loss has different terms in each method, so "
+        "compare its trend, not its value.",
         [f for f in figures if f is not None],
-        missing="No epoch was scored: these runs had neither a validation nor a test loader.",
+        missing="No epoch was evaluated: these runs had neither a validation nor a test loader.",
     )
 
 
-def _scored(found: Comparison) -> str:
-    """The split that the epochs were scored on: the comparison's where it is there."""
-    own = found.metric.name.partition("/")[0]
-    for split in (own, "test", "validation"):
-        if any(split in line for arm in found.arms for run in shown(arm) for line in run.epochs):
+def _scored_split(comparison: Comparison) -> str:
+    """Return the split on which epochs were evaluated, preferably that of the comparison."""
+    split_of_metric = comparison.metric.name.partition("/")[0]
+    for split in (split_of_metric, "test", "validation"):
+        if any(split in line for arm in comparison.arms for run in shown(arm) for line in run.epochs):
             return split
-    return own
+    return split_of_metric
 
 
-def agreement(found: Comparison) -> Section:
-    """How often student and teacher predict the same class."""
-    one = overlay(
-        found,
+def agreement(comparison: Comparison) -> Section:
+    """Return how often student and teacher predict the same class."""
+    figure = overlay(
+        comparison,
         "agreement",
         "Same prediction as the teacher",
         lambda line: percent(inside("test", "agreement"))(line) or percent(inside("validation", "agreement"))(line),
@@ -261,15 +273,15 @@ def agreement(found: Comparison) -> Section:
         "agreement",
         "Agreement with the teacher",
         "The share of examples on which student and teacher predict the same class, right or wrong.",
-        [] if one is None else [one],
-        missing="No run was scored beside a teacher.",
+        [] if figure is None else [figure],
+        missing="No run was evaluated with a teacher.",
     )
 
 
-def terms(found: Comparison) -> Section:
-    """Each named part of the loss over steps."""
+def terms(comparison: Comparison) -> Section:
+    """Return each named loss term over steps."""
     names: dict[str, None] = {}
-    for arm in make_sections(found):
+    for arm in arms_in_charts(comparison):
         for run in shown(arm):
             for line in run.steps:
                 names |= dict.fromkeys(line.get("terms") or {})
@@ -278,29 +290,31 @@ def terms(found: Comparison) -> Section:
         title = f'Term "{name}"'
         label = "mean over a batch, log scale"
         get = inside("terms", name)
-        figures.append(overlay(found, f"term-{i}", title, get, stream="steps", y_label=label, log=True, size=SMALL))
+        figures.append(
+            overlay(comparison, f"term-{i}", title, get, stream="steps", y_label=label, log=True, size=SMALL)
+        )
     return Section(
         "terms",
         "Loss terms",
-        "What the method adds up, weights and warm-up included. Terms of one name need not be one formula in two arms.",
+        "The terms of the loss, including weights and warm-up. Terms with the same name may differ between methods.",
         [f for f in figures if f is not None],
         missing="No step was logged.",
         many=True,
     )
 
 
-def teacher_accuracy(found: Comparison) -> float | None:
-    """Of the teacher on the split that was analyzed, or its map; None where no record says it."""
-    key = found.metric.key
-    for arm in found.arms:
+def teacher_accuracy(comparison: Comparison) -> float | None:
+    """Return the teacher's accuracy (or mAP) on the analyzed split; None if no record has it."""
+    key = comparison.metric.key
+    for arm in comparison.arms:
         for run in shown(arm):
-            said = run.analysis or {}
-            part = said.get("accuracy") if key == "accuracy" else (said.get("detection") or {}).get(key)
+            analysis = run.analysis or {}
+            part = analysis.get("accuracy") if key == "accuracy" else (analysis.get("detection") or {}).get(key)
             value = number((part or {}).get("teacher"))
-            if value is not None and said.get("split") == found.metric.name.partition("/")[0]:
+            if value is not None and analysis.get("split") == comparison.metric.name.partition("/")[0]:
                 return value
     return None
 
 
-def _in(unit: str) -> str:
+def _unit_suffix(unit: str) -> str:
     return f",{unit}" if unit else ""

@@ -1,4 +1,4 @@
-"""What the finished student is like: calibration, classes, confusions."""
+"""Figures of the finished student: calibration, classes, confusions."""
 
 from __future__ import annotations
 
@@ -9,111 +9,113 @@ from typing import Any
 
 from tempering.reports import charts
 from tempering.reports.charts import Bins, Mark, Strip
-from tempering.reports.compare import Arm, Comparison
-from tempering.reports.figures import TEACHER, Figure, Section, make_sections, shown, styles
+from tempering.reports.compare import Arm, Comparison, display_name
+from tempering.reports.figures import TEACHER, Figure, Section, arms_in_charts, shown, styles
 from tempering.reports.intervals import mean
 from tempering.reports.records import RunRecord, number
 
-MOST = 20  # classes shown one by one
-PAIRS = 8  # confusions shown of an arm
+MOST = 20  # maximum number of classes shown
+PAIRS = 8  # confusions shown per arm
 
 
-def calibration(found: Comparison) -> Section:
-    """A reliability diagram of every arm, student over teacher, and both errors."""
+def calibration(comparison: Comparison) -> Section:
+    """Return a reliability diagram per arm, with student, teacher and both calibration errors."""
     figures = []
-    for i, arm in enumerate(make_sections(found)):
-        own = styles(found)[arm.label]
+    for i, arm in enumerate(arms_in_charts(comparison)):
+        color = styles(comparison)[arm.label]
         sides = [
-            Bins(css, f"{arm.label}: {side}", points)
-            for side, css, runs in (("teacher", TEACHER, _teachers(shown(arm))), ("student", own, shown(arm)))
+            Bins(css, f"{arm.name}: {side}", points)
+            for side, css, runs in (("teacher", TEACHER, _teachers(shown(arm))), ("student", color, shown(arm)))
             if (points := _pooled(runs, side))
         ]
         if not sides:
             continue
         errors = {side: _mean(shown(arm), "ece", side) for side in ("student", "teacher")}
-        said = ", ".join(f"{side} {100 * e:.2f} %" for side, e in errors.items() if e is not None)
-        title = f"{arm.label}: calibration"
-        svg = charts.reliability(f"calibration-{i}", title, f"Expected calibration error: {said}", sides)
-        figures.append(Figure(arm.label, svg, f"ECE: {said}." if said else "", own))
+        errors_text = ", ".join(f"{side} {100 * e:.2f} %" for side, e in errors.items() if e is not None)
+        title = f"{arm.name}: calibration"
+        svg = charts.reliability(f"calibration-{i}", title, f"Expected calibration error: {errors_text}", sides)
+        figures.append(Figure(arm.name, svg, f"ECE: {errors_text}." if errors_text else "", color))
     return Section(
         "calibration",
         "Calibration",
-        "Confidence against accuracy. On the diagonal a model is as sure as it is right; below it, too sure. "
-        f"Seeds pooled; a dot is as large as its bin is full, and no line goes through bins of fewer than {charts.FEW} "
-        "examples. ECE: expected calibration error, mean over seeds.",
+        "Confidence against accuracy. On the diagonal a model is calibrated; below it, overconfident. Seeds are "
+        f"pooled; dot areas show bin counts, and lines skip bins with fewer than {charts.FEW} examples. ECE: expected "
+        "calibration error, mean over seeds.",
         figures,
         missing="No run wrote an analysis.",
         many=True,
     )
 
 
-def classes(found: Comparison) -> Section:
-    """Accuracy class by class, arms beside the teacher, and what changed; of many classes those that changed most."""
-    means = {arm.label: values for arm in make_sections(found) if (values := _per_class(shown(arm), "student"))}
-    taught = next((v for arm in make_sections(found) if (v := _per_class(shown(arm), "teacher"))), [])
+def classes(comparison: Comparison) -> Section:
+    """Return accuracy per class for arms and teacher, and the changes; of many classes those that changed most."""
+    means = {arm.label: values for arm in arms_in_charts(comparison) if (values := _per_class(shown(arm), "student"))}
+    teacher_values = next((v for arm in arms_in_charts(comparison) if (v := _per_class(shown(arm), "teacher"))), [])
     if not means:
         return Section("classes", "Classes", "", missing="No run wrote an analysis.")
-    main, base = _pair(found, means)
-    changes = _changes(found.arm(main), None if base is None else found.arm(base))
+    main, base = _pair(comparison, means)
+    changes = _changes(comparison.arm(main), None if base is None else comparison.arm(base))
     count = min(map(len, means.values()))
-    moved = [abs(mean(list(changes[k].values())) or 0.0) if k < len(changes) else 0.0 for k in range(count)]
-    picked = sorted(sorted(range(count), key=lambda k: (-moved[k], k))[:MOST])
-    names, css = _names(found), styles(found)
+    magnitude = [abs(mean(list(changes[k].values())) or 0.0) if k < len(changes) else 0.0 for k in range(count)]
+    selected = sorted(sorted(range(count), key=lambda k: (-magnitude[k], k))[:MOST])
+    names, css = _names(comparison), styles(comparison)
     accuracy, change = [], []
-    for k in picked:
+    for k in selected:
         name = _name(names, k)
         marks = [
             Mark(100 * v, TEACHER, f"teacher, {name}: {100 * v:.1f} %", "tick")
-            for v in taught[k : k + 1]
+            for v in teacher_values[k : k + 1]
             if v is not None
         ]
         for label, values in means.items():
             if (v := values[k]) is not None:
-                marks.append(Mark(100 * v, css[label], f"{label}, {name}: {100 * v:.1f} %"))
+                marks.append(Mark(100 * v, css[label], f"{display_name(label)}, {name}: {100 * v:.1f} %"))
         gaps = changes[k] if k < len(changes) else {}
         seeds = [Mark(100 * v, "", f"{name}, seed {seed}: {100 * v:+.1f} points") for seed, v in gaps.items()]
-        if (middle := mean(list(gaps.values()))) is not None:
-            seeds.append(Mark(100 * middle, "", f"{name}, mean: {100 * middle:+.1f} points", "mean"))
+        if (mean_gap := mean(list(gaps.values()))) is not None:
+            seeds.append(Mark(100 * mean_gap, "", f"{name}, mean: {100 * mean_gap:+.1f} points", "mean"))
         accuracy.append(Strip(name, "", marks))
         change.append(Strip(name, css[main], seeds))
-    few = f" The {len(picked)} of {count} classes that changed most." if count > len(picked) else ""
-    left = min(130, 16 + 6 * max(len(row.label) for row in accuracy))
-    told = f"{len(picked)} classes, {len(means)} arms"
-    title = f"{main} minus {base or 'the teacher'}"
+    selection = f" The {len(selected)} of {count} classes that changed most." if count > len(selected) else ""
+    margin = min(130, 16 + 6 * max(len(row.label) for row in accuracy))
+    description = f"{len(selected)} classes, {len(means)} methods"
+    title = f"{display_name(main)} minus {display_name(base or 'the teacher')}"
     figures = []
     if any(row.marks for row in accuracy):
-        svg = charts.strips("classes-all", "Accuracy per class", told, accuracy, x_label="accuracy, %", left=left)
+        svg = charts.strips(
+            "classes-all", "Accuracy per class", description, accuracy, x_label="accuracy, %", left=margin
+        )
         figures.append(
-            Figure("Accuracy per class", svg, "Dot: an arm's student, mean over seeds. Upright: the teacher.")
+            Figure("Accuracy per class", svg, "Dot: a student, mean over seeds. Vertical line: the teacher.")
         )
     if any(row.marks for row in change):
-        svg = charts.strips("classes-gap", title, told, change, x_label="points", left=left, reference=0.0)
+        svg = charts.strips("classes-gap", title, description, change, x_label="points", left=margin, reference=0.0)
         figures.append(Figure(title, svg, "Large dot: mean over seeds. Small dots: seeds."))
-    return Section("classes", "Classes", f"Where the accuracy comes from, class by class.{few}", figures)
+    return Section("classes", "Classes", f"Accuracy per class.{selection}", figures)
 
 
-def _pair(found: Comparison, means: Mapping[str, object]) -> tuple[str, str | None]:
-    """The arm that the classes are about, and the arm it is compared with; None where that is the teacher."""
-    control = next((label for label in found.controls if label in means), None)
-    main = next((arm.label for arm in found.ranked if arm.label in means and arm.label != control), None)
+def _pair(comparison: Comparison, means: Mapping[str, object]) -> tuple[str, str | None]:
+    """Return the arm to show and the arm to compare it with; None if that is the teacher."""
+    control = next((label for label in comparison.controls if label in means), None)
+    main = next((arm.label for arm in comparison.ranked if arm.label in means and arm.label != control), None)
     return (next(iter(means)), None) if main is None else (main, control)
 
 
 def _changes(arm: Arm, base: Arm | None) -> list[dict[int, float]]:
-    """Class -> seed -> accuracy of the arm minus that of ``base`` for the same seed, or minus the teacher's."""
+    """Return class -> seed -> accuracy of the arm minus that of ``base`` for the same seed, or minus the teacher's."""
 
     def lists(runs: Sequence[RunRecord], side: str) -> dict[int, list[Any]]:
-        return {run.seed: found[0] for run in runs if (found := _analyses([run], "per_class", side))}
+        return {run.seed: values[0] for run in runs if (values := _analyses([run], "per_class", side))}
 
-    own = lists(shown(arm), "student")
-    other = lists(shown(arm), "teacher") if base is None else lists(shown(base), "student")
-    common = sorted(set(own) & set(other))
-    width = min((min(len(own[s]), len(other[s])) for s in common), default=0)
+    arm_values = lists(shown(arm), "student")
+    base_values = lists(shown(arm), "teacher") if base is None else lists(shown(base), "student")
+    common = sorted(set(arm_values) & set(base_values))
+    width = min((min(len(arm_values[s]), len(base_values[s])) for s in common), default=0)
     return [
         {
-            s: own[s][k] - other[s][k]
+            s: arm_values[s][k] - base_values[s][k]
             for s in common
-            if number(own[s][k]) is not None and number(other[s][k]) is not None
+            if number(arm_values[s][k]) is not None and number(base_values[s][k]) is not None
         }
         for k in range(width)
     ]
@@ -121,7 +123,7 @@ def _changes(arm: Arm, base: Arm | None) -> list[dict[int, float]]:
 
 @dataclass(frozen=True)
 class Confusions:
-    """One arm's pairs of classes that student and teacher confuse most differently."""
+    """One arm's pairs of classes on which the confusions of student and teacher differ most."""
 
     label: str
     css: str
@@ -130,14 +132,14 @@ class Confusions:
 
     @property
     def partly(self) -> bool:
-        """Whether some pair is not in every seed's list."""
+        """Return whether some pair is not in every seed's list."""
         return any(row["seeds"] < self.seeds for row in self.rows)
 
 
-def confusions(found: Comparison) -> list[Confusions]:
-    """Of each arm the pairs (true, predicted) whose counts differ most, as means over the seeds that list them."""
-    names, css, out = _names(found), styles(found), []
-    for arm in make_sections(found):
+def confusions(comparison: Comparison) -> list[Confusions]:
+    """Return each arm's pairs (true, predicted) whose counts differ most, as means over the seeds that list them."""
+    names, css, out = _names(comparison), styles(comparison), []
+    for arm in arms_in_charts(comparison):
         listed: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
         runs = [run for run in shown(arm) if (run.analysis or {}).get("confusions")]
         for run in runs:
@@ -160,7 +162,7 @@ def confusions(found: Comparison) -> list[Confusions]:
             )
         if rows:
             rows.sort(key=lambda row: row["order"])
-            out.append(Confusions(arm.label, css[arm.label], len(runs), rows[:PAIRS]))
+            out.append(Confusions(arm.name, css[arm.label], len(runs), rows[:PAIRS]))
     return out
 
 
@@ -173,14 +175,14 @@ def _mean(runs: Sequence[RunRecord], part: str, side: str) -> float | None:
 
 
 def _pooled(runs: Sequence[RunRecord], side: str) -> list[tuple[float, float, float]]:
-    """The filled bins of all seeds together, (confidence, accuracy, count)."""
+    """Return the non-empty bins of all seeds together, (confidence, accuracy, count)."""
     pooled: dict[float, list[float]] = {}
     for bins in _analyses(runs, "reliability", side):
-        for one in bins:
-            count = number(one.get("count"))
-            confidence, accuracy = number(one.get("confidence")), number(one.get("accuracy"))
+        for item in bins:
+            count = number(item.get("count"))
+            confidence, accuracy = number(item.get("confidence")), number(item.get("accuracy"))
             if count and count > 0 and confidence is not None and accuracy is not None:
-                sums = pooled.setdefault(float(one["low"]), [0.0, 0.0, 0.0])
+                sums = pooled.setdefault(float(item["low"]), [0.0, 0.0, 0.0])
                 sums[0] += count * confidence
                 sums[1] += count * accuracy
                 sums[2] += count
@@ -188,7 +190,7 @@ def _pooled(runs: Sequence[RunRecord], side: str) -> list[tuple[float, float, fl
 
 
 def _teachers(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """One run of each teacher: seeds that share it would only count its answers again."""
+    """Return one run per teacher, so that outputs of a shared teacher are counted once."""
     return list({run.of("teacher").get("identity"): run for run in reversed(runs)}.values())
 
 
@@ -200,8 +202,8 @@ def _per_class(runs: Sequence[RunRecord], side: str) -> list[float | None]:
     return [mean([v for values in lists if (v := number(values[k])) is not None]) for k in range(width)]
 
 
-def _names(found: Comparison) -> list[str]:
-    for arm in found.arms:
+def _names(comparison: Comparison) -> list[str]:
+    for arm in comparison.arms:
         for run in arm.runs:
             if names := (run.analysis or {}).get("class_names"):
                 return [str(name) for name in names]

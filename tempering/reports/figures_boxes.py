@@ -1,4 +1,4 @@
-"""What a detector found: average precision by class, and a few images with the boxes of truth, teacher and student."""
+"""Figures of detectors: average precision by class, and images with the boxes of ground truth, teacher and student."""
 
 from __future__ import annotations
 
@@ -7,111 +7,157 @@ from typing import Any
 
 from tempering.reports import charts
 from tempering.reports.charts import Mark, Strip, Svg, join, tag
-from tempering.reports.compare import Arm, Comparison
-from tempering.reports.figures import TEACHER, Figure, Section, make_sections, shown, styles
+from tempering.reports.compare import Arm, Comparison, display_name
+from tempering.reports.figures import TEACHER, Figure, Section, arms_in_charts, shown, styles
 from tempering.reports.intervals import mean
 from tempering.reports.records import RunRecord, number
 
-ROOM = 800_000  # bytes of pictures on a page
-SCALE = 300  # width of a picture, in the units of its drawing
+ROOM = 800_000  # maximum bytes of pictures on a page
+SCALE = 300  # width of a picture, in units of its drawing
 ORDER = ("truth", "teacher", "student")
 
 
-def boxes(found: Comparison) -> list[Section]:
-    """One section where some run detected something, else none."""
-    runs = {arm.label: own for arm in make_sections(found) if (own := [run for run in shown(arm) if _of(run)])}
+def boxes(comparison: Comparison) -> list[Section]:
+    """Return one section if some run has detections, else none."""
+    runs = {
+        arm.label: detected
+        for arm in arms_in_charts(comparison)
+        if (detected := [run for run in shown(arm) if _detection(run)])
+    }
     if not runs:
         return []
-    figures = [f for f in (_by_class(found, runs),) if f is not None]
+    figures = [f for f in (_by_class(comparison, runs),) if f is not None]
     figures += [
-        f for arm in make_sections(found) if arm.label in runs for f in _pictures(arm, runs[arm.label][0], found)
+        f
+        for arm in arms_in_charts(comparison)
+        if arm.label in runs
+        for f in _pictures(arm, runs[arm.label][0], comparison)
     ]
-    room, kept = ROOM, []
+    budget, fitting = ROOM, []
     for figure in figures:
-        room -= len(figure.svg)
-        kept += [figure] if room > 0 else []
-    less = "" if len(kept) == len(figures) else f" {len(figures) - len(kept)} pictures are left out for their size."
+        budget -= len(figure.svg)
+        fitting += [figure] if budget > 0 else []
+    omitted = (
+        "" if len(fitting) == len(figures) else f" {len(figures) - len(fitting)} pictures are left out for their size."
+    )
     return [
         Section(
             "boxes",
             "Boxes",
-            "Images of the scored split. White: the true boxes. Dashed: the teacher's. In the arm's color: the "
-            f"student's, of the first seed; both of a score of {_sure(runs):g} or more.{_again(runs)}{less}",
-            kept,
+            "Images of the scored split. White: ground truth. Dashed: the teacher's. Colored: the "
+            f"student's, of the first seed; scores of {_min_score(runs):g} or more.{_found_shares(runs)}{omitted}",
+            fitting,
             many=True,
         )
     ]
 
 
-def _of(run: RunRecord) -> Mapping[str, Any]:
+def _detection(run: RunRecord) -> Mapping[str, Any]:
     return (run.analysis or {}).get("detection") or {}
 
 
-def _sure(runs: Mapping[str, Sequence[RunRecord]]) -> float:
-    return next((v for own in runs.values() for run in own if (v := number(_of(run).get("sure"))) is not None), 0.0)
+def _min_score(runs: Mapping[str, Sequence[RunRecord]]) -> float:
+    return next(
+        (
+            v
+            for label_runs in runs.values()
+            for run in label_runs
+            if (v := number(_detection(run).get("sure"))) is not None
+        ),
+        0.0,
+    )
 
 
-def _again(runs: Mapping[str, Sequence[RunRecord]]) -> str:
-    """Of the teacher's boxes the share that each arm finds, in a sentence."""
-    said = []
-    for label, own in runs.items():
-        if (share := mean([v for run in own if (v := number(_of(run).get("found"))) is not None])) is not None:
-            said.append(f"{label} {100 * share:.0f} %")
-    return f" Of the teacher's boxes these find, of one class and at an IoU of 0.5: {', '.join(said)}." if said else ""
+def _found_shares(runs: Mapping[str, Sequence[RunRecord]]) -> str:
+    """Return a sentence on the fraction of the teacher's boxes that each arm finds."""
+    shares = []
+    for label, label_runs in runs.items():
+        if (
+            share := mean([v for run in label_runs if (v := number(_detection(run).get("found"))) is not None])
+        ) is not None:
+            shares.append(f"{display_name(label)} {100 * share:.0f} %")
+    return (
+        f" Teacher's boxes also found by the student (same class, IoU of 0.5): {', '.join(shares)}." if shares else ""
+    )
 
 
 def _names(run: RunRecord) -> list[str]:
     return [str(name) for name in (run.analysis or {}).get("class_names") or []]
 
 
-def _by_class(found: Comparison, runs: Mapping[str, Sequence[RunRecord]]) -> Figure | None:
-    """A row a class: each arm's mean over its seeds, and the teacher."""
-    css, first = styles(found), next(iter(runs.values()))[0]
-    sides = [(label, css[label], "student", own) for label, own in runs.items()]
-    sides += [("teacher", TEACHER, "teacher", next((own for own in runs.values() if _listed(own[0], "teacher")), []))]
+def _by_class(comparison: Comparison, runs: Mapping[str, Sequence[RunRecord]]) -> Figure | None:
+    """Return one strip per class: each arm's mean over its seeds, and the teacher."""
+    css, first = styles(comparison), next(iter(runs.values()))[0]
+    sides = [(label, css[label], "student", color) for label, color in runs.items()]
+    sides += [
+        (
+            "teacher",
+            TEACHER,
+            "teacher",
+            next((color for color in runs.values() if _class_scores(color[0], "teacher")), []),
+        )
+    ]
     rows = []
-    for k, name in enumerate(_names(first) or [f"class {k}" for k in range(len(_listed(first, "student")))]):
+    for k, name in enumerate(_names(first) or [f"class {k}" for k in range(len(_class_scores(first, "student")))]):
         marks = []
-        for label, own, side, of in sides:
-            each = [v for run in of if k < len(a := _listed(run, side)) and (v := number(a[k])) is not None]
-            if (middle := mean(each)) is not None:
+        for label, color, side, side_runs in sides:
+            values = [
+                v for run in side_runs if k < len(a := _class_scores(run, side)) and (v := number(a[k])) is not None
+            ]
+            if (mean_value := mean(values)) is not None:
                 shape = "tick" if side == "teacher" else "dot"
-                marks.append(Mark(100 * middle, own, f"{label}, {name}: {100 * middle:.1f} %", shape))
+                marks.append(
+                    Mark(100 * mean_value, color, f"{display_name(label)}, {name}: {100 * mean_value:.1f} %", shape)
+                )
         rows.append(Strip(name, "", marks))
     if not any(row.marks for row in rows):
         return None
-    told = f"{len(rows)} classes, {len(runs)} arms"
+    description = f"{len(rows)} classes, {len(runs)} methods"
     svg = charts.strips(
-        "boxes-classes", "Average precision per class", told, rows, x_label="average precision, %", width=360
+        "boxes-classes", "Average precision per class", description, rows, x_label="average precision, %", width=360
     )
-    return Figure("Average precision per class", svg, "Dot: an arm's student, mean over seeds. Upright: the teacher.")
+    return Figure("Average precision per class", svg, "Dot: a student, mean over seeds. Vertical line: the teacher.")
 
 
-def _listed(run: RunRecord, side: str) -> Sequence[Any]:
-    return (_of(run).get("map_by_class") or {}).get(side) or []
+def _class_scores(run: RunRecord, side: str) -> Sequence[Any]:
+    return (_detection(run).get("map_by_class") or {}).get(side) or []
 
 
-def _pictures(arm: Arm, run: RunRecord, found: Comparison) -> list[Figure]:
-    css, names, out = styles(found)[arm.label], _names(run), []
-    for i, picture in enumerate(_of(run).get("pictures") or []):
+def _pictures(arm: Arm, run: RunRecord, comparison: Comparison) -> list[Figure]:
+    css, names, out = styles(comparison)[arm.label], _names(run), []
+    for i, picture in enumerate(_detection(run).get("pictures") or []):
         by_side = picture["boxes"]
         counts = [f"{side} {len(by_side[side])}" for side in ORDER if side in by_side]
-        title, told = f"{arm.label}: image {i + 1}", f"Boxes: {', '.join(counts)}"
-        out.append(Figure(title, _drawn(picture, css, f"{css}-boxes-{i}", title, told, names), f"{told}.", css))
+        title, description = f"{arm.name}: image {i + 1}", f"Boxes: {', '.join(counts)}"
+        out.append(
+            Figure(
+                title,
+                _draw_picture(picture, css, f"{css}-boxes-{i}", title, description, names),
+                f"{description}.",
+                css,
+            )
+        )
     return out
 
 
-def _drawn(picture: Mapping[str, Any], css: str, key: str, title: str, told: str, names: Sequence[str]) -> Svg:
+def _draw_picture(
+    picture: Mapping[str, Any], css: str, key: str, title: str, description: str, names: Sequence[str]
+) -> Svg:
     factor = SCALE / picture["width"]
     high = picture["height"] * factor
     source = f"data:image/jpeg;base64,{picture['jpeg']}"
     parts = [tag("image", href=source, width=SCALE, height=high)]
     for side in ORDER:
-        own = TEACHER if side == "teacher" else css if side == "student" else ""
+        color = TEACHER if side == "teacher" else css if side == "student" else ""
         for box in picture["boxes"].get(side) or []:
             x, y, right, below, label, score = box
             name = names[int(label)] if int(label) < len(names) else f"class {int(label)}"
-            said = tag("title", f"{side}: {name}" + (f", {score:.2f}" if side != "truth" else ""))
-            place = {"x": x * factor, "y": y * factor, "width": (right - x) * factor, "height": (below - y) * factor}
-            parts.append(tag("rect", said, class_=f"box {side} {own}".strip(), **place))
-    return charts.svg(key, title, told, [join(parts)], SCALE, high)
+            title_tag = tag("title", f"{side}: {name}" + (f", {score:.2f}" if side != "truth" else ""))
+            box_attributes = {
+                "x": x * factor,
+                "y": y * factor,
+                "width": (right - x) * factor,
+                "height": (below - y) * factor,
+            }
+            parts.append(tag("rect", title_tag, class_=f"box {side} {color}".strip(), **box_attributes))
+    return charts.svg(key, title, description, [join(parts)], SCALE, high)

@@ -1,4 +1,4 @@
-"""Mean, spread, and the interval of a difference: what these seeds say, and what they could have said."""
+"""Mean, standard deviation, and the interval and power of a difference over seeds."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Difference:
 
     Attributes:
         mean: the difference.
-        half: half-width of its 95 % t interval, so the smallest difference that would have been shown at this spread;
-            None where there are too few seeds for one, or where they do not differ at all: scores are counts of a test
-            set, and a t interval of no width would be certainty out of a coincidence.
-        n: pairs, or the runs of the smaller arm where it is not paired.
-        paired: whether runs of the same seed were subtracted; else it is Welch's interval of two independent means.
-        freedom: degrees of freedom of the interval, 0 where there is none.
-        each: seed -> its difference, where paired.
+        half: half-width of its 95 % t interval, the smallest significant difference at this spread; None if there are
+            too few seeds, or all differences are equal: scores are counts on a test set, so equality is a coincidence
+            and an interval of zero width would be misleading.
+        n: number of pairs, or runs of the smaller arm if unpaired.
+        paired: whether runs with the same seed were subtracted; else it is Welch's interval of two independent means.
+        freedom: degrees of freedom of the interval, 0 without one.
+        each: seed -> its difference, if paired.
     """
 
     mean: float
@@ -36,33 +36,33 @@ class Difference:
 
     @property
     def shown(self) -> bool:
-        """Whether the interval excludes zero."""
+        """Return whether the interval excludes zero."""
         return self.half is not None and abs(self.mean) > self.half
 
     @property
     def detectable(self) -> float | None:
-        """The true difference that 80 % of such experiments would show at this spread; None without an interval.
+        """Return the true difference that is significant with a power of 80 % at this spread; None without an interval.
 
         Source: the power of the t test by the noncentral t distribution.
         """
-        return self.half and self.half * _needed(self.freedom)
+        return self.half and self.half * _detectable_ratio(self.freedom)
 
 
 def difference(arm: Mapping[int, float], control: Mapping[int, float]) -> Difference | None:
-    """Arm minus control over seeds: paired where two seeds or more are in both, else Welch's; None where one is empty.
+    """Return arm minus control: paired if two or more seeds are shared, else Welch's; None if one is empty.
 
-    An arm of one seed beside more has no interval either way: it is taken with its own seed, and not with the others'.
+    An arm with one seed has no interval in either case; it is paired with the same seed of the other arm.
 
     Source: Welch (1947), "The generalization of Student's problem when several different population variances are
     involved", for the interval of unpaired seeds.
     """
     common = sorted(set(arm) & set(control))
     if len(common) >= 2 or (common and min(len(arm), len(control)) == 1):
-        each = {seed: arm[seed] - control[seed] for seed in common}
-        gaps = list(each.values())
+        gap_by_seed = {seed: arm[seed] - control[seed] for seed in common}
+        gaps = list(gap_by_seed.values())
         spread, freedom = deviation(gaps), len(gaps) - 1
         half = _quantile(freedom) * spread / math.sqrt(len(gaps)) if spread else None
-        return Difference(math.fsum(gaps) / len(gaps), half, len(gaps), True, freedom if half else 0.0, each)
+        return Difference(math.fsum(gaps) / len(gaps), half, len(gaps), True, freedom if half else 0.0, gap_by_seed)
     a, b = list(arm.values()), list(control.values())
     if not a or not b:
         return None
@@ -77,22 +77,22 @@ def difference(arm: Mapping[int, float], control: Mapping[int, float]) -> Differ
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """The mean; None of nothing."""
+    """Return the mean; None of an empty sequence."""
     return math.fsum(values) / len(values) if values else None
 
 
 def deviation(values: Sequence[float]) -> float | None:
-    """Sample standard deviation (n - 1), 0 where they agree but for rounding; None of fewer than two."""
+    """Return the sample standard deviation (n - 1), 0 if values differ by rounding only; None of fewer than two."""
     if len(values) < 2:
         return None
-    middle = math.fsum(values) / len(values)
-    spread = math.sqrt(math.fsum((v - middle) ** 2 for v in values) / (len(values) - 1))
+    average = math.fsum(values) / len(values)
+    spread = math.sqrt(math.fsum((v - average) ** 2 for v in values) / (len(values) - 1))
     return spread if spread > 1e-12 * max(1.0, *map(abs, values)) else 0.0
 
 
 @lru_cache
-def _needed(freedom: float) -> float:
-    """The true difference, in half-widths of the interval, at which it excludes zero with probability ``POWER``."""
+def _detectable_ratio(freedom: float) -> float:
+    """Return the true difference, in half-widths of the interval, that is significant with probability ``POWER``."""
     from scipy.optimize import brentq
     from scipy.stats import nct
 
@@ -106,7 +106,7 @@ def _needed(freedom: float) -> float:
 
 
 def _quantile(freedom: float) -> float:
-    """Of Student's t distribution, two-sided at ``LEVEL``."""
+    """Return the quantile of Student's t distribution, two-sided at ``LEVEL``."""
     try:
         from scipy.stats import t
     except ImportError as error:

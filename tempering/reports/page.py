@@ -1,4 +1,4 @@
-"""The report: one HTML file that opens offline, made from records alone."""
+"""Write the report: one HTML file that opens offline, made from records only."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from typing import Any
 from tempering.reports import audit_section as audited
 from tempering.reports import figures, figures_analysis, figures_boxes, figures_temperature, table
 from tempering.reports import text as words
-from tempering.reports.compare import Comparison, compare
+from tempering.reports.compare import Comparison, compare, display_name
 from tempering.reports.records import RunRecord, number
 from tempering.utils.files import write_atomic
 
 HERE = Path(__file__).parent
-LIMIT = 2_000_000  # bytes: what a mail takes and a browser opens at once
-COLORS = 6  # of page.css, beside the control's gray
+LIMIT = 2_000_000  # bytes; small enough for a mail and to open quickly in a browser
+COLORS = 6  # in page.css, besides the control's gray
 DASHES = ("none", "8 3", "8 3 2 3", "2 3")
 
 
 def write_page(
     runs: Sequence[RunRecord], path: str | Path, *, title: str | None = None, control: str | None = None
 ) -> Path:
-    """Write the report of these runs as one HTML file, beside its place and then renamed; the path.
+    """Write the report of these runs as one HTML file, atomically, and return its path.
 
     The same records give the same bytes. ``control`` is as in ``compare``.
 
     Raises:
-        ValueError: as ``compare`` does, or where the page would be larger than 2 MB.
-        ImportError: without jinja2, which extra "report" brings.
+        ValueError: as in ``compare``, or if the page would be larger than 2 MB.
+        ImportError: if jinja2 is not installed (extra "report").
     """
     text = render(runs, title=title, control=control)
     if len(text.encode()) > LIMIT:
         raise ValueError(
             f"the page would have {len(text.encode()):,} bytes, more than {LIMIT:,}: {len(runs)} runs are too many for "
-            "one page. Give fewer arms, or one page each."
+            "one page. Pass fewer methods, or write several pages."
         )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,106 +44,112 @@ def write_page(
 
 
 def render(runs: Sequence[RunRecord], *, title: str | None = None, control: str | None = None) -> str:
-    """The report as the text of an HTML file."""
+    """Return the report as the text of an HTML file."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
         raise ImportError("the HTML report needs jinja2: pip install 'tempering[report]'.") from error
     from tempering.reports.charts import Svg
 
-    found = compare(runs, control)
-    said = words.headline(found)
+    comparison = compare(runs, control)
+    sentences = words.headline(comparison)
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    css = figures.styles(found)
+    css = figures.styles(comparison)
     sections = [
-        figures.result(found),
-        figures.learning(found),
-        figures_temperature.temperatures(found),
-        figures.terms(found),
-        figures.agreement(found),
-        figures_analysis.calibration(found),
-        figures_analysis.classes(found),
-        *figures_boxes.boxes(found),
+        figures.result(comparison),
+        figures.learning(comparison),
+        figures_temperature.temperatures(comparison),
+        figures.terms(comparison),
+        figures.agreement(comparison),
+        figures_analysis.calibration(comparison),
+        figures_analysis.classes(comparison),
+        *figures_boxes.boxes(comparison),
     ]
     text = environment.get_template("page.html").render(
-        title=title or _title(found),
-        subtitle=_subtitle(found),
-        verdict=said[0],
-        more=said[1:],
-        cards=_cards(found),
-        arms=[(css[arm.label], arm.label, arm.n == 0) for arm in figures.make_sections(found)],
+        title=title or _title(comparison),
+        subtitle=_subtitle(comparison),
+        verdict=sentences[0],
+        more=sentences[1:],
+        cards=_cards(comparison),
+        arms=[(css[arm.label], arm.name, arm.n == 0) for arm in figures.arms_in_charts(comparison)],
         colors=[_color(name) for name in css.values()],
-        columns=list(table.cells(found, found.arms[0])),
-        rows=[(css[arm.label], list(table.cells(found, arm).values())) for arm in found.arms],
-        reading=words.reading(found),
+        columns=list(table.cells(comparison, comparison.arms[0])),
+        rows=[(css[arm.label], list(table.cells(comparison, arm).values())) for arm in comparison.arms],
+        reading=words.reading(comparison),
         sections={section.key: section for section in sections},
-        confusions=figures_analysis.confusions(found),
-        audits=audited.audits(found),
-        runs=[_run(run, css[run.label]) for arm in found.arms for run in arm.runs],
+        confusions=figures_analysis.confusions(comparison),
+        audits=audited.audits(comparison),
+        runs=[_run(run, css[run.label]) for arm in comparison.arms for run in arm.runs],
         style=Svg((HERE / "page.css").read_text(encoding="utf-8")),
     )
     return text + "\n"
 
 
 def _color(css: str) -> tuple[str, int, str]:
-    """(class, color, dashes) of an arm: the first is gray, six have colors, those after them these again, dashed."""
+    """Return (class, color, dashes) of an arm: the first is gray, then six colors, repeated with dashes."""
     turn, color = divmod(int(css[1:]) - 1, COLORS) if css != "a0" else (0, -1)
     return css, color + 1, DASHES[min(turn, len(DASHES) - 1)]
 
 
-def _title(found: Comparison) -> str:
+def _title(comparison: Comparison) -> str:
     data = next(
-        (run.of("data").get("name") for arm in found.arms for run in arm.runs if run.of("data").get("name")), None
+        (run.of("data").get("name") for arm in comparison.arms for run in arm.runs if run.of("data").get("name")), None
     )
     return f"Distillation on {data}" if data else "Distillation"
 
 
-def _subtitle(found: Comparison) -> str:
-    """Networks, arms and seeds in a line."""
-    runs = [run for arm in found.arms if arm.same_student for run in arm.runs]
+def _subtitle(comparison: Comparison) -> str:
+    """Return networks, number of methods and seeds in one line."""
+    runs = [run for arm in comparison.arms if arm.same_student for run in arm.runs]
     students = dict.fromkeys(str(run.of("student").get("name")) for run in runs if run.of("student").get("name"))
     teachers = dict.fromkeys(str(run.of("teacher").get("name")) for run in runs if run.of("teacher").get("name"))
     nets = " and ".join(students) + (f" taught by {' and '.join(teachers)}" if teachers else "")
-    seeds = found.seeds
+    seeds = comparison.seeds
     counts = [
-        f"{len(found.arms)} arm{'s' * (len(found.arms) != 1)}",
+        f"{len(comparison.arms)} method{'s' * (len(comparison.arms) != 1)}",
         f"{len(seeds)} seed{'s' * (len(seeds) != 1)} ({', '.join(map(str, seeds[:8]))}{', ...' * (len(seeds) > 8)})",
     ]
     return ", ".join([part for part in (nets, *counts) if part])
 
 
-def _cards(found: Comparison) -> list[dict[str, str]]:
-    """The few numbers to take home: teacher, control, best arm, and how much of the way between them it went."""
-    metric, cards = found.metric, []
-    controls = [arm for arm in found.arms if arm.label in found.controls and arm.mean is not None]
-    best = next((arm for arm in found.ranked if arm not in controls), None)
-    taught = figures.teacher_accuracy(found)
+def _cards(comparison: Comparison) -> list[dict[str, str]]:
+    """Return the main numbers: teacher, controls, best method, and how much of the gap to the teacher it closed."""
+    metric, cards = comparison.metric, []
+    controls = [arm for arm in comparison.arms if arm.label in comparison.controls and arm.mean is not None]
+    best = next((arm for arm in comparison.ranked if arm not in controls), None)
+    teacher_score = figures.teacher_accuracy(comparison)
     name = metric.name.replace("/", " ")
     for arm in [*controls, *([] if best is None else [best])]:
-        role = "best arm" if arm is found.ranked[0] else "best of the rest" if controls else "highest mean"
+        role = "best method" if arm is comparison.ranked[0] else "best of the others" if controls else "highest mean"
         value = f"{metric.show(arm.mean)}{metric.unit}"
         note = f"{name}, {'control' if arm in controls else role}"
-        cards.append({"value": value, "what": arm.label, "note": note})
-    if taught is not None:
-        cards.append({"value": f"{metric.show(taught)}{metric.unit}", "what": "teacher", "note": name})
-    control = next((arm for arm in controls if arm.label == found.controls[0]), None)
+        cards.append({"value": value, "what": arm.name, "note": note})
+    if teacher_score is not None:
+        cards.append({"value": f"{metric.show(teacher_score)}{metric.unit}", "what": "teacher", "note": name})
+    control = next((arm for arm in controls if arm.label == comparison.controls[0]), None)
     low, high = (None if arm is None else arm.mean for arm in (control, best))
-    if control and taught is not None and low is not None and high is not None and low < min(taught, high):
-        share = (high - low) / (taught - low)
-        note = f"of the way from {control.label} to the teacher"
+    if (
+        control
+        and teacher_score is not None
+        and low is not None
+        and high is not None
+        and low < min(teacher_score, high)
+    ):
+        share = (high - low) / (teacher_score - low)
+        note = f"of the gap from {control.name} to the teacher"
         cards.append({"value": f"{100 * share:.0f} %", "what": "gap closed", "note": note})
-    small, large = _sizes(found)
+    small, large = _sizes(comparison)
     if cards and small and large:
         note = f"{_count(small)} parameters, the teacher has {_count(large)}"
         cards.append({"value": f"{large / small:.3g}\u00d7", "what": "smaller", "note": note})
     return cards
 
 
-def _sizes(found: Comparison) -> tuple[float | None, float | None]:
-    """Parameters of student and teacher."""
-    runs = [run for arm in found.arms if arm.same_student for run in arm.runs]
+def _sizes(comparison: Comparison) -> tuple[float | None, float | None]:
+    """Return the number of parameters of student and teacher."""
+    runs = [run for arm in comparison.arms if arm.same_student for run in arm.runs]
     sizes = []
     for part in ("student", "teacher"):
         sizes.append(next((v for run in runs if (v := number(run.of(part).get("parameters")))), None))
@@ -158,7 +164,7 @@ def _count(value: float) -> str:
 
 
 def _run(run: RunRecord, css: str) -> dict[str, Any]:
-    """What it takes to run this run again, as (name, text) pairs, and how it went."""
+    """Return what is needed to reproduce this run, as (name, text) pairs, and its results."""
     facts, host = run.facts, run.of("host")
     result = run.of("result")
     commit = facts.get("commit")
@@ -187,7 +193,7 @@ def _run(run: RunRecord, css: str) -> dict[str, Any]:
     command = facts.get("command")
     return {
         "css": css,
-        "label": run.label,
+        "label": display_name(run.label),
         "seed": run.seed,
         "status": run.status,
         "command": shlex.join(map(str, command)) if isinstance(command, list) else str(command or ""),
@@ -196,17 +202,17 @@ def _run(run: RunRecord, css: str) -> dict[str, Any]:
 
 
 def _named(facts: dict[str, Any], part: str) -> str | None:
-    """A part of the facts in a line; None where it is null or not there."""
+    """Format a part of the facts in one line; None if it is null or missing."""
     return _text(facts[part]) if facts.get(part) else None
 
 
 def _text(value: object, *, inner: bool = False) -> str:
-    """A nested value in a line: what has a name as Name(key=value), floats with 6 digits."""
+    """Format a nested value in one line: named objects as Name(key=value), floats with 6 digits."""
     if isinstance(value, dict):
-        said = ", ".join(f"{key}={_text(part, inner=True)}" for key, part in value.items() if key != "name")
+        parts = ", ".join(f"{key}={_text(part, inner=True)}" for key, part in value.items() if key != "name")
         if value.get("name"):
-            return f"{value['name']}({said})"
-        return f"({said})" if inner else said
+            return f"{value['name']}({parts})"
+        return f"({parts})" if inner else parts
     if isinstance(value, list):
         return ", ".join(_text(part, inner=True) for part in value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)

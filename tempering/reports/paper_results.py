@@ -1,7 +1,7 @@
-"""Published accuracies, to stand beside ours. What could not be seen is not here: nothing is guessed.
+"""Published accuracies for comparison. Values that could not be verified are omitted.
 
-They are of the field's full recipe and mostly the best epoch on the test split, over 3 to 5 runs. Papers differ in
-their baselines, epochs and augmentation: a number here says what a paper reports, and not what to reach on a budget.
+They use the full training recipe of the field and mostly the best epoch on the test split, over 3 to 5 runs. Papers
+differ in baselines, epochs and augmentation: a value is what a paper reports, not a target for shorter training.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tempering.utils.registry import plain_net
 
 
 class Reported(NamedTuple):
-    """A published top-1 accuracy in [0, 1], and where it was read."""
+    """A published top-1 accuracy in [0, 1], and its source."""
 
     value: float
     source: str
@@ -85,7 +85,7 @@ _ON_IMAGENET = (
     ("dist", _IMAGENET, "72.07 73.24", "E"),
     ("wttm", _IMAGENET, "72.19 73.09", "D"),
 )
-# what tables call an arm -> the method above; an arm with arguments of its own is not what a paper measured
+# label in tables -> the method above; methods with other arguments are not those of the papers
 ARMS = {
     "student alone": "student",
     "kd": "kd",
@@ -101,24 +101,24 @@ ARMS = {
 
 
 def _table(lines: tuple[tuple[str, tuple[str, ...], str, str], ...]) -> dict[tuple[str, str, str], Reported]:
-    found: dict[tuple[str, str, str], Reported] = {}
+    results: dict[tuple[str, str, str], Reported] = {}
     for method, pairs, values, source in lines:
         for pair, value in zip(pairs, values.split(), strict=True):
             if value != "-":
                 teacher, student = map(plain_net, pair.split())
-                found[method, teacher, student] = Reported(float(value) / 100, SOURCES.get(source, source))
-    return found
+                results[method, teacher, student] = Reported(float(value) / 100, SOURCES.get(source, source))
+    return results
 
 
 PUBLISHED = {"cifar100": _table(_CIFAR100), "imagenet": _table(_ON_IMAGENET)}
 
 
 def published(label: str, teacher: str, student: str, data: str) -> Reported | None:
-    """What a paper reports for this arm, pair of nets and data set, and where it says so; None where it is unknown.
+    """Return the published accuracy for this method, pair of networks and data set, with its source; None if unknown.
 
     Args:
-        label: of the arm, as tables show it: "KD", "DTKD published", "dist", "student alone".
-        teacher: name of the net; letter case, dashes and underscores do not matter.
+        label: label of the method in tables: "KD", "DTKD published", "dist", "student alone".
+        teacher: name of the network; case, dashes and underscores do not matter.
         student: likewise.
         data: "cifar100" or "imagenet".
     """
@@ -127,6 +127,6 @@ def published(label: str, teacher: str, student: str, data: str) -> Reported | N
 
 
 def reported(label: str, teacher: str, student: str, data: str) -> float | None:
-    """The accuracy in [0, 1] that a paper reports for this arm; None where it is unknown. See ``published``."""
-    found = published(label, teacher, student, data)
-    return None if found is None else found.value
+    """Return the published accuracy in [0, 1] for this method; None if unknown. See ``published``."""
+    result = published(label, teacher, student, data)
+    return None if result is None else result.value

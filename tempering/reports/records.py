@@ -1,4 +1,4 @@
-"""Reading records: a run's folder, or the single file that a run is packed into to be committed."""
+"""Read records: a run's folder, or the single file that a run is packed into for committing."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from tempering.reports.schema import misfit
 from tempering.utils.files import sha256_text, write_atomic
 
 FORMAT = 1
-# a path that starts at the root of a machine, up to its last part; not the slashes of an address or a relative path
+# an absolute path up to its last component; not the slashes of a URL or a relative path
 MACHINE_PATH = re.compile(r"(?<![\w.~/:-])/(?:[^\s/'\"=,]+/)+")
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run as it was recorded.
+    """The record of one run.
 
     Attributes:
-        source: the folder or the file it was read from.
+        source: the folder or file it was read from.
         facts: the content of facts.json.
         epochs: the lines of epochs.jsonl.
         steps: the lines of steps.jsonl.
-        analysis: the content of analysis.json; None for a run that wrote none.
-        audits: the content of audits.json; None for a run that was not audited.
+        analysis: the content of analysis.json; None if there is none.
+        audits: the content of audits.json; None if the run was not audited.
     """
 
     source: Path
@@ -40,61 +40,61 @@ class RunRecord:
 
     @property
     def label(self) -> str:
-        """The arm this run belongs to."""
+        """Return the label that groups runs of one method."""
         return str(self.facts["label"])
 
     @property
     def seed(self) -> int:
-        """The seed, by which runs of two arms are paired."""
+        """Return the seed, by which runs of two methods are paired."""
         return int(self.facts["seed"])
 
     @property
     def status(self) -> str:
-        """running, done, failed or interrupted."""
+        """Return "running", "done", "failed" or "interrupted"."""
         return str(self.facts["status"])
 
     @property
     def done(self) -> bool:
-        """Whether the run reached its end and has a result."""
+        """Return whether the run finished and has a result."""
         return self.status == "done" and bool(self.facts.get("result"))
 
     @property
     def name(self) -> str:
-        """Where it lies, without the path of the machine."""
+        """Return the last two components of its path."""
         return "/".join(self.source.absolute().parts[-2:])
 
     def of(self, part: str) -> dict[str, Any]:
-        """A part of the facts, such as "student"; {} where it is null, not there, or has no parts itself."""
+        """Return a part of the facts, such as "student"; {} if it is null, missing, or not an object."""
         value = self.facts.get(part)
         return value if isinstance(value, dict) else {}
 
     def score(self, metric: str, which: str = "last") -> float | None:
-        """The result by its name, such as "test/accuracy", last or best; None where there is no such finite number."""
+        """Return a result by name, such as "test/accuracy", last or best; None if there is no such finite number."""
         split, _, key = metric.partition("/")
         scores = (self.of("result").get(which) or {}).get(split) or {}
         return number(scores.get(key))
 
 
 def number(value: object) -> float | None:
-    """``value`` as a float; None for what is no finite number."""
+    """Return ``value`` as a float; None if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
 
 
 def load_run(path: str | Path) -> RunRecord:
-    """The record in a run's folder, or in a packed cell (a .json file).
+    """Load the record in a run's folder, or a packed run (a .json file).
 
     Raises:
-        FileNotFoundError: for a folder without facts.json.
-        ValueError: for a record that is broken, of another format, or a cell that was edited.
+        FileNotFoundError: if the folder has no facts.json.
+        ValueError: if the record is invalid, has another format, or is a packed run that was edited.
     """
     path = Path(path)
     if path.is_file():
         return read_cell(path)
     if not (path / "facts.json").is_file():
         raise FileNotFoundError(
-            f"{path} holds no run: there is no facts.json. Give a folder that a run wrote to (its out=), or one above."
+            f"{path} contains no run: there is no facts.json. Pass the folder of a run (its out=), or a parent of it."
         )
     analysis, audits = path / "analysis.json", path / "audits.json"
     content = {
@@ -108,43 +108,43 @@ def load_run(path: str | Path) -> RunRecord:
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Path]:
-    """Folders of runs and packed cells: those given, and those anywhere below the folders given; sorted, each once.
+    """Return folders of runs and packed runs at or below the given paths; sorted, without duplicates.
 
     Raises:
-        FileNotFoundError: for a path that is not there, or that has no record at it or below.
+        FileNotFoundError: if a path does not exist, or contains no record.
     """
-    found: dict[Path, Path] = {}
+    unique: dict[Path, Path] = {}
     for path in map(Path, paths):
         if not path.exists():
-            raise FileNotFoundError(f"{path} is not there. Give folders of runs, folders above them, or packed cells.")
-        here = [path.parent if path.name == "facts.json" else path] if path.is_file() else _below(path)
-        if not here:
+            raise FileNotFoundError(f"{path} does not exist. Pass folders of runs, parents of them, or packed runs.")
+        paths_here = [path.parent if path.name == "facts.json" else path] if path.is_file() else _below(path)
+        if not paths_here:
             raise FileNotFoundError(
-                f"there is no record in {path} or below: no facts.json, no packed cell. Runs write records only where "
-                "out= is given."
+                f"there is no record in {path} or below: no facts.json, no packed run. Runs write records only if out= "
+                "is set."
             )
-        found |= {place.resolve(): place for place in here}
-    return sorted(found.values())
+        unique |= {p.resolve(): p for p in paths_here}
+    return sorted(unique.values())
 
 
 def pack(run_dir: str | Path, max_steps: int = 60) -> dict[str, Any]:
-    """A run as one object to be committed: steps thinned, host name and machine paths taken out, sealed by its hash.
+    """Pack a run into one object for committing: subsample steps, remove host name and machine paths, add a hash.
 
-    Numbers that are not finite become null, since JSON has none.
+    Non-finite numbers become null, since JSON cannot represent them.
     """
     run = load_run(run_dir)
     facts = dict(run.facts)
     if isinstance(facts.get("host"), Mapping):
         facts["host"] = {key: value for key, value in facts["host"].items() if key != "name"}
-    kept = run.steps
-    if len(kept) > max_steps:
-        kept = [kept[round(i * (len(kept) - 1) / max(1, max_steps - 1))] for i in range(max_steps)]
+    steps = run.steps
+    if len(steps) > max_steps:
+        steps = [steps[round(i * (len(steps) - 1) / max(1, max_steps - 1))] for i in range(max_steps)]
     content = {
         "format": FORMAT,
         "kind": "cell",
         "facts": facts,
         "epochs": run.epochs,
-        "steps": kept,
+        "steps": steps,
         "analysis": run.analysis,
         **({} if run.audits is None else {"audits": run.audits}),
     }
@@ -153,10 +153,10 @@ def pack(run_dir: str | Path, max_steps: int = 60) -> dict[str, Any]:
 
 
 def write_cell(path: str | Path, cell: Mapping[str, Any]) -> Path:
-    """Write what ``pack`` made beside its place, then rename; the path.
+    """Write a packed run atomically, and return the path.
 
     Raises:
-        ValueError: where the content was changed after it was packed.
+        ValueError: if the content was changed after packing.
     """
     path = Path(path)
     _check_seal(cell, path)
@@ -166,10 +166,10 @@ def write_cell(path: str | Path, cell: Mapping[str, Any]) -> Path:
 
 
 def read_cell(path: str | Path) -> RunRecord:
-    """The run in a packed cell.
+    """Read a packed run.
 
     Raises:
-        ValueError: for a file that is no cell, or whose hash does not fit its content.
+        ValueError: if the file is not a packed run, or its hash does not match its content.
     """
     path = Path(path)
     cell = _object(path)
@@ -182,7 +182,7 @@ def read_cell(path: str | Path) -> RunRecord:
 
 
 def canonical(value: object) -> str:
-    """The one way to write ``value`` as JSON: keys sorted, no spaces, floats by their shortest exact form."""
+    """Return the canonical JSON of ``value``: sorted keys, no spaces, shortest exact floats."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -201,14 +201,13 @@ def _hash(content: Mapping[str, Any]) -> str:
 
 def _check_seal(cell: Mapping[str, Any], path: Path) -> None:
     try:
-        made = _hash(cell)
+        actual = _hash(cell)
     except ValueError:
-        made = "none, a number in it is not finite,"
-    if cell.get("sha256") != made:
+        actual = "none, a number in it is not finite,"
+    if cell.get("sha256") != actual:
         raise ValueError(
-            f"{path} was edited: its content has sha256 {made}, and the seal says "
-            f"{cell.get('sha256')}. A record is not changed by hand; pack the run again, or "
-            "take the file back from git."
+            f"{path} was edited: its content has sha256 {actual}, and the stored one is {cell.get('sha256')}. Records "
+            "must not be changed by hand; pack the run again, or restore the file from git."
         )
 
 
@@ -228,12 +227,12 @@ def _object(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(_broken(path, error.lineno, error.msg)) from error
     if not isinstance(value, dict):
-        raise ValueError(_broken(path, 1, f"an object is wanted, this is {type(value).__name__}"))
+        raise ValueError(_broken(path, 1, f"expected an object, got {type(value).__name__}"))
     return value
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, [] where there is none; a last line that a kill cut short is left out."""
+    """Return the objects of a JSON-lines file, [] if it does not exist; skip an incomplete last line."""
     if not path.is_file():
         return []
     out, raw = [], path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -244,33 +243,33 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             value = json.loads(line)
         except json.JSONDecodeError as error:
             if lineno == len(raw):
-                break  # no newline after it: the kill came while it was written
+                break  # without a newline: the process was killed while writing it
             raise ValueError(_broken(path, lineno, error.msg)) from error
         if not isinstance(value, dict):
-            raise ValueError(_broken(path, lineno, f"an object is wanted, this is {type(value).__name__}"))
+            raise ValueError(_broken(path, lineno, f"expected an object, got {type(value).__name__}"))
         out.append(value)
     return out
 
 
-def _broken(path: Path, line: int, why: str) -> str:
-    return f"{path}, line {line}, is not the JSON of a record: {why}. Was it cut short or edited by hand?"
+def _broken(path: Path, line: int, reason: str) -> str:
+    return f"{path}, line {line}, is not the JSON of a record: {reason}. Was it truncated or edited by hand?"
 
 
 def _below(path: Path) -> list[Path]:
-    """Runs and cells at or below a folder; what lies inside a run's folder is that run's."""
+    """Return runs and packed runs at or below a folder, without descending into a run's folder."""
     if (path / "facts.json").is_file():
         return [path]
-    found = []
+    records = []
     for entry in sorted(path.iterdir()):
         if entry.is_dir() and not entry.is_symlink():
-            found += _below(entry)
+            records += _below(entry)
         elif entry.suffix == ".json" and _is_cell(entry):
-            found.append(entry)
-    return found
+            records.append(entry)
+    return records
 
 
 def _is_cell(path: Path) -> bool:
-    """Whether a .json file is a packed run; one that is no JSON may have been one, and is not passed over."""
+    """Return whether a .json file is a packed run; raise if it is not valid JSON, since it may be a damaged one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except json.JSONDecodeError as error:
@@ -279,7 +278,7 @@ def _is_cell(path: Path) -> bool:
 
 
 def _clean(value: Any) -> Any:
-    """``value`` with numbers that JSON lacks as None, and paths of the machine cut to their last part."""
+    """Replace non-finite numbers by None, and absolute paths by their last component."""
     if isinstance(value, dict):
         return {key: _clean(inner) for key, inner in value.items()}
     if isinstance(value, list):

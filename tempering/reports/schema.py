@@ -1,10 +1,10 @@
-"""What a record has to look like where the reports look into it; asked once, when it is read."""
+"""Schema of the parts of a record that reports use; checked once, when it is read."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# an object: its members, "*" for any, "!" behind those that must be there; [shape]: a list; float: a number
+# an object: its members, "*" for any, "!" after required ones; [shape]: a list; float: a number
 SCORES = {"test": {}, "validation": {}}
 BIN = {"low!": float, "count!": float, "confidence": float, "accuracy": float}
 DOT = {"count!": float, "confidence!": float, "accuracy!": float}
@@ -45,7 +45,7 @@ NAMES = {dict: "an object", list: "a list", float: "a number", int: "a whole num
 
 
 def misfit(value: Any, shape: Any = RECORD, where: str = "") -> str | None:
-    """The first place where ``value`` is not of that shape, in words; None where it fits. Null fits what may lack."""
+    """Return a message on the first mismatch of ``value`` with the shape, else None. Optional parts may be null."""
     kind = shape if isinstance(shape, type) else type(shape)
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
         return f"{where} must be {NAMES[kind]}; got {value!r:.60}"
@@ -53,10 +53,10 @@ def misfit(value: Any, shape: Any = RECORD, where: str = "") -> str | None:
     if isinstance(shape, dict):
         for name, inner in shape.items():
             key, needed = name.rstrip("!"), name.endswith("!")
-            for found in value if key == "*" else [key]:
-                if needed or value.get(found) is not None:
-                    parts.append((value.get(found), inner, f"{where}.{found}".lstrip(".")))
+            for member in value if key == "*" else [key]:
+                if needed or value.get(member) is not None:
+                    parts.append((value.get(member), inner, f"{where}.{member}".lstrip(".")))
     elif isinstance(shape, list) and shape:
         parts = [(inner, shape[0], f"{where}[{i}]") for i, inner in enumerate(value)]
         parts = [part for part in parts if part[0] is not None or not isinstance(shape[0], type)]
-    return next((said for part in parts if (said := misfit(*part)) is not None), None)
+    return next((problem for part in parts if (problem := misfit(*part)) is not None), None)

@@ -1,4 +1,4 @@
-"""The comparison as a table: markdown for a page in git, rich for a terminal. The HTML page shows the same cells."""
+"""Render a comparison as a table: markdown, or rich for a terminal. The HTML page shows the same cells."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from tempering.reports import text as words
-from tempering.reports.compare import Arm, Comparison, Metric, compare
+from tempering.reports.compare import Arm, Comparison, Metric, compare, display_name
 from tempering.reports.intervals import deviation, mean
 
 if TYPE_CHECKING:
@@ -15,31 +15,33 @@ if TYPE_CHECKING:
 
 __all__ = ["cells", "compare", "markdown", "rich_table"]
 
-# headings that begin so are left to the page: 80 columns are few
+# columns with these prefixes are left out of the terminal table, which has 80 columns
 WIDE = ("best", "reported", "detectable", "train", "peak")
 
 
-def cells(found: Comparison, arm: Arm) -> dict[str, tuple[str, bool]]:
-    """A row of the table: heading -> the cell's text, and whether it is to stand out. All arms have the same headings.
+def cells(comparison: Comparison, arm: Arm) -> dict[str, tuple[str, bool]]:
+    """Return a row of the table: heading -> (text, whether it is bold). All arms have the same headings.
 
-    A published number has a column where some arm's record carries one.
+    There is a column of published values if some arm has one.
     """
-    metric, best = found.metric, list(arm.best.values())
+    metric, best = comparison.metric, list(arm.best.values())
     unit, step = (" (%)", " (points)") if metric.fraction else ("", "")
     step_ms, peak, seconds = arm.result("step_ms"), arm.result("peak_mb"), arm.result("seconds")
     row = {
-        "arm": (arm.label, False),
+        "method": (arm.name, False),
         "seeds": (words.seeds(arm), False),
-        f"{metric.name.replace('/', ' ')}, last{unit}": (words.spread(found, (arm.mean, arm.sd)), False),
-        f"best{unit}": (words.spread(found, (mean(best), deviation(best))), False),
+        f"{metric.name.replace('/', ' ')}, last{unit}": (words.spread(comparison, (arm.mean, arm.sd)), False),
+        f"best{unit}": (words.spread(comparison, (mean(best), deviation(best))), False),
         "best epoch": (words.epochs(arm), False),
     }
-    if any(other.reported for other in found.arms):
+    if any(other.reported for other in comparison.arms):
         row[f"reported{unit}"] = (metric.show(arm.reported and arm.reported[0]), False)
-    row |= {_head(other): (_spread(other, arm.scores(other)), False) for other in found.columns}
-    row |= {f"vs {control}{step}": words.cell(found, arm, control) for control in found.controls}
-    if found.main is not None:
-        gap = arm.versus.get(found.main)
+    row |= {_head(other): (_spread(other, arm.scores(other)), False) for other in comparison.columns}
+    row |= {
+        f"vs {display_name(control)}{step}": words.cell(comparison, arm, control) for control in comparison.controls
+    }
+    if comparison.main is not None:
+        gap = arm.versus.get(comparison.main)
         row[f"detectable{step}"] = (metric.show(gap and gap.detectable), False)
     row["train min"] = ("-" if seconds is None else f"{seconds / 60:.3g}", False)
     row["ms / step"] = ("-" if step_ms is None else f"{step_ms:.1f}", False)
@@ -47,34 +49,34 @@ def cells(found: Comparison, arm: Arm) -> dict[str, tuple[str, bool]]:
     return row
 
 
-def markdown(found: Comparison) -> str:
-    """The headline, the table and how to read it, as GitHub's markdown, ending in a newline."""
+def markdown(comparison: Comparison) -> str:
+    """Return the headline, the table and notes on reading it, as GitHub markdown, ending in a newline."""
     rows = [
-        [f"**{_plain(text)}**" if strong else _plain(text) for text, strong in cells(found, arm).values()]
-        for arm in found.arms
+        [f"**{_plain(text)}**" if strong else _plain(text) for text, strong in cells(comparison, arm).values()]
+        for arm in comparison.arms
     ]
-    heads = [_plain(head) for head in cells(found, found.arms[0])]
-    lines = [" ".join(_plain(sentence) for sentence in words.headline(found)), ""]
+    heads = [_plain(head) for head in cells(comparison, comparison.arms[0])]
+    lines = [" ".join(_plain(sentence) for sentence in words.headline(comparison)), ""]
     lines += [f"| {' | '.join(heads)} |", f"|{'|'.join(['---', '---', *['---:'] * (len(heads) - 2)])}|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
-    lines += ["", *(f"- {_plain(sentence)}" for sentence in words.reading(found))]
+    lines += ["", *(f"- {_plain(sentence)}" for sentence in words.reading(comparison))]
     return "\n".join(lines) + "\n"
 
 
-def rich_table(found: Comparison) -> Table:
-    """The table for a terminal, without the columns that would make it too wide for one."""
+def rich_table(comparison: Comparison) -> Table:
+    """Return the table for a terminal, without the columns that would make it too wide."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    said = Text(" ".join(words.headline(found)[:2]))
-    table = Table(box=SIMPLE_HEAD, header_style="bold", caption=said, caption_justify="left", padding=(0, 1, 0, 0))
-    wide = (*WIDE, *map(_head, found.columns))
-    for i, head in enumerate(head for head in cells(found, found.arms[0]) if not head.startswith(wide)):
+    caption = Text(" ".join(words.headline(comparison)[:2]))
+    table = Table(box=SIMPLE_HEAD, header_style="bold", caption=caption, caption_justify="left", padding=(0, 1, 0, 0))
+    wide = (*WIDE, *map(_head, comparison.columns))
+    for i, head in enumerate(head for head in cells(comparison, comparison.arms[0]) if not head.startswith(wide)):
         lines = textwrap.wrap(head, 12, break_long_words=False)
         table.add_column(Text("\n".join(lines)), justify="left" if i < 2 else "right", overflow="fold", no_wrap=i > 1)
-    for arm in found.arms:
-        row = [cell for head, cell in cells(found, arm).items() if not head.startswith(wide)]
+    for arm in comparison.arms:
+        row = [cell for head, cell in cells(comparison, arm).items() if not head.startswith(wide)]
         table.add_row(*(Text(text, style="bold" if strong else "") for text, strong in row))
     return table
 
@@ -84,11 +86,11 @@ def _head(metric: Metric) -> str:
 
 
 def _spread(metric: Metric, values: list[float]) -> str:
-    """Mean and standard deviation of another metric, as its column shows them."""
+    """Format mean and standard deviation of another metric."""
     text, sd = metric.show(mean(values)), deviation(values)
     return text if sd is None else f"{text} {words.PM} {metric.show(sd)}"
 
 
 def _plain(text: str) -> str:
-    """``text`` that markdown and the HTML in it leave alone."""
+    """Escape ``text`` for markdown and HTML."""
     return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))

@@ -1,4 +1,4 @@
-"""The grid of a comparison: its cells, what makes each of them itself, and the file that remembers it."""
+"""The grid of a comparison: its runs (cells), their ids, and the file that stores it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tempering.utils.files import sha256_text, write_atomic
 
 FILE = "plan.json"
 OWN = ("method", "temperature", "seed", "label", "out")  # flags that a cell sets
-ELSEWHERE = {"threads", "teacher_dir", "quiet", "out", "keep"}  # flags that say where or how fast, not what
+ELSEWHERE = {"threads", "teacher_dir", "quiet", "out", "keep"}  # flags that change where or how fast a run is, not its result
 FORMAT = 2  # of a plan; 1 has flags by their former names
 # flag -> its former name, under which the ids of cells are made: a renamed flag is the same cell. (--subset and --views
 # were not renamed to --max-train-samples and --second-view: published commands use them.)
@@ -47,11 +47,11 @@ class Cell:
     """One run of the grid.
 
     Attributes:
-        id: readable, and a hash of what makes it this run; the name of its record.
-        label: the arm's, as tables show it.
-        method: as the recipe's --method reads it.
-        temperature: as its --temperature does; None for the method's own.
-        seed: by which cells of two arms are paired.
+        id: readable name with a hash of the run's settings; the name of its record.
+        label: label of the arm in records.
+        method: value of the recipe's --method.
+        temperature: value of its --temperature; None for the method's own.
+        seed: seed of the run, by which runs of two arms are paired.
     """
 
     id: str
@@ -63,13 +63,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a comparison consists of.
+    """All runs of a comparison.
 
     Attributes:
         recipe: the recipe's name.
-        flags: its flags, the same in all cells; paths of the machine cut to their last part.
-        control: label of the arm that differences are taken to; None is the report's choice.
-        cells: by arm, then by seed.
+        flags: its flags, shared by all runs; absolute paths are cut to their last component.
+        control: label of the arm that differences are taken to; None lets the report choose.
+        cells: sorted by arm, then by seed.
     """
 
     recipe: str
@@ -81,37 +81,37 @@ class Plan:
 def plan_for(
     recipe: Path, arms: Sequence[Arm], seeds: Sequence[int], flags: Sequence[str], control: str | None = None
 ) -> Plan:
-    """The grid of arms times seeds.
+    """Return the grid of arms times seeds.
 
     Raises:
-        ValueError: for flags that cannot be read, or that the grid sets itself.
+        ValueError: if flags cannot be parsed, or are set by the grid.
     """
-    what = shared_flags(flags, OWN, "compare")
+    flags_by_name = shared_flags(flags, OWN, "compare")
     cells = [
-        Cell(_id(recipe.stem, arm, seed, what), arm.label, arm.spec, arm.temperature, seed)
+        Cell(_id(recipe.stem, arm, seed, flags_by_name), arm.label, arm.spec, arm.temperature, seed)
         for arm in arms
         for seed in seeds
     ]
-    return Plan(recipe.stem, what, control, tuple(cells))
+    return Plan(recipe.stem, flags_by_name, control, tuple(cells))
 
 
 def shared_flags(flags: Sequence[str], own: Collection[str], command: str) -> dict[str, str]:
-    """The flags that say what is run, name -> value, sorted; those of ``ELSEWHERE`` left out.
+    """Return the flags that affect the result, name -> value, sorted; those of ``ELSEWHERE`` are left out.
 
     Raises:
-        ValueError: for flags that cannot be read, or that ``command`` sets itself, which are ``own``.
+        ValueError: if flags cannot be parsed, or are among ``own``, which ``command`` sets.
     """
-    found = dict(sorted(_pairs(flags)))
-    if taken := sorted(set(found) & set(own)):
-        raise ValueError(f"{command} sets --{taken[0]} itself, in every run another; take it out from behind the --.")
-    return {name: value for name, value in found.items() if name not in ELSEWHERE}
+    pairs = dict(sorted(_pairs(flags)))
+    if conflicts := sorted(set(pairs) & set(own)):
+        raise ValueError(f"{command} sets --{conflicts[0]} itself, differently in each run; remove it after the --.")
+    return {name: value for name, value in pairs.items() if name not in ELSEWHERE}
 
 
 def merged(folder: Path, plan: Plan) -> Plan:
-    """The grid that ``folder`` holds, widened by ``plan``; ``plan`` itself where there is none.
+    """Return the grid stored in ``folder``, extended by ``plan``; ``plan`` itself if there is none.
 
     Raises:
-        ValueError: where the folder holds a grid of another recipe or other flags, naming what differs.
+        ValueError: if the folder has a grid with another recipe or other flags; names the difference.
     """
     if not (folder / FILE).is_file():
         return plan
@@ -119,10 +119,10 @@ def merged(folder: Path, plan: Plan) -> Plan:
     differ = [name for name in sorted({*old.flags, *plan.flags}) if old.flags.get(name) != plan.flags.get(name)]
     if old.recipe != plan.recipe or differ:
         name = differ[0] if differ else "recipe"
-        then, now = (old.flags.get(name), plan.flags.get(name)) if differ else (old.recipe, plan.recipe)
+        old_value, new_value = (old.flags.get(name), plan.flags.get(name)) if differ else (old.recipe, plan.recipe)
         raise ValueError(
-            f"{folder} holds another grid: its {name} was {then!r}, now it is {now!r}, and one table cannot hold both. "
-            "Give another --out."
+            f"{folder} contains another comparison: its {name} was {old_value!r}, now it is {new_value!r}, and one "
+            "table cannot show both. Use another --out."
         )
     cells = {(cell.method, cell.temperature, cell.seed): cell for cell in old.cells}  # these keep their ids
     for cell in plan.cells:
@@ -131,16 +131,16 @@ def merged(folder: Path, plan: Plan) -> Plan:
 
 
 def read(folder: Path) -> Plan:
-    """The grid that ``folder`` holds.
+    """Read the grid stored in ``folder``.
 
     Raises:
-        FileNotFoundError: where it holds none.
-        ValueError: where its file is broken.
+        FileNotFoundError: if there is none.
+        ValueError: if its file is invalid.
     """
     path = folder / FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} holds no comparison: there is no {FILE}. Start one: tempering compare RECIPE --methods a,b "
+            f"{folder} contains no comparison: there is no {FILE}. Start one: tempering compare RECIPE --methods a,b "
             f"--out {folder}"
         )
     try:
@@ -157,7 +157,7 @@ def read(folder: Path) -> Plan:
 
 
 def write(folder: Path, plan: Plan) -> None:
-    """Write the grid atomically, unless the file holds it already."""
+    """Write the grid atomically, unless the file is up to date."""
     text = json.dumps({"format": FORMAT, **asdict(plan)}, indent=1) + "\n"
     path = folder / FILE
     if path.is_file() and path.read_text(encoding="utf-8") == text:
@@ -166,12 +166,12 @@ def write(folder: Path, plan: Plan) -> None:
 
 
 def record_of(folder: Path, cell: Cell) -> Path:
-    """Where a finished cell's record lies."""
+    """Return the path of a finished run's record."""
     return folder / "records" / f"{cell.id}.json"
 
 
 def work_of(folder: Path, cell: Cell) -> Path:
-    """The folder that a cell's run writes to."""
+    """Return the folder that a run writes to."""
     return folder / "work" / cell.id
 
 
@@ -185,12 +185,12 @@ def _replace_words(text: str, words: Mapping[str, str]) -> str:
 
 
 def _pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(name, value) of every flag; a path's value is its last part, so a grid can move to another machine."""
+    """Yield (name, value) of every flag; paths are cut to their last component, so that a grid is portable."""
     tokens = list(flags)
     while tokens:
         token = tokens.pop(0)
         if not token.startswith("--") or len(token) < 3:
-            raise ValueError(f"{token!r} behind the -- is no flag of the recipe. Write --name=value.")
+            raise ValueError(f"{token!r} after the -- is not a flag of the recipe. Write --name=value.")
         name, equals, value = token[2:].partition("=")
         while not equals and tokens and not tokens[0].startswith("--"):
             value = f"{value} {tokens.pop(0)}".strip()

@@ -1,4 +1,4 @@
-"""What is seen of a comparison: how its cells stand and when it ends, its table and its page, from records alone."""
+"""Status of a comparison: progress and remaining time of its runs, its table and its page, made from records."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tempering.experiments.compare.plan import Cell, Plan, lock_path, record_of, work_of
+from tempering.reports.compare import display_name
 from tempering.reports.records import RunRecord, number, read_cell
 from tempering.utils.files import is_locked, write_atomic
 
@@ -19,18 +20,18 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STATES = ("done", "running", "failed", "interrupted", "open")
-RECENT = 40  # lines of steps.jsonl that a speed is taken from
-OVERHEAD = 1.15  # of a run over its training steps, where the clock cannot tell: evaluation, start, analysis
+RECENT = 40  # lines of steps.jsonl used to estimate the speed
+OVERHEAD = 1.15  # estimated ratio of a run's time to its training steps: evaluation, startup, analysis
 
 
 @dataclass(frozen=True)
 class CellStatus:
-    """How a cell stands.
+    """Progress of one run.
 
     Attributes:
         state: one of ``STATES``.
-        epoch, step, total: how far it is, and the steps of the whole run; 0 where nothing is known.
-        seconds: what the whole run takes, an estimate until it is done; None where nothing is known.
+        epoch, step, total: current epoch and step, and the total number of steps; 0 if unknown.
+        seconds: duration of the whole run, estimated until it is done; None if unknown.
         note: its score, or why it failed.
     """
 
@@ -44,34 +45,34 @@ class CellStatus:
 
     @property
     def left(self) -> float | None:
-        """Seconds to its end; None where nothing is known."""
+        """Return the estimated remaining seconds; None if unknown."""
         return None if self.seconds is None or not self.total else self.seconds * (1 - self.step / self.total)
 
 
 def cell_statuses(folder: Path, plan: Plan, failed: Mapping[str, str] | None = None) -> list[CellStatus]:
-    """How every cell stands; ``failed`` is what an arena at work has seen fail."""
+    """Return the status of every run; ``failed`` maps ids of runs that failed in this call to reasons."""
     return [_cell_status(folder, cell, (failed or {}).get(cell.id)) for cell in plan.cells]
 
 
 def _cell_status(folder: Path, cell: Cell, failed: str | None) -> CellStatus:
-    record, place = record_of(folder, cell), work_of(folder, cell)
+    record, run_dir = record_of(folder, cell), work_of(folder, cell)
     if record.is_file():
         run = read_cell(record)
         result = run.of("result")
         steps = int(result.get("steps") or 0)
         return CellStatus(
-            cell, "done", _last(run).get("epoch", 0), steps, steps, _lasted(run.facts), scores(_last(run))
+            cell, "done", _last(run).get("epoch", 0), steps, steps, _duration(run.facts), scores(_last(run))
         )
-    facts = read_facts(place)
-    lines = _tail(place / "steps.jsonl", RECENT)
+    facts = read_facts(run_dir)
+    lines = _tail(run_dir / "steps.jsonl", RECENT)
     total = int((facts.get("settings") or {}).get("total_steps") or 0)
     step, epoch = (int(lines[-1]["step"]), int(lines[-1]["epoch"])) if lines else (0, 0)
-    seconds = _expected(facts, lines, total, place / "steps.jsonl") if lines and total else None
+    seconds = _expected_seconds(facts, lines, total, run_dir / "steps.jsonl") if lines and total else None
     note = failed or ""
     if failed is not None:
         state = "failed"
-    elif is_running(place):
-        state, note = "running", scores(next(iter(_tail(place / "epochs.jsonl", 1)), {}))
+    elif is_running(run_dir):
+        state, note = "running", scores(next(iter(_tail(run_dir / "epochs.jsonl", 1)), {}))
     elif facts.get("status") == "failed":
         state, note = "failed", str(facts.get("error"))
     else:
@@ -79,15 +80,15 @@ def _cell_status(folder: Path, cell: Cell, failed: str | None) -> CellStatus:
     return CellStatus(cell, state, epoch, step, total, seconds, note)
 
 
-def _expected(facts: Mapping[str, Any], lines: list[dict[str, Any]], total: int, path: Path) -> float:
-    """Seconds of the whole run: by the clock, or after a resume, which hides it, by the time of recent steps."""
+def _expected_seconds(facts: Mapping[str, Any], lines: list[dict[str, Any]], total: int, path: Path) -> float:
+    """Estimate seconds of the whole run: from elapsed time, or after a resume from the time of recent steps."""
     begun = _time(facts.get("started"))
     if begun is not None and not facts.get("resumed"):
         return (path.stat().st_mtime - begun) / lines[-1]["step"] * total
     return statistics.fmean(line["step_ms"] for line in lines) / 1000 * total * OVERHEAD
 
 
-def _lasted(facts: Mapping[str, Any]) -> float | None:
+def _duration(facts: Mapping[str, Any]) -> float | None:
     begun, ended = _time(facts.get("started")), _time(facts.get("finished"))
     if begun is not None and ended is not None and not facts.get("resumed"):
         return ended - begun
@@ -104,71 +105,82 @@ def _last(run: RunRecord) -> dict[str, Any]:
 
 
 def scores(line: Mapping[str, Any]) -> str:
-    """The accuracies (a detector's mAP) of an evaluation, else its losses, in words."""
+    """Format the accuracies (a detector's mAP) of an evaluation, else its losses."""
     splits = {split: line[split] for split in ("validation", "test") if isinstance(line.get(split), Mapping)}
-    right = [
+    accuracies = [
         f"{split} {'mAP ' * (key == 'map')}{100 * v:.2f} %"
         for key in ("accuracy", "map")
         for split, s in splits.items()
         if (v := number(s.get(key))) is not None
     ]
-    return ", ".join(right or [f"{split} loss {v:.4g}" for split, s in splits.items() if (v := number(s.get("loss")))])
+    return ", ".join(
+        accuracies or [f"{split} loss {v:.4g}" for split, s in splits.items() if (v := number(s.get("loss")))]
+    )
 
 
-def remaining(found: Iterable[CellStatus], jobs: int) -> float | None:
-    """Seconds until all cells are done, ``jobs`` at once; None while nothing is known of how long one takes."""
-    found = list(found)
-    known = [s.seconds for s in found if s.seconds is not None]
-    open_cells = [s for s in found if s.state in ("open", "interrupted", "running")]
-    if not known:
+def remaining(statuses: Iterable[CellStatus], jobs: int) -> float | None:
+    """Estimate seconds until all runs are done with ``jobs`` in parallel; None if no duration is known yet."""
+    statuses = list(statuses)
+    durations = [s.seconds for s in statuses if s.seconds is not None]
+    open_cells = [s for s in statuses if s.state in ("open", "interrupted", "running")]
+    if not durations:
         return None if open_cells else 0.0
-    like: dict[str, list[float]] = {}
-    for s in found:
+    by_label: dict[str, list[float]] = {}
+    for s in statuses:
         if s.seconds is not None:
-            like.setdefault(s.cell.label, []).append(s.seconds)
+            by_label.setdefault(s.cell.label, []).append(s.seconds)
     total, longest = 0.0, 0.0
     for s in open_cells:
-        left = statistics.fmean(like.get(s.cell.label, known)) if s.left is None else s.left
-        total, longest = total + left, max(longest, left)
+        seconds_left = statistics.fmean(by_label.get(s.cell.label, durations)) if s.left is None else s.left
+        total, longest = total + seconds_left, max(longest, seconds_left)
     return max(total / max(1, jobs), longest)
 
 
-def summary(found: list[CellStatus], jobs: int) -> str:
-    """How many are done, running, open, failed, and when the whole will end, in a line."""
-    counts = {state: sum(s.state == state for s in found) for state in STATES}
-    said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    left = remaining(found, jobs)
+def summary(statuses: list[CellStatus], jobs: int) -> str:
+    """Summarize how many runs are done, running, open and failed, and the estimated end, in one line."""
+    counts = {state: sum(s.state == state for s in statuses) for state in STATES}
+    counts_text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    seconds_left = remaining(statuses, jobs)
     if counts["open"] + counts["interrupted"] + counts["running"] == 0:
-        return f"{len(found)} cells: {said}"
-    if left is None:
-        return f"{len(found)} cells: {said}; the end is known once one has run for a while"
-    end = datetime.now() + timedelta(seconds=left)
-    return f"{len(found)} cells: {said}; {jobs} at once: about {_span(left)} left, until {end:%a %d %b %H:%M}"
+        return f"{len(statuses)} runs: {counts_text}"
+    if seconds_left is None:
+        return f"{len(statuses)} runs: {counts_text}; the remaining time is not known yet"
+    end = datetime.now() + timedelta(seconds=seconds_left)
+    time_left = f"about {_duration_text(seconds_left)} left, until {end:%a %d %b %H:%M}"
+    return f"{len(statuses)} runs: {counts_text}; {jobs} at once: {time_left}"
 
 
-def status_table(found: list[CellStatus], *, most: int | None = None) -> Table:
-    """The cells as a table for a terminal; of more than ``most`` the settled ones are left out first."""
+def status_table(statuses: list[CellStatus], *, most: int | None = None) -> Table:
+    """Return the runs as a table for a terminal; if there are more than ``most``, show running and failed ones."""
     from rich.table import Table
     from rich.text import Text
 
-    shown = found
-    if most is not None and len(found) > most:
-        shown = [s for s in found if s.state in ("running", "failed")] or found
-        shown = shown[:most]
+    rows = statuses
+    if most is not None and len(statuses) > most:
+        rows = [s for s in statuses if s.state in ("running", "failed")] or statuses
+        rows = rows[:most]
     table = Table(header_style="bold")
-    for head in ("arm", "seed", "state", "epoch", "done", "left", ""):
+    for head in ("method", "seed", "state", "epoch", "done", "left", ""):
         table.add_column(head, justify="right" if head in ("seed", "epoch", "done", "left") else "left")
     styles = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow"}
-    for s in shown:
+    for s in rows:
         share = f"{100 * s.step / s.total:.0f} %" if s.total else ""
-        left = _span(s.left) if s.left is not None and s.state in ("running", "interrupted") else ""
+        left_text = _duration_text(s.left) if s.left is not None and s.state in ("running", "interrupted") else ""
         state = Text(s.state, style=styles.get(s.state, "dim"))
         epoch = str(s.epoch or "")
-        table.add_row(Text(s.cell.label), str(s.cell.seed), state, epoch, share, left, Text(s.note, overflow="fold"))
+        table.add_row(
+            Text(display_name(s.cell.label)),
+            str(s.cell.seed),
+            state,
+            epoch,
+            share,
+            left_text,
+            Text(s.note, overflow="fold"),
+        )
     return table
 
 
-def _span(seconds: float) -> str:
+def _duration_text(seconds: float) -> str:
     minutes = round(seconds / 60)
     if minutes < 1:
         return f"{seconds:.0f} s"
@@ -182,10 +194,10 @@ def _span(seconds: float) -> str:
 
 
 def records(folder: Path, plan: Plan) -> list[RunRecord]:
-    """The plan's runs: finished ones, failed ones, and the others as open.
+    """Return records of the plan's runs: finished ones, failed ones, and the others with status "open".
 
     Raises:
-        ValueError: for a record that was edited.
+        ValueError: if a record was edited.
     """
     done: list[RunRecord] = []
     missing: list[Cell] = []
@@ -200,7 +212,7 @@ def records(folder: Path, plan: Plan) -> list[RunRecord]:
 
 
 def _open(folder: Path, cell: Cell, done: list[RunRecord]) -> RunRecord:
-    """A cell without a record, with what it will share with the others, so that it counts as one of them."""
+    """Return a placeholder record for a run without one, with the student and method of the others."""
     student = next((run.facts.get("student") for run in done), None)
     method = next((run.facts.get("method") for run in done if run.label == cell.label), None)
     facts = {"format": 1, "label": cell.label, "seed": cell.seed, "status": "open"}
@@ -208,10 +220,10 @@ def _open(folder: Path, cell: Cell, done: list[RunRecord]) -> RunRecord:
 
 
 def render(folder: Path, plan: Plan) -> tuple[Path, Path | None]:
-    """Write table.md and report.html from the records; their paths, None for a page that cannot be made here.
+    """Write table.md and report.html from the records, and return their paths.
 
     Raises:
-        ValueError: for a record that was edited, or records that cannot be compared.
+        ValueError: if a record was edited, or records cannot be compared.
     """
     from tempering.reports.page import write_page
     from tempering.reports.table import compare, markdown
@@ -222,7 +234,8 @@ def render(folder: Path, plan: Plan) -> tuple[Path, Path | None]:
     lines = [
         f"# {plan.recipe}: {done} of {len(runs)} runs",
         "",
-        f"Made from the records beside it by `tempering compare report`. Flags of every run: `{flags or 'none'}`.",
+        "Made from the records in this folder by `tempering compare report`. Flags of every run: "
+        f"`{flags or 'none'}`.",
         "",
         markdown(compare(runs, plan.control)),
     ]
@@ -235,7 +248,7 @@ def render(folder: Path, plan: Plan) -> tuple[Path, Path | None]:
 
 
 class Display:
-    """The cells at work on a terminal, redrawn every second; elsewhere a line for each that begins and ends."""
+    """Show running jobs in a terminal, redrawn every second; elsewhere print a line when one starts or ends."""
 
     def __init__(self, folder: Path, plan: Plan, *, quiet: bool) -> None:
         from rich.console import Console
@@ -257,35 +270,36 @@ class Display:
             self.live.stop()
 
     def show(self, failed: Mapping[str, str], jobs: int) -> None:
-        """Redraw, if it is due."""
+        """Redraw if a second has passed."""
         if self.live is None or time.monotonic() < self.due:
             return
         from rich.console import Group
 
         self.due = time.monotonic() + 1.0
-        found = cell_statuses(self.folder, self.plan, failed)
+        statuses = cell_statuses(self.folder, self.plan, failed)
         most = max(4, self.console.height - 6)
-        self.live.update(Group(status_table(found, most=most), summary(found, jobs)), refresh=True)
+        self.live.update(Group(status_table(statuses, most=most), summary(statuses, jobs)), refresh=True)
 
     def began(self, cell: Cell) -> None:
-        """Say that a cell begins, where there is no table that shows it."""
+        """Print that a run starts, unless the live table shows it."""
         if self.live is None:
-            say(f"{_clock()}  {cell.label}, seed {cell.seed}: begins", quiet=self.quiet)
+            say(f"{_clock()}  {display_name(cell.label)}, seed {cell.seed}: started", quiet=self.quiet)
 
     def ended(self, cell: Cell, failure: str | None, run: RunRecord | None) -> None:
-        """Say how a cell ended."""
+        """Print how a run ended."""
+        name = display_name(cell.label)
         if failure is not None:
-            self.say(f"{_clock()}  {cell.label}, seed {cell.seed}: failed: {failure}")
+            self.say(f"{_clock()}  {name}, seed {cell.seed}: failed: {failure}")
         elif run is not None and not self.quiet:
-            self.say(f"{_clock()}  {cell.label}, seed {cell.seed}: {scores(_last(run)) or 'done'}")
+            self.say(f"{_clock()}  {name}, seed {cell.seed}: {scores(_last(run)) or 'done'}")
 
     def say(self, text: str) -> None:
-        """A line above the table."""
+        """Print a line above the table."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def show(folder: Path, plan: Plan, failed: Mapping[str, str]) -> None:
-    """The table of a comparison, what failed in it, and where its files are, on the terminal."""
+    """Print the table of a comparison, its failures, and the paths of its files."""
     from rich.console import Console
 
     from tempering.reports.table import compare, rich_table
@@ -294,13 +308,14 @@ def show(folder: Path, plan: Plan, failed: Mapping[str, str]) -> None:
     console.print(rich_table(compare(records(folder, plan), plan.control)))
     for cell in plan.cells:
         if cell.id in failed:
-            console.print(f"failed: {cell.label}, seed {cell.seed}: {failed[cell.id]}", markup=False, soft_wrap=True)
+            name = display_name(cell.label)
+            console.print(f"failed: {name}, seed {cell.seed}: {failed[cell.id]}", markup=False, soft_wrap=True)
     say(summary(cell_statuses(folder, plan, failed), 1))
     say(f"table: {folder / 'table.md'}\nreport: {folder / 'report.html'}")
 
 
 def say(text: str, *, quiet: bool = False) -> None:
-    """A line for people."""
+    """Print a line, unless ``quiet``."""
     if not quiet:
         print(text, flush=True)
 
@@ -309,22 +324,22 @@ def _clock() -> str:
     return f"{datetime.now():%H:%M:%S}"
 
 
-# reading what a run is writing
+# files of running jobs
 
 
-def read_facts(place: Path) -> dict[str, Any]:
-    """facts.json of a run that may be at work; {} where there is none."""
-    path = place / "facts.json"
+def read_facts(run_dir: Path) -> dict[str, Any]:
+    """Read facts.json of a run, which may be in progress; {} if it does not exist."""
+    path = run_dir / "facts.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def is_running(place: Path) -> bool:
+def is_running(run_dir: Path) -> bool:
     """Return whether a process is working on the run in this folder."""
-    return is_locked(lock_path(place))
+    return is_locked(lock_path(run_dir))
 
 
 def _tail(path: Path, count: int) -> list[dict[str, Any]]:
-    """The last ``count`` whole lines of a JSON-lines file, without reading all of it."""
+    """Read the last ``count`` complete lines of a JSON-lines file, without reading all of it."""
     if not path.is_file():
         return []
     with open(path, "rb") as file:
@@ -335,5 +350,5 @@ def _tail(path: Path, count: int) -> list[dict[str, Any]]:
         try:
             out.append(json.loads(line))
         except ValueError:
-            continue  # the first one may be cut
+            continue  # the first line may be incomplete
     return out

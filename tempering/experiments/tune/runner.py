@@ -1,4 +1,4 @@
-"""tempering tune: temperature and weights of a method searched on the validation split, pruned and resumed."""
+"""tempering tune: search temperature and weights of a method on the validation split, with pruning and resuming."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 FILE = "tune.json"
-GRACE = 0.25  # share of a run before which no trial is cut: early scores rank learning rates, not losses
+GRACE = 0.25  # fraction of a run before which no trial is pruned: early scores rank learning rates, not losses
 
 
 @dataclass
 class Running:
-    """A running trial: its folder, its process (none where it was run before), its lock, and the epoch last told."""
+    """A trial in progress: folder, process (None if it was run before), lock, and the last epoch reported."""
 
     trial: optuna.Trial
-    place: Path
+    run_dir: Path
     process: subprocess.Popen[bytes] | None
     lock: BaseFileLock
-    told: int = 0
-    cut: bool = False
+    last_epoch: int = 0
+    pruned: bool = False
 
 
 class Search:
-    """Runs trials of a space until ``trials`` of them are finished; a finished one never runs again.
+    """Run trials of a search space until ``trials`` of them are finished; finished trials are never repeated.
 
     Args:
-        folder: of the search; trials run in trials/, and a killed one goes on from its checkpoint.
+        folder: folder of the search; trials run in trials/, and a killed one resumes from its checkpoint.
         recipe: the recipe's file.
-        flags: the recipe's flags, the same in every trial.
-        space: what is varied.
-        trials: how many, those of earlier calls counted.
-        seed: of every trial's run, and of the search.
-        jobs: trials at once.
-        threads: of each.
-        prune: cut a trial that is worse, after the same epoch, than the median of those before.
-        quiet: print nothing but failures.
+        flags: the recipe's flags, shared by all trials.
+        space: the search space.
+        trials: number of trials, including those of earlier calls.
+        seed: seed of every trial's run, and of the search.
+        jobs: parallel trials.
+        threads: threads per trial.
+        prune: stop a trial that is worse than the median of earlier ones after the same epoch.
+        quiet: print failures only.
     """
 
     def __init__(
@@ -90,12 +90,12 @@ class Search:
         self.stopped: int | None = None
 
     def run(self) -> int:
-        """Run what is left of the trials; 0, or 130 where it was stopped.
+        """Run the remaining trials; return 0, or 130 if stopped.
 
         Raises:
-            ValueError: where the folder holds another search, or a trial cannot be run.
+            ValueError: if the folder contains another search, or a trial fails to run.
         """
-        self._remember()
+        self._write_settings()
         with self._lock(), _signals(self._stop):
             self.study = study_of(self.folder, self.seed, prune=self.prune)
             self._recover()
@@ -104,21 +104,21 @@ class Search:
                     time.sleep(arena.POLL_SECONDS)
             finally:
                 self._end_all()
-        left = self.trials - len(finished(self.study))
+        remaining = self.trials - len(finished(self.study))
         if self.stopped is not None:
-            arena_view.say(f"stopped; the same command goes on: {max(0, left)} trials are open", quiet=self.quiet)
+            arena_view.say(f"stopped; the same command resumes: {max(0, remaining)} trials left", quiet=self.quiet)
             return 130
         return 0
 
-    # what is kept
+    # state on disk
 
-    def _remember(self) -> None:
-        """Write what is searched, once.
+    def _write_settings(self) -> None:
+        """Write the settings of the search, once.
 
         Raises:
-            ValueError: where the folder holds another search, naming what differs.
+            ValueError: if the folder contains another search; names the difference.
         """
-        what = {
+        settings = {
             "recipe": self.recipe.stem,
             "flags": self.shared,
             "method": self.space.template,
@@ -128,43 +128,43 @@ class Search:
         path = self.folder / FILE
         if path.is_file():
             old = json.loads(path.read_text(encoding="utf-8"))
-            for name, now in what.items():
+            for name, now in settings.items():
                 if old.get(name) != now:
                     raise ValueError(
-                        f"{self.folder} holds another search: its {name} was {old.get(name)!r}, now it is {now!r}. "
-                        "Give another --out."
+                        f"{self.folder} contains another search: its {name} was {old.get(name)!r}, now it is {now!r}. "
+                        "Use another --out."
                     )
             return
         (self.folder / "trials").mkdir(parents=True, exist_ok=True)
         (self.folder / "trials" / ".gitignore").write_text("*\n")
-        write_atomic(path, json.dumps({"format": 1, **what}, indent=1) + "\n")
+        write_atomic(path, json.dumps({"format": 1, **settings}, indent=1) + "\n")
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
         lock = try_lock(arena_plan.lock_path(self.folder / "trials"))
         if lock is None:
-            raise ValueError(f"another process is at work on {self.folder}. Wait for it, or give another --out.")
+            raise ValueError(f"another process is working on {self.folder}. Wait for it, or use another --out.")
         try:
             yield
         finally:
             lock.release()
 
     def _recover(self) -> None:
-        """Begin with the method as it is; ask again for what an interruption left unfinished."""
+        """Enqueue trials that were interrupted, and the default values as the first trial."""
         import optuna
 
         for old in self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
             self.study.tell(old.number, state=optuna.trial.TrialState.FAIL)
             self.study.enqueue_trial(old.params)
         if not self.study.get_trials(deepcopy=False):
-            own = {d.name: parameter(d, self.space.defaults.get(d.name)) for d in self.space.varied}
-            if inside := {name: value for name, value in own.items() if value is not None}:
-                self.study.enqueue_trial(inside)
+            defaults = {d.name: parameter(d, self.space.defaults.get(d.name)) for d in self.space.varied}
+            if valid := {name: value for name, value in defaults.items() if value is not None}:
+                self.study.enqueue_trial(valid)
 
     # trials
 
     def _poll(self) -> bool:
-        """One look at the trials at work, beginning others where there is room; whether there is more to do."""
+        """Poll running trials and launch new ones; return whether there is more to do."""
         for running in list(self.running):
             self._poll_trial(running)
         while len(self.running) < self.jobs and len(finished(self.study)) + len(self.running) < self.trials:
@@ -177,34 +177,34 @@ class Search:
         method, flags = self.space.method(chosen), self.space.flags(chosen)
         trial.set_user_attr("method", method)
         trial.set_user_attr("flags", flags)
-        place = self.folder / "trials" / _name(method, flags)
-        place.mkdir(parents=True, exist_ok=True)
-        self.running.append(Running(trial, place, *self._start(place, method, flags)))
+        run_dir = self.folder / "trials" / _name(method, flags)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.running.append(Running(trial, run_dir, *self._start(run_dir, method, flags)))
 
     def _start(
-        self, place: Path, method: str, flags: Sequence[str]
+        self, run_dir: Path, method: str, flags: Sequence[str]
     ) -> tuple[subprocess.Popen[bytes] | None, BaseFileLock]:
-        """Start the trial's process and return it with its lock; no process for a trial that was run before.
+        """Start the trial's process and return it with its lock; None instead of a process if it was run before.
 
         Waits for a process on the same trial that a killed search left running.
         """
-        own = {"method": method, "seed": str(self.seed), "out": str(place)}
-        own |= {"threads": str(self.threads)} if "threads" in self.known else {}
-        given = [*self.flags, *flags, *(f"--{name}={value}" for name, value in own.items())]
-        given += ["--quiet"] if "quiet" in self.known else []
+        values = {"method": method, "seed": str(self.seed), "out": str(run_dir)}
+        values |= {"threads": str(self.threads)} if "threads" in self.known else {}
+        run_flags = [*self.flags, *flags, *(f"--{name}={value}" for name, value in values.items())]
+        run_flags += ["--quiet"] if "quiet" in self.known else []
         threads = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
-        while (lock := try_lock(arena_plan.lock_path(place))) is None:
-            for running in self.running:  # a trial of ours may have the same values
-                if running.place == place and running.process is not None and running.process.poll() is not None:
+        while (lock := try_lock(arena_plan.lock_path(run_dir))) is None:
+            for running in self.running:  # another trial of this search may have the same values
+                if running.run_dir == run_dir and running.process is not None and running.process.poll() is not None:
                     running.lock.release()
             time.sleep(arena.POLL_SECONDS)
-        facts = arena_view.read_facts(place)
+        facts = arena_view.read_facts(run_dir)
         if facts.get("status") == "done" or _diverged(facts):
             lock.release()
             return None, lock
-        with open(place / "log.txt", "ab") as log:
+        with open(run_dir / "log.txt", "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "tempering.experiments.tune.trial", str(self.recipe), *given],
+                [sys.executable, "-m", "tempering.experiments.tune.trial", str(self.recipe), *run_flags],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -216,11 +216,10 @@ class Search:
         return process, lock
 
     def _poll_trial(self, running: Running) -> None:
-        """Tell the pruner of new epochs, cut the trial where it says so, and take up its end."""
-        ended = (
-            running.process is None or running.process.poll() is not None
-        )  # before reading, so that nothing is written after
-        facts = arena_view.read_facts(running.place)
+        """Report new epochs to the pruner, stop the trial if it decides so, and handle its end."""
+        # poll before reading, so that nothing is written after it
+        ended = running.process is None or running.process.poll() is not None
+        facts = arena_view.read_facts(running.run_dir)
         if facts.get("best_by"):
             self._measure(facts)
             self._report_epochs(running, facts)
@@ -231,36 +230,36 @@ class Search:
         self._on_exit(running, facts)
 
     def _measure(self, facts: dict[str, Any]) -> None:
-        """What trials are ranked by; the validation split's score, or nothing at all.
+        """Set the metric that ranks trials, which must be on the validation split.
 
         Raises:
-            ValueError: for a run that chooses its best epoch by another split.
+            ValueError: if the run chooses its best epoch on another split.
         """
         self.metric = Metric(str(facts["best_by"]))
         if not self.metric.name.startswith("validation/"):
             raise ValueError(
-                f"a search scores its trials on a validation split, and {self.recipe} chooses by {self.metric.name}. "
-                "Give it one, such as --validation=5000."
+                f"a search scores its trials on a validation split, but {self.recipe} chooses by {self.metric.name}. "
+                "Set one, such as --validation=5000."
             )
         if self.study.user_attrs.get("metric") != self.metric.name:
             self.study.set_user_attr("metric", self.metric.name)
 
     def _report_epochs(self, running: Running, facts: dict[str, Any]) -> None:
-        epochs = load_run(running.place).epochs
+        epochs = load_run(running.run_dir).epochs
         total = (facts.get("settings") or {}).get("epochs") or 0
         for line in epochs:
             epoch, value = int(line["epoch"]), self._value(line)
-            if value is None or epoch <= running.told:
+            if value is None or epoch <= running.last_epoch:
                 continue
-            running.told = epoch
+            running.last_epoch = epoch
             running.trial.report(value, epoch)
-            if GRACE * total <= epoch < total and not running.cut and running.trial.should_prune():
-                running.cut = True
+            if GRACE * total <= epoch < total and not running.pruned and running.trial.should_prune():
+                running.pruned = True
                 if running.process is not None:
                     running.process.terminate()
 
     def _value(self, line: dict[str, Any]) -> float | None:
-        """The score of an evaluation, larger is better; of the validation split alone."""
+        """Return the validation score of an evaluation, larger is better."""
         assert self.metric is not None
         value = number((line.get("validation") or {}).get(self.metric.key))
         return None if value is None else -value if self.metric.lower else value
@@ -268,32 +267,32 @@ class Search:
     def _on_exit(self, running: Running, facts: dict[str, Any]) -> None:
         from optuna.trial import TrialState
 
-        said = facts.get("status")
-        last = self._value((facts.get("result") or {}).get("last") or {}) if said == "done" else None
+        status = facts.get("status")
+        last = self._value((facts.get("result") or {}).get("last") or {}) if status == "done" else None
         if last is not None:
             self.study.tell(running.trial, last)
-            shutil.rmtree(running.place / "checkpoints", ignore_errors=True)
-        elif running.cut:
+            shutil.rmtree(running.run_dir / "checkpoints", ignore_errors=True)
+        elif running.pruned:
             self.study.tell(running.trial, state=TrialState.PRUNED)
         elif _diverged(facts):
             running.trial.set_user_attr("error", facts["error"])
             self.study.tell(running.trial, state=TrialState.PRUNED)
         elif self.stopped is None:
             code = 0 if running.process is None else running.process.returncode
-            why = arena.failure_reason(running.place, facts, code)
-            raise ValueError(f"a trial of {running.trial.user_attrs['method']} could not be run: {why}")
+            reason = arena.failure_reason(running.run_dir, facts, code)
+            raise ValueError(f"a trial of {running.trial.user_attrs['method']} failed to run: {reason}")
         else:
-            return  # it goes on in the next call
+            return  # the next call resumes it
         self._report(running)
 
     def _report(self, running: Running) -> None:
-        """One line on a finished trial."""
+        """Print one line on a finished trial."""
         frozen = self.study.get_trials(deepcopy=False)[running.trial.number]
-        how = "cut" if frozen.state.name == "PRUNED" else "done"
+        outcome = "pruned" if frozen.state.name == "PRUNED" else "done"
         value = shown(self.metric, frozen.value)
-        of = f"{len(finished(self.study))} of {self.trials}"
-        words = " ".join([running.trial.user_attrs["method"], *running.trial.user_attrs["flags"]])
-        arena_view.say(f"trial {of}, {how}: {value}  {words}", quiet=self.quiet)
+        progress = f"{len(finished(self.study))} of {self.trials}"
+        call = " ".join([running.trial.user_attrs["method"], *running.trial.user_attrs["flags"]])
+        arena_view.say(f"trial {progress}, {outcome}: {value}  {call}", quiet=self.quiet)
 
     # stopping
 
@@ -301,7 +300,7 @@ class Search:
         self.stopped = number
 
     def _end_all(self) -> None:
-        """Let the running trials close their records; they go on in the next call."""
+        """Let the running trials close their records; the next call resumes them."""
         processes = [running.process for running in self.running if running.process is not None]
         for process in processes:
             process.terminate()
@@ -318,7 +317,7 @@ class Search:
 
 
 def command(recipe: Path, flags: Sequence[str], trial: optuna.trial.FrozenTrial) -> str:
-    """What to type to run a trial's values."""
+    """Return the command that runs a trial's values."""
     return (
         shlex.join(["tempering", "run", str(recipe), *flags, *trial.user_attrs["flags"]])
         + " "
@@ -327,7 +326,7 @@ def command(recipe: Path, flags: Sequence[str], trial: optuna.trial.FrozenTrial)
 
 
 def _diverged(facts: dict[str, Any]) -> bool:
-    """Whether the loss was no number, which says something about these values and nothing about the search."""
+    """Return whether the loss was NaN or infinite, which is a property of these values, not an error of the search."""
     return facts.get("status") == "failed" and str(facts.get("error")).startswith("FloatingPointError")
 
 

@@ -1,4 +1,4 @@
-"""A search's journal and what is read from it: trials, their values, the best one."""
+"""A search's Optuna journal, and functions on its trials."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     import optuna
 
 JOURNAL = "study.journal"
-STARTUP = 5  # whole trials before the first is cut
+STARTUP = 5  # complete trials before the first may be pruned
 
 
 def study_of(folder: Path, seed: int, *, prune: bool = True) -> optuna.Study:
-    """The search's journal, opened; begun where there is none.
+    """Open the search's journal; create it if there is none.
 
     Raises:
-        ImportError: without optuna.
+        ImportError: if optuna is not installed.
     """
     try:
         import optuna
@@ -34,46 +34,46 @@ def study_of(folder: Path, seed: int, *, prune: bool = True) -> optuna.Study:
     study = optuna.create_study(
         storage=storage, study_name="tune", direction="maximize", pruner=pruner, load_if_exists=True
     )
-    # its random numbers are not kept: a search that goes on must not draw the first ones again
+    # the sampler's state is not stored: a resumed search must not repeat the first samples
     study.sampler = optuna.samplers.TPESampler(seed=seed + 1000 * len(study.get_trials(deepcopy=False)))
     return study
 
 
 def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """The trials that ran to their end, or were cut."""
+    """Return the trials that are complete or pruned."""
     from optuna.trial import TrialState
 
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
 
 
 def best(study: optuna.Study) -> optuna.trial.FrozenTrial:
-    """The trial with the best score at its last epoch.
+    """Return the trial with the best score at its last epoch.
 
     Raises:
-        ValueError: where none ran to its end.
+        ValueError: if no trial is complete.
     """
     done = [t for t in finished(study) if t.state.name == "COMPLETE"]
     if not done:
-        raise ValueError("no trial ran to its end, so there is nothing to choose. Give more --trials, or --no-prune.")
+        raise ValueError("no trial is complete, so there is no best one. Use more --trials, or --no-prune.")
     return max(done, key=lambda t: (t.value, -t.number))
 
 
 def shown(metric: Metric | None, value: float | None) -> str:
-    """A trial's value as a score."""
+    """Format a trial's value as a score."""
     if value is None or metric is None:
         return "no score"
     return f"{metric.name.replace('/', ' ')} {metric.show(-value if metric.lower else value)}{metric.unit}"
 
 
 def suggest(trial: optuna.Trial, d: Dimension) -> str:
-    """A value of the dimension, as it is typed: with four digits, and it is these that are run."""
+    """Sample a value of the dimension, as text with four significant digits; the trial runs with exactly this text."""
     if d.low is None or d.high is None:
         return trial.suggest_categorical(d.name, d.choices)
     return f"{trial.suggest_float(d.name, d.low, d.high, log=d.log):.4g}"
 
 
 def parameter(d: Dimension, text: str | None) -> Any:
-    """The method's own value as a parameter; None where it lies outside."""
+    """Return the method's default value as a parameter; None if it is outside the range."""
     if d.low is None or d.high is None:
         return text if text in d.choices else None
     try:
@@ -84,7 +84,7 @@ def parameter(d: Dimension, text: str | None) -> Any:
 
 
 def _mend(path: Path) -> None:
-    """Take off the line that a kill cut short, and the lock that it left; nobody else is at work here."""
+    """Remove an incomplete last line and a stale lock left by a killed process; the caller holds the search's lock."""
     if not path.is_file():
         return
     with open(path, "rb+") as file:
