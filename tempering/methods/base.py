@@ -37,7 +37,7 @@ class Method(nn.Module, ABC):
         needs_double_backward: whether it takes derivatives within its step, and may differentiate them again. Rules out
             torch.compile, FSDP and fp16 with a loss scale.
         needs_live: whether it differentiates through the teacher, so that cached outputs do not suffice.
-        trains_teacher: whether its step updates the teacher's weights. ``meet`` gets the module; the method's
+        trains_teacher: whether its step updates the teacher's weights. ``bind_teacher`` gets the module; the method's
             state_dict then holds the teacher's weights and their optimizer, and no teacher outputs are cached.
     """
 
@@ -116,7 +116,7 @@ class Method(nn.Module, ABC):
         """The training batches, for a method that has a say in them."""
         return batches
 
-    def meet(self, teacher: nn.Module | None) -> None:
+    def bind_teacher(self, teacher: nn.Module | None) -> None:
         """See the teacher's module, None where there is none, on its device and before any checkpoint is read."""
 
     def hyperparameters(self) -> dict[str, object]:
