@@ -52,7 +52,7 @@ GOALS = (
         "mdistiller, KD",
         "times as fast",
         1.25,
-        "The convolutions are oneDNN's on both sides; only fused batch norms and the memory layout can be faster.",
+        "The convolutions are oneDNN's on both sides; only fused batch norms and the memory layout can help.",
     ),
     Goal(
         "step, DTKD, cached teacher, bf16",
