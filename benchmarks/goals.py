@@ -115,8 +115,8 @@ GOALS = (
         "times the time",
         1.1,
         "Logits rounded to bf16 change DTKD's gradient by 5 to 12 %, so ours have float32 precision. torch has no "
-        "matrix product with bf16 inputs and float32 output on a CPU: the second line of the table is its cost with float32 "
-        "inputs. wide=False rounds the logits.",
+        "matrix product with bf16 inputs and float32 output on a CPU: the second line of the table is its cost with "
+        "float32 inputs. wide=False rounds the logits.",
     ),
     Goal(
         "the same, logits rounded to bf16",
