@@ -38,7 +38,7 @@ PHRASES = (
     (r"\bof one's own\b", "your own", "a loop of one's own"),
     (r"\bheld (to|against)\b", "tested against, compared with, limited to", "held to the authors' numbers"),
     (r"\bright, and told so\b|\bthree altitudes\b|\bdone right\b", "the fact", "Right, and told so"),
-    (r"\breading on\b", "Documentation", "Reading on"),
+    (r"\b(?-i:Reading on)\b", "Documentation", "Reading on"),
     (r"\bfound by looking\b|\bmet by every\b", "discovered, covered by", "found by looking, met by every test"),
 )
 BRITISH = (
