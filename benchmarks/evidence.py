@@ -1,12 +1,12 @@
-"""docs/evidence.md: the table of DTKD's authors run again beside its control, from records alone.
+"""Write docs/evidence.md: the table of DTKD's authors, reproduced next to its control, from records alone.
 
 Usage:
-    python benchmarks/evidence.py                         the page and its figures
-    python benchmarks/evidence.py --teachers FOLDER       pack the trained teachers that lie there, then the page
-    python benchmarks/evidence.py FOLDER... --out FILE    a page of other comparisons, to look at it
+    python benchmarks/evidence.py                         write the page and its figures
+    python benchmarks/evidence.py --teachers FOLDER       pack the trained teachers of FOLDER first
+    python benchmarks/evidence.py FOLDER... --out FILE    write a page of other comparisons
 
-Each folder is one of `tempering compare`, plan.json and records/; `make evidence` runs them. A record that was edited
-is refused, and what is open is shown as open.
+Each folder is one of `tempering compare`, with plan.json and records/; `make evidence` runs them. Edited records are
+rejected, and unfinished runs are shown as open.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tempering.reports.intervals import Difference
 from tempering.reports.records import load_run, pack, write_cell
 
 RESULTS = ROOT / "benchmarks" / "results"
-# in the order of the page: the first that has an interval decides
+# in the order of the page: the headline is that of the first with an interval
 FOLDERS = (
     "evidence-full-resnet14",
     "evidence-full-resnet20",
@@ -36,49 +36,52 @@ FOLDERS = (
     "evidence-short",
 )
 OURS = ("DTKD published", "DTKD exact")
-HEAD = """# Evidence: DTKD's table of resnet8, run again beside its control
+HEAD = """# Evidence: DTKD's table for resnet8, reproduced next to its control
 
-Made by `make docs` from the records under `benchmarks/results/evidence-*`; not edited by hand. DTKD trains with a
-total soft weight of 4, a hard weight of 1 and a warm-up; the KD that tables set beside it has 0.9, 0.1 and none. Here
-it stands beside "KD, weight-matched": KD at temperature 4 with DTKD's total weights and its warm-up. Student resnet8
-on all 50,000 images of CIFAR-100 by the field's recipe; decay and warm-up are shares of the run, so they scale with
-its length. Seeds are paired: the same first weights and the same order of images in every arm. Tested on the 10,000
-test images after the last epoch; "best" is chosen by the same images.
+Made by `make docs` from the records under `benchmarks/results/evidence-*`; do not edit. DTKD trains with a total soft
+weight of 4, a hard weight of 1 and a warm-up; the KD in published tables has 0.9, 0.1 and no warm-up. Here the
+control is "KD, weight-matched": KD at temperature 4 with DTKD's total weights and its warm-up. The student is
+resnet8, trained on all 50,000 images of CIFAR-100 with the standard recipe; decay and warm-up are fractions of the
+run, so they scale with its length. Seeds are paired: all methods have the same initial weights and the same order of
+images. Scores are those of the 10,000 test images after the last epoch; the best epoch is selected on the same
+images.
 """
-COMMANDS = """What is open is run by these, in this order; a killed one goes on, and a finished run is never run again:
+COMMANDS = """Run the open stages with these commands, in this order. An interrupted stage resumes, and a finished
+run is never run again:
 
     make evidence DATA=DIR              all of them
     make evidence-teachers DATA=DIR     teacher resnet14, 240 epochs
-    make evidence-screen DATA=DIR       60 epochs, 13 arms, 3 seeds
-    make evidence-full DATA=DIR         240 epochs, 5 arms, 3 seeds
+    make evidence-screen DATA=DIR       60 epochs, 13 methods, 3 seeds
+    make evidence-full DATA=DIR         240 epochs, 5 methods, 3 seeds
     make evidence-ablations DATA=DIR    the temperatures or their scale alone, in the screen; tau times weights, 1 seed
     make evidence-others DATA=DIR       CTKD, cosine and standardized temperatures, DIST, in the screen
-    make evidence-resnet20 DATA=DIR     teacher resnet20, then 240 epochs, 5 arms, 3 seeds
+    make evidence-resnet20 DATA=DIR     teacher resnet20, then 240 epochs, 5 methods, 3 seeds
 
-And a first look, which is none of them, where hours of a slow core are all there is:
+A first look for a slow CPU, not part of `make evidence`:
 
-    make evidence-short DATA=DIR        8 epochs, a teacher of 12: 7 arms, 3 seeds; tau, 1 seed
+    make evidence-short DATA=DIR        8 epochs, a teacher of 12: 7 methods, 3 seeds; tau, 1 seed
 
-A stage goes on from its folder and the `work/` in it, where teacher and checkpoints lie; those are not committed. From
-the records alone a new teacher would be trained: an arm refuses a second teacher for one seed, and a table says where
-its arms had not the same. PRECISION=32-true is for a CPU that does not compute in bf16. A stage as one HTML page:
+A stage resumes from its folder and its subfolder `work/`, which has the teacher and the checkpoints and is not
+committed. Without `work/` a new teacher would be trained: a method rejects a second teacher for one seed, and a table
+states if its methods had different teachers. Use PRECISION=32-true on a CPU that does not compute in bf16. Show a
+stage as one HTML page:
 
     tempering report benchmarks/results/evidence-short --out report.html"""
-AUTHORS = """Top-1 on CIFAR-100, student resnet8, read off the charts in the README of the authors' repository to within
-about 0.03 points. Over how many runs they are, and of the best or of the last epoch, is not known to us. The release
-states weights for other pairs of nets; ours are its defaults: dynamic 3, soft 1, hard 1, temperature 4, warm-up 20
-epochs of 240."""
-TAUGHT = """What the authors' own teachers reach is not known to us; the numbers from elsewhere are those of the same
-net trained alone by this recipe."""
-# figure -> its title, and how to read it
+AUTHORS = """Top-1 accuracy on CIFAR-100 with student resnet8, read off the charts in the README of the authors'
+repository to within about 0.03 points. We do not know the number of runs, or if it is the best or the last epoch. The
+release states weights for other pairs of networks; ours are its defaults: dynamic 3, soft 1, hard 1, temperature 4,
+warm-up 20 epochs of 240."""
+TAUGHT = """We do not know the accuracy of the authors' own teachers; the numbers from elsewhere are of the same
+network trained without a teacher with this recipe."""
+# figure -> title and legend
 FIGURES = {
     "result": (
         "every seed, and the differences",
-        "Bar: 95 % t interval. Large dot: mean, hollow unless the interval excludes zero. Small dots: seeds.",
+        "Bar: 95 % t interval. Large dot: mean, hollow if the interval includes zero. Small dots: seeds.",
     ),
     "learning": (
         "learning curves",
-        "Line: mean over seeds. Band: lowest to highest seed. A single arm stands beside the control.",
+        "Line: mean over seeds. Band: lowest to highest seed. A single method is plotted with the control.",
     ),
     "temperatures": (
         "temperatures",
@@ -88,13 +91,13 @@ FIGURES = {
 }
 
 
-# words
+# sentences
 
 
 def headline(grids: Sequence[Grid]) -> str:
-    """Whether DTKD beats KD at its own weights, by the first comparison that can say so."""
+    """Whether DTKD beats KD at equal weights, by the first comparison that has an interval."""
     if not sum(grid.done for grid in grids):
-        return "Nothing has been finished yet: no run of any stage has a record."
+        return "No run of any stage is finished yet."
     for grid in grids:
         gaps = {label: gap for label in OURS if (gap := grid.gap(label, MATCHED)) and gap.half is not None}
         if not gaps:
@@ -114,7 +117,7 @@ def headline(grids: Sequence[Grid]) -> str:
 
 
 def learned(grid: Grid) -> Iterator[str]:
-    """What a comparison says of DTKD against KD at its weights, a sentence an arm, and what the weights alone do."""
+    """The results of DTKD against KD at equal weights, one sentence per method, and the effect of the weights alone."""
     for label in OURS:
         gap = grid.gap(label, MATCHED)
         if gap is not None:
@@ -122,19 +125,19 @@ def learned(grid: Grid) -> Iterator[str]:
     both = grid.gap("DTKD published", "KD"), grid.gap(MATCHED, "KD")
     if both[0] and both[1]:
         yield (
-            f"{grid.title}: to KD with its usual weights, which is what the authors compare with, DTKD published is "
+            f"{grid.title}: compared with KD at its usual weights, as in the authors' table, DTKD published is "
             f"{points(grid, both[0])}, and the weights and the warm-up alone ({MATCHED}) are {points(grid, both[1])}."
         )
 
 
 def said_of(grid: Grid, gap: Difference) -> str:
-    """A difference, what follows from it, and the smallest that these seeds could have shown."""
+    """A difference, whether it is shown, and the smallest difference that these seeds could have shown."""
     seeds = f"{gap.n} paired seed{'s' * (gap.n != 1)}" + (" so far" if gap.n < len(grid.found.seeds) else "")
     if gap.half is None:
         return f"{points(grid, gap)} over {seeds}, without an interval"
-    zero = "excludes" if gap.shown else "holds"
+    zero = "excludes" if gap.shown else "includes"
     least = grid.found.metric.show(gap.half)
-    said = f"{points(grid, gap)} over {seeds}, an interval that {zero} zero"
+    said = f"{points(grid, gap)} over {seeds}, with an interval that {zero} zero"
     return f"{said}; the smallest difference that they could have shown is {least}"
 
 
@@ -142,7 +145,7 @@ def said_of(grid: Grid, gap: Difference) -> str:
 
 
 def stage(grid: Grid, drawn: Mapping[str, str]) -> Iterator[str]:
-    """One comparison: planned differences, all arms, temperatures, and figures, kind -> where it lies."""
+    """One comparison: planned differences, all methods, temperatures, and figures (kind -> path)."""
     yield f"## {grid.name}: {grid.title}"
     yield f"{grid.done} of {len(grid.runs)} runs are done."
     yield planned(grid)
@@ -156,7 +159,7 @@ def stage(grid: Grid, drawn: Mapping[str, str]) -> Iterator[str]:
 
 
 def drawings(grid: Grid) -> dict[str, str]:
-    """Kind -> SVG of a comparison; none before there is a result."""
+    """Kind -> SVG of a comparison; empty if it has no result."""
     found = grid.found
     panels = {
         "result": [(f.title, f.svg) for f in figures.result(found).figures],
@@ -174,24 +177,24 @@ def page(folders: Sequence[Path], taught: Path, places: Path, notes: Path) -> tu
     """The whole page, and file name -> SVG of its figures.
 
     Args:
-        folders: of the comparisons.
+        folders: folders of comparisons.
         taught: the folder of the teachers' records.
-        places: of the figures, as the page links them.
-        notes: a page in somebody's own words, taken over as it is where it is there.
+        places: the folder of the figures, as the page links to it.
+        notes: a Markdown file that is included unchanged, if it exists.
 
     Raises:
-        ValueError: for a record that was edited.
+        ValueError: if a record was edited.
     """
     all_grids = {folder: grid_in(folder) for folder in folders}
     grids = [grid for grid in all_grids.values() if grid is not None]
     said = [f"- {sentence}" for grid in grids for sentence in learned(grid)]
     rows = []
     for folder, grid in all_grids.items():
-        state = ["not begun", "-"] if grid is None else [grid.title, f"{grid.done} of {len(grid.runs)}"]
+        state = ["not started", "-"] if grid is None else [grid.title, f"{grid.done} of {len(grid.runs)}"]
         rows.append([f"`{folder.name}`", *state])
     parts = [HEAD.rstrip("\n"), f"**{headline(grids)}**", "\n".join(said)]
     parts.append(notes.read_text(encoding="utf-8").strip("\n") if notes.is_file() else "")
-    parts += ["## How it stands", markdown(["folder", "what", "runs done"], rows, left=2), COMMANDS]
+    parts += ["## Status", markdown(["folder", "content", "runs done"], rows, left=2), COMMANDS]
     svgs: dict[str, str] = {}
     for grid in grids:
         made = drawings(grid)
@@ -204,7 +207,7 @@ def page(folders: Sequence[Path], taught: Path, places: Path, notes: Path) -> tu
 
 
 def collect(folder: Path, records: Path) -> None:
-    """Pack every teacher that was trained to its end under ``folder``, one record each."""
+    """Pack every finished teacher under ``folder``, one record each."""
     for facts in sorted(folder.glob("*/facts.json")):
         if load_run(facts.parent).done:
             write_cell(records / f"{facts.parent.name}.json", pack(facts.parent))
@@ -213,8 +216,8 @@ def collect(folder: Path, records: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write page and figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folders", nargs="*", type=Path, help="of comparisons; by itself those of the evidence")
-    parser.add_argument("--teachers", type=Path, default=None, help="a folder of trained teachers, to be packed")
+    parser.add_argument("folders", nargs="*", type=Path, help="folders of comparisons; default: those of the evidence")
+    parser.add_argument("--teachers", type=Path, default=None, help="a folder of trained teachers to pack")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "evidence.md")
     args = parser.parse_args(argv)
     taught = RESULTS / "evidence-teachers"

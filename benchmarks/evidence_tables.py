@@ -1,4 +1,4 @@
-"""What records of the evidence say, as tables: the page that `evidence.py` writes is made of them."""
+"""Tables of the evidence, made from records, for the page that `evidence.py` writes."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from tempering.reports.records import RunRecord, load_run, number
 from tempering.temperature import Sharpness, Static
 
 TARGET, REST = "DKD, target only", "DKD, rest only"
-# arm, what is subtracted, and the question that this answers
+# method, control, and the question that the difference answers
 PLANNED = (
-    ("DTKD published", MATCHED, "Does DTKD as released beat KD at its own weights?"),
-    ("DTKD exact", MATCHED, "Do the exact temperatures?"),
+    ("DTKD published", MATCHED, "Does DTKD as released beat KD at equal weights?"),
+    ("DTKD exact", MATCHED, "Does exact DTKD?"),
     ("DTKD exact", "DTKD published", "Is exact better than released?"),
-    ("DTKD published", "KD", "What the authors compare"),
+    ("DTKD published", "KD", "The comparison of the authors"),
     (MATCHED, "KD", "The weights and the warm-up alone"),
-    ("KD", CONTROL, "KD as the tables have it"),
+    ("KD", CONTROL, "KD with its usual weights"),
     ("DTKD, dynamic term only", CONTROL, "The dynamic term and the labels alone"),
-    ("DTKD, T_t and T_s alone", MATCHED, "Temperatures that move, rows weighed alike"),
-    ("DTKD, scale T_t T_s alone", MATCHED, "Rows weighed by T_t T_s, temperatures fixed"),
+    ("DTKD, T_t and T_s alone", MATCHED, "Dynamic temperatures, rows weighted equally"),
+    ("DTKD, scale T_t T_s alone", MATCHED, "Rows weighted by T_t T_s, fixed temperatures"),
     (f"{TARGET}, dynamic", TARGET, "Dynamic temperatures on target-only DKD"),
     (f"{REST}, dynamic", REST, "Dynamic temperatures on rest-only DKD"),
 )
 DEPTHS = (14, 20, 32, 44, 56, 110)
-# accuracies of nets that are our teachers, alone at the same recipe; resnet14's was not seen
+# published accuracies of our teachers' networks, trained without a teacher with the same recipe; none for resnet14
 ELSEWHERE = {"resnet20": "69.06 (TTM's README)", "resnet56": "72.34 (TTM's README)"}
 
 
 @dataclass(frozen=True)
 class Grid:
-    """One comparison: the folder's name, its plan, and what its records say."""
+    """One comparison: the folder's name, its plan, and its records."""
 
     name: str
     plan: Plan
@@ -50,7 +50,7 @@ class Grid:
 
     @property
     def title(self) -> str:
-        """Length and nets, and how long the teacher was trained where that is not the whole recipe."""
+        """Length and networks, and the teacher's epochs if they are not the full recipe's."""
         said = self.plan.flags
         taught = said.get("teacher_epochs", "240")
         teacher = said.get("teacher", "?") + f" of {taught}" * (taught != "240")
@@ -68,22 +68,22 @@ class Grid:
         return [run for arm in self.found.arms for run in arm.runs]
 
     def gap(self, label: str, control: str, seeds: Collection[int] | None = None) -> Difference | None:
-        """Arm minus control over the seeds, or those of ``seeds``, that both have finished; None of none."""
+        """Method minus control over the seeds (of ``seeds``) that both have finished; None if there are none."""
         arms = {arm.label: arm.last for arm in self.found.arms}
         a, b = arms.get(label, {}), arms.get(control, {})
         common = a.keys() & b.keys() & set(a if seeds is None else seeds)
         return difference({s: a[s] for s in common}, {s: b[s] for s in common})
 
     def has(self, *labels: str) -> bool:
-        """Whether all these arms are planned."""
+        """Whether all these methods are planned."""
         return set(labels) <= {arm.label for arm in self.found.arms}
 
 
 def grid_in(folder: Path) -> Grid | None:
-    """The comparison in a folder; None where it was not begun.
+    """The comparison in a folder; None if it was not started.
 
     Raises:
-        ValueError: for a record that was edited.
+        ValueError: if a record was edited.
     """
     if not (folder / arena_plan.FILE).is_file():
         return None
@@ -99,7 +99,7 @@ def points(grid: Grid, gap: Difference) -> str:
 
 
 def planned(grid: Grid) -> str:
-    """The comparisons that were planned, with the smallest difference that these seeds could have shown."""
+    """The planned comparisons, with the smallest difference that these seeds could have shown."""
     arms, rows = {arm.label: arm for arm in grid.found.arms}, []
     for label, control, question in PLANNED:
         if not grid.has(label, control):
@@ -111,19 +111,19 @@ def planned(grid: Grid) -> str:
         pairs = f"{gap.n if gap else 0} of {len(grid.found.seeds)}"
         rows.append([question, f"{label} minus {control}", pairs, f"**{value}**" if gap and gap.shown else value])
         rows[-1] += [least, "-" if theirs is None else show(theirs, signed=True)]
-    head = ["question", "difference", "seeds", "points", "smallest that shows", "authors' chart"]
+    head = ["question", "difference", "seeds", "points", "smallest detectable", "authors' chart"]
     return markdown(head, rows, left=2) if rows else ""
 
 
 def _theirs(arm: Arm, control: Arm) -> float | None:
-    """The authors' difference, of 240 epochs."""
+    """The authors' difference, with 240 epochs."""
     return arm.reported[0] - control.reported[0] if arm.reported and control.reported else None
 
 
 def fixed_and_exact(grid: Grid) -> str:
-    """Exact temperatures beside fixed ones at the same weights, over tau; nothing where a plan has not both.
+    """Exact and fixed temperatures at the same weights, by tau; empty if a plan does not have both.
 
-    Over the seeds that all of them have finished. KD at the same total weights and warm-up is a fixed temperature.
+    Uses the seeds that all of them have finished. KD at the same total weights and warm-up is a fixed temperature.
     """
     show, rows, said = grid.found.metric.show, [], []
     for weights, exact, fixed in _places(grid):
@@ -154,7 +154,7 @@ def fixed_and_exact(grid: Grid) -> str:
 
 
 def _places(grid: Grid) -> list[tuple[str, dict[float, Arm], dict[float, Arm]]]:
-    """DTKD's weights, and by tau its arms of exact and of fixed temperatures, two of these or more."""
+    """DTKD's weights, and its methods with exact and with fixed temperatures by tau, at least two fixed ones."""
     found: dict[tuple[float, float, float, float], tuple[dict[float, Arm], dict[float, Arm]]] = {}
     plain: list[tuple[KD, Arm]] = []
     for cell in grid.plan.cells:
@@ -175,7 +175,7 @@ def _places(grid: Grid) -> list[tuple[str, dict[float, Arm], dict[float, Arm]]]:
 
 
 def temperatures(grid: Grid) -> str:
-    """How both temperatures moved, and what the hardest and the easiest fifth of the test images got."""
+    """First and last temperatures of both models, and those of the hardest and the easiest fifth of the test images."""
     rows = []
     for arm in grid.found.arms:
         if not arm.n or not figures_temperature.is_dynamic(arm.counted):
@@ -199,7 +199,7 @@ def _of_fifth(arm: Arm, i: int) -> str:
 
 
 def teachers(folder: Path, grids: Sequence[Grid]) -> str:
-    """Our teachers beside what is reported of these nets: packed runs, and those that only the cells tell of."""
+    """Our teachers next to published accuracies: packed runs, and teachers that only the records of students name."""
     rows: dict[tuple[str, float], list[str]] = {}
     for path in sorted((folder / "records").glob("*.json")):
         run = load_run(path)

@@ -1,4 +1,4 @@
-"""What was to be reached, held against what the benchmarks wrote; every number of it is read from their CSVs."""
+"""Performance goals, compared with the CSV files of the benchmarks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PRODUCTS, FRESH = "the four matrix products alone", "a fresh interpreter"
 
 
 class Goal(NamedTuple):
-    """One goal: of which benchmark, case and arm, against which arm, in what, how much; and why it may be missed."""
+    """One goal: benchmark, case, candidate, reference, measure and bound, with the reason if it is missed."""
 
     work: str
     of: str
@@ -29,10 +29,10 @@ class Goal(NamedTuple):
 
 
 SOLVER = (
-    "A look at both sides costs two exp() an entry. The closed form takes none beside the loss; the root takes two, "
-    'after a look for mean and spread: see the lines "of it".'
+    "Evaluating both sides takes two exp() per entry. The closed form needs none in addition to the loss; the root "
+    'needs two evaluations, after one pass for mean and spread: see the lines "of it".'
 )
-SHARED = "Runs on this machine, which other work shared, lay between 8.6 and 9.0."
+SHARED = "Repeated runs on this shared machine were between 8.6 and 9.0."
 GOALS = (
     Goal(
         "step, DTKD, live teacher, bf16",
@@ -42,7 +42,7 @@ GOALS = (
         "mdistiller, KD",
         "times as fast",
         2.4,
-        "Runs on this machine, which other work shared, lay between 2.33 and 2.40.",
+        "Repeated runs on this shared machine were between 2.33 and 2.40.",
     ),
     Goal(
         "step, DTKD, live teacher, fp32",
@@ -52,7 +52,7 @@ GOALS = (
         "mdistiller, KD",
         "times as fast",
         1.25,
-        "The convolutions are oneDNN's on both sides; folding and the memory layout are all there is to gain.",
+        "The convolutions are oneDNN's on both sides; only fused batch norms and the memory layout can help.",
     ),
     Goal(
         "step, DTKD, cached teacher, bf16",
@@ -62,10 +62,10 @@ GOALS = (
         "mdistiller, KD",
         "times as fast",
         6.5,
-        "What is left is the student's own forward and backward in oneDNN.",
+        "The remaining time is the student's own forward and backward pass in oneDNN.",
     ),
     Goal(
-        "what the engine adds to a step",
+        "overhead of the trainer per step",
         "overhead",
         "null model, a step",
         "tempering.distill",
@@ -114,9 +114,9 @@ GOALS = (
         PRODUCTS,
         "times the time",
         1.1,
-        "Logits rounded to bf16 put DTKD's gradient off by 5 to 12 %, so ours are as good as float32, and torch has no "
-        "product of bf16 inputs with a float32 answer on a CPU: the second line of the table is what one costs by way "
-        "of float32 inputs. wide=False rounds the logits.",
+        "Logits rounded to bf16 change DTKD's gradient by 5 to 12 %, so ours have float32 precision. torch has no "
+        "matrix product with bf16 inputs and float32 output on a CPU: the second line of the table is its cost with "
+        "float32 inputs. wide=False rounds the logits.",
     ),
     Goal(
         "the same, logits rounded to bf16",
@@ -136,7 +136,7 @@ GOALS = (
         "",
         "logits tensors",
         2.0,
-        "Chunks of 256 rows in float32 on both sides, and the head's gradient in float32, are counted.",
+        "This includes chunks of 256 rows in float32 on both sides, and the head's gradient in float32.",
     ),
     Goal("peak at V=128,256, fp32", "memory", VOCABULARY, "ours, as it comes", HELD, "share of its peak", 0.2),
     Goal("its time", "memory", VOCABULARY, "ours, as it comes", HELD, "times the time", 1.3),
@@ -150,17 +150,17 @@ GOALS = (
         "PIL, an image at a time",
         "times as fast",
         10.0,
-        "The peer is re-stated without torchvision's classes and its loader, and is some three times as fast as those.",
+        "The peer is re-stated without torchvision's classes and loader, which are about three times as slow.",
     ),
     Goal(
-        "a batch of 64 stored answers",
+        "a batch of 64 cached logits",
         "cache",
         "50000 x 100, 64 rows at random",
         "ours, memory-mapped",
         "one torch file a sample",
         "times as fast",
         1000.0,
-        "The files of the peer's way lay in the page cache, where a file is opened and read in 0.2 ms.",
+        "The peer's files were in the page cache, where opening and reading a file takes 0.2 ms.",
     ),
     Goal(
         "import tempering, after torch",
@@ -176,7 +176,7 @@ GOALS = (
 
 
 def reached(goal: Goal, lines: Mapping[tuple[str, str], Line]) -> tuple[float, bool] | None:
-    """The number, and whether it will do; None where an arm was not measured."""
+    """The value, and whether it meets the goal; None if a candidate was not measured."""
     ours, theirs = lines.get((goal.case, goal.arm)), lines.get((goal.case, goal.against))
     if ours is None or (goal.against and theirs is None):
         return None
@@ -196,20 +196,20 @@ def reached(goal: Goal, lines: Mapping[tuple[str, str], Line]) -> tuple[float, b
 
 
 def table(found: Mapping[str, list[Line]]) -> Iterator[str]:
-    """All goals as markdown, and a line for each that was missed."""
+    """All goals as a Markdown table, and a line for each that was missed."""
     yield "| work | goal | reached | |"
     yield "|---|---:|---:|---|"
     missed = []
     for goal in GOALS:
         lines = {(line["case"], line["arm"]): line for line in found.get(goal.of, ())}
-        answer = reached(goal, lines)
-        said = ("not measured", "") if answer is None else (f"{answer[0]:.3g}", "yes" if answer[1] else "missed")
+        result = reached(goal, lines)
+        cells = ("not measured", "") if result is None else (f"{result[0]:.3g}", "yes" if result[1] else "missed")
         bound = "" if goal.measure == "times as fast" else "at most "
-        yield f"| {goal.work} | {bound}{goal.wanted:,.4g} {goal.measure} | {said[0]} | {said[1]} |"
-        if answer is not None and not answer[1] and goal.why:
+        yield f"| {goal.work} | {bound}{goal.wanted:,.4g} {goal.measure} | {cells[0]} | {cells[1]} |"
+        if result is not None and not result[1] and goal.why:
             missed.append(f"- *{goal.work}*: {goal.why}")
     yield ""
     if missed:
-        yield "Why some were missed:\n"
+        yield "Reasons for missed goals:\n"
         yield from missed
         yield ""

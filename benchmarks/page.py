@@ -1,4 +1,4 @@
-"""docs/performance.md and its plots, from the CSVs that the benchmarks wrote; nothing in it is typed by hand.
+"""Write docs/performance.md and its plots from the CSV files of the benchmarks.
 
 Usage:
     python benchmarks/page.py [--results benchmarks/results/speed] [--out docs/performance.md]
@@ -18,22 +18,22 @@ from timing import FACTS, RESULTS, ROOT
 
 HEAD = """# Performance
 
-Made by `make bench` from the CSVs under `benchmarks/results/speed`; not edited by hand. All arms of a table ran in one
-process, in turn, and the numbers are medians: of CPU time on a CPU, of the clock on a device. Speed is the median over
-the rounds of the first arm's time over this one's, with the quartiles beside it: trust it more than the milliseconds.
-Peaks were measured in processes of their own. A peer that is a repository, or was not installed, is stated again
-in plain torch (`benchmarks/peers.py`) and marked so.
+Made by `make bench` from the CSV files under `benchmarks/results/speed`; do not edit. All candidates of a table ran
+in one process, in turn. Numbers are medians: of CPU time on a CPU, of wall time on a GPU. Speed is the median over
+rounds of the first candidate's time divided by this one's, with quartiles; it is more reliable than the milliseconds.
+Peak memory was measured in separate processes. Peers that are repositories, or that were not installed, are re-stated
+in plain torch (`benchmarks/peers.py`) and marked as such.
 """
-# the order of the page, and what a table shows
+# sections in the order of the page
 PARTS = {
     "step": "A classification step",
     "loss": "The loss alone, forward and backward",
     "fused_linear": "From hidden states to the loss",
     "memory": "Peak memory at a real vocabulary",
-    "overhead": "What the engine adds",
-    "cache": "Reading stored teacher answers",
+    "overhead": "Overhead of the trainer per step",
+    "cache": "Reading cached teacher logits",
     "augment": "Augmentation",
-    "startup": "Start-up",
+    "startup": "Start-up time",
     "speculative": "Speculative generation",
     "growth": "How cost grows",
 }
@@ -41,10 +41,10 @@ Line = dict[str, str]
 
 
 def table(case: str, lines: list[Line]) -> Iterator[str]:
-    """One case as markdown."""
+    """One case as a Markdown table."""
     peaks, notes = (any(line[name] for line in lines) for name in ("peak", "note"))
     unit = next((line["unit"] for line in lines if line["unit"]), "")
-    columns = ["arm", "ms", "speed", "quartiles"]
+    columns = ["candidate", "ms", "speed", "quartiles"]
     columns += ([f"peak, {unit}"] if peaks else []) + (["note"] if notes else [])
     yield f"**{case}**\n"
     yield "| " + " | ".join(columns) + " |"
@@ -57,21 +57,21 @@ def table(case: str, lines: list[Line]) -> Iterator[str]:
 
 
 def plots(name: str, lines: list[Line]) -> dict[str, tuple[str, str]]:
-    """Title -> (file name, SVG): bars of speed a case, or one set of curves for all cases of one kind of size."""
+    """Title -> (file name, SVG): bars of speed per case, or curves for all cases with the same kind of size."""
     cases = [(case, list(found)) for case, found in groupby(lines, key=lambda line: line["case"])]
     if name != "growth":
         made = {case: bars(case, [(x["arm"], float(x["speed"])) for x in found]) for case, found in cases}
     else:
         kinds: dict[str, list[tuple[str, list[tuple[float, float]]]]] = {}
         for case, found in cases:
-            kind, _, said = case.partition(": ")
-            kinds.setdefault(kind, []).append((said, [(float(x["arm"]), float(x["ms"])) for x in found]))
+            kind, _, label = case.partition(": ")
+            kinds.setdefault(kind, []).append((label, [(float(x["arm"]), float(x["ms"])) for x in found]))
         made = {kind: curves(kind, kind.split(",")[0], series) for kind, series in kinds.items()}
     return {title: (f"{name}-{i}.svg", svg) for i, (title, svg) in enumerate(made.items())}
 
 
 def page(results: Path, figures: Path | None = None) -> str:
-    """The whole page; a benchmark that has not been run is named as missing. Plots are written into ``figures``."""
+    """The page; benchmarks without results are named as missing. Plots are written to ``figures``."""
     read = {name: found for name in PARTS if (found := _lines(results / f"{name}.csv"))}
     out, missing = [HEAD, "## Goals\n", *goals.table(read)], [name for name in PARTS if name not in read]
     for name, lines in read.items():

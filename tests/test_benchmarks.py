@@ -121,7 +121,7 @@ def test_goals_are_held_to_what_was_written(monkeypatch: pytest.MonkeyPatch) -> 
         assert goals.reached(goal._replace(wanted=worse), lines)[1] is False
         assert goals.reached(goal._replace(arm="nobody"), lines) is None
     text = "\n".join(goals.table({}))
-    assert text.count("not measured") == len(goals.GOALS) and "Why" not in text
+    assert text.count("not measured") == len(goals.GOALS) and "Reasons" not in text
 
 
 def test_every_goal_names_arms_that_were_measured() -> None:

@@ -96,7 +96,9 @@ def test_the_numbers_are_those_of_the_records(
     found = row(text, "DTKD exact")
     assert found[1:3] == ["3", f"{own.mean():.2f} ± {own.std(ddof=1):.2f}"]
     assert row(text, "DTKD published")[5] == "62.88" and row(text, "KD")[5] == "59.10", "the authors' beside ours"
-    assert "What the authors compare | DTKD published minus KD | 3 of 3 | **+2.80 ± 0.50** | 0.50 | +3.78 |" in text
+    assert (
+        "The comparison of the authors | DTKD published minus KD | 3 of 3 | **+2.80 ± 0.50** | 0.50 | +3.78 |" in text
+    )
     assert row(text, "resnet14")[1:] == ["67.12", "-", "- of 240", "-"]
 
 
@@ -134,7 +136,8 @@ def test_open_cells_are_shown_as_open(evidence: ModuleType, tmp_path: Path) -> N
     assert "| DTKD published minus KD, weight-matched | 0 of 3 | open | - | - |" in text
     assert "**DTKD is not shown to beat KD at its own total weights (60 epochs, resnet14 to resnet8, so far).**" in text
     assert (
-        "over 2 paired seeds so far, an interval that includes zero; the smallest difference that they could have" in text
+        "over 2 paired seeds so far, with an interval that includes zero; the smallest difference that they could have"
+        in text
     )
 
 
@@ -151,9 +154,9 @@ def test_a_shorter_teacher_is_named_where_a_stage_is(
 
 
 def test_before_anything_is_finished(evidence: ModuleType, tmp_path: Path) -> None:
-    nothing = "**Nothing has been finished yet: no run of any stage has a record.**"
+    nothing = "**No run of any stage is finished yet.**"
     text = written(evidence, tmp_path / "page.md", tmp_path / "evidence-full-resnet14")
-    assert nothing in text and "| `evidence-full-resnet14` | not begun | - |" in text and "![" not in text
+    assert nothing in text and "| `evidence-full-resnet14` | not started | - |" in text and "![" not in text
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for stage in STAGES:
         assert f"make evidence-{stage} DATA=DIR" in text and f"\nevidence-{stage}:" in makefile
@@ -263,7 +266,7 @@ def test_teachers_are_packed_once_they_are_done(
 def test_notes_are_taken_over_as_they_are(evidence: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "evidence-notes.md").write_text("## In our words\n\n*What was learned*: <nothing> yet.\n")
     text = written(evidence, tmp_path / "page.md", tmp_path / "none")
-    assert "\n\n## In our words\n\n*What was learned*: <nothing> yet.\n\n## How it stands" in text
+    assert "\n\n## In our words\n\n*What was learned*: <nothing> yet.\n\n## Status" in text
 
 
 def test_the_committed_page_is_up_to_date(evidence: ModuleType) -> None:

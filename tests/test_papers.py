@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.tools.papers_page import GOLDEN, made_by, page, presets, told
+from docs.tools.papers_page import GOLDEN, made_by, page, parse_docstring, presets
 from tempering.experiments import published as papers
 from tempering.experiments.spec import method_from
 from tempering.experiments.tune.space import format_call
@@ -166,7 +166,7 @@ def test_what_a_docstring_says() -> None:
         Reference: Somebody, 2024, arXiv:2401.00001.
         """
 
-    equation, differs, reference = told(Made)
+    equation, differs, reference = parse_docstring(Made)
     assert equation == "a * (b - c), over rows of x."
     assert differs == [
         r"As released, but for the sign. Stars \* and under\_scores stay.",
