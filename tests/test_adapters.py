@@ -282,7 +282,11 @@ def test_what_the_trainer_of_transformers_refuses(hf: Any) -> None:
         ({"teacher": None}, ValueError, "KD needs a teacher, and teacher is None"),
         ({"teacher": "bert"}, TypeError, "teacher must be a module, a Teacher or None; got str"),
         ({"teacher": student}, ValueError, r"shares weights with the student: frozen, .* copy.deepcopy\(model\)"),
-        ({"options": {"label_smoothing_factor": 0.1}}, ValueError, "the method computes the loss, so label_smoothing_fac"),
+        (
+            {"options": {"label_smoothing_factor": 0.1}},
+            ValueError,
+            "the method computes the loss, so label_smoothing_fac",
+        ),
     ]:
         with pytest.raises(error, match=text):
             hf(student, images(), **own | changed)
@@ -325,7 +329,9 @@ def test_labeled_loss_is_that_of_the_model_of_transformers() -> None:
 
 def test_labeled_refuses_what_does_not_fit() -> None:
     task, tokens = Labeled(), torch.zeros(2, 4, 3)
-    with pytest.raises(ValueError, match=r"mappings, as collators of transformers return; got tuple.*Classification\(\)"):
+    with pytest.raises(
+        ValueError, match=r"mappings, as collators of transformers return; got tuple.*Classification\(\)"
+    ):
         task.inputs((tokens, tokens))
     with pytest.raises(ValueError, match=r"need labels of shape \(N, L\) = \(2, 4\), .*got none. Collate with labels"):
         task.rows(tokens, None, {"x": tokens})

@@ -283,7 +283,9 @@ def test_runs_on_two_data_sets_are_refused(tmp_path: Path) -> None:
 def test_an_arm_of_two_nets_is_refused(tmp_path: Path, part: str, value: dict[str, str]) -> None:
     seed = 0 if part == "teacher" else 1
     both = [*made(tmp_path, "KD", {0: 0.9}), *made(tmp_path, "KD", {seed: 0.9}, **{part: value})]
-    with pytest.raises(ValueError, match=f"the method 'KD' has two {part}s: .*{value['name']}.* or give them different labels"):
+    with pytest.raises(
+        ValueError, match=f"the method 'KD' has two {part}s: .*{value['name']}.* or give them different labels"
+    ):
         compare(both)
 
 
@@ -355,5 +357,7 @@ def test_less_is_better_where_it_is(tmp_path: Path) -> None:
 
 def test_many_arms_are_counted_and_the_pick_is_named(runs: list[RunRecord]) -> None:
     text = " ".join(headline(compare(runs)))
-    assert "Of 3 methods 1 is shown to be better than KD, equal weights, none to be worse; 2 not shown to differ" in text
+    assert (
+        "Of 3 methods 1 is shown to be better than KD, equal weights, none to be worse; 2 not shown to differ" in text
+    )
     assert "which biases it upward" in text

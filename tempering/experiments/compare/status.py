@@ -234,8 +234,7 @@ def render(folder: Path, plan: Plan) -> tuple[Path, Path | None]:
     lines = [
         f"# {plan.recipe}: {done} of {len(runs)} runs",
         "",
-        "Made from the records in this folder by `tempering compare report`. Flags of every run: "
-        f"`{flags or 'none'}`.",
+        f"Made from the records in this folder by `tempering compare report`. Flags of every run: `{flags or 'none'}`.",
         "",
         markdown(compare(runs, plan.control)),
     ]
