@@ -122,10 +122,10 @@ def test_what_a_split_would_change_is_refused(two: Path) -> None:
         "Use devices=1 and smaller batches, or a method over single rows."
     )
     assert learning == (
-        "Grown learns from what a step did to the rows of its own process, so 2 processes would learn 2 different "
+        "Grown learns from the effect of a step on the rows of its own process, so 2 processes would learn 2 different "
         "temperatures. Use devices=1, or another policy."
     )
-    assert unshared == ("list cannot be shared out over 2 processes. Use a DataLoader, or give it shard(rank, world).")
+    assert unshared == ("list cannot be split over 2 processes. Use a DataLoader, or give it shard(rank, world).")
 
 
 def _column(path: Path, name: str) -> list[float]:

@@ -18,7 +18,7 @@ from tempering.teachers import Live, Teacher
 from tempering.training.config import TrainConfig
 from tempering.training.distill import distill
 from tempering.training.experiment import Experiment, TeacherRecipe, UntrainedTeacherError
-from tempering.training.pretrained import LogitCache
+from tempering.training.logit_cache import LogitCache
 from tests.runs import SGD, cut, flattened, identical, left, points, student_net, teacher_net
 
 CONFIG = TrainConfig(epochs=2, quiet=True, accelerator="cpu", log_every=1)

@@ -331,7 +331,7 @@ def test_a_shard_is_a_share_of_every_batch_and_its_draws_are_its_own() -> None:
     source = OnPolicy(t5(8, 0), data, share=0.5, length=4)
     one, other = (list(source.shard(rank, 2)) for rank in range(2))
     assert ["learn" in b for b in one] == ["learn" in b for b in other] and len(one) == 2
-    with pytest.raises(ValueError, match="list cannot be shared out over 2"):
+    with pytest.raises(ValueError, match="list cannot be split over 2"):
         OnPolicy(t5(8, 0), list(data)).shard(0, 2)
 
 

@@ -24,7 +24,7 @@ from tempering.tasks.two_view import classification_of_views
 from tempering.teachers import Live
 from tempering.training.config import TrainConfig
 from tempering.training.experiment import Experiment, TeacherRecipe
-from tempering.training.pretrained import LogitCache
+from tempering.training.logit_cache import LogitCache
 from tempering.training.schedules import cifar_decay, cifar_lr, cifar_sgd
 from tempering.utils.device import resolve_precision
 

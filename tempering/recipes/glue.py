@@ -25,7 +25,7 @@ from tempering.methods.logits.supervised import Supervised
 from tempering.tasks import TextClassification
 from tempering.training.config import TrainConfig
 from tempering.training.experiment import Experiment, TeacherRecipe
-from tempering.training.pretrained import LogitCache
+from tempering.training.logit_cache import LogitCache
 
 SIZE = re.compile(r"(\d+)x(\d+)")  # a net that is built here: layers x width
 BUILT_LR, LOADED_LR = 5e-4, 2e-5
