@@ -70,7 +70,7 @@ def test_pairs_are_learned_and_graded(tmp_path: Path, kind: str, score: str, sou
     plain = tmp_path / "plain.txt"
     plain.write_text("a b" * 200)
     if kind == "seq2seq":
-        with pytest.raises(ValueError, match=r"seq2seq learns pairs, and plain\.txt is a running text"):
+        with pytest.raises(ValueError, match=r"seq2seq needs pairs, and plain\.txt is plain text"):
             recipes.run("language", sizes | {"out": tmp_path / "runs" / "three", "text": plain})
 
 

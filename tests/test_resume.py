@@ -15,7 +15,7 @@ from torch import nn
 from tempering.methods import KD
 from tempering.training import checkpoint as checkpoints
 from tempering.training.fabric import fabric_for
-from tempering.training.run_dir import _said
+from tempering.training.run_dir import _to_text
 from tempering.training.stream import ResumableLoader
 from tests.killed import KILLS
 from tests.paths import ROOT
@@ -163,5 +163,5 @@ def test_a_loader_with_its_own_generator_keeps_the_users_seed() -> None:
 
 
 def test_a_key_holds_no_addresses() -> None:
-    assert _said(stop_at) == "<function stop_at>"
-    assert " at 0x" not in _said(nn.ReLU().forward) and _said(torch.float32) == "torch.float32"
+    assert _to_text(stop_at) == "<function stop_at>"
+    assert " at 0x" not in _to_text(nn.ReLU().forward) and _to_text(torch.float32) == "torch.float32"

@@ -226,7 +226,7 @@ def test_chance_is_told_from_knowledge_on_many_rows() -> None:
 
 def test_a_teacher_in_training_mode() -> None:
     model = knowing().requires_grad_(False).train()
-    with pytest.raises(SelfCheckError, match=r"training mode \(itself\): its answers depend .*teachers.Live\(model\)"):
+    with pytest.raises(SelfCheckError, match=r"training mode \(itself\): its outputs depend .*teachers.Live\(model\)"):
         check(teacher=Raw(model, model))
     part = nn.Sequential(knowing(), nn.Dropout(0.5)).requires_grad_(False).eval()
     part[1].train()
@@ -279,7 +279,7 @@ def test_a_task_that_promises_another_weight() -> None:
     with pytest.raises(SelfCheckError, match=r"Heavier.row_weights\(\) is 64 .* 'logits', but rows\(\) has 32"):
         check(task=Heavier())
     with pytest.raises(
-        SelfCheckError, match=r"Other.row_weights\(\) does not name the block 'logits' that rows\(\) makes"
+        SelfCheckError, match=r"Other.row_weights\(\) does not have the block 'logits' that rows\(\) returns"
     ):
         check(task=Other())
 
@@ -302,11 +302,11 @@ def test_a_student_without_numbers() -> None:
 FAULTS: dict[str, tuple[Method, str]] = {
     "not zero at agreement": (
         Odd(lambda rows: gap(rows) + 0.5),
-        r"Odd: the loss of a student equal to its teacher is not 0 but odd = 0.5 at most.*zero_when_equal = False",
+        r"Odd: the loss of a student equal to its teacher is not 0; the largest terms of a row: odd = 0.5.*zero_when_equal = False",
     ),
     "no number at agreement": (
         Odd(lambda rows: gap(rows) / (rows.student - rows.teacher).abs().sum(-1)),
-        "equal to its teacher is not 0 but odd = nan",
+        "equal to its teacher is not 0; the largest terms of a row: odd = nan",
     ),
     "changes with the split": (
         Odd(lambda rows: gap(rows) * rows.student.std(0).sum()),

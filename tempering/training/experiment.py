@@ -138,7 +138,7 @@ class Experiment:
         return ready if self.bind_teacher is None or teacher is None else self.bind_teacher(ready, teacher)
 
     @property
-    def made_teacher(self) -> Teacher | None:
+    def resolved_teacher(self) -> Teacher | None:
         """The teacher, after ``with_teacher``.
 
         Raises:
@@ -156,7 +156,7 @@ class Experiment:
     def _trainer(self, folder: Path | None) -> Trainer:
         return make_trainer(
             self.student,
-            self.made_teacher,
+            self.resolved_teacher,
             self.train,
             method=self.method,
             task=self.task,
