@@ -14,7 +14,7 @@ from torch import nn
 
 from tempering.methods import DTKD, KD
 from tempering.temperature import Static
-from tempering.training import checkpoint as checkpoints
+from tempering.training import checkpoint
 from tempering.training.checkpoint import CorruptCheckpointError, list_steps, load, save, save_weights
 from tempering.utils.files import write_file
 from tests.runs import ADAMW, SGD, cut, go, identical, points, student_net
@@ -99,7 +99,7 @@ def other_format(place: Path) -> None:
     record = json.loads(file.read_text())
     del record["sha256"]
     record["format"] = 99
-    file.write_text(json.dumps({**record, "sha256": checkpoints._digest(record)}))
+    file.write_text(json.dumps({**record, "sha256": checkpoint._digest(record)}))
 
 
 BROKEN = {

@@ -286,5 +286,5 @@ def test_a_mistyped_flag_behind_starts_nothing(
 def test_a_control_that_is_no_arm_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "grid"
     assert run("compare", DIGITS, "--methods=kd", "--control=dkt", "--out", out) == 1
-    assert "no arm is called 'dkt'" in capsys.readouterr().err
+    assert "no method is called 'dkt'" in capsys.readouterr().err
     assert not out.exists()

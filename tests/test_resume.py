@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tempering.methods import KD
-from tempering.training import checkpoint as checkpoints
+from tempering.training import checkpoint
 from tempering.training.fabric import fabric_for
 from tempering.training.run_dir import _to_text
 from tempering.training.stream import ResumableLoader
@@ -127,12 +127,12 @@ def test_killed_and_resumed(name: str, killed: Path, whole: dict[str, dict[str, 
     assert run.facts["status"] == "done"
     assert run.facts.get("resumed", []) == ([] if name == "before the first checkpoint" else [_resumed(leftovers)])
     same(out, whole[loader])
-    assert not list(out.rglob("*.partial")) and not list(out.rglob(f"*{checkpoints.OLD}"))
+    assert not list(out.rglob("*.partial")) and not list(out.rglob(f"*{checkpoint.OLD}"))
 
 
 def _resumed(names: list[str]) -> int:
     """The newest step among these names of whole checkpoints."""
-    return max(int(n.removesuffix(checkpoints.OLD)[5:]) for n in names if not n.endswith(".partial"))
+    return max(int(n.removesuffix(checkpoint.OLD)[5:]) for n in names if not n.endswith(".partial"))
 
 
 # what it stands on

@@ -123,7 +123,7 @@ def compare(
     grid = plan_for(file, arms, range(first_seed, first_seed + seeds), recipe_args, control)
     grid = merged(out, grid)
     if control is not None:  # before anything is run
-        lookup(control, {cell.label: cell for cell in grid.cells}, "arm")
+        lookup(control, {cell.label: cell for cell in grid.cells}, "method")
     if nice:
         renice()
     ids = [part.strip() for part in gpus.split(",") if part.strip()]

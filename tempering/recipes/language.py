@@ -207,8 +207,8 @@ def _pairs(text: Path, kind: str, *, length: int, batch_size: int, seed: int, su
     pieces = _cut([(a, b) for a, b in all_pairs if a and 0 < len(b) <= max_target], subset)
     if short := [name for name, piece in pieces.items() if not piece]:
         raise ValueError(
-            f"no pairs for {short[0]}: {sum(len(b) <= max_target for _, b in all_pairs)} of {len(all_pairs)} in {text.name} "
-            f"have a target of at most {max_target} bytes. Give a larger length."
+            f"no pairs for {short[0]}: {sum(len(b) <= max_target for _, b in all_pairs)} of {len(all_pairs)} in "
+            f"{text.name} have a target of at most {max_target} bytes. Give a larger length."
         )
     order = {name: {"batch_size": batch_size, "shuffle": name == "train", "seed": seed, "pad": PAD} for name in SPLITS}
     if kind == "causal":
