@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from tempering.rows import Rows as Rows
     from tempering.rows import total as total
     from tempering.training.config import Run as Run
+    from tempering.training.config import TrainConfig as TrainConfig
     from tempering.training.distill import distill as distill
+    from tempering.training.experiment import Experiment as Experiment
+    from tempering.training.experiment import TeacherRecipe as TeacherRecipe
     from tempering.utils.hooks import FeatureExtractor as FeatureExtractor
 
 
@@ -34,6 +37,9 @@ _EXPORTS = {
     "total": "tempering.rows",
     "distill": "tempering.training.distill",
     "Run": "tempering.training.config",
+    "TrainConfig": "tempering.training.config",
+    "Experiment": "tempering.training.experiment",
+    "TeacherRecipe": "tempering.training.experiment",
     "FeatureExtractor": "tempering.utils.hooks",
 }
 _SUBPACKAGES = (

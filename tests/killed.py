@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tempering.training import checkpoint as checkpoints
+from tempering.training import checkpoint
 from tempering.utils import files
 from tests.runs import resumable
 
@@ -51,7 +51,7 @@ def arm(what: str, count: int) -> dict[str, Any]:
         def renaming(self: Path, target: Path) -> Path:
             moved = rename(self, target)
             # "replace": between the two renames that exchange a step's checkpoint for a newer one
-            if what == "rename" or str(target).endswith(checkpoints.OLD):
+            if what == "rename" or str(target).endswith(checkpoint.OLD):
                 kill()
             return moved
 

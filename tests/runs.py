@@ -17,7 +17,7 @@ from tempering.methods import KD, Method
 from tempering.objectives import cross_entropy
 from tempering.rows import Rows
 from tempering.tasks import Classification
-from tempering.training import checkpoint as checkpoints
+from tempering.training import checkpoint
 from tempering.training.config import Run
 from tempering.training.distill import distill
 
@@ -195,7 +195,7 @@ def stop_at(step: int) -> Callable[[int, Tensor], None]:
 
 def left(out: Path) -> dict[str, Any]:
     """Everything that must be the same: the last checkpoint's bits, the weights' files, and the lines."""
-    state = checkpoints.load(out / "checkpoints")
+    state = checkpoint.load(out / "checkpoints")
     assert state is not None
     state["at"]["seconds"] = 0.0
     lines = {

@@ -456,7 +456,7 @@ def first_of(name: str, flags: dict[str, Any]) -> tuple[dict, tuple, Any]:
     batches.set_epoch(0)
     weights = {key: value.clone() for key, value in made.student.state_dict().items()}
     batch = next(iter(batches))
-    return weights, batch, made.with_teacher("random").made_teacher
+    return weights, batch, made.with_teacher("random").resolved_teacher
 
 
 @pytest.mark.parametrize("name", ["digits", pytest.param("cifar100", marks=needs_shared)])

@@ -89,7 +89,7 @@ def test_a_run_is_audited_by_its_own_command(made: tuple[Path, Path], capsys: py
     before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
     assert run("audit", folder, "--calibration", "--explanation", "--samples", "30") == 0
     said = capsys.readouterr().out
-    assert "temperature" in said and "findings, and what each means: " in said
+    assert "temperature" in said and "findings, and the meaning of each: " in said
     found = audits(folder / "audits.json")
     assert list(found) == ["calibration", "explanation"]
     assert "It was distilled with" in json.dumps(found["calibration"]) and found["calibration"]["commit"] is not None
@@ -182,7 +182,7 @@ def test_what_cannot_be_audited_says_what_to_type(
     lost.mkdir(parents=True)
     (lost / "facts.json").write_text("{}")
     cases = {
-        "has no student.safetensors: it has not finished": (lost,),
+        "has no student.safetensors: it is not finished": (lost,),
         "Give a run's folder, a .safetensors file or a checkpoint's folder": (tmp_path / "none",),
         "neither a run (facts.json) nor a checkpoint (state.json)": (tmp_path,),
         "the run has no validation split; it has train, test": (folder, "--split=validation"),

@@ -14,8 +14,8 @@ from torch import nn
 
 from tempering.methods import DTKD, KD
 from tempering.temperature import Static
-from tempering.training import checkpoint as checkpoints
-from tempering.training.checkpoint import CorruptCheckpointError, found, load, save, save_weights
+from tempering.training import checkpoint
+from tempering.training.checkpoint import CorruptCheckpointError, list_steps, load, save, save_weights
 from tempering.utils.files import write_file
 from tests.runs import ADAMW, SGD, cut, go, identical, points, student_net
 
@@ -49,15 +49,15 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 def test_only_tensors_and_plain_values(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"a checkpoint holds tensors and plain values; got Linear at /student/net"):
         save(tmp_path, 1, {"student": {"net": nn.Linear(1, 1)}})
-    assert not found(tmp_path)
+    assert not list_steps(tmp_path)
 
 
 def test_keep(tmp_path: Path) -> None:
     for step in range(1, 6):
         save(tmp_path, step, altered(step), keep=3)
-    assert sorted(found(tmp_path)) == [3, 4, 5]
+    assert sorted(list_steps(tmp_path)) == [3, 4, 5]
     save(tmp_path, 5, altered(50), keep=1)
-    assert found(tmp_path) == [5] and [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
+    assert list_steps(tmp_path) == [5] and [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
     assert load(tmp_path)["step"] == 50  # pyright: ignore[reportOptionalSubscript]
 
 
@@ -99,7 +99,7 @@ def other_format(place: Path) -> None:
     record = json.loads(file.read_text())
     del record["sha256"]
     record["format"] = 99
-    file.write_text(json.dumps({**record, "sha256": checkpoints._digest(record)}))
+    file.write_text(json.dumps({**record, "sha256": checkpoint._digest(record)}))
 
 
 BROKEN = {
@@ -178,7 +178,7 @@ def test_no_space_for_a_checkpoint(writes: int, step: int, full: list[int], tmp_
     with pytest.raises(OSError, match=r"^\[Errno 28\] cannot write the checkpoint of step") as caught:
         save(folder, step, altered(step), keep=1)
     assert caught.value.errno == errno.ENOSPC
-    for said in (f"step {step} (0.0 MB) under {folder}: No space left on device.", "older checkpoints are untouched"):
+    for said in (f"step {step} (0.0 MB) under {folder}: No space left on device.", "older checkpoints are kept"):
         assert said in str(caught.value)
     assert files(folder) == before
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tempering.training import checkpoint as checkpoints
+from tempering.training import checkpoint
 from tests.detection_runs import KINDS, go, one_student
 from tests.later import needs
 from tests.paths import ROOT
@@ -61,7 +61,7 @@ def test_two_processes_are_one(name: str, strategy: str, two: Path, alone: Path)
     a, b = (load_file(out / "student.safetensors") for out in (ours, theirs))
     assert list(a) == list(b) and not torch.allclose(flat(a), flat(dict(student_net().state_dict())), atol=1e-2)
     torch.testing.assert_close(flat(a), flat(b), rtol=0.0, atol=CLOSE[name])
-    states = [checkpoints.load(out / "checkpoints") for out in (ours, theirs)]
+    states = [checkpoint.load(out / "checkpoints") for out in (ours, theirs)]
     assert states[0] is not None and states[1] is not None
     assert states[0]["at"]["step"] == states[1]["at"]["step"] > 0
     if name == "own parameters":
@@ -122,10 +122,10 @@ def test_what_a_split_would_change_is_refused(two: Path) -> None:
         "Use devices=1 and smaller batches, or a method over single rows."
     )
     assert learning == (
-        "Grown learns from what a step did to the rows of its own process, so 2 processes would learn 2 different "
+        "Grown learns from the effect of a step on the rows of its own process, so 2 processes would learn 2 different "
         "temperatures. Use devices=1, or another policy."
     )
-    assert unshared == ("list cannot be shared out over 2 processes. Use a DataLoader, or give it shard(rank, world).")
+    assert unshared == ("list cannot be split over 2 processes. Use a DataLoader, or give it shard(rank, world).")
 
 
 def _column(path: Path, name: str) -> list[float]:

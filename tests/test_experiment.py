@@ -18,7 +18,7 @@ from tempering.teachers import Live, Teacher
 from tempering.training.config import TrainConfig
 from tempering.training.distill import distill
 from tempering.training.experiment import Experiment, TeacherRecipe, UntrainedTeacherError
-from tempering.training.pretrained import LogitCache
+from tempering.training.logit_cache import LogitCache
 from tests.runs import SGD, cut, flattened, identical, left, points, student_net, teacher_net
 
 CONFIG = TrainConfig(epochs=2, quiet=True, accelerator="cpu", log_every=1)
@@ -87,7 +87,7 @@ def test_a_teacher_is_trained_when_it_is_needed_and_then_found(tmp_path: Path) -
     done = run.run()
     assert source.is_trained and done.facts["teacher"]["scores"]["test"]["accuracy"] > 0.3
     assert done.facts["teacher"]["parameters"] == 35
-    found = run.with_teacher("present").made_teacher
+    found = run.with_teacher("present").resolved_teacher
     assert found is not None and found.identity == done.facts["teacher"]["identity"]
     assert "training of the teacher linear" not in run.check().checks and run.check().checks["above chance"][:2] == "ok"
 
@@ -99,7 +99,7 @@ def test_a_cached_teacher_is_recorded_and_its_views_are_replayed(tmp_path: Path)
     done = run.run()
     assert done.facts["teacher"]["calls"] == 120 and len(list(tmp_path.glob("answers-*-2-0"))) == 1
     live = run.with_teacher("present", cached=False)
-    assert isinstance(live.made_teacher, Live) and live.train is run.train
+    assert isinstance(live.resolved_teacher, Live) and live.train is run.train
 
 
 def test_a_search_does_not_see_the_test_split(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_what_depends_on_the_teacher_is_made_with_it() -> None:
 
 def test_options_are_validated_when_it_is_made() -> None:
     for options, message in (
-        ({}, "give steps= or epochs=, one of them"),
+        ({}, "give either steps= or epochs="),
         ({"epochs": 0}, "epochs must be 1 or more; got 0"),
         ({"epochs": 1, "max_grad_norm": 0}, "max_grad_norm must be > 0; got 0"),
         ({"epochs": 1, "compile": "fast"}, "compile must be True, False or a mode"),

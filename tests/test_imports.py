@@ -80,3 +80,38 @@ except Stop:
     files = fresh(code, tmp_path / "run", cwd=tmp_path).splitlines()
     assert "methods/logits/dtkd.py" in files and "training/selfcheck.py" in files
     assert len(files) <= FILES_OF_A_RUN, "\n".join([f"{len(files)} files", *files])
+
+
+def test_the_run_command_imports_what_it_uses(tmp_path: Path) -> None:
+    """Files of this package that `tempering run` has imported for the first loss of DTKD in the recipe digits."""
+    pytest.importorskip("sklearn")
+    (tmp_path / "first_loss.py").write_text("""
+from dataclasses import replace
+from pathlib import Path
+
+from tempering import Experiment, TrainConfig
+from tempering.recipes.digits import main as digits
+
+
+def stop(step: int, loss: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(*, out: Path) -> Experiment:
+    config = TrainConfig(epochs=1, quiet=True)
+    return replace(digits(method="dtkd", teacher_epochs=1, out=out, config=config), on_step=stop)
+""")
+    code = """
+import sys
+from pathlib import Path
+from tempering.cli.main import main
+
+assert main(["run", "first_loss.py", "--out", sys.argv[1]]) == 130
+files = {Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
+root = Path(sys.modules["tempering"].__file__).parent
+print(*sorted(str(f.relative_to(root)) for f in files if f.is_relative_to(root)), sep="\\n")
+"""
+    files = fresh(code, tmp_path / "runs" / "student", cwd=tmp_path).splitlines()
+    assert list((tmp_path / "runs" / "teachers").glob("*/student.safetensors")), "the teacher is trained first"
+    assert "methods/logits/dtkd.py" in files and "cli/main.py" in files and "recipes/digits.py" in files
+    assert len(files) <= FILES_OF_A_RUN, "\n".join([f"{len(files)} files", *files])

@@ -65,12 +65,12 @@ def test_pairs_are_learned_and_graded(tmp_path: Path, kind: str, score: str, sou
     assert scores["loss"] < run.epochs[0]["test"]["loss"] and score in run.facts["teacher"]["scores"]["test"]
     if source == "on-policy":
         return
-    with pytest.raises(ValueError, match=r"no pairs for train: of 81 in pairs.jsonl 0 have a target of at most"):
+    with pytest.raises(ValueError, match=r"no pairs for train: 0 of 81 in pairs.jsonl have a target of at most"):
         recipes.run("language", sizes | {"out": tmp_path / "runs" / "two", "length": 1})
     plain = tmp_path / "plain.txt"
     plain.write_text("a b" * 200)
     if kind == "seq2seq":
-        with pytest.raises(ValueError, match=r"seq2seq learns pairs, and plain\.txt is a running text"):
+        with pytest.raises(ValueError, match=r"seq2seq needs pairs, and plain\.txt is plain text"):
             recipes.run("language", sizes | {"out": tmp_path / "runs" / "three", "text": plain})
 
 

@@ -73,7 +73,7 @@ def test_mismatched_classes(selfcheck: bool) -> None:
 
 
 def test_labels_out_of_range() -> None:
-    with pytest.raises(SelfCheckError, match=r"label 3 is out of range for 3 classes \(they count from 0\)\. Is the"):
+    with pytest.raises(SelfCheckError, match=r"label 3 is out of range for 3 classes \(the first is 0\)\. Is the"):
         go([(X, Y + 1)])
     with pytest.raises(
         ValueError, match=r"cross_entropy: label 3 is out of range .* count from 0 to 2\)\. .*start at 1"
@@ -262,12 +262,12 @@ def test_weights_of_a_teacher_that_cannot_be_used(cifar: Path, capsys: pytest.Ca
 
 
 def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
-    from tempering.training.run_dir import alone_in
+    from tempering.training.run_dir import lock_run_dir
 
     refused = pytest.raises(ValueError, match=r"another process is writing to .*run. Wait for it, or give another out=")
-    with alone_in(tmp_path / "run"), refused, alone_in(tmp_path / "run"):
+    with lock_run_dir(tmp_path / "run"), refused, lock_run_dir(tmp_path / "run"):
         raise AssertionError("held twice")
-    with alone_in(tmp_path / "run"):
+    with lock_run_dir(tmp_path / "run"):
         assert (tmp_path / "run").is_dir(), "given back"
 
 
@@ -284,5 +284,5 @@ def test_a_mistyped_flag_behind_starts_nothing(
 def test_a_control_that_is_no_arm_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "grid"
     assert run("compare", DIGITS, "--methods=kd", "--control=dkt", "--out", out) == 1
-    assert "no arm is called 'dkt'" in capsys.readouterr().err
+    assert "no method is called 'dkt'" in capsys.readouterr().err
     assert not out.exists()

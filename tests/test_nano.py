@@ -59,15 +59,15 @@ def float64() -> Iterator[None]:
 @pytest.mark.parametrize("solve", ["exact", "published"])
 def test_twenty_steps_have_the_losses_of_the_library(nano: ModuleType, solve: str, float64: None) -> None:
     """In float64: in float32 twenty steps part by as much as a CPU's order of sums."""
-    x, y, *_ = nano.data()
+    x, y, *_ = nano.load_data()
     x = x.double()
-    teacher = nano.alone(x, y, steps=60, seed=0, width=64)
-    plain, want = nano.distilled(teacher, x, y, steps=STEPS, seed=SEED, solve=solve)
+    teacher = nano.train_supervised(x, y, steps=60, seed=0, width=64)
+    plain, want = nano.distill(teacher, x, y, steps=STEPS, seed=SEED, solve=solve)
 
     drawn = torch.Generator().manual_seed(SEED)
     batches = [(x[i], y[i]) for i in (torch.randint(len(x), (BATCH,), generator=drawn) for _ in range(STEPS))]
     torch.manual_seed(SEED)
-    student, got = nano.net(8), []
+    student, got = nano.build_net(8), []
     kd.distill(
         student,
         teacher,

@@ -62,7 +62,7 @@ def test_names_that_cannot_be_a_recipe(folder: Path, capsys: pytest.CaptureFixtu
         "mine.py": "mine.py exists and is not overwritten",
         "1st": "begins with a letter; got '1st'",
         "my recipe": "got 'my recipe'",
-        "random": "random is a Python module, which random.py would hide",
+        "random": "random is a Python module, which random.py would shadow",
         "torch": "torch is a Python module",
         "digits": "digits is a recipe of tempering",
         "nowhere/mine": "there is no folder nowhere. Create it first: mkdir -p nowhere",

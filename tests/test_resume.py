@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from tempering.methods import KD
-from tempering.training import checkpoint as checkpoints
+from tempering.training import checkpoint
 from tempering.training.fabric import fabric_for
-from tempering.training.run_dir import _said
+from tempering.training.run_dir import _to_text
 from tempering.training.stream import ResumableLoader
 from tests.killed import KILLS
 from tests.paths import ROOT
@@ -127,12 +127,12 @@ def test_killed_and_resumed(name: str, killed: Path, whole: dict[str, dict[str, 
     assert run.facts["status"] == "done"
     assert run.facts.get("resumed", []) == ([] if name == "before the first checkpoint" else [_resumed(leftovers)])
     same(out, whole[loader])
-    assert not list(out.rglob("*.partial")) and not list(out.rglob(f"*{checkpoints.OLD}"))
+    assert not list(out.rglob("*.partial")) and not list(out.rglob(f"*{checkpoint.OLD}"))
 
 
 def _resumed(names: list[str]) -> int:
     """The newest step among these names of whole checkpoints."""
-    return max(int(n.removesuffix(checkpoints.OLD)[5:]) for n in names if not n.endswith(".partial"))
+    return max(int(n.removesuffix(checkpoint.OLD)[5:]) for n in names if not n.endswith(".partial"))
 
 
 # what it stands on
@@ -163,5 +163,5 @@ def test_a_loader_with_its_own_generator_keeps_the_users_seed() -> None:
 
 
 def test_a_key_holds_no_addresses() -> None:
-    assert _said(stop_at) == "<function stop_at>"
-    assert " at 0x" not in _said(nn.ReLU().forward) and _said(torch.float32) == "torch.float32"
+    assert _to_text(stop_at) == "<function stop_at>"
+    assert " at 0x" not in _to_text(nn.ReLU().forward) and _to_text(torch.float32) == "torch.float32"

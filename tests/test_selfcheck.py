@@ -226,7 +226,7 @@ def test_chance_is_told_from_knowledge_on_many_rows() -> None:
 
 def test_a_teacher_in_training_mode() -> None:
     model = knowing().requires_grad_(False).train()
-    with pytest.raises(SelfCheckError, match=r"training mode \(itself\): its answers depend .*teachers.Live\(model\)"):
+    with pytest.raises(SelfCheckError, match=r"training mode \(itself\): its outputs depend .*teachers.Live\(model\)"):
         check(teacher=Raw(model, model))
     part = nn.Sequential(knowing(), nn.Dropout(0.5)).requires_grad_(False).eval()
     part[1].train()
@@ -242,7 +242,7 @@ def test_a_teacher_that_is_not_frozen() -> None:
 
 def test_a_teacher_that_answers_differently_the_second_time() -> None:
     drop = Raw(lambda x: nn.functional.dropout(x[:, :C] * 6, 0.1))
-    with pytest.raises(SelfCheckError, match=r"answers the same batch differently the second time. .*augmentation"):
+    with pytest.raises(SelfCheckError, match=r"logits differ in a second forward pass of the same batch.*augmentation"):
         check(teacher=drop)
     noise = Raw(lambda x: x[:, :C] * 6 + 1e-4 * torch.randn(N, C))  # rounding of another kernel is no fault
     assert "deterministic" in check(teacher=noise)
@@ -276,12 +276,10 @@ def test_a_task_that_promises_another_weight() -> None:
         def row_weights(self, batch: Any) -> dict[str, float]:
             return {"boxes": 1.0}
 
-    with pytest.raises(
-        SelfCheckError, match=r"Heavier.row_weights\(\) promises weight 64 .* 'logits' and rows\(\) makes 32"
-    ):
+    with pytest.raises(SelfCheckError, match=r"Heavier.row_weights\(\) is 64 .* 'logits', but rows\(\) has 32"):
         check(task=Heavier())
     with pytest.raises(
-        SelfCheckError, match=r"Other.row_weights\(\) does not name the block 'logits' that rows\(\) makes"
+        SelfCheckError, match=r"Other.row_weights\(\) does not have the block 'logits' that rows\(\) returns"
     ):
         check(task=Other())
 
@@ -304,11 +302,11 @@ def test_a_student_without_numbers() -> None:
 FAULTS: dict[str, tuple[Method, str]] = {
     "not zero at agreement": (
         Odd(lambda rows: gap(rows) + 0.5),
-        r"Odd: the loss of a student equal to its teacher is not 0 but odd = 0.5 at most.*zero_when_equal = False",
+        r"Odd: the loss of a student equal to its teacher is not 0; the largest terms of a row: odd = 0.5.*set zero",
     ),
     "no number at agreement": (
         Odd(lambda rows: gap(rows) / (rows.student - rows.teacher).abs().sum(-1)),
-        "equal to its teacher is not 0 but odd = nan",
+        "equal to its teacher is not 0; the largest terms of a row: odd = nan",
     ),
     "changes with the split": (
         Odd(lambda rows: gap(rows) * rows.student.std(0).sum()),
@@ -324,17 +322,17 @@ FAULTS: dict[str, tuple[Method, str]] = {
     ),
     "changes with a shift": (
         Odd(lambda rows: (rows.student - rows.teacher).square().sum(-1)),
-        r"and \S+ with a constant added to the logits, which softmax ignores.",
+        r"and \S+ with a constant added to the logits, which does not change softmax.",
     ),
     "no number": (
         Odd(lambda rows: gap(rows) * torch.inf, zero_when_equal=False),
-        "Odd: the loss of the first batch is inf. Look at the logits",
+        "Odd: the loss of the first batch is inf. Inspect the logits",
     ),
     "gradient without numbers": (
         Odd(lambda rows: gap(rows) + (gap(rows) - gap(rows).detach()).abs().sqrt()),
         r"Odd: the gradient in the student's logits is not finite on the first batch, first in row 0. If classes are",
     ),
-    "no gradient": (Odd(lambda rows: gap(rows).detach()), "Odd: no gradient reaches the student. Is its side detached"),
+    "no gradient": (Odd(lambda rows: gap(rows).detach()), "Odd: no gradient reaches the student. Is it detached"),
 }
 
 

@@ -22,7 +22,7 @@ from tempering.models.fcos import FCOS
 from tempering.rows import Rows
 from tempering.tasks.detection import Detection
 from tempering.temperature import AdaptivePolicy, Temperatures
-from tempering.training import checkpoint as checkpoints
+from tempering.training import checkpoint
 from tempering.training.config import Run
 from tests import detection_runs
 from tests.runs import (
@@ -157,7 +157,7 @@ def main(out: Path) -> None:
         both = ddp | {"strategy": strategy}
         run = one("own parameters", out / f"apart {strategy}", seed=1 + rank, **both)
         every = [None, None]
-        state = checkpoints.gather(run.student, None, None)["student"]
+        state = checkpoint.gather(run.student, None, None)["student"]
         torch.distributed.all_gather_object(every, {name: value.tolist() for name, value in state.items()})
         assert every[0] == every[1], "the processes ended with other weights"
     said = [refusal(method=DIST(), **ddp), refusal(method=KD(temperature=Grown()), **ddp)]

@@ -1,4 +1,4 @@
-"""The command that writes a recipe to start from."""
+"""Write a new recipe: the command `tempering new-recipe`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tempering.experiments.recipe import BUNDLED, TEMPLATE
 
 
 def new_recipe(name: Annotated[Path, Positional, arg(metavar="NAME")]) -> None:
-    """Write a commented recipe to start from: a Python file with its own data and networks, which runs at once.
+    """Write a commented recipe to edit: a Python file with synthetic data and small networks, ready to run.
 
     tempering new-recipe mine
 
     Args:
-        name: of the new file, with or without .py.
+        name: path of the new file, with or without .py.
     """
     path = name if name.suffix == ".py" else name.with_name(f"{name.name}.py")
     if path.exists():
@@ -36,10 +36,10 @@ def new_recipe(name: Annotated[Path, Positional, arg(metavar="NAME")]) -> None:
 
 
 def check_name(stem: str) -> None:
-    """Check that a file of this name can be a recipe: its folder is on Python's path while it runs.
+    """Check that a file of this name can be a recipe; its folder is on sys.path when it runs.
 
     Raises:
-        ValueError: if it is no identifier, or the name of a bundled recipe or of a module, which it would hide.
+        ValueError: if it is not an identifier, or if it is the name of a bundled recipe or of a module.
     """
     if not re.fullmatch(r"[A-Za-z]\w*", stem, re.ASCII):
         raise ValueError(
@@ -52,6 +52,6 @@ def check_name(stem: str) -> None:
     names = {*sys.stdlib_module_names, "tempering"}
     if stem in names or PathFinder.find_spec(stem, list(installed)) is not None:
         raise ValueError(
-            f"{stem} is a Python module, which {stem}.py would hide from the recipes beside it. Choose another name, "
+            f"{stem} is a Python module, which {stem}.py would shadow for recipes in its folder. Choose another name, "
             f"such as my_{stem}."
         )

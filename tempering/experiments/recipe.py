@@ -1,4 +1,4 @@
-"""Recipes: Python files whose ``main(*, ...)`` returns an Experiment and whose typed arguments are its flags."""
+"""Load recipes: Python files whose ``main(*, ...)`` returns an Experiment; its typed arguments are the flags."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tempering.training.experiment import Experiment
 
 BUNDLED = Path(__file__).resolve().parents[1] / "recipes"
-TEMPLATE = BUNDLED / "template.py"  # what `tempering new-recipe` copies; not offered to be run
+TEMPLATE = BUNDLED / "template.py"  # copied by `tempering new-recipe`; not listed as a recipe
 TRAINING = frozenset(f.name for f in fields(TrainConfig))  # flags of an argument `config: TrainConfig`
 EXAMPLE = (
     "from tempering.training.experiment import Experiment; ... return Experiment(student=..., teacher=..., train=..., "
@@ -32,28 +32,31 @@ EXAMPLE = (
 
 
 def find(name: str) -> Path:
-    """The recipe's file: a path, or the name of a bundled recipe, such as "digits".
+    """Return the path of a recipe.
+
+    Args:
+        name: a path, or the name of a bundled recipe, such as "digits".
 
     Raises:
-        FileNotFoundError: naming what is there instead.
+        FileNotFoundError: if there is no such file; names similar ones.
     """
     path = Path(name)
     if path.is_file():
         return path
     bundled = sorted(p for p in BUNDLED.glob("*.py") if p.stem != "__init__" and p != TEMPLATE)
-    for other in bundled:
-        if name in (other.stem, other.name):
-            return other
-    here = [*bundled, *path.parent.glob("*.py")] if path.parent.is_dir() else bundled
-    here = {p.resolve(): p for p in here}.values()
-    near = {str(p): difflib.SequenceMatcher(None, path.stem, p.stem).ratio() for p in here}
-    best = [p for p in sorted(near, key=lambda p: -near[p]) if near[p] >= 0.5][:3]
-    hint = f" Did you mean {' or '.join(best)}?" if best else f" There are: {', '.join(sorted(near)[:12]) or 'none'}."
+    for file in bundled:
+        if name in (file.stem, file.name):
+            return file
+    candidates = [*bundled, *path.parent.glob("*.py")] if path.parent.is_dir() else bundled
+    candidates = {p.resolve(): p for p in candidates}.values()
+    ratios = {str(p): difflib.SequenceMatcher(None, path.stem, p.stem).ratio() for p in candidates}
+    best = [p for p in sorted(ratios, key=lambda p: -ratios[p]) if ratios[p] >= 0.5][:3]
+    hint = f" Did you mean {' or '.join(best)}?" if best else f" There are: {', '.join(sorted(ratios)[:12]) or 'none'}."
     raise FileNotFoundError(f"there is no recipe {name}.{hint} A recipe is a Python file with main(*, ...).")
 
 
 def load(path: Path) -> Callable[..., Any]:
-    """The recipe's ``main``; executes the top level of the file, as importing it does.
+    """Import a recipe and return its ``main``.
 
     Raises:
         ValueError: for a file without ``main``.
@@ -62,7 +65,7 @@ def load(path: Path) -> Callable[..., Any]:
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and type hints look their module up
+    sys.modules[spec.name] = module  # dataclasses and type hints look up their module
     if (folder := str(path.resolve().parent)) not in sys.path:
         sys.path.insert(0, folder)
     spec.loader.exec_module(module)
@@ -70,56 +73,56 @@ def load(path: Path) -> Callable[..., Any]:
 
 
 def call(path: Path, argv: Sequence[str], *, prog: str) -> Any:
-    """What the recipe's ``main`` returns for these flags."""
+    """Call the recipe's ``main`` with these flags, and return its result."""
     return tyro.cli(load(path), prog=prog, args=list(argv))
 
 
 def describe(path: Path, argv: Sequence[str], *, prog: str) -> Experiment:
-    """The Experiment that the recipe's ``main`` returns for these flags; nothing is trained.
+    """Return the Experiment that the recipe's ``main`` returns for these flags; nothing is trained.
 
     Raises:
-        ValueError: for a recipe that returns anything else, such as the Run of a call of distill().
+        ValueError: for a recipe that returns another type, such as the Run of a call of distill().
     """
-    declared = _returns(path)
-    if declared in ("Run", "None"):  # known before main() trains for hours
-        raise ValueError(_no_experiment(path, declared))
-    made = call(path, argv, prog=prog)
-    # by what is needed of it, so that a recipe without torch is not made to import it
-    if not all(callable(getattr(made, name, None)) for name in ("check", "run", "without_test")):
-        raise ValueError(_no_experiment(path, "None" if made is None else type(made).__name__))
-    return made
+    declared = _return_type(path)
+    if declared in ("Run", "None"):  # before main() trains
+        raise ValueError(_wrong_type_message(path, declared))
+    experiment = call(path, argv, prog=prog)
+    # by its methods instead of isinstance(), which would import torch
+    if not all(callable(getattr(experiment, name, None)) for name in ("check", "run", "without_test")):
+        raise ValueError(_wrong_type_message(path, "None" if experiment is None else type(experiment).__name__))
+    return experiment
 
 
 def with_flags(main: Callable[..., Any], flags: Mapping[str, Any]) -> Any:
-    """Call ``main`` from Python with its flags by name; those of TrainConfig, such as epochs, go into its config.
+    """Call ``main`` with flags by name; flags of TrainConfig, such as epochs, replace fields of its config.
 
     with_flags(main, {"method": "kd", "epochs": 3}) is main(method="kd", config=replace(its default, epochs=3)).
     """
     parameters = inspect.signature(main).parameters
-    given = {name: value for name, value in flags.items() if name in parameters}
+    arguments = {name: value for name, value in flags.items() if name in parameters}
     options = {name: value for name, value in flags.items() if name not in parameters}
     config = next((p for p in parameters.values() if isinstance(p.default, TrainConfig)), None)
     if config is not None and options:
-        given[config.name] = replace(given.get(config.name, config.default), **options)
+        arguments[config.name] = replace(arguments.get(config.name, config.default), **options)
         options = {}
-    return main(**given, **options)
+    return main(**arguments, **options)
 
 
-def finish(made: Any) -> Run | None:
-    """Run what a recipe's ``main`` returned: an Experiment; a Run is finished, and anything else is no run."""
-    if callable(getattr(made, "run", None)):
-        made = made.run()
-    return made if getattr(made, "facts", None) else None
+def finish(result: Any) -> Run | None:
+    """Run the Experiment that a recipe's ``main`` returned; return a Run unchanged, and None for any other result."""
+    if callable(getattr(result, "run", None)):
+        result = result.run()
+    return result if getattr(result, "facts", None) else None
 
 
-def check_flags(path: Path, given: Sequence[str]) -> None:
-    """Check flags before anything is started with them.
+def check_flags(path: Path, recipe_args: Sequence[str]) -> None:
+    """Check the flags of a recipe before anything is run.
 
     Raises:
-        ValueError: for one that ``main`` does not take, with the nearest.
+        ValueError: for a flag that ``main`` does not take, with the nearest.
     """
     known = flags(path)
-    for word in given:
+    for word in recipe_args:
         if not word.startswith("--") or word == "--help":
             continue
         name = re.split(r"[=.]", word[2:])[0].replace("-", "_")
@@ -131,7 +134,7 @@ def check_flags(path: Path, given: Sequence[str]) -> None:
 
 
 def flags(path: Path) -> set[str]:
-    """Names of the flags of ``main``, read from the source: nothing is imported or run.
+    """Return the names of the flags of ``main``, read from the source without importing it.
 
     Raises:
         ValueError: for a file that is not Python, or has no ``main``.
@@ -158,14 +161,14 @@ def _main(path: Path) -> ast.FunctionDef:
     )
 
 
-def _returns(path: Path) -> str | None:
-    """The last name of the type that ``main`` is annotated to return."""
+def _return_type(path: Path) -> str | None:
+    """Return the unqualified name of the annotated return type of ``main``; None without annotation."""
     annotation = _main(path).returns
     return None if annotation is None else ast.unparse(annotation).strip("'\"").rpartition(".")[2]
 
 
-def _no_experiment(path: Path, returned: str) -> str:
+def _wrong_type_message(path: Path, returned: str) -> str:
     return (
-        f"main() of recipe {path} returned {returned}; return an Experiment, which this command can look into before "
-        f"anything is trained, e.g. {EXAMPLE}. (`tempering run` takes a Run as well.)"
+        f"main() of recipe {path} returned {returned}; return an Experiment, which this command can inspect before "
+        f"training, e.g. {EXAMPLE}. (`tempering run` takes a Run as well.)"
     )

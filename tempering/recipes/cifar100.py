@@ -1,4 +1,4 @@
-"""A student distilled on CIFAR-100 with the field's standard recipe; the teacher is trained first if it is missing.
+"""Distill a student on CIFAR-100 with the standard recipe; the teacher is trained first if it is missing.
 
 Command:  tempering run cifar100 --data DIR --teacher resnet32x4 --student resnet8x4 --method dtkd
 Laptop:   ... --teacher resnet14 --student resnet8 --epochs 6 --subset 5000 --threads 2
@@ -24,7 +24,7 @@ from tempering.tasks.two_view import classification_of_views
 from tempering.teachers import Live
 from tempering.training.config import TrainConfig
 from tempering.training.experiment import Experiment, TeacherRecipe
-from tempering.training.pretrained import LogitCache
+from tempering.training.logit_cache import LogitCache
 from tempering.training.schedules import cifar_decay, cifar_lr, cifar_sgd
 from tempering.utils.device import resolve_precision
 
@@ -62,8 +62,8 @@ def main(
     Args:
         data: the official cifar-100-python archive or folder, or this project's packed blocks.
         teacher: the teacher's network, such as resnet14, resnet32x4, wrn_40_2; `tempering list` names them.
-        student: the student's; "vam:resnet8" adds attention over 4 virtual blocks of its maps, "vam8:resnet8" over 8.
-        routing_tree: of an "explainer" student: weights of a finished run, whose tree is kept for a second stage.
+        student: the student's network; "vam:resnet8" adds attention over 4 virtual blocks of maps, "vam8:resnet8" 8.
+        routing_tree: weights of a finished run of an "explainer" student, whose tree is kept for a second stage.
         method: a preset or a method, such as supervised, kd-matched, "dtkd(soft=0.5, temperature=sharpness(4))".
         temperature: a policy in place of the method's own, such as "sharpness(4, solve=max)" or "static(2)".
         views: a second, augmented view of every batch: "strong" for two-view methods (MLKD, CSKD), "cutmix" for R2KD.
@@ -77,13 +77,13 @@ def main(
         teacher_epochs: epochs of the teacher's training; default: the student's.
         teacher_subset: train the teacher on this many images, 50,000 for all; default: the student's.
         teacher_dir: where trained teachers are kept; default: "teachers" next to the run's folder.
-        teacher_cache: cache the teacher's logits: 0 of clean images, k of k augmentations of each, which training then
-            replays and which depend on the seed; default: no cache.
+        teacher_cache: cache the teacher's logits: 0 of clean images; k of k augmentations of each, which depend on the
+            seed and which training replays; default: no cache.
         teacher_precision: of the teacher's forward pass; auto is bf16 on hardware that computes in it, else fp32.
         teacher_device: device of the teacher, such as cuda:1; default: the student's.
-        channels_last: store images and weights channels-last: the same values but for rounding.
-        fuse_bn: fuse the teacher's batch norms into its convolutions, unless a method uses its features.
-        cuda_graphs: replay CUDA graphs of both models, --compile reduce-overhead for the teacher too.
+        channels_last: store images and weights in channels-last format; results differ by rounding.
+        fuse_bn: fuse the teacher's batch norms into its convolutions, unless the method uses its features.
+        cuda_graphs: replay CUDA graphs of both models; --compile reduce-overhead does so for the student only.
         out: the run's folder; default: runs/cifar100/TEACHER-STUDENT/METHOD-SEED.
         config: options of training.
     """
@@ -94,36 +94,36 @@ def main(
     sizes = {"batch_size": batch_size, "test_subset": test_subset, "validation": validation}
     read = partial(cifar100, data, **sizes, channels_last=channels_last)
     splits = read(subset=subset, seed=config.seed)
-    new = partial(build_seeded, classes=splits.train.classes, channels_last=channels_last)
-    network = new(student, seed=config.seed)
+    build = partial(build_seeded, classes=splits.train.classes, channels_last=channels_last)
+    network = build(student, seed=config.seed)
     if routing_tree is not None:
         explainer.restart(load(network, routing_tree))
     rate, teacher_lr, length = lr or cifar_lr(student), lr or cifar_lr(teacher), teacher_epochs or config.epochs
     optimizer, schedule = explainer.optimizer_and_schedule(network, rate, (cifar_sgd(rate), cifar_decay))
-    taps = {name: (name, name) for name in loss.select_features(stages(network))}
+    features = {name: (name, name) for name in loss.select_features(stages(network))}
 
     def train_teacher(model: nn.Module) -> Experiment:
-        """With the same recipe and seed 0."""
-        own = read(subset=subset if teacher_subset is None else teacher_subset, seed=0)
+        """Train with the same recipe and seed 0."""
+        teacher_splits = read(subset=subset if teacher_subset is None else teacher_subset, seed=0)
         return Experiment(
             student=model,
-            **own._asdict(),
+            **teacher_splits._asdict(),
             method=Supervised(),
             optimizer=cifar_sgd(teacher_lr),
             schedule=cifar_decay,
             config=config.for_teacher(length),
-            facts={"label": f"teacher {teacher}", "student": {"name": teacher}, "data": own.facts()},
+            facts={"label": f"teacher {teacher}", "student": {"name": teacher}, "data": teacher_splits.facts()},
         )
 
-    # a larger set is not decoded to name it: the test images identify the data set, and the count its size
+    # identify other training images by the test images and their count, without decoding them
     source = splits.train.identity if teacher_subset is None else [splits.test.identity, teacher_subset, validation]
     key = {"epochs": length, "batch_size": batch_size, "lr": teacher_lr, "seed": 0, "precision": config.precision}
     precision = resolve_precision(teacher_precision, config.accelerator, teacher_device)
-    wrap = partial(Live, precision=precision, channels_last=channels_last, fuse_conv_bn=fuse_bn and not taps)
+    wrap = partial(Live, precision=precision, channels_last=channels_last, fuse_conv_bn=fuse_bn and not features)
     cache = partial(LogitCache, batches=splits.train, folder=folder, seed=config.seed, quiet=config.quiet)
-    recipe = TeacherRecipe(
+    teacher_recipe = TeacherRecipe(
         name=teacher,
-        build=partial(new, teacher, seed=0),
+        build=partial(build, teacher, seed=0),
         train=train_teacher,
         folder=folder,
         key=key | {"data": source},
@@ -134,10 +134,10 @@ def main(
     )
     return Experiment(
         student=network,
-        teacher=recipe if loss.needs_teacher else None,
+        teacher=teacher_recipe if loss.needs_teacher else None,
         **splits._asdict(),
         method=loss,
-        task=classification_of_views(views, taps, mean=MEAN, std=STD),
+        task=classification_of_views(views, features, mean=MEAN, std=STD),
         optimizer=optimizer,
         schedule=schedule,
         config=config,

@@ -1,9 +1,10 @@
-"""A small detector distilled from a wider one, on any folder in COCO's format or on shapes drawn from a seed.
+"""Distill a small detector from a wider one, on a folder in COCO's format or on synthetic shapes.
 
 Command:  tempering run detection --method fgd                       (shapes, no download)
           tempering run detection --data DIR --method "sum(fgd, dtkd(hard=0))"
 Table:    tempering compare detection --methods supervised,fgd,mgd --seeds 3 --out OUT -- --data DIR
-Recorded: benchmarks/results/detection-bccd/README.md has the command of its table; make gpu-detection, a larger one.
+Recorded: benchmarks/results/detection-bccd/README.md has the command of its table; `make gpu-detection` runs a larger
+          one.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from tempering.training.config import TrainConfig
 from tempering.training.experiment import Experiment, TeacherRecipe
 
 COLUMNS = ["test/map", "test/map50", "test/map75"]  # of the table
-WARMUP = 0.05  # fraction of the run in which the learning rate rises
+WARMUP = 0.05  # fraction of the run
 MAX_GRAD_NORM = 10.0
 
 
 def schedule(progress: float) -> float:
-    """A short rise, then half a cosine down to nothing."""
+    """Return the factor on the learning rate: linear warm-up, then cosine decay to 0."""
     return min(1.0, progress / WARMUP + 0.02) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
@@ -74,7 +75,7 @@ def main(
         student: the student's network, such as fcos_tiny, fcos_nano, fcos_tiny_bins (with bins, for LD).
         inherit_neck: start with the teacher's neck and head, if the method has a teacher.
         class_rows: rows of class logits: background, one per anchor; binary, one per anchor and class.
-        anchors_per_image: number of anchors per image whose logits are rows, those of the teacher's highest confidence.
+        anchors_per_image: number of anchors per image whose logits are rows: those of the teacher's highest confidence.
         size: pixels per side, a multiple of 32; default: 96 for shapes and 192 for a folder.
         resize_mode: letterbox keeps an image's proportions; stretch does not.
         augment: change training images by the size of their objects, as Inconsistent KD does, for two thirds of the
@@ -92,28 +93,28 @@ def main(
     out = out or Path("runs/detection", f"{teacher}-{student}", f"{slug(arm.name)}-{config.seed}")
     read = partial(_read, data, size=size, resize_mode=resize_mode, subset=subset, batch_size=batch_size)
     splits = read(seed=config.seed, epochs=config.epochs or 1, augment=augment)
-    new = partial(_new, classes=splits.train.classes)
+    build = partial(_build, classes=splits.train.classes)
     optimizer = partial(torch.optim.AdamW, lr=lr, weight_decay=1e-4)
-    network, length = new(student, seed=config.seed), teacher_epochs or config.epochs
+    network, length = build(student, seed=config.seed), teacher_epochs or config.epochs
 
     def train_teacher(model: nn.Module) -> Experiment:
-        """With the same recipe and seed 0, on images as they are."""
-        own = read(seed=0, epochs=1)
+        """Train with the same recipe and seed 0, without augmentation."""
+        teacher_splits = read(seed=0, epochs=1)
         return Experiment(
             student=model,
-            **own._asdict(),
+            **teacher_splits._asdict(),
             method=Supervised(),
             task=Detection(),
             optimizer=optimizer,
             schedule=schedule,
             config=replace(config.for_teacher(length), max_grad_norm=MAX_GRAD_NORM),
-            facts={"label": f"teacher {teacher}", "student": {"name": teacher}, "data": _facts(own)},
+            facts={"label": f"teacher {teacher}", "student": {"name": teacher}, "data": _facts(teacher_splits)},
         )
 
     key = {"data": splits.train.identity, "epochs": length, "batch_size": batch_size, "lr": lr, "seed": 0}
-    recipe = TeacherRecipe(
+    teacher_recipe = TeacherRecipe(
         name=teacher,
-        build=partial(new, teacher, seed=0),
+        build=partial(build, teacher, seed=0),
         train=train_teacher,
         folder=out.parent / "teachers",
         key=key | {"precision": config.precision},
@@ -121,7 +122,7 @@ def main(
     )
     return Experiment(
         student=network,
-        teacher=recipe if loss.needs_teacher else None,
+        teacher=teacher_recipe if loss.needs_teacher else None,
         **splits._asdict(),
         method=loss,
         task=Detection(classes=class_rows, class_rows=_uses_logits(loss), keep=anchors_per_image),
@@ -135,10 +136,10 @@ def main(
 
 
 def _inherit(experiment: Experiment, teacher: Teacher) -> Experiment:
-    """The student with the teacher's neck and head; its records name the weights that do not fit."""
+    """Copy the teacher's neck and head to the student; record the names of weights whose shapes differ."""
     assert isinstance(experiment.student, Detector) and isinstance(teacher.model, Detector)
-    left = inherit(experiment.student, teacher.model)
-    return replace(experiment, facts={**experiment.facts, "student": {**experiment.facts["student"], "left": left}})
+    skipped = inherit(experiment.student, teacher.model)
+    return replace(experiment, facts={**experiment.facts, "student": {**experiment.facts["student"], "left": skipped}})
 
 
 def _read(
@@ -153,30 +154,30 @@ def _read(
     augment: bool = False,
 ) -> Splits:
     if data is None:
-        made = synthetic_shapes(size=size or 96, batch_size=batch_size, seed=seed, epochs=epochs)
-        return made if subset is None else made._replace(train=made.train.subset(subset))
-    changes = []
+        splits = synthetic_shapes(size=size or 96, batch_size=batch_size, seed=seed, epochs=epochs)
+        return splits if subset is None else splits._replace(train=splits.train.subset(subset))
+    augmentations = []
     if augment:
         from tempering.data.inconsistent import SampleSpecific
 
-        changes = [SampleSpecific()]
-    own: dict[str, Any] = {"seed": seed, "epochs": epochs, "augment": changes, "subset": subset}
-    return coco(data, size=size or 192, fit=resize_mode, batch_size=batch_size, **own)
+        augmentations = [SampleSpecific()]
+    options: dict[str, Any] = {"seed": seed, "epochs": epochs, "augment": augmentations, "subset": subset}
+    return coco(data, size=size or 192, fit=resize_mode, batch_size=batch_size, **options)
 
 
 def _facts(splits: Splits) -> dict[str, Any]:
-    """What a record says of the data, with the boxes that were left out."""
+    """Return the facts of the data for records, with counts of dropped boxes."""
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     return splits.facts() | {"dropped": {name: getattr(part, "dropped", {}) for name, part in parts.items()}}
 
 
 def _uses_logits(loss: Method) -> bool:
-    """Whether a part of the method uses class logits: no method that owns its step, of features or of labels alone."""
+    """Return whether a part of the method uses class logits, unlike feature methods and methods that own their step."""
     parts = [m for m in loss.modules() if isinstance(m, Method) and not isinstance(m, Sum | FeatureMethod | Supervised)]
     return bool(parts) and not loss.owns_step
 
 
-def _new(name: str, *, classes: int, seed: int) -> Detector:
-    """The network with the initial weights of a seed, the same for every method."""
+def _build(name: str, *, classes: int, seed: int) -> Detector:
+    """Build the network with initial weights from the seed, equal for every method."""
     torch.manual_seed(seed)
     return detector(name, classes=classes)

@@ -1,4 +1,4 @@
-"""A small student distilled on scikit-learn's bundled digits: the whole job in seconds, with no download.
+"""Distill a small student on scikit-learn's bundled digits, in seconds and without a download.
 
 Command:  tempering run digits --method dtkd        (`tempering demo` runs five methods of it)
 """
@@ -23,7 +23,7 @@ SGD = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4)
 
 
 def decay(progress: float) -> float:
-    """A tenth of the learning rate in the last quarter of the run, and a hundredth in its last eighth."""
+    """Return the factor on the learning rate: 0.1 in the last quarter of the run, 0.01 in its last eighth."""
     return 0.1 ** ((progress >= 0.75) + (progress >= 0.875))
 
 
@@ -62,24 +62,24 @@ def main(
     optimizer = partial(SGD, lr=lr)
     network = build_seeded(student, seed=config.seed, classes=10, channels=1)
     data = digits(batch_size=batch_size, seed=config.seed)
-    images = data.train if subset is None else data.train.subset(subset)
+    train = data.train if subset is None else data.train.subset(subset)
 
     def train_teacher(model: nn.Module) -> Experiment:
-        """On all images, with seed 0."""
-        whole: Splits = digits(batch_size=batch_size, seed=0)
+        """Train on all images, with seed 0."""
+        splits: Splits = digits(batch_size=batch_size, seed=0)
         return Experiment(
             student=model,
-            train=whole.train,
-            validation=whole.validation,
-            test=whole.test,
+            train=splits.train,
+            validation=splits.validation,
+            test=splits.test,
             method=Supervised(),
             optimizer=optimizer,
             schedule=decay,
             config=config.for_teacher(teacher_epochs),
-            facts={"label": f"teacher {teacher}", "student": {"name": teacher}, "data": whole.facts()},
+            facts={"label": f"teacher {teacher}", "student": {"name": teacher}, "data": splits.facts()},
         )
 
-    source = TeacherRecipe(
+    teacher_recipe = TeacherRecipe(
         name=teacher,
         build=partial(build_seeded, teacher, seed=0, classes=10, channels=1),
         train=train_teacher,
@@ -88,8 +88,8 @@ def main(
     )
     return Experiment(
         student=network,
-        teacher=source if loss.needs_teacher else None,
-        train=images,
+        teacher=teacher_recipe if loss.needs_teacher else None,
+        train=train,
         validation=data.validation,
         test=data.test,
         method=loss,
@@ -101,6 +101,6 @@ def main(
         facts={
             "label": label or arm.label,
             "student": {"name": student},
-            "data": data._replace(train=images).facts(),
+            "data": data._replace(train=train).facts(),
         },
     )

@@ -1,10 +1,10 @@
-"""A small text classifier distilled on data in GLUE's format; the teacher is trained first where there is none.
+"""Distill a small text classifier on data in GLUE's format; the teacher is trained first if it is missing.
 
 Command:  tempering run glue --data DIR --method dtkd
-A table:  tempering compare glue --methods supervised,kd,dtkd,interactive --seeds 3 --out OUT -- --data DIR
+Table:    tempering compare glue --methods supervised,kd,dtkd,interactive --seeds 3 --out OUT -- --data DIR
 Names:    ... --teacher textattack/bert-base-uncased-SST-2 --teacher-epochs 0 --student 4x128
 
-DIR holds train.jsonl and dev.jsonl or test.jsonl, plain or .gz: an object a line, with a text ("sentence") or two
+DIR holds train.jsonl and dev.jsonl or test.jsonl, plain or .gz: one object per line, with a text ("sentence") or two
 ("sentence1" and "sentence2", "premise" and "hypothesis", ...) and an integer "label".
 """
 
@@ -25,15 +25,15 @@ from tempering.methods.logits.supervised import Supervised
 from tempering.tasks import TextClassification
 from tempering.training.config import TrainConfig
 from tempering.training.experiment import Experiment, TeacherRecipe
-from tempering.training.pretrained import LogitCache
+from tempering.training.logit_cache import LogitCache
 
-SIZE = re.compile(r"(\d+)x(\d+)")  # a net that is built here: layers x width
+SIZE = re.compile(r"(\d+)x(\d+)")  # a network that is built here: layers x width
 BUILT_LR, LOADED_LR = 5e-4, 2e-5
 ADAMW = partial(torch.optim.AdamW, weight_decay=0.01)
 
 
 def decay(progress: float) -> float:
-    """Linear warm-up over the first tenth, then linear to nothing."""
+    """Return the factor on the learning rate: linear warm-up over the first tenth, then linear decay to 0."""
     return min(progress / 0.1 + 0.02, 1.0) * min(1.0, (1.0 - progress) / 0.9)
 
 
@@ -66,125 +66,128 @@ def main(
         method: a preset or a method, such as supervised, kd, dtkd, or "interactive(held=500, teacher_lr=1e-4)".
         temperature: a policy in place of the method's own, such as "sharpness(2)" or "static(1)".
         label: name of this run in tables; default: that of the method.
-        teacher: LAYERSxWIDTH of a BERT that is built here; else a name on the Hugging Face Hub or a folder.
-        student: the same for the student.
-        teacher_epochs: epochs of the teacher's training, on all training texts; 0 takes a named one as it is.
+        teacher: LAYERSxWIDTH of a BERT that is built here, a name on the Hugging Face Hub, or a folder.
+        student: the student's network, in the same form.
+        teacher_epochs: epochs of the teacher's training, on all training texts; 0 uses a named one as it is.
         batch_size: texts per step.
-        lr: peak learning rate of the student; default: 5e-4, and 2e-5 for a named one.
-        teacher_lr: the same for the teacher's training (Interactive trains it further at a rate of its own).
+        lr: peak learning rate of the student; default: 5e-4, or 2e-5 for a named network.
+        teacher_lr: peak learning rate of the teacher's training, with the same default. Interactive has its own.
         dropout: of networks that are built here.
         length: maximum number of tokens of a text.
-        vocabulary: size of the tokenizer that is trained here, on the training texts; a named network has its own.
+        vocabulary: size of the tokenizer that is trained here, on the training texts; a named network uses its own.
         train_file: name of the training file, without its extension.
-        subset: train the student on this many texts, classes in proportion; default: all. The teacher sees all.
+        subset: train the student on this many texts, classes in proportion; default: all. The teacher uses all.
         validation: training texts held out to select the best epoch, if there is no dev file with a test file.
         teacher_cache: cache the teacher's logits of the training texts.
         out: the run's folder; default: runs/glue/DATA/METHOD-SEED. The teacher is kept in "teachers" next to it.
         config: options of training.
     """
     arm, loss = arm_from(method, temperature), method_of(method, temperature)
-    _may_remember(loss, teacher_cache)
+    _check_cacheable(loss, teacher_cache)
     out = out or Path("runs/glue", data.resolve().name, f"{slug(arm.name)}-{config.seed}")
     parts = read_glue(data, train=train_file)
-    readers = _readers(student, teacher if loss.needs_teacher else None, parts["train"].texts, vocabulary)
-    read = partial(_splits, data.resolve().name, parts, readers, batch_size, length, validation)
+    tokenizers = _tokenizers(student, teacher if loss.needs_teacher else None, parts["train"].texts, vocabulary)
+    read = partial(_splits, data.resolve().name, parts, tokenizers, batch_size, length, validation)
     splits: dict[str, Any] = read(seed=config.seed)
-    whole, classes = splits["train"], splits["train"].classes
-    splits["train"] = whole if subset is None else whole.take(subset)
-    new = partial(_new, classes=classes, length=length, dropout=dropout)
-    network, rate = new(student, readers["student"], seed=config.seed), teacher_lr or _rate(teacher)
-    called, folder = _called(teacher), out.parent / "teachers"
+    all_texts, classes = splits["train"], splits["train"].classes
+    splits["train"] = all_texts if subset is None else all_texts.take(subset)
+    build = partial(_build, classes=classes, length=length, dropout=dropout)
+    network, rate = build(student, tokenizers["student"], seed=config.seed), teacher_lr or _default_lr(teacher)
+    teacher_name, folder = _name(teacher), out.parent / "teachers"
 
     def train_teacher(model: nn.Module) -> Experiment:
-        """With the same recipe on all training texts, seed 0."""
-        own: dict[str, Any] = {split: part.read_by_teacher() for split, part in read(seed=0).items()}
+        """Train on all training texts, with seed 0."""
+        teacher_splits: dict[str, Any] = {split: part.read_by_teacher() for split, part in read(seed=0).items()}
         return Experiment(
             student=model,
-            **own,
+            **teacher_splits,
             method=Supervised(),
             task=TextClassification(),
             optimizer=partial(ADAMW, lr=rate),
             schedule=decay,
             config=config.for_teacher(teacher_epochs),
-            facts={"label": f"teacher {called}", "student": {"name": called}, "data": _facts(own)},
+            facts={
+                "label": f"teacher {teacher_name}",
+                "student": {"name": teacher_name},
+                "data": _facts(teacher_splits),
+            },
         )
 
     key = {"epochs": teacher_epochs, "batch_size": batch_size, "lr": rate, "dropout": dropout, "length": length}
-    recipe = TeacherRecipe(
-        name=slug(called),
-        build=partial(new, teacher, readers.get("teacher", readers["student"]), seed=0),
+    teacher_recipe = TeacherRecipe(
+        name=slug(teacher_name),
+        build=partial(build, teacher, tokenizers.get("teacher", tokenizers["student"]), seed=0),
         train=train_teacher if teacher_epochs or _is_built(teacher) else None,
         folder=folder,
-        key=key | {"data": whole.identity, "precision": config.precision},
+        key=key | {"data": all_texts.identity, "precision": config.precision},
         cache=LogitCache(batches=splits["train"], folder=folder, quiet=config.quiet) if teacher_cache else None,
-        facts={"name": called},
+        facts={"name": teacher_name},
     )
     return Experiment(
         student=network,
-        teacher=recipe if loss.needs_teacher else None,
+        teacher=teacher_recipe if loss.needs_teacher else None,
         **splits,
         method=loss,
         task=TextClassification(),
-        optimizer=partial(ADAMW, lr=lr or _rate(student)),
+        optimizer=partial(ADAMW, lr=lr or _default_lr(student)),
         schedule=decay,
         config=config,
         out=out,
-        facts={"label": label or arm.label, "student": {"name": _called(student)}, "data": _facts(splits)},
+        facts={"label": label or arm.label, "student": {"name": _name(student)}, "data": _facts(splits)},
     )
 
 
-def _may_remember(loss: Method, teacher_cache: bool) -> None:
-    """Refuse stored answers of a teacher that the method goes back through or trains, before anything is trained."""
+def _check_cacheable(loss: Method, teacher_cache: bool) -> None:
+    """Check that the method neither trains the teacher nor differentiates through it, if its logits are cached."""
     if teacher_cache and loss.needs_live:
-        why = "trains its teacher" if loss.trains_teacher else "goes back through its teacher"
-        raise ValueError(f"{type(loss).__name__} {why}, whose stored answers would not do: leave out --teacher-cache.")
+        reason = "trains its teacher" if loss.trains_teacher else "differentiates through its teacher"
+        raise ValueError(f"{type(loss).__name__} {reason}, so its logits cannot be cached. Omit --teacher-cache.")
 
 
-def _readers(student: str, teacher: str | None, texts: list[tuple[str, ...]], vocabulary: int) -> dict[str, Any]:
-    """The student's tokenizer; and the teacher's, where it is another one. Nets that are built here share one."""
+def _tokenizers(student: str, teacher: str | None, texts: list[tuple[str, ...]], vocabulary: int) -> dict[str, Any]:
+    """Return the student's tokenizer, and the teacher's if it differs. Networks that are built here share one."""
     built = trained_tokenizer(texts, vocabulary=vocabulary) if _is_built(student) or _is_built(teacher) else None
 
-    def reader(name: str) -> Any:
+    def tokenizer(name: str) -> Any:
         if _is_built(name):
             return built
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
-    found = {"student": reader(student)}
-    other = found["student"] if teacher is None else reader(teacher)
-    same = other is found["student"] or (type(other), other.get_vocab()) == (
-        type(found["student"]),
-        found["student"].get_vocab(),
-    )
-    return found if same else found | {"teacher": other}
+    own = tokenizer(student)
+    other = own if teacher is None else tokenizer(teacher)
+    equal = other is own or (type(other), other.get_vocab()) == (type(own), own.get_vocab())
+    return {"student": own} if equal else {"student": own, "teacher": other}
 
 
 def _splits(
     name: str,
     parts: dict[str, Any],
-    readers: dict[str, Any],
+    tokenizers: dict[str, Any],
     batch_size: int,
     length: int,
     validation: int,
     *,
     seed: int,
 ) -> dict[str, TextPairLoader]:
-    """Every split as batches, those for training shuffled."""
-    others = {"teacher_tokenizer": readers.get("teacher"), "batch_size": batch_size, "length": length, "name": name}
-    made = {
-        split: TextPairLoader(part, readers["student"], shuffle=split == "train", seed=seed, **others)
+    """Return a loader of every split; that of the training split is shuffled."""
+    options = {"teacher_tokenizer": tokenizers.get("teacher"), "batch_size": batch_size, "length": length, "name": name}
+    loaders = {
+        split: TextPairLoader(part, tokenizers["student"], shuffle=split == "train", seed=seed, **options)
         for split, part in parts.items()
     }
-    if validation and "validation" in made:
-        raise ValueError(f"{name} has its own validation split ({made['validation'].size} texts): no --validation.")
+    if validation and "validation" in loaders:
+        raise ValueError(
+            f"{name} has its own validation split ({loaders['validation'].size} texts). Omit --validation."
+        )
     if validation:
-        made["train"], made["validation"] = made["train"].split(validation)
-    return made
+        loaders["train"], loaders["validation"] = loaders["train"].split(validation)
+    return loaders
 
 
 def _facts(splits: dict[str, TextPairLoader]) -> dict[str, Any]:
-    """What a record says of the data."""
+    """Return the facts of the data for records."""
     train = splits["train"]
     sizes = {split: splits[split].size if split in splits else 0 for split in ("train", "validation", "test")}
     return {"name": train.name, **sizes, "classes": train.classes, "identity": train.identity, "length": train.length}
@@ -194,12 +197,12 @@ def _is_built(name: str | None) -> bool:
     return name is not None and SIZE.fullmatch(name) is not None
 
 
-def _called(name: str) -> str:
+def _name(name: str) -> str:
     return f"bert-{name}" if _is_built(name) else Path(name).name
 
 
-def _new(name: str, tokenizer: Any, *, classes: int, length: int, dropout: float, seed: int) -> nn.Module:
-    """A BERT of that size with the first weights of that seed, the same in every arm; or the named net with a head."""
+def _build(name: str, tokenizer: Any, *, classes: int, length: int, dropout: float, seed: int) -> nn.Module:
+    """Build a BERT with initial weights from the seed, equal for every method; or load a named network."""
     from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
     torch.manual_seed(seed)
@@ -210,14 +213,14 @@ def _new(name: str, tokenizer: Any, *, classes: int, length: int, dropout: float
     layers, width = map(int, size.groups())
     sizes: dict[str, Any] = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 4 * width}
     sizes |= {"num_attention_heads": max(1, width // 32), "max_position_embeddings": length}
-    drops: dict[str, Any] = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    known: dict[str, Any] = {
+    dropouts: dict[str, Any] = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    vocab: dict[str, Any] = {
         "num_labels": classes,
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return BertForSequenceClassification(BertConfig(**known, **sizes, **drops))
+    return BertForSequenceClassification(BertConfig(**vocab, **sizes, **dropouts))
 
 
-def _rate(name: str) -> float:
+def _default_lr(name: str) -> float:
     return BUILT_LR if _is_built(name) else LOADED_LR

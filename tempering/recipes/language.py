@@ -1,4 +1,4 @@
-"""A small language model distilled on any text, byte by byte; the teacher is trained first where there is none.
+"""Distill a small byte-level language model on any text; the teacher is trained first if it is missing.
 
 Command:  tempering run language --text tinyshakespeare.txt --method dtkd
 Sequence-level: ... --method supervised --text-source teacher --generated-fraction 1
@@ -30,13 +30,13 @@ from tempering.training.config import TrainConfig
 from tempering.training.experiment import Experiment, TeacherRecipe
 
 BYTES = 256
-EOS, PAD = 256, 257  # of pairs; a running text has no end
+EOS, PAD = 256, 257  # of pairs only
 SPLITS = ("train", "validation", "test")
 ADAMW = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.1)
 
 
 def decay(progress: float) -> float:
-    """Linear warm-up over the first twentieth, then linear to a tenth."""
+    """Return the factor on the learning rate: linear warm-up over the first twentieth, then linear decay to 0.1."""
     return min(1.0, progress / 0.05 + 0.05) * (1.0 - 0.9 * progress)
 
 
@@ -70,15 +70,15 @@ def main(
 
     Args:
         text: any text file, plain or .gz, or .jsonl of pairs: {"dialogue", "summary"}, {"question", "answer"} or
-            {"source", "target"}, of which the second is learned. Its last tenth is validation and test, half each.
+            {"source", "target"}, of which the second is predicted. Its last tenth is validation and test, half each.
         kind: causal, or seq2seq: an encoder-decoder, for pairs.
         eval_generation: generate targets for the pairs of validation and test after every epoch. The score is exact
-            match if all targets have an answer after "####", else ROUGE-L.
+            match if all targets have an answer after "####", otherwise ROUGE-L.
         method: a preset or a method, such as supervised, kd, dtkd, or "divergence(objective=jsd, beta=0.1)".
         temperature: a policy in place of the method's own, such as "sharpness(2)" or "static(1)".
-        text_source: where training texts come from: the data, the teacher, the student, or both by speculation.
-        generated_fraction: fraction of batches that are generated, unless all are the data's.
-        top_k: with speculation, a byte of the student stays if it is among the teacher's k most likely.
+        text_source: source of the training texts: the data, the teacher, the student, or both by speculation.
+        generated_fraction: fraction of batches that are generated, unless the source is the data.
+        top_k: with speculation, a byte of the student is accepted if it is among the teacher's k most likely.
         max_new_tokens: number of bytes generated after a prompt, or as a target.
         prompt_length: number of bytes of a text that are its prompt.
         label: name of this run in tables; default: that of the method.
@@ -98,23 +98,23 @@ def main(
     """
     arm, loss = arm_from(method, temperature), method_of(method, temperature)
     out = out or Path("runs/language", f"{slug(arm.name)}-{text_source}-{config.seed}")
-    split = partial(_parts, text, kind, length=length, batch_size=batch_size)
-    parts, pairs = split(seed=config.seed, subset=subset), _holds_pairs(text)
-    graded = _graded(text, max_new_tokens) if pairs and eval_generation else None
-    task = Seq2Seq(scorer=graded) if kind == "seq2seq" else LanguageModeling(scorer=graded)
+    load = partial(_parts, text, kind, length=length, batch_size=batch_size)
+    parts, pairs = load(seed=config.seed, subset=subset), _holds_pairs(text)
+    scorer = _scorer(text, max_new_tokens) if pairs and eval_generation else None
+    task = Seq2Seq(scorer=scorer) if kind == "seq2seq" else LanguageModeling(scorer=scorer)
     build = partial(_net, kind, length + max_new_tokens if pairs else length, pairs)
     network, family = build(student_width, student_layers, seed=config.seed), "t5" if kind == "seq2seq" else "gpt"
     optimizer, teacher = partial(ADAMW, lr=lr), f"{family}-{teacher_layers}x{teacher_width}"
     by_teacher = text_source in ("teacher", "speculative")
     needs_teacher = loss.needs_teacher or by_teacher
-    whole = split(seed=0) if needs_teacher else parts
+    teacher_parts = load(seed=0) if needs_teacher else parts
 
     def train_teacher(model: nn.Module) -> Experiment:
-        """On all texts, with seed 0."""
+        """Train on all texts, with seed 0."""
         return Experiment(
             student=model,
-            train=whole["train"],
-            test=whole["test"],
+            train=teacher_parts["train"],
+            test=teacher_parts["test"],
             method=Supervised(),
             task=task,
             optimizer=optimizer,
@@ -123,31 +123,31 @@ def main(
             facts={"label": f"teacher {teacher}", "student": {"name": teacher}},
         )
 
-    key = {"data": whole["train"].identity, "epochs": teacher_epochs, "batch_size": batch_size, "lr": lr}
+    key = {"data": teacher_parts["train"].identity, "epochs": teacher_epochs, "batch_size": batch_size, "lr": lr}
     key |= {"written": max_new_tokens} if pairs else {}
-    recipe = TeacherRecipe(
+    teacher_recipe = TeacherRecipe(
         name=teacher,
         build=partial(build, teacher_width, teacher_layers, seed=0),
         train=train_teacher,
         folder=teacher_dir or out.parent / "teachers",
         key=key | config.changed("precision"),
     )
-    own: dict[str, Any] = {"share": generated_fraction, "seed": config.seed}
-    own |= {"length": min(max_new_tokens, length - prompt_length), "prompt": prompt_length}
-    own |= {"length": max_new_tokens, "prompt": 1, "eos": EOS, "pad": PAD} if pairs else {}
+    generation: dict[str, Any] = {"share": generated_fraction, "seed": config.seed}
+    generation |= {"length": min(max_new_tokens, length - prompt_length), "prompt": prompt_length}
+    generation |= {"length": max_new_tokens, "prompt": 1, "eos": EOS, "pad": PAD} if pairs else {}
 
     def generate_texts(experiment: Experiment, teacher: Teacher) -> Experiment:
-        """With training texts of the teacher, which the method itself may not need."""
+        """Replace training texts by texts of the teacher; pass it on only if the method needs it."""
         if text_source == "teacher":
-            batches = SequenceLevel(teacher, parts["train"], **own)
+            batches = SequenceLevel(teacher, parts["train"], **generation)
         else:
-            batches = Speculative(experiment.student, teacher, parts["train"], top_k=top_k, **own)
+            batches = Speculative(experiment.student, teacher, parts["train"], top_k=top_k, **generation)
         return replace(experiment, train=batches, teacher=teacher if loss.needs_teacher else None)
 
     return Experiment(
         student=network,
-        teacher=recipe if needs_teacher else None,
-        train=OnPolicy(network, parts["train"], **own) if text_source == "on-policy" else parts["train"],
+        teacher=teacher_recipe if needs_teacher else None,
+        train=OnPolicy(network, parts["train"], **generation) if text_source == "on-policy" else parts["train"],
         validation=parts["validation"],
         test=parts["test"],
         method=loss,
@@ -175,7 +175,7 @@ def _holds_pairs(text: Path) -> bool:
 
 
 def _cut(data: Any, subset: int | None) -> dict[str, Any]:
-    """Training, validation and test: nine tenths of the whole, and half a tenth each."""
+    """Split into 90 % training, 5 % validation and 5 % test; keep the first ``subset`` of training."""
     cuts = (0, len(data) * 18 // 20, len(data) * 19 // 20, len(data))
     pieces = {name: data[a:b] for name, a, b in zip(SPLITS, cuts, cuts[1:], strict=False)}
     return pieces | {"train": pieces["train"][:subset]}
@@ -184,11 +184,11 @@ def _cut(data: Any, subset: int | None) -> dict[str, Any]:
 def _parts(
     text: Path, kind: str, *, length: int, batch_size: int, seed: int, subset: int | None = None
 ) -> dict[str, Tokens]:
-    """Training, validation and test texts, or pairs."""
+    """Return the loaders of training, validation and test."""
     if _holds_pairs(text):
         return _pairs(text, kind, length=length, batch_size=batch_size, seed=seed, subset=subset)
     if kind == "seq2seq":
-        raise ValueError(f"seq2seq learns pairs, and {text.name} is a running text. Give a .jsonl file.")
+        raise ValueError(f"seq2seq needs pairs, and {text.name} is plain text. Give a .jsonl file.")
     pieces = _cut(_read(text), subset)
     if short := [name for name, piece in pieces.items() if len(piece) < length]:
         raise ValueError(
@@ -201,30 +201,32 @@ def _parts(
 
 
 def _pairs(text: Path, kind: str, *, length: int, batch_size: int, seed: int, subset: int | None) -> dict[str, Tokens]:
-    """Pairs of bytes whose target, with its end, fits into the length; beside one byte of the source, for causal."""
-    room = length - 1 - (kind == "causal")
-    found = [(a.encode(), b.encode()) for a, b in read_pairs(text)]
-    pieces = _cut([(a, b) for a, b in found if a and 0 < len(b) <= room], subset)
+    """Return loaders of pairs whose target and EOS fit into the length, with one byte of the source for causal."""
+    max_target = length - 1 - (kind == "causal")
+    all_pairs = [(a.encode(), b.encode()) for a, b in read_pairs(text)]
+    pieces = _cut([(a, b) for a, b in all_pairs if a and 0 < len(b) <= max_target], subset)
     if short := [name for name, piece in pieces.items() if not piece]:
         raise ValueError(
-            f"no pairs for {short[0]}: of {len(found)} in {text.name} {sum(len(b) <= room for _, b in found)} have a "
-            f"target of at most {room} bytes. Give a larger length."
+            f"no pairs for {short[0]}: {sum(len(b) <= max_target for _, b in all_pairs)} of {len(all_pairs)} in "
+            f"{text.name} have a target of at most {max_target} bytes. Give a larger length."
         )
     order = {name: {"batch_size": batch_size, "shuffle": name == "train", "seed": seed, "pad": PAD} for name in SPLITS}
     if kind == "causal":
         texts = {
             n: [make_prompt_example(a, b, eos=EOS, length=length) for a, b in piece] for n, piece in pieces.items()
         }
-        return {name: Tokens(held, length=length, **order[name]) for name, held in texts.items()}
-    both = {n: [make_pair(a, b, eos=EOS, lengths=(length, length)) for a, b in piece] for n, piece in pieces.items()}
-    return {name: Pairs(held, lengths=(length, length), **order[name]) for name, held in both.items()}
+        return {name: Tokens(examples, length=length, **order[name]) for name, examples in texts.items()}
+    examples = {
+        n: [make_pair(a, b, eos=EOS, lengths=(length, length)) for a, b in piece] for n, piece in pieces.items()
+    }
+    return {n: Pairs(part, lengths=(length, length), **order[n]) for n, part in examples.items()}
 
 
-def _graded(text: Path, written: int) -> GenerationScorer:
-    """Exact answers where every target has one, as GSM8K's do; else ROUGE-L."""
+def _scorer(text: Path, max_new_tokens: int) -> GenerationScorer:
+    """Score by exact match if every target has an answer, as in GSM8K; otherwise by ROUGE-L."""
     answers = all("####" in target for _, target in read_pairs(text))
     score, name = (exact_match, "answers") if answers else (rouge_l, "rouge_l")
-    return GenerationScorer(score, name=name, decode=_decode, eos=EOS, pad=PAD, length=written)
+    return GenerationScorer(score, name=name, decode=_decode, eos=EOS, pad=PAD, length=max_new_tokens)
 
 
 def _decode(ids: list[int]) -> str:
@@ -232,20 +234,20 @@ def _decode(ids: list[int]) -> str:
 
 
 def _net(kind: str, length: int, pairs: bool, width: int, layers: int, *, seed: int) -> nn.Module:
-    """A GPT-2 or T5 over bytes with the first weights of that seed, the same in every arm; without dropout."""
+    """Build a byte-level GPT-2 or T5 without dropout, with initial weights from the seed, equal for every method."""
     from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(seed)
     heads = max(1, width // 32)
     if kind == "seq2seq":
-        own: dict[str, Any] = {"d_model": width, "d_ff": 4 * width, "d_kv": width // heads, "num_layers": layers}
+        sizes: dict[str, Any] = {"d_model": width, "d_ff": 4 * width, "d_kv": width // heads, "num_layers": layers}
         config = T5Config(
-            vocab_size=PAD + 1, num_heads=heads, dropout_rate=0.0, pad_token_id=PAD, eos_token_id=EOS, **own
+            vocab_size=PAD + 1, num_heads=heads, dropout_rate=0.0, pad_token_id=PAD, eos_token_id=EOS, **sizes
         )
         config.decoder_start_token_id = PAD
         return T5ForConditionalGeneration(config)
-    drops: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    sizes: dict[str, Any] = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": length}
+    dropouts: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": length}
     end = EOS if pairs else 0
-    known = PAD + 1 if pairs else BYTES
-    return GPT2LMHeadModel(GPT2Config(vocab_size=known, bos_token_id=end, eos_token_id=end, **sizes, **drops))
+    vocab_size = PAD + 1 if pairs else BYTES
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, bos_token_id=end, eos_token_id=end, **sizes, **dropouts))

@@ -1,11 +1,12 @@
-"""Knowledge distillation with DTKD in one file that imports nothing of tempering.
+"""Distill with DTKD in one file that imports nothing of tempering.
 
 Command:  python recipes/nano.py            (--solve exact|published, --steps N, --seed N)
 Hardware: one CPU core; about ten seconds; scikit-learn's bundled digits.
 
-Read this first. The teacher is a wide net, the student a narrow one. For every sample, DTKD moves temperature from the
-blunter of the two to the sharper one, T_teacher + T_student = 2 tau, until both are equally sharp; then the student
-learns the teacher's softened answer. (Wei & Bai, arXiv:2404.12711, and the root that its erratum leaves open.)
+Read this file first. The teacher is a wide network, the student a narrow one. For every sample, DTKD selects
+temperatures with T_teacher + T_student = 2 tau such that the softened logits of both have the same logsumexp: the
+sharper network gets the higher temperature. The student is trained on the teacher's softened distribution. (Wei & Bai,
+arXiv:2404.12711, with the root that its erratum does not give.)
 """
 
 import argparse
@@ -16,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def data(seed: int = 0):
-    """The digits as (train images, labels, test images, labels); float32 in [0, 1]."""
+def load_data(seed: int = 0):
+    """Load the digits: train images, labels, test images, labels; images are float32 in [0, 1]."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -26,27 +27,27 @@ def data(seed: int = 0):
     return x[:400], y[:400], x[400:], y[400:]
 
 
-def net(width: int) -> nn.Module:
+def build_net(width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
 
 
 def sharpness(z, T):
-    """logsumexp(z / T), and by how much it falls as T grows: E[z] / T^2 under softmax(z / T)."""
+    """Return logsumexp(z / T) and its negative derivative in T, E[z] / T^2 under softmax(z / T)."""
     p = torch.softmax(z / T, -1)
     return torch.logsumexp(z / T, -1, keepdim=True), (p * z).sum(-1, keepdim=True) / T**2
 
 
 @torch.no_grad()
 def temperatures(student, teacher, tau: float = 4.0, solve: str = "exact", reach: float = 0.9):
-    """T_student and T_teacher, (N, 1) each; they add up to 2 tau."""
+    """Return T_student and T_teacher, (N, 1) each; their sum is 2 tau."""
     u, v = teacher.double(), student.double()
     if solve == "published":
-        # the released closed form: equal leading terms of both logsumexps. It moves with a shift of the logits.
+        # the released closed form: equal leading terms of both logsumexps. It depends on shifts of the logits.
         x, y = u.amax(-1, keepdim=True), v.amax(-1, keepdim=True)
         bad = (x <= 1e-4 * y.abs().clamp_min(1)) | (y <= 1e-4 * x.abs().clamp_min(1))
         delta = torch.where(bad, 0.0, tau * (x - y) / (x + y)).clamp(-reach * tau, reach * tau)
     else:
-        # centered, the gap f(delta) falls strictly from +inf to -inf: one root. Bisection finds it in 60 halvings.
+        # centered, the gap decreases strictly from +inf to -inf in delta: one root, found by 60 steps of bisection
         u, v = u - u.mean(-1, keepdim=True), v - v.mean(-1, keepdim=True)
         low = torch.full_like(u[:, :1], -reach * tau)
         high = -low
@@ -60,27 +61,27 @@ def temperatures(student, teacher, tau: float = 4.0, solve: str = "exact", reach
 
 
 def kl(student, teacher, T_s, T_t):
-    """T_s T_t KL(teacher || student) of every row, (N,)."""
+    """Return T_s T_t KL(teacher || student) per row, (N,)."""
     logq, logp = F.log_softmax(student / T_s, -1), F.log_softmax(teacher / T_t, -1)
     return (T_s * T_t).squeeze(-1) * (logp.exp() * (logp - logq)).sum(-1)
 
 
 def dtkd(student, teacher, labels, progress: float, *, tau: float = 4.0, solve: str = "exact"):
-    """3 * KL at dynamic temperatures + 1 * KL at tau, both warmed up over 20 / 240 of the run, + cross entropy."""
+    """Return 3 * KL at dynamic temperatures + 1 * KL at tau, both warmed up over 20/240 of the run, + cross entropy."""
     T_s, T_t = temperatures(student.detach(), teacher, tau, solve)
-    plain = torch.full_like(T_s, tau)
-    soft = 3.0 * kl(student, teacher, T_s, T_t) + 1.0 * kl(student, teacher, plain, plain)
-    ramp = min(progress / (20 / 240), 1.0)
-    return (ramp * soft + F.cross_entropy(student, labels, reduction="none")).mean()
+    static = torch.full_like(T_s, tau)
+    soft = 3.0 * kl(student, teacher, T_s, T_t) + 1.0 * kl(student, teacher, static, static)
+    warmup = min(progress / (20 / 240), 1.0)
+    return (warmup * soft + F.cross_entropy(student, labels, reduction="none")).mean()
 
 
-def train(model, x, y, loss_of, *, steps: int, seed: int, lr: float = 0.1, batch: int = 64):
-    """Plain SGD with momentum; returns every step's loss."""
+def train(model, x, y, loss_fn, *, steps: int, seed: int, lr: float = 0.1, batch: int = 64):
+    """Train by SGD with momentum; return the loss of every step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     generator, losses = torch.Generator().manual_seed(seed), []
     for step in range(steps):
-        chosen = torch.randint(len(x), (batch,), generator=generator)
-        loss = loss_of(model(x[chosen]), x[chosen], y[chosen], (step + 1) / steps)
+        index = torch.randint(len(x), (batch,), generator=generator)
+        loss = loss_fn(model(x[index]), x[index], y[index], (step + 1) / steps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -93,39 +94,39 @@ def accuracy(model, x, y) -> float:
         return float((model(x).argmax(-1) == y).float().mean())
 
 
-def distilled(teacher, x, y, *, steps: int, seed: int, solve: str = "exact", width: int = 8):
-    """A student distilled from ``teacher``, and its losses."""
+def distill(teacher, x, y, *, steps: int, seed: int, solve: str = "exact", width: int = 8):
+    """Distill a student from ``teacher``; return it and its losses."""
     torch.manual_seed(seed)
-    student = net(width)
+    student = build_net(width)
 
-    def loss_of(logits, inputs, labels, progress):
+    def loss_fn(logits, inputs, labels, progress):
         with torch.no_grad():
-            taught = teacher(inputs)
-        return dtkd(logits, taught, labels, progress, solve=solve)
+            teacher_logits = teacher(inputs)
+        return dtkd(logits, teacher_logits, labels, progress, solve=solve)
 
-    return student, train(student, x, y, loss_of, steps=steps, seed=seed)
+    return student, train(student, x, y, loss_fn, steps=steps, seed=seed)
 
 
-def alone(x, y, *, steps: int, seed: int, width: int = 8):
-    """The same net on the labels alone."""
+def train_supervised(x, y, *, steps: int, seed: int, width: int = 8):
+    """Train the same network on the labels only."""
     torch.manual_seed(seed)
-    model = net(width)
+    model = build_net(width)
     train(model, x, y, lambda z, _, labels, __: F.cross_entropy(z, labels), steps=steps, seed=seed)
     return model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--solve", choices=("exact", "published"), default="exact", help="how the temperatures are set")
-    parser.add_argument("--steps", type=int, default=600, help="updates of each net")
-    parser.add_argument("--seed", type=int, default=0, help="of initialization and order")
+    parser.add_argument("--solve", choices=("exact", "published"), default="exact", help="solver of the temperatures")
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps of each network")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of initialization and order")
     args = parser.parse_args()
-    x, y, x_test, y_test = data()
-    teacher = alone(x, y, steps=args.steps, seed=args.seed, width=128)
+    x, y, x_test, y_test = load_data()
+    teacher = train_supervised(x, y, steps=args.steps, seed=args.seed, width=128)
     print(f"teacher        {accuracy(teacher, x_test, y_test):.4f}")
-    plain = alone(x, y, steps=args.steps, seed=args.seed)
+    plain = train_supervised(x, y, steps=args.steps, seed=args.seed)
     print(f"student alone  {accuracy(plain, x_test, y_test):.4f}")
-    student, losses = distilled(teacher, x, y, steps=args.steps, seed=args.seed, solve=args.solve)
+    student, losses = distill(teacher, x, y, steps=args.steps, seed=args.seed, solve=args.solve)
     print(f"student, DTKD  {accuracy(student, x_test, y_test):.4f}   (loss {losses[0]:.3f} -> {losses[-1]:.3f})")
 
 

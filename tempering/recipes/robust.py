@@ -1,13 +1,13 @@
-"""A robust teacher is trained once, then a student distilled from it on CIFAR-100 and attacked; inputs are pixels.
+"""Distill a student from an adversarially trained teacher on CIFAR-100, and attack it; inputs are pixels.
 
 Command:  tempering run robust --data DIR --method kdiga
-A table:  tempering compare robust --methods supervised,kd,kd-matched,dtkd,r2kd,kdiga --seeds 3 --out DIR
+Table:    tempering compare robust --methods supervised,kd,kd-matched,dtkd,r2kd,kdiga --seeds 3 --out DIR
           -- --data DIR
 Laptop:   ... --teacher resnet8 --epochs 6 --subset 5000 --test-subset 1000 --attack-steps 3
 
-The teacher learns by adversarial training (PGD, or TRADES), the student by the method alone, on images as they come, as
-in KDIGA's base protocol. Both normalize inside, so that strengths and slopes are in pixels. Tables have the accuracy on
-clean images, under FGSM and under PGD at the end of the run; `tempering audit RUN --robustness` asks harder.
+The teacher is trained adversarially (PGD or TRADES), the student by the method on clean images, as in KDIGA's base
+protocol. Both normalize their inputs, so that perturbations and input gradients are in pixels. Tables have the accuracy
+on clean images, under FGSM and under PGD at the end of the run; `tempering audit RUN --robustness` has more attacks.
 Optimizer and schedule are those of the recipe cifar100.
 """
 
@@ -39,12 +39,12 @@ COLUMNS = ("test/accuracy", "test/fgsm", "test/pgd")
 
 
 class Attacked(Classification):
-    """Classification of pixels whose finished student is attacked too: accuracy under FGSM and PGD, in [0, 1].
+    """Classification of images in pixels; scores the finished student under FGSM and PGD too, in [0, 1].
 
     Args:
         eps: l-infinity strength, in pixels of [0, 1].
-        steps: of PGD, eps / 4 each, from one random start; 20 of 2/255 at 8/255, as the literature has it.
-        taps: as in Classification.
+        steps: number of PGD steps of eps / 4, from one random start; usually 20 steps of 2/255 for 8/255.
+        features: as in Classification.
     """
 
     def __init__(self, *, eps: float, steps: int, features: dict[str, tuple[str, str]] | None = None) -> None:
@@ -59,21 +59,21 @@ class Attacked(Classification):
         teacher: Callable[[Any, Tensor | None], Any] | None = None,
         temperatures: Callable[[Rows], Any] | None = None,
     ) -> dict[str, Any]:
-        found = super().analyze(student, batches, teacher=teacher, temperatures=temperatures)
-        return {**found, "scores": self.under_attack(student, batches)}
+        analysis = super().analyze(student, batches, teacher=teacher, temperatures=temperatures)
+        return {**analysis, "scores": self.under_attack(student, batches)}
 
     def under_attack(self, student: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
-        """The accuracies "fgsm" and "pgd", upper bounds of the robust one."""
-        net = getattr(student, "module", student)  # the engine's wrapper lets nobody else go backwards
-        stands: dict[str, list[Tensor]] = {"fgsm": [], "pgd": []}
+        """Return the accuracies "fgsm" and "pgd", upper bounds of the robust accuracy."""
+        net = getattr(student, "module", student)  # Fabric's wrapper allows only its own backward
+        correct: dict[str, list[Tensor]] = {"fgsm": [], "pgd": []}
         with at_rest(net), torch.enable_grad():
-            answer, device = as_function(net, "student"), next(net.parameters()).device
+            forward, device = as_function(net, "student"), next(net.parameters()).device
             for x, y, *_ in batches:
                 x, y = x.to(device), y.to(device)
-                long = pgd(answer, x, y, eps=self.eps, steps=self.steps, step=self.eps / 4 or None, losses=("ce",))
-                stands["fgsm"].append(~fgsm(answer, x, y, eps=self.eps).fooled)
-                stands["pgd"].append(~long.fooled)
-        return {name: float(torch.cat(parts).double().mean()) for name, parts in stands.items()}
+                attacked = pgd(forward, x, y, eps=self.eps, steps=self.steps, step=self.eps / 4 or None, losses=("ce",))
+                correct["fgsm"].append(~fgsm(forward, x, y, eps=self.eps).fooled)
+                correct["pgd"].append(~attacked.fooled)
+        return {name: float(torch.cat(parts).double().mean()) for name, parts in correct.items()}
 
 
 def main(
@@ -98,7 +98,7 @@ def main(
     out: Path | None = None,
     config: TrainConfig = TrainConfig(epochs=60),
 ) -> Experiment:
-    """Distill a student from an adversarially trained teacher, which is trained first, once, and attack it.
+    """Distill a student from an adversarially trained teacher, which is trained first, once; attack both.
 
     Args:
         data: the official cifar-100-python archive or folder, or this project's packed blocks.
@@ -112,8 +112,8 @@ def main(
         lr: initial learning rate; default: 0.05, and 0.01 for MobileNets and ShuffleNets.
         subset: train on this many images, classes in proportion; default: all 50,000.
         test_subset: test on this many images, classes in proportion; default: all 10,000.
-        teacher_method: how the teacher is trained: pgdat or trades, which get --eps and --attack-steps; or any method
-            without a teacher as it is written, such as supervised.
+        teacher_method: method of the teacher's training: pgdat or trades, with --eps and --attack-steps; or any method
+            without a teacher, such as supervised.
         teacher_epochs: epochs of the teacher's training; default: the student's.
         teacher_subset: train the teacher on this many images; default: the student's.
         teacher_dir: where trained teachers are kept; default: "teachers" next to the run's folder.
@@ -125,36 +125,41 @@ def main(
     """
     arm, loss = arm_from(method, temperature), method_of(method, temperature)
     out = out or Path("runs/robust", f"{teacher}-{student}", f"{slug(arm.name)}-{config.seed}")
-    # a third faster, also under attack; but a third slower if a method differentiates twice
+    # a third faster, attacks included; but a third slower for second derivatives
     channels_last = not loss.needs_live
     read = partial(cifar100, data, batch_size=batch_size, test_subset=test_subset, pixels=True)
     splits = read(subset=subset, seed=config.seed, channels_last=channels_last)
-    new = partial(_new, classes=splits.train.classes)
-    network = new(student, seed=config.seed, channels_last=channels_last)
-    taps = {name: (f"net.{name}", f"net.{name}") for name in loss.select_features(stages(network.net))}
-    how, length = _teaching(teacher_method, eps, attack_steps), teacher_epochs or config.epochs
+    build = partial(_build, classes=splits.train.classes)
+    network = build(student, seed=config.seed, channels_last=channels_last)
+    features = {name: (f"net.{name}", f"net.{name}") for name in loss.select_features(stages(network.net))}
+    teacher_loss, length = _teacher_loss(teacher_method, eps, attack_steps), teacher_epochs or config.epochs
     teacher_lr = lr or cifar_lr(teacher)
 
     def train_teacher(model: nn.Module) -> Experiment:
-        own = read(subset=subset if teacher_subset is None else teacher_subset, seed=0, channels_last=True)
+        teacher_splits = read(subset=subset if teacher_subset is None else teacher_subset, seed=0, channels_last=True)
         return Experiment(
             student=model,
-            train=own.train,
-            test=own.test,
-            method=how,
+            train=teacher_splits.train,
+            test=teacher_splits.test,
+            method=teacher_loss,
             task=Attacked(eps=eps, steps=test_steps),
             optimizer=cifar_sgd(teacher_lr),
             schedule=cifar_decay,
             config=config.for_teacher(length),
-            facts={"label": f"teacher {teacher}", "student": {"name": teacher}, "data": own.facts()},
+            facts={"label": f"teacher {teacher}", "student": {"name": teacher}, "data": teacher_splits.facts()},
         )
 
-    key = {"method": how.hyperparameters(), "by": type(how).__name__, "epochs": length, "batch_size": batch_size}
+    key = {
+        "method": teacher_loss.hyperparameters(),
+        "by": type(teacher_loss).__name__,
+        "epochs": length,
+        "batch_size": batch_size,
+    }
     key |= {"lr": teacher_lr, "seed": 0, "eps": eps, "test_steps": test_steps, "test": splits.test.identity}
     key |= {"train": splits.train.identity if teacher_subset is None else teacher_subset}
-    recipe = TeacherRecipe(
+    teacher_recipe = TeacherRecipe(
         name=teacher,
-        build=partial(new, teacher, seed=0, channels_last=True),
+        build=partial(build, teacher, seed=0, channels_last=True),
         train=train_teacher,
         folder=teacher_dir or out.parent / "teachers",
         key=key | config.changed("precision"),
@@ -163,11 +168,11 @@ def main(
     )
     return Experiment(
         student=network,
-        teacher=recipe if loss.needs_teacher else None,
+        teacher=teacher_recipe if loss.needs_teacher else None,
         train=splits.train,
         test=splits.test,
         method=loss,
-        task=Attacked(eps=eps, steps=test_steps, features=taps),
+        task=Attacked(eps=eps, steps=test_steps, features=features),
         optimizer=cifar_sgd(lr or cifar_lr(student)),
         schedule=cifar_decay,
         config=config,
@@ -181,22 +186,22 @@ def main(
     )
 
 
-def _new(name: str, *, classes: int, seed: int, channels_last: bool) -> Normalized:
-    """The network with the initial weights of a seed, the same for every method, and its normalization inside."""
+def _build(name: str, *, classes: int, seed: int, channels_last: bool) -> Normalized:
+    """Build the network, which normalizes its inputs, with initial weights from the seed, equal for every method."""
     torch.manual_seed(seed)
     net = Normalized(build(name, classes=classes), mean=MEAN, std=STD)
     return net.to(memory_format=torch.channels_last) if channels_last else net  # pyright: ignore[reportCallIssue]
 
 
-def _teaching(method: str, eps: float, attack_steps: int) -> Method:
-    """The teacher's method; the two attacks by name get the recipe's strength and steps.
+def _teacher_loss(method: str, eps: float, attack_steps: int) -> Method:
+    """Return the method of the teacher's training; pgdat and trades have the recipe's strength and steps.
 
     Raises:
-        ValueError: for a method that needs a teacher itself.
+        ValueError: for a method that needs a teacher.
     """
     if method.lower() in ("pgdat", "trades"):
         method = f"{method}(eps={eps!r}, attack_steps={attack_steps})"
-    made = method_of(method)
-    if made.needs_teacher:
+    loss = method_of(method)
+    if loss.needs_teacher:
         raise ValueError(f"the teacher is trained without one, and {method} needs one. Give --teacher-method pgdat.")
-    return made
+    return loss

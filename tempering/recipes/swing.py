@@ -1,7 +1,7 @@
-"""Swing Distillation, measured: secrets are planted in a text, and teacher and student are asked for them.
+"""Distill a language model on a text with planted canaries, and measure their exposure (Swing Distillation).
 
 Command:  tempering run swing --method swing
-A table:  tempering compare swing --methods kd,swing,redacted --seeds 3 --control KD
+Table:    tempering compare swing --methods kd,swing,redacted --seeds 3 --control KD
 Report:   tempering audit RUN --privacy && tempering report RUN
 """
 
@@ -42,21 +42,21 @@ WORDS = {
 
 
 class Exposing(LanguageModeling):
-    """Generation whose scores have the exposure of the canaries that the batches know of."""
+    """Language modeling whose scores include the exposure of the loader's canaries."""
 
     def score(
         self, student: nn.Module, batches: Iterable[Any], *, teacher: Callable[[Any, Tensor | None], Any] | None = None
     ) -> dict[str, float]:
-        found = super().score(student, batches, teacher=teacher)
+        scores = super().score(student, batches, teacher=teacher)
         planted = getattr(batches, "canaries", ())
         if planted:
             with at_rest(student):
-                found |= Canaries(planted).means(student)
-        return found
+                scores |= Canaries(planted).means(student)
+        return scores
 
 
 def decay(progress: float) -> float:
-    """Linear warm-up over the first twentieth, then linear to a tenth."""
+    """Return the factor on the learning rate: linear warm-up over the first twentieth, then linear decay to 0.1."""
     return min(1.0, progress / 0.05 + 0.05) * (1.0 - 0.9 * progress)
 
 
@@ -81,17 +81,16 @@ def main(
     out: Path | None = None,
     config: TrainConfig = TrainConfig(epochs=8, evaluate_every=8),
 ) -> Experiment:
-    """Distill a small byte-level GPT on a text with planted canaries; its teacher learns them first.
+    """Distill a small byte-level GPT on a text with planted canaries; the teacher is trained on it first.
 
-    Every seed plants canaries of its own and trains a teacher of its own, so that differences over seeds are about
-    more than one draw of them.
+    Every seed has its own canaries and its own teacher, so that the spread over seeds includes the choice of canaries.
 
     Args:
         text: any text file, plain or .gz, whose last tenth is validation and test, half each; default: generated text.
         method: a preset or a method, such as kd, swing, redacted, or "swing(noise=0)".
         temperature: a policy in place of the method's own, such as "private(sharpness(4), high=10)".
         canaries_per_count: number of canaries for each number of repeats, which are 0, 1, 10 and 100.
-        canary_digits: digits of a canary; 3 are a thousand candidates.
+        canary_digits: number of digits of a canary; 3 digits give 1000 candidates.
         privacy_detectors: kinds of text that are marked as private, separated by commas (``data.privacy.KINDS``).
         label: name of this run in tables; default: that of the method.
         subset: use this many bytes from the start of the text; None for all.
@@ -104,16 +103,16 @@ def main(
         batch_size: texts per step.
         lr: peak learning rate, of both.
         out: the run's folder; default: runs/swing/METHOD-SEED. The teacher is kept in "teachers" next to it.
-        config: options of training. The seed is that of the canaries and their positions too.
+        config: options of training. The seed also selects the canaries and their positions.
     """
     arm, loss = arm_from(method, temperature), method_of(method, temperature)
     out, seed = out or Path("runs/swing", f"{slug(arm.name)}-{config.seed}"), config.seed
-    plain, detector = _read(text, subset), Patterns(kinds=privacy_detectors.split(","))
+    content, detector = _read(text, subset), Patterns(kinds=privacy_detectors.split(","))
     sizes = {"length": length, "batch_size": batch_size, "seed": seed}
-    parts: dict[str, Any] = _parts(plain, detector, canaries_per_count, canary_digits, **sizes)
+    parts: dict[str, Any] = _parts(content, detector, canaries_per_count, canary_digits, **sizes)
     network, name = _gpt(student_width, student_layers, length, seed=seed), f"gpt-{teacher_layers}x{teacher_width}"
     optimizer = partial(ADAMW, lr=lr)
-    teaching = replace(config.for_teacher(teacher_epochs), seed=seed, evaluate_every=teacher_epochs)
+    teacher_config = replace(config.for_teacher(teacher_epochs), seed=seed, evaluate_every=teacher_epochs)
 
     def train_teacher(model: nn.Module) -> Experiment:
         return Experiment(
@@ -123,12 +122,12 @@ def main(
             task=Exposing(),
             optimizer=optimizer,
             schedule=decay,
-            config=teaching,
+            config=teacher_config,
             facts={"label": f"teacher {name}", "student": {"name": name}},
         )
 
     key = {"data": parts["train"].identity, "epochs": teacher_epochs, "batch": batch_size, "lr": lr, "seed": seed}
-    recipe = TeacherRecipe(
+    teacher_recipe = TeacherRecipe(
         name=name,
         build=partial(_gpt, teacher_width, teacher_layers, length, seed=seed),
         train=train_teacher,
@@ -139,7 +138,7 @@ def main(
     repeats = sorted({secret.repeats for secret in secrets})
     return Experiment(
         student=network,
-        teacher=recipe if loss.needs_teacher else None,
+        teacher=teacher_recipe if loss.needs_teacher else None,
         **parts,
         method=loss,
         task=Exposing(),
@@ -152,7 +151,8 @@ def main(
             "student": {"name": f"gpt-{student_layers}x{student_width}"},
             "data": {
                 "name": "made up" if text is None else text.name,
-                "identity": hashlib.sha256(plain.encode()).hexdigest(),  # of the text that every seed plants in
+                # of the text without canaries, equal for every seed
+                "identity": hashlib.sha256(content.encode()).hexdigest(),
                 "canaries": {f"{n}x": sum(secret.repeats == n for secret in secrets) for n in repeats},
             },
             "columns": ["test/exposure", *(f"test/exposure_{n}x" for n in repeats), "test/loss"],
@@ -162,24 +162,24 @@ def main(
 
 def _read(text: Path | None, subset: int | None) -> str:
     if text is None:
-        return _made_up(subset or 100_000)
+        return _synthetic_text(subset or 100_000)
     data = text.read_bytes()
     return (gzip.decompress(data) if text.suffix == ".gz" else data)[:subset].decode(errors="ignore")
 
 
-def _made_up(size: int) -> str:
-    """Sentences of a few words in any order, a line each, the same in every run."""
-    draw, words = random.Random(0), [part.split(",") for part in WORDS.values()]
+def _synthetic_text(size: int) -> str:
+    """Generate random sentences, one per line, equal in every run."""
+    rng, words = random.Random(0), [part.split(",") for part in WORDS.values()]
     lines: list[str] = []
     while sum(map(len, lines)) < size:
-        lines += [" ".join(draw.choice(choices) for choices in words) + ".\n" for _ in range(100)]
+        lines += [" ".join(rng.choice(choices) for choices in words) + ".\n" for _ in range(100)]
     return "".join(lines)[:size]
 
 
 def _parts(
     text: str, detector: Patterns, each: int, digits: int, *, length: int, batch_size: int, seed: int
 ) -> dict[str, Tokens]:
-    """Nine tenths of the text with the secrets in it, and half a tenth each without any."""
+    """Split the text: 90 % training, with canaries, and 5 % each validation and test, without."""
     cuts = (0, len(text) * 18 // 20, len(text) * 19 // 20, len(text))
     pieces = {name: text[a:b] for name, a, b in zip(("train", "validation", "test"), cuts, cuts[1:], strict=False)}
     if short := [name for name, piece in pieces.items() if len(piece) < length]:
@@ -188,20 +188,20 @@ def _parts(
         )
     secrets = canaries(each=each, digits=digits, seed=seed)
     pieces["train"] = insert_canaries(pieces["train"], secrets, seed=seed)
-    out = {}
+    loaders = {}
     for name, piece in pieces.items():
-        marks = scores(piece, byte_offsets(piece), detector) if name == "train" else None
-        texts = windows(list(piece.encode()), length, privacy_score=marks)
-        known = () if name == "validation" else secrets  # asked after with the test split, and in audits
-        out[name] = Tokens(texts, batch_size=batch_size, shuffle=name == "train", seed=seed, canaries=known)
-    return out
+        privacy = scores(piece, byte_offsets(piece), detector) if name == "train" else None
+        texts = windows(list(piece.encode()), length, privacy_score=privacy)
+        known = () if name == "validation" else secrets  # whose exposure is measured with the split
+        loaders[name] = Tokens(texts, batch_size=batch_size, shuffle=name == "train", seed=seed, canaries=known)
+    return loaders
 
 
 def _gpt(width: int, layers: int, length: int, *, seed: int) -> nn.Module:
-    """A GPT-2 over bytes with the first weights of that seed, the same in every arm; without dropout."""
+    """Build a byte-level GPT-2 without dropout, with initial weights from the seed, equal for every method."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
-    drops: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    dropouts: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     sizes: dict[str, Any] = {"n_embd": width, "n_layer": layers, "n_head": max(1, width // 32), "n_positions": length}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=BYTES, bos_token_id=0, eos_token_id=0, **sizes, **drops))
+    return GPT2LMHeadModel(GPT2Config(vocab_size=BYTES, bos_token_id=0, eos_token_id=0, **sizes, **dropouts))

@@ -1,13 +1,13 @@
-"""A recipe to start from: replace the data and the networks by your own.
+"""Distill a small network: a template in which to replace the data and the networks by your own.
 
 Command:  tempering run template.py --method dtkd
 Check:    tempering check template.py                (the first batch; nothing is trained)
 Compare:  tempering compare template.py --methods supervised,kd,kd-matched,dtkd --seeds 3 --out runs/grid
 Images:   tempering run template.py --data DIR       (DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg)
 
-A recipe is a Python file with a function ``main``, which describes a run and returns it; nothing is trained in it. Its
-keyword arguments are the flags, and its docstring explains them under --help; ``config`` has the flags of training,
---epochs, --seed and so on. `tempering compare` and `tempering tune` need --method, --seed and --out.
+A recipe is a Python file with a function ``main``, which returns the description of a run and trains nothing. Its
+keyword arguments are the flags, and --help shows its docstring; ``config`` has the flags of training, such as --epochs
+and --seed. `tempering compare` and `tempering tune` need --method, --seed and --out.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from tempering.tasks import Classification
 from tempering.training.config import TrainConfig
 from tempering.training.experiment import Experiment, TeacherRecipe
 
-SIZE = 16  # pixels a side
+SIZE = 16  # pixels per side
 
 
-# 1. The data: training, validation and test batches. Without a validation split the test split chooses the best epoch.
+# 1. The data: training, validation and test batches. Without a validation split the test split selects the best epoch.
 
 
 def load_data(folder: Path | None, *, batch_size: int, seed: int) -> Splits:
-    """The images of a folder, or synthetic ones: a random pattern per class, under noise."""
+    """Load the images of a folder, or generate synthetic ones: a random pattern per class, with noise."""
     if folder is not None:
         return image_folder(folder, size=SIZE, batch_size=batch_size, validation=100, flip=True, seed=seed)
     generator = torch.Generator().manual_seed(0)
@@ -41,9 +41,9 @@ def load_data(folder: Path | None, *, batch_size: int, seed: int) -> Splits:
     noise = torch.rand(len(labels), 3, SIZE, SIZE, generator=generator)
     images = (255 * (0.3 * patterns[labels] + 0.7 * noise)).to(torch.uint8)
     order = {"batch_size": batch_size, "shuffle": True, "seed": seed}
-    whole = Batches(images, labels, mean=(0.5,) * 3, std=(0.25,) * 3, name="synthetic", **order)
-    rest, test = whole.split(200, seed=0)
-    train, validation = rest.split(200, seed=0)
+    data = Batches(images, labels, mean=(0.5,) * 3, std=(0.25,) * 3, name="synthetic", **order)
+    train, test = data.split(200, seed=0)
+    train, validation = train.split(200, seed=0)
     return Splits(train, validation, test)
 
 
@@ -51,7 +51,7 @@ def load_data(folder: Path | None, *, batch_size: int, seed: int) -> Splits:
 
 
 def build_net(width: int, *, classes: int, seed: int) -> nn.Module:
-    """A small convolutional network, its weights drawn with this seed."""
+    """Build a small convolutional network, with initial weights from this seed."""
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(3, width, 3, padding=1),
@@ -69,7 +69,7 @@ def build_net(width: int, *, classes: int, seed: int) -> nn.Module:
 
 
 def decay(progress: float) -> float:
-    """The factor on the learning rate; progress goes from 0 to 1."""
+    """Return the factor on the learning rate; progress increases from 0 to 1."""
     return 1.0 - progress
 
 
@@ -87,7 +87,7 @@ def main(
     out: Path | None = None,
     config: TrainConfig = TrainConfig(epochs=10, log_every=10),
 ) -> Experiment:
-    """Distill a small network; its teacher is trained first, once, beside the run's folder.
+    """Distill a small network; the teacher is trained first, once, next to the run's folder.
 
     Args:
         data: a folder of images, a subfolder per class; default: synthetic images.
@@ -100,7 +100,7 @@ def main(
         teacher_epochs: number of epochs of the teacher's training.
         batch_size: images per step.
         lr: initial learning rate of both.
-        out: the run's folder; default: runs/template/METHOD-SEED. The teacher's folder "teachers" lies beside it.
+        out: the run's folder; default: runs/template/METHOD-SEED. The teacher is kept in "teachers" next to it.
         config: options of training.
     """
     arm, loss = arm_from(method, temperature), method_of(method, temperature)
@@ -108,25 +108,25 @@ def main(
     splits = load_data(data, batch_size=batch_size, seed=config.seed)
     classes, optimizer = splits.train.classes, partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=5e-4)
 
-    # The teacher: trained when it is first needed, and found again by its key. To load weights instead:
+    # The teacher: trained when it is first needed; later runs with the same key reuse it. To load weights instead:
     # TeacherRecipe(weights=Path("teacher.safetensors"), train=None, ...).
-    name, their_data = f"cnn-{teacher_width}", load_data(data, batch_size=batch_size, seed=0)
+    name, teacher_splits = f"cnn-{teacher_width}", load_data(data, batch_size=batch_size, seed=0)
 
     def train_teacher(model: nn.Module) -> Experiment:
         return Experiment(
             student=model,
-            train=their_data.train,
-            validation=their_data.validation,
-            test=their_data.test,
+            train=teacher_splits.train,
+            validation=teacher_splits.validation,
+            test=teacher_splits.test,
             method=Supervised(),
             optimizer=optimizer,
             schedule=decay,
             config=config.for_teacher(teacher_epochs),
-            facts={"label": f"teacher {name}", "student": {"name": name}, "data": their_data.facts()},
+            facts={"label": f"teacher {name}", "student": {"name": name}, "data": teacher_splits.facts()},
         )
 
-    # everything that its weights depend on: with another key, another one is trained
-    key = {"data": their_data.train.identity, "epochs": teacher_epochs, "batch_size": batch_size, "lr": lr}
+    # everything that the weights depend on: with another key, another teacher is trained
+    key = {"data": teacher_splits.train.identity, "epochs": teacher_epochs, "batch_size": batch_size, "lr": lr}
     teacher = TeacherRecipe(
         name=name,
         build=partial(build_net, teacher_width, classes=classes, seed=0),

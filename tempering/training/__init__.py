@@ -1,1 +1,1 @@
-"""One run: its configuration, trainer, checkpoints and records."""
+"""Train a student: configuration, trainer, checkpoints and records of a run."""

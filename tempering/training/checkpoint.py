@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: tensors as safetensors, the rest as JSON, written beside and renamed."""
+"""Write and read atomic checkpoints: tensors as safetensors, the rest as JSON."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,49 +17,55 @@ from torch import Tensor, nn
 from tempering.utils import files
 
 NAME = "step-{:08d}"
-OLD = ".replaced"  # a checkpoint that makes way for a newer one of its step
+OLD = ".replaced"  # suffix of a checkpoint while a newer one of the same step replaces it
 STATE, TENSORS = "state.json", "tensors.safetensors"
 FORMAT = 1
 
 
 class CorruptCheckpointError(RuntimeError):
-    """A checkpoint that cannot be trusted; the message names it and what to do."""
+    """A checkpoint is truncated, edited or unreadable; the message names it and what to do."""
 
 
 def save(folder: Path, step: int, state: Mapping[str, Any], *, keep: int = 2) -> Path:
-    """Write ``state`` (nested dicts and lists of tensors and plain values) as the checkpoint of ``step``.
+    """Write the checkpoint of ``step``, and remove all but the newest ``keep``.
 
-    It is written beside its place, flushed, and renamed, so a kill at any moment leaves a whole one. All but the
-    newest ``keep`` are removed.
+    It is written to a temporary folder, flushed and renamed, so that a run killed at any moment leaves a complete one.
+
+    Args:
+        state: nested dicts and lists of tensors and plain values.
+
+    Returns:
+        The checkpoint's folder.
 
     Raises:
-        OSError: when it cannot be written, saying how much was needed; the older checkpoints stay.
+        OSError: if it cannot be written, with the required size; older checkpoints are kept.
     """
-    place = folder / NAME.format(step)
-    beside, old = place.with_name(place.name + ".partial"), place.with_name(place.name + OLD)
+    path = folder / NAME.format(step)
+    tmp_path, old = path.with_name(path.name + ".partial"), path.with_name(path.name + OLD)
     tensors: dict[str, Tensor] = {}
-    plain = _part(state, "", tensors)
-    shutil.rmtree(beside, ignore_errors=True)
+    plain = _extract_tensors(state, "", tensors)
+    shutil.rmtree(tmp_path, ignore_errors=True)
     try:
-        beside.mkdir(parents=True)
-        files.write_file(beside / TENSORS, _tensor_bytes(tensors))
-        record = {"format": FORMAT, "step": step, TENSORS: files.sha256_file(beside / TENSORS), "state": plain}
-        files.write_file(beside / STATE, json.dumps({**record, "sha256": _digest(record)}).encode())
-        if place.is_dir():
+        tmp_path.mkdir(parents=True)
+        files.write_file(tmp_path / TENSORS, _tensor_bytes(tensors))
+        record = {"format": FORMAT, "step": step, TENSORS: files.sha256_file(tmp_path / TENSORS), "state": plain}
+        files.write_file(tmp_path / STATE, json.dumps({**record, "sha256": _digest(record)}).encode())
+        if path.is_dir():
             shutil.rmtree(old, ignore_errors=True)
-            place.rename(old)
-        beside.rename(place)
+            path.rename(old)
+        tmp_path.rename(path)
     except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise _unwritten(f"the checkpoint of step {step}", tensors, folder, error) from error
-    gone = [NAME.format(step) for step in sorted(found(folder))[:-keep]]
-    for name in (old.name, *gone, *(f"{name}{OLD}" for name in gone), *(p.name for p in folder.glob("*.partial"))):
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        raise _write_error(f"the checkpoint of step {step}", tensors, folder, error) from error
+    expired = [NAME.format(step) for step in sorted(list_steps(folder))[:-keep]]
+    partial = [p.name for p in folder.glob("*.partial")]
+    for name in (old.name, *expired, *(f"{name}{OLD}" for name in expired), *partial):
         shutil.rmtree(folder / name, ignore_errors=True)
-    return place
+    return path
 
 
-def found(folder: Path) -> list[int]:
-    """The steps that have a checkpoint here, in no order."""
+def list_steps(folder: Path) -> list[int]:
+    """List the steps that have a checkpoint in the folder, in any order."""
     if not folder.is_dir():
         return []
     matches = (re.fullmatch(rf"step-(\d{{8,}})({re.escape(OLD)})?", p.name) for p in folder.iterdir())
@@ -67,92 +73,92 @@ def found(folder: Path) -> list[int]:
 
 
 def load(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint's state, None where there is none.
+    """Load the state of the newest checkpoint; None if there is none.
 
     Raises:
-        CorruptCheckpointError: where the newest one is truncated, edited or unreadable.
+        CorruptCheckpointError: if the newest one is truncated, edited or unreadable.
     """
-    steps = found(folder)
+    steps = list_steps(folder)
     if not steps:
         return None
-    place = folder / NAME.format(max(steps))
-    if not place.is_dir():
-        place = place.with_name(place.name + OLD)
+    path = folder / NAME.format(max(steps))
+    if not path.is_dir():
+        path = path.with_name(path.name + OLD)
     try:
-        return read(place)
+        return read(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        rest = [s for s in steps if s != max(steps)]
-        older = f"from step {max(rest)}" if rest else "from the start: there is no older one"
+        older_steps = [s for s in steps if s != max(steps)]
+        older = f"from step {max(older_steps)}" if older_steps else "from the start: there is no older one"
         raise CorruptCheckpointError(
-            f"the checkpoint {place} is broken: {error}. Remove that folder to resume {older}."
+            f"the checkpoint {path} is broken: {error}. Remove that folder to resume {older}."
         ) from error
 
 
-def read(place: Path) -> dict[str, Any]:
-    """The state in one checkpoint's folder, each file compared with its hash.
+def read(path: Path) -> dict[str, Any]:
+    """Read the state in a checkpoint's folder, after comparing each file with its hash.
 
     Raises:
-        ValueError: for one that is not as it was written.
+        ValueError: if a file has been changed or has another format.
     """
-    record = json.loads((place / STATE).read_bytes())
+    record = json.loads((path / STATE).read_bytes())
     if record.pop("sha256") != _digest(record):
         raise ValueError(f"{STATE} is not as it was written (edited)")
     if record["format"] != FORMAT:
         raise ValueError(f"its format is {record['format']!r}, and this version reads {FORMAT}")
-    if files.sha256_file(place / TENSORS) != record[TENSORS]:
+    if files.sha256_file(path / TENSORS) != record[TENSORS]:
         raise ValueError(f"{TENSORS} is not as it was written (truncated or edited)")
-    return _whole(record["state"], _read_tensors(place / TENSORS))
+    return _insert_tensors(record["state"], _read_tensors(path / TENSORS))
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write weights alone as one safetensors file, atomically.
+    """Write weights to a safetensors file, atomically.
 
     Raises:
-        OSError: when it cannot be written; an older file stays.
+        OSError: if it cannot be written; an existing file is kept.
     """
     try:
         files.write_atomic(path, _tensor_bytes({name: t.detach() for name, t in tensors.items()}), fsync=True)
     except OSError as error:
-        raise _unwritten(f"the weights {path.name}", tensors, path.parent, error) from error
+        raise _write_error(f"the weights {path.name}", tensors, path.parent, error) from error
 
 
 def gather(student: nn.Module, method: nn.Module | None, optimizer: Any) -> dict[str, Any]:
-    """The whole state of student, method and optimizer, of which None are left out; the same on every rank.
+    """Return the full state of student, method and optimizer, equal on every rank; None is left out.
 
-    Sharded parameters (FSDP2) are put together; then the optimizer's state is by parameter name, else by number.
+    Sharded parameters (FSDP2) are gathered; the optimizer's state is then keyed by parameter name, otherwise by index.
     """
-    if not sharded(student):
+    if not is_sharded(student):
         parts = {"student": student, "method": method, "optimizer": optimizer}
         return {name: part.state_dict() for name, part in parts.items() if part is not None}
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=False)
-    out: dict[str, Any] = {"student": get_model_state_dict(student, options=whole)}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=False)
+    state: dict[str, Any] = {"student": get_model_state_dict(student, options=options)}
     if method is not None:
-        out["method"] = method.state_dict()
+        state["method"] = method.state_dict()
     if optimizer is not None:
-        trained = nn.ModuleDict({"student": student, "method": method or nn.Module()})
-        out["optimizer"] = get_optimizer_state_dict(trained, _bare(optimizer), options=whole)
-    return out
+        modules = nn.ModuleDict({"student": student, "method": method or nn.Module()})
+        state["optimizer"] = get_optimizer_state_dict(modules, _unwrap(optimizer), options=options)
+    return state
 
 
 def scatter(state: Mapping[str, Any], student: nn.Module, method: nn.Module, optimizer: Any) -> None:
-    """Put back what ``gather`` took."""
+    """Load the state that ``gather`` returned."""
     method.load_state_dict(state["method"])
-    if not sharded(student):
+    if not is_sharded(student):
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
-    whole = StateDictOptions(full_state_dict=True)
-    set_model_state_dict(student, state["student"], options=whole)
-    trained = nn.ModuleDict({"student": student, "method": method})
-    set_optimizer_state_dict(trained, _bare(optimizer), state["optimizer"], options=whole)
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(student, state["student"], options=options)
+    modules = nn.ModuleDict({"student": student, "method": method})
+    set_optimizer_state_dict(modules, _unwrap(optimizer), state["optimizer"], options=options)
 
 
-def sharded(module: nn.Module) -> bool:
-    """Whether any parameter lies in parts on several ranks."""
+def is_sharded(module: nn.Module) -> bool:
+    """Whether any parameter is sharded over ranks."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor
@@ -160,26 +166,26 @@ def sharded(module: nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in module.parameters())
 
 
-def _bare(optimizer: Any) -> torch.optim.Optimizer:
+def _unwrap(optimizer: Any) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every global random number generator."""
+    """Return the state of every global random number generator."""
     version, words, gauss = random.getstate()
     kind, keys, pos, has_gauss, cached = np.random.get_state()
-    out: dict[str, Any] = {
+    state: dict[str, Any] = {
         "python": [version, list(words), gauss],
-        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), pos, has_gauss, cached],
+        "numpy": [kind, torch.as_tensor(np.asarray(keys).astype(np.int64)), pos, has_gauss, cached],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
-        out["cuda"] = list(torch.cuda.get_rng_state_all())
-    return out
+        state["cuda"] = list(torch.cuda.get_rng_state_all())
+    return state
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put the generators back."""
+    """Restore the global random number generators."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, pos, has_gauss, cached = state["numpy"]
@@ -189,35 +195,39 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _part(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` with its tensors taken out into ``tensors`` and named in their place."""
+def _extract_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Move the tensors of ``value`` into ``tensors``; return ``value`` as JSON that refers to them by path."""
     if isinstance(value, Tensor):
         tensors[path] = value.detach().cpu().contiguous()
         return {"tensor": path}
     if isinstance(value, Mapping):
-        # pairs, since the keys of an optimizer's state are integers and JSON's are not
-        return {"map": [[key, _part(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
+        # pairs, because the keys of an optimizer's state are integers and JSON's are not
+        items = cast("Mapping[Any, Any]", value).items()
+        return {"map": [[key, _extract_tensors(item, f"{path}/{key}", tensors)] for key, item in items]}
     if isinstance(value, (list, tuple)):
-        return {"list": [_part(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]}
+        values = cast("Sequence[Any]", value)
+        return {"list": [_extract_tensors(item, f"{path}/{i}", tensors) for i, item in enumerate(values)]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"a checkpoint holds tensors and plain values; got {type(value).__name__} at {path or '/'}")
 
 
-def _whole(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _insert_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Undo ``_extract_tensors``."""
     if not isinstance(value, dict):
         return value
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    if "map" in value:
-        return {key: _whole(item, tensors) for key, item in value["map"]}
-    return [_whole(item, tensors) for item in value["list"]]
+    node = cast("dict[str, Any]", value)
+    if "tensor" in node:
+        return tensors[node["tensor"]]
+    if "map" in node:
+        return {key: _insert_tensors(item, tensors) for key, item in node["map"]}
+    return [_insert_tensors(item, tensors) for item in node["list"]]
 
 
 def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     from safetensors.torch import save as to_bytes
 
-    # clone: safetensors refuses tensors that share memory, and tied weights do
+    # clone: safetensors rejects tensors that share memory, and tied weights do
     return to_bytes({name: t.cpu().contiguous().clone() for name, t in tensors.items()})
 
 
@@ -231,12 +241,12 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(str(error)) from error
 
 
-def _unwritten(what: str, tensors: Mapping[str, Tensor], folder: Path, error: OSError) -> OSError:
+def _write_error(name: str, tensors: Mapping[str, Tensor], folder: Path, error: OSError) -> OSError:
     size = sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20
     return OSError(
         error.errno,
-        f"cannot write {what} ({size:.1f} MB) under {folder}: {error.strerror}. Free some space there, or give another "
-        "out=; older checkpoints are untouched, and the run resumes from them when it is started again.",
+        f"cannot write {name} ({size:.1f} MB) under {folder}: {error.strerror}. Free some space there, or give another "
+        "out=; older checkpoints are kept, and the run resumes from them if it is started again.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Checks of models, method and config before a run starts."""
+"""Check models, method and config before a run starts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def check_models_are_distinct(student: nn.Module, teacher: Teacher | None) -> No
     model = None if teacher is None else teacher.model
     if model is not None and (model in student.modules() or student in model.modules()):
         raise ValueError(
-            "the teacher is a part of the student, or the student of the teacher, so a frozen teacher would freeze "
-            "what is to be trained. Give copies: copy.deepcopy(model)."
+            "the teacher is a part of the student, or the student of the teacher, so freezing the teacher would freeze "
+            "parameters to train. Give copies: copy.deepcopy(model)."
         )
     if not any(p.requires_grad for p in student.parameters()):
         raise ValueError("the student has no parameter that requires grad: there is nothing to train.")
@@ -37,8 +37,8 @@ def validate_step_method(method: Method, teacher: Teacher | None, config: TrainC
     owner = type(method).__name__
     if method.needs_live and (teacher is None or teacher.model is None):
         raise ValueError(
-            f"{owner} goes back through the teacher, and {'None' if teacher is None else type(teacher).__name__} has "
-            "no gradient. Give the model itself: teachers.Live(model)."
+            f"{owner} differentiates through the teacher, and {'None' if teacher is None else type(teacher).__name__} "
+            "has no gradient. Give the model itself: teachers.Live(model)."
         )
     if method.needs_double_backward:
         options = {
@@ -48,6 +48,6 @@ def validate_step_method(method: Method, teacher: Teacher | None, config: TrainC
         }
         if unsupported := [name for name, is_set in options.items() if is_set]:
             raise ValueError(
-                f"{owner} takes derivatives within its step, which does not go with {', '.join(unsupported)}. Leave "
-                "it out; strategy='ddp' and precision='bf16-mixed' work."
+                f"{owner} takes derivatives within its step, which {', '.join(unsupported)} does not support. Leave it "
+                "out; strategy='ddp' and precision='bf16-mixed' work."
             )

@@ -1,4 +1,4 @@
-"""Options of training, training progress, and the result of a run. Imports no torch: commands read the options."""
+"""Define the options of training, its progress, and the result of a run. Imports no torch, for fast commands."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CompileFlag = PrimitiveConstructorSpec(
 @tyro.conf.configure(tyro.conf.OmitArgPrefixes)
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train, independent of model, method and data.
+    """Options of training that do not depend on model, method and data.
 
     The fields are the training flags of every recipe: ``main(*, config: TrainConfig = TrainConfig(epochs=20), ...)``
     has ``--epochs`` with default 20, ``--seed``, ``--precision`` and so on.
@@ -54,11 +54,11 @@ class TrainConfig:
     strategy: str = "auto"
     """auto, ddp or fsdp (FSDP2), for more than one device."""
     compile: Annotated[bool | str, CompileFlag] = False
-    """torch.compile the student; a word is a mode of torch.compile, and reduce-overhead replays CUDA graphs."""
+    """torch.compile the student; takes a mode of torch.compile, such as reduce-overhead, which replays CUDA graphs."""
     chunks: bool | None = None
-    """Compute the loss in chunks of rows, to save memory; None does so from 2^22 logits on if the method allows it."""
+    """Compute the loss in chunks of rows, to save memory; None does so from 2^22 logits if the method allows it."""
     threads: int | None = None
-    """CPU threads of torch; default: as many as there are cores."""
+    """CPU threads of torch; default: one per core."""
     evaluate_every: int = 1
     """Epochs between evaluations."""
     patience: int | None = None
@@ -66,11 +66,11 @@ class TrainConfig:
     log_every: int = 50
     """Steps between log lines."""
     checkpoint_every: int | None = None
-    """Steps between checkpoints within an epoch; there is always one at the end of an epoch."""
+    """Steps between checkpoints within an epoch; a checkpoint is always written at the end of an epoch."""
     keep: int = 2
     """Number of checkpoints to keep."""
     resume: bool = True
-    """Resume from the last checkpoint in the run's folder; --no-resume removes an earlier run and starts again."""
+    """Resume from the last checkpoint in the run's folder; --no-resume removes an earlier run and restarts."""
     selfcheck: bool = True
     """Check the first batch before training."""
     quiet: bool = False
@@ -85,7 +85,7 @@ class TrainConfig:
         from tempering.utils.device import validate_compile_mode
 
         if self.steps is None and self.epochs is None:
-            raise ValueError("give steps= or epochs=, one of them; got steps=None, epochs=None.")
+            raise ValueError("give either steps= or epochs=; got steps=None, epochs=None.")
         validate_compile_mode(self.compile)
         for name in POSITIVE:
             value = getattr(self, name)
@@ -95,28 +95,28 @@ class TrainConfig:
             raise ValueError(f"max_grad_norm must be > 0; got {self.max_grad_norm}. None does not clip.")
 
     def for_teacher(self, epochs: int | None) -> TrainConfig:
-        """The options of the teacher's training: its own length, seed 0, one device.
+        """Return the options of the teacher's training: its own length, seed 0, one device.
 
-        Precision, accelerator, compile and what changes no weights are the student's. Everything else is the default,
-        so that one trained teacher serves all students.
+        Precision, accelerator, compile and options that do not change weights are the student's. All others have
+        their defaults, so that all students share one trained teacher.
         """
         shared = ("precision", "accelerator", "compile", "threads", "evaluate_every", "log_every", "checkpoint_every")
         shared = (*shared, "keep", "resume", "selfcheck", "quiet")
         return TrainConfig(epochs=epochs, **{name: getattr(self, name) for name in shared})
 
     def changed(self, *names: str) -> dict[str, Any]:
-        """Those of the named options that do not have their default value."""
+        """Return those of the named options whose value is not the default."""
         defaults = {f.name: f.default for f in fields(self)}
         return {name: getattr(self, name) for name in names if getattr(self, name) != defaults[name]}
 
     def record(self) -> dict[str, Any]:
-        """The options as records and checkpoints name them."""
+        """Return the options by their names in records and checkpoints."""
         return {RECORDED_AS.get(name, name): v for name, v in asdict(self).items() if name not in NOT_RECORDED}
 
 
 @dataclass
 class TrainState:
-    """Training progress, saved in checkpoints beside weights and random states."""
+    """Training progress, saved in checkpoints with weights and random states."""
 
     step: int = 0
     epoch: int = 0
@@ -144,7 +144,7 @@ class Run:
     student: nn.Module
     folder: Path | None
     facts: dict[str, Any]
-    epochs: list[dict[str, Any]] = field(default_factory=list)
+    epochs: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
     @property
     def last(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""distill(): a whole run in one call. The training loop is in trainer.py."""
+"""Train a student in one call. The training loop is in trainer.py."""
 
 from __future__ import annotations
 
@@ -57,44 +57,44 @@ def distill(
     facts: Mapping[str, Any] | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Run:
-    """Train ``student`` with ``method`` and ``teacher``; resumes if ``out`` holds the same run, interrupted.
+    """Train ``student`` with ``method`` and ``teacher``; resume if ``out`` has the same run, interrupted.
 
     ``tempering.training.experiment.Experiment`` describes the same run without starting it.
 
     Args:
         student: the model to train, in place.
         teacher: a module (wrapped in ``teachers.Live``), a Teacher, or None for a method without a teacher.
-        batches: training batches, iterated anew every epoch. With several processes, a batch of
+        batches: training batches, iterated over every epoch. With several processes, a batch of
             ``tempering.data.Batches`` is split among them; the batches of a DataLoader are each process's own.
         method: the loss, with its temperature policy.
         task: turns batches into rows; None is Classification().
         optimizer: parameter groups -> optimizer; groups of the method's own parameters follow the student's.
         schedule: progress in [0, 1) -> factor on every group's learning rate.
-        steps, epochs: length of the run, one of them. A step is one update of the weights.
+        steps, epochs: length of the run; give one of them. A step is one update of the weights.
         validation: scored every ``evaluate_every`` epochs; selects the best epoch and stops early.
-        test: scored as well; selects the best epoch only if there is no validation, which the report says.
+        test: scored as well; selects the best epoch only if there is no validation, which the report notes.
         out: folder for records, checkpoints and weights; None writes nothing.
-        seed: of the order, augmentation and dropout of every epoch; initialize the student before.
+        seed: of the order, augmentation and dropout of every epoch; not of the student's initial weights.
         accumulate, max_grad_norm, precision, accelerator, devices, strategy, compile, chunks, evaluate_every,
             log_every, checkpoint_every, keep, patience, resume, selfcheck, quiet: options of ``TrainConfig``. With
             strategy="fsdp" the student is left sharded. With several devices the script runs once per device; the
-            parameters are those of one device with the same batch. A run killed at any moment resumes from the last
-            checkpoint, to the same bits.
+            parameters equal those of one device with the same batch. A run killed at any moment resumes from the last
+            checkpoint, with bit-identical results.
         loggers: "tensorboard", "csv", "wandb", or Fabric loggers.
         facts: additional content of facts.json, such as "label" and "data".
         on_step: called after every step with its number (from 0) and its loss, (); with several processes, the mean
             over them is the step's loss.
 
     Raises:
-        ValueError: for options that do not fit together, a method whose loss a split of the step would change, or an
-            ``out`` that holds another run.
+        ValueError: for incompatible options, a method whose loss a split of the step would change, or an ``out`` that
+            has another run.
         SelfCheckError: if the first batch shows that the run would be wrong.
         CorruptCheckpointError: if the newest checkpoint is truncated or edited.
         FloatingPointError: if the loss is NaN or infinite.
         OSError: if there is no space for a checkpoint; the earlier ones stay.
     """
     if steps is not None and epochs is not None:
-        raise ValueError(f"give steps= or epochs=, one of them; got steps={steps}, epochs={epochs}.")
+        raise ValueError(f"give either steps= or epochs=; got steps={steps}, epochs={epochs}.")
     config = TrainConfig(
         steps=steps,
         epochs=epochs,
@@ -148,10 +148,10 @@ def make_trainer(
     loggers: Sequence[Any] = (),
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Trainer:
-    """The trainer of a run, ready to ``check()`` or ``run()``; the teacher as a Teacher, the task with its models.
+    """Create the trainer of a run; convert the teacher to a Teacher, and let the task prepare both models.
 
     Raises:
-        ValueError: for options, a teacher, data and a method that do not fit together.
+        ValueError: for an incompatible combination of options, teacher, data and method.
     """
     config.validate()
     source = as_teacher(teacher, method, batches)
@@ -159,7 +159,7 @@ def make_trainer(
         student,
         source,
         method,
-        _prepared(task, student, source),
+        _prepare_task(task, student, source),
         batches,
         optimizer=optimizer,
         schedule=schedule,
@@ -172,14 +172,14 @@ def make_trainer(
 
 
 def as_teacher(teacher: nn.Module | Teacher | None, method: Method, batches: Iterable[Any]) -> Teacher | None:
-    """The teacher of these batches; a module becomes a live teacher.
+    """Convert to a Teacher, and check it against the batches; a module becomes a live teacher.
 
     Raises:
         ValueError: for a cache of other batches, or None with a method that needs a teacher.
-        TypeError: for anything that is no teacher.
+        TypeError: for an argument of another type.
     """
     if isinstance(teacher, Teacher):
-        has_identity = getattr(batches, "identity", None) is not None  # somebody else's loader has none
+        has_identity = getattr(batches, "identity", None) is not None  # a loader of another library has none
         if has_identity and (reason := teacher.incompatibility(batches)) is not None:
             raise ValueError(reason)
         return teacher
@@ -191,13 +191,14 @@ def as_teacher(teacher: nn.Module | Teacher | None, method: Method, batches: Ite
         raise TypeError(f"teacher must be a module, a Teacher or None; got {type(teacher).__name__}.")
     if method.needs_teacher:
         raise ValueError(
-            f"{type(method).__name__} needs a teacher, and teacher is None. Alone it is methods.Supervised()."
+            f"{type(method).__name__} needs a teacher, and teacher is None. To train without one, use "
+            "methods.Supervised()."
         )
     return None
 
 
-def _prepared(task: Task | None, student: nn.Module, teacher: Teacher | None) -> Task:
-    """The task, after it has prepared both models."""
+def _prepare_task(task: Task | None, student: nn.Module, teacher: Teacher | None) -> Task:
+    """Let the task prepare both models, and return it; None is Classification()."""
     if task is None:
         from tempering.tasks.classification import Classification
 

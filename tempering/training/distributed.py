@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ def check_splittable(method: Method, *, accumulate: int = 1, world: int = 1) -> 
     split, parts = ("accumulate", accumulate) if accumulate > 1 else ("devices", world)
     if method.trains_teacher and parts > 1:
         raise ValueError(
-            f"{type(method).__name__} lets the teacher learn from each batch before the student does, which {split}="
+            f"{type(method).__name__} trains the teacher on each batch before the student, which {split}="
             f"{parts} would change. Use {split}=1."
         )
     if parts > 1 and method.is_batch_dependent():
@@ -35,7 +35,7 @@ def check_splittable(method: Method, *, accumulate: int = 1, world: int = 1) -> 
         )
     if world > 1 and (adaptive := method.adaptive_policies()):
         raise ValueError(
-            f"{', '.join(type(p).__name__ for p in adaptive)} learns from what a step did to the rows of its own "
+            f"{', '.join(type(p).__name__ for p in adaptive)} learns from the effect of a step on the rows of its own "
             f"process, so {world} processes would learn {world} different temperatures. Use devices=1, or another "
             "policy."
         )
@@ -62,8 +62,8 @@ def global_row_weights(weights: list[Mapping[str, Tensor | float]], fabric: Fabr
         return summed
     names = sorted(summed)
     stacked = torch.stack([torch.as_tensor(summed[n], dtype=torch.float64).cpu() for n in names])
-    stacked = fabric.all_reduce(stacked.to(fabric.device), reduce_op="sum")
-    return dict(zip(names, stacked.unbind(), strict=True))  # pyright: ignore[reportAttributeAccessIssue]
+    stacked = _all_reduce(stacked.to(fabric.device), fabric, "sum")
+    return dict(zip(names, stacked.unbind(), strict=True))
 
 
 def all_reduce_gradients(method: nn.Module, fabric: Fabric) -> None:
@@ -72,7 +72,7 @@ def all_reduce_gradients(method: nn.Module, fabric: Fabric) -> None:
         for p in method.parameters():
             if p.requires_grad:
                 grad = torch.zeros_like(p) if p.grad is None else p.grad
-                p.grad = fabric.all_reduce(grad, reduce_op="mean")  # pyright: ignore[reportAttributeAccessIssue]
+                p.grad = _all_reduce(grad, fabric, "mean")
 
 
 @torch.no_grad()
@@ -94,7 +94,8 @@ def clip_grad_norm(optimizer: Any, fabric: Fabric, max_norm: float) -> None:
     kinds = ([g for g in grads if isinstance(g, DTensor)], [g for g in grads if not isinstance(g, DTensor)])
     norms = [upcast_to_float32(full(torch.nn.utils.get_total_norm(kind))) for kind in kinds if kind]
     if norms:
-        factor = (max_norm / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
+        total_norm = cast("Tensor", torch.linalg.vector_norm(torch.stack(norms)))  # pyright: ignore[reportUnknownMemberType]
+        factor = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
         for g in grads:
             local(g).mul_(factor)
 
@@ -104,13 +105,17 @@ def all_reduce_mean(value: float, fabric: Fabric) -> float:
     if fabric.world_size == 1:
         return value
     tensor = torch.tensor(value, device=fabric.device, dtype=torch.float64)
-    return float(fabric.all_reduce(tensor, reduce_op="mean"))  # pyright: ignore[reportArgumentType]
+    return float(_all_reduce(tensor, fabric, "mean"))
+
+
+def _all_reduce(tensor: Tensor, fabric: Fabric, op: Literal["sum", "mean"]) -> Tensor:
+    return cast("Tensor", fabric.all_reduce(tensor, reduce_op=op))  # pyright: ignore[reportUnknownMemberType]
 
 
 def all_gather_objects(value: Any, fabric: Fabric) -> list[Any]:
     """Gather a picklable object from every rank, in the order of ranks."""
     if fabric.world_size == 1:
         return [value]
-    out: list[Any] = [None] * fabric.world_size
-    torch.distributed.all_gather_object(out, value)
-    return out
+    objects: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(objects, value)  # pyright: ignore[reportUnknownMemberType]
+    return objects

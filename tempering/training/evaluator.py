@@ -1,4 +1,4 @@
-"""Evaluation during a run: scores of the splits, the best epoch, early stopping, and the final analysis."""
+"""Evaluate a run: scores of the splits, the best epoch, early stopping, and the final analysis."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tempering.training.stream import require_reiterable
 
 
 class Evaluator:
-    """Scores the student on the evaluation splits.
+    """Score the student on the evaluation splits.
 
     Args:
-        splits: name -> batches, None where there is no such split. "validation" selects the best epoch, or "test" if
+        splits: name -> batches; None: there is no such split. "validation" selects the best epoch, or "test" if
             there is no validation split.
         teacher: scores may compare the student with it; None for a run without a teacher.
         cache_teacher: whether to keep the teacher's outputs on the splits from one evaluation to the next.
@@ -47,7 +47,7 @@ class Evaluator:
         self.splits = {name: batches for name, batches in splits.items() if batches is not None}
         for name, batches in self.splits.items():
             require_reiterable(name, batches)
-        # a cache of the training set holds no other split, and would return rows of its own
+        # a cache of the training set has no other split, and would return outputs of training samples
         sources = (
             {} if teacher is None else {name: teacher.for_batches(batches) for name, batches in self.splits.items()}
         )
@@ -59,7 +59,7 @@ class Evaluator:
         metric, self.higher_is_better = task.headline()
         self.best_by = next((f"{name}/{metric}" for name in ("validation", "test") if name in self.splits), None)
         if patience is not None and self.best_by is None:
-            raise ValueError("patience= stops by a score, and there is none: give validation=.")
+            raise ValueError("patience= needs a score to stop by, and there is no split to score: give validation=.")
 
     def score(self, model: nn.Module) -> dict[str, dict[str, float]]:
         """Score the model on every split: split -> metric -> value."""
@@ -100,7 +100,7 @@ class Evaluator:
 
 
 class CachedTeacherOutputs:
-    """A teacher whose outputs on a fixed, unshuffled split are cached, so that it runs once and not every evaluation.
+    """Cache a teacher's outputs on a fixed, unshuffled split, so that it runs once and not at every evaluation.
 
     Outputs are cached by position and sample ids; batches without ids are not cached.
 
@@ -119,7 +119,7 @@ class CachedTeacherOutputs:
         return self
 
     def __call__(self, inputs: Any, ids: Tensor | None) -> Any:
-        """The teacher's outputs for the next batch."""
+        """Return the teacher's outputs for the next batch."""
         position, self.position = self.position, self.position + 1
         if ids is None or not self.enabled:
             return self.teacher(inputs, ids)

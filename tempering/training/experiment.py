@@ -1,11 +1,11 @@
-"""A run, described before it runs: what the main() of a recipe returns."""
+"""Describe a run before it is started; the main() of a recipe returns the description."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,14 @@ from tempering.teachers.base import Teacher
 from tempering.teachers.live import Live
 from tempering.training.config import Run, TrainConfig
 from tempering.training.distill import SGD, Optimizer, make_trainer
-from tempering.training.pretrained import LogitCache, is_trained, model_folder, train_or_load
+from tempering.training.pretrained import is_trained, model_folder, train_or_load
 from tempering.training.selfcheck import Checked
 from tempering.training.trainer import Trainer
 
-Weights = Literal["trained", "present", "random"]  # train the teacher if it is not trained; raise; do without
+if TYPE_CHECKING:
+    from tempering.training.logit_cache import LogitCache
+
+Weights = Literal["trained", "present", "random"]  # if the teacher is not trained: train it; raise; use random weights
 
 
 class UntrainedTeacherError(FileNotFoundError):
@@ -29,7 +32,7 @@ class UntrainedTeacherError(FileNotFoundError):
 
 @dataclass(kw_only=True)
 class Experiment:
-    """One run, described. Nothing is trained and nothing is written when it is made.
+    """Describe one run. Creating it trains nothing and writes nothing.
 
     Attributes:
         student: the model to train.
@@ -46,8 +49,8 @@ class Experiment:
         facts: additional content of facts.json, such as "label" and "data".
         loggers: "tensorboard", "csv", "wandb", or Fabric loggers.
         on_step: called after every step with its number (from 0) and its loss.
-        bind_teacher: for what depends on the teacher's weights, such as batches that the teacher writes: called with
-            this experiment and the teacher, before anything is checked or trained; returns the experiment to use.
+        bind_teacher: called with this experiment and the teacher, before anything is checked or trained; returns the
+            experiment to use. For what depends on the teacher's weights, such as batches that the teacher generates.
 
     Example:
         >>> Experiment(student=net, teacher=big, train=data, method=DTKD(), config=TrainConfig(epochs=3)).check().line
@@ -65,7 +68,7 @@ class Experiment:
     schedule: Callable[[float], float] | None = None
     config: TrainConfig
     out: Path | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     loggers: Sequence[Any] = ()
     on_step: Callable[[int, Tensor], None] | None = None
     bind_teacher: Callable[[Experiment, Teacher], Experiment] | None = None
@@ -74,7 +77,7 @@ class Experiment:
         self.config.validate()
 
     def run(self) -> Run:
-        """Train the teacher if it is missing, then the student; resumes an interrupted run in ``out``."""
+        """Train the teacher if it is missing, then the student; resume an interrupted run in ``out``."""
         self._set_threads()
         ready = self.with_teacher("trained")
         return ready._trainer(ready.out).run(dict(ready.facts))
@@ -82,11 +85,11 @@ class Experiment:
     def check(self) -> Checked:
         """Run the self-check on the first batch; nothing is trained or written.
 
-        The student's side is checked first; if the teacher is not trained yet, with its initial weights, and then the
-        teacher's own training.
+        The student's run is checked first; a teacher that is not trained yet has its initial weights there, and its
+        own training is checked next.
 
         Raises:
-            ValueError: for what ``run()`` would refuse.
+            ValueError: for arguments that ``run()`` would reject.
             SelfCheckError: if the first batch shows that the run would be wrong.
         """
         self._set_threads()
@@ -98,7 +101,7 @@ class Experiment:
         return Checked({**checked.checks, f"training of the teacher {recipe.name}": "ok"})
 
     def without_test(self) -> Experiment:
-        """The same run without a look at the test split, for a search that selects by the validation split.
+        """Return the same run without its test split, for a search that selects by the validation split.
 
         Raises:
             ValueError: if there is no validation split.
@@ -112,12 +115,12 @@ class Experiment:
         return replace(self, test=None, teacher=teacher)
 
     def with_teacher(self, weights: Weights, *, cached: bool = True) -> Experiment:
-        """The same run with its teacher made, and what depends on it.
+        """Return the same run with its teacher created, and with what depends on it.
 
         Args:
-            weights: "trained" trains the teacher if it is missing, "present" raises then, "random" takes its initial
-                weights then.
-            cached: False makes the live teacher where the recipe caches its logits.
+            weights: if the teacher is not trained, "trained" trains it, "present" raises and "random" uses its initial
+                weights.
+            cached: False returns the live teacher even if the recipe caches its logits.
 
         Raises:
             UntrainedTeacherError: for "present", if the teacher is not trained.
@@ -125,7 +128,7 @@ class Experiment:
         ready, teacher = self, self.teacher
         if isinstance(teacher, TeacherRecipe):
             recipe = teacher if cached else replace(teacher, cache=None)
-            prepare = (lambda model: None) if self.task is None else self.task.prepare_model
+            prepare = None if self.task is None else self.task.prepare_model
             teacher, facts = recipe.make(weights, prepare)
             train = self.train if recipe.cache is None else recipe.cache.replayed
             ready = replace(self, train=train, facts={**self.facts, "teacher": facts})
@@ -135,21 +138,25 @@ class Experiment:
         return ready if self.bind_teacher is None or teacher is None else self.bind_teacher(ready, teacher)
 
     @property
-    def made_teacher(self) -> Teacher | None:
-        """The teacher, after ``with_teacher``."""
+    def resolved_teacher(self) -> Teacher | None:
+        """The teacher, after ``with_teacher``.
+
+        Raises:
+            TypeError: before ``with_teacher``, if the teacher is a module or a TeacherRecipe.
+        """
         if self.teacher is None or isinstance(self.teacher, Teacher):
             return self.teacher
-        raise TypeError("the teacher is not made yet: with_teacher() makes it.")
+        raise TypeError("the teacher is not created yet. Call with_teacher() first.")
 
     @property
     def splits(self) -> dict[str, Iterable[Any] | None]:
-        """The batches by the name of their split."""
+        """Split name -> batches."""
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
     def _trainer(self, folder: Path | None) -> Trainer:
         return make_trainer(
             self.student,
-            self.made_teacher,
+            self.resolved_teacher,
             self.train,
             method=self.method,
             task=self.task,
@@ -169,14 +176,14 @@ class Experiment:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherRecipe:
-    """A teacher that is trained once and reused, described. Nothing is built or trained when it is made.
+    """Describe a teacher that is trained once and reused. Creating it builds nothing and trains nothing.
 
     Attributes:
         name: of the network, in records and in the name of its folder.
-        build: makes the network with its initial weights.
+        build: returns the network with its initial weights.
         train: the network -> the Experiment that trains it, as its student; its ``out`` is set here. None uses the
-            network as ``build`` makes it.
-        folder: where trained teachers are kept and found again.
+            network as ``build`` returns it.
+        folder: where trained teachers are kept.
         key: what the trained weights depend on, JSON-able: data, length, learning rate and so on.
         weights: a safetensors file in place of training.
         wrap: the network -> a Teacher, such as ``partial(Live, precision="bf16")``.
@@ -188,11 +195,11 @@ class TeacherRecipe:
     build: Callable[[], nn.Module]
     train: Callable[[nn.Module], Experiment] | None
     folder: Path
-    key: Mapping[str, Any] = field(default_factory=dict)
+    key: Mapping[str, Any] = field(default_factory=dict[str, Any])
     weights: Path | None = None
     wrap: Callable[[nn.Module], Teacher] = Live
     cache: LogitCache | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def path(self) -> Path:
@@ -201,22 +208,27 @@ class TeacherRecipe:
 
     @property
     def is_trained(self) -> bool:
-        """Whether there is nothing to train."""
+        """Whether the teacher needs no training."""
         return self.train is None or self.weights is not None or is_trained(self.path)
 
-    def make(self, weights: Weights, prepare: Callable[[nn.Module], None]) -> tuple[Teacher, dict[str, Any]]:
-        """The teacher, and what records say of it.
+    def make(
+        self, weights: Weights, prepare: Callable[[nn.Module], object] | None = None
+    ) -> tuple[Teacher, dict[str, Any]]:
+        """Create the teacher.
 
         Args:
-            weights: "trained" trains the network if needed; "present" raises if it is not trained; "random" takes its
-                initial weights if it is not trained, and caches nothing.
+            weights: if the network is not trained, "trained" trains it, "present" raises, and "random" uses its
+                initial weights and caches nothing.
             prepare: called with the network before its logits are cached.
+
+        Returns:
+            The teacher, and the content of "teacher" in facts.json.
 
         Raises:
             UntrainedTeacherError: if there are no weights and they may not be trained.
         """
         network = self.build()
-        facts = {"name": self.name, "parameters": sum(p.numel() for p in network.parameters())}
+        facts: dict[str, Any] = {"name": self.name, "parameters": sum(p.numel() for p in network.parameters())}
         ready = weights == "trained" or self.is_trained
         if weights == "present" and not ready:
             raise UntrainedTeacherError(f"the teacher {self.name} is not trained: there are no weights in {self.path}.")
@@ -226,12 +238,14 @@ class TeacherRecipe:
         live.trained = ready
         if self.cache is None:
             return live, {**facts, **self.facts}
-        prepare(network)
+        if prepare is not None:
+            prepare(network)
         cache = self.cache.open(live, dry=weights != "trained")
         cache.trained = ready
         return cache, {**facts, **self.facts, "calls": cache.rows}
 
     def _load(self, network: nn.Module) -> dict[str, Any]:
+        """Load the trained weights, after training if necessary; return the scores of its training, for records."""
         if self.weights is not None:
             from tempering.models import load
 
@@ -246,8 +260,12 @@ class TeacherRecipe:
         return {}
 
     def without_test(self) -> TeacherRecipe:
-        """The same teacher, trained without a look at the test split."""
+        """Return the same teacher, trained without the test split."""
         if self.train is None:
             return self
-        train = self.train
-        return replace(self, train=lambda network: replace(train(network), test=None))
+        original = self.train
+
+        def train(network: nn.Module) -> Experiment:
+            return replace(original(network), test=None)
+
+        return replace(self, train=train)

@@ -34,16 +34,18 @@ def fabric_for(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}. bf16 is 'bf16-mixed'.")
     if precision == "16-mixed" and (accelerator == "cpu" or not torch.accelerator.is_available()):
         raise ValueError("precision='16-mixed' needs a GPU; on a CPU use 'bf16-mixed' or '32-true'.")
-    chosen: Any = strategy
+    fabric_strategy: Any = strategy
     double = DoublePrecision()
     double.convert_output = _identity  # Fabric casts outputs to float32, and the loss would be computed in it
     if strategy == "fsdp":
         count = devices if isinstance(devices, int) and devices > 0 else "auto"
-        chosen = ModelParallelStrategy(parallelize_fn=_fully_shard, data_parallel_size=count, tensor_parallel_size=1)
+        fabric_strategy = ModelParallelStrategy(
+            parallelize_fn=_fully_shard, data_parallel_size=count, tensor_parallel_size=1
+        )
     fabric = Fabric(
         accelerator=accelerator,
         devices=devices,
-        strategy=chosen,
+        strategy=fabric_strategy,
         precision=None if precision == "64-true" else precision,  # pyright: ignore[reportArgumentType]
         plugins=[double] if precision == "64-true" else [],
         loggers=[_logger(x, folder) for x in loggers],
@@ -69,29 +71,30 @@ def _fully_shard(model: nn.Module, mesh: Any) -> nn.Module:
     return model
 
 
-def _logger(wanted: Any, folder: Any) -> Any:
-    if not isinstance(wanted, str):
-        return wanted
-    if wanted not in LOGGERS:
-        raise ValueError(f"loggers are {', '.join(LOGGERS)} or objects of lightning_fabric; got {wanted!r}.")
+def _logger(logger: Any, folder: Any) -> Any:
+    """Create the logger with this name; return a logger of Fabric unchanged."""
+    if not isinstance(logger, str):
+        return logger
+    if logger not in LOGGERS:
+        raise ValueError(f"loggers are {', '.join(LOGGERS)} or objects of lightning_fabric; got {logger!r}.")
     if folder is None:
-        raise ValueError(f"the logger {wanted!r} needs a place to write: give out=FOLDER.")
+        raise ValueError(f"the logger {logger!r} needs a folder to write to: give out=FOLDER.")
     try:
-        if wanted == "wandb":
+        if logger == "wandb":
             from tempering.training.wandb_logger import WandbLogger
 
             return WandbLogger(folder)
         from lightning_fabric.loggers.csv_logs import CSVLogger
         from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
-        if wanted == "tensorboard":
-            return TensorBoardLogger(root_dir=folder, name="logs", version=wanted)
+        if logger == "tensorboard":
+            return TensorBoardLogger(root_dir=folder, name="logs", version=logger)
         # one file per start of the run, because Fabric's logger removes existing ones
-        taken = len(list(Path(folder, "logs").glob("csv*")))
-        version = f"csv-{taken + 1}" if taken else "csv"
+        count = len(list(Path(folder, "logs").glob("csv*")))
+        version = f"csv-{count + 1}" if count else "csv"
         return CSVLogger(root_dir=folder, name="logs", version=version, flush_logs_every_n_steps=1)
     except ImportError as error:
-        raise ImportError(f'the logger {wanted!r} is not installed: pip install "tempering[{wanted}]"') from error
+        raise ImportError(f'the logger {logger!r} is not installed: pip install "tempering[{logger}]"') from error
 
 
 def allow_double_backward(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""Features of student and teacher, paired by name."""
+"""Extract features of student and teacher, paired by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class PairedFeatures:
-    """The features that both models computed in their last forward passes, by the names that the task gives them."""
+    """Features that both models computed in their last forward passes, by the names that the task gives them."""
 
     def __init__(
         self, student: FeatureExtractor, teacher: FeatureExtractor, names: Mapping[str, tuple[str, str]]
@@ -40,9 +40,10 @@ class PairedFeatures:
         from tempering.utils.hooks import FeatureExtractor
 
         if teacher is None or teacher.model is None:
+            source = "no teacher" if teacher is None else type(teacher).__name__
             raise ValueError(
-                f"the task taps {', '.join(names)}, but {'no teacher' if teacher is None else type(teacher).__name__} "
-                "has features. Give the live model: teachers.Live(model)."
+                f"the task compares the features {', '.join(names)}, but {source} has features. Give the live model: "
+                "teachers.Live(model)."
             )
         sides = [
             FeatureExtractor(m, [pair[i] for pair in names.values()]) for i, m in enumerate((student, teacher.model))
@@ -50,5 +51,5 @@ class PairedFeatures:
         return cls(sides[0].__enter__(), sides[1].__enter__(), names)
 
     def features(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Name -> (the student's, the teacher's) features of the last forward passes; the teacher's are detached."""
+        """Return name -> (student's, teacher's) features of the last forward passes; the teacher's are detached."""
         return {name: (self.student[s], self.teacher[t].detach()) for name, (s, t) in self.names.items()}

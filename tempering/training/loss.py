@@ -1,4 +1,4 @@
-"""Losses computed in chunks of rows, for blocks with many logits."""
+"""Compute losses in chunks of rows, for blocks with many logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MIN_LOGITS = 2**22  # of the student, from which on chunks save memory and cost 
 
 
 def chunking_for(method: Method, chunks: bool | None = None) -> Chunking | None:
-    """How to compute the method's losses in chunks; None: not in chunks.
+    """Select how to compute the method's losses in chunks; None: not in chunks.
 
     Args:
         chunks: True for ``kernels.chunked`` always, which raises a ValueError for a method or rows that it cannot

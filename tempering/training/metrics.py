@@ -1,8 +1,8 @@
-"""Metrics of a step, the error for a loss that is not finite, and the progress bar."""
+"""Report a run: metrics of a step, the error for a loss that is not finite, and the progress bar."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def step_metrics(losses: Sequence[BlockLoss], policies: Mapping[str, Policy]) -> dict[str, Any]:
-    """The metrics of a micro-batch in steps.jsonl: mean terms, temperatures with their spread, and the kernels used.
+    """Return a micro-batch's metrics for steps.jsonl: mean terms, temperatures with percentiles, and kernels used.
 
     Terms of the same name are summed over the blocks, as in the loss. Temperatures are those of the last block with
     more than one class.
@@ -34,8 +34,8 @@ def step_metrics(losses: Sequence[BlockLoss], policies: Mapping[str, Policy]) ->
         return line | path
     for side, T in (("T_teacher", policy.last.teacher), ("T_student", policy.last.student)):
         values = T.flatten().float()
-        low, high = torch.quantile(values[:100_000], values.new_tensor([0.05, 0.95])).tolist()
-        line[side] = {"mean": float(values.mean()), "p5": low, "p95": high}
+        low, high = torch.quantile(values[:100_000], values.new_tensor([0.05, 0.95]))
+        line[side] = {"mean": float(values.mean()), "p5": float(low), "p95": float(high)}
     line["policy"] = {name: float(count) for name, count in policy.report().items()}
     line["logsumexp_gap"] = float(logsumexp_gap(rows.replace(student=rows.student.detach()), policy.last))
     return line | path
@@ -44,7 +44,7 @@ def step_metrics(losses: Sequence[BlockLoss], policies: Mapping[str, Policy]) ->
 def nonfinite_loss_error(
     loss: float, step: int, folder: Path | None, losses: Sequence[BlockLoss] = ()
 ) -> FloatingPointError:
-    """The error to raise for a loss that is NaN or infinite: which logits and terms are not finite, and what to try."""
+    """Return the error for a loss that is NaN or infinite: names the logits that are not finite, and remedies."""
     if losses:
         rows = losses[-1].rows
         logits = {"student": rows.student, "teacher": rows.teacher}
@@ -55,14 +55,14 @@ def nonfinite_loss_error(
         )
         text = f"the loss is {loss} at step {step}: {where}; terms {terms}."
     else:
-        text = f"the loss is {loss} at step {step}, or was so at one before it."
+        text = f"the loss is {loss} at step {step} or at an earlier one."
     saved = "" if folder is None else f" The last checkpoint under {folder} is from before."
-    advice = "A lower learning rate, max_grad_norm=1.0, or precision='32-true' are what to try."
+    advice = "Try a lower learning rate, max_grad_norm=1.0, or precision='32-true'."
     return FloatingPointError(f"{text} {advice}{saved}")
 
 
 class ProgressBar:
-    """A run's progress on the terminal; shows nothing if ``disable``."""
+    """Show a run's progress on the terminal; nothing if ``disable``."""
 
     def __init__(self, total: int, *, disable: bool) -> None:
         self.total = total
@@ -76,7 +76,7 @@ class ProgressBar:
         self.progress = Progress(*columns, TextColumn("{task.fields[note]}"), transient=True)
 
     @contextmanager
-    def show(self, label: str, step: int) -> Iterator[None]:
+    def show(self, label: str, step: int) -> Generator[None]:
         """Show the bar inside the context, beginning at ``step``."""
         if self.progress is None:
             yield

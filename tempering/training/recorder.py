@@ -1,4 +1,4 @@
-"""What a run writes: facts.json, steps.jsonl, epochs.jsonl, analysis.json. Reports read nothing else."""
+"""Write the records of a run: facts.json, steps.jsonl, epochs.jsonl, analysis.json. Reports read nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ from tempering.utils.files import read_json_lines, write_atomic
 
 
 class Recorder:
-    """Writes one run's records into a folder; nowhere, where ``folder`` is None or this is not the first rank."""
+    """Write the records of a run.
+
+    Args:
+        folder: of the run; None, as on ranks other than 0, writes nothing.
+
+    Attributes:
+        facts: the content of facts.json.
+        epochs: the lines of epochs.jsonl.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
@@ -30,20 +38,26 @@ class Recorder:
             folder.mkdir(parents=True, exist_ok=True)
 
     def begin(self, facts: Mapping[str, Any], *, upto: int, epochs: int) -> None:
-        """Start, or go on after a kill: lines past step ``upto`` and past epoch ``epochs`` are made again, and go."""
+        """Start the records, or resume those of an interrupted run.
+
+        Args:
+            upto: the step to resume from, 0 for a new run; lines of later steps are removed.
+            epochs: number of completed epochs; lines of later epochs are removed.
+        """
         self.facts = {"format": 1, "status": "running", "started": _now(), "finished": None, "result": None, **facts}
         if self.folder is None:
             return
-        older = self.folder / "facts.json"
-        if upto and older.is_file():
-            self.facts["started"] = json.loads(older.read_text()).get("started", self.facts["started"])
-            self.facts["resumed"] = [*json.loads(older.read_text()).get("resumed", []), upto]
-        for name, counter, most in (("steps.jsonl", "step", upto), ("epochs.jsonl", "epoch", epochs)):
-            kept = [line for line in read_json_lines(self.folder / name) if line[counter] <= most]
+        path = self.folder / "facts.json"
+        if upto and path.is_file():
+            previous: dict[str, Any] = json.loads(path.read_text())
+            self.facts["started"] = previous.get("started", self.facts["started"])
+            self.facts["resumed"] = [*previous.get("resumed", []), upto]
+        for name, counter, last in (("steps.jsonl", "step", upto), ("epochs.jsonl", "epoch", epochs)):
+            kept = [line for line in read_json_lines(self.folder / name) if line[counter] <= last]
             write_atomic(self.folder / name, "".join(json.dumps(line) + "\n" for line in kept))
-            self.epochs = kept  # the epochs', which come last
+            self.epochs = kept  # after the loop: those of epochs.jsonl
         (self.folder / "analysis.json").unlink(missing_ok=True)
-        if not upto:  # the findings of audits are of other weights
+        if not upto:  # audits of earlier weights
             (self.folder / "audits.json").unlink(missing_ok=True)
         self._write_facts()
 
@@ -53,21 +67,21 @@ class Recorder:
         self._write_facts()
 
     def step(self, line: Mapping[str, Any]) -> None:
-        """One line of steps.jsonl."""
+        """Append a line to steps.jsonl."""
         self._append("steps.jsonl", line)
 
     def epoch(self, line: dict[str, Any]) -> None:
-        """One line of epochs.jsonl."""
+        """Append a line to epochs.jsonl."""
         self.epochs.append(line)
         self._append("epochs.jsonl", line)
 
     def analysis(self, content: Mapping[str, Any]) -> None:
-        """What the report shows beyond scores."""
+        """Write analysis.json, which the report shows in addition to scores."""
         if self.folder is not None:
             write_atomic(self.folder / "analysis.json", json.dumps(content, indent=1))
 
     def end(self, status: str, **facts: Any) -> None:
-        """Close the record with how it went: done, interrupted or failed."""
+        """Write the final status: "done", "interrupted" or "failed"."""
         self.facts.update(facts, status=status, finished=_now())
         self._write_facts()
 
@@ -82,7 +96,7 @@ class Recorder:
 
 
 def surroundings() -> dict[str, Any]:
-    """Command, host, versions and commit: what a reader needs to run it again."""
+    """Return command, host, versions and commit, which are needed to reproduce a run."""
     commit, dirty = _git()
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -115,20 +129,20 @@ def _version(name: str) -> str | None:
 
 def _cpu() -> str:
     try:
-        named = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
-        return named[0].split(":", 1)[1].strip()
+        names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
+        return names[0].split(":", 1)[1].strip()
     except (OSError, IndexError):
         return platform.processor() or platform.machine()
 
 
 def _git() -> tuple[str | None, bool | None]:
-    """The commit of the tree this package lies in, and whether it has uncommitted changes; None outside one."""
+    """Return the commit of the package's git repository and whether it has uncommitted changes; None outside one."""
     here = Path(__file__).resolve().parent
     try:
-        ask = [["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]]
-        said = [subprocess.run(["git", *a], cwd=here, capture_output=True, text=True, timeout=10) for a in ask]
+        commands = [["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]]
+        results = [subprocess.run(["git", *c], cwd=here, capture_output=True, text=True, timeout=10) for c in commands]
     except (OSError, subprocess.TimeoutExpired):
         return None, None
-    if any(p.returncode for p in said):
+    if any(p.returncode for p in results):
         return None, None
-    return said[0].stdout.strip(), bool(said[1].stdout.strip())
+    return results[0].stdout.strip(), bool(results[1].stdout.strip())

@@ -1,4 +1,4 @@
-"""What a run keeps: its key, checkpoints, weights and facts, and how it takes them up again."""
+"""Manage the folder of a run: its lock, key, checkpoints and weights, and the content of facts.json."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,10 +16,10 @@ from torch import nn
 
 from tempering.methods.base import Method
 from tempering.teachers.base import Teacher
-from tempering.training import checkpoint as checkpoints
-from tempering.training import recorder as records
+from tempering.training import checkpoint
 from tempering.training.config import TrainConfig, TrainState
 from tempering.training.distributed import all_gather_objects
+from tempering.training.recorder import surroundings
 from tempering.utils.files import try_lock
 
 if TYPE_CHECKING:
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def alone_in(folder: Path | None) -> Iterator[None]:
-    """Hold the run's folder, so that no second process writes its records and checkpoints between ours.
+def lock_run_dir(folder: Path | None) -> Generator[None]:
+    """Lock the run's folder, so that no second process writes records and checkpoints there.
 
     Raises:
-        ValueError: where another process holds it.
+        ValueError: if another process has the lock.
     """
     if folder is None:
         yield
@@ -45,12 +45,13 @@ def alone_in(folder: Path | None) -> Iterator[None]:
         lock.release()
 
 
-class Keeper:
-    """One run's folder: knows whether what lies there is this very run, and saves it on the first rank.
+class RunDirectory:
+    """Save a run to its folder and resume it from there; only rank 0 writes.
 
     Args:
-        parts: student, method and optimizer, whose state a checkpoint holds.
-        key: what makes two runs the same run; resuming under another would be neither.
+        folder: None saves nothing.
+        parts: student, method and optimizer, whose state is saved in checkpoints.
+        key: of the run, from ``run_key``; a run with another key is not resumed.
     """
 
     def __init__(
@@ -58,70 +59,76 @@ class Keeper:
     ) -> None:
         self.folder, self.fabric = folder, fabric
         self.student, self.method, self.optimizer = parts
-        self.key: dict[str, Any] = json.loads(json.dumps(key, default=_said))
+        self.key: dict[str, Any] = json.loads(json.dumps(key, default=_to_text))
 
-    def resume(self, *, begin_again: bool) -> tuple[TrainState, dict[str, Any] | None]:
-        """Where the newest checkpoint stands and this rank's random numbers; the start where there is none.
+    def resume(self, *, restart: bool) -> tuple[TrainState, dict[str, Any] | None]:
+        """Load the newest checkpoint.
+
+        Args:
+            restart: remove checkpoints and weights of an earlier run and start from the beginning.
+
+        Returns:
+            The training progress, and this rank's random state; a new TrainState and None if there is no checkpoint.
 
         Raises:
-            ValueError: where the folder holds another run, naming what differs.
-            CorruptCheckpointError: where the newest checkpoint cannot be trusted.
+            ValueError: if the folder has the checkpoint of another run; names the difference.
+            CorruptCheckpointError: if the newest checkpoint is truncated or edited.
         """
         if self.folder is None:
             return TrainState(), None
-        place = self.folder / "checkpoints"
-        if begin_again:
+        path = self.folder / "checkpoints"
+        if restart:
             self.fabric.barrier()
             if self.fabric.is_global_zero:
-                shutil.rmtree(place, ignore_errors=True)
+                shutil.rmtree(path, ignore_errors=True)
                 for name in ("student.safetensors", "best.safetensors"):
                     (self.folder / name).unlink(missing_ok=True)
             self.fabric.barrier()
-        state = checkpoints.load(place)
+        state = checkpoint.load(path)
         if state is None:
             return TrainState(), None
-        theirs = json.loads(state["key"])
-        for name, ours in self.key.items():
-            if theirs.get(name) != ours:
+        saved_key = json.loads(state["key"])
+        for name, value in self.key.items():
+            if saved_key.get(name) != value:
                 raise ValueError(
-                    f"{self.folder} holds another run: its {name} was {theirs.get(name)!r}, now it is {ours!r}. Give "
-                    "another out=, or resume=False (--no-resume) to begin again there (the earlier run is removed)."
+                    f"{self.folder} holds another run: its {name} was {saved_key.get(name)!r}, now it is {value!r}. "
+                    "Give another out=, or resume=False (--no-resume) to restart there (the earlier run is removed)."
                 )
-        checkpoints.scatter(state, self.student, self.method, self.optimizer)
+        checkpoint.scatter(state, self.student, self.method, self.optimizer)
         self.fabric.strategy.precision.load_state_dict(state["precision"])
-        random, loss_sum = state["ranks"][self.fabric.global_rank]
-        return replace(TrainState(**state["at"]), loss_sum=loss_sum), random
+        random_state, loss_sum = state["ranks"][self.fabric.global_rank]
+        return replace(TrainState(**state["at"]), loss_sum=loss_sum), random_state
 
-    def save(self, at: TrainState, *, keep: int) -> None:
-        """A checkpoint of everything, where there is a folder."""
+    def save(self, state: TrainState, *, keep: int) -> None:
+        """Write a checkpoint of the run, and remove all but the newest ``keep``."""
         if self.folder is None:
             return
-        state = {
+        content = {
             "key": json.dumps(self.key),
-            "at": asdict(at),
-            "ranks": all_gather_objects([checkpoints.random_state(), at.loss_sum], self.fabric),
+            "at": asdict(state),
+            "ranks": all_gather_objects([checkpoint.random_state(), state.loss_sum], self.fabric),
             "precision": self.fabric.strategy.precision.state_dict(),
-            **checkpoints.gather(self.student, self.method, self.optimizer),
+            **checkpoint.gather(self.student, self.method, self.optimizer),
         }
         if self.fabric.is_global_zero:
-            checkpoints.save(self.folder / "checkpoints", at.step, state, keep=keep)
+            checkpoint.save(self.folder / "checkpoints", state.step, content, keep=keep)
         self.fabric.barrier()
 
     def write_weights(self, name: str) -> None:
-        """The student's weights alone, as ``name`` in the folder."""
+        """Write the student's weights as the file ``name`` in the folder."""
         if self.folder is None:
             return
-        weights = checkpoints.gather(self.student, None, None)["student"]
+        weights = checkpoint.gather(self.student, None, None)["student"]
         if self.fabric.is_global_zero:
-            checkpoints.save_weights(self.folder / name, weights)
+            checkpoint.save_weights(self.folder / name, weights)
 
 
-def _said(value: Any) -> str:
-    """Anything as text that is the same in the next process: without addresses."""
+def _to_text(value: Any) -> str:
+    """Convert to text that is equal in another process: without memory addresses."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
-def key_of(
+def run_key(
     student: nn.Module,
     teacher: Teacher | None,
     method: Method,
@@ -132,7 +139,7 @@ def key_of(
     total_steps: int,
     world: int,
 ) -> dict[str, Any]:
-    """What makes a run itself."""
+    """Return the key of a run: everything that its weights depend on."""
     return {
         "method": {"name": type(method).__name__, **method.hyperparameters()},
         "teacher": None if teacher is None else teacher.identity,
@@ -145,7 +152,7 @@ def key_of(
     }
 
 
-def facts_of(
+def run_metadata(
     key: Mapping[str, Any],
     student: nn.Module,
     teacher: Teacher | None,
@@ -153,17 +160,22 @@ def facts_of(
     config: TrainConfig,
     *,
     best_by: str | None,
-    more: Mapping[str, Any],
+    facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """facts.json as it begins; ``more`` is the caller's, and wins."""
-    taught: dict[str, Any] | None = None
+    """Return the content of facts.json at the start of a run; ``facts`` are the caller's and override the rest."""
+    teacher_facts: dict[str, Any] | None = None
     if teacher is not None:
         model = teacher.model
         count = None if model is None else sum(p.numel() for p in model.parameters())
         name = type(teacher if model is None else model).__name__
-        taught = {"name": name, "parameters": count, "identity": teacher.identity, **(more.get("teacher") or {})}
+        teacher_facts = {
+            "name": name,
+            "parameters": count,
+            "identity": teacher.identity,
+            **(facts.get("teacher") or {}),
+        }
     return {
-        **records.surroundings(),
+        **surroundings(),
         "seed": config.seed,
         "method": key["method"],
         "policies": {name: {"name": type(p).__name__, **p.hyperparameters()} for name, p in method.policies().items()},
@@ -172,12 +184,12 @@ def facts_of(
         "optimizer": key["optimizer"],
         "best_by": best_by,
         "selfcheck": None,
-        **more,
+        **facts,
         "student": {
             "name": type(student).__name__,
             "parameters": sum(math.prod(p.shape) for p in student.parameters()),
-            **more.get("student", {}),
+            **facts.get("student", {}),
         },
-        "teacher": taught,
-        "data": {"identity": key["data"], **more.get("data", {})},
+        "teacher": teacher_facts,
+        "data": {"identity": key["data"], **facts.get("data", {})},
     }

@@ -1,4 +1,4 @@
-"""Optimizer and schedule of the standard CIFAR-100 recipe of the distillation literature (mdistiller's).
+"""Optimize as in the standard CIFAR-100 recipe of the distillation literature (mdistiller's).
 
 SGD with momentum 0.9 and weight decay 5e-4; learning rate 0.05, and 0.01 for MobileNets and ShuffleNets, divided by 10
 after epochs 150, 180 and 210 of 240.
@@ -17,15 +17,15 @@ LIGHT = ("mobilenet", "shuffle")  # networks that are trained at a fifth of the 
 
 
 def cifar_decay(progress: float) -> float:
-    """The factor on the learning rate: a tenth after each milestone, which are fractions of the run."""
+    """Return the factor on the learning rate: divided by 10 after each milestone, a fraction of the run."""
     return 0.1 ** sum(progress >= m for m in MILESTONES)
 
 
 def cifar_lr(name: str) -> float:
-    """The initial learning rate of a network, by its name."""
+    """Return the initial learning rate of a network, by its name."""
     return 0.01 if parted(name)[1].lower().startswith(LIGHT) else 0.05
 
 
 def cifar_sgd(lr: float) -> partial[torch.optim.SGD]:
-    """Parameter groups -> the optimizer."""
+    """Return the optimizer's constructor: parameter groups -> optimizer."""
     return partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=5e-4)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +17,28 @@ from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.training.checkpoint import random_state, set_random_state
 
-CLOSE = 1e-4  # relative tolerance of losses, for float32 and a few thousand classes
-AGAIN = 1e-2  # tolerance of repeated forward passes, relative to the largest logit, for half precision on a GPU
+LOSS_TOLERANCE = 1e-4  # relative tolerance of losses, for float32 and a few thousand classes
+REPEAT_TOLERANCE = (
+    1e-2  # tolerance of repeated forward passes, relative to the largest logit, for half precision on a GPU
+)
 
 
 class SelfCheckError(RuntimeError):
-    """The first batch shows that the run would be wrong; the message says what and what to do."""
+    """The first batch shows that the run would be wrong; the message names the problem and what to do."""
 
 
 class Checked(NamedTuple):
-    """The result of the self-check: check -> "ok", or why it does not apply."""
+    """The result of the self-check.
+
+    Attributes:
+        checks: check -> "ok", or why it does not apply.
+    """
 
     checks: dict[str, str]
 
     @property
     def line(self) -> str:
-        """One line for the terminal and the record."""
+        """The result in one line, for the terminal and the record."""
         passed = [name for name, result in self.checks.items() if result.startswith("ok")]
         skipped = [f"{name} ({result})" for name, result in self.checks.items() if not result.startswith("ok")]
         return f"self-check ok: {', '.join(passed)}" + (f"; not checked: {', '.join(skipped)}" if skipped else "")
@@ -47,7 +53,7 @@ def selfcheck(
     task: Task,
     features: Callable[[], Mapping[str, tuple[Tensor, Tensor]]] | None = None,
 ) -> Checked:
-    """Check teacher, student and method on a batch; all state, random state included, is restored.
+    """Check teacher, student and method on a batch, and restore all state, random state included.
 
     Args:
         features: the paired features of the last forward passes, for methods that compare them.
@@ -55,7 +61,7 @@ def selfcheck(
     Raises:
         SelfCheckError: if a check fails.
     """
-    before, modes = random_state(), {module: module.training for module in student.modules()}
+    saved_random_state, modes = random_state(), {module: module.training for module in student.modules()}
     checks: dict[str, str] = {}
     try:
         with torch.no_grad():
@@ -69,16 +75,16 @@ def selfcheck(
             for rows in blocks:
                 _check_student(rows)
             if teacher is not None:
-                again = task.rows(student_output, teacher(teacher_inputs, ids), batch)
+                repeated = task.rows(student_output, teacher(teacher_inputs, ids), batch)
                 checks |= _check_modes(teacher, method)
-                checks |= _check_teacher_logits(blocks, again, comparable=task.comparable, trained=teacher.trained)
+                checks |= _check_teacher_logits(blocks, repeated, comparable=task.comparable, trained=teacher.trained)
         _check_row_weights(task, batch, blocks)
         for rows in blocks:
             checks |= _check_loss(method, rows, has_teacher=teacher is not None)
     finally:
         for module, mode in modes.items():
             module.training = mode
-        set_random_state(before)
+        set_random_state(saved_random_state)
     return Checked(checks)
 
 
@@ -89,28 +95,31 @@ def _check_modes(teacher: Teacher, method: Method) -> dict[str, str]:
         return {}
     if any(p.requires_grad for p in model.parameters()):
         raise SelfCheckError("the teacher has parameters that require grad. Wrap it in teachers.Live(model).")
-    training = [name or "itself" for name, m in model.named_modules() if m.training]
+    modules = cast("Iterator[tuple[str, nn.Module]]", model.named_modules())
+    training = [name or "itself" for name, m in modules if m.training]
     if training:
         raise SelfCheckError(
-            f"the teacher is in training mode ({training[0]}): its answers depend on the batch and on dropout. Wrap "
+            f"the teacher is in training mode ({training[0]}): its outputs depend on the batch and on dropout. Wrap "
             "it in teachers.Live(model), and do not call .train() on it."
         )
     return {"teacher frozen": "the method trains it" if method.trains_teacher else "ok", "in eval": "ok"}
 
 
-def _check_teacher_logits(blocks: list[Rows], again: list[Rows], *, comparable: bool, trained: bool) -> dict[str, str]:
-    """Check that the teacher's logits are finite, the same in a second forward pass, and better than chance."""
+def _check_teacher_logits(
+    blocks: list[Rows], repeated: list[Rows], *, comparable: bool, trained: bool
+) -> dict[str, str]:
+    """Check that the teacher's logits are finite, equal in a second forward pass, and better than chance."""
     for rows in blocks:
         if torch.isnan(rows.teacher).any() or torch.isposinf(rows.teacher).any():
             row = int((torch.isnan(rows.teacher) | torch.isposinf(rows.teacher)).any(-1).nonzero()[0])
             raise SelfCheckError(
                 f"the teacher's logits hold NaN or infinity (first in row {row} of the first batch). Is its checkpoint "
-                "whole, are its inputs normalized as in its training, does its precision suffice? Try precision='fp32'."
+                "complete? Are its inputs normalized as in its training? Is its precision enough? Try precision='fp32'."
             )
-    if not all(_close(a.teacher, b.teacher) for a, b in zip(again, blocks, strict=True)):
+    if not all(_close(a.teacher, b.teacher) for a, b in zip(repeated, blocks, strict=True)):
         raise SelfCheckError(
-            "the teacher answers the same batch differently the second time. Dropout left on, or random augmentation "
-            "inside the model? Wrap it in teachers.Live(model), or give it the inputs without augmentation."
+            "the teacher's logits differ in a second forward pass of the same batch. Is dropout on, or is there random "
+            "augmentation in the model? Wrap it in teachers.Live(model), or give it the inputs without augmentation."
         )
     checks = {"deterministic": "ok"}
     for rows in blocks:
@@ -122,12 +131,12 @@ def _check_teacher_logits(blocks: list[Rows], again: list[Rows], *, comparable: 
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Whether logits of two forward passes agree."""
+    """Return whether logits of two forward passes agree."""
     finite = torch.isfinite(a)
     if not torch.equal(finite, torch.isfinite(b)):
         return False
     a, b = a[finite].double(), b[finite].double()
-    return not len(a) or bool((a - b).abs().max() <= AGAIN * a.abs().max())
+    return not len(a) or bool((a - b).abs().max() <= REPEAT_TOLERANCE * a.abs().max())
 
 
 def _check_above_chance(rows: Rows) -> str:
@@ -143,31 +152,31 @@ def _check_above_chance(rows: Rows) -> str:
         raise SelfCheckError(
             f"the teacher is right on {correct} of {n} rows, as a guess among {classes} classes would be. Are its "
             "classes in the labels' order, its weights loaded, its inputs normalized as in its training? "
-            "selfcheck=False (--no-selfcheck) runs it all the same."
+            "selfcheck=False (--no-selfcheck) skips this check."
         )
     return f"ok ({100 * correct / n:.1f} % on the first batch)"
 
 
 def _p_value(correct: int, n: int, classes: int) -> float:
-    """The probability of ``correct`` or more hits in ``n`` uniform guesses among ``classes`` > 1."""
+    """Return the probability of at least ``correct`` hits in ``n`` uniform guesses among ``classes`` > 1."""
     k = torch.arange(correct, n + 1, dtype=torch.float64)
-    ways = math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
-    return float((ways - k * math.log(classes) + (n - k) * math.log1p(-1 / classes)).exp().sum())
+    log_binomial = math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+    return float((log_binomial - k * math.log(classes) + (n - k) * math.log1p(-1 / classes)).exp().sum())
 
 
 def _check_row_weights(task: Task, batch: Any, blocks: list[Rows]) -> None:
-    """Check that the task's total weight of a batch's rows is the weight of the rows that it makes."""
+    """Check that ``task.row_weights()`` is the total weight of the rows that ``task.rows()`` returns."""
     declared = task.row_weights(batch)
     for rows in blocks:
         if rows.name not in declared:
             raise SelfCheckError(
-                f"{type(task).__name__}.row_weights() does not name the block {rows.name!r} that rows() makes."
+                f"{type(task).__name__}.row_weights() does not have the block {rows.name!r} that rows() returns."
             )
         got, expected = float(rows.total_weight), float(declared[rows.name])
         if abs(got - expected) > 1e-3 * max(1.0, got):
             raise SelfCheckError(
-                f"{type(task).__name__}.row_weights() promises weight {expected:g} for the block {rows.name!r}, rows() "
-                f"makes {got:g}: the loss would change with the batch split."
+                f"{type(task).__name__}.row_weights() is {expected:g} for the block {rows.name!r}, but rows() has "
+                f"{got:g}: the loss would change with the batch split."
             )
 
 
@@ -175,7 +184,7 @@ def _check_student(rows: Rows) -> None:
     """Check labels and the student's logits."""
     if rows.target is not None and len(rows) and int(rows.target.max()) >= rows.student.shape[1]:
         raise SelfCheckError(
-            f"label {int(rows.target.max())} is out of range for {rows.student.shape[1]} classes (they count from 0). "
+            f"label {int(rows.target.max())} is out of range for {rows.student.shape[1]} classes (the first is 0). "
             "Is the student's head too small, or do labels start at 1?"
         )
     if torch.isnan(rows.student).any():
@@ -202,14 +211,14 @@ def _check_loss(method: Method, rows: Rows, *, has_teacher: bool) -> dict[str, s
     name, weight, reference = type(method).__name__, float(rows.total_weight), loss(rows)
     if not math.isfinite(reference):
         raise SelfCheckError(
-            f"{name}: the loss of the first batch is {reference}. Look at the logits of both models there."
+            f"{name}: the loss of the first batch is {reference}. Inspect the logits of both models on it."
         )
     checks = _check_zero_when_equal(method, rows) if has_teacher and method.zero_when_equal else {}
 
-    def check_same(check: str, got: float, why: str) -> None:
-        # "not <=" rather than ">": NaN is not the same
-        if not abs(got - reference) <= CLOSE * (1.0 + abs(reference)):
-            raise SelfCheckError(f"{name}: the loss is {reference:.6g}, and {got:.6g} {why}")
+    def check_equal(check: str, got: float, reason: str) -> None:
+        # "not <=" rather than ">", to catch NaN
+        if not abs(got - reference) <= LOSS_TOLERANCE * (1.0 + abs(reference)):
+            raise SelfCheckError(f"{name}: the loss is {reference:.6g}, and {got:.6g} {reason}")
         checks[check] = "ok"
 
     if method.is_batch_dependent() or len(rows) < 2:
@@ -218,14 +227,16 @@ def _check_loss(method: Method, rows: Rows, *, has_teacher: bool) -> dict[str, s
         half = len(rows) // 2
         parts = (_cut(rows, slice(None, half)), _cut(rows, slice(half, None)))
         split = sum(loss(part, weight) for part in parts)
-        check_same(
+        check_equal(
             "same when split", split, f"when the batch is split in two. Is {name} a method with relational = True?"
         )
-        padded = "with rows of weight 0 added: leave them out, or weigh what is summed over rows."
-        check_same("same when padded", loss(_padded(rows)), padded)
+        padded = "with rows of weight 0 added: leave them out, or weight the terms of every sum over rows."
+        check_equal("same when padded", loss(_padded(rows)), padded)
     if all(p.shift_invariant for p in method.policies().values()) and method.shift_invariant:
         shifted = rows.replace(student=rows.student + 3.0, teacher=rows.teacher - 5.0)
-        check_same("same when shifted", loss(shifted), "with a constant added to the logits, which softmax ignores.")
+        check_equal(
+            "same when shifted", loss(shifted), "with a constant added to the logits, which does not change softmax."
+        )
     else:
         checks["shift"] = "its temperatures move with a shift of the logits"
     _check_gradients(method, rows)
@@ -233,12 +244,12 @@ def _check_loss(method: Method, rows: Rows, *, has_teacher: bool) -> dict[str, s
 
 
 def _terms(method: Method, rows: Rows) -> dict[str, Tensor]:
-    """Compute the terms with a fixed seed; the method is a copy, because it may remember rows."""
+    """Compute the terms with a fixed seed; the method has to be a copy, because it may store rows."""
     torch.default_generator.manual_seed(0)
     if rows.student.is_cuda:
         torch.cuda.manual_seed_all(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the run itself warns
+        warnings.simplefilter("ignore")  # the run warns
         return method(rows, 1.0)
 
 
@@ -250,17 +261,17 @@ def _check_zero_when_equal(method: Method, rows: Rows) -> dict[str, str]:
         terms = _terms(copy.deepcopy(method), rows.replace(student=rows.teacher, features=features, privacy_score=None))
     kept = slice(None) if rows.weight is None else rows.weight > 0
     soft = {k: v[kept].abs().max().item() for k, v in terms.items() if not k.endswith("hard") and len(v[kept])}
-    if not all(v <= CLOSE for v in soft.values()):
+    if not all(v <= LOSS_TOLERANCE for v in soft.values()):
         values = ", ".join(f"{k} = {v:.3g}" for k, v in soft.items())
         raise SelfCheckError(
-            f"{type(method).__name__}: the loss of a student equal to its teacher is not 0 but {values} at most in a "
-            "row. If it is meant so, the method says zero_when_equal = False."
+            f"{type(method).__name__}: the loss of a student equal to its teacher is not 0; the largest terms of a "
+            f"row: {values}. If this is intended, set zero_when_equal = False."
         )
     return {"zero at agreement": "ok"}
 
 
 def _check_gradients(method: Method, rows: Rows) -> None:
-    """Check that gradients reach the student and are finite in all that requires grad."""
+    """Check that gradients reach the student, and that all gradients are finite."""
     with torch.enable_grad():
         student = rows.student.clone().requires_grad_()
         features = {n: (s.detach().clone().requires_grad_(), t) for n, (s, t) in rows.features.items()}
@@ -272,18 +283,18 @@ def _check_gradients(method: Method, rows: Rows) -> None:
         loss = total(_terms(method, rows), rows)
         if not loss.requires_grad:
             raise SelfCheckError(
-                f"{type(method).__name__}: no gradient reaches the student. Is its side detached, or under no_grad?"
+                f"{type(method).__name__}: no gradient reaches the student. Is it detached, or computed under no_grad?"
             )
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    for name, gradient in zip(leaves, gradients, strict=True):
+    for name, gradient in zip(leaves, cast("Sequence[Tensor | None]", gradients), strict=True):
         if gradient is None or torch.isfinite(gradient).all():
             continue
-        where = ""
+        position = ""
         if not name.startswith("its own"):
-            where = f", first in row {int((~torch.isfinite(gradient)).view(len(gradient), -1).any(1).nonzero()[0])}"
+            position = f", first in row {int((~torch.isfinite(gradient)).view(len(gradient), -1).any(1).nonzero()[0])}"
         raise SelfCheckError(
-            f"{type(method).__name__}: the gradient in {name} is not finite on the first batch{where}. If classes are "
-            "masked, mask them on both sides."
+            f"{type(method).__name__}: the gradient in {name} is not finite on the first batch{position}. If classes "
+            "are masked, mask them on both sides."
         )
 
 
@@ -303,7 +314,7 @@ def _cut(rows: Rows, part: slice) -> Rows:
 
 
 def _padded(rows: Rows, extra: int = 2) -> Rows:
-    """Append the last ``extra`` rows again, with weight 0 and other values."""
+    """Append copies of the last ``extra`` rows with weight 0 and changed values."""
     tail = slice(-extra, None)
     weight = torch.ones(len(rows), device=rows.student.device) if rows.weight is None else rows.weight
     return rows.replace(

@@ -1,12 +1,12 @@
-"""Resumable, sharded loading of training batches."""
+"""Load training batches, sharded over ranks and resumable at any batch."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import random
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sized
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -15,14 +15,28 @@ from torch.utils.data import DataLoader
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+    from tempering.data.protocols import SeekableLoader, ShardableLoader
+
+
+DATALOADER_PARTS = ("sampler", "batch_sampler", "dataset")
+
+
+class MovableLoader(Protocol):
+    """A loader that can keep its data on a device."""
+
+    def to(self, device: torch.device, /) -> Iterable[Any]:
+        """Return a loader whose batches are on the device."""
+        ...
+
 
 class ResumableLoader:
     """The training batches of this rank, by epoch, starting at any batch.
 
-    A loader that can start anywhere (``iterate(start)``), has epochs (``set_epoch``) or shards itself
-    (``shard(rank, world)``) does so. A DataLoader gets a distributed sampler from Fabric, and its own generator is
-    seeded by its first seed and the epoch. Any other iterable is iterated from its beginning, and skipped batches are
-    dropped. Only augmentation in persistent workers differs after resuming: their random state is not restored.
+    Uses the methods of the protocols in ``tempering.data.protocols`` that the loader has: ``iterate(start)``,
+    ``set_epoch(epoch)`` and ``shard(rank, world)``. A DataLoader gets a distributed sampler from Fabric, and its
+    generator is seeded with its initial seed plus the epoch. Any other iterable is iterated from the beginning, and
+    batches before the start are dropped. After resuming, only augmentation in persistent workers differs: their random
+    state is not restored.
 
     Raises:
         ValueError: for an iterator, or with several processes for a loader that cannot be sharded.
@@ -30,31 +44,31 @@ class ResumableLoader:
 
     def __init__(self, batches: Iterable[Any], fabric: Fabric, *, seed: int = 0) -> None:
         require_reiterable("batches", batches)
-        if isinstance(batches, DataLoader):
-            if fabric.world_size > 1:
-                batches = _distributed(batches, fabric, seed)
-        elif fabric.world_size > 1:
-            if not hasattr(batches, "shard"):
+        if fabric.world_size > 1:
+            if isinstance(batches, DataLoader):
+                batches = _distribute(cast("DataLoader[Any]", batches), fabric, seed)
+            elif _is_shardable(batches):
+                batches = batches.shard(fabric.global_rank, fabric.world_size)
+            else:
                 raise ValueError(
-                    f"{type(batches).__name__} cannot be shared out over {fabric.world_size} processes. Use a "
-                    "DataLoader, or give it shard(rank, world)."
+                    f"{type(batches).__name__} cannot be split over {fabric.world_size} processes. Use a DataLoader, "
+                    "or give it shard(rank, world)."
                 )
-            batches = batches.shard(fabric.global_rank, fabric.world_size)  # pyright: ignore[reportAttributeAccessIssue]
-        if fabric.device.type != "cpu" and hasattr(batches, "to"):
-            batches = batches.to(fabric.device)  # pyright: ignore[reportAttributeAccessIssue]
-        self.batches: Any = batches
-        sampler = getattr(batches, "sampler", None)
-        self.parts = [batches, sampler, getattr(batches, "batch_sampler", None), getattr(batches, "dataset", None)]
+        if fabric.device.type != "cpu" and _is_movable(batches):
+            batches = batches.to(fabric.device)
+        self.batches = batches
+        # with a DataLoader, also its samplers and data set may have epochs and generators
+        self.parts: list[Any] = [batches, *(getattr(batches, name, None) for name in DATALOADER_PARTS)]
         generators = [getattr(part, "generator", None) for part in self.parts]
         self.seeds = {g: g.initial_seed() for g in generators if isinstance(g, torch.Generator)}
 
     def __len__(self) -> int:
         """The number of batches in an epoch."""
         try:
-            return len(self.batches)
+            return len(cast("Sized", self.batches))
         except TypeError:
             raise ValueError(
-                f"{type(self.batches).__name__} has no length, so an epoch has none. Give steps= in place of epochs=."
+                f"{type(self.batches).__name__} has no length, so an epoch has none. Give steps= instead of epochs=."
             ) from None
 
     def epoch(self, number: int, start: int) -> Iterator[Any]:
@@ -64,7 +78,7 @@ class ResumableLoader:
                 part.set_epoch(number)
         for generator, seed in self.seeds.items():
             generator.manual_seed((seed + number) % 2**63)
-        if hasattr(self.batches, "iterate"):
+        if _is_seekable(self.batches):
             return iter(self.batches.iterate(start))
         iterator = iter(self.batches)
         for _ in range(start):
@@ -84,7 +98,7 @@ def reseed(seed: int, epoch: int, rank: int) -> None:
     value = int.from_bytes(digest[:4], "little")
     random.seed(value)
     np.random.seed(value)
-    torch.manual_seed(value)
+    torch.manual_seed(value)  # pyright: ignore[reportUnknownMemberType]
 
 
 def require_reiterable(name: str, batches: Iterable[Any]) -> None:
@@ -95,16 +109,28 @@ def require_reiterable(name: str, batches: Iterable[Any]) -> None:
     """
     if isinstance(batches, Iterator):
         raise ValueError(
-            f"{name} is an iterator, which can be walked only once and not resumed. Pass something that starts again "
-            "at every iter(), such as a DataLoader, a list, or tempering.data.Batches."
+            f"{name} is an iterator, which can be iterated over only once and not resumed. Pass an iterable that "
+            "starts again at every iter(), such as a DataLoader, a list, or tempering.data.Batches."
         )
 
 
-def _distributed(loader: Any, fabric: Fabric, seed: int) -> Any:
-    """The DataLoader with a distributed sampler, which shuffles by the run's seed."""
-    sharded = fabric.setup_dataloaders(loader, move_to_device=False)
-    # Fabric's wrapper counts epochs itself, also those that were only started
-    sharded = sharded._dataloader  # pyright: ignore[reportAttributeAccessIssue]
-    if sharded.sampler is not loader.sampler and hasattr(sharded.sampler, "seed"):
+def _is_shardable(batches: Iterable[Any]) -> TypeGuard[ShardableLoader[Any]]:
+    return hasattr(batches, "shard")  # only this member: isinstance() would compute the loader's identity
+
+
+def _is_seekable(batches: Iterable[Any]) -> TypeGuard[SeekableLoader[Any]]:
+    return hasattr(batches, "iterate")
+
+
+def _is_movable(batches: Iterable[Any]) -> TypeGuard[MovableLoader]:
+    return hasattr(batches, "to")
+
+
+def _distribute(loader: DataLoader[Any], fabric: Fabric, seed: int) -> Iterable[Any]:
+    """Return the DataLoader with a distributed sampler that shuffles with the run's seed."""
+    wrapper = cast("Any", fabric.setup_dataloaders(loader, move_to_device=False))  # pyright: ignore[reportUnknownMemberType]
+    # without Fabric's wrapper, whose count of epochs includes epochs that were only started
+    sharded = wrapper._dataloader
+    if sharded.sampler is not cast("Any", loader).sampler and hasattr(sharded.sampler, "seed"):
         sharded.sampler.seed = seed
     return sharded

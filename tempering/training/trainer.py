@@ -1,4 +1,4 @@
-"""The training loop, on Lightning Fabric. It knows rows, tasks, teachers and methods by their base classes."""
+"""Train a student: the training loop, on Lightning Fabric."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,21 +29,23 @@ from tempering.training.distributed import (
 )
 from tempering.training.evaluator import Evaluator
 from tempering.training.fabric import allow_double_backward, fabric_for, peak_mb
-from tempering.training.features import PairedFeatures
 from tempering.training.loss import chunking_for
 from tempering.training.metrics import ProgressBar, nonfinite_loss_error, step_metrics
 from tempering.training.recorder import Recorder
-from tempering.training.run_dir import Keeper, alone_in, facts_of, key_of
+from tempering.training.run_dir import RunDirectory, lock_run_dir, run_key, run_metadata
 from tempering.training.selfcheck import Checked, selfcheck
 from tempering.training.stream import ResumableLoader, micro_batches, reseed
 from tempering.utils.device import clone_outputs, maybe_compile
 from tempering.utils.tensors import to_device
 
+if TYPE_CHECKING:
+    from tempering.training.features import PairedFeatures
+
 EMPTY = "the training loader yields no batches. Is the data set empty, or smaller than a batch?"
 
 
 class Trainer:
-    """Trains a student with a method, next to a teacher.
+    """Train a student with a method and a teacher.
 
     Args:
         student: the model to train, in place.
@@ -52,7 +54,7 @@ class Trainer:
         optimizer: parameter groups -> optimizer; the method's own groups follow the student's.
         schedule: progress in [0, 1) -> factor of every group's learning rate; None: constant.
         evaluations: the splits to score, name -> batches.
-        folder: of records, checkpoints and weights; None: nothing is written.
+        folder: of records, checkpoints and weights; None writes nothing.
         loggers: names of loggers, or loggers of Fabric.
         on_step: called after every step with its number, from 0, and its loss, ().
 
@@ -112,7 +114,7 @@ class Trainer:
         if method.needs_double_backward:
             allow_double_backward(self.model)
         method.bind_teacher(None if teacher is None else teacher.model)
-        self.features = PairedFeatures.from_models(student, teacher, task.features)
+        self.features = self._paired_features()
         self.chunking = chunking_for(method, config.chunks)
         self.uses_cuda_graphs = isinstance(config.compile, str)  # some modes of torch.compile do
         self._set_up_method()
@@ -131,7 +133,7 @@ class Trainer:
             patience=config.patience,
         )
         self.recorder = Recorder(self.folder if self.is_rank_zero else None)
-        key = key_of(
+        key = run_key(
             student,
             teacher,
             method,
@@ -141,7 +143,7 @@ class Trainer:
             total_steps=self.total_steps,
             world=self.world,
         )
-        self.keeper = Keeper(self.folder, self.fabric, (student, method, self.optimizer), key)
+        self.run_dir = RunDirectory(self.folder, self.fabric, (student, method, self.optimizer), key)
 
         # progress
         self.state = TrainState()
@@ -149,9 +151,17 @@ class Trainer:
         self.progress_bar = ProgressBar(self.total_steps, disable=config.quiet or not self.is_rank_zero)
         self.last_log = (0.0, 0)  # time and step
 
+    def _paired_features(self) -> PairedFeatures | None:
+        """Register hooks on both models for the features that the task names, if it names any."""
+        if not self.task.features:
+            return None
+        from tempering.training.features import PairedFeatures
+
+        return PairedFeatures.from_models(self.student, self.teacher, self.task.features)
+
     @torch.no_grad()
     def _set_up_method(self) -> None:
-        """Let the method size its own modules by a first block of rows, before the optimizer is made."""
+        """Let the method size its own modules by a first block of rows, before the optimizer is created."""
         if not self.method.needs_setup():
             return
         batch = self._first_batch()
@@ -160,7 +170,7 @@ class Trainer:
         self.model.train()
 
     def _first_batch(self) -> Any:
-        """Load the first batch of the run; the global random state is restored."""
+        """Load the first batch of the run, and restore the global random state."""
         before = random_state()
         reseed(self.config.seed, 0, self.fabric.global_rank)
         batch = next(self.loader.epoch(0, 0), None)
@@ -183,9 +193,9 @@ class Trainer:
         """Train to the end, resuming from the newest checkpoint in the folder.
 
         Args:
-            facts: more entries for facts.json.
+            facts: additional content of facts.json.
         """
-        with alone_in(self.folder if self.is_rank_zero else None):
+        with lock_run_dir(self.folder if self.is_rank_zero else None):
             self._resume(facts)
             try:
                 if self.config.selfcheck:
@@ -203,16 +213,16 @@ class Trainer:
                 raise
 
     def _resume(self, facts: Mapping[str, Any]) -> None:
-        """Load the newest checkpoint, if there is one, and begin the records."""
-        self.state, self.resumed_random_state = self.keeper.resume(begin_again=not self.config.resume)
+        """Load the newest checkpoint, if there is one, and start the records."""
+        self.state, self.resumed_random_state = self.run_dir.resume(restart=not self.config.resume)
         best_by = self.evaluator.best_by
-        metadata = facts_of(
-            self.keeper.key, self.student, self.teacher, self.method, self.config, best_by=best_by, more=facts
+        metadata = run_metadata(
+            self.run_dir.key, self.student, self.teacher, self.method, self.config, best_by=best_by, facts=facts
         )
         self.recorder.begin(metadata, upto=self.state.step, epochs=self.state.epoch)
 
     def _report(self, checked: Checked) -> None:
-        """Record the result of the self-check, and print it."""
+        """Record and print the result of the self-check."""
         self.recorder.update(selfcheck={"line": checked.line, "checks": checked.checks})
         if self.is_rank_zero and not self.config.quiet:
             from rich.console import Console
@@ -220,12 +230,12 @@ class Trainer:
             Console().print(checked.line, style="dim", soft_wrap=True, highlight=False)
 
     def _train_epoch(self) -> None:
-        """Train an epoch, or the rest of one after resuming; then evaluate and save a checkpoint."""
+        """Train an epoch, or the remainder of one after resuming; then evaluate and save a checkpoint."""
         config, state = self.config, self.state
         reseed(config.seed, state.epoch, self.fabric.global_rank)
         batches = self.loader.epoch(state.epoch, state.batch)
         if self.resumed_random_state is not None and state.batch:
-            # not earlier: the seed above gives a DataLoader the order that it had before the interruption
+            # after epoch(), in which the seed above gives a DataLoader the order that it had before the interruption
             set_random_state(self.resumed_random_state)
         self.resumed_random_state = None
         self.model.train()
@@ -239,7 +249,7 @@ class Trainer:
             state.seconds = seconds + time.perf_counter() - start
             if config.checkpoint_every and state.step % config.checkpoint_every == 0:
                 state.loss_sum = self._finite(float(loss_sum))
-                self.keeper.save(state, keep=config.keep)
+                self.run_dir.save(state, keep=config.keep)
             if state.step >= self.total_steps:
                 break
         if state.step == start_step and not start_batch:
@@ -249,10 +259,10 @@ class Trainer:
         state.epoch, state.batch, state.loss_sum = state.epoch + 1, 0, 0.0
         if state.epoch % config.evaluate_every == 0 or state.step >= self.total_steps:
             self._evaluate(mean_loss)
-        self.keeper.save(state, keep=config.keep)
+        self.run_dir.save(state, keep=config.keep)
 
     def _step(self, batches: list[Any]) -> Tensor:
-        """Update the weights once, from one or more micro-batches; return the loss, (), to be averaged over ranks."""
+        """Update the weights once, from one or more micro-batches; return the loss, (), not averaged over ranks."""
         config, number, progress = self.config, self.state.step, (self.state.step + 1) / self.total_steps
         if self.schedule is not None:
             factor = self.schedule(number / self.total_steps)
@@ -260,17 +270,18 @@ class Trainer:
                 param_group["lr"] = lr * factor
         if self.device.type != "cpu":
             batches = [to_device(batch, self.device) for batch in batches]
-        normalizer: Mapping[str, Tensor | float] = {}  # of the whole step; for a single batch its own rows give it
+        normalizer: Mapping[str, Tensor | float] = {}  # of the whole step; empty: total weight of the batch's own rows
         if len(batches) > 1 or self.world > 1:
             normalizer = global_row_weights([self.task.row_weights(batch) for batch in batches], self.fabric)
         step_losses, blocks = list[Tensor](), list[BlockLoss]()
         for i, batch in enumerate(batches, start=1):
             if self.uses_cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()
-            with self.fabric.no_backward_sync(self.model, enabled=i < len(batches)), step_rng(config.seed, number):
+            sync = self.fabric.no_backward_sync(self.model, enabled=i < len(batches))  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+            with sync, step_rng(config.seed, number):
                 blocks = self.method.compute(self._make_step(batch, progress, normalizer))
                 loss = blocks[0].loss if len(blocks) == 1 else torch.stack([block.loss for block in blocks]).sum()
-                if self.world > 1:  # gradients are averaged over ranks, and each rank has its part of the sum
+                if self.world > 1:  # gradients are averaged over ranks, but each rank has its part of the sum
                     loss = loss * self.world
                 self.fabric.backward(loss)
             step_losses.append(loss.detach())
@@ -332,7 +343,7 @@ class Trainer:
         now, (last_time, last_step) = time.perf_counter(), self.last_log
         self.last_log = (now, step)
         step_seconds = (now - last_time) / max(1, step - last_step)
-        line = {
+        line: dict[str, Any] = {
             "step": step,
             "epoch": self.state.epoch + 1,
             "progress": progress,
@@ -343,7 +354,7 @@ class Trainer:
             **step_metrics(blocks, self.method.policies()),
         }
         self.recorder.step(line)
-        scalars = {"train/loss": line["loss"], "train/lr": line["lr"], "train/step_ms": line["step_ms"]}
+        scalars: dict[str, float] = {f"train/{name}": line[name] for name in ("loss", "lr", "step_ms")}
         scalars |= {f"train/{name}": value for name, value in line["terms"].items()}
         scalars |= {f"train/{side}": line[side]["mean"] for side in ("T_teacher", "T_student") if side in line}
         self.fabric.log_dict(scalars, step=step)
@@ -371,12 +382,12 @@ class Trainer:
             value = self.fabric.broadcast(scores[split][metric])  # all ranks stop together
             self.progress_bar.update(state.step, f"{split} {metric} {value:.4f}")
             if self.evaluator.select_best(state, value):
-                self.keeper.write_weights("best.safetensors")
+                self.run_dir.write_weights("best.safetensors")
 
     def _finish(self) -> Run:
-        """Write the weights and the analysis, and end the records."""
+        """Write the weights and the analysis, and complete the records."""
         state = self.state
-        self.keeper.write_weights("student.safetensors")
+        self.run_dir.write_weights("student.safetensors")
         analysis = self.evaluator.analyze(self.model, self.method, state)
         if analysis and self.is_rank_zero:
             self.recorder.analysis(analysis)
@@ -397,5 +408,5 @@ class Trainer:
 
 
 def no_teacher(inputs: Any, ids: Tensor | None) -> None:
-    """Return no outputs, for a run without a teacher."""
+    """Return None, for a run without a teacher."""
     return

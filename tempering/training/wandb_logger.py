@@ -1,4 +1,4 @@
-"""Weights & Biases as a Fabric logger."""
+"""Log to Weights & Biases with Fabric."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lightning_fabric.utilities.rank_zero import rank_zero_only
 
 
 class WandbLogger(Logger):
-    """Logs to a W&B run begun in ``folder``; needs the extra "wandb" and its login."""
+    """Log to a new W&B run in ``folder``; needs the extra "wandb" and a login."""
 
     def __init__(self, folder: str | Path) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
 
         self.folder = str(folder)
-        self.run: Any = wandb.init(project="tempering", dir=self.folder)
+        self.run: Any = wandb.init(project="tempering", dir=self.folder)  # pyright: ignore[reportUnknownMemberType]
 
     @property
     def name(self) -> str:

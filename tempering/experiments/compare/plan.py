@@ -16,12 +16,6 @@ from tempering.utils.files import sha256_text, write_atomic
 FILE = "plan.json"
 OWN = ("method", "temperature", "seed", "label", "out")  # flags that a cell sets
 ELSEWHERE = {"threads", "teacher_dir", "quiet", "out", "keep"}  # flags that change where or how fast, not the result
-    "threads",
-    "teacher_dir",
-    "quiet",
-    "out",
-    "keep",
-}  # flags that change where or how fast a run is, not its result
 FORMAT = 2  # of a plan; 1 has flags by their former names
 # flag -> its former name, under which the ids of cells are made: a renamed flag is the same cell. (--subset and --views
 # were not renamed to --max-train-samples and --second-view: published commands use them.)
