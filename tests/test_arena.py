@@ -20,7 +20,7 @@ from tempering.experiments.compare import plan as arena_plan
 from tempering.experiments.compare import runner as arena
 from tempering.experiments.compare import status as arena_view
 from tempering.experiments.presets import arms_from
-from tempering.training.checkpoint import found
+from tempering.training.checkpoint import list_steps
 from tests import recipes
 from tests.paths import ROOT, SHARED, needs_shared
 
@@ -434,7 +434,7 @@ def test_a_cell_killed_in_mid_epoch_equals_the_one_that_was_not(
     assert compare(recipe, out, *args, flags=("--die-at=12",)) == 1
     assert "ended by SIGKILL (out of memory?); the same command resumes it" in capsys.readouterr().out
     place = out / "work" / cell_of(out, "DTKD exact").stem
-    assert max(found(place / "checkpoints")) == 12, "8 steps an epoch: it died in the second"
+    assert max(list_steps(place / "checkpoints")) == 12, "8 steps an epoch: it died in the second"
     assert compare(recipe, out, *args, flags=("--die-at=12",)) == 0
 
     whole = tmp_path / "whole"
