@@ -526,7 +526,7 @@ def test_loaders_refused() -> None:
 
 def test_a_loader_without_a_length() -> None:
     loader = DataLoader(Unsized(), batch_size=8)
-    with pytest.raises(ValueError, match=r"DataLoader has no length, so an epoch has none\. Give steps= in place of"):
+    with pytest.raises(ValueError, match=r"DataLoader has no length, so an epoch has none\. Give steps= instead of"):
         go(loader, epochs=1)
     run = go(loader, steps=7)
     assert run.facts["result"]["steps"] == 7 and [line["epoch"] for line in run.epochs] == [1, 2, 3]

@@ -302,7 +302,8 @@ def test_a_student_without_numbers() -> None:
 FAULTS: dict[str, tuple[Method, str]] = {
     "not zero at agreement": (
         Odd(lambda rows: gap(rows) + 0.5),
-        r"Odd: the loss of a student equal to its teacher is not 0; the largest terms of a row: odd = 0.5.*set zero",
+        r"Odd: the loss of a student equal to its teacher is not 0; the largest terms of a row: odd = 0.5.*"
+        r"zero_when_equal = False",
     ),
     "no number at agreement": (
         Odd(lambda rows: gap(rows) / (rows.student - rows.teacher).abs().sum(-1)),

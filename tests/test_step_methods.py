@@ -157,7 +157,7 @@ def test_what_does_not_go_with_it_is_refused(kind: type[StepMethod], tmp_path: P
     batches = LOADERS["batches"]()
     stored = record(Live(flattened(plain_teacher())), batches, tmp_path / "stored", quiet=True)
     if kind.needs_live:
-        assert "back through the teacher, and Cached has no gradient. Give" in refused(teacher=stored)
+        assert "differentiates through the teacher, and Cached has no gradient. Give" in refused(teacher=stored)
     with pytest.raises(TypeError, match="Cached has answers and no gradient"):
         stored.forward_with_grad(batches, None)
     if kind.trains_teacher:

@@ -1,4 +1,4 @@
-"""Distill a small network: a template in which to replace the data and the networks by your own.
+"""Distill a small network: replace the data and the networks by your own.
 
 Command:  tempering run template.py --method dtkd
 Check:    tempering check template.py                (the first batch; nothing is trained)
