@@ -77,7 +77,7 @@ def test_a_method_from_text_trains() -> None:
         ("sharpness(4)", "no method is called 'sharpness'."),
         ("kd(temperature=sharpnes)", "no temperature policy is called 'sharpnes'. Did you mean 'sharpness'?"),
         ("kd(temperature=dkd)", "no temperature policy is called 'dkd'."),
-        ("kd(temperature=4)", "KD needs a temperature policy; got 4."),
+        ("dtkd(temperature=4)", "DTKD needs a temperature policy; got 4."),
         ("kd(soft=abc)", "KD needs soft >= 0 and finite; got 'abc'."),
         ("kd(soft=1/0)", "1 / 0 in 'kd(soft=1/0)' divides by zero."),
         ("kd(soft='a'+1)", "'a' in \"kd(soft='a'+1)\" is not a number."),

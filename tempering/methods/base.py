@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tempering.rows import Rows, total
 from tempering.temperature.base import AdaptivePolicy, Policy, hyperparameters
 from tempering.temperature.base import check_run_fraction as check_run_fraction
+from tempering.temperature.static import Static
 
 _STEP: ContextVar[tuple[int, int] | None] = ContextVar("step", default=None)
 
@@ -300,13 +301,23 @@ def check_weights(owner: str, **values: object) -> None:
             raise ValueError(f"{owner} needs {name} >= 0 and finite; got {value!r}.")
 
 
-def check_policy(owner: str, temperature: object) -> Policy:
-    """Return ``temperature``; raise TypeError if it is not a policy, such as a bare number."""
+def check_policy(owner: str, temperature: object, *, allow_number: bool = True) -> Policy:
+    """Return the temperature policy; a number is ``Static``.
+
+    Raises:
+        TypeError: for anything else; with allow_number=False also for a number, which could mean a fixed temperature or
+            the reference of the method's own policy.
+    """
+    example: int | float = 4.0
+    if isinstance(temperature, int | float) and not isinstance(temperature, bool):
+        if allow_number:
+            return Static(float(temperature))
+        example = temperature
     if isinstance(temperature, Policy):
         return temperature
     raise TypeError(
         f"{owner} needs a temperature policy; got {temperature!r}. Write "
-        f"temperature=tempering.temperature.Static({temperature if isinstance(temperature, int | float) else 4.0})."
+        f"temperature=tempering.temperature.Static({example})."
     )
 
 

@@ -29,7 +29,7 @@ class LD(Method):
         soft: weight of the divergence. The released code has 0.25 in both regions and takes the mean over its 17 bins,
             while this is the sum over bins, so the default is 0.25 / 17. It also weighs an anchor by its class score.
         hard: weight of the task's own loss.
-        temperature: a temperature policy; None: Static(10.0), as released.
+        temperature: a temperature policy, or a number for Static; None: Static(10.0), as released.
 
     Reference: Zheng et al., "Localization Distillation for Dense Object Detection", CVPR 2022, arXiv:2102.12252.
     """
@@ -37,7 +37,11 @@ class LD(Method):
     paper = "arXiv:2102.12252"
 
     def __init__(
-        self, *, soft: Annotated[float, Weight()] = 0.25 / BINS, hard: float = 1.0, temperature: Policy | None = None
+        self,
+        *,
+        soft: Annotated[float, Weight()] = 0.25 / BINS,
+        hard: float = 1.0,
+        temperature: Policy | float | None = None,
     ) -> None:
         super().__init__()
         check_weights("LD", soft=soft, hard=hard)

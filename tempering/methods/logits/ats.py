@@ -57,7 +57,7 @@ class ATS(Method):
         wrong: Annotated[float, Temperature()] = 2.0,
         centered: bool = True,
         warmup: Annotated[float, Fraction()] = 0.0,
-        temperature: Policy | None = None,
+        temperature: Policy | float | None = None,
     ) -> None:
         super().__init__()
         check_weights("ATS", soft=soft, hard=hard)

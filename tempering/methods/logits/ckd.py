@@ -57,7 +57,7 @@ class CKD(Method):
         divergence: Annotated[float, Weight()] = 0.0,
         groups: Sequence[int] = (1, 1),
         pairs: int | None = None,
-        temperature: Policy | None = None,
+        temperature: Policy | float | None = None,
     ) -> None:
         super().__init__()
         check_weights("CKD", soft=soft, hard=hard, divergence=divergence)

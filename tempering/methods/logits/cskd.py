@@ -75,7 +75,7 @@ class CSKD(Method):
         check_run_fraction("CSKD", warmup=warmup)
         self.fixed, self.weighted, self.gram, self.hard = fixed, weighted, gram, hard
         self.published, self.warmup, self.eps = published, warmup, eps
-        self.temperature = check_policy("CSKD", Cosine() if temperature is None else temperature)
+        self.temperature = check_policy("CSKD", Cosine() if temperature is None else temperature, allow_number=False)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         names = ("fixed", "weighted", "gram") if self._grams(rows) else ("fixed", "weighted")

@@ -45,7 +45,7 @@ class DIST(Method):
         intra: Annotated[float, Weight()] = 2.0,
         hard: float = 1.0,
         warmup: Annotated[float, Fraction()] = 0.0,
-        temperature: Policy | None = None,
+        temperature: Policy | float | None = None,
         eps: float = 0.0,
     ) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ class Divergence(Method):
         beta: parameter of "jsd": 0 is "kl", 1 is "reverse_kl" (discontinuous at both, as in the source).
         skew: parameter of "skew_kl" and "skew_reverse_kl".
         head: parameter of "adaptive_kl".
-        temperature: a temperature policy; None: Static(1.0), as in the sources.
+        temperature: a temperature policy, or a number for Static; None: Static(1.0), as in the sources.
         warmup: fraction of the run over which ``soft`` rises linearly from 0; default: none, as published.
 
     Unlike in the released trainers (GKD, DistiLLM), the divergence is multiplied by T_s T_t, which is 1 with their
@@ -49,7 +49,7 @@ class Divergence(Method):
         beta: float = 0.5,
         skew: float = 0.1,
         head: float = 0.5,
-        temperature: Policy | None = None,
+        temperature: Policy | float | None = None,
         warmup: Annotated[float, Fraction()] = 0.0,
     ) -> None:
         super().__init__()

@@ -49,7 +49,7 @@ class DKD(Method):
         non_target: Annotated[float, Weight()] = 8.0,
         hard: float = 1.0,
         warmup: Annotated[float, Fraction()] = 20 / 240,
-        temperature: Policy | None = None,
+        temperature: Policy | float | None = None,
     ) -> None:
         super().__init__()
         check_weights("DKD", target=target, non_target=non_target, hard=hard)

@@ -49,7 +49,9 @@ class DTKD(Method):
         check_weights("DTKD", dynamic=dynamic, soft=soft, hard=hard)
         check_run_fraction("DTKD", warmup=warmup)
         self.dynamic, self.soft, self.hard, self.warmup = dynamic, soft, hard, warmup
-        self.temperature = check_policy("DTKD", Sharpness(4.0) if temperature is None else temperature)
+        self.temperature = check_policy(
+            "DTKD", Sharpness(4.0) if temperature is None else temperature, allow_number=False
+        )
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         rise = linear_warmup(progress, self.warmup)

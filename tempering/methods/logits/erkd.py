@@ -23,7 +23,7 @@ class ERKD(Method):
         hard: weight of the cross entropy.
         tau: temperature of the entropy, independent of the policy; default: 4, as released.
         warmup: fraction of the run over which ``soft`` rises linearly from 0; published: none.
-        temperature: a temperature policy; None: Static(4.0).
+        temperature: a temperature policy, or a number for Static; None: Static(4.0).
 
     Reference: Su et al., "Knowledge From the Dark Side: Entropy-Reweighted Knowledge Distillation for Balanced
     Knowledge Transfer", 2023, arXiv:2311.13621 (version 1; later versions describe another method, EA-KD).
@@ -38,7 +38,7 @@ class ERKD(Method):
         hard: float = 0.1,
         tau: float = 4.0,
         warmup: Annotated[float, Fraction()] = 0.0,
-        temperature: Policy | None = None,
+        temperature: Policy | float | None = None,
     ) -> None:
         super().__init__()
         check_weights("ERKD", soft=soft, hard=hard)

@@ -20,7 +20,7 @@ class KD(Method):
     Args:
         soft: weight of the divergence.
         hard: weight of the cross entropy with the labels at temperature 1; with 0 no labels are needed.
-        temperature: a temperature policy; None: Static(4.0).
+        temperature: a temperature policy, or a number for Static; None: Static(4.0).
         warmup: fraction of the run over which ``soft`` rises linearly from 0; default: none, as published.
 
     The defaults 0.9 and 0.1 at T = 4 are those of mdistiller for CIFAR-100.
@@ -35,7 +35,7 @@ class KD(Method):
         *,
         soft: Annotated[float, Weight()] = 0.9,
         hard: float = 0.1,
-        temperature: Policy | None = None,
+        temperature: Policy | float | None = None,
         warmup: Annotated[float, Fraction()] = 0.0,
     ) -> None:
         super().__init__()

@@ -61,7 +61,7 @@ class MLKD(Method):
         temperatures: Sequence[float] = (4.0, 3.0, 5.0, 2.0, 6.0),
         published: bool = False,
         warmup: Annotated[float, Fraction()] = 0.0,
-        temperature: Policy | None = None,
+        temperature: Policy | float | None = None,
     ) -> None:
         super().__init__()
         check_weights("MLKD", soft=soft, classes=classes, batch=batch, hard=hard)

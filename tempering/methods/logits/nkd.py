@@ -31,7 +31,7 @@ class NKD(Method):
         non_target: weight of the term of the other classes, the paper's gamma.
         hard: weight of the cross entropy.
         warmup: fraction of the run over which ``target`` and ``non_target`` rise linearly from 0; published: none.
-        temperature: a temperature policy; None: Static(1.0).
+        temperature: a temperature policy, or a number for Static; None: Static(1.0).
 
     The defaults are those for ImageNet; for CIFAR-100, ``non_target`` is 3.5 at T = 3.
 
@@ -49,7 +49,7 @@ class NKD(Method):
         non_target: Annotated[float, Weight()] = 1.5,
         hard: float = 1.0,
         warmup: Annotated[float, Fraction()] = 0.0,
-        temperature: Policy | None = None,
+        temperature: Policy | float | None = None,
     ) -> None:
         super().__init__()
         check_weights("NKD", target=target, non_target=non_target, hard=hard)

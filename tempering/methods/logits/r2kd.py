@@ -44,7 +44,7 @@ class R2KD(Method):
             "published" ranks by argsort, as the released code does; its gradient is 0, so the term is constant.
         softness: width of the sigmoids, in standard deviations of the row's logits.
         warmup: fraction of the run over which all terms but ``hard`` rise linearly from 0; published: none.
-        temperature: a temperature policy; None: Static(4.0). It does not affect ranks.
+        temperature: a temperature policy, or a number for Static; None: Static(4.0). It does not affect ranks.
         eps: added to the product of the norms; default: 0. The released code adds 1e-8.
 
     The paper's teacher is an ensemble with its pruned copy: ``teachers.ensemble.EnsembleTeacher``. Ranking costs O(N
@@ -67,7 +67,7 @@ class R2KD(Method):
         rank: Literal["soft", "published"] = "soft",
         softness: float = 0.1,
         warmup: Annotated[float, Fraction()] = 0.0,
-        temperature: Policy | None = None,
+        temperature: Policy | float | None = None,
         eps: float = 0.0,
     ) -> None:
         super().__init__()

@@ -51,7 +51,7 @@ class RLD(Method):
         hard: float = 1.0,
         tau: float = 1.0,
         warmup: Annotated[float, Fraction()] = 20 / 240,
-        temperature: Policy | None = None,
+        temperature: Policy | float | None = None,
     ) -> None:
         super().__init__()
         check_weights("RLD", sample=sample, masked=masked, hard=hard)

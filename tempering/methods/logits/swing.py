@@ -75,7 +75,7 @@ class Swing(Method):
         if distribution not in ("normal", "laplace", "gumbel"):
             raise ValueError(f"Swing needs distribution 'normal', 'laplace' or 'gumbel'; got {distribution!r}.")
         self.soft, self.hard, self.warmup = soft, hard, warmup
-        self.temperature = check_policy("Swing", Private() if temperature is None else temperature)
+        self.temperature = check_policy("Swing", Private() if temperature is None else temperature, allow_number=False)
         self.distribution: Noise = distribution
         self.noise, self.hide, self.redact, self.seed = noise, hide, redact, seed
 

@@ -28,7 +28,7 @@ class ULD(Method):
     Args:
         soft: weight of the distance.
         hard: weight of the cross entropy with the labels at temperature 1; with 0 no labels are needed.
-        temperature: a temperature policy; None: Static(1.0), as published.
+        temperature: a temperature policy, or a number for Static; None: Static(1.0), as published.
         warmup: fraction of the run over which ``soft`` rises linearly from 0; default: none, as published.
 
     Unlike in the released code, the distance is multiplied by T_s T_t, which is 1 with the published setting, and rows
@@ -46,7 +46,7 @@ class ULD(Method):
         *,
         soft: Annotated[float, Weight()] = 1.0,
         hard: float = 1.0,
-        temperature: Policy | None = None,
+        temperature: Policy | float | None = None,
         warmup: Annotated[float, Fraction()] = 0.0,
     ) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class HybridULD(Method):
         ranked: weight of the distance over the other tokens.
         hard: weight of the cross entropy with the labels at temperature 1; with 0 no labels are needed.
         beta: parameter of the JSD, as in ``objectives.jsd``; 0 is KL and 1 is reverse KL.
-        temperature: a temperature policy; None: Static(1.0), as in the source.
+        temperature: a temperature policy, or a number for Static; None: Static(1.0), as in the source.
         warmup: fraction of the run over which ``exact`` and ``ranked`` rise linearly from 0.
 
     The source's divergence is over the matched tokens only, whose probabilities do not sum to 1 there, and its weights
@@ -98,7 +98,7 @@ class HybridULD(Method):
         ranked: Annotated[float, Weight()] = 1.0,
         hard: float = 1.0,
         beta: float = 0.5,
-        temperature: Policy | None = None,
+        temperature: Policy | float | None = None,
         warmup: Annotated[float, Fraction()] = 0.0,
     ) -> None:
         super().__init__()

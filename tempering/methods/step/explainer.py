@@ -52,7 +52,7 @@ class Explainer(StepMethod):
         smoothing: float = 0.0,
         start: float = 10.0,
         end: float = 10 / 300,
-        temperature: Policy | None = None,
+        temperature: Policy | float | None = None,
     ) -> None:
         super().__init__()
         check_weights("Explainer", soft=soft, hard=hard, entropy=entropy)

@@ -42,7 +42,7 @@ class Interactive(StepMethod):
 
     Args:
         soft, hard: weights of the course's terms.
-        temperature: a temperature policy; None: Static(4.0).
+        temperature: a temperature policy, or a number for Static; None: Static(4.0).
         supervised: weight of the teacher's own cross entropy on the course part of the batch; 0: feedback only. The
             feedback is multiplied by course_lr, so even a small weight dominates it.
         teacher_lr: learning rate of the teacher's Adam.
@@ -73,7 +73,7 @@ class Interactive(StepMethod):
         *,
         soft: Annotated[float, Weight()] = 0.9,
         hard: float = 0.1,
-        temperature: Policy | None = None,
+        temperature: Policy | float | None = None,
         supervised: Annotated[float, Weight()] = 0.0,
         teacher_lr: float = 1e-5,
         course_lr: float = 0.05,

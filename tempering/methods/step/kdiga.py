@@ -66,7 +66,7 @@ class KDIGA(StepMethod):
         soft: Annotated[float, Weight()] = 0.5,
         hard: float = 0.5,
         align: Annotated[float, Weight()] = 1.0,
-        temperature: Policy | None = None,
+        temperature: Policy | float | None = None,
         warmup: Annotated[float, Fraction()] = 0.5,
         right: bool = False,
         start: float = 0.0,
