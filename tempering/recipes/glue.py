@@ -90,7 +90,7 @@ def main(
     read = partial(_splits, data.resolve().name, parts, tokenizers, batch_size, length, validation)
     splits: dict[str, Any] = read(seed=config.seed)
     all_texts, classes = splits["train"], splits["train"].classes
-    splits["train"] = all_texts if subset is None else all_texts.take(subset)
+    splits["train"] = all_texts if subset is None else all_texts.subset(subset)
     build = partial(_build, classes=classes, length=length, dropout=dropout)
     network, rate = build(student, tokenizers["student"], seed=config.seed), teacher_lr or _default_lr(teacher)
     teacher_name, folder = _name(teacher), out.parent / "teachers"
