@@ -192,10 +192,10 @@ def test_from_made_up_text_to_an_audited_run_and_a_table(tmp_path: Path, capsys:
 
 def test_the_recipe_s_detector_finds_what_was_planted() -> None:
     recipe = load(ROOT / "tempering" / "recipes" / "swing.py").__globals__
-    text = recipe["_made_up"](20_000)
+    text = recipe["_synthetic_text"](20_000)
     how: dict[str, Any] = {"length": 64, "batch_size": 8, "seed": 3}
     marked = recipe["_parts"](text, recipe["Patterns"](kinds=["number"]), 2, 3, **how)["train"]
-    private = sum(p for example in marked.examples for p in example.private or ())
+    private = sum(p for example in marked.examples for p in example.privacy_score or ())
     assert 0.9 * 222 * 3 < private < 1.2 * 222 * 3, "each planted digit once, save where windows share or leave a byte"
 
 

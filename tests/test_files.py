@@ -141,7 +141,7 @@ WITHOUT_FCNTL = """
     import torch
     import tempering.experiments.compare.runner, tempering.experiments.tune.runner, tempering.teachers
     from tempering.data import Batches
-    from tempering.experiments.compare.status import held
+    from tempering.experiments.compare.status import is_running
     from tempering.teachers import Live, record
     from tempering.utils.files import LockedError, file_lock, inheritable_descriptors, is_locked, try_lock
 
@@ -154,9 +154,9 @@ WITHOUT_FCNTL = """
     assert [p.name for p in out.iterdir()] == ["cache"], list(out.iterdir())
 
     lock = try_lock(out / "cell.lock")
-    assert inheritable_descriptors(lock) == () and held(out / "cell") and try_lock(out / "cell.lock") is None
+    assert inheritable_descriptors(lock) == () and is_running(out / "cell") and try_lock(out / "cell.lock") is None
     lock.release()
-    assert not held(out / "cell")
+    assert not is_running(out / "cell")
     with file_lock(out / "lock"):
         assert is_locked(out / "lock")
     assert "fcntl" not in {name for name, module in sys.modules.items() if module is not None}

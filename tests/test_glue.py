@@ -71,7 +71,7 @@ def batches(n: int = 24, **options: Any) -> TextPairLoader:
 
 def bert(layers: int = 1, width: int = 16, seed: int = 0, **options: Any) -> Any:
     tokenizer = trained_tokenizer(texts(24, pair=True).texts, vocabulary=300)
-    net = recipe._new(f"{layers}x{width}", tokenizer, classes=2, length=16, dropout=0.1, seed=seed)
+    net = recipe._build(f"{layers}x{width}", tokenizer, classes=2, length=16, dropout=0.1, seed=seed)
     TextClassification().prepare_model(net)
     return net
 
@@ -354,7 +354,7 @@ def test_from_files_to_records(folder: Path, tmp_path: Path) -> None:
 def test_a_local_folder_as_teacher_with_a_tokenizer_of_its_own(folder: Path, tmp_path: Path) -> None:
     part = texts(24)
     tokenizer = trained_tokenizer(part.texts, vocabulary=280)
-    recipe._new("1x32", tokenizer, classes=2, length=16, dropout=0.1, seed=2).save_pretrained(tmp_path / "theirs")
+    recipe._build("1x32", tokenizer, classes=2, length=16, dropout=0.1, seed=2).save_pretrained(tmp_path / "theirs")
     tokenizer.save_pretrained(tmp_path / "theirs")
     options: dict[str, Any] = {
         **SMALL,

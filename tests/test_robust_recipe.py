@@ -51,12 +51,12 @@ def test_accuracy_under_attack_is_that_of_the_distance() -> None:
 
 
 def test_the_teacher_s_method_gets_the_recipe_s_attack() -> None:
-    made = recipe._teaching("TRADES", 0.1, 3)
+    made = recipe._teacher_loss("TRADES", 0.1, 3)
     assert (type(made).__name__, made.eps, made.attack_steps) == ("TRADES", 0.1, 3)
-    assert recipe._teaching("pgdat(eps=0.2)", 0.1, 3).eps == 0.2
-    assert type(recipe._teaching("supervised", 0.1, 3)).__name__ == "Supervised"
+    assert recipe._teacher_loss("pgdat(eps=0.2)", 0.1, 3).eps == 0.2
+    assert type(recipe._teacher_loss("supervised", 0.1, 3)).__name__ == "Supervised"
     with pytest.raises(ValueError, match="the teacher is trained without one, and kd needs one"):
-        recipe._teaching("kd", 0.1, 3)
+        recipe._teacher_loss("kd", 0.1, 3)
 
 
 @needs_shared

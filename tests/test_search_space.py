@@ -36,7 +36,7 @@ WEIGHTS = {
     "CSKD": "fixed weighted gram",
     "CWD": "feature",
     "DIST": "inter intra",
-    "DKD": "target rest",
+    "DKD": "target non_target",
     "DTKD": "dynamic soft",
     "Divergence": "soft",
     "ERKD": "soft",
@@ -53,7 +53,7 @@ WEIGHTS = {
     "LD": "soft",
     "MGD": "feature",
     "MLKD": "soft classes batch",
-    "NKD": "target rest",
+    "NKD": "target non_target",
     "NST": "feature",
     "PKD": "feature",
     "PKT": "feature",
@@ -67,7 +67,7 @@ WEIGHTS = {
     "TRADES": "robust",
     "TTM": "soft",
     "ULD": "soft",
-    "USKD": "target rest weak",
+    "USKD": "target non_target weak",
     "VID": "feature",
     "WTTM": "soft",
 }
@@ -108,7 +108,7 @@ def test_docstrings_play_no_part(docstring: str | None, monkeypatch: pytest.Monk
         if kind.__module__.startswith("tempering."):
             monkeypatch.setattr(kind, "__doc__", docstring)
     assert spaces() == before
-    assert papersdoc.told(METHODS["KD"]) == ("Nothing." if docstring else "", [], "")
+    assert papersdoc.parse_docstring(METHODS["KD"]) == ("Nothing." if docstring else "", [], "")
     assert cli.main(["list"]) == 0
 
 
