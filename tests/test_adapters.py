@@ -341,7 +341,7 @@ def test_labeled_refuses_what_does_not_fit() -> None:
         ValueError, match=r"student's logits are \(2, 4, 3\) and the teacher's \(2, 4, 5\): both need the same"
     ):
         task.rows(tokens, torch.zeros(2, 4, 5), {"labels": tokens[..., 0].long()})
-    with pytest.raises(ValueError, match=r"teacher must answer \(N, C\) or \(N, L, C\) logits.*got str"):
+    with pytest.raises(ValueError, match=r"teacher must return \(N, C\) or \(N, L, C\) logits.*got str"):
         task.rows(tokens, "no", {})
 
 

@@ -202,7 +202,7 @@ def test_what_cannot_be_audited_says_what_to_type(
     assert run("audit", copy) == 1 and "--recipe digits -- --method dtkd" in capsys.readouterr().err
     copy.write_bytes(b"\0" * 20)
     assert run("audit", copy, "--recipe", recipe, "--", "--out", folder) == 1
-    assert "not a whole safetensors file" in capsys.readouterr().err
+    assert "not a valid safetensors file" in capsys.readouterr().err
     assert not (tmp_path / "elsewhere" / "c").exists() and not torch.is_inference_mode_enabled()
 
 

@@ -423,7 +423,7 @@ def test_report_makes_a_page_of_runs(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert f"report: {page}" in said and "DTKD exact" in said
     assert "<title>Of digits" in page.read_text()
     assert run("report", tmp_path / "nothing") == 1
-    assert f"{tmp_path / 'nothing'} is not there." in capsys.readouterr().err
+    assert f"{tmp_path / 'nothing'} does not exist." in capsys.readouterr().err
 
 
 def test_list_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:

@@ -193,7 +193,7 @@ def test_calibration_draws_both_models_before_and_after() -> None:
             said = sum(b["count"] * abs(b["confidence"] - b["accuracy"]) for b in bins) / 200
             assert said == pytest.approx(found[side, name].value, abs=1e-9)
     figures = audit_figures.reliability({"reliability": drawn}, "a1", "r")
-    assert [f.title for f in figures] == ["Reliability as they are", "After the fitted temperature"]
+    assert [f.title for f in figures] == ["Reliability before scaling", "After the fitted temperature"]
     assert "student 3" in figures[1].caption or "student 2" in figures[1].caption
     assert all(f.svg.count("<g ") == 2 for f in figures)
 

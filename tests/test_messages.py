@@ -196,7 +196,7 @@ def test_a_cache_for_other_batches_is_refused_before_the_first_step(tmp_path: Pa
         (("--method=dtkd(temperature=sharpness(4, solve=exactly))",), "'exactly'"),
         (("--method=kd(soft=-1)",), "error: KD needs soft >= 0 and finite; got -1."),
         (("--method=dtkd(warmup=20)",), "the share of the run (20 of 240 epochs is warmup=20/240); got 20."),
-        (("--method=kd(",), "cannot be read"),
+        (("--method=kd(",), "cannot be parsed"),
         (("--student=resnet8x44",), "no net is called 'resnet8x44'. Did you mean 'resnet8x4'?"),
         (("--epochs=0",), "epochs must be 1 or more; got 0."),
         (("--temperature=warm",), "no temperature policy is called 'warm'."),

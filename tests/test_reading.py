@@ -55,7 +55,7 @@ def test_an_edited_record_is_refused(tmp_path: Path, edit: Callable[[dict[str, A
     assert read_cell(path).label == "KD"
     edit(cell)
     path.write_text(json.dumps(cell))
-    with pytest.raises(ValueError, match=rf"{path} was edited: its content has sha256 .* take the file back from git"):
+    with pytest.raises(ValueError, match=rf"{path} was edited: its content has sha256 .* restore the file from git"):
         load_run(path)
     with pytest.raises(ValueError, match="was edited"):
         write_cell(tmp_path / "other.json", cell)
@@ -72,7 +72,7 @@ def test_a_record_cut_short_is_named(tmp_path: Path) -> None:
     cell = write_cell(tmp_path / "cells" / "c.json", pack(run))
     cell.write_text(cell.read_text()[:-500])
     for ask in (lambda: load_run(cell), lambda: find_runs([tmp_path / "cells"])):
-        with pytest.raises(ValueError, match=rf"{cell}, line 1, is not the JSON of a record: .* cut short"):
+        with pytest.raises(ValueError, match=rf"{cell}, line 1, is not the JSON of a record: .* truncated"):
             ask()
     steps = run / "steps.jsonl"
     whole = steps.read_text()
@@ -118,11 +118,11 @@ def test_numbers_that_are_not_finite_are_numbers_that_are_missing(tmp_path: Path
 
 
 def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"is not there\. Give folders of runs"):
+    with pytest.raises(FileNotFoundError, match=r"does not exist\. Pass folders of runs"):
         find_runs([tmp_path / "none"])
     with pytest.raises(FileNotFoundError, match="there is no record in"):
         find_runs([tmp_path])
-    with pytest.raises(FileNotFoundError, match=r"holds no run: there is no facts\.json"):
+    with pytest.raises(FileNotFoundError, match=r"contains no run: there is no facts\.json"):
         load_run(tmp_path)
     for content, text in {
         '{"kind": "cell", "format": 9}': "has format 9; this version reads format 1",

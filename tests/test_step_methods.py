@@ -158,7 +158,7 @@ def test_what_does_not_go_with_it_is_refused(kind: type[StepMethod], tmp_path: P
     stored = record(Live(flattened(plain_teacher())), batches, tmp_path / "stored", quiet=True)
     if kind.needs_live:
         assert "differentiates through the teacher, and Cached has no gradient. Give" in refused(teacher=stored)
-    with pytest.raises(TypeError, match="Cached has answers and no gradient"):
+    with pytest.raises(TypeError, match="Cached is not differentiable: it has only stored outputs"):
         stored.forward_with_grad(batches, None)
     if kind.trains_teacher:
         assert "Use accumulate=1." in refused(accumulate=2)

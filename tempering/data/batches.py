@@ -7,18 +7,20 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from tempering.data.protocols import SplittableLoader
 from tempering.data.sharded import ShardedLoader
 
+if TYPE_CHECKING:
+    from tempering.data.protocols import SplittableLoader
+
 Batch = tuple[Tensor, Tensor, Tensor]
-LoaderT = TypeVar("LoaderT", bound=SplittableLoader[Any])
+LoaderT = TypeVar("LoaderT", bound="SplittableLoader[Any]")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from tempering.rows import Rows, total
 from tempering.temperature.base import AdaptivePolicy, Policy, hyperparameters
 from tempering.temperature.base import check_run_fraction as check_run_fraction
-from tempering.temperature.static import Static
 
 _STEP: ContextVar[tuple[int, int] | None] = ContextVar("step", default=None)
 
@@ -311,6 +310,8 @@ def check_policy(owner: str, temperature: object, *, allow_number: bool = True) 
     example: int | float = 4.0
     if isinstance(temperature, int | float) and not isinstance(temperature, bool):
         if allow_number:
+            from tempering.temperature.static import Static
+
             return Static(float(temperature))
         example = temperature
     if isinstance(temperature, Policy):
