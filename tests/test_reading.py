@@ -127,7 +127,7 @@ def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
     for content, text in {
         '{"kind": "cell", "format": 9}': "has format 9; this version reads format 1",
         '{"a": 1}': "is not a packed run",
-        "[]": "an object is wanted, this is list",
+        "[]": "expected an object, got list",
         canonical({"kind": "cell", "format": 1, "sha256": "x"}): "was edited",
     }.items():
         (tmp_path / "x.json").write_text(content)
