@@ -122,6 +122,29 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise _write_error(f"the weights {path.name}", tensors, path.parent, error) from error
 
 
+def collect(
+    student: nn.Module,
+    method: nn.Module,
+    optimizer: Any,
+    *,
+    key: str,
+    progress: Mapping[str, Any],
+    ranks: Sequence[Any],
+    precision: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the content of a checkpoint, which resuming reads.
+
+    Args:
+        student, method, optimizer: their full state is included.
+        key: identity of the run, JSON.
+        progress: fields of TrainState.
+        ranks: (random state, sum of losses of the epoch) of each rank.
+        precision: state of Fabric's precision plugin, such as a loss scale.
+    """
+    content = {"key": key, "at": progress, "ranks": ranks, "precision": precision}
+    return content | gather(student, method, optimizer)
+
+
 def gather(student: nn.Module, method: nn.Module | None, optimizer: Any) -> dict[str, Any]:
     """Return the full state of student, method and optimizer, equal on every rank; None is left out.
 

@@ -103,13 +103,15 @@ class RunDirectory:
         """Write a checkpoint of the run, and remove all but the newest ``keep``."""
         if self.folder is None:
             return
-        content = {
-            "key": json.dumps(self.key),
-            "at": asdict(state),
-            "ranks": all_gather_objects([checkpoint.random_state(), state.loss_sum], self.fabric),
-            "precision": self.fabric.strategy.precision.state_dict(),
-            **checkpoint.gather(self.student, self.method, self.optimizer),
-        }
+        content = checkpoint.collect(
+            self.student,
+            self.method,
+            self.optimizer,
+            key=json.dumps(self.key),
+            progress=asdict(state),
+            ranks=all_gather_objects([checkpoint.random_state(), state.loss_sum], self.fabric),
+            precision=self.fabric.strategy.precision.state_dict(),
+        )
         if self.fabric.is_global_zero:
             checkpoint.save(self.folder / "checkpoints", state.step, content, keep=keep)
         self.fabric.barrier()
