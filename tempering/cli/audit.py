@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, Suppress, arg
 
 from tempering.experiments.recipe import describe, find, flags
+from tempering.experiments.renamed import present_flags
 
 if TYPE_CHECKING:
     from torch import nn
@@ -139,7 +140,7 @@ def _describe_run(run: Path, folder: Path | None, recipe: str | None, recipe_arg
     if recipe is None:
         recipe, recorded = _recorded_command(run, folder)
     file = find(recipe)
-    argv = [*recorded, *recipe_args]
+    argv = [*present_flags(recorded, flags(file)), *recipe_args]
     has_out = any(word.split("=")[0] == "--out" for word in recipe_args)
     if folder is not None and "out" in flags(file) and not has_out:
         argv += ["--out", str(folder)]  # the folder of teachers is next to it
