@@ -10,14 +10,14 @@ from __future__ import annotations
 import gzip
 import hashlib
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tempering.audits.base import at_rest
 from tempering.audits.canaries import Canaries
@@ -28,6 +28,7 @@ from tempering.data.text import windows
 from tempering.experiments.presets import arm_from, method_of, slug
 from tempering.methods.logits.supervised import Supervised
 from tempering.tasks import LanguageModeling
+from tempering.tasks.base import TeacherForward
 from tempering.training.config import TrainConfig
 from tempering.training.experiment import Experiment, TeacherRecipe
 
@@ -45,7 +46,7 @@ class Exposing(LanguageModeling):
     """Language modeling whose scores include the exposure of the loader's canaries."""
 
     def score(
-        self, student: nn.Module, batches: Iterable[Any], *, teacher: Callable[[Any, Tensor | None], Any] | None = None
+        self, student: nn.Module, batches: Iterable[Any], *, teacher: TeacherForward | None = None
     ) -> dict[str, float]:
         scores = super().score(student, batches, teacher=teacher)
         planted = getattr(batches, "canaries", ())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import Policy, Temperatures, check_positive
-from tempering.utils.search_space import Temperature
+from tempering.utils.search_space import Tau
 
 
 class Energy(Policy):
@@ -37,7 +36,7 @@ class Energy(Policy):
 
     def __init__(
         self,
-        tau: Annotated[float, Temperature()] = 4.0,
+        tau: Tau = 4.0,
         *,
         sure: float = 2.0,
         unsure: float = 6.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -15,9 +15,8 @@ from tempering.methods.step._exams import HoldoutLoader
 from tempering.methods.step._rehearsal import VirtualStep, split_step
 from tempering.objectives import cross_entropy, kl, log_softmax, tempered
 from tempering.rows import Rows, total
-from tempering.temperature.base import Policy, Temperatures
-from tempering.temperature.static import Static
-from tempering.utils.search_space import Weight
+from tempering.temperature.base import PolicyLike, Temperatures
+from tempering.utils.search_space import TermWeight
 
 
 class Interactive(StepMethod):
@@ -71,10 +70,10 @@ class Interactive(StepMethod):
     def __init__(
         self,
         *,
-        soft: Annotated[float, Weight()] = 0.9,
+        soft: TermWeight = 0.9,
         hard: float = 0.1,
-        temperature: Policy | float | None = None,
-        supervised: Annotated[float, Weight()] = 0.0,
+        temperature: PolicyLike = None,
+        supervised: TermWeight = 0.0,
         teacher_lr: float = 1e-5,
         course_lr: float = 0.05,
         exam_share: float = 0.5,
@@ -98,7 +97,7 @@ class Interactive(StepMethod):
         if derivative not in ("exact", "difference"):
             raise ValueError(f"Interactive needs derivative 'exact' or 'difference'; got {derivative!r}.")
         self.soft, self.hard, self.supervised = soft, hard, supervised
-        self.temperature = check_policy("Interactive", Static(4.0) if temperature is None else temperature)
+        self.temperature = check_policy("Interactive", temperature, default=4.0)
         self.teacher_lr, self.course_lr, self.clip = teacher_lr, course_lr, clip
         self.exam_share, self.held, self.every = exam_share, held, every
         self.derivative, self.layers = derivative, tuple(layers)
