@@ -230,6 +230,10 @@ def test_a_recorded_command_with_former_names_is_understood(
         *("--keep", "8", "--no-eval-generation", "--temperature", "ablated(tau=4)"),
         *("--method=dkd(non_target=2)", "--label=rest"),
     ]
+    words = ["--method=interactive(held=5, course_lr=1, temperature=energy(sure=6))"]
+    assert present_flags(words, known) == [
+        "--method=interactive(holdout=5, virtual_lr=1, temperature=energy(low_energy=6))"
+    ]
     recipe, folder = made
     cases = {
         0: ["run", str(recipe), "--method=kd(temperature=standardised(4))", "--out", str(folder)],

@@ -257,7 +257,7 @@ def _policy(folder: Path | None, experiment: Experiment, data: Any) -> Policy | 
 
     None if the method has only static temperatures, or if the run, its live teacher or its checkpoint is missing.
     """
-    from tempering.audits.base import answers
+    from tempering.audits.base import collect_logits
     from tempering.rows import Rows
     from tempering.temperature.static import Static
     from tempering.training import checkpoint
@@ -272,7 +272,7 @@ def _policy(folder: Path | None, experiment: Experiment, data: Any) -> Policy | 
     ):
         return None
     models = {"student": experiment.student, "teacher": _teacher_model(experiment.resolved_teacher)}
-    logits, y = answers(models, data, 8)
+    logits, y = collect_logits(models, data, 8)
     policy = policies[name]
     policy.setup(Rows(logits["student"].float(), logits["teacher"].float(), y))
     if policy.state_dict():

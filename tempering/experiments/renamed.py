@@ -27,6 +27,8 @@ FORMER = {
 PRESENT = {former: name for name, former in FORMER.items()}
 # the same for words of methods and policies
 FORMER_WORDS = {"standardized": "standardised", "ablated": "isolated", "non_target": "rest"}
+FORMER_WORDS |= {"holdout": "held", "exam_fraction": "exam_share", "virtual_lr": "course_lr"}
+FORMER_WORDS |= {"low_energy": "sure", "high_energy": "unsure", "tail_fraction": "share"}
 PRESENT_WORDS = {former: word for word, former in FORMER_WORDS.items()}
 
 

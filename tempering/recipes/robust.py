@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.audits.attacks import fgsm, pgd
-from tempering.audits.base import as_function, at_rest
+from tempering.audits.base import as_function, frozen_eval_mode
 from tempering.data import cifar100
 from tempering.data.cifar import MEAN, STD
 from tempering.experiments.presets import arm_from, method_of, slug
@@ -54,7 +54,7 @@ class Attacked(Classification):
         """Return the accuracies "fgsm" and "pgd", upper bounds of the robust accuracy."""
         net = getattr(student, "module", student)  # Fabric's wrapper allows only its own backward
         correct: dict[str, list[Tensor]] = {"fgsm": [], "pgd": []}
-        with at_rest(net), torch.enable_grad():
+        with frozen_eval_mode(net), torch.enable_grad():
             forward, device = as_function(net, "student"), next(net.parameters()).device
             for x, y, *_ in batches:
                 x, y = x.to(device), y.to(device)

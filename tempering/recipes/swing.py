@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tempering.audits.base import at_rest
+from tempering.audits.base import frozen_eval_mode
 from tempering.audits.canaries import Canaries
 from tempering.data import Tokens
 from tempering.data.canaries import canaries, insert_canaries
@@ -51,7 +51,7 @@ class Exposing(LanguageModeling):
         scores = super().score(student, batches, teacher=teacher)
         planted = getattr(batches, "canaries", ())
         if planted:
-            with at_rest(student):
+            with frozen_eval_mode(student):
                 scores |= Canaries(planted).means(student)
         return scores
 
