@@ -69,9 +69,7 @@ def ours(pixels: np.ndarray, *, channels_last: bool) -> Arm:
 
 def main() -> None:
     """Time the arms; the milliseconds are those of a batch of 64."""
-    parser = arguments(__doc__, rounds=9)
-    parser.add_argument("--images", type=int, default=4096)
-    args = parser.parse_args()
+    args = arguments(__doc__, rounds=9, images=4096).parse_args()
     sheet = Sheet("augment", args)
     n = 128 if args.tiny else args.images
     pixels = np.random.default_rng(0).integers(256, size=(n, 32, 32, 3), dtype=np.uint8)

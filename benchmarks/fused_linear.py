@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peers import dtkd_term, trl_jsd
-from timing import Arm, Sheet, arguments, device, grown, in_turn, installed, peak_of
+from timing import Arm, Sheet, arguments, device, grown, in_turn, installed, peaks_of
 from torch import Tensor
 
 from tempering.kernels import linear_loss
@@ -147,9 +147,7 @@ def main() -> None:
         taken = in_turn({name: bound(name, x) for name in made}, rounds=args.rounds)
         one = sizes[0] * sizes[1] * x.hs.element_size()
         asked = () if args.tiny else made
-        peaks = {
-            n: peak_of("fused_linear.py", f"{case}|{n}", tiny=args.tiny, threads=args.threads) / one for n in asked
-        }
+        peaks = peaks_of("fused_linear.py", case, asked, args=args, one=one)
         sheet.add(case, taken, notes=notes, peaks=peaks, unit="logits tensors")
     print(sheet.write())
 

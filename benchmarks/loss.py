@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from peers import RESTATED, dtkd_term, kd_term, trl_jsd
-from timing import Arm, Sheet, arguments, device, grown, in_turn, peak_of
+from timing import Arm, Sheet, arguments, device, grown, in_turn, peaks_of
 from torch import Tensor
 
 from tempering.kernels import chunked
@@ -114,9 +114,7 @@ def main() -> None:
         taken = in_turn({name: arm(loss, n, classes, dtype) for name, loss in made.items()}, rounds=args.rounds)
         one = n * classes * torch.empty(0, dtype=dtype).element_size()
         asked = made if classes > 10_000 and n < 2000 else {}
-        peaks = {
-            name: peak_of("loss.py", f"{case}|{name}", tiny=args.tiny, threads=args.threads) / one for name in asked
-        }
+        peaks = peaks_of("loss.py", case, asked, args=args, one=one)
         sheet.add(case, taken, notes=notes, peaks=peaks, unit="logits tensors")
     print(sheet.write())
 

@@ -67,9 +67,7 @@ def engine(batch: tuple[Tensor, Tensor], steps: int) -> float:
 
 def main() -> None:
     """Time legs in turn; the milliseconds are those of a step."""
-    parser = arguments(__doc__, rounds=9)
-    parser.add_argument("--steps", type=int, default=300)
-    args = parser.parse_args()
+    args = arguments(__doc__, rounds=9, steps=300).parse_args()
     sheet = Sheet("overhead", args)
     steps = 5 if args.tiny else args.steps
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,14 +24,16 @@ FACTS = ("host", "device", "threads", "torch", "python", "commit")
 Arm = Callable[[], object]
 
 
-def arguments(doc: str | None, *, rounds: int) -> argparse.ArgumentParser:
-    """The flags that every benchmark has."""
+def arguments(doc: str | None, *, rounds: int, **numbers: int) -> argparse.ArgumentParser:
+    """The flags that every benchmark has, and ``numbers``, a whole number each, with their defaults."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes: shows that it runs, times nothing")
     parser.add_argument("--rounds", type=int, default=rounds, help="times that every arm is run")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
     parser.add_argument("--peak", default=None, help=argparse.SUPPRESS)  # CASE|ARM: what peak_of() asks for
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     return parser
 
 
@@ -71,6 +73,12 @@ def peak_of(script: str, what: str, *, tiny: bool, threads: int) -> float:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return float(done.stdout.splitlines()[-1])
+
+
+def peaks_of(script: str, case: str, names: Iterable[str], *, args: argparse.Namespace, one: float) -> dict[str, float]:
+    """The peak of every named arm in a case, in units of ``one`` bytes."""
+    peaks = {name: peak_of(script, f"{case}|{name}", tiny=args.tiny, threads=args.threads) for name in names}
+    return {name: peak / one for name, peak in peaks.items()}
 
 
 def grown(arm: Arm, small: Arm) -> float:

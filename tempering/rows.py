@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 IGNORE_INDEX = -100  # torch's ignore_index; rows with any negative target have no label
+PER_ROW = ("target", "weight", "ids", "positions", "privacy_score", "task_loss")  # optional fields (N,) of Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Rows:
                 f"Rows(name={self.name!r}) needs floating point logits; got student {s.dtype} and teacher {t.dtype}. "
                 "Stored as integers? Convert with .float() first."
             )
-        for label in ("target", "weight", "ids", "positions", "privacy_score", "task_loss"):
+        for label in PER_ROW:
             value = getattr(self, label)
             if value is not None and value.shape != s.shape[:1]:
                 raise ValueError(
@@ -106,6 +107,14 @@ class Rows:
     def replace(self, **changes: object) -> Rows:
         """Return a copy with the given fields replaced, as ``dataclasses.replace`` does."""
         return replace(self, **changes)  # pyright: ignore[reportArgumentType]
+
+    def select(self, index: slice | Tensor) -> Rows:
+        """Return some of the rows, with their features: a slice, a mask (N,) or indices (K,)."""
+        tensors = {name: getattr(self, name) for name in ("student", "teacher", *PER_ROW)}
+        return self.replace(
+            features={name: (s[index], t[index]) for name, (s, t) in self.features.items()},
+            **{name: x[index] for name, x in tensors.items() if x is not None},
+        )
 
 
 def upcast_to_float32(x: Tensor) -> Tensor:

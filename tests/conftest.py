@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +51,14 @@ def random_rows(
     target = torch.randint(classes, (n,), generator=generator) if labels else None
     weight = 0.5 + torch.rand(n, generator=generator, dtype=torch.float64) if weighted else None
     return Rows(student.to(dtype), teacher.to(dtype), target, weight)
+
+
+@pytest.fixture
+def fake(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A file with the recipe ``FAKE`` of the test's module."""
+    path = tmp_path / "fake.py"
+    path.write_text(request.module.FAKE)
+    return path
 
 
 @pytest.fixture

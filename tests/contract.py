@@ -115,19 +115,6 @@ def block(n: int = 6, classes: int = 7, **options: Any) -> Rows:
     return rows.replace(features={"map": (s, t)} | beside, ids=torch.arange(n))
 
 
-def chosen(rows: Rows, part: Any) -> Rows:
-    """Some of the rows."""
-    return rows.replace(
-        student=rows.student[part],
-        teacher=rows.teacher[part],
-        target=None if rows.target is None else rows.target[part],
-        weight=None if rows.weight is None else rows.weight[part],
-        features={name: (s[part], t[part]) for name, (s, t) in rows.features.items()},
-        ids=None if rows.ids is None else rows.ids[part],
-        task_loss=None if rows.task_loss is None else rows.task_loss[part],
-    )
-
-
 def leaves(rows: Rows) -> tuple[Rows, list[Tensor]]:
     """The same rows on fresh leaves that want a gradient: the student's logits and features."""
     student = rows.student.detach().clone().requires_grad_()

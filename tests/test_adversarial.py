@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from tempering.audits.attacks import pgd
 from tempering.methods import KDIGA, PGDAT, TRADES, Supervised
-from tempering.methods.step._attack import PerturbationBall, eval_mode
+from tempering.methods.step._attack import PerturbationBall
 from tempering.models import Normalized, build, stages
 from tempering.objectives import cross_entropy
 from tempering.rows import IGNORE_INDEX, Rows
 from tempering.training.distill import distill
 from tempering.utils.hooks import FeatureExtractor
+from tempering.utils.tensors import eval_mode
 from tests.contract import Lesson, same
 
 

@@ -25,12 +25,14 @@ from tests import recipes
 from tests.paths import ROOT, SHARED, needs_shared
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="cells are locked by flock, which is POSIX")
+Words = tuple[str, ...]
 
 # a recipe that writes what a run writes and imports no torch, so that a cell takes a fraction of a second
 FAKE = '''
 """A run that is none."""
 import json, os, signal, sys, time
 from pathlib import Path
+from tempering.utils.files import write_atomic
 
 
 def main(*, method: str, seed: int = 0, out: Path, label: str = "", temperature: str = "", epochs: int = 2,
@@ -56,9 +58,7 @@ def main(*, method: str, seed: int = 0, out: Path, label: str = "", temperature:
              "command": sys.argv, "best_by": "test/accuracy", "teacher": None, "versions": {}, "optimizer": []}
 
     def write() -> None:
-        beside = out / "facts.partial"
-        beside.write_text(json.dumps(facts))
-        beside.replace(out / "facts.json")
+        write_atomic(out / "facts.json", json.dumps(facts))
 
     write()
     score = 0.5 + 0.01 * seed + 0.1 * len(method) / (1 + len(method))
@@ -84,13 +84,6 @@ def main(*, method: str, seed: int = 0, out: Path, label: str = "", temperature:
     if method == fail:
         sys.exit(1)
 '''
-
-
-@pytest.fixture
-def fake(tmp_path: Path) -> Path:
-    path = tmp_path / "fake.py"
-    path.write_text(FAKE)
-    return path
 
 
 def compare(recipe: Path, out: Path, *args: str, flags: tuple[str, ...] = ()) -> int:
@@ -351,12 +344,7 @@ def test_a_new_flag_with_the_former_name_of_another_is_itself(fake: Path, tmp_pa
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(
-    fake: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    args: tuple[str, ...],
-    flags: tuple[str, ...],
-    said: str,
+    fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], args: Words, flags: Words, said: str
 ) -> None:
     out = tmp_path / "grid"
     out.mkdir()

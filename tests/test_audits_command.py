@@ -14,8 +14,11 @@ import torch
 from tempering.audits import Audit
 from tempering.audits.privacy import Privacy
 from tempering.cli import main as cli
+from tempering.experiments.recipe import check_flags, find, flags
+from tempering.experiments.renamed import present_flags
 from tempering.reports.page import render
 from tempering.reports.records import load_run, pack, read_cell, write_cell
+from tests.paths import ROOT
 from tests.records_made import make_set
 
 RECIPE = '''
@@ -204,6 +207,44 @@ def test_what_cannot_be_audited_says_what_to_type(
     assert run("audit", copy, "--recipe", recipe, "--", "--out", folder) == 1
     assert "not a valid safetensors file" in capsys.readouterr().err
     assert not (tmp_path / "elsewhere" / "c").exists() and not torch.is_inference_mode_enabled()
+
+
+def test_a_recorded_command_with_former_names_is_understood(
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # without a folder recipes/
+    commands = {}
+    for folder in sorted((ROOT / "benchmarks" / "results").rglob("records")):
+        facts = read_cell(min(folder.glob("*.json"))).facts
+        commands[folder.parent.name] = facts["command"]
+        recipe = find(facts["command"][2])
+        check_flags(recipe, present_flags(facts["command"][3:], flags(recipe)))
+    assert {"recipes/swing.py", "recipes/language.py", "cifar100.py"} <= {command[2] for command in commands.values()}
+    installed = "/opt/other/site-packages/tempering/recipes/digits.py"
+    assert find(installed) == find("recipes/digits.py") == find("digits")
+    with pytest.raises(FileNotFoundError, match="no recipe mine/digits"):
+        find("mine/digits.py")
+    words = ["--keep", "8", "--no-grade", "--temperature", "isolated(tau=4)", "--method=dkd(rest=2)", "--label=rest"]
+    known = {"keep", "eval_generation", "temperature", "method", "label"}
+    assert present_flags(words, known) == [
+        *("--keep", "8", "--no-eval-generation", "--temperature", "ablated(tau=4)"),
+        *("--method=dkd(non_target=2)", "--label=rest"),
+    ]
+    words = ["--method=interactive(held=5, course_lr=1, temperature=energy(sure=6))"]
+    assert present_flags(words, known) == [
+        "--method=interactive(holdout=5, virtual_lr=1, temperature=energy(low_energy=6))"
+    ]
+    recipe, folder = made
+    cases = {
+        0: ["run", str(recipe), "--method=kd(temperature=standardised(4))", "--out", str(folder)],
+        1: commands["detection-shapes"][1:],  # its recipe is found, its teacher is not here
+    }
+    for code, command in cases.items():
+        shutil.copytree(folder, run_dir := tmp_path / str(code) / "run")
+        (run_dir / "facts.json").write_text(json.dumps({"command": ["cli.py", *command]}))
+        flags_here = ["--", "--out", folder] if code == 0 else []
+        assert run("audit", run_dir, "--calibration", *QUICK, *flags_here) == code
+    assert "the recipe detection.py would train its teacher first" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_the_report_shows_findings_and_packs_them(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from tests.contract import (
     arguments,
     backward,
     block,
-    chosen,
     leaves,
     on_each,
     ran,
@@ -135,7 +134,7 @@ def test_batch_split(method: Method, weighted: bool) -> None:
     def whole_and_parts(seed: int) -> tuple[Any, Any]:
         rows = block(8, weighted=weighted, seed=seed)
         parts = [
-            backward(method, chosen(rows, p), 0.3, normalizer=rows.total_weight)
+            backward(method, rows.select(p), 0.3, normalizer=rows.total_weight)
             for p in (slice(0, 3), slice(3, 4), slice(4, 8))
         ]
         together = sum(part[0] for part in parts), [torch.cat(g) for g in zip(*(p[1] for p in parts), strict=True)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tempering.methods import DKD, DTKD, KD, METHODS, Method, Sum, Supervised
 from tempering.rows import Rows
 from tempering.temperature import POLICIES, AdaptivePolicy, Policy, Sharpness, Static
-from tests.contract import VARIED_POLICIES, Part, arguments, block, chosen, leaves, on_each, remade, same
+from tests.contract import VARIED_POLICIES, Part, arguments, block, leaves, on_each, remade, same
 
 # its warning is tested in test_sharpness; here rows that fall back are wanted
 pytestmark = pytest.mark.filterwarnings(r"ignore:Sharpness\(solve='published'\)")
@@ -68,7 +68,7 @@ def test_what_a_row_s_temperature_depends_on(policy: Policy) -> None:
 
     part = torch.tensor([4, 1])
     blocks = (block(seed=seed) for seed in range(20 if policy.relational else 1))
-    assert policy.relational != all(agree(found(chosen(rows, part)), found(rows, part)) for rows in blocks)
+    assert policy.relational != all(agree(found(rows.select(part)), found(rows, part)) for rows in blocks)
     rows = block()
     by = torch.linspace(-9.0, 9.0, len(rows), dtype=torch.float64).unsqueeze(1)
     moved = found(rows.replace(student=rows.student + by, teacher=rows.teacher - 2 * by))

@@ -18,7 +18,7 @@ from tempering.methods.detection.fgd import attentions, focus
 from tempering.objectives import kl
 from tempering.rows import IGNORE_INDEX, Rows, total
 from tempering.temperature import Sharpness, Static
-from tests.contract import chosen, leaves
+from tests.contract import leaves
 
 SIZES = {"p0": (6, 8), "p1": (3, 4)}
 BOXES = torch.tensor(
@@ -200,7 +200,7 @@ def test_mgd_draws_anew_and_by_its_seed() -> None:
     first, second = method(rows, 1.0)["feature"], method(rows, 1.0)["feature"]
     assert not torch.isclose(first, second).any()
     assert torch.equal(terms(method, rows)["feature"], first)
-    turned = chosen(rows, torch.tensor([2, 0, 1]))
+    turned = rows.select(torch.tensor([2, 0, 1]))
     close(terms(method, turned)["feature"], first.detach()[[2, 0, 1]])
     assert terms(method, rows.replace(ids=None))["feature"].isfinite().all()
     everything = terms(ready(MGD, masked=0.0), rows)["feature"]
@@ -358,7 +358,7 @@ def test_an_image_by_itself(make: Any) -> None:
     assert not method.is_batch_dependent()
     whole, _ = backward(method, rows)
     for i in range(3):
-        alone, _ = backward(method, chosen(rows, slice(i, i + 1)))
+        alone, _ = backward(method, rows.select(slice(i, i + 1)))
         for name, value in whole.items():
             close(alone[name], value[i : i + 1])
 
@@ -372,7 +372,7 @@ def test_images_of_no_weight_take_no_part(make: Any) -> None:
         for x in pair:
             x[1] = torch.nan
     kept = torch.tensor([0, 2])
-    _, want = backward(method, chosen(rows.replace(weight=weight), kept))
+    _, want = backward(method, rows.replace(weight=weight).select(kept))
     found, gradients = backward(method, rows.replace(weight=weight, features=broken))
     assert all(v[1] == 0 for n, v in found.items() if n != "hard" and method.relational is False)
     for name, g in gradients.items():

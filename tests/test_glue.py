@@ -19,8 +19,8 @@ from tempering.data.glue import Labeled, read_glue, trained_tokenizer
 from tempering.experiments.recipe import flags, load
 from tempering.methods import KD, Interactive
 from tempering.methods.base import Step
-from tempering.methods.step._exams import HoldoutLoader
-from tempering.methods.step._rehearsal import VirtualStep, split_step
+from tempering.methods.step._holdout import HoldoutLoader
+from tempering.methods.step._virtual_step import VirtualStep, split_step
 from tempering.tasks import TextClassification
 from tempering.teachers import Live, record
 from tests import recipes
@@ -242,7 +242,7 @@ def test_both_forms_of_the_exam_s_gradient_on_a_transformer() -> None:
     found: dict[str, list[torch.Tensor]] = {}
     for derivative in ("exact", "difference"):
         student, teacher = bert().double().train(), bert(2, seed=1).double()
-        taught, method = Live(teacher), Interactive(course_lr=0.5, derivative=derivative)
+        taught, method = Live(teacher), Interactive(virtual_lr=0.5, derivative=derivative)
         inputs, labels, ids = next(iter(batches()))
         batch, task = (inputs, labels, ids), TextClassification()
         step = Step(
@@ -262,7 +262,7 @@ def test_both_forms_of_the_exam_s_gradient_on_a_transformer() -> None:
 
 def test_held_out_samples_are_examined_and_never_learned() -> None:
     data = batches(40, shuffle=True, seed=1)
-    exams = HoldoutLoader(data, held=10, share=0.25)
+    exams = HoldoutLoader(data, holdout=10, fraction=0.25)
     assert len(exams) == 4 and exams.identity == data.identity
     learned, examined = [], []
     for epoch in range(2):
@@ -276,25 +276,25 @@ def test_held_out_samples_are_examined_and_never_learned() -> None:
         assert [ids.tolist() for *_, ids in exams.iterate(2)] == [ids.tolist() for *_, ids in walked[2:]]
     assert sorted(learned) == sorted(2 * sorted(set(learned))) and len(set(learned)) == 30
     assert set(examined) == set(range(40)) - set(learned)
-    for batch, held in zip(HoldoutLoader(data, held=10, share=0.25), (3, 3, 3, 2), strict=True):
+    for batch, held in zip(HoldoutLoader(data, holdout=10, fraction=0.25), (3, 3, 3, 2), strict=True):
         inputs, _, ids = batch
         parts = split_step(
             Step(bert(), lambda x, i: x, inputs, inputs, ids, batch, 1.0, TextClassification().rows), 0.25
         )
         assert parts is not None and len(parts[1].batch[1]) == held
-    words = r"held=2.* and list has no \.gather\. Use tempering\.data\.Batches or TextPairLoader"
+    words = r"holdout=2.* and list has no \.gather\. Use tempering\.data\.Batches or TextPairLoader"
     with pytest.raises(TypeError, match=words):
-        HoldoutLoader([1, 2], held=2, share=0.5)
-    with pytest.raises(ValueError, match="held=40 of 40 training samples leaves none"):
-        HoldoutLoader(data, held=40, share=0.5)
+        HoldoutLoader([1, 2], holdout=2, fraction=0.5)
+    with pytest.raises(ValueError, match="holdout=40 of 40 training samples leaves none"):
+        HoldoutLoader(data, holdout=40, fraction=0.5)
     with pytest.raises(ValueError, match="Interactive needs held >= 0, samples held out for exams; got -1"):
-        Interactive(held=-1)
+        Interactive(holdout=-1)
 
 
 def test_the_course_is_on_what_is_not_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows that the engine's loss is of are those of the lesson, and the exam is on the held ones."""
     seen: list[tuple[int, int]] = []
-    method, exam = Interactive(held=8, exam_share=0.5), Interactive._exam
+    method, exam = Interactive(holdout=8, exam_fraction=0.5), Interactive._exam
     monkeypatch.setattr(
         Interactive, "_exam", lambda self, a, b: (seen.append((len(a.ids), len(b.ids))), exam(self, a, b))
     )
@@ -309,13 +309,13 @@ def test_the_course_is_on_what_is_not_held_out(monkeypatch: pytest.MonkeyPatch) 
         selfcheck=False,
     )
     assert seen == [(8, 8), (8, 8)] and run.facts["result"]["steps"] == 2
-    assert run.facts["method"]["held"] == 8
+    assert run.facts["method"]["holdout"] == 8
 
 
 def test_interactive_on_texts_is_resumed_to_the_same_bits(tmp_path: Path) -> None:
     def run(out: Path, **more: Any) -> None:
         settings: dict[str, Any] = {"epochs": 3, "checkpoint_every": 2, "selfcheck": False, "quiet": True}
-        method = Interactive(held=6, teacher_lr=1e-3)
+        method = Interactive(holdout=6, teacher_lr=1e-3)
         data = batches(shuffle=True)
         adam = partial(torch.optim.AdamW, lr=1e-3)
         models = bert(), bert(1, 32, seed=1)
@@ -341,7 +341,7 @@ def test_from_files_to_records(folder: Path, tmp_path: Path) -> None:
     assert run.facts["teacher"]["scores"]["test"]["accuracy"] > 0.9 and run.facts["teacher"]["calls"] == 48
     assert {"accuracy", "f1", "loss"} <= set(run.last["test"]) and run.last["test"]["accuracy"] > 0.7
     assert run.facts["data"]["name"] == "kind" and run.facts["student"]["name"] == "bert-1x16"
-    held = {"method": "interactive(held=12)", "subset": 32, "epochs": 2, "out": out / "i"}
+    held = {"method": "interactive(holdout=12)", "subset": 32, "epochs": 2, "out": out / "i"}
     other = recipes.run("glue", given | held)
     teachers = [path.name for path in (out / "teachers").iterdir() if path.is_dir() and "answers" not in path.name]
     assert len(teachers) == 1 and other.facts["teacher"]["scores"] == run.facts["teacher"]["scores"]
@@ -385,7 +385,7 @@ def test_images_are_held_out_as_well() -> None:
         data,
         student=flattened(plain_student()),
         teacher=flattened(plain_teacher()),
-        method=Interactive(held=16, exam_share=0.25),
+        method=Interactive(holdout=16, exam_fraction=0.25),
         epochs=1,
         selfcheck=False,
     )

@@ -134,6 +134,16 @@ def test_r2kd(case: str) -> None:
     assert torch.equal(hard_ranks(rows.student.detach(), counted), g["ranks_student"])
 
 
+def close_on_both_views(method: Method, weak: Rows, strong: Rows, g: dict[str, Tensor]) -> None:
+    """The released loss and gradients of two views of a batch."""
+    loss = loss_of(method, weak) + loss_of(method, strong)
+    close(loss, g["loss"])
+    loss.backward()
+    for rows, name in ((weak, "grad_weak"), (strong, "grad_strong")):
+        assert rows.student.grad is not None
+        close(rows.student.grad, g[name])
+
+
 @needs_shared
 @pytest.mark.parametrize("case", CASES)
 def test_mlkd(case: str) -> None:
@@ -146,12 +156,7 @@ def test_mlkd(case: str) -> None:
     close(soft, g["loss_kd_weak"] + g["loss_kd_strong"])
     close(loss_of(method, weak, "classes"), g["loss_cc_weak"])
     close(loss_of(method, weak, "batch"), g["loss_bc_weak"])
-    loss = loss_of(method, weak) + loss_of(method, strong)
-    close(loss, g["loss"])
-    loss.backward()
-    for rows, name in ((weak, "grad_weak"), (strong, "grad_strong")):
-        assert rows.student.grad is not None
-        close(rows.student.grad, g[name])
+    close_on_both_views(method, weak, strong, g)
     kept, counted = counted_entries(weak)
     for i, tau in enumerate(method.temperatures):
         softened = soften(kept, counted, Static(tau)(weak))
@@ -203,12 +208,7 @@ def test_cskd(case: str) -> None:
     close(cs_strong, g["loss_cs_strong"])
     close(loss_of(method, weak, "gram"), g["loss_cc_weak"] + g["loss_bc_weak"])
     close(loss_of(method, weak, "hard") + loss_of(method, strong, "hard"), g["loss_ce"])
-    loss = loss_of(method, weak) + loss_of(method, strong)
-    close(loss, g["loss"])
-    loss.backward()
-    for rows, name in ((weak, "grad_weak"), (strong, "grad_strong")):
-        assert rows.student.grad is not None
-        close(rows.student.grad, g[name])
+    close_on_both_views(method, weak, strong, g)
 
 
 def test_cosine_where_all_rows_are_alike() -> None:

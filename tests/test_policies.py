@@ -211,7 +211,9 @@ def test_energy_sorts_rows_into_three() -> None:
     same(known(rows).teacher, T.teacher)
     assert not known.relational and Energy().relational
     same(known(Rows(rows.student[:1], teacher[:1])).teacher, T.teacher[:1])
-    assert Energy(sure=6.0, unsure=2.0)(rows).teacher.flatten().tolist() == [2.0] * 4 + [4.0] * 12 + [6.0] * 4
+    assert (
+        Energy(low_energy=6.0, high_energy=2.0)(rows).teacher.flatten().tolist() == [2.0] * 4 + [4.0] * 12 + [6.0] * 4
+    )
     weight = torch.ones(20, dtype=torch.float64)
     weight[16:] = 0.0
     assert Energy()(rows.replace(weight=weight)).teacher.flatten()[:16].tolist() == [6.0] * 3 + [4.0] * 10 + [2.0] * 3
@@ -494,9 +496,9 @@ def test_every_policy_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (lambda: Curriculum(lambda_last=math.nan), "Curriculum needs finite initial, lambda_first and lambda_last"),
         (lambda: Curriculum(weight_decay=-1.0), "Curriculum needs weight_decay >= 0, or None for the optimizer's"),
         (lambda: Curriculum(hidden=0), "Curriculum needs hidden >= 1; got 0"),
-        (lambda: Energy(share=0.6), "Energy needs share in [0, 0.5]"),
+        (lambda: Energy(tail_fraction=0.6), "Energy needs tail_fraction in [0, 0.5]"),
         (lambda: Energy(bounds=(1.0, 0.0)), "Energy needs bounds (lower, upper)"),
-        (lambda: Energy(sure=0.0), "Energy needs sure > 0"),
+        (lambda: Energy(low_energy=0.0), "Energy needs low_energy > 0"),
         (lambda: Energy.bounds_of(torch.zeros(0, 3)), "needs the teacher's logits of at least one row"),
         (lambda: Adaptive(strength=math.inf), "Adaptive needs a finite strength; got inf"),
         (lambda: Entropy(reach=0.0), "Entropy needs reach in (0, 1]"),

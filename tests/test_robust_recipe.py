@@ -44,7 +44,7 @@ def test_accuracy_under_attack_is_that_of_the_distance() -> None:
     clean = recipe.Attacked(eps=0.0, steps=2).analyze(net, batches)["scores"]
     assert clean == {"fgsm": 0.9, "pgd": 0.9}
     for model in (net, Wrapped(net)):
-        found = recipe.Attacked(eps=eps, steps=10).under_attack(model, batches)
+        found = recipe.Attacked(eps=eps, steps=10).final_scores(model, batches)
         far = (distance(net, p, "linf") > eps) & (torch.arange(200) >= 20)
         assert found["pgd"] == pytest.approx(float(far.double().mean()), abs=0.011) and found["pgd"] <= found["fgsm"]
     assert net.weight.requires_grad and net.weight.grad is None

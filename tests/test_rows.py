@@ -159,3 +159,16 @@ def test_weights_that_are_no_weights(wrong: float) -> None:
     z = torch.zeros(3, 2)
     with pytest.raises(ValueError, match=r"needs weights >= 0 and finite; got .* 0 leaves out the row"):
         Rows(z, z, weight=torch.tensor([wrong, 1.0, 1.0]))
+
+
+def test_select_takes_every_field_of_the_same_rows() -> None:
+    n = torch.arange(4)
+    rows = Rows(torch.randn(4, 3), torch.randn(4, 3), n, n / 4, {"map": (torch.randn(4, 2), torch.randn(4, 5))}, "weak")
+    rows = rows.replace(ids=n + 10, positions=n, privacy_score=n / 4, task_loss=n / 2)
+    want = torch.tensor([1, 3])
+    for index in (want, torch.tensor([False, True, False, True]), slice(1, None, 2)):
+        part = rows.select(index)
+        assert part.name == "weak" and torch.equal(part.features["map"][1], rows.features["map"][1][want])
+        for name in ("student", "teacher", "target", "weight", "ids", "positions", "privacy_score", "task_loss"):
+            assert torch.equal(getattr(part, name), getattr(rows, name)[want]), name
+    assert Rows(torch.ones(2, 3), torch.ones(2, 3)).select(slice(1)).target is None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.methods import KDIGA, Interactive, Method, StepMethod, Sum
-from tempering.methods.step._rehearsal import VirtualStep, split_step
+from tempering.methods.step._virtual_step import VirtualStep, split_step
 from tempering.objectives import cross_entropy, kl
 from tempering.rows import IGNORE_INDEX, Rows, total
 from tempering.tasks.two_view import MixUp, TwoView
@@ -355,7 +355,7 @@ def examined(student: nn.Module, method: Interactive, **options: Any) -> tuple[L
     lesson.student = student
     lesson.weights = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 1.0, 0.3, 0.0], dtype=torch.float64)
     method.bind_teacher(lesson.teacher.model)
-    parts = split_step(lesson.step(), method.exam_share)
+    parts = split_step(lesson.step(), method.exam_fraction)
     assert parts is not None and len(parts[0].student_inputs) == 5 and len(parts[1].student_inputs) == 3
     return lesson, VirtualStep(student), *parts
 
@@ -376,7 +376,7 @@ def exam_after(method: Interactive, rehearsal: VirtualStep, course: Any, exam: A
     p, q = (taught / T.teacher).log_softmax(-1), (rows.student / T.student).log_softmax(-1)
     terms = {"soft": method.soft * T.scale * (p.exp() * (p - q)).sum(-1), "hard": method.hard * cross_entropy(rows)}
     down = torch.autograd.grad(total(terms, rows), list(rehearsal.weights.values()), create_graph=True)
-    ahead = {n: w - method.course_lr * g for (n, w), g in zip(rehearsal.weights.items(), down, strict=True)}
+    ahead = {n: w - method.virtual_lr * g for (n, w), g in zip(rehearsal.weights.items(), down, strict=True)}
     tested = rehearsal.rows(exam, ahead)
     return total({"exam": cross_entropy(tested)}, tested)
 
@@ -384,7 +384,7 @@ def exam_after(method: Interactive, rehearsal: VirtualStep, course: Any, exam: A
 @pytest.mark.parametrize("temperature", [Static(4.0), Sharpness(3.0)], ids=["static", "sharpness"])
 @pytest.mark.parametrize("options", [{}, {"norm": True, "dropout": 0.4}], ids=["plain", "norm and dropout"])
 def test_the_exam_s_gradient_is_that_of_double_backward(temperature: Any, options: dict[str, Any]) -> None:
-    method = Interactive(temperature=temperature, course_lr=0.7, exam_share=0.4)
+    method = Interactive(temperature=temperature, virtual_lr=0.7, exam_fraction=0.4)
     student = net(**options)
     before = copy.deepcopy(student.state_dict())
     generator = torch.get_rng_state()
@@ -400,7 +400,7 @@ def test_the_exam_s_gradient_is_that_of_double_backward(temperature: Any, option
 
 
 def test_the_exam_s_gradient_is_that_of_differences() -> None:
-    method = Interactive(course_lr=0.7, exam_share=0.4)
+    method = Interactive(virtual_lr=0.7, exam_fraction=0.4)
     lesson, rehearsal, course, exam = examined(net(), method)
     got = teacher_gradient(method, lesson, rehearsal, course, exam)
     for place in ((0, 0), (4, 6)):
@@ -417,14 +417,14 @@ def test_the_exam_s_gradient_is_that_of_differences() -> None:
 def test_the_difference_form_is_near_the_exact_one() -> None:
     found = []
     for derivative in ("exact", "difference"):
-        method = Interactive(course_lr=0.7, exam_share=0.4, derivative=derivative)
+        method = Interactive(virtual_lr=0.7, exam_fraction=0.4, derivative=derivative)
         found.append(teacher_gradient(method, *examined(net(norm=True, dropout=0.4), method)))
     for exact, near in zip(*found, strict=True):
         assert 0 < float((exact - near).abs().max()) < 1e-4 * float(exact.abs().max())
 
 
 def test_the_supervised_term_and_the_layers_that_learn() -> None:
-    method = Interactive(supervised=2.0, course_lr=0.7, exam_share=0.4)
+    method = Interactive(supervised=2.0, virtual_lr=0.7, exam_fraction=0.4)
     lesson, rehearsal, course, exam = examined(net(), method)
     both = teacher_gradient(method, lesson, rehearsal, course, exam)
     method.supervised = 0.0
@@ -440,7 +440,7 @@ def test_the_supervised_term_and_the_layers_that_learn() -> None:
 
 def test_the_student_follows_the_teacher_that_has_learned() -> None:
     """The exam falls, and the course's terms are those of the teacher after the exam."""
-    lesson, method = Lesson(64), Interactive(teacher_lr=0.05, course_lr=0.5)
+    lesson, method = Lesson(64), Interactive(teacher_lr=0.05, virtual_lr=0.5)
     method.bind_teacher(lesson.teacher.model)
     parts = split_step(lesson.step(), 0.5)
     assert parts is not None
@@ -510,8 +510,8 @@ def test_a_teacher_that_learns_is_asked_anew_at_every_evaluation() -> None:
     ("options", "said"),
     [
         ({"teacher_lr": 0.0}, "teacher_lr > 0 and finite; got 0.0"),
-        ({"course_lr": float("nan")}, "course_lr > 0 and finite; got nan"),
-        ({"exam_share": 1.0}, r"exam_share in \(0, 1\), the share of a batch; got 1.0"),
+        ({"virtual_lr": float("nan")}, "virtual_lr > 0 and finite; got nan"),
+        ({"exam_fraction": 1.0}, r"exam_fraction in \(0, 1\), the share of a batch; got 1.0"),
         ({"every": 0}, "every >= 1, steps from exam to exam; got 0"),
         ({"derivative": "second"}, "derivative 'exact' or 'difference'; got 'second'"),
         ({"supervised": -1.0}, "supervised >= 0 and finite; got -1.0"),

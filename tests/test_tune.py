@@ -26,12 +26,14 @@ from tests.paths import ROOT
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="trials are locked by flock, which is POSIX")
 optuna = pytest.importorskip("optuna", reason="needs optuna, the extra 'tune'")
+Words = tuple[str, ...]
 
 # a run that writes what a run writes and imports no torch; its score is a curve over soft with its top at 2
 FAKE = '''
 """A run that is none."""
 import json, math, os, re, signal, sys, time
 from pathlib import Path
+from tempering.utils.files import write_atomic
 
 
 class Fake:
@@ -64,9 +66,7 @@ def train(*, method, seed, out, by, epochs, lr, crash):
              "settings": {"epochs": epochs}}
 
     def write():
-        beside = out / "facts.partial"
-        beside.write_text(json.dumps(facts))
-        beside.replace(out / "facts.json")
+        write_atomic(out / "facts.json", json.dumps(facts))
 
     write()
     top = 0.9 - 0.2 * abs(math.log(soft / 2)) - abs(lr - 0.1)
@@ -87,13 +87,6 @@ def train(*, method, seed, out, by, epochs, lr, crash):
     if soft > 8:
         sys.exit(1)
 '''
-
-
-@pytest.fixture
-def fake(tmp_path: Path) -> Path:
-    path = tmp_path / "fake.py"
-    path.write_text(FAKE)
-    return path
 
 
 def search(recipe: object, out: Path, *args: str, flags: tuple[str, ...] = ()) -> int:
@@ -261,12 +254,7 @@ def test_the_test_split_is_never_chosen_by(fake: Path, tmp_path: Path, capsys: p
     ],
 )
 def test_bad_input_is_refused(
-    fake: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    args: tuple[str, ...],
-    flags: tuple[str, ...],
-    said: str,
+    fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], args: Words, flags: Words, said: str
 ) -> None:
     out = tmp_path / "s"
     if flags == ("--epochs=9",):

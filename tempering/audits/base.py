@@ -80,7 +80,7 @@ class Audit(ABC):
             models["teacher"] = _module(teacher, "teacher")
         with ExitStack() as stack:
             for model in models.values():
-                stack.enter_context(at_rest(model))
+                stack.enter_context(frozen_eval_mode(model))
             return self.examine(models, batches)
 
     @abstractmethod
@@ -103,7 +103,7 @@ def _module(model: Any, side: str) -> nn.Module:
 
 
 @contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
+def frozen_eval_mode(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode with frozen weights, and restore both per module on exit."""
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(p, p.requires_grad) for p in model.parameters()]
@@ -187,7 +187,7 @@ def data(batches: Iterable[Any], samples: int | None) -> tuple[Tensor, Int[Tenso
 
 
 @torch.no_grad()
-def answered(
+def collect_logits_and_ids(
     models: Mapping[str, nn.Module], batches: Iterable[Any], samples: int | None = None
 ) -> tuple[dict[str, Float[Tensor, "N C"]], Int[Tensor, " N"], Int[Tensor, " N"]]:
     """Return each model's logits, side -> (N, C) float64 on the CPU, with the labels (N,) and the ids (N,).
@@ -208,11 +208,11 @@ def answered(
     return logits, y, torch.cat(id_parts)
 
 
-def answers(
+def collect_logits(
     models: Mapping[str, nn.Module], batches: Iterable[Any], samples: int | None = None
 ) -> tuple[dict[str, Float[Tensor, "N C"]], Int[Tensor, " N"]]:
-    """Return logits and labels as ``answered`` does, without the ids."""
-    logits, y, _ = answered(models, batches, samples)
+    """Return logits and labels as ``collect_logits_and_ids`` does, without the ids."""
+    logits, y, _ = collect_logits_and_ids(models, batches, samples)
     return logits, y
 
 
@@ -220,7 +220,7 @@ def count_classes(models: Mapping[str, nn.Module], x: Tensor, y: Tensor) -> int:
     """Return the number of classes, determined with one input.
 
     Raises:
-        ValueError: as ``answers`` does.
+        ValueError: as ``collect_logits`` does.
     """
     with torch.no_grad():
         widths = {side: as_function(model, side)(x[:1]).shape[1] for side, model in models.items()}

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tempering.audits.base import Audit, Finding, answers, check_positive
+from tempering.audits.base import Audit, Finding, check_positive, collect_logits
 from tempering.audits.intervals import Z, bootstrap
 
 COLDEST, HOTTEST = 0.02, 50.0  # bounds of the fitted temperature
@@ -49,7 +49,7 @@ class Calibration(Audit):
         self._report_data: dict[str, Any] = {}
 
     def examine(self, models: Mapping[str, nn.Module], batches: Iterable[Any]) -> list[Finding]:
-        logits, y = answers(models, batches, self.samples)
+        logits, y = collect_logits(models, batches, self.samples)
         if len(y) < 4:
             raise ValueError(f"Calibration fits on one half and scores the other, of at least 4 rows; got {len(y)}.")
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(self.seed))

@@ -10,7 +10,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tempering.audits import gradcam, hardness
-from tempering.audits.base import Audit, Finding, answered, as_function, check_positive, count_classes, data
+from tempering.audits.base import (
+    Audit,
+    Finding,
+    as_function,
+    check_positive,
+    collect_logits_and_ids,
+    count_classes,
+    data,
+)
 from tempering.audits.intervals import average, share
 from tempering.audits.membership import confidence
 from tempering.audits.similarity import agreement, cka, cka_interval, slopes
@@ -59,7 +67,7 @@ class Explanation(Audit):
     def examine(self, models: Mapping[str, nn.Module], batches: Iterable[Any]) -> list[Finding]:
         if "teacher" not in models:
             raise ValueError("Explanation compares a student with its teacher, and there is none.")
-        logits, y, ids = answered(models, batches, self.samples)
+        logits, y, ids = collect_logits_and_ids(models, batches, self.samples)
         student, teacher = logits["student"], logits["teacher"]
         same = student.argmax(-1) == teacher.argmax(-1)
         wrong = teacher.argmax(-1) != y

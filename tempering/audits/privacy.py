@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempering.audits.base import Audit, Finding, answers, check_positive, data
+from tempering.audits.base import Audit, Finding, check_positive, collect_logits, data
 from tempering.audits.intervals import Z, share
 from tempering.audits.membership import Separation, confidence, found_at, lira, separation, separations_apart
 from tempering.audits.shadows import shadow_confidence
@@ -56,8 +56,8 @@ class Privacy(Audit):
         self.rate, self.samples, self.seed = rate, samples, seed
 
     def examine(self, models: Mapping[str, nn.Module], batches: Iterable[Any]) -> list[Finding]:
-        inside, y_inside = answers(models, self.members, self.samples)
-        outside, y_outside = answers(models, batches, self.samples)
+        inside, y_inside = collect_logits(models, self.members, self.samples)
+        outside, y_outside = collect_logits(models, batches, self.samples)
         results, scores = [], {}
         for side in models:
             member_scores, other_scores = confidence(inside[side], y_inside), confidence(outside[side], y_outside)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tempering.audits.base import as_function, at_rest
+from tempering.audits.base import as_function, frozen_eval_mode
 from tempering.audits.membership import confidence
 
 
@@ -74,7 +74,7 @@ def shadow_confidence(
     for s in range(count):
         shadow = fresh(model, seed + s)
         train(shadow, x[trained_on[s]], y[trained_on[s]], epochs=epochs, lr=lr, batch=batch, seed=seed + s)
-        with at_rest(shadow), torch.no_grad():
+        with frozen_eval_mode(shadow), torch.no_grad():
             z = torch.cat([as_function(shadow, "shadow")(part).cpu().double() for part in x.split(500)])
         scores.append(confidence(z, y))
     return torch.stack(scores), ~trained_on

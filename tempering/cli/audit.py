@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, Suppress, arg
 
 from tempering.experiments.recipe import describe, find, flags
+from tempering.experiments.renamed import present_flags
 
 if TYPE_CHECKING:
     from torch import nn
@@ -139,7 +140,7 @@ def _describe_run(run: Path, folder: Path | None, recipe: str | None, recipe_arg
     if recipe is None:
         recipe, recorded = _recorded_command(run, folder)
     file = find(recipe)
-    argv = [*recorded, *recipe_args]
+    argv = [*present_flags(recorded, flags(file)), *recipe_args]
     has_out = any(word.split("=")[0] == "--out" for word in recipe_args)
     if folder is not None and "out" in flags(file) and not has_out:
         argv += ["--out", str(folder)]  # the folder of teachers is next to it
@@ -256,7 +257,7 @@ def _policy(folder: Path | None, experiment: Experiment, data: Any) -> Policy | 
 
     None if the method has only static temperatures, or if the run, its live teacher or its checkpoint is missing.
     """
-    from tempering.audits.base import answers
+    from tempering.audits.base import collect_logits
     from tempering.rows import Rows
     from tempering.temperature.static import Static
     from tempering.training import checkpoint
@@ -271,7 +272,7 @@ def _policy(folder: Path | None, experiment: Experiment, data: Any) -> Policy | 
     ):
         return None
     models = {"student": experiment.student, "teacher": _teacher_model(experiment.resolved_teacher)}
-    logits, y = answers(models, data, 8)
+    logits, y = collect_logits(models, data, 8)
     policy = policies[name]
     policy.setup(Rows(logits["student"].float(), logits["teacher"].float(), y))
     if policy.state_dict():

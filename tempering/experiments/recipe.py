@@ -35,7 +35,8 @@ def find(name: str) -> Path:
     """Return the path of a recipe.
 
     Args:
-        name: a path, or the name of a bundled recipe, such as "digits".
+        name: a path, or the name of a bundled recipe, such as "digits". A path that a bundled recipe had in an earlier
+            release or has in another installation, such as "recipes/digits.py", is its name if there is no such file.
 
     Raises:
         FileNotFoundError: if there is no such file; names similar ones.
@@ -44,8 +45,9 @@ def find(name: str) -> Path:
     if path.is_file():
         return path
     bundled = sorted(p for p in BUNDLED.glob("*.py") if p.stem != "__init__" and p != TEMPLATE)
+    shipped = path.parts[-3:-1] == ("tempering", "recipes") or path.parts[:-1] == ("recipes",)
     for file in bundled:
-        if name in (file.stem, file.name):
+        if name in (file.stem, file.name) or (shipped and path.name == file.name):
             return file
     candidates = [*bundled, *path.parent.glob("*.py")] if path.parent.is_dir() else bundled
     candidates = {p.resolve(): p for p in candidates}.values()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from tempering.integrations.common import blocks_of, fitting, whole_batches
 from tempering.methods.base import Method
 from tempering.rows import IGNORE_INDEX, Rows
-from tempering.tasks.base import Task
+from tempering.tasks.base import Task, TeacherForward, evaluating
 from tempering.teachers.base import Teacher
 from tempering.training.checkpoint import random_state, save_weights, set_random_state
 from tempering.training.features import PairedFeatures
 from tempering.training.loss import chunking_for
 from tempering.training.selfcheck import selfcheck as check_first_batch
-from tempering.utils.tensors import to_device
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -275,17 +274,13 @@ class Labeled(Task):
             return {"logits": float(len(next(iter(batch.values())) if labels is None else labels))}
         return {"logits": (labels[:, 1:] if self.shift else labels).ne(IGNORE_INDEX).sum()}
 
-    @torch.no_grad()
     def score(
-        self, student: nn.Module, batches: Iterable[Any], *, teacher: Callable[[Any, Tensor | None], Any] | None = None
+        self, student: nn.Module, batches: Iterable[Any], *, teacher: TeacherForward | None = None
     ) -> dict[str, float]:
         """Return accuracy in [0, 1], loss in nats, and agreement with the teacher, if any, over labeled rows."""
-        device = next((p.device for p in student.parameters()), torch.device("cpu"))
-        training, sums, count = student.training, {"accuracy": 0.0, "loss": 0.0, "agreement": 0.0}, 0
-        student.eval()
-        try:
-            for batch in batches:
-                batch = to_device(dict(batch), device)
+        sums, count = {"accuracy": 0.0, "loss": 0.0, "agreement": 0.0}, 0
+        with evaluating(student, batches) as on_device:
+            for batch in map(dict, on_device):
                 student_in, teacher_in, ids = self.inputs(batch)
                 teacher_output = None if teacher is None else teacher(teacher_in, ids)
                 rows = self.rows(student(student_in), teacher_output, batch)[0]
@@ -297,8 +292,6 @@ class Labeled(Task):
                 sums["loss"] += float(nn.functional.cross_entropy(z, y, reduction="sum"))
                 sums["agreement"] += float((z.argmax(-1) == rows.teacher[mask].argmax(-1)).sum())
                 count += len(y)
-        finally:
-            student.train(training)
         if not count:
             raise ValueError("there is nothing to score: no row has a label. Is the split empty?")
         return {name: value / count for name, value in sums.items() if name != "agreement" or teacher is not None}

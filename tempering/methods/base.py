@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 
+from tempering.objectives import cross_entropy
 from tempering.rows import Rows, total
 from tempering.temperature.base import AdaptivePolicy, Policy, hyperparameters
 from tempering.temperature.base import check_run_fraction as check_run_fraction
@@ -52,6 +53,7 @@ class Method(nn.Module, ABC):
     needs_double_backward: ClassVar[bool] = False
     needs_live: ClassVar[bool] = False
     trains_teacher: ClassVar[bool] = False
+    hard: float  # of methods with a hard term: its weight
 
     @abstractmethod
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
@@ -61,6 +63,10 @@ class Method(nn.Module, ABC):
         # compute losses in float32 at least, also under autocast
         with torch.autocast(rows.student.device.type, enabled=False):
             return super().__call__(rows if rows.weight is None else zero_masked_rows(rows), progress)
+
+    def with_hard(self, terms: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
+        """Return the terms with "hard", ``self.hard`` * cross entropy, (N,), unless its weight is 0."""
+        return terms | {"hard": self.hard * cross_entropy(rows)} if self.hard else terms
 
     def compute(self, step: Step) -> list[BlockLoss]:
         """Run both models on a micro-batch and reduce the terms of each block of its rows to a loss."""
@@ -300,14 +306,15 @@ def check_weights(owner: str, **values: object) -> None:
             raise ValueError(f"{owner} needs {name} >= 0 and finite; got {value!r}.")
 
 
-def check_policy(owner: str, temperature: object, *, allow_number: bool = True) -> Policy:
-    """Return the temperature policy; a number is ``Static``.
+def check_policy(owner: str, temperature: object, *, default: float | None = None, allow_number: bool = True) -> Policy:
+    """Return the temperature policy; a number is ``Static``, and None is ``Static(default)`` if there is a default.
 
     Raises:
         TypeError: for anything else; with allow_number=False also for a number, which could mean a fixed temperature or
             the reference of the method's own policy.
     """
     example: int | float = 4.0
+    temperature = default if temperature is None else temperature
     if isinstance(temperature, int | float) and not isinstance(temperature, bool):
         if allow_number:
             from tempering.temperature.static import Static

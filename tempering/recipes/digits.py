@@ -69,9 +69,7 @@ def main(
         splits: Splits = digits(batch_size=batch_size, seed=0)
         return Experiment(
             student=model,
-            train=splits.train,
-            validation=splits.validation,
-            test=splits.test,
+            **splits._asdict(),
             method=Supervised(),
             optimizer=optimizer,
             schedule=decay,

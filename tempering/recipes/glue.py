@@ -63,7 +63,7 @@ def main(
 
     Args:
         data: folder of train.jsonl and dev.jsonl or test.jsonl, plain or .gz.
-        method: a preset or a method, such as supervised, kd, dtkd, or "interactive(held=500, teacher_lr=1e-4)".
+        method: a preset or a method, such as supervised, kd, dtkd, or "interactive(holdout=500, teacher_lr=1e-4)".
         temperature: a policy in place of the method's own, such as "sharpness(2)" or "static(1)".
         label: name of this run in tables; default: that of the method.
         teacher: LAYERSxWIDTH of a BERT that is built here, a name on the Hugging Face Hub, or a folder.

@@ -13,7 +13,7 @@ Optimizer and schedule are those of the recipe cifar100.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from tempering.audits.attacks import fgsm, pgd
-from tempering.audits.base import as_function, at_rest
+from tempering.audits.base import as_function, frozen_eval_mode
 from tempering.data import cifar100
 from tempering.data.cifar import MEAN, STD
 from tempering.experiments.presets import arm_from, method_of, slug
 from tempering.methods import Method
 from tempering.models import Normalized, build, stages
-from tempering.rows import Rows
 from tempering.tasks import Classification
 from tempering.teachers import Live
 from tempering.training.config import TrainConfig
@@ -51,22 +50,11 @@ class Attacked(Classification):
         super().__init__(features=features)
         self.eps, self.steps = eps, steps
 
-    def analyze(
-        self,
-        student: nn.Module,
-        batches: Iterable[Any],
-        *,
-        teacher: Callable[[Any, Tensor | None], Any] | None = None,
-        temperatures: Callable[[Rows], Any] | None = None,
-    ) -> dict[str, Any]:
-        analysis = super().analyze(student, batches, teacher=teacher, temperatures=temperatures)
-        return {**analysis, "scores": self.under_attack(student, batches)}
-
-    def under_attack(self, student: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+    def final_scores(self, student: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
         """Return the accuracies "fgsm" and "pgd", upper bounds of the robust accuracy."""
         net = getattr(student, "module", student)  # Fabric's wrapper allows only its own backward
         correct: dict[str, list[Tensor]] = {"fgsm": [], "pgd": []}
-        with at_rest(net), torch.enable_grad():
+        with frozen_eval_mode(net), torch.enable_grad():
             forward, device = as_function(net, "student"), next(net.parameters()).device
             for x, y, *_ in batches:
                 x, y = x.to(device), y.to(device)

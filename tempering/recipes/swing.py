@@ -10,16 +10,16 @@ from __future__ import annotations
 import gzip
 import hashlib
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tempering.audits.base import at_rest
+from tempering.audits.base import frozen_eval_mode
 from tempering.audits.canaries import Canaries
 from tempering.data import Tokens
 from tempering.data.canaries import canaries, insert_canaries
@@ -28,6 +28,7 @@ from tempering.data.text import windows
 from tempering.experiments.presets import arm_from, method_of, slug
 from tempering.methods.logits.supervised import Supervised
 from tempering.tasks import LanguageModeling
+from tempering.tasks.base import TeacherForward
 from tempering.training.config import TrainConfig
 from tempering.training.experiment import Experiment, TeacherRecipe
 
@@ -45,12 +46,12 @@ class Exposing(LanguageModeling):
     """Language modeling whose scores include the exposure of the loader's canaries."""
 
     def score(
-        self, student: nn.Module, batches: Iterable[Any], *, teacher: Callable[[Any, Tensor | None], Any] | None = None
+        self, student: nn.Module, batches: Iterable[Any], *, teacher: TeacherForward | None = None
     ) -> dict[str, float]:
         scores = super().score(student, batches, teacher=teacher)
         planted = getattr(batches, "canaries", ())
         if planted:
-            with at_rest(student):
+            with frozen_eval_mode(student):
                 scores |= Canaries(planted).means(student)
         return scores
 

@@ -115,9 +115,7 @@ def main(
     def train_teacher(model: nn.Module) -> Experiment:
         return Experiment(
             student=model,
-            train=teacher_splits.train,
-            validation=teacher_splits.validation,
-            test=teacher_splits.test,
+            **teacher_splits._asdict(),
             method=Supervised(),
             optimizer=optimizer,
             schedule=decay,

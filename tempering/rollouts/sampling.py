@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from tempering.rollouts.decoding import (
 )
 from tempering.rows import IGNORE_INDEX, upcast_to_float32
 from tempering.teachers.outputs import PrecomputedLogits
+from tempering.utils.tensors import eval_mode
 
 
 @dataclass(frozen=True)
@@ -319,20 +319,6 @@ def _propose(
         tokens.append(sampling.draw(logits, generator))
         inputs.append(tokens[-1])
     return torch.stack(tokens, 1), torch.stack(inputs[:-1], 1)
-
-
-@contextmanager
-def eval_mode(*models: nn.Module | None) -> Iterator[None]:
-    """Put the models in eval mode; restore the mode of every module at exit."""
-    modes = {module: module.training for model in models if model is not None for module in model.modules()}
-    for model in models:
-        if model is not None:
-            model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def prompts_of(batch: Mapping[str, Any], least: int = 1) -> list[list[int]]:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tempering.rows import Rows
+from tempering.utils.tensors import eval_mode, to_device
+
+TeacherForward = Callable[[Any, Tensor | None], Any]  # (inputs, sample ids) -> the teacher's output
+PolicyForward = Callable[[Rows], Any]  # rows -> their Temperatures
 
 
 class Task(ABC):
@@ -43,7 +49,7 @@ class Task(ABC):
 
     @abstractmethod
     def score(
-        self, student: nn.Module, batches: Iterable[Any], *, teacher: Callable[[Any, Tensor | None], Any] | None = None
+        self, student: nn.Module, batches: Iterable[Any], *, teacher: TeacherForward | None = None
     ) -> dict[str, float]:
         """Score the student on these batches: metric -> value."""
 
@@ -56,11 +62,19 @@ class Task(ABC):
         student: nn.Module,
         batches: Iterable[Any],
         *,
-        teacher: Callable[[Any, Tensor | None], Any] | None = None,
-        temperatures: Callable[[Rows], Any] | None = None,
+        teacher: TeacherForward | None = None,
+        temperatures: PolicyForward | None = None,
     ) -> dict[str, Any]:
         """Return the contents of the report beyond scores, JSON-serializable; {} if there are none.
 
         "scores" in it are added to the last epoch's scores of this split: metrics too expensive for each epoch.
         """
         return {}
+
+
+@contextmanager
+def evaluating(student: nn.Module, batches: Iterable[Any]) -> Iterator[Iterator[Any]]:
+    """Context manager that yields the batches on the student's device; the student is in eval mode in it."""
+    device = next((p.device for p in student.parameters()), torch.device("cpu"))
+    with eval_mode(student), torch.no_grad():
+        yield (to_device(batch, device) for batch in batches)

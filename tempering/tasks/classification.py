@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tempering.rows import Rows, upcast_to_float32
-from tempering.tasks.base import Task
-from tempering.utils.tensors import to_device
+from tempering.tasks.base import PolicyForward, Task, TeacherForward, evaluating
 
 BINS = 15  # bins of the reliability diagram and of the calibration error, of equal width
-Teaches = Callable[[Any, Tensor | None], Any]
 
 
 class Classification(Task):
@@ -48,7 +46,9 @@ class Classification(Task):
     def row_weights(self, batch: Any) -> dict[str, float]:
         return {"logits": float(len(batch[1]))}
 
-    def score(self, student: nn.Module, batches: Iterable[Any], *, teacher: Teaches | None = None) -> dict[str, float]:
+    def score(
+        self, student: nn.Module, batches: Iterable[Any], *, teacher: TeacherForward | None = None
+    ) -> dict[str, float]:
         """Return accuracy, top5 and ece in [0, 1], loss in nats, and agreement if there is a teacher."""
         return self.scores(collect_outputs(self, student, batches, teacher))
 
@@ -73,8 +73,8 @@ class Classification(Task):
         student: nn.Module,
         batches: Iterable[Any],
         *,
-        teacher: Teaches | None = None,
-        temperatures: Callable[[Rows], Any] | None = None,
+        teacher: TeacherForward | None = None,
+        temperatures: PolicyForward | None = None,
     ) -> dict[str, Any]:
         outputs = collect_outputs(self, student, batches, teacher)
         sides = {"student": outputs.student} | ({} if outputs.teacher is None else {"teacher": outputs.teacher})
@@ -96,7 +96,12 @@ class Classification(Task):
             out["confusions"] = _confusions(outputs.student, outputs.teacher, y, classes)
             if temperatures is not None:
                 out["temperatures"] = {"by_difficulty": _by_difficulty(outputs, temperatures)}
-        return out
+        scores = self.final_scores(student, batches)
+        return out | {"scores": scores} if scores else out
+
+    def final_scores(self, student: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+        """Return the scores that are too expensive for each epoch: metric -> value; {} for none."""
+        return {}
 
 
 class Outputs(NamedTuple):
@@ -107,25 +112,21 @@ class Outputs(NamedTuple):
     labels: Tensor
 
 
-@torch.no_grad()
-def collect_outputs(task: Task, student: nn.Module, batches: Iterable[Any], teacher: Teaches | None = None) -> Outputs:
+def collect_outputs(
+    task: Task, student: nn.Module, batches: Iterable[Any], teacher: TeacherForward | None = None
+) -> Outputs:
     """Run both models on the batches, the student in eval mode; restore its mode.
 
     Raises:
         ValueError: if there are no batches.
     """
-    device = next((p.device for p in student.parameters()), torch.device("cpu"))
-    training, parts = student.training, []
-    student.eval()
-    try:
-        for batch in batches:
-            batch = to_device(batch, device)
+    parts = []
+    with evaluating(student, batches) as on_device:
+        for batch in on_device:
             student_in, teacher_in, ids = task.inputs(batch)
             z = upcast_to_float32(_logits(student(student_in), "student")).cpu()
             t = None if teacher is None else upcast_to_float32(_logits(teacher(teacher_in, ids), "teacher")).cpu()
             parts.append((z, t, batch[1].cpu()))
-    finally:
-        student.train(training)
     if not parts:
         raise ValueError("there is nothing to score: the loader yields no batches. Is the split empty?")
     z, t, labels = zip(*parts, strict=True)
@@ -185,7 +186,7 @@ def _confusions(student: Tensor, teacher: Tensor, labels: Tensor, classes: int, 
     ]
 
 
-def _by_difficulty(outputs: Outputs, temperatures: Callable[[Rows], Any], bins: int = 5) -> list[dict[str, float]]:
+def _by_difficulty(outputs: Outputs, temperatures: PolicyForward, bins: int = 5) -> list[dict[str, float]]:
     """Return mean temperatures in equal-sized bins of the teacher's log-odds of the label, hardest first."""
     assert outputs.teacher is not None
     T = temperatures(Rows(outputs.student, outputs.teacher, outputs.labels))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from tempering.rows import Rows, upcast_to_float32
-from tempering.tasks.base import Task
+from tempering.tasks.base import Task, TeacherForward
 from tempering.tasks.language_modeling import LanguageModeling
 
 Merge = Literal["bayesian", "observed"]
@@ -87,7 +87,7 @@ class CrossTokenizer(Task):
         return {"logits": (_side(batch, "student")["groups"].amax(1) + 1).sum()}
 
     def score(
-        self, student: nn.Module, batches: Iterable[Any], *, teacher: Callable[[Any, Tensor | None], Any] | None = None
+        self, student: nn.Module, batches: Iterable[Any], *, teacher: TeacherForward | None = None
     ) -> dict[str, float]:
         """Return the loss in nats per token of the student, its perplexity, and accuracy; agreement is undefined."""
         return self._own.score(student, (_without_groups(_side(batch, "student")) for batch in batches))

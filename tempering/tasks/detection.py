@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,10 +12,9 @@ from tempering.models.boxes import centered, giou, iou
 from tempering.models.detector import Detected, Detector, detections
 from tempering.rows import IGNORE_INDEX, Rows, upcast_to_float32
 from tempering.tasks.average_precision import average_precision
-from tempering.tasks.base import Task
+from tempering.tasks.base import Task, TeacherForward, evaluating
 from tempering.utils.tensors import to_device
 
-Teaches = Callable[[Any, Tensor | None], Any]
 MATCH_IOU = 0.5  # smallest IoU at which a box matches the teacher's
 CONFIDENT = 0.3  # smallest score of the boxes that are compared to the teacher's, and shown
 
@@ -139,19 +138,16 @@ class Detection(Task):
 
     # scores
 
-    def score(self, student: nn.Module, batches: Iterable[Any], *, teacher: Teaches | None = None) -> dict[str, float]:
+    def score(
+        self, student: nn.Module, batches: Iterable[Any], *, teacher: TeacherForward | None = None
+    ) -> dict[str, float]:
         """Return COCO's map, map50 and map75 (100 boxes per image) in [0, 1], and the mean loss per image."""
         outputs = collect_detections(self, student, batches)
         out = average_precision(outputs["student"], outputs["truth"], outputs["classes"])
         return {name: out[name] for name in ("map", "map50", "map75")} | {"loss": outputs["loss"]}
 
     def analyze(
-        self,
-        student: nn.Module,
-        batches: Iterable[Any],
-        *,
-        teacher: Teaches | None = None,
-        temperatures: Callable[[Rows], Any] | None = None,
+        self, student: nn.Module, batches: Iterable[Any], *, teacher: TeacherForward | None = None, **_: Any
     ) -> dict[str, Any]:
         """Return average precision per class and side, agreement with the teacher, and some images with all boxes."""
         from tempering.tasks.sample_images import picture
@@ -178,9 +174,8 @@ class Detection(Task):
         return out
 
 
-@torch.no_grad()
 def collect_detections(
-    task: Task, student: nn.Module, batches: Iterable[Any], teacher: Teaches | None = None, *, pictures: int = 0
+    task: Task, student: nn.Module, batches: Iterable[Any], teacher: TeacherForward | None = None, *, pictures: int = 0
 ) -> dict[str, Any]:
     """Collect the detections of both models and the true boxes on the CPU, and restore the student's mode.
 
@@ -191,13 +186,10 @@ def collect_detections(
     Raises:
         ValueError: if there are no batches.
     """
-    device = next((p.device for p in student.parameters()), torch.device("cpu"))
-    training, total_loss = student.training, 0.0
+    total_loss = 0.0
     out: dict[str, Any] = {"student": [], "teacher": [], "truth": [], "images": [], "classes": 0}
-    student.eval()
-    try:
-        for batch in batches:
-            batch = to_device(batch, device)
+    with evaluating(student, batches) as on_device:
+        for batch in on_device:
             student_in, teacher_in, ids = task.inputs(batch)
             size = tuple(batch["images"].shape[2:])
             s = _detected(student(student_in), "student")
@@ -208,8 +200,6 @@ def collect_detections(
                 out[name] += [] if output is None else to_device(detections(output, size), "cpu")
             out["truth"] += to_device(list(batch["targets"]), "cpu")
             out["images"] += list(batch["images"][: max(0, pictures - len(out["images"]))].cpu())
-    finally:
-        student.train(training)
     if not out["truth"]:
         raise ValueError("there is nothing to score: the loader yields no batches. Is the split empty?")
     return out | {"loss": total_loss / len(out["truth"])}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from tempering.rollouts.decoding import is_encoder_decoder
 from tempering.rollouts.scoring import GenerationScorer
 from tempering.rows import IGNORE_INDEX, Rows, upcast_to_float32
-from tempering.tasks.base import Task
+from tempering.tasks.base import Task, TeacherForward, evaluating
 from tempering.teachers.outputs import Hidden, PrecomputedLogits, Sparse, to_top_k_plus_tail
-from tempering.utils.tensors import to_device
 
 NO_INPUTS = {"labels", "ids", "learn", "replaced", "privacy_score", "taught"}
 OPTIONAL = ("use_cache", "position_ids")  # left out for models whose forward does not have them
@@ -111,7 +110,7 @@ class LanguageModeling(Task):
 
     @torch.no_grad()
     def score(
-        self, student: nn.Module, batches: Iterable[Any], *, teacher: Callable[[Any, Tensor | None], Any] | None = None
+        self, student: nn.Module, batches: Iterable[Any], *, teacher: TeacherForward | None = None
     ) -> dict[str, float]:
         """Return the loss in nats per token, its perplexity, and top-1 accuracy and agreement in [0, 1].
 
@@ -123,12 +122,9 @@ class LanguageModeling(Task):
         for model in (student, getattr(teacher, "model", None)):
             if isinstance(model, nn.Module):
                 self.prepare_model(model)
-        device = next((p.device for p in student.parameters()), torch.device("cpu"))
-        training, sums, count = student.training, {"loss": 0.0, "accuracy": 0.0, "agreement": 0.0}, 0
-        student.eval()
-        try:
-            for batch in batches:
-                batch = to_device(dict(batch), device)
+        sums, count = {"loss": 0.0, "accuracy": 0.0, "agreement": 0.0}, 0
+        with evaluating(student, batches) as on_device:
+            for batch in map(dict, on_device):
                 student_in, teacher_in, ids = self.inputs(batch)
                 student_out = student(student_in)
                 teacher_out = None if teacher is None else teacher(teacher_in, ids)
@@ -144,8 +140,6 @@ class LanguageModeling(Task):
                 sums["accuracy"] += float((z.argmax(-1) == y).sum())
                 sums["agreement"] += float((z.argmax(-1) == likeliest).sum())
                 count += len(y)
-        finally:
-            student.train(training)
         if not count:
             raise ValueError("there is nothing to score: no token has a label. Is the split empty?")
         out = {name: value / count for name, value in sums.items() if name != "agreement" or teacher is not None}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import Policy, Temperatures, check_positive
-from tempering.utils.search_space import Temperature
+from tempering.utils.search_space import Tau
 
 
 class Adaptive(Policy):
@@ -33,7 +32,7 @@ class Adaptive(Policy):
     paper = "arXiv:2510.11615"
     relational = True
 
-    def __init__(self, tau: Annotated[float, Temperature()] = 4.0, *, strength: float = 0.5) -> None:
+    def __init__(self, tau: Tau = 4.0, *, strength: float = 0.5) -> None:
         super().__init__()
         check_positive("Adaptive", tau=tau)
         if not math.isfinite(strength):

@@ -91,6 +91,9 @@ class Policy(nn.Module, ABC):
         return cls()
 
 
+PolicyLike = Policy | float | None  # of an argument ``temperature``: a number is Static, None the method's default
+
+
 class AdaptivePolicy(Policy):
     """A policy that is updated after every optimizer step."""
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import Policy, Temperatures, check_positive
-from tempering.utils.search_space import Temperature
+from tempering.utils.search_space import Tau
 
 
 class Cosine(Policy):
@@ -33,9 +33,7 @@ class Cosine(Policy):
     paper = "arXiv:2311.14307"
     relational = True
 
-    def __init__(
-        self, tau: Annotated[float, Temperature()] = 4.0, *, low: float = 2.0, high: float = 6.0, eps: float = 0.0
-    ) -> None:
+    def __init__(self, tau: Tau = 4.0, *, low: float = 2.0, high: float = 6.0, eps: float = 0.0) -> None:
         super().__init__()
         check_positive("Cosine", tau=tau, low=low, high=high)
         if low > high:

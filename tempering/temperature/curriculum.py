@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import Policy, Temperatures, check_positive, check_run_fraction
-from tempering.utils.search_space import Temperature
+from tempering.utils.search_space import Tau
 
 Form = Literal["global", "instance"]
 AT_BOUND = 0.01  # a temperature within this fraction of [low, high] from its end is at the bound
@@ -54,7 +54,7 @@ class Curriculum(Policy):
 
     def __init__(
         self,
-        tau: Annotated[float, Temperature()] = 4.0,
+        tau: Tau = 4.0,
         *,
         form: Form = "global",
         low: float = 1.0,

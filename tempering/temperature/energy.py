@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -11,18 +10,19 @@ from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import Policy, Temperatures, check_positive
-from tempering.utils.search_space import Temperature
+from tempering.utils.search_space import Tau
 
 
 class Energy(Policy):
-    """T = sure, tau or unsure for rows of low, middle or high energy -4 logsumexp(u / 4), both sides equal, (N, 1).
+    """T = low_energy, tau or high_energy for rows of low, middle or high energy -4 logsumexp(u / 4), on both sides.
 
     Args:
         tau: temperature of rows between the bounds.
-        sure: temperature of rows whose energy is below the lower bound, of which the teacher is confident.
-        unsure: temperature of rows whose energy is above the upper bound. The released code uses 2 and 6; the paper's
-            text states the opposite, a higher temperature for rows of low energy: ``Energy(sure=6.0, unsure=2.0)``.
-        share: fraction of the rows beyond either bound.
+        low_energy: temperature of rows whose energy is below the lower bound, of which the teacher is confident.
+        high_energy: temperature of rows whose energy is above the upper bound. The released code uses 2 and 6; the
+            paper's text states the opposite, a higher temperature for rows of low energy:
+            ``Energy(low_energy=6.0, high_energy=2.0)``.
+        tail_fraction: fraction of the rows beyond either bound.
         bounds: (lower, upper) energies. As published, they are computed once over the training set:
             ``Energy.bounds_of(logits)``. None computes them over the block's rows that have weight, so that each
             temperature depends on the other rows.
@@ -37,23 +37,25 @@ class Energy(Policy):
 
     def __init__(
         self,
-        tau: Annotated[float, Temperature()] = 4.0,
+        tau: Tau = 4.0,
         *,
-        sure: float = 2.0,
-        unsure: float = 6.0,
-        share: float = 0.2,
+        low_energy: float = 2.0,
+        high_energy: float = 6.0,
+        tail_fraction: float = 0.2,
         bounds: Sequence[float] | None = None,
         centered: bool = True,
     ) -> None:
         super().__init__()
-        check_positive("Energy", tau=tau, sure=sure, unsure=unsure)
-        if not 0.0 <= share <= 0.5:
-            raise ValueError(f"Energy needs share in [0, 0.5], of the rows beyond either bound; got {share!r}.")
+        check_positive("Energy", tau=tau, low_energy=low_energy, high_energy=high_energy)
+        if not 0.0 <= tail_fraction <= 0.5:
+            raise ValueError(
+                f"Energy needs tail_fraction in [0, 0.5], of the rows beyond either bound; got {tail_fraction!r}."
+            )
         if bounds is not None and (len(bounds) != 2 or not bounds[0] <= bounds[1]):
             raise ValueError(
                 f"Energy needs bounds (lower, upper), such as Energy.bounds_of(teacher_logits) returns; got {bounds!r}."
             )
-        self.tau, self.sure, self.unsure, self.share = tau, sure, unsure, share
+        self.tau, self.low_energy, self.high_energy, self.tail_fraction = tau, low_energy, high_energy, tail_fraction
         self.bounds = None if bounds is None else tuple(bounds)
         self.centered = self.shift_invariant = centered
         self.relational = bounds is None
@@ -64,17 +66,19 @@ class Energy(Policy):
         if not len(rows):
             return Temperatures(energies, energies)
         has_weight = None if rows.weight is None else rows.weight > 0
-        low, high = _bounds(energies, has_weight, self.share) if self.bounds is None else self.bounds
-        not_sure = torch.where(energies > high, self.unsure, self.tau)
-        T = torch.where(energies < low, self.sure, not_sure).to(energies.dtype)
+        low, high = _bounds(energies, has_weight, self.tail_fraction) if self.bounds is None else self.bounds
+        not_low = torch.where(energies > high, self.high_energy, self.tau)
+        T = torch.where(energies < low, self.low_energy, not_low).to(energies.dtype)
         return Temperatures(T, T)
 
     @staticmethod
-    def bounds_of(logits: Float[Tensor, "N C"], *, share: float = 0.2, centered: bool = True) -> tuple[float, float]:
-        """Return the energies below and above which ``share`` of the rows are, for ``bounds``."""
+    def bounds_of(
+        logits: Float[Tensor, "N C"], *, tail_fraction: float = 0.2, centered: bool = True
+    ) -> tuple[float, float]:
+        """Return the energies below and above which ``tail_fraction`` of the rows are, for ``bounds``."""
         if not len(logits):
             raise ValueError("Energy.bounds_of needs the teacher's logits of at least one row; got none.")
-        low, high = _bounds(energy(logits, centered=centered), None, share)
+        low, high = _bounds(energy(logits, centered=centered), None, tail_fraction)
         return float(low), float(high)
 
 
@@ -88,12 +92,12 @@ def energy(logits: Float[Tensor, "N C"], *, centered: bool, softness: float = 4.
     return value.masked_fill(is_masked.all(-1, keepdim=True), 0.0)
 
 
-def _bounds(energies: Float[Tensor, "N 1"], has_weight: Tensor | None, share: float) -> tuple[Tensor, Tensor]:
-    """The values at rank share * n from either end, where n rows have weight; ranks as in the released code."""
+def _bounds(energies: Float[Tensor, "N 1"], has_weight: Tensor | None, tail_fraction: float) -> tuple[Tensor, Tensor]:
+    """The values at rank tail_fraction * n from either end, where n rows have weight; ranks as in the released code."""
     if has_weight is None:
         has_weight = torch.ones_like(energies[:, 0], dtype=torch.bool)
     sorted_energies = energies[:, 0].masked_fill(~has_weight, torch.inf).sort().values
     n = has_weight.sum()
-    rank = (n.double() * share).long()
+    rank = (n.double() * tail_fraction).long()
     last = (n - 1).clamp_min(0)
     return sorted_energies[rank.clamp_max(last)], sorted_energies[(last - rank).clamp_min(0)]

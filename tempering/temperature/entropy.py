@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,7 +10,7 @@ from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import Policy, Temperatures, check_positive
 from tempering.temperature.sharpness import centered
 from tempering.temperature.standardized import spread
-from tempering.utils.search_space import Temperature
+from tempering.utils.search_space import Tau
 
 
 class Entropy(Policy):
@@ -31,7 +29,7 @@ class Entropy(Policy):
 
     paper = "none: arXiv:2404.12711 with the entropy as its measure"
 
-    def __init__(self, tau: Annotated[float, Temperature()] = 4.0, *, reach: float = 0.9) -> None:
+    def __init__(self, tau: Tau = 4.0, *, reach: float = 0.9) -> None:
         super().__init__()
         check_positive("Entropy", tau=tau)
         if not 0.0 < reach <= 1.0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,7 +14,7 @@ from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature._mixed import Mix, MixUpLoader, ranked
 from tempering.temperature._ppo import Actor, Agent, Form, Path, normals, squashed
 from tempering.temperature.base import AdaptivePolicy, Temperatures, check_positive, constant
-from tempering.utils.search_space import Fraction, Temperature
+from tempering.utils.search_space import RunFraction, Tau
 
 WAITING = 5  # columns of a stored path: the state, the action, its log-density
 
@@ -79,12 +79,12 @@ class Instance(AdaptivePolicy):
 
     def __init__(
         self,
-        tau: Annotated[float, Temperature()] = 4.0,
+        tau: Tau = 4.0,
         *,
         form: Form = "ppo",
         low: float = 0.0,
         high: float = 10.0,
-        warmup: Annotated[float, Fraction()] = 19 / 240,
+        warmup: RunFraction = 19 / 240,
         period: float = 20 / 240,
         span: float = 1 / 240,
         clip: float = 0.2,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import Policy, Temperatures, check_inner_policy, check_positive, check_run_fraction
 from tempering.temperature.sharpness import Sharpness
 from tempering.temperature.static import Static
-from tempering.utils.search_space import Temperature
+from tempering.utils.search_space import Tau
 
 Shape = Literal["cosine", "linear"]
 
@@ -102,7 +102,7 @@ class DTS(Policy):
 
     def __init__(
         self,
-        tau: Annotated[float, Temperature()] = 4.0,
+        tau: Tau = 4.0,
         *,
         low: float = 2.0,
         high: float = 4.0,

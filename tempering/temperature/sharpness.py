@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,7 +12,7 @@ from torch import Tensor
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import Policy, Temperatures, check_positive
 from tempering.utils.override import OVERRIDES
-from tempering.utils.search_space import Temperature
+from tempering.utils.search_space import Tau
 
 Solve = Literal["exact", "std", "max", "published"]
 MASKED = -1e30  # replaces minus infinity where 0 * inf would give NaN; its exp is 0 in float32 and float64
@@ -51,14 +51,7 @@ class Sharpness(Policy):
 
     paper = "arXiv:2404.12711"
 
-    def __init__(
-        self,
-        tau: Annotated[float, Temperature()] = 4.0,
-        *,
-        solve: Solve = "exact",
-        reach: float = 0.9,
-        attached: bool = False,
-    ) -> None:
+    def __init__(self, tau: Tau = 4.0, *, solve: Solve = "exact", reach: float = 0.9, attached: bool = False) -> None:
         super().__init__()
         check_positive("Sharpness", tau=tau)
         if solve not in ("exact", "std", "max", "published"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import Policy, Temperatures, check_positive
-from tempering.utils.search_space import Temperature
+from tempering.utils.search_space import Tau
 
 Scale = Literal["product", "teacher", "tau"]
 
@@ -33,14 +33,7 @@ class Standardized(Policy):
 
     paper = "arXiv:2308.00520; arXiv:2403.01427"
 
-    def __init__(
-        self,
-        tau: Annotated[float, Temperature()] = 2.0,
-        *,
-        scale: Scale = "product",
-        ddof: int = 1,
-        attached: bool = False,
-    ) -> None:
+    def __init__(self, tau: Tau = 2.0, *, scale: Scale = "product", ddof: int = 1, attached: bool = False) -> None:
         super().__init__()
         check_positive("Standardized", tau=tau)
         if scale not in ("product", "teacher", "tau"):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from tempering.rows import Rows
 from tempering.temperature.base import Policy, Temperatures, check_positive, constant
-from tempering.utils.search_space import Temperature
+from tempering.utils.search_space import Tau
 
 
 class Static(Policy):
@@ -17,7 +15,7 @@ class Static(Policy):
 
     paper = "arXiv:1503.02531"
 
-    def __init__(self, tau: Annotated[float, Temperature()] = 4.0) -> None:
+    def __init__(self, tau: Tau = 4.0) -> None:
         super().__init__()
         check_positive("Static", tau=tau)
         self.tau = tau

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tempering.utils.files import file_lock, sha256_text
+from tempering.utils.files import file_lock, read_json, sha256_text
 
 
 def train_or_load(
@@ -56,5 +56,4 @@ def load_trained(model: nn.Module, path: Path) -> dict[str, Any]:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    file = path / "facts.json"
-    return json.loads(file.read_text()) if file.is_file() and (path / "student.safetensors").is_file() else {}
+    return read_json(path / "facts.json") if (path / "student.safetensors").is_file() else {}

@@ -225,7 +225,7 @@ def _check_loss(method: Method, rows: Rows, *, has_teacher: bool) -> dict[str, s
         checks["split"] = "rows are compared with each other" if len(rows) > 1 else "one row"
     else:
         half = len(rows) // 2
-        parts = (_cut(rows, slice(None, half)), _cut(rows, slice(half, None)))
+        parts = (rows.select(slice(None, half)), rows.select(slice(half, None)))
         split = sum(loss(part, weight) for part in parts)
         check_equal(
             "same when split", split, f"when the batch is split in two. Is {name} a method with relational = True?"
@@ -296,21 +296,6 @@ def _check_gradients(method: Method, rows: Rows) -> None:
             f"{type(method).__name__}: the gradient in {name} is not finite on the first batch{position}. If classes "
             "are masked, mask them on both sides."
         )
-
-
-def _cut(rows: Rows, part: slice) -> Rows:
-    """Slice the rows."""
-    return rows.replace(
-        student=rows.student[part],
-        teacher=rows.teacher[part],
-        target=None if rows.target is None else rows.target[part],
-        weight=None if rows.weight is None else rows.weight[part],
-        ids=None if rows.ids is None else rows.ids[part],
-        positions=None if rows.positions is None else rows.positions[part],
-        privacy_score=None if rows.privacy_score is None else rows.privacy_score[part],
-        task_loss=None if rows.task_loss is None else rows.task_loss[part],
-        features={name: (s[part], t[part]) for name, (s, t) in rows.features.items()},
-    )
 
 
 def _padded(rows: Rows, extra: int = 2) -> Rows:

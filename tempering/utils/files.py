@@ -29,6 +29,11 @@ class LockUnsupportedError(OSError):
 # reading and writing
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; {} if there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Read the objects of a JSON-lines file; skip a last line that a kill cut short; [] if there is no file.
 

@@ -1,15 +1,17 @@
 """Markers in a constructor's annotations that declare which arguments ``tempering tune`` searches, and their ranges.
 
-For example ``soft: Annotated[float, Weight()] = 1.0``. Markers change nothing at run time.
+For example ``soft: Annotated[float, Weight(factor=4)] = 1.0``, or ``soft: TermWeight = 1.0`` for the default range.
+Markers change nothing at run time.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
 
 class Range(NamedTuple):
@@ -65,13 +67,19 @@ class Fraction(Marker):
         return Range(0.0, max(self.high, float(value)), log=False)
 
 
+TermWeight = Annotated[float, Weight()]
+RunFraction = Annotated[float, Fraction()]
+Tau = Annotated[float, Temperature()]
+MARKED = {"Annotated", "TermWeight", "RunFraction", "Tau"}
+
+
 def declared(function: Callable[..., Any]) -> dict[str, Marker]:
     """Return the markers in a function's annotations, by argument; arguments without a marker are left out.
 
     Annotations are evaluated one by one, so that a name imported for type checkers only does not hide the others.
 
     Raises:
-        TypeError: for an ``Annotated`` that cannot be evaluated, since its marker would be ignored silently.
+        TypeError: for a marked annotation that cannot be evaluated, since its marker would be ignored silently.
     """
     function = inspect.unwrap(function)
     markers: dict[str, Marker] = {}
@@ -80,7 +88,7 @@ def declared(function: Callable[..., Any]) -> dict[str, Marker]:
             try:
                 annotation = eval(annotation, getattr(function, "__globals__", {}))
             except Exception as error:
-                if "Annotated" not in annotation:
+                if MARKED.isdisjoint(re.findall(r"\w+", annotation)):
                     continue
                 raise TypeError(
                     f"{function.__qualname__}: the annotation of {name!r}, {annotation}, cannot be evaluated "

@@ -1,13 +1,14 @@
-"""Apply a function to every tensor of a nested structure."""
+"""Nested structures of tensors, the bytes of a tensor, and the modes of modules."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
@@ -35,6 +36,20 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
 def tensor_bytes(x: Tensor) -> memoryview:
     """Return the bytes of a tensor's values, for hashing."""
     return x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+@contextmanager
+def eval_mode(*models: nn.Module | None) -> Iterator[None]:
+    """Context manager that puts the models in eval mode and afterwards restores the mode of every module."""
+    modes = {module: module.training for model in models if model is not None for module in model.modules()}
+    try:
+        for model in models:
+            if model is not None:
+                model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _mapping_like(like: Mapping[Any, Any], items: dict[Any, Any]) -> Any:

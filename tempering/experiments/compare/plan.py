@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tempering.experiments.presets import Arm, slug
+from tempering.experiments.renamed import FORMER, FORMER_WORDS, PRESENT, PRESENT_WORDS, replace_words
 from tempering.reports.records import MACHINE_PATH
 from tempering.utils.files import sha256_text, write_atomic
 
@@ -17,29 +17,6 @@ FILE = "plan.json"
 OWN = ("method", "temperature", "seed", "label", "out")  # flags that a cell sets
 ELSEWHERE = {"threads", "teacher_dir", "quiet", "out", "keep"}  # flags that change where or how fast, not the result
 FORMAT = 2  # of a plan; 1 has flags by their former names
-# flag -> its former name, under which the ids of cells are made: a renamed flag is the same cell. (--subset and --views
-# were not renamed to --max-train-samples and --second-view: published commands use them.)
-FORMER = {
-    "text_source": "writes",
-    "max_new_tokens": "written",
-    "prompt_length": "prompt",
-    "generated_fraction": "share",
-    "eval_generation": "grade",
-    "no_eval_generation": "no_grade",
-    "routing_tree": "tree",
-    "cuda_graphs": "graphs",
-    "canaries_per_count": "each",
-    "canary_digits": "digits",
-    "privacy_detectors": "private",
-    "class_rows": "rows",
-    "anchors_per_image": "keep",
-    "resize_mode": "fit",
-    "train_file": "train",
-}
-PRESENT = {former: name for name, former in FORMER.items()}
-# the same for words of methods and policies
-FORMER_WORDS = {"standardized": "standardised", "ablated": "isolated", "non_target": "rest"}
-PRESENT_WORDS = {former: word for word, former in FORMER_WORDS.items()}
 
 
 @dataclass(frozen=True)
@@ -146,7 +123,7 @@ def read(folder: Path) -> Plan:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         cells = tuple(
-            Cell(**cell | {"method": _replace_words(cell["method"], PRESENT_WORDS)}) for cell in content["cells"]
+            Cell(**cell | {"method": replace_words(cell["method"], PRESENT_WORDS)}) for cell in content["cells"]
         )
         flags: dict[str, str] = content["flags"]
         if content["format"] == 1:
@@ -180,10 +157,6 @@ def lock_path(work: Path) -> Path:
     return work.with_name(work.name + ".lock")
 
 
-def _replace_words(text: str, words: Mapping[str, str]) -> str:
-    return re.sub(r"\w+", lambda word: words.get(word[0], word[0]), text)
-
-
 def _pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield (name, value) of every flag; paths are cut to their last component, so that a grid is portable."""
     tokens = list(flags)
@@ -203,8 +176,8 @@ def _id(recipe: str, arm: Arm, seed: int, flags: dict[str, str]) -> str:
     former = {FORMER.get(name, name): value for name, value in flags.items()}
     what: dict[str, Any] = {
         "recipe": recipe,
-        "method": _replace_words(arm.spec, FORMER_WORDS),
-        "temperature": None if arm.temperature is None else _replace_words(arm.temperature, FORMER_WORDS),
+        "method": replace_words(arm.spec, FORMER_WORDS),
+        "temperature": None if arm.temperature is None else replace_words(arm.temperature, FORMER_WORDS),
         "flags": former,
     }
     digest = sha256_text(json.dumps([what, seed], sort_keys=True))

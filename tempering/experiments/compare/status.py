@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tempering.experiments.compare.plan import Cell, Plan, lock_path, record_of, work_of
 from tempering.reports.compare import display_name
 from tempering.reports.records import RunRecord, number, read_cell
-from tempering.utils.files import is_locked, write_atomic
+from tempering.utils.files import is_locked, read_json, write_atomic
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -328,8 +328,7 @@ def _clock() -> str:
 
 def read_facts(run_dir: Path) -> dict[str, Any]:
     """Read facts.json of a run, which may be in progress; {} if it does not exist."""
-    path = run_dir / "facts.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(run_dir / "facts.json")
 
 
 def is_running(run_dir: Path) -> bool:

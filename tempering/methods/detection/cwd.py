@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 from torch import Tensor
 
@@ -11,7 +10,7 @@ from tempering.methods.detection.base import NeckMethod, over_levels
 from tempering.objectives import divergence
 from tempering.rows import Rows
 from tempering.temperature.base import check_positive
-from tempering.utils.search_space import Weight
+from tempering.utils.search_space import TermWeight
 
 
 class CWD(NeckMethod):
@@ -33,12 +32,7 @@ class CWD(NeckMethod):
     paper = "arXiv:2011.13256"
 
     def __init__(
-        self,
-        *,
-        feature: Annotated[float, Weight()] = 10.0,
-        hard: float = 1.0,
-        tau: float = 1.0,
-        names: Sequence[str] = (),
+        self, *, feature: TermWeight = 10.0, hard: float = 1.0, tau: float = 1.0, names: Sequence[str] = ()
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
         check_positive("CWD", tau=tau)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Self
+from typing import Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,7 +13,7 @@ from tempering.methods.base import check_weights
 from tempering.methods.detection.base import NeckMethod, over_levels, summed
 from tempering.rows import Rows
 from tempering.temperature.base import check_positive
-from tempering.utils.search_space import Weight
+from tempering.utils.search_space import TermWeight
 
 
 class FGD(NeckMethod):
@@ -46,10 +46,10 @@ class FGD(NeckMethod):
     def __init__(
         self,
         *,
-        foreground: Annotated[float, Weight()] = 1e-3,
-        background: Annotated[float, Weight()] = 5e-4,
-        attention: Annotated[float, Weight()] = 5e-4,
-        relation: Annotated[float, Weight()] = 5e-6,
+        foreground: TermWeight = 1e-3,
+        background: TermWeight = 5e-4,
+        attention: TermWeight = 5e-4,
+        relation: TermWeight = 5e-6,
         hard: float = 1.0,
         tau: float = 0.5,
         names: Sequence[str] = (),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from tempering.methods.detection.base import NeckMethod, over_levels, summed
 from tempering.methods.features.base import per_row
 from tempering.rows import Rows
-from tempering.utils.search_space import Weight
+from tempering.utils.search_space import TermWeight
 
 
 class Imitation(NeckMethod):
@@ -39,12 +38,7 @@ class Imitation(NeckMethod):
     paper = "arXiv:1412.6550"
 
     def __init__(
-        self,
-        *,
-        feature: Annotated[float, Weight()] = 6.0,
-        hard: float = 1.0,
-        scored: bool = False,
-        names: Sequence[str] = (),
+        self, *, feature: TermWeight = 6.0, hard: float = 1.0, scored: bool = False, names: Sequence[str] = ()
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
         self.scored = scored

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Annotated, Any, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ from tempering.methods.detection.fgd import FGD
 from tempering.methods.features.base import spread_out
 from tempering.rows import Rows, upcast_to_float32
 from tempering.teachers.base import fingerprint
-from tempering.utils.search_space import Weight
+from tempering.utils.search_space import TermWeight
 
 
 class InconsistentDetection(StepMethod):
@@ -63,7 +63,7 @@ class InconsistentDetection(StepMethod):
         self,
         base: NeckMethod | None = None,
         *,
-        adversarial: Annotated[float, Weight()] = 1e-5,
+        adversarial: TermWeight = 1e-5,
         until: float = 16 / 24,
         eps: float = 8 / 255,
         step_size: float = 2 / 255,

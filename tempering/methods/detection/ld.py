@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from torch import Tensor
 
 from tempering.methods.base import Method, check_policy, check_weights, zero_term
-from tempering.objectives import cross_entropy, kl
+from tempering.objectives import kl
 from tempering.rows import Rows
-from tempering.temperature.base import Policy
-from tempering.temperature.static import Static
-from tempering.utils.search_space import Weight
+from tempering.temperature.base import PolicyLike
+from tempering.utils.search_space import TermWeight
 
 OTHER = ("classes", "images")  # a detector's blocks whose rows are not sides of boxes
 BINS = 17  # number of bins of the released heads, whose reg_max is 16
@@ -36,21 +33,13 @@ class LD(Method):
 
     paper = "arXiv:2102.12252"
 
-    def __init__(
-        self,
-        *,
-        soft: Annotated[float, Weight()] = 0.25 / BINS,
-        hard: float = 1.0,
-        temperature: Policy | float | None = None,
-    ) -> None:
+    def __init__(self, *, soft: TermWeight = 0.25 / BINS, hard: float = 1.0, temperature: PolicyLike = None) -> None:
         super().__init__()
         check_weights("LD", soft=soft, hard=hard)
         self.soft, self.hard = soft, hard
-        self.temperature = check_policy("LD", Static(10.0) if temperature is None else temperature)
+        self.temperature = check_policy("LD", temperature, default=10.0)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         other = rows.name in OTHER
         terms = {"soft": zero_term(rows) if other else self.soft * kl(rows, self.temperature(rows, progress))}
-        if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows)
-        return terms
+        return self.with_hard(terms, rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from tempering.methods.base import step_seed
 from tempering.methods.detection.base import NeckMethod, over_levels, summed
 from tempering.rows import Rows
-from tempering.utils.search_space import Weight
+from tempering.utils.search_space import TermWeight
 
 MODULUS = 2**63
 STRIDE = 0x9E3779B97F4A7C15  # odd, so that different ids give different seeds
@@ -42,12 +41,7 @@ class MGD(NeckMethod):
     zero_when_equal = False  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
 
     def __init__(
-        self,
-        *,
-        feature: Annotated[float, Weight()] = 2e-5,
-        hard: float = 1.0,
-        masked: float = 0.65,
-        names: Sequence[str] = (),
+        self, *, feature: TermWeight = 2e-5, hard: float = 1.0, masked: float = 0.65, names: Sequence[str] = ()
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
         if not 0.0 <= masked <= 1.0:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tempering.methods.detection.base import NeckMethod, over_levels
 from tempering.rows import Rows
-from tempering.utils.search_space import Weight
+from tempering.utils.search_space import TermWeight
 
 CONSTANT = 1e-6  # maximum standard deviation, relative to 1 + |mean|, of a constant channel
 
@@ -40,7 +40,7 @@ class PKD(NeckMethod):
     def __init__(
         self,
         *,
-        feature: Annotated[float, Weight()] = 10.0,
+        feature: TermWeight = 10.0,
         hard: float = 1.0,
         over: Literal["batch", "image"] = "batch",
         names: Sequence[str] = (),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from tempering.methods.features.base import FeatureMethod, fitted, per_row
 from tempering.rows import Rows
-from tempering.utils.search_space import Weight
+from tempering.utils.search_space import TermWeight
 
 
 class AT(FeatureMethod):
@@ -27,12 +26,7 @@ class AT(FeatureMethod):
     relational = False
 
     def __init__(
-        self,
-        *,
-        feature: Annotated[float, Weight()] = 1000.0,
-        hard: float = 1.0,
-        power: float = 2.0,
-        names: Sequence[str] = (),
+        self, *, feature: TermWeight = 1000.0, hard: float = 1.0, power: float = 2.0, names: Sequence[str] = ()
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
         if power <= 0:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tempering.methods.base import Method, check_weights, zero_term
-from tempering.objectives import cross_entropy
 from tempering.rows import Rows, expand_to_rows, upcast_to_float32
 
 NOT_COMPARED = ("boxes", "scores")  # detection features that are no maps: inputs of some methods
@@ -60,9 +59,7 @@ class FeatureMethod(Method):
         values = self.compare(pairs, rows) if pairs[0][0].shape[0] else dict.fromkeys(self.weighs, zero_term(rows))
         values = {"feature": values} if isinstance(values, Tensor) else values
         terms = {name: getattr(self, name) * self._expand(value, rows) for name, value in values.items()}
-        if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows)
-        return terms
+        return self.with_hard(terms, rows)
 
     @staticmethod
     def _expand(value: Tensor, rows: Rows) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from tempering.methods.features.base import Projected
 from tempering.rows import Rows
-from tempering.utils.search_space import Weight
+from tempering.utils.search_space import TermWeight
 
 
 class CRD(Projected):
@@ -37,7 +36,7 @@ class CRD(Projected):
         self,
         *,
         samples: int,
-        feature: Annotated[float, Weight()] = 0.8,
+        feature: TermWeight = 0.8,
         hard: float = 1.0,
         negatives: int = 16384,
         contrast: float = 0.07,

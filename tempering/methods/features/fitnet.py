@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tempering.methods.features.base import Projected, per_row
 from tempering.rows import Rows
-from tempering.utils.search_space import Weight
+from tempering.utils.search_space import TermWeight
 
 
 class FitNet(Projected):
@@ -24,9 +23,7 @@ class FitNet(Projected):
 
     paper = "arXiv:1412.6550"
 
-    def __init__(
-        self, *, feature: Annotated[float, Weight()] = 100.0, hard: float = 1.0, names: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, *, feature: TermWeight = 100.0, hard: float = 1.0, names: Sequence[str] = ()) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
 
     def usual(self, stages: Sequence[str]) -> tuple[str, ...]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, cast
+from typing import cast
 
 from torch import Tensor
 
 from tempering.methods.features.base import FeatureMethod
 from tempering.rows import Rows
-from tempering.utils.search_space import Weight
+from tempering.utils.search_space import TermWeight
 
 
 class PKT(FeatureMethod):
@@ -25,9 +25,7 @@ class PKT(FeatureMethod):
     paper = "arXiv:1803.10837"
     wants = "vectors"
 
-    def __init__(
-        self, *, feature: Annotated[float, Weight()] = 30000.0, hard: float = 1.0, names: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, *, feature: TermWeight = 30000.0, hard: float = 1.0, names: Sequence[str] = ()) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
 
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:

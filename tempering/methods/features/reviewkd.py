@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from tempering.methods.base import check_run_fraction, linear_warmup
 from tempering.methods.features.base import Projected, per_row
 from tempering.rows import Rows
-from tempering.utils.search_space import Fraction, Weight
+from tempering.utils.search_space import RunFraction, TermWeight
 
 
 class ReviewKD(Projected):
@@ -35,10 +34,10 @@ class ReviewKD(Projected):
     def __init__(
         self,
         *,
-        feature: Annotated[float, Weight()] = 5.0,
+        feature: TermWeight = 5.0,
         hard: float = 1.0,
         middle: int = 512,
-        warmup: Annotated[float, Fraction()] = 20 / 240,
+        warmup: RunFraction = 20 / 240,
         names: Sequence[str] = (),
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor
 from tempering.methods.base import check_weights
 from tempering.methods.features.base import FeatureMethod
 from tempering.rows import Rows
-from tempering.utils.search_space import Weight
+from tempering.utils.search_space import TermWeight
 
 
 class RKD(FeatureMethod):
@@ -30,7 +29,7 @@ class RKD(FeatureMethod):
     def __init__(
         self,
         *,
-        feature: Annotated[float, Weight()] = 1.0,
+        feature: TermWeight = 1.0,
         distance: float = 25.0,
         angle: float = 50.0,
         hard: float = 1.0,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tempering.methods.features.base import FeatureMethod, per_row
 from tempering.rows import Rows
-from tempering.utils.search_space import Weight
+from tempering.utils.search_space import TermWeight
 
 
 class SimKD(FeatureMethod):
@@ -25,9 +24,7 @@ class SimKD(FeatureMethod):
     paper = "arXiv:2203.14001"
     relational = False
 
-    def __init__(
-        self, *, feature: Annotated[float, Weight()] = 1.0, hard: float = 0.0, names: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, *, feature: TermWeight = 1.0, hard: float = 0.0, names: Sequence[str] = ()) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
 
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:

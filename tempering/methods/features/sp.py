@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from tempering.methods.features.base import FeatureMethod
 from tempering.rows import Rows
-from tempering.utils.search_space import Weight
+from tempering.utils.search_space import TermWeight
 
 
 class SP(FeatureMethod):
@@ -25,9 +24,7 @@ class SP(FeatureMethod):
     paper = "arXiv:1907.09682"
     wants = "vectors"
 
-    def __init__(
-        self, *, feature: Annotated[float, Weight()] = 3000.0, hard: float = 1.0, names: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, *, feature: TermWeight = 3000.0, hard: float = 1.0, names: Sequence[str] = ()) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
 
     def usual(self, stages: Sequence[str]) -> tuple[str, ...]:

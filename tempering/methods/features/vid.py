@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from tempering.methods.features.base import Projected, fitted, per_row
 from tempering.rows import Rows
-from tempering.utils.search_space import Weight
+from tempering.utils.search_space import TermWeight
 
 
 class VID(Projected):
@@ -32,12 +31,7 @@ class VID(Projected):
     non_negative = False
 
     def __init__(
-        self,
-        *,
-        feature: Annotated[float, Weight()] = 1.0,
-        hard: float = 1.0,
-        variance: float = 5.0,
-        names: Sequence[str] = (),
+        self, *, feature: TermWeight = 1.0, hard: float = 1.0, variance: float = 5.0, names: Sequence[str] = ()
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
         if not variance > 1e-5:

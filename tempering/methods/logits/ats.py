@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
 from tempering.methods.logits.labeled import one_hot
-from tempering.objectives import cross_entropy, divergence, log_softmax, require_labels, tempered
+from tempering.objectives import divergence, log_softmax, require_labels, tempered
 from tempering.rows import Rows, upcast_to_float32
-from tempering.temperature.base import Policy, check_positive
-from tempering.temperature.static import Static
-from tempering.utils.search_space import Fraction, Temperature, Weight
+from tempering.temperature.base import PolicyLike, check_positive
+from tempering.utils.search_space import RunFraction, Tau, TermWeight
 
 
 class ATS(Method):
@@ -51,13 +48,13 @@ class ATS(Method):
     def __init__(
         self,
         *,
-        soft: Annotated[float, Weight()] = 0.5,
+        soft: TermWeight = 0.5,
         hard: float = 0.5,
-        correct: Annotated[float, Temperature()] = 4.0,
-        wrong: Annotated[float, Temperature()] = 2.0,
+        correct: Tau = 4.0,
+        wrong: Tau = 2.0,
         centered: bool = True,
-        warmup: Annotated[float, Fraction()] = 0.0,
-        temperature: Policy | float | None = None,
+        warmup: RunFraction = 0.0,
+        temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
         check_weights("ATS", soft=soft, hard=hard)
@@ -66,7 +63,7 @@ class ATS(Method):
         self.soft, self.hard, self.correct, self.wrong = soft, hard, correct, wrong
         self.centered, self.warmup = centered, warmup
         self.shift_invariant = centered  # pyright: ignore[reportAttributeAccessIssue]
-        self.temperature = check_policy("ATS", Static(1.0) if temperature is None else temperature)
+        self.temperature = check_policy("ATS", temperature, default=1.0)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         T, label = self.temperature(rows, progress), require_labels(rows, "ATS")
@@ -74,9 +71,7 @@ class ATS(Method):
         student = log_softmax(tempered(rows.student, T.student))
         scale = torch.where(label >= 0, T.scale, 0.0) * linear_warmup(progress, self.warmup)
         terms = {"soft": self.soft * scale * divergence(teacher, student)}
-        if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows)
-        return terms
+        return self.with_hard(terms, rows)
 
     def _scaled_logits(self, rows: Rows, label: Tensor, factor: Float[Tensor, "#N 1"]) -> Float[Tensor, "N C"]:
         """Return the teacher's logits divided by their two temperatures, each multiplied by ``factor``."""

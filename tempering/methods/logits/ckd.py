@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +15,8 @@ from tempering.methods.logits.labeled import one_hot
 from tempering.methods.logits.relations import counted_entries
 from tempering.objectives import kl, require_labels
 from tempering.rows import Rows, expand_to_rows, upcast_to_float32
-from tempering.temperature.base import Policy
-from tempering.temperature.static import Static
-from tempering.utils.search_space import Weight
+from tempering.temperature.base import PolicyLike
+from tempering.utils.search_space import TermWeight
 
 
 class CKD(Method):
@@ -52,12 +50,12 @@ class CKD(Method):
     def __init__(
         self,
         *,
-        soft: Annotated[float, Weight()] = 1.0,
+        soft: TermWeight = 1.0,
         hard: float = 1.0,
-        divergence: Annotated[float, Weight()] = 0.0,
+        divergence: TermWeight = 0.0,
         groups: Sequence[int] = (1, 1),
         pairs: int | None = None,
-        temperature: Policy | float | None = None,
+        temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
         check_weights("CKD", soft=soft, hard=hard, divergence=divergence)
@@ -67,7 +65,7 @@ class CKD(Method):
             raise ValueError(f"CKD needs pairs >= 1, or None for all; got {pairs!r}.")
         if divergence and pairs is None:
             raise ValueError("CKD has no closed form of divergence > 0: draw comparisons, pairs=64.")
-        self.temperature = check_policy("CKD", Static(4.0) if temperature is None else temperature)
+        self.temperature = check_policy("CKD", temperature, default=4.0)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         kept, counted = counted_entries(rows)
@@ -133,7 +131,7 @@ class FeatureCKD(Projected):
     def __init__(
         self,
         *,
-        feature: Annotated[float, Weight()] = 100.0,
+        feature: TermWeight = 100.0,
         hard: float = 0.0,
         groups: Sequence[int] = (1, 1),
         names: Sequence[str] = (),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from torch import Tensor
 
-from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup, zero_term
+from tempering.methods.base import (
+    Method,
+    check_policy,
+    check_run_fraction,
+    check_weights,
+    linear_warmup,
+    zero_term,
+)
 from tempering.methods.logits.mlkd import STRONG, doubtful
 from tempering.methods.logits.relations import (
     Lines,
@@ -19,12 +24,11 @@ from tempering.methods.logits.relations import (
     mean_over,
     soften,
 )
-from tempering.objectives import cross_entropy
 from tempering.rows import Rows, expand_to_rows
 from tempering.temperature.base import Policy, Temperatures
 from tempering.temperature.cosine import Cosine
 from tempering.temperature.static import Static
-from tempering.utils.search_space import Fraction, Weight
+from tempering.utils.search_space import RunFraction, TermWeight
 
 
 class CSKD(Method):
@@ -61,12 +65,12 @@ class CSKD(Method):
     def __init__(
         self,
         *,
-        fixed: Annotated[float, Weight()] = 2.0,
-        weighted: Annotated[float, Weight()] = 2.0,
-        gram: Annotated[float, Weight()] = 0.0,
+        fixed: TermWeight = 2.0,
+        weighted: TermWeight = 2.0,
+        gram: TermWeight = 0.0,
         hard: float = 1.0,
         published: bool = False,
-        warmup: Annotated[float, Fraction()] = 0.0,
+        warmup: RunFraction = 0.0,
         temperature: Policy | None = None,
         eps: float = 0.0,
     ) -> None:
@@ -80,9 +84,7 @@ class CSKD(Method):
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         names = ("fixed", "weighted", "gram") if self._grams(rows) else ("fixed", "weighted")
         terms = self._cosines(rows, progress) if len(rows) else {name: zero_term(rows) for name in names}
-        if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows)
-        return terms
+        return self.with_hard(terms, rows)
 
     def _grams(self, rows: Rows) -> bool:
         return self.gram > 0 and rows.name != STRONG

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from torch import Tensor
 
 from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup, zero_term
 from tempering.methods.logits.relations import block_scale, class_distance, counted_entries, row_distance, soften
-from tempering.objectives import cross_entropy
 from tempering.rows import Rows, expand_to_rows
-from tempering.temperature.base import Policy
-from tempering.temperature.static import Static
-from tempering.utils.search_space import Fraction, Weight
+from tempering.temperature.base import PolicyLike
+from tempering.utils.search_space import RunFraction, TermWeight
 
 
 class DIST(Method):
@@ -41,24 +37,22 @@ class DIST(Method):
     def __init__(
         self,
         *,
-        inter: Annotated[float, Weight()] = 2.0,
-        intra: Annotated[float, Weight()] = 2.0,
+        inter: TermWeight = 2.0,
+        intra: TermWeight = 2.0,
         hard: float = 1.0,
-        warmup: Annotated[float, Fraction()] = 0.0,
-        temperature: Policy | float | None = None,
+        warmup: RunFraction = 0.0,
+        temperature: PolicyLike = None,
         eps: float = 0.0,
     ) -> None:
         super().__init__()
         check_weights("DIST", inter=inter, intra=intra, hard=hard, eps=eps)
         check_run_fraction("DIST", warmup=warmup)
         self.inter, self.intra, self.hard, self.warmup, self.eps = inter, intra, hard, warmup, eps
-        self.temperature = check_policy("DIST", Static(4.0) if temperature is None else temperature)
+        self.temperature = check_policy("DIST", temperature, default=4.0)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         terms = self._relations(rows, progress) if len(rows) else {"inter": zero_term(rows), "intra": zero_term(rows)}
-        if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows)
-        return terms
+        return self.with_hard(terms, rows)
 
     def _relations(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         warmup, T = linear_warmup(progress, self.warmup), self.temperature(rows, progress)

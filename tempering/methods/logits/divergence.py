@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -10,9 +10,8 @@ from tempering import objectives
 from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
 from tempering.objectives import check_fraction, check_skew
 from tempering.rows import Rows
-from tempering.temperature.base import Policy
-from tempering.temperature.static import Static
-from tempering.utils.search_space import Fraction, Weight
+from tempering.temperature.base import PolicyLike
+from tempering.utils.search_space import RunFraction, TermWeight
 
 Objective = Literal["kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl", "tvd"]
 
@@ -44,13 +43,13 @@ class Divergence(Method):
         self,
         *,
         objective: Objective = "jsd",
-        soft: Annotated[float, Weight()] = 1.0,
+        soft: TermWeight = 1.0,
         hard: float = 0.0,
         beta: float = 0.5,
         skew: float = 0.1,
         head: float = 0.5,
-        temperature: Policy | float | None = None,
-        warmup: Annotated[float, Fraction()] = 0.0,
+        temperature: PolicyLike = None,
+        warmup: RunFraction = 0.0,
     ) -> None:
         super().__init__()
         if objective not in get_args(Objective):
@@ -63,7 +62,7 @@ class Divergence(Method):
         check_skew("Divergence", skew)
         self.objective, self.soft, self.hard, self.warmup = objective, soft, hard, warmup
         self.beta, self.skew, self.head = beta, skew, head
-        self.temperature = check_policy("Divergence", Static(1.0) if temperature is None else temperature)
+        self.temperature = check_policy("Divergence", temperature, default=1.0)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         T = self.temperature(rows, progress)
@@ -75,6 +74,4 @@ class Divergence(Method):
         }
         value = getattr(objectives, self.objective)(rows, T, **parameters.get(self.objective, {}))
         terms = {"soft": self.soft * linear_warmup(progress, self.warmup) * value}
-        if self.hard:
-            terms["hard"] = self.hard * objectives.cross_entropy(rows)
-        return terms
+        return self.with_hard(terms, rows)

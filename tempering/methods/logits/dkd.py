@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
-from tempering.objectives import cross_entropy, divergence, log_softmax, masked, require_labels, tempered
+from tempering.objectives import divergence, log_softmax, masked, require_labels, tempered
 from tempering.rows import Rows
-from tempering.temperature.base import Policy
-from tempering.temperature.static import Static
-from tempering.utils.search_space import Fraction, Weight
+from tempering.temperature.base import PolicyLike
+from tempering.utils.search_space import RunFraction, TermWeight
 
 
 class DKD(Method):
@@ -45,17 +42,17 @@ class DKD(Method):
     def __init__(
         self,
         *,
-        target: Annotated[float, Weight()] = 1.0,
-        non_target: Annotated[float, Weight()] = 8.0,
+        target: TermWeight = 1.0,
+        non_target: TermWeight = 8.0,
         hard: float = 1.0,
-        warmup: Annotated[float, Fraction()] = 20 / 240,
-        temperature: Policy | float | None = None,
+        warmup: RunFraction = 20 / 240,
+        temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
         check_weights("DKD", target=target, non_target=non_target, hard=hard)
         check_run_fraction("DKD", warmup=warmup)
         self.target, self.non_target, self.hard, self.warmup = target, non_target, hard, warmup
-        self.temperature = check_policy("DKD", Static(4.0) if temperature is None else temperature)
+        self.temperature = check_policy("DKD", temperature, default=4.0)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         T = self.temperature(rows, progress)
@@ -69,9 +66,7 @@ class DKD(Method):
             "target": self.target * scale * divergence(pair_t, pair_s),
             "non_target": self.non_target * scale * divergence(others_t, others_s),
         }
-        if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows)
-        return terms
+        return self.with_hard(terms, rows)
 
 
 def split_target(z: Float[Tensor, "N C"], is_target: Tensor) -> tuple[Float[Tensor, "N 2"], Float[Tensor, "N C"]]:

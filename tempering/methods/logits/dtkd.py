@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from torch import Tensor
 
 from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
-from tempering.objectives import cross_entropy, kl
+from tempering.objectives import kl
 from tempering.rows import Rows
 from tempering.temperature.base import Policy, Temperatures, constant
 from tempering.temperature.sharpness import Sharpness
-from tempering.utils.search_space import Fraction, Weight
+from tempering.utils.search_space import RunFraction, TermWeight
 
 
 class DTKD(Method):
@@ -39,10 +37,10 @@ class DTKD(Method):
     def __init__(
         self,
         *,
-        dynamic: Annotated[float, Weight()] = 3.0,
-        soft: Annotated[float, Weight()] = 1.0,
+        dynamic: TermWeight = 3.0,
+        soft: TermWeight = 1.0,
         hard: float = 1.0,
-        warmup: Annotated[float, Fraction()] = 20 / 240,
+        warmup: RunFraction = 20 / 240,
         temperature: Policy | None = None,
     ) -> None:
         super().__init__()
@@ -60,6 +58,4 @@ class DTKD(Method):
         if self.soft:
             tau = constant(self.temperature.reference_at(progress), rows.student)
             terms["soft"] = self.soft * rise * kl(rows, Temperatures(tau, tau))
-        if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows)
-        return terms
+        return self.with_hard(terms, rows)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from torch import Tensor
 
 from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
-from tempering.objectives import cross_entropy, divergence, entropy, softened
+from tempering.objectives import divergence, entropy, softened
 from tempering.rows import Rows, upcast_to_float32
-from tempering.temperature.base import Policy, check_positive
-from tempering.temperature.static import Static
-from tempering.utils.search_space import Fraction, Weight
+from tempering.temperature.base import PolicyLike, check_positive
+from tempering.utils.search_space import RunFraction, TermWeight
 
 
 class ERKD(Method):
@@ -34,18 +31,18 @@ class ERKD(Method):
     def __init__(
         self,
         *,
-        soft: Annotated[float, Weight()] = 0.9,
+        soft: TermWeight = 0.9,
         hard: float = 0.1,
         tau: float = 4.0,
-        warmup: Annotated[float, Fraction()] = 0.0,
-        temperature: Policy | float | None = None,
+        warmup: RunFraction = 0.0,
+        temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
         check_weights("ERKD", soft=soft, hard=hard)
         check_run_fraction("ERKD", warmup=warmup)
         check_positive("ERKD", tau=tau)
         self.soft, self.hard, self.tau, self.warmup = soft, hard, tau, warmup
-        self.temperature = check_policy("ERKD", Static(4.0) if temperature is None else temperature)
+        self.temperature = check_policy("ERKD", temperature, default=4.0)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         T = self.temperature(rows, progress)
@@ -53,6 +50,4 @@ class ERKD(Method):
         teacher_entropy = entropy(upcast_to_float32(rows.teacher) / self.tau).clamp_min(0.0)
         soft = self.soft * linear_warmup(progress, self.warmup)
         terms = {"soft": soft * teacher_entropy * T.scale * divergence(teacher, student)}
-        if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows)
-        return terms
+        return self.with_hard(terms, rows)

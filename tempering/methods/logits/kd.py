@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from torch import Tensor
 
 from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
-from tempering.objectives import cross_entropy, kl
+from tempering.objectives import kl
 from tempering.rows import Rows
-from tempering.temperature.base import Policy
-from tempering.temperature.static import Static
-from tempering.utils.search_space import Fraction, Weight
+from tempering.temperature.base import PolicyLike
+from tempering.utils.search_space import RunFraction, TermWeight
 
 
 class KD(Method):
@@ -31,22 +28,15 @@ class KD(Method):
     paper = "arXiv:1503.02531"
 
     def __init__(
-        self,
-        *,
-        soft: Annotated[float, Weight()] = 0.9,
-        hard: float = 0.1,
-        temperature: Policy | float | None = None,
-        warmup: Annotated[float, Fraction()] = 0.0,
+        self, *, soft: TermWeight = 0.9, hard: float = 0.1, temperature: PolicyLike = None, warmup: RunFraction = 0.0
     ) -> None:
         super().__init__()
         check_weights("KD", soft=soft, hard=hard)
         check_run_fraction("KD", warmup=warmup)
         self.soft, self.hard, self.warmup = soft, hard, warmup
-        self.temperature = check_policy("KD", Static(4.0) if temperature is None else temperature)
+        self.temperature = check_policy("KD", temperature, default=4.0)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         T = self.temperature(rows, progress)
         terms = {"soft": self.soft * linear_warmup(progress, self.warmup) * kl(rows, T)}
-        if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows)
-        return terms
+        return self.with_hard(terms, rows)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tempering.methods.base import Method, check_weights, is_row_method
 from tempering.methods.logits.kd import KD
-from tempering.objectives import cross_entropy
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.static import Static
 
@@ -61,9 +60,7 @@ class LSKD(Method):
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         rows = rows.replace(student=upcast_to_float32(rows.student))
         terms = self.inner(self._standardized(rows), progress)
-        if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows)
-        return terms
+        return self.with_hard(terms, rows)
 
     def _standardized(self, rows: Rows) -> Rows:
         return rows.replace(student=standardized(rows.student, self.eps), teacher=standardized(rows.teacher, self.eps))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,11 +10,10 @@ from torch import Tensor
 
 from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup, zero_term
 from tempering.methods.logits.relations import Softened, counted_entries, mean_over, soften
-from tempering.objectives import cross_entropy, divergence, log_softmax
+from tempering.objectives import divergence, log_softmax
 from tempering.rows import Rows, expand_to_rows
-from tempering.temperature.base import Policy, Temperatures, check_positive
-from tempering.temperature.static import Static
-from tempering.utils.search_space import Fraction, Weight
+from tempering.temperature.base import PolicyLike, Temperatures, check_positive
+from tempering.utils.search_space import RunFraction, TermWeight
 
 STRONG = "strong"  # name of the block of strongly augmented rows of tasks.TwoView
 
@@ -54,14 +52,14 @@ class MLKD(Method):
     def __init__(
         self,
         *,
-        soft: Annotated[float, Weight()] = 0.9,
-        classes: Annotated[float, Weight()] = 0.9,
-        batch: Annotated[float, Weight()] = 0.9,
+        soft: TermWeight = 0.9,
+        classes: TermWeight = 0.9,
+        batch: TermWeight = 0.9,
         hard: float = 0.1,
         temperatures: Sequence[float] = (4.0, 3.0, 5.0, 2.0, 6.0),
         published: bool = False,
-        warmup: Annotated[float, Fraction()] = 0.0,
-        temperature: Policy | float | None = None,
+        warmup: RunFraction = 0.0,
+        temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
         check_weights("MLKD", soft=soft, classes=classes, batch=batch, hard=hard)
@@ -72,14 +70,12 @@ class MLKD(Method):
             check_positive("MLKD", temperatures=value)
         self.soft, self.classes, self.batch, self.hard = soft, classes, batch, hard
         self.temperatures, self.published, self.warmup = tuple(temperatures), published, warmup
-        self.temperature = check_policy("MLKD", Static(4.0) if temperature is None else temperature)
+        self.temperature = check_policy("MLKD", temperature, default=4.0)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         names = ("soft",) if rows.name == STRONG else ("soft", "classes", "batch")
         terms = self._levels(rows, progress) if len(rows) else {name: zero_term(rows) for name in names}
-        if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows)
-        return terms
+        return self.with_hard(terms, rows)
 
     def _levels(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         T, strong = self.temperature(rows, progress), rows.name == STRONG

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
 from tempering.methods.logits.labeled import drop_classes, label_index, one_hot, soft_cross_entropy, weighted_nll
-from tempering.objectives import cross_entropy, log_softmax, require_labels, tempered
+from tempering.objectives import log_softmax, require_labels, tempered
 from tempering.rows import Rows, upcast_to_float32
-from tempering.temperature.base import Policy
-from tempering.temperature.static import Static
-from tempering.utils.search_space import Fraction, Weight
+from tempering.temperature.base import PolicyLike
+from tempering.utils.search_space import RunFraction, TermWeight
 
 
 class NKD(Method):
@@ -45,17 +44,17 @@ class NKD(Method):
     def __init__(
         self,
         *,
-        target: Annotated[float, Weight()] = 1.0,
-        non_target: Annotated[float, Weight()] = 1.5,
+        target: TermWeight = 1.0,
+        non_target: TermWeight = 1.5,
         hard: float = 1.0,
-        warmup: Annotated[float, Fraction()] = 0.0,
-        temperature: Policy | float | None = None,
+        warmup: RunFraction = 0.0,
+        temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
         check_weights("NKD", target=target, non_target=non_target, hard=hard)
         check_run_fraction("NKD", warmup=warmup)
         self.target, self.non_target, self.hard, self.warmup = target, non_target, hard, warmup
-        self.temperature = check_policy("NKD", Static(1.0) if temperature is None else temperature)
+        self.temperature = check_policy("NKD", temperature, default=1.0)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         rise, T = linear_warmup(progress, self.warmup), self.temperature(rows, progress)
@@ -70,9 +69,7 @@ class NKD(Method):
             "target": self.target * rise * weighted_nll(confidence, student, label),
             "non_target": self.non_target * rise * torch.where(label >= 0, T.scale * others, 0.0),
         }
-        if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows.replace(student=student))
-        return terms
+        return self.with_hard(terms, rows.replace(student=student))
 
 
 class USKD(Method):
@@ -110,13 +107,13 @@ class USKD(Method):
     def __init__(
         self,
         *,
-        target: Annotated[float, Weight()] = 1.0,
-        non_target: Annotated[float, Weight()] = 0.1,
-        weak: Annotated[float, Weight()] = 0.005,
+        target: TermWeight = 1.0,
+        non_target: TermWeight = 0.1,
+        weak: TermWeight = 0.005,
         hard: float = 1.0,
         names: Sequence[str] = (),
         ranks: Literal["mended", "published"] = "mended",
-        warmup: Annotated[float, Fraction()] = 0.0,
+        warmup: RunFraction = 0.0,
     ) -> None:
         super().__init__()
         check_weights("USKD", target=target, non_target=non_target, weak=weak, hard=hard)
@@ -150,9 +147,7 @@ class USKD(Method):
             logq = log_softmax(weak_logits.masked_fill(torch.isneginf(student), -torch.inf))
             smooth = 0.9 * is_label.to(logq.dtype) + 0.1 * (~torch.isneginf(logq)) / _classes(logq)
             terms["weak"] = self.weak * rise * torch.where(has_label, soft_cross_entropy(smooth.log(), logq), 0.0)
-        if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows.replace(student=student))
-        return terms
+        return self.with_hard(terms, rows.replace(student=student))
 
     @torch.no_grad()
     def _confidence(self, own: Tensor, label: Tensor, weight: Tensor | None) -> Float[Tensor, " N"]:

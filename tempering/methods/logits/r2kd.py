@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,11 +19,9 @@ from tempering.methods.logits.relations import (
     row_distance,
     soften,
 )
-from tempering.objectives import cross_entropy
 from tempering.rows import Rows, expand_to_rows
-from tempering.temperature.base import Policy, check_positive
-from tempering.temperature.static import Static
-from tempering.utils.search_space import Fraction, Weight
+from tempering.temperature.base import PolicyLike, check_positive
+from tempering.utils.search_space import RunFraction, TermWeight
 
 PAIRS = 1 << 24  # maximum number of comparisons in memory during ranking: 64 MiB in float32
 
@@ -61,13 +59,13 @@ class R2KD(Method):
     def __init__(
         self,
         *,
-        value: Annotated[float, Weight()] = 2.0,
-        order: Annotated[float, Weight()] = 2.0,
+        value: TermWeight = 2.0,
+        order: TermWeight = 2.0,
         hard: float = 1.0,
         rank: Literal["soft", "published"] = "soft",
         softness: float = 0.1,
-        warmup: Annotated[float, Fraction()] = 0.0,
-        temperature: Policy | float | None = None,
+        warmup: RunFraction = 0.0,
+        temperature: PolicyLike = None,
         eps: float = 0.0,
     ) -> None:
         super().__init__()
@@ -78,14 +76,12 @@ class R2KD(Method):
             raise ValueError(f"R2KD needs rank 'soft' or 'published'; got {rank!r}.")
         self.value, self.order, self.hard, self.rank, self.softness = value, order, hard, rank, softness
         self.warmup, self.eps = warmup, eps
-        self.temperature = check_policy("R2KD", Static(4.0) if temperature is None else temperature)
+        self.temperature = check_policy("R2KD", temperature, default=4.0)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         names = ("rows", "classes", "order")
         terms = self._correlations(rows, progress) if len(rows) else {name: zero_term(rows) for name in names}
-        if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows)
-        return terms
+        return self.with_hard(terms, rows)
 
     def _correlations(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         rise, T = linear_warmup(progress, self.warmup), self.temperature(rows, progress)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 from torch import Tensor
 
 from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
 from tempering.methods.logits.dkd import split_target
 from tempering.methods.logits.labeled import label_index, one_hot
-from tempering.objectives import cross_entropy, divergence, log_softmax, require_labels, tempered
+from tempering.objectives import divergence, log_softmax, require_labels, tempered
 from tempering.rows import Rows, upcast_to_float32
-from tempering.temperature.base import Policy, check_positive
-from tempering.temperature.static import Static
-from tempering.utils.search_space import Fraction, Weight
+from tempering.temperature.base import PolicyLike, check_positive
+from tempering.utils.search_space import RunFraction, TermWeight
 
 
 class RLD(Method):
@@ -46,19 +43,19 @@ class RLD(Method):
     def __init__(
         self,
         *,
-        sample: Annotated[float, Weight()] = 1.0,
-        masked: Annotated[float, Weight()] = 8.0,
+        sample: TermWeight = 1.0,
+        masked: TermWeight = 8.0,
         hard: float = 1.0,
         tau: float = 1.0,
-        warmup: Annotated[float, Fraction()] = 20 / 240,
-        temperature: Policy | float | None = None,
+        warmup: RunFraction = 20 / 240,
+        temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
         check_weights("RLD", sample=sample, masked=masked, hard=hard)
         check_run_fraction("RLD", warmup=warmup)
         check_positive("RLD", tau=tau)
         self.sample, self.masked, self.hard, self.tau, self.warmup = sample, masked, hard, tau, warmup
-        self.temperature = check_policy("RLD", Static(4.0) if temperature is None else temperature)
+        self.temperature = check_policy("RLD", temperature, default=4.0)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         T, label = self.temperature(rows, progress), require_labels(rows, "RLD")
@@ -73,6 +70,4 @@ class RLD(Method):
             "sample": self.sample * rise * self.tau**2 * divergence(pair_t, pair_s),
             "masked": self.masked * rise * T.scale * divergence(below_t, below_s),
         }
-        if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows.replace(student=student))
-        return terms
+        return self.with_hard(terms, rows.replace(student=student))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
-from tempering.objectives import cross_entropy, kl
+from tempering.objectives import kl
 from tempering.rows import IGNORE_INDEX, Rows, upcast_to_float32
 from tempering.temperature.base import Policy, Temperatures
 from tempering.temperature.private import Private, privacy
-from tempering.utils.search_space import Fraction, Weight
+from tempering.utils.search_space import RunFraction, TermWeight
 
 Noise = Literal["normal", "laplace", "gumbel"]
 MASK = 2**32 - 1
@@ -57,7 +57,7 @@ class Swing(Method):
     def __init__(
         self,
         *,
-        soft: Annotated[float, Weight()] = 0.9,
+        soft: TermWeight = 0.9,
         hard: float = 0.1,
         temperature: Policy | None = None,
         noise: float = 1.0,
@@ -65,7 +65,7 @@ class Swing(Method):
         hide: float = 0.5,
         redact: bool = False,
         seed: int = 0,
-        warmup: Annotated[float, Fraction()] = 0.0,
+        warmup: RunFraction = 0.0,
     ) -> None:
         super().__init__()
         check_weights("Swing", soft=soft, hard=hard, noise=noise)
@@ -98,9 +98,7 @@ class Swing(Method):
 
     def _terms(self, rows: Rows, T: Temperatures, progress: float) -> dict[str, Tensor]:
         terms = {"soft": self.soft * linear_warmup(progress, self.warmup) * kl(rows, T)}
-        if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows)
-        return terms
+        return self.with_hard(terms, rows)
 
     @torch.no_grad()
     def _add_noise(self, rows: Rows, scores: Float[Tensor, " N"], T: Float[Tensor, "N 1"]) -> Rows:

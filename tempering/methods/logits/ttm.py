@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
-from tempering.objectives import cross_entropy, divergence, log_softmax, masked, tempered
+from tempering.objectives import divergence, log_softmax, masked, tempered
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import Policy
-from tempering.temperature.static import Static
-from tempering.utils.search_space import Fraction, Weight
+from tempering.utils.search_space import RunFraction, TermWeight
 
 
 class TTM(Method):
@@ -42,24 +39,22 @@ class TTM(Method):
     def __init__(
         self,
         *,
-        soft: Annotated[float, Weight()] = 100.0,
+        soft: TermWeight = 100.0,
         hard: float = 1.0,
-        warmup: Annotated[float, Fraction()] = 0.0,
+        warmup: RunFraction = 0.0,
         temperature: Policy | None = None,
     ) -> None:
         super().__init__()
         check_weights(type(self).__name__, soft=soft, hard=hard)
         check_run_fraction(type(self).__name__, warmup=warmup)
         self.soft, self.hard, self.warmup = soft, hard, warmup
-        self.temperature = check_policy(type(self).__name__, Static(10.0) if temperature is None else temperature)
+        self.temperature = check_policy(type(self).__name__, temperature, default=10.0)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         T = self.temperature(rows, progress).teacher
         matched = divergence(log_softmax(tempered(rows.teacher, T)), log_softmax(rows.student))
         terms = {"soft": self.soft * linear_warmup(progress, self.warmup) * self.weigh(rows, T) * matched}
-        if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows)
-        return terms
+        return self.with_hard(terms, rows)
 
     def weigh(self, rows: Rows, T: Float[Tensor, "#N 1"]) -> Tensor | float:
         """Return the factor of each row's divergence."""
@@ -84,12 +79,7 @@ class WTTM(TTM):
     """
 
     def __init__(
-        self,
-        *,
-        soft: Annotated[float, Weight()] = 3.0,
-        hard: float = 1.0,
-        warmup: Annotated[float, Fraction()] = 0.0,
-        temperature: Policy | None = None,
+        self, *, soft: TermWeight = 3.0, hard: float = 1.0, warmup: RunFraction = 0.0, temperature: Policy | None = None
     ) -> None:
         super().__init__(soft=soft, hard=hard, warmup=warmup, temperature=temperature)
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
-from tempering.objectives import check_fraction, cross_entropy, divergence, mixture, softened
+from tempering.objectives import check_fraction, divergence, mixture, softened
 from tempering.rows import Rows
-from tempering.temperature.base import Policy
-from tempering.temperature.static import Static
-from tempering.utils.search_space import Fraction, Weight
+from tempering.temperature.base import PolicyLike
+from tempering.utils.search_space import RunFraction, TermWeight
 
 
 class ULD(Method):
@@ -42,26 +41,19 @@ class ULD(Method):
     up_to_order: ClassVar[bool] = True  # 0 for the teacher's probabilities in any order
 
     def __init__(
-        self,
-        *,
-        soft: Annotated[float, Weight()] = 1.0,
-        hard: float = 1.0,
-        temperature: Policy | float | None = None,
-        warmup: Annotated[float, Fraction()] = 0.0,
+        self, *, soft: TermWeight = 1.0, hard: float = 1.0, temperature: PolicyLike = None, warmup: RunFraction = 0.0
     ) -> None:
         super().__init__()
         check_weights("ULD", soft=soft, hard=hard)
         check_run_fraction("ULD", warmup=warmup)
         self.soft, self.hard, self.warmup = soft, hard, warmup
-        self.temperature = check_policy("ULD", Static(1.0) if temperature is None else temperature)
+        self.temperature = check_policy("ULD", temperature, default=1.0)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         T = self.temperature(rows, progress)
         student, teacher = softened(rows, T)
         terms = {"soft": self.soft * linear_warmup(progress, self.warmup) * T.scale * by_rank(teacher, student)}
-        if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows)
-        return terms
+        return self.with_hard(terms, rows)
 
 
 class HybridULD(Method):
@@ -94,12 +86,12 @@ class HybridULD(Method):
         self,
         *,
         matched: int,
-        exact: Annotated[float, Weight()] = 1.0,
-        ranked: Annotated[float, Weight()] = 1.0,
+        exact: TermWeight = 1.0,
+        ranked: TermWeight = 1.0,
         hard: float = 1.0,
         beta: float = 0.5,
-        temperature: Policy | float | None = None,
-        warmup: Annotated[float, Fraction()] = 0.0,
+        temperature: PolicyLike = None,
+        warmup: RunFraction = 0.0,
     ) -> None:
         super().__init__()
         check_weights("HybridULD", exact=exact, ranked=ranked, hard=hard)
@@ -111,7 +103,7 @@ class HybridULD(Method):
             )
         self.matched, self.exact, self.ranked, self.hard, self.beta = matched, exact, ranked, hard, beta
         self.warmup = warmup
-        self.temperature = check_policy("HybridULD", Static(1.0) if temperature is None else temperature)
+        self.temperature = check_policy("HybridULD", temperature, default=1.0)
 
     @classmethod
     def example(cls) -> Self:
@@ -125,9 +117,7 @@ class HybridULD(Method):
             "exact": self.exact * scale * self._jsd(folded(teacher, m), folded(student, m)),
             "ranked": self.ranked * scale * by_rank(teacher[:, m:], student[:, m:]),
         }
-        if self.hard:
-            terms["hard"] = self.hard * cross_entropy(rows)
-        return terms
+        return self.with_hard(terms, rows)
 
     def _jsd(self, p: Tensor, q: Tensor) -> Tensor:
         if self.beta in (0.0, 1.0):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
 
@@ -89,18 +88,6 @@ def check_bounds(owner: str, inputs: Tensor, rows: Rows, bounds: Bounds) -> None
             "Normalize inside the model (models.Normalized) and give it pixels in [0, 1], or give bounds=(low, high), "
             "None for none."
         )
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Generator[None, None, None]:
-    """Context manager that puts the model in eval mode and afterwards restores the mode of every module."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def check_attack(owner: str, *, eps: float, steps: int, size: float | None, bounds: Bounds) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from tempering.methods.base import Step, StepMethod, check_weights
-from tempering.methods.step._attack import PerturbationBall, check_attack, eval_mode
+from tempering.methods.step._attack import PerturbationBall, check_attack
 from tempering.objectives import cross_entropy, divergence, log_softmax
-from tempering.utils.search_space import Weight
+from tempering.utils.search_space import TermWeight
+from tempering.utils.tensors import eval_mode
 
 
 class _Adversarial(StepMethod):
@@ -131,7 +132,7 @@ class TRADES(_Adversarial):
         self,
         *,
         hard: float = 1.0,
-        robust: Annotated[float, Weight()] = 6.0,
+        robust: TermWeight = 6.0,
         eps: float = 8 / 255,
         attack_steps: int = 10,
         step_size: float | None = None,

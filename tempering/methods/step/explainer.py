@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 from tempering.methods.base import Step, StepMethod, check_policy, check_weights, only_block
 from tempering.objectives import check_fraction, cross_entropy, kl, log_softmax, require_labels
 from tempering.rows import Rows, expand_to_rows
-from tempering.temperature.base import Policy
-from tempering.temperature.static import Static
-from tempering.utils.search_space import Weight
+from tempering.temperature.base import PolicyLike
+from tempering.utils.search_space import TermWeight
 
 
 class Explainer(StepMethod):
@@ -46,13 +44,13 @@ class Explainer(StepMethod):
     def __init__(
         self,
         *,
-        soft: Annotated[float, Weight()] = 0.9,
+        soft: TermWeight = 0.9,
         hard: float = 0.1,
-        entropy: Annotated[float, Weight()] = 0.0,
+        entropy: TermWeight = 0.0,
         smoothing: float = 0.0,
         start: float = 10.0,
         end: float = 10 / 300,
-        temperature: Policy | float | None = None,
+        temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
         check_weights("Explainer", soft=soft, hard=hard, entropy=entropy)
@@ -61,7 +59,7 @@ class Explainer(StepMethod):
             raise ValueError(f"Explainer needs 0 < end <= start, both finite; got end={end!r}, start={start!r}.")
         self.soft, self.hard, self.entropy = soft, hard, entropy
         self.smoothing, self.start, self.end = smoothing, start, end
-        self.temperature = check_policy("Explainer", Static(4.0) if temperature is None else temperature)
+        self.temperature = check_policy("Explainer", temperature, default=4.0)
         self.needs_teacher = soft > 0.0  # pyright: ignore[reportAttributeAccessIssue]
         self.zero_when_equal = entropy == 0.0  # pyright: ignore[reportAttributeAccessIssue]
 

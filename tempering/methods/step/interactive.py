@@ -4,37 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tempering.methods.base import Step, StepMethod, check_policy, check_weights, only_block
-from tempering.methods.step._exams import HoldoutLoader
-from tempering.methods.step._rehearsal import VirtualStep, split_step
+from tempering.methods.step._holdout import HoldoutLoader
+from tempering.methods.step._virtual_step import VirtualStep, split_step
 from tempering.objectives import cross_entropy, kl, log_softmax, tempered
 from tempering.rows import Rows, total
-from tempering.temperature.base import Policy, Temperatures
-from tempering.temperature.static import Static
-from tempering.utils.search_space import Weight
+from tempering.temperature.base import PolicyLike, Temperatures
+from tempering.utils.search_space import TermWeight
 
 
 class Interactive(StepMethod):
     """Interactive KD: an exam step that trains the teacher, then a course step of the student with soft * KL divergence
     + hard * cross entropy.
 
-    The exam takes a virtual step of the course on one part of the batch: one SGD step with learning rate ``course_lr``
+    The exam takes a virtual step of the course on one part of the batch: one SGD step with learning rate ``virtual_lr``
     from the student's weights. The cross entropy at the new weights on the other part is the exam loss, and the teacher
     takes an optimizer step on the gradient of the exam loss with respect to its weights. The virtual step is then
-    discarded; the course is the trainer's step on the whole batch, or with ``held`` samples on the others, with the new
-    teacher. In the paper both steps alternate; the details are not known, so this follows MetaDistil
+    discarded; the course is the trainer's step on the whole batch, or with ``holdout`` samples on the others, with the
+    new teacher. In the paper both steps alternate; the details are not known, so this follows MetaDistil
     (arXiv:2106.04570), including the defaults of ``teacher_lr`` and ``clip``.
 
     The teacher's part of the course's gradient is linear in its softened probabilities p. So with v the exam's gradient
     at the virtual weights, dz the derivative of the student's logits along v, and J = dz / T_s, exactly
 
-        d exam / d teacher = course_lr * soft * d/d teacher  mean over rows of T_s T_t  sum over classes of p J
+        d exam / d teacher = virtual_lr * soft * d/d teacher  mean over rows of T_s T_t  sum over classes of p J
 
     without differentiating through the virtual step. Temperatures are constant in it. The teacher stays in eval mode,
     without dropout and with fixed statistics. It is trained in place, and checkpoints contain its weights and its
@@ -44,13 +43,13 @@ class Interactive(StepMethod):
         soft, hard: weights of the course's terms.
         temperature: a temperature policy, or a number for Static; None: Static(4.0).
         supervised: weight of the teacher's own cross entropy on the course part of the batch; 0: feedback only. The
-            feedback is multiplied by course_lr, so even a small weight dominates it.
+            feedback is multiplied by virtual_lr, so even a small weight dominates it.
         teacher_lr: learning rate of the teacher's Adam.
-        course_lr: learning rate of the virtual step, usually the student's learning rate.
-        exam_share: fraction of the batch's samples, the last ones, used for the exam; a batch of one sample has none.
-        held: number of training samples held out for exams: the student is not trained on them, and every batch is
-            extended by as many as make up the fraction ``exam_share``. 0: the exam uses a part of the batch, which the
-            student is also trained on.
+        virtual_lr: learning rate of the virtual step, usually the student's learning rate.
+        exam_fraction: fraction of the batch's samples, the last ones, used for the exam; a batch of one has none.
+        holdout: number of training samples held out for exams: the student is not trained on them, and every batch is
+            extended by as many as make up ``exam_fraction``. 0: the exam uses a part of the batch, which the student
+            is also trained on.
         every: number of steps between exams.
         clip: maximum norm of the teacher's gradient.
         derivative: "exact" computes dz in forward mode; "difference" by two more forward passes, for attention kernels
@@ -71,14 +70,14 @@ class Interactive(StepMethod):
     def __init__(
         self,
         *,
-        soft: Annotated[float, Weight()] = 0.9,
+        soft: TermWeight = 0.9,
         hard: float = 0.1,
-        temperature: Policy | float | None = None,
-        supervised: Annotated[float, Weight()] = 0.0,
+        temperature: PolicyLike = None,
+        supervised: TermWeight = 0.0,
         teacher_lr: float = 1e-5,
-        course_lr: float = 0.05,
-        exam_share: float = 0.5,
-        held: int = 0,
+        virtual_lr: float = 0.05,
+        exam_fraction: float = 0.5,
+        holdout: int = 0,
         every: int = 1,
         clip: float = 1.0,
         derivative: Literal["exact", "difference"] = "exact",
@@ -86,21 +85,21 @@ class Interactive(StepMethod):
     ) -> None:
         super().__init__()
         check_weights("Interactive", soft=soft, hard=hard, supervised=supervised)
-        for name, value in {"teacher_lr": teacher_lr, "course_lr": course_lr, "clip": clip}.items():
+        for name, value in {"teacher_lr": teacher_lr, "virtual_lr": virtual_lr, "clip": clip}.items():
             if not 0.0 < value < float("inf"):
                 raise ValueError(f"Interactive needs {name} > 0 and finite; got {value!r}.")
-        if not 0.0 < exam_share < 1.0:
-            raise ValueError(f"Interactive needs exam_share in (0, 1), the share of a batch; got {exam_share!r}.")
-        if held < 0:
-            raise ValueError(f"Interactive needs held >= 0, samples held out for exams; got {held!r}.")
+        if not 0.0 < exam_fraction < 1.0:
+            raise ValueError(f"Interactive needs exam_fraction in (0, 1), the share of a batch; got {exam_fraction!r}.")
+        if holdout < 0:
+            raise ValueError(f"Interactive needs holdout >= 0, samples held out for exams; got {holdout!r}.")
         if every < 1:
             raise ValueError(f"Interactive needs every >= 1, steps from exam to exam; got {every!r}.")
         if derivative not in ("exact", "difference"):
             raise ValueError(f"Interactive needs derivative 'exact' or 'difference'; got {derivative!r}.")
         self.soft, self.hard, self.supervised = soft, hard, supervised
-        self.temperature = check_policy("Interactive", Static(4.0) if temperature is None else temperature)
-        self.teacher_lr, self.course_lr, self.clip = teacher_lr, course_lr, clip
-        self.exam_share, self.held, self.every = exam_share, held, every
+        self.temperature = check_policy("Interactive", temperature, default=4.0)
+        self.teacher_lr, self.virtual_lr, self.clip = teacher_lr, virtual_lr, clip
+        self.exam_fraction, self.holdout, self.every = exam_fraction, holdout, every
         self.derivative, self.layers = derivative, tuple(layers)
         self.steps = 0
         self._teacher: tuple[nn.Module, torch.optim.Optimizer, list[nn.Parameter]] | None = None
@@ -127,15 +126,15 @@ class Interactive(StepMethod):
         self._teacher, self.steps = (teacher, torch.optim.Adam(parameters, lr=self.teacher_lr), parameters), 0
 
     def wrap_batches(self, batches: Iterable[Any], teacher: Any) -> Iterable[Any]:
-        """Return the training batches, extended by held-out samples if ``held`` > 0."""
-        return HoldoutLoader(batches, held=self.held, share=self.exam_share) if self.held else batches
+        """Return the training batches, extended by held-out samples if ``holdout`` > 0."""
+        return HoldoutLoader(batches, holdout=self.holdout, fraction=self.exam_fraction) if self.holdout else batches
 
     def step(self, step: Step) -> Mapping[str, Tensor]:
-        parts = split_step(step, self.exam_share)
+        parts = split_step(step, self.exam_fraction)
         if parts is not None and self.steps % self.every == 0:
             self._exam(*parts)
         self.steps += 1
-        lesson = step if parts is None or not self.held else parts[0]
+        lesson = step if parts is None or not self.holdout else parts[0]
         rows = only_block(lesson.forward())
         step.rows = lesson.rows
         return self._course(rows, self.temperature(rows, step.progress))
@@ -167,7 +166,7 @@ class Interactive(StepMethod):
         rows = rows.replace(teacher=teacher_logits.detach())
         T = self.temperature(rows.replace(student=rows.student.detach()), course.progress).detached()
         gradient = virtual.gradient(total(self._course(rows, T), rows), virtual.weights)
-        weights = {n: (w - self.course_lr * gradient[n]).detach().requires_grad_() for n, w in virtual.weights.items()}
+        weights = {n: (w - self.virtual_lr * gradient[n]).detach().requires_grad_() for n, w in virtual.weights.items()}
         exam_rows = virtual.rows(exam, weights)
         direction = virtual.gradient(total({"exam": cross_entropy(exam_rows)}, exam_rows), weights)
         return virtual.along(course, direction, exact=self.derivative == "exact"), T
@@ -178,7 +177,7 @@ class Interactive(StepMethod):
             raise ValueError("Interactive needs a teacher with a gradient: teachers.Live(model).")
         rows = course.student_rows(course.teacher_with_grad(course.teacher_inputs, course.ids))
         p = log_softmax(tempered(rows.student, T.teacher)).exp()
-        factor = self.course_lr * self.soft * T.scale.unsqueeze(-1) / T.student
+        factor = self.virtual_lr * self.soft * T.scale.unsqueeze(-1) / T.student
         terms = {"feedback": (factor * p * derivative).sum(-1)}
         if self.supervised:
             terms["supervised"] = self.supervised * cross_entropy(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -12,12 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tempering.methods.base import Step, StepMethod, check_policy, check_run_fraction, check_weights, linear_warmup
 from tempering.methods.features.base import spread_out
-from tempering.methods.step._attack import PerturbationBall, check_attack, check_bounds, eval_mode
+from tempering.methods.step._attack import PerturbationBall, check_attack, check_bounds
 from tempering.objectives import cross_entropy, kl
 from tempering.rows import Rows, expand_to_rows, upcast_to_float32
-from tempering.temperature.base import Policy
-from tempering.temperature.static import Static
-from tempering.utils.search_space import Fraction, Weight
+from tempering.temperature.base import PolicyLike
+from tempering.utils.search_space import RunFraction, TermWeight
+from tempering.utils.tensors import eval_mode
 
 
 class KDIGA(StepMethod):
@@ -63,11 +63,11 @@ class KDIGA(StepMethod):
     def __init__(
         self,
         *,
-        soft: Annotated[float, Weight()] = 0.5,
+        soft: TermWeight = 0.5,
         hard: float = 0.5,
-        align: Annotated[float, Weight()] = 1.0,
-        temperature: Policy | float | None = None,
-        warmup: Annotated[float, Fraction()] = 0.5,
+        align: TermWeight = 1.0,
+        temperature: PolicyLike = None,
+        warmup: RunFraction = 0.5,
         right: bool = False,
         start: float = 0.0,
         attack: float = 0.0,
@@ -83,7 +83,7 @@ class KDIGA(StepMethod):
         self.right, self.start, self.attack, self.attack_steps = right, start, attack, attack_steps
         self.bounds = None if bounds is None else tuple(bounds)
         self.warmup, self.published = warmup, published
-        self.temperature = check_policy("KDIGA", Static(1.0) if temperature is None else temperature)
+        self.temperature = check_policy("KDIGA", temperature, default=1.0)
         self.relational = published  # pyright: ignore[reportAttributeAccessIssue]
 
     def step(self, step: Step) -> Mapping[str, Tensor]:

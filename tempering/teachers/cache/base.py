@@ -32,7 +32,7 @@ class CachedTeacher(Teacher):
 
     Args:
         path: the folder of the recording.
-        batches: refuse to open for other data than these.
+        batches: refuse to open for other data than these; of texts, also for another length or padding.
         teacher: refuse to open for another teacher's outputs.
         checksum: whether to compare every file with its checksum; None does below 256 MB.
 

@@ -13,7 +13,6 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from tempering.rows import upcast_to_float32
-from tempering.teachers.base import Teacher
 from tempering.teachers.cache.recorder import STORED, Recordable, device_of, to_stored_precision
 from tempering.teachers.cache.shards import (
     CachedShards,
@@ -37,23 +36,14 @@ class CachedHidden(CachedShards):
     ``output.rows(positions, shape)`` and ``output.head`` never stores them. Files are memory-mapped, and many processes
     may read them.
 
-    Args:
-        path: the folder that ``record_hidden`` wrote.
-        batches: refuse to open for other texts, another length or another padding.
-        teacher: refuse to open for another teacher's outputs.
-        checksum: whether to compare every file with its checksum; None does below 256 MB.
-
-    Raises:
-        FileNotFoundError, CorruptCacheError, ValueError: as ``CachedTeacher`` does.
+    Arguments and errors are those of ``CachedTeacher``; ``record_hidden`` writes the folder.
     """
 
     kind = "hidden states"
     recorded_by = "teachers.record_hidden(teacher, batches, path, inputs=...)"
 
-    def __init__(
-        self, path: str | Path, *, batches: Any = None, teacher: Teacher | None = None, checksum: bool | None = None
-    ) -> None:
-        super().__init__(path, batches=batches, teacher=teacher, checksum=checksum)
+    def __init__(self, path: str | Path, **options: Any) -> None:
+        super().__init__(path, **options)
         file = self.file(HEAD)
         metadata, names = file.metadata(), set(file.keys())
         bias = file.get_tensor("bias") if "bias" in names else None

@@ -9,20 +9,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tempering.teachers.base import Teacher
+from tempering.teachers.cache import shards
 from tempering.teachers.cache.recorder import Recordable
-from tempering.teachers.cache.shards import (
-    CachedShards,
-    Inputs,
-    Tensors,
-    from_bytes,
-    query_sparse,
-    record_shards,
-    recording_key,
-    text_batches,
-    texts_per_shard,
-    to_bytes,
-)
+from tempering.teachers.cache.shards import CachedShards, Inputs, Tensors
 from tempering.teachers.outputs import Sparse
 from tempering.teachers.selection import TopKTeacher, next_tokens, shares
 
@@ -30,24 +19,16 @@ from tempering.teachers.selection import TopKTeacher, next_tokens, shares
 class CachedSampled(CachedShards):
     """Looks up the sampled tokens by sample id: ``Sparse`` (B, L, K), float32, with the next token of the text.
 
-    Args:
-        path: the folder that ``record_sampled`` wrote.
-        batches: refuse to open for other texts, another length or another padding.
-        teacher: refuse to open for another teacher's outputs.
-        checksum: whether to compare every file with its checksum; None does below 256 MB.
-
-    Raises:
-        FileNotFoundError, CorruptCacheError, ValueError: as ``CachedTeacher`` does.
+    Arguments and errors are those of ``CachedTeacher``; ``record_sampled`` writes the folder.
     """
 
     kind = "drawn tokens"
     recorded_by = "teachers.record_sampled(teacher, batches, path, inputs=...)"
 
-    def __init__(
-        self, path: str | Path, *, batches: Any = None, teacher: Teacher | None = None, checksum: bool | None = None
-    ) -> None:
-        super().__init__(path, batches=batches, teacher=teacher, checksum=checksum)
-        self.samples: int = self.key["samples"]
+    @property
+    def samples(self) -> int:
+        """Number of tokens sampled per position."""
+        return self.key["samples"]
 
     def __call__(self, inputs: Any, ids: Int[Tensor, " B"] | None) -> Sparse:
         texts = [unpack_counts(*self._read(file, row)) for file, row in self.find(ids)]
@@ -99,13 +80,17 @@ def record_sampled(
             f"record_sampled needs TopKTeacher(samples=...); got TopKTeacher(top={teacher.top}). See record_top_k."
         )
     path, samples = Path(path), teacher.samples
-    key = recording_key(CachedSampled.kind, batches, teacher, samples=samples)
+    key = shards.recording_key(CachedSampled.kind, batches, teacher, samples=samples)
 
     def query(ids: Tensor) -> Tensors:
-        parts = [_sampled_counts(teacher, samples, *part) for part in text_batches(teacher, batches, ids, inputs)]
+        parts = [
+            _sampled_counts(teacher, samples, *part) for part in shards.text_batches(teacher, batches, ids, inputs)
+        ]
         return pack_counts(*(torch.cat(side) for side in zip(*parts, strict=True)))
 
-    record_shards(path, key, query, teacher, size=texts_per_shard(16 * key["length"] * samples), quiet=quiet)
+    shards.record_shards(
+        path, key, query, teacher, size=shards.texts_per_shard(16 * key["length"] * samples), quiet=quiet
+    )
     return CachedSampled(path, batches=batches, teacher=teacher)
 
 
@@ -127,7 +112,7 @@ def pack_counts(ids: Int[Tensor, "B L S"], counts: Int[Tensor, "B L S"]) -> Tens
         raise ValueError(f"token ids up to {largest} and counts of {bits} bits do not fit into seven bytes.")
     words, kinds = (ids[present] << bits) | counts[present], present.sum(-1)
     return {
-        "words": to_bytes(words, width),
+        "words": shards.to_bytes(words, width),
         "kinds": kinds.to(torch.uint8 if int(kinds.max()) < 256 else torch.int32),
         "start": torch.cat((kinds.new_zeros(1), kinds.sum(-1).cumsum(0))),
         "bits": torch.tensor([bits]),
@@ -138,7 +123,7 @@ def unpack_counts(
     words: Int[Tensor, "M bytes"], kinds: Int[Tensor, " L"], bits: int
 ) -> tuple[Int[Tensor, "L K"], Int[Tensor, "L K"]]:
     """Return (ids, counts) of a text's positions, padded with counts of 0 to the largest number per position."""
-    values = from_bytes(words)
+    values = shards.from_bytes(words)
     filled = torch.arange(max(1, int(kinds.max()))) < kinds.long()[:, None]
     out = values.new_zeros(filled.shape).masked_scatter_(filled, values)
     return out >> bits, out & ((1 << bits) - 1)
@@ -148,7 +133,7 @@ def _sampled_counts(
     teacher: TopKTeacher, samples: int, ids: Tensor, inputs: Any, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return (tokens, counts) of a batch's positions; padding has counts of 0."""
-    sparse = query_sparse(teacher, inputs, ids)
+    sparse = shards.query_sparse(teacher, inputs, ids)
     # the last column is the token of the text
     counts = (sparse.logp[..., :-1].exp() * float(samples)).round().long()
     mask = labels >= 0 if "labels" in inputs else inputs.get("attention_mask")

@@ -36,14 +36,7 @@ class CachedTopK(CachedShards):
     Log-probabilities stored in fp16 are renormalized, so each position is a distribution and no divergence negative.
     Files are memory-mapped, and many processes may read them.
 
-    Args:
-        path: the folder that ``record_top_k`` wrote.
-        batches: refuse to open for other texts, another length or another padding.
-        teacher: refuse to open for another teacher's outputs.
-        checksum: whether to compare every file with its checksum; None does below 256 MB.
-
-    Raises:
-        FileNotFoundError, CorruptCacheError, ValueError: as ``CachedTeacher`` does.
+    Arguments and errors are those of ``CachedTeacher``; ``record_top_k`` writes the folder.
     """
 
     kind = "likeliest tokens"

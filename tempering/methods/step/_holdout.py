@@ -31,7 +31,7 @@ class MovableLoader(Protocol):
 
 
 class HoldoutLoader:
-    """The batches of a loader without ``held`` of its samples, with held-out samples appended to each batch.
+    """The batches of a loader without ``holdout`` of its samples, with held-out samples appended to each batch.
 
     The held-out samples depend on their number only; the order of training and held-out samples on the loader's seed
     and the epoch. Held-out samples are repeated as often as the epoch requires.
@@ -39,27 +39,27 @@ class HoldoutLoader:
     Args:
         batches: a loader with ``size``, ``batch_size``, ``seed``, ``identity`` and ``gather(ids)``, such as
             ``data.Batches``.
-        held: number of held-out samples.
-        share: fraction of held-out samples in a batch.
+        holdout: number of held-out samples.
+        fraction: part of held-out samples in a batch.
 
     Raises:
         TypeError: if the loader cannot return samples by id.
         ValueError: if no training samples would remain.
     """
 
-    def __init__(self, batches: object, *, held: int, share: float) -> None:
+    def __init__(self, batches: object, *, holdout: int, fraction: float) -> None:
         if missing := [n for n in ("gather", "size", "batch_size", "seed", "identity") if not hasattr(batches, n)]:
             raise TypeError(
-                f"samples held out for exams (held={held}) are gathered by their ids, and {type(batches).__name__} "
-                f"has no .{missing[0]}. Use tempering.data.Batches or TextPairLoader, or held=0."
+                f"samples held out for exams (holdout={holdout}) are gathered by their ids, and "
+                f"{type(batches).__name__} has no .{missing[0]}. Use data.Batches, data.TextPairLoader or holdout=0."
             )
         self.batches = cast("IndexedLoader", batches)
-        if held >= self.batches.size:
-            raise ValueError(f"held={held} of {self.batches.size} training samples leaves none to train on.")
-        self.held, self.share, self.number = held, share, 0
+        if holdout >= self.batches.size:
+            raise ValueError(f"holdout={holdout} of {self.batches.size} training samples leaves none to train on.")
+        self.holdout, self.fraction, self.number = holdout, fraction, 0
         self.identity: str = self.batches.identity
-        order = _permutation(0, held, self.batches.size)
-        self.held_out, self.training = np.sort(order[:held]), np.sort(order[held:])
+        order = _permutation(0, holdout, self.batches.size)
+        self.held_out, self.training = np.sort(order[:holdout]), np.sort(order[holdout:])
 
     def __len__(self) -> int:
         return -(-len(self.training) // self.batches.batch_size)
@@ -82,16 +82,16 @@ class HoldoutLoader:
         """Yield the epoch's batches, starting at batch ``start``."""
         size, seed = self.batches.batch_size, self.batches.seed
         training = self.training[_permutation(seed, 2 * self.number, len(self.training))]
-        held_out = self.held_out[_permutation(seed, 2 * self.number + 1, self.held)]
+        held_out = self.held_out[_permutation(seed, 2 * self.number + 1, self.holdout)]
         stride = self._exam_size(size)
         for step in range(start, len(self)):
             lesson = training[step * size : (step + 1) * size]
-            exam = held_out[np.arange(step * stride, step * stride + self._exam_size(len(lesson))) % self.held]
+            exam = held_out[np.arange(step * stride, step * stride + self._exam_size(len(lesson))) % self.holdout]
             yield self.batches.gather(torch.as_tensor(np.concatenate((lesson, exam))))
 
     def _exam_size(self, lesson: int) -> int:
         """Return the number of held-out samples for ``lesson`` training samples, equal to that of ``split_step``."""
-        return max(1, round(lesson * self.share / (1 - self.share)))
+        return max(1, round(lesson * self.fraction / (1 - self.fraction)))
 
 
 def _permutation(seed: int, stream: int, n: int) -> npt.NDArray[np.int64]:
