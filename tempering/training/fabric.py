@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -61,20 +61,21 @@ def fabric_for(
 
 
 @contextmanager
-def _without_torchmetrics() -> Iterator[None]:
+def _without_torchmetrics() -> Generator[None]:
     """Import lightning_fabric without torchmetrics, which it imports for its version only, in one to two seconds."""
-    compare = imports.compare_version
+    functions = vars(imports)
+    compare = functions["compare_version"]
 
     def compare_installed(package: str, op: Any, version: str, use_base_version: bool = False) -> bool:
         if package != "torchmetrics":
             return compare(package, op, version, use_base_version)
         return op(Version(metadata.version(package)), Version(version))
 
-    imports.compare_version = compare_installed
+    functions["compare_version"] = compare_installed
     try:
         yield
     finally:
-        imports.compare_version = compare
+        functions["compare_version"] = compare
 
 
 def _identity(data: Any) -> Any:
