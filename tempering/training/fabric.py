@@ -63,19 +63,19 @@ def fabric_for(
 @contextmanager
 def _without_torchmetrics() -> Generator[None]:
     """Import lightning_fabric without torchmetrics, which it imports for its version only, in one to two seconds."""
-    functions = vars(imports)
-    compare = functions["compare_version"]
+    module: Any = imports
+    compare = module.compare_version
 
     def compare_installed(package: str, op: Any, version: str, use_base_version: bool = False) -> bool:
         if package != "torchmetrics":
             return compare(package, op, version, use_base_version)
         return op(Version(metadata.version(package)), Version(version))
 
-    functions["compare_version"] = compare_installed
+    module.compare_version = compare_installed
     try:
         yield
     finally:
-        functions["compare_version"] = compare
+        module.compare_version = compare
 
 
 def _identity(data: Any) -> Any:
