@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
+import os
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,35 +15,53 @@ from tempering.objectives import jsd
 from tempering.rows import Rows, total
 from tempering.temperature import Sharpness, Static
 from tests.conftest import random_rows
+from tests.forked import run_parts
 from tests.paths import ROOT
 
 FOLDER = ROOT / "benchmarks"
 SCRIPTS = ("loss", "fused_linear", "memory", "step", "overhead", "cache", "speculative", "augment", "startup", "growth")
 
 
-def ran(*command: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT, check=False)
+def script(name: str, *arguments: object) -> str:
+    """The code that runs one of the benchmarks' files with these arguments."""
+    call = [name, *map(str, arguments)]
+    return f"""
+import runpy, sys
+sys.argv = {call!r}
+runpy.run_path({str(FOLDER / name)!r}, run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process for all scripts, each with arguments of its own: most of their time is importing torch."""
-    out = tmp_path_factory.mktemp("speed")
-    code = f"""
-import runpy, sys
-sys.path.insert(0, {str(FOLDER)!r})
-for name in {SCRIPTS!r}:
-    sys.argv = [name, "--tiny", "--rounds", "2", "--out", {str(out)!r}]
-    runpy.run_path({str(FOLDER)!r} + "/" + name + ".py", run_name="__main__")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("speed")
+
+
+@pytest.fixture(scope="module")
+def done(folder: Path) -> dict[str, str]:
+    """What is printed by all scripts, by a peak, and by the page of one script's lines."""
+    parts = {
+        "scripts": "".join(script(f"{name}.py", "--tiny", "--rounds", 2, "--out", folder) for name in SCRIPTS),
+        "peak": script("loss.py", "--tiny", "--peak", "N=8 C=50 fp32|TRL generalised JSD"),
+        "page": f"""
+import shutil
+from pathlib import Path
+Path({str(folder / "one")!r}).mkdir()
+shutil.copy({str(folder / "step.csv")!r}, {str(folder / "one")!r})
 """
-    done = ran("-c", code)
-    assert not done.returncode, done.stderr
-    return out
+        + script("page.py", "--results", folder / "one", "--out", folder / "one" / "page.md"),
+    }
+    slow = ["peers", "tempering.kernels.chunked", "tempering.methods", "trl.experimental.gkd"]
+    path = os.pathsep.join([str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ended = run_parts(parts, slow, PYTHONPATH=path)
+    for name, (code, _, err) in ended.items():
+        assert not code, (name, err[-3000:])
+    return {name: out for name, (_, out, _) in ended.items()}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_each_writes_its_lines(results: Path, name: str) -> None:
-    with (results / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+def test_each_writes_its_lines(name: str, done: dict[str, str], folder: Path) -> None:
+    with (folder / f"{name}.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) >= 2 and lines[0]["speed"] == "1"
     for line in lines:
@@ -52,13 +69,9 @@ def test_each_writes_its_lines(results: Path, name: str) -> None:
         assert line["torch"] == torch.__version__ and line["commit"] and "cores" in line["host"]
 
 
-def test_the_page(results: Path, tmp_path: Path) -> None:
-    (results / "step.csv").rename(tmp_path / "step.csv")
-    done = ran(FOLDER / "page.py", "--results", tmp_path, "--out", tmp_path / "page.md")
-    assert not done.returncode, done.stderr
-    text = (tmp_path / "page.md").read_text(encoding="utf-8")
-    (tmp_path / "step.csv").rename(results / "step.csv")
-    plot = tmp_path / "figures" / "performance" / "step-0.svg"
+def test_the_page(done: dict[str, str], folder: Path) -> None:
+    text = (folder / "one" / "page.md").read_text(encoding="utf-8")
+    plot = folder / "one" / "figures" / "performance" / "step-0.svg"
     assert f"(figures/performance/{plot.name})" in text
     assert ElementTree.parse(plot).getroot().tag.endswith("svg") and "mdistiller, KD" in plot.read_text(
         encoding="utf-8"
@@ -69,9 +82,8 @@ def test_the_page(results: Path, tmp_path: Path) -> None:
         assert len(widths) < 2, "every line of a table has its columns"
 
 
-def test_a_peak_is_asked_for_in_a_process_of_its_own() -> None:
-    done = ran(FOLDER / "loss.py", "--tiny", "--peak", "N=8 C=50 fp32|TRL generalised JSD")
-    assert not done.returncode and float(done.stdout) >= 0.0, done.stderr
+def test_a_peak_is_asked_for_in_a_process_of_its_own(done: dict[str, str]) -> None:
+    assert float(done["peak"]) >= 0.0
 
 
 def test_what_is_restated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,7 @@ try:
     task, method = tempering.tasks.Classification(), tempering.methods.DTKD()
     tempering.distill(student, teacher, data.train, method=method, task=task, on_step=stop, **how)
 except Stop:
+    assert "torchmetrics" not in sys.modules, "it is for scores alone"
     files = {Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
     root = Path(tempering.__file__).parent
     print(*sorted(str(f.relative_to(root)) for f in files if f.is_relative_to(root)), sep="\\n")

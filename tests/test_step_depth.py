@@ -8,7 +8,6 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 
 import tempering
 from tempering import distill
@@ -25,6 +24,9 @@ class ForwardProfile:
     """Records the functions of the package that a step calls before ``Fabric.backward``, as a context."""
 
     def __init__(self) -> None:
+        from lightning_fabric import Fabric
+
+        self.end = Fabric.backward.__code__
         self.steps: list[set[CodeType]] = []
         self.recording = False
 
@@ -43,7 +45,7 @@ class ForwardProfile:
         if code is Trainer._step.__code__:
             self.steps.append(set())
             self.recording = True
-        elif code is Fabric.backward.__code__:
+        elif code is self.end:
             self.recording = False
         if self.recording and code.co_filename.startswith(PACKAGE) and code.co_name not in INLINED:
             self.steps[-1].add(code)

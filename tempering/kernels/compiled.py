@@ -9,8 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.exc import InvalidCxxCompiler
 
 from tempering.kernels.analytic import Fast, cross_entropy_and_slope, divergence_and_slope
 from tempering.temperature import sharpness
@@ -90,6 +88,9 @@ def _triton(device: str) -> tuple[Fast, Exception | None]:
 @functools.cache
 def _inductor(device: str) -> tuple[Fast, Exception | None]:
     """Inductor's functions, the largest one verified on a few rows, so that a missing compiler is found here."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InvalidCxxCompiler
+
     plain: dict[str, Callable[..., Any]] = {
         "kl": divergence_and_slope,
         "cross_entropy": cross_entropy_and_slope,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core import imports
+from packaging.version import Version
 from torch import nn
 
 from tempering.utils.device import warn_if_bf16_emulated
@@ -26,9 +30,10 @@ def fabric_for(
     Raises:
         ValueError: for an unknown precision or logger.
     """
-    from lightning_fabric import Fabric
-    from lightning_fabric.plugins.precision.double import DoublePrecision
-    from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+    with _without_torchmetrics():
+        from lightning_fabric import Fabric
+        from lightning_fabric.plugins.precision.double import DoublePrecision
+        from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}. bf16 is 'bf16-mixed'.")
@@ -53,6 +58,24 @@ def fabric_for(
     fabric.launch()
     warn_if_bf16_emulated(precision, fabric.device)
     return fabric
+
+
+@contextmanager
+def _without_torchmetrics() -> Generator[None]:
+    """Import lightning_fabric without torchmetrics, which it imports for its version only, in one to two seconds."""
+    module: Any = imports
+    compare = module.compare_version
+
+    def compare_installed(package: str, op: Any, version: str, use_base_version: bool = False) -> bool:
+        if package != "torchmetrics":
+            return compare(package, op, version, use_base_version)
+        return op(Version(metadata.version(package)), Version(version))
+
+    module.compare_version = compare_installed
+    try:
+        yield
+    finally:
+        module.compare_version = compare
 
 
 def _identity(data: Any) -> Any:
