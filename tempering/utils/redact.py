@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from urllib.parse import quote
@@ -18,7 +19,7 @@ _PATTERNS = tuple(  # the first group is kept
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
         r"(\b[a-z][a-z0-9+.-]{0,20}://)[^\s/?#\"'<>]+(?=@)",  # scheme://user:password@host
-        r"(\b[a-z][a-z0-9+.-]{0,20}://)[^\s/?#\"'<>@:]*:[^\s?#\"'<>@]{1,400}(?=@[\w\[])",  # a password with a slash in it
+        r"(\b[a-z][a-z0-9+.-]{0,20}://)[^\s/?#\"'<>@:]*:[^\s?#\"'<>@]{1,400}(?=@[\w\[])",  # a password with a slash
         r"(\bbearer\s+)(?!tokens?\b|auth)[\w.~+/=-]{6,}",
         rf"([?&;](?:{_NAMES}|key|token|auth|sig)=){_VALUE}",  # of a query string
         rf"((?<!\w){_NAMES}[\"']?\s*[=:]\s*\\?[\"']?(?:basic\s+)?)(?!bearer\b){_VALUE}",
@@ -38,17 +39,16 @@ _BARE = re.compile(
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """Replace secrets in a text by "***"; everything else stays as it is.
 
-    Covered: keys by their prefix (sk-, hf_, ghp_ and their kin, AKIA, JSON web tokens), Bearer and Basic credentials, the
-    user and password of a URL (s3://key:secret@bucket), and values that are named api_key, token, password, secret,
-    signature or authorization in a query string, a header, JSON or a command line.
+    Covered: keys by their prefix (sk-, hf_, ghp_, AKIA and similar, JSON web tokens), Bearer and Basic credentials,
+    the user and password of a URL (s3://key:secret@bucket), and values that are named api_key, token, password,
+    secret, signature or authorization in a query string, a header, JSON or a command line.
 
     Args:
         text: the text to clean.
-        secrets: strings known to be secret, such as the API key in use; also found when percent-encoded. Empty ones are ignored.
-
-    Returns: the text, unchanged if it holds none. Cleaning twice changes nothing more.
+        secrets: strings known to be secret, such as the API key in use; also found percent-encoded or in JSON. Empty
+            ones are ignored.
     """
-    known = {form for secret in secrets if secret for form in (secret, quote(secret, safe=""))}
+    known = {x for secret in secrets if secret for x in (secret, quote(secret, safe=""), json.dumps(secret)[1:-1])}
     for secret in sorted(known, key=len, reverse=True):
         text = text.replace(secret, REDACTED)
     text = _BARE.sub(REDACTED, text)
