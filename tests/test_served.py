@@ -352,6 +352,14 @@ def test_answers_that_are_refused(server: Server, api: Any, spoil: Any, why: str
         served(server, api=api).ask([[1, 2, 3]])
 
 
+@pytest.mark.parametrize("lowest", [-9999.0, -1e30])
+def test_what_a_server_writes_for_minus_infinity_holds_nothing(server: Server, lowest: float) -> None:
+    """vLLM writes -9999.0; a reverse divergence would count it as a log-probability."""
+    server.change = lambda logp: torch.where(logp >= logp.topk(3).values[:, -1:], logp, lowest)
+    found = served(server).ask([[1, 2, 3, 4]])[0]
+    assert torch.isfinite(found.logp[:3]).sum(-1).tolist() == [3, 3, 3] and bool((found.logp[:3, :3] > -20).all())
+
+
 def test_numbers_that_are_no_log_probabilities(server: Server) -> None:
     for change in (lambda logp: logp + 9.0, lambda logp: logp * torch.nan):
         server.change = change

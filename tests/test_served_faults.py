@@ -46,8 +46,8 @@ class Script:
                 connection = self.listener.accept()[0]
                 self.requests += 1
                 with connection, contextlib.suppress(OSError):
-                    request = b""
-                    while b"\r\n\r\n" not in request:
+                    request = connection.recv(65536)
+                    while not request.endswith(b"}"):  # a body that is left unread resets the connection
                         request += connection.recv(65536)
                     for part in self.parts(request):
                         connection.sendall(part)

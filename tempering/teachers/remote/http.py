@@ -46,8 +46,8 @@ class Endpoint:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or "@" in parts.netloc or parts.query or parts.fragment:
             raise ValueError(
-                f"RemoteTeacher needs an address like 'http://localhost:8000'; got {redact(url)!r}. A key belongs in an "
-                "environment variable: key_env='NAME'."
+                f"RemoteTeacher needs an address like 'http://localhost:8000'; got {redact(url)!r}. A key belongs in "
+                "an environment variable: key_env='NAME'."
             )
         if not 0 < timeout <= threading.TIMEOUT_MAX or tries < 1 or wait < 0 or max_bytes < 1:
             raise ValueError(
