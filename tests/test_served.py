@@ -195,7 +195,8 @@ def test_a_run_and_a_recording(server: Server, tmp_path: Path) -> None:
     before = len(server.asked)
     batch, _, ids = data.gather(torch.arange(5))
     a, b = teacher(batch), kept(batch, ids)
-    assert isinstance(b, Sparse) and all(torch.equal(x, y) for x, y in ((a.ids, b.ids), (a.logp, b.logp)))
+    assert isinstance(b, Sparse) and b.stored is not None and int(b.stored.sum()) == 25
+    assert all(torch.equal(x[b.stored], y[b.stored]) for x, y in ((a.ids, b.ids), (a.logp, b.logp)))
     verify_remote(teacher, kept, batch, ids)
     again = record_top_k(teacher, data, tmp_path / "kept", inputs=task.inputs, quiet=True)
     assert isinstance(again, CachedTopK) and len(server.asked) == before + 6, "three questions a batch of five"

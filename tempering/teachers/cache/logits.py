@@ -58,7 +58,10 @@ class Cached(CachedTeacher):
     ) -> None:
         self.clean = clean
         super().__init__(path, batches=batches, teacher=teacher, checksum=checksum)
+
+    def _open(self) -> None:
         self.classes: int = self.key["classes"]
+        self.precision: str = self.key["precision"]
 
     def __call__(self, inputs: Any, ids: Int[Tensor, " B"] | None) -> Float[Tensor, "B C"]:
         if ids is None:
@@ -87,6 +90,7 @@ class Cached(CachedTeacher):
         if (reason := super().incompatibility(batches)) is not None:
             return reason
         name = getattr(batches, "name", type(batches).__name__)
+        things = getattr(batches, "things", self.things)
         recorded, given = self.key["augmentation"], batches.augmentation
         if recorded == given:
             return None
@@ -94,9 +98,9 @@ class Cached(CachedTeacher):
             if self.clean:
                 return None
             return (
-                f"{self.path} contains outputs for clean images, and {name} are augmented: {_to_text(given)}. To use "
-                f'the logits of the clean images: Cached("{self.path}", clean=True). For logits of the images that the '
-                "student sees: record(teacher, batches, ANOTHER_PATH, views=8) and batches.replay(8)."
+                f"{self.path} contains outputs for clean {things}, and {name} are augmented: {_to_text(given)}. To use "
+                f'the logits of the clean {things}: Cached("{self.path}", clean=True). For logits of the {things} that '
+                "the student sees: record(teacher, batches, ANOTHER_PATH, views=8) and batches.replay(8)."
             )
         field = next(f for f in ("views", *recorded) if recorded.get(f) != given.get(f))
         advice = "leave out views=" if recorded["views"] is None else f"train on batches.replay({recorded['views']})"
