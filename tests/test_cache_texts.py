@@ -22,6 +22,7 @@ from tempering.teachers import (
     record_sampled,
     record_top_k,
 )
+from tempering.teachers.outputs import Hidden
 from tests.test_cache_files import write_shards
 from tests.test_generation import PAD, gpt2, llama, texts
 from tests.test_seq2seq import pairs, t5
@@ -60,8 +61,11 @@ def counted(model: Any, task: LanguageModeling = TASK) -> Counted:
 def rows(cached: Any, batch: dict[str, Any], task: LanguageModeling = TASK) -> list[torch.Tensor]:
     """The outputs at the learned positions of a batch."""
     _, inputs, ids = task.inputs(batch)
-    found = cached(inputs, ids).gather_positions(task._positions(batch)[0], task._shape(batch))
-    return [found] if isinstance(found, torch.Tensor) else [found.ids, found.logp, found.tail_logp]
+    output, index, shape = cached(inputs, ids), task._positions(batch)[0], task._shape(batch)
+    if isinstance(output, Hidden):
+        return [output.rows(index, shape)]
+    found = output.gather_positions(index, shape)
+    return [found.ids, found.logp, found.tail_logp]
 
 
 def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -134,13 +138,15 @@ def test_other_labels_of_a_text_are_added_and_never_guessed(tmp_path: Path) -> N
         cached, before = record(source, few, path, inputs=TASK.inputs, quiet=True), source.count
         want = rows(cached, few.batch(range(5)))
         batch = collate(whole, pad=PAD)
-        with pytest.raises(ValueError, match=r"does not have \d+ of the \d+ learned positions: it stores those that were"):
+        with pytest.raises(
+            ValueError, match=r"does not have \d+ of the \d+ learned positions: it stores those that were"
+        ):
             rows(cached, batch)
         more = record(source, Tokens(whole, batch_size=2, pad=PAD), path, inputs=TASK.inputs, quiet=True)
-        assert source.count == before + 5 and more.rows == 5
+        assert source.count == before + 4 and more.rows == 5, "one has a prompt of one token"
         assert len(rows(more, batch)[0]) == sum(len(x) - 1 for x in examples)
-        assert equal([x[:, :3].float() if x.ndim == 2 else x for x in rows(more, few.batch(range(5)))],
-                     [x[:, :3].float() if x.ndim == 2 else x for x in want])  # fmt: skip
+        if kind != "sampled":  # whose number of columns depends on the batch
+            assert equal(rows(more, few.batch(range(5))), want)
     nothing = collate([dataclasses.replace(examples[0], learn=(False,) * len(examples[0]))], pad=PAD)
     output = more(TASK.inputs(nothing)[1], None)
     loss = TASK.rows(torch.zeros(*nothing["input_ids"].shape, output.head.weight.shape[0]), output, nothing)[0]
@@ -189,7 +195,9 @@ def test_a_recording_of_an_earlier_version_cannot_be_extended(tmp_path: Path) ->
     }
     write_shards(tmp_path / "c", "likeliest tokens", {"00000.safetensors": (part, {})}, precision="fp32")
     teacher, tokens = TopKTeacher(live(gpt2(12, 1)), top=2), Tokens(texts(), pad=PAD)
-    with pytest.raises(ValueError, match="its teacher is 't+', requested is .*Give another path, or remove that folder"):
+    with pytest.raises(
+        ValueError, match=r"its teacher is 't+', requested is .*Give another path, or remove that folder"
+    ):
         record_top_k(teacher, tokens, tmp_path / "c", inputs=TASK.inputs, quiet=True)
     with pytest.raises(ValueError, match="of tokens, labels, padding and order"):
         CachedTopK(tmp_path / "c", batches=tokens)
@@ -202,7 +210,9 @@ def test_errors_of_text_caches_speak_of_texts(tmp_path: Path) -> None:
         strange = Tokens([TextExample((1, 2), (True, True))], pad=PAD)
         for why in (str(cached.incompatibility(strange)), str(cached.incompatibility([1]))):
             assert "text" in why and not any(word in why for word in ("image", "mean", "std", "views")), why
-    with pytest.raises(TypeError, match=r"record_hidden needs a live teacher; got GPT2LMHeadModel.*teachers\.Live\(model"):
+    with pytest.raises(
+        TypeError, match=r"record_hidden needs a live teacher; got GPT2LMHeadModel.*teachers\.Live\(model"
+    ):
         record_hidden(gpt2(12, 1), tokens, tmp_path / "x", inputs=TASK.inputs)
-    with pytest.raises(TypeError, match=r"record_top_k needs a Teacher; got GPT2LMHeadModel.*TopKTeacher\(teachers\.Live"):
+    with pytest.raises(TypeError, match=r"needs a Teacher; got GPT2LMHeadModel.*TopKTeacher\(teachers\.Live"):
         record_top_k(gpt2(12, 1), tokens, tmp_path / "x", inputs=TASK.inputs)

@@ -214,8 +214,6 @@ def record(
         raise ValueError(f"record needs precision {', '.join(map(repr, STORED))}; got {precision!r}.")
     if not isinstance(teacher, Teacher):
         raise TypeError(f"record needs a Teacher; got {type(teacher).__name__}. Wrap a module: teachers.Live(model).")
-    if path.exists() and not (path / KEY).is_file() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not a teacher cache. Give another path.")
     recorded = as_recorded(batches, views)
     key = {
         "format": FORMAT,

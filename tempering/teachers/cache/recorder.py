@@ -101,7 +101,15 @@ def partial_folder(path: Path) -> Iterator[Path | None]:
     """Lock and yield the folder in which the recording of ``path`` is written; None if it is finished.
 
     Wait for another process that records it.
+
+    Raises:
+        ValueError: if ``path`` exists and is not a recording.
     """
+    if path.exists() and not (path / KEY).is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(
+            f"{path} exists and is not a teacher cache: it has no {KEY}. Give another path, or remove it to record "
+            "again."
+        )
     folder = path.with_name(path.name + PARTIAL)
     lock = folder.with_name(folder.name + ".lock")  # outside, since Windows cannot rename a folder with an open file
     with file_lock(lock):

@@ -35,7 +35,16 @@ TEXTS = 1024  # most texts per shard
 
 
 def recording_key(kind: str, batches: Recordable, teacher: Teacher, inputs: Inputs, **own: Any) -> dict[str, Any]:
-    """Return the key of a recording of texts; ``own`` are the additional fields of its kind."""
+    """Return the key of a recording of texts; ``own`` are the additional fields of its kind.
+
+    Raises:
+        TypeError: for something other than a teacher.
+    """
+    if not isinstance(teacher, Teacher):
+        raise TypeError(
+            f"a recording of {kind} needs a Teacher; got {type(teacher).__name__}. Wrap a module: "
+            "teachers.TopKTeacher(teachers.Live(model), top=16)."
+        )
     given = inputs(batches.gather(torch.tensor([0]))[0])[1]
     names = sorted(name for name, x in given.items() if isinstance(x, Tensor) and name not in NO_CONTENT)
     return {"format": BY_TEXT, "kind": kind, "teacher": teacher.identity, "inputs": names, **own}
