@@ -88,7 +88,8 @@ def test_other_padding_order_and_subsets_read_the_same_bits(tmp_path: Path, kind
         assert cached.incompatibility(other) is None
         again = KINDS[kind](source, other, tmp_path / "c", inputs=TASK.inputs, quiet=True)
         assert again.identity == cached.identity and source.count == 5, "nothing was computed again"
-    for how in ({"side": "left", "length": 21}, {"multiple": 8}, {"side": "left", "ids": [4, 3, 2, 1, 0]}, {}):
+    hows: list[dict[str, Any]] = [{"side": "left", "length": 21}, {"multiple": 8}, {"ids": [4, 3, 2, 1, 0]}, {}]
+    for how in hows:
         batch = collate(examples, pad=PAD, **how)  # also without ids, as trainers of other libraries give them
         assert equal(rows(cached, batch), want)
     lone = [rows(cached, collate([example], pad=PAD)) for example in examples]
@@ -132,7 +133,7 @@ def test_an_encoder_decoder_s_texts_are_found_by_source_and_target(tmp_path: Pat
 
 def test_other_labels_of_a_text_are_added_and_never_guessed(tmp_path: Path) -> None:
     source, examples = counted(gpt2(12, 1)), texts()
-    whole = [dataclasses.replace(x, learn=(True,) * len(x)) for x in examples]
+    whole, more = [dataclasses.replace(x, learn=(True,) * len(x)) for x in examples], None
     for kind, record in KINDS.items():
         few, path = Tokens(examples, batch_size=2, pad=PAD), tmp_path / kind
         cached, before = record(source, few, path, inputs=TASK.inputs, quiet=True), source.count
@@ -148,7 +149,7 @@ def test_other_labels_of_a_text_are_added_and_never_guessed(tmp_path: Path) -> N
         if kind != "sampled":  # whose number of columns depends on the batch
             assert equal(rows(more, few.batch(range(5))), want)
     nothing = collate([dataclasses.replace(examples[0], learn=(False,) * len(examples[0]))], pad=PAD)
-    output = more(TASK.inputs(nothing)[1], None)
+    output: Any = more and more(TASK.inputs(nothing)[1], None)
     loss = TASK.rows(torch.zeros(*nothing["input_ids"].shape, output.head.weight.shape[0]), output, nothing)[0]
     assert loss.weight is not None and loss.weight.tolist() == [0.0]
 
@@ -210,9 +211,10 @@ def test_errors_of_text_caches_speak_of_texts(tmp_path: Path) -> None:
         strange = Tokens([TextExample((1, 2), (True, True))], pad=PAD)
         for why in (str(cached.incompatibility(strange)), str(cached.incompatibility([1]))):
             assert "text" in why and not any(word in why for word in ("image", "mean", "std", "views")), why
+    bare: Any = gpt2(12, 1)
     with pytest.raises(
         TypeError, match=r"record_hidden needs a live teacher; got GPT2LMHeadModel.*teachers\.Live\(model"
     ):
-        record_hidden(gpt2(12, 1), tokens, tmp_path / "x", inputs=TASK.inputs)
+        record_hidden(bare, tokens, tmp_path / "x", inputs=TASK.inputs)
     with pytest.raises(TypeError, match=r"needs a Teacher; got GPT2LMHeadModel.*TopKTeacher\(teachers\.Live"):
-        record_top_k(gpt2(12, 1), tokens, tmp_path / "x", inputs=TASK.inputs)
+        record_top_k(bare, tokens, tmp_path / "x", inputs=TASK.inputs)

@@ -14,7 +14,8 @@ from torch import Tensor
 from tempering import distill
 from tempering.data.text import TextExample
 from tempering.data.tokens import Tokens
-from tempering.methods import KD, Divergence  # pyright: ignore[reportAttributeAccessIssue]
+from tempering.integrations.common import fitting
+from tempering.methods import DTKD, KD, Divergence  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.objectives import cross_entropy, jsd, kl, reverse_kl
 from tempering.rows import IGNORE_INDEX, Rows, total
 from tempering.tasks import LanguageModeling
@@ -154,6 +155,29 @@ def test_a_recording_answers_as_the_teacher_and_trains_as_it(tmp_path: Path, how
     assert losses[0]["loss"] == pytest.approx(losses[1]["loss"], rel=1e-4)
     again = ask(teacher, tokens, tmp_path / "kept")
     assert again.identity == cached.identity
+
+
+def test_samples_are_refused_where_they_are_biased(tmp_path: Path) -> None:
+    task, tokens, live = LanguageModeling(), data(), kept_of(samples=6)
+    cached = record_top_k(live, tokens, tmp_path / "s", inputs=task.inputs, quiet=True)
+    unbiased = (KD(temperature=Static(1.0)), Divergence(objective="kl", hard=0.5, temperature=1.0))
+    biased = (
+        KD(temperature=Static(4.0)),
+        Divergence(objective="kl", temperature=4.0),
+        Divergence(objective="reverse_kl"),
+        Divergence(objective="jsd"),
+        DTKD(),
+    )
+    for teacher in (live, cached):
+        for method in unbiased:
+            assert fitting(method, teacher, gpt2(8, 0)) is teacher
+        for method in biased:
+            why = rf"{type(method).__name__} does not suit a teacher of 6 sampled tokens.*TopKTeacher\(teacher, top=16"
+            with pytest.raises(ValueError, match=why):
+                fitting(method, teacher, gpt2(8, 0))
+            with pytest.raises(ValueError, match=why):
+                distill(gpt2(8, 0).float(), teacher, tokens, method=method, task=task, epochs=1, quiet=True)
+    assert fitting(biased[2], kept_of(top=3), gpt2(8, 0)) is not None
 
 
 def test_a_recording_is_refused_for_anything_else(tmp_path: Path) -> None:

@@ -148,8 +148,6 @@ def read_key(path: Path) -> dict[str, Any]:
             f"there is no teacher cache in {path}: no {KEY}.{hint} Make one: teachers.record(teacher, batches, path)."
         )
     key = read_object(path / KEY)
-    if "sha256" not in key:
-        raise CorruptCacheError(f"{path} is an unfinished recording. The same record() resumes it.")
     if key.get("format") not in FORMATS:
         raise CorruptCacheError(
             f"{path / KEY} has format {key.get('format')!r}; this version reads {' and '.join(map(str, FORMATS))}. "
@@ -160,6 +158,8 @@ def read_key(path: Path) -> dict[str, Any]:
             f"{path / KEY} was changed since it was recorded: its checksum is another. Remove the folder and record it "
             "again."
         )
+    if "sha256" not in key:
+        raise CorruptCacheError(f"{path / KEY} is that of an unfinished recording. Remove the folder and record again.")
     return key
 
 

@@ -166,7 +166,7 @@ class Cached(CachedTeacher):
         try:
             # copy-on-write: memory-mapped and shared like "r", without torch's warning about read-only arrays
             array = np.load(path, mmap_mode="c", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # numpy parses the header as Python, with all of its errors
             raise CorruptCacheError(f"{path} cannot be read ({error}). {advice}") from error
         if array.shape != shape or array.dtype != stored:
             raise CorruptCacheError(

@@ -29,7 +29,7 @@ class CachedSampled(CachedShards):
 
     def _open(self) -> None:
         super()._open()
-        self.samples: int = self.key["samples"]
+        self.samples = int(self.key["samples"])
 
     def __call__(self, inputs: Any, ids: Int[Tensor, " B"] | None) -> Sparse:
         found = self.find(inputs, ids)
@@ -39,7 +39,7 @@ class CachedSampled(CachedShards):
         padded = [torch.cat([pad(x, (0, width - x.shape[1])) for x in side]) for side in sides]
         label = next_tokens(inputs)
         tokens, counts = (found.scatter(x, 0).to(label.device) for x in padded)
-        sparse = shares(tokens, counts.float(), self.samples, besides=label)
+        sparse = shares(tokens, counts.float(), self.key["samples"], besides=label)
         if found.stored is None:
             return sparse
         stored = found.stored.to(label.device)

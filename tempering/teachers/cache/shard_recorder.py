@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from tempering.teachers.base import Teacher
-from tempering.teachers.cache.base import FORMAT, KEY, CorruptCacheError, StoredFile, check_file, check_key, read_object
+from tempering.teachers.cache.base import FORMAT, KEY, CorruptCacheError, StoredFile, check_file, check_key, read_key
 from tempering.teachers.cache.recorder import LOG, Recordable, device_of, finish, partial_folder, progress, read_log
 from tempering.teachers.cache.shards import (
     BY_TEXT,
@@ -78,7 +78,7 @@ def record_shards(
         CorruptCacheError: for a file that was changed since it was written, naming it.
     """
     with partial_folder(path) as partial:
-        stored = {} if partial is not None else read_object(path / KEY)
+        stored = {} if partial is not None else read_key(path)
         if stored.get("format") == FORMAT:  # by id, and cannot be extended
             by_id = {"data": batches.identity, "rows": batches.rows}
             own = {n: x for n, x in key.items() if n not in ("format", "inputs")}

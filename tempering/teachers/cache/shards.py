@@ -23,20 +23,20 @@ class Found(NamedTuple):
     Attributes:
         shape: (B, L) of the batch.
         parts: for every text that is stored: a file, the text's row in it, and its part of the tensors.
-        index: the positions of all parts among B * L.
+        places: the positions of all parts among B * L.
         stored: the positions that are stored; None: all.
     """
 
     shape: tuple[int, int]
     parts: list[tuple[Any, int, slice | int]]
-    index: Int[Tensor, " N"]
+    places: Int[Tensor, " N"]
     stored: Bool[Tensor, "B L"] | None
 
     def scatter(self, values: Tensor, fill: float = torch.nan) -> Tensor:
         """Return (B, L, ...) with the values (N, ...) of all parts, and ``fill`` elsewhere."""
         B, L = self.shape
         out = values.new_full((B * L, *values.shape[1:]), fill)
-        return out.index_copy_(0, self.index, values).view(B, L, *values.shape[1:])
+        return out.index_copy_(0, self.places, values).view(B, L, *values.shape[1:])
 
 
 class CachedShards(CachedTeacher):
