@@ -148,6 +148,13 @@ def test_other_labels_of_a_text_are_added_and_never_guessed(tmp_path: Path) -> N
         assert len(rows(more, batch)[0]) == sum(len(x) - 1 for x in examples)
         if kind != "sampled":  # whose number of columns depends on the batch
             assert equal(rows(more, few.batch(range(5))), want)
+    without = [dataclasses.replace(x, ids=x.ids[::-1], learn=(False,) * len(x)) for x in examples[:2]]
+    for kind, record in KINDS.items():  # texts whose answer was truncated, and a recording of nothing else
+        for number, tokens in enumerate((Tokens([*examples, *without], pad=PAD), Tokens(without, pad=PAD))):
+            path = tmp_path / f"{kind}{number}"
+            cached = record(source, tokens, path, inputs=TASK.inputs, quiet=True)
+            ids, several = torch.arange(tokens.rows), tokens.batch(range(tokens.rows))
+            assert cached(*TASK.inputs(several)[1:]).stored.sum() == TASK.learned(several).sum() and len(ids) > 1
     nothing = collate([dataclasses.replace(examples[0], learn=(False,) * len(examples[0]))], pad=PAD)
     output: Any = more and more(TASK.inputs(nothing)[1], None)
     loss = TASK.rows(torch.zeros(*nothing["input_ids"].shape, output.head.weight.shape[0]), output, nothing)[0]

@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tempering.rows import upcast_to_float32
-from tempering.teachers.base import Teacher
 from tempering.teachers.cache.base import CorruptCacheError
 from tempering.teachers.cache.recorder import STORED, Recordable, device_of, to_stored_precision
 from tempering.teachers.cache.shard_recorder import Tensors, record_shards, recording_key

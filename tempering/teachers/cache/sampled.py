@@ -116,15 +116,15 @@ def pack_counts(ids: Int[Tensor, "B L S"], counts: Int[Tensor, "B L S"]) -> Tens
         ValueError: for ids and counts that do not fit into seven bytes.
     """
     present = counts > 0
-    bits = max(1, int(counts.max()).bit_length())
-    largest = int(torch.where(present, ids, 0).max())
+    bits = max(1, _largest(counts).bit_length())
+    largest = _largest(torch.where(present, ids, 0))
     width = -(-(largest.bit_length() + bits) // 8)
     if width > 7:
         raise ValueError(f"token ids up to {largest} and counts of {bits} bits do not fit into seven bytes.")
     words, kinds = (ids[present] << bits) | counts[present], present.sum(-1)
     return {
         "words": to_bytes(words, width),
-        "kinds": kinds.to(torch.uint8 if int(kinds.max()) < 256 else torch.int32),
+        "kinds": kinds.to(torch.uint8 if _largest(kinds) < 256 else torch.int32),
         "start": torch.cat((kinds.new_zeros(1), kinds.sum(-1).cumsum(0))),
         "bits": torch.tensor([bits]),
     }
@@ -135,6 +135,10 @@ def unpack_counts(
 ) -> tuple[Int[Tensor, "L K"], Int[Tensor, "L K"]]:
     """Return (ids, counts) of a text's positions, padded with counts of 0 to the largest number per position."""
     values = from_bytes(words)
-    filled = torch.arange(max(1, int(kinds.max()))) < kinds.long()[:, None]
+    filled = torch.arange(max(1, _largest(kinds))) < kinds.long()[:, None]
     out = values.new_zeros(filled.shape).masked_scatter_(filled, values)
     return out >> bits, out & ((1 << bits) - 1)
+
+
+def _largest(values: Tensor) -> int:
+    return int(values.max()) if values.numel() else 0

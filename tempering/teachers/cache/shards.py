@@ -207,9 +207,8 @@ def stored_positions(file: Any, row: int) -> Int[Tensor, " n"]:
 def to_runs(positions: Int[Tensor, " n"]) -> Int[Tensor, "R 2"]:
     """Return increasing numbers as ranges (begin, end)."""
     edges = (positions.diff() != 1).nonzero().flatten() + 1
-    return torch.tensor([(p[0], p[-1] + 1) for part in positions.tensor_split(edges) if (p := part.tolist())]).view(
-        -1, 2
-    )
+    parts = [part.tolist() for part in positions.tensor_split(edges) if len(part)]
+    return torch.tensor([(part[0], part[-1] + 1) for part in parts], dtype=torch.long).view(-1, 2)
 
 
 def shard_name(number: int) -> str:
