@@ -13,6 +13,7 @@ import torch
 from tempering.data import Pairs, Tokens
 from tempering.data.pairs import make_pair
 from tempering.data.text import TextExample, collate, pack
+from tempering.methods import Divergence  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.tasks import LanguageModeling, Seq2Seq
 from tempering.teachers import (
     CachedTopK,
@@ -225,3 +226,36 @@ def test_errors_of_text_caches_speak_of_texts(tmp_path: Path) -> None:
         record_hidden(bare, tokens, tmp_path / "x", inputs=TASK.inputs)
     with pytest.raises(TypeError, match=r"needs a Teacher; got GPT2LMHeadModel.*TopKTeacher\(teachers\.Live"):
         record_top_k(bare, tokens, tmp_path / "x", inputs=TASK.inputs)
+
+
+def test_a_recording_serves_the_trainer_of_transformers(tmp_path: Path) -> None:
+    """Its batches are padded to their longest text, and have no ids."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from tempering.integrations.huggingface import DistillMixin
+
+    class Distiller(DistillMixin, transformers.Trainer):
+        pass
+
+    examples, source = texts(), TopKTeacher(live(gpt2(12, 1)), top=4)
+    tokens = Tokens(examples, batch_size=2, pad=PAD, length=30)
+    cached = record_top_k(source, tokens, tmp_path / "c", inputs=TASK.inputs, quiet=True)
+    losses = []
+    for teacher in (source, cached):
+        options: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 2, "use_cpu": True, "seed": 0}
+        args = transformers.TrainingArguments(
+            str(tmp_path), **options, report_to=[], logging_steps=1, disable_tqdm=True, save_strategy="no"
+        )
+        trainer: Any = Distiller(
+            gpt2(8, 0).float(),
+            args,
+            train_dataset=examples,
+            data_collator=lambda part: collate(part, pad=PAD, side="left"),
+            teacher=teacher,
+            method=Divergence(objective="kl"),
+            task=LanguageModeling(),
+            selfcheck=False,
+        )
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-4)
