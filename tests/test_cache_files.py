@@ -134,7 +134,6 @@ def test_a_recording_of_another_kind_is_refused_by_every_class(tmp_path: Path) -
 def test_every_cache_is_one_kind_of_teacher() -> None:
     for kind in (Cached, CachedHidden, CachedTopK, CachedSampled):
         assert issubclass(kind, CachedTeacher)
-        assert kind.incompatibility is CachedTeacher.incompatibility or kind is Cached
 
 
 # a full disk, a kill
@@ -180,7 +179,7 @@ def test_whenever_the_disk_is_full_the_recording_goes_on_later(
             partial = path.with_name(path.name + ".partial")
             assert not list(partial.rglob("*.partial"))
             for file in partial.glob("*.json"):
-                assert json.loads(file.read_text())["format"] == 1, "a key is whole or not there"
+                assert json.loads(file.read_text())["format"] in (1, 2), "a key is whole or not there"
         else:
             assert len(writes) == number - 1 > 2, "there were as many writes, and each failed once"
             break

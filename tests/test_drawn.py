@@ -53,7 +53,7 @@ def test_what_is_packed_is_what_was_drawn(vocabulary: int, samples: int, width: 
 
 
 def test_a_position_takes_about_as_many_bytes_as_the_paper_says(tmp_path: Path) -> None:
-    """3 bytes for each different token, a byte, and 8 a text."""
+    """3 bytes for each different token, a byte, and 32 a text."""
     length, examples = 64, [TextExample(tuple(range(i, i + 64)), (True,) * 64) for i in range(8)]
     model = gpt2(12, 1, 70_000).float()
     with torch.no_grad():
@@ -69,8 +69,8 @@ def test_a_position_takes_about_as_many_bytes_as_the_paper_says(tmp_path: Path) 
     held = cached.file("00000.safetensors")
     words, kinds = held.get_tensor("words"), held.get_tensor("kinds")
     assert words.shape[1] == 3 and int(kinds.sum()) == len(words)
-    assert size < 3 * len(words) + 8 * length + 8 * 9 + 600  # and a header
-    assert found.logp.exp().sum(-1).sub(1).abs().max() < 1e-5
+    assert size < 3 * len(words) + 8 * length + 32 * 9 + 900  # and a header
+    assert found.logp[:, :-1].exp().sum(-1).sub(1).abs().max() < 1e-5
 
 
 def test_targets_are_unbiased_and_the_loss_is_never_negative() -> None:
@@ -113,8 +113,6 @@ def test_damage_is_named_and_other_recordings_are_refused(tmp_path: Path) -> Non
     assert isinstance(cached, CachedSampled)
     with pytest.raises(ValueError, match="its teacher is"):
         ask(kept(samples=7), data())
-    with pytest.raises(ValueError, match="its data is"):
-        ask(kept(), data(side="left"))
     with pytest.raises(ValueError, match="contains drawn tokens, and Cached reads logits"):
         Cached(path)
     with pytest.raises(ValueError, match="contains drawn tokens, and CachedHidden reads hidden states"):
@@ -157,7 +155,7 @@ def test_many_workers_and_ranks_read_it(tmp_path: Path) -> None:
     read = partial(looked_up, cached=cached, tokens=tokens)
     loader = DataLoader(range(5), batch_size=2, collate_fn=read, num_workers=2)  # pyright: ignore[reportArgumentType]
     for part, got in zip(([0, 1], [2, 3], [4]), loader, strict=True):
-        assert torch.equal(read(part), got)
+        torch.testing.assert_close(read(part), got, rtol=0.0, atol=0.0, equal_nan=True)
     shared = [[batch["ids"].tolist() for batch in tokens.shard(rank, 2)] for rank in (0, 1)]
     assert shared == [[[0], [2]], [[1], [3]]]  # the last batch has fewer texts than ranks
     for ids in shared[1]:

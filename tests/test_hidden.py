@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from tempering import distill
 from tempering.data import Pairs, Tokens
+from tempering.data.text import TextExample
 from tempering.kernels import linear_loss
 from tempering.methods import DTKD, KD  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.rows import total
@@ -147,18 +147,18 @@ def test_a_recording_is_refused_for_anything_else_and_damage_is_named(tmp_path: 
         ask(live(gpt2(12, 2)), data(), path)
     with pytest.raises(ValueError, match="its precision is 'bf16', requested is 'fp32'"):
         ask(teacher, data(), path, precision="fp32")
+    other = Tokens([*texts(), TextExample((1, 2, 3), (False, True, True))], batch_size=2, pad=PAD)
+    with pytest.raises(ValueError, match=r"contains outputs for other data: .* the text with id 5, of 3 tokens"):
+        CachedHidden(path, batches=other)
     with pytest.raises(ValueError, match="contains outputs for other data"):
-        CachedHidden(path, batches=data(side="left"))
-    with pytest.raises(ValueError, match="contains outputs for other data"):
-        distill(gpt2(8, 0), CachedHidden(path), data(side="left"), method=KD(), task=TASK, epochs=1, quiet=True)
+        distill(gpt2(8, 0), CachedHidden(path), other, method=KD(), task=TASK, epochs=1, quiet=True)
     with pytest.raises(ValueError, match="contains the outputs of another teacher"):
         CachedHidden(path, teacher=live(gpt2(12, 2)))
-    with pytest.raises(ValueError, match="has texts 0 to 4, and the batch has ids 3 to 5"):
-        first({}, torch.tensor([3, 5]))
-    with pytest.raises(ValueError, match="the batch has none"):
-        first({}, None)
+    batch = data().batch([3, 1])
+    with pytest.raises(ValueError, match=r"has texts, and the batch has no input_ids but \['pixels'\]"):
+        first({"pixels": batch["input_ids"]}, None)
     with pytest.raises(ValueError, match=r"have \(2, 14\) positions, and the batch has \(2, 9\)"):
-        first({}, torch.tensor([3, 1])).gather_positions(torch.tensor([0]), (2, 9))
+        first(batch, None).gather_positions(torch.tensor([0]), (2, 9))
     for name in ("00000.safetensors", "head.safetensors"):
         whole = (path / name).read_bytes()
         (path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -185,7 +185,7 @@ class Killed(RuntimeError):
 
 
 def test_a_recording_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempering.teachers.cache.shards.TEXTS", 2)
+    monkeypatch.setattr("tempering.teachers.cache.shard_recorder.TEXTS", 2)
     teacher, calls = live(gpt2(12, 1)), []
     plain = Live.__call__
 
@@ -210,19 +210,17 @@ def test_a_recording_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     ]
     monkeypatch.undo()
     whole = ask(teacher, data(), tmp_path / "other")
-    ids = torch.tensor([4, 0, 3])
-    assert torch.equal(cached({}, ids).states, whole({}, ids).states)
-    assert json.loads((tmp_path / "h" / "key.json").read_text())["size"] == 2
+    batch = TASK.inputs(data().batch([4, 0, 3]))[1]
+    torch.testing.assert_close(cached(batch, None).states, whole(batch, None).states, rtol=0, atol=0, equal_nan=True)
 
 
 def looked_up(indices: list[Any], *, cached: CachedHidden) -> torch.Tensor:
-    return cached({}, torch.tensor(indices)).states
+    return cached(TASK.inputs(data().batch(indices))[1], None).states.nan_to_num()
 
 
 def test_many_workers_read_it(tmp_path: Path) -> None:
     cached = ask(live(gpt2(12, 1)), data(), tmp_path / "h")
-    cached({}, torch.tensor([0]))  # its files are open
-    want = [cached({}, torch.tensor(part)).states for part in ([0, 1], [2, 3], [4])]
+    want = [looked_up(part, cached=cached) for part in ([0, 1], [2, 3], [4])]  # its files are open
     loader = DataLoader(
         range(5),  # pyright: ignore[reportArgumentType]
         batch_size=2,
@@ -231,7 +229,7 @@ def test_many_workers_read_it(tmp_path: Path) -> None:
     )
     for a, b in zip(loader, want, strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(pickle.loads(pickle.dumps(cached))({}, torch.tensor([0, 1])).states, want[0])
+    assert torch.equal(looked_up([0, 1], cached=pickle.loads(pickle.dumps(cached))), want[0])
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

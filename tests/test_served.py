@@ -195,7 +195,8 @@ def test_a_run_and_a_recording(server: Server, tmp_path: Path) -> None:
     before = len(server.asked)
     batch, _, ids = data.gather(torch.arange(5))
     a, b = teacher(batch), kept(batch, ids)
-    assert isinstance(b, Sparse) and all(torch.equal(x, y) for x, y in ((a.ids, b.ids), (a.logp, b.logp)))
+    assert isinstance(b, Sparse) and b.stored is not None and int(b.stored.sum()) == 25
+    assert all(torch.equal(x[b.stored], y[b.stored]) for x, y in ((a.ids, b.ids), (a.logp, b.logp)))
     verify_remote(teacher, kept, batch, ids)
     again = record_top_k(teacher, data, tmp_path / "kept", inputs=task.inputs, quiet=True)
     assert isinstance(again, CachedTopK) and len(server.asked) == before + 6, "three questions a batch of five"
@@ -350,6 +351,14 @@ def test_answers_that_are_refused(server: Server, api: Any, spoil: Any, why: str
     server.spoil = spoil
     with pytest.raises(RuntimeError, match=rf"127\.0\.0\.1:\d+ \('tiny'\) .*{why}"):
         served(server, api=api).ask([[1, 2, 3]])
+
+
+@pytest.mark.parametrize("lowest", [-9999.0, -1e30])
+def test_what_a_server_writes_for_minus_infinity_holds_nothing(server: Server, lowest: float) -> None:
+    """vLLM writes -9999.0; a reverse divergence would count it as a log-probability."""
+    server.change = lambda logp: torch.where(logp >= logp.topk(3).values[:, -1:], logp, lowest)
+    found = served(server).ask([[1, 2, 3, 4]])[0]
+    assert torch.isfinite(found.logp[:3]).sum(-1).tolist() == [3, 3, 3] and bool((found.logp[:3, :3] > -20).all())
 
 
 def test_numbers_that_are_no_log_probabilities(server: Server) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from tempering import distill
 from tempering.data.text import TextExample
 from tempering.data.tokens import Tokens
-from tempering.methods import KD, Divergence  # pyright: ignore[reportAttributeAccessIssue]
+from tempering.integrations.common import fitting
+from tempering.methods import DTKD, KD, Divergence  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.objectives import cross_entropy, jsd, kl, reverse_kl
 from tempering.rows import IGNORE_INDEX, Rows, total
 from tempering.tasks import LanguageModeling
@@ -156,21 +157,42 @@ def test_a_recording_answers_as_the_teacher_and_trains_as_it(tmp_path: Path, how
     assert again.identity == cached.identity
 
 
+def test_samples_are_refused_where_they_are_biased(tmp_path: Path) -> None:
+    task, tokens, live = LanguageModeling(), data(), kept_of(samples=6)
+    cached = record_top_k(live, tokens, tmp_path / "s", inputs=task.inputs, quiet=True)
+    unbiased = (KD(temperature=Static(1.0)), Divergence(objective="kl", hard=0.5, temperature=1.0))
+    biased = (
+        KD(temperature=Static(4.0)),
+        Divergence(objective="kl", temperature=4.0),
+        Divergence(objective="reverse_kl"),
+        Divergence(objective="jsd"),
+        DTKD(),
+    )
+    for teacher in (live, cached):
+        for method in unbiased:
+            assert fitting(method, teacher, gpt2(8, 0)) is teacher
+        for method in biased:
+            why = rf"{type(method).__name__} does not suit a teacher of 6 sampled tokens.*TopKTeacher\(teacher, top=16"
+            with pytest.raises(ValueError, match=why):
+                fitting(method, teacher, gpt2(8, 0))
+            with pytest.raises(ValueError, match=why):
+                distill(gpt2(8, 0).float(), teacher, tokens, method=method, task=task, epochs=1, quiet=True)
+    assert fitting(biased[2], kept_of(top=3), gpt2(8, 0)) is not None
+
+
 def test_a_recording_is_refused_for_anything_else(tmp_path: Path) -> None:
     task, path = LanguageModeling(), tmp_path / "kept"
     ask = partial(record_top_k, path=path, inputs=task.inputs, quiet=True)
     ask(kept_of(top=3), data())
     with pytest.raises(ValueError, match="its teacher is"):
         ask(kept_of(top=4), data())
-    with pytest.raises(ValueError, match="its data is"):
-        ask(kept_of(top=3), data(side="left"))
     other = Tokens([*texts()[:4], TextExample((1, 2, 3), (False, True, True))], batch_size=2, pad=PAD)
     with pytest.raises(ValueError, match="contains outputs for other data"):
         CachedTopK(path, batches=other)
     with pytest.raises(ValueError, match="contains outputs for other data"):
         distill(gpt2(8, 0), CachedTopK(path), other, method=KD(), task=task, epochs=1, quiet=True)
     held = json.loads((path / "key.json").read_text())
-    assert held["rows"] == 5 and held["length"] == 14
+    assert held["rows"] == 5 and held["format"] == 2
     file = path / "00000.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -199,31 +221,36 @@ def test_what_is_stored_is_what_was_said_in_few_bytes(
     task, tokens, generator = LanguageModeling(), data(), torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(5, 14, vocabulary, generator=generator)
     logits[..., -1] += 20.0 * torch.rand(5, 14, generator=generator)  # the last id is among the kept
-    logits[0, 0] = torch.linspace(-1e5, 0.0, vocabulary)  # far below what half precision says
+    logits[0, 3] = torch.linspace(-1e5, 0.0, vocabulary)  # far below what half precision says
     said = keep_top_k(logits, 16, besides=torch.randint(vocabulary, (5, 14), generator=generator))
     cached = record_top_k(Said(said), tokens, tmp_path / "s", inputs=task.inputs, precision=precision, quiet=True)
     assert isinstance(cached, CachedTopK)
     ids = torch.tensor([3, 0, 4])
-    found = cached({}, ids)
-    assert torch.equal(found.ids, said.ids[ids]) and found.logp.dtype == found.tail_logp.dtype == torch.float32
-    assert torch.equal(torch.isneginf(found.logp), torch.isneginf(said.logp[ids]))
+    batch = tokens.gather(ids)[0]
+    answer, learned = cached(task.inputs(batch)[1], ids), task.learned(batch)
+    assert answer.stored is not None and torch.equal(answer.stored, learned) and answer.logp[~learned].isnan().all()
+    found, want = (Sparse(*(x[learned] for x in (s.ids, s.logp, s.tail_logp))) for s in (answer, Said(said)({}, ids)))
+    assert torch.equal(found.ids, want.ids) and found.logp.dtype == found.tail_logp.dtype == torch.float32
+    assert torch.equal(torch.isneginf(found.logp), torch.isneginf(want.logp))
     held = cached.file("00000.safetensors")
     each, value = held.get_tensor("ids").shape[-1], held.get_tensor("logp").element_size()
     assert (each, value) == (width, 4 if precision == "fp32" else 2)
-    size = (tmp_path / "s" / "00000.safetensors").stat().st_size
-    assert size < 5 * 14 * (17 * (width + value) + value) + 400  # and a header
-    want = torch.cat((said.logp, said.tail_logp[..., None]), -1)[ids].double()
-    got = torch.cat((found.logp, found.tail_logp[..., None]), -1).double()
+    size, rows = (
+        (tmp_path / "s" / "00000.safetensors").stat().st_size,
+        int(task.learned(tokens.gather(torch.arange(5))[0]).sum()),
+    )
+    assert rows == 25 and size < rows * (17 * (width + value) + value) + 24 * 5 + 700  # and a header
+    want, got = (torch.cat((s.logp, s.tail_logp[..., None]), -1).double() for s in (want, found))
     if precision == "fp32":
         assert torch.equal(got, want)
     assert got.logsumexp(-1).abs().max() < (1e-5 if precision == "fp32" else 1e-6)
     p, q = want - want.logsumexp(-1, keepdim=True), got - got.logsumexp(-1, keepdim=True)
     apart = torch.where(p.exp() > 0, p.exp() * (p - q), 0.0).sum(-1)
     assert apart.max() < 1e-6 and (p.exp() - q.exp()).abs().sum(-1).max() / 2 < 3e-4
-    assert len(cached({}, ids[:0]).ids) == 0
+    assert len(cached({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, ids[:0]).ids) == 0
     # a student that says what the teacher said
-    place, student = torch.arange(14), logits[3].clone()
-    mine, taught, _ = to_top_k_plus_tail(student, found.gather_positions(place, (3, 14)))
+    place, student = learned[0].nonzero().flatten(), logits[3][learned[0]].clone()
+    mine, taught, _ = to_top_k_plus_tail(student, answer.gather_positions(place, (3, 14)))
     loss = kl(Rows(mine, taught), Static(1.0)(random_rows(1)))
     assert (loss >= 0).all() and loss.max() < 2e-6
 

@@ -12,6 +12,7 @@ from tempering.rows import Rows
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.teachers.live import Live
+from tempering.training.checks import validate_sampled_teacher
 from tempering.training.features import PairedFeatures
 
 ENGINE = "Run it with tempering.distill."
@@ -47,7 +48,10 @@ def fitting(method: Method, teacher: nn.Module | Teacher | None, student: nn.Mod
             "the teacher shares weights with the student: frozen, they would not be trained. Pass copy.deepcopy(model) "
             "as teacher."
         )
-    return Live(teacher) if isinstance(teacher, nn.Module) else teacher
+    if isinstance(teacher, nn.Module):
+        return Live(teacher)
+    validate_sampled_teacher(method, teacher)
+    return teacher
 
 
 def whole_batches(method: Method, **splits: int) -> None:

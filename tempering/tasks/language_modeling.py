@@ -108,6 +108,12 @@ class LanguageModeling(Task):
     def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
         return {"logits": prediction_mask(batch).sum()}
 
+    def learned(self, batch: Any) -> Tensor:
+        """Return which positions of the models' logits are rows, (B, L), as caches of the teacher's outputs store."""
+        shape, (index, _, weight) = self._shape(batch), self._positions(batch)
+        mask = torch.zeros(shape, dtype=torch.bool, device=index.device).flatten()
+        return mask.index_fill(0, index if weight is None else index[:0], True).view(shape)
+
     @torch.no_grad()
     def score(
         self, student: nn.Module, batches: Iterable[Any], *, teacher: TeacherForward | None = None

@@ -19,6 +19,7 @@ class Teacher(ABC):
 
     identity: str  # sha256 of the weights and options, or of a cache's key
     trained: bool = True  # False for random weights, which `tempering check` uses before the teacher is trained
+    samples: int | None = None  # number of tokens sampled per position, of teachers with sampled outputs
     fallback: Teacher | None = None  # teacher for data that a cache does not contain, such as the test split
 
     @abstractmethod

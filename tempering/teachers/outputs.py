@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tempering.rows import IGNORE_INDEX, upcast_to_float32
@@ -51,22 +51,27 @@ class Head:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Hidden:
-    """Hidden states (B, L, H) and the head that computes logits, of the requested positions only."""
+    """Hidden states (B, L, H) and the head that computes logits, of the requested positions only.
+
+    ``stored``: the positions that a cache has, NaN elsewhere; None: all.
+    """
 
     states: Float[Tensor, "B L H"]
     head: Head
+    stored: Bool[Tensor, "B L"] | None = None
 
     def gather_positions(self, positions: Int[Tensor, " N"], shape: tuple[int, ...]) -> Float[Tensor, "N V"]:
         """Return the logits of positions that index the flattened batch of this shape (B, L).
 
         Raises:
-            ValueError: if the hidden states have another shape.
+            ValueError: if the hidden states have another shape, or a cache does not have one of the positions.
         """
         return self.head(self.rows(positions, shape))
 
     def rows(self, positions: Int[Tensor, " N"], shape: tuple[int, ...]) -> Float[Tensor, "N H"]:
         """Return the hidden states of positions, as ``kernels.linear_loss`` takes them."""
         _check_shape(tuple(self.states.shape[:2]), shape)
+        _check_stored(self.stored, positions)
         return self.states.flatten(0, 1).index_select(0, positions)
 
 
@@ -99,6 +104,19 @@ def _check_shape(got: tuple[int, ...], shape: tuple[int, ...]) -> None:
         )
 
 
+def _check_stored(stored: Tensor | None, positions: Tensor) -> None:
+    # on an accelerator the check would synchronize every step; there NaN makes the loss NaN, which the trainer reports
+    if stored is None or positions.device.type != "cpu":
+        return
+    missing = ~stored.flatten()[positions]
+    if missing.any() and not (len(positions) == 1 and not positions.any()):  # the row of weight 0 of an empty batch
+        raise ValueError(
+            f"the teacher's cache does not have {int(missing.sum())} of the {len(positions)} learned positions: it "
+            "stores those that were learned when it was recorded. Has the batch other labels, or another mask? Call "
+            "record_...() for these batches again: it adds them."
+        )
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sparse:
     """Log-probabilities of K tokens per position, the likeliest first, and of all other tokens together.
@@ -108,29 +126,33 @@ class Sparse:
         logp: (..., K) their log-probabilities.
         tail_logp: (...) log-probability of all other tokens; minus infinity if their probability is 0, as in sampled
             targets.
+        stored: (...) the positions that a cache has, NaN elsewhere; None: all.
     """
 
     ids: Int[Tensor, "*N K"]
     logp: Float[Tensor, "*N K"]
     tail_logp: Float[Tensor, "*N"]
+    stored: Bool[Tensor, "*N"] | None = None
 
     def gather_positions(self, positions: Int[Tensor, " M"], shape: tuple[int, ...]) -> Sparse:
         """Return the rows of positions that index the flattened batch of this shape (B, L).
 
         Raises:
-            ValueError: if the outputs have another shape.
+            ValueError: if the outputs have another shape, or a cache does not have one of the positions.
         """
         if tuple(self.tail_logp.shape) != tuple(shape):
             raise ValueError(
                 f"the sparse teacher's outputs have {tuple(self.tail_logp.shape)} positions, and the batch has "
                 f"{tuple(shape)}: was it recorded with other texts or another length?"
             )
+        _check_stored(self.stored, positions)
         flat = (self.ids.flatten(0, -2), self.logp.flatten(0, -2), self.tail_logp.flatten())
         return Sparse(*(x.index_select(0, positions) for x in flat))
 
     def to(self, device: torch.device | str) -> Sparse:
         """Return a copy on ``device``."""
-        return Sparse(self.ids.to(device), self.logp.to(device), self.tail_logp.to(device))
+        stored = None if self.stored is None else self.stored.to(device)
+        return Sparse(self.ids.to(device), self.logp.to(device), self.tail_logp.to(device), stored)
 
 
 def to_top_k_plus_tail(

@@ -17,7 +17,7 @@ from tempering.rows import Rows
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.training.checkpoint import random_state, set_random_state
-from tempering.training.checks import check_models_are_distinct, validate_step_method
+from tempering.training.checks import check_models_are_distinct, validate_sampled_teacher, validate_step_method
 from tempering.training.config import Run, TrainConfig, TrainState
 from tempering.training.distributed import (
     all_reduce_gradients,
@@ -82,6 +82,7 @@ class Trainer:
         self.schedule, self.on_step = schedule, on_step
         self.folder = None if folder is None else Path(folder)
         validate_step_method(method, teacher, config)
+        validate_sampled_teacher(method, teacher)
         check_splittable(method, accumulate=config.accumulate)
         check_models_are_distinct(student, teacher)
         self.fabric = fabric_for(

@@ -10,18 +10,15 @@ from typing import Any, Self
 
 import torch
 from jaxtyping import Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tempering.rows import upcast_to_float32
+from tempering.teachers.cache.base import CorruptCacheError
 from tempering.teachers.cache.recorder import STORED, Recordable, device_of, to_stored_precision
-from tempering.teachers.cache.shards import (
-    CachedShards,
-    Inputs,
-    record_shards,
-    recording_key,
-    text_batches,
-    texts_per_shard,
-)
+from tempering.teachers.cache.shard_recorder import Tensors, record_shards, recording_key
+from tempering.teachers.cache.shards import CachedShards, device_like
+from tempering.teachers.cache.texts import Inputs
 from tempering.teachers.live import Live
 from tempering.teachers.outputs import Head, Hidden
 from tempering.utils.tensors import tensor_bytes
@@ -44,19 +41,26 @@ class CachedHidden(CachedShards):
 
     def __init__(self, path: str | Path, **options: Any) -> None:
         super().__init__(path, **options)
-        file = self.file(HEAD)
-        metadata, names = file.metadata(), set(file.keys())
-        bias = file.get_tensor("bias") if "bias" in names else None
-        cap = None if metadata["cap"] == "None" else float(metadata["cap"])
-        self.head = Head(file.get_tensor("weight"), bias, scale=float(metadata["scale"]), cap=cap)
+        try:
+            file = self.file(HEAD)
+            metadata, names = file.metadata(), set(file.keys())
+            bias = file.get_tensor("bias") if "bias" in names else None
+            cap = None if metadata["cap"] == "None" else float(metadata["cap"])
+            self.head = Head(file.get_tensor("weight"), bias, scale=float(metadata["scale"]), cap=cap)
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise CorruptCacheError(
+                f"{self.path / HEAD} cannot be read ({type(error).__name__}: {error}). Remove the folder and record it "
+                f"again: {self.recorded_by}."
+            ) from error
 
     def __call__(self, inputs: Any, ids: Int[Tensor, " B"] | None) -> Hidden:
-        parts = [file.get_slice("states")[row : row + 1] for file, row in self.find(ids)]
-        states = torch.cat(parts) if parts else torch.zeros(0, self.length, self.head.weight.shape[1])
-        device = ids.device if ids is not None else states.device
+        found, device = self.find(inputs, ids), device_like(inputs, ids)
+        parts = [file.get_slice("states")[part] for file, _, part in found.parts]
+        values = torch.cat(parts) if parts else torch.zeros(0, self.head.weight.shape[1])
         if self.head.weight.device != device:
             self.head = self.head.to(device)
-        return Hidden(states.to(device, non_blocking=True), self.head)
+        stored = None if found.stored is None else found.stored.to(device)
+        return Hidden(found.scatter(values).to(device, non_blocking=True), self.head, stored)
 
     def to(self, device: torch.device | str) -> Self:
         self.head = self.head.to(device)
@@ -75,13 +79,14 @@ def record_hidden(
 ) -> CachedHidden:
     """Run the teacher once on every text, store the inputs of its head, and open the result.
 
-    A token takes 2 H bytes, or 4 H in fp32, which reproduces the teacher's logits except for the order of sums. Every
-    shard checks that the stored head reproduces them. An interrupted recording is resumed; if several processes call
-    this, one records.
+    A learned token takes 2 H bytes, or 4 H in fp32, which reproduces the teacher's logits except for the order of
+    sums; a text takes 16 more, and 8 for every stretch of learned tokens. Every batch checks that the stored head
+    reproduces them. Tokens that are not learned take nothing, and texts that ``path`` has already are not computed
+    again: see ``record_top_k``. An interrupted recording is resumed; if several processes call this, one records.
 
     Args:
         teacher: a live language model of transformers.
-        batches: texts of one length, ``data.Tokens`` or ``data.Pairs``.
+        batches: texts, ``data.Tokens`` or ``data.Pairs``.
         path: the folder to write.
         inputs: maps a batch to the models' inputs: ``LanguageModeling().inputs``. The model must accept them: see
             ``LanguageModeling.prepare_model``.
@@ -96,19 +101,21 @@ def record_hidden(
     """
     if precision not in STORED:
         raise ValueError(f"record_hidden needs precision {', '.join(map(repr, STORED))}; got {precision!r}.")
+    if not isinstance(teacher, Live):
+        raise TypeError(
+            f"record_hidden needs a live teacher; got {type(teacher).__name__}. Wrap a model: teachers.Live(model)."
+        )
     path, head = Path(path), head or head_of(teacher.model)
     tensors = {n: x.detach() for n, x in (("weight", head.weight), ("bias", head.bias)) if x is not None}
     metadata = {"scale": repr(float(head.scale)), "cap": repr(None if head.cap is None else float(head.cap))}
-    key = recording_key(CachedHidden.kind, batches, teacher, precision=precision, head=_digest(tensors, metadata))
-    size = texts_per_shard(key["length"] * head.weight.shape[1] * STORED[precision][1].itemsize)
+    own = {"precision": precision, "head": _digest(tensors, metadata)}
+    key = recording_key(CachedHidden.kind, batches, teacher, inputs, **own)
 
-    def query(ids: Tensor) -> dict[str, Tensor]:
-        parts: list[Tensor] = []
-        for part, teacher_in, _ in text_batches(teacher, batches, ids, inputs):
-            parts.append(_states(teacher, teacher_in, part, precision, head if not parts else None))
-        return {"states": torch.cat(parts)}
+    def query(given: Any, ids: Tensor, mask: Tensor) -> Tensors:
+        return {"states": _states(teacher, given, ids, mask, precision, head)}
 
-    record_shards(path, key, query, teacher, size=size, more={HEAD: (tensors, metadata)}, quiet=quiet)
+    size, more = head.weight.shape[1] * STORED[precision][1].itemsize, {HEAD: (tensors, metadata)}
+    record_shards(path, key, teacher, batches, inputs, query, bytes_per_position=size, more=more, quiet=quiet)
     return CachedHidden(path, batches=batches, teacher=teacher)
 
 
@@ -155,27 +162,25 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 
 
 @torch.no_grad()
-def _states(teacher: Live, inputs: Any, ids: Tensor, precision: str, head: Head | None) -> Tensor:
-    """Return a batch's hidden states as they are stored; check that ``head`` maps them to the teacher's logits."""
+def _states(teacher: Live, inputs: Any, ids: Tensor, mask: Tensor, precision: str, head: Head) -> Tensor:
+    """Return the hidden states at the positions of a mask, as they are stored; check the head."""
     with _head_inputs(teacher.model) as captured:
         output = teacher(inputs, ids.to(device_of(teacher)))
     if not captured:
         raise TypeError(
             f"the forward pass of {type(teacher.model).__name__} does not call its head: nothing to record."
         )
-    states, mask = captured[-1], inputs.get("attention_mask")
-    padding = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
-    if mask is not None and mask.shape == padding.shape:
-        padding = mask == 0  # no token attends to padding, and its states may be NaN
-    states = states.masked_fill(padding[..., None], 0.0)
-    if head is not None:
-        _check_head(head, teacher, states[:1], output.logits[:1], padding[:1])
-    stored = to_stored_precision(states.flatten(1), precision, int(ids[0]), what="hidden states")
-    return stored.view(states.shape).cpu()
+    mask = mask.to(captured[-1].device)
+    states, text = captured[-1][mask], mask.nonzero()[:, 0].cpu()
+    if len(states):
+        one = text == text[0]  # a text is enough
+        _check_head(head, teacher, states[one], output.logits[mask][one])
+    stored = to_stored_precision(states, precision, 0, what="hidden states")
+    return stored.cpu()
 
 
-def _check_head(head: Head, teacher: Live, states: Tensor, logits: Tensor, padding: Tensor) -> None:
-    got, expected = head(states[~padding]), upcast_to_float32(logits[~padding])
+def _check_head(head: Head, teacher: Live, states: Tensor, logits: Tensor) -> None:
+    got, expected = head(states), upcast_to_float32(logits)
     error, scale = float((got - expected).abs().max()), float(expected.abs().max())
     if not error <= max(1e-4, 8 * torch.finfo(states.dtype).eps) * scale:
         raise ValueError(

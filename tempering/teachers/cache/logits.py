@@ -58,7 +58,10 @@ class Cached(CachedTeacher):
     ) -> None:
         self.clean = clean
         super().__init__(path, batches=batches, teacher=teacher, checksum=checksum)
+
+    def _open(self) -> None:
         self.classes: int = self.key["classes"]
+        self.precision: str = self.key["precision"]
 
     def __call__(self, inputs: Any, ids: Int[Tensor, " B"] | None) -> Float[Tensor, "B C"]:
         if ids is None:
@@ -87,6 +90,7 @@ class Cached(CachedTeacher):
         if (reason := super().incompatibility(batches)) is not None:
             return reason
         name = getattr(batches, "name", type(batches).__name__)
+        things = getattr(batches, "things", self.things)
         recorded, given = self.key["augmentation"], batches.augmentation
         if recorded == given:
             return None
@@ -94,9 +98,9 @@ class Cached(CachedTeacher):
             if self.clean:
                 return None
             return (
-                f"{self.path} contains outputs for clean images, and {name} are augmented: {_to_text(given)}. To use "
-                f'the logits of the clean images: Cached("{self.path}", clean=True). For logits of the images that the '
-                "student sees: record(teacher, batches, ANOTHER_PATH, views=8) and batches.replay(8)."
+                f"{self.path} contains outputs for clean {things}, and {name} are augmented: {_to_text(given)}. To use "
+                f'the logits of the clean {things}: Cached("{self.path}", clean=True). For logits of the {things} that '
+                "the student sees: record(teacher, batches, ANOTHER_PATH, views=8) and batches.replay(8)."
             )
         field = next(f for f in ("views", *recorded) if recorded.get(f) != given.get(f))
         advice = "leave out views=" if recorded["views"] is None else f"train on batches.replay({recorded['views']})"
@@ -162,7 +166,7 @@ class Cached(CachedTeacher):
         try:
             # copy-on-write: memory-mapped and shared like "r", without torch's warning about read-only arrays
             array = np.load(path, mmap_mode="c", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # numpy parses the header as Python, with all of its errors
             raise CorruptCacheError(f"{path} cannot be read ({error}). {advice}") from error
         if array.shape != shape or array.dtype != stored:
             raise CorruptCacheError(
@@ -210,8 +214,6 @@ def record(
         raise ValueError(f"record needs precision {', '.join(map(repr, STORED))}; got {precision!r}.")
     if not isinstance(teacher, Teacher):
         raise TypeError(f"record needs a Teacher; got {type(teacher).__name__}. Wrap a module: teachers.Live(model).")
-    if path.exists() and not (path / KEY).is_file() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not a teacher cache. Give another path.")
     recorded = as_recorded(batches, views)
     key = {
         "format": FORMAT,

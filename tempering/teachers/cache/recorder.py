@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import shutil
@@ -17,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tempering.teachers.base import Teacher
-from tempering.teachers.cache.base import KEY, check_key
-from tempering.utils.files import PARTIAL, file_lock, open_synced, sha256_file, write_atomic
+from tempering.teachers.cache.base import KEY, CorruptCacheError, check_key, key_check
+from tempering.utils.files import PARTIAL, file_lock, open_synced, write_atomic
 from tempering.utils.tensors import to_device
 
 LOGITS, LOG = "logits.npy", "done.jsonl"
@@ -99,7 +101,15 @@ def partial_folder(path: Path) -> Iterator[Path | None]:
     """Lock and yield the folder in which the recording of ``path`` is written; None if it is finished.
 
     Wait for another process that records it.
+
+    Raises:
+        ValueError: if ``path`` exists and is not a recording.
     """
+    if path.exists() and not (path / KEY).is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(
+            f"{path} exists and is not a teacher cache: it has no {KEY}. Give another path, or remove it to record "
+            "again."
+        )
     folder = path.with_name(path.name + PARTIAL)
     lock = folder.with_name(folder.name + ".lock")  # outside, since Windows cannot rename a folder with an open file
     with file_lock(lock):
@@ -114,7 +124,10 @@ def partial_folder(path: Path) -> Iterator[Path | None]:
 
 
 def finish(path: Path, folder: Path, key: Mapping[str, Any], teacher: Teacher, **files: Any) -> None:
-    """Write the key with ``files``, the sizes and checksums of the recording, then rename the folder to ``path``."""
+    """Write the key with ``files``, the sizes and checksums of the recording, then rename the folder to ``path``.
+
+    A finished recording, whose folder is ``path``, is replaced by one that also has the new files.
+    """
     from tempering._version import __version__
 
     model = teacher.model
@@ -124,8 +137,34 @@ def finish(path: Path, folder: Path, key: Mapping[str, Any], teacher: Teacher, *
         "torch": str(torch.__version__),
         "tempering": __version__,
     }
-    write_atomic(folder / KEY, json.dumps({**key, **files, "made": provenance}, indent=1), fsync=True)
-    folder.rename(path)
+    whole = {**key, **files, "made": provenance}
+    write_atomic(folder / KEY, json.dumps({**whole, "check": key_check(whole)}, indent=1), fsync=True)
+    if folder != path:
+        folder.rename(path)
+    (path / LOG).unlink(missing_ok=True)  # not earlier: a kill before the rename would lose all work
+
+
+def read_log(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+    """Return the entries of a log; a kill can leave an incomplete last line, which is left out.
+
+    Raises:
+        CorruptCacheError: for another line that is no entry, naming it.
+    """
+    if not path.is_file():
+        return []
+    entries = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            entry = json.loads(line)
+            if any(type(entry[name]) is not kind for name, kind in fields.items()):
+                raise ValueError("a field of another type")
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise CorruptCacheError(
+                f"{path}, line {number}, is damaged ({type(error).__name__}: {error}). Remove {path.parent} and record "
+                "again."
+            ) from error
+        entries.append(entry)
+    return entries
 
 
 class Recording:
@@ -135,6 +174,7 @@ class Recording:
         self.path, self.teacher, self.batches, self.key, self.quiet = path, teacher, batches, key, quiet
         self.folder = path.with_name(path.name + PARTIAL)
         self.done, self.classes = 0, 0
+        self.log: list[dict[str, Any]] = []
 
     def run(self) -> None:
         """Resume an unfinished recording, query the remaining rows and rename the result; wait for other recorders."""
@@ -147,21 +187,40 @@ class Recording:
                 self._finish()
 
     def _recover(self) -> None:
-        """Resume after the last row of the log, and truncate the array there."""
+        """Resume after the last row of the log, and truncate the array there; verify what is kept."""
         if not (self.folder / KEY).is_file() or not (self.folder / LOG).is_file():
             return
         check_key(self.folder, self.key)
-        lines = (self.folder / LOG).read_bytes().split(b"\n")[:-1]  # a kill can leave an incomplete last line
-        try:
-            last = json.loads(lines[-1])
-            end, done, classes = int(last["bytes"]), int(last["done"]), int(last["classes"])
-            if (self.folder / LOGITS).stat().st_size < end:
-                return
-        except (IndexError, KeyError, TypeError, ValueError, OSError):
+        self.log = read_log(self.folder / LOG, {"done": int, "classes": int, "bytes": int, "sha256": str})
+        array = self.folder / LOGITS
+        if not self.log or not array.is_file() or array.stat().st_size < self.log[-1]["bytes"]:
+            self.log = []
             return
-        os.truncate(self.folder / LOGITS, end)
-        (self.folder / LOG).write_bytes(lines[-1] + b"\n")
-        self.done, self.classes = done, classes
+        os.truncate(array, self.log[-1]["bytes"])
+        self._verify()
+        write_atomic(self.folder / LOG, b"".join(map(_line, self.log)), fsync=True)
+        self.done, self.classes = self.log[-1]["done"], self.log[-1]["classes"]
+
+    def _verify(self) -> str:
+        """Return the checksum of the array, after a check of every block against the log.
+
+        Raises:
+            CorruptCacheError: for a block that was changed since it was written.
+        """
+        total, path = hashlib.sha256(), self.folder / LOGITS
+        with open(path, "rb") as file:
+            for entry in self.log:
+                start = file.tell()
+                block = file.read(max(0, entry["bytes"] - start))
+                if entry["sha256"] != _block_check(entry, block):
+                    raise CorruptCacheError(
+                        f"{path} or {LOG} beside it was changed since it was written: bytes {start} to "
+                        f"{entry['bytes']} have another checksum. Remove {self.folder} and record again."
+                    )
+                total.update(block)
+            if file.read(1):
+                raise CorruptCacheError(f"{path} is longer than {LOG} says. Remove {self.folder} and record again.")
+        return total.hexdigest()
 
     def _query(self) -> None:
         total, size = self.key["rows"], self.batches.batch_size
@@ -184,27 +243,32 @@ class Recording:
 
     def _write(self, blocks: list[np.ndarray]) -> None:
         """Append blocks and sync them to the disk, then append to the log and sync it."""
+        content = b"".join(block.tobytes() for block in blocks)
+        start = 0
         if not self.done:
             self.classes = blocks[0].shape[1]
             for name in (LOG, LOGITS):
                 (self.folder / name).unlink(missing_ok=True)
             write_atomic(self.folder / KEY, json.dumps(self.key), fsync=True)
+            header = io.BytesIO()
+            of_array = {"descr": STORED[self.key["precision"]][1].str, "fortran_order": False}
+            np.lib.format.write_array_header_1_0(header, {**of_array, "shape": (self.key["rows"], self.classes)})
+            content = header.getvalue() + content
+        else:
+            start = self.log[-1]["bytes"]
         with open_synced(self.folder / LOGITS, "ab") as file:
-            if not self.done:
-                header = {"descr": STORED[self.key["precision"]][1].str, "fortran_order": False}
-                np.lib.format.write_array_header_1_0(file, {**header, "shape": (self.key["rows"], self.classes)})
-            for block in blocks:
-                file.write(block.data)
+            file.write(content)
         self.done += sum(map(len, blocks))
-        entry = {"done": self.done, "classes": self.classes, "bytes": (self.folder / LOGITS).stat().st_size}
+        entry = {"done": self.done, "classes": self.classes, "bytes": start + len(content)}
+        entry["sha256"] = _block_check(entry, content)
         with open_synced(self.folder / LOG, "ab") as file:
-            file.write(json.dumps(entry).encode() + b"\n")
+            file.write(_line(entry))
+        self.log.append(entry)
 
     def _finish(self) -> None:
-        array = self.folder / LOGITS
-        files = {"classes": self.classes, "bytes": array.stat().st_size, "sha256": sha256_file(array)}
+        size = (self.folder / LOGITS).stat().st_size
+        files = {"classes": self.classes, "bytes": size, "sha256": self._verify()}
         finish(self.path, self.folder, self.key, self.teacher, **files)
-        (self.path / LOG).unlink(missing_ok=True)  # not earlier: a kill before the rename would lose all work
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -217,6 +281,15 @@ class Recording:
                 f"cannot write the teacher's outputs ({needed / 2**20:.1f} MB) under {self.folder}: {error.strerror}. "
                 "Free some space there and call record() again: it resumes.",
             ) from error
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
+
+
+def _block_check(entry: Mapping[str, Any], block: bytes) -> str:
+    """Return the checksum of a block and of what the log says of it."""
+    return hashlib.sha256(f"{entry['done']} {entry['classes']} {entry['bytes']} ".encode() + block).hexdigest()
 
 
 def to_stored_precision(
@@ -239,7 +312,7 @@ def to_stored_precision(
         kind = "NaN" if torch.isnan(values[row]).any() else "infinity"
         raise ValueError(
             f"the teacher's {what} contain {kind} in row {first + row}. Is its checkpoint complete, and are its inputs "
-            "normalized as in its training? In half precision, try Live(precision='fp32')."
+            "prepared as in its training? In half precision, try Live(precision='fp32')."
         )
     dtype, _ = STORED[precision]
     cast = values.to(dtype)

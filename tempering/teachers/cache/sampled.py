@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.functional import pad
 
-from tempering.teachers.cache import shards
 from tempering.teachers.cache.recorder import Recordable
-from tempering.teachers.cache.shards import CachedShards, Inputs, Tensors
+from tempering.teachers.cache.shard_recorder import Tensors, query_sparse, record_shards, recording_key
+from tempering.teachers.cache.shards import CachedShards, from_bytes, to_bytes
+from tempering.teachers.cache.texts import Inputs
 from tempering.teachers.outputs import Sparse
 from tempering.teachers.selection import TopKTeacher, next_tokens, shares
 
@@ -25,25 +27,28 @@ class CachedSampled(CachedShards):
     kind = "drawn tokens"
     recorded_by = "teachers.record_sampled(teacher, batches, path, inputs=...)"
 
-    @property
-    def samples(self) -> int:
-        """Number of tokens sampled per position."""
-        return self.key["samples"]
+    def _open(self) -> None:
+        super()._open()
+        self.samples = int(self.key["samples"])
 
     def __call__(self, inputs: Any, ids: Int[Tensor, " B"] | None) -> Sparse:
-        texts = [unpack_counts(*self._read(file, row)) for file, row in self.find(ids)]
-        shape = (len(texts), self.length, max((tokens.shape[1] for tokens, _ in texts), default=1))
-        padded = torch.zeros(2, *shape, dtype=torch.long)
-        for row, text in enumerate(texts):
-            for side, x in zip(padded, text, strict=True):
-                side[row, :, : x.shape[1]] = x
+        found = self.find(inputs, ids)
+        texts = [unpack_counts(*self._read(*part)) for part in found.parts]
+        width = max((tokens.shape[1] for tokens, _ in texts), default=1)
+        sides = zip(*texts, strict=True) if texts else ([torch.zeros(0, 1, dtype=torch.long)],) * 2
+        padded = [torch.cat([pad(x, (0, width - x.shape[1])) for x in side]) for side in sides]
         label = next_tokens(inputs)
-        tokens, counts = padded.to(label.device)
-        return shares(tokens, counts.float(), self.samples, besides=label)
+        tokens, counts = (found.scatter(x, 0).to(label.device) for x in padded)
+        sparse = shares(tokens, counts.float(), self.key["samples"], besides=label)
+        if found.stored is None:
+            return sparse
+        stored = found.stored.to(label.device)
+        logp, tail = sparse.logp.masked_fill(~stored[..., None], torch.nan), sparse.tail_logp
+        return Sparse(sparse.ids, logp, tail.masked_fill(~stored, torch.nan), stored)
 
-    def _read(self, file: Any, row: int) -> tuple[Tensor, Tensor, int]:
+    def _read(self, file: Any, row: int, part: slice | int) -> tuple[Tensor, Tensor, int]:
         first, last = file.get_slice("start")[row : row + 2].tolist()
-        return file.get_slice("words")[first:last], file.get_slice("kinds")[row], int(file.get_tensor("bits"))
+        return file.get_slice("words")[first:last], file.get_slice("kinds")[part], int(file.get_tensor("bits"))
 
 
 def record_sampled(
@@ -56,14 +61,15 @@ def record_sampled(
 ) -> CachedSampled:
     """Run the teacher once on every text, store its samples, and open the result.
 
-    A position takes a byte and, for each different sampled token, ``id << bits | count`` in whole bytes: three for up
-    to 2^17 tokens and 127 samples. With 12 different ones that is 37 bytes, where the paper has 36. Counts are
-    integers, so nothing is rounded and the gradient stays unbiased. Padding takes only its byte. An interrupted
-    recording is resumed; if several processes call this, one records.
+    A learned position takes a byte and, for each different sampled token, ``id << bits | count`` in whole bytes: three
+    for up to 2^17 tokens and 127 samples. With 12 different ones that is 37 bytes, where the paper has 36; a text takes
+    24 more, and 8 for every stretch of learned positions. Counts are integers, so nothing is rounded and the gradient
+    stays unbiased. Positions that are not learned take nothing, and texts that ``path`` has already are not computed
+    again: see ``record_top_k``. An interrupted recording is resumed; if several processes call this, one records.
 
     Args:
         teacher: ``TopKTeacher(Live(model), samples=50)``.
-        batches: texts of one length, ``data.Tokens`` or ``data.Pairs``.
+        batches: texts, ``data.Tokens`` or ``data.Pairs``.
         path: the folder to write.
         inputs: maps a batch to the models' inputs: ``LanguageModeling().inputs``. The model must accept them: see
             ``LanguageModeling.prepare_model``.
@@ -80,17 +86,22 @@ def record_sampled(
             f"record_sampled needs TopKTeacher(samples=...); got TopKTeacher(top={teacher.top}). See record_top_k."
         )
     path, samples = Path(path), teacher.samples
-    key = shards.recording_key(CachedSampled.kind, batches, teacher, samples=samples)
+    key = recording_key(CachedSampled.kind, batches, teacher, inputs, samples=samples)
 
-    def query(ids: Tensor) -> Tensors:
-        parts = [
-            _sampled_counts(teacher, samples, *part) for part in shards.text_batches(teacher, batches, ids, inputs)
-        ]
-        return pack_counts(*(torch.cat(side) for side in zip(*parts, strict=True)))
+    def query(given: Any, ids: Tensor, mask: Tensor) -> Tensors:
+        sparse = query_sparse(teacher, given, ids)
+        # the last column is the token of the text
+        counts = (sparse.logp[mask][:, :-1].exp() * float(samples)).round().long()
+        return {"ids": sparse.ids[mask][:, :-1], "counts": counts}
 
-    shards.record_shards(
-        path, key, query, teacher, size=shards.texts_per_shard(16 * key["length"] * samples), quiet=quiet
-    )
+    def encode(tensors: Tensors, first: Tensor) -> Tensors:
+        packed = pack_counts(tensors["ids"][None], tensors["counts"][None])
+        kinds = packed["kinds"][0]
+        start = torch.cat((first[:1], kinds.long().cumsum(0)))[first]
+        return packed | {"kinds": kinds, "start": start}
+
+    size = 16 * samples
+    record_shards(path, key, teacher, batches, inputs, query, bytes_per_position=size, encode=encode, quiet=quiet)
     return CachedSampled(path, batches=batches, teacher=teacher)
 
 
@@ -105,15 +116,15 @@ def pack_counts(ids: Int[Tensor, "B L S"], counts: Int[Tensor, "B L S"]) -> Tens
         ValueError: for ids and counts that do not fit into seven bytes.
     """
     present = counts > 0
-    bits = max(1, int(counts.max()).bit_length())
-    largest = int(torch.where(present, ids, 0).max())
+    bits = max(1, _largest(counts).bit_length())
+    largest = _largest(torch.where(present, ids, 0))
     width = -(-(largest.bit_length() + bits) // 8)
     if width > 7:
         raise ValueError(f"token ids up to {largest} and counts of {bits} bits do not fit into seven bytes.")
     words, kinds = (ids[present] << bits) | counts[present], present.sum(-1)
     return {
-        "words": shards.to_bytes(words, width),
-        "kinds": kinds.to(torch.uint8 if int(kinds.max()) < 256 else torch.int32),
+        "words": to_bytes(words, width),
+        "kinds": kinds.to(torch.uint8 if _largest(kinds) < 256 else torch.int32),
         "start": torch.cat((kinds.new_zeros(1), kinds.sum(-1).cumsum(0))),
         "bits": torch.tensor([bits]),
     }
@@ -123,20 +134,11 @@ def unpack_counts(
     words: Int[Tensor, "M bytes"], kinds: Int[Tensor, " L"], bits: int
 ) -> tuple[Int[Tensor, "L K"], Int[Tensor, "L K"]]:
     """Return (ids, counts) of a text's positions, padded with counts of 0 to the largest number per position."""
-    values = shards.from_bytes(words)
-    filled = torch.arange(max(1, int(kinds.max()))) < kinds.long()[:, None]
+    values = from_bytes(words)
+    filled = torch.arange(max(1, _largest(kinds))) < kinds.long()[:, None]
     out = values.new_zeros(filled.shape).masked_scatter_(filled, values)
     return out >> bits, out & ((1 << bits) - 1)
 
 
-def _sampled_counts(
-    teacher: TopKTeacher, samples: int, ids: Tensor, inputs: Any, labels: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return (tokens, counts) of a batch's positions; padding has counts of 0."""
-    sparse = shards.query_sparse(teacher, inputs, ids)
-    # the last column is the token of the text
-    counts = (sparse.logp[..., :-1].exp() * float(samples)).round().long()
-    mask = labels >= 0 if "labels" in inputs else inputs.get("attention_mask")
-    if mask is not None:
-        counts = counts * (mask.cpu() != 0)[..., None]
-    return sparse.ids[..., :-1], counts
+def _largest(values: Tensor) -> int:
+    return int(values.max()) if values.numel() else 0

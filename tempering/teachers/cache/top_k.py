@@ -12,18 +12,9 @@ from torch import Tensor
 from tempering.teachers.base import Teacher
 from tempering.teachers.cache.recorder import Recordable
 from tempering.teachers.cache.sampled import CachedSampled, record_sampled
-from tempering.teachers.cache.shards import (
-    CachedShards,
-    Inputs,
-    Tensors,
-    from_bytes,
-    query_sparse,
-    record_shards,
-    recording_key,
-    text_batches,
-    texts_per_shard,
-    to_bytes,
-)
+from tempering.teachers.cache.shard_recorder import Tensors, query_sparse, record_shards, recording_key
+from tempering.teachers.cache.shards import CachedShards, device_like, from_bytes, to_bytes
+from tempering.teachers.cache.texts import Inputs
 from tempering.teachers.outputs import Sparse
 from tempering.teachers.selection import TopKTeacher
 
@@ -43,18 +34,18 @@ class CachedTopK(CachedShards):
     recorded_by = "teachers.record_top_k(teacher, batches, path, inputs=...)"
 
     def __call__(self, inputs: Any, ids: Int[Tensor, " B"] | None) -> Sparse:
-        parts = [self._read(file, row) for file, row in self.find(ids)]
-        parts = parts or [[x[:0] for x in self._read(*self.find(torch.tensor([0]))[0])]]
+        found = self.find(inputs, ids)
+        parts = [self._read(*part) for part in found.parts] or [[x[:0] for x in self._read(*self.first())]]
         tokens, logp, tail = (torch.cat(side) for side in zip(*parts, strict=True))
         if logp.dtype == torch.float16:
             logp, tail = logp.float(), tail.float()
             total = torch.cat((logp, tail[..., None]), -1).logsumexp(-1)
             logp, tail = logp - total[..., None], tail - total
-        output = Sparse(tokens, logp, tail)
-        return output if ids is None else output.to(ids.device)
+        output = Sparse(found.scatter(tokens, 0), found.scatter(logp), found.scatter(tail), found.stored)
+        return output.to(device_like(inputs, ids))
 
-    def _read(self, file: Any, row: int) -> list[Tensor]:
-        tokens, logp, tail = (file.get_slice(name)[row : row + 1] for name in ("ids", "logp", "rest"))
+    def _read(self, file: Any, row: int, part: slice | int) -> list[Tensor]:
+        tokens, logp, tail = (file.get_slice(name)[part] for name in ("ids", "logp", "rest"))
         return [from_bytes(tokens), logp, tail]
 
 
@@ -69,13 +60,16 @@ def record_top_k(
 ) -> CachedTopK | CachedSampled:
     """Run the teacher once on every text, and open the result; resume an interrupted recording.
 
-    If several processes call this, one records and the others wait. Ids take whole bytes, two below 2^16 tokens and
-    three below 2^24; with log-probabilities of fp32 a position takes 6 K + 4 bytes, or 7 K + 4, and with those of fp16
-    4 K + 2, or 5 K + 2. Sampled tokens are passed to ``record_sampled``, which takes about 37 bytes.
+    If several processes call this, one records and the others wait. Texts are stored by their tokens, and only the
+    positions that the task learns: texts that ``path`` has already are not computed again, whatever their padding,
+    order and batch size, and others are added. Ids take whole bytes, two below 2^16 tokens and three below 2^24; with
+    log-probabilities of fp32 a learned position takes 6 K + 4 bytes, or 7 K + 4, and with those of fp16 4 K + 2, or
+    5 K + 2; a text takes 16 more, and 8 for every stretch of learned positions. Sampled tokens are passed to
+    ``record_sampled``, which takes about 37 bytes.
 
     Args:
         teacher: one with ``Sparse`` outputs: ``TopKTeacher(Live(model), top=16)`` or ``RemoteTeacher``.
-        batches: texts of one length, ``data.tokens.Tokens``.
+        batches: texts, ``data.Tokens`` or ``data.Pairs``.
         path: the folder to write.
         inputs: maps a batch to the models' inputs: ``LanguageModeling().inputs``. The model must accept them: see
             ``LanguageModeling.prepare_model``.
@@ -94,17 +88,18 @@ def record_top_k(
     if precision not in PRECISIONS:
         raise ValueError(f"record_top_k needs precision {' or '.join(map(repr, PRECISIONS))}; got {precision!r}.")
     path, dtype = Path(path), PRECISIONS[precision]
-    key = recording_key(CachedTopK.kind, batches, teacher, precision=precision)
-    columns = 1 + (getattr(teacher, "top", None) or 64)
+    key = recording_key(CachedTopK.kind, batches, teacher, inputs, precision=precision)
 
-    def query(ids: Tensor) -> Tensors:
-        parts = [query_sparse(teacher, x, part) for part, x, _ in text_batches(teacher, batches, ids, inputs)]
-        tokens, logp, tail = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "logp", "tail_logp")
-        )
-        return {"ids": to_bytes(tokens), "logp": _stored(logp, dtype), "rest": _stored(tail, dtype)}
+    def query(given: Any, ids: Tensor, mask: Tensor) -> Tensors:
+        sparse = query_sparse(teacher, given, ids)
+        logp, tail = (_stored(x[mask], dtype) for x in (sparse.logp, sparse.tail_logp))
+        return {"ids": sparse.ids[mask], "logp": logp, "rest": tail}
 
-    record_shards(path, key, query, teacher, size=texts_per_shard(8 * columns * key["length"]), quiet=quiet)
+    def encode(tensors: Tensors, first: Tensor) -> Tensors:
+        return tensors | {"ids": to_bytes(tensors["ids"])}
+
+    size = 8 * (2 + (getattr(teacher, "top", None) or 64))
+    record_shards(path, key, teacher, batches, inputs, query, bytes_per_position=size, encode=encode, quiet=quiet)
     return CachedTopK(path, batches=batches, teacher=teacher)
 
 

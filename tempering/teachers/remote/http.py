@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
-from http.client import HTTPException
+from collections.abc import Iterator
+from http.client import HTTPConnection, HTTPException, HTTPSConnection, IncompleteRead
 from typing import Any
+from urllib.parse import urlsplit
+
+from tempering.utils.redact import redact
 
 BUSY = {408, 409, 425, 429, 500, 502, 503, 504}
 SHOWN = 400  # characters of a response in an error message
 LONGEST = 60.0  # most seconds between two tries
+MAX_BYTES = 2**28  # largest response
+MAX_ERROR_BYTES = 2**16  # largest part of a refusal that is read
 
 
 class Endpoint:
@@ -21,24 +30,34 @@ class Endpoint:
     Args:
         url: the server's root, with or without "/v1".
         key_env: name of the environment variable with the key, which is sent as a bearer token; None for no key.
-        timeout: most seconds per response.
+        timeout: most seconds per try, from the connection to the last byte of the response.
         tries: most tries per request, if the server is busy or unreachable.
         wait: seconds before the second try, doubled before each further one; the server's Retry-After takes precedence.
+        max_bytes: largest response.
 
     Raises:
-        ValueError: for a scheme other than http and https, numbers that are not positive, or a missing key.
+        ValueError: for a scheme other than http and https, an address with credentials or a query, numbers that are not
+            positive, or a missing key.
     """
 
-    def __init__(self, url: str, *, key_env: str | None, timeout: float, tries: int, wait: float) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"RemoteTeacher needs an address like 'http://localhost:8000'; got {url!r}.")
-        if timeout <= 0 or tries < 1 or wait < 0:
+    def __init__(
+        self, url: str, *, key_env: str | None, timeout: float, tries: int, wait: float, max_bytes: int = MAX_BYTES
+    ) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or "@" in parts.netloc or parts.query or parts.fragment:
             raise ValueError(
-                f"RemoteTeacher needs timeout > 0, tries >= 1 and wait >= 0; got {timeout}, {tries} and {wait}."
+                f"RemoteTeacher needs an address like 'http://localhost:8000'; got {redact(url)!r}. A key belongs in "
+                "an environment variable: key_env='NAME'."
+            )
+        if not 0 < timeout <= threading.TIMEOUT_MAX or tries < 1 or wait < 0 or max_bytes < 1:
+            raise ValueError(
+                "RemoteTeacher needs timeout > 0, tries >= 1, wait >= 0 and max_bytes >= 1; got "
+                f"{timeout}, {tries}, {wait} and {max_bytes}."
             )
         if key_env is not None and not os.environ.get(key_env):
             raise ValueError(f"the environment variable {key_env} (key_env) is not set. Type: export {key_env}=...")
         self.url, self.key_env, self.timeout, self.tries, self.wait = url, key_env, timeout, tries, wait
+        self.max_bytes = max_bytes
         self.root = url.rstrip("/").removesuffix("/v1")
 
     def post(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
@@ -51,34 +70,73 @@ class Endpoint:
         for number in range(1, self.tries + 1):
             retry, pause = True, min(LONGEST, self.wait * 2 ** (number - 1))
             try:
-                return self._send(url, request)
-            except urllib.error.HTTPError as error:  # read() closes it
-                problem = f"{error.code} {error.reason}: {_excerpt(error.read())}"
-                retry, pause = error.code in BUSY, _retry_after(error.headers.get("Retry-After"), pause)
+                status, reason, header, content = self._send(url, request)
             except (OSError, HTTPException) as error:  # refused, interrupted or timed out
                 problem = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
+            else:
+                if status < 300:
+                    return self._parse(url, content)
+                problem = f"{status} {reason}: {self.excerpt(content)}"
+                retry, pause = status in BUSY, _retry_after(header, pause)
             if not retry:
-                raise RuntimeError(f"{url} refused the request: {problem}")
+                raise self.error(f"{url} refused the request: {problem}")
             if number < self.tries:
                 time.sleep(pause)
-        raise RuntimeError(
+        raise self.error(
             f"{url} gave no response in {self.tries} tries of at most {self.timeout:g} s each; the last error: "
             f"{problem}. Is the server running, and the address correct?"
         )
 
-    def _send(self, url: str, content: dict[str, Any]) -> dict[str, Any]:
+    def error(self, message: str) -> RuntimeError:
+        """Return an error whose message contains no secret."""
+        return RuntimeError(redact(message, self._secrets()))
+
+    def excerpt(self, response: object) -> str:
+        """Return the beginning of a response, without secrets; they are removed first, so that none is cut in two."""
+        text = response.decode("utf-8", "replace") if isinstance(response, bytes) else str(response)
+        text = redact(text[:MAX_ERROR_BYTES].strip(), self._secrets())
+        return text[:SHOWN] + ("..." if len(text) > SHOWN else "")
+
+    def _secrets(self) -> list[str]:
+        return [] if self.key_env is None else [os.environ.get(self.key_env, "")]
+
+    def _send(self, url: str, content: dict[str, Any]) -> tuple[int, str, str | None, bytes]:
+        """Return the status, its reason, the header Retry-After and the content of one response.
+
+        Raises:
+            OSError, HTTPException: if the response is not complete in time.
+            RuntimeError: if it is larger than ``max_bytes``.
+        """
         headers = {"Content-Type": "application/json"}
         if self.key_env is not None:
             headers["Authorization"] = f"Bearer {os.environ[self.key_env]}"
         request = urllib.request.Request(url, json.dumps(content).encode(), headers, method="POST")
-        with _OPENER.open(request, timeout=self.timeout) as response:
-            text = response.read()
+        with _deadline(self.timeout) as opener:
+            try:
+                response = opener.open(request, timeout=self.timeout)
+            except urllib.error.HTTPError as error:
+                with error:
+                    try:
+                        text = _read(error, MAX_ERROR_BYTES)
+                    except (OSError, HTTPException) as broken:
+                        raise HTTPException(f"{error.code} {error.reason}, whose body breaks off: {broken}") from None
+                return error.code, str(error.reason), error.headers.get("Retry-After"), text
+            with response:
+                text = _read(response, self.max_bytes + 1)
+        if len(text) > self.max_bytes:
+            raise self.error(
+                f"the response of {url} is larger than max_bytes={self.max_bytes}. Is it a completion server? For long "
+                "texts request fewer at a time (batch=...), or allow more (max_bytes=...)."
+            )
+        return response.status, response.reason, None, text
+
+    def _parse(self, url: str, content: bytes) -> dict[str, Any]:
         try:
-            parsed = json.loads(text)
-        except ValueError:
+            parsed = json.loads(content)
+        except (ValueError, RecursionError):
             parsed = None
         if not isinstance(parsed, dict):
-            raise RuntimeError(f"the response of {url} is not a JSON object: {_excerpt(text)}")
+            raise self.error(f"the response of {url} is not a JSON object: {self.excerpt(content)}")
         return parsed
 
 
@@ -89,7 +147,68 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-_OPENER = urllib.request.build_opener(_NoRedirect)
+@contextlib.contextmanager
+def _deadline(seconds: float) -> Iterator[urllib.request.OpenerDirector]:
+    """Yield an opener whose connections are shut down after ``seconds``; the timeout of a socket is for each read.
+
+    Raises:
+        TimeoutError: if the time is over, in place of the error or the incomplete content that this caused.
+    """
+    sockets: list[socket.socket] = []
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        for connected in sockets:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(connected, socket.SHUT_RDWR)  # not that of TLS, which is not safe across threads
+
+    def tracked(kind: type[HTTPConnection]) -> Any:
+        class Tracked(kind):
+            def connect(self) -> None:
+                super().connect()
+                sockets.append(self.sock)
+                if expired.is_set():
+                    expire()
+
+        return Tracked
+
+    class Http(urllib.request.HTTPHandler):
+        def http_open(self, req: Any) -> Any:
+            return self.do_open(tracked(HTTPConnection), req)
+
+    class Https(urllib.request.HTTPSHandler):
+        def https_open(self, req: Any) -> Any:
+            return self.do_open(tracked(HTTPSConnection), req)
+
+    timer = threading.Timer(seconds, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield urllib.request.build_opener(_NoRedirect, Http, Https)
+    except (OSError, HTTPException, ValueError) as error:
+        if not expired.is_set():
+            raise
+        raise TimeoutError(f"no complete response within {seconds:g} s ({error})") from error
+    finally:
+        timer.cancel()
+    if expired.is_set():
+        raise TimeoutError(f"no complete response within {seconds:g} s")
+
+
+def _read(response: Any, most: int) -> bytes:
+    """Read a body to its end, or the first ``most`` bytes of a longer one.
+
+    Raises:
+        IncompleteRead: if it ends before its Content-Length.
+    """
+    parts, size = [], 0
+    while size < most and (part := response.read(min(2**20, most - size))):
+        parts.append(part)
+        size += len(part)
+    if size < most and response.length:
+        raise IncompleteRead(b"".join(parts), response.length)
+    return b"".join(parts)
 
 
 def _retry_after(header: str | None, default: float) -> float:
@@ -98,8 +217,3 @@ def _retry_after(header: str | None, default: float) -> float:
         return min(LONGEST, max(0.0, float(header or "")))
     except ValueError:
         return default
-
-
-def _excerpt(response: bytes) -> str:
-    text = response.decode("utf-8", "replace").strip()
-    return text[:SHOWN] + ("..." if len(text) > SHOWN else "")

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from tempering.teachers.base import Teacher, key_digest
 from tempering.teachers.outputs import Sparse
-from tempering.teachers.remote.http import Endpoint
+from tempering.teachers.remote.http import MAX_BYTES, Endpoint
 
 Api = Literal["vllm", "openai"]
 Step = dict[int, float]  # token id -> log-probability, at one position
 TOKEN = "token_id:"  # prefix of token ids in vLLM: --return-tokens-as-token-ids
 TOLERANCE = 1e-3  # by which the probabilities of the kept tokens may exceed 1 in sum: half precision on the server
+LOWEST = -9999.0  # what vLLM writes for minus infinity, which JSON does not have
 MIN_TAIL = 1e-7  # smallest probability of the tail: the resolution of float32, in which a server computes
 
 
@@ -41,7 +42,8 @@ class RemoteTeacher(Teacher):
         key_env: name of the environment variable with the key; the key itself is not stored.
         batch: texts per request.
         concurrent: requests at the same time.
-        timeout, tries, wait: most seconds per response, most tries, and seconds before the second try.
+        timeout, tries, wait: most seconds per response as a whole, most tries, and seconds before the second try.
+        max_bytes: largest response.
 
     Raises:
         ValueError: for invalid arguments, or packed inputs.
@@ -62,6 +64,7 @@ class RemoteTeacher(Teacher):
         timeout: float = 120.0,
         tries: int = 5,
         wait: float = 1.0,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         if api not in get_args(Api) or min(top, batch, concurrent) < 1:
             raise ValueError(
@@ -70,7 +73,7 @@ class RemoteTeacher(Teacher):
             )
         self.url, self.top, self.api, self.tokens = url, top, api, tokens
         self.batch, self.concurrent, self.served = batch, concurrent, model
-        self.endpoint = Endpoint(url, key_env=key_env, timeout=timeout, tries=tries, wait=wait)
+        self.endpoint = Endpoint(url, key_env=key_env, timeout=timeout, tries=tries, wait=wait, max_bytes=max_bytes)
         self.identity = key_digest({"served": model, "top": top})
 
     def __call__(self, inputs: Mapping[str, Tensor], ids: Tensor | None = None) -> Sparse:
@@ -112,27 +115,31 @@ class RemoteTeacher(Teacher):
         choices = response.get("choices")
         if not isinstance(choices, list) or len(choices) != len(texts):
             got = f"{len(choices)} choices" if isinstance(choices, list) else f"no choices but {sorted(response)}"
-            raise RuntimeError(f"{self._source} returned {got} for {len(texts)} texts: {str(response)[:400]}")
+            raise self.endpoint.error(
+                f"{self._source} returned {got} for {len(texts)} texts: {self.endpoint.excerpt(response)}"
+            )
         parse = self._by_id if self.api == "vllm" else self._by_string
         try:
             ordered = sorted(choices, key=lambda choice: choice.get("index", 0))
             return [parse(choice, text) for choice, text in zip(ordered, texts, strict=True)]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise RuntimeError(
+            raise self.endpoint.error(
                 f"the response of {self._source} has another form than api={self.api!r} ({type(error).__name__}: "
-                f"{error}): {str(choices[0])[:400]}"
-            ) from error
+                f"{error}): {self.endpoint.excerpt(choices[0])}"
+            ) from None  # the original may quote the response
 
     def _by_id(self, choice: dict[str, Any], text: list[int]) -> list[Step]:
         """Parse vLLM's: id -> {"logprob": ...} per position, None at the first; the text's own token is always in."""
         logprobs = choice.get("prompt_logprobs")
         if logprobs is None:
-            raise RuntimeError(f"{self._source} returns no prompt_logprobs. Is it vLLM? For others: api='openai'.")
+            raise self.endpoint.error(
+                f"{self._source} returns no prompt_logprobs. Is it vLLM? For others: api='openai'."
+            )
         self._check_length(len(logprobs), text)
         steps = [{int(i): float(entry["logprob"]) for i, entry in step.items()} for step in logprobs[1:]]
         for i, step in enumerate(steps, 1):
             if text[i] not in step:
-                raise RuntimeError(
+                raise self.endpoint.error(
                     f"{self._source} returns log-probabilities of another text: at position {i} it has none of token "
                     f"{text[i]}, but of {sorted(step)[:5]}. Does it insert a token, or shift by one?"
                 )
@@ -148,14 +155,14 @@ class RemoteTeacher(Teacher):
         for i in range(1, len(text)):
             token_id = self._id(tokens[i])
             if token_id not in (None, text[i]):
-                raise RuntimeError(
+                raise self.endpoint.error(
                     f"{self._source} returns log-probabilities of another text: position {i} is token {text[i]}, and "
                     f"in the response it is {tokens[i]!r}. Does it insert a token, or are ``tokens`` of another model?"
                 )
             step = {self._id(token): float(value) for token, value in likely[i].items()}
             if self.tokens is None:
                 if None in step:
-                    raise RuntimeError(
+                    raise self.endpoint.error(
                         f"{self._source} returns tokens as strings ({next(iter(likely[i]))!r}) without their ids. Give "
                         "tokens={string: id}, or start it with --return-tokens-as-token-ids."
                     )
@@ -169,16 +176,17 @@ class RemoteTeacher(Teacher):
         logp, tail = torch.full(ids.shape, -torch.inf, dtype=torch.float64), torch.zeros(len(text), dtype=torch.float64)
         for i, step in enumerate(steps):
             next_token = text[i + 1]
-            likely = sorted(step.items(), key=lambda pair: (-pair[1], pair[0]))[: self.top]
-            if all(token != next_token for token, _ in likely):
+            possible = {token: value for token, value in step.items() if not value <= LOWEST}
+            likely = sorted(possible.items(), key=lambda pair: (-pair[1], pair[0]))[: self.top]
+            if next_token in possible and all(token != next_token for token, _ in likely):
                 likely.append((next_token, step[next_token]))
             total = math.fsum(math.exp(min(value, 1.0)) for _, value in likely)
             if not total <= 1.0 + TOLERANCE:  # also for NaN
-                raise RuntimeError(
+                raise self.endpoint.error(
                     f"{self._source} returns no log-probabilities: at position {i + 1} the probabilities of "
                     f"{len(likely)} tokens add up to {total:g}. Does it return logits?"
                 )
-            ids[i, : len(likely)] = torch.tensor([token for token, _ in likely])
+            ids[i, : len(likely)] = torch.tensor([token for token, _ in likely], dtype=torch.long)
             logp[i, : len(likely)] = torch.tensor([value for _, value in likely], dtype=torch.float64)
             tail[i] = math.log(max(MIN_TAIL, 1.0 - total))
         return Sparse(ids, logp.float(), tail.float())
@@ -191,7 +199,7 @@ class RemoteTeacher(Teacher):
 
     def _check_length(self, count: int, text: list[int], *, more: int = 0) -> None:
         if not len(text) <= count <= len(text) + more:
-            raise RuntimeError(
+            raise self.endpoint.error(
                 f"{self._source} returns log-probabilities of {count} tokens, and the text has {len(text)}. Does it "
                 "insert a token (a beginning of text), truncate long texts, or ignore "
                 f"{'prompt_logprobs' if self.api == 'vllm' else 'echo'}?"
@@ -199,7 +207,7 @@ class RemoteTeacher(Teacher):
 
     def _check_top(self, step: Mapping[Any, float]) -> None:
         if len(step) < self.top:
-            raise RuntimeError(
+            raise self.endpoint.error(
                 f"{self._source} returns {len(step)} tokens per position, fewer than top={self.top}. Give a smaller "
                 "top, or start the server with more (vLLM: --max-logprobs)."
             )
