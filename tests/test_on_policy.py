@@ -84,7 +84,7 @@ def test_blocks_and_caches_write_what_the_definition_does(family: str, top_k: in
             "eos": eos,
             "pad": 3,
         }
-        batch, pace = generate(student, teacher, ragged(), length=9, **own)
+        batch, pace = generate(student, teacher, ragged(), max_new_tokens=9, **own)
         assert after(batch) == [ids for ids, _ in want]
         flags = [f[learn].tolist() for f, learn in zip(batch["replaced"], batch["learn"], strict=True)]
         assert flags == [f for _, f in want]
@@ -96,7 +96,7 @@ def test_blocks_and_caches_write_what_the_definition_does(family: str, top_k: in
 
 def test_all_of_the_vocabulary_is_on_policy_and_one_is_the_teacher() -> None:
     student, teacher = gpt2(8, 3), gpt2(12, 4)
-    own: dict[str, Any] = {"length": 12, "eos": EOS, "pad": PAD, "seed": 7}
+    own: dict[str, Any] = {"max_new_tokens": 12, "eos": EOS, "pad": PAD, "seed": 7}
     alone, _ = generate(student, None, ragged(), **own)
     both, pace = generate(student, teacher, ragged(), top_k=V, **own)
     assert after(alone) == after(both) and pace.replaced == 0 and pace.report()["acceptance"] == 1.0
@@ -117,7 +117,7 @@ def test_a_token_that_one_side_lacks_is_not_written(sizes: tuple[int, int]) -> N
     with torch.no_grad():  # each would say little else than what the other lacks
         for model in (student, teacher):
             model.transformer.wte.weight[V:] *= 20  # pyright: ignore
-    batch, pace = generate(student, teacher, ragged(), length=20, top_k=20)
+    batch, pace = generate(student, teacher, ragged(), max_new_tokens=20, top_k=20)
     assert 0 < pace.replaced < pace.tokens and int(batch["input_ids"].max()) < V
     assert not verify_tokens(torch.zeros(1, 1, V), torch.tensor([[V]]), V).ok.any()
 
@@ -143,7 +143,7 @@ def test_tokens_are_distributed_as_the_definition_says(rows: int, block: int) ->
     toys = Toy(q.log().tolist()), Toy(p.log().tolist())
     counts, replaced = torch.zeros(5), 0
     for seed in range(8 // rows):
-        batch, pace = generate(*toys, [[0]] * rows, length=250, top_k=2, block=block, seed=seed)
+        batch, pace = generate(*toys, [[0]] * rows, max_new_tokens=250, top_k=2, block=block, seed=seed)
         counts += torch.bincount(torch.tensor(sum(after(batch), [])), minlength=5)  # noqa: RUF017
         replaced += pace.replaced
     n = counts.sum()
@@ -188,7 +188,7 @@ def test_written_batches_are_rows_without_labels_that_count_the_end_once() -> No
     student.train()
     student.transformer.drop.eval()  # pyright: ignore[reportAttributeAccessIssue]
     state = torch.get_rng_state()
-    source = Speculative(student, Live(teacher), loader(), top_k=60, length=6, eos=EOS, pad=PAD, vocabulary=V)
+    source = Speculative(student, Live(teacher), loader(), top_k=60, max_new_tokens=6, eos=EOS, pad=PAD, vocabulary=V)
     task = LanguageModeling()
     for model in (student, teacher):
         task.prepare_model(model)
@@ -214,7 +214,7 @@ def test_written_batches_are_rows_without_labels_that_count_the_end_once() -> No
 
 def test_a_share_of_the_batches_is_written_and_any_place_of_an_epoch_is_found_again() -> None:
     def sources(share: float) -> OnPolicy:
-        return OnPolicy(gpt2(8, 3), loader() * 10, share=share, length=3, pad=PAD)
+        return OnPolicy(gpt2(8, 3), loader() * 10, generated_fraction=share, max_new_tokens=3, pad=PAD)
 
     def seen(source: OnPolicy, start: int = 0) -> list[tuple[bool, list]]:
         return [("learn" in batch, batch["input_ids"].tolist()) for batch in source.iterate(start)]
@@ -236,8 +236,8 @@ def test_runs_in_distill(kind: str) -> None:
     data, task = loader(), LanguageModeling(vocabulary=V)
     adam = partial(torch.optim.Adam, lr=1e-2)
     distill(teacher, None, data, method=Supervised(), task=task, optimizer=adam, epochs=5, quiet=True)
-    own: dict[str, Any] = {"length": 5, "eos": EOS, "pad": PAD, "vocabulary": V}
-    source = OnPolicy(student, data, share=1.0, **own)
+    own: dict[str, Any] = {"max_new_tokens": 5, "eos": EOS, "pad": PAD, "vocabulary": V}
+    source = OnPolicy(student, data, generated_fraction=1.0, **own)
     if kind == "speculative":
         source = Speculative(student, teacher, data, top_k=20, **own)
     method = Divergence(objective="kl")
@@ -250,7 +250,7 @@ def test_runs_in_distill(kind: str) -> None:
 def test_a_teacher_s_own_texts_are_labels() -> None:
     """Greedy texts of the teacher, the same in every epoch; of rows that are learned all have labels and no others."""
     teacher, given = llama(16, 1).eval(), loader()
-    source = SequenceLevel(Live(teacher), given, length=6, eos=EOS, pad=PAD, vocabulary=V)
+    source = SequenceLevel(Live(teacher), given, max_new_tokens=6, eos=EOS, pad=PAD, vocabulary=V)
     first = list(source)
     for batch, data in zip(first, given, strict=True):
         for prompt, ids, labels in zip(prompts_of(data), batch["input_ids"], batch["labels"], strict=True):
@@ -273,8 +273,8 @@ def test_a_teacher_s_own_texts_are_labels() -> None:
 
 def test_what_is_refused() -> None:
     student = gpt2(8, 3)
-    with pytest.raises(ValueError, match=r"share in \[0, 1\].*got 1.5"):
-        OnPolicy(student, [], share=1.5)
+    with pytest.raises(ValueError, match=r"generated_fraction in \[0, 1\].*got 1.5"):
+        OnPolicy(student, [], generated_fraction=1.5)
     with pytest.raises(ValueError, match="iterated again"):
         OnPolicy(student, iter([]))
     with pytest.raises(ValueError, match="top_k and block >= 1; got 0 and 5"):
@@ -282,9 +282,9 @@ def test_what_is_refused() -> None:
     with pytest.raises(TypeError, match="Speculative needs a teacher with a model; got str"):
         Speculative(student, "gpt", [])
     with pytest.raises(TypeError, match="Linear has no cache"):
-        generate(nn.Linear(2, 2), None, [[1]], length=2)
+        generate(nn.Linear(2, 2), None, [[1]], max_new_tokens=2)
     with pytest.raises(ValueError, match="the shortest of 0 tokens"):
-        generate(student, None, [[1], []], length=2)
+        generate(student, None, [[1], []], max_new_tokens=2)
     packed = {"input_ids": torch.zeros(1, 4, dtype=torch.long), "position_ids": torch.arange(4)[None]}
     with pytest.raises(ValueError, match="OnPolicy needs padded texts"):
-        list(OnPolicy(student, [packed], share=1.0))
+        list(OnPolicy(student, [packed], generated_fraction=1.0))

@@ -15,11 +15,11 @@ from tempering.rollouts.sampling import GenerationStats, Sampling, generate, pro
 
 
 class OnPolicy:
-    """Replaces the completions of a share of a loader's batches by ones that the current student generates.
+    """Replaces the completions of a fraction of a loader's batches by ones that the current student generates.
 
-    Whether a batch is generated is random, with probability ``share``: 0 is supervised distillation, 1 is on-policy,
-    and ImitKD and GKD are between them. Any method computes the loss; generated tokens have no labels for its hard
-    term. Training uses the sampled ids, which are never decoded and tokenized again. Completions depend on the
+    Whether a batch is generated is random, with probability ``generated_fraction``: 0 is supervised distillation, 1 is
+    on-policy, and ImitKD and GKD are between them. Any method computes the loss; generated tokens have no labels for
+    its hard term. Training uses the sampled ids, which are never decoded and tokenized again. Completions depend on the
     student's weights, the epoch and the batch's number, so a resumed run generates the same texts. Packed batches are
     not supported. Cached teachers have no outputs for these texts.
 
@@ -29,17 +29,17 @@ class OnPolicy:
     Args:
         student: the trained transformers model.
         batches: any loader of ``LanguageModeling`` batches; the tokens before the first learned one are the prompt.
-        share: share of generated batches, in [0, 1]: GKD's lambda.
-        length: most tokens to generate.
+        generated_fraction: fraction of batches that are generated, in [0, 1]: GKD's lambda.
+        max_new_tokens: most tokens to generate.
         eos: end-of-text token id; None for none.
         pad: padding token id.
         sampling: how the student's tokens are sampled; None samples from its own distribution.
-        prompt: fewest prompt tokens per text, for causal models.
+        prompt_length: fewest prompt tokens per text, for causal models.
         vocabulary: number of tokens, as in ``LanguageModeling``.
         seed: seed of the choice of batches and of the sampling.
 
     Raises:
-        ValueError: for a share outside [0, 1], or length or prompt below 1.
+        ValueError: for a generated_fraction outside [0, 1], or max_new_tokens or prompt_length below 1.
 
     Reference: Agarwal et al., "On-Policy Distillation of Language Models", ICLR 2024, arXiv:2306.13649, algorithm 1.
     """
@@ -49,34 +49,40 @@ class OnPolicy:
         student: nn.Module,
         batches: Iterable[Any],
         *,
-        share: float = 0.5,
-        length: int = 128,
+        generated_fraction: float = 0.5,
+        max_new_tokens: int = 128,
         eos: int | None = None,
         pad: int = 0,
         sampling: Sampling | None = None,
-        prompt: int = 1,
+        prompt_length: int = 1,
         vocabulary: int | None = None,
         seed: int = 0,
     ) -> None:
-        if not 0.0 <= share <= 1.0 or length < 1 or prompt < 1 or isinstance(batches, Iterator):
+        if (
+            not 0.0 <= generated_fraction <= 1.0
+            or max_new_tokens < 1
+            or prompt_length < 1
+            or isinstance(batches, Iterator)
+        ):
             raise ValueError(
-                f"{type(self).__name__} needs share in [0, 1], length and prompt >= 1, and batches that can be "
-                f"iterated again; got {share}, {length}, {prompt} and {type(batches).__name__}."
+                f"{type(self).__name__} needs generated_fraction in [0, 1], max_new_tokens and prompt_length >= 1, and "
+                f"batches that can be iterated again; got {generated_fraction}, {max_new_tokens}, {prompt_length} and "
+                f"{type(batches).__name__}."
             )
-        self.student, self.batches, self.share = student, batches, share
-        self.length, self.eos, self.pad = length, eos, pad
-        self.sampling, self.prompt, self.vocabulary, self.seed = sampling, prompt, vocabulary, seed
-        self.number, self.stats, self.rank = 0, GenerationStats(), 0
+        self.student, self.batches, self.generated_fraction = student, batches, generated_fraction
+        self.max_new_tokens, self.eos, self.pad = max_new_tokens, eos, pad
+        self.sampling, self.prompt_length, self.vocabulary, self.seed = sampling, prompt_length, vocabulary, seed
+        self.epoch, self.stats, self.rank = 0, GenerationStats(), 0
 
     def __len__(self) -> int:
         return len(self.batches)  # pyright: ignore[reportArgumentType]
 
-    def set_epoch(self, number: int) -> None:
+    def set_epoch(self, epoch: int) -> None:
         """Set the epoch and reset its statistics."""
-        self.number, self.stats = number, GenerationStats()
+        self.epoch, self.stats = epoch, GenerationStats()
         for loader in (self.batches, getattr(self.batches, "sampler", None)):
             if hasattr(loader, "set_epoch"):
-                loader.set_epoch(number)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+                loader.set_epoch(epoch)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
     def __iter__(self) -> Iterator[Any]:
         return self.iterate(0)
@@ -87,7 +93,7 @@ class OnPolicy:
         rest = iterate(start) if iterate is not None else itertools.islice(iter(self.batches), start, None)
         for index, batch in enumerate(rest, start):
             seed = self._seed(index)
-            yield self.generate(batch, seed) if random.Random(seed).random() < self.share else batch
+            yield self.generate(batch, seed) if random.Random(seed).random() < self.generated_fraction else batch
 
     def generate(self, batch: Any, seed: int) -> dict[str, Any]:
         """Return the batch with completions of the student."""
@@ -119,12 +125,12 @@ class OnPolicy:
             raise ValueError(
                 f"{type(self).__name__} needs padded texts, and this batch is packed. See data.text.collate."
             )
-        prompts, source = prompts_and_source(self.student, batch, self.prompt)
+        prompts, source = prompts_and_source(self.student, batch, self.prompt_length)
         out, stats = generate(
             self.student,
             teacher,
             prompts,
-            length=self.length,
+            max_new_tokens=self.max_new_tokens,
             eos=self.eos,
             pad=self.pad,
             sampling=self.sampling,
@@ -137,5 +143,5 @@ class OnPolicy:
         return out
 
     def _seed(self, index: int) -> int:
-        digest = hashlib.sha256(f"{self.seed}/{self.number}/{index}".encode()).digest()
+        digest = hashlib.sha256(f"{self.seed}/{self.epoch}/{index}".encode()).digest()
         return int.from_bytes(digest[:6], "little")

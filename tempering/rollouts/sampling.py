@@ -110,12 +110,12 @@ class GenerationStats:
 class GenerationState:
     """State of generating a batch: the tokens of each row, and the mask of its slots in the caches."""
 
-    def __init__(self, prompts: list[list[int]], *, length: int, eos: int | None, device: torch.device) -> None:
-        self.prompts, self.length, self.eos = prompts, length, eos
+    def __init__(self, prompts: list[list[int]], *, max_new_tokens: int, eos: int | None, device: torch.device) -> None:
+        self.prompts, self.max_new_tokens, self.eos = prompts, max_new_tokens, eos
         self.generated: list[list[int]] = [[] for _ in prompts]
         self.replaced: list[list[bool]] = [[] for _ in prompts]
         self.logits: list[list[Tensor]] = [[] for _ in prompts]
-        self.done = [length < 1] * len(prompts)
+        self.done = [max_new_tokens < 1] * len(prompts)
         width = max(map(len, prompts)) - 1  # the last token of a prompt is decoded with the first block
         ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
         self.mask = torch.zeros_like(ids)
@@ -129,7 +129,7 @@ class GenerationState:
     def positions(self, first: int, count: int) -> Int[Tensor, "B count"]:
         """Return the positions of the block's tokens, limited to the longest possible row."""
         last = [len(p) + len(w) - 1 for p, w in zip(self.prompts, self.generated, strict=True)]
-        limit = torch.tensor([len(p) + self.length - 1 for p in self.prompts], device=self.last.device)
+        limit = torch.tensor([len(p) + self.max_new_tokens - 1 for p in self.prompts], device=self.last.device)
         return (torch.tensor(last, device=self.last.device)[:, None] + first + self._arange(count)).minimum(
             limit[:, None]
         )
@@ -157,12 +157,12 @@ class GenerationState:
         for row, (ids, n) in enumerate(zip(tokens, accepted, strict=True)):
             if self.done[row]:
                 continue
-            ids = ids[: min(n + 1, width, self.length - len(self.generated[row]))]
+            ids = ids[: min(n + 1, width, self.max_new_tokens - len(self.generated[row]))]
             if self.eos in ids:
                 ids = ids[: ids.index(self.eos) + 1]
             self.generated[row] += ids
             self.replaced[row] += [i == n for i in range(len(ids))]
-            self.done[row] = len(self.generated[row]) >= self.length or ids[-1] == self.eos
+            self.done[row] = len(self.generated[row]) >= self.max_new_tokens or ids[-1] == self.eos
             kept[row] = len(ids)
             if logits is not None:
                 self.logits[row].append(logits[row, : len(ids)].clone())
@@ -207,7 +207,7 @@ def generate(
     teacher: nn.Module | None,
     prompts: list[list[int]],
     *,
-    length: int,
+    max_new_tokens: int,
     top_k: int = 25,
     block: int = 5,
     eos: int | None = None,
@@ -229,7 +229,7 @@ def generate(
     Args:
         student, teacher: the models.
         prompts: token ids of each prompt.
-        length: most tokens to generate.
+        max_new_tokens: most tokens to generate.
         top_k: number of the teacher's largest logits whose tokens are accepted.
         block: tokens proposed at a time.
         eos: end-of-text token id; None for none.
@@ -242,23 +242,25 @@ def generate(
 
     Raises:
         TypeError: for a causal model without a cache, an encoder-decoder without a source, or one of each.
-        ValueError: for no prompts, an empty one, or top_k, block or length below 1.
+        ValueError: for no prompts, an empty one, or top_k, block or max_new_tokens below 1.
     """
-    if not prompts or not all(prompts) or min(top_k, block, length) < 1:
+    if not prompts or not all(prompts) or min(top_k, block, max_new_tokens) < 1:
         raise ValueError(
-            f"generate needs prompts of at least one token, and top_k, block and length >= 1; got {len(prompts)} "
-            f"prompts, the shortest of {min(map(len, prompts), default=0)} tokens, {top_k}, {block} and {length}."
+            f"generate needs prompts of at least one token, and top_k, block and max_new_tokens >= 1; got "
+            f"{len(prompts)} prompts, the shortest of {min(map(len, prompts), default=0)} tokens, {top_k}, {block} and "
+            f"{max_new_tokens}."
         )
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
     source = None if source is None else {name: x.to(device) for name, x in source.items()}
-    state = GenerationState(prompts, length=length, eos=eos, device=device)
+    state = GenerationState(prompts, max_new_tokens=max_new_tokens, eos=eos, device=device)
     generators = [torch.Generator(device).manual_seed((2 * seed + side) % 2**63) for side in (0, 1)]
     sampling, resampling = sampling or Sampling(), resampling or Sampling()
     with eval_mode(student, teacher):
         models = [model for model in (student, teacher) if model is not None]
         size = _vocabulary_size(models, vocabulary)
         decoders = [
-            CachedDecoder(m, size) if source is None else make_decoder(m, size, source, most=length) for m in models
+            CachedDecoder(m, size) if source is None else make_decoder(m, size, source, most=max_new_tokens)
+            for m in models
         ]
         if state.start.shape[1]:
             positions = (state.mask.cumsum(-1) - 1).clamp_min(0)

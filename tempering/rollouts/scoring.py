@@ -26,11 +26,11 @@ class GenerationScorer:
         decode: maps token ids, without the end-of-text token, to the input of ``grade``; None passes the list.
         eos: end-of-text token id; None for none.
         pad: padding token id.
-        length: most tokens to generate.
-        prompt: fewest prompt tokens per text, for causal models.
+        max_new_tokens: most tokens to generate.
+        prompt_length: fewest prompt tokens per text, for causal models.
 
     Raises:
-        ValueError: for length or prompt below 1.
+        ValueError: for max_new_tokens or prompt_length below 1.
     """
 
     def __init__(
@@ -41,13 +41,16 @@ class GenerationScorer:
         decode: Callable[[list[int]], Any] | None = None,
         eos: int | None = None,
         pad: int = 0,
-        length: int = 128,
-        prompt: int = 1,
+        max_new_tokens: int = 128,
+        prompt_length: int = 1,
     ) -> None:
-        if length < 1 or prompt < 1:
-            raise ValueError(f"GenerationScorer needs length and prompt >= 1; got {length} and {prompt}.")
+        if max_new_tokens < 1 or prompt_length < 1:
+            raise ValueError(
+                f"GenerationScorer needs max_new_tokens and prompt_length >= 1; got {max_new_tokens} and "
+                f"{prompt_length}."
+            )
         self.grade, self.name, self.decode, self.eos, self.pad = grade, name, decode, eos, pad
-        self.length, self.prompt = length, prompt
+        self.max_new_tokens, self.prompt_length = max_new_tokens, prompt_length
 
     @torch.no_grad()
     def __call__(
@@ -57,9 +60,9 @@ class GenerationScorer:
         grades = []
         for batch in batches:
             batch = to_device(dict(batch), device)
-            prompts, source = prompts_and_source(student, batch, self.prompt)
+            prompts, source = prompts_and_source(student, batch, self.prompt_length)
             options: dict[str, Any] = {
-                "length": self.length,
+                "max_new_tokens": self.max_new_tokens,
                 "eos": self.eos,
                 "pad": self.pad,
                 "vocabulary": vocabulary,

@@ -14,14 +14,14 @@ from tempering.rows import IGNORE_INDEX
 
 
 class SequenceLevel(OnPolicy):
-    """Replaces the completions of a share of a loader's batches by the teacher's, with their tokens as labels.
+    """Replaces the completions of a fraction of a loader's batches by the teacher's, with their tokens as labels.
 
     ``Supervised`` on them is sequence-level KD; a divergence, in addition or alone, uses the teacher's logits on its
     own texts. Greedy by default: then every epoch has the same texts, which are generated again all the same.
 
     Args:
         teacher: the transformers model that generates, or a Teacher with one, such as Live(model).
-        batches, share, length, eos, pad, prompt, vocabulary, seed: as in ``OnPolicy``.
+        batches, generated_fraction, max_new_tokens, eos, pad, prompt_length, vocabulary, seed: as in ``OnPolicy``.
         sampling: how the teacher's tokens are sampled; None is greedy.
 
     Raises:
@@ -37,12 +37,12 @@ class SequenceLevel(OnPolicy):
         teacher: Any,
         batches: Iterable[Any],
         *,
-        share: float = 1.0,
-        length: int = 128,
+        generated_fraction: float = 1.0,
+        max_new_tokens: int = 128,
         eos: int | None = None,
         pad: int = 0,
         sampling: Sampling | None = None,
-        prompt: int = 1,
+        prompt_length: int = 1,
         vocabulary: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -54,12 +54,12 @@ class SequenceLevel(OnPolicy):
         super().__init__(
             model,
             batches,
-            share=share,
-            length=length,
+            generated_fraction=generated_fraction,
+            max_new_tokens=max_new_tokens,
             eos=eos,
             pad=pad,
             sampling=sampling or Sampling(temperature=0.0),
-            prompt=prompt,
+            prompt_length=prompt_length,
             vocabulary=vocabulary,
             seed=seed,
         )
