@@ -44,11 +44,24 @@ class TextExample:
         return len(self.ids)
 
 
+def eos_ids(eos: int | Iterable[int] | None) -> tuple[int, ...]:
+    """Return the end-of-text ids as a tuple: of one id, of several (as in Llama 3's and Qwen's configs), or of None."""
+    if eos is None:
+        return ()
+    return tuple(int(i) for i in eos) if isinstance(eos, Iterable) else (int(eos),)
+
+
+def append_eos(ids: Sequence[int], eos: int | Iterable[int] | None) -> list[int]:
+    """Return the ids with the first end-of-text id appended, unless they end with one of them or there is none."""
+    ends = eos_ids(eos)
+    return [*ids] if not ends or {*ends}.intersection(ids[-1:]) else [*ids, ends[0]]
+
+
 def make_prompt_example(
     prompt: Sequence[int],
     completion: Sequence[int],
     *,
-    eos: int | None = None,
+    eos: int | Iterable[int] | None = None,
     length: int | None = None,
     privacy_score: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> TextExample:
@@ -58,7 +71,8 @@ def make_prompt_example(
 
     Args:
         prompt, completion: token ids.
-        eos: end-of-sequence id, appended to a completion that does not end with it; None: append nothing.
+        eos: end-of-sequence id, or several: the first is appended to a completion that ends with none of them; None:
+            append nothing.
         length: maximal number of tokens. The prompt is truncated on the left, the completion on the right; a truncated
             completion has no eos.
         privacy_score: how private each token is, of the prompt and of the completion; an appended eos scores 0.
@@ -66,9 +80,7 @@ def make_prompt_example(
     Raises:
         ValueError: if the completion has no tokens, or for privacy scores of another length.
     """
-    context, learned = list(prompt), list(completion)
-    if eos is not None and learned[-1:] != [eos]:
-        learned.append(eos)
+    context, learned = list(prompt), append_eos(completion, eos)
     if length is not None:
         learned = learned[:length]
         context = context[len(context) - max(0, min(len(context), length - len(learned))) :]
@@ -191,6 +203,25 @@ def collate(
         if example.privacy_score is not None:
             batch["privacy_score"][row, part] = torch.tensor(example.privacy_score)
     return batch if ids is None else batch | {"ids": torch.tensor(list(ids))}
+
+
+def sources_right(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an encoder's inputs with padding on the left moved to the right, where learned positions need it.
+
+    Args:
+        inputs: tensors (B, S), among them attention_mask; those of the decoder, "decoder_...", stay as they are.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.ndim != 2:
+        return dict(inputs)
+    first = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+    index = (torch.arange(mask.shape[1], device=mask.device) + first) % mask.shape[1]
+    return {
+        name: x.gather(1, index)
+        if isinstance(x, Tensor) and x.shape == mask.shape and not name.startswith("decoder_")
+        else x
+        for name, x in inputs.items()
+    }
 
 
 def pack(examples: Iterable[TextExample], length: int, *, pad: int = 0) -> list[dict[str, Tensor]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from tempering.rollouts.generation_config import Sampling
 from tempering.rollouts.on_policy import OnPolicy
-from tempering.rollouts.sampling import Sampling
 from tempering.rows import IGNORE_INDEX
 
 
@@ -21,7 +21,8 @@ class SequenceLevel(OnPolicy):
 
     Args:
         teacher: the transformers model that generates, or a Teacher with one, such as Live(model).
-        batches, generated_fraction, max_new_tokens, eos, pad, prompt_length, vocabulary, seed: as in ``OnPolicy``.
+        batches, generated_fraction, max_new_tokens, eos, pad, prompt_length, vocabulary, seed, turn: as in
+            ``OnPolicy``.
         sampling: how the teacher's tokens are sampled; None is greedy.
 
     Raises:
@@ -38,13 +39,14 @@ class SequenceLevel(OnPolicy):
         batches: Iterable[Any],
         *,
         generated_fraction: float = 1.0,
-        max_new_tokens: int = 128,
-        eos: int | None = None,
+        max_new_tokens: int | None = None,
+        eos: int | Sequence[int] | None = None,
         pad: int = 0,
-        sampling: Sampling | None = None,
+        sampling: Any = None,
         prompt_length: int = 1,
         vocabulary: int | None = None,
         seed: int = 0,
+        turn: str = "last",
     ) -> None:
         model = teacher if isinstance(teacher, nn.Module) else getattr(teacher, "model", None)
         if not isinstance(model, nn.Module):
@@ -62,6 +64,7 @@ class SequenceLevel(OnPolicy):
             prompt_length=prompt_length,
             vocabulary=vocabulary,
             seed=seed,
+            turn=turn,
         )
 
     def generate(self, batch: Any, seed: int) -> dict[str, Any]:
