@@ -98,21 +98,32 @@ def make_prompt_example(
     return TextExample((*context, *learned), flags, tuple(scores))
 
 
-def chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, length: int | None = None) -> TextExample:
+def chat(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    length: int | None = None,
+    tools: Sequence[Any] | None = None,
+    **template: Any,
+) -> TextExample:
     """Return an example of a chat, of which the assistant's turns and their end-of-turn tokens are learned.
 
     Args:
         tokenizer: of transformers, with a chat template.
-        messages: {"role": ..., "content": ...}; at least one of the assistant.
+        messages: {"role": ..., "content": ...}, with tool calls where there are; at least one of the assistant.
         length: maximal number of tokens; the chat is truncated on the right.
+        tools: functions or JSON schemas, as in ``apply_chat_template``.
+        template: further arguments of the chat template, such as ``enable_thinking=False`` or ``chat_template=...``.
 
     Raises:
-        ValueError: for a chat without assistant turns, or a template that rewrites earlier turns in a longer chat.
+        ValueError: for a chat without assistant turns, a template that rewrites earlier turns in a longer chat, or one
+            whose generation prompt has tokens that its finished turns do not have.
     """
+    options = template | ({} if tools is None else {"tools": list(tools)})
 
     def tokenize(n: int, *, generation_prompt: bool = False) -> list[int]:
         output = tokenizer.apply_chat_template(
-            list(messages[:n]), add_generation_prompt=generation_prompt, tokenize=True
+            list(messages[:n]), add_generation_prompt=generation_prompt, tokenize=True, **options
         )
         return list(output["input_ids"] if isinstance(output, Mapping) else output)
 
@@ -121,6 +132,8 @@ def chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, length: int |
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for i in turns:
         before, after = tokenize(i, generation_prompt=True) if i else [], tokenize(i + 1)
+        if ids[: len(after)] == after and after[: len(before)] != before:
+            _check_generation_prompt(tokenizer, i, tokenize(i), before, after)
         if after[: len(before)] != before or ids[: len(after)] != after:
             raise ValueError(
                 f"the chat template changes the tokens before turn {i} when later turns are added, so the assistant's "
@@ -130,6 +143,23 @@ def chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, length: int |
     if not turns or not any(learn[:length]):
         raise ValueError(f"the chat has no assistant token to learn: roles {[m['role'] for m in messages]}.")
     return TextExample(tuple(ids[:length]), tuple(learn[:length]))
+
+
+def _check_generation_prompt(tokenizer: Any, turn: int, start: list[int], before: list[int], after: list[int]) -> None:
+    """Raise if only the generation prompt of this turn differs from its finished form, not the chat before it.
+
+    Args:
+        start, before, after: the chat before the turn, the same with the generation prompt, and with the turn.
+    """
+    if before[: len(start)] != start or after[: len(start)] != start:
+        return
+    shared = next(i for i, (a, b) in enumerate(zip([*before, None], [*after, None], strict=False)) if a != b)
+    extra = tokenizer.decode(before[shared:]) if hasattr(tokenizer, "decode") else before[shared:]
+    raise ValueError(
+        f"the chat template's generation prompt for turn {turn} ends with {extra!r}, which the finished turn does not "
+        "have: a model would be trained on other texts than it continues. Give the template arguments with which both "
+        "agree, such as chat(..., enable_thinking=True), or put these tokens at the start of the turn's content."
+    )
 
 
 def windows(

@@ -18,6 +18,7 @@ Api = Literal["vllm", "openai"]
 Step = dict[int, float]  # token id -> log-probability, at one position
 TOKEN = "token_id:"  # prefix of token ids in vLLM: --return-tokens-as-token-ids
 TOLERANCE = 1e-3  # by which the probabilities of the kept tokens may exceed 1 in sum: half precision on the server
+ZERO_LOGP = -9999.0  # vLLM's for a probability of 0, since JSON has no minus infinity
 MIN_TAIL = 1e-7  # smallest probability of the tail: the resolution of float32, in which a server computes
 
 
@@ -169,8 +170,9 @@ class RemoteTeacher(Teacher):
         logp, tail = torch.full(ids.shape, -torch.inf, dtype=torch.float64), torch.zeros(len(text), dtype=torch.float64)
         for i, step in enumerate(steps):
             next_token = text[i + 1]
+            step = {token: value for token, value in step.items() if not value <= ZERO_LOGP}  # those belong to the tail
             likely = sorted(step.items(), key=lambda pair: (-pair[1], pair[0]))[: self.top]
-            if all(token != next_token for token, _ in likely):
+            if next_token in step and all(token != next_token for token, _ in likely):
                 likely.append((next_token, step[next_token]))
             total = math.fsum(math.exp(min(value, 1.0)) for _, value in likely)
             if not total <= 1.0 + TOLERANCE:  # also for NaN
