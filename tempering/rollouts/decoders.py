@@ -101,7 +101,7 @@ class RecomputingDecoder:
         begin = min(begin, self.most - 1) if self.cached else 0
         tokens = self.slots.gather(1, order)[:, begin : min(self.most, end)]
         count = torch.arange(tokens.shape[1], device=ids.device).expand_as(tokens)
-        own = {"mask": (count < lengths).long(), "positions": count.minimum(lengths - 1).clamp_min(0)}
+        own = {"mask": (count < lengths.clamp_min(1)).long(), "positions": count.minimum(lengths - 1).clamp_min(0)}
         logits, self.cache = forward(
             self.model,
             tokens,
