@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from tempering import distill
-from tempering.data.text import collate
+from tempering.data.pairs import Pair, make_pair
+from tempering.data.spans import Pieces
+from tempering.data.text import TextExample, collate, make_prompt_example
 from tempering.methods import Divergence, Supervised  # pyright: ignore[reportAttributeAccessIssue]
+from tempering.rollouts.generation_config import as_sampling
 from tempering.rollouts.sampling import generate, prompts_of, verify_tokens
 from tempering.rows import IGNORE_INDEX, total
-from tempering.tasks import LanguageModeling, OnPolicy, Sampling, SequenceLevel, Speculative
+from tempering.tasks import GenerationScorer, LanguageModeling, OnPolicy, Sampling, SequenceLevel, Speculative
 from tempering.teachers import Live
+from tests.cases import each
 from tests.paths import needs_shared
 from tests.test_generation import EOS, MODELS, PAD, V, gpt2, llama, texts
 from tests.test_golden import Case, case, cases  # noqa: F401
@@ -269,6 +274,102 @@ def test_a_teacher_s_own_texts_are_labels() -> None:
     assert any(bool(p.grad.any()) for p in student.parameters() if p.grad is not None)
     with pytest.raises(TypeError, match="SequenceLevel needs a teacher with a model; got str"):
         SequenceLevel("teacher", given)
+
+
+def test_any_of_several_ends_ends_a_text() -> None:
+    student, teacher = gpt2(8, 3), llama(12, 4)
+    options: dict[str, Any] = {"sampling": GREEDY, "resampling": GREEDY, "max_new_tokens": 9, "top_k": 60, "block": 4}
+    free, _ = generate(student, teacher, ragged(), **options)
+    ends = [after(free)[0][2], after(free)[2][4]]
+    for eos in (ends, tuple(ends), torch.tensor(ends)):
+        got, stats = generate(student, teacher, ragged(), eos=eos, **options)
+        want = [ids[: next((i + 1 for i, t in enumerate(ids) if t in ends), 9)] for ids in after(free)]
+        assert after(got) == want and stats.ended == sum(len(ids) < 9 or ids[-1] in ends for ids in want) >= 2
+    assert make_prompt_example([1], [3], eos=[2, 9]).ids == (1, 3, 2)
+    assert make_prompt_example([1], [3, 9], eos=[2, 9]).ids == (1, 3, 9)
+    assert make_pair([5, 9], [6], eos=[2, 9]) == Pair((5, 9), (6, 2))
+    assert Pieces(str.encode, {}, eos=[2, 9]).eos == 2
+
+
+def test_settings_of_transformers_are_those_of_sampling() -> None:
+    from transformers import GenerationConfig
+
+    assert as_sampling(GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9)) == Sampling(0.7, 0.9, top_k=50)
+    assert as_sampling(GenerationConfig(do_sample=True, top_k=0, min_p=0.1)) == Sampling(min_p=0.1)
+    assert as_sampling(GenerationConfig(eos_token_id=[2, 9])) == GREEDY
+    assert as_sampling({"temperature": 0.7, "top_k": 5}) == Sampling(0.7, top_k=5)
+    assert as_sampling({"do_sample": False, "temperature": 0.7}) == GREEDY
+    config = GenerationConfig(do_sample=True, top_k=3, eos_token_id=[2, 9], max_new_tokens=7, pad_token_id=0)
+    source = OnPolicy(gpt2(8, 3), loader(), generated_fraction=1.0, sampling=config)
+    assert (source.sampling, source.eos, source.max_new_tokens) == (Sampling(top_k=3), [2, 9], 7)
+    assert OnPolicy(gpt2(8, 3), loader(), sampling=config, max_new_tokens=3, eos=1).max_new_tokens == 3
+    z, generator = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, -1), torch.Generator().manual_seed(0)
+    for sampling, kept in ((Sampling(top_k=2), 2), (Sampling(top_k=9), 4), (Sampling(min_p=0.25), 3)):
+        shares = torch.bincount(sampling.draw(z, generator), minlength=4) / 4000
+        want = torch.tensor([0.5, 0.3, 0.15, 0.05]) * (torch.arange(4) < kept)
+        torch.testing.assert_close(shares, want / want.sum(), rtol=0.0, atol=0.03)
+    for bad, why in (
+        (GenerationConfig(do_sample=True, repetition_penalty=1.2), r"does not support repetition_penalty=1\.2"),
+        ({"num_beams": 4}, "does not support num_beams=4"),
+        ({"top_k": -1}, "top_k >= 1"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            as_sampling(bad)
+    with pytest.raises(TypeError, match=r"sampling must be a Sampling, a GenerationConfig .* got float"):
+        OnPolicy(gpt2(8, 3), loader(), sampling=0.7)
+
+
+@each("side", ["right", "left"])
+def test_of_a_chat_the_last_turn_is_generated_or_the_named_one(side: str) -> None:
+    ids, learn = tuple(range(10, 22)), (False,) * 2 + (True,) * 3 + (False,) * 2 + (True,) * 4 + (False,)
+    single = TextExample((1, 2, 3), (False, True, True))
+    batch = collate([TextExample(ids, learn), single], pad=PAD, side=side)
+    for turn, end in (("last", 7), ("first", 2)):
+        assert prompts_of(batch, turn=turn) == [[*ids[:end]], [1]]
+        source = OnPolicy(gpt2(8, 3), [batch], generated_fraction=1.0, max_new_tokens=3, turn=turn)
+        made = next(iter(source))
+        assert made["input_ids"][0, :end].tolist() == [*ids[:end]] and not made["learn"][0, :end].any()
+    drawn = OnPolicy(gpt2(8, 3), [batch] * 20, generated_fraction=1.0, max_new_tokens=1, turn="random")
+    sizes = [[int(made["attention_mask"][0].sum()) for made in drawn.iterate(start)] for start in (0, 5)]
+    assert {*sizes[0]} == {3, 8} and sizes[0][5:] == sizes[1]
+    with pytest.raises(ValueError, match="turn of last, first, random; got 'middle'"):
+        OnPolicy(gpt2(8, 3), [batch], turn="middle")
+    grades: list[Any] = []
+    grade = GenerationScorer(lambda made, said: float(bool(grades.append(said))), name="x", max_new_tokens=2)
+    grade(gpt2(8, 3), [batch])
+    assert grades == [[*ids[7:11]], [2, 3]]
+
+
+def test_inputs_are_carried_or_refused_by_name() -> None:
+    student, teacher = gpt2(8, 3), gpt2(12, 4)
+    scored = [dataclasses.replace(e, privacy_score=tuple(0.1 * i for i in range(1, len(e) + 1))) for e in texts()[:3]]
+    for side in ("right", "left"):
+        batch = collate(scored, pad=PAD, side=side)
+        options: dict[str, Any] = {"generated_fraction": 1.0, "max_new_tokens": 3}
+        for source in (OnPolicy(student, [batch], **options), SequenceLevel(teacher, [batch], **options)):
+            made = next(iter(source))
+            for row, prompt, example in zip(made["privacy_score"].tolist(), prompts_of(batch), scored, strict=True):
+                want = [*(example.privacy_score or ())][: len(prompt)]
+                assert row == pytest.approx(want + [0.0] * (len(row) - len(prompt)))
+    batch = loader(1)[0]
+    for name, value in (("token_type_ids", batch["labels"]), ("pixel_values", torch.zeros(3, 3, 4, 4))):
+        for source in (
+            OnPolicy(student, [batch | {name: value}], **options),
+            Speculative(student, teacher, [batch | {name: value}], **options),
+        ):
+            with pytest.raises(ValueError, match=f"A model that needs {name} cannot generate here"):
+                next(iter(source))
+
+
+@each("make", [gpt2, llama])
+def test_texts_longer_than_the_positions_are_refused(make: Any) -> None:
+    student, other = make(8, 3), gpt2(8, 1)
+    student.config.max_position_embeddings = 64
+    made, _ = generate(student, None, [[1] * 60], max_new_tokens=4)
+    assert made["input_ids"].shape == (1, 64)
+    for models in ((student, None), (other, student)):
+        with pytest.raises(ValueError, match=r"has 60 tokens, .*max_new_tokens=5 .* 64 positions .* max_new_tokens=4"):
+            generate(*models, [[1] * 60, [2]], max_new_tokens=5)
 
 
 def test_what_is_refused() -> None:

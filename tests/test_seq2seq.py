@@ -112,6 +112,25 @@ def test_the_loss_is_the_models_own_and_the_end_counts_once(family: str) -> None
     assert (moved.student - moved.teacher).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("family", MODELS)
+def test_sources_padded_on_the_left_are_the_same_sources(family: str) -> None:
+    student, teacher = MODELS[family](8, 0), MODELS[family](12, 1)
+    task, batch = ready(student, teacher), collate_pairs(pairs())
+    holes = batch["attention_mask"].clone()
+    holes[0, 1] = 0  # a token in the middle that is left out is no padding
+    batch["attention_mask"] = holes
+    left = dict(batch)
+    for name in ("input_ids", "attention_mask"):
+        left[name] = torch.stack([x.roll(8 - len(p.source)) for x, p in zip(batch[name], pairs(), strict=True)])
+    assert int((left["attention_mask"][:, 0] == 0).sum()) == 3
+    want, slopes = loss_of(student, teacher, [batch], DTKD(), task)
+    got, found = loss_of(student, teacher, [left], DTKD(), task)
+    assert torch.equal(got, want) and all(torch.equal(a, b) for a, b in zip(found, slopes, strict=True))
+    options: dict[str, Any] = {"generated_fraction": 1.0, "max_new_tokens": 5, "eos": EOS, "sampling": GREEDY}
+    made, same = (next(iter(OnPolicy(student, [b], **options))) for b in (batch, left))
+    assert all(torch.equal(made[name], same[name]) for name in made)
+
+
 def test_nothing_to_learn_is_zero_with_a_gradient_path_and_some_may_be_left_out() -> None:
     student, teacher = t5(8, 0), t5(12, 1)
     task, batch = ready(student, teacher), collate_pairs(pairs())

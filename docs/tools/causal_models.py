@@ -75,7 +75,6 @@ CONV: dict[str, Any] = {"layer_types": ["conv", "full_attention"]}
 MODELS: dict[str, dict[str, Any]] = {
     "BambaForCausalLM": {"attn_layer_indices": [1], "mamba_n_groups": 1},
     "DoryForCausalLM": {
-        "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "n_input_layers": 1,
         "n_output_layers": 1,
@@ -124,8 +123,10 @@ def build(name: str, *, seed: int = 0, **settings: Any) -> nn.Module:
     sizes = SIZES | {key: value for key, value in MORE.items() if key in accepted}
     kinds = [*dict.fromkeys(getattr(cls.config_class(), "layer_types", None) or ())]
     if kinds and "layer_types" in inspect.signature(cls.config_class).parameters:
-        sizes |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
+        sizes["layer_types"] = kinds
     sizes |= MODELS.get(name, {}) | settings
+    if "layer_types" in sizes:
+        sizes["num_hidden_layers"] = len(sizes["layer_types"])
     errors = []
     for without, more in VARIANTS:
         try:
@@ -284,14 +285,17 @@ def table(results: dict[str, dict[str, str]], unbuilt: list[str]) -> str:
 
 def main(root: Path, names: list[str]) -> int:
     """Try the models; write the table into docs/language.md, or print it for a choice of names."""
+    import transformers
+
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    results, unbuilt = {}, []
+    results, unbuilt, start = {}, [], time.perf_counter()
     for name in names or causal_models():
-        start = time.perf_counter()
         try:
-            with time_limit(20):
+            getattr(transformers, name)  # an import that is broken off breaks later ones
+            start = time.perf_counter()
+            with time_limit(30):
                 results[name] = outcomes(name)
             found = " | ".join(results[name].values())
         except (Exception, KeyboardInterrupt) as error:
