@@ -144,8 +144,8 @@ class ShiftingCacheDecoder:
         columns = slots[:, :0] if self.columns is None else self._shift(self.columns, mask)
         self.columns = torch.cat((columns, slots[:, -n:]), 1)
         cache_mask = mask.gather(1, self.columns)
-        own = {"positions": positions} if self.causal else {}
-        logits, self.cache = forward(self.model, ids, self.cache, self.encoder_kwargs, mask=cache_mask, **own)
+        own = positions if self.causal else None
+        logits, self.cache = forward(self.model, ids, self.cache, self.encoder_kwargs, mask=cache_mask, positions=own)
         self.forwards += 1
         return logits[..., : self.vocabulary]
 

@@ -161,7 +161,7 @@ def _windows(core: nn.Module) -> dict[str, int]:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config = getattr(unwrap_model(model), "config", None)
+    config: Any = getattr(unwrap_model(model), "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 

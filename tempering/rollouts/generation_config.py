@@ -89,10 +89,10 @@ def as_sampling(value: Any) -> Sampling | None:
         )
     if not settings.get("do_sample", isinstance(value, Mapping)):
         return Sampling(temperature=0.0)
-    names = SAMPLED - {"do_sample"}
-    defaults = {} if isinstance(value, Mapping) else {"top_k": 50}
-    fields = defaults | {name: settings[name] for name in names if name in settings}
-    return Sampling(**fields | {"top_k": fields.get("top_k") or None})  # transformers: top_k=0 keeps all
+    fields: dict[str, Any] = {} if isinstance(value, Mapping) else {"top_k": 50}
+    fields |= {name: settings[name] for name in SAMPLED - {"do_sample"} if name in settings}
+    fields["top_k"] = fields.get("top_k") or None  # transformers: top_k=0 keeps all
+    return Sampling(**fields)
 
 
 def generation_limits(value: Any) -> dict[str, Any]:

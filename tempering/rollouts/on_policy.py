@@ -73,7 +73,7 @@ class OnPolicy:
         turn: str = "last",
     ) -> None:
         limits = generation_limits(sampling)
-        max_new_tokens = limits.get("max_new_tokens", 128) if max_new_tokens is None else max_new_tokens
+        max_new_tokens = int(limits.get("max_new_tokens", 128)) if max_new_tokens is None else max_new_tokens
         eos = limits.get("eos_token_id") if eos is None else eos
         if (
             not 0.0 <= generated_fraction <= 1.0

@@ -15,7 +15,7 @@ from tempering.utils.tensors import eval_mode
 
 Layouts = tuple[tuple[str, ...], dict[str, str]]
 TRIED: weakref.WeakKeyDictionary[nn.Module, Layouts] = weakref.WeakKeyDictionary()  # results of try_layouts
-LENGTHS = (6, 3)  # tokens of the two texts
+LENGTHS = (14, 5)  # tokens of the two texts
 SERVES = {
     "right": "Its logits depend on padding: use batches of one text without padding.",
     "left": "Pad on the right: data.text.collate(examples, side='right').",
@@ -28,8 +28,9 @@ def try_layouts(model: nn.Module, unsupported: tuple[str, ...]) -> Layouts:
 
     Each model of transformers is tried once, in eval mode, on two short texts padded on the "right" and the "left" and
     "packed", with the inputs that ``LanguageModeling`` makes. Position ids are left out for models that count from
-    another number than 0, such as RoBERTa. Layouts that raise are not listed, since they will raise in training, and
-    offloaded models are not tried.
+    another number than 0, such as RoBERTa, and use_cache is passed on to those that take it unnamed, such as
+    GraniteMoe, since they separate packed texts only without a cache. Layouts that raise are not listed, since they
+    will raise in training, and offloaded models are not tried.
 
     Args:
         model: the model.
@@ -39,12 +40,15 @@ def try_layouts(model: nn.Module, unsupported: tuple[str, ...]) -> Layouts:
         return unsupported, {}
     if model not in TRIED:
         with torch.no_grad(), eval_mode(model):
-            inexact = _find_inexact(model, unsupported)
-            if "right" in inexact and "position_ids" not in unsupported:
-                fewer = (*unsupported, "position_ids")
-                without = _find_inexact(model, fewer)
-                unsupported, inexact = (unsupported, inexact) if "right" in without else (fewer, without)
-        TRIED[model] = unsupported, inexact
+            first = _find_inexact(model, unsupported) or {}
+            others = []
+            if "packed" in first and "use_cache" in unsupported:
+                others.append(tuple(name for name in unsupported if name != "use_cache"))
+            if "right" in first and "position_ids" not in unsupported:
+                others.append((*unsupported, "position_ids"))
+            tried = [(unsupported, first), *((names, _find_inexact(model, names)) for names in others)]
+        known = [(names, inexact) for names, inexact in tried if inexact is not None]
+        TRIED[model] = min(known, key=lambda result: len(result[1]))
     return TRIED[model]
 
 
@@ -68,7 +72,8 @@ def check_layout(model: nn.Module, inexact: Mapping[str, str], inputs: Mapping[s
             )
 
 
-def _find_inexact(model: nn.Module, unsupported: tuple[str, ...]) -> dict[str, str]:
+def _find_inexact(model: nn.Module, unsupported: tuple[str, ...]) -> dict[str, str] | None:
+    """Return the inexact layouts, and how; None if the model cannot be tried."""
     pad = getattr(getattr(unwrap_model(model), "config", None), "pad_token_id", None)
     tokens = trial_tokens(model, sum(LENGTHS))
     texts = [tokens[None, : LENGTHS[0]], tokens[None, LENGTHS[0] :]]
@@ -76,7 +81,7 @@ def _find_inexact(model: nn.Module, unsupported: tuple[str, ...]) -> dict[str, s
     try:
         expected = torch.cat([model(input_ids=text, **keep).logits[0] for text in texts])
     except Exception:  # it needs other inputs, or will raise in training with its own words
-        return {}
+        return None
     out = {}
     for layout in SERVES:
         inputs, real = _layout(texts, layout, pad if isinstance(pad, int) else 0)
