@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from docs.tools.causal_models import EXACT, build, examples, outcomes, speculative, table
-from tempering.data.text import collate
+from tempering.data.text import collate, pack
 from tempering.rollouts import OnPolicy, Speculative
 from tempering.rollouts.decoding import causal_strategy
+from tempering.tasks import LanguageModeling
 from tests.cases import each
 from tests.later import needs
 
@@ -63,3 +64,22 @@ def test_the_table_groups_equal_outcomes() -> None:
     lines = table(results, ["DForCausalLM"]).splitlines()
     assert lines[-4:-2] == ["| exact | exact, mask | A, C |", "| rejected | exact, mask | B |"]
     assert lines[-1].endswith("build tiny: D.") and "3 causal models" in lines[0]
+
+
+def test_layouts_that_change_the_logits_are_rejected_by_name() -> None:
+    task, texts = LanguageModeling(), examples()
+    cases = {"left": collate(texts, side="left"), "packed": pack(texts, 24)[0], "right": collate(texts)}
+    for name, rejected in (("BartForCausalLM", ["left"]), ("BertLMHeadModel", ["packed"]), ("LlamaForCausalLM", [])):
+        model = build(name)
+        task.prepare_model(model)
+        for layout, batch in cases.items():
+            if layout in rejected:
+                with pytest.raises(
+                    ValueError, match=rf"{name} does not give .*{layout}.* the logits that each has alone"
+                ):
+                    model(task.inputs(batch)[0])
+            elif (name, layout) != ("BartForCausalLM", "packed"):  # takes no position ids
+                assert model(task.inputs(batch)[0]).logits.isfinite().all()
+    small = build("LlamaForCausalLM", max_position_embeddings=8)
+    task.prepare_model(small)
+    assert causal_strategy(small, rejects=True) == "recompute", "a trial does not fit"

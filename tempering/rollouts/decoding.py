@@ -90,6 +90,8 @@ def _find_causal_strategy(model: nn.Module, rejects: bool) -> str:
             f"{type(model).__name__} has no cache: its forward takes neither {' nor '.join(CACHES)}, and it has no "
             "config of transformers. Causal models of transformers do."
         )
+    if (max_positions(model) or len(KEPT[0])) < len(KEPT[0]):
+        return "recompute"  # a trial does not fit
     slots, kept, expected = _trial(model, rejects)
     windows = _windows(core)
     ways = ["recompute"]
@@ -135,6 +137,9 @@ def trial_tokens(model: nn.Module, count: int) -> Tensor:
     special = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
     special = {i for value in special for i in (value if isinstance(value, list) else [value])}
     size = getattr(config, "vocab_size", None) or 4
+    find = getattr(unwrap_model(model), "get_input_embeddings", None)
+    if find is not None and isinstance(table := find(), nn.Embedding):
+        size = min(size, len(table.weight))
     tokens = [i for i in range(max(0, size - 30), size) if i not in special] or [0]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return torch.tensor([tokens[(7 * i + 3) % len(tokens)] for i in range(count)], device=device)

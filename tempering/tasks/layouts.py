@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.rollouts.decoders import unwrap_model
-from tempering.rollouts.decoding import is_close, trial_tokens
+from tempering.rollouts.decoding import is_close, max_positions, trial_tokens
 from tempering.utils.tensors import eval_mode
 
 Layouts = tuple[tuple[str, ...], dict[str, str]]
@@ -74,6 +74,8 @@ def check_layout(model: nn.Module, inexact: Mapping[str, str], inputs: Mapping[s
 
 def _find_inexact(model: nn.Module, unsupported: tuple[str, ...]) -> dict[str, str] | None:
     """Return the inexact layouts, and how; None if the model cannot be tried."""
+    if (max_positions(model) or sum(LENGTHS)) < sum(LENGTHS):
+        return None
     pad = getattr(getattr(unwrap_model(model), "config", None), "pad_token_id", None)
     tokens = trial_tokens(model, sum(LENGTHS))
     texts = [tokens[None, : LENGTHS[0]], tokens[None, LENGTHS[0] :]]
