@@ -47,7 +47,7 @@ class Written:
 
     def __call__(self) -> None:
         both = self.teacher.model if "top_k" in self.how else None
-        batch, pace = generate(self.student, both, self.prompts, length=self.length, **self.how)
+        batch, pace = generate(self.student, both, self.prompts, max_new_tokens=self.length, **self.how)
         self.teacher(self.task.inputs(batch)[1], None)
         self.pace.add(pace)
 

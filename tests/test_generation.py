@@ -204,6 +204,31 @@ def test_of_a_chat_the_assistant_s_turns_are_learned() -> None:
         chat(Bytes(), messages[:1])
 
 
+class Thinking(Bytes):
+    """A template with tools and thinking, as Qwen 3's: the generation prompt closes an empty block of thoughts."""
+
+    def decode(self, ids: Any) -> str:
+        return bytes(ids).decode()
+
+    def apply_chat_template(
+        self, messages: Any, *, tools: Any = None, thinking: bool = False, **options: Any
+    ) -> list[int]:
+        out = self.encode(f"tools:{len(tools)}") if tools else []
+        out += super().apply_chat_template(messages, **options)
+        return out + (self.encode("<think></think>") if options["add_generation_prompt"] and not thinking else [])
+
+
+def test_tools_and_arguments_reach_the_template_of_a_chat() -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    with pytest.raises(ValueError, match=r"generation prompt for turn 1 ends with '<think></think>'.*such as chat\("):
+        chat(Thinking(), messages)
+    example = chat(Thinking(), messages, tools=[len, max], thinking=True)
+    assert bytes(i for i in example.ids if i < 256) == b"tools:2u:hia:yo"
+    assert sum(example.learn) == 3 and example.learn[-3:] == (True,) * 3
+    written = [messages[0], {"role": "assistant", "content": "<think></think>yo"}]
+    assert sum(chat(Thinking(), written).learn) == 3, "the block is part of the turn"
+
+
 @pytest.mark.parametrize("wider", ["student", "teacher"])
 def test_a_padded_vocabulary_is_left_out_on_both_sides_as_minus_infinity_is(wider: str) -> None:
     sizes = {"student": V, "teacher": V} | {wider: V + 15}

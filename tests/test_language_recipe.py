@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, kind: str) -> Non
                 raise Killed
 
         student, teacher = gpt2(8, 3).float(), gpt2(12, 4).float()
-        own: dict[str, Any] = {"length": 4, "eos": EOS, "pad": PAD, "share": 0.7}
+        own: dict[str, Any] = {"max_new_tokens": 4, "eos": EOS, "pad": PAD, "generated_fraction": 0.7}
         data = Tokens(texts() * 3, batch_size=3, pad=PAD)
         source = OnPolicy(student, data, **own)
         if kind == "speculative":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from tempering import distill
-from tempering.data.text import collate
+from tempering.data.pairs import Pair, make_pair
+from tempering.data.spans import Pieces
+from tempering.data.text import TextExample, collate, make_prompt_example
 from tempering.methods import Divergence, Supervised  # pyright: ignore[reportAttributeAccessIssue]
+from tempering.rollouts.generation_config import as_sampling
 from tempering.rollouts.sampling import generate, prompts_of, verify_tokens
 from tempering.rows import IGNORE_INDEX, total
-from tempering.tasks import LanguageModeling, OnPolicy, Sampling, SequenceLevel, Speculative
+from tempering.tasks import GenerationScorer, LanguageModeling, OnPolicy, Sampling, SequenceLevel, Speculative
 from tempering.teachers import Live
+from tests.cases import each
 from tests.paths import needs_shared
 from tests.test_generation import EOS, MODELS, PAD, V, gpt2, llama, texts
 from tests.test_golden import Case, case, cases  # noqa: F401
@@ -84,7 +89,7 @@ def test_blocks_and_caches_write_what_the_definition_does(family: str, top_k: in
             "eos": eos,
             "pad": 3,
         }
-        batch, pace = generate(student, teacher, ragged(), length=9, **own)
+        batch, pace = generate(student, teacher, ragged(), max_new_tokens=9, **own)
         assert after(batch) == [ids for ids, _ in want]
         flags = [f[learn].tolist() for f, learn in zip(batch["replaced"], batch["learn"], strict=True)]
         assert flags == [f for _, f in want]
@@ -96,7 +101,7 @@ def test_blocks_and_caches_write_what_the_definition_does(family: str, top_k: in
 
 def test_all_of_the_vocabulary_is_on_policy_and_one_is_the_teacher() -> None:
     student, teacher = gpt2(8, 3), gpt2(12, 4)
-    own: dict[str, Any] = {"length": 12, "eos": EOS, "pad": PAD, "seed": 7}
+    own: dict[str, Any] = {"max_new_tokens": 12, "eos": EOS, "pad": PAD, "seed": 7}
     alone, _ = generate(student, None, ragged(), **own)
     both, pace = generate(student, teacher, ragged(), top_k=V, **own)
     assert after(alone) == after(both) and pace.replaced == 0 and pace.report()["acceptance"] == 1.0
@@ -117,7 +122,7 @@ def test_a_token_that_one_side_lacks_is_not_written(sizes: tuple[int, int]) -> N
     with torch.no_grad():  # each would say little else than what the other lacks
         for model in (student, teacher):
             model.transformer.wte.weight[V:] *= 20  # pyright: ignore
-    batch, pace = generate(student, teacher, ragged(), length=20, top_k=20)
+    batch, pace = generate(student, teacher, ragged(), max_new_tokens=20, top_k=20)
     assert 0 < pace.replaced < pace.tokens and int(batch["input_ids"].max()) < V
     assert not verify_tokens(torch.zeros(1, 1, V), torch.tensor([[V]]), V).ok.any()
 
@@ -143,7 +148,7 @@ def test_tokens_are_distributed_as_the_definition_says(rows: int, block: int) ->
     toys = Toy(q.log().tolist()), Toy(p.log().tolist())
     counts, replaced = torch.zeros(5), 0
     for seed in range(8 // rows):
-        batch, pace = generate(*toys, [[0]] * rows, length=250, top_k=2, block=block, seed=seed)
+        batch, pace = generate(*toys, [[0]] * rows, max_new_tokens=250, top_k=2, block=block, seed=seed)
         counts += torch.bincount(torch.tensor(sum(after(batch), [])), minlength=5)  # noqa: RUF017
         replaced += pace.replaced
     n = counts.sum()
@@ -188,7 +193,7 @@ def test_written_batches_are_rows_without_labels_that_count_the_end_once() -> No
     student.train()
     student.transformer.drop.eval()  # pyright: ignore[reportAttributeAccessIssue]
     state = torch.get_rng_state()
-    source = Speculative(student, Live(teacher), loader(), top_k=60, length=6, eos=EOS, pad=PAD, vocabulary=V)
+    source = Speculative(student, Live(teacher), loader(), top_k=60, max_new_tokens=6, eos=EOS, pad=PAD, vocabulary=V)
     task = LanguageModeling()
     for model in (student, teacher):
         task.prepare_model(model)
@@ -214,7 +219,7 @@ def test_written_batches_are_rows_without_labels_that_count_the_end_once() -> No
 
 def test_a_share_of_the_batches_is_written_and_any_place_of_an_epoch_is_found_again() -> None:
     def sources(share: float) -> OnPolicy:
-        return OnPolicy(gpt2(8, 3), loader() * 10, share=share, length=3, pad=PAD)
+        return OnPolicy(gpt2(8, 3), loader() * 10, generated_fraction=share, max_new_tokens=3, pad=PAD)
 
     def seen(source: OnPolicy, start: int = 0) -> list[tuple[bool, list]]:
         return [("learn" in batch, batch["input_ids"].tolist()) for batch in source.iterate(start)]
@@ -236,8 +241,8 @@ def test_runs_in_distill(kind: str) -> None:
     data, task = loader(), LanguageModeling(vocabulary=V)
     adam = partial(torch.optim.Adam, lr=1e-2)
     distill(teacher, None, data, method=Supervised(), task=task, optimizer=adam, epochs=5, quiet=True)
-    own: dict[str, Any] = {"length": 5, "eos": EOS, "pad": PAD, "vocabulary": V}
-    source = OnPolicy(student, data, share=1.0, **own)
+    own: dict[str, Any] = {"max_new_tokens": 5, "eos": EOS, "pad": PAD, "vocabulary": V}
+    source = OnPolicy(student, data, generated_fraction=1.0, **own)
     if kind == "speculative":
         source = Speculative(student, teacher, data, top_k=20, **own)
     method = Divergence(objective="kl")
@@ -250,7 +255,7 @@ def test_runs_in_distill(kind: str) -> None:
 def test_a_teacher_s_own_texts_are_labels() -> None:
     """Greedy texts of the teacher, the same in every epoch; of rows that are learned all have labels and no others."""
     teacher, given = llama(16, 1).eval(), loader()
-    source = SequenceLevel(Live(teacher), given, length=6, eos=EOS, pad=PAD, vocabulary=V)
+    source = SequenceLevel(Live(teacher), given, max_new_tokens=6, eos=EOS, pad=PAD, vocabulary=V)
     first = list(source)
     for batch, data in zip(first, given, strict=True):
         for prompt, ids, labels in zip(prompts_of(data), batch["input_ids"], batch["labels"], strict=True):
@@ -271,10 +276,106 @@ def test_a_teacher_s_own_texts_are_labels() -> None:
         SequenceLevel("teacher", given)
 
 
+def test_any_of_several_ends_ends_a_text() -> None:
+    student, teacher = gpt2(8, 3), llama(12, 4)
+    options: dict[str, Any] = {"sampling": GREEDY, "resampling": GREEDY, "max_new_tokens": 9, "top_k": 60, "block": 4}
+    free, _ = generate(student, teacher, ragged(), **options)
+    ends = [after(free)[0][2], after(free)[2][4]]
+    for eos in (ends, tuple(ends), torch.tensor(ends)):
+        got, stats = generate(student, teacher, ragged(), eos=eos, **options)
+        want = [ids[: next((i + 1 for i, t in enumerate(ids) if t in ends), 9)] for ids in after(free)]
+        assert after(got) == want and stats.ended == sum(len(ids) < 9 or ids[-1] in ends for ids in want) >= 2
+    assert make_prompt_example([1], [3], eos=[2, 9]).ids == (1, 3, 2)
+    assert make_prompt_example([1], [3, 9], eos=[2, 9]).ids == (1, 3, 9)
+    assert make_pair([5, 9], [6], eos=[2, 9]) == Pair((5, 9), (6, 2))
+    assert Pieces(str.encode, {}, eos=[2, 9]).eos == 2
+
+
+def test_settings_of_transformers_are_those_of_sampling() -> None:
+    from transformers import GenerationConfig
+
+    assert as_sampling(GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9)) == Sampling(0.7, 0.9, top_k=50)
+    assert as_sampling(GenerationConfig(do_sample=True, top_k=0, min_p=0.1)) == Sampling(min_p=0.1)
+    assert as_sampling(GenerationConfig(eos_token_id=[2, 9])) == GREEDY
+    assert as_sampling({"temperature": 0.7, "top_k": 5}) == Sampling(0.7, top_k=5)
+    assert as_sampling({"do_sample": False, "temperature": 0.7}) == GREEDY
+    config = GenerationConfig(do_sample=True, top_k=3, eos_token_id=[2, 9], max_new_tokens=7, pad_token_id=0)
+    source = OnPolicy(gpt2(8, 3), loader(), generated_fraction=1.0, sampling=config)
+    assert (source.sampling, source.eos, source.max_new_tokens) == (Sampling(top_k=3), [2, 9], 7)
+    assert OnPolicy(gpt2(8, 3), loader(), sampling=config, max_new_tokens=3, eos=1).max_new_tokens == 3
+    z, generator = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, -1), torch.Generator().manual_seed(0)
+    for sampling, kept in ((Sampling(top_k=2), 2), (Sampling(top_k=9), 4), (Sampling(min_p=0.25), 3)):
+        shares = torch.bincount(sampling.draw(z, generator), minlength=4) / 4000
+        want = torch.tensor([0.5, 0.3, 0.15, 0.05]) * (torch.arange(4) < kept)
+        torch.testing.assert_close(shares, want / want.sum(), rtol=0.0, atol=0.03)
+    for bad, why in (
+        (GenerationConfig(do_sample=True, repetition_penalty=1.2), r"does not support repetition_penalty=1\.2"),
+        ({"num_beams": 4}, "does not support num_beams=4"),
+        ({"top_k": -1}, "top_k >= 1"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            as_sampling(bad)
+    with pytest.raises(TypeError, match=r"sampling must be a Sampling, a GenerationConfig .* got float"):
+        OnPolicy(gpt2(8, 3), loader(), sampling=0.7)
+
+
+@each("side", ["right", "left"])
+def test_of_a_chat_the_last_turn_is_generated_or_the_named_one(side: str) -> None:
+    ids, learn = tuple(range(10, 22)), (False,) * 2 + (True,) * 3 + (False,) * 2 + (True,) * 4 + (False,)
+    single = TextExample((1, 2, 3), (False, True, True))
+    batch = collate([TextExample(ids, learn), single], pad=PAD, side=side)
+    for turn, end in (("last", 7), ("first", 2)):
+        assert prompts_of(batch, turn=turn) == [[*ids[:end]], [1]]
+        source = OnPolicy(gpt2(8, 3), [batch], generated_fraction=1.0, max_new_tokens=3, turn=turn)
+        made = next(iter(source))
+        assert made["input_ids"][0, :end].tolist() == [*ids[:end]] and not made["learn"][0, :end].any()
+    drawn = OnPolicy(gpt2(8, 3), [batch] * 20, generated_fraction=1.0, max_new_tokens=1, turn="random")
+    sizes = [[int(made["attention_mask"][0].sum()) for made in drawn.iterate(start)] for start in (0, 5)]
+    assert {*sizes[0]} == {3, 8} and sizes[0][5:] == sizes[1]
+    with pytest.raises(ValueError, match="turn of last, first, random; got 'middle'"):
+        OnPolicy(gpt2(8, 3), [batch], turn="middle")
+    grades: list[Any] = []
+    grade = GenerationScorer(lambda made, said: float(bool(grades.append(said))), name="x", max_new_tokens=2)
+    grade(gpt2(8, 3), [batch])
+    assert grades == [[*ids[7:11]], [2, 3]]
+
+
+def test_inputs_are_carried_or_refused_by_name() -> None:
+    student, teacher = gpt2(8, 3), gpt2(12, 4)
+    scored = [dataclasses.replace(e, privacy_score=tuple(0.1 * i for i in range(1, len(e) + 1))) for e in texts()[:3]]
+    for side in ("right", "left"):
+        batch = collate(scored, pad=PAD, side=side)
+        options: dict[str, Any] = {"generated_fraction": 1.0, "max_new_tokens": 3}
+        for source in (OnPolicy(student, [batch], **options), SequenceLevel(teacher, [batch], **options)):
+            made = next(iter(source))
+            for row, prompt, example in zip(made["privacy_score"].tolist(), prompts_of(batch), scored, strict=True):
+                want = [*(example.privacy_score or ())][: len(prompt)]
+                assert row == pytest.approx(want + [0.0] * (len(row) - len(prompt)))
+    batch = loader(1)[0]
+    for name, value in (("token_type_ids", batch["labels"]), ("pixel_values", torch.zeros(3, 3, 4, 4))):
+        for source in (
+            OnPolicy(student, [batch | {name: value}], **options),
+            Speculative(student, teacher, [batch | {name: value}], **options),
+        ):
+            with pytest.raises(ValueError, match=f"A model that needs {name} cannot generate here"):
+                next(iter(source))
+
+
+@each("make", [gpt2, llama])
+def test_texts_longer_than_the_positions_are_refused(make: Any) -> None:
+    student, other = make(8, 3), gpt2(8, 1)
+    student.config.max_position_embeddings = 64
+    made, _ = generate(student, None, [[1] * 60], max_new_tokens=4)
+    assert made["input_ids"].shape == (1, 64)
+    for models in ((student, None), (other, student)):
+        with pytest.raises(ValueError, match=r"has 60 tokens, .*max_new_tokens=5 .* 64 positions .* max_new_tokens=4"):
+            generate(*models, [[1] * 60, [2]], max_new_tokens=5)
+
+
 def test_what_is_refused() -> None:
     student = gpt2(8, 3)
-    with pytest.raises(ValueError, match=r"share in \[0, 1\].*got 1.5"):
-        OnPolicy(student, [], share=1.5)
+    with pytest.raises(ValueError, match=r"generated_fraction in \[0, 1\].*got 1.5"):
+        OnPolicy(student, [], generated_fraction=1.5)
     with pytest.raises(ValueError, match="iterated again"):
         OnPolicy(student, iter([]))
     with pytest.raises(ValueError, match="top_k and block >= 1; got 0 and 5"):
@@ -282,9 +383,9 @@ def test_what_is_refused() -> None:
     with pytest.raises(TypeError, match="Speculative needs a teacher with a model; got str"):
         Speculative(student, "gpt", [])
     with pytest.raises(TypeError, match="Linear has no cache"):
-        generate(nn.Linear(2, 2), None, [[1]], length=2)
+        generate(nn.Linear(2, 2), None, [[1]], max_new_tokens=2)
     with pytest.raises(ValueError, match="the shortest of 0 tokens"):
-        generate(student, None, [[1], []], length=2)
+        generate(student, None, [[1], []], max_new_tokens=2)
     packed = {"input_ids": torch.zeros(1, 4, dtype=torch.long), "position_ids": torch.arange(4)[None]}
     with pytest.raises(ValueError, match="OnPolicy needs padded texts"):
-        list(OnPolicy(student, [packed], share=1.0))
+        list(OnPolicy(student, [packed], generated_fraction=1.0))

@@ -24,7 +24,7 @@ from tests.test_seq2seq import pairs, t5
 
 def both(student: nn.Module, teacher: Any, batches: Any, **options: Any) -> tuple[list[dict], list[dict]]:
     """The same batches, once with the teacher's logits and once without."""
-    own: dict[str, Any] = {"length": 7, "eos": EOS, "pad": PAD, "top_k": 60, "block": 4} | options
+    own: dict[str, Any] = {"max_new_tokens": 7, "eos": EOS, "pad": PAD, "top_k": 60, "block": 4} | options
     with_, without = (list(Speculative(student, teacher, batches, reuse=r, **own)) for r in (True, False))
     return with_, without
 
@@ -69,7 +69,7 @@ def test_a_run_asks_the_teacher_once(monkeypatch: pytest.MonkeyPatch) -> None:
         student, teacher, seen, calls = gpt2(8, 3).float(), gpt2(12, 4).float(), [], []
         teacher.register_forward_hook(lambda m, args, out, calls=calls: calls.append(out.logits.shape))
         data = Tokens(texts(), batch_size=5, pad=PAD)
-        own: dict[str, Any] = {"length": 5, "eos": EOS, "pad": PAD, "top_k": 60, "reuse": reuse}
+        own: dict[str, Any] = {"max_new_tokens": 5, "eos": EOS, "pad": PAD, "top_k": 60, "reuse": reuse}
         distill(
             student,
             teacher,

@@ -112,6 +112,25 @@ def test_the_loss_is_the_models_own_and_the_end_counts_once(family: str) -> None
     assert (moved.student - moved.teacher).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("family", MODELS)
+def test_sources_padded_on_the_left_are_the_same_sources(family: str) -> None:
+    student, teacher = MODELS[family](8, 0), MODELS[family](12, 1)
+    task, batch = ready(student, teacher), collate_pairs(pairs())
+    holes = batch["attention_mask"].clone()
+    holes[0, 1] = 0  # a token in the middle that is left out is no padding
+    batch["attention_mask"] = holes
+    left = dict(batch)
+    for name in ("input_ids", "attention_mask"):
+        left[name] = torch.stack([x.roll(8 - len(p.source)) for x, p in zip(batch[name], pairs(), strict=True)])
+    assert int((left["attention_mask"][:, 0] == 0).sum()) == 3
+    want, slopes = loss_of(student, teacher, [batch], DTKD(), task)
+    got, found = loss_of(student, teacher, [left], DTKD(), task)
+    assert torch.equal(got, want) and all(torch.equal(a, b) for a, b in zip(found, slopes, strict=True))
+    options: dict[str, Any] = {"generated_fraction": 1.0, "max_new_tokens": 5, "eos": EOS, "sampling": GREEDY}
+    made, same = (next(iter(OnPolicy(student, [b], **options))) for b in (batch, left))
+    assert all(torch.equal(made[name], same[name]) for name in made)
+
+
 def test_nothing_to_learn_is_zero_with_a_gradient_path_and_some_may_be_left_out() -> None:
     student, teacher = t5(8, 0), t5(12, 1)
     task, batch = ready(student, teacher), collate_pairs(pairs())
@@ -148,7 +167,7 @@ def test_blocks_write_what_the_definition_does(family: str, top_k: int, block: i
     source = {name: batch[name] for name in ("input_ids", "attention_mask")}
     start = [[student.config.decoder_start_token_id]] * 4  # pyright: ignore
     own: dict[str, Any] = {
-        "length": 6,
+        "max_new_tokens": 6,
         "eos": EOS,
         "sampling": GREEDY,
         "resampling": GREEDY,
@@ -170,7 +189,7 @@ def test_no_position_is_read_that_a_decoder_does_not_have() -> None:
         embedding: Any = model.model.decoder.embed_positions  # pyright: ignore
         embedding.weight = nn.Parameter(embedding.weight[: 6 + 2].detach().clone())
     batch = collate_pairs(pairs())
-    own: dict[str, Any] = {"length": 6, "sampling": GREEDY, "resampling": GREEDY, "block": 5, "top_k": 8}
+    own: dict[str, Any] = {"max_new_tokens": 6, "sampling": GREEDY, "resampling": GREEDY, "block": 5, "top_k": 8}
     own["source"] = {name: batch[name] for name in ("input_ids", "attention_mask")}
     made, pace = generate(student, teacher, [[2]] * 4, **own)
     assert pace.tokens == 24 and made["generated"].shape == (4, 6)
@@ -230,7 +249,7 @@ def windowed(width: int, seed: int) -> nn.Module:
 def read_by(model: nn.Module, reader: Any, whole: RecomputingDecoder, rows: int) -> tuple[float, list[int]]:
     """How far the two readers' logits lie apart where rows accept what they like, and the tokens that each read."""
     generator, counts, side = torch.Generator().manual_seed(rows), [0, 0], 0
-    draft = GenerationState([[2]] * rows, length=20, eos=5, device=torch.device("cpu"))
+    draft = GenerationState([[2]] * rows, max_new_tokens=20, eos=5, device=torch.device("cpu"))
 
     def count(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
         counts[side] += kwargs["decoder_input_ids"].numel()
@@ -278,7 +297,7 @@ def test_all_of_the_vocabulary_is_on_policy_whatever_the_batch(make: Any) -> Non
     student, teacher = make(8, 3), make(12, 4)
     batch = collate_pairs(pairs() * 2)
     source = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    start, own = [[student.config.decoder_start_token_id]], {"length": 9, "eos": EOS, "seed": 7}
+    start, own = [[student.config.decoder_start_token_id]], {"max_new_tokens": 9, "eos": EOS, "seed": 7}
     alone, _ = generate(student, None, start * 8, source=source, **own)
     both, pace = generate(student, teacher, start * 8, source=source, top_k=V, **own)
     assert torch.equal(alone["generated"], both["generated"]) and pace.replaced == 0 and pace.tokens > 8
@@ -297,7 +316,7 @@ def test_what_cannot_go_on_behind_a_cache_reads_from_the_start(make: Any) -> Non
     student, batch = make(8, 3).eval(), collate_pairs(pairs()[:1])
     source = {"input_ids": batch["input_ids"]}
     want = greedy(student, None, batch["input_ids"][0].tolist(), top_k=1, length=6)
-    made, _ = generate(student, None, [[2]], source=source, length=6, eos=EOS, sampling=GREEDY)
+    made, _ = generate(student, None, [[2]], source=source, max_new_tokens=6, eos=EOS, sampling=GREEDY)
     assert made["generated"][made["learn"]].tolist() == want
     assert decoder_strategy(student, {}) == "recompute"
 
@@ -309,7 +328,7 @@ def test_runs_in_distill(kind: str) -> None:
     adam = partial(torch.optim.Adam, lr=1e-2)
     options: dict[str, Any] = {"task": task, "optimizer": adam, "quiet": True}
     distill(teacher, None, data, method=Supervised(), epochs=8, **options)
-    own: dict[str, Any] = {"length": 6, "eos": EOS, "share": 0.5}
+    own: dict[str, Any] = {"max_new_tokens": 6, "eos": EOS, "generated_fraction": 0.5}
     source: Any = {
         "on-policy": OnPolicy(student, data, **own),
         "speculative": Speculative(student, teacher, data, top_k=8, **own),
@@ -328,7 +347,7 @@ def test_a_shard_is_a_share_of_every_batch_and_its_draws_are_its_own() -> None:
         assert torch.equal(torch.cat([share["ids"] for share in shares]), whole["ids"])
     with pytest.raises(ValueError, match="batch_size=4 texts cannot be split evenly over 3"):
         data.shard(0, 3)
-    source = OnPolicy(t5(8, 0), data, share=0.5, length=4)
+    source = OnPolicy(t5(8, 0), data, generated_fraction=0.5, max_new_tokens=4)
     one, other = (list(source.shard(rank, 2)) for rank in range(2))
     assert ["learn" in b for b in one] == ["learn" in b for b in other] and len(one) == 2
     with pytest.raises(ValueError, match="list cannot be sharded over 2"):
@@ -355,14 +374,14 @@ def test_graded_writes_greedily_and_without_the_end() -> None:
         seen.append((written, wanted))
         return float(len(seen))
 
-    task = Seq2Seq(scorer=GenerationScorer(grade, name="place", eos=EOS, length=5))
+    task = Seq2Seq(scorer=GenerationScorer(grade, name="place", eos=EOS, max_new_tokens=5))
     scores = task.score(student, [batch])
     assert scores["place"] == 2.5 and scores["loss"] > 0
     want = [greedy(student.eval(), None, list(p.source), top_k=1, length=5) for p in pairs()]
     assert [w for w, _ in seen] == [w[:-1] if w[-1] == EOS else w for w in want]
     assert [list(w) for _, w in seen] == [list(p.target[:-1]) for p in pairs()]
-    with pytest.raises(ValueError, match="length and prompt >= 1"):
-        GenerationScorer(grade, name="x", length=0)
+    with pytest.raises(ValueError, match="max_new_tokens and prompt_length >= 1"):
+        GenerationScorer(grade, name="x", max_new_tokens=0)
 
 
 def test_pairs_and_their_files(tmp_path: Path) -> None:
@@ -425,8 +444,8 @@ def test_what_is_refused_and_other_makes() -> None:
         task.inputs(batch | {"learn": torch.ones_like(batch["labels"])})
     source = {"input_ids": batch["input_ids"]}
     with pytest.raises(TypeError, match="cannot generate together"):
-        generate(t5(8, 0), gpt2(8, 0), [[PAD]] * 4, length=2, source=source)
+        generate(t5(8, 0), gpt2(8, 0), [[PAD]] * 4, max_new_tokens=2, source=source)
     nowhere = t5(8, 0)
     nowhere.config.decoder_start_token_id = None  # pyright: ignore
     with pytest.raises(ValueError, match="has no decoder_start_token_id"):
-        list(OnPolicy(nowhere, [batch], share=1.0))
+        list(OnPolicy(nowhere, [batch], generated_fraction=1.0))

@@ -20,7 +20,7 @@ from tempering import distill
 from tempering.data.text import TextExample, collate, pack
 from tempering.data.tokens import Tokens
 from tempering.methods import Divergence  # pyright: ignore[reportAttributeAccessIssue]
-from tempering.rows import total
+from tempering.rows import Rows, total
 from tempering.tasks import LanguageModeling
 from tempering.teachers import (
     CachedTopK,
@@ -31,7 +31,7 @@ from tempering.teachers import (
     record_top_k,
     verify_remote,
 )
-from tempering.teachers.outputs import Sparse
+from tempering.teachers.outputs import Sparse, to_top_k_plus_tail
 from tests.test_generation import EOS, PAD, V, gpt2, texts
 
 TOP = 6
@@ -372,6 +372,36 @@ def test_numbers_that_are_no_log_probabilities(server: Server) -> None:
     server.raw = b'{"choices": []}'
     with pytest.raises(RuntimeError, match="returned 0 choices for 1 texts"):
         served(server).ask([[1, 2, 3]])
+
+
+@pytest.mark.parametrize("api", ["vllm", "openai"])
+@pytest.mark.parametrize("nothing", [-9999.0, -torch.inf])
+def test_a_probability_of_0_holds_nothing(server: Server, api: Any, nothing: float) -> None:
+    """vLLM writes -9999.0 for minus infinity: the token belongs to the tail, also if it is the text's own."""
+    allowed = [1, 2, 7]
+
+    def mask(logp: torch.Tensor) -> torch.Tensor:
+        kept = torch.full_like(logp, -torch.inf)
+        kept[:, allowed] = logp[:, allowed].log_softmax(-1)
+        return kept
+
+    text = [1, 2, 9, 7]
+    server.change = lambda logp: mask(logp).clamp_min(nothing)
+    found = served(server, api=api).ask([text])[0]
+    want = mask(server.model(torch.tensor([text])).logits[0].detach())
+    for i in range(3):
+        held = {int(t): float(v) for t, v in zip(found.ids[i], found.logp[i], strict=True) if v > -torch.inf}
+        assert held == pytest.approx({t: float(want[i, t]) for t in allowed}, abs=1e-5)
+    z = torch.randn(3, server.model.config.vocab_size, generator=torch.Generator().manual_seed(0))  # pyright: ignore
+    student, teacher, target = to_top_k_plus_tail(
+        z, found.gather_positions(torch.arange(3), (4,)), torch.tensor(text[1:])
+    )
+    assert target is not None and target.tolist()[1] == -100
+    reverse = Divergence(objective="reverse_kl")(Rows(student, teacher, target), 1.0)["soft"]
+    q = z.softmax(-1)[:, allowed]
+    rest = 1.0 - q.sum(-1)
+    by_hand = (q * (q.log() - want[:3, allowed])).sum(-1) + rest * (rest.log() - math.log(1e-7))
+    torch.testing.assert_close(reverse, by_hand.to(reverse.dtype), rtol=1e-3, atol=1e-3)
 
 
 def test_arguments_that_are_refused(server: Server) -> None:

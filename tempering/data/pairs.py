@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tempering.data.text import append_eos
 from tempering.data.tokens import Tokens
 from tempering.rows import IGNORE_INDEX
 
@@ -28,19 +29,24 @@ class Pair:
 
 
 def make_pair(
-    source: Sequence[int], target: Sequence[int], *, eos: int | None = None, lengths: tuple[int, int] | None = None
+    source: Sequence[int],
+    target: Sequence[int],
+    *,
+    eos: int | Iterable[int] | None = None,
+    lengths: tuple[int, int] | None = None,
 ) -> Pair:
     """Return a pair of a source and a target, each with one end-of-sequence token.
 
     Args:
         source, target: token ids.
-        eos: end-of-sequence id, appended to a side that does not end with it; None: append nothing.
+        eos: end-of-sequence id, or several: the first is appended to a side that ends with none of them; None: append
+            nothing.
         lengths: maximal number of tokens of source and target; a truncated side has no eos.
 
     Raises:
         ValueError: if a side has no tokens.
     """
-    source_ids, target_ids = (list(x) if eos is None or list(x)[-1:] == [eos] else [*x, eos] for x in (source, target))
+    source_ids, target_ids = append_eos(source, eos), append_eos(target, eos)
     if lengths is not None:
         source_ids, target_ids = source_ids[: lengths[0]], target_ids[: lengths[1]]
     if not source_ids or not target_ids:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tempering.data.text import TextExample, collate, make_prompt_example
+from tempering.data.text import TextExample, collate, eos_ids, make_prompt_example
 
 NO_GROUP = -1  # the group of a token without a counterpart
 
@@ -21,8 +21,8 @@ class Pieces:
     Args:
         encode: text -> token ids, without special tokens.
         table: id -> bytes of the token; b"" for tokens without text, such as special tokens.
-        eos, bos: ids of the end-of-sequence token, learned after a completion, and of the beginning-of-sequence token,
-            put before a prompt; None for none.
+        eos, bos: ids of the end-of-sequence token, learned after a completion (of several, the first is), and of the
+            beginning-of-sequence token, put before a prompt; None for none.
     """
 
     def __init__(
@@ -30,10 +30,10 @@ class Pieces:
         encode: Callable[[str], Sequence[int]],
         table: Mapping[int, bytes],
         *,
-        eos: int | None = None,
+        eos: int | Iterable[int] | None = None,
         bos: int | None = None,
     ) -> None:
-        self.encode, self.table, self.eos, self.bos = encode, table, eos, bos
+        self.encode, self.table, self.eos, self.bos = encode, table, next(iter(eos_ids(eos)), None), bos
 
     @classmethod
     def of(cls, tokenizer: Any) -> Self:

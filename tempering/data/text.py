@@ -44,11 +44,24 @@ class TextExample:
         return len(self.ids)
 
 
+def eos_ids(eos: int | Iterable[int] | None) -> tuple[int, ...]:
+    """Return the end-of-text ids as a tuple: of one id, of several (as in Llama 3's and Qwen's configs), or of None."""
+    if eos is None:
+        return ()
+    return tuple(int(i) for i in eos) if isinstance(eos, Iterable) else (int(eos),)
+
+
+def append_eos(ids: Sequence[int], eos: int | Iterable[int] | None) -> list[int]:
+    """Return the ids with the first end-of-text id appended, unless they end with one of them or there is none."""
+    ends = eos_ids(eos)
+    return [*ids] if not ends or {*ends}.intersection(ids[-1:]) else [*ids, ends[0]]
+
+
 def make_prompt_example(
     prompt: Sequence[int],
     completion: Sequence[int],
     *,
-    eos: int | None = None,
+    eos: int | Iterable[int] | None = None,
     length: int | None = None,
     privacy_score: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> TextExample:
@@ -58,7 +71,8 @@ def make_prompt_example(
 
     Args:
         prompt, completion: token ids.
-        eos: end-of-sequence id, appended to a completion that does not end with it; None: append nothing.
+        eos: end-of-sequence id, or several: the first is appended to a completion that ends with none of them; None:
+            append nothing.
         length: maximal number of tokens. The prompt is truncated on the left, the completion on the right; a truncated
             completion has no eos.
         privacy_score: how private each token is, of the prompt and of the completion; an appended eos scores 0.
@@ -66,9 +80,7 @@ def make_prompt_example(
     Raises:
         ValueError: if the completion has no tokens, or for privacy scores of another length.
     """
-    context, learned = list(prompt), list(completion)
-    if eos is not None and learned[-1:] != [eos]:
-        learned.append(eos)
+    context, learned = list(prompt), append_eos(completion, eos)
     if length is not None:
         learned = learned[:length]
         context = context[len(context) - max(0, min(len(context), length - len(learned))) :]
@@ -86,21 +98,32 @@ def make_prompt_example(
     return TextExample((*context, *learned), flags, tuple(scores))
 
 
-def chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, length: int | None = None) -> TextExample:
+def chat(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    length: int | None = None,
+    tools: Sequence[Any] | None = None,
+    **template: Any,
+) -> TextExample:
     """Return an example of a chat, of which the assistant's turns and their end-of-turn tokens are learned.
 
     Args:
         tokenizer: of transformers, with a chat template.
-        messages: {"role": ..., "content": ...}; at least one of the assistant.
+        messages: {"role": ..., "content": ...}, with tool calls where there are; at least one of the assistant.
         length: maximal number of tokens; the chat is truncated on the right.
+        tools: functions or JSON schemas, as in ``apply_chat_template``.
+        template: further arguments of the chat template, such as ``enable_thinking=False`` or ``chat_template=...``.
 
     Raises:
-        ValueError: for a chat without assistant turns, or a template that rewrites earlier turns in a longer chat.
+        ValueError: for a chat without assistant turns, a template that rewrites earlier turns in a longer chat, or one
+            whose generation prompt has tokens that its finished turns do not have.
     """
+    options = template | ({} if tools is None else {"tools": list(tools)})
 
     def tokenize(n: int, *, generation_prompt: bool = False) -> list[int]:
         output = tokenizer.apply_chat_template(
-            list(messages[:n]), add_generation_prompt=generation_prompt, tokenize=True
+            list(messages[:n]), add_generation_prompt=generation_prompt, tokenize=True, **options
         )
         return list(output["input_ids"] if isinstance(output, Mapping) else output)
 
@@ -109,6 +132,8 @@ def chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, length: int |
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for i in turns:
         before, after = tokenize(i, generation_prompt=True) if i else [], tokenize(i + 1)
+        if ids[: len(after)] == after and after[: len(before)] != before:
+            _check_generation_prompt(tokenizer, i, tokenize(i), before, after)
         if after[: len(before)] != before or ids[: len(after)] != after:
             raise ValueError(
                 f"the chat template changes the tokens before turn {i} when later turns are added, so the assistant's "
@@ -118,6 +143,23 @@ def chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, length: int |
     if not turns or not any(learn[:length]):
         raise ValueError(f"the chat has no assistant token to learn: roles {[m['role'] for m in messages]}.")
     return TextExample(tuple(ids[:length]), tuple(learn[:length]))
+
+
+def _check_generation_prompt(tokenizer: Any, turn: int, start: list[int], before: list[int], after: list[int]) -> None:
+    """Raise if only the generation prompt of this turn differs from its finished form, not the chat before it.
+
+    Args:
+        start, before, after: the chat before the turn, the same with the generation prompt, and with the turn.
+    """
+    if before[: len(start)] != start or after[: len(start)] != start:
+        return
+    shared = next(i for i, (a, b) in enumerate(zip([*before, None], [*after, None], strict=False)) if a != b)
+    extra = tokenizer.decode(before[shared:]) if hasattr(tokenizer, "decode") else before[shared:]
+    raise ValueError(
+        f"the chat template's generation prompt for turn {turn} ends with {extra!r}, which the finished turn does not "
+        "have: a model would be trained on other texts than it continues. Give the template arguments with which both "
+        "agree, such as chat(..., enable_thinking=True), or put these tokens at the start of the turn's content."
+    )
 
 
 def windows(
@@ -191,6 +233,25 @@ def collate(
         if example.privacy_score is not None:
             batch["privacy_score"][row, part] = torch.tensor(example.privacy_score)
     return batch if ids is None else batch | {"ids": torch.tensor(list(ids))}
+
+
+def sources_right(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an encoder's inputs with padding on the left moved to the right, where learned positions need it.
+
+    Args:
+        inputs: tensors (B, S), among them attention_mask; those of the decoder, "decoder_...", stay as they are.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.ndim != 2:
+        return dict(inputs)
+    first = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+    index = (torch.arange(mask.shape[1], device=mask.device) + first) % mask.shape[1]
+    return {
+        name: x.gather(1, index)
+        if isinstance(x, Tensor) and x.shape == mask.shape and not name.startswith("decoder_")
+        else x
+        for name, x in inputs.items()
+    }
 
 
 def pack(examples: Iterable[TextExample], length: int, *, pad: int = 0) -> list[dict[str, Tensor]]:

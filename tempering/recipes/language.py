@@ -132,9 +132,9 @@ def main(
         folder=teacher_dir or out.parent / "teachers",
         key=key | config.changed("precision"),
     )
-    generation: dict[str, Any] = {"share": generated_fraction, "seed": config.seed}
-    generation |= {"length": min(max_new_tokens, length - prompt_length), "prompt": prompt_length}
-    generation |= {"length": max_new_tokens, "prompt": 1, "eos": EOS, "pad": PAD} if pairs else {}
+    generation: dict[str, Any] = {"generated_fraction": generated_fraction, "seed": config.seed}
+    generation |= {"max_new_tokens": min(max_new_tokens, length - prompt_length), "prompt_length": prompt_length}
+    generation |= {"max_new_tokens": max_new_tokens, "prompt_length": 1, "eos": EOS, "pad": PAD} if pairs else {}
 
     def generate_texts(experiment: Experiment, teacher: Teacher) -> Experiment:
         """Replace training texts by texts of the teacher; pass it on only if the method needs it."""
@@ -226,7 +226,7 @@ def _scorer(text: Path, max_new_tokens: int) -> GenerationScorer:
     """Score by exact match if every target has an answer, as in GSM8K; otherwise by ROUGE-L."""
     answers = all("####" in target for _, target in read_pairs(text))
     score, name = (exact_match, "answers") if answers else (rouge_l, "rouge_l")
-    return GenerationScorer(score, name=name, decode=_decode, eos=EOS, pad=PAD, length=max_new_tokens)
+    return GenerationScorer(score, name=name, decode=_decode, eos=EOS, pad=PAD, max_new_tokens=max_new_tokens)
 
 
 def _decode(ids: list[int]) -> str:

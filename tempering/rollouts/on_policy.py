@@ -6,40 +6,53 @@ import copy
 import hashlib
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from tempering.rollouts.sampling import GenerationStats, Sampling, generate, prompts_and_source
+from tempering.rollouts.decoders import is_encoder_decoder
+from tempering.rollouts.decoding import causal_strategy
+from tempering.rollouts.generation_config import as_sampling, generation_limits
+from tempering.rollouts.sampling import TURNS, GenerationStats, generate, prompts_and_source
 
 
 class OnPolicy:
-    """Replaces the completions of a share of a loader's batches by ones that the current student generates.
+    """Replaces the completions of a fraction of a loader's batches by ones that the current student generates.
 
-    Whether a batch is generated is random, with probability ``share``: 0 is supervised distillation, 1 is on-policy,
-    and ImitKD and GKD are between them. Any method computes the loss; generated tokens have no labels for its hard
-    term. Training uses the sampled ids, which are never decoded and tokenized again. Completions depend on the
+    Whether a batch is generated is random, with probability ``generated_fraction``: 0 is supervised distillation, 1 is
+    on-policy, and ImitKD and GKD are between them. Any method computes the loss; generated tokens have no labels for
+    its hard term. Training uses the sampled ids, which are never decoded and tokenized again. Completions depend on the
     student's weights, the epoch and the batch's number, so a resumed run generates the same texts. Packed batches are
-    not supported. Cached teachers have no outputs for these texts.
+    not supported. Cached teachers have no outputs for these texts. Generated tokens count as public: their privacy
+    score is 0.
+
+    Before the first batch each causal model is tried: ``rollouts.decoding.causal_strategy``.
 
     An encoder-decoder generates from a batch's sources, for ``Seq2Seq``; ``rollouts.decoding.decoder_strategy``
     selects how it uses its cache.
 
     Args:
         student: the trained transformers model.
-        batches: any loader of ``LanguageModeling`` batches; the tokens before the first learned one are the prompt.
-        share: share of generated batches, in [0, 1]: GKD's lambda.
-        length: most tokens to generate.
-        eos: end-of-text token id; None for none.
+        batches: any loader of ``LanguageModeling`` batches; the tokens before a learned turn are the prompt.
+        generated_fraction: fraction of batches that are generated, in [0, 1]: GKD's lambda.
+        max_new_tokens: most tokens to generate; None is that of the GenerationConfig, or 128.
+        eos: end-of-text token id, or several, of which any ends a text; None is that of the GenerationConfig, or
+            none.
         pad: padding token id.
-        sampling: how the student's tokens are sampled; None samples from its own distribution.
-        prompt: fewest prompt tokens per text, for causal models.
+        sampling: how the student's tokens are sampled: a ``Sampling``, a GenerationConfig of transformers, or a dict of
+            its settings; None samples from the student's own distribution.
+        prompt_length: fewest prompt tokens per text, for causal models.
         vocabulary: number of tokens, as in ``LanguageModeling``.
         seed: seed of the choice of batches and of the sampling.
+        turn: which turn of a chat is generated, with those before it as the prompt: "last", "first", or "random", drawn
+            for each text.
 
     Raises:
-        ValueError: for a share outside [0, 1], or length or prompt below 1.
+        ValueError: for a generated_fraction outside [0, 1], max_new_tokens or prompt_length below 1, or another turn;
+            while it iterates, for batches with inputs that generated texts cannot have, or too few positions.
+        TypeError: while it iterates, for a model whose cached logits are not those of a plain forward.
 
     Reference: Agarwal et al., "On-Policy Distillation of Language Models", ICLR 2024, arXiv:2306.13649, algorithm 1.
     """
@@ -49,45 +62,62 @@ class OnPolicy:
         student: nn.Module,
         batches: Iterable[Any],
         *,
-        share: float = 0.5,
-        length: int = 128,
-        eos: int | None = None,
+        generated_fraction: float = 0.5,
+        max_new_tokens: int | None = None,
+        eos: int | Sequence[int] | None = None,
         pad: int = 0,
-        sampling: Sampling | None = None,
-        prompt: int = 1,
+        sampling: Any = None,
+        prompt_length: int = 1,
         vocabulary: int | None = None,
         seed: int = 0,
+        turn: str = "last",
     ) -> None:
-        if not 0.0 <= share <= 1.0 or length < 1 or prompt < 1 or isinstance(batches, Iterator):
+        limits = generation_limits(sampling)
+        max_new_tokens = int(limits.get("max_new_tokens", 128)) if max_new_tokens is None else max_new_tokens
+        eos = limits.get("eos_token_id") if eos is None else eos
+        if (
+            not 0.0 <= generated_fraction <= 1.0
+            or max_new_tokens < 1
+            or prompt_length < 1
+            or isinstance(batches, Iterator)
+        ):
             raise ValueError(
-                f"{type(self).__name__} needs share in [0, 1], length and prompt >= 1, and batches that can be "
-                f"iterated again; got {share}, {length}, {prompt} and {type(batches).__name__}."
+                f"{type(self).__name__} needs generated_fraction in [0, 1], max_new_tokens and prompt_length >= 1, and "
+                f"batches that can be iterated again; got {generated_fraction}, {max_new_tokens}, {prompt_length} and "
+                f"{type(batches).__name__}."
             )
-        self.student, self.batches, self.share = student, batches, share
-        self.length, self.eos, self.pad = length, eos, pad
-        self.sampling, self.prompt, self.vocabulary, self.seed = sampling, prompt, vocabulary, seed
-        self.number, self.stats, self.rank = 0, GenerationStats(), 0
+        self.student, self.batches, self.generated_fraction = student, batches, generated_fraction
+        self.max_new_tokens, self.eos, self.pad = max_new_tokens, eos, pad
+        if turn not in TURNS:
+            raise ValueError(f"{type(self).__name__} needs turn of {', '.join(TURNS)}; got {turn!r}.")
+        self.turn, self.sampling = turn, as_sampling(sampling)
+        self.prompt_length, self.vocabulary, self.seed = prompt_length, vocabulary, seed
+        self.epoch, self.stats, self.rank = 0, GenerationStats(), 0
+
+    teacher: nn.Module | None = None  # that verifies
 
     def __len__(self) -> int:
         return len(self.batches)  # pyright: ignore[reportArgumentType]
 
-    def set_epoch(self, number: int) -> None:
+    def set_epoch(self, epoch: int) -> None:
         """Set the epoch and reset its statistics."""
-        self.number, self.stats = number, GenerationStats()
+        self.epoch, self.stats = epoch, GenerationStats()
         for loader in (self.batches, getattr(self.batches, "sampler", None)):
             if hasattr(loader, "set_epoch"):
-                loader.set_epoch(number)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+                loader.set_epoch(epoch)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
     def __iter__(self) -> Iterator[Any]:
         return self.iterate(0)
 
     def iterate(self, start: int) -> Iterator[Any]:
         """Yield the epoch's batches from batch ``start`` on; nothing is generated for those before."""
+        if self.generated_fraction > 0.0:
+            self._try_models()
         iterate: Any = getattr(self.batches, "iterate", None)
         rest = iterate(start) if iterate is not None else itertools.islice(iter(self.batches), start, None)
         for index, batch in enumerate(rest, start):
             seed = self._seed(index)
-            yield self.generate(batch, seed) if random.Random(seed).random() < self.share else batch
+            yield self.generate(batch, seed) if random.Random(seed).random() < self.generated_fraction else batch
 
     def generate(self, batch: Any, seed: int) -> dict[str, Any]:
         """Return the batch with completions of the student."""
@@ -119,23 +149,44 @@ class OnPolicy:
             raise ValueError(
                 f"{type(self).__name__} needs padded texts, and this batch is packed. See data.text.collate."
             )
-        prompts, source = prompts_and_source(self.student, batch, self.prompt)
+        seed += self.rank
+        prompts, source = prompts_and_source(self.student, batch, self.prompt_length, self.turn, random.Random(seed))
         out, stats = generate(
             self.student,
             teacher,
             prompts,
-            length=self.length,
+            max_new_tokens=self.max_new_tokens,
             eos=self.eos,
             pad=self.pad,
             sampling=self.sampling,
             vocabulary=self.vocabulary,
-            seed=seed + self.rank,
+            seed=seed,
             source=source,
             **verification,
         )
         self.stats.add(stats)
+        if batch.get("privacy_score") is not None:
+            out["privacy_score"] = _privacy_score(batch, prompts, out)
         return out
 
+    def _try_models(self) -> None:
+        """Find how the models are decoded before anything is generated, so that none fails later in an epoch."""
+        for model in (self.student, self.teacher):
+            if model is not None and not is_encoder_decoder(model):
+                causal_strategy(model, rejects=self.teacher is not None)
+
     def _seed(self, index: int) -> int:
-        digest = hashlib.sha256(f"{self.seed}/{self.number}/{index}".encode()).digest()
+        digest = hashlib.sha256(f"{self.seed}/{self.epoch}/{index}".encode()).digest()
         return int.from_bytes(digest[:6], "little")
+
+
+def _privacy_score(batch: Mapping[str, Any], prompts: list[list[int]], out: Mapping[str, Tensor]) -> Tensor:
+    """Return the privacy scores of the prompts' tokens, and 0 for generated ones."""
+    if "generated" in out:
+        return torch.zeros(out["generated"].shape, device=out["generated"].device)
+    scores = torch.zeros(out["input_ids"].shape, device=out["input_ids"].device)
+    mask = batch.get("attention_mask")
+    for i, prompt in enumerate(prompts):
+        row = batch["privacy_score"][i] if mask is None else batch["privacy_score"][i][mask[i] != 0]
+        scores[i, : len(prompt)] = row[: len(prompt)]
+    return scores

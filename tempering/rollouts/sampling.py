@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -11,48 +12,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tempering.rollouts.decoding import (
-    CachedDecoder,
-    RecomputingDecoder,
-    ShiftingCacheDecoder,
-    decoder_start_id,
-    is_encoder_decoder,
-    make_decoder,
-)
-from tempering.rows import IGNORE_INDEX, upcast_to_float32
+from tempering.data.text import eos_ids, sources_right
+from tempering.rollouts.decoders import Decoder, decoder_start_id, is_encoder_decoder
+from tempering.rollouts.decoding import make_causal_decoder, make_decoder, max_positions
+from tempering.rollouts.generation_config import Sampling, as_sampling
+from tempering.rows import IGNORE_INDEX
 from tempering.teachers.outputs import PrecomputedLogits
 from tempering.utils.tensors import eval_mode
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """Sampling from softmax(logits / temperature), cut to the nucleus ``top_p``; temperature 0 is greedy.
-
-    Raises:
-        ValueError: for a temperature below 0 or top_p outside (0, 1].
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf") or not 0.0 < self.top_p <= 1.0:
-            raise ValueError(
-                f"Sampling needs temperature >= 0 and top_p in (0, 1]; got {self.temperature} and {self.top_p}."
-            )
-
-    def draw(self, logits: Float[Tensor, "B V"], generator: torch.Generator) -> Int[Tensor, " B"]:
-        """Return one sampled token per row."""
-        if self.temperature == 0.0:
-            return logits.argmax(-1)
-        p = torch.softmax(upcast_to_float32(logits) / self.temperature, -1)
-        if self.top_p < 1.0:
-            likeliest, order = p.sort(dim=-1, descending=True, stable=True)
-            outside = (
-                likeliest.cumsum(-1) - likeliest >= self.top_p
-            )  # the tokens before suffice; the first is always kept
-            p = p.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)
-        return torch.multinomial(p, 1, generator=generator).squeeze(-1)
+CARRIED = {"input_ids", "attention_mask", "labels", "learn", "replaced", "generated", "ids", "privacy_score", "taught"}
+TURNS = {"last": -1, "first": 0, "random": None}  # index among the learned turns of a text
 
 
 class Verification(NamedTuple):
@@ -110,12 +79,19 @@ class GenerationStats:
 class GenerationState:
     """State of generating a batch: the tokens of each row, and the mask of its slots in the caches."""
 
-    def __init__(self, prompts: list[list[int]], *, length: int, eos: int | None, device: torch.device) -> None:
-        self.prompts, self.length, self.eos = prompts, length, eos
+    def __init__(
+        self,
+        prompts: list[list[int]],
+        *,
+        max_new_tokens: int,
+        eos: int | Sequence[int] | None,
+        device: torch.device,
+    ) -> None:
+        self.prompts, self.max_new_tokens, self.eos = prompts, max_new_tokens, set(eos_ids(eos))
         self.generated: list[list[int]] = [[] for _ in prompts]
         self.replaced: list[list[bool]] = [[] for _ in prompts]
         self.logits: list[list[Tensor]] = [[] for _ in prompts]
-        self.done = [length < 1] * len(prompts)
+        self.done = [max_new_tokens < 1] * len(prompts)
         width = max(map(len, prompts)) - 1  # the last token of a prompt is decoded with the first block
         ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
         self.mask = torch.zeros_like(ids)
@@ -129,7 +105,7 @@ class GenerationState:
     def positions(self, first: int, count: int) -> Int[Tensor, "B count"]:
         """Return the positions of the block's tokens, limited to the longest possible row."""
         last = [len(p) + len(w) - 1 for p, w in zip(self.prompts, self.generated, strict=True)]
-        limit = torch.tensor([len(p) + self.length - 1 for p in self.prompts], device=self.last.device)
+        limit = torch.tensor([len(p) + self.max_new_tokens - 1 for p in self.prompts], device=self.last.device)
         return (torch.tensor(last, device=self.last.device)[:, None] + first + self._arange(count)).minimum(
             limit[:, None]
         )
@@ -157,12 +133,11 @@ class GenerationState:
         for row, (ids, n) in enumerate(zip(tokens, accepted, strict=True)):
             if self.done[row]:
                 continue
-            ids = ids[: min(n + 1, width, self.length - len(self.generated[row]))]
-            if self.eos in ids:
-                ids = ids[: ids.index(self.eos) + 1]
+            ids = ids[: min(n + 1, width, self.max_new_tokens - len(self.generated[row]))]
+            ids = ids[: next((i + 1 for i, token in enumerate(ids) if token in self.eos), len(ids))]
             self.generated[row] += ids
             self.replaced[row] += [i == n for i in range(len(ids))]
-            self.done[row] = len(self.generated[row]) >= self.length or ids[-1] == self.eos
+            self.done[row] = len(self.generated[row]) >= self.max_new_tokens or ids[-1] in self.eos
             kept[row] = len(ids)
             if logits is not None:
                 self.logits[row].append(logits[row, : len(ids)].clone())
@@ -196,7 +171,7 @@ class GenerationState:
     def stats(self) -> GenerationStats:
         """Return the counts of this batch."""
         repeated = sum(a == b for w in self.generated for a, b in pairwise(w))
-        ended = sum(self.eos is not None and w[-1:] == [self.eos] for w in self.generated)
+        ended = sum(bool(self.eos.intersection(w[-1:])) for w in self.generated)
         tokens, replaced = sum(map(len, self.generated)), sum(map(sum, self.replaced))
         return GenerationStats(len(self.prompts), ended, tokens, replaced, repeated)
 
@@ -207,13 +182,13 @@ def generate(
     teacher: nn.Module | None,
     prompts: list[list[int]],
     *,
-    length: int,
+    max_new_tokens: int,
     top_k: int = 25,
     block: int = 5,
-    eos: int | None = None,
+    eos: int | Sequence[int] | None = None,
     pad: int = 0,
-    sampling: Sampling | None = None,
-    resampling: Sampling | None = None,
+    sampling: Any = None,
+    resampling: Any = None,
     vocabulary: int | None = None,
     seed: int = 0,
     source: Mapping[str, Tensor] | None = None,
@@ -229,12 +204,13 @@ def generate(
     Args:
         student, teacher: the models.
         prompts: token ids of each prompt.
-        length: most tokens to generate.
+        max_new_tokens: most tokens to generate.
         top_k: number of the teacher's largest logits whose tokens are accepted.
         block: tokens proposed at a time.
-        eos: end-of-text token id; None for none.
+        eos: end-of-text token id, or several, of which any ends a text; None for none.
         pad: padding token id.
-        sampling, resampling: of the student, and of the teacher's replacements; None is ``Sampling()``.
+        sampling, resampling: of the student, and of the teacher's replacements: a ``Sampling``, a GenerationConfig or a
+            dict; None is ``Sampling()``.
         vocabulary: number of tokens; None is the smallest embedding of the models.
         seed: seed of the sampling.
         source: inputs of an encoder-decoder; the prompts are then its start, and the batch is for ``Seq2Seq``.
@@ -242,23 +218,29 @@ def generate(
 
     Raises:
         TypeError: for a causal model without a cache, an encoder-decoder without a source, or one of each.
-        ValueError: for no prompts, an empty one, or top_k, block or length below 1.
+        ValueError: for no prompts, an empty one, or top_k, block or max_new_tokens below 1.
     """
-    if not prompts or not all(prompts) or min(top_k, block, length) < 1:
+    if not prompts or not all(prompts) or min(top_k, block, max_new_tokens) < 1:
         raise ValueError(
-            f"generate needs prompts of at least one token, and top_k, block and length >= 1; got {len(prompts)} "
-            f"prompts, the shortest of {min(map(len, prompts), default=0)} tokens, {top_k}, {block} and {length}."
+            f"generate needs prompts of at least one token, and top_k, block and max_new_tokens >= 1; got "
+            f"{len(prompts)} prompts, the shortest of {min(map(len, prompts), default=0)} tokens, {top_k}, {block} and "
+            f"{max_new_tokens}."
         )
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
     source = None if source is None else {name: x.to(device) for name, x in source.items()}
-    state = GenerationState(prompts, length=length, eos=eos, device=device)
+    state = GenerationState(prompts, max_new_tokens=max_new_tokens, eos=eos, device=device)
     generators = [torch.Generator(device).manual_seed((2 * seed + side) % 2**63) for side in (0, 1)]
-    sampling, resampling = sampling or Sampling(), resampling or Sampling()
+    sampling, resampling = as_sampling(sampling) or Sampling(), as_sampling(resampling) or Sampling()
     with eval_mode(student, teacher):
         models = [model for model in (student, teacher) if model is not None]
-        size = _vocabulary_size(models, vocabulary)
+        size, longest = _vocabulary_size(models, vocabulary), max(map(len, prompts))
+        for model in models:
+            _check_positions(model, longest if source is None else 0, max_new_tokens)
         decoders = [
-            CachedDecoder(m, size) if source is None else make_decoder(m, size, source, most=length) for m in models
+            make_causal_decoder(m, size, rejects=teacher is not None, most=longest + max_new_tokens)
+            if source is None
+            else make_decoder(m, size, source, most=max_new_tokens)
+            for m in models
         ]
         if state.start.shape[1]:
             positions = (state.mask.cumsum(-1) - 1).clamp_min(0)
@@ -289,13 +271,28 @@ def generate(
 
 
 def prompts_and_source(
-    model: nn.Module, batch: Mapping[str, Any], least: int
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    least: int,
+    turn: str = "last",
+    generator: random.Random | None = None,
 ) -> tuple[list[list[int]], dict[str, Tensor] | None]:
-    """Return the prompts of a batch and None; for an encoder-decoder its start tokens and its encoder inputs."""
+    """Return the prompts of a batch and None; for an encoder-decoder its start tokens and its encoder inputs.
+
+    Raises:
+        ValueError: for a batch without input_ids, or with inputs that generated texts cannot have; names them.
+    """
+    others = [name for name, value in batch.items() if name not in CARRIED and value is not None]
+    if others or "input_ids" not in batch:
+        raise ValueError(
+            f"texts are generated from input_ids and attention_mask; got {', '.join(map(str, batch))}. A model that "
+            f"needs {', '.join(map(str, others)) or 'other inputs'} cannot generate here, since generated tokens have "
+            "no such values; if it does not need them, leave them out of the batches."
+        )
     if not is_encoder_decoder(model):
-        return prompts_of(batch, least), None
+        return prompts_of(batch, least, turn, generator), None
     source = {name: batch[name] for name in ("input_ids", "attention_mask") if batch.get(name) is not None}
-    return [[decoder_start_id(model)] for _ in batch["input_ids"]], source
+    return [[decoder_start_id(model)] for _ in batch["input_ids"]], sources_right(source)
 
 
 def _vocabulary_size(models: list[nn.Module], vocabulary: int | None) -> int | None:
@@ -305,8 +302,18 @@ def _vocabulary_size(models: list[nn.Module], vocabulary: int | None) -> int | N
     return min([*sizes, *([] if vocabulary is None else [vocabulary])], default=None)
 
 
+def _check_positions(model: nn.Module, prompt: int, max_new_tokens: int) -> None:
+    limit = max_positions(model)
+    if limit is not None and prompt + max_new_tokens > limit:
+        raise ValueError(
+            f"the longest prompt has {prompt} tokens, and with max_new_tokens={max_new_tokens} that is more than the "
+            f"{limit} positions of {type(model).__name__}. Use max_new_tokens={max(1, limit - prompt)} or less, "
+            "or shorter prompts; or, if it was trained for more, set max_position_embeddings in its config."
+        )
+
+
 def _propose(
-    decoder: CachedDecoder | RecomputingDecoder | ShiftingCacheDecoder,
+    decoder: Decoder,
     state: GenerationState,
     block: int,
     sampling: Sampling,
@@ -321,8 +328,23 @@ def _propose(
     return torch.stack(tokens, 1), torch.stack(inputs[:-1], 1)
 
 
-def prompts_of(batch: Mapping[str, Any], least: int = 1) -> list[list[int]]:
-    """Return the tokens of each text before the first learned one, at least ``least`` of them."""
+def learned_turns(learn: Sequence[bool]) -> list[tuple[int, int]]:
+    """Return the (begin, end) of each run of learned tokens, such as the assistant's turns of a chat."""
+    edges = [i for i, (a, b) in enumerate(pairwise([False, *learn, False])) if bool(a) != bool(b)]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def prompts_of(
+    batch: Mapping[str, Any], least: int = 1, turn: str = "last", generator: random.Random | None = None
+) -> list[list[int]]:
+    """Return the tokens of each text before a learned turn, at least ``least`` of them.
+
+    Args:
+        batch: of ``LanguageModeling``.
+        least: fewest tokens of a prompt.
+        turn: which run of learned tokens the prompt ends before: "last", "first" or "random", drawn by ``generator``.
+        generator: of the random turns.
+    """
     ids = batch["input_ids"]
     mask = batch["attention_mask"] if batch.get("attention_mask") is not None else torch.ones_like(ids)
     learn = batch.get("learn")
@@ -331,6 +353,7 @@ def prompts_of(batch: Mapping[str, Any], least: int = 1) -> list[list[int]]:
     out = []
     for row, kept, learned in zip(ids.tolist(), mask.tolist(), learn.tolist(), strict=True):
         text = [(i, flag) for i, keep, flag in zip(row, kept, learned, strict=True) if keep]
-        first = next((index for index, (_, flag) in enumerate(text) if flag), len(text))
-        out.append([i for i, _ in text[: max(first, least)]])
+        begins = [begin for begin, _ in learned_turns([flag for _, flag in text])] or [len(text)]
+        index = (generator or random.Random(0)).randrange(len(begins)) if turn == "random" else TURNS[turn]
+        out.append([i for i, _ in text[: max(begins[index], least)]])
     return out

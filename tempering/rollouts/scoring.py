@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempering.rollouts.sampling import Sampling, generate, prompts_and_source
+from tempering.data.text import eos_ids
+from tempering.rollouts.generation_config import Sampling
+from tempering.rollouts.sampling import generate, learned_turns, prompts_and_source
 from tempering.rows import IGNORE_INDEX
 from tempering.utils.tensors import to_device
 
@@ -24,13 +26,13 @@ class GenerationScorer:
         grade: (generated, reference) -> score; both are results of ``decode``.
         name: name of the score.
         decode: maps token ids, without the end-of-text token, to the input of ``grade``; None passes the list.
-        eos: end-of-text token id; None for none.
+        eos: end-of-text token id, or several, of which any ends a text; None for none.
         pad: padding token id.
-        length: most tokens to generate.
-        prompt: fewest prompt tokens per text, for causal models.
+        max_new_tokens: most tokens to generate.
+        prompt_length: fewest prompt tokens per text, for causal models.
 
     Raises:
-        ValueError: for length or prompt below 1.
+        ValueError: for max_new_tokens or prompt_length below 1.
     """
 
     def __init__(
@@ -39,15 +41,18 @@ class GenerationScorer:
         *,
         name: str,
         decode: Callable[[list[int]], Any] | None = None,
-        eos: int | None = None,
+        eos: int | Sequence[int] | None = None,
         pad: int = 0,
-        length: int = 128,
-        prompt: int = 1,
+        max_new_tokens: int = 128,
+        prompt_length: int = 1,
     ) -> None:
-        if length < 1 or prompt < 1:
-            raise ValueError(f"GenerationScorer needs length and prompt >= 1; got {length} and {prompt}.")
+        if max_new_tokens < 1 or prompt_length < 1:
+            raise ValueError(
+                f"GenerationScorer needs max_new_tokens and prompt_length >= 1; got {max_new_tokens} and "
+                f"{prompt_length}."
+            )
         self.grade, self.name, self.decode, self.eos, self.pad = grade, name, decode, eos, pad
-        self.length, self.prompt = length, prompt
+        self.max_new_tokens, self.prompt_length = max_new_tokens, prompt_length
 
     @torch.no_grad()
     def __call__(
@@ -57,9 +62,9 @@ class GenerationScorer:
         grades = []
         for batch in batches:
             batch = to_device(dict(batch), device)
-            prompts, source = prompts_and_source(student, batch, self.prompt)
+            prompts, source = prompts_and_source(student, batch, self.prompt_length)
             options: dict[str, Any] = {
-                "length": self.length,
+                "max_new_tokens": self.max_new_tokens,
                 "eos": self.eos,
                 "pad": self.pad,
                 "vocabulary": vocabulary,
@@ -67,13 +72,15 @@ class GenerationScorer:
             out, _ = generate(student, None, prompts, source=source, sampling=Sampling(temperature=0.0), **options)
             tokens = out["input_ids"] if source is None else out["generated"]
             for ids, learn, labels in zip(tokens, out["learn"], batch["labels"], strict=True):
-                generated, reference = self._decode(ids[learn != 0]), self._decode(labels[labels != IGNORE_INDEX])
-                grades.append(float(self.grade(generated, reference)))
+                reference = labels != IGNORE_INDEX
+                if source is None and (turns := learned_turns(reference.tolist())):
+                    reference = slice(*turns[-1])  # the turn that the prompt ends before
+                grades.append(float(self.grade(self._decode(ids[learn != 0]), self._decode(labels[reference]))))
         return {self.name: sum(grades) / max(1, len(grades))}
 
     def _decode(self, ids: Tensor) -> Any:
         tokens = ids.tolist()
-        tokens = tokens[:-1] if tokens[-1:] == [self.eos] else tokens
+        tokens = tokens[:-1] if {*eos_ids(self.eos)}.intersection(tokens[-1:]) else tokens
         return tokens if self.decode is None else self.decode(tokens)
 
 

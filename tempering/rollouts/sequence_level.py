@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from tempering.rollouts.generation_config import Sampling
 from tempering.rollouts.on_policy import OnPolicy
-from tempering.rollouts.sampling import Sampling
 from tempering.rows import IGNORE_INDEX
 
 
 class SequenceLevel(OnPolicy):
-    """Replaces the completions of a share of a loader's batches by the teacher's, with their tokens as labels.
+    """Replaces the completions of a fraction of a loader's batches by the teacher's, with their tokens as labels.
 
     ``Supervised`` on them is sequence-level KD; a divergence, in addition or alone, uses the teacher's logits on its
     own texts. Greedy by default: then every epoch has the same texts, which are generated again all the same.
 
     Args:
         teacher: the transformers model that generates, or a Teacher with one, such as Live(model).
-        batches, share, length, eos, pad, prompt, vocabulary, seed: as in ``OnPolicy``.
+        batches, generated_fraction, max_new_tokens, eos, pad, prompt_length, vocabulary, seed, turn: as in
+            ``OnPolicy``.
         sampling: how the teacher's tokens are sampled; None is greedy.
 
     Raises:
@@ -37,14 +38,15 @@ class SequenceLevel(OnPolicy):
         teacher: Any,
         batches: Iterable[Any],
         *,
-        share: float = 1.0,
-        length: int = 128,
-        eos: int | None = None,
+        generated_fraction: float = 1.0,
+        max_new_tokens: int | None = None,
+        eos: int | Sequence[int] | None = None,
         pad: int = 0,
-        sampling: Sampling | None = None,
-        prompt: int = 1,
+        sampling: Any = None,
+        prompt_length: int = 1,
         vocabulary: int | None = None,
         seed: int = 0,
+        turn: str = "last",
     ) -> None:
         model = teacher if isinstance(teacher, nn.Module) else getattr(teacher, "model", None)
         if not isinstance(model, nn.Module):
@@ -54,14 +56,15 @@ class SequenceLevel(OnPolicy):
         super().__init__(
             model,
             batches,
-            share=share,
-            length=length,
+            generated_fraction=generated_fraction,
+            max_new_tokens=max_new_tokens,
             eos=eos,
             pad=pad,
             sampling=sampling or Sampling(temperature=0.0),
-            prompt=prompt,
+            prompt_length=prompt_length,
             vocabulary=vocabulary,
             seed=seed,
+            turn=turn,
         )
 
     def generate(self, batch: Any, seed: int) -> dict[str, Any]:

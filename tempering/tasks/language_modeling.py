@@ -14,6 +14,7 @@ from tempering.rollouts.decoding import is_encoder_decoder
 from tempering.rollouts.scoring import GenerationScorer
 from tempering.rows import IGNORE_INDEX, Rows, upcast_to_float32
 from tempering.tasks.base import Task, TeacherForward, evaluating
+from tempering.tasks.layouts import check_layout, try_layouts
 from tempering.teachers.outputs import Hidden, PrecomputedLogits, Sparse, to_top_k_plus_tail
 
 NO_INPUTS = {"labels", "ids", "learn", "replaced", "privacy_score", "taught"}
@@ -77,7 +78,8 @@ class LanguageModeling(Task):
         if prepared or not (wraps or "input_ids" in parameters):
             return
         unsupported = () if wraps else tuple(name for name in OPTIONAL if name not in parameters)
-        model.register_forward_pre_hook(UnpackInputs(unsupported), with_kwargs=True)
+        unsupported, inexact = (unsupported, {}) if wraps else try_layouts(model, unsupported)
+        model.register_forward_pre_hook(UnpackInputs(unsupported, inexact), with_kwargs=True)
 
     def inputs(self, batch: Any) -> tuple[dict[str, Any], dict[str, Any], Tensor | None]:
         _check(batch)
@@ -206,8 +208,8 @@ def _privacy_score(batch: Mapping[str, Any], index: Tensor) -> Tensor | None:
 class UnpackInputs:
     """A forward pre-hook that unpacks a mapping to keyword arguments, without those that the model does not take."""
 
-    def __init__(self, unsupported: tuple[str, ...]) -> None:
-        self.unsupported = unsupported
+    def __init__(self, unsupported: tuple[str, ...], inexact: Mapping[str, str] | None = None) -> None:
+        self.unsupported, self.inexact = unsupported, dict(inexact or {})
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if len(args) == 1 and isinstance(args[0], Mapping):
@@ -217,6 +219,8 @@ class UnpackInputs:
                 f"{type(model).__name__} takes no position_ids, so it cannot keep packed texts apart. Pad them: "
                 "data.text.collate(examples)."
             )
+        if self.inexact:
+            check_layout(model, self.inexact, kwargs)
         return args, {name: value for name, value in kwargs.items() if name not in (*self.unsupported, "taught")}
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempering.rollouts.decoding import is_encoder_decoder, unwrap_model
+from tempering.data.text import sources_right
+from tempering.rollouts.decoders import is_encoder_decoder, unwrap_model
 from tempering.rows import IGNORE_INDEX, Rows
 from tempering.tasks.language_modeling import NO_INPUTS, LanguageModeling, UnpackInputs, with_teacher_outputs
 
@@ -24,8 +25,8 @@ class Seq2Seq(LanguageModeling):
     "generated", (B, L), are decoder input ids in place of the labels, for generated texts, whose tokens have no label.
     With labels only, -100 is decoded as padding: exclude tokens by "learn", not by -100 in the middle of a target.
 
-    Sources are padded on the right, since many encoders have learned positions. Everything else, including the
-    arguments, is as in ``LanguageModeling``.
+    Sources are padded on the right, since many encoders have learned positions; padding on the left is moved.
+    Everything else, including the arguments, is as in ``LanguageModeling``.
     """
 
     def prepare_model(self, model: nn.Module) -> None:
@@ -47,7 +48,7 @@ class Seq2Seq(LanguageModeling):
     def inputs(self, batch: Any) -> tuple[dict[str, Any], dict[str, Any], Tensor | None]:
         _check(batch)
         inputs = {name: value for name, value in batch.items() if name not in {*NO_INPUTS, "generated"}}
-        inputs |= {"labels": _decoder_ids(batch), "use_cache": False}
+        inputs = sources_right(inputs) | {"labels": _decoder_ids(batch), "use_cache": False}
         return inputs, with_teacher_outputs(inputs, batch), batch.get("ids")
 
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
