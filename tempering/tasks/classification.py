@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tempering.data.batches import labeled_batch
+from tempering.data.batches import LabeledBatch, labeled_batch
 from tempering.rows import Rows, upcast_to_float32
 from tempering.tasks.base import PolicyForward, Task, TeacherForward, evaluating
 from tempering.utils.tensors import described, logits_of
@@ -32,7 +32,8 @@ class Classification(Task):
         self.features = dict(features or {})
 
     def inputs(self, batch: Any) -> tuple[Any, Any, Tensor | None]:
-        parts = labeled_batch(batch, type(self).__name__)
+        plain = type(batch) is tuple and len(batch) == 3 and getattr(batch[2], "dtype", None) is torch.int64
+        parts = LabeledBatch(*batch) if plain else labeled_batch(batch, type(self).__name__)
         return parts.inputs, parts.inputs, parts.ids
 
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
@@ -44,7 +45,8 @@ class Classification(Task):
                 f"the student has {student.shape[-1]} classes and the teacher {teacher.shape[-1]}. Give both heads "
                 f"the same classes in the same order, such as models.build(name, classes={teacher.shape[-1]})."
             )
-        parts = labeled_batch(batch)
+        plain = type(batch) is tuple and len(batch) == 3 and getattr(batch[2], "dtype", None) is torch.int64
+        parts = LabeledBatch(*batch) if plain else labeled_batch(batch)  # without a call per step for the usual form
         return [Rows(student, teacher, parts.labels, parts.weight, ids=parts.ids)]
 
     def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
@@ -161,7 +163,7 @@ def reliability(logits: Tensor, labels: Tensor) -> list[dict[str, float]]:
 
 def _logits(output: Any, side: str) -> Tensor:
     """Return the (N, C) logits of a model's output, a tensor or an object with ``.logits``."""
-    logits = logits_of(output)
+    logits = output if isinstance(output, Tensor) else logits_of(output)
     if isinstance(logits, Tensor) and logits.ndim == 2:
         return logits
     raise ValueError(f"the {side} must return (N, C) logits for classification; got {described(logits)}.")
