@@ -47,7 +47,7 @@ class LabeledBatch(NamedTuple):
 def labeled_batch(batch: Any, owner: str = "Classification") -> LabeledBatch:
     """Return the parts of a batch.
 
-    A tuple is (inputs, labels), and further parts each known by its type: integers (N,) are ids, numbers
+    A tuple is (inputs, labels), and further parts, known by their type: integers (N,) are ids, numbers
     (N,) are weights of the samples, as in Keras, and paths or other texts are left out. Parts of a mapping or a named
     tuple are known by name: ``LABELS``, ``IDS``, ``WEIGHTS``, and all other tensors are inputs.
 
