@@ -100,7 +100,10 @@ def last_feature(net: Any) -> str:
             return name
     heads = ("head", "fc", "classifier", "head_dist", "norm", "fc_norm", "head_drop")
     children = [n for n, m in net.named_children() if n not in heads and any(True for _ in m.parameters())]
-    return children[-1]
+    name, module = children[-1], modules[children[-1]]
+    while isinstance(module, nn.ModuleList):  # has no forward of its own
+        name, module = f"{name}.{len(module) - 1}", module[-1]
+    return name
 
 
 def tried(method: Method, net: nn.Module, images: Tensor, labels: Tensor, features: dict[str, tuple[str, str]]) -> str:
