@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -109,10 +109,16 @@ class Rows:
         return replace(self, **changes)  # pyright: ignore[reportArgumentType]
 
     def select(self, index: slice | Tensor) -> Rows:
-        """Return some of the rows, with their features: a slice, a mask (N,) or indices (K,)."""
+        """Return some of the rows, with their features: a slice, a mask (N,) or indices (K,).
+
+        Rows of samples with several rows each are selected by a slice of whole samples.
+        """
+        of_features, per = index, rows_per_sample(self)
+        if per > 1 and isinstance(index, slice):
+            of_features = slice(*(None if i is None else i // per for i in (index.start, index.stop)))
         tensors = {name: getattr(self, name) for name in ("student", "teacher", *PER_ROW)}
         return self.replace(
-            features={name: (s[index], t[index]) for name, (s, t) in self.features.items()},
+            features={name: (s[of_features], t[of_features]) for name, (s, t) in self.features.items()},
             **{name: x[index] for name, x in tensors.items() if x is not None},
         )
 
@@ -161,3 +167,22 @@ def total(
         divisor = divisor.to(device=per_row.device, dtype=per_row.dtype)
         return per_row.sum() / torch.where(divisor > 0, divisor, torch.ones_like(divisor))
     return per_row.sum() / (divisor if divisor > 0 else 1.0)
+
+
+def rows_per_sample(rows: Rows, names: Collection[str] | None = None) -> int:
+    """Return the number of rows per sample: N / B for features (B, ...) of these names, or all; 1 if there are none.
+
+    Raises:
+        ValueError: for features of several numbers of samples, or one that does not divide N.
+    """
+    chosen = [pair for name, pair in rows.features.items() if names is None or name in names]
+    counts = sorted({len(x) for pair in chosen for x in pair})
+    if not counts or counts == [len(rows)]:
+        return 1
+    if len(counts) > 1 or not counts[0] or len(rows) % counts[0]:
+        raise ValueError(
+            f"the features have {' and '.join(map(str, counts))} samples, and Rows(name={rows.name!r}) has {len(rows)} "
+            "rows. Every sample needs the same number of rows, in the order of the samples: logits (B, C, H, W) are "
+            "rows logits.permute(0, 2, 3, 1).flatten(0, 2), with weight 0 where a pixel does not count."
+        )
+    return len(rows) // counts[0]

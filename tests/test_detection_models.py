@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from docs.tools import detectors as detectors_tool
 from tempering.models import build
 from tempering.models.boxes import areas, centered, cornered, giou, iou, nms
 from tempering.models.detector import Detected, Detector, detections, inherit
@@ -236,21 +237,8 @@ def needs_transformers() -> Any:
 
 def tiny(kind: str) -> Any:
     """A transformers detector of under half a million parameters."""
-    transformers = needs_transformers()
-    torch.manual_seed(0)
-    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 96], "depths": [1] * 4, "layer_type": "basic"}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
-    heads |= {"d_model": 32, "decoder_layers": 2, "num_queries": 20, "num_labels": 3}
-    if kind == "detr":
-        backbone = transformers.ResNetConfig(**sizes, out_features=["stage4"])
-        own = {"use_timm_backbone": False, "backbone": None, "encoder_layers": 1, "auxiliary_loss": True}
-        return transformers.DetrForObjectDetection(transformers.DetrConfig(backbone_config=backbone, **own, **heads))
-    backbone = transformers.RTDetrResNetConfig(**sizes, out_features=["stage2", "stage3", "stage4"])
-    own = {"encoder_in_channels": [32, 64, 96], "decoder_in_channels": [32] * 3, "encoder_hidden_dim": 32}
-    own |= {"anchor_image_size": None, "backbone_config": backbone}
-    name = {"d_fine": "DFine", "rt_detr": "RTDetr", "rt_detr_v2": "RTDetrV2"}[kind]
-    config = getattr(transformers, f"{name}Config")(**own, **heads)
-    return getattr(transformers, f"{name}ForObjectDetection")(config)
+    needs_transformers()
+    return detectors_tool.tiny(kind)
 
 
 @pytest.mark.parametrize("kind", ["d_fine", "rt_detr", "rt_detr_v2", "detr"])

@@ -437,7 +437,7 @@ def test_the_teacher_is_not_trained() -> None:
     assert held == {id(p) for p in student.parameters()}
     assert not held & {id(p) for p in teacher.parameters()}
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+    assert all(p.requires_grad and p.grad is None for p in teacher.parameters()), "given back as it was"
 
 
 def test_a_teacher_that_somebody_puts_in_training_mode_goes_back() -> None:

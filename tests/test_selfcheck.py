@@ -146,6 +146,7 @@ def test_methods_with_projectors_are_asked_about_features_too(kind: type[Method]
     task, taught = Classification(features={"map": ("0", "0")}), Live(model)
     taps = PairedFeatures.from_models(student, taught, task.features)
     assert taps is not None
+    taps.__enter__()
     method = Sum(kind(hard=0.0), KD())
     method.setup(Rows(student(images), taught(images), labels).replace(features=taps.features()))
     asked = {"student": student, "batch": (images, labels), "task": task, "features": taps.features}

@@ -13,7 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tempering.data.batches import labeled_batch
 from tempering.rows import upcast_to_float32
+from tempering.utils.state import restored
 
 Answer = Callable[[Tensor], Tensor]  # inputs (N, ...) to logits (N, C), in float32 at least
 
@@ -105,18 +107,9 @@ def _module(model: Any, side: str) -> nn.Module:
 @contextmanager
 def frozen_eval_mode(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode with frozen weights, and restore both per module on exit."""
-    modes = [(module, module.training) for module in model.modules()]
-    parameters = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        model.eval()
-        for p, _ in parameters:
-            p.requires_grad_(False)
+    with restored(model):
+        model.eval().requires_grad_(False)
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for p, requires_grad in parameters:
-            p.requires_grad_(requires_grad)
 
 
 def as_function(model: nn.Module, side: str) -> Answer:
@@ -150,14 +143,13 @@ def identified(batches: Iterable[Any], samples: int | None = None) -> Iterator[t
     """
     count = offset = 0
     for batch in batches:
-        if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not all(isinstance(b, Tensor) for b in batch[:2]):
+        x, y, ids_of_batch, _ = labeled_batch(batch, "an audit")
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             raise ValueError(f"an audit needs batches (inputs, labels, ...) of tensors; got {type(batch).__name__}.")
-        x, y = batch[0], batch[1]
         if len(x) != len(y) or y.ndim != 1 or y.is_floating_point():
             raise ValueError(
                 f"an audit needs a class index (N,) for each of {len(x)} inputs; got {y.dtype} {tuple(y.shape)}."
             )
-        ids_of_batch = batch[2] if len(batch) > 2 else None
         if not isinstance(ids_of_batch, Tensor) or ids_of_batch.shape != y.shape or ids_of_batch.is_floating_point():
             ids_of_batch = torch.arange(offset, offset + len(y), device=y.device)
         offset += len(y)

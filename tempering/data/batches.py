@@ -23,6 +23,76 @@ Batch = tuple[Tensor, Tensor, Tensor]
 LoaderT = TypeVar("LoaderT", bound="SplittableLoader[Any]")
 
 
+LABELS = ("labels", "label", "targets", "target", "y")
+IDS = ("ids", "id", "index", "indices", "idx")
+WEIGHTS = ("weights", "weight", "sample_weight")
+
+
+class LabeledBatch(NamedTuple):
+    """A batch of samples with one label each.
+
+    Attributes:
+        inputs: of the model; a tensor, or a mapping of several.
+        labels: (N,).
+        ids: (N,) integers, or None.
+        weight: (N,) of the samples, or None.
+    """
+
+    inputs: Any
+    labels: Tensor
+    ids: Tensor | None = None
+    weight: Tensor | None = None
+
+
+def labeled_batch(batch: Any, owner: str = "Classification") -> LabeledBatch:
+    """Return the parts of a batch.
+
+    A tuple is (inputs, labels), and further parts, known by their type: integers (N,) are ids, numbers
+    (N,) are weights of the samples, as in Keras, and paths or other texts are left out. Parts of a mapping or a named
+    tuple are known by name: ``LABELS``, ``IDS``, ``WEIGHTS``, and all other tensors are inputs.
+
+    Raises:
+        ValueError: for anything else, with the line that makes such a batch.
+    """
+    named = dict(batch) if isinstance(batch, Mapping) else batch._asdict() if hasattr(batch, "_asdict") else {}
+    if label := next((name for name in LABELS if name in named), None):
+        return _from_names(named, label, owner)
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        got = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else type(batch).__name__
+        keys = f" with {', '.join(map(repr, named))}" if named else ""
+        raise ValueError(
+            f"{owner} needs batches of (inputs, labels) or (inputs, labels, ids), or mappings with one of "
+            f"{', '.join(LABELS)}; got {got}{keys}. For a DataLoader: loader.collate_fn = lambda samples: "
+            "[torch.utils.data.default_collate(samples)[name] for name in ('image', 'class')]."
+        )
+    parts: dict[str, Tensor] = {}
+    for i, part in enumerate(batch[2:], start=2):
+        if not isinstance(part, Tensor):
+            continue
+        name = "weight" if part.is_floating_point() else "ids"
+        if part.ndim != 1 or part.dtype == torch.bool or name in parts:
+            raise ValueError(
+                f"{owner} needs batches of (inputs, labels), then ids (N,) of integers and weights (N,) of floats; "
+                f"got {tuple(part.shape)} {part.dtype} as part {i}. Make them a mapping with 'labels' and the names "
+                "of the inputs, or leave the part out."
+            )
+        parts[name] = part
+    return LabeledBatch(batch[0], batch[1], parts.get("ids"), parts.get("weight"))
+
+
+def _from_names(named: Mapping[str, Any], label: str, owner: str) -> LabeledBatch:
+    ids, weight = (next((named[name] for name in names if name in named), None) for names in (IDS, WEIGHTS))
+    known = {label, *IDS, *WEIGHTS}
+    inputs = {name: x for name, x in named.items() if name not in known and isinstance(x, (Tensor, Mapping))}
+    if not inputs:
+        raise ValueError(
+            f"{owner} finds no inputs in a batch with {', '.join(map(repr, named))}: no other is a tensor."
+        )
+    only = next(iter(inputs.values())) if len(inputs) == 1 and "input_ids" not in inputs else inputs
+    integers = isinstance(ids, Tensor) and not ids.is_floating_point()
+    return LabeledBatch(only, named[label], ids if integers else None, weight if isinstance(weight, Tensor) else None)
+
+
 @dataclass(frozen=True)
 class AugmentationParams:
     """Augmentation parameters of one view for every sample, (N,) each.

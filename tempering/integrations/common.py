@@ -12,8 +12,8 @@ from tempering.rows import Rows
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.teachers.live import Live
-from tempering.training.checks import validate_sampled_teacher
-from tempering.training.features import PairedFeatures
+from tempering.training.checks import check_models_are_distinct, validate_sampled_teacher
+from tempering.training.features import PairedFeatures, extracting
 
 ENGINE = "Run it with tempering.distill."
 
@@ -21,12 +21,12 @@ ENGINE = "Run it with tempering.distill."
 def fitting(method: Method, teacher: nn.Module | Teacher | None, student: nn.Module) -> Teacher | None:
     """Return the teacher, a bare module wrapped in ``Live``, if an external trainer supports the method.
 
+    A bare module is as it was until its first forward; ``release()`` at the end of training gives it back.
+
     Raises:
-        TypeError: if ``method`` is not a Method, ``teacher`` is not a teacher, or the method owns its step.
+        TypeError: if ``teacher`` is not a teacher, or the method owns its step.
         ValueError: if the teacher is missing or shares weights with the student, or a policy is adaptive.
     """
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be a Method, such as methods.DTKD(); got {type(method).__name__}.")
     if method.owns_step:
         raise TypeError(f"{type(method).__name__} owns its step, and so does this trainer. {ENGINE}")
     if adaptive := method.adaptive_policies():
@@ -42,14 +42,9 @@ def fitting(method: Method, teacher: nn.Module | Teacher | None, student: nn.Mod
         return None
     if not isinstance(teacher, (nn.Module, Teacher)):
         raise TypeError(f"teacher must be a module, a Teacher or None; got {type(teacher).__name__}.")
-    model = teacher if isinstance(teacher, nn.Module) else teacher.model
-    if model is not None and {id(p) for p in model.parameters()} & {id(p) for p in student.parameters()}:
-        raise ValueError(
-            "the teacher shares weights with the student: frozen, they would not be trained. Pass copy.deepcopy(model) "
-            "as teacher."
-        )
+    check_models_are_distinct(student, teacher)
     if isinstance(teacher, nn.Module):
-        return Live(teacher)
+        return Live(teacher).release()
     validate_sampled_teacher(method, teacher)
     return teacher
 
@@ -76,9 +71,10 @@ def blocks_of(
 ) -> tuple[Any, list[Rows]]:
     """Return the student's output, and the blocks of rows of both outputs."""
     student_in, teacher_in, ids = task.inputs(batch)
-    student_output = student(student_in)
-    teacher_output = None if teacher is None else teacher(teacher_in, ids)
-    blocks = task.rows(student_output, teacher_output, batch)
-    if features is not None:
-        blocks[-1] = blocks[-1].replace(features={**blocks[-1].features, **features.features()})
+    with extracting(features):
+        student_output = student(student_in)
+        teacher_output = None if teacher is None else teacher(teacher_in, ids)
+        blocks = task.rows(student_output, teacher_output, batch)
+        if features is not None:
+            blocks[-1] = blocks[-1].replace(features={**blocks[-1].features, **features.features()})
     return student_output, blocks

@@ -14,10 +14,13 @@ from tempering.methods.base import Method
 from tempering.rows import IGNORE_INDEX, Rows
 from tempering.tasks.base import Task, TeacherForward, evaluating
 from tempering.teachers.base import Teacher
-from tempering.training.checkpoint import random_state, save_weights, set_random_state
-from tempering.training.features import PairedFeatures
+from tempering.teachers.live import Live
+from tempering.training.checkpoint import save_weights
+from tempering.training.checks import as_method
+from tempering.training.features import PairedFeatures, extracting
 from tempering.training.loss import chunking_for
 from tempering.training.selfcheck import selfcheck as check_first_batch
+from tempering.utils.state import borrowed
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -38,7 +41,8 @@ class DistillMixin(Trainer):
 
     Args:
         args, kwargs: arguments of the Trainer.
-        teacher: a model, frozen in place, or a Teacher (its inputs must fit the task's: see ``Unpacked``).
+        teacher: a model, frozen during ``train`` and then given back as it was, or a Teacher (its inputs must fit the
+            task's: see ``Unpacked``).
         method: the loss, with its temperature policy.
         task: converts batches to rows; None is ``Labeled()``. Causal language models need ``Labeled(shift=True)``.
         selfcheck: check the first batch before training.
@@ -51,13 +55,15 @@ class DistillMixin(Trainer):
         self,
         *args: Any,
         teacher: nn.Module | Teacher | None,
-        method: Method,
+        method: Method | str,
         task: Task | None = None,
         selfcheck: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.method, self.task, self.selfcheck = method, Labeled() if task is None else task, selfcheck
+        self.method = method = as_method(method)
+        self._lent = isinstance(teacher, nn.Module)
+        self.task, self.selfcheck = Labeled() if task is None else task, selfcheck
         bare = False
         if isinstance(teacher, nn.Module) and not isinstance(teacher, Unpacked):
             teacher, bare = Unpacked(teacher), True
@@ -82,6 +88,16 @@ class DistillMixin(Trainer):
         # both declare that the loss is already scaled for the whole step; newer transformers read the second
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
+        """Train, and give a teacher that was passed as a module back as it was."""
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            if self._lent and isinstance(self.teacher, Live):
+                self.teacher.release()
 
     def compute_loss(
         self,
@@ -178,7 +194,10 @@ class DistillMixin(Trainer):
         model: Any = self.model_wrapped
         student, features = Unpacked(model), None if self._features is None else self._features.features
         batch = self._prepare_inputs(batch)
-        report = check_first_batch(student, self.teacher, batch, method=self.method, task=self.task, features=features)
+        with extracting(self._features):
+            report = check_first_batch(
+                student, self.teacher, batch, method=self.method, task=self.task, features=features
+            )
         if self.is_world_process_zero():
             import logging
 
@@ -189,16 +208,11 @@ class DistillMixin(Trainer):
         """Let the method create its parameters from a first batch; restore random states and training modes."""
         if type(self.method).setup is Method.setup:
             return
-        before, model = random_state(), self._module()
-        training = {m: m.training for m in model.modules()}
-        try:
+        model = self._module()
+        with borrowed(model):
             batch = self._prepare_inputs(next(iter(self.get_train_dataloader())))
             model.eval()
             self.method.setup(self._blocks(model, batch)[1][-1])
-        finally:
-            for module, mode in training.items():
-                module.training = mode
-            set_random_state(before)
 
 
 class Unpacked(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,10 +15,13 @@ from tempering.rows import Rows, total
 from tempering.tasks.base import Task
 from tempering.tasks.classification import Classification
 from tempering.teachers.base import Teacher
+from tempering.teachers.live import Live
+from tempering.training.checks import Optimizer, Schedule, as_method, make_optimizer, make_schedule
 from tempering.training.distill import SGD
-from tempering.training.features import PairedFeatures
+from tempering.training.features import PairedFeatures, extracting
 from tempering.training.loss import chunking_for
 from tempering.training.selfcheck import selfcheck as check_first_batch
+from tempering.utils.state import borrowed
 
 
 class DistillModule(pl.LightningModule):
@@ -50,14 +52,15 @@ class DistillModule(pl.LightningModule):
         student: nn.Module,
         teacher: nn.Module | Teacher | None,
         *,
-        method: Method,
+        method: Method | str,
         task: Task | None = None,
-        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = SGD,
-        schedule: Callable[[float], float] | None = None,
+        optimizer: Optimizer = SGD,
+        schedule: Schedule | Any = None,
         selfcheck: bool = True,
     ) -> None:
         super().__init__()
-        self.student, self.method = student, method
+        self.student, self.method = student, (method := as_method(method))
+        self._lent = isinstance(teacher, nn.Module)
         self.teacher = fitting(method, teacher, student)
         self.task = Classification() if task is None else task
         self.optimizer, self.schedule, self.selfcheck = optimizer, schedule, selfcheck
@@ -73,10 +76,18 @@ class DistillModule(pl.LightningModule):
     @torch.no_grad()
     def prepare(self, batch: Any) -> None:
         """Let the method create its parameters from a batch, before the optimizer is created."""
-        training = self.student.training
-        self.student.eval()
-        self.method.setup(self._blocks(batch)[-1])
-        self.student.train(training)
+        with borrowed(self.student):
+            self.student.eval()
+            self.method.setup(self._blocks(batch)[-1])
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Give a teacher that was passed as a module back as it was; its next forward takes it again."""
+        if self._lent and isinstance(self.teacher, Live):
+            self.teacher.release()
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [_GiveBack()]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if self.selfcheck:
@@ -130,10 +141,11 @@ class DistillModule(pl.LightningModule):
         accumulate, devices = self.trainer.accumulate_grad_batches, self.trainer.world_size
         whole_batches(self.method, accumulate_grad_batches=accumulate, devices=devices)
         trained = [p for p in self.student.parameters() if p.requires_grad]
-        optimizer = self.optimizer([{"params": trained}, *self.method.param_groups()])
+        optimizer = make_optimizer(self.optimizer, [{"params": trained}, *self.method.param_groups()])
         if self.schedule is None:
             return optimizer
-        steps, schedule = self._steps(), self.schedule
+        steps = self._steps()
+        schedule: Any = make_schedule(self.schedule, optimizer, round(steps))
         by_step = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(min(step / steps, 1.0)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": by_step, "interval": "step"}}
 
@@ -146,9 +158,10 @@ class DistillModule(pl.LightningModule):
         features = None if self._features is None else self._features.features
         if self.teacher is not None:
             self.teacher.to(self.device)
-        report = check_first_batch(
-            self.student, self.teacher, batch, method=self.method, task=self.task, features=features
-        )
+        with extracting(self._features):
+            report = check_first_batch(
+                self.student, self.teacher, batch, method=self.method, task=self.task, features=features
+            )
         rank_zero_info(report.line)
 
     def _is_split(self) -> bool:
@@ -166,3 +179,14 @@ class DistillModule(pl.LightningModule):
         if self.trainer.state.fn != "fit":
             return 1.0
         return min(1.0, (self.trainer.global_step + 1) / self._steps())
+
+
+class _GiveBack(pl.Callback):
+    """Give the teacher back at the end of ``fit``, also after an exception."""
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(pl_module, DistillModule):
+            pl_module.give_back()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.on_fit_end(trainer, pl_module)

@@ -17,6 +17,7 @@ from tempering.objectives import cross_entropy
 from tempering.rows import Rows, total
 from tempering.temperature.base import AdaptivePolicy, Policy, hyperparameters
 from tempering.temperature.base import check_run_fraction as check_run_fraction
+from tempering.utils.registry import check_arguments
 
 _STEP: ContextVar[tuple[int, int] | None] = ContextVar("step", default=None)
 
@@ -54,6 +55,10 @@ class Method(nn.Module, ABC):
     needs_live: ClassVar[bool] = False
     trains_teacher: ClassVar[bool] = False
     hard: float  # of methods with a hard term: its weight
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        check_arguments(cls, args, kwargs)
+        return super().__new__(cls)
 
     @abstractmethod
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:

@@ -203,9 +203,9 @@ class TransformersDetector(_Normalized):
 
     def __init__(self, model: nn.Module) -> None:
         config: Any = getattr(model, "config", None)
-        kind = getattr(config, "model_type", type(model).__name__)
-        if kind not in TRANSFORMERS or not hasattr(model, "loss_function"):
-            raise TypeError(f"TransformersDetector wraps {', '.join(TRANSFORMERS)}; got {kind}.")
+        kind = _check_kind(config, model)
+        if not hasattr(model, "loss_function"):
+            raise TypeError(f"TransformersDetector needs a model with loss_function; got {type(model).__name__}.")
         super().__init__(model, config.num_labels, plain=kind != "detr")
         self.kind = kind
         if hasattr(config, "num_denoising"):
@@ -234,6 +234,18 @@ class TransformersDetector(_Normalized):
         losses = {} if targets is None else self._image_losses.pop()
         boxes = cornered(output.pred_boxes) * scale
         return Detected(levels, output.logits, boxes, bins, losses, self.kind != "detr", queries=True)
+
+
+def _check_kind(config: Any, model: nn.Module | None = None) -> str:
+    """Return the architecture of a config.
+
+    Raises:
+        TypeError: for one that is not supported.
+    """
+    kind = getattr(config, "model_type", type(config if model is None else model).__name__)
+    if kind not in TRANSFORMERS:
+        raise TypeError(f"TransformersDetector wraps {', '.join(TRANSFORMERS)}; got {kind}.")
+    return kind
 
 
 class _PerImageLoss:
@@ -282,14 +294,15 @@ def _from_transformers(name: str, classes: int, pretrained: bool) -> Detector:
         from transformers import AutoConfig, AutoModelForObjectDetection
     except ImportError as error:
         raise ImportError(f"transformers:{name} needs transformers: pip install 'tempering[models]'") from error
+    try:
+        config = AutoConfig.for_model(name, num_labels=classes)  # an architecture: nothing is downloaded
+    except ValueError:
+        config = AutoConfig.from_pretrained(name, num_labels=classes, trust_remote_code=False)
+    _check_kind(config)  # before anything is built
     if pretrained:
         model = AutoModelForObjectDetection.from_pretrained(
             name, num_labels=classes, ignore_mismatched_sizes=True, trust_remote_code=False
         )
     else:
-        try:
-            config = AutoConfig.for_model(name, num_labels=classes)  # an architecture: nothing is downloaded
-        except ValueError:
-            config = AutoConfig.from_pretrained(name, num_labels=classes, trust_remote_code=False)
         model = AutoModelForObjectDetection.from_config(config, trust_remote_code=False)
     return TransformersDetector(model)

@@ -8,14 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tempering.data.batches import LabeledBatch, labeled_batch
 from tempering.rows import Rows, upcast_to_float32
 from tempering.tasks.base import PolicyForward, Task, TeacherForward, evaluating
+from tempering.utils.tensors import described, logits_of
 
 BINS = 15  # bins of the reliability diagram and of the calibration error, of equal width
 
 
 class Classification(Task):
     """Task with batches of (inputs, labels) or (inputs, labels, ids) and models that return (N, C) logits.
+
+    Batches may also be mappings or named tuples, and have weights (N,) of the samples or paths: see
+    ``data.batches.labeled_batch``. Outputs may be objects or mappings with "logits", as those of transformers.
 
     A label of -100 means unlabeled. Both models see the same inputs.
 
@@ -27,10 +32,9 @@ class Classification(Task):
         self.features = dict(features or {})
 
     def inputs(self, batch: Any) -> tuple[Any, Any, Tensor | None]:
-        if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
-            got = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else type(batch).__name__
-            raise ValueError(f"Classification needs batches of (inputs, labels) or (inputs, labels, ids); got {got}.")
-        return batch[0], batch[0], batch[2] if len(batch) == 3 else None
+        plain = type(batch) is tuple and len(batch) == 3 and getattr(batch[2], "dtype", None) is torch.int64
+        parts = LabeledBatch(*batch) if plain else labeled_batch(batch, type(self).__name__)
+        return parts.inputs, parts.inputs, parts.ids
 
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
         student, teacher = _logits(student, "student"), None if teacher is None else _logits(teacher, "teacher")
@@ -41,10 +45,13 @@ class Classification(Task):
                 f"the student has {student.shape[-1]} classes and the teacher {teacher.shape[-1]}. Give both heads "
                 f"the same classes in the same order, such as models.build(name, classes={teacher.shape[-1]})."
             )
-        return [Rows(student, teacher, batch[1], ids=batch[2] if len(batch) == 3 else None)]
+        plain = type(batch) is tuple and len(batch) == 3 and getattr(batch[2], "dtype", None) is torch.int64
+        parts = LabeledBatch(*batch) if plain else labeled_batch(batch)  # without a call per step for the usual form
+        return [Rows(student, teacher, parts.labels, parts.weight, ids=parts.ids)]
 
-    def row_weights(self, batch: Any) -> dict[str, float]:
-        return {"logits": float(len(batch[1]))}
+    def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
+        parts = labeled_batch(batch)
+        return {"logits": float(len(parts.labels)) if parts.weight is None else parts.weight.sum()}
 
     def score(
         self, student: nn.Module, batches: Iterable[Any], *, teacher: TeacherForward | None = None
@@ -126,7 +133,7 @@ def collect_outputs(
             student_in, teacher_in, ids = task.inputs(batch)
             z = upcast_to_float32(_logits(student(student_in), "student")).cpu()
             t = None if teacher is None else upcast_to_float32(_logits(teacher(teacher_in, ids), "teacher")).cpu()
-            parts.append((z, t, batch[1].cpu()))
+            parts.append((z, t, labeled_batch(batch).labels.cpu()))
     if not parts:
         raise ValueError("there is nothing to score: the loader yields no batches. Is the split empty?")
     z, t, labels = zip(*parts, strict=True)
@@ -156,11 +163,10 @@ def reliability(logits: Tensor, labels: Tensor) -> list[dict[str, float]]:
 
 def _logits(output: Any, side: str) -> Tensor:
     """Return the (N, C) logits of a model's output, a tensor or an object with ``.logits``."""
-    logits = getattr(output, "logits", output)
+    logits = output if isinstance(output, Tensor) else logits_of(output)
     if isinstance(logits, Tensor) and logits.ndim == 2:
         return logits
-    got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    raise ValueError(f"the {side} must return (N, C) logits for classification; got {got}.")
+    raise ValueError(f"the {side} must return (N, C) logits for classification; got {described(logits)}.")
 
 
 def _per_class(logits: Tensor, labels: Tensor, classes: int) -> list[float | None]:

@@ -8,9 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tempering.data.batches import labeled_batch
 from tempering.rows import IGNORE_INDEX, Rows, upcast_to_float32
 from tempering.tasks.base import Task
 from tempering.tasks.classification import Classification
+from tempering.utils.tensors import logits_of
 
 Augment = Callable[[Tensor], Tensor]
 VIEWS = ("clean", "augmented")  # names of the blocks where the copy has no labels
@@ -86,8 +88,8 @@ class TwoView(Task):
         return view.to(x.dtype)
 
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
-        student, teacher = getattr(student, "logits", student), getattr(teacher, "logits", teacher)
-        n = len(batch[1])
+        student, teacher = logits_of(student), logits_of(teacher)
+        n = len(labeled_batch(batch).labels)
         teacher_views = (None, None)
         if teacher is not None:
             teacher_views = (teacher, teacher) if self.teacher == "first" else (teacher[:n], teacher[n:])
@@ -101,7 +103,7 @@ class TwoView(Task):
             for z, t, name in zip((student[:n], student[n:]), teacher_views, self.names, strict=True)
         ]
         if not self.labeled:
-            blocks[1] = blocks[1].replace(target=torch.full_like(batch[1], IGNORE_INDEX))
+            blocks[1] = blocks[1].replace(target=torch.full_like(labeled_batch(batch).labels, IGNORE_INDEX))
         if self.pick is not None:
             blocks[1] = blocks[1].replace(weight=self._pick_weights(blocks[1].teacher))
         return blocks
@@ -114,7 +116,7 @@ class TwoView(Task):
         return weight.index_fill(0, entropy.topk(min(self.pick or 0, len(entropy))).indices, 1.0)
 
     def row_weights(self, batch: Any) -> dict[str, float]:
-        n = float(len(batch[1]))
+        n = float(len(labeled_batch(batch).labels))
         return {self.names[0]: n, self.names[1]: n if self.pick is None else min(float(self.pick), n)}
 
     def score(self, student: nn.Module, batches: Iterable[Any], *, teacher: Any = None) -> dict[str, float]:

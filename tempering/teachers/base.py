@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.utils.files import sha256_text
+from tempering.utils.state import unwrapped
 from tempering.utils.tensors import tensor_bytes
 
 
@@ -41,6 +42,14 @@ class Teacher(ABC):
         """Move the teacher to ``device`` and return it."""
         return self
 
+    def bind_data(self, batches: object) -> None:
+        """Receive the batches of a run before the first of them; a live teacher reads their normalization.
+
+        Raises:
+            ValueError: for batches that do not say how they are normalized, if the teacher has to know it.
+        """
+        return
+
     @property
     def model(self) -> nn.Module | None:
         """The live module, or None."""
@@ -58,18 +67,36 @@ class Teacher(ABC):
 def fingerprint(model: nn.Module) -> str:
     """Return the sha256 of a model, in hexadecimal: of its modules' names and types and the bytes of its state.
 
-    Equal weights have equal fingerprints on any device; hyperparameters that are neither state nor a type do not count.
+    Equal weights have equal fingerprints on any device, also inside torch.compile or DataParallel, and offloaded by
+    accelerate to memory or files; hyperparameters that are neither state nor a type do not count.
+
+    Raises:
+        ValueError: for weights on the meta device, which have no values.
     """
-    digest = hashlib.sha256()
+    model, digest = unwrapped(model), hashlib.sha256()
     for name, module in model.named_modules():
         digest.update(f"{name}: {type(module).__name__}\n".encode())
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor):
+            value = _loaded(model, name) if value.is_meta else value
             digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
             digest.update(tensor_bytes(value))
         else:
             digest.update(f"{name}: {value!r}\n".encode())
     return digest.hexdigest()
+
+
+def _loaded(model: nn.Module, name: str) -> Tensor:
+    """Return the values of a parameter or buffer that accelerate has offloaded."""
+    path, _, attribute = name.rpartition(".")
+    hook = getattr(model.get_submodule(path), "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):
+        if (weights := getattr(part, "weights_map", None)) is not None:
+            return weights[attribute]
+    raise ValueError(
+        f"{type(model).__name__} has no values for {name}: it is on the meta device. Load its weights first: "
+        "model.to_empty(device='cpu'), then load_state_dict; or from_pretrained(...)."
+    )
 
 
 def key_digest(key: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tempering.teachers.base import Teacher, key_digest
 from tempering.teachers.live import Live
+from tempering.utils.tensors import logits_of
 
 
 class EnsembleTeacher(Teacher):
@@ -39,6 +40,10 @@ class EnsembleTeacher(Teacher):
         self.first.to(device)
         self.second.to(device)
         return self
+
+    def bind_data(self, batches: object) -> None:
+        self.first.bind_data(batches)
+        self.second.bind_data(batches)
 
     def incompatibility(self, batches: Any) -> str | None:
         return self.first.incompatibility(batches) or self.second.incompatibility(batches)
@@ -83,7 +88,7 @@ def prune(model: nn.Module, *, amount: float = 0.1) -> nn.Module:
 
 
 def _logits(output: Any) -> Tensor:
-    logits = getattr(output, "logits", output)
+    logits = logits_of(output)
     if not isinstance(logits, Tensor):
         raise ValueError(f"EnsembleTeacher adds logits, and a teacher returned {type(logits).__name__}.")
     return logits

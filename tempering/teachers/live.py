@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from tempering.rows import upcast_to_float32
 from tempering.teachers.base import Teacher, fingerprint, key_digest
-from tempering.teachers.outputs import PrecomputedLogits
 from tempering.utils.device import clone_outputs, maybe_compile
+from tempering.utils.state import ModelState, unwrapped
 from tempering.utils.tensors import map_tensors
 
 FUSABLE = ((nn.Conv1d, nn.BatchNorm1d), (nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))
@@ -25,10 +25,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Live(Teacher):
     """Runs a module in eval mode and returns its outputs, float32 at least, without gradient.
 
-    The module itself is frozen and put in eval mode, and put back in eval mode if something changes its mode;
-    ``precision`` and ``fuse_conv_bn`` use a frozen copy instead. ``identity`` is the sha256 of the original weights,
-    ``precision`` and ``fuse_conv_bn``. Inputs with "taught", outputs of this module from the generation of the batch
-    (``tasks.Speculative(reuse=True)``), are not run again: those outputs are returned.
+    The module itself is frozen and put in eval mode, and put back in eval mode if something changes its mode, until
+    ``release()`` gives it back as it was; ``precision`` and ``fuse_conv_bn`` use a frozen copy instead. ``identity`` is
+    the sha256 of the original weights, ``precision`` and ``fuse_conv_bn``; wrappers (torch.compile, DataParallel) and
+    offloading by accelerate do not change it. Inputs with "taught", outputs of this module from the generation of the
+    batch (``tasks.Speculative(reuse=True)``), are not run again: those outputs are returned.
 
     Args:
         model: the teacher's module.
@@ -40,10 +41,16 @@ class Live(Teacher):
         compile: apply torch.compile to the forward; a string is its mode, and "reduce-overhead" replays CUDA graphs.
         device: device of the teacher, whatever the student's is: inputs are moved to it, and outputs back. None: the
             student's device.
+        normalization: of the images that the model was trained with, if the data is normalized otherwise: "own" reads
+            it from the config of a timm model or the image processor of a transformers model; or a pair (mean, std)
+            for pixels in [0, 1], a config or a processor. "data": that of the data. None: inputs are not changed, and
+            a timm model whose config differs from the data is warned of.
+        data_normalization: (mean, std) of the data; None: that of the run's loader.
 
     Raises:
         TypeError: if ``model`` is not a module.
-        ValueError: for an unknown precision, or a model that torch.fx cannot trace for fusing.
+        ValueError: for an unknown precision, a normalization that is not found, or a model that torch.fx cannot trace
+            for fusing.
     """
 
     def __init__(
@@ -55,6 +62,8 @@ class Live(Teacher):
         fuse_conv_bn: bool = False,
         compile: bool | str = False,
         device: torch.device | str | None = None,
+        normalization: Any = None,
+        data_normalization: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Live needs a torch module; got {type(model).__name__}.")
@@ -67,7 +76,11 @@ class Live(Teacher):
             compile,
         )
         self.device = None if device is None else torch.device(device)
-        self.identity = key_digest({"weights": fingerprint(model), "precision": precision, "fold": fuse_conv_bn})
+        self.normalization, self._data_normalization = normalization, data_normalization
+        self._own = self._own_normalization(model)
+        self._renormalize: Callable[[Tensor], Tensor] | None = None
+        key = {"weights": fingerprint(model), "precision": precision, "fold": fuse_conv_bn}
+        self.identity = key_digest(key if self._own is None else {**key, "normalization": self._own})
         if fuse_conv_bn:
             model = _fuse_conv_bn(model)
         if precision is not None:
@@ -76,33 +89,86 @@ class Live(Teacher):
         self._images_last = channels_last or (self._dtype in (torch.bfloat16, torch.float16) and _has_conv2d(model))
         if self._images_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self._model = model.eval().requires_grad_(False)
+        self._model = model
+        self._before: ModelState | None = None
+        self.take()
         self._converts_inputs = self._images_last or self._dtype is not None or self.device is not None
+        self._converts_inputs |= self._own is not None
         self._modules = list(model.modules())
         if self.device is not None:
-            self._model.to(self.device)
+            self._move(self.device)
         self._forward: Callable[[Any], Any] = clone_outputs(maybe_compile(self._model, compile), compile)
         self._warned = False
 
     @property
     def model(self) -> nn.Module:
         """The module that runs: the given one, or its fused copy or copy in another precision."""
-        return self._model
+        return unwrapped(self._model)
+
+    def _own_normalization(self, model: nn.Module) -> Any:
+        """Return (mean, std) that the model was trained with; None if inputs are not changed."""
+        if self.normalization is None or self.normalization == "data":
+            return None
+        from tempering.teachers.normalization import WRITE, own_statistics, statistics
+
+        own = own_statistics(unwrapped(model)) if self.normalization == "own" else statistics(self.normalization)
+        if own is None:
+            raise ValueError(f"Live found no mean and std for normalization={self.normalization!r}. {WRITE}.")
+        return own
+
+    def bind_data(self, batches: object) -> None:
+        if self._own is None and (self.normalization == "data" or not hasattr(batches, "mean")):
+            return
+        from tempering.teachers.normalization import WRITE, Renormalize, of_loader, statistics, warn_if_other
+
+        given = self._data_normalization
+        data = of_loader(batches) if given is None else statistics(given)
+        if self._own is None:
+            if data is not None:
+                warn_if_other(self.model, data)
+        elif data is not None:
+            self._renormalize = Renormalize(self._own, data)
+        elif self._renormalize is None:
+            raise ValueError(
+                f"Live has normalization={self.normalization!r}, and {type(batches).__name__} does not say how its "
+                f"images are normalized: give data_normalization=(mean, std) too, (0, 0, 0) and (1, 1, 1) for pixels. "
+                f"{WRITE}."
+            )
+
+    def take(self) -> None:
+        """Freeze the module and put it in eval mode; the first forward after ``release`` does so too."""
+        if self._before is None:
+            self._before = ModelState(self._model)
+            self._model.eval().requires_grad_(False)
+
+    def release(self) -> Self:
+        """Give the module back: its training modes and requires_grad are those before this teacher took it."""
+        if self._before is not None:
+            self._before.restore(hooks=False)
+            self._before = None
+        return self
 
     def to(self, device: torch.device | str) -> Self:
         if self.device is None:
-            self._model.to(device)
+            self._move(device)
         return self
+
+    def _move(self, device: torch.device | str) -> None:
+        # accelerate places the parts of a model that it has hooked, and moves their inputs and outputs
+        if not any(hasattr(module, "_hf_hook") for module in self._model.modules()):
+            self._model.to(device)
 
     @torch.no_grad()
     def __call__(self, inputs: Any, ids: Tensor | None = None) -> Any:
         precomputed = inputs.get("taught") if isinstance(inputs, Mapping) else None
-        if isinstance(precomputed, PrecomputedLogits) and precomputed.producer is self._model:
+        if precomputed is not None and getattr(precomputed, "producer", None) in (self._model, self.model):
             return precomputed
         return self.forward_with_grad(inputs, ids)
 
     def forward_with_grad(self, inputs: Any, ids: Tensor | None = None) -> Any:
-        if any(module.training for module in self._modules):
+        if self._before is None:
+            self.take()
+        elif any(module.training for module in self._modules):
             self._restore_eval()
         output = self._forward(map_tensors(inputs, self._convert) if self._converts_inputs else inputs)
         output = upcast_to_float32(output) if isinstance(output, Tensor) else map_tensors(output, upcast_to_float32)
@@ -112,6 +178,11 @@ class Live(Teacher):
         return map_tensors(output, lambda x: x.to(device))
 
     def _convert(self, x: Tensor) -> Tensor:
+        if self._own is not None:
+            if self._renormalize is None:
+                self.bind_data(None)  # with data_normalization, no loader is needed
+            assert self._renormalize is not None
+            x = self._renormalize(x)
         x = x if self.device is None else x.to(self.device, non_blocking=True)
         if x.is_floating_point() and self._dtype is not None:
             x = x.to(self._dtype)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tempering.rows import Rows, upcast_to_float32
+from tempering.utils.registry import check_arguments
 
 
 class Temperatures(NamedTuple):
@@ -52,6 +53,10 @@ class Policy(nn.Module, ABC):
     shift_invariant: bool = True  # whether adding a constant to one row's logits keeps its temperatures
     by_class: bool = False  # whether it depends on the order and number of classes
     last: Temperatures | None = None  # detached output of the last call, for logging
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        check_arguments(cls, args, kwargs)
+        return super().__new__(cls)
 
     @abstractmethod
     def forward(self, rows: Rows, progress: float) -> Temperatures:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tempering.utils import files
+from tempering.utils.state import random_state as random_state
+from tempering.utils.state import set_random_state as set_random_state
 
 NAME = "step-{:08d}"
 OLD = ".replaced"  # suffix of a checkpoint while a newer one of the same step replaces it
@@ -191,31 +191,6 @@ def is_sharded(module: nn.Module) -> bool:
 
 def _unwrap(optimizer: Any) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
-
-
-def random_state() -> dict[str, Any]:
-    """Return the state of every global random number generator."""
-    version, words, gauss = random.getstate()
-    kind, keys, pos, has_gauss, cached = np.random.get_state()
-    state: dict[str, Any] = {
-        "python": [version, list(words), gauss],
-        "numpy": [kind, torch.as_tensor(np.asarray(keys).astype(np.int64)), pos, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = list(torch.cuda.get_rng_state_all())
-    return state
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Restore the global random number generators."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, pos, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), pos, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _extract_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -1,12 +1,17 @@
-"""Check models, method and config before a run starts."""
+"""Check and convert what a run is given, before it starts: models, method, optimizer, schedule and config."""
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from tempering.rows import Rows, total
 
@@ -16,20 +21,89 @@ if TYPE_CHECKING:
     from tempering.training.config import TrainConfig
 
 
-def check_models_are_distinct(student: nn.Module, teacher: Teacher | None) -> None:
-    """Check that the student has something to train and that neither model contains the other.
+Groups = list[dict[str, Any]]
+Optimizer = Callable[[Groups], torch.optim.Optimizer] | torch.optim.Optimizer | str
+Schedule = Callable[[float], float]
+WRITE = "Write optimizer=partial(torch.optim.AdamW, lr=1e-3), a function of parameter groups."
+WRITE_SCHEDULE = (
+    "Write schedule=lambda progress: 1 - progress, a function of the finished fraction of the run, or "
+    "schedule=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=STEPS), stepped once per step."
+)
+
+
+def as_method(method: Method | str | type[Method]) -> Method:
+    """Return the method; a class or a name such as "kd" is constructed with its default values.
 
     Raises:
-        ValueError: if one of them contains the other, or no parameter of the student requires grad.
+        TypeError: for anything else.
+        ValueError: for a name that no method has.
     """
-    model = None if teacher is None else teacher.model
-    if model is not None and (model in student.modules() or student in model.modules()):
-        raise ValueError(
-            "the teacher is a part of the student, or the student of the teacher, so freezing the teacher would freeze "
-            "parameters to train. Give copies: copy.deepcopy(model)."
-        )
+    from tempering.methods.base import Method
+
+    if isinstance(method, str):
+        from tempering.methods import METHODS
+        from tempering.utils.registry import lookup
+
+        if not method.isidentifier():
+            raise ValueError(
+                f"method={method!r} is text with values. Write the call, such as method=methods.KD(soft=0.9), or "
+                "tempering.experiments.spec.method_from(text)."
+            )
+        method = lookup(method, METHODS, "method")
+    if isinstance(method, type) and issubclass(method, Method):
+        method = method()
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a Method, such as methods.DTKD(); got {type(method).__name__}.")
+    return method
+
+
+def check_models_are_distinct(student: nn.Module, teacher: nn.Module | Teacher | None) -> None:
+    """Check, before anything is changed, that the student can be trained and shares nothing that is trained.
+
+    Raises:
+        ValueError: for trained parameters, buffers or dropout modules that are the teacher's too, or a student in
+            which nothing requires grad.
+    """
+    model = teacher if isinstance(teacher, nn.Module) else getattr(teacher, "model", None)
+    if isinstance(model, nn.Module):
+        theirs = {id(x) for x in (*model.parameters(), *model.buffers())}
+        # a frozen part of the teacher may be reused, as SimKD reuses its classifier
+        ours = [(n, p) for n, p in student.named_parameters() if p.requires_grad] + list(student.named_buffers())
+        shared = [n for n, x in ours if id(x) in theirs]
+        modes = {m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)}
+        shared += [n for n, m in student.named_modules() if m in modes]
+        if shared or model is student:
+            first = f"{shared[0]!r} and {len(shared) - 1} more" if len(shared) > 1 else repr((shared or ["itself"])[0])
+            raise ValueError(
+                "the teacher is a part of the student, or shares weights with the student: frozen, they would not be "
+                f"trained. Of the student these are {first}. Pass copy.deepcopy(model) as teacher."
+            )
     if not any(p.requires_grad for p in student.parameters()):
         raise ValueError("the student has no parameter that requires grad: there is nothing to train.")
+
+
+def check_unsharded(student: nn.Module) -> None:
+    """Check that the student is a plain module with values: a run distributes it itself.
+
+    Raises:
+        ValueError: for a student that is sharded, wrapped for several processes, or offloaded.
+    """
+    kind = type(student).__name__
+    if kind == "DistributedDataParallel":
+        raise ValueError(
+            "the student is wrapped in DistributedDataParallel. A run does so itself: give the plain module, "
+            "distill(student.module, ..., devices=N, strategy='ddp')."
+        )
+    if kind == "FullyShardedDataParallel" or any(hasattr(m, "_get_fsdp_state") for m in student.modules()):
+        raise ValueError(
+            "the student is sharded by FSDP. A run does so itself: give the plain module, distill(model, ..., "
+            "devices=N, strategy='fsdp')."
+        )
+    if any(p.is_meta for p in student.parameters()):
+        raise ValueError(
+            "the student has parameters on the meta device, which have no values to train. Load it without offloading "
+            "(device_map=None), or model.to_empty(device='cpu') and load_state_dict."
+        )
 
 
 def validate_step_method(method: Method, teacher: Teacher | None, config: TrainConfig) -> None:
@@ -87,3 +161,162 @@ def validate_sampled_teacher(method: Method, teacher: Teacher | None) -> None:
             "for forward KL at temperature 1 only: Divergence(objective='kl', temperature=1). For others and other "
             "temperatures keep the likeliest tokens and the tail: teachers.TopKTeacher(teacher, top=16)."
         )
+
+
+def make_optimizer(optimizer: Optimizer, groups: Groups) -> torch.optim.Optimizer:
+    """Create the optimizer of these parameter groups, the student's first; numbers in it become Python's.
+
+    Args:
+        optimizer: a function or class, an optimizer of the student's parameters, which gets the other groups, or the
+            name of one of ``torch.optim``, with its default values.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for an optimizer of other parameters, one that evaluates the loss itself (LBFGS), or another name.
+    """
+    made = optimizer
+    if isinstance(optimizer, str):
+        optimizer = _by_name(optimizer)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        made = _with_groups(optimizer, groups)
+    elif callable(optimizer):
+        _check_step(optimizer.func if isinstance(optimizer, functools.partial) else optimizer)
+        made = optimizer(groups)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must make a torch optimizer; got {_described(optimizer, made)}. {WRITE}")
+    _check_step(type(made))
+    for group in made.param_groups:
+        for name, value in group.items():
+            if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0):
+                group[name] = value.item()  # records and checkpoints hold plain numbers
+    return made
+
+
+def _described(given: object, made: object) -> str:
+    kind = type(given).__name__
+    return kind if made is given else f"{kind}, which returned {type(made).__name__}"
+
+
+def _by_name(name: str) -> Callable[[Groups], torch.optim.Optimizer]:
+    kinds = {n.lower(): k for n, k in vars(torch.optim).items() if inspect.isclass(k)}
+    kind = kinds.get(name.lower())
+    if kind is None or kind is torch.optim.Optimizer or not issubclass(kind, torch.optim.Optimizer):
+        raise ValueError(f"torch.optim has no optimizer {name!r}. {WRITE}")
+    return cast("Callable[[Groups], torch.optim.Optimizer]", kind)
+
+
+def _check_step(kind: object) -> None:
+    if not (inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)):
+        return
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(
+            f"{kind.__name__} evaluates the loss several times in a step, and a run does so once. Use SGD or AdamW: "
+            f"{WRITE}"
+        )
+
+
+def _with_groups(optimizer: torch.optim.Optimizer, groups: Groups) -> torch.optim.Optimizer:
+    """Add the groups whose parameters the optimizer does not have; the student's have to be in it."""
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = {id(p) for group in groups for p in group["params"]}
+    frozen = {id(p) for group in optimizer.param_groups for p in group["params"] if not p.requires_grad}
+    if known - trained - frozen or not known & {id(p) for p in groups[0]["params"]}:
+        raise ValueError(
+            f"the {type(optimizer).__name__} given as optimizer= holds parameters that are not the student's. {WRITE}"
+        )
+    for group in groups[1:]:
+        if new := [p for p in group["params"] if id(p) not in known]:
+            optimizer.add_param_group({**group, "params": new})
+    return optimizer
+
+
+def base_learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Return the learning rate of each group before any schedule; a scheduler of torch has changed the current one."""
+    return [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+
+
+def make_schedule(schedule: object, optimizer: torch.optim.Optimizer, steps: int) -> Schedule | None:
+    """Return progress in [0, 1) -> factor on the learning rate; None for none.
+
+    Args:
+        schedule: such a function, or a scheduler of torch, its class or a function of the optimizer alone that makes
+            one. A scheduler is stepped once per step of the run, and its learning rates for the first parameter
+            group become a table, so that the run can resume at any step.
+        optimizer: of the run.
+        steps: the run's length.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for a scheduler that needs scores, changes more than the learning rate, or ends before the run.
+    """
+    if schedule is None:
+        return None
+    made = schedule.func if isinstance(schedule, functools.partial) else schedule
+    if isinstance(schedule, LRScheduler) or (inspect.isclass(made) and issubclass(made, LRScheduler)):
+        return _Table(_learning_rates(schedule, optimizer, steps), steps)
+    if not callable(schedule):
+        raise TypeError(f"schedule must be a function; got {schedule!r}. {WRITE_SCHEDULE}")
+    return functools.partial(_factor, schedule)
+
+
+def _factor(schedule: Callable[[float], Any], progress: float) -> float:
+    try:
+        factor = schedule(progress)
+    except (AttributeError, TypeError) as error:
+        raise TypeError(f"schedule({progress:.4g}) fails with {error!r}. {WRITE_SCHEDULE}") from error
+    if not isinstance(factor, (int, float, np.number)) and not (isinstance(factor, Tensor) and factor.ndim == 0):
+        raise TypeError(f"schedule must return a number; got {type(factor).__name__}. {WRITE_SCHEDULE}")
+    return float(factor)
+
+
+class _Table:
+    """Progress -> factor, one per step."""
+
+    def __init__(self, factors: Sequence[float], steps: int) -> None:
+        self.factors, self.steps = tuple(factors), steps
+
+    def __call__(self, progress: float) -> float:
+        return self.factors[min(round(progress * self.steps), self.steps - 1)]
+
+    def __repr__(self) -> str:
+        return f"factors {self.factors}"
+
+
+def _learning_rates(schedule: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """Step the scheduler on an optimizer of one number; return the factors on the learning rate."""
+    if isinstance(schedule, ReduceLROnPlateau) or getattr(schedule, "func", schedule) is ReduceLROnPlateau:
+        raise ValueError(f"ReduceLROnPlateau needs the scores of a run while it trains. {WRITE_SCHEDULE}")
+    made, bases = isinstance(schedule, LRScheduler), base_learning_rates(optimizer)
+    if made:
+        if hasattr(schedule, "_schedulers"):
+            raise ValueError(
+                f"{type(schedule).__name__} holds other schedulers. Give a function of the optimizer: a class of "
+                f"LRScheduler or a partial of one. {WRITE_SCHEDULE}"
+            )
+        optimizer = schedule.optimizer
+        bases = base_learning_rates(optimizer)
+    numbers = [{"params": [torch.zeros((), requires_grad=True)], "lr": lr, "initial_lr": lr} for lr in bases]
+    stand_in = torch.optim.SGD(numbers, momentum=0.9)
+    if made:
+        scheduler = copy.copy(schedule)
+        scheduler.optimizer = stand_in
+        for group, now in zip(stand_in.param_groups, optimizer.param_groups, strict=True):
+            group |= {name: value for name, value in now.items() if name == "lr" or name not in group}
+    else:
+        scheduler = schedule(stand_in)
+    factors = []
+    for step in range(steps):
+        if step:
+            stand_in.step()
+            try:
+                scheduler.step()
+            except ValueError as error:
+                raise ValueError(f"{type(scheduler).__name__} ends before the run of {steps} steps: {error}") from error
+        factors.append(float(stand_in.param_groups[0]["lr"]) / float(bases[0]))
+        if stand_in.param_groups[0]["momentum"] != 0.9:
+            raise ValueError(
+                f"{type(scheduler).__name__} changes the momentum too, and a run's schedule the learning rate alone. "
+                "Give it cycle_momentum=False."
+            )
+    return factors

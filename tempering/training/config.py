@@ -135,7 +135,8 @@ class Run:
     """The result of a run.
 
     Attributes:
-        student: the trained model, unwrapped, with its last weights.
+        student: the trained model, unwrapped, with its last weights, in the modes in which it was given: call
+            ``student.eval()`` before using one that was in training mode.
         folder: where the records are; None for a run without records.
         facts: the content of facts.json.
         epochs: the lines of epochs.jsonl.

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from tempering.methods.base import Method
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
+from tempering.training.checks import Optimizer, Schedule, as_method, check_models_are_distinct, check_unsharded
 from tempering.training.config import Precision, Run, TrainConfig
 from tempering.training.trainer import Trainer
+from tempering.utils.state import borrowed
 
 __all__ = ["SGD", "Optimizer", "Run", "TrainConfig", "distill", "make_trainer"]
 
-Optimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]  # parameter groups -> optimizer
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
 
 
@@ -27,10 +28,10 @@ def distill(
     teacher: nn.Module | Teacher | None,
     batches: Iterable[Any],
     *,
-    method: Method,
+    method: Method | str,
     task: Task | None = None,
     optimizer: Optimizer = SGD,
-    schedule: Callable[[float], float] | None = None,
+    schedule: Schedule | Any = None,
     steps: int | None = None,
     epochs: int | None = None,
     validation: Iterable[Any] | None = None,
@@ -62,14 +63,19 @@ def distill(
     ``tempering.training.experiment.Experiment`` describes the same run without starting it.
 
     Args:
-        student: the model to train, in place.
-        teacher: a module (wrapped in ``teachers.Live``), a Teacher, or None for a method without a teacher.
+        student: the model to train, in place. Modules that are in eval mode in a student in training mode, such as
+            frozen normalization, stay in eval mode; of a student in eval mode everything is trained. All modes are
+            given back as they were: call ``run.student.eval()`` before using a student that was in training mode.
+        teacher: a module (wrapped in ``teachers.Live``, and given back as it was), a Teacher, or None for a method
+            without a teacher.
         batches: training batches, iterated over every epoch. With several processes, a batch of
             ``tempering.data.Batches`` is split among them; the batches of a DataLoader are each process's own.
-        method: the loss, with its temperature policy.
+        method: the loss, with its temperature policy; or the name of a method, with its default values.
         task: turns batches into rows; None is Classification().
-        optimizer: parameter groups -> optimizer; groups of the method's own parameters follow the student's.
-        schedule: progress in [0, 1) -> factor on every group's learning rate.
+        optimizer: parameter groups -> optimizer; groups of the method's own parameters follow the student's. Or an
+            optimizer of the student's parameters, or a name of ``torch.optim``.
+        schedule: progress in [0, 1) -> factor on every group's learning rate; or a scheduler of torch, its class or a
+            partial of it, stepped once per step.
         steps, epochs: length of the run; give one of them. A step is one update of the weights.
         validation: scored every ``evaluate_every`` epochs; selects the best epoch and stops early.
         test: scored as well; selects the best epoch only if there is no validation, which the report notes.
@@ -116,21 +122,22 @@ def distill(
         selfcheck=selfcheck,
         quiet=quiet,
     )
-    trainer = make_trainer(
-        student,
-        teacher,
-        batches,
-        method=method,
-        task=task,
-        optimizer=optimizer,
-        schedule=schedule,
-        evaluations={"validation": validation, "test": test},
-        config=config,
-        folder=out,
-        loggers=loggers,
-        on_step=on_step,
-    )
-    return trainer.run(dict(facts or {}))
+    with borrowed(student, teacher):
+        trainer = make_trainer(
+            student,
+            teacher,
+            batches,
+            method=as_method(method),
+            task=task,
+            optimizer=optimizer,
+            schedule=schedule,
+            evaluations={"validation": validation, "test": test},
+            config=config,
+            folder=out,
+            loggers=loggers,
+            on_step=on_step,
+        )
+        return trainer.run(dict(facts or {}))
 
 
 def make_trainer(
@@ -141,7 +148,7 @@ def make_trainer(
     method: Method,
     task: Task | None,
     optimizer: Optimizer,
-    schedule: Callable[[float], float] | None,
+    schedule: Schedule | Any,
     evaluations: Mapping[str, Iterable[Any] | None],
     config: TrainConfig,
     folder: str | Path | None,
@@ -154,6 +161,8 @@ def make_trainer(
         ValueError: for an incompatible combination of options, teacher, data and method.
     """
     config.validate()
+    check_unsharded(student)
+    check_models_are_distinct(student, teacher)
     source = as_teacher(teacher, method, batches)
     return Trainer(
         student,
@@ -182,11 +191,14 @@ def as_teacher(teacher: nn.Module | Teacher | None, method: Method, batches: Ite
         has_identity = getattr(batches, "identity", None) is not None  # a loader of another library has none
         if has_identity and (reason := teacher.incompatibility(batches)) is not None:
             raise ValueError(reason)
+        teacher.bind_data(batches)
         return teacher
     if isinstance(teacher, nn.Module):
         from tempering.teachers.live import Live
 
-        return Live(teacher)
+        live = Live(teacher)
+        live.bind_data(batches)
+        return live
     if teacher is not None:
         raise TypeError(f"teacher must be a module, a Teacher or None; got {type(teacher).__name__}.")
     if method.needs_teacher:

@@ -14,11 +14,13 @@ from tempering.methods.base import Method
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.teachers.live import Live
+from tempering.training.checks import check_models_are_distinct
 from tempering.training.config import Run, TrainConfig
 from tempering.training.distill import SGD, Optimizer, make_trainer
 from tempering.training.pretrained import is_trained, model_folder, train_or_load
 from tempering.training.selfcheck import Checked
 from tempering.training.trainer import Trainer
+from tempering.utils.state import borrowed
 
 if TYPE_CHECKING:
     from tempering.training.logit_cache import LogitCache
@@ -79,8 +81,9 @@ class Experiment:
     def run(self) -> Run:
         """Train the teacher if it is missing, then the student; resume an interrupted run in ``out``."""
         self._set_threads()
-        ready = self.with_teacher("trained")
-        return ready._trainer(ready.out).run(dict(ready.facts))
+        with borrowed(self.student, self.teacher):
+            ready = self.with_teacher("trained")
+            return ready._trainer(ready.out).run(dict(ready.facts))
 
     def check(self) -> Checked:
         """Run the self-check on the first batch; nothing is trained or written.
@@ -93,7 +96,8 @@ class Experiment:
             SelfCheckError: if the first batch shows that the run would be wrong.
         """
         self._set_threads()
-        checked = self.with_teacher("random")._trainer(None).check()
+        with borrowed(self.student, self.teacher):
+            checked = self.with_teacher("random")._trainer(None).check()
         recipe = self.teacher
         if not isinstance(recipe, TeacherRecipe) or recipe.is_trained or recipe.train is None:
             return checked
@@ -133,6 +137,7 @@ class Experiment:
             train = self.train if recipe.cache is None else recipe.cache.replayed
             ready = replace(self, train=train, facts={**self.facts, "teacher": facts})
         elif isinstance(teacher, nn.Module):
+            check_models_are_distinct(self.student, teacher)
             teacher = Live(teacher)
         ready = replace(ready, teacher=teacher, bind_teacher=None)
         return ready if self.bind_teacher is None or teacher is None else self.bind_teacher(ready, teacher)
@@ -235,6 +240,8 @@ class TeacherRecipe:
         if ready:
             facts |= self._load(network)
         live = self.wrap(network)
+        if self.train is not None and self.weights is None and isinstance(live, Live) and live.normalization is None:
+            live.normalization = "data"  # it was trained on these batches
         live.trained = ready
         if self.cache is None:
             return live, {**facts, **self.facts}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Self
 
 from torch import Tensor, nn
 
@@ -12,8 +14,16 @@ if TYPE_CHECKING:
     from tempering.utils.hooks import FeatureExtractor
 
 
+def extracting(features: PairedFeatures | None) -> AbstractContextManager[object]:
+    """Return the context in which features are extracted; one without effect for None."""
+    return nullcontext() if features is None else features
+
+
 class PairedFeatures:
-    """Features that both models computed in their last forward passes, by the names that the task gives them."""
+    """Features that both models computed in their last forward passes, by the names that the task gives them.
+
+    A context manager, which holds the hooks on both models.
+    """
 
     def __init__(
         self, student: FeatureExtractor, teacher: FeatureExtractor, names: Mapping[str, tuple[str, str]]
@@ -24,7 +34,7 @@ class PairedFeatures:
     def from_models(
         cls, student: nn.Module, teacher: Teacher | None, names: Mapping[str, tuple[str, str]]
     ) -> PairedFeatures | None:
-        """Register hooks on both models.
+        """Find the modules of both models; entering the context registers the hooks.
 
         Args:
             names: name -> (the student's module, the teacher's module).
@@ -45,10 +55,21 @@ class PairedFeatures:
                 f"the task compares the features {', '.join(names)}, but {source} has features. Give the live model: "
                 "teachers.Live(model)."
             )
+        if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+            dynamo.reset()  # code that it compiled for other models of this class has their hooks, or none
         sides = [
             FeatureExtractor(m, [pair[i] for pair in names.values()]) for i, m in enumerate((student, teacher.model))
         ]
-        return cls(sides[0].__enter__(), sides[1].__enter__(), names)
+        return cls(sides[0], sides[1], names)
+
+    def __enter__(self) -> Self:
+        self.student.__enter__()
+        self.teacher.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.student.__exit__()
+        self.teacher.__exit__()
 
     def features(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return name -> (student's, teacher's) features of the last forward passes; the teacher's are detached."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.methods.base import Method
-from tempering.rows import Rows, total, upcast_to_float32
+from tempering.rows import Rows, rows_per_sample, total, upcast_to_float32
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.training.checkpoint import random_state, set_random_state
@@ -225,6 +225,8 @@ def _check_loss(method: Method, rows: Rows, *, has_teacher: bool) -> dict[str, s
         checks["split"] = "rows are compared with each other" if len(rows) > 1 else "one row"
     else:
         half = len(rows) // 2
+        if (per := rows_per_sample(rows)) > 1:  # samples are not cut
+            half = max(1, len(rows) // per // 2) * per
         parts = (rows.select(slice(None, half)), rows.select(slice(half, None)))
         split = sum(loss(part, weight) for part in parts)
         check_equal(
@@ -299,8 +301,9 @@ def _check_gradients(method: Method, rows: Rows) -> None:
 
 
 def _padded(rows: Rows, extra: int = 2) -> Rows:
-    """Append copies of the last ``extra`` rows with weight 0 and changed values."""
-    tail = slice(-extra, None)
+    """Append copies of the last ``extra`` samples with weight 0 and changed values."""
+    per = rows_per_sample(rows)
+    samples, tail = slice(-extra, None), slice(-extra * per, None)
     weight = torch.ones(len(rows), device=rows.student.device) if rows.weight is None else rows.weight
     return rows.replace(
         student=torch.cat((rows.student, rows.student[tail].flip(-1))),
@@ -311,5 +314,5 @@ def _padded(rows: Rows, extra: int = 2) -> Rows:
         positions=None if rows.positions is None else torch.cat((rows.positions, rows.positions[tail])),
         privacy_score=None if rows.privacy_score is None else torch.cat((rows.privacy_score, rows.privacy_score[tail])),
         task_loss=None if rows.task_loss is None else torch.cat((rows.task_loss, -rows.task_loss[tail])),
-        features={n: (torch.cat((s, s[tail])), torch.cat((t, t[tail]))) for n, (s, t) in rows.features.items()},
+        features={n: (torch.cat((s, s[samples])), torch.cat((t, t[samples]))) for n, (s, t) in rows.features.items()},
     )

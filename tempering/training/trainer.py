@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -17,7 +18,15 @@ from tempering.rows import Rows
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.training.checkpoint import random_state, set_random_state
-from tempering.training.checks import check_models_are_distinct, validate_sampled_teacher, validate_step_method
+from tempering.training.checks import (
+    Optimizer,
+    Schedule,
+    base_learning_rates,
+    make_optimizer,
+    make_schedule,
+    validate_sampled_teacher,
+    validate_step_method,
+)
 from tempering.training.config import Run, TrainConfig, TrainState
 from tempering.training.distributed import (
     all_reduce_gradients,
@@ -36,7 +45,8 @@ from tempering.training.run_dir import RunDirectory, lock_run_dir, run_key, run_
 from tempering.training.selfcheck import Checked, selfcheck
 from tempering.training.stream import ResumableLoader, micro_batches, reseed
 from tempering.utils.device import clone_outputs, maybe_compile
-from tempering.utils.tensors import to_device
+from tempering.utils.state import ModelState, unwrapped
+from tempering.utils.tensors import eval_mode, to_device
 
 if TYPE_CHECKING:
     from tempering.training.features import PairedFeatures
@@ -70,21 +80,21 @@ class Trainer:
         task: Task,
         batches: Iterable[Any],
         *,
-        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
-        schedule: Callable[[float], float] | None,
+        optimizer: Optimizer,
+        schedule: Schedule | Any,
         evaluations: Mapping[str, Iterable[Any] | None],
         config: TrainConfig,
         folder: str | Path | None = None,
         loggers: Sequence[Any] = (),
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> None:
+        wrapped, student = student, unwrapped(student)  # records and weights are the plain model's
         self.student, self.teacher, self.method, self.task, self.config = student, teacher, method, task, config
-        self.schedule, self.on_step = schedule, on_step
+        self.on_step = on_step
         self.folder = None if folder is None else Path(folder)
         validate_step_method(method, teacher, config)
         validate_sampled_teacher(method, teacher)
         check_splittable(method, accumulate=config.accumulate)
-        check_models_are_distinct(student, teacher)
         self.fabric = fabric_for(
             accelerator=config.accelerator,
             devices=config.devices,
@@ -111,7 +121,11 @@ class Trainer:
         if teacher is not None:
             teacher.to(self.device)
         broadcast_parameters(student, self.fabric)
-        self.model = clone_outputs(self.fabric.setup_module(maybe_compile(student, config.compile)), config.compile)
+        self.given = ModelState(student)
+        forward = maybe_compile(student, config.compile) if config.compile else wrapped
+        # Fabric compiles again what was compiled since it was imported, but cannot what its user compiled
+        forward = self.fabric.setup_module(forward, _reapply_compile=bool(config.compile))
+        self.model = clone_outputs(forward, config.compile)
         if method.needs_double_backward:
             allow_double_backward(self.model)
         method.bind_teacher(None if teacher is None else teacher.model)
@@ -121,8 +135,9 @@ class Trainer:
         self._set_up_method()
         broadcast_parameters(method, self.fabric)
         groups = [{"params": [p for p in self.model.parameters() if p.requires_grad]}, *method.param_groups()]
-        self.optimizer: Any = self.fabric.setup_optimizers(optimizer(groups))
-        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer: Any = self.fabric.setup_optimizers(make_optimizer(optimizer, groups))
+        self.base_lrs = base_learning_rates(self.optimizer)
+        self.schedule = make_schedule(schedule, self.optimizer, self.total_steps)
 
         # evaluation, records and checkpoints
         self.evaluator = Evaluator(
@@ -153,7 +168,7 @@ class Trainer:
         self.last_log = (0.0, 0)  # time and step
 
     def _paired_features(self) -> PairedFeatures | None:
-        """Register hooks on both models for the features that the task names, if it names any."""
+        """Find the features that the task names in both models, if it names any."""
         if not self.task.features:
             return None
         from tempering.training.features import PairedFeatures
@@ -162,13 +177,21 @@ class Trainer:
 
     @torch.no_grad()
     def _set_up_method(self) -> None:
-        """Let the method size its own modules by a first block of rows, before the optimizer is created."""
-        if not self.method.needs_setup():
+        """Let the method size its own modules by a first block of rows, before the optimizer is created.
+
+        Features see a first forward in any case, so that those which nothing overwrites are not copied in training.
+        """
+        if not self.method.needs_setup() and self.features is None:
             return
         batch = self._first_batch()
-        self.model.eval()
-        self.method.setup(self._make_step(batch, 1.0, {}).forward()[-1])
-        self.model.train()
+        with eval_mode(self.model), self._hooks():
+            rows = self._make_step(batch, 1.0, {}).forward()[-1]
+        if self.method.needs_setup():
+            self.method.setup(rows)
+
+    def _hooks(self) -> contextlib.AbstractContextManager[object]:
+        """Return a context in which features are extracted; none stays on the models after it."""
+        return contextlib.nullcontext() if self.features is None else self.features
 
     def _first_batch(self) -> Any:
         """Load the first batch of the run, and restore the global random state."""
@@ -188,7 +211,8 @@ class Trainer:
         """
         features = None if self.features is None else self.features.features
         batch = self._first_batch()
-        return selfcheck(self.model, self.teacher, batch, method=self.method, task=self.task, features=features)
+        with self._hooks():
+            return selfcheck(self.model, self.teacher, batch, method=self.method, task=self.task, features=features)
 
     def run(self, facts: Mapping[str, Any]) -> Run:
         """Train to the end, resuming from the newest checkpoint in the folder.
@@ -202,7 +226,7 @@ class Trainer:
                 if self.config.selfcheck:
                     self._report(self.check())
                 label = str(self.recorder.facts.get("label") or type(self.method).__name__)
-                with self.progress_bar.show(label, self.state.step):
+                with self.progress_bar.show(label, self.state.step), self._hooks():
                     while self.state.step < self.total_steps and not self.state.stopped:
                         self._train_epoch()
                 return self._finish()
@@ -239,7 +263,7 @@ class Trainer:
             # after epoch(), in which the seed above gives a DataLoader the order that it had before the interruption
             set_random_state(self.resumed_random_state)
         self.resumed_random_state = None
-        self.model.train()
+        self.given.train(self.model)
         self.method.train()
         start, start_step, start_batch, seconds = time.perf_counter(), state.step, state.batch, state.seconds
         loss_sum: Tensor | float = state.loss_sum
@@ -321,9 +345,8 @@ class Trainer:
         reward: Tensor | None = None
         if rows.target is not None and any(policy.needs_reward for policy in self.adaptive_policies):
             student_inputs, _, _ = self.task.inputs(batch)
-            self.model.eval()
-            after = self.task.rows(self.model(student_inputs), None, batch)[-1]
-            self.model.train()
+            with eval_mode(self.model):
+                after = self.task.rows(self.model(student_inputs), None, batch)[-1]
             before, target = rows.student.detach().float(), rows.target.long()
             reward = nn.functional.cross_entropy(before, target, reduction="none", ignore_index=-100)
             reward -= nn.functional.cross_entropy(after.student.float(), target, reduction="none", ignore_index=-100)
@@ -371,7 +394,7 @@ class Trainer:
         """Score the splits, record the epoch, and keep the best weights."""
         state, best_by = self.state, self.evaluator.best_by
         scores = self.evaluator.score(self.model)
-        self.model.train()
+        self.given.train(self.model)
         lr = self.optimizer.param_groups[0]["lr"]
         line = {"epoch": state.epoch, "step": state.step, "seconds": state.seconds, "loss": loss, "lr": lr, **scores}
         self.recorder.epoch(line)

@@ -1,4 +1,4 @@
-"""Registries of classes found in a package's files, and lookup by name with suggestions for typos."""
+"""Registries of classes found in a package's files; names of classes and arguments, with suggestions for typos."""
 
 from __future__ import annotations
 
@@ -6,12 +6,35 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 Part = TypeVar("Part")
+SYNONYMS = {  # names of papers and other libraries -> names here, the first that a class has is meant
+    "alpha": ("soft", "feature", "target"),
+    "beta": ("hard",),
+    "gamma": ("hard",),
+    "lambda_": ("soft", "feature"),
+    "weight": ("soft", "feature"),
+    "loss_weight": ("soft", "feature"),
+    "ce_weight": ("hard",),
+    "kd_weight": ("soft", "feature"),
+    "T": ("temperature", "tau"),
+    "temp": ("temperature", "tau"),
+    "tau": ("temperature",),
+    "temperature": ("tau",),
+    "layers": ("names",),
+    "layer": ("names",),
+    "hints": ("names",),
+    "stages": ("names",),
+    "features": ("names",),
+}
+NAMES = (
+    "names= are features that the task extracts: task=Classification(features={'last': ('layer3', 'stage3')}), (the "
+    "student's module, the teacher's module)."
+)
 
 
 class Registry(MutableMapping[str, type[Part]]):
@@ -105,3 +128,28 @@ def suggest(name: str, names: Iterable[str]) -> str:
 def plain_net(name: str) -> str:
     """Normalize a net's name: lower case without dashes, dots and underscores; shufflenet becomes shuffle."""
     return "".join(c for c in name.lower() if c.isalnum()).replace("shufflenet", "shuffle")
+
+
+def check_arguments(cls: type[Any], args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+    """Check the names of a constructor's arguments.
+
+    Raises:
+        TypeError: for an argument that it does not have, with those that it has and the one that is probably meant.
+    """
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    kinds = {p.kind for p in parameters}
+    known = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    positional = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    unknown = [] if inspect.Parameter.VAR_KEYWORD in kinds else [name for name in kwargs if name not in known]
+    extra = [] if inspect.Parameter.VAR_POSITIONAL in kinds else args[positional:]
+    if not unknown and not extra:
+        return
+    usage = f"{cls.__name__}({', '.join(f'{name}=...' for name in known)})"
+    if extra:
+        raise TypeError(f"{cls.__name__} takes its arguments by name; got {extra[0]!r}. Write {usage}.")
+    name = unknown[0]
+    paper = re.search(rf"^ *(\w+): .*\(the paper's {name}\)", cls.__doc__ or "", re.MULTILINE)
+    meant = paper[1] if paper else next((n for n in SYNONYMS.get(name, ()) if n in known), None)
+    hint = f" Its {name} is {meant}= here." if meant else ""
+    more = f" {NAMES}" if meant == "names" else ""
+    raise TypeError(f"{cls.__name__} has no argument {name!r}.{hint} Write {usage}.{more}")

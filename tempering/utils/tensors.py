@@ -33,6 +33,42 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
     return map_tensors(batch, lambda x: x.to(device, non_blocking=True))
 
 
+def logits_of(output: Any) -> Any:
+    """Return the logits in a model's output: ``.logits``, "logits" or "out" of a mapping, the only tensor of a tuple.
+
+    Anything else is returned as it is.
+    """
+    if isinstance(output, Mapping):
+        return next((output[name] for name in ("logits", "out") if name in output), output)
+    if hasattr(output, "logits"):
+        return output.logits
+    if isinstance(output, (tuple, list)) and len(output) == 1 and isinstance(output[0], Tensor):
+        return output[0]
+    return output
+
+
+def described(output: Any) -> str:
+    """Describe a model's output for an error, with the line that makes it the logits."""
+    if isinstance(output, Tensor):
+        dense = ". Rows of pixels need a task of their own" if output.ndim == 4 else ""
+        return f"{tuple(output.shape)}{dense}"
+    entries = (
+        list(output.items())
+        if isinstance(output, Mapping)
+        else list(enumerate(output))
+        if isinstance(output, (tuple, list))
+        else []
+    )
+    if not entries:
+        return type(output).__name__
+    parts = ", ".join(f"{n!r}: {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}" for n, x in entries)
+    return (
+        f"{type(output).__name__} with {parts}. Is it one in training mode only? To select the logits, write "
+        f"model.register_forward_hook(lambda module, args, output: output if isinstance(output, torch.Tensor) else "
+        f"output[{entries[0][0]!r}])"
+    )
+
+
 def tensor_bytes(x: Tensor) -> memoryview:
     """Return the bytes of a tensor's values, for hashing."""
     return x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tempering.methods.base import Method, check_weights, zero_term
-from tempering.rows import Rows, expand_to_rows, upcast_to_float32
+from tempering.rows import Rows, expand_to_rows, rows_per_sample, upcast_to_float32
 
 NOT_COMPARED = ("boxes", "scores")  # detection features that are no maps: inputs of some methods
 
@@ -25,6 +26,9 @@ class FeatureMethod(Method):
         names: keys of ``rows.features``, in order; () for all except a detector's boxes and scores.
 
     Only rows of weight > 0 are compared. Features are maps (N, C, H, W) or vectors (N, D), depending on the method.
+    Where every sample has several rows, such as the pixels of an image in segmentation, features are those of the
+    samples, (B, ...) beside N = B * P rows ordered by sample: a sample is compared if one of its rows has weight > 0,
+    and its term is that of each of its rows. So samples count by the weight of their rows, however a batch is split.
     """
 
     relational = True
@@ -58,15 +62,18 @@ class FeatureMethod(Method):
         pairs = self.pairs(rows)
         values = self.compare(pairs, rows) if pairs[0][0].shape[0] else dict.fromkeys(self.weighs, zero_term(rows))
         values = {"feature": values} if isinstance(values, Tensor) else values
-        terms = {name: getattr(self, name) * self._expand(value, rows) for name, value in values.items()}
+        per = rows_per_sample(rows, self.chosen(rows))
+        terms = {name: getattr(self, name) * self._expand(value, rows, per) for name, value in values.items()}
         return self.with_hard(terms, rows)
 
     @staticmethod
-    def _expand(value: Tensor, rows: Rows) -> Tensor:
-        """Expand a value of the block, or of its rows of weight > 0, to all rows, (N,)."""
+    def _expand(value: Tensor, rows: Rows, per: int = 1) -> Tensor:
+        """Expand a value of the block, or of its samples that are compared, to all rows, (N,), ``per`` a sample."""
         if value.ndim == 0:
             return expand_to_rows(value, rows)
-        return value if len(value) == len(rows) else spread_out(value, rows)
+        if len(value) * per != len(rows):
+            value = spread_out(value, rows, per)
+        return value if per == 1 else value.repeat_interleave(per)
 
     def chosen(self, rows: Rows) -> tuple[str, ...]:
         """Return the names of the features to compare."""
@@ -86,7 +93,7 @@ class FeatureMethod(Method):
                 f"{owner} compares features, and Rows(name={rows.name!r}) has {sorted(rows.features) or 'none'}; "
                 f"missing: {missing or 'any'}. {self.hint}"
             )
-        kept = slice(None) if rows.weight is None else rows.weight > 0
+        kept = slice(None) if rows.weight is None else samples_kept(rows, rows_per_sample(rows, names))
         pairs: list[tuple[Tensor, Tensor]] = []
         for name in names:
             s, t = (upcast_to_float32(x)[kept] for x in rows.features[name])
@@ -97,15 +104,30 @@ class FeatureMethod(Method):
                     f"{owner} compares maps (N, C, H, W); the feature {name!r} is {tuple(s.shape)} and "
                     f"{tuple(t.shape)}. Tap a convolutional stage."
                 )
+            elif any(x.shape[1] == x.shape[2] != x.shape[3] for x in (s, t)):
+                warnings.warn(
+                    f"{owner} compares maps (N, C, H, W); the feature {name!r} is {tuple(s.shape)} and "
+                    f"{tuple(t.shape)}, which looks like (N, H, W, C), as in Swin. Name a module whose output has the "
+                    "channels first, such as an nn.Identity after a permute(0, 3, 1, 2).",
+                    stacklevel=3,
+                )
             pairs.append((s, t.detach()))
         return pairs
 
 
-def spread_out(value: Tensor, rows: Rows) -> Tensor:
-    """Scatter the values of rows of weight > 0 to all rows, (N,); 0 for rows of weight 0."""
+def samples_kept(rows: Rows, per: int) -> Tensor:
+    """Return which samples have a row of weight > 0, (B,), with ``per`` rows per sample."""
+    assert rows.weight is not None
+    kept = rows.weight > 0
+    return kept if per == 1 else kept.view(-1, per).any(1)
+
+
+def spread_out(value: Tensor, rows: Rows, per: int = 1) -> Tensor:
+    """Scatter the values of samples with a row of weight > 0 to all samples, (N / per,); 0 for the others."""
     if rows.weight is None:
         return value
-    return torch.zeros(len(rows), dtype=value.dtype, device=value.device).masked_scatter(rows.weight > 0, value)
+    kept = samples_kept(rows, per)
+    return torch.zeros(len(kept), dtype=value.dtype, device=value.device).masked_scatter(kept, value)
 
 
 def fitted(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,6 +80,7 @@ def query_teacher(teacher: Teacher, batches: Recordable, ids: Int[Tensor, " B"])
     Raises:
         ValueError: for outputs other than (B, C) logits.
     """
+    teacher.bind_data(batches)
     inputs, _, ids = batches.gather(ids)
     device = device_of(teacher)
     output = teacher(to_device(inputs, device), ids.to(device))
