@@ -27,6 +27,7 @@ from tempering.tasks.base import Task
 from tests.later import Later
 
 gen = Later("tests.test_generation")  # its models
+hf = Later("transformers")
 LR, PAD, V, CLASSES = 0.1, 11, 12, 4
 
 
@@ -84,8 +85,8 @@ def language(layout: str) -> Data:
     """Six texts to learn and nine to score."""
     train, test = texts(6, 0), texts(9, 1)
     if layout.startswith("packed"):
-        rows = [pack(part, 24, pad=PAD) for part in (train, test)]
-        return Data(*rows, partial(joined, masked=layout == "packed and masked"), len(rows[0]), 1, 1)
+        rows, scored = (pack(part, 24, pad=PAD) for part in (train, test))
+        return Data(rows, scored, partial(joined, masked=layout == "packed and masked"), len(rows), 1, 1)
     batch, accumulate, evaluate = {"one by one": (1, 6, 1), "micro-batches": (2, 3, 3)}.get(layout, (6, 1, 2))
     side = "left" if layout.startswith("left") else "right"
     return Data(train, test, partial(padded, side=side, unmasked="unmasked" in layout), batch, accumulate, evaluate)
@@ -156,14 +157,12 @@ def engine(student: nn.Module, teacher: nn.Module, data: Data, task: Task, **opt
 
 
 def transformers_trainer(student: nn.Module, teacher: nn.Module, data: Data, task: Task | None, **own: Any) -> Result:
-    from transformers import Trainer, TrainingArguments
-
     from tempering.integrations.huggingface import DistillMixin
 
-    class KDTrainer(DistillMixin, Trainer):
+    class KDTrainer(DistillMixin, hf.Trainer):
         pass
 
-    args = TrainingArguments(
+    args = hf.TrainingArguments(
         tempfile.mkdtemp(),
         per_device_train_batch_size=data.batch,
         gradient_accumulation_steps=data.accumulate,
@@ -186,7 +185,7 @@ def transformers_trainer(student: nn.Module, teacher: nn.Module, data: Data, tas
     trainer = KDTrainer(
         student,
         args,
-        train_dataset=data.train,  # pyright: ignore[reportArgumentType]
+        train_dataset=data.train,
         data_collator=data.collate,
         teacher=teacher,
         method=KD(soft=1.0, hard=1.0, temperature=4.0),
@@ -218,7 +217,7 @@ def lightning(
         selfcheck=False,
         **own or {},
     )
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     quiet |= {"enable_model_summary": False, "accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0}
     trainer = pl.Trainer(max_epochs=1, accumulate_grad_batches=data.accumulate, **quiet | options)
     before = flat(student)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from tempering.methods import CKD, DTKD, KD, FitNet, OnBlocks, Sum, Supervised
 from tempering.rows import total
 from tempering.tasks import LanguageModeling, Seq2Seq
 from tests.cases import each
-from tests.lanes import LANES, Data, V, agree, expected, joined, language, models, padded, texts
+from tests.lanes import LANES, Data, V, agree, expected, hf, joined, language, models, padded, texts
 from tests.later import needs
 
 pytestmark = [needs("transformers"), needs("accelerate")]
@@ -211,7 +212,7 @@ def test_kernels_compute_the_loss_in_the_adapters(lane: str, layout: str, family
 def test_losses_from_hidden_states_follow_scale_and_cap_and_refuse_other_heads() -> None:
     from tempering.integrations.linear import HiddenForward
 
-    batch, task = padded(texts(4, 0)), LanguageModeling()
+    batch, task, student = padded(texts(4, 0)), LanguageModeling(), nn.Identity()
     for name, options in {"CohereForCausalLM": {}, "Gemma2ForCausalLM": {"head_dim": 4}}.items():
         student, teacher = (tiny(name, seed=i, **options).float() for i in (0, 1))
         for model in (student, teacher):
@@ -259,27 +260,25 @@ def test_a_sum_says_which_methods_count_the_cross_entropy_again(methods: Any, te
 
 def test_loggers_of_the_trainer_get_terms_temperatures_and_agreement(tmp_path: Path) -> None:
     """As TensorBoard and others: means over the rows since the last log, which add up to the loss."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    class KDTrainer(DistillMixin, Trainer):
+    class KDTrainer(DistillMixin, hf.Trainer):
         pass
 
-    logs: list[dict[str, float]] = []
+    kept: list[dict[str, float]] = []
 
-    class Logger(TrainerCallback):
+    class Logger(hf.TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            seen.append(dict(logs))
+            kept.append(dict(logs))
 
-    seen = logs
     data, (student, teacher) = language("left"), models("gpt2")
     own: dict[str, Any] = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
     own |= {"max_steps": 6, "logging_steps": 3, "remove_unused_columns": False, "dataloader_pin_memory": False}
-    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, **own)
+    args = hf.TrainingArguments(str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, **own)
     own = {"method": Sum(KD(hard=0.0, temperature=4.0), DTKD()), "task": Labeled(shift=True), "selfcheck": False}
     own |= {"teacher": teacher, "train_dataset": data.train, "data_collator": data.collate}
     KDTrainer(student, args, callbacks=[Logger()], **own).train()
-    assert len(logs) == 3, "two logs of three steps each, and the summary"
-    for log in logs[:2]:
+    assert len(kept) == 3, "two logs of three steps each, and the summary"
+    for log in kept[:2]:
         terms = {name for name in log if name.startswith(("kd.", "dtkd."))}
         assert terms >= {"kd.soft", "dtkd.hard"} and {"T_teacher", "T_student"} <= log.keys()
         assert sum(log[name] for name in terms) == pytest.approx(log["loss"], rel=1e-5)

@@ -22,13 +22,12 @@ pytestmark = [needs("trl", "needs trl: pip install 'tempering[trl]'"), needs("da
 pytestmark.append(pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning"))
 pytestmark.append(pytest.mark.filterwarnings("ignore:.return_outputs=True.:FutureWarning"))
 peft_tests = Later("tests.test_peft")  # its tokenizer
+trl, datasets = Later("trl"), Later("datasets")
 V = 257
 
 
 def sft(path: Path, student: nn.Module, teacher: nn.Module, *, accumulate: int = 1, **options: Any) -> Any:
     """A trainer of one step on eight texts, and the class that it derives from."""
-    import datasets
-    import trl
 
     class KDTrainer(DistillMixin, trl.SFTTrainer):
         pass

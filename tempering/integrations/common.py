@@ -163,9 +163,10 @@ class Evaluation:
         sums: list[float] = reduce(torch.tensor(own, dtype=dtype, device=device)).tolist()
         pairs = zip(sums[: 2 * len(names) : 2], sums[1 : 2 * len(names) : 2], strict=True)
         out = {"loss": sum(value / weight for value, weight in pairs if weight > 0)} if names else {}
-        *values, count = sums[2 * len(names) :]
+        loss, accuracy, agreement, count = sums[2 * len(names) :]
         if count:
-            means = RowScores(*values, round(count)).means(has_teacher=self.has_teacher, unit=self.task.unit)
+            scores = RowScores(loss, accuracy, agreement, round(count))
+            means = scores.means(has_teacher=self.has_teacher, unit=self.task.unit)
             out |= {"cross_entropy": means.pop("loss"), **means}
         return out
 

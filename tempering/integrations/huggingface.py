@@ -155,7 +155,7 @@ class DistillMixin(Trainer):
         else:
             out = self._forward(model, inputs)
             losses = self.method.losses(out.blocks, progress, weights, self._chunking)
-        coefficient = self.router_aux_loss_coef if self._asks_for_router_logits() else None
+        coefficient = getattr(self, "router_aux_loss_coef", None) if self._asks_for_router_logits() else None
         losses = add_auxiliary(losses, auxiliary_loss(model, out.student, coefficient), weights)
         for name, part in step_means(losses, self.method, weights, out.teacher).items():
             self._sums[name] = self._sums[name] + part if name in self._sums else part
@@ -269,8 +269,9 @@ class DistillMixin(Trainer):
         ignored = ["label_smoothing_factor"] if self.args.label_smoothing_factor else []
         ignored += [] if self.compute_loss_func is None else ["compute_loss_func"]
         default = getattr(type(self.args), "loss_type", None)  # of SFTConfig
-        if default is not None and getattr(self.args, "loss_type", default) != default:
-            ignored.append(f"loss_type={self.args.loss_type!r}")
+        loss_type = getattr(self.args, "loss_type", default)
+        if default is not None and loss_type != default:
+            ignored.append(f"loss_type={loss_type!r}")
         if ignored:
             raise ValueError(
                 f"the method computes the loss, so {' and '.join(ignored)} would have no effect. Leave it out."

@@ -109,9 +109,10 @@ class Labeled(Task):
         index, weight = (labels != IGNORE_INDEX).nonzero().flatten(), None
         if not len(index):  # one row of weight 0 connects the loss to the graph
             index, weight = index.new_zeros(min(1, len(labels))), logits.new_zeros(min(1, len(labels)))
-        sides = (z.flatten(0, 1).index_select(0, index) for z in (logits, teacher_logits))
+        student, teacher = (z.flatten(0, 1).index_select(0, index) for z in (logits, teacher_logits))
         ids = None if ids is None else ids.index_select(0, index // logits.shape[1])
-        return [Rows(*sides, labels.index_select(0, index), weight, ids=ids, positions=index % logits.shape[1])]
+        target, positions = labels.index_select(0, index), index % logits.shape[1]
+        return [Rows(student, teacher, target, weight, ids=ids, positions=positions)]
 
     def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
         labels = batch.get("labels")

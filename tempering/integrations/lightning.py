@@ -198,7 +198,7 @@ class DistillModule(pl.LightningModule):
 
     def _repeats_sample(self, batch_idx: int, dataloader_idx: int) -> bool:
         """Return whether the batch ends with a sample that another process has too, added by Lightning's sampler."""
-        loaders = self.trainer.val_dataloaders
+        loaders: Any = self.trainer.val_dataloaders
         loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
         sampler = getattr(loader, "sampler", None)
         if not isinstance(sampler, DistributedSampler) or sampler.drop_last or batch_idx != len(loader) - 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -27,8 +27,9 @@ def auxiliary_loss(model: nn.Module, output: Any, coefficient: float | None = No
     Raises:
         ValueError: for router logits without ``aux_loss``: these models compute it only beside their own loss.
     """
-    fields = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
-    value = getattr(output, "aux_loss", fields.get("aux_loss"))
+    is_mapping = isinstance(output, Mapping)
+    fields = dict(cast("Mapping[str, Any]", output)) if is_mapping else dict[str, Any](getattr(output, "__dict__", {}))
+    value = fields.get("aux_loss")
     if not isinstance(value, Tensor):
         routed = [name for name, x in fields.items() if str(name).endswith("router_logits") and x is not None]
         if routed:

@@ -105,7 +105,8 @@ class LanguageModeling(Task):
         z = _logits(student, "student", shape).flatten(0, 1).index_select(0, index)[:, : self.vocabulary]
         if isinstance(teacher, Sparse):
             z, t, target = to_top_k_plus_tail(z, teacher.gather_positions(index, shape), fields["target"])
-            return [Rows(z, t, **fields | {"target": target})]
+            fields["target"] = target
+            return [Rows(z, t, **fields)]
         if teacher is None:
             return [Rows(z, z.detach(), **fields)]
         if isinstance(teacher, Hidden | PrecomputedLogits):
