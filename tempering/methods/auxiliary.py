@@ -29,7 +29,7 @@ def auxiliary_loss(model: nn.Module, output: Any, coefficient: float | None = No
     """
     is_mapping = isinstance(output, Mapping)
     fields = dict(cast("Mapping[str, Any]", output)) if is_mapping else dict[str, Any](getattr(output, "__dict__", {}))
-    value = fields.get("aux_loss")
+    value = fields.get("aux_loss") if is_mapping else getattr(output, "aux_loss", None)
     if not isinstance(value, Tensor):
         routed = [name for name, x in fields.items() if str(name).endswith("router_logits") and x is not None]
         if routed:
