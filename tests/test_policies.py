@@ -169,7 +169,7 @@ def test_the_instance_net_is_sized_by_the_first_rows() -> None:
     assert method.needs_setup() and not KD().needs_setup() and not DTKD(temperature=Capped(Sharpness())).needs_setup()
     with pytest.raises(RuntimeError, match=r"its net has no size yet, and .*7 classes. Call method.setup\(rows\)"):
         method(block())
-    Sum(method, DKD()).setup(block())
+    Sum(method, DKD(hard=0.0)).setup(block())
     (net,) = [p for p in method.policies().values() if isinstance(p, Curriculum)]
     first = net.net
     method.setup(block())

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from tempering.methods.base import Method
-from tempering.rows import Rows
+from tempering.methods.base import BlockLoss, Chunking, Method
+from tempering.rows import Rows, total
 from tempering.tasks.base import Task
+from tempering.tasks.row_scores import RowScores
 from tempering.teachers.base import Teacher
 from tempering.teachers.live import Live
+from tempering.teachers.outputs import Sparse
 from tempering.training.checks import check_models_are_distinct, validate_sampled_teacher
 from tempering.training.features import PairedFeatures, extracting
+from tempering.utils.tensors import map_tensors
 
 ENGINE = "Run it with tempering.distill."
 
@@ -66,10 +71,18 @@ def whole_batches(method: Method, **splits: int) -> None:
             )
 
 
-def blocks_of(
+class Forward(NamedTuple):
+    """One batch through both models: the outputs, and the blocks of rows of both."""
+
+    student: Any
+    teacher: Any
+    blocks: list[Rows]
+
+
+def forward(
     batch: Any, student: Callable[[Any], Any], teacher: Teacher | None, task: Task, features: PairedFeatures | None
-) -> tuple[Any, list[Rows]]:
-    """Return the student's output, and the blocks of rows of both outputs."""
+) -> Forward:
+    """Run both models on a batch; the teacher's output is None without a teacher."""
     student_in, teacher_in, ids = task.inputs(batch)
     with extracting(features):
         student_output = student(student_in)
@@ -77,4 +90,93 @@ def blocks_of(
         blocks = task.rows(student_output, teacher_output, batch)
         if features is not None:
             blocks[-1] = blocks[-1].replace(features={**blocks[-1].features, **features.features()})
-    return student_output, blocks
+    return Forward(student_output, teacher_output, blocks)
+
+
+def step_means(
+    losses: Sequence[BlockLoss], method: Method, normalizer: Mapping[str, Any], out: Any
+) -> dict[str, Tensor]:
+    """Return what a micro-batch adds to the means over a step's rows, each (): terms, temperatures and agreement.
+
+    The terms add up to the loss. Temperatures and agreement, the share of rows on which both models have the same most
+    likely class, are those of the last block with several classes.
+
+    Args:
+        normalizer: block name -> total weight of its rows in the step; {}: this micro-batch is the step.
+        out: the teacher's output; None, or one of its most likely classes only, has no agreement.
+    """
+    means: dict[str, Tensor] = {}
+
+    def add(name: str, value: Tensor, rows: Rows) -> None:
+        part = total({name: value.detach().float()}, rows, normalizer=normalizer.get(rows.name))
+        means[name] = means[name] + part if name in means else part
+
+    for block in losses:
+        for name, term in block.terms.items():
+            add(name, term, block.rows)
+    rows = next((b.rows for b in reversed(losses) if b.rows.student.shape[1] > 1), losses[-1].rows)
+    last = next((p.last for p in method.policies().values() if p.last is not None), None)
+    for side in ("teacher", "student") if last is not None else ():
+        T = getattr(last, side).flatten()
+        if len(T) in (1, len(rows)):
+            add(f"T_{side}", T.expand(len(rows)), rows)
+    if out is not None and not isinstance(out, Sparse):
+        add("agreement", rows.student.argmax(-1) == rows.teacher.argmax(-1), rows)
+    return means
+
+
+class Evaluation:
+    """The method's loss and the scores of a split: means over all its rows, however it is cut into batches."""
+
+    def __init__(self, task: Task, method: Method) -> None:
+        self.task, self.method, self.scores = task, method, RowScores()
+        self.blocks: dict[str, list[float]] = {}  # name -> sum of the loss, total weight
+        self.has_teacher = False
+
+    def add(self, batch: Any, out: Forward, progress: float, chunking: Chunking | None) -> Tensor:
+        """Add a batch, and return the method's loss on it alone, ()."""
+        sums = self.method.losses(out.blocks, progress, {rows.name: 1.0 for rows in out.blocks}, chunking)
+        parts = list[Tensor]()
+        for rows, loss, *_ in sums:
+            weight = rows.total_weight
+            block = self.blocks.setdefault(rows.name, [0.0, 0.0])
+            block[0], block[1] = block[0] + float(loss), block[1] + float(weight)
+            parts.append(loss / torch.where(weight > 0, weight, 1.0))
+        if all(rows.task_loss is None for rows in out.blocks):
+            rows, teacher_top = self.task.scored_rows(out.student, out.teacher, batch)
+            self.has_teacher |= teacher_top is not None
+            if rows.target is not None:
+                self.scores.add(rows, teacher_top)
+        return torch.stack(parts).sum()
+
+    def result(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
+        """Return the means: "loss" of the method, and of labeled rows "cross_entropy", "accuracy" and so on.
+
+        Args:
+            reduce: sums a tensor over processes.
+            device: of that tensor.
+        """
+        names, scores = sorted(self.blocks), self.scores
+        own = [*(x for name in names for x in self.blocks[name])]
+        own += [scores.loss, scores.accuracy, scores.agreement, float(scores.count)]
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        sums: list[float] = reduce(torch.tensor(own, dtype=dtype, device=device)).tolist()
+        pairs = zip(sums[: 2 * len(names) : 2], sums[1 : 2 * len(names) : 2], strict=True)
+        out = {"loss": sum(value / weight for value, weight in pairs if weight > 0)} if names else {}
+        loss, accuracy, agreement, count = sums[2 * len(names) :]
+        if count:
+            scores = RowScores(loss, accuracy, agreement, round(count))
+            means = scores.means(has_teacher=self.has_teacher, unit=self.task.unit)
+            out |= {"cross_entropy": means.pop("loss"), **means}
+        return out
+
+
+def first_samples(batch: Any, n: int) -> Any:
+    """Return the first ``n`` samples of a batch: of every tensor that has as many as the first one."""
+    sizes = {len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim}
+    if len(sizes) != 1:
+        raise ValueError(
+            "the last batch repeats samples, for an equal number on every process, and holds tensors of "
+            f"{sorted(sizes)} samples, so they cannot be left out. Evaluate in one process."
+        )
+    return map_tensors(batch, lambda x: x[:n] if x.ndim else x)

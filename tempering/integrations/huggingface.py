@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tempering.integrations.common import blocks_of, fitting, whole_batches
-from tempering.methods.base import Method
-from tempering.rows import IGNORE_INDEX, Rows
-from tempering.tasks.base import Task, TeacherForward, evaluating
+from tempering.integrations.common import (
+    Evaluation,
+    Forward,
+    first_samples,
+    fitting,
+    forward,
+    step_means,
+    whole_batches,
+)
+from tempering.integrations.labeled import Labeled as Labeled
+from tempering.integrations.linear import HiddenForward
+from tempering.integrations.sft import record_sft_metrics
+from tempering.methods.auxiliary import auxiliary_loss
+from tempering.methods.base import Method, add_auxiliary
+from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.teachers.live import Live
 from tempering.training.checkpoint import save_weights
@@ -37,14 +48,21 @@ class DistillMixin(Trainer):
     ``num_items_in_batch`` of transformers is replaced by the total weight of the rows. The teacher is frozen, in eval
     mode, on the Trainer's device and never saved. Parameters of the method (projectors, learned temperatures) are
     added to the optimizer at its learning rate, without weight decay or clipping, and saved in the checkpoints.
-    ``eval_loss`` is the method's loss too.
+    The log has the terms of the loss, the temperatures and the agreement with the teacher, all means over the rows
+    since the last log; TRL's own metrics stay. ``eval_loss`` is the method's loss too, the mean over all rows of the
+    data set, with ``eval_accuracy``, ``eval_agreement``, ``eval_cross_entropy`` and, of tokens, ``eval_perplexity``.
+    The auxiliary loss that a mixture of experts computes itself is added in training.
 
     Args:
         args, kwargs: arguments of the Trainer.
         teacher: a model, frozen during ``train`` and then given back as it was, or a Teacher (its inputs must fit the
             task's: see ``Unpacked``).
         method: the loss, with its temperature policy.
-        task: converts batches to rows; None is ``Labeled()``. Causal language models need ``Labeled(shift=True)``.
+        task: converts batches to rows; None is ``Labeled()``. Causal language models need ``tasks.LanguageModeling()``,
+            encoder-decoders ``tasks.Seq2Seq()``.
+        chunks: whether to compute losses in chunks of rows (``kernels.chunked``); None: blocks of 2^22 logits or more.
+        linear: train language models by ``kernels.linear_loss``, from hidden states, which stores no (N, C) logits. The
+            log then has no agreement, nor TRL's own metrics; evaluation is unchanged.
         selfcheck: check the first batch before training.
 
     Raises:
@@ -57,6 +75,8 @@ class DistillMixin(Trainer):
         teacher: nn.Module | Teacher | None,
         method: Method | str,
         task: Task | None = None,
+        chunks: bool | None = None,
+        linear: bool = False,
         selfcheck: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -70,18 +90,21 @@ class DistillMixin(Trainer):
         self.teacher = fitting(method, teacher, self._module())
         accumulate, processes = self.args.gradient_accumulation_steps, self.accelerator.num_processes
         whole_batches(method, gradient_accumulation_steps=accumulate, num_processes=processes)
-        if self.args.label_smoothing_factor or self.compute_loss_func is not None:
-            raise ValueError(
-                "the method computes the loss, so label_smoothing_factor and compute_loss_func would have no effect. "
-                "Leave them out."
-            )
+        self._check_arguments()
+        for model in (self._module(), None if self.teacher is None else self.teacher.model):
+            if model is not None:
+                self.task.prepare_model(model.model if isinstance(model, Unpacked) else model)
         if self.teacher is not None:
             self.teacher.to(self.args.device)
         self.method.to(self.args.device)
         names = {n: (s, f"model.{t}" if bare else t) for n, (s, t) in self.task.features.items()}
         self._features = PairedFeatures.from_models(self._module(), self.teacher, names)
-        self._chunking = chunking_for(method)
+        self._chunking = chunking_for(method, chunks)
+        self._linear = HiddenForward(method, self.task, self._module()) if linear else None
         self._row_weights: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}  # of the metrics since the last log
+        self._summed_steps = 0
+        self._evaluation: Evaluation | None = None
         self.label_names = self.label_names or [
             "labels"
         ]  # otherwise the Trainer removes columns that forward() does not take
@@ -107,25 +130,94 @@ class DistillMixin(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return this micro-batch's part of the step's loss, (), and the outputs if ``return_outputs``."""
-        output, blocks = self._blocks(model, inputs)
-        training = model.training
-        self.method.train(training)
-        weights, progress = self._row_weights if training else {}, self._progress()
-        losses = self.method.losses(blocks, progress, weights, self._chunking)
-        loss = torch.stack([block.loss for block in losses]).sum()
-        if training:
+        self.method.train(model.training)
+        if model.training:
+            out, loss = self._training_loss(model, inputs)
             # gradients are averaged over processes, and each process has only its part of the mean
             loss = loss * self.accelerator.num_processes
+        else:
+            out = self._forward(model, inputs)
+            evaluation = self._evaluation or Evaluation(self.task, self.method)
+            loss = evaluation.add(inputs, out, self._progress(), self._chunking)
+        if self._linear is None if model.training else self._evaluation is not None:
+            record_sft_metrics(self, inputs, out, training=model.training)
         if not return_outputs:
             return loss
         # the Trainer drops the first element of outputs that are not a mapping, as if it were the loss
-        return loss, output if isinstance(output, dict) else {"logits": _logits(output, "student")}
+        output = out.student
+        return loss, output if isinstance(output, dict) else {"logits": getattr(output, "logits", output)}
+
+    def _training_loss(self, model: nn.Module, inputs: Any) -> tuple[Forward, Tensor]:
+        """Return the outputs and this process's part of the loss, and add to the metrics of the step."""
+        weights, progress = self._row_weights, self._progress()
+        if self._linear is not None:
+            out, losses = self._linear.losses(inputs, self._unpacked(model), self.teacher, progress, weights)
+        else:
+            out = self._forward(model, inputs)
+            losses = self.method.losses(out.blocks, progress, weights, self._chunking)
+        coefficient = getattr(self, "router_aux_loss_coef", None) if self._asks_for_router_logits() else None
+        losses = add_auxiliary(losses, auxiliary_loss(model, out.student, coefficient), weights)
+        for name, part in step_means(losses, self.method, weights, out.teacher).items():
+            self._sums[name] = self._sums[name] + part if name in self._sums else part
+        return out, torch.stack([block.loss for block in losses]).sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the metrics of the steps since the last log."""
+        if "loss" in logs and self._summed_steps:
+            names = sorted(self._sums)
+            sums = self._all_reduce(torch.stack([self._sums[name] for name in names])).tolist()
+            means = {name: value / self._summed_steps for name, value in zip(names, sums, strict=True)}
+            logs.update({name: value for name, value in means.items() if name not in logs})
+            self._sums, self._summed_steps = {}, 0
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Return the Trainer's output; its loss and scores are means over all rows."""
+        self._evaluation = evaluation = Evaluation(self.task, self.method)
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        finally:
+            self._evaluation = None
+        result = evaluation.result(self._all_reduce, self.args.device)
+        if output.metrics is not None and result:
+            output.metrics[f"{metric_key_prefix}_loss"] = result.pop("loss")
+            for name, value in result.items():
+                output.metrics.setdefault(f"{metric_key_prefix}_{name}", value)
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """Evaluate a batch; samples that only make the last batch equal on all processes do not count."""
+        state, evaluation = self.accelerator.gradient_state, self._evaluation
+        repeats = self.accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0
+        if not repeats or evaluation is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self._evaluation = None
+        output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        size = len(next(x for x in inputs.values() if isinstance(x, Tensor)))
+        own = min(max(0, state.remainder - self.accelerator.process_index * size), size)
+        self._evaluation = evaluation if own else None
+        with torch.no_grad(), self.compute_loss_context_manager():  # on every process, as collectives need
+            self.compute_loss(model, first_samples(self._prepare_inputs(inputs), max(1, own)))
+        self._evaluation = evaluation
+        return output
 
     def get_batch_samples(self, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the micro-batches of one step, and the total weight of their rows on all processes."""
         batches, _ = super().get_batch_samples(*args)
         self.method.zero_grad(set_to_none=True)  # the Trainer only resets the gradients of its model
         self._row_weights = {}
+        self._summed_steps += bool(batches)
         for batch in batches:
             for name, weight in self.task.row_weights(batch).items():
                 weight = torch.as_tensor(weight, dtype=torch.float32, device=self.args.device)
@@ -172,8 +264,28 @@ class DistillMixin(Trainer):
         assert isinstance(self.model, nn.Module)
         return self.model
 
-    def _blocks(self, model: nn.Module, inputs: Any) -> tuple[Any, list[Rows]]:
-        return blocks_of(inputs, Unpacked(model), self.teacher, self.task, self._features)
+    def _check_arguments(self) -> None:
+        """Reject arguments that change the loss of the Trainer, which the method replaces."""
+        ignored = ["label_smoothing_factor"] if self.args.label_smoothing_factor else []
+        ignored += [] if self.compute_loss_func is None else ["compute_loss_func"]
+        default = getattr(type(self.args), "loss_type", None)  # of SFTConfig
+        loss_type = getattr(self.args, "loss_type", default)
+        if default is not None and loss_type != default:
+            ignored.append(f"loss_type={loss_type!r}")
+        if ignored:
+            raise ValueError(
+                f"the method computes the loss, so {' and '.join(ignored)} would have no effect. Leave it out."
+            )
+
+    def _asks_for_router_logits(self) -> bool:
+        """Whether TRL's SFTTrainer adds the auxiliary loss of a mixture of experts."""
+        return bool(getattr(self, "aux_loss_enabled", False))
+
+    def _unpacked(self, model: nn.Module) -> Unpacked:
+        return Unpacked(model, **({"output_router_logits": True} if self._asks_for_router_logits() else {}))
+
+    def _forward(self, model: nn.Module, inputs: Any) -> Forward:
+        return forward(inputs, self._unpacked(model), self.teacher, self.task, self._features)
 
     def _progress(self) -> float:
         steps = self.state.max_steps
@@ -212,109 +324,20 @@ class DistillMixin(Trainer):
         with borrowed(model):
             batch = self._prepare_inputs(next(iter(self.get_train_dataloader())))
             model.eval()
-            self.method.setup(self._blocks(model, batch)[1][-1])
+            self.method.setup(self._forward(model, batch).blocks[-1])
 
 
 class Unpacked(nn.Module):
-    """Call a transformers model with one mapping of inputs: ``teachers.Live(Unpacked(model))``."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Mapping[str, Any]) -> Any:
-        return self.model(**inputs)
-
-
-class Labeled(Task):
-    """Handle batches as transformers collates them: a mapping of inputs with "labels"; models return ``.logits``.
-
-    (N, C) logits give N rows; rows with the label -100 learn from the teacher only. (N, L, C) logits give N * L rows;
-    a token with the label -100 has weight 0. If a batch has "ids", they identify the samples (the Trainer then needs
-    remove_unused_columns=False).
+    """Call a transformers model with one mapping of inputs: ``teachers.Live(Unpacked(model))``.
 
     Args:
-        shift: position i predicts the label of i + 1, as in causal language models.
-        keep_labels: pass the labels to the models too; encoder-decoders build the decoder's inputs from them.
-        features: features for feature-based methods, name -> (student's module, teacher's module), shallow to deep.
+        model: of transformers.
+        options: more keyword arguments of its forward.
     """
 
-    def __init__(
-        self,
-        *,
-        shift: bool = False,
-        keep_labels: bool = False,
-        features: Mapping[str, tuple[str, str]] | None = None,
-    ) -> None:
-        self.shift, self.keep_labels, self.features = shift, keep_labels, dict(features or {})
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__()
+        self.model, self.options = model, options
 
-    def inputs(self, batch: Any) -> tuple[dict[str, Any], dict[str, Any], Tensor | None]:
-        if not isinstance(batch, Mapping):
-            raise ValueError(
-                f"Labeled needs batches that are mappings, as collators of transformers return; got "
-                f"{type(batch).__name__}. For (inputs, labels) use tasks.Classification()."
-            )
-        dropped = {"ids"} if self.keep_labels else {"ids", "labels"}
-        inputs = {name: value for name, value in batch.items() if name not in dropped}
-        return inputs, inputs, batch.get("ids")
-
-    def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
-        logits = _logits(student, "student")
-        teacher_logits = logits.detach() if teacher is None else _logits(teacher, "teacher")
-        if logits.shape != teacher_logits.shape:
-            raise ValueError(
-                f"the student's logits are {tuple(logits.shape)} and the teacher's {tuple(teacher_logits.shape)}: both "
-                "need the same classes (or vocabulary) in the same order."
-            )
-        labels = batch.get("labels")
-        if logits.ndim == 2:
-            return [Rows(logits, teacher_logits, labels, ids=batch.get("ids"))]
-        if labels is None or labels.shape != logits.shape[:2]:
-            got = "none" if labels is None else str(tuple(labels.shape))
-            raise ValueError(
-                f"(N, L, C) logits need labels of shape (N, L) = {tuple(logits.shape[:2])}, -100 where a token is left "
-                f"out; got {got}. Collate with labels, such as DataCollatorForLanguageModeling(mlm=False)."
-            )
-        if self.shift:
-            logits, teacher_logits, labels = logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:]
-        labels = labels.flatten()
-        return [
-            Rows(logits.flatten(0, 1), teacher_logits.flatten(0, 1), labels, weight=(labels != IGNORE_INDEX).float())
-        ]
-
-    def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
-        labels = batch.get("labels")
-        if labels is None or labels.ndim < 2:
-            return {"logits": float(len(next(iter(batch.values())) if labels is None else labels))}
-        return {"logits": (labels[:, 1:] if self.shift else labels).ne(IGNORE_INDEX).sum()}
-
-    def score(
-        self, student: nn.Module, batches: Iterable[Any], *, teacher: TeacherForward | None = None
-    ) -> dict[str, float]:
-        """Return accuracy in [0, 1], loss in nats, and agreement with the teacher, if any, over labeled rows."""
-        sums, count = {"accuracy": 0.0, "loss": 0.0, "agreement": 0.0}, 0
-        with evaluating(student, batches) as on_device:
-            for batch in map(dict, on_device):
-                student_in, teacher_in, ids = self.inputs(batch)
-                teacher_output = None if teacher is None else teacher(teacher_in, ids)
-                rows = self.rows(student(student_in), teacher_output, batch)[0]
-                if rows.target is None:
-                    raise ValueError("scoring needs labels: the batches have none.")
-                mask = rows.target >= 0
-                z, y = rows.student[mask].float(), rows.target[mask]
-                sums["accuracy"] += float((z.argmax(-1) == y).sum())
-                sums["loss"] += float(nn.functional.cross_entropy(z, y, reduction="sum"))
-                sums["agreement"] += float((z.argmax(-1) == rows.teacher[mask].argmax(-1)).sum())
-                count += len(y)
-        if not count:
-            raise ValueError("there is nothing to score: no row has a label. Is the split empty?")
-        return {name: value / count for name, value in sums.items() if name != "agreement" or teacher is not None}
-
-
-def _logits(output: Any, side: str) -> Tensor:
-    """Return the (N, C) or (N, L, C) logits of a model's output."""
-    logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", output)
-    if isinstance(logits, Tensor) and logits.ndim in (2, 3):
-        return logits
-    got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    raise ValueError(f"the {side} must return (N, C) or (N, L, C) logits, as a tensor or as .logits; got {got}.")
+    def forward(self, inputs: Mapping[str, Any]) -> Any:
+        return self.model(**inputs, **self.options)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data.distributed import DistributedSampler
 
-from tempering.integrations.common import blocks_of, fitting, whole_batches
-from tempering.methods.base import Method
-from tempering.rows import Rows, total
+from tempering.integrations.common import (
+    Evaluation,
+    Forward,
+    first_samples,
+    fitting,
+    forward,
+    step_means,
+    whole_batches,
+)
+from tempering.integrations.linear import HiddenForward
+from tempering.methods.auxiliary import auxiliary_loss
+from tempering.methods.base import BlockLoss, Method, add_auxiliary
 from tempering.tasks.base import Task
 from tempering.tasks.classification import Classification
 from tempering.teachers.base import Teacher
@@ -23,15 +33,24 @@ from tempering.training.loss import chunking_for
 from tempering.training.selfcheck import selfcheck as check_first_batch
 from tempering.utils.state import borrowed
 
+try:
+    import lightning.pytorch as pl
+    from lightning.pytorch.utilities import rank_zero_info
+except ImportError as error:
+    raise ImportError('DistillModule needs Lightning: pip install "tempering[lightning]"') from error
+
 
 class DistillModule(pl.LightningModule):
     """Train a student with a distillation method in Lightning's Trainer.
 
-    Logs train_loss, val_loss and val_accuracy. ``accumulate_grad_batches``, the number of devices and a short last
-    group do not change the loss: Lightning divides every micro-batch by their number, and before the optimizer step
-    (and before clipping) the gradient is rescaled to the mean over the rows of the whole step. A subclass that
-    overrides ``on_before_optimizer_step`` must call this one first. The teacher is not a submodule, so checkpoints do
-    not contain it.
+    Logs train_loss with its terms, the temperatures and the agreement with the teacher (train_soft, train_T_teacher,
+    ...), all of the whole step, and of validation val_loss, the method's loss, val_accuracy, val_cross_entropy,
+    val_agreement and, of tokens, val_perplexity, all means over the rows of the whole split. The auxiliary loss that a
+    mixture of experts computes itself is added in training. ``accumulate_grad_batches``, the number of devices and a
+    short last group do not change the loss: Lightning divides every micro-batch by their number, and before the
+    optimizer step (and before clipping) the gradient is rescaled to the mean over the rows of the whole step. A
+    subclass that overrides ``on_before_optimizer_step`` or a hook of the validation must call this class's first. The
+    teacher is not a submodule, so checkpoints do not contain it.
 
     Args:
         student: the network to train.
@@ -41,6 +60,9 @@ class DistillModule(pl.LightningModule):
         task: converts batches to rows; None is Classification().
         optimizer: parameter groups -> optimizer; groups of the method's own parameters follow the student's.
         schedule: progress in [0, 1) -> factor on every group's learning rate.
+        chunks: whether to compute losses in chunks of rows (``kernels.chunked``); None: blocks of 2^22 logits or more.
+        linear: train language models by ``kernels.linear_loss``, from hidden states, which stores no (N, C) logits. The
+            log then has no agreement; validation is unchanged.
         selfcheck: check the first batch before training.
 
     Raises:
@@ -56,6 +78,8 @@ class DistillModule(pl.LightningModule):
         task: Task | None = None,
         optimizer: Optimizer = SGD,
         schedule: Schedule | Any = None,
+        chunks: bool | None = None,
+        linear: bool = False,
         selfcheck: bool = True,
     ) -> None:
         super().__init__()
@@ -63,11 +87,17 @@ class DistillModule(pl.LightningModule):
         self._lent = isinstance(teacher, nn.Module)
         self.teacher = fitting(method, teacher, student)
         self.task = Classification() if task is None else task
+        for model in (student, None if self.teacher is None else self.teacher.model):
+            if model is not None:
+                self.task.prepare_model(model)
         self.optimizer, self.schedule, self.selfcheck = optimizer, schedule, selfcheck
         self._features = PairedFeatures.from_models(student, self.teacher, self.task.features)
-        self._chunking = chunking_for(method)
+        self._chunking = chunking_for(method, chunks)
+        self._linear = HiddenForward(method, self.task, student) if linear else None
+        self._evaluations: dict[int, Evaluation] = {}  # of each validation loader
         self._unit: float | None = None  # divisor of a micro-batch's loss until the step's weight is known
         self._row_weight: Tensor | float = 0.0
+        self._sums: dict[str, Tensor] = {}  # of the metrics of the step's micro-batches, divided by the unit
 
     def forward(self, inputs: Any) -> Any:
         """Return the student's output."""
@@ -78,7 +108,7 @@ class DistillModule(pl.LightningModule):
         """Let the method create its parameters from a batch, before the optimizer is created."""
         with borrowed(self.student):
             self.student.eval()
-            self.method.setup(self._blocks(batch)[-1])
+            self.method.setup(self._forward(batch).blocks[-1])
         self.give_back()
 
     def give_back(self) -> None:
@@ -93,49 +123,88 @@ class DistillModule(pl.LightningModule):
         if self.selfcheck:
             self.selfcheck = False
             self._check(batch)
-        blocks = self._blocks(batch)
         if not self._is_split():
-            losses = self.method.losses(blocks, self._progress(), chunking=self._chunking)
+            out, losses = self._losses(batch, {})
             train_loss = torch.stack([block.loss for block in losses]).sum()
-            self.log("train_loss", train_loss.detach(), prog_bar=True, batch_size=len(blocks[0]))
+            means = step_means(losses, self.method, {}, out.teacher)
+            self._log_step({**means, "loss": train_loss.detach()}, len(out.blocks[0]))
             return train_loss
-        if len(blocks) > 1:
-            raise ValueError(
-                f"{type(self.task).__name__} makes {len(blocks)} blocks of rows per batch, whose weights one factor "
-                "cannot correct after a split. Use accumulate_grad_batches=1 on one device, or tempering.distill."
-            )
-        weight = blocks[0].total_weight.detach()
+        name, weight = next(iter(self.task.row_weights(batch).items()))
         if self._unit is None:
             self._unit = max(1.0, float(self.trainer.strategy.broadcast(float(weight))))
-        self._row_weight = self._row_weight + weight
-        unit = {blocks[0].name: self._unit}
-        loss = self.method.losses(blocks, self._progress(), unit, self._chunking)[0].loss
-        train_loss = torch.where(weight > 0, loss.detach() * self._unit / weight, 0.0)
-        self.log("train_loss", train_loss, prog_bar=True, batch_size=len(blocks[0]))
-        return loss
+        self._row_weight = self._row_weight + torch.as_tensor(weight, dtype=torch.float32, device=self.device)
+        unit = {name: self._unit}
+        out, losses = self._losses(batch, unit)
+        if len(losses) > 1:
+            raise ValueError(
+                f"{type(self.task).__name__} makes {len(losses)} blocks of rows per batch, whose weights one factor "
+                "cannot correct after a split. Use accumulate_grad_batches=1 on one device, or tempering.distill."
+            )
+        means = {**step_means(losses, self.method, unit, out.teacher), "loss": losses[0].loss.detach()}
+        self._sums = {name: value + self._sums.get(name, 0.0) for name, value in means.items()}
+        return losses[0].loss
+
+    def _losses(self, batch: Any, normalizer: Mapping[str, float]) -> tuple[Forward, list[BlockLoss]]:
+        """Return the outputs and the loss of each block, with the student's own auxiliary loss."""
+        if self._linear is not None:
+            self._move_teacher()
+            out, losses = self._linear.losses(batch, self.student, self.teacher, self._progress(), normalizer)
+        else:
+            out = self._forward(batch)
+            losses = self.method.losses(out.blocks, self._progress(), normalizer, self._chunking)
+        return out, add_auxiliary(losses, auxiliary_loss(self.student, out.student), normalizer)
+
+    def _log_step(self, means: dict[str, Tensor], rows: int | None = None) -> None:
+        for name, value in means.items():
+            self.log(f"train_{name}", value, prog_bar=name == "loss", batch_size=rows)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Rescale the accumulated gradient to that of the mean over all rows of the step."""
+        """Rescale the accumulated gradient to that of the mean over all rows of the step, and log the step."""
         if not self._is_split() or self._unit is None:
             return
         world = self.trainer.world_size
-        weight: Any = (
-            self._row_weight if world == 1 else self.trainer.strategy.reduce(self._row_weight, reduce_op="sum")
-        )
-        self._row_weight = 0.0
+        weight: Any = self._sum(self._row_weight)  # pyright: ignore[reportArgumentType]
+        share = self._unit / float(weight) if float(weight) > 0 else 0.0
+        self._log_step({name: self._sum(value) * share for name, value in sorted(self._sums.items())})
+        self._row_weight, self._sums = 0.0, {}
         factor = self._unit * self.trainer.accumulate_grad_batches * world / float(weight) if float(weight) > 0 else 1.0
         for group in optimizer.param_groups if factor != 1.0 else ():
             for p in group["params"]:
                 if p.grad is not None:
                     p.grad.mul_(factor)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        rows = self._blocks(batch)[-1]
-        self.log("val_loss", total(self.method(rows, self._progress()), rows), prog_bar=True, batch_size=len(rows))
-        if rows.target is not None:
-            mask = rows.target >= 0 if rows.weight is None else (rows.target >= 0) & (rows.weight > 0)
-            right = (rows.student.argmax(-1) == rows.target)[mask].float()
-            self.log("val_accuracy", right.mean(), prog_bar=True, batch_size=max(1, len(right)))
+    def on_validation_epoch_start(self) -> None:
+        self._evaluations = {}
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        evaluation = self._evaluations.setdefault(dataloader_idx, Evaluation(self.task, self.method))
+        if self._repeats_sample(batch_idx, dataloader_idx):
+            size = next(len(x) for x in tree_leaves(batch) if isinstance(x, Tensor))
+            batch = first_samples(batch, max(1, size - 1))
+            if size == 1:  # this process has nothing of its own in the last batch
+                evaluation = Evaluation(self.task, self.method)
+        evaluation.add(batch, self._forward(batch), self._progress(), self._chunking)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all rows of each validation loader."""
+        for index, evaluation in sorted(self._evaluations.items()):
+            suffix = f"/dataloader_idx_{index}" if len(self._evaluations) > 1 else ""
+            for name, value in evaluation.result(self._sum, self.device).items():
+                shown = name in ("loss", "accuracy")
+                self.log(f"val_{name}{suffix}", value, prog_bar=shown, sync_dist=True)  # equal on all processes
+
+    def _sum(self, value: Tensor) -> Any:
+        return value if self.trainer.world_size == 1 else self.trainer.strategy.reduce(value, reduce_op="sum")
+
+    def _repeats_sample(self, batch_idx: int, dataloader_idx: int) -> bool:
+        """Return whether the batch ends with a sample that another process has too, added by Lightning's sampler."""
+        loaders: Any = self.trainer.val_dataloaders
+        loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
+        sampler = getattr(loader, "sampler", None)
+        if not isinstance(sampler, DistributedSampler) or sampler.drop_last or batch_idx != len(loader) - 1:
+            return False
+        added = sampler.total_size - len(sampler.dataset)  # pyright: ignore[reportArgumentType]
+        return sampler.rank >= sampler.num_replicas - added
 
     def configure_optimizers(self) -> Any:
         accumulate, devices = self.trainer.accumulate_grad_batches, self.trainer.world_size
@@ -149,15 +218,17 @@ class DistillModule(pl.LightningModule):
         by_step = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(min(step / steps, 1.0)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": by_step, "interval": "step"}}
 
-    def _blocks(self, batch: Any) -> list[Rows]:
+    def _move_teacher(self) -> None:
         if self.teacher is not None:
             self.teacher.to(self.device)
-        return blocks_of(batch, self.student, self.teacher, self.task, self._features)[1]
+
+    def _forward(self, batch: Any) -> Forward:
+        self._move_teacher()
+        return forward(batch, self.student, self.teacher, self.task, self._features)
 
     def _check(self, batch: Any) -> None:
         features = None if self._features is None else self._features.features
-        if self.teacher is not None:
-            self.teacher.to(self.device)
+        self._move_teacher()
         with extracting(self._features):
             report = check_first_batch(
                 self.student, self.teacher, batch, method=self.method, task=self.task, features=features

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.objectives import cross_entropy
-from tempering.rows import Rows, total
+from tempering.rows import Rows, expand_to_rows, total
 from tempering.temperature.base import AdaptivePolicy, Policy, hyperparameters
 from tempering.temperature.base import check_run_fraction as check_run_fraction
 from tempering.utils.registry import check_arguments
@@ -41,6 +41,7 @@ class Method(nn.Module, ABC):
         needs_live: whether it differentiates through the teacher, so that cached outputs do not suffice.
         trains_teacher: whether its step updates the teacher's weights. ``bind_teacher`` gets the module; the method's
             state_dict then contains the teacher's weights and their optimizer, and no teacher outputs are cached.
+        hard_is_cross_entropy: whether its ``hard`` weighs the cross entropy of the labels, which a ``Sum`` needs once.
     """
 
     paper: ClassVar[str]
@@ -54,6 +55,7 @@ class Method(nn.Module, ABC):
     needs_double_backward: ClassVar[bool] = False
     needs_live: ClassVar[bool] = False
     trains_teacher: ClassVar[bool] = False
+    hard_is_cross_entropy: ClassVar[bool] = True
     hard: float  # of methods with a hard term: its weight
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
@@ -75,7 +77,8 @@ class Method(nn.Module, ABC):
 
     def compute(self, step: Step) -> list[BlockLoss]:
         """Run both models on a micro-batch and reduce the terms of each block of its rows to a loss."""
-        return self.losses(step.forward(), step.progress, step.normalizer, step.chunking)
+        losses = self.losses(step.forward(), step.progress, step.normalizer, step.chunking)
+        return losses if step.auxiliary is None else add_auxiliary(losses, step.auxiliary, step.normalizer)
 
     def losses(
         self,
@@ -177,6 +180,21 @@ class BlockLoss(NamedTuple):
     path: Any = None
 
 
+def add_auxiliary(
+    losses: list[BlockLoss], value: Tensor | None, normalizer: Mapping[str, Tensor | float] | None
+) -> list[BlockLoss]:
+    """Add the auxiliary loss of a micro-batch, (), to its last block, as the term "auxiliary".
+
+    Of a step that is split, the mean over the parts counts, each weighted by its rows: see ``total``.
+    """
+    if value is None:
+        return losses
+    last = losses[-1]
+    terms = {"auxiliary": expand_to_rows(value, last.rows)}
+    share = total(terms, last.rows, normalizer=normalizer.get(last.rows.name) if normalizer else None)
+    return [*losses[:-1], last._replace(loss=last.loss + share, terms={**last.terms, **terms})]
+
+
 class Chunking(NamedTuple):
     """When and how to compute losses in chunks of rows.
 
@@ -199,6 +217,7 @@ class Step:
         normalizer: block name -> total weight of its rows in the optimizer step; {}: this micro-batch is the step.
         chunking: how to compute the loss of large blocks in chunks; None: never.
         rows: the last block of rows, set by ``forward``.
+        auxiliary: the student's own auxiliary loss, (), weighted, set by ``forward``; None if it has none.
         teacher_with_grad: the teacher's forward pass with gradient; None if the teacher has none.
     """
 
@@ -213,6 +232,7 @@ class Step:
     features: Callable[[], Mapping[str, tuple[Tensor, Tensor]]] | None = None
     rows: Rows | None = None
     teacher_with_grad: Callable[[Any, Tensor | None], Any] | None = None
+    auxiliary: Tensor | None = None
     normalizer: Mapping[str, Tensor | float] = field(default_factory=dict[str, Tensor | float])
     chunking: Chunking | None = None
 
@@ -223,6 +243,10 @@ class Step:
     def forward(self) -> list[Rows]:
         """Run both models on the batch and return its blocks of rows; store the last block in ``rows``."""
         student_output = self.student(self.student_inputs)
+        if not isinstance(student_output, Tensor):
+            from tempering.methods.auxiliary import auxiliary_loss
+
+            self.auxiliary = auxiliary_loss(self.student, student_output)
         teacher_output = self.teacher(self.teacher_inputs, self.ids)
         blocks = self.make_rows(student_output, teacher_output, self.batch)
         if self.features is not None:
@@ -254,11 +278,16 @@ class StepMethod(Method):
         """Run the method's own step and reduce its terms to a loss.
 
         Raises:
-            TypeError: if ``step()`` leaves ``step.rows`` empty.
+            TypeError: if ``step()`` leaves ``step.rows`` empty, or the student has an auxiliary loss of its own.
         """
         terms = self.step(step)
         if (rows := step.rows) is None:
             raise TypeError(f"{type(self).__name__}.step() must fill step.rows; step.forward() does.")
+        if step.auxiliary is not None:
+            raise TypeError(
+                f"{type(self).__name__} owns its step and would drop the student's auxiliary loss. Set its "
+                "config.output_router_logits = False, or use a method over rows."
+            )
         return [BlockLoss(rows, total(terms, rows, normalizer=step.normalizer.get(rows.name)), terms)]
 
     @abstractmethod

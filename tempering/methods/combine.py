@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -16,7 +17,8 @@ from tempering.rows import Rows
 class Sum(Method):
     """Sum of several methods, with terms named ``<method>.<term>``: ``Sum(KD(hard=0.0), DKD())``.
 
-    A second method of the same class is numbered: ``kd``, ``kd2``. Give only one of them a hard term.
+    A second method of the same class is numbered: ``kd``, ``kd2``. Give only one of them a hard term: a UserWarning
+    names those that count the cross entropy of the same rows again.
 
     Reference: none; see the references of its methods.
     """
@@ -38,6 +40,7 @@ class Sum(Method):
                 number += 1
                 name = f"{kind}{number}"
             self.methods[name] = method
+        _warn_of_repeated_hard_terms(methods)
         self.needs_teacher = any(m.needs_teacher for m in methods)  # pyright: ignore[reportAttributeAccessIssue]
         for flag in ("zero_when_equal", "non_negative", "shift_invariant"):
             setattr(self, flag, all(getattr(m, flag) for m in methods))
@@ -63,6 +66,30 @@ class Sum(Method):
 
     def param_groups(self) -> list[dict[str, Any]]:
         return [group for m in self.methods.values() if isinstance(m, Method) for group in m.param_groups()]
+
+
+def _warn_of_repeated_hard_terms(methods: Sequence[Method]) -> None:
+    """Warn if several methods count the cross entropy of the same blocks."""
+    hard = [(name, weight, blocks) for m in methods for name, weight, blocks in _hard_terms(m)]
+    for i, (name, weight, blocks) in enumerate(hard):
+        for other, again, others in hard[:i]:
+            if blocks is None or others is None or set(blocks) & set(others):
+                warnings.warn(
+                    f"Sum counts the cross entropy of the labels more than once: {other}(hard={again:g}) and "
+                    f"{name}(hard={weight:g}). Set hard=0.0 in all methods but one.",
+                    stacklevel=4,
+                )
+                return
+
+
+def _hard_terms(method: Method) -> list[tuple[str, float, tuple[str, ...] | None]]:
+    """Return (name, weight, blocks) of each hard term in a method; blocks of None are all of them."""
+    if isinstance(method, Sum):
+        return [term for m in method.methods.values() if isinstance(m, Method) for term in _hard_terms(m)]
+    if isinstance(method, OnBlocks):
+        return [(name, weight, method.blocks) for name, weight, _ in _hard_terms(method.inner)]
+    weight = getattr(method, "hard", 0.0) if method.hard_is_cross_entropy else 0.0
+    return [(type(method).__name__, weight, None)] if isinstance(weight, int | float) and weight > 0 else []
 
 
 class OnBlocks(Method):

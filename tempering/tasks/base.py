@@ -26,6 +26,7 @@ class Task(ABC):
 
     features: Mapping[str, tuple[str, str]] = {}
     comparable: bool = True
+    unit: str = "row"  # the word for a row in messages; scores of tokens include the perplexity
     remember: bool = True  # whether the teacher's outputs on the scored splits are small enough to be cached
 
     def prepare_model(self, model: nn.Module) -> None:
@@ -46,6 +47,11 @@ class Task(ABC):
 
         Losses divide by its sum over the whole optimizer step, so micro-batches and ranks add up.
         """
+
+    def scored_rows(self, student: Any, teacher: Any, batch: Any) -> tuple[Rows, Tensor | None]:
+        """Return the rows of two outputs to score, and the teacher's most likely class of each; None: no teacher."""
+        rows = self.rows(student, teacher, batch)[-1]
+        return rows, None if teacher is None else rows.teacher.argmax(-1)
 
     @abstractmethod
     def score(

@@ -133,7 +133,8 @@ def collect_outputs(
             student_in, teacher_in, ids = task.inputs(batch)
             z = upcast_to_float32(_logits(student(student_in), "student")).cpu()
             t = None if teacher is None else upcast_to_float32(_logits(teacher(teacher_in, ids), "teacher")).cpu()
-            parts.append((z, t, labeled_batch(batch).labels.cpu()))
+            kept = (y := labeled_batch(batch).labels.cpu()) >= 0  # unlabeled rows are left out of every score
+            parts.append((z[kept], None if t is None else t[kept], y[kept]))
     if not parts:
         raise ValueError("there is nothing to score: the loader yields no batches. Is the split empty?")
     z, t, labels = zip(*parts, strict=True)

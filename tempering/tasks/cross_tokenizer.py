@@ -86,6 +86,9 @@ class CrossTokenizer(Task):
     def row_weights(self, batch: Any) -> Mapping[str, Tensor | float]:
         return {"logits": (_side(batch, "student")["groups"].amax(1) + 1).sum()}
 
+    def scored_rows(self, student: Any, teacher: Any, batch: Any) -> tuple[Rows, Tensor | None]:
+        return self._own.scored_rows(student, None, _without_groups(_side(batch, "student")))
+
     def score(
         self, student: nn.Module, batches: Iterable[Any], *, teacher: TeacherForward | None = None
     ) -> dict[str, float]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tempering.rollouts.decoding import is_encoder_decoder
+from tempering.rollouts.decoders import is_encoder_decoder
 from tempering.rollouts.scoring import GenerationScorer
-from tempering.rows import IGNORE_INDEX, Rows, upcast_to_float32
-from tempering.tasks.base import Task, TeacherForward, evaluating
+from tempering.rows import IGNORE_INDEX, Rows
+from tempering.tasks.base import Task, TeacherForward
 from tempering.tasks.layouts import check_layout, try_layouts
+from tempering.tasks.row_scores import score_rows
 from tempering.teachers.outputs import Hidden, PrecomputedLogits, Sparse, to_top_k_plus_tail
 
 NO_INPUTS = {"labels", "ids", "learn", "replaced", "privacy_score", "taught"}
@@ -33,8 +33,9 @@ class LanguageModeling(Task):
     tokens are.
 
     Positions are counted from the attention mask, as left padding needs. A batch with position_ids, which restart at 0
-    with every text, and no attention_mask is packed (``data.text.pack``): transformers then separates the texts. Logits
-    are the model's own, with its soft cap and scale.
+    with every text, is packed (``data.text.pack``). transformers separates packed texts only without an attention_mask,
+    so that of a packed batch is not passed on. Logits are the model's own, with its soft cap and scale. A batch of
+    inputs_embeds in place of input_ids needs labels.
 
     With a teacher of another number of logits, the first ``vocabulary`` of both are compared: the columns of padding
     are left out on both sides, which is equivalent to minus infinity on both sides. "ids" of a batch are the ids of its
@@ -51,6 +52,8 @@ class LanguageModeling(Task):
         ValueError: for a vocabulary below 1.
     """
 
+    unit = "token"
+
     def __init__(
         self,
         *,
@@ -66,10 +69,15 @@ class LanguageModeling(Task):
         """Register a hook that unpacks the mapping for a transformers model; leave one that takes a mapping.
 
         Raises:
-            TypeError: for an encoder-decoder.
+            TypeError: for an encoder-decoder, or a masked language model, which sees the tokens it would predict.
         """
         if is_encoder_decoder(model):
             raise TypeError(f"{type(model).__name__} is an encoder-decoder. Its task is tasks.Seq2Seq().")
+        if text_model_kind(model) == "masked":
+            raise TypeError(
+                f"{type(model).__name__} is a masked language model, which sees the token that it would predict. Its "
+                "task is integrations.huggingface.Labeled()."
+            )
         # the forward of peft names only some of the inputs, and passes on the others
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
         parameters = inspect.signature(base.forward).parameters
@@ -84,28 +92,37 @@ class LanguageModeling(Task):
     def inputs(self, batch: Any) -> tuple[dict[str, Any], dict[str, Any], Tensor | None]:
         _check(batch)
         inputs = {name: value for name, value in batch.items() if name not in NO_INPUTS} | {"use_cache": False}
-        if "attention_mask" in batch and "position_ids" not in batch:
-            inputs["position_ids"] = (batch["attention_mask"].long().cumsum(-1) - 1).clamp_min(0)
+        mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+        if mask is not None and positions is None:
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        elif mask is not None and bool(((positions == 0) & (mask != 0))[:, 1:].logical_and(mask[:, :-1] != 0).any()):
+            del inputs["attention_mask"]
+            inputs["position_ids"] = positions.masked_fill(mask == 0, 0)  # every token of padding is a text of its own
         return inputs, with_teacher_outputs(inputs, batch), batch.get("ids")
 
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
-        shape = self._shape(batch)
-        logits = _logits(student, "student", shape)
-        index, target, weight = self._positions(batch)
-        ids = batch["ids"].index_select(0, index // shape[1]) if "ids" in batch else None
-        z = logits.flatten(0, 1).index_select(0, index)[:, : self.vocabulary]
-        fields = {"ids": ids, "positions": index % shape[1], "privacy_score": _privacy_score(batch, index)}
+        index, shape, fields = self.row_fields(batch)
+        z = _logits(student, "student", shape).flatten(0, 1).index_select(0, index)[:, : self.vocabulary]
         if isinstance(teacher, Sparse):
-            z, t, target = to_top_k_plus_tail(z, teacher.gather_positions(index, shape), target)
-            return [Rows(z, t, target, weight, **fields)]
+            z, t, target = to_top_k_plus_tail(z, teacher.gather_positions(index, shape), fields["target"])
+            fields["target"] = target
+            return [Rows(z, t, **fields)]
         if teacher is None:
-            return [Rows(z, z.detach(), target, weight, **fields)]
+            return [Rows(z, z.detach(), **fields)]
         if isinstance(teacher, Hidden | PrecomputedLogits):
             t = teacher.gather_positions(index, shape)
         else:
             t = _logits(teacher, "teacher", shape).flatten(0, 1).index_select(0, index)
         columns = min(z.shape[1], t.shape[1])
-        return [Rows(z[:, :columns], t[:, :columns], target, weight, **fields)]
+        return [Rows(z[:, :columns], t[:, :columns], **fields)]
+
+    def row_fields(self, batch: Any) -> tuple[Tensor, tuple[int, int], dict[str, Any]]:
+        """Return the rows' indices (N,) among B * L positions, (B, L), and the fields of ``Rows`` beside logits."""
+        shape = self._shape(batch)
+        index, target, weight = self._positions(batch)
+        ids = batch["ids"].index_select(0, index // shape[1]) if "ids" in batch else None
+        fields = {"target": target, "weight": weight, "ids": ids, "positions": index % shape[1]}
+        return index, shape, fields | {"privacy_score": _privacy_score(batch, index)}
 
     def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
         return {"logits": prediction_mask(batch).sum()}
@@ -115,6 +132,14 @@ class LanguageModeling(Task):
         shape, (index, _, weight) = self._shape(batch), self._positions(batch)
         mask = torch.zeros(shape, dtype=torch.bool, device=index.device).flatten()
         return mask.index_fill(0, index if weight is None else index[:0], True).view(shape)
+
+    def scored_rows(self, student: Any, teacher: Any, batch: Any) -> tuple[Rows, Tensor | None]:
+        if not isinstance(teacher, Sparse):
+            return super().scored_rows(student, teacher, batch)
+        # the student is scored on its whole vocabulary, not on the teacher's most likely tokens
+        index, shape, _ = self.row_fields(batch)
+        teacher_top = teacher.gather_positions(index, shape).ids[:, 0]
+        return self.rows(student, None, batch)[-1], teacher_top
 
     @torch.no_grad()
     def score(
@@ -130,28 +155,7 @@ class LanguageModeling(Task):
         for model in (student, getattr(teacher, "model", None)):
             if isinstance(model, nn.Module):
                 self.prepare_model(model)
-        sums, count = {"loss": 0.0, "accuracy": 0.0, "agreement": 0.0}, 0
-        with evaluating(student, batches) as on_device:
-            for batch in map(dict, on_device):
-                student_in, teacher_in, ids = self.inputs(batch)
-                student_out = student(student_in)
-                teacher_out = None if teacher is None else teacher(teacher_in, ids)
-                sparse = isinstance(teacher_out, Sparse)
-                rows = self.rows(student_out, None if sparse else teacher_out, batch)[0]
-                kept = rows.target >= 0  # pyright: ignore[reportOptionalOperand]
-                z, y = upcast_to_float32(rows.student)[kept], rows.target[kept]  # pyright: ignore[reportOptionalSubscript]
-                likeliest = rows.teacher[kept].argmax(-1)
-                if sparse:
-                    positions = self._positions(batch)[0]
-                    likeliest = teacher_out.gather_positions(positions, self._shape(batch)).ids[kept, 0]
-                sums["loss"] += float(nn.functional.cross_entropy(z.double(), y, reduction="sum"))
-                sums["accuracy"] += float((z.argmax(-1) == y).sum())
-                sums["agreement"] += float((z.argmax(-1) == likeliest).sum())
-                count += len(y)
-        if not count:
-            raise ValueError("there is nothing to score: no token has a label. Is the split empty?")
-        out = {name: value / count for name, value in sums.items() if name != "agreement" or teacher is not None}
-        out["perplexity"] = math.exp(min(out["loss"], 700.0))
+        out = score_rows(self, student, batches, teacher)
         return out if self.scorer is None else out | self.scorer(student, batches, vocabulary=self.vocabulary)
 
     def headline(self) -> tuple[str, bool]:
@@ -160,12 +164,13 @@ class LanguageModeling(Task):
     def _shape(self, batch: Any) -> tuple[int, int]:
         """Return (B, L) of the models' logits."""
         _check(batch)
-        B, L = batch["input_ids"].shape
+        B, L = _tokens(batch).shape
         return B, L
 
     def _positions(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the rows' indices among B * L positions, targets and weights; without rows, one of weight 0."""
-        keep, length = prediction_mask(batch), batch["input_ids"].shape[1]
+        keep = prediction_mask(batch)
+        length = keep.shape[1] + 1
         row, column = keep.nonzero(as_tuple=True)
         if not len(row):
             dummy = row.new_zeros(min(1, keep.shape[0] * length))
@@ -191,6 +196,22 @@ def prediction_mask(batch: Mapping[str, Any]) -> Tensor:
 def with_teacher_outputs(inputs: dict[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return the teacher's inputs: with its precomputed logits, if the batch has them, so that it is not run again."""
     return inputs | {"taught": batch["taught"]} if "taught" in batch else inputs
+
+
+def text_model_kind(model: nn.Module) -> str:
+    """Return "causal", "masked" or "encoder-decoder" for a language model of transformers, in any wrappers; else ""."""
+    inner: Any = next((m for m in model.modules() if callable(getattr(m, "can_generate", None))), None)
+    config = getattr(inner, "config", None)
+    if config is None or not inner.can_generate():
+        return "masked" if type(inner).__name__.endswith("ForMaskedLM") else ""
+    if getattr(config, "is_encoder_decoder", False):
+        return "encoder-decoder"
+    return "causal" if getattr(config, "causal", True) else ""  # XLM and Flaubert have one class for both
+
+
+def _tokens(batch: Mapping[str, Any]) -> Tensor:
+    """Return the tokens, (B, L), or the labels of a batch of embeddings."""
+    return batch["labels"] if batch.get("input_ids") is None else batch["input_ids"]
 
 
 def _labels(batch: Mapping[str, Any]) -> Tensor:
@@ -225,8 +246,8 @@ class UnpackInputs:
 
 
 def _check(batch: Any) -> None:
-    """Check that a batch has input_ids (B, L), and labels and masks of their shape."""
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    """Check that a batch has input_ids (B, L), or labels (B, L), and labels and masks of their shape."""
+    ids = batch.get("input_ids", batch.get("labels")) if isinstance(batch, Mapping) else None
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         got = type(batch).__name__ if ids is None else f"input_ids {tuple(getattr(ids, 'shape', ()))}"
         raise ValueError(

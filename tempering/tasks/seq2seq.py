@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tempering.data.text import sources_right
 from tempering.rollouts.decoders import is_encoder_decoder, unwrap_model
-from tempering.rows import IGNORE_INDEX, Rows
+from tempering.rows import IGNORE_INDEX
 from tempering.tasks.language_modeling import NO_INPUTS, LanguageModeling, UnpackInputs, with_teacher_outputs
 
 
@@ -51,10 +51,10 @@ class Seq2Seq(LanguageModeling):
         inputs = sources_right(inputs) | {"labels": _decoder_ids(batch), "use_cache": False}
         return inputs, with_teacher_outputs(inputs, batch), batch.get("ids")
 
-    def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
+    def row_fields(self, batch: Any) -> tuple[Tensor, tuple[int, int], dict[str, Any]]:
         if isinstance(batch, Mapping) and "privacy_score" in batch:  # the base class reads the score of the next token
             batch = {**batch, "privacy_score": batch["privacy_score"].roll(1, 1)}
-        return super().rows(student, teacher, batch)
+        return super().row_fields(batch)
 
     def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
         _check(batch)

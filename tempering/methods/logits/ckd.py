@@ -46,6 +46,7 @@ class CKD(Method):
     paper = "arXiv:2311.02253"
     relational = True
     shift_invariant = False
+    hard_is_cross_entropy = False
 
     def __init__(
         self,

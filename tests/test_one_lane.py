@@ -1,0 +1,126 @@
+"""The engine, the Trainer of transformers and Lightning compute one loss, one gradient and one set of scores."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from tempering.integrations.huggingface import Labeled
+from tempering.methods import KD
+from tempering.rows import Rows, total
+from tempering.tasks import Classification, LanguageModeling
+from tests.cases import each
+from tests.lanes import (
+    LANES,
+    LR,
+    Classifier,
+    Data,
+    Result,
+    agree,
+    expected,
+    language,
+    models,
+    paired,
+    points,
+    stacked,
+    texts,
+)
+from tests.later import needs
+from tests.paths import ROOT
+
+pytestmark = [needs("transformers"), needs("accelerate"), needs("lightning")]
+
+
+@cache
+def by_hand(family: str, more: int, unmasked: bool) -> Result:
+    result = expected(*models(family, more=more), texts(6, 0), texts(9, 1), unmasked=unmasked)
+    assert all(result.scores[name] for name in ("accuracy", "agreement")), "scores of 0 would show little"
+    return result
+
+
+LAYOUTS = [
+    ("right", "gpt2", 0),
+    ("left", "gpt2", 8),
+    ("packed", "gpt2", 0),
+    ("one by one", "llama", 0),
+    ("left", "llama", 0),
+    ("micro-batches", "llama", 8),
+    ("packed", "llama", 8),
+    ("packed and masked", "llama", 0),
+    ("left unmasked", "llama", 0),
+    ("right unmasked", "gpt2", 8),
+]
+
+
+@pytest.mark.parametrize("lane", LANES)
+@each("layout, family, more", LAYOUTS)
+def test_texts_have_one_loss_gradient_and_scores(lane: str, layout: str, family: str, more: int) -> None:
+    """Labels are copied from the tokens, padding included, if the layout is unmasked."""
+    got = LANES[lane](*models(family, more=more), language(layout), LanguageModeling())
+    agree(got, by_hand(family, more, "unmasked" in layout))
+
+
+@each(
+    "lane, batch, accumulate, evaluate",
+    [(lane, *size) for lane in LANES for size in ((12, 1, 10), (5, 3, 4), (4, 3, 1))],
+)
+def test_images_have_one_loss_gradient_and_scores(lane: str, batch: int, accumulate: int, evaluate: int) -> None:
+    """A third has no label and learns from the teacher alone; the last batches are smaller."""
+    train, test, mapping = points(12, 0), points(10, 1), lane == "transformers"
+    student, teacher = (Classifier(*sizes, mapping=mapping) for sizes in ((5, 0), (7, 2)))
+    plain = Classifier(5, 0, mapping=False)
+    method = KD(soft=1.0, hard=1.0, temperature=4.0)
+
+    def rows(part: list[dict[str, torch.Tensor]]) -> Rows:
+        x, y = paired(part)
+        return Rows(plain(x), teacher.net(x).detach(), y)
+
+    loss = total(method(rows(train)), rows(train))
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in plain.parameters() if p.grad is not None])
+    with torch.no_grad():
+        for p in plain.parameters():
+            p -= LR * p.grad  # pyright: ignore[reportOperatorIssue]
+        scored = rows(test)
+    y, top = scored.target, scored.student.argmax(-1)
+    assert y is not None
+    scores = {"loss": float(total(method(scored), scored)), "accuracy": float((top == y)[y >= 0].double().mean())}
+    scores["cross_entropy"] = float(torch.nn.functional.cross_entropy(scored.student.detach(), y))
+    scores["agreement"] = float((top == scored.teacher.argmax(-1))[y >= 0].double().mean())
+
+    data = Data(train, test, stacked if mapping else paired, batch, accumulate, evaluate)
+    got = LANES[lane](student, teacher, data, Labeled() if mapping else Classification())
+    agree(got, Result(float(loss.detach()), gradient.tolist(), scores))
+
+
+def test_two_processes_have_one_loss_gradient_and_scores(tmp_path: Path) -> None:
+    """Also where the sampler gives a process a text twice, to make the last batches equal."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    common |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "lanes"}
+    command = [sys.executable, "-m", "tests.lanes", str(tmp_path / "out.json")]
+    both = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors[0][-3000:]
+    for result in json.loads((tmp_path / "out.json").read_text()).values():
+        agree(Result(**result), by_hand("llama", 0, False))
