@@ -17,6 +17,10 @@ TeacherForward = Callable[[Any, Tensor | None], Any]  # (inputs, sample ids) -> 
 PolicyForward = Callable[[Rows], Any]  # rows -> their Temperatures
 
 
+class NothingToScoreError(ValueError):
+    """The batches hold nothing that can be scored, such as labels or boxes; others of the split may."""
+
+
 class Task(ABC):
     """A kind of problem: all that depends on images, tokens or boxes in a run.
 
@@ -47,11 +51,20 @@ class Task(ABC):
         Losses divide by its sum over the whole optimizer step, so micro-batches and ranks add up.
         """
 
+    def scored_rows(self, student: Any, teacher: Any, batch: Any) -> tuple[Rows, Tensor | None]:
+        """Return the rows of two outputs to score, and the teacher's most likely class of each; None: no teacher."""
+        rows = self.rows(student, teacher, batch)[-1]
+        return rows, None if teacher is None else rows.teacher.argmax(-1)
+
     @abstractmethod
     def score(
         self, student: nn.Module, batches: Iterable[Any], *, teacher: TeacherForward | None = None
     ) -> dict[str, float]:
         """Score the student on these batches: metric -> value."""
+
+    def probability_cut(self, student: Any, teacher: Any, batch: Any) -> float | None:
+        """Return the teacher's mean probability of classes that the student does not have; None if it has them all."""
+        return None
 
     def headline(self) -> tuple[str, bool]:
         """Return the metric that selects the best epoch, and whether higher is better."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tempering.rollouts.decoding import is_encoder_decoder
 from tempering.rollouts.scoring import GenerationScorer
-from tempering.rows import IGNORE_INDEX, Rows, upcast_to_float32
-from tempering.tasks.base import Task, TeacherForward, evaluating
+from tempering.rows import IGNORE_INDEX, Rows, is_labeled, upcast_to_float32
+from tempering.tasks.base import NothingToScoreError, Task, TeacherForward, evaluating
 from tempering.tasks.layouts import check_layout, try_layouts
 from tempering.teachers.outputs import Hidden, PrecomputedLogits, Sparse, to_top_k_plus_tail
 
@@ -26,11 +26,11 @@ class LanguageModeling(Task):
 
     For encoder-decoders see ``Seq2Seq``.
 
-    Position i predicts token i + 1. A row is a token whose label is not -100, that is not padding and whose predecessor
-    belongs to the same text; other tokens are not rows. So padding on either side, and micro-batches of unequal size,
-    change neither loss nor gradient. Without labels every token of a text is learned. "learn", a (B, L) mask, selects
-    the rows in place of the labels: a token in it with the label -100 is learned from the teacher only, as generated
-    tokens are.
+    Position i predicts token i + 1. A row is a token that has a label (not -100 or -1), is not padding and whose
+    predecessor belongs to the same text; other tokens are not rows. So padding on either side, and
+    micro-batches of unequal size, change neither loss nor gradient. Without labels every token of a text is learned.
+    "learn", a (B, L) mask, selects the rows in place of the labels: a token in it with the label -100 is learned from
+    the teacher only, as generated tokens are.
 
     Positions are counted from the attention mask, as left padding needs. A batch with position_ids, which restart at 0
     with every text, and no attention_mask is packed (``data.text.pack``): transformers then separates the texts. Logits
@@ -100,10 +100,7 @@ class LanguageModeling(Task):
             return [Rows(z, t, target, weight, **fields)]
         if teacher is None:
             return [Rows(z, z.detach(), target, weight, **fields)]
-        if isinstance(teacher, Hidden | PrecomputedLogits):
-            t = teacher.gather_positions(index, shape)
-        else:
-            t = _logits(teacher, "teacher", shape).flatten(0, 1).index_select(0, index)
+        t = _teacher_logits(teacher, index, shape)
         columns = min(z.shape[1], t.shape[1])
         return [Rows(z[:, :columns], t[:, :columns], target, weight, **fields)]
 
@@ -116,6 +113,13 @@ class LanguageModeling(Task):
         mask = torch.zeros(shape, dtype=torch.bool, device=index.device).flatten()
         return mask.index_fill(0, index if weight is None else index[:0], True).view(shape)
 
+    def scored_rows(self, student: Any, teacher: Any, batch: Any) -> tuple[Rows, Tensor | None]:
+        if not isinstance(teacher, Sparse):
+            return super().scored_rows(student, teacher, batch)
+        # the student is scored on its whole vocabulary, not on the teacher's most likely tokens
+        teacher_top = teacher.gather_positions(self._positions(batch)[0], self._shape(batch)).ids[:, 0]
+        return self.rows(student, None, batch)[-1], teacher_top
+
     @torch.no_grad()
     def score(
         self, student: nn.Module, batches: Iterable[Any], *, teacher: TeacherForward | None = None
@@ -125,7 +129,7 @@ class LanguageModeling(Task):
         The scores of ``scorer`` on generated texts are added.
 
         Raises:
-            ValueError: if no token has a label.
+            NothingToScoreError: if no token has a label.
         """
         for model in (student, getattr(teacher, "model", None)):
             if isinstance(model, nn.Module):
@@ -149,13 +153,27 @@ class LanguageModeling(Task):
                 sums["agreement"] += float((z.argmax(-1) == likeliest).sum())
                 count += len(y)
         if not count:
-            raise ValueError("there is nothing to score: no token has a label. Is the split empty?")
+            raise NothingToScoreError("there is nothing to score: no token has a label. Is the split empty?")
         out = {name: value / count for name, value in sums.items() if name != "agreement" or teacher is not None}
         out["perplexity"] = math.exp(min(out["loss"], 700.0))
         return out if self.scorer is None else out | self.scorer(student, batches, vocabulary=self.vocabulary)
 
     def headline(self) -> tuple[str, bool]:
         return "loss", False
+
+    def probability_cut(self, student: Any, teacher: Any, batch: Any) -> float | None:
+        index, _, weight = self._positions(batch)
+        shape = self._shape(batch)
+        columns = _logits(student, "student", shape)[..., : self.vocabulary].shape[-1]
+        if isinstance(teacher, Sparse) or weight is not None or not len(index):  # no row
+            return None
+        logits = _teacher_logits(teacher, index, shape)
+        if logits.shape[1] <= columns:
+            return None
+        cut = 0.0
+        for z in map(upcast_to_float32, logits.split(256)):
+            cut += float((z[:, columns:].logsumexp(-1) - z.logsumexp(-1)).exp().sum())
+        return cut / len(index)
 
     def _shape(self, batch: Any) -> tuple[int, int]:
         """Return (B, L) of the models' logits."""
@@ -178,7 +196,7 @@ def prediction_mask(batch: Mapping[str, Any]) -> Tensor:
     _check(batch)
     learn = batch.get("learn")
     if learn is None:
-        learn = _labels(batch) != IGNORE_INDEX
+        learn = is_labeled(_labels(batch))
     keep = learn[:, 1:] != 0
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if mask is not None:
@@ -240,6 +258,13 @@ def _check(batch: Any) -> None:
                 f"LanguageModeling needs {name} of the shape of input_ids, {tuple(ids.shape)}; got "
                 f"{tuple(value.shape)}. The labels are not shifted: the task shifts them."
             )
+
+
+def _teacher_logits(output: Any, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the teacher's logits at these of the B * L positions, (N, V)."""
+    if isinstance(output, Hidden | PrecomputedLogits):
+        return output.gather_positions(index, shape)
+    return _logits(output, "teacher", shape).flatten(0, 1).index_select(0, index)
 
 
 def _logits(output: Any, side: str, shape: tuple[int, ...]) -> Tensor:
