@@ -192,7 +192,7 @@ def tempered(logits: Float[Tensor, "N C"], T: Float[Tensor, "#N 1"]) -> Float[Te
     z = upcast_to_float32(logits)
     if not T.requires_grad:
         return z / T
-    is_masked = torch.isneginf(z)
+    is_masked = torch.isneginf(z.detach() / T.detach())  # a finite mask too, if the quotient overflows
     return (z.masked_fill(is_masked, 0.0) / T).masked_fill(is_masked, -torch.inf)
 
 
@@ -211,9 +211,10 @@ def masked(logits: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
 
 def divergence(logp: Float[Tensor, "N C"], logq: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
     """KL(p || q) of two log-probabilities, (N,), in nats; negative rounding errors are clamped, gradients kept."""
-    is_masked = torch.isneginf(logp)
+    p = logp.exp()
+    is_masked = p == 0  # minus infinity, or a finite mask that is far below
     ratio = logp.masked_fill(is_masked, 0.0) - logq.masked_fill(is_masked, 0.0)
-    value = (logp.exp() * ratio).sum(-1)
+    value = (p * ratio).sum(-1)
     return value - value.detach().clamp_max(0.0)
 
 

@@ -6,10 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-IGNORE_INDEX = -100  # torch's ignore_index; rows with any negative target have no label
+IGNORE_INDEX = -100  # torch's ignore_index
+UNLABELED = (IGNORE_INDEX, -1)  # targets of rows without a label
 PER_ROW = ("target", "weight", "ids", "positions", "privacy_score", "task_loss")  # optional fields (N,) of Rows
 
 
@@ -23,8 +24,10 @@ class Rows:
     Args:
         student: (N, C) logits, with gradient.
         teacher: (N, C) logits, without gradient.
-        target: (N,) class indices; a negative index (torch's -100) marks rows without a label. None: no labels.
-        weight: (N,) non-negative weights. None: every row has weight 1.
+        target: (N,) class indices of any integer type, kept as int64; -100 (torch's) and -1 mark rows without a label.
+            Such a row is learned from the teacher alone: its hard terms are 0 and it counts in the mean like any other.
+            None: no labels.
+        weight: (N,) non-negative weights. None: every row has weight 1. 0 leaves a row out of all terms and the mean.
         features: name -> (student features, teacher features), for methods that match features.
         name: name of this block of rows in records and error messages.
         ids: (N,) index in the data set of each row's sample, for methods that keep state per sample.
@@ -34,9 +37,11 @@ class Rows:
             entropy of the target, such as detection. Hard terms then use this loss.
 
     Raises:
-        ValueError: for shapes that do not match, a teacher that requires grad, a target that is not integer, or
-            (checked on the CPU only) weights that are negative or not finite, or a privacy score outside [0, 1] on a
-            row of positive weight.
+        TypeError: for a field that is not a tensor, such as a list or a numpy array.
+        ValueError: for shapes that do not match, logits that are sparse, on the meta device or of 8 bits, a teacher
+            that requires grad, a target that is not integer, or (checked on the CPU only) weights that are negative or
+            not finite, a target below 0 other than -100 and -1, or a privacy score outside [0, 1] on a row of positive
+            weight.
     """
 
     student: Float[Tensor, "N C"]
@@ -52,6 +57,10 @@ class Rows:
 
     def __post_init__(self) -> None:
         s, t = self.student, self.teacher
+        if not all(isinstance(value, Tensor) for label in FIELDS if (value := getattr(self, label)) is not None):
+            raise _not_a_tensor(self)
+        if any(z.layout != torch.strided or z.device.type == "meta" or z.element_size() < 2 for z in (s, t)):
+            raise _not_computable(self)
         if s.ndim != 2 or s.shape != t.shape:
             raise ValueError(
                 f"Rows(name={self.name!r}) needs student and teacher of one shape (N, C); got {tuple(s.shape)} and "
@@ -64,10 +73,7 @@ class Rows:
                 "it in teachers.Live(model), or .detach() its output."
             )
         if not s.is_floating_point() or not t.is_floating_point():
-            raise ValueError(
-                f"Rows(name={self.name!r}) needs floating point logits; got student {s.dtype} and teacher {t.dtype}. "
-                "Stored as integers? Convert with .float() first."
-            )
+            raise _not_computable(self)
         for label in PER_ROW:
             value = getattr(self, label)
             if value is not None and value.shape != s.shape[:1]:
@@ -93,6 +99,9 @@ class Rows:
                 f"Rows(name={self.name!r}) needs class indices as target, an integer tensor; got {self.target.dtype}. "
                 "One-hot or soft labels? Pass labels.argmax(-1), or let a teacher return the soft labels."
             )
+        y = self.target
+        if y is not None and (y.dtype != torch.int64 or (y.device.type == "cpu" and len(y) and int(y.min()) < 0)):
+            object.__setattr__(self, "target", class_indices(y, f"Rows(name={self.name!r})"))
 
     def __len__(self) -> int:
         return self.student.shape[0]
@@ -116,11 +125,63 @@ class Rows:
         of_features, per = index, rows_per_sample(self)
         if per > 1 and isinstance(index, slice):
             of_features = slice(*(None if i is None else i // per for i in (index.start, index.stop)))
-        tensors = {name: getattr(self, name) for name in ("student", "teacher", *PER_ROW)}
+        tensors = {name: getattr(self, name) for name in FIELDS}
         return self.replace(
             features={name: (s[of_features], t[of_features]) for name, (s, t) in self.features.items()},
             **{name: x[index] for name, x in tensors.items() if x is not None},
         )
+
+
+FIELDS = ("student", "teacher", *PER_ROW)
+
+
+def _not_a_tensor(rows: Rows) -> TypeError:
+    wrong = {name: type(x) for name in FIELDS if (x := getattr(rows, name)) is not None and not isinstance(x, Tensor)}
+    label, kind = next(iter(wrong.items()))
+    how = "torch.from_numpy(x)" if kind.__module__ == "numpy" else "torch.tensor(x)"
+    return TypeError(f"Rows(name={rows.name!r}) needs a tensor as {label}; got {kind.__name__}. Write {how}.")
+
+
+def _not_computable(rows: Rows) -> ValueError:
+    """Return the error for logits that are sparse, without values, or of 8 bits."""
+    for label, z in (("student", rows.student), ("teacher", rows.teacher)):
+        if z.layout != torch.strided:
+            wrong = f"dense logits; got the {label}'s as {z.layout}. Write logits.to_dense()"
+        elif z.device.type == "meta":
+            wrong = f"logits with values; got the {label}'s on the meta device. Load its weights on a device first"
+        elif z.element_size() < 2 and z.is_floating_point():
+            wrong = f"logits of 16 bits or more; got the {label}'s in {z.dtype}. Write logits.float()"
+        else:
+            continue
+        return ValueError(f"Rows(name={rows.name!r}) needs {wrong}.")
+    return ValueError(
+        f"Rows(name={rows.name!r}) needs floating point logits; got student {rows.student.dtype} and teacher "
+        f"{rows.teacher.dtype}. Stored as integers? Convert with .float() first."
+    )
+
+
+def is_labeled(target: Int[Tensor, "*N"]) -> Bool[Tensor, "*N"]:
+    """Return which targets are labels: all but -100 and -1."""
+    if not target.dtype.is_signed:
+        return torch.ones_like(target, dtype=torch.bool)
+    return (target != IGNORE_INDEX) & (target != UNLABELED[1])
+
+
+def class_indices(target: Int[Tensor, "*N"], owner: str) -> Int[Tensor, "*N"]:
+    """Return targets of any integer type as int64.
+
+    Raises:
+        ValueError: (checked on the CPU only) for a target below 0 other than -100 and -1; ``owner`` names who asks.
+    """
+    out = target if target.dtype == torch.int64 else target.long()
+    if out.device.type == "cpu" and out.numel() and int(out.min()) < 0:
+        wrong = out[(out < 0) & is_labeled(out)]
+        if len(wrong):
+            raise ValueError(
+                f"{owner} needs class indices from 0 on; got {int(wrong[0])}. Only -100 and -1 mean that there is no "
+                "label: another value is a fault of the data, or of an index that was shifted."
+            )
+    return out
 
 
 def upcast_to_float32(x: Tensor) -> Tensor:

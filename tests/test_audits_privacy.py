@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -15,6 +16,7 @@ from tempering.audits import exposure as canary
 from tempering.audits.membership import confidence, found_at, lira, separation, separations_apart
 from tempering.audits.privacy import Privacy
 from tempering.audits.shadows import fresh, halves, shadow_confidence, train
+from tests.cases import each
 from tests.paths import SHARED, needs_shared
 from tests.test_audits import by_name
 
@@ -131,6 +133,31 @@ def test_lira_beats_the_loss_where_samples_are_not_equally_hard() -> None:
     torch.manual_seed(3)
     untrained = by_name(audit(net(), None, batches(slice(200, 400))))["student", "lira_auc"]
     assert 0.4 < untrained.value < 0.6
+
+
+class Shuffled:
+    """The batches of another order at every pass, as a DataLoader with shuffle=True."""
+
+    def __init__(self, part: slice, dtype: torch.dtype = torch.int64) -> None:
+        x, y, _ = planted()
+        self.x, self.y = x[part], y[part].to(dtype)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.y))
+        return iter(list(zip(self.x[order].split(50), self.y[order].split(50), strict=True)))
+
+
+@each("dtype", [torch.int64, torch.uint8], ids=str)
+def test_a_shuffled_loader_reveals_as_much_as_one_in_order(dtype: torch.dtype) -> None:
+    _, _, student = planted()
+    how = {"shadows": 8, "epochs": 25, "lr": 0.1, "batch": 32}
+    inside, outside = slice(0, 200), slice(200, 400)
+    ordered = by_name(Privacy(batches(inside), **how)(student, None, batches(outside)))
+    shuffled = by_name(Privacy(Shuffled(inside, dtype), **how)(student, None, Shuffled(outside, dtype)))
+    for name in ("loss_auc", "accuracy_gap"):
+        assert shuffled["student", name].value == pytest.approx(ordered["student", name].value)
+    # the halves of the shadows are other samples, so the values are not equal to the last digit
+    assert shuffled["student", "lira_auc"].value == pytest.approx(ordered["student", "lira_auc"].value, abs=0.03)
 
 
 def test_shadows_leave_every_sample_out_by_half_and_are_not_the_student() -> None:

@@ -15,6 +15,7 @@ from tempering.data.coco import GROUND, coco
 from tempering.data.detection import DetectionLoader
 from tempering.data.folders import pixels
 from tempering.data.synthetic_shapes import SHAPES, synthetic_shapes
+from tests.cases import each
 from tests.paths import SHARED, needs_shared
 
 Image = pytest.importorskip("PIL.Image")
@@ -63,6 +64,66 @@ def test_boxes_that_are_none(tmp_path: Path) -> None:
     test = coco(folder(tmp_path, [*lost, box(10, -5, -5, 15, 40)]), size=64).test
     assert test.dropped == {"crowd": 1, "zero size": 1, "outside the image": 2}
     assert test.boxes[0].tolist() == [[0, 16, 16, 48]]
+
+
+@each(
+    "boxes, detected",
+    [
+        ([box(10, 0, 0, 9, 9), box(10, 20, 0, 20, 20, iscrowd=1)], {10: [(0, 0, 9, 9), (21, 1, 9, 9), (30, 10, 8, 8)]}),
+        ([box(11, 2, 2, 8, 8), box(12, 0, 0, 40, 40, iscrowd=1)], {11: [(2, 2, 8, 8)], 12: [(3, 3, 20, 20)]}),
+        (
+            [box(11, -5, -5, 20, 20), box(11, 3, 3, 0, 9), box(12, 60, 5, 9, 9)],
+            {11: [(0, 0, 15, 15)], 12: [(1, 1, 9, 9)]},
+        ),
+        ([box(10, 0, 0, 9, 9, category_id=7), box(12, 5, 5, 30, 30)], {10: [(0, 0, 9, 8)], 12: [(6, 5, 30, 30)]}),
+    ],
+    ids=[
+        "a crowd of the same image",
+        "an image of a crowd",
+        "boxes that leave the image, or are empty",
+        "none of these",
+    ],
+)
+@pytest.mark.parametrize("fit", ["letterbox", "stretch"])
+def test_scores_are_those_of_pycocotools_on_the_file(boxes: Any, detected: Any, fit: Any, tmp_path: Path) -> None:
+    """Detections are given in the pixels of the file, of class 3 with falling scores."""
+    pytest.importorskip("pycocotools")
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    from tempering.tasks.average_precision import average_precision
+    from tempering.tasks.detection import scored_boxes
+
+    # pycocotools takes a match with the annotation 0 for none
+    given = [one | {"id": i, "area": one["bbox"][2] * one["bbox"][3]} for i, one in enumerate(boxes, 1)]
+    root = folder(tmp_path / str(len(list(tmp_path.iterdir()))), given)
+    sizes, found = {10: (40, 20), 11: (20, 20), 12: (40, 40)}, []
+    listed: list[dict[str, Any]] = []
+    for i, (width, height) in sizes.items():
+        scale = 64 / max(width, height)
+        corner = ((64 - scale * width) / 2, (64 - scale * height) / 2) if fit == "letterbox" else (0.0, 0.0)
+        factors = (scale, scale) if fit == "letterbox" else (64 / width, 64 / height)
+        xywh = torch.tensor(detected.get(i, []), dtype=torch.float64).view(-1, 4)
+        xyxy = torch.cat((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), 1)
+        scores = torch.linspace(0.9, 0.6, len(xywh))
+        moved = xyxy * torch.tensor(factors * 2) + torch.tensor(corner * 2)
+        found.append({"boxes": moved.float(), "scores": scores, "labels": torch.zeros(len(xywh), dtype=torch.long)})
+        listed += [
+            {"image_id": i, "category_id": 3, "bbox": b, "score": float(score)}
+            for b, score in zip(xywh.tolist(), scores, strict=True)
+        ]
+    truth = COCO(str(root / "annotations_test.json"))
+    evaluator = COCOeval(truth, truth.loadRes(listed), "bbox")
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summarize()
+    _, _, test = coco(root, size=64, fit=fit)
+    targets = [target for batch in test for target in batch["targets"]]
+    got = average_precision(found, scored_boxes(targets), classes=2)
+    assert got["map"] == pytest.approx(evaluator.stats[0], abs=1e-9)
+    assert got["map50"] == pytest.approx(evaluator.stats[1], abs=1e-9)
+    assert test.subset(3).identity == test.identity
+    assert [t.get("scored") is None for t in targets] == [s is None for s in test._select(torch.arange(3)).scored]
 
 
 def test_gray_images_of_16_bits_and_of_no_range(tmp_path: Path) -> None:

@@ -239,6 +239,31 @@ def test_an_empty_loader_and_one_without_boxes() -> None:
 # whole runs
 
 
+def test_a_split_without_boxes_and_images_of_several_sizes_are_refused_before_training() -> None:
+    images, none = torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8), [torch.zeros(0, 4)] * 4
+    labels = [torch.zeros(0, dtype=torch.long)] * 4
+    how: dict[str, Any] = {"method": Supervised(), "task": Detection(), "epochs": 1, "quiet": True}
+    steps: list[int] = []
+    how["on_step"] = lambda step, loss: steps.append(step)
+    one = [torch.tensor([[4.0, 4.0, 30.0, 30.0]])]
+    train = DetectionLoader(images, one * 4, [torch.zeros(1, dtype=torch.long)] * 4, batch_size=2, class_names="abc")
+    empty = DetectionLoader(images, none, labels, batch_size=2, class_names="abc")
+    crowd = [{"boxes": one[0], "labels": torch.zeros(1, dtype=torch.long), "crowd": torch.tensor([True])}] * 4
+    crowded = DetectionLoader(images, none, labels, batch_size=2, class_names="abc", scored=crowd)
+    for split in (empty, crowded):
+        with pytest.raises(ValueError, match="the validation split: average precision needs boxes, and no image"):
+            distill(net(), None, train, validation=split, **how)
+    batch = next(iter(train))
+    batch["images"] = [batch["images"][0], batch["images"][1, :, :32]]
+    with pytest.raises(ValueError, match=r"images \(B, 3, H, W\) in one tensor.*got list of 2 and 2 targets.*Pad or"):
+        distill(net(), None, [batch], **how)
+    assert not steps
+    later = DetectionLoader(
+        images, none[:3] + one, [*labels[:3], torch.zeros(1, dtype=torch.long)], batch_size=2, class_names="abc"
+    )
+    distill(net(), None, train, validation=later, **how)
+
+
 def test_it_learns(tmp_path: Path) -> None:
     """A fifth of the recipe's run on smaller images: from nothing to a mAP50 that no guess has."""
     torch.manual_seed(0)

@@ -115,4 +115,5 @@ print(*sorted(str(f.relative_to(root)) for f in files if f.is_relative_to(root))
     files = fresh(code, tmp_path / "runs" / "student", cwd=tmp_path).splitlines()
     assert list((tmp_path / "runs" / "teachers").glob("*/student.safetensors")), "the teacher is trained first"
     assert "methods/logits/dtkd.py" in files and "cli/main.py" in files and "recipes/digits.py" in files
-    assert len(files) <= FILES_OF_A_RUN, "\n".join([f"{len(files)} files", *files])
+    most = FILES_OF_A_RUN + 2  # the parts of the self-check, which are imported where it runs
+    assert len(files) <= most, "\n".join([f"{len(files)} files", *files])

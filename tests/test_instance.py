@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path as Folder
 from typing import Any
 
@@ -35,8 +36,10 @@ from tempering.temperature._ppo import (
     redistributed,
     squashed,
 )
+from tempering.temperature.base import AdaptivePolicy, constant
 from tempering.temperature.instance import observed, scale
 from tempering.training.distill import distill
+from tests.cases import each
 from tests.conftest import random_rows
 from tests.paths import SHARED, needs_shared
 
@@ -488,11 +491,42 @@ def test_a_resumed_run_is_the_same_run(form: Any, mix: float, tmp_path: Folder) 
     assert (int(whole.times.sum()) > 0) == (mix > 0)
 
 
-def test_the_student_runs_twice_only_for_a_bandit_in_a_span() -> None:
-    for form, calls in (("ppo", 24), ("published", 24), ("bandit", 24 + 12)):
+def test_the_student_runs_again_only_for_a_bandit_in_a_span() -> None:
+    for form, calls in (("ppo", 24), ("published", 24), ("bandit", 24 + 2 * 12)):
         student = Counted(net(0))
         run(Instance(form=form, **SPANS), student, 4)  # pyright: ignore
         assert student.calls == calls, form
+
+
+class Rewarded(AdaptivePolicy):
+    """Keeps its rewards, and wants one after every step."""
+
+    paper, tau = "none", 4.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rewards: list[torch.Tensor] = []
+
+    def forward(self, rows: Rows, progress: float) -> Temperatures:
+        return Temperatures(constant(4.0, rows.student), constant(4.0, rows.student))
+
+    def update(self, reward: torch.Tensor | None) -> None:
+        assert reward is not None
+        self.rewards.append(reward)
+
+
+@each("part", [nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Identity()], ids=lambda m: type(m).__name__)
+def test_the_reward_is_the_effect_of_the_step_alone(part: nn.Module) -> None:
+    x = torch.randn(64, 6)
+    batches = [(x[i : i + 16], x[i : i + 16, :4].argmax(1)) for i in range(0, 64, 16)]
+    batches[0][1][:3] = torch.tensor([-100, -1, 2])
+    for lr in (0.0, 0.1):
+        student, policy = nn.Sequential(nn.Linear(6, 16), copy.deepcopy(part), nn.Linear(16, 4)), Rewarded()
+        optimizer = partial(torch.optim.SGD, lr=lr)
+        how = {"method": KD(temperature=policy), "optimizer": optimizer, "epochs": 1, "selfcheck": False, "quiet": True}
+        distill(student, nn.Linear(6, 4), batches, **how)  # pyright: ignore[reportArgumentType]
+        told = torch.stack(policy.rewards)
+        assert bool((told == 0).all()) == (lr == 0.0) and not told[0, :2].any()
 
 
 def test_the_self_check_passes_and_the_report_shows_mean_temperatures(tmp_path: Folder) -> None:

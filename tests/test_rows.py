@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tempering
-from tempering.rows import IGNORE_INDEX, Rows, expand_to_rows, total, upcast_to_float32
+from tempering.methods import KD
+from tempering.rows import IGNORE_INDEX, Rows, expand_to_rows, is_labeled, total, upcast_to_float32
+from tests.cases import each
 from tests.conftest import random_rows
 
 Z = torch.zeros(4, 3)
@@ -58,9 +61,46 @@ def test_what_rows_refuse(arguments: dict, error: str) -> None:
     assert caught.match(error)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
-def test_any_integer_is_a_target(dtype: torch.dtype) -> None:
-    assert len(Rows(Z, Z, torch.zeros(4, dtype=dtype))) == 4
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+def test_any_integer_is_a_target_and_kept_as_int64(dtype: torch.dtype) -> None:
+    target = torch.tensor([0, 1, 2, 2], dtype=dtype)
+    rows = Rows(Z, Z, target)
+    assert rows.target is not None and rows.target.dtype == torch.int64 and rows.target.tolist() == [0, 1, 2, 2]
+    assert is_labeled(torch.tensor([156, 255], dtype=torch.uint8)).all()  # -100 and -1 in 8 bits
+
+
+@each(
+    "field, value, error",
+    [
+        ("student", [[0.0] * 3] * 4, r"a tensor as student; got list. Write torch.tensor\(x\)"),
+        ("teacher", np.zeros((4, 3), np.float32), r"a tensor as teacher; got ndarray. Write torch.from_numpy\(x\)"),
+        ("target", [0, 1, 2, 0], "a tensor as target; got list"),
+        ("weight", np.ones(4), "a tensor as weight; got ndarray"),
+        ("teacher", torch.zeros(4, 3, device="meta"), "the teacher's on the meta device"),
+        ("student", torch.zeros(4, 3).to(torch.float8_e4m3fn), r"16 bits or more; .*Write logits.float\(\)"),
+        ("teacher", torch.zeros(4, 3).to_sparse(), r"the teacher's as torch.sparse_coo. Write logits.to_dense\(\)"),
+        ("target", torch.tensor([0, -100, -1, -2]), "class indices from 0 on; got -2. Only -100 and -1 mean"),
+        ("target", torch.tensor([0, -128, 1, 2], dtype=torch.int8), "class indices from 0 on; got -128"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else value[:24],
+)
+def test_what_is_no_tensor_of_numbers_is_refused_by_name(field: str, value: object, error: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"Rows\(name='logits'\)") as caught:
+        Rows(**({"student": Z, "teacher": Z} | {field: value}))  # pyright: ignore[reportArgumentType]
+    assert caught.match(error)
+
+
+def test_a_row_without_a_label_is_learned_from_the_teacher_and_counts_unless_its_weight_is_0() -> None:
+    torch.manual_seed(0)
+    student, teacher, weight = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    for unlabeled in (-100, -1):
+        rows = Rows(student, teacher, torch.tensor([0, 1, 2, unlabeled]))
+        terms = KD()(rows)
+        assert float(terms["hard"][3]) == 0.0 and float(terms["soft"][3]) > 0.0
+        assert float(total(terms, rows)) == pytest.approx(float(sum(term.sum() for term in terms.values())) / 4)
+        left_out = rows.replace(weight=weight)
+        want = total(KD()(rows.select(slice(3))), rows.select(slice(3)))
+        torch.testing.assert_close(total(KD()(left_out), left_out), want)
 
 
 def test_mass_counts_in_float32_at_least() -> None:

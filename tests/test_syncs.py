@@ -22,7 +22,16 @@ from tempering.temperature import Cosine, Curriculum, Sharpness, Standardized
 
 PACKAGE = Path(tempering.__file__).parent
 # who looks at numbers on a CPU alone, where a look costs nothing (Curriculum also once in a while on a device)
-CPU_ONLY = {"_log", "_exact", "_warn_once", "_count_at_bound", "__post_init__", "require_labels"}
+CPU_ONLY = {
+    "_log",
+    "_exact",
+    "_warn_once",
+    "_count_at_bound",
+    "__post_init__",
+    "require_labels",
+    "mask_constants",
+    "with_reference",
+}
 METHODS = {
     "supervised": Supervised,
     "kd": KD,

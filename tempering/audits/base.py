@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tempering.data.batches import labeled_batch
-from tempering.rows import upcast_to_float32
+from tempering.rows import class_indices, upcast_to_float32
 from tempering.utils.state import restored
 
 Answer = Callable[[Tensor], Tensor]  # inputs (N, ...) to logits (N, C), in float32 at least
@@ -153,6 +153,7 @@ def identified(batches: Iterable[Any], samples: int | None = None) -> Iterator[t
         if not isinstance(ids_of_batch, Tensor) or ids_of_batch.shape != y.shape or ids_of_batch.is_floating_point():
             ids_of_batch = torch.arange(offset, offset + len(y), device=y.device)
         offset += len(y)
+        y = class_indices(y, "an audit")
         labeled_rows = y >= 0
         x, y, ids = (part[labeled_rows] for part in (x, y, ids_of_batch))
         if samples is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempering.audits.base import Audit, Finding, check_positive, collect_logits, data
+from tempering.audits.base import Audit, Finding, check_positive, collect_logits, data, labeled
 from tempering.audits.intervals import Z, share
 from tempering.audits.membership import Separation, confidence, found_at, lira, separation, separations_apart
 from tempering.audits.shadows import shadow_confidence
@@ -56,8 +56,11 @@ class Privacy(Audit):
         self.rate, self.samples, self.seed = rate, samples, seed
 
     def examine(self, models: Mapping[str, nn.Module], batches: Iterable[Any]) -> list[Finding]:
-        inside, y_inside = collect_logits(models, self.members, self.samples)
-        outside, y_outside = collect_logits(models, batches, self.samples)
+        members, others = self.members, batches
+        if self.shadows:  # one pass over each, since another would have another order or augmentation
+            members, others = (list(labeled(part, self.samples)) for part in (members, others))
+        inside, y_inside = collect_logits(models, members, self.samples)
+        outside, y_outside = collect_logits(models, others, self.samples)
         results, scores = [], {}
         for side in models:
             member_scores, other_scores = confidence(inside[side], y_inside), confidence(outside[side], y_outside)
@@ -72,11 +75,14 @@ class Privacy(Audit):
             )
             results.append(_finding("loss_auc_gap", "both", gap, meaning, len(y_inside) + len(y_outside)))
         if self.shadows:
-            results += self._lira(models["student"], batches, scores["student"])
+            results += self._lira(models["student"], (members, others), scores["student"])
         return results
 
-    def _lira(self, student: nn.Module, batches: Iterable[Any], scores: tuple[Tensor, Tensor]) -> list[Finding]:
-        parts = [data(self.members, self.samples), data(batches, self.samples)]
+    def _lira(
+        self, student: nn.Module, batches: tuple[Iterable[Any], Iterable[Any]], scores: tuple[Tensor, Tensor]
+    ) -> list[Finding]:
+        """Return LiRA's findings; ``scores`` are those of the samples of ``batches``, members and others, in order."""
+        parts = [data(part, self.samples) for part in batches]
         x, y = (torch.cat([part[i] for part in parts]) for i in (0, 1))
         options = {"epochs": self.epochs, "lr": self.lr, "batch": self.batch, "seed": self.seed}
         shadow_scores, out = shadow_confidence(student, x, y, count=self.shadows, **options)

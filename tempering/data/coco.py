@@ -51,7 +51,8 @@ def coco(
     Also supported: annotations/instances_SPLIT2017.json with SPLIT2017/ or images/SPLIT2017/, and
     SPLIT/_annotations.coco.json. SPLIT is train, val (valid, validation) or test; if there are only train and one other
     split, the other one is the test split. Classes are the categories, ordered by id. Crowds, boxes of zero size and
-    boxes outside their image are dropped and counted in ``dropped``; boxes are clipped to their image. Grayscale,
+    boxes outside their image are not trained on and counted in ``dropped``; boxes are clipped to their image. Scores
+    are those of pycocotools on the file: with its boxes as they are, and detections in a crowd not counted. Grayscale,
     16-bit and palette images are converted to 8-bit RGB.
 
     Args:
@@ -141,6 +142,7 @@ def _load(file: _Split, ids: list[int], size: int, fit: Fit, settings: dict[str,
         raise ValueError(f"{file.path} lists two images with the same id.")
     boxes: list[list[list[float]]] = [[] for _ in entries]
     labels: list[list[int]] = [[] for _ in entries]
+    crowds: list[list[bool]] = [[] for _ in entries]
     dropped = {"crowd": 0}
     for annotation in file.content["annotations"]:
         if annotation.get("image_id") not in index or annotation.get("category_id") not in label:
@@ -148,11 +150,11 @@ def _load(file: _Split, ids: list[int], size: int, fit: Fit, settings: dict[str,
                 f"{file.path}: the annotation {annotation.get('id')} is of image {annotation.get('image_id')} and "
                 f"category {annotation.get('category_id')}, and one of them is not in the file."
             )
-        if annotation.get("iscrowd"):
-            dropped["crowd"] += 1
-            continue
-        boxes[index[annotation["image_id"]]].append(_corners(annotation, file.path))
-        labels[index[annotation["image_id"]]].append(label[annotation["category_id"]])
+        i = index[annotation["image_id"]]
+        boxes[i].append(_corners(annotation, file.path))
+        labels[i].append(label[annotation["category_id"]])
+        crowds[i].append(bool(annotation.get("iscrowd")))
+        dropped["crowd"] += crowds[i][-1]
     images = np.empty((len(entries), 3, size, size), np.uint8)
     transforms = torch.zeros(len(entries), 4)  # x and y scale, x and y offset
 
@@ -161,18 +163,37 @@ def _load(file: _Split, ids: list[int], size: int, fit: Fit, settings: dict[str,
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(fill, range(len(entries))))
-    resized_boxes = []
-    for image_boxes, entry, (scale, offset) in zip(boxes, entries, transforms.unflatten(1, (2, 2)), strict=True):
-        clipped = _clip(torch.tensor(image_boxes, dtype=torch.float64).view(-1, 4), entry)
-        resized_boxes.append((clipped * scale.double().repeat(2) + offset.double().repeat(2)).float())
+    targets = [
+        _target(
+            torch.tensor(image_boxes, dtype=torch.float64).view(-1, 4), image_labels, image_crowds, entry, transform
+        )
+        for image_boxes, image_labels, image_crowds, entry, transform in zip(
+            boxes, labels, crowds, entries, transforms.double(), strict=True
+        )
+    ]
     return DetectionLoader(
         torch.from_numpy(images),
-        resized_boxes,
-        [torch.tensor(image_labels, dtype=torch.int64) for image_labels in labels],
+        [target["boxes"] for target in targets],
+        [target["labels"] for target in targets],
         scales=transforms[:, :2].prod(1).sqrt(),
         dropped={reason: count for reason, count in dropped.items() if count},
+        scored=[target["scored"] for target in targets],
         **settings,
     )
+
+
+def _target(
+    boxes: Tensor, labels: list[int], crowds: list[bool], entry: Mapping[str, Any], transform: Tensor
+) -> dict[str, Any]:
+    """Return the boxes to train on, clipped and without crowds, their labels, and "scored" if it differs from them."""
+    scale, offset = transform.unflatten(0, (2, 2)).repeat(1, 2)
+    target, crowd = torch.tensor(labels, dtype=torch.int64), torch.tensor(crowds, dtype=torch.bool)
+    clipped = (_clip(boxes, entry) * scale + offset).float()
+    whole = (boxes * scale + offset).float()
+    empty = (whole[:, 2:] <= whole[:, :2]).any(1)
+    differs = bool(crowd.any() or empty.any() or not torch.equal(clipped, whole))
+    scored = {"boxes": whole, "labels": target, "crowd": crowd} if differs else None
+    return {"boxes": clipped[~crowd], "labels": target[~crowd], "scored": scored}
 
 
 def _corners(annotation: Mapping[str, Any], path: Path) -> list[float]:

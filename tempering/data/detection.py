@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tempering.data.batches import epoch_order, random_bits
 from tempering.data.sharded import ShardedLoader
+from tempering.utils.tensors import to_device
 
 Target = dict[str, Any]
 # (image (3, H, W) uint8, target, generator, progress in [0, 1)) -> augmented image of the same size, augmented target
@@ -42,6 +43,9 @@ class DetectionLoader(ShardedLoader):
         seed: of order and augmentation.
         name: of the data set, for records.
         dropped: reason -> number of boxes already dropped.
+        scored: per image None, or what scores compare detections with in place of its boxes: {"boxes" (K, 4), "labels"
+            (K,), "crowd" (K,) bool}, as boxes that leave their image, and crowds, in which detections are not counted.
+            A target of a batch that is not augmented has it as "scored".
 
     Raises:
         ValueError: for an invalid argument, stating what is accepted.
@@ -63,6 +67,7 @@ class DetectionLoader(ShardedLoader):
         seed: int = 0,
         name: str = "data",
         dropped: Mapping[str, int] | None = None,
+        scored: Sequence[Mapping[str, Tensor] | None] | None = None,
     ) -> None:
         self.images, self.batch_size, self.class_names = images, batch_size, tuple(class_names)
         self.shuffle, self.flip, self.augment, self.epochs = shuffle, flip, tuple(augment), epochs
@@ -71,6 +76,7 @@ class DetectionLoader(ShardedLoader):
         self.epoch, self.rank, self.world = 0, 0, 1
         self._hash_cache: dict[str, str] = {}
         self.boxes, self.labels = list(boxes), list(labels)
+        self.scored = [None] * len(images) if scored is None else list(scored)
         self._validate()
         for i, (image_boxes, image_labels) in enumerate(zip(self.boxes, self.labels, strict=True)):
             self.boxes[i], self.labels[i], removed = inside(image_boxes.float(), image_labels, self.shape)
@@ -85,6 +91,7 @@ class DetectionLoader(ShardedLoader):
                 "Grayscale images: images.expand(-1, 3, -1, -1)."
             )
         counts = {"boxes": len(self.boxes), "labels": len(self.labels), "scales": len(self.scales)}
+        counts["scored"] = len(self.scored)
         if set(counts.values()) != {len(images)}:
             raise ValueError(
                 f"DetectionLoader needs boxes, labels and a scale for each of {len(images)} images; got {counts}."
@@ -149,7 +156,8 @@ class DetectionLoader(ShardedLoader):
         """SHA-256 of images, boxes, labels and class names, in hexadecimal."""
         if "identity" not in self._hash_cache:
             digest = hashlib.sha256(json.dumps([list(self.images.shape), self.class_names]).encode())
-            for part in (self.images, *self.boxes, *self.labels):
+            scored = [x for one in self.scored if one is not None for x in one.values()]
+            for part in (self.images, *self.boxes, *self.labels, *scored):
                 digest.update(json.dumps(list(part.shape)).encode())
                 digest.update(part.cpu().contiguous().numpy().data)
             self._hash_cache["identity"] = digest.hexdigest()
@@ -184,7 +192,10 @@ class DetectionLoader(ShardedLoader):
         device = self.images.device
         pixels = self.images.index_select(0, index.to(device))
         targets: list[Target] = [{"boxes": self.boxes[i], "labels": self.labels[i]} for i in index.tolist()]
-        if bits is not None:
+        if bits is None:
+            for i, target in zip(index.tolist(), targets, strict=True):
+                target |= {} if self.scored[i] is None else {"scored": self.scored[i]}
+        else:
             flips = bits < 0 if self.flip else torch.zeros_like(bits, dtype=torch.bool)
             for i, seed in enumerate(bits.tolist()) if self.augment else ():
                 pixels[i], targets[i] = self._augment_image(pixels[i], targets[i], int(index[i]), seed, epoch)
@@ -232,7 +243,8 @@ class DetectionLoader(ShardedLoader):
     def to(self, device: torch.device | str) -> DetectionLoader:
         """Return a loader of the same data on ``device``; augmentations of single images run there too."""
         boxes, labels = ([x.to(device) for x in parts] for parts in (self.boxes, self.labels))
-        return self._replace(images=self.images.to(device), boxes=boxes, labels=labels)
+        scored = to_device(self.scored, device)
+        return self._replace(images=self.images.to(device), boxes=boxes, labels=labels, scored=scored)
 
     def subset(self, n: int) -> DetectionLoader:
         """Return a loader of the first ``n`` images of a fixed random order, in their stored order."""
@@ -249,10 +261,9 @@ class DetectionLoader(ShardedLoader):
 
     def _select(self, index: Tensor) -> DetectionLoader:
         kept = np.sort(index.numpy()).tolist()
-        boxes, labels = ([parts[i] for i in kept] for parts in (self.boxes, self.labels))
-        return self._replace(
-            images=self.images[kept], boxes=boxes, labels=labels, scales=self.scales[kept], dropped={}, _hash_cache={}
-        )
+        boxes, labels, scored = ([parts[i] for i in kept] for parts in (self.boxes, self.labels, self.scored))
+        parts = {"boxes": boxes, "labels": labels, "scored": scored, "scales": self.scales[kept]}
+        return self._replace(images=self.images[kept], **parts, dropped={}, _hash_cache={})
 
 
 def inside(boxes: Tensor, labels: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, dict[str, int]]:

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from tempering.rows import IGNORE_INDEX, Rows
+from tempering.rows import Rows, is_labeled
 from tempering.tasks.base import Task, TeacherForward
 from tempering.tasks.language_modeling import LanguageModeling, text_model_kind
 from tempering.tasks.row_scores import score_rows
@@ -106,7 +106,7 @@ class Labeled(Task):
                 f"out; got {got}. Collate with labels, such as DataCollatorForTokenClassification."
             )
         labels = labels.flatten()
-        index, weight = (labels != IGNORE_INDEX).nonzero().flatten(), None
+        index, weight = is_labeled(labels).nonzero().flatten(), None
         if not len(index):  # one row of weight 0 connects the loss to the graph
             index, weight = index.new_zeros(min(1, len(labels))), logits.new_zeros(min(1, len(labels)))
         student, teacher = (z.flatten(0, 1).index_select(0, index) for z in (logits, teacher_logits))
@@ -118,7 +118,7 @@ class Labeled(Task):
         labels = batch.get("labels")
         if labels is None or labels.ndim < 2:
             return {"logits": float(len(next(iter(batch.values())) if labels is None else labels))}
-        return {"logits": labels.ne(IGNORE_INDEX).sum()}
+        return {"logits": is_labeled(labels).sum()}
 
     def score(
         self, student: nn.Module, batches: Iterable[Any], *, teacher: TeacherForward | None = None

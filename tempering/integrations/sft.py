@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tempering.integrations.common import Forward
-from tempering.rows import upcast_to_float32
+from tempering.rows import is_labeled, upcast_to_float32
 
 CHUNK = 1024  # rows whose log-probabilities are in memory at once
 
@@ -24,7 +24,7 @@ def record_sft_metrics(trainer: Any, inputs: Any, out: Forward, *, training: boo
         return
     mode, reduce = "train" if training else "eval", trainer.accelerator.reduce
     rows = trainer.task.scored_rows(out.student, None, inputs)[0]
-    kept = (rows.target >= 0).nonzero().flatten()
+    kept = is_labeled(rows.target).nonzero().flatten()
     parts = [(z, y) for i in kept.split(CHUNK) for z, y in [(upcast_to_float32(rows.student[i]), rows.target[i])]]
     entropy = torch.stack([_entropy(z) for z, _ in parts]).sum() if parts else rows.student.new_zeros(())
     hits = sum((z.argmax(-1) == y).sum() for z, y in parts)

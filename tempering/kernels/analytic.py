@@ -42,7 +42,7 @@ def divergence_and_slope(u: Tensor, v: Tensor, T_t: Tensor, T_s: Tensor, scale: 
     (et, mt, lt), (es, ms, ls) = _exponents(u / T_t), _exponents(v / T_s)
     p, q = et / mt, es / ms
     logp, logq = lt - mt.log(), ls - ms.log()
-    is_masked = torch.isneginf(logp)
+    is_masked = p == 0
     value = torch.where(is_masked, 0.0, p * (logp - logq)).sum(-1)
     # rows with all classes masked have no gradient, as in objectives.masked
     empty = torch.isneginf(v.amax(-1, keepdim=True))

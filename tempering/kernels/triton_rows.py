@@ -58,7 +58,7 @@ def _kl_rows(u, v, T_t, T_s, scale, value, slope, n, BLOCK: tl.constexpr):
         logp = tl.where(inside, tl.where(empty_t, 0.0, zt), -float("inf")) - lse_t
         logq = tl.where(inside, tl.where(empty_s, 0.0, zs), -float("inf")) - lse_s
         p = tl.exp(logp)
-        masked = logp == -float("inf")
+        masked = p == 0.0
         total += tl.sum(tl.where(masked, 0.0, p * (tl.where(masked, 0.0, logp) - tl.where(masked, 0.0, logq))), 0)
         tl.store(slope + at, tl.where(empty_s, 0.0, (tl.exp(logq) - p) * (factor / by_s)), mask=inside)
     tl.store(value + row, factor * tl.where(total < 0.0, 0.0, total))
@@ -104,12 +104,15 @@ def _spread(row, n, eps, BLOCK: tl.constexpr):
     mean = total / count
     largest = tl.maximum(tl.abs(top), tl.abs(bottom))
     flat = tl.where(top - bottom > 4.0 * eps * largest, 0, 1)
+    # 2^-60 for logits above 2^60, whose square is not finite
+    unit = tl.where(largest > 1152921504606846976.0, 8.673617379884035e-19, 1.0)
     square = 0.0
     for start in range(0, n, BLOCK):
         at = start + tl.arange(0, BLOCK)
         z = tl.load(row + at, mask=at < n, other=-float("inf")).to(tl.float32)
-        square += tl.sum(tl.where(z != -float("inf"), (z - mean) * (z - mean), 0.0), 0)
-    return mean, top - mean, tl.sqrt(tl.maximum(square / count, 1.1754944e-38)), flat
+        off = (z - mean) * unit
+        square += tl.sum(tl.where(z != -float("inf"), off * off, 0.0), 0)
+    return mean, top - mean, tl.sqrt(tl.maximum(square / count, 1.1754944e-38)) / unit, flat
 
 
 @triton.jit

@@ -16,6 +16,8 @@ DISPLAY_NAMES = {MATCHED: "KD, equal weights"}  # labels in records are keys; th
 FRACTIONS = ("accuracy", "top5", "agreement", "ece", "fgsm", "pgd", "map", "map50", "map75")  # shown in percent
 LOWER = ("loss", "ece", "perplexity", "nll")  # better when lower
 NOT_RUN = "not run"
+# settings in which the runs of a table may differ
+NO_DIFFERENCE = ("seed", "out", "quiet", "resume", "log_every", "keep", "checkpoint_every", "selfcheck", "skip_checks")
 
 
 @dataclass(frozen=True)
@@ -347,7 +349,7 @@ def _fairness(runs: Sequence[RunRecord]) -> list[str]:
         for package, version in run.of("versions").items():
             add(f"{package} version", version)
         for name, value in run.of("settings").items():
-            if name not in ("seed", "out", "quiet", "resume", "log_every", "keep", "checkpoint_every", "selfcheck"):
+            if name not in NO_DIFFERENCE:
                 add(name, value)
     differing = [name for name, values in sorted(values_by_name.items()) if len(values) > 1]
     sentences = []

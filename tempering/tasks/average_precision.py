@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from tempering.tasks.base import NothingToScoreError
+
 
 def average_precision(
     found: Sequence[Mapping[str, Tensor]], truth: Sequence[Mapping[str, Tensor]], classes: int
@@ -18,20 +20,22 @@ def average_precision(
 
     Args:
         found: per image boxes (D, 4) as xyxy, scores (D,) and labels (D,); the 100 best are evaluated.
-        truth: per image boxes (M, 4) and labels (M,).
+        truth: per image boxes (M, 4) and labels (M,), and optionally "crowd" (M,): whether a box is a crowd.
         classes: number of classes.
 
     Raises:
         ImportError: without pycocotools.
-        ValueError: if no image has a box.
+        NothingToScoreError: if no image has a box that is not a crowd.
     """
     try:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError as error:
         raise ImportError("mAP is computed by pycocotools: pip install 'tempering[detection]'") from error
-    if not any(len(t["labels"]) for t in truth):
-        raise ValueError("average precision needs boxes, and no image of this split has one. Is it the right file?")
+    if not any(len(t["labels"]) > int(t["crowd"].sum() if "crowd" in t else 0) for t in truth):
+        raise NothingToScoreError(
+            "average precision needs boxes, and no image of this split has one. Is it the right file?"
+        )
     head = {
         "info": {},
         "images": [{"id": i} for i in range(len(truth))],
@@ -66,9 +70,12 @@ def average_precision(
 def _annotations(images: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     for i, image in enumerate(images):
-        scores = image["scores"].tolist() if "scores" in image else [1.0] * len(image["labels"])
-        for box, label, score in zip(image["boxes"].double().tolist(), image["labels"].tolist(), scores, strict=True):
+        count = len(image["labels"])
+        scores = image["scores"].tolist() if "scores" in image else [1.0] * count
+        crowds = image["crowd"].int().tolist() if "crowd" in image else [0] * count
+        boxes, labels = image["boxes"].double().tolist(), image["labels"].tolist()
+        for box, label, score, crowd in zip(boxes, labels, scores, crowds, strict=True):
             width, height = box[2] - box[0], box[3] - box[1]
-            fields = {"bbox": [box[0], box[1], width, height], "area": width * height, "iscrowd": 0, "score": score}
+            fields = {"bbox": [box[0], box[1], width, height], "area": width * height, "iscrowd": crowd, "score": score}
             out.append({"id": len(out) + 1, "image_id": i, "category_id": label, **fields})
     return out

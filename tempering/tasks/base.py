@@ -17,6 +17,10 @@ TeacherForward = Callable[[Any, Tensor | None], Any]  # (inputs, sample ids) -> 
 PolicyForward = Callable[[Rows], Any]  # rows -> their Temperatures
 
 
+class NothingToScoreError(ValueError):
+    """The batches hold nothing that can be scored, such as labels or boxes; others of the split may."""
+
+
 class Task(ABC):
     """A kind of problem: all that depends on images, tokens or boxes in a run.
 
@@ -58,6 +62,10 @@ class Task(ABC):
         self, student: nn.Module, batches: Iterable[Any], *, teacher: TeacherForward | None = None
     ) -> dict[str, float]:
         """Score the student on these batches: metric -> value."""
+
+    def probability_cut(self, student: Any, teacher: Any, batch: Any) -> float | None:
+        """Return the teacher's mean probability of classes that the student does not have; None if it has them all."""
+        return None
 
     def headline(self) -> tuple[str, bool]:
         """Return the metric that selects the best epoch, and whether higher is better."""

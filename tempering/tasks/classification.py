@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from tempering.data.batches import LabeledBatch, labeled_batch
-from tempering.rows import Rows, upcast_to_float32
-from tempering.tasks.base import PolicyForward, Task, TeacherForward, evaluating
+from tempering.rows import Rows, class_indices, is_labeled, upcast_to_float32
+from tempering.tasks.base import NothingToScoreError, PolicyForward, Task, TeacherForward, evaluating
 from tempering.utils.tensors import described, logits_of
 
 BINS = 15  # bins of the reliability diagram and of the calibration error, of equal width
+ONE_CLASS = (
+    "The logit z of a binary classifier is two classes: torch.cat((torch.zeros_like(z), z), 1), on both sides, with "
+    "labels 0 and 1. Regression has no classes: write a Task whose rows have its loss as task_loss."
+)
 
 
 class Classification(Task):
@@ -22,7 +26,8 @@ class Classification(Task):
     Batches may also be mappings or named tuples, and have weights (N,) of the samples or paths: see
     ``data.batches.labeled_batch``. Outputs may be objects or mappings with "logits", as those of transformers.
 
-    A label of -100 means unlabeled. Both models see the same inputs.
+    Labels are of any integer type; -100 and -1 mean unlabeled. Such a sample is learned from the teacher alone and is
+    left out of every score. Both models see the same inputs.
 
     Args:
         features: features for feature methods, name -> (student's module, teacher's module), shallow to deep.
@@ -66,7 +71,7 @@ class Classification(Task):
         z, y = outputs.student, outputs.labels
         out = {
             "accuracy": float((z.argmax(-1) == y).double().mean()),
-            "loss": float(nn.functional.cross_entropy(z, y, ignore_index=-100)),
+            "loss": float(nn.functional.cross_entropy(z, y)),
             "ece": float(multiclass_calibration_error(z.softmax(-1), y, num_classes=z.shape[-1], n_bins=BINS)),
         }
         if z.shape[-1] > 5:
@@ -112,7 +117,7 @@ class Classification(Task):
 
 
 class Outputs(NamedTuple):
-    """Both models' outputs on a data set, on the CPU in float32: logits (N, C) and labels (N,)."""
+    """Both models' outputs on the labeled samples, on the CPU in float32: logits (N, C) and labels (N,), int64."""
 
     student: Tensor
     teacher: Tensor | None
@@ -125,7 +130,8 @@ def collect_outputs(
     """Run both models on the batches, the student in eval mode; restore its mode.
 
     Raises:
-        ValueError: if there are no batches.
+        NothingToScoreError: if there are no batches, or none has a label.
+        ValueError: for a label that is no class.
     """
     parts = []
     with evaluating(student, batches) as on_device:
@@ -133,12 +139,21 @@ def collect_outputs(
             student_in, teacher_in, ids = task.inputs(batch)
             z = upcast_to_float32(_logits(student(student_in), "student")).cpu()
             t = None if teacher is None else upcast_to_float32(_logits(teacher(teacher_in, ids), "teacher")).cpu()
-            kept = (y := labeled_batch(batch).labels.cpu()) >= 0  # unlabeled rows are left out of every score
+            y = class_indices(labeled_batch(batch).labels.cpu(), type(task).__name__)
+            kept = is_labeled(y)
             parts.append((z[kept], None if t is None else t[kept], y[kept]))
     if not parts:
-        raise ValueError("there is nothing to score: the loader yields no batches. Is the split empty?")
+        raise NothingToScoreError("there is nothing to score: the loader yields no batches. Is the split empty?")
     z, t, labels = zip(*parts, strict=True)
-    return Outputs(torch.cat(z), None if t[0] is None else torch.cat(t), torch.cat(labels))
+    outputs = Outputs(torch.cat(z), None if t[0] is None else torch.cat(t), torch.cat(labels))
+    if not len(outputs.labels):
+        raise NothingToScoreError("there is nothing to score: no sample has a label (-100 and -1 mean unlabeled).")
+    if int(outputs.labels.max()) >= outputs.student.shape[1]:
+        raise ValueError(
+            f"label {int(outputs.labels.max())} is out of range for {outputs.student.shape[1]} classes (labels count "
+            "from 0). Is the student's head too small, or do labels start at 1?"
+        )
+    return outputs
 
 
 def reliability(logits: Tensor, labels: Tensor) -> list[dict[str, float]]:
@@ -166,6 +181,10 @@ def _logits(output: Any, side: str) -> Tensor:
     """Return the (N, C) logits of a model's output, a tensor or an object with ``.logits``."""
     logits = output if isinstance(output, Tensor) else logits_of(output)
     if isinstance(logits, Tensor) and logits.ndim == 2:
+        if logits.shape[1] < 2:
+            raise ValueError(
+                f"the {side}'s logits {tuple(logits.shape)} have one class, of which every divergence is 0. {ONE_CLASS}"
+            )
         return logits
     raise ValueError(f"the {side} must return (N, C) logits for classification; got {described(logits)}.")
 

@@ -12,7 +12,7 @@ from tempering.models.boxes import centered, giou, iou
 from tempering.models.detector import Detected, Detector, detections
 from tempering.rows import IGNORE_INDEX, Rows, upcast_to_float32
 from tempering.tasks.average_precision import average_precision
-from tempering.tasks.base import Task, TeacherForward, evaluating
+from tempering.tasks.base import NothingToScoreError, Task, TeacherForward, evaluating
 from tempering.utils.tensors import to_device
 
 MATCH_IOU = 0.5  # smallest IoU at which a box matches the teacher's
@@ -79,6 +79,12 @@ class Detection(Task):
             got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
             raise ValueError(f"Detection needs batches with images and targets; got {got}. data.coco makes them.")
         images, targets = batch["images"], batch["targets"]
+        if not isinstance(images, Tensor) or images.ndim != 4 or len(images) != len(targets):
+            got = tuple(images.shape) if isinstance(images, Tensor) else f"{type(images).__name__} of {len(images)}"
+            raise ValueError(
+                f"Detection needs images (B, 3, H, W) in one tensor, with a target each; got {got} and {len(targets)} "
+                "targets. Images of different sizes? Pad or resize them to one: data.coco(folder, size=...) does."
+            )
         return {"images": images, "targets": targets}, {"images": images, "targets": None}, batch.get("ids")
 
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
@@ -143,7 +149,7 @@ class Detection(Task):
     ) -> dict[str, float]:
         """Return COCO's map, map50 and map75 (100 boxes per image) in [0, 1], and the mean loss per image."""
         outputs = collect_detections(self, student, batches)
-        out = average_precision(outputs["student"], outputs["truth"], outputs["classes"])
+        out = average_precision(outputs["student"], scored_boxes(outputs["truth"]), outputs["classes"])
         return {name: out[name] for name in ("map", "map50", "map75")} | {"loss": outputs["loss"]}
 
     def analyze(
@@ -155,7 +161,8 @@ class Detection(Task):
         outputs = collect_detections(self, student, batches, teacher, pictures=self.pictures)
         names = getattr(batches, "class_names", None)
         sides = [side for side in ("student", "teacher") if outputs[side]]
-        precision = {side: average_precision(outputs[side], outputs["truth"], outputs["classes"]) for side in sides}
+        truth = scored_boxes(outputs["truth"])
+        precision = {side: average_precision(outputs[side], truth, outputs["classes"]) for side in sides}
         out = {
             "class_names": None if names is None else list(names),
             "detection": {
@@ -184,7 +191,7 @@ def collect_detections(
         loader's order; "classes", the number of classes; and "loss", the mean per image.
 
     Raises:
-        ValueError: if there are no batches.
+        NothingToScoreError: if there are no batches.
     """
     total_loss = 0.0
     out: dict[str, Any] = {"student": [], "teacher": [], "truth": [], "images": [], "classes": 0}
@@ -201,8 +208,13 @@ def collect_detections(
             out["truth"] += to_device(list(batch["targets"]), "cpu")
             out["images"] += list(batch["images"][: max(0, pictures - len(out["images"]))].cpu())
     if not out["truth"]:
-        raise ValueError("there is nothing to score: the loader yields no batches. Is the split empty?")
+        raise NothingToScoreError("there is nothing to score: the loader yields no batches. Is the split empty?")
     return out | {"loss": total_loss / len(out["truth"])}
+
+
+def scored_boxes(targets: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Tensor]]:
+    """Return the true boxes that detections are scored with: a target's "scored", else its own boxes."""
+    return [target.get("scored", target) for target in targets]
 
 
 def confident_boxes(boxes: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tempering.rollouts.decoders import is_encoder_decoder
 from tempering.rollouts.scoring import GenerationScorer
-from tempering.rows import IGNORE_INDEX, Rows
+from tempering.rows import IGNORE_INDEX, Rows, is_labeled, upcast_to_float32
 from tempering.tasks.base import Task, TeacherForward
 from tempering.tasks.layouts import check_layout, try_layouts
 from tempering.tasks.row_scores import score_rows
@@ -26,11 +26,11 @@ class LanguageModeling(Task):
 
     For encoder-decoders see ``Seq2Seq``.
 
-    Position i predicts token i + 1. A row is a token whose label is not -100, that is not padding and whose predecessor
-    belongs to the same text; other tokens are not rows. So padding on either side, and micro-batches of unequal size,
-    change neither loss nor gradient. Without labels every token of a text is learned. "learn", a (B, L) mask, selects
-    the rows in place of the labels: a token in it with the label -100 is learned from the teacher only, as generated
-    tokens are.
+    Position i predicts token i + 1. A row is a token that has a label (not -100 or -1), is not padding and whose
+    predecessor belongs to the same text; other tokens are not rows. So padding on either side, and
+    micro-batches of unequal size, change neither loss nor gradient. Without labels every token of a text is learned.
+    "learn", a (B, L) mask, selects the rows in place of the labels: a token in it with the label -100 is learned from
+    the teacher only, as generated tokens are.
 
     Positions are counted from the attention mask, as left padding needs. A batch with position_ids, which restart at 0
     with every text, is packed (``data.text.pack``). transformers separates packed texts only without an attention_mask,
@@ -109,10 +109,7 @@ class LanguageModeling(Task):
             return [Rows(z, t, **fields)]
         if teacher is None:
             return [Rows(z, z.detach(), **fields)]
-        if isinstance(teacher, Hidden | PrecomputedLogits):
-            t = teacher.gather_positions(index, shape)
-        else:
-            t = _logits(teacher, "teacher", shape).flatten(0, 1).index_select(0, index)
+        t = _teacher_logits(teacher, index, shape)
         columns = min(z.shape[1], t.shape[1])
         return [Rows(z[:, :columns], t[:, :columns], **fields)]
 
@@ -150,7 +147,7 @@ class LanguageModeling(Task):
         The scores of ``scorer`` on generated texts are added.
 
         Raises:
-            ValueError: if no token has a label.
+            NothingToScoreError: if no token has a label.
         """
         for model in (student, getattr(teacher, "model", None)):
             if isinstance(model, nn.Module):
@@ -160,6 +157,20 @@ class LanguageModeling(Task):
 
     def headline(self) -> tuple[str, bool]:
         return "loss", False
+
+    def probability_cut(self, student: Any, teacher: Any, batch: Any) -> float | None:
+        index, _, weight = self._positions(batch)
+        shape = self._shape(batch)
+        columns = _logits(student, "student", shape)[..., : self.vocabulary].shape[-1]
+        if isinstance(teacher, Sparse) or weight is not None or not len(index):  # no row
+            return None
+        logits = _teacher_logits(teacher, index, shape)
+        if logits.shape[1] <= columns:
+            return None
+        cut = 0.0
+        for z in map(upcast_to_float32, logits.split(256)):
+            cut += float((z[:, columns:].logsumexp(-1) - z.logsumexp(-1)).exp().sum())
+        return cut / len(index)
 
     def _shape(self, batch: Any) -> tuple[int, int]:
         """Return (B, L) of the models' logits."""
@@ -183,7 +194,7 @@ def prediction_mask(batch: Mapping[str, Any]) -> Tensor:
     _check(batch)
     learn = batch.get("learn")
     if learn is None:
-        learn = _labels(batch) != IGNORE_INDEX
+        learn = is_labeled(_labels(batch))
     keep = learn[:, 1:] != 0
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if mask is not None:
@@ -261,6 +272,13 @@ def _check(batch: Any) -> None:
                 f"LanguageModeling needs {name} of the shape of input_ids, {tuple(ids.shape)}; got "
                 f"{tuple(value.shape)}. The labels are not shifted: the task shifts them."
             )
+
+
+def _teacher_logits(output: Any, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the teacher's logits at these of the B * L positions, (N, V)."""
+    if isinstance(output, Hidden | PrecomputedLogits):
+        return output.gather_positions(index, shape)
+    return _logits(output, "teacher", shape).flatten(0, 1).index_select(0, index)
 
 
 def _logits(output: Any, side: str, shape: tuple[int, ...]) -> Tensor:

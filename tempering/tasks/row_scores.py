@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tempering.rows import Rows, upcast_to_float32
-from tempering.tasks.base import Task, TeacherForward, evaluating
+from tempering.rows import Rows, is_labeled, upcast_to_float32
+from tempering.tasks.base import NothingToScoreError, Task, TeacherForward, evaluating
 
 
 @dataclass
@@ -33,7 +33,9 @@ class RowScores:
         """
         if rows.target is None:
             raise ValueError("scoring needs labels: the batches have none.")
-        kept = rows.target >= 0 if rows.weight is None else (rows.target >= 0) & (rows.weight > 0)
+        kept = is_labeled(rows.target)
+        if rows.weight is not None:
+            kept = kept & (rows.weight > 0)
         z, y = upcast_to_float32(rows.student)[kept], rows.target[kept].long()
         top = z.argmax(-1)
         self.loss += float(nn.functional.cross_entropy(z.double(), y, reduction="sum"))
@@ -49,7 +51,7 @@ class RowScores:
             ValueError: if no row has a label; ``unit`` is the word for a row.
         """
         if not self.count:
-            raise ValueError(f"there is nothing to score: no {unit} has a label. Is the split empty?")
+            raise NothingToScoreError(f"there is nothing to score: no {unit} has a label. Is the split empty?")
         names = ("loss", "accuracy", "agreement") if has_teacher else ("loss", "accuracy")
         out = {name: getattr(self, name) / self.count for name in names}
         return out | {"perplexity": math.exp(min(out["loss"], 700.0))} if unit == "token" else out

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tempering.data.text import sources_right
 from tempering.rollouts.decoders import is_encoder_decoder, unwrap_model
-from tempering.rows import IGNORE_INDEX
+from tempering.rows import IGNORE_INDEX, is_labeled
 from tempering.tasks.language_modeling import NO_INPUTS, LanguageModeling, UnpackInputs, with_teacher_outputs
 
 
@@ -82,7 +82,7 @@ def _decoder_ids(batch: Mapping[str, Any]) -> Tensor:
 
 
 def _row_mask(batch: Mapping[str, Any]) -> Tensor:
-    return batch["labels"] != IGNORE_INDEX if batch.get("learn") is None else batch["learn"] != 0
+    return is_labeled(batch["labels"]) if batch.get("learn") is None else batch["learn"] != 0
 
 
 class _ShiftLabels(UnpackInputs):
@@ -114,7 +114,7 @@ def _check(batch: Any) -> None:
                 "The labels are not shifted: the model shifts them."
             )
     learn, labels = fields.get("learn"), fields.get("labels")
-    if learn is not None and fields.get("generated") is None and bool(((learn != 0) & (labels == IGNORE_INDEX)).any()):
+    if learn is not None and fields.get("generated") is None and bool(((learn != 0) & ~is_labeled(labels)).any()):
         raise ValueError(
             'Seq2Seq: "learn" selects tokens whose label is -100, and there is no "generated" with their ids.'
         )

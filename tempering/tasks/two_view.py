@@ -103,7 +103,8 @@ class TwoView(Task):
             for z, t, name in zip((student[:n], student[n:]), teacher_views, self.names, strict=True)
         ]
         if not self.labeled:
-            blocks[1] = blocks[1].replace(target=torch.full_like(labeled_batch(batch).labels, IGNORE_INDEX))
+            unlabeled = torch.full_like(labeled_batch(batch).labels, IGNORE_INDEX, dtype=torch.int64)
+            blocks[1] = blocks[1].replace(target=unlabeled)
         if self.pick is not None:
             blocks[1] = blocks[1].replace(weight=self._pick_weights(blocks[1].teacher))
         return blocks

@@ -109,7 +109,7 @@ class AdaptivePolicy(Policy):
 
     @abstractmethod
     def update(self, reward: Float[Tensor, " N"] | None) -> None:
-        """Update the policy from the rows' rewards: the decrease of the student's loss on each row.
+        """Update the policy from the rows' rewards: the decrease of the student's loss in eval mode on each row.
 
         Called after every step; None if rewards are not needed, or if there are no labels to compute them from.
         """
@@ -188,6 +188,33 @@ def check_inner_policy(owner: str, policy: object) -> Policy:
     raise TypeError(f"{owner} wraps another policy, such as {owner}(Static(4.0), ...); got {policy!r}.")
 
 
+MASK_AT = -9000.0  # the largest constant that is taken for a mask; half precision's is -65504
+MASK_RATIO = 10.0  # how many times wider the gap above the masked logits is than the masked, or the others, lie apart
+
+
+def mask_constants(z: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
+    """Replace logits that are masks in all but name, such as -1e4, -1e9 or finfo.min, by minus infinity.
+
+    One rule for each row: logits of at most ``MASK_AT`` are masks if the gap between them and the others is
+    ``MASK_RATIO`` times as wide as either group. The logits of a model, however large, hardly ever form two such
+    groups. Rows without a mask keep their bits.
+    """
+    if not z.shape[-1]:
+        return z
+    z_detached = z.detach()
+    low = (z_detached <= MASK_AT) & ~torch.isneginf(z_detached)
+    if z.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(low.any()):
+        return z
+    bottom = z_detached.masked_fill(low | torch.isneginf(z_detached), torch.inf).amin(-1, keepdim=True)
+    top = z_detached.masked_fill(low, -torch.inf).amax(-1, keepdim=True)
+    low_top = z_detached.masked_fill(~low, -torch.inf).amax(-1, keepdim=True)
+    low_bottom = z_detached.masked_fill(~low, torch.inf).amin(-1, keepdim=True)
+    # halves, since the width of two groups at the ends of the type's range is not finite
+    gap = 0.5 * bottom - 0.5 * low_top
+    width = torch.maximum(0.5 * top - 0.5 * bottom, 0.5 * low_top - 0.5 * low_bottom)
+    return z.masked_fill(low & torch.isfinite(gap) & (gap > MASK_RATIO * width), -torch.inf)
+
+
 def constant(value: float, like: Tensor) -> Float[Tensor, "1 1"]:
     """Return ``value`` as a (1, 1) temperature on the device of ``like``, in at least float32."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -202,7 +229,7 @@ def logsumexp_gap(rows: Rows, T: Temperatures) -> Float[Tensor, ""]:
     """
 
     def sharpness(z: Tensor, temperature: Tensor) -> Tensor:
-        z = upcast_to_float32(z)
+        z = mask_constants(upcast_to_float32(z))
         valid = ~torch.isneginf(z)
         mean = torch.where(valid, z, 0.0).sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp_min(1)
         return torch.logsumexp((z - mean) / temperature, -1)

@@ -30,8 +30,9 @@ class Instance(AdaptivePolicy):
     - "ppo": the path's reward is computed one step later: the increase of the training accuracy on the next step's
       rows, times the published scale. A return predictor redistributes it over the rows; then PPO with clipped ratio
       and GAE.
-    - "bandit": a simple baseline. Each row's reward is the decrease of its own cross entropy, for which the trainer
-      runs the student again (in a span only); rows do not lead to each other.
+    - "bandit": a simple baseline. Each row's reward is the decrease of its own cross entropy by the step, for which the
+      trainer runs the student twice more, in eval mode before and after it (in a span only); rows do not lead to each
+      other.
     - "published": "ppo" with the formulas of the released code where they differ: the margin is to the second
       *smallest* probability; the density is the Gaussian's at the squashed action; the reward is the increase of
       accuracy up to the path's own step, which its temperatures cannot have caused; the path's end is bootstrapped by

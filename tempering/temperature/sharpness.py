@@ -10,12 +10,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
-from tempering.temperature.base import Policy, Temperatures, check_positive
+from tempering.temperature.base import MASK_AT, Policy, Temperatures, check_positive, mask_constants
 from tempering.utils.override import OVERRIDES
 from tempering.utils.search_space import Tau
 
 Solve = Literal["exact", "std", "max", "published"]
 MASKED = -1e30  # replaces minus infinity where 0 * inf would give NaN; its exp is 0 in float32 and float64
+HUGE = 2.0**60  # logits whose square may overflow in float32
 
 
 class Sharpness(Policy):
@@ -32,6 +33,9 @@ class Sharpness(Policy):
     - "published": T_t = 2x / (x + y) tau, x and y the maxima of the logits without centering, as in the released code
       (the text says the maximum of |logits|). It depends on shifts of the logits. Where the released code divides by
       zero or gives a negative temperature, the row falls back to tau on both sides.
+
+    Classes of minus infinity are masked, and so are those that a constant such as -1e4, -1e9 or finfo.min marks (see
+    ``mask_constants``): they count neither in the mean nor in the spread.
 
     Rows that are constant on either side (including those with a single unmasked class) fall back to tau. ``report``
     counts the rows that fell back and the rows clamped at ``reach``.
@@ -70,7 +74,10 @@ class Sharpness(Policy):
     def with_reference(self, tau: float, rows: Rows, progress: float) -> Temperatures:
         with_grad = self.attached and rows.student.requires_grad and torch.is_grad_enabled()
         with torch.autocast(rows.student.device.type, enabled=False), torch.set_grad_enabled(with_grad):
-            solution = solve_delta(rows.teacher, rows.student, tau=tau, solve=self.solve, reach=self.reach)
+            u, v = upcast_to_float32(rows.teacher), upcast_to_float32(rows.student)
+            if u.device.type != "cpu" or bool((u <= MASK_AT).any() | (v <= MASK_AT).any()):
+                u, v = mask_constants(u), mask_constants(v)
+            solution = solve_delta(u, v, tau=tau, solve=self.solve, reach=self.reach)
         has_weight = True if rows.weight is None else (rows.weight > 0).unsqueeze(1)
         self.counts = {
             "fallback": (solution.fallback & has_weight).sum(),
@@ -157,7 +164,9 @@ def centered(z: Float[Tensor, "N C"]) -> Centered:
     flat = ~(top - bottom > 4 * info.eps * torch.maximum(top.abs(), bottom.abs()))
     mean = finite.sum(-1, keepdim=True) / n
     off = torch.where(valid, z - mean, 0.0)
-    std = (off.square().sum(-1, keepdim=True) / n).clamp_min(info.tiny).sqrt()
+    # an exact power of 2, and 1 for all but enormous logits, whose square is not finite
+    unit = torch.where(torch.maximum(top.abs(), bottom.abs()) > HUGE, 1 / HUGE, 1.0).to(z.dtype)
+    std = ((off * unit).square().sum(-1, keepdim=True) / n).clamp_min(info.tiny).sqrt() / unit
     top = torch.where(torch.isneginf(top), MASKED, top - mean)
     return Centered(torch.where(valid, off, MASKED), n, top, std, flat)
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
-from tempering.temperature.base import Policy, Temperatures, check_positive
+from tempering.temperature.base import Policy, Temperatures, check_positive, mask_constants
 from tempering.utils.search_space import Tau
 
 Scale = Literal["product", "teacher", "tau"]
@@ -54,7 +54,7 @@ class Standardized(Policy):
 
 def spread(logits: Float[Tensor, "N C"], *, ddof: int) -> Float[Tensor, "N 1"]:
     """The standard deviation over the unmasked classes, (N, 1); 1 for rows without spread."""
-    z = upcast_to_float32(logits)
+    z = mask_constants(upcast_to_float32(logits))
     valid = ~torch.isneginf(z)
     count = valid.sum(-1, keepdim=True)
     z = torch.where(valid, z, 0.0)

@@ -1,10 +1,11 @@
-"""Define the options of training, its progress, and the result of a run. Imports no torch, for fast commands."""
+"""Define the options of training, its progress, and the results of a run. Imports no torch, for fast commands."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true"]
+VERDICTS = "TEMPERING_TEACHER_VERDICTS"  # environment variable: folder in which the runs of a grid share verdicts
 POSITIVE = ("steps", "epochs", "evaluate_every", "accumulate", "log_every", "checkpoint_every", "keep", "patience")
 RECORDED_AS = {"max_grad_norm": "clip"}  # options whose key in records and checkpoints is another name
 NOT_RECORDED = ("threads",)
@@ -72,7 +74,9 @@ class TrainConfig:
     resume: bool = True
     """Resume from the last checkpoint in the run's folder; --no-resume removes an earlier run and restarts."""
     selfcheck: bool = True
-    """Check the first batch before training."""
+    """Check models, data and method on the first batches before training."""
+    skip_checks: tuple[str, ...] = ()
+    """Checks of the self-check to turn off, by the names in its line, such as "above chance"."""
     quiet: bool = False
     """No progress bar."""
 
@@ -87,6 +91,7 @@ class TrainConfig:
         if self.steps is None and self.epochs is None:
             raise ValueError("give either steps= or epochs=; got steps=None, epochs=None.")
         validate_compile_mode(self.compile)
+        Results(self.skip_checks)  # its names
         for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -101,7 +106,7 @@ class TrainConfig:
         their defaults, so that all students share one trained teacher.
         """
         shared = ("precision", "accelerator", "compile", "threads", "evaluate_every", "log_every", "checkpoint_every")
-        shared = (*shared, "keep", "resume", "selfcheck", "quiet")
+        shared = (*shared, "keep", "resume", "selfcheck", "skip_checks", "quiet")
         return TrainConfig(epochs=epochs, **{name: getattr(self, name) for name in shared})
 
     def changed(self, *names: str) -> dict[str, Any]:
@@ -156,3 +161,70 @@ class Run:
     def best(self) -> dict[str, Any]:
         """The best evaluation, by ``facts["best_by"]``."""
         return self.facts["result"]["best"]
+
+
+CHECKS = (  # names of the self-check's parts, each of which can be turned off
+    "row weights",
+    "teacher frozen",
+    "in eval",
+    "deterministic",
+    "vocabulary",
+    "above chance",
+    "zero at agreement",
+    "same when split",
+    "same when padded",
+    "same when shifted",
+    "finite gradients",
+    "can learn",
+    "training mode",
+    "scores",
+)
+
+
+class SelfCheckError(RuntimeError):
+    """The first batches show that the run would be wrong; the message names the problem and what to do."""
+
+
+class Checked(NamedTuple):
+    """The result of the self-check.
+
+    Attributes:
+        checks: check -> "ok", or why it does not apply.
+    """
+
+    checks: dict[str, str]
+
+    @property
+    def line(self) -> str:
+        """The result in one line, for the terminal and the record."""
+        passed = [
+            # what is cut off or has no label is for the reader, not only for the record
+            f"{name} {result.removeprefix('ok ')}" if name in ("vocabulary", "labels") else name
+            for name, result in self.checks.items()
+            if result.startswith("ok")
+        ]
+        skipped = [f"{name} ({result})" for name, result in self.checks.items() if not result.startswith("ok")]
+        return f"self-check ok: {', '.join(passed)}" + (f"; not checked: {', '.join(skipped)}" if skipped else "")
+
+
+class Results(dict[str, str]):
+    """Results of the checks by name, without those that are turned off.
+
+    Args:
+        skip: names in ``CHECKS``.
+
+    Raises:
+        ValueError: for another name.
+    """
+
+    def __init__(self, skip: Collection[str] = ()) -> None:
+        super().__init__()
+        if unknown := [name for name in ([skip] if isinstance(skip, str) else skip) if name not in CHECKS]:
+            raise ValueError(f"{unknown[0]!r} is no check of the self-check, to be turned off: {', '.join(CHECKS)}.")
+        self.skip = frozenset(skip)
+
+    def wants(self, name: str) -> bool:
+        """Whether this check is to be made; records that it is turned off if it is."""
+        if name in self.skip:
+            self[name] = "turned off"
+        return name not in self.skip

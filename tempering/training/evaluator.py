@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,10 +13,11 @@ from torch import Tensor, nn
 
 from tempering.methods.base import Method
 from tempering.rows import Rows
-from tempering.tasks.base import Task
+from tempering.tasks.base import NothingToScoreError, Task
 from tempering.teachers.base import Teacher
-from tempering.training.config import TrainState
-from tempering.training.stream import require_reiterable
+from tempering.training.checkpoint import random_state, set_random_state
+from tempering.training.config import SelfCheckError, TrainState
+from tempering.training.stream import DATALOADER_PARTS, require_reiterable
 
 
 class Evaluator:
@@ -81,6 +85,48 @@ class Evaluator:
         state.stopped = self.patience is not None and state.stale >= self.patience
         return improved
 
+    def check(self, model: nn.Module, method: Method) -> None:
+        """Score and analyze the first batch of every split that holds something to score, as the run will.
+
+        Raises:
+            NothingToScoreError: for a split without anything to score.
+            SelfCheckError: for a split without the score that selects the best epoch.
+        """
+        saved, method = random_state(), copy.deepcopy(method).eval() if method.policies() else method
+        try:
+            for name, batches in self.splits.items():
+                with _generators_restored(batches):
+                    scores = self._check_split(name, model, method, batches)
+                metric = self.task.headline()[0]
+                if self.best_by == f"{name}/{metric}" and not math.isfinite(scores.get(metric, math.nan)):
+                    raise SelfCheckError(
+                        f"{type(self.task).__name__}.score() of the {name} split has no finite {metric!r}, which "
+                        f"headline() selects the best epoch by; got {scores}."
+                    )
+        finally:
+            set_random_state(saved)
+
+    def _check_split(self, name: str, model: nn.Module, method: Method, batches: Iterable[Any]) -> dict[str, float]:
+        """Score and analyze one batch of a split, the first that can be scored; return its scores."""
+        teacher = self.teachers[name].teacher if name in self.teachers else None
+        reason: Exception | None = None
+        for batch in batches:
+            one = _OneBatch(batches, batch)
+            try:
+                scores = self.task.score(model, one, teacher=teacher)
+            except NothingToScoreError as error:
+                reason = error
+                continue
+            self._analyze(model, method, one, teacher)
+            return scores
+        why = reason or "there is nothing to score: the loader yields no batches. Is the split empty?"
+        raise NothingToScoreError(f"the {name} split: {why}") from reason
+
+    def _analyze(self, model: nn.Module, method: Method, batches: Iterable[Any], teacher: Any) -> dict[str, Any]:
+        policy = next(iter(method.policies().values()), None)
+        temperatures = None if policy is None else temperatures_on_cpu(policy, self.device)
+        return self.task.analyze(model, batches, teacher=teacher, temperatures=temperatures)
+
     def analyze(self, model: nn.Module, method: Method, state: TrainState) -> dict[str, Any]:
         """Analyze the finished student on the test split, or on the first split; {} without splits or results.
 
@@ -89,14 +135,41 @@ class Evaluator:
         name = "test" if "test" in self.splits else next(iter(self.splits), None)
         if name is None:
             return {}
-        policy = next(iter(method.eval().policies().values()), None)
-        temperatures = None if policy is None else temperatures_on_cpu(policy, self.device)
-        analysis = self.task.analyze(model, self.splits[name], teacher=self._teacher(name), temperatures=temperatures)
+        analysis = self._analyze(model, method.eval(), self.splits[name], self._teacher(name))
         (state.last or {}).get(name, {}).update(analysis.pop("scores", {}))
         return {"split": name, **analysis} if analysis else {}
 
     def _teacher(self, split: str) -> CachedTeacherOutputs | None:
         return self.teachers[split].reset() if split in self.teachers else None
+
+
+class _OneBatch:
+    """One batch in place of a split, with the split's attributes, such as ``class_names``."""
+
+    def __init__(self, split: Iterable[Any], batch: Any) -> None:
+        self._split, self._batch = split, batch
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self._batch])
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._split, name)
+
+
+@contextmanager
+def _generators_restored(batches: Iterable[Any]) -> Generator[None]:
+    """Restore the state of the generators that a DataLoader draws from."""
+    parts = [batches, *(getattr(batches, name, None) for name in DATALOADER_PARTS)]
+    generators = {g for part in parts if isinstance(g := getattr(part, "generator", None), torch.Generator)}
+    states = {g: g.get_state() for g in generators}
+    try:
+        yield
+    finally:
+        for generator, state in states.items():
+            generator.set_state(state)
 
 
 class CachedTeacherOutputs:

@@ -1,47 +1,36 @@
-"""Checks of the first batch before training: one line if all pass, an error if one fails."""
+"""Checks of the first batches before training: one line if all pass, an error if one fails."""
 
 from __future__ import annotations
 
-import copy
-import math
+import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from tempering.methods.base import Method
-from tempering.rows import Rows, rows_per_sample, total, upcast_to_float32
+from tempering.rows import Rows, class_indices, is_labeled
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.training.checkpoint import random_state, set_random_state
+from tempering.training.config import Checked, Results, SelfCheckError
+from tempering.utils.tensors import map_tensors
 
-LOSS_TOLERANCE = 1e-4  # relative tolerance of losses, for float32 and a few thousand classes
+__all__ = ["Checked", "SelfCheckError", "last_batch_size", "one_sample", "selfcheck"]
+
 REPEAT_TOLERANCE = (
     1e-2  # tolerance of repeated forward passes, relative to the largest logit, for half precision on a GPU
 )
+MOST_CUT = 0.01  # largest mean probability of the teacher's classes that the student does not have
+MOST_TRIED = 20  # batches to look for one that the student learns from
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORM_OF_ONE = "more than 1 value per channel"  # in torch's error for a batch norm of one value
 
-
-class SelfCheckError(RuntimeError):
-    """The first batch shows that the run would be wrong; the message names the problem and what to do."""
-
-
-class Checked(NamedTuple):
-    """The result of the self-check.
-
-    Attributes:
-        checks: check -> "ok", or why it does not apply.
-    """
-
-    checks: dict[str, str]
-
-    @property
-    def line(self) -> str:
-        """The result in one line, for the terminal and the record."""
-        passed = [name for name, result in self.checks.items() if result.startswith("ok")]
-        skipped = [f"{name} ({result})" for name, result in self.checks.items() if not result.startswith("ok")]
-        return f"self-check ok: {', '.join(passed)}" + (f"; not checked: {', '.join(skipped)}" if skipped else "")
+Features = Callable[[], Mapping[str, tuple[Tensor, Tensor]]]
 
 
 def selfcheck(
@@ -51,64 +40,165 @@ def selfcheck(
     *,
     method: Method,
     task: Task,
-    features: Callable[[], Mapping[str, tuple[Tensor, Tensor]]] | None = None,
+    features: Features | None = None,
+    more: Callable[[], Iterable[Any]] | None = None,
+    single: Any = None,
+    skip: Collection[str] = (),
 ) -> Checked:
     """Check teacher, student and method on a batch, and restore all state, random state included.
 
     Args:
         features: the paired features of the last forward passes, for methods that compare them.
+        more: returns the batches after this one, for checks that one batch does not decide; None: there are none.
+        single: a batch of one sample, if an epoch has one: batch norm cannot be trained on it.
+        skip: names of checks that are turned off.
 
     Raises:
         SelfCheckError: if a check fails.
+        ValueError: for an unknown name in ``skip``.
     """
-    saved_random_state, modes = random_state(), {module: module.training for module in student.modules()}
-    checks: dict[str, str] = {}
-    try:
-        with torch.no_grad():
-            student_inputs, teacher_inputs, ids = task.inputs(batch)
-            teacher_output = None if teacher is None else teacher(teacher_inputs, ids)
-            student.eval()
-            student_output = student(student_inputs)
-            blocks = task.rows(student_output, teacher_output, batch)
-            if features is not None:
-                blocks[-1] = blocks[-1].replace(features={**blocks[-1].features, **features()})
-            for rows in blocks:
-                _check_student(rows)
-            if teacher is not None:
-                repeated = task.rows(student_output, teacher(teacher_inputs, ids), batch)
-                checks |= _check_modes(teacher, method)
-                checks |= _check_teacher_logits(blocks, repeated, comparable=task.comparable, trained=teacher.trained)
-        _check_row_weights(task, batch, blocks)
+    from tempering.training.loss_checks import check_loss
+
+    results, models = Results(skip), _Models(student, teacher, task, features)
+
+    def following() -> Iterable[Any]:
+        return () if more is None else more()
+
+    with _restored(student) as modes:
+        first = models.run(batch)
+        blocks = first.blocks
         for rows in blocks:
-            checks |= _check_loss(method, rows, has_teacher=teacher is not None)
+            _check_student(rows, results)
+        if teacher is not None:
+            _check_modes(teacher, method, results)
+            _check_teacher_logits(task, first, results)
+            if results.wants("above chance"):
+                _check_above_chance(models, first, following, results)
+        if results.wants("row weights"):
+            _check_row_weights(task, batch, blocks)
+        if method.owns_step:
+            results["loss"] = "the method owns its step"
+        else:
+            for rows in blocks:
+                check_loss(method, rows, results, has_teacher=teacher is not None)
+            if results.wants("can learn"):
+                _check_can_learn(method, models, blocks, following, results)
+        if results.wants("training mode"):
+            _check_training_mode(models, modes, first, single, results)
+    return Checked(dict(results))
+
+
+class _Outputs(NamedTuple):
+    """What both models return for a batch, the student in eval mode, and the blocks of rows of it."""
+
+    batch: Any
+    blocks: list[Rows]
+    student: Any
+    teacher: Any
+    repeat: Callable[[], Any]  # runs the teacher again on the same inputs
+
+
+class _Models:
+    """Both models, and how their outputs become rows."""
+
+    def __init__(self, student: nn.Module, teacher: Teacher | None, task: Task, features: Features | None) -> None:
+        self.student, self.teacher, self.task, self.features = student, teacher, task, features
+
+    @torch.no_grad()
+    def run(self, batch: Any) -> _Outputs:
+        """Run both models on a batch."""
+        student_inputs, teacher_inputs, ids = self.task.inputs(batch)
+
+        def teach() -> Any:
+            return None if self.teacher is None else self.teacher(teacher_inputs, ids)
+
+        teacher_output = teach()
+        self.student.eval()
+        student_output = self.student(student_inputs)
+        blocks = self.task.rows(student_output, teacher_output, batch)
+        if self.features is not None:
+            blocks[-1] = blocks[-1].replace(features={**blocks[-1].features, **self.features()})
+        return _Outputs(batch, blocks, student_output, teacher_output, teach)
+
+
+@contextmanager
+def _restored(student: nn.Module) -> Generator[dict[nn.Module, bool]]:
+    """Restore the student's modes and buffers, and the random state; the modes are the context's value."""
+    saved, modes = random_state(), {module: module.training for module in student.modules()}
+    buffers = {buffer: buffer.clone() for buffer in cast("Iterable[Tensor]", student.buffers())}
+    try:
+        yield modes
     finally:
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
         for module, mode in modes.items():
             module.training = mode
-        set_random_state(saved_random_state)
-    return Checked(checks)
+        set_random_state(saved)
 
 
-def _check_modes(teacher: Teacher, method: Method) -> dict[str, str]:
+def _check_training_mode(
+    models: _Models, modes: Mapping[nn.Module, bool], first: _Outputs, single: Any, results: Results
+) -> None:
+    """Check that the student runs in training mode, as it will, and that its outputs have a gradient path."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    student, task = models.student, models.task
+    student.train()
+    if modes[student]:  # parts that are in eval mode, such as a frozen norm, stay in it
+        for module, mode in modes.items():
+            module.training = mode
+    try:
+        with torch.set_grad_enabled(not distributed):  # a wrapper would wait for the backward pass
+            blocks = task.rows(student(task.inputs(first.batch)[0]), first.teacher, first.batch)
+    except ValueError as error:
+        raise (_batch_norm_error("the first batch") if NORM_OF_ONE in str(error) else error) from error
+    if single is not None and any(isinstance(m, BATCH_NORMS) and m.training for m in student.modules()):
+        with torch.no_grad():
+            try:
+                student(task.inputs(single)[0])
+            except Exception as error:  # a sample cut out of a batch of another structure may not fit the model
+                if NORM_OF_ONE in str(error):
+                    raise _batch_norm_error("the last batch of an epoch") from error
+    sources = [x for rows in blocks for x in (rows.student, rows.task_loss) if x is not None]
+    if models.features is None and not distributed and not any(x.requires_grad for x in sources):
+        raise SelfCheckError(
+            "the student's outputs have no gradient path to its parameters: nothing would be learned. Are they "
+            "detached, computed under torch.no_grad(), or made of frozen parts only?"
+        )
+    results["training mode"] = "ok"
+
+
+def _batch_norm_error(which: str) -> SelfCheckError:
+    return SelfCheckError(
+        f"{which} has one sample, and batch norm in training mode needs two. Give the loader drop_last=True or another "
+        "batch size, or freeze the norm."
+    )
+
+
+def _check_modes(teacher: Teacher, method: Method, results: Results) -> None:
     """Check that a live teacher is frozen and in eval mode."""
     model = teacher.model
     if model is None:
-        return {}
-    if any(p.requires_grad for p in model.parameters()):
-        raise SelfCheckError("the teacher has parameters that require grad. Wrap it in teachers.Live(model).")
-    modules = cast("Iterator[tuple[str, nn.Module]]", model.named_modules())
-    training = [name or "itself" for name, m in modules if m.training]
-    if training:
-        raise SelfCheckError(
-            f"the teacher is in training mode ({training[0]}): its outputs depend on the batch and on dropout. Wrap "
-            "it in teachers.Live(model), and do not call .train() on it."
-        )
-    return {"teacher frozen": "the method trains it" if method.trains_teacher else "ok", "in eval": "ok"}
+        return
+    if results.wants("teacher frozen"):
+        if any(p.requires_grad for p in model.parameters()):
+            raise SelfCheckError("the teacher has parameters that require grad. Wrap it in teachers.Live(model).")
+        results["teacher frozen"] = "the method trains it" if method.trains_teacher else "ok"
+    if results.wants("in eval"):
+        modules = cast("Iterator[tuple[str, nn.Module]]", model.named_modules())
+        training = [name or "itself" for name, m in modules if m.training]
+        if training:
+            raise SelfCheckError(
+                f"the teacher is in training mode ({training[0]}): its outputs depend on the batch and on dropout. "
+                "Wrap it in teachers.Live(model), and do not call .train() on it."
+            )
+        results["in eval"] = "ok"
 
 
-def _check_teacher_logits(
-    blocks: list[Rows], repeated: list[Rows], *, comparable: bool, trained: bool
-) -> dict[str, str]:
-    """Check that the teacher's logits are finite, equal in a second forward pass, and better than chance."""
+@torch.no_grad()
+def _check_teacher_logits(task: Task, first: _Outputs, results: Results) -> None:
+    """Check that the teacher's logits are finite, equal in a second forward pass, and of the student's classes."""
+    blocks = first.blocks
     for rows in blocks:
         if torch.isnan(rows.teacher).any() or torch.isposinf(rows.teacher).any():
             row = int((torch.isnan(rows.teacher) | torch.isposinf(rows.teacher)).any(-1).nonzero()[0])
@@ -116,18 +206,26 @@ def _check_teacher_logits(
                 f"the teacher's logits hold NaN or infinity (first in row {row} of the first batch). Is its checkpoint "
                 "complete? Are its inputs normalized as in its training? Is its precision enough? Try precision='fp32'."
             )
-    if not all(_close(a.teacher, b.teacher) for a, b in zip(repeated, blocks, strict=True)):
-        raise SelfCheckError(
-            "the teacher's logits differ in a second forward pass of the same batch. Is dropout on, or is there random "
-            "augmentation in the model? Wrap it in teachers.Live(model), or give it the inputs without augmentation."
-        )
-    checks = {"deterministic": "ok"}
-    for rows in blocks:
-        if not trained:
-            checks["above chance"] = "the teacher is not trained yet"
-        else:
-            checks["above chance"] = _check_above_chance(rows) if comparable else "the two have classes of their own"
-    return checks
+    if results.wants("deterministic"):
+        repeated = task.rows(first.student, first.repeat(), first.batch)
+        if not all(_close(a.teacher, b.teacher) for a, b in zip(repeated, blocks, strict=True)):
+            raise SelfCheckError(
+                "the teacher's logits differ in a second forward pass of the same batch. Is dropout on, or is there "
+                "random augmentation in the model? Wrap it in teachers.Live(model), or give it the inputs without "
+                "augmentation."
+            )
+        results["deterministic"] = "ok"
+    if results.wants("vocabulary"):
+        cut = task.probability_cut(first.student, first.teacher, first.batch)
+        if cut is None:
+            return
+        if cut > MOST_CUT:
+            raise SelfCheckError(
+                f"{100 * cut:.1f} % of the teacher's probability is on classes that the student does not have, so they "
+                "would be cut off. Is the vocabulary that of another tokenizer, or vocabulary= too small? Give the "
+                "student the teacher's tokens, or use tasks.CrossTokenizer(). skip_checks=['vocabulary'] skips this."
+            )
+        results["vocabulary"] = f"ok ({100 * cut:.2g} % of the teacher's probability is cut off)"
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -139,29 +237,44 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return not len(a) or bool((a - b).abs().max() <= REPEAT_TOLERANCE * a.abs().max())
 
 
-def _check_above_chance(rows: Rows) -> str:
+def _check_above_chance(
+    models: _Models, first: _Outputs, following: Callable[[], Iterable[Any]], results: Results
+) -> None:
     """Check that the teacher's accuracy is above chance; it is not for shuffled classes or broken weights."""
-    if rows.target is None:
-        return "no labels"
-    known = rows.target >= 0 if rows.weight is None else (rows.target >= 0) & (rows.weight > 0)
-    n, classes = int(known.sum()), rows.teacher.shape[1]
-    if n < 8 or classes < 2:
-        return f"only {n} labeled rows of {classes} classes"
-    correct = int((rows.teacher.argmax(-1) == rows.target)[known].sum())
-    if _p_value(correct, n, classes) > 0.05:
-        raise SelfCheckError(
-            f"the teacher is right on {correct} of {n} rows, as a guess among {classes} classes would be. Are its "
-            "classes in the labels' order, its weights loaded, its inputs normalized as in its training? "
-            "selfcheck=False (--no-selfcheck) skips this check."
+    from tempering.training.chance import judge, shared_verdict
+
+    teacher, task = models.teacher, models.task
+    assert teacher is not None
+    if not teacher.trained or not task.comparable:
+        results["above chance"] = (
+            "the teacher is not trained yet" if task.comparable else ("the two have classes of their own")
         )
-    return f"ok ({100 * correct / n:.1f} % on the first batch)"
+        return
 
+    def counts() -> Iterator[tuple[Rows, Tensor | None]]:
+        for outputs in itertools.chain([first], map(models.run, following())):
+            yield task.scored_rows(outputs.student, outputs.teacher, outputs.batch)
 
-def _p_value(correct: int, n: int, classes: int) -> float:
-    """Return the probability of at least ``correct`` hits in ``n`` uniform guesses among ``classes`` > 1."""
-    k = torch.arange(correct, n + 1, dtype=torch.float64)
-    log_binomial = math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
-    return float((log_binomial - k * math.log(classes) + (n - k) * math.log1p(-1 / classes)).exp().sum())
+    verdict = shared_verdict(teacher.identity, lambda: judge(counts()))
+    told = f"right on {verdict.correct} of {verdict.rows} rows, as a guess among {verdict.classes} classes would be"
+    if verdict.result == "guess":
+        raise SelfCheckError(
+            f"the teacher is {told}. Are its classes in the labels' order, its weights loaded, its inputs normalized "
+            "as in its training? skip_checks=['above chance'] (--skip-checks 'above chance') skips this check, and "
+            "selfcheck=False (--no-selfcheck) all of them."
+        )
+    if verdict.result == "good" or verdict.is_likely_good:
+        where = "the first batch" if verdict.batches == 1 else f"the first {verdict.batches} batches"
+        results["above chance"] = f"ok ({verdict.share} on {where})"
+    elif not verdict.classes:
+        results["above chance"] = "no labels"
+    else:
+        results["above chance"] = f"only {verdict.rows} labeled rows of {verdict.classes} classes"
+        if verdict.rows >= 8 and verdict.classes > 1:
+            warnings.warn(
+                f"the teacher may be no better than a guess: it is {told}, and there are too few rows to be sure.",
+                stacklevel=2,
+            )
 
 
 def _check_row_weights(task: Task, batch: Any, blocks: list[Rows]) -> None:
@@ -180,8 +293,13 @@ def _check_row_weights(task: Task, batch: Any, blocks: list[Rows]) -> None:
             )
 
 
-def _check_student(rows: Rows) -> None:
+def _check_student(rows: Rows, results: Results) -> None:
     """Check labels and the student's logits."""
+    if rows.target is not None and len(rows):
+        target = class_indices(rows.target.cpu(), "the task")
+        labels = int(is_labeled(target).sum())
+        if 0 < labels < len(target) and rows.weight is None and rows.task_loss is None:
+            results["labels"] = f"ok ({len(target) - labels} of {len(target)} rows have none: learned from the teacher)"
     if rows.target is not None and len(rows) and int(rows.target.max()) >= rows.student.shape[1]:
         raise SelfCheckError(
             f"label {int(rows.target.max())} is out of range for {rows.student.shape[1]} classes (the first is 0). "
@@ -191,128 +309,43 @@ def _check_student(rows: Rows) -> None:
         raise SelfCheckError("the student's logits hold NaN on the first batch. Are the inputs finite and normalized?")
 
 
-def _check_loss(method: Method, rows: Rows, *, has_teacher: bool) -> dict[str, str]:
-    """Check the method's loss and gradients.
+def _check_can_learn(
+    method: Method, models: _Models, blocks: list[Rows], following: Callable[[], Iterable[Any]], results: Results
+) -> None:
+    """Check that the loss of one of the first batches can move the student."""
+    from tempering.training.loss_checks import moves_student, why_nothing_moves
 
-    The soft terms are 0 for a student equal to the teacher, splitting the batch, shifting logits and adding rows of
-    weight 0 do not change the loss, and gradients are finite.
-    """
-    if method.owns_step:
-        return {"loss": "the method owns its step"}
-    hard = None if rows.task_loss is None else upcast_to_float32(rows.task_loss.detach())
-    rows = rows.replace(
-        student=upcast_to_float32(rows.student.detach()), teacher=upcast_to_float32(rows.teacher), task_loss=hard
-    )
-
-    def loss(rows: Rows, normalizer: float | None = None) -> float:
-        with torch.no_grad():
-            return float(total(_terms(copy.deepcopy(method), rows), rows, normalizer=normalizer))
-
-    name, weight, reference = type(method).__name__, float(rows.total_weight), loss(rows)
-    if not math.isfinite(reference):
+    tried = 1
+    moves = moves_student(method, blocks)
+    for batch in () if moves else itertools.islice(following(), MOST_TRIED):
+        moves, tried = moves_student(method, models.run(batch).blocks), tried + 1
+        if moves:
+            break
+    if not moves:
+        where = "the first batch" if tried == 1 else f"the first {tried} batches"
         raise SelfCheckError(
-            f"{name}: the loss of the first batch is {reference}. Inspect the logits of both models on it."
+            f"nothing can be learned here: the gradient of {type(method).__name__}'s loss is 0 on {where}. "
+            f"{why_nothing_moves(blocks)}"
         )
-    checks = _check_zero_when_equal(method, rows) if has_teacher and method.zero_when_equal else {}
-
-    def check_equal(check: str, got: float, reason: str) -> None:
-        # "not <=" rather than ">", to catch NaN
-        if not abs(got - reference) <= LOSS_TOLERANCE * (1.0 + abs(reference)):
-            raise SelfCheckError(f"{name}: the loss is {reference:.6g}, and {got:.6g} {reason}")
-        checks[check] = "ok"
-
-    if method.is_batch_dependent() or len(rows) < 2:
-        checks["split"] = "rows are compared with each other" if len(rows) > 1 else "one row"
-    else:
-        half = len(rows) // 2
-        if (per := rows_per_sample(rows)) > 1:  # samples are not cut
-            half = max(1, len(rows) // per // 2) * per
-        parts = (rows.select(slice(None, half)), rows.select(slice(half, None)))
-        split = sum(loss(part, weight) for part in parts)
-        check_equal(
-            "same when split", split, f"when the batch is split in two. Is {name} a method with relational = True?"
-        )
-        padded = "with rows of weight 0 added: leave them out, or weight the terms of every sum over rows."
-        check_equal("same when padded", loss(_padded(rows)), padded)
-    if all(p.shift_invariant for p in method.policies().values()) and method.shift_invariant:
-        shifted = rows.replace(student=rows.student + 3.0, teacher=rows.teacher - 5.0)
-        check_equal(
-            "same when shifted", loss(shifted), "with a constant added to the logits, which does not change softmax."
-        )
-    else:
-        checks["shift"] = "its temperatures move with a shift of the logits"
-    _check_gradients(method, rows)
-    return checks | {"finite gradients": "ok"}
+    results["can learn"] = "ok"
 
 
-def _terms(method: Method, rows: Rows) -> dict[str, Tensor]:
-    """Compute the terms with a fixed seed; the method has to be a copy, because it may store rows."""
-    torch.default_generator.manual_seed(0)
-    if rows.student.is_cuda:
-        torch.cuda.manual_seed_all(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the run warns
-        return method(rows, 1.0)
+def last_batch_size(batches: Any) -> int | None:
+    """Return the number of samples in the last batch of an epoch; None if the loader does not tell."""
+    size, batch_size = getattr(batches, "size", None), getattr(batches, "batch_size", None)
+    if isinstance(batches, DataLoader) and not batches.drop_last:
+        sampler: Any = batches.sampler  # pyright: ignore[reportUnknownMemberType]
+        size = len(sampler) if hasattr(sampler, "__len__") else None
+    world: int = getattr(batches, "world", 1)  # pyright: ignore[reportUnknownArgumentType]
+    if not isinstance(size, int) or not isinstance(batch_size, int) or size < world:
+        return None
+    last = size % batch_size
+    # fewer samples than processes are dropped
+    return batch_size // world if last < world else last // world
 
 
-def _check_zero_when_equal(method: Method, rows: Rows) -> dict[str, str]:
-    """Check that the soft terms of a student equal to the teacher are 0."""
-    features = {name: (t, t) for name, (_, t) in rows.features.items()}
-    with torch.no_grad():
-        # without privacy scores: private rows may have other targets
-        terms = _terms(copy.deepcopy(method), rows.replace(student=rows.teacher, features=features, privacy_score=None))
-    kept = slice(None) if rows.weight is None else rows.weight > 0
-    soft = {k: v[kept].abs().max().item() for k, v in terms.items() if not k.endswith("hard") and len(v[kept])}
-    if not all(v <= LOSS_TOLERANCE for v in soft.values()):
-        values = ", ".join(f"{k} = {v:.3g}" for k, v in soft.items())
-        raise SelfCheckError(
-            f"{type(method).__name__}: the loss of a student equal to its teacher is not 0; the largest terms of a "
-            f"row: {values}. If this is intended, set zero_when_equal = False."
-        )
-    return {"zero at agreement": "ok"}
-
-
-def _check_gradients(method: Method, rows: Rows) -> None:
-    """Check that gradients reach the student, and that all gradients are finite."""
-    with torch.enable_grad():
-        student = rows.student.clone().requires_grad_()
-        features = {n: (s.detach().clone().requires_grad_(), t) for n, (s, t) in rows.features.items()}
-        hard = None if rows.task_loss is None else rows.task_loss.clone().requires_grad_()
-        rows, method = rows.replace(student=student, features=features, task_loss=hard), copy.deepcopy(method)
-        leaves = {"the student's logits": student} | {f"the feature {n!r}": s for n, (s, _) in features.items()}
-        leaves |= {} if hard is None else {"the task's own losses": hard}
-        leaves |= {f"its own {n}": p for n, p in method.named_parameters() if p.requires_grad}
-        loss = total(_terms(method, rows), rows)
-        if not loss.requires_grad:
-            raise SelfCheckError(
-                f"{type(method).__name__}: no gradient reaches the student. Is it detached, or computed under no_grad?"
-            )
-        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    for name, gradient in zip(leaves, cast("Sequence[Tensor | None]", gradients), strict=True):
-        if gradient is None or torch.isfinite(gradient).all():
-            continue
-        position = ""
-        if not name.startswith("its own"):
-            position = f", first in row {int((~torch.isfinite(gradient)).view(len(gradient), -1).any(1).nonzero()[0])}"
-        raise SelfCheckError(
-            f"{type(method).__name__}: the gradient in {name} is not finite on the first batch{position}. If classes "
-            "are masked, mask them on both sides."
-        )
-
-
-def _padded(rows: Rows, extra: int = 2) -> Rows:
-    """Append copies of the last ``extra`` samples with weight 0 and changed values."""
-    per = rows_per_sample(rows)
-    samples, tail = slice(-extra, None), slice(-extra * per, None)
-    weight = torch.ones(len(rows), device=rows.student.device) if rows.weight is None else rows.weight
-    return rows.replace(
-        student=torch.cat((rows.student, rows.student[tail].flip(-1))),
-        teacher=torch.cat((rows.teacher, -rows.teacher[tail].flip(-1))),
-        target=None if rows.target is None else torch.cat((rows.target, torch.full_like(rows.target[tail], -100))),
-        weight=torch.cat((weight, torch.zeros_like(weight[tail]))),
-        ids=None if rows.ids is None else torch.cat((rows.ids, rows.ids[tail])),
-        positions=None if rows.positions is None else torch.cat((rows.positions, rows.positions[tail])),
-        privacy_score=None if rows.privacy_score is None else torch.cat((rows.privacy_score, rows.privacy_score[tail])),
-        task_loss=None if rows.task_loss is None else torch.cat((rows.task_loss, -rows.task_loss[tail])),
-        features={n: (torch.cat((s, s[samples])), torch.cat((t, t[samples]))) for n, (s, t) in rows.features.items()},
-    )
+def one_sample(batch: Any) -> Any:
+    """Return the first sample of a batch, as a batch."""
+    sizes = list[int]()
+    map_tensors(batch, lambda x: sizes.append(len(x) if x.ndim else 0) or x)
+    return map_tensors(batch, lambda x: x[:1] if x.ndim and len(x) == sizes[0] else x)

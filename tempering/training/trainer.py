@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.methods.base import BlockLoss, Method, Step, step_rng
-from tempering.rows import Rows
+from tempering.rows import IGNORE_INDEX, is_labeled
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.training.checkpoint import random_state, set_random_state
@@ -42,7 +42,7 @@ from tempering.training.loss import chunking_for
 from tempering.training.metrics import ProgressBar, nonfinite_loss_error, step_metrics
 from tempering.training.recorder import Recorder
 from tempering.training.run_dir import RunDirectory, lock_run_dir, run_key, run_metadata
-from tempering.training.selfcheck import Checked, selfcheck
+from tempering.training.selfcheck import Checked, last_batch_size, one_sample, selfcheck
 from tempering.training.stream import ResumableLoader, micro_batches, reseed
 from tempering.utils.device import clone_outputs, maybe_compile
 from tempering.utils.state import ModelState, unwrapped
@@ -204,15 +204,35 @@ class Trainer:
         return to_device(batch, self.device)
 
     def check(self) -> Checked:
-        """Run the self-check on the first batch; nothing is trained or written.
+        """Run the self-check on the first batches, training and scored ones; nothing is trained or written.
 
         Raises:
-            SelfCheckError: if the first batch shows that the run would be wrong.
+            SelfCheckError: if the first batches show that the run would be wrong.
         """
-        features = None if self.features is None else self.features.features
-        batch = self._first_batch()
+        skip, batch = self.config.skip_checks, self._first_batch()
         with self._hooks():
-            return selfcheck(self.model, self.teacher, batch, method=self.method, task=self.task, features=features)
+            checked = selfcheck(
+                self.model,
+                self.teacher,
+                batch,
+                method=self.method,
+                task=self.task,
+                features=None if self.features is None else self.features.features,
+                more=self._later_batches,
+                single=one_sample(batch) if last_batch_size(self.loader.batches) == 1 else None,
+                skip=skip,
+            )
+        if self.evaluator.splits:
+            if "scores" not in skip:
+                self.evaluator.check(self.model, self.method)
+            checked.checks["scores"] = "turned off" if "scores" in skip else "ok"
+        return checked
+
+    def _later_batches(self) -> Iterator[Any]:
+        """Load the batches after the first one; the caller restores the global random state."""
+        reseed(self.config.seed, 0, self.fabric.global_rank)
+        for batch in self.loader.epoch(0, 1):
+            yield to_device(batch, self.device)
 
     def run(self, facts: Mapping[str, Any]) -> Run:
         """Train to the end, resuming from the newest checkpoint in the folder.
@@ -313,9 +333,12 @@ class Trainer:
         all_reduce_gradients(self.method, self.fabric)
         if config.max_grad_norm is not None:
             clip_grad_norm(self.optimizer, self.fabric, config.max_grad_norm)
+        rewarded = any(policy.needs_reward for policy in self.adaptive_policies)
+        row_losses = self._row_losses(batches[-1]) if rewarded else no_losses
+        before = row_losses()
         self.optimizer.step()
         if self.adaptive_policies:
-            self._update_policies(batches[-1], blocks[-1].rows)
+            self._update_policies(before, row_losses())
         self.optimizer.zero_grad(set_to_none=True)
         loss = functools.reduce(torch.add, step_losses)
         self._log(loss, blocks, progress)
@@ -339,17 +362,30 @@ class Trainer:
             chunking=self.chunking,
         )
 
-    @torch.no_grad()
-    def _update_policies(self, batch: Any, rows: Rows) -> None:
-        """Update the adaptive policies; the reward is the decrease of each row's cross entropy in a second forward."""
-        reward: Tensor | None = None
-        if rows.target is not None and any(policy.needs_reward for policy in self.adaptive_policies):
-            student_inputs, _, _ = self.task.inputs(batch)
+    def _row_losses(self, batch: Any) -> Callable[[], Tensor | None]:
+        """Return a function that computes the student's cross entropy in eval mode on each row of the last block, (N,).
+
+        It sees the same inputs at every call, so only the weights change its value. None without labels.
+        """
+        student_inputs, _, _ = self.task.inputs(batch)
+
+        @torch.no_grad()
+        def losses() -> Tensor | None:
             with eval_mode(self.model):
-                after = self.task.rows(self.model(student_inputs), None, batch)[-1]
-            before, target = rows.student.detach().float(), rows.target.long()
-            reward = nn.functional.cross_entropy(before, target, reduction="none", ignore_index=-100)
-            reward -= nn.functional.cross_entropy(after.student.float(), target, reduction="none", ignore_index=-100)
+                rows = self.task.rows(self.model(student_inputs), None, batch)[-1]
+            if rows.target is None:
+                return None
+            target = rows.target.masked_fill(~is_labeled(rows.target), IGNORE_INDEX)
+            return nn.functional.cross_entropy(
+                rows.student.float(), target, reduction="none", ignore_index=IGNORE_INDEX
+            )
+
+        return losses
+
+    @torch.no_grad()
+    def _update_policies(self, before: Tensor | None, after: Tensor | None) -> None:
+        """Update the adaptive policies; the reward is the decrease of each row's loss by the step."""
+        reward = None if before is None or after is None else before - after
         for policy in self.adaptive_policies:
             policy.update(reward if policy.needs_reward else None)
 
@@ -433,4 +469,9 @@ class Trainer:
 
 def no_teacher(inputs: Any, ids: Tensor | None) -> None:
     """Return None, for a run without a teacher."""
+    return
+
+
+def no_losses() -> None:
+    """Return None, for a step without rewards."""
     return

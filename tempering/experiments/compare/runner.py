@@ -18,6 +18,7 @@ from tempering.experiments.compare import plan as arena_plan
 from tempering.experiments.compare import status as arena_view
 from tempering.experiments.compare.plan import Cell, Plan, lock_path
 from tempering.reports.records import pack, read_cell, write_cell
+from tempering.training.config import VERDICTS
 from tempering.utils.files import inheritable_descriptors, try_lock
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ class Arena:
         for name in ("records", "work"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "work" / ".gitignore").write_text("*\n")
+        # whether a teacher is above chance is decided again in a grid that is started again
+        shutil.rmtree(self.folder / "work" / "teachers", ignore_errors=True)
         arena_plan.write(self.folder, self.plan)
         arena_view.records(self.folder, self.plan)  # fail early if a record was edited
 
@@ -170,6 +173,7 @@ class Arena:
     def _environment(self, slot: int) -> dict[str, str]:
         threads = str(self.threads)
         overrides = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+        overrides[VERDICTS] = str(self.folder.absolute() / "work" / "teachers")  # each teacher is judged once
         if self.gpus:
             overrides["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         return {**os.environ, **overrides}

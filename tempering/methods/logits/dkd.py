@@ -61,6 +61,8 @@ class DKD(Method):
         is_target.scatter_(1, label.clamp_min(0).unsqueeze(1).long(), True)
         pair_s, others_s = split_target(tempered(rows.student, T.student), is_target)
         pair_t, others_t = split_target(tempered(rows.teacher, T.teacher), is_target)
+        # a teacher that masks all other classes says nothing of them
+        others_s = torch.where(torch.isneginf(pair_t[:, 1:]), others_t, others_s)
         scale = torch.where(label >= 0, T.scale, 0.0) * linear_warmup(progress, self.warmup)
         terms = {
             "target": self.target * scale * divergence(pair_t, pair_s),

@@ -11,6 +11,7 @@ from torch import Tensor
 from tempering.methods.base import Method, check_weights, is_row_method
 from tempering.methods.logits.kd import KD
 from tempering.rows import Rows, upcast_to_float32
+from tempering.temperature.base import mask_constants
 from tempering.temperature.static import Static
 
 
@@ -68,7 +69,7 @@ class LSKD(Method):
 
 def standardized(logits: Float[Tensor, "N C"], eps: float) -> Float[Tensor, "N C"]:
     """Return (z - mean) / (std + eps) over the unmasked classes; constant rows become 0, masked classes stay masked."""
-    z = upcast_to_float32(logits)
+    z = mask_constants(upcast_to_float32(logits))
     is_masked = torch.isneginf(z)
     n = (~is_masked).sum(-1, keepdim=True)
     z = z.masked_fill(is_masked, 0.0)

@@ -64,6 +64,8 @@ class RLD(Method):
         pair_s, _ = split_target(student / self.tau, one_hot(label, student))
         pair_t, _ = split_target(teacher / self.tau, one_hot(teacher.argmax(1), teacher))
         above = teacher >= teacher.gather(1, label_index(label))
+        # without a class of the teacher below the label there is nothing to compare, on either side
+        above = above | (above | torch.isneginf(teacher)).all(-1, keepdim=True)
         below_s = log_softmax(tempered(student, T.student).masked_fill(above, -torch.inf))
         below_t = log_softmax(tempered(teacher, T.teacher).masked_fill(above, -torch.inf))
         terms = {

@@ -1,0 +1,114 @@
+"""Decide whether a teacher is better than a guess, from as many batches as it takes: a sequential test."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tempering.rows import Rows, is_labeled
+from tempering.training.config import VERDICTS
+from tempering.utils.files import file_lock, sha256_text, write_atomic
+
+FALSE_ALARM = 5e-4  # largest probability to refuse a teacher that is at least ``good_accuracy``
+MISSED = 0.05  # largest probability to accept a teacher that guesses
+EFFECT = 0.1  # how much better than a guess a good teacher is, in standard deviations of a guess's hits on one row
+MOST_BATCHES = 100
+
+
+class Verdict(NamedTuple):
+    """The result of a test, "good", "guess" or "open" (not decided), and the counts that it is computed from."""
+
+    result: str
+    correct: int = 0
+    rows: int = 0
+    classes: int = 0
+    batches: int = 0
+
+    @property
+    def is_likely_good(self) -> bool:
+        """Whether a guess would be right so often in at most one of twenty runs, where batches ran out."""
+        if self.rows < 8 or self.classes < 2:
+            return False
+        k = torch.arange(self.correct, self.rows + 1, dtype=torch.float64)
+        log_binomial = math.lgamma(self.rows + 1) - torch.lgamma(k + 1) - torch.lgamma(self.rows - k + 1)
+        log_p = log_binomial - k * math.log(self.classes) + (self.rows - k) * math.log1p(-1 / self.classes)
+        return float(log_p.exp().sum()) <= MISSED
+
+    @property
+    def share(self) -> str:
+        """The accuracy, for messages."""
+        return f"{100 * self.correct / max(1, self.rows):.1f} %"
+
+
+def good_accuracy(classes: int) -> float:
+    """Return the smallest accuracy that a good teacher of this number of classes has: above chance by ``EFFECT``."""
+    chance = 1.0 / classes
+    return chance + EFFECT * math.sqrt(chance * (1.0 - chance))
+
+
+def log_evidence(correct: Tensor, rows: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Return the log of the evidence against "it is good" and against "it guesses", of counts of hits, (...) each.
+
+    Evidence against a hypothesis is the mean likelihood ratio of a few alternatives on the other side of it. Its
+    expectation under the hypothesis is at most 1 at any time, so it ever exceeds 1 / a with probability at most a,
+    however often it is looked at (Ville's inequality).
+    """
+    chance, good = 1.0 / classes, good_accuracy(classes)
+    better = [good, *(chance + (1.0 - chance) * part for part in (0.1, 0.25, 0.5, 0.75, 0.9, 1.0))]
+
+    def against(null: float, alternatives: list[float], weights: list[float] | None = None) -> Tensor:
+        q = torch.tensor(alternatives, dtype=torch.float64)
+        w = torch.full_like(q, 1 / len(q)) if weights is None else q.new_tensor(weights)
+        hits, misses = correct.double().unsqueeze(-1), (rows - correct).double().unsqueeze(-1)
+        ratio = torch.xlogy(hits, q / null) + torch.xlogy(misses, (1.0 - q).clamp_min(0.0) / (1.0 - null))
+        return (ratio + w.log()).logsumexp(-1)
+
+    # the first of these is what shuffled classes look like
+    return against(good, [0.0, chance / 2, chance], [0.5, 0.25, 0.25]), against(chance, better)
+
+
+def judge(counts: Iterable[tuple[Rows, Tensor | None]]) -> Verdict:
+    """Count hits batch by batch until the teacher is known to be good, or to guess; "open" where batches run out.
+
+    Args:
+        counts: per batch its rows and the teacher's likeliest class of each, as ``Task.scored_rows`` returns them.
+    """
+    correct = rows = classes = batches = 0
+    for block, top in counts:
+        batches, classes = batches + 1, block.student.shape[1]
+        if block.target is None or top is None:
+            return Verdict("open", correct, rows, 0, batches)
+        known = is_labeled(block.target) if block.weight is None else is_labeled(block.target) & (block.weight > 0)
+        correct, rows = correct + int(((top == block.target) & known).sum()), rows + int(known.sum())
+        if classes < 2:
+            return Verdict("open", correct, rows, classes, batches)
+        no_good, no_guess = log_evidence(torch.tensor(correct), torch.tensor(rows), classes)
+        if float(no_guess) >= -math.log(MISSED):
+            return Verdict("good", correct, rows, classes, batches)
+        if float(no_good) >= -math.log(FALSE_ALARM):
+            return Verdict("guess", correct, rows, classes, batches)
+        if batches >= MOST_BATCHES:
+            break
+    return Verdict("open", correct, rows, classes, batches)
+
+
+def shared_verdict(teacher: str, decide: Callable[[], Verdict]) -> Verdict:
+    """Return the verdict on the teacher of this identity, decided once by all runs that share a folder of verdicts.
+
+    All runs of a grid have the verdict of the run that was first, so that none of them is refused alone.
+    """
+    if not (folder := os.environ.get(VERDICTS)):
+        return decide()
+    path = Path(folder) / f"{sha256_text(teacher)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(path.with_suffix(".lock")):
+        if not path.is_file():
+            write_atomic(path, json.dumps(decide()._asdict()))
+        return Verdict(**json.loads(path.read_text()))

@@ -1,0 +1,197 @@
+"""Checks of a method's loss on rows: what must not change it, its gradients, and whether it can move the student."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tempering.methods.base import Method
+from tempering.rows import FIELDS, IGNORE_INDEX, Rows, is_labeled, rows_per_sample, total, upcast_to_float32
+from tempering.training.config import Results, SelfCheckError
+
+LOSS_TOLERANCE = 1e-4  # relative tolerance of losses, for float32 and a few thousand classes
+
+
+def check_loss(method: Method, rows: Rows, results: Results, *, has_teacher: bool) -> None:
+    """Check the method's loss and gradients on a block of rows, and add to ``results``.
+
+    The soft terms are 0 for a student equal to the teacher, splitting the batch, shifting logits and adding rows of
+    weight 0 do not change the loss, and gradients are finite.
+    """
+    rows = _leaves(rows)
+
+    def loss(rows: Rows, normalizer: float | None = None) -> float:
+        with torch.no_grad():
+            return float(total(_terms(copy.deepcopy(method), rows), rows, normalizer=normalizer))
+
+    name, weight, reference = type(method).__name__, float(rows.total_weight), loss(rows)
+    if not math.isfinite(reference):
+        raise SelfCheckError(
+            f"{name}: the loss of the first batch is {reference}. Inspect the logits of both models on it."
+        )
+    if has_teacher and method.zero_when_equal and results.wants("zero at agreement"):
+        _check_zero_when_equal(method, rows)
+        results["zero at agreement"] = "ok"
+
+    def check_equal(check: str, got: float, reason: str) -> None:
+        # "not <=" rather than ">", to catch NaN
+        if not abs(got - reference) <= LOSS_TOLERANCE * (1.0 + abs(reference)):
+            raise SelfCheckError(f"{name}: the loss is {reference:.6g}, and {got:.6g} {reason}")
+        results[check] = "ok"
+
+    if method.is_batch_dependent() or len(rows) < 2:
+        results["split"] = "rows are compared with each other" if len(rows) > 1 else "one row"
+    else:
+        if results.wants("same when split"):
+            half = len(rows) // 2
+            if (per := rows_per_sample(rows)) > 1:  # samples are not cut
+                half = max(1, len(rows) // per // 2) * per
+            parts = (rows.select(slice(None, half)), rows.select(slice(half, None)))
+            split = sum(loss(part, weight) for part in parts)
+            reason = f"when the batch is split in two. Is {name} a method with relational = True?"
+            check_equal("same when split", split, reason)
+        if results.wants("same when padded"):
+            padded = "with rows of weight 0 added: leave them out, or weight the terms of every sum over rows."
+            check_equal("same when padded", loss(_padded(rows)), padded)
+    if not (all(p.shift_invariant for p in method.policies().values()) and method.shift_invariant):
+        results["shift"] = "its temperatures move with a shift of the logits"
+    elif results.wants("same when shifted"):
+        shifted = rows.replace(student=rows.student + 3.0, teacher=rows.teacher - 5.0)
+        check_equal(
+            "same when shifted", loss(shifted), "with a constant added to the logits, which does not change softmax."
+        )
+    if results.wants("finite gradients"):
+        _check_gradients(method, rows)
+        results["finite gradients"] = "ok"
+
+
+def moves_student(method: Method, blocks: Sequence[Rows]) -> bool:
+    """Return whether the loss of these rows has a gradient in the student, which is first moved off the teacher."""
+    for rows in map(_leaves, blocks):
+        generator = torch.Generator().manual_seed(0)
+
+        def moved(x: Tensor, generator: torch.Generator = generator) -> Tensor:
+            noise = torch.randn(x.shape, generator=generator).to(x)
+            return (x + 0.1 * (1.0 + x.masked_fill(~x.isfinite(), 0.0).abs().mean()) * noise).requires_grad_()
+
+        features = {name: (moved(s.detach()), t) for name, (s, t) in rows.features.items() if s.is_floating_point()}
+        hard = None if rows.task_loss is None else rows.task_loss.clone().requires_grad_()
+        probe = rows.replace(student=moved(rows.student), features={**rows.features, **features}, task_loss=hard)
+        leaves = [probe.student, *(s for s, _ in features.values()), *([] if hard is None else [hard])]
+        for progress in (1.0, 0.5):  # a weight may be 0 at the end of the run
+            with torch.enable_grad():
+                loss = total(_terms(copy.deepcopy(method), probe, progress), probe)
+                if not loss.requires_grad:
+                    continue
+                gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+            if any(g is not None and bool(g.any()) for g in cast("Sequence[Tensor | None]", gradients)):
+                return True
+    return False
+
+
+def why_nothing_moves(blocks: Sequence[Rows]) -> str:
+    """Return the likeliest reason for a loss without gradient in the student."""
+    targets = [rows.target for rows in blocks if rows.target is not None and rows.task_loss is None]
+    if not sum(len(rows) for rows in blocks):
+        return "The batch has no rows. Does a filter of the data, or of the task, remove all of them?"
+    if not any(float(rows.total_weight) for rows in blocks):
+        return "No row has weight: is everything masked or padding, or are all labels -100?"
+    if all(rows.student.shape[1] < 2 and rows.task_loss is None for rows in blocks):
+        return (
+            "The logits have one class, of which every divergence and cross entropy is 0. The logit z of a binary "
+            "classifier is two classes: torch.cat((torch.zeros_like(z), z), 1), on both sides. For regression, give "
+            "the rows its loss as task_loss."
+        )
+    if targets and not any(bool(is_labeled(target).any()) for target in targets):
+        return (
+            "No row has a label (-100 and -1 mean unlabeled), and the method learns from nothing else. Are the labels "
+            "masked by mistake? A method with a teacher learns without labels: methods.KD(hard=0.0)."
+        )
+    return "All terms have weight 0, or do not depend on the student on these rows. See its arguments."
+
+
+def _leaves(rows: Rows) -> Rows:
+    """Return the rows without a graph, in at least float32."""
+    hard = None if rows.task_loss is None else upcast_to_float32(rows.task_loss.detach())
+    student, teacher = upcast_to_float32(rows.student.detach()), upcast_to_float32(rows.teacher)
+    return rows.replace(student=student, teacher=teacher, task_loss=hard)
+
+
+def _terms(method: Method, rows: Rows, progress: float = 1.0) -> dict[str, Tensor]:
+    """Compute the terms with a fixed seed; the method has to be a copy, because it may store rows."""
+    torch.default_generator.manual_seed(0)
+    if rows.student.is_cuda:
+        torch.cuda.manual_seed_all(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run warns
+        return method(rows, progress)
+
+
+def _check_zero_when_equal(method: Method, rows: Rows) -> None:
+    """Check that the soft terms of a student equal to the teacher are 0."""
+    features = {name: (t, t) for name, (_, t) in rows.features.items()}
+    with torch.no_grad():
+        # without privacy scores: private rows may have other targets
+        terms = _terms(copy.deepcopy(method), rows.replace(student=rows.teacher, features=features, privacy_score=None))
+    kept = slice(None) if rows.weight is None else rows.weight > 0
+    soft = {k: v[kept].abs().max().item() for k, v in terms.items() if not k.endswith("hard") and len(v[kept])}
+    if not all(v <= LOSS_TOLERANCE for v in soft.values()):
+        values = ", ".join(f"{k} = {v:.3g}" for k, v in soft.items())
+        raise SelfCheckError(
+            f"{type(method).__name__}: the loss of a student equal to its teacher is not 0; the largest terms of a "
+            f"row: {values}. If this is intended, set zero_when_equal = False."
+        )
+
+
+def _check_gradients(method: Method, rows: Rows) -> None:
+    """Check that gradients reach the student, and that all gradients are finite."""
+    with torch.enable_grad():
+        student = rows.student.clone().requires_grad_()
+        features = {n: (s.detach().clone().requires_grad_(), t) for n, (s, t) in rows.features.items()}
+        hard = None if rows.task_loss is None else rows.task_loss.clone().requires_grad_()
+        rows, method = rows.replace(student=student, features=features, task_loss=hard), copy.deepcopy(method)
+        leaves = {"the student's logits": student} | {f"the feature {n!r}": s for n, (s, _) in features.items()}
+        leaves |= {} if hard is None else {"the task's own losses": hard}
+        leaves |= {f"its own {n}": p for n, p in method.named_parameters() if p.requires_grad}
+        loss = total(_terms(method, rows), rows)
+        if not loss.requires_grad:
+            raise SelfCheckError(
+                f"{type(method).__name__}: no gradient reaches the student. Is it detached, or computed under no_grad?"
+            )
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    for name, gradient in zip(leaves, cast("Sequence[Tensor | None]", gradients), strict=True):
+        if gradient is None or torch.isfinite(gradient).all():
+            continue
+        position = ""
+        if not name.startswith("its own"):
+            position = f", first in row {int((~torch.isfinite(gradient)).view(len(gradient), -1).any(1).nonzero()[0])}"
+        raise SelfCheckError(
+            f"{type(method).__name__}: the gradient in {name} is not finite on the first batch{position}. If classes "
+            "are masked, mask them on both sides."
+        )
+
+
+def _padded(rows: Rows, extra: int = 2) -> Rows:
+    """Append copies of the last ``extra`` samples with weight 0 and changed values."""
+    extra *= rows_per_sample(rows)
+    weight = torch.ones(len(rows), device=rows.student.device) if rows.weight is None else rows.weight
+    rows = rows.replace(weight=weight)
+    tail = rows.select(slice(-extra, None))
+    tail = tail.replace(
+        student=tail.student.flip(-1),
+        teacher=-tail.teacher.flip(-1),
+        target=None if tail.target is None else torch.full_like(tail.target, IGNORE_INDEX),
+        weight=torch.zeros_like(weight[-extra:]),
+        task_loss=None if tail.task_loss is None else -tail.task_loss,
+    )
+    fields = {n: torch.cat((x, getattr(tail, n))) for n in FIELDS if (x := getattr(rows, n)) is not None}
+    both = {n: (rows.features[n], tail.features[n]) for n in rows.features}
+    return rows.replace(
+        **fields, features={n: (torch.cat((s, u)), torch.cat((t, v))) for n, ((s, t), (u, v)) in both.items()}
+    )
