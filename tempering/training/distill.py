@@ -52,6 +52,8 @@ def distill(
     keep: int = 2,
     patience: int | None = None,
     resume: bool = True,
+    extend: bool = False,
+    requeue: bool = False,
     loggers: Sequence[Any] = (),
     selfcheck: bool = True,
     quiet: bool = False,
@@ -59,6 +61,8 @@ def distill(
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Run:
     """Train ``student`` with ``method`` and ``teacher``; resume if ``out`` has the same run, interrupted.
+
+    If ``out`` has the same run, finished, its result is returned and nothing is trained (``Run.how`` is "finished").
 
     ``tempering.training.experiment.Experiment`` describes the same run without starting it.
 
@@ -82,10 +86,10 @@ def distill(
         out: folder for records, checkpoints and weights; None writes nothing.
         seed: of the order, augmentation and dropout of every epoch; not of the student's initial weights.
         accumulate, max_grad_norm, precision, accelerator, devices, strategy, compile, chunks, evaluate_every,
-            log_every, checkpoint_every, keep, patience, resume, selfcheck, quiet: options of ``TrainConfig``. With
-            strategy="fsdp" the student is left sharded. With several devices the script runs once per device; the
-            parameters equal those of one device with the same batch. A run killed at any moment resumes from the last
-            checkpoint, with bit-identical results.
+            log_every, checkpoint_every, keep, patience, resume, extend, requeue, selfcheck, quiet: options of
+            ``TrainConfig``. With strategy="fsdp" the student is left sharded. With several devices the script runs once
+            per device; the parameters equal those of one device with the same batch. A run killed at any moment resumes
+            from the last checkpoint, with bit-identical results.
         loggers: "tensorboard", "csv", "wandb", or Fabric loggers.
         facts: additional content of facts.json, such as "label" and "data".
         on_step: called after every step with its number (from 0) and its loss, (); with several processes, the mean
@@ -98,6 +102,7 @@ def distill(
         CorruptCheckpointError: if the newest checkpoint is truncated or edited.
         FloatingPointError: if the loss is NaN or infinite.
         OSError: if there is no space for a checkpoint; the earlier ones stay.
+        RunInterrupted: (SystemExit, code 99) after SIGTERM, SIGUSR1 or SIGHUP; a checkpoint is written.
     """
     if steps is not None and epochs is not None:
         raise ValueError(f"give either steps= or epochs=; got steps={steps}, epochs={epochs}.")
@@ -119,6 +124,8 @@ def distill(
         keep=keep,
         patience=patience,
         resume=resume,
+        extend=extend,
+        requeue=requeue,
         selfcheck=selfcheck,
         quiet=quiet,
     )
