@@ -249,7 +249,7 @@ def settings_of(part: Any) -> dict[str, Any]:
     """
     out: dict[str, Any] = {"name": type(part).__name__}
     try:
-        parameters = inspect.signature(type(part)).parameters.values()
+        parameters = inspect.signature(cast("Any", type(part))).parameters.values()
         names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name in vars(part)]
     except (TypeError, ValueError):
         return out
@@ -276,7 +276,7 @@ def loader_settings(batches: Any) -> dict[str, Any]:
     """Return what is known of a loader besides its batches: lengths, settings, and transforms by their repr."""
     out: dict[str, Any] = {"batches": _length(batches)}
     if isinstance(batches, DataLoader):
-        loader = cast("DataLoader[Any]", batches)
+        loader: Any = cast("Any", batches)
         out["samples"] = _length(loader.dataset)
         transforms = {name: getattr(loader.dataset, name, None) for name in ("transform", "target_transform")}
         texts = {name: repr(value) for name, value in transforms.items() if value is not None}
@@ -347,11 +347,12 @@ def _distribute(loader: Any, fabric: Fabric, seed: int) -> Iterable[Any]:
     if isinstance(sampler, DistributedSampler):
         return loader
     inner = RankSampler(getattr(loader.batch_sampler, "sampler", sampler), loader, fabric, seed)
-    if loader.batch_size is None and type(loader.batch_sampler) is BatchSampler and type(loader) is DataLoader:  # pyright: ignore[reportUnknownArgumentType]
+    plain = (type(loader), type(loader.batch_sampler)) == (DataLoader, BatchSampler)
+    if loader.batch_size is None and plain:
         kept = {name: getattr(loader, name) for name in DATALOADER_OPTIONS}
-        batch_sampler = BatchSampler(inner, inner.batch_size, inner.drop_last)
-        make: Any = DataLoader
-        return make(loader.dataset, batch_sampler=batch_sampler, **kept)
+        return cast("Any", DataLoader)(
+            loader.dataset, batch_sampler=BatchSampler(inner, inner.batch_size, inner.drop_last), **kept
+        )
     # as Fabric's setup_dataloaders does with a DistributedSampler; classes that inherit from DataLoader are kept
     return cast("Any", of_fabric)._update_dataloader(loader, inner)
 
