@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import Temperatures
-from tempering.utils.override import OVERRIDES
+from tempering.utils.registry import OVERRIDES
 
 
 def kl(rows: Rows, T: Temperatures) -> Float[Tensor, " N"]:

@@ -136,8 +136,9 @@ FIELDS = ("student", "teacher", *PER_ROW)
 
 
 def _not_a_tensor(rows: Rows) -> TypeError:
-    wrong = {name: type(x) for name in FIELDS if (x := getattr(rows, name)) is not None and not isinstance(x, Tensor)}
-    label, kind = next(iter(wrong.items()))
+    fields: dict[str, object] = {name: getattr(rows, name) for name in FIELDS}
+    label, value = next((n, x) for n, x in fields.items() if x is not None and not isinstance(x, Tensor))
+    kind = type(value)
     how = "torch.from_numpy(x)" if kind.__module__ == "numpy" else "torch.tensor(x)"
     return TypeError(f"Rows(name={rows.name!r}) needs a tensor as {label}; got {kind.__name__}. Write {how}.")
 

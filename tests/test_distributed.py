@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tempering.training import checkpoint
+from tests.cases import each
 from tests.detection_runs import KINDS, go, one_student
 from tests.later import needs
 from tests.paths import ROOT
 from tests.runs import STEPS, identical, left, student_net
-from tests.two_ranks import RUNS, aligned, attending, detecting, one, pictures
+from tests.two_ranks import RUNS, SAMPLED, aligned, attending, detecting, one, pictures
 
 CLOSE = {"weights": 1e-12, "accumulated": 1e-12, "own parameters": 1e-6}
 STRATEGIES = ("ddp", "fsdp")
@@ -126,6 +128,29 @@ def test_what_a_split_would_change_is_refused(two: Path) -> None:
         "temperatures. Use devices=1, or another policy."
     )
     assert unshared == ("list cannot be split over 2 processes. Use a DataLoader, or give it shard(rank, world).")
+
+
+REFUSED = {
+    "not split": "Numbers yields the same samples in each of 2 processes",
+    "apart": "Apart draws another order in each of 2 processes",
+    "a batch too many": "33 samples in batches of 4 cannot be split over 2 processes: one would have 5 batches",
+}
+
+
+@each("name", SAMPLED)
+def test_every_sample_is_seen_once_or_the_loader_is_refused(name: str, two: Path) -> None:
+    seen = json.loads((two / "sampled.json").read_text())[name]
+    if name in REFUSED:
+        assert len(seen) == 1 and seen[0].startswith(REFUSED[name]), seen
+        return
+    orders = []
+    for ranks in seen:
+        assert len(ranks[0]) == len(ranks[1]) == 4, "all have the same number of batches"
+        numbers = [n for batches in ranks for batch in batches for n in batch]
+        assert len(set(numbers)) == len(numbers) == (31 if name == "an odd number" else 32)
+        orders.append(numbers)
+    ordered = name in ("in order", "split by itself", "a batch too many, dropped")
+    assert (orders[0] == orders[1]) == ordered, "a random order is another in each epoch"
 
 
 def _column(path: Path, name: str) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from tempering.rollouts.sampling import generate, prompts_of, verify_tokens
 from tempering.rows import IGNORE_INDEX, total
 from tempering.tasks import GenerationScorer, LanguageModeling, OnPolicy, Sampling, SequenceLevel, Speculative
 from tempering.teachers import Live
+from tempering.utils.files import read_json_lines
 from tests.cases import each
 from tests.paths import needs_shared
 from tests.test_generation import EOS, MODELS, PAD, V, gpt2, llama, texts
@@ -236,7 +238,7 @@ def test_a_share_of_the_batches_is_written_and_any_place_of_an_epoch_is_found_ag
 
 
 @pytest.mark.parametrize("kind", ["on-policy", "speculative"])
-def test_runs_in_distill(kind: str) -> None:
+def test_runs_in_distill(kind: str, tmp_path: Path) -> None:
     student, teacher = llama(8, 0).float(), llama(12, 1).float()
     data, task = loader(), LanguageModeling(vocabulary=V)
     adam = partial(torch.optim.Adam, lr=1e-2)
@@ -247,8 +249,13 @@ def test_runs_in_distill(kind: str) -> None:
         source = Speculative(student, teacher, data, top_k=20, **own)
     method = Divergence(objective="kl")
     start = task.score(student, data, teacher=Live(teacher))["loss"]
-    run = distill(student, teacher, source, method=method, task=task, optimizer=adam, epochs=6, test=data, quiet=True)
+    how: dict[str, Any] = {"method": method, "task": task, "optimizer": adam, "out": tmp_path, "log_every": 1}
+    run = distill(student, teacher, source, epochs=6, test=data, quiet=True, **how)
     assert run.best["test"]["loss"] < start
+    for name in ("steps", "epochs"):  # statistics of the epoch so far, and of the whole
+        lines = read_json_lines(tmp_path / f"{name}.jsonl")
+        assert all(line["rollout"].keys() == source.report().keys() for line in lines)
+        assert lines[-1]["rollout"] == source.report()
     assert "only" in run.facts["selfcheck"]["line"] and source.report()["length"] > 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,14 @@ import torch
 from torch import nn
 
 import tempering as kd
+from tempering.cli.main import main
+from tempering.reports.records import load_run, pack, without_private
+from tempering.training import checkpoint
 from tempering.training import recorder as records
 from tempering.training.recorder import Recorder, surroundings
 from tempering.utils.files import read_json_lines, write_atomic
+from tests.cases import each
+from tests.runs import cut, go, points, stop_at
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -160,3 +166,218 @@ def test_a_run_writes_the_temperatures_and_terms_of_its_steps(tmp_path: Path) ->
         assert line["rows_per_second"] > 0 and line["lr"] == 0.05
     assert facts(tmp_path) == json.loads(json.dumps(run.facts, default=str))
     assert [line["epoch"] for line in read_json_lines(tmp_path / "epochs.jsonl")] == [1, 2, 3]
+
+
+# damage
+
+
+def interrupted(out: Path, **more: Any) -> None:
+    settings: dict[str, Any] = {"epochs": 3, "selfcheck": False, "checkpoint_every": 1} | more
+    with pytest.raises(KeyboardInterrupt):
+        go(cut(points(32), 8), out=out, validation=cut(points(8, seed=3), 8), on_step=stop_at(9), **settings)
+
+
+def again(out: Path) -> Any:
+    return go(cut(points(32), 8), out=out, validation=cut(points(8, seed=3), 8), epochs=3, selfcheck=False)
+
+
+def replaced(number: int, line: str | None) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        lines = path.read_text().splitlines(keepends=True)
+        lines[number - 1 : number] = [] if line is None else [line]
+        path.write_text("".join(lines))
+
+    return change
+
+
+def cut_to(size: int) -> Callable[[Path], Any]:
+    return lambda path: path.write_bytes(path.read_bytes()[:size])
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[data.index(b'"loss": ') + 10] ^= 1
+    path.write_bytes(data)
+
+
+# file, what is done to it -> what the error says; of a run that was interrupted, and of a finished one
+DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "facts cut": ("facts.json", cut_to(100), r"facts\.json, line \d+, (is damaged|is not the JSON)"),
+    "facts empty": ("facts.json", cut_to(0), r"facts\.json, line 1, (is damaged|is not the JSON)"),
+    "facts a list": ("facts.json", lambda path: path.write_text("[]"), r"facts\.json, line 1, .*got list"),
+    "facts changed": (
+        "facts.json",
+        lambda path: path.write_text(path.read_text().replace('"seed": 0', '"seed": 7')),
+        r"facts\.json is not as it was written: a value was changed",
+    ),
+    "a line is no object": (
+        "steps.jsonl",
+        replaced(3, "5\n"),
+        r"steps\.jsonl is not as it was written|has lost lines.*line 3",
+    ),
+    "a line is cut": ("steps.jsonl", replaced(2, '{"step": 2, "lo\n'), r"steps\.jsonl has lost lines: .*\(line 2: "),
+    "a line is lost": (
+        "steps.jsonl",
+        replaced(4, None),
+        r"steps\.jsonl has lost lines: [\d,]+ bytes .* and it has [\d,]+",
+    ),
+    "lines are swapped": (
+        "steps.jsonl",
+        lambda path: path.write_text("".join((x := path.read_text().splitlines(True))[:1] + x[2:3] + x[1:2] + x[3:])),
+        r"steps\.jsonl is not as it was written: .*\(line 3: step 2 after step 3\)",
+    ),
+    "a number is changed": (
+        "steps.jsonl",
+        flipped,
+        r"steps\.jsonl is not as it was written: lines were changed or lost",
+    ),
+    "an epoch is lost": ("epochs.jsonl", replaced(1, None), r"epochs\.jsonl (has lost lines|is not as it was written)"),
+    "an epoch is changed": ("epochs.jsonl", flipped, r"epochs\.jsonl is not as it was written"),
+    "a file is lost": ("steps.jsonl", Path.unlink, r"steps\.jsonl has lost lines: [\d,]+ bytes .* and it has 0"),
+}
+
+
+@each("what", DAMAGES)
+def test_damaged_records_are_named_by_resume_and_report(what: str, tmp_path: Path) -> None:
+    name, damage, said = DAMAGES[what]
+    for status in ("interrupted", "done"):
+        out = tmp_path / status
+        interrupted(out)
+        if status == "done":
+            again(out)
+        damage(out / name)
+        with pytest.raises(ValueError, match=said):
+            load_run(out)
+        with pytest.raises(ValueError, match=said):
+            again(out)
+
+
+def test_an_analysis_that_was_changed_is_named(tmp_path: Path) -> None:
+    interrupted(tmp_path)
+    again(tmp_path)
+    path = tmp_path / "analysis.json"
+    text = path.read_text()
+    for damage in (lambda: path.write_text(text.replace("0", "1", 1)), path.unlink):
+        damage()
+        with pytest.raises(ValueError, match=r"analysis\.json is missing or not as it was written"):
+            load_run(tmp_path)
+
+
+def test_records_of_an_earlier_version_are_read_and_cut(tmp_path: Path) -> None:
+    """Its checkpoints hold no sizes and hashes; odd lines are named all the same."""
+    interrupted(tmp_path)
+    facts_ = facts(tmp_path)
+    del facts_["records"], facts_["sha256"]
+    (tmp_path / "facts.json").write_text(json.dumps(facts_))
+    state = checkpoint.load(tmp_path / "checkpoints")
+    assert state is not None
+    checkpoint.save(tmp_path / "checkpoints", 9, state)
+    assert len(load_run(tmp_path).steps) == 9
+    lines = (tmp_path / "steps.jsonl").read_text()
+    for line, said in (("5", "must be an object; got int"), ('{"a": 1}', "needs 'step', a whole number; got None")):
+        replaced(3, f"{line}\n")(tmp_path / "steps.jsonl")
+        with pytest.raises(ValueError, match=rf"steps\.jsonl, line 3, {said}"):
+            again(tmp_path)
+        (tmp_path / "steps.jsonl").write_text(lines)
+    assert again(tmp_path).how == "resumed"
+    assert [line["step"] for line in read_json_lines(tmp_path / "steps.jsonl")] == list(range(1, 13))
+
+
+def test_long_records_are_resumed_and_read_in_constant_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By bisection where the position is not known, else by the hash of what comes before."""
+    line = {"loss": 1.0, "terms": {"soft": 0.5, "hard": 0.5}, "note": "x" * 20}
+    text = "".join(json.dumps({"step": step} | line) + "\n" for step in range(1, 50_001))
+    assert len(text) > records.SMALL
+    (tmp_path / "steps.jsonl").write_text(text)
+    parsed: list[int] = []
+    parse = records.parse_line
+    monkeypatch.setattr(records, "parse_line", lambda *a: parsed.append(0) or parse(*a))
+    for upto in (49_990, 30_000, 123, 1):
+        recorder = Recorder(tmp_path)
+        recorder.begin({"label": "a", "seed": 3}, upto=upto, epochs=0)
+        end = len("".join(json.dumps({"step": step} | line) + "\n" for step in range(1, upto + 1)))
+        assert (tmp_path / "steps.jsonl").stat().st_size == recorder.positions["steps.jsonl"]["bytes"] == end
+        if upto > 30_000:
+            position, whole = recorder.positions, (tmp_path / "steps.jsonl").read_bytes()
+            before = len(parsed)
+            Recorder(tmp_path).begin({"label": "a", "seed": 3}, upto=upto, epochs=0, positions=position)
+            assert len(parsed) == before and (tmp_path / "steps.jsonl").read_bytes() == whole
+            read = load_run(tmp_path).steps
+            assert len(read) <= 20_001 and (read[0]["step"], read[-1]["step"]) == (1, upto)
+    assert len(parsed) < 4 * 40
+
+
+@each("name", ["student.safetensors", "best.safetensors"])
+def test_weights_carry_a_checksum(name: str, tmp_path: Path) -> None:
+    interrupted(tmp_path)
+    run = again(tmp_path)
+    data = bytearray((tmp_path / name).read_bytes())
+    for place in (len(data) - 1, len(data) // 2, len(data) - 40):
+        data[place] ^= 4
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=rf"{name} is damaged: its weights do not have the checksum"):
+            kd.models.load(run.student, tmp_path / name)
+        with pytest.raises(ValueError, match=rf"{name} is damaged"):
+            again(tmp_path)
+        data[place] ^= 4
+    (tmp_path / name).write_bytes(data)
+    assert again(tmp_path).how == "finished"
+
+
+# secrets
+
+
+def test_no_secret_is_written_into_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = ("sk-abcdef123456", "hunter2hunter2", "AKIAABCDEFGHIJKLMNOP", "s3cr3tpass")
+    argv = ["tempering", "run", "--api-key", secrets[0], f"--password={secrets[1]}", f"s3://{secrets[2]}:x/y@bucket/a"]
+    monkeypatch.setattr("sys.argv", argv)
+
+    def fail(step: int, loss: Any) -> None:
+        raise RuntimeError(f"401 from https://user:{secrets[3]}@host/v1?token={secrets[0]}")
+
+    with pytest.raises(RuntimeError):
+        go(
+            cut(points(16), 8),
+            out=tmp_path,
+            epochs=1,
+            facts={"api_key": secrets[1], "n": {"url": argv[-1]}},
+            on_step=fail,
+        )
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or not any(secret.encode() in path.read_bytes() for secret in secrets), path
+    said = facts(tmp_path)
+    assert said["command"][:4] == ["tempering", "run", "--api-key", "***"] and said["status"] == "failed"
+
+
+PRIVATE = {
+    "posix": ("/home/jane/data/x.bin", "x.bin"),
+    "with spaces": ("/home/jane doe/my data/x.bin", "x.bin"),
+    "a flag": ("--data=/home/jane doe/my data", "--data=my data"),
+    "in a text": ("cannot read '/home/jane doe/a b/x.bin': no", "cannot read 'x.bin': no"),
+    "home": ("~jane/data/x.bin", "x.bin"),
+    "windows": ("C:\\Users\\Jane Doe\\x.bin", "x.bin"),
+    "share": ("\\\\server\\jane\\x.bin", "x.bin"),
+    "file": ("file:///home/jane/x.bin", "x.bin"),
+    "host": ("http://node17.cluster:8000/v1", "http://***:8000/v1"),
+    "relative": ("runs/first/x.bin", "runs/first/x.bin"),
+    "address": ("https://huggingface.co/a/b", "https://huggingface.co/a/b"),
+}
+
+
+def test_what_is_published_has_no_private_paths(tmp_path: Path) -> None:
+    recorder = written(tmp_path / "jane", 4)
+    host = {"name": "node17.cluster", "cpu": "c"}
+    recorder.update(host=host, error={name: text for name, (text, _) in PRIVATE.items()})
+    recorder.end("done", result={"last": {"epoch": 2, "test": {"accuracy": 0.4}}})
+    wanted = {name: text for name, (_, text) in PRIVATE.items()}
+    run = load_run(tmp_path / "jane")
+    assert without_private(run).facts["error"] == pack(tmp_path / "jane")["facts"]["error"] == wanted
+    for published in (json.dumps(pack(tmp_path / "jane")), repr(without_private(run).facts)):
+        assert "node17" not in published
+    assert run.facts["error"]["posix"] == PRIVATE["posix"][0], "the run's own records say where its data is"
+    pytest.importorskip("jinja2")
+    for public, names in ((True, 0), (False, 1)):
+        flags = ["--public"] if public else []
+        assert main(["report", str(tmp_path / "jane"), "--out", str(tmp_path / "page.html"), *flags]) == 0
+        page = (tmp_path / "page.html").read_text()
+        assert min(page.count("node17.cluster"), 1) == names and str(tmp_path) not in page

@@ -20,6 +20,7 @@ from tempering.reports.compare import compare, display_name
 from tempering.reports.page import render, write_page
 from tempering.reports.records import RunRecord, find_runs, load_run
 from tempering.reports.table import cells
+from tests.cases import each
 from tests.records_made import ARMS, make_run, make_set
 
 SECTIONS = ("result", "table", "learning", "temperatures", "terms", "agreement", "calibration", "classes")
@@ -328,3 +329,43 @@ def test_a_chart_stays_in_its_box(y: list[float | None], log: bool) -> None:
 
 def test_a_tag_escapes_what_is_no_markup() -> None:
     assert tag("text", "<b>", tag("i"), class_='"', x=1.26) == '<text class="&quot;" x="1.3">&lt;b&gt;<i/></text>'
+
+
+@each(
+    "unknown, said",
+    [
+        (
+            {},
+            ["All runs share data, networks, settings, versions and kind of host; only the method differs."],
+        ),
+        (
+            {"data": {"identity": None}},
+            [
+                "All runs share networks, settings, versions and kind of host.",
+                "Not recorded in all runs, so not compared: data.",
+            ],
+        ),
+        (
+            {"data": {}, "host": {}, "versions": {}, "commit": None},
+            [
+                "All runs share networks and settings.",
+                "Not recorded in all runs, so not compared: data, versions, kind of host.",
+            ],
+        ),
+        (
+            {"student": {}, "optimizer": None},
+            [
+                "All runs share data, versions and kind of host.",
+                "Not recorded in all runs, so not compared: networks, settings.",
+            ],
+        ),
+    ],
+)
+def test_what_is_not_recorded_is_not_said_to_be_shared(
+    unknown: dict[str, Any], said: list[str], tmp_path: Path
+) -> None:
+    runs = [load_run(make_run(tmp_path / label, label, 0, **unknown)) for label in list(ARMS)[:2]]
+    notes = compare(runs).notes
+    for sentence in said:
+        assert sentence in notes
+    assert sum(note.startswith(("All runs share", "Not recorded")) for note in notes) == len(said)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.progress import Progress
 from torch import nn
 
 from tempering.methods import KD
 from tempering.training import checkpoint
+from tempering.training.distributed import RunInterrupted
 from tempering.training.fabric import fabric_for
 from tempering.training.run_dir import _to_text
 from tempering.training.stream import ResumableLoader
@@ -165,3 +170,115 @@ def test_a_loader_with_its_own_generator_keeps_the_users_seed() -> None:
 def test_a_key_holds_no_addresses() -> None:
     assert _to_text(stop_at) == "<function stop_at>"
     assert " at 0x" not in _to_text(nn.ReLU().forward) and _to_text(torch.float32) == "torch.float32"
+
+
+# signals
+
+
+class Handled:
+    def __init__(self) -> None:
+        self.received: list[int] = []
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.received.append(number)
+
+
+def sent(name: str, step: int) -> Any:
+    """An ``on_step`` that gets a signal."""
+
+    def send(number: int, loss: torch.Tensor) -> None:
+        if number == step:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    return send
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_a_signal_leaves_a_checkpoint_of_the_next_step(
+    name: str, tmp_path: Path, whole: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(getattr(signal, name))
+    with pytest.raises(SystemExit) as ended:
+        resumable("shuffled", tmp_path, on_step=sent(name, 9), checkpoint_every=None)
+    assert isinstance(ended.value, RunInterrupted) and ended.value.code == 99
+    assert f"interrupted by {name} at step 10, checkpoint written to {tmp_path}" in capsys.readouterr().err
+    assert json.loads((tmp_path / "facts.json").read_text())["status"] == "interrupted"
+    assert signal.getsignal(getattr(signal, name)) is before
+    run = resumable("shuffled", tmp_path)
+    assert run.facts["resumed"] == [10] and run.how == "resumed"
+    same(tmp_path, whole["shuffled"])
+
+
+def test_signals_that_somebody_handles_are_theirs(tmp_path: Path) -> None:
+    """A handler of the caller's, and nohup's."""
+    theirs = Handled()
+    before = {s: signal.signal(s, h) for s, h in ((signal.SIGUSR1, theirs), (signal.SIGHUP, signal.SIG_IGN))}
+    try:
+        resumable("list", tmp_path / "a", on_step=sent("SIGUSR1", 2), steps=4)
+        resumable("list", tmp_path / "b", on_step=sent("SIGHUP", 2), steps=4)
+        assert theirs.received == [signal.SIGUSR1]
+        assert signal.getsignal(signal.SIGUSR1) is theirs and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_signal_in_the_last_step_or_in_an_evaluation(tmp_path: Path, whole: dict[str, dict[str, Any]]) -> None:
+    """The checkpoint is between the last step of an epoch and its scores."""
+    for name, step in (("last", STEPS - 1), ("of an epoch", 7)):
+        with pytest.raises(RunInterrupted):
+            resumable("shuffled", tmp_path / name, on_step=sent("SIGTERM", step))
+        assert resumable("shuffled", tmp_path / name).facts["resumed"] == [step + 1]
+        same(tmp_path / name, whole["shuffled"])
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_a_slurm_job_is_queued_again(array: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    called = tmp_path / "called"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {called}\n')
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    if array:
+        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    with pytest.raises(RunInterrupted):
+        resumable("list", tmp_path / "run", on_step=sent("SIGUSR1", 3), requeue=True)
+    job = "12_3" if array else "17"
+    assert called.read_text() == f"requeue {job}\n" and f"the Slurm job {job} is queued again" in capfd.readouterr().err
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\necho no such job >&2; exit 1\n")
+    with pytest.raises(RunInterrupted):
+        resumable("list", tmp_path / "run", on_step=sent("SIGUSR1", 5), requeue=True)
+    assert f"the Slurm job {job} could not be queued again: no such job" in capfd.readouterr().err
+
+
+# what a person reads
+
+
+def test_where_there_is_no_terminal_each_epoch_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def go(**more: Any) -> list[str]:
+        resumable("list", tmp_path / str(more), quiet=False, steps=None, epochs=3, method=KD(), **more)
+        return capsys.readouterr().out.splitlines()
+
+    lines = go()
+    assert len(lines) == 3
+    for epoch, line in enumerate(lines, 1):
+        left = r", \d+ s left" if epoch < 3 else ""
+        words = rf"epoch {epoch}/3, step {8 * epoch}/24, loss [\d.]+, lr [\d.e-]+, validation \d+\.\d\d %{left}"
+        assert re.fullmatch(words, line), line
+    lines = go(evaluate_every=2, selfcheck=True)
+    assert lines[0].startswith("self-check ok") and len(lines) == 4
+    assert ["validation" in line for line in lines[1:]] == [False, True, True]
+
+
+def test_the_bar_shows_epoch_loss_and_learning_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    update = Progress.update
+    monkeypatch.setattr(Progress, "update", lambda self, task, **f: shown.append(f) or update(self, task, **f))
+    resumable("list", tmp_path, quiet=False, steps=None, epochs=2, method=KD())
+    bars = [f["now"] for f in shown if "now" in f]
+    assert len(bars) == 16 and re.fullmatch(r"epoch 2/2, loss [\d.]+, lr [\d.e-]+", bars[-1])
+    assert any(str(f.get("note", "")).startswith("validation accuracy") for f in shown)

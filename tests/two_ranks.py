@@ -7,13 +7,17 @@ folder, and what is asserted of both processes is asserted here.
 from __future__ import annotations
 
 import importlib.util
+import json
+import random
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SubsetRandomSampler
 
 from tempering.data.synthetic_shapes import synthetic_shapes
 from tempering.methods import DIST, DTKD, FGD, KD, KDIGA, Explainer, InconsistentDetection
@@ -24,6 +28,9 @@ from tempering.tasks.detection import Detection
 from tempering.temperature import AdaptivePolicy, Temperatures
 from tempering.training import checkpoint
 from tempering.training.config import Run
+from tempering.training.distributed import all_gather_objects
+from tempering.training.fabric import fabric_for
+from tempering.training.stream import ResumableLoader, reseed
 from tests import detection_runs
 from tests.runs import (
     ADAMW,
@@ -134,6 +141,76 @@ def stopped_and_whole(out: Path, loader: str, **both: Any) -> None:
     resumable(loader, out / "stopped", **both)
 
 
+class Numbers(IterableDataset[int]):
+    """Numbers that know nothing of processes, or every other one."""
+
+    def __init__(self, *, split: bool) -> None:
+        self.split = split
+
+    def __iter__(self) -> Iterator[int]:
+        rank = torch.distributed.get_rank() if self.split else 0
+        return iter(range(rank, 32, 2 if self.split else 1))
+
+
+class Own(Sampler[int]):
+    """A sampler whose order is drawn by Python's global generator."""
+
+    def __len__(self) -> int:
+        return 32
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(random.sample(range(32), 32))
+
+
+class Apart(Own):
+    def __iter__(self) -> Iterator[int]:
+        return iter(random.Random(torch.distributed.get_rank()).sample(range(32), 32))
+
+
+def seeded(sampler: Any, seed: int = 3) -> Any:
+    return sampler(generator=torch.Generator().manual_seed(seed))
+
+
+# loaders of the numbers 0 to 31 (or as many as are named), four in a batch
+SAMPLED: dict[str, Callable[[], Any]] = {
+    "random": lambda: DataLoader(range(32), 4, shuffle=True),
+    "in order": lambda: DataLoader(range(32), 4),
+    "an odd number": lambda: DataLoader(range(31), 4, shuffle=True),
+    "subset": lambda: DataLoader(range(64), 4, sampler=SubsetRandomSampler(range(32))),
+    "subset, seeded": lambda: DataLoader(range(64), 4, sampler=seeded(partial(SubsetRandomSampler, range(32)))),
+    "python": lambda: DataLoader(range(32), 4, sampler=Own()),
+    "batch sampler": lambda: DataLoader(
+        range(64), batch_sampler=BatchSampler(SubsetRandomSampler(range(32)), 4, drop_last=False)
+    ),
+    "workers": lambda: DataLoader(range(64), 4, sampler=SubsetRandomSampler(range(32)), num_workers=1),
+    "split by itself": lambda: DataLoader(Numbers(split=True), 4),
+    "not split": lambda: DataLoader(Numbers(split=False), 4),
+    "apart": lambda: DataLoader(range(32), 4, sampler=Apart()),
+    "a batch too many": lambda: DataLoader(range(33), 4),
+    "a batch too many, dropped": lambda: DataLoader(range(33), 4, drop_last=True),
+}
+
+
+def sampled(out: Path) -> None:
+    """What each process sees in two epochs, or why the loader is refused."""
+    fabric = fabric_for(accelerator="cpu", devices=2, strategy="ddp", precision="32-true", loggers=(), folder=None)
+    seen: dict[str, Any] = {}
+    for name, make in SAMPLED.items():
+        torch.manual_seed(fabric.global_rank)
+        random.seed(fabric.global_rank)
+        epochs: list[Any] = []
+        try:
+            loader = ResumableLoader(make(), fabric, seed=5)
+            for epoch in range(2):
+                reseed(5, epoch, fabric.global_rank)
+                epochs.append(all_gather_objects([batch.tolist() for batch in loader.epoch(epoch, 0)], fabric))
+        except ValueError as error:
+            epochs = [str(error)]
+        seen[name] = epochs
+    if fabric.is_global_zero:
+        (out / "sampled.json").write_text(json.dumps(seen))
+
+
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     ddp = {"devices": 2, "strategy": "ddp"}
@@ -162,6 +239,7 @@ def main(out: Path) -> None:
         assert every[0] == every[1], "the processes ended with other weights"
     said = [refusal(method=DIST(), **ddp), refusal(method=KD(temperature=Grown()), **ddp)]
     said.append(refusal(batches=cut(weighted(24), 8), method=KD(), **ddp))
+    sampled(out)
     if not rank:
         (out / "refused.txt").write_text("\n".join(said))
 

@@ -222,6 +222,7 @@ def report(
     out: Annotated[Path, arg(metavar="FILE")] = Path("report.html"),
     control: str | None = None,
     title: str | None = None,
+    public: bool = False,
 ) -> None:
     """Write an HTML page about runs, which needs no network connection.
 
@@ -230,12 +231,14 @@ def report(
         out: path of the page.
         control: the method that the others are compared with; default: the student alone.
         title: title of the page.
+        public: leave out host names and private paths; secrets are always left out.
     """
     from tempering.reports.page import write_page
-    from tempering.reports.records import find_runs, load_run
+    from tempering.reports.records import find_runs, load_run, without_private
     from tempering.reports.table import compare, rich_table
 
     loaded = [load_run(path) for path in find_runs(runs)]
+    loaded = [without_private(run) for run in loaded] if public else loaded
     _print(rich_table(compare(loaded, control)))
     print(f"report: {write_page(loaded, out, title=title, control=control)}")
 
@@ -392,14 +395,11 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _print_result(run: Run) -> None:
     """Print one line about a finished run."""
-    from tempering.experiments.compare.status import scores
+    from tempering.utils.text import best_and_last
 
-    best = run.best and run.best["epoch"]
-    records = "" if run.folder is None else f"; records: {run.folder}"
-    print(
-        f"{run.facts['label']}, seed {run.facts['seed']}: {scores(run.last or {})} "
-        f"(best epoch {best}; {run.facts['result']['seconds']:.0f} s){records}"
-    )
+    facts, records = run.facts, "" if run.folder is None else f"; records: {run.folder}"
+    said = best_and_last(facts["result"], facts.get("best_by"))
+    print(f"{facts['label']}, seed {facts['seed']}: {said}; {facts['result']['seconds']:.0f} s{records}")
 
 
 def _print(*parts: Any, markup: bool = True) -> None:

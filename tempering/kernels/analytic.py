@@ -17,7 +17,7 @@ from tempering.objectives import cross_entropy, kl, log_softmax, require_labels
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature import sharpness
 from tempering.temperature.base import Temperatures
-from tempering.utils.override import override_with
+from tempering.utils.registry import override_with
 
 Fast = dict[str, Callable[..., Any]]
 

@@ -14,7 +14,7 @@ from tempering.kernels.compiled import Versions, Wanted, fast_versions
 from tempering.methods.base import Method
 from tempering.rows import Rows, total, upcast_to_float32
 from tempering.temperature.base import Policy, Temperatures
-from tempering.utils.override import override_with
+from tempering.utils.registry import override_with
 
 COPIES = 8  # live float32 copies of a chunk's logits if nothing is compiled
 MEMORY = {"cpu": 2**24}  # bytes of these copies; a CPU is fastest while they fit in its cache

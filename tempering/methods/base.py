@@ -58,9 +58,11 @@ class Method(nn.Module, ABC):
     hard_is_cross_entropy: ClassVar[bool] = True
     hard: float  # of methods with a hard term: its weight
 
-    def __new__(cls, *args: object, **kwargs: object) -> Self:
-        check_arguments(cls, args, kwargs)
-        return super().__new__(cls)
+    if not TYPE_CHECKING:  # the signature is that of __init__
+
+        def __new__(cls, *args: object, **kwargs: object) -> Self:
+            check_arguments(cls, args, kwargs)
+            return super().__new__(cls)
 
     @abstractmethod
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from tempering.models.zoo import MODELS
 from tempering.utils.registry import lookup
+from tempering.utils.tensors import read_weights
 
 
 def build(name: str, *, classes: int, channels: int = 3, pretrained: bool = False) -> nn.Module:
@@ -79,19 +80,10 @@ def load(net: nn.Module, path: str | Path) -> nn.Module:
         FileNotFoundError: if there is no such file.
         ValueError: for a corrupt file, or weights of another network, naming the first differences.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there are no weights at {path}. A finished run leaves student.safetensors.")
-    try:
-        weights = load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not a valid safetensors file: {error}. A .pth or .ckpt is a pickle, which is not loaded: "
-            "convert it once with safetensors.torch.save_file(state_dict, path)."
-        ) from error
+    weights = read_weights(path)
     state = net.state_dict()
     missing, extra = sorted(state.keys() - weights.keys()), sorted(weights.keys() - state.keys())
     other = [n for n in state if n in weights and state[n].shape != weights[n].shape]

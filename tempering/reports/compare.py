@@ -332,31 +332,42 @@ def _mixed_arms(arms: Sequence[Arm]) -> list[str]:
 
 
 def _fairness(runs: Sequence[RunRecord]) -> list[str]:
-    """Return sentences on settings that the runs share or do not share."""
-    values_by_name: dict[str, set[str]] = {}
+    """Return sentences on what the runs share, do not share, and do not record."""
+    order = ("data", "networks", "settings", "versions", "kind of host")
+    groups: dict[str, dict[str, list[str | None]]] = {group: {} for group in order}
 
-    def add(name: str, value: object) -> None:
-        if value is not None:
-            values_by_name.setdefault(name, set()).add(str(value))
+    def add(group: str, name: str, value: object, *, needed: bool = True) -> None:
+        if needed or value is not None:
+            groups[group].setdefault(name, []).append(None if value is None else str(value))
 
     for run in runs:
-        add("student", run.of("student").get("name"))
-        add("teacher", run.of("teacher").get("identity"))
-        add("commit", run.facts.get("commit"))
-        add("processor", run.of("host").get("gpu") or run.of("host").get("cpu"))
+        teacher = run.of("teacher")
+        add("data", "data", run.of("data").get("identity") or run.of("data").get("name"))
+        add("networks", "student", run.of("student").get("name"))
+        add("networks", "teacher", teacher.get("identity"), needed=bool(teacher))
+        add("versions", "commit", run.facts.get("commit"), needed=False)
+        add("kind of host", "processor", run.of("host").get("gpu") or run.of("host").get("cpu"))
         # the first group is the student's; a method with parameters of its own adds others
-        add("optimizer", next(iter(run.facts.get("optimizer") or []), None))
+        add("settings", "optimizer", next(iter(run.facts.get("optimizer") or []), None))
         for package, version in run.of("versions").items():
-            add(f"{package} version", version)
+            add("versions", f"{package} version", version, needed=False)
         for name, value in run.of("settings").items():
             if name not in NO_DIFFERENCE:
-                add(name, value)
-    differing = [name for name, values in sorted(values_by_name.items()) if len(values) > 1]
+                add("settings", name, value, needed=False)
+    every = {name: values for members in groups.values() for name, values in members.items()}
+    differing = sorted(name for name, values in every.items() if len({v for v in values if v is not None}) > 1)
+    missing = [g for g, members in groups.items() if not members or any(None in values for values in members.values())]
+    shared = [group for group in groups if group not in missing]
     sentences = []
     if differing:
         sentences.append(f"Not the same in all runs: {', '.join(differing)}.")
-    elif len(runs) > 1:
-        sentences.append("All runs share data, networks, settings, versions and kind of host; only the method differs.")
+    elif len(runs) > 1 and shared:
+        *first, last = shared
+        names = f"{', '.join(first)} and {last}" if first else last
+        rest = "; only the method differs." if not missing else "."
+        sentences.append(f"All runs share {names}{rest}")
+    if len(runs) > 1 and missing:
+        sentences.append(f"Not recorded in all runs, so not compared: {', '.join(missing)}.")
     if dirty := sum(bool(run.facts.get("dirty")) for run in runs):
         sentences.append(f"{dirty} of {len(runs)} runs were made with uncommitted changes.")
     return sentences

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tempering.reports.schema import misfit
-from tempering.utils.files import sha256_text, write_atomic
+from tempering.utils.files import sha256_text, verify_records, write_atomic
+from tempering.utils.text import number as number
+from tempering.utils.text import without_private_paths
 
 FORMAT = 1
-# an absolute path up to its last component; not the slashes of a URL or a relative path
-MACHINE_PATH = re.compile(r"(?<![\w.~/:-])/(?:[^\s/'\"=,]+/)+")
+MOST_STEPS = 20_000  # lines of steps.jsonl that are kept in memory
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class RunRecord:
         source: the folder or file it was read from.
         facts: the content of facts.json.
         epochs: the lines of epochs.jsonl.
-        steps: the lines of steps.jsonl.
+        steps: the lines of steps.jsonl; of more than 20,000, evenly spaced ones.
         analysis: the content of analysis.json; None if there is none.
         audits: the content of audits.json; None if the run was not audited.
     """
@@ -75,19 +75,12 @@ class RunRecord:
         return number(scores.get(key))
 
 
-def number(value: object) -> float | None:
-    """Return ``value`` as a float; None if it is not a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
 def load_run(path: str | Path) -> RunRecord:
     """Load the record in a run's folder, or a packed run (a .json file).
 
     Raises:
         FileNotFoundError: if the folder has no facts.json.
-        ValueError: if the record is invalid, has another format, or is a packed run that was edited.
+        ValueError: if the record is invalid, lacks lines, has another format, or is a packed run that was edited.
     """
     path = Path(path)
     if path.is_file():
@@ -97,8 +90,10 @@ def load_run(path: str | Path) -> RunRecord:
             f"{path} contains no run: there is no facts.json. Pass the folder of a run (its out=), or a parent of it."
         )
     analysis, audits = path / "analysis.json", path / "audits.json"
+    facts = _object(path / "facts.json")
+    verify_records(path, facts)
     content = {
-        "facts": _object(path / "facts.json"),
+        "facts": facts,
         "epochs": _lines(path / "epochs.jsonl"),
         "steps": _lines(path / "steps.jsonl"),
         "analysis": _object(analysis) if analysis.is_file() else None,
@@ -133,9 +128,8 @@ def pack(run_dir: str | Path, max_steps: int = 60) -> dict[str, Any]:
     Non-finite numbers become null, since JSON cannot represent them.
     """
     run = load_run(run_dir)
-    facts = dict(run.facts)
-    if isinstance(facts.get("host"), Mapping):
-        facts["host"] = {key: value for key, value in facts["host"].items() if key != "name"}
+    # hashes are of the whole files, which are not packed
+    facts = {key: value for key, value in _without_host(run.facts).items() if key not in ("records", "sha256")}
     steps = run.steps
     if len(steps) > max_steps:
         steps = [steps[round(i * (len(steps) - 1) / max(1, max_steps - 1))] for i in range(max_steps)]
@@ -148,8 +142,22 @@ def pack(run_dir: str | Path, max_steps: int = 60) -> dict[str, Any]:
         "analysis": run.analysis,
         **({} if run.audits is None else {"audits": run.audits}),
     }
-    content = _clean(content)
+    content = without_private_paths(_clean(content), run.of("host").get("name"))
     return {**content, "sha256": _hash(content)}
+
+
+def without_private(run: RunRecord) -> RunRecord:
+    """Return the record without host name, private paths and secrets, for publishing."""
+    host = run.of("host").get("name")
+    parts = {"facts": _without_host(run.facts), "analysis": run.analysis, "audits": run.audits}
+    cleaned = {name: without_private_paths(part, host) for name, part in parts.items()}
+    return replace(run, source=Path(*run.source.absolute().parts[-2:]), **cleaned)
+
+
+def _without_host(facts: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(facts.get("host"), Mapping):
+        return dict(facts)
+    return {**facts, "host": {key: value for key, value in facts["host"].items() if key != "name"}}
 
 
 def write_cell(path: str | Path, cell: Mapping[str, Any]) -> Path:
@@ -231,23 +239,29 @@ def _object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file, [] if it does not exist; skip an incomplete last line."""
+def _lines(path: Path, most: int = MOST_STEPS) -> list[dict[str, Any]]:
+    """Return the objects of a JSON-lines file, [] if it does not exist; skip an incomplete last line.
+
+    Of more than ``most`` lines, evenly spaced ones are read, the first and the last among them.
+    """
     if not path.is_file():
         return []
-    out, raw = [], path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for lineno, line in enumerate(raw, 1):
-        if lineno == len(raw) and not line:
-            break
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            if lineno == len(raw):
-                break  # without a newline: the process was killed while writing it
-            raise ValueError(_broken(path, lineno, error.msg)) from error
-        if not isinstance(value, dict):
-            raise ValueError(_broken(path, lineno, f"expected an object, got {type(value).__name__}"))
-        out.append(value)
+    with open(path, "rb") as file:
+        count = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
+        file.seek(0)
+        every, out = -(-count // most) or 1, list[dict[str, Any]]()
+        for number_, line in enumerate(file, 1):
+            if (number_ - 1) % every and number_ != count:
+                continue
+            try:
+                value = json.loads(line.decode("utf-8", errors="replace"))
+            except json.JSONDecodeError as error:
+                if number_ > count:
+                    break  # without a newline: the process was killed while writing it
+                raise ValueError(_broken(path, number_, error.msg)) from error
+            if not isinstance(value, dict):
+                raise ValueError(_broken(path, number_, f"expected an object, got {type(value).__name__}"))
+            out.append(value)
     return out
 
 
@@ -278,11 +292,9 @@ def _is_cell(path: Path) -> bool:
 
 
 def _clean(value: Any) -> Any:
-    """Replace non-finite numbers by None, and absolute paths by their last component."""
+    """Replace non-finite numbers by None."""
     if isinstance(value, dict):
         return {key: _clean(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_clean(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return MACHINE_PATH.sub("", value) if isinstance(value, str) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

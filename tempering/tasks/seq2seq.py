@@ -114,7 +114,9 @@ def _check(batch: Any) -> None:
                 "The labels are not shifted: the model shifts them."
             )
     learn, labels = fields.get("learn"), fields.get("labels")
-    if learn is not None and fields.get("generated") is None and bool(((learn != 0) & ~is_labeled(labels)).any()):
+    if learn is None or labels is None or fields.get("generated") is not None:
+        return
+    if bool(((learn != 0) & ~is_labeled(labels)).any()):
         raise ValueError(
             'Seq2Seq: "learn" selects tokens whose label is -100, and there is no "generated" with their ids.'
         )

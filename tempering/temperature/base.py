@@ -54,9 +54,11 @@ class Policy(nn.Module, ABC):
     by_class: bool = False  # whether it depends on the order and number of classes
     last: Temperatures | None = None  # detached output of the last call, for logging
 
-    def __new__(cls, *args: object, **kwargs: object) -> Self:
-        check_arguments(cls, args, kwargs)
-        return super().__new__(cls)
+    if not TYPE_CHECKING:  # the signature is that of __init__
+
+        def __new__(cls, *args: object, **kwargs: object) -> Self:
+            check_arguments(cls, args, kwargs)
+            return super().__new__(cls)
 
     @abstractmethod
     def forward(self, rows: Rows, progress: float) -> Temperatures:

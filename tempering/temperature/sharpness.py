@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import MASK_AT, Policy, Temperatures, check_positive, mask_constants
-from tempering.utils.override import OVERRIDES
+from tempering.utils.registry import OVERRIDES
 from tempering.utils.search_space import Tau
 
 Solve = Literal["exact", "std", "max", "published"]

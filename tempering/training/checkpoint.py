@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tempering.utils import files
 from tempering.utils.state import random_state as random_state
 from tempering.utils.state import set_random_state as set_random_state
+from tempering.utils.tensors import tensors_to_bytes
 
 NAME = "step-{:08d}"
 OLD = ".replaced"  # suffix of a checkpoint while a newer one of the same step replaces it
@@ -26,13 +27,16 @@ class CorruptCheckpointError(RuntimeError):
     """A checkpoint is truncated, edited or unreadable; the message names it and what to do."""
 
 
-def save(folder: Path, step: int, state: Mapping[str, Any], *, keep: int = 2) -> Path:
+def save(
+    folder: Path, step: int, state: Mapping[str, Any], *, keep: int = 2, records: Mapping[str, Any] | None = None
+) -> Path:
     """Write the checkpoint of ``step``, and remove all but the newest ``keep``.
 
     It is written to a temporary folder, flushed and renamed, so that a run killed at any moment leaves a complete one.
 
     Args:
         state: nested dicts and lists of tensors and plain values.
+        records: size and hash of the run's records at this step, JSON-able; ``load_records`` returns them.
 
     Returns:
         The checkpoint's folder.
@@ -47,8 +51,9 @@ def save(folder: Path, step: int, state: Mapping[str, Any], *, keep: int = 2) ->
     shutil.rmtree(tmp_path, ignore_errors=True)
     try:
         tmp_path.mkdir(parents=True)
-        files.write_file(tmp_path / TENSORS, _tensor_bytes(tensors))
+        files.write_file(tmp_path / TENSORS, tensors_to_bytes(tensors))
         record = {"format": FORMAT, "step": step, TENSORS: files.sha256_file(tmp_path / TENSORS), "state": plain}
+        record |= {} if records is None else {"records": records}
         files.write_file(tmp_path / STATE, json.dumps({**record, "sha256": _digest(record)}).encode())
         if path.is_dir():
             shutil.rmtree(old, ignore_errors=True)
@@ -78,20 +83,35 @@ def load(folder: Path) -> dict[str, Any] | None:
     Raises:
         CorruptCheckpointError: if the newest one is truncated, edited or unreadable.
     """
-    steps = list_steps(folder)
-    if not steps:
+    path = _newest(folder)
+    if path is None:
         return None
-    path = folder / NAME.format(max(steps))
-    if not path.is_dir():
-        path = path.with_name(path.name + OLD)
     try:
         return read(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        steps = list_steps(folder)
         older_steps = [s for s in steps if s != max(steps)]
         older = f"from step {max(older_steps)}" if older_steps else "from the start: there is no older one"
         raise CorruptCheckpointError(
             f"the checkpoint {path} is broken: {error}. Remove that folder to resume {older}."
         ) from error
+
+
+def load_records(folder: Path) -> dict[str, Any] | None:
+    """Load the size and hash of the run's records at the newest checkpoint, which ``load`` has verified.
+
+    None if there is no checkpoint, or in one that an earlier version wrote.
+    """
+    path = _newest(folder)
+    return None if path is None else json.loads((path / STATE).read_bytes()).get("records")
+
+
+def _newest(folder: Path) -> Path | None:
+    steps = list_steps(folder)
+    if not steps:
+        return None
+    path = folder / NAME.format(max(steps))
+    return path if path.is_dir() else path.with_name(path.name + OLD)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -111,13 +131,13 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write weights to a safetensors file, atomically.
+    """Write weights to a safetensors file with a checksum, atomically.
 
     Raises:
         OSError: if it cannot be written; an existing file is kept.
     """
     try:
-        files.write_atomic(path, _tensor_bytes({name: t.detach() for name, t in tensors.items()}), fsync=True)
+        files.write_atomic(path, tensors_to_bytes(tensors, checksum=True), fsync=True)
     except OSError as error:
         raise _write_error(f"the weights {path.name}", tensors, path.parent, error) from error
 
@@ -220,13 +240,6 @@ def _insert_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if "map" in node:
         return {key: _insert_tensors(item, tensors) for key, item in node["map"]}
     return [_insert_tensors(item, tensors) for item in node["list"]]
-
-
-def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    from safetensors.torch import save as to_bytes
-
-    # clone: safetensors rejects tensors that share memory, and tied weights do
-    return to_bytes({name: t.cpu().contiguous().clone() for name, t in tensors.items()})
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -174,7 +174,7 @@ def make_optimizer(optimizer: Optimizer, groups: Groups) -> torch.optim.Optimize
         TypeError: for anything else.
         ValueError: for an optimizer of other parameters, one that evaluates the loss itself (LBFGS), or another name.
     """
-    made = optimizer
+    made: object = optimizer
     if isinstance(optimizer, str):
         optimizer = _by_name(optimizer)
     if isinstance(optimizer, torch.optim.Optimizer):
@@ -305,7 +305,7 @@ def _learning_rates(schedule: Any, optimizer: torch.optim.Optimizer, steps: int)
             group |= {name: value for name, value in now.items() if name == "lr" or name not in group}
     else:
         scheduler = schedule(stand_in)
-    factors = []
+    factors: list[float] = []
     for step in range(steps):
         if step:
             stand_in.step()

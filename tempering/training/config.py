@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,7 +19,9 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true",
 VERDICTS = "TEMPERING_TEACHER_VERDICTS"  # environment variable: folder in which the runs of a grid share verdicts
 POSITIVE = ("steps", "epochs", "evaluate_every", "accumulate", "log_every", "checkpoint_every", "keep", "patience")
 RECORDED_AS = {"max_grad_norm": "clip"}  # options whose key in records and checkpoints is another name
-NOT_RECORDED = ("threads",)
+ENDLESS = 100  # a loader that yields more than this many times its length has no end
+BEFORE_END = math.nextafter(1.0, 0.0)  # a schedule's progress is below 1
+NOT_RECORDED = ("threads", "extend", "requeue")
 # --compile alone is True, --compile reduce-overhead is a mode
 CompileFlag = PrimitiveConstructorSpec(
     nargs="*",
@@ -73,12 +77,16 @@ class TrainConfig:
     """Number of checkpoints to keep."""
     resume: bool = True
     """Resume from the last checkpoint in the run's folder; --no-resume removes an earlier run and restarts."""
+    extend: bool = False
+    """Continue a finished run in the folder to more epochs or steps; schedules see the share of the new length."""
+    requeue: bool = False
+    """Queue the Slurm job again when a signal interrupts the run (scontrol requeue)."""
     selfcheck: bool = True
     """Check models, data and method on the first batches before training."""
     skip_checks: tuple[str, ...] = ()
     """Checks of the self-check to turn off, by the names in its line, such as "above chance"."""
     quiet: bool = False
-    """No progress bar."""
+    """No progress bar, and no lines about epochs."""
 
     def validate(self) -> None:
         """Check the values.
@@ -132,7 +140,75 @@ class TrainState:
     best: dict[str, Any] | None = None
     last: dict[str, Any] | None = None
     stale: int = 0  # evaluations since the best one
+    length: list[int] | None = None  # steps of the run and of an epoch, if the loader's length was wrong
     stopped: bool = False
+
+
+class RunLength:
+    """How long a run is. An epoch is one pass over the loader, whatever its length is said to be.
+
+    Args:
+        loader: the training batches; its length is needed if the run's length is given in epochs.
+
+    Attributes:
+        total: number of steps; with epochs, it is corrected at an epoch's end if the loader's length was wrong.
+        epochs: number of epochs; None if the length is given in steps.
+        epoch_end: the fraction of the run that is done at the end of the present epoch; its steps have at most that.
+    """
+
+    epoch_end: float = 1.0
+
+    def __init__(self, config: TrainConfig, loader: Any) -> None:
+        self.loader, self.accumulate = loader, config.accumulate
+        self.epochs = None if config.steps else config.epochs
+        self.steps_per_epoch = 0 if self.epochs is None else math.ceil(len(loader) / config.accumulate)
+        self.total = config.steps or (self.epochs or 0) * self.steps_per_epoch
+
+    def is_done(self, state: TrainState) -> bool:
+        """Whether the run has reached its length, or was stopped early."""
+        if self.epochs is not None:
+            return state.stopped or state.epoch >= self.epochs
+        return state.stopped or (state.step >= self.total and not state.batch)  # a last epoch is evaluated, too
+
+    def ends_epoch(self, state: TrainState) -> bool:
+        """Whether the run ends here, in the middle of an epoch.
+
+        Raises:
+            ValueError: if an epoch does not end.
+        """
+        if self.epochs is None:
+            return state.step >= self.total
+        if state.batch > ENDLESS * (len(self.loader) + 10):
+            raise ValueError(
+                f"{self._name} has the length {len(self.loader)}, and has yielded {state.batch} batches in one epoch. "
+                "If it is endless, give steps= instead of epochs=."
+            )
+        return False
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Set ``epoch_end`` for the epoch of this number, from 0."""
+        self.epoch_end = 1.0 if self.epochs is None else (epoch + 1) / self.epochs
+
+    def correct(self, state: TrainState, steps: int) -> None:
+        """Set the length of the rest of the run by the ``steps`` of the epoch that has ended; warn if it changes."""
+        if self.epochs is None or steps == self.steps_per_epoch:
+            return
+        warnings.warn(
+            f"{self._name} has the length {len(self.loader)}, which is {self.steps_per_epoch} steps, and epoch "
+            f"{state.epoch} had {steps}. An epoch is one pass over it; schedules see the new length.",
+            stacklevel=5,
+        )
+        self.steps_per_epoch, self.total = steps, state.step + (self.epochs - state.epoch) * steps
+        state.length = [self.total, steps]
+
+    def resume(self, state: TrainState) -> None:
+        """Take up the length of an earlier call that was corrected there."""
+        if state.length is not None:
+            self.total, self.steps_per_epoch = state.length
+
+    @property
+    def _name(self) -> str:
+        return type(self.loader.batches).__name__
 
 
 @dataclass
@@ -145,12 +221,14 @@ class Run:
         folder: where the records are; None for a run without records.
         facts: the content of facts.json.
         epochs: the lines of epochs.jsonl.
+        how: "new", "resumed", "extended" (a finished run, to more steps), or "finished": nothing was left to train.
     """
 
     student: nn.Module
     folder: Path | None
     facts: dict[str, Any]
     epochs: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    how: str = "new"
 
     @property
     def last(self) -> dict[str, Any]:

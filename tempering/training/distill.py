@@ -52,6 +52,8 @@ def distill(
     keep: int = 2,
     patience: int | None = None,
     resume: bool = True,
+    extend: bool = False,
+    requeue: bool = False,
     loggers: Sequence[Any] = (),
     selfcheck: bool = True,
     skip_checks: Sequence[str] = (),
@@ -60,6 +62,8 @@ def distill(
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Run:
     """Train ``student`` with ``method`` and ``teacher``; resume if ``out`` has the same run, interrupted.
+
+    If ``out`` has the same run, finished, its result is returned and nothing is trained (``Run.how`` is "finished").
 
     ``tempering.training.experiment.Experiment`` describes the same run without starting it.
 
@@ -83,7 +87,7 @@ def distill(
         out: folder for records, checkpoints and weights; None writes nothing.
         seed: of the order, augmentation and dropout of every epoch; not of the student's initial weights.
         accumulate, max_grad_norm, precision, accelerator, devices, strategy, compile, chunks, evaluate_every,
-            log_every, checkpoint_every, keep, patience, resume, selfcheck, skip_checks, quiet: options of
+            log_every, checkpoint_every, keep, patience, resume, extend, requeue, selfcheck, skip_checks, quiet: options of
             ``TrainConfig``. With strategy="fsdp" the student is left sharded. With several devices the script runs once
             per device; the parameters equal those of one device with the same batch. A run killed at any moment resumes
             from the last checkpoint, with bit-identical results.
@@ -99,6 +103,7 @@ def distill(
         CorruptCheckpointError: if the newest checkpoint is truncated or edited.
         FloatingPointError: if the loss is NaN or infinite.
         OSError: if there is no space for a checkpoint; the earlier ones stay.
+        RunInterrupted: (SystemExit, code 99) after SIGTERM, SIGUSR1 or SIGHUP; a checkpoint is written.
     """
     if steps is not None and epochs is not None:
         raise ValueError(f"give either steps= or epochs=; got steps={steps}, epochs={epochs}.")
@@ -120,6 +125,8 @@ def distill(
         keep=keep,
         patience=patience,
         resume=resume,
+        extend=extend,
+        requeue=requeue,
         selfcheck=selfcheck,
         skip_checks=tuple(skip_checks),
         quiet=quiet,

@@ -1,8 +1,14 @@
-"""Collective operations used by the trainer."""
+"""Collective operations used by the trainer, and signals on which all processes of a run stop."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -13,6 +19,12 @@ from tempering.rows import upcast_to_float32
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+# sent before a job is ended or suspended: by Slurm (--signal, preemption), Grid Engine (-notify), LSF, a terminal
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
+REQUEUE_CODE = 99  # Grid Engine queues a job that exits with 99 again; LSF and Slurm if configured (docs/runs.md)
+
+EVERY = 10  # steps between looks for a signal with several GPUs
 
 
 def check_splittable(method: Method, *, accumulate: int = 1, world: int = 1) -> None:
@@ -119,3 +131,81 @@ def all_gather_objects(value: Any, fabric: Fabric) -> list[Any]:
     objects: list[Any] = [None] * fabric.world_size
     torch.distributed.all_gather_object(objects, value)  # pyright: ignore[reportUnknownMemberType]
     return objects
+
+
+# signals
+
+
+class RunInterrupted(SystemExit):
+    """A signal ended the run after a checkpoint; the process exits with code 99, and the same command resumes."""
+
+
+class StopSignals:
+    """Note the first of the signals that ask for an end, in a context; a second one acts as it did before.
+
+    Handlers of the caller, and signals that are ignored (nohup), stay as they are; so does everything outside the main
+    thread.
+
+    Args:
+        folder: of the run; None, without which there is no checkpoint, changes nothing.
+
+    Attributes:
+        received: the signal's name; None: there was none.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.received: str | None = None
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if self.folder is not None and threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                handler = signal.getsignal(number)
+                ours = getattr(handler, "__module__", "").startswith("tempering.")  # of the command line
+                if handler in (signal.SIG_DFL, signal.default_int_handler) or ours:
+                    self.before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def _receive(self, number: int, _: object) -> None:
+        self.received = signal.Signals(number).name
+        signal.signal(number, self.before[number])
+
+    def requested(self, fabric: Fabric, step: int) -> str | None:
+        """Return the name of a signal that a rank has received, the same on all ranks; None: train on.
+
+        Several GPUs, which have to wait for each other here, look every ``EVERY`` steps.
+        """
+        if fabric.world_size == 1 or self.folder is None:
+            return self.received
+        if fabric.device.type != "cpu" and step % EVERY:
+            return None
+        return next((name for name in all_gather_objects(self.received, fabric) if name), None)
+
+    def interrupted(self, name: str, step: int, *, requeued: bool) -> RunInterrupted:
+        """Print that the run was interrupted and how it resumes; return the error to raise."""
+        lines = [f"interrupted by {name} at step {step}, checkpoint written to {self.folder}; the same command resumes"]
+        lines += [requeue()] if requeued else []
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+        return RunInterrupted(REQUEUE_CODE)
+
+
+def requeue() -> str:
+    """Let Slurm queue this job again, and return what was done, for people."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return "requeue=True (--requeue) has no effect: this is no Slurm job (SLURM_JOB_ID is not set)"
+    if "SLURM_ARRAY_JOB_ID" in os.environ and "SLURM_ARRAY_TASK_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"the Slurm job {job} could not be queued again: scontrol requeue {job}: {error}"
+    if done.returncode:
+        return f"the Slurm job {job} could not be queued again: {done.stderr.strip() or f'exit code {done.returncode}'}"
+    return f"the Slurm job {job} is queued again"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -13,6 +14,7 @@ from tempering.temperature.base import Policy, logsumexp_gap
 
 if TYPE_CHECKING:
     from tempering.methods.base import BlockLoss
+    from tempering.training.config import RunLength
 
 
 def step_metrics(losses: Sequence[BlockLoss], policies: Mapping[str, Policy]) -> dict[str, Any]:
@@ -41,6 +43,13 @@ def step_metrics(losses: Sequence[BlockLoss], policies: Mapping[str, Policy]) ->
     return line | path
 
 
+def rollout_metrics(batches: Any) -> dict[str, Any]:
+    """Return the statistics of the epoch's generated texts so far as {"rollout": ...}; {} if no texts are generated."""
+    report = getattr(batches, "report", None)
+    stats: Any = report() if callable(report) else None
+    return {"rollout": dict(cast("Mapping[str, float]", stats))} if isinstance(stats, Mapping) and stats else {}
+
+
 def nonfinite_loss_error(
     loss: float, step: int, folder: Path | None, losses: Sequence[BlockLoss] = ()
 ) -> FloatingPointError:
@@ -62,30 +71,80 @@ def nonfinite_loss_error(
 
 
 class ProgressBar:
-    """Show a run's progress on the terminal; nothing if ``disable``."""
+    """Show a run's progress: a bar on a terminal, else a line per epoch; nothing if ``disable``.
 
-    def __init__(self, total: int, *, disable: bool) -> None:
-        self.total = total
+    Args:
+        length: of the run.
+    """
+
+    def __init__(self, length: RunLength, *, disable: bool) -> None:
+        self.length = length
+        self.first, self.begun = 0, time.perf_counter()
+        self.console: Any = None
         self.progress: Any = None
         self.task: Any = None
         if disable:
             return
+        from rich.console import Console
+
+        self.console = Console()
+        if not self.console.is_terminal:
+            return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-        self.progress = Progress(*columns, TextColumn("{task.fields[note]}"), transient=True)
+        texts = [TextColumn(f"{{task.fields[{name}]}}") for name in ("now", "note")]
+        self.progress = Progress(*columns, *texts, console=self.console, transient=True)
 
     @contextmanager
     def show(self, label: str, step: int) -> Generator[None]:
         """Show the bar inside the context, beginning at ``step``."""
+        self.first, self.begun = step, time.perf_counter()
         if self.progress is None:
             yield
             return
-        self.task = self.progress.add_task(label, total=self.total, completed=step, note="")
+        self.task = self.progress.add_task(label, total=self.length.total, completed=step, now="", note="")
         with self.progress:
             yield
 
-    def update(self, step: int, note: str | None = None) -> None:
-        """Advance to ``step``; a new note replaces the old one."""
+    def update(
+        self, step: int, *, epoch: int | None = None, loss: float | None = None, lr: float | None = None
+    ) -> None:
+        """Advance to ``step``; show epoch, loss and learning rate where they are given."""
+        if self.progress is None:
+            return
+        now = {} if loss is None else {"now": f"epoch {self._of(epoch)}, loss {loss:.4g}, lr {lr:.3g}"}
+        self.progress.update(self.task, total=self.length.total, completed=step, **now)
+
+    def epoch(self, line: Mapping[str, Any], note: str | None) -> None:
+        """Show the end of an epoch, from its line in epochs.jsonl.
+
+        Args:
+            note: the score that selects the best epoch, for the bar.
+        """
         if self.progress is not None:
-            self.progress.update(self.task, completed=step, **({} if note is None else {"note": note}))
+            self.progress.update(self.task, total=self.length.total, completed=line["step"], note=note or "")
+        elif self.console is not None:
+            self.say(", ".join(self._line(line)))
+
+    def _line(self, line: Mapping[str, Any]) -> Iterator[str]:
+        from tempering.utils.text import duration, scores
+
+        step = line["step"]
+        yield f"epoch {self._of(line['epoch'])}"
+        yield f"step {step}/{self.length.total}"
+        yield f"loss {line['loss']:.4g}"
+        yield f"lr {line['lr']:.3g}"
+        if text := scores(line):
+            yield text
+        if self.length.total > step > self.first:
+            per_step = (time.perf_counter() - self.begun) / (step - self.first)
+            yield f"{duration(per_step * (self.length.total - step))} left"
+
+    def _of(self, epoch: int | None) -> str:
+        return f"{epoch}" if self.length.epochs is None else f"{epoch}/{self.length.epochs}"
+
+    def say(self, text: str) -> None:
+        """Print a line, unless the run is quiet."""
+        if self.console is not None:
+            self.console.print(text, style="dim", soft_wrap=True, highlight=False, markup=False)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from tempering.utils.files import file_lock, read_json, sha256_text
+from tempering.utils.tensors import read_weights
 
 
 def train_or_load(
@@ -49,9 +50,7 @@ def is_trained(path: Path) -> bool:
 
 def load_trained(model: nn.Module, path: Path) -> dict[str, Any]:
     """Load the weights of a finished run; return its scores of the last epoch, split -> metric -> value."""
-    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
-
-    model.load_state_dict(load_file(path / "student.safetensors"))
+    model.load_state_dict(read_weights(path / "student.safetensors"))
     return {split: scores for split, scores in _facts(path)["result"]["last"].items() if split != "epoch"}
 
 

@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
+from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tempering.methods.base import Method
-from tempering.teachers.base import Teacher
+from tempering.teachers.base import Teacher, fingerprint
 from tempering.training import checkpoint
-from tempering.training.config import TrainConfig, TrainState
+from tempering.training.config import Run, TrainConfig, TrainState
 from tempering.training.distributed import all_gather_objects
-from tempering.training.recorder import surroundings
-from tempering.utils.files import try_lock
+from tempering.training.recorder import read_facts, surroundings
+from tempering.training.stream import loader_settings, settings_of
+from tempering.utils.files import read_json_lines, try_lock, verify_records
+from tempering.utils.tensors import read_weights
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+    from tempering.tasks.base import Task
+
+POINTS = 256  # of the schedule, at equal distances
+# student -> (folder of its last run, hash of its weights before that run, and after)
+_TRAINED: WeakKeyDictionary[nn.Module, tuple[Path, str, str]] = WeakKeyDictionary()
+WORDS = {  # of the parts of a run's key, in messages
+    "data": "data",
+    "loader": "training loader",
+    "batches": "training data (hashes of the first batches)",
+    "splits": "evaluation data",
+    "initial_weights": "initial weights of the student (sha256)",
+    "optimizer_type": "optimizer",
+    "schedule": "schedule",
+    "task": "task",
+}
+HINTS = {
+    "initial_weights": " Seed the student with torch.manual_seed() before it is built, so that the same command builds "
+    "the same one; one with the weights of the newest checkpoint is accepted too.",
+}
+How = Literal["new", "resumed", "extended", "finished"]
 
 
 @contextmanager
@@ -52,6 +78,11 @@ class RunDirectory:
         folder: None saves nothing.
         parts: student, method and optimizer, whose state is saved in checkpoints.
         key: of the run, from ``run_key``; a run with another key is not resumed.
+
+    Attributes:
+        how: "new", "resumed", "extended" (a finished run, to more steps) or "finished" (nothing is left to train).
+        extended: (steps before, steps now) of an extended run; None of another.
+        positions: size and hash of the records at the checkpoint that was loaded; None if they are not known.
     """
 
     def __init__(
@@ -60,12 +91,20 @@ class RunDirectory:
         self.folder, self.fabric = folder, fabric
         self.student, self.method, self.optimizer = parts
         self.key: dict[str, Any] = json.loads(json.dumps(key, default=_to_text))
+        self.how: How = "new"
+        self.extended: tuple[int, int] | None = None
+        self.positions: dict[str, Any] | None = None
 
-    def resume(self, *, restart: bool) -> tuple[TrainState, dict[str, Any] | None]:
+    def resume(
+        self, *, restart: bool, extend: bool = False, batches_again: Callable[[], Mapping[str, str]] | None = None
+    ) -> tuple[TrainState, dict[str, Any] | None]:
         """Load the newest checkpoint.
 
         Args:
             restart: remove checkpoints and weights of an earlier run and start from the beginning.
+            extend: continue a finished run to more steps.
+            batches_again: loads the first batches again and returns their hashes, called if they differ from those
+                of the saved run. Parts that differ each time, as of an unseeded augmentation, are not compared.
 
         Returns:
             The training progress, and this rank's random state; a new TrainState and None if there is no checkpoint.
@@ -85,22 +124,93 @@ class RunDirectory:
                     (self.folder / name).unlink(missing_ok=True)
             self.fabric.barrier()
         state = checkpoint.load(path)
+        facts: dict[str, Any] = (
+            {} if restart else self.fabric.broadcast(read_facts(self.folder))
+        )  # rank 0 changes it later
         if state is None:
+            if facts.get("status") == "done":
+                raise ValueError(
+                    f"{self.folder} holds a finished run without checkpoints, so it is not known whether it is this "
+                    "one. `tempering report` shows it. Give another out=, or resume=False (--no-resume) to train again."
+                )
             return TrainState(), None
         saved_key = json.loads(state["key"])
-        for name, value in self.key.items():
-            if saved_key.get(name) != value:
-                raise ValueError(
-                    f"{self.folder} holds another run: its {name} was {saved_key.get(name)!r}, now it is {value!r}. "
-                    "Give another out=, or resume=False (--no-resume) to restart there (the earlier run is removed)."
-                )
+        at = TrainState(**state["at"])
+        result: dict[str, Any] = facts.get("result") or {}
+        steps = result.get("steps") if facts.get("status") == "done" else None
+        done = steps == at.step and (self.folder / "student.safetensors").is_file()
+        is_finished = at.stopped or done
+        self._check_same(saved_key, state["student"], is_finished=is_finished, extend=extend, again=batches_again)
         checkpoint.scatter(state, self.student, self.method, self.optimizer)
         self.fabric.strategy.precision.load_state_dict(state["precision"])
+        self.positions = checkpoint.load_records(path)
         random_state, loss_sum = state["ranks"][self.fabric.global_rank]
-        return replace(TrainState(**state["at"]), loss_sum=loss_sum), random_state
+        at = replace(at, loss_sum=loss_sum)
+        self.how = "resumed"
+        if extend and is_finished and self.key["total_steps"] > saved_key["total_steps"]:
+            self.how, self.extended = "extended", (at.step, self.key["total_steps"])
+            at = replace(at, stopped=False, stale=0, length=None)
+        elif done:
+            self.how = "finished"
+        return at, random_state
 
-    def save(self, state: TrainState, *, keep: int) -> None:
-        """Write a checkpoint of the run, and remove all but the newest ``keep``."""
+    def _check_same(
+        self,
+        saved: dict[str, Any],
+        weights: Mapping[str, Any],
+        *,
+        is_finished: bool,
+        extend: bool,
+        again: Callable[[], Mapping[str, str]] | None,
+    ) -> None:
+        """Raise an error that names what differs if the saved run is another one."""
+        longer = self.key["total_steps"] > saved["total_steps"]
+        different = differences(saved, self.key, without=("total_steps", "patience") if extend and is_finished else ())
+        if "initial_weights" in different and same_weights(self.student, weights):
+            different.remove("initial_weights")  # of the student in the folder, such as after an earlier call
+        if "batches" in different and again is not None:
+            second = again()
+            stable = {name: digest for name, digest in self.key["batches"].items() if second.get(name) == digest}
+            if all(saved["batches"].get(name) == digest for name, digest in stable.items()):
+                different.remove("batches")
+        if extend and not is_finished and "total_steps" in different:
+            raise ValueError(
+                f"{self.folder} holds a run that is not finished, and extend=True (--extend) continues a finished one. "
+                f"Finish it first, with its own length: total_steps {saved['total_steps']}."
+            )
+        if extend and self.key["total_steps"] < saved["total_steps"]:
+            raise ValueError(
+                f"{self.folder} holds a run of {saved['total_steps']} steps, and extend=True (--extend) continues it "
+                f"to more; got {self.key['total_steps']}."
+            )
+        if not different:
+            return
+        hint = "".join(HINTS.get(name, "") for name in different)
+        if different == ["total_steps"] and is_finished and longer:
+            hint = " extend=True (--extend) continues this finished run to the new length."
+        raise ValueError(
+            f"{self.folder} holds another run: "
+            f"{'; '.join(in_words(name, saved[name], self.key[name]) for name in different)}. "
+            "Give another out=, or resume=False (--no-resume) to restart there (the earlier run is removed)." + hint
+        )
+
+    def read_finished(self) -> Run:
+        """Return the result of the finished run in the folder, whose weights ``resume`` has loaded.
+
+        Raises:
+            ValueError: if its records or its weights are damaged, naming the file.
+        """
+        assert self.folder is not None
+        facts = read_facts(self.folder)
+        verify_records(self.folder, facts)
+        for name in ("student.safetensors", "best.safetensors"):
+            if (self.folder / name).is_file():
+                read_weights(self.folder / name)
+        epochs = read_json_lines(self.folder / "epochs.jsonl", "epoch")
+        return Run(self.student, self.folder, facts, epochs, "finished")
+
+    def save(self, state: TrainState, *, keep: int, records: Mapping[str, Any] | None = None) -> None:
+        """Write a checkpoint of the run, and remove all but the newest ``keep``; for ``records`` see ``checkpoint``."""
         if self.folder is None:
             return
         content = checkpoint.collect(
@@ -113,7 +223,7 @@ class RunDirectory:
             precision=self.fabric.strategy.precision.state_dict(),
         )
         if self.fabric.is_global_zero:
-            checkpoint.save(self.folder / "checkpoints", state.step, content, keep=keep)
+            checkpoint.save(self.folder / "checkpoints", state.step, content, keep=keep, records=records)
         self.fabric.barrier()
 
     def write_weights(self, name: str) -> None:
@@ -137,20 +247,37 @@ def run_key(
     optimizer: Any,
     config: TrainConfig,
     *,
-    data: str | None,
+    task: Task,
+    schedule: Callable[[float], float] | None,
+    loader: Any,
+    splits: Mapping[str, Any],
+    initial_weights: str | None,
     total_steps: int,
     world: int,
 ) -> dict[str, Any]:
-    """Return the key of a run: everything that its weights depend on."""
+    """Return the key of a run: everything that its weights depend on, except for the hashes of its first batches.
+
+    Args:
+        loader: the training batches.
+        splits: the evaluation batches, name -> batches.
+        initial_weights: hash of the student's; None if it is not known.
+    """
+    named = {"initial_weights": initial_weights} if initial_weights is not None else {}
     return {
         "method": {"name": type(method).__name__, **method.hyperparameters()},
         "teacher": None if teacher is None else teacher.identity,
         "student": {name: list(value.shape) for name, value in student.state_dict().items()},
-        "data": data,
+        **named,
+        "data": getattr(loader, "identity", None),
+        "loader": loader_settings(loader),
+        "splits": {name: getattr(b, "identity", None) or loader_settings(b) for name, b in splits.items()},
+        "task": settings_of(task),
+        "schedule": schedule_values(schedule),
+        "optimizer_type": type(getattr(optimizer, "optimizer", optimizer)).__name__,
         "optimizer": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
         "total_steps": total_steps,
         "world": world,
-        **{name: config.record()[name] for name in ("seed", "accumulate", "clip", "precision")},
+        **{name: config.record()[name] for name in ("seed", "accumulate", "clip", "precision", "patience")},
     }
 
 
@@ -195,3 +322,58 @@ def run_metadata(
         "teacher": teacher_facts,
         "data": {"identity": key["data"], **facts.get("data", {})},
     }
+
+
+def schedule_values(schedule: Callable[[float], Any] | None) -> dict[str, Any] | None:
+    """Return the factors of a schedule: some of them for people, and a hash of many."""
+    if schedule is None:
+        return None
+    values = [float(schedule(i / POINTS)) for i in range(POINTS)]
+    digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+    return {"factors": [round(v, 6) for v in values[:: POINTS // 8]], "sha256": digest}
+
+
+def differences(saved: Mapping[str, Any], key: Mapping[str, Any], *, without: Iterable[str] = ()) -> list[str]:
+    """Return the parts of a key in which two runs differ; a part that the saved one does not have is not compared."""
+    return [name for name, value in key.items() if name in saved and name not in without and saved[name] != value]
+
+
+def in_words(name: str, before: Any, now: Any) -> str:
+    """Say how a part of a run's key differs."""
+    if isinstance(before, dict) and isinstance(now, dict) and name not in ("method", "student", "schedule"):
+        old, new = cast("dict[str, Any]", before), cast("dict[str, Any]", now)
+        names = [key for key in {**old, **new} if old.get(key) != new.get(key)][:3]
+        before, now = ({key: value.get(key) for key in names} for value in (old, new))
+    return f"its {WORDS.get(name, name)} was {_short(before)}, now it is {_short(now)}"
+
+
+def _short(value: Any, most: int = 600) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def initial_weights(student: nn.Module, folder: Path) -> str:
+    """Return the hash of the weights that a run in this folder begins with.
+
+    For a student that an earlier call in this process has trained into the same folder, and that nobody has changed
+    since, these are the weights that it had before that call.
+    """
+    digest = fingerprint(student)
+    trained_in, before, after = _TRAINED.get(student, (None, "", ""))
+    return before if (trained_in, after) == (folder.resolve(), digest) else digest
+
+
+def remember_weights(student: nn.Module, folder: Path, before: str) -> None:
+    """Note the weights that a call leaves in a student, for ``initial_weights``."""
+    _TRAINED[student] = (folder.resolve(), before, fingerprint(student))
+
+
+def same_weights(module: nn.Module, state: Mapping[str, Any]) -> bool:
+    """Return whether the module has exactly these weights."""
+    if any(hasattr(p, "to_local") for p in module.parameters()):  # sharded
+        return False
+    own = module.state_dict()
+    return own.keys() == state.keys() and all(
+        torch.equal(own[name].cpu(), state[name].cpu()) if isinstance(own[name], Tensor) else own[name] == state[name]
+        for name in own
+    )

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
+import math
 import random
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, Sampler
+
+from tempering.training.checkpoint import random_state, set_random_state
+from tempering.training.distributed import all_gather_objects
+from tempering.utils.tensors import tensor_bytes
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -18,7 +25,24 @@ if TYPE_CHECKING:
     from tempering.data.protocols import SeekableLoader, ShardableLoader
 
 
-DATALOADER_PARTS = ("sampler", "batch_sampler", "dataset")
+DATALOADER_PARTS = ("sampler", "batch_sampler", "dataset")  # they may have epochs, and so may a batch sampler's sampler
+DATALOADER_OPTIONS = (
+    *("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator"),
+    *("prefetch_factor", "persistent_workers"),
+)
+# where a part of a loader keeps another one, which may have generators of random numbers
+INNER = (
+    *DATALOADER_PARTS,
+    "batches",
+    "loader",
+    "datasets",
+    "transform",
+    "transforms",
+    "target_transform",
+    "collate_fn",
+)
+
+LARGE = 1 << 16  # elements of a tensor that is not hashed as a setting
 
 
 class MovableLoader(Protocol):
@@ -33,17 +57,19 @@ class ResumableLoader:
     """The training batches of this rank, by epoch, starting at any batch.
 
     Uses the methods of the protocols in ``tempering.data.protocols`` that the loader has: ``iterate(start)``,
-    ``set_epoch(epoch)`` and ``shard(rank, world)``. A DataLoader gets a distributed sampler from Fabric, and its
-    generator is seeded with its initial seed plus the epoch. Any other iterable is iterated from the beginning, and
-    batches before the start are dropped. After resuming, only augmentation in persistent workers differs: their random
-    state is not restored.
+    ``set_epoch(epoch)`` and ``shard(rank, world)``. With several processes, a DataLoader's samples are split over them,
+    each in one process. Generators of the loader, its samplers, data set and transforms are seeded by epoch: those of
+    torch with their initial seed plus the epoch. ``restore`` gives them back as they were. Any other iterable is
+    iterated from the beginning, and batches before the start are dropped. After resuming, only augmentation in
+    persistent workers differs: their random state is not restored.
 
     Raises:
-        ValueError: for an iterator, or with several processes for a loader that cannot be sharded.
+        ValueError: for an iterator, or with several processes for a loader that cannot be sharded, or not evenly.
     """
 
     def __init__(self, batches: Iterable[Any], fabric: Fabric, *, seed: int = 0) -> None:
         require_reiterable("batches", batches)
+        self.seed, self.fabric = seed, fabric
         if fabric.world_size > 1:
             if isinstance(batches, DataLoader):
                 batches = _distribute(cast("DataLoader[Any]", batches), fabric, seed)
@@ -57,10 +83,11 @@ class ResumableLoader:
         if fabric.device.type != "cpu" and _is_movable(batches):
             batches = batches.to(fabric.device)
         self.batches = batches
-        # with a DataLoader, also its samplers and data set may have epochs and generators
+        # with a DataLoader, also its samplers and data set may have epochs
         self.parts: list[Any] = [batches, *(getattr(batches, name, None) for name in DATALOADER_PARTS)]
-        generators = [getattr(part, "generator", None) for part in self.parts]
-        self.seeds = {g: g.initial_seed() for g in generators if isinstance(g, torch.Generator)}
+        inner = getattr(getattr(batches, "batch_sampler", None), "sampler", None)
+        self.parts += [] if any(part is inner for part in self.parts) else [inner]
+        self.generators = [Borrowed(g) for g in find_generators(batches)]
 
     def __len__(self) -> int:
         """The number of batches in an epoch."""
@@ -73,17 +100,200 @@ class ResumableLoader:
 
     def epoch(self, number: int, start: int) -> Iterator[Any]:
         """Iterate over the batches of an epoch, beginning with batch ``start``."""
-        for part in self.parts:
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(number)
-        for generator, seed in self.seeds.items():
-            generator.manual_seed((seed + number) % 2**63)
+        self.set_epoch(number)
         if _is_seekable(self.batches):
             return iter(self.batches.iterate(start))
         iterator = iter(self.batches)
         for _ in range(start):
             next(iterator, None)
         return iterator
+
+    def set_epoch(self, number: int, *, torch_only: bool = False) -> None:
+        """Select the epoch of every part, and seed the generators, or only those of torch, by it."""
+        for part in self.parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(number)
+        for generator in self.generators:
+            if not torch_only or isinstance(generator.generator, torch.Generator):
+                generator.set_epoch(number)
+
+    def fingerprint(self, batches: int = 2, *, keep_states: bool = True) -> dict[str, str]:
+        """Hash every tensor and value in the first batches of epoch 0, of all ranks, from the run's own random state.
+
+        Of a loader whose batches depend on the student, such as generated texts, those of the loader in it are hashed.
+
+        Args:
+            keep_states: False lets the generators of numpy and random in the loader run on, as an unseeded one would.
+
+        Returns:
+            "rank/batch/path" -> hash, equal on all ranks.
+        """
+        source: Any = self.batches
+        while getattr(source, "batches", None) is not None and getattr(source, "identity", None) is None:
+            source = source.batches
+        before = random_state()
+        reseed(self.seed, 0, self.fabric.global_rank)
+        self.set_epoch(0, torch_only=not keep_states)
+        found: dict[str, str] = {}
+        for number, batch in enumerate(cast("Iterable[Any]", itertools.islice(iter(source), batches))):
+            found |= {f"{number}{path}": digest for path, digest in batch_digests(batch).items()}
+        set_random_state(before)
+        of_ranks = all_gather_objects(found, self.fabric)
+        return {f"{rank}/{path}": digest for rank, own in enumerate(of_ranks) for path, digest in own.items()}
+
+    def restore(self) -> None:
+        """Give the generators of the loader back as they were, so that another run with it gets the same numbers."""
+        for generator in self.generators:
+            generator.restore()
+
+
+class Borrowed:
+    """A generator of random numbers that belongs to the caller: seeded by epoch, and given back as it was.
+
+    Args:
+        generator: of torch, numpy or random.
+    """
+
+    def __init__(self, generator: Any) -> None:
+        self.generator = generator
+        self.state = self._get()
+
+    def set_epoch(self, number: int) -> None:
+        """Seed the generator by its state at the start and the epoch; epoch 0 of numpy and random is that state."""
+        g = self.generator
+        if isinstance(g, torch.Generator):
+            self.restore()
+            g.manual_seed((g.initial_seed() + number) % 2**63)
+            return
+        if not number:
+            self.restore()
+            return
+        seed = int.from_bytes(hashlib.sha256(f"{self.state!r}/{number}".encode()).digest()[:4], "little")
+        if isinstance(g, np.random.Generator):
+            g.bit_generator.state = type(g.bit_generator)(seed).state  # pyright: ignore[reportCallIssue]
+        else:
+            g.seed(seed)
+
+    def restore(self) -> None:
+        """Give the generator the state that it had at the start."""
+        g, state = self.generator, self.state
+        if isinstance(g, np.random.Generator):
+            g.bit_generator.state = state
+        elif isinstance(g, random.Random):
+            g.setstate(state)
+        else:
+            g.set_state(state)
+
+    def _get(self) -> Any:
+        g = self.generator
+        if isinstance(g, np.random.Generator):
+            return g.bit_generator.state
+        return g.getstate() if isinstance(g, random.Random) else g.get_state()
+
+
+def find_generators(part: Any, depth: int = 5) -> list[Any]:
+    """Return the generators of random numbers of a loader and of its parts, each once; not the global ones."""
+    found: dict[int, Any] = {}
+    seen: set[int] = set()
+
+    def visit(part: Any, depth: int) -> None:
+        if depth < 0 or id(part) in seen or isinstance(part, (type, str, bytes, Tensor, np.ndarray)):
+            return
+        seen.add(id(part))
+        if isinstance(part, (list, tuple)):
+            for item in cast("list[Any]", part[:64]):
+                if hasattr(item, "__dict__"):
+                    visit(item, depth - 1)
+            return
+        own = getattr(part, "__dict__", {})
+        for value in (*own.values(), getattr(part, "generator", None)):
+            if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
+                found[id(value)] = value
+        for name in INNER:
+            visit(own.get(name), depth - 1)
+
+    visit(part, depth)
+    for everyones in (np.random.mtrand._rand, getattr(random, "_inst", None), torch.default_generator):  # pyright: ignore
+        found.pop(id(everyones), None)
+    return list(found.values())
+
+
+def batch_digests(batch: Any, path: str = "") -> dict[str, str]:
+    """Hash every tensor, array and plain value in a nested batch: path -> hash."""
+    if isinstance(batch, Mapping):
+        items = list(cast("Mapping[Any, Any]", batch).items())
+        return {key: d for name, item in items for key, d in batch_digests(item, f"{path}/{name}").items()}
+    if isinstance(batch, (list, tuple)):
+        values = cast("Sequence[Any]", batch)
+        if not all(isinstance(item, (str, int, float)) for item in values):
+            return {key: d for i, item in enumerate(values) for key, d in batch_digests(item, f"{path}/{i}").items()}
+    if isinstance(batch, Tensor):
+        data = bytes(tensor_bytes(batch)) if batch.layout == torch.strided else repr(batch).encode()
+        data += f"{batch.dtype} {tuple(batch.shape)}".encode()
+    elif isinstance(batch, np.ndarray):
+        array: Any = cast("Any", batch)
+        data = (
+            repr(array).encode() if array.dtype.hasobject else array.tobytes()
+        ) + f"{array.dtype} {array.shape}".encode()
+    elif batch is None or isinstance(batch, (str, bytes, int, float, list, tuple)):
+        data = repr(cast("Any", batch)).encode()
+    else:
+        return {}
+    return {path: hashlib.sha256(data).hexdigest()[:16]}
+
+
+def settings_of(part: Any) -> dict[str, Any]:
+    """Return the class of an object and those of its constructor's arguments that it keeps, JSON-able.
+
+    Plain values are kept as they are, tensors by their hash, others by the name of their function or class.
+    """
+    out: dict[str, Any] = {"name": type(part).__name__}
+    try:
+        parameters = inspect.signature(cast("Any", type(part))).parameters.values()
+        names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name in vars(part)]
+    except (TypeError, ValueError):
+        return out
+    return out | {name: _plain(getattr(part, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        items = cast("list[Any]", value)
+        return [_plain(item) for item in items] if len(items) <= 64 else f"{len(items)} items"
+    if isinstance(value, Mapping):
+        items = cast("Mapping[Any, Any]", value)
+        return {str(key): _plain(item) for key, item in items.items()} if len(items) <= 64 else f"{len(items)} items"
+    if isinstance(value, Tensor):
+        if value.numel() > LARGE:
+            return f"{value.dtype} {tuple(value.shape)}"
+        return hashlib.sha256(bytes(tensor_bytes(value))).hexdigest()[:16]
+    return getattr(value, "__qualname__", type(value).__name__)
+
+
+def loader_settings(batches: Any) -> dict[str, Any]:
+    """Return what is known of a loader besides its batches: lengths, settings, and transforms by their repr."""
+    out: dict[str, Any] = {"batches": _length(batches)}
+    if isinstance(batches, DataLoader):
+        loader: Any = cast("Any", batches)
+        out["samples"] = _length(loader.dataset)
+        transforms = {name: getattr(loader.dataset, name, None) for name in ("transform", "target_transform")}
+        texts = {name: repr(value) for name, value in transforms.items() if value is not None}
+        return out | {name: text for name, text in texts.items() if " at 0x" not in text}
+    if getattr(batches, "identity", None) is not None:
+        out |= settings_of(batches)
+    inner = getattr(batches, "batches", None)
+    if inner is not None and inner is not batches and not isinstance(inner, (list, tuple)):
+        out["of"] = loader_settings(inner)
+    return out
+
+
+def _length(part: Any) -> int | None:
+    try:
+        return len(part)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def micro_batches(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
@@ -126,11 +336,95 @@ def _is_movable(batches: Iterable[Any]) -> TypeGuard[MovableLoader]:
     return hasattr(batches, "to")
 
 
-def _distribute(loader: DataLoader[Any], fabric: Fabric, seed: int) -> Iterable[Any]:
-    """Return the DataLoader with a distributed sampler that shuffles with the run's seed."""
-    wrapper = cast("Any", fabric.setup_dataloaders(loader, move_to_device=False))  # pyright: ignore[reportUnknownMemberType]
-    # without Fabric's wrapper, whose count of epochs includes epochs that were only started
-    sharded = wrapper._dataloader
-    if sharded.sampler is not cast("Any", loader).sampler and hasattr(sharded.sampler, "seed"):
-        sharded.sampler.seed = seed
-    return sharded
+def _distribute(loader: Any, fabric: Fabric, seed: int) -> Iterable[Any]:
+    """Return a DataLoader of this rank's samples; the order is drawn with the run's seed, and equal on all ranks."""
+    from lightning_fabric.utilities import data as of_fabric
+
+    sampler: Any = loader.sampler
+    if of_fabric.has_iterable_dataset(loader):
+        _check_sharded(loader, fabric, seed)
+        return loader
+    if isinstance(sampler, DistributedSampler):
+        return loader
+    inner = RankSampler(getattr(loader.batch_sampler, "sampler", sampler), loader, fabric, seed)
+    plain = (type(loader), type(loader.batch_sampler)) == (DataLoader, BatchSampler)
+    if loader.batch_size is None and plain:
+        kept = {name: getattr(loader, name) for name in DATALOADER_OPTIONS}
+        return cast("Any", DataLoader)(
+            loader.dataset, batch_sampler=BatchSampler(inner, inner.batch_size, inner.drop_last), **kept
+        )
+    # as Fabric's setup_dataloaders does with a DistributedSampler; classes that inherit from DataLoader are kept
+    return cast("Any", of_fabric)._update_dataloader(loader, inner)
+
+
+def _check_sharded(loader: Any, fabric: Fabric, seed: int) -> None:
+    """Check that an iterable data set knows its rank: from one random state, each rank has another first batch."""
+    before = random_state()
+    reseed(seed, 0, 0)
+    first = batch_digests(next(iter(loader), None))
+    set_random_state(before)
+    everyones = all_gather_objects(first, fabric)
+    if all(other == everyones[0] for other in everyones):
+        raise ValueError(
+            f"{type(loader.dataset).__name__} yields the same samples in each of {len(everyones)} processes, so all "
+            "would be seen several times. Let it skip by torch.distributed.get_rank(), or use a data set with indices."
+        )
+
+
+class RankSampler(Sampler[int]):
+    """This rank's samples of any sampler, each in one process; the parts are as equal as can be.
+
+    Every rank draws the order of all samples from the same random state, and takes every world-th of them. An order of
+    RandomSampler is that of torch's DistributedSampler.
+
+    Raises:
+        ValueError: if the ranks would have different numbers of batches, or drew different orders.
+    """
+
+    def __init__(self, sampler: Any, loader: Any, fabric: Fabric, seed: int) -> None:
+        self.sampler, self.fabric, self.seed, self.number = sampler, fabric, seed, 0
+        size = getattr(loader.batch_sampler, "batch_size", loader.batch_size)
+        self.batch_size, self.drop_last = size or 1, bool(getattr(loader.batch_sampler, "drop_last", loader.drop_last))
+        self.count = len(sampler)
+        self._part(range(self.count))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Select the epoch, of the sampler too."""
+        self.number = epoch
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self._part(range(self.count)))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._part(self._order()))
+
+    def _order(self) -> list[int]:
+        sampler = self.sampler
+        if type(sampler) is RandomSampler and not sampler.replacement and self.count == len(sampler.data_source):
+            generator = torch.Generator().manual_seed(self.seed + self.number)
+            return cast("list[int]", torch.randperm(self.count, generator=generator).tolist())  # pyright: ignore[reportUnknownMemberType]
+        before = random_state()
+        reseed(self.seed, self.number, 0)
+        order = list(self.sampler)
+        set_random_state(before)
+        digests = all_gather_objects(hashlib.sha256(repr(order).encode()).hexdigest(), self.fabric)
+        if len(set(digests)) > 1:
+            raise ValueError(
+                f"{type(self.sampler).__name__} draws another order in each of {len(digests)} processes, so samples "
+                "would be seen twice or never. Seed its generator with the same number in all of them."
+            )
+        return order
+
+    def _part(self, order: Sequence[int]) -> Sequence[int]:
+        world, size = self.fabric.world_size, self.batch_size
+        n = len(order) - len(order) % world if self.drop_last else len(order)
+        counts = [len(range(r, n, world)) for r in (0, world - 1)]  # the most and the fewest
+        batches = [count // size if self.drop_last else math.ceil(count / size) for count in counts]
+        if batches[0] != batches[1]:
+            raise ValueError(
+                f"{n} samples in batches of {size} cannot be split over {world} processes: one would have {batches[0]} "
+                f"batches, another {batches[1]}. Use drop_last=True, or another batch_size."
+            )
+        return order[self.fabric.global_rank : n : world]

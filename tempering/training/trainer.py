@@ -27,8 +27,10 @@ from tempering.training.checks import (
     validate_sampled_teacher,
     validate_step_method,
 )
-from tempering.training.config import Run, TrainConfig, TrainState
+from tempering.training.config import BEFORE_END, Run, RunLength, TrainConfig, TrainState
 from tempering.training.distributed import (
+    RunInterrupted,
+    StopSignals,
     all_reduce_gradients,
     all_reduce_mean,
     broadcast_parameters,
@@ -39,9 +41,16 @@ from tempering.training.distributed import (
 from tempering.training.evaluator import Evaluator
 from tempering.training.fabric import allow_double_backward, fabric_for, peak_mb
 from tempering.training.loss import chunking_for
-from tempering.training.metrics import ProgressBar, nonfinite_loss_error, step_metrics
+from tempering.training.metrics import ProgressBar, nonfinite_loss_error, rollout_metrics, step_metrics
 from tempering.training.recorder import Recorder
-from tempering.training.run_dir import RunDirectory, lock_run_dir, run_key, run_metadata
+from tempering.training.run_dir import (
+    RunDirectory,
+    initial_weights,
+    lock_run_dir,
+    remember_weights,
+    run_key,
+    run_metadata,
+)
 from tempering.training.selfcheck import Checked, last_batch_size, one_sample, selfcheck
 from tempering.training.stream import ResumableLoader, micro_batches, reseed
 from tempering.utils.device import clone_outputs, maybe_compile
@@ -112,8 +121,8 @@ class Trainer:
         for part in (method, *self.adaptive_policies):
             batches = part.wrap_batches(batches, teacher)
         self.loader = ResumableLoader(batches, self.fabric, seed=config.seed)
-        self.total_steps = config.steps or (config.epochs or 0) * math.ceil(len(self.loader) / config.accumulate)
-        if not self.total_steps:
+        self.length = RunLength(config, self.loader)
+        if not self.length.total:
             raise ValueError(EMPTY)
 
         # models
@@ -121,6 +130,7 @@ class Trainer:
         if teacher is not None:
             teacher.to(self.device)
         broadcast_parameters(student, self.fabric)
+        self.initial_weights = None if self.folder is None else initial_weights(student, self.folder)
         self.given = ModelState(student)
         forward = maybe_compile(student, config.compile) if config.compile else wrapped
         # Fabric compiles again what was compiled since it was imported, but cannot what its user compiled
@@ -137,7 +147,7 @@ class Trainer:
         groups = [{"params": [p for p in self.model.parameters() if p.requires_grad]}, *method.param_groups()]
         self.optimizer: Any = self.fabric.setup_optimizers(make_optimizer(optimizer, groups))
         self.base_lrs = base_learning_rates(self.optimizer)
-        self.schedule = make_schedule(schedule, self.optimizer, self.total_steps)
+        self.schedule = make_schedule(schedule, self.optimizer, self.length.total)
 
         # evaluation, records and checkpoints
         self.evaluator = Evaluator(
@@ -155,8 +165,12 @@ class Trainer:
             method,
             self.optimizer,
             config,
-            data=getattr(self.loader.batches, "identity", None),
-            total_steps=self.total_steps,
+            task=task,
+            schedule=None if self.folder is None else self.schedule,
+            loader=self.loader.batches,
+            splits={} if self.folder is None else self.evaluator.splits,
+            initial_weights=self.initial_weights,
+            total_steps=self.length.total,
             world=self.world,
         )
         self.run_dir = RunDirectory(self.folder, self.fabric, (student, method, self.optimizer), key)
@@ -164,7 +178,8 @@ class Trainer:
         # progress
         self.state = TrainState()
         self.resumed_random_state: dict[str, Any] | None = None
-        self.progress_bar = ProgressBar(self.total_steps, disable=config.quiet or not self.is_rank_zero)
+        self.stop = StopSignals(self.folder)
+        self.progress_bar = ProgressBar(self.length, disable=config.quiet or not self.is_rank_zero)
         self.last_log = (0.0, 0)  # time and step
 
     def _paired_features(self) -> PairedFeatures | None:
@@ -198,6 +213,7 @@ class Trainer:
         before = random_state()
         reseed(self.config.seed, 0, self.fabric.global_rank)
         batch = next(self.loader.epoch(0, 0), None)
+        self.loader.restore()
         set_random_state(before)
         if batch is None:
             raise ValueError(EMPTY)
@@ -235,48 +251,77 @@ class Trainer:
             yield to_device(batch, self.device)
 
     def run(self, facts: Mapping[str, Any]) -> Run:
-        """Train to the end, resuming from the newest checkpoint in the folder.
+        """Train to the end, resuming from the newest checkpoint in the folder; a finished run is only read.
 
         Args:
             facts: additional content of facts.json.
+
+        Raises:
+            RunInterrupted: after a signal that asks for an end; a checkpoint is written.
         """
-        with lock_run_dir(self.folder if self.is_rank_zero else None):
-            self._resume(facts)
+        with lock_run_dir(self.folder if self.is_rank_zero else None), self.stop:
             try:
-                if self.config.selfcheck:
-                    self._report(self.check())
-                label = str(self.recorder.facts.get("label") or type(self.method).__name__)
-                with self.progress_bar.show(label, self.state.step), self._hooks():
-                    while self.state.step < self.total_steps and not self.state.stopped:
-                        self._train_epoch()
-                return self._finish()
-            except KeyboardInterrupt:
-                self.recorder.end("interrupted")
-                raise
-            except BaseException as error:
-                self.recorder.end("failed", error=f"{type(error).__name__}: {error}")
-                raise
+                self._resume(facts)
+                if self.run_dir.how == "finished":
+                    from tempering.utils.text import best_and_last
+
+                    run = self.run_dir.read_finished()
+                    said = best_and_last(run.facts["result"], run.facts.get("best_by"))
+                    self.progress_bar.say(f"{self.folder}: finished run, nothing was trained; {said}")
+                    return run
+                return self._run()
+            finally:
+                self.loader.restore()
+                if self.folder is not None and self.initial_weights is not None and self.config.strategy != "fsdp":
+                    remember_weights(self.student, self.folder, self.initial_weights)
+
+    def _run(self) -> Run:
+        try:
+            if self.config.selfcheck:
+                self._report(self.check())
+            label = str(self.recorder.facts.get("label") or type(self.method).__name__)
+            with self.progress_bar.show(label, self.state.step), self._hooks():
+                while not self.length.is_done(self.state):
+                    self._train_epoch()
+            return self._finish()
+        except (KeyboardInterrupt, RunInterrupted):
+            self.recorder.end("interrupted")
+            raise
+        except BaseException as error:
+            self.recorder.end("failed", error=f"{type(error).__name__}: {error}")
+            raise
 
     def _resume(self, facts: Mapping[str, Any]) -> None:
-        """Load the newest checkpoint, if there is one, and start the records."""
-        self.state, self.resumed_random_state = self.run_dir.resume(restart=not self.config.resume)
+        """Load the newest checkpoint, if there is one, and start the records; those of a finished run stay."""
+        if self.folder is not None:
+            self.run_dir.key["batches"] = self.loader.fingerprint()
+        self.state, self.resumed_random_state = self.run_dir.resume(
+            restart=not self.config.resume,
+            extend=self.config.extend,
+            batches_again=functools.partial(self.loader.fingerprint, keep_states=False),
+        )
+        self.length.resume(self.state)
+        if self.run_dir.how == "finished":
+            return
         best_by = self.evaluator.best_by
         metadata = run_metadata(
             self.run_dir.key, self.student, self.teacher, self.method, self.config, best_by=best_by, facts=facts
         )
-        self.recorder.begin(metadata, upto=self.state.step, epochs=self.state.epoch)
+        if self.run_dir.extended is not None:
+            before, now = self.run_dir.extended
+            metadata["extended"] = [{"from_steps": before, "to_steps": now, "epoch": self.state.epoch}]
+        positions = self.run_dir.positions
+        self.recorder.begin(metadata, upto=self.state.step, epochs=self.state.epoch, positions=positions)
 
     def _report(self, checked: Checked) -> None:
         """Record and print the result of the self-check."""
         self.recorder.update(selfcheck={"line": checked.line, "checks": checked.checks})
-        if self.is_rank_zero and not self.config.quiet:
-            from rich.console import Console
-
-            Console().print(checked.line, style="dim", soft_wrap=True, highlight=False)
+        self.progress_bar.say(checked.line)
 
     def _train_epoch(self) -> None:
         """Train an epoch, or the remainder of one after resuming; then evaluate and save a checkpoint."""
         config, state = self.config, self.state
+        self.length.begin_epoch(state.epoch)
         reseed(config.seed, state.epoch, self.fabric.global_rank)
         batches = self.loader.epoch(state.epoch, state.batch)
         if self.resumed_random_state is not None and state.batch:
@@ -288,29 +333,43 @@ class Trainer:
         start, start_step, start_batch, seconds = time.perf_counter(), state.step, state.batch, state.seconds
         loss_sum: Tensor | float = state.loss_sum
         self.last_log = (start, state.step)
+        if self.length.ends_epoch(state):  # resumed after the last step
+            batches = iter(())
         for group in micro_batches(batches, config.accumulate):
             loss_sum = loss_sum + self._step(group)
             state.step, state.batch = state.step + 1, state.batch + len(group)
             state.seconds = seconds + time.perf_counter() - start
-            if config.checkpoint_every and state.step % config.checkpoint_every == 0:
+            stop = self.stop.requested(self.fabric, state.step)
+            if stop or (config.checkpoint_every and state.step % config.checkpoint_every == 0):
                 state.loss_sum = self._finite(float(loss_sum))
-                self.run_dir.save(state, keep=config.keep)
-            if state.step >= self.total_steps:
+                self._save()
+            if stop:
+                raise self.stop.interrupted(stop, state.step, requeued=config.requeue and self.is_rank_zero)
+            if self.length.ends_epoch(state):
                 break
         if state.step == start_step and not start_batch:
             raise ValueError(EMPTY)
         steps_in_epoch = max(1, math.ceil(state.batch / config.accumulate))
         mean_loss = all_reduce_mean(self._finite(float(loss_sum)) / steps_in_epoch, self.fabric)
         state.epoch, state.batch, state.loss_sum = state.epoch + 1, 0, 0.0
-        if state.epoch % config.evaluate_every == 0 or state.step >= self.total_steps:
-            self._evaluate(mean_loss)
-        self.run_dir.save(state, keep=config.keep)
+        self.length.correct(state, steps_in_epoch)
+        self._end_epoch(mean_loss)
+        self._save()
+        stop = self.stop.requested(self.fabric, 0)  # in the evaluation
+        if stop and not self.length.is_done(state):
+            raise self.stop.interrupted(stop, state.step, requeued=config.requeue and self.is_rank_zero)
+
+    def _save(self) -> None:
+        """Write a checkpoint, and the size and hash of the records at this step."""
+        self.run_dir.save(self.state, keep=self.config.keep, records=self.recorder.positions)
+        self.recorder.save_positions()
 
     def _step(self, batches: list[Any]) -> Tensor:
         """Update the weights once, from one or more micro-batches; return the loss, (), not averaged over ranks."""
-        config, number, progress = self.config, self.state.step, (self.state.step + 1) / self.total_steps
+        config, number, length = self.config, self.state.step, self.length
+        progress = min((number + 1) / length.total, length.epoch_end)
         if self.schedule is not None:
-            factor = self.schedule(number / self.total_steps)
+            factor = self.schedule(min(number / length.total, length.epoch_end, BEFORE_END))
             for param_group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
                 param_group["lr"] = lr * factor
         if self.device.type != "cpu":
@@ -392,13 +451,13 @@ class Trainer:
     def _log(self, loss: Tensor, blocks: list[BlockLoss], progress: float) -> None:
         """Log the step every ``log_every`` steps; other steps do not synchronize with a GPU."""
         config, step = self.config, self.state.step + 1
-        due = self.state.step % config.log_every == 0 or step == self.total_steps
+        due = self.state.step % config.log_every == 0 or step == self.length.total
         if (due or loss.device.type == "cpu") and not math.isfinite(value := float(loss)):
             raise nonfinite_loss_error(value, step, self.folder, blocks)
         if self.on_step is not None:
             self.on_step(self.state.step, loss)
-        self.progress_bar.update(step)
         if not due:
+            self.progress_bar.update(step)
             return
         now, (last_time, last_step) = time.perf_counter(), self.last_log
         self.last_log = (now, step)
@@ -412,8 +471,10 @@ class Trainer:
             "rows_per_second": len(blocks[-1].rows) * config.accumulate * self.world / step_seconds,
             "step_ms": 1000.0 * step_seconds,
             **step_metrics(blocks, self.method.policies()),
+            **rollout_metrics(self.loader.batches),
         }
         self.recorder.step(line)
+        self.progress_bar.update(step, epoch=line["epoch"], loss=line["loss"], lr=line["lr"])
         scalars: dict[str, float] = {f"train/{name}": line[name] for name in ("loss", "lr", "step_ms")}
         scalars |= {f"train/{name}": value for name, value in line["terms"].items()}
         scalars |= {f"train/{side}": line[side]["mean"] for side in ("T_teacher", "T_student") if side in line}
@@ -426,23 +487,26 @@ class Trainer:
         return loss_sum
 
     @torch.no_grad()
-    def _evaluate(self, loss: float) -> None:
-        """Score the splits, record the epoch, and keep the best weights."""
-        state, best_by = self.state, self.evaluator.best_by
-        scores = self.evaluator.score(self.model)
-        self.given.train(self.model)
+    def _end_epoch(self, loss: float) -> None:
+        """Score the splits if it is time to, record the epoch, show it, and keep the best weights."""
+        state, best_by, note = self.state, self.evaluator.best_by, None
         lr = self.optimizer.param_groups[0]["lr"]
-        line = {"epoch": state.epoch, "step": state.step, "seconds": state.seconds, "loss": loss, "lr": lr, **scores}
-        self.recorder.epoch(line)
-        state.last = {"epoch": state.epoch, **scores}
-        for name, values in scores.items():
-            self.fabric.log_dict({f"{name}/{metric}": value for metric, value in values.items()}, step=state.step)
-        if best_by is not None:
-            split, metric = best_by.split("/")
-            value = self.fabric.broadcast(scores[split][metric])  # all ranks stop together
-            self.progress_bar.update(state.step, f"{split} {metric} {value:.4f}")
-            if self.evaluator.select_best(state, value):
-                self.run_dir.write_weights("best.safetensors")
+        line = {"epoch": state.epoch, "step": state.step, "seconds": state.seconds, "loss": loss, "lr": lr}
+        if state.epoch % self.config.evaluate_every == 0 or self.length.is_done(state):
+            scores = self.evaluator.score(self.model)
+            self.given.train(self.model)
+            line |= scores
+            self.recorder.epoch(line | rollout_metrics(self.loader.batches))
+            state.last = {"epoch": state.epoch, **scores}
+            for name, values in scores.items():
+                self.fabric.log_dict({f"{name}/{metric}": value for metric, value in values.items()}, step=state.step)
+            if best_by is not None:
+                split, metric = best_by.split("/")
+                value = self.fabric.broadcast(scores[split][metric])  # all ranks stop together
+                note = f"{split} {metric} {value:.4f}"
+                if self.evaluator.select_best(state, value):
+                    self.run_dir.write_weights("best.safetensors")
+        self.progress_bar.epoch(line, note)
 
     def _finish(self) -> Run:
         """Write the weights and the analysis, and complete the records."""
@@ -451,6 +515,8 @@ class Trainer:
         analysis = self.evaluator.analyze(self.model, self.method, state)
         if analysis and self.is_rank_zero:
             self.recorder.analysis(analysis)
+        if state.best is not None and state.last is not None and state.best["epoch"] == state.last["epoch"]:
+            state.best = state.last  # with the scores of the analysis, also after resuming
         result = {
             "last": state.last,
             "best": state.best,
@@ -464,7 +530,7 @@ class Trainer:
         for logger in self.fabric.loggers:
             logger.finalize("success")
         self.fabric.barrier()
-        return Run(self.student, self.folder, self.recorder.facts, self.recorder.epochs)
+        return Run(self.student, self.folder, self.recorder.facts, self.recorder.epochs, self.run_dir.how)
 
 
 def no_teacher(inputs: Any, ids: Tensor | None) -> None:

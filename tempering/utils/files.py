@@ -1,4 +1,4 @@
-"""Atomic writes, checksums and file locks."""
+"""Atomic writes, checksums, records that are verified, and file locks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
+COUNTERS = {"steps.jsonl": "step", "epochs.jsonl": "epoch"}  # of the lines of a run's records, by file
+CHUNK = 1 << 20  # bytes
+LONG = 4096  # characters
 PARTIAL = ".partial"  # suffix of a file or folder that is being written
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
@@ -26,6 +29,10 @@ class LockUnsupportedError(OSError):
     """The file system has no file locks; the message names the path and what to do."""
 
 
+class DamagedRecordError(ValueError):
+    """A file of records is not as it was written; the message names it, with the line where there is one."""
+
+
 # reading and writing
 
 
@@ -34,24 +41,48 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: Path, counter: str | None = None) -> list[dict[str, Any]]:
     """Read the objects of a JSON-lines file; skip a last line that a kill cut short; [] if there is no file.
 
+    Args:
+        counter: as in ``parse_line``.
+
     Raises:
-        ValueError: if any other line is not JSON, naming the line.
+        DamagedRecordError: if any other line is not an object, naming the line.
     """
     if not path.is_file():
         return []
-    out = []
-    raw = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(raw, 1):
-        try:
-            out.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(raw):
-                break
-            raise ValueError(f"{path}, line {number}, is not JSON: {error}. Was it edited by hand?") from error
-    return out
+    *raw, rest = path.read_bytes().split(b"\n")
+    lines = [parse_line(path, number, line, counter) for number, line in enumerate(raw, 1)]
+    with suppress(DamagedRecordError):
+        lines += [parse_line(path, len(raw) + 1, rest, counter)]
+    return lines
+
+
+def parse_line(path: Path, number: int, line: bytes, counter: str | None = None) -> dict[str, Any]:
+    """Return the object in a line.
+
+    Args:
+        number: of the line, from 1, for the message.
+        counter: a key whose value must be a whole number, such as "step".
+
+    Raises:
+        DamagedRecordError: naming file and line.
+    """
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except ValueError as error:
+        raise DamagedRecordError(f"{path}, line {number}, is not JSON: {error}. Was it edited by hand?") from error
+    if not isinstance(value, dict):
+        raise DamagedRecordError(
+            f"{path}, line {number}, must be an object; got {type(value).__name__}. Was it edited by hand?"
+        )
+    if counter is not None and type(value.get(counter)) is not int:
+        raise DamagedRecordError(
+            f"{path}, line {number}, needs {counter!r}, a whole number; got {value.get(counter)!r}. Was it edited by "
+            "hand?"
+        )
+    return value
 
 
 def write_atomic(path: Path, content: str | bytes, *, fsync: bool = False, concurrent: bool = False) -> None:
@@ -106,6 +137,125 @@ def sha256_file(path: Path) -> str:
 def sha256_text(text: str) -> str:
     """Return the sha256 of a text in UTF-8, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+# records
+
+
+def verify(path: Path, position: Mapping[str, Any], counter: str | None = None, *, whole: bool = False) -> Any:
+    """Check that a file begins with the bytes that were recorded; return their hash.
+
+    Args:
+        counter: the key that increases from line to line, for the message.
+        whole: whether nothing may follow them.
+
+    Raises:
+        DamagedRecordError: if lines are missing or were changed, naming the first such line if it is found.
+    """
+    size = path.stat().st_size if path.is_file() else 0
+    wanted, last = int(position["bytes"]), position.get("last")
+    advice = "Restore the file, or start the run again: resume=False (--no-resume)."
+    if not wanted and not (whole and size):
+        return hashlib.sha256()
+    if size >= wanted:
+        with open(path, "rb") as file:
+            digest = prefix_digest(file, wanted)
+        if digest.hexdigest() == position["sha256"]:
+            if not whole or size == wanted:
+                return digest
+            raise DamagedRecordError(
+                f"{path} has lines after the run's last, {counter} {last}: {size - wanted:,} bytes."
+            )
+    first = _first_odd_line(path, wanted, counter)
+    if size < wanted:
+        raise DamagedRecordError(
+            f"{path} has lost lines: {wanted:,} bytes were written up to {counter or 'line'} {last}, and it has "
+            f"{size:,}{first}. {advice}"
+        )
+    raise DamagedRecordError(f"{path} is not as it was written: lines were changed or lost{first}. {advice}")
+
+
+def verify_records(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Compare the records of a run with the sizes and hashes in its facts, and these with their own, if there are any.
+
+    Raises:
+        DamagedRecordError: if lines are missing or were changed, or were added to a finished run.
+    """
+    if "sha256" in facts and facts["sha256"] != facts_digest(facts):
+        raise DamagedRecordError(
+            f"{folder / 'facts.json'} is not as it was written: a value was changed. Restore the file."
+        )
+    positions = facts.get("records")
+    for name, position in positions.items() if isinstance(positions, Mapping) else ():
+        if name in COUNTERS:
+            verify(folder / name, position, COUNTERS[name], whole=facts.get("status") == "done")
+        elif not (folder / name).is_file() or sha256_file(folder / name) != position["sha256"]:
+            raise DamagedRecordError(f"{folder / name} is missing or not as it was written. Restore the file.")
+
+
+def facts_digest(facts: Mapping[str, Any]) -> str:
+    """Return the hash of a run's facts, JSON-able, without their own hash."""
+    return sha256_text(json.dumps({key: value for key, value in facts.items() if key != "sha256"}, sort_keys=True))
+
+
+def _first_odd_line(path: Path, wanted: int, counter: str | None) -> str:
+    """Name the first line that is not valid, or whose counter does not increase; "" if there is none."""
+    if not path.is_file():
+        return ""
+    before, read = -1, 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            read += len(line)
+            if read > wanted:
+                break
+            try:
+                value = parse_line(path, number, line, counter)
+            except DamagedRecordError as error:
+                return f" (line {number}: {str(error).partition(', is ')[2].partition('. Was')[0] or 'not a record'})"
+            if counter is not None and (now := value[counter]) <= before:
+                return f" (line {number}: {counter} {now} after {counter} {before})"
+            before = value[counter] if counter is not None else -1
+    return ""
+
+
+def prefix_digest(file: IO[bytes], size: int) -> Any:
+    """Return the hash of the next ``size`` bytes."""
+    digest = hashlib.sha256()
+    while size and (chunk := file.read(min(CHUNK, size))):
+        digest.update(chunk)
+        size -= len(chunk)
+    return digest
+
+
+def without_secrets(value: Any) -> Any:
+    """Return JSON-able ``value`` with every secret in it redacted; a name before a value, or its key, counts."""
+    from tempering.utils.redact import redact
+
+    return map_texts(value, redact)
+
+
+def map_texts(value: Any, clean: Callable[[str], str]) -> Any:
+    """Apply ``clean`` to every text in nested lists and mappings; one that a secret's name precedes is redacted."""
+    from tempering.utils.redact import REDACTED
+
+    if isinstance(value, Mapping):
+        pairs = [(key, f"{key}=", item) for key, item in value.items()]
+        return {key: REDACTED if _is_secret(name, item) else map_texts(item, clean) for key, name, item in pairs}
+    if isinstance(value, (list, tuple)):
+        flags = ["", *(f"{item} " if isinstance(item, str) and item.startswith("-") else "" for item in value)]
+        pairs = zip(flags, value, strict=False)
+        return [REDACTED if _is_secret(flag, item) else map_texts(item, clean) for flag, item in pairs]
+    if not isinstance(value, str) or (len(value) > LONG and " " not in value):  # encoded data, such as an image
+        return value
+    return clean(value)
+
+
+def _is_secret(name: str, value: object) -> bool:
+    from tempering.utils.redact import redact
+
+    if not name or not isinstance(value, str) or not value or value.startswith("-"):
+        return False
+    return redact(f"{name}{value}") != f"{redact(name)}{redact(value)}"
 
 
 # locks

@@ -1,4 +1,7 @@
-"""Registries of classes found in a package's files; names of classes and arguments, with suggestions for typos."""
+"""Registries of classes found in a package's files; names with suggestions for typos; overrides of functions.
+
+Overrides replace functions by faster versions in a context; only ``tempering.kernels`` uses them.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 Part = TypeVar("Part")
@@ -153,3 +159,20 @@ def check_arguments(cls: type[Any], args: Sequence[object], kwargs: Mapping[str,
     hint = f" Its {name} is {meant}= here." if meant else ""
     more = f" {NAMES}" if meant == "names" else ""
     raise TypeError(f"{cls.__name__} has no argument {name!r}.{hint} Write {usage}.{more}")
+
+
+# overrides
+
+# Name -> fast version. A function that can be overridden looks its name up first, unless torch.compile traces it:
+# Dynamo cannot read a ContextVar, and code that users compile gets the plain function.
+OVERRIDES: ContextVar[Mapping[str, Callable[..., Any]]] = ContextVar("overrides", default=MappingProxyType({}))
+
+
+@contextmanager
+def override_with(fast: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Override the functions of these names inside the context; {} restores the plain ones."""
+    token = OVERRIDES.set(fast)
+    try:
+        yield
+    finally:
+        OVERRIDES.reset(token)

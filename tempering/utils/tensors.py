@@ -1,10 +1,13 @@
-"""Nested structures of tensors, the bytes of a tensor, and the modes of modules."""
+"""Nested structures of tensors, the bytes of a tensor, weights with a checksum, and the modes of modules."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,6 +89,56 @@ def eval_mode(*models: nn.Module | None) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def tensors_to_bytes(tensors: Mapping[str, Tensor], *, checksum: bool = False) -> bytes:
+    """Return the content of a safetensors file with these tensors; ``checksum`` puts one into its metadata."""
+    from safetensors.torch import save as to_bytes
+
+    # clone: safetensors rejects tensors that share memory, and tied weights do
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    content = to_bytes(plain)
+    if not checksum:
+        return content
+    end = 8 + int.from_bytes(content[:8], "little")  # of the header; offsets in it count from there
+    metadata = {"format": "pt", "sha256": _weights_digest(plain)}  # written here: safetensors' order of them is random
+    header = json.dumps({"__metadata__": metadata, **json.loads(content[8:end])}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file, and compare its weights with the checksum in its metadata, if there is one.
+
+    Raises:
+        ValueError: if it is not a safetensors file, or its weights are not as they were written.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+
+    try:
+        weights: dict[str, Tensor] = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            written = (file.metadata() or {}).get("sha256")
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a valid safetensors file: {error}. A .pth or .ckpt is a pickle, which is not loaded: "
+            "convert it once with safetensors.torch.save_file(state_dict, path)."
+        ) from error
+    if written is not None and written != _weights_digest(weights):
+        raise ValueError(
+            f"{path} is damaged: its weights do not have the checksum that was written with them. Restore the file, or "
+            "train again."
+        )
+    return weights
+
+
+def _weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(tensor_bytes(value))
+    return digest.hexdigest()
 
 
 def _mapping_like(like: Mapping[Any, Any], items: dict[Any, Any]) -> Any:

@@ -10,8 +10,8 @@ from typing import Any
 
 from tempering.experiments.presets import Arm, slug
 from tempering.experiments.renamed import FORMER, FORMER_WORDS, PRESENT, PRESENT_WORDS, replace_words
-from tempering.reports.records import MACHINE_PATH
 from tempering.utils.files import sha256_text, write_atomic
+from tempering.utils.text import without_private_paths
 
 FILE = "plan.json"
 OWN = ("method", "temperature", "seed", "label", "out")  # flags that a cell sets
@@ -169,7 +169,7 @@ def _pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
             value = f"{value} {tokens.pop(0)}".strip()
         if value and Path(value).exists():
             value = Path(value).resolve().name
-        yield name.replace("-", "_"), MACHINE_PATH.sub("", value)
+        yield name.replace("-", "_"), without_private_paths([f"--{name}", value])[1]
 
 
 def _id(recipe: str, arm: Arm, seed: int, flags: dict[str, str]) -> str:

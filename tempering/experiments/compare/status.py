@@ -15,6 +15,7 @@ from tempering.experiments.compare.plan import Cell, Plan, lock_path, record_of,
 from tempering.reports.compare import display_name
 from tempering.reports.records import RunRecord, number, read_cell
 from tempering.utils.files import is_locked, read_json, write_atomic
+from tempering.utils.text import duration, scores
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -104,20 +105,6 @@ def _last(run: RunRecord) -> dict[str, Any]:
     return run.of("result").get("last") or {}
 
 
-def scores(line: Mapping[str, Any]) -> str:
-    """Format the accuracies (a detector's mAP) of an evaluation, else its losses."""
-    splits = {split: line[split] for split in ("validation", "test") if isinstance(line.get(split), Mapping)}
-    accuracies = [
-        f"{split} {'mAP ' * (key == 'map')}{100 * v:.2f} %"
-        for key in ("accuracy", "map")
-        for split, s in splits.items()
-        if (v := number(s.get(key))) is not None
-    ]
-    return ", ".join(
-        accuracies or [f"{split} loss {v:.4g}" for split, s in splits.items() if (v := number(s.get("loss")))]
-    )
-
-
 def remaining(statuses: Iterable[CellStatus], jobs: int) -> float | None:
     """Estimate seconds until all runs are done with ``jobs`` in parallel; None if no duration is known yet."""
     statuses = list(statuses)
@@ -146,7 +133,7 @@ def summary(statuses: list[CellStatus], jobs: int) -> str:
     if seconds_left is None:
         return f"{len(statuses)} runs: {counts_text}; the remaining time is not known yet"
     end = datetime.now() + timedelta(seconds=seconds_left)
-    time_left = f"about {_duration_text(seconds_left)} left, until {end:%a %d %b %H:%M}"
+    time_left = f"about {duration(seconds_left)} left, until {end:%a %d %b %H:%M}"
     return f"{len(statuses)} runs: {counts_text}; {jobs} at once: {time_left}"
 
 
@@ -165,7 +152,7 @@ def status_table(statuses: list[CellStatus], *, most: int | None = None) -> Tabl
     styles = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow"}
     for s in rows:
         share = f"{100 * s.step / s.total:.0f} %" if s.total else ""
-        left_text = _duration_text(s.left) if s.left is not None and s.state in ("running", "interrupted") else ""
+        left_text = duration(s.left) if s.left is not None and s.state in ("running", "interrupted") else ""
         state = Text(s.state, style=styles.get(s.state, "dim"))
         epoch = str(s.epoch or "")
         table.add_row(
@@ -178,16 +165,6 @@ def status_table(statuses: list[CellStatus], *, most: int | None = None) -> Tabl
             Text(s.note, overflow="fold"),
         )
     return table
-
-
-def _duration_text(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    days, hours = minutes // 1440, minutes // 60 % 24
-    if days:
-        return f"{days} d {hours} h"
-    return f"{hours} h {minutes % 60:02d} min" if hours else f"{minutes} min"
 
 
 # table and page
