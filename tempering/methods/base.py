@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Self, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tempering.training.config import TrainConfig
 
 
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 Groups = list[dict[str, Any]]
 Optimizer = Callable[[Groups], torch.optim.Optimizer] | torch.optim.Optimizer | str
 Schedule = Callable[[float], float]
@@ -31,7 +32,7 @@ WRITE_SCHEDULE = (
 )
 
 
-def as_method(method: Method | str | type[Method]) -> Method:
+def as_method(method: object) -> Method:
     """Return the method; a class or a name such as "kd" is constructed with its default values.
 
     Raises:
@@ -53,7 +54,9 @@ def as_method(method: Method | str | type[Method]) -> Method:
     if isinstance(method, type) and issubclass(method, Method):
         method = method()
     if not isinstance(method, Method):
-        raise TypeError(f"method must be a Method, such as methods.DTKD(); got {type(method).__name__}.")
+        raise TypeError(
+            f"method must be a Method, such as methods.DTKD(); got {type(cast('object', method)).__name__}."
+        )
     return method
 
 
@@ -70,8 +73,9 @@ def check_models_are_distinct(student: nn.Module, teacher: nn.Module | Teacher |
         # a frozen part of the teacher may be reused, as SimKD reuses its classifier
         ours = [(n, p) for n, p in student.named_parameters() if p.requires_grad] + list(student.named_buffers())
         shared = [n for n, x in ours if id(x) in theirs]
-        modes = {m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)}
-        shared += [n for n, m in student.named_modules() if m in modes]
+        modes = {id(m) for m in model.modules() if isinstance(m, DROPOUT)}
+        named = cast("Iterable[tuple[str, nn.Module]]", student.named_modules())
+        shared += [name for name, module in named if id(module) in modes]
         if shared or model is student:
             first = f"{shared[0]!r} and {len(shared) - 1} more" if len(shared) > 1 else repr((shared or ["itself"])[0])
             raise ValueError(
@@ -174,16 +178,15 @@ def make_optimizer(optimizer: Optimizer, groups: Groups) -> torch.optim.Optimize
         TypeError: for anything else.
         ValueError: for an optimizer of other parameters, one that evaluates the loss itself (LBFGS), or another name.
     """
-    made: object = optimizer
-    if isinstance(optimizer, str):
-        optimizer = _by_name(optimizer)
-    if isinstance(optimizer, torch.optim.Optimizer):
-        made = _with_groups(optimizer, groups)
-    elif callable(optimizer):
-        _check_step(optimizer.func if isinstance(optimizer, functools.partial) else optimizer)
-        made = optimizer(groups)
+    given: Any = _by_name(optimizer) if isinstance(optimizer, str) else optimizer
+    made = given
+    if isinstance(given, torch.optim.Optimizer):
+        made = _with_groups(given, groups)
+    elif callable(given):
+        _check_step(getattr(given, "func", given))  # of a partial
+        made = given(groups)
     if not isinstance(made, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must make a torch optimizer; got {_described(optimizer, made)}. {WRITE}")
+        raise TypeError(f"optimizer must make a torch optimizer; got {_described(given, made)}. {WRITE}")
     _check_step(type(made))
     for group in made.param_groups:
         for name, value in group.items():
@@ -252,12 +255,12 @@ def make_schedule(schedule: object, optimizer: torch.optim.Optimizer, steps: int
     """
     if schedule is None:
         return None
-    made = schedule.func if isinstance(schedule, functools.partial) else schedule
+    made: object = getattr(schedule, "func", schedule)  # of a partial
     if isinstance(schedule, LRScheduler) or (inspect.isclass(made) and issubclass(made, LRScheduler)):
         return _Table(_learning_rates(schedule, optimizer, steps), steps)
     if not callable(schedule):
         raise TypeError(f"schedule must be a function; got {schedule!r}. {WRITE_SCHEDULE}")
-    return functools.partial(_factor, schedule)
+    return functools.partial(_factor, cast("Callable[[float], Any]", schedule))
 
 
 def _factor(schedule: Callable[[float], Any], progress: float) -> float:
@@ -265,9 +268,11 @@ def _factor(schedule: Callable[[float], Any], progress: float) -> float:
         factor = schedule(progress)
     except (AttributeError, TypeError) as error:
         raise TypeError(f"schedule({progress:.4g}) fails with {error!r}. {WRITE_SCHEDULE}") from error
-    if not isinstance(factor, (int, float, np.number)) and not (isinstance(factor, Tensor) and factor.ndim == 0):
-        raise TypeError(f"schedule must return a number; got {type(factor).__name__}. {WRITE_SCHEDULE}")
-    return float(factor)
+    if isinstance(factor, (int, float)):
+        return float(factor)
+    if not isinstance(factor, np.number) and not (isinstance(factor, Tensor) and factor.ndim == 0):
+        raise TypeError(f"schedule must return a number; got {type(cast('object', factor)).__name__}. {WRITE_SCHEDULE}")
+    return float(cast("Any", factor).item())
 
 
 class _Table:
@@ -308,7 +313,7 @@ def _learning_rates(schedule: Any, optimizer: torch.optim.Optimizer, steps: int)
     factors: list[float] = []
     for step in range(steps):
         if step:
-            stand_in.step()
+            stand_in.step()  # pyright: ignore[reportUnknownMemberType]
             try:
                 scheduler.step()
             except ValueError as error:

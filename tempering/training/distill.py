@@ -87,10 +87,10 @@ def distill(
         out: folder for records, checkpoints and weights; None writes nothing.
         seed: of the order, augmentation and dropout of every epoch; not of the student's initial weights.
         accumulate, max_grad_norm, precision, accelerator, devices, strategy, compile, chunks, evaluate_every,
-            log_every, checkpoint_every, keep, patience, resume, extend, requeue, selfcheck, skip_checks, quiet: options of
-            ``TrainConfig``. With strategy="fsdp" the student is left sharded. With several devices the script runs once
-            per device; the parameters equal those of one device with the same batch. A run killed at any moment resumes
-            from the last checkpoint, with bit-identical results.
+            log_every, checkpoint_every, keep, patience, resume, extend, requeue, selfcheck, skip_checks, quiet: options
+            of ``TrainConfig``. With strategy="fsdp" the student is left sharded. With several devices the script runs
+            once per device; the parameters equal those of one device with the same batch. A run killed at any moment
+            resumes from the last checkpoint, with bit-identical results.
         loggers: "tensorboard", "csv", "wandb", or Fabric loggers.
         facts: additional content of facts.json, such as "label" and "data".
         on_step: called after every step with its number (from 0) and its loss, (); with several processes, the mean

@@ -334,7 +334,7 @@ def last_batch_size(batches: Any) -> int | None:
     """Return the number of samples in the last batch of an epoch; None if the loader does not tell."""
     size, batch_size = getattr(batches, "size", None), getattr(batches, "batch_size", None)
     if isinstance(batches, DataLoader) and not batches.drop_last:
-        sampler: Any = batches.sampler  # pyright: ignore[reportUnknownMemberType]
+        sampler: Any = cast("Any", batches).sampler
         size = len(sampler) if hasattr(sampler, "__len__") else None
     world: int = getattr(batches, "world", 1)  # pyright: ignore[reportUnknownArgumentType]
     if not isinstance(size, int) or not isinstance(batch_size, int) or size < world:
