@@ -1,0 +1,142 @@
+"""Invariants of every loss: it runs, leaves its inputs alone, and its gradient is the slope of its value."""
+
+from __future__ import annotations
+
+import torch
+
+from tempering.conformance.draws import Draw
+from tempering.conformance.invariants.base import ALL, check_close, invariant, plain, scale_of
+from tempering.conformance.probe import Probe, Violation, tolerance
+from tempering.rows import IGNORE_INDEX
+
+
+@invariant("runs", ALL, examples=5)
+def runs(probe: Probe, draw: Draw) -> None:
+    """The loss is finite and has a gradient in the student."""
+    student, teacher = draw.pair(2)
+    value, gradient = probe.gradient(student, teacher)
+    if not bool(value.isfinite()) or not bool(gradient.isfinite().all()):
+        raise Violation("the loss or its gradient is not finite", found=plain(value), student=student, teacher=teacher)
+    if not bool(gradient.any()):
+        raise Violation("no gradient reaches the student", found=0.0, student=student, teacher=teacher)
+
+
+@invariant("inputs untouched", ALL, after=("runs",), examples=5)
+def inputs_untouched(probe: Probe, draw: Draw) -> None:
+    """The inputs are not modified."""
+    student, teacher = draw.pair(2)
+    before = student.clone(), teacher.clone()
+    leaf = student.clone().requires_grad_()
+    value = probe(leaf * 1.0, teacher)
+    if value.requires_grad:
+        value.backward()
+    held = student.clone()
+    with torch.no_grad():
+        probe(held, teacher)
+    for side, x, y in (("student", held, before[0]), ("teacher", teacher, before[1])):
+        if not torch.equal(x, y):
+            raise Violation(f"the {side}'s tensor is modified in place", student=before[0], teacher=before[1])
+
+
+@invariant("deterministic", ALL, after=("runs",), examples=5)
+def deterministic(probe: Probe, draw: Draw) -> None:
+    """Two calls with the same inputs give the same bits."""
+    student, teacher = draw.pair(2)
+    first, second = probe.gradient(student, teacher), probe.gradient(student, teacher)
+    if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
+        raise Violation(
+            "two calls differ", expected=plain(first[0]), found=plain(second[0]), student=student, teacher=teacher
+        )
+
+
+@invariant("no gradient into the teacher", ("logits", "tokens", "features", "scores"), after=("runs",), examples=5)
+def no_gradient_into_the_teacher(probe: Probe, draw: Draw) -> None:
+    """A teacher that requires grad gets none, or is refused."""
+    student, teacher = draw.pair(2)
+    leaf = teacher.clone().requires_grad_()
+    try:
+        value = probe(student.clone().requires_grad_(), leaf)
+        value.backward()
+    except (ValueError, RuntimeError, TypeError, AssertionError):
+        return
+    if leaf.grad is not None and bool(leaf.grad.any()):
+        raise Violation(
+            "the teacher gets a gradient",
+            expected=0.0,
+            found=plain(leaf.grad.abs().max()),
+            student=student,
+            teacher=teacher,
+        )
+
+
+@invariant("alignment", after=("runs",), applies=lambda p: not p.batch_dependent)
+def alignment(probe: Probe, draw: Draw) -> None:
+    """The student's row i is compared with the teacher's row i, and a mask selects the rows that it names."""
+    student, teacher = draw.pair(3, 4)
+    n, c = student.shape
+    target = draw.labels(n, c)
+    i, other = draw.integer(0, n - 1), draw.array(c)
+    moved = teacher.clone()
+    moved[i] = other
+    g = [probe.gradient(student, t, target)[1] for t in (teacher, moved)]
+    rest = torch.arange(n) != i
+    check_close(
+        g[1][rest],
+        g[0][rest],
+        f"the teacher's row {i} changes the gradient of other rows of the student",
+        tol=tolerance(student, 1.0),
+        student=student,
+        teacher=teacher,
+        moved=moved,
+    )
+    if not probe.ignores:
+        return
+    alone = torch.where(rest, IGNORE_INDEX, target)
+    gradient = probe.gradient(student, teacher, alone)[1]
+    with_gradient = gradient.abs().amax(1) > tolerance(student) * 1e-3
+    if bool(with_gradient.any()) and not bool(with_gradient[i]):
+        raise Violation(
+            f"only row {i} is valid, and the gradient is in other rows",
+            expected=i,
+            found=with_gradient.nonzero().flatten().tolist(),
+            student=student,
+            teacher=teacher,
+            labels=alone,
+        )
+
+
+@invariant("slope", ALL, after=("runs",), promised=lambda p: not p.detached_scale, examples=12)
+def slope(probe: Probe, draw: Draw) -> None:
+    """The gradient is the slope of the value (central differences), at every T."""
+    student, teacher = draw.pair(1, 3)
+    direction = draw.array(*student.shape)
+    size = float(direction.norm())
+    if size == 0.0:
+        return
+    direction = direction / size
+    target = draw.labels(len(student), student.shape[1]) if probe.on_rows else None
+    for temperature in probe.temperatures:
+        if temperature < 1.0:  # curved: differences need smaller steps than float32 has digits for
+            continue
+        args = (teacher, target, temperature) if probe.on_rows else (teacher,)
+        value, gradient = probe.gradient(student, *args)
+        with torch.no_grad():
+            difference = [
+                (probe(student + h * direction, *args) - probe(student - h * direction, *args)).double() / (2 * h)
+                for h in (0.2, 0.1)
+            ]
+        # Richardson: the error of the first is h^2, which the combination removes
+        found, expected = (gradient * direction).sum(), (4 * difference[1] - difference[0]) / 3
+        error = (difference[1] - difference[0]).abs()
+        scale = scale_of(student, teacher, temperature=temperature)
+        tol = tolerance(value, float(value.abs()) + 0.1 * scale) + 0.5 * float(error) + 1e-3 * float(gradient.norm())
+        check_close(
+            found,
+            expected,
+            f"the gradient is not the slope of the value at T = {temperature:g}",
+            tol=tol,
+            relative=0.02,
+            student=student,
+            teacher=teacher,
+            direction=direction,
+        )
