@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, Positional, SuppressFixed, arg
 
-from tempering.conformance import Promises, check
-from tempering.conformance.promises import Kind
-from tempering.conformance.runner import name_of
+from tempering.conformance.promises import Kind, Promises
 
 NOTHING = Promises()
 Loss = Annotated[str, Positional, arg(metavar="MODULE:LOSS")]
@@ -25,25 +23,32 @@ def conformance(
     kind: Kind = "logits",
     out: Path | None = None,
     definition: str | None = None,
+    compile: bool = False,
     promises: Annotated[Promises, OmitArgPrefixes, SuppressFixed] = NOTHING,
 ) -> int:
     """Check a distillation loss for the invariants of its kind. The exit code is 1 if one that is promised fails.
 
     tempering conformance my_package.losses:kd_loss --kind tokens --out runs/conformance
 
-    `python -c "import tempering.conformance as c; help(c.check)"` shows how the loss is called.
+    docs/conformance.md shows how the loss is called and how losses with other arguments are converted.
 
     Args:
-        loss: MODULE:LOSS, a function, or a class without required arguments. Its attribute ``promises`` says what it
-            promises.
+        loss: MODULE:LOSS, a function, or a class without required arguments. Its attribute `promises` says what it
+            promises; flags change single promises.
         kind: of the loss.
         out: folder for report.json, report.html and the counterexamples.
-        definition: name of the divergence of one row, such as kl, reverse_kl, jsd, cross_entropy or mse.
-        promises: what the documentation of the loss says, in place of the attribute.
+        definition: name of the divergence of one row: kl, reverse_kl, jsd, cross_entropy, mse ...
+        compile: check torch.compile too, which takes a minute.
+        promises: what the documentation of the loss says.
     """
+    from tempering.conformance import check
+
     function = load(loss)
-    promises = promises if definition is None else replace(promises, definition=definition)
-    report = check(function, kind=kind, promises=None if promises == NOTHING else promises, name=loss)
+    own = getattr(function, "promises", NOTHING)
+    values = {f.name: (getattr(promises, f.name), f.default) for f in dataclasses.fields(Promises)}
+    values["definition"] = definition, None
+    promises = dataclasses.replace(own, **{name: new for name, (new, default) in values.items() if new != default})
+    report = check(function, kind=kind, promises=promises, name=loss, compile=compile)
     print(report.table())
     if out is not None:
         print(f"page: {report.save(out)}")
@@ -54,7 +59,7 @@ def load(path: str) -> Callable[..., Any]:
     """Return the function (or an instance of the class) of MODULE:NAME; the working folder is searched too.
 
     Raises:
-        ValueError: if the path has another form, or the module has no such loss.
+        ValueError: if the path has another form, the module has no such loss, or it cannot be called.
         ImportError: if there is no such module.
     """
     module, separator, name = path.partition(":")
@@ -67,7 +72,14 @@ def load(path: str) -> Callable[..., Any]:
         if not hasattr(value, part):
             raise ValueError(f"{module} has no {name!r}.")
         value = getattr(value, part)
-    value = value() if isinstance(value, type) else value
+    if isinstance(value, type):
+        try:
+            value = value()
+        except TypeError as error:
+            raise ValueError(
+                f"{path} is a class with required arguments: {error}. Make an instance in a module, "
+                f"loss = {value.__name__}(...), and give its name."
+            ) from None
     if not callable(value):
-        raise ValueError(f"{path} is {name_of(value)}, which cannot be called.")
+        raise ValueError(f"{path} is {type(value).__name__}, which cannot be called.")
     return value

@@ -42,16 +42,19 @@ class Draw:
     def pair(
         self, min_n: int = 1, max_n: int = 4, *, n: int | None = None, c: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Student and teacher, different in every row: (N, C) logits, (N, ...) features or (N, K) scores."""
+        """Student and teacher, different in every row: (N, C) logits, (N, ...) features or (N, K) scores.
+
+        No vector of features or scores is constant, since many losses normalize or standardize it.
+        """
         n = self.integer(min_n, max_n) if n is None else n
         if self._probe.kind == "features":
             shape = (n, *self._probe.promises.feature_shape)
         else:
             shape = (n, self.integer(2, 6) if c is None else c)
         student, teacher = self.array(*shape), self.array(*shape)
-        difference = (student - teacher).flatten(1)
-        assume(bool((difference.amax(1) - difference.amin(1) > 0).all()))
-        return student, teacher
+        if not self._probe.on_rows:
+            student, teacher = _uneven(student, student), _uneven(teacher, teacher)
+        return _uneven(student, student - teacher), teacher
 
     def permutation(self, n: int) -> Tensor:
         return torch.tensor(self._data.draw(strategies.permutations(range(n))))
@@ -64,3 +67,10 @@ class Draw:
             assume(bool(mask.any()) and not bool(mask.all()))
             target[mask] = IGNORE_INDEX
         return target
+
+
+def _uneven(x: Tensor, watched: Tensor) -> Tensor:
+    """``x`` plus 1, 3, 7, 15 ... steps along the last dimension, where ``watched`` is constant along it."""
+    constant = watched.amax(-1, keepdim=True) == watched.amin(-1, keepdim=True)
+    ramp = (2.0 ** torch.arange(1, x.shape[-1] + 1, dtype=x.dtype) - 1.0).clamp(max=31.0) * STEP
+    return torch.where(constant, x + ramp, x)

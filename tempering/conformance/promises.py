@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import Any, Literal
 
 Kind = Literal["logits", "tokens", "top_k", "features", "scores"]
 KINDS: tuple[Kind, ...] = ("logits", "tokens", "top_k", "features", "scores")
-Definition = Callable[..., Tensor]
+Definition = Callable[..., Any]
 """(student (N, C), teacher (N, C), temperature), float64 -> (N,); a parameter ``target`` gets the labels (N,)."""
+DEFINITION_NAMES = (
+    "kl",
+    "reverse_kl",
+    "cross_entropy",
+    "jsd",
+    "jsd(0.1)",
+    "jsd(0.9)",
+    "mse",
+    "mse_of_probabilities",
+    "total_variation",
+)
+"""Keys of ``definitions.DEFINITIONS``; this module imports no torch, so that the command's help does not."""
 Reduction = Literal["mean", "sum", "batch", "elements", "none"]
 Tail = Literal["truncated", "renormalized", "bucket"]
 
@@ -33,22 +41,26 @@ class Promises:
             "elements" (mean over rows and classes), "none" (a value per row).
         batch_dependent: whether a row's loss depends on other rows.
         divergence: whether the loss is 0 at agreement and positive elsewhere. None: as the definition.
-        identifies_teacher: whether a student at the minimum has the teacher's probabilities. None: yes, for a divergence.
+        identifies_teacher: whether a student at the minimum has the teacher's probabilities. None: yes, for a
+            divergence.
         detached_scale: whether factors of the loss are constants for the gradient (weights, adaptive temperatures), so
             that the gradient is not the slope of the value.
-        ignored_rows: whether rows labeled -100 (or masked) are left out.
+        ignored_rows: whether rows labeled -100 (or masked; for features: masked positions) are left out.
         sequences: for logits: whether (B, T, V) logits give the loss of their B * T rows.
         shift: for tokens: position i predicts the label of position i + shift.
         masked_classes: whether logits may be minus infinity on both sides.
         masked_teacher: whether the teacher's logits alone may be minus infinity.
         padded_vocabulary: whether a teacher with more columns than the student, or the reverse, is allowed.
         low_precision: whether logits may be bfloat16, with the arithmetic in float32.
-        class_order, row_order: whether the order of the classes, of the rows, has no effect.
+        class_order: whether the order of the classes has no effect.
+        row_order: whether the order of the rows has no effect.
         tail: for top-k: the teacher's mass outside its list is "truncated" (left out), the list is "renormalized", or
             the mass is one more class (a "bucket").
         sampled: for top-k: the entries are classes drawn from the teacher, and the loss is unbiased.
         top_k_values: for top-k: what the list holds: "log_probs", "probs" or "logits".
-        feature_shape: for features: their shape without the batch dimension.
+        feature_shape: for features: their shape without the batch dimension. A mask has this shape without its last
+            dimension, such as (N, L) for (N, L, D).
+        scale_power: for features: the loss of both sides multiplied by c is c to this power times the loss.
     """
 
     definition: str | Definition | None = None
@@ -72,99 +84,15 @@ class Promises:
     sampled: bool = False
     top_k_values: Literal["log_probs", "probs", "logits"] = "log_probs"
     feature_shape: tuple[int, ...] = (4,)
+    scale_power: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.definition, str) and self.definition not in DEFINITIONS:
+        if isinstance(self.definition, str) and self.definition not in DEFINITION_NAMES:
             raise ValueError(
-                f"definition must be a function or one of {', '.join(DEFINITIONS)}; got {self.definition!r}."
+                f"definition must be a function or one of {', '.join(DEFINITION_NAMES)}; got {self.definition!r}."
             )
         if not 0.0 < self.temperature < float("inf"):
             raise ValueError(f"temperature must be positive and finite; got {self.temperature!r}.")
-
-
-def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax(logits / temperature, -1)
-
-
-def expectation(p: Tensor, value: Tensor) -> Tensor:
-    """Sum of p times value over classes; 0 where p is 0, whatever the value."""
-    return torch.where(p > 0, p * torch.where(p > 0, value, 0.0), 0.0).sum(-1)
-
-
-def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) in nats, (N,)."""
-    q, p = log_probabilities(student, temperature), log_probabilities(teacher, temperature)
-    return expectation(p.exp(), p - q)
-
-
-def reverse_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL(student || teacher) in nats, (N,)."""
-    return kl(teacher, student, temperature)
-
-
-def cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Cross entropy with the teacher's probabilities as targets, (N,)."""
-    p = log_probabilities(teacher, temperature).exp()
-    return -expectation(p, log_probabilities(student, temperature))
-
-
-def jsd(student: Tensor, teacher: Tensor, temperature: float, *, beta: float = 0.5) -> Tensor:
-    """beta KL(t || m) + (1 - beta) KL(s || m), m = beta t + (1 - beta) s, (N,); 2306.13649."""
-    q, p = log_probabilities(student, temperature), log_probabilities(teacher, temperature)
-    m = torch.logaddexp(p + torch.tensor(beta).log(), q + torch.tensor(1 - beta).log())
-    return beta * expectation(p.exp(), p - m) + (1 - beta) * expectation(q.exp(), q - m)
-
-
-def mse(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Mean over classes of the squared difference of the logits over T, (N,)."""
-    return ((student - teacher) / temperature).square().mean(-1)
-
-
-def mse_of_probabilities(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Mean over classes of the squared difference of the probabilities, (N,)."""
-    q, p = log_probabilities(student, temperature).exp(), log_probabilities(teacher, temperature).exp()
-    return (q - p).square().mean(-1)
-
-
-def total_variation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Half the sum over classes of the absolute difference of the probabilities, (N,)."""
-    q, p = log_probabilities(student, temperature).exp(), log_probabilities(teacher, temperature).exp()
-    return (q - p).abs().sum(-1) / 2
-
-
-DEFINITIONS: dict[str, Definition] = {
-    "kl": kl,
-    "reverse_kl": reverse_kl,
-    "cross_entropy": cross_entropy,
-    "jsd": jsd,
-    "jsd(0.1)": functools.partial(jsd, beta=0.1),
-    "jsd(0.9)": functools.partial(jsd, beta=0.9),
-    "mse": mse,
-    "mse_of_probabilities": mse_of_probabilities,
-    "total_variation": total_variation,
-}
-
-
-def _of_probabilities(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    q, p = log_probabilities(student, temperature).exp(), log_probabilities(teacher, temperature)
-    return expectation(p.exp(), p - q)
-
-
-def _twice_normalized(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    q, p = log_probabilities(student, temperature), log_probabilities(teacher, temperature).exp()
-    return expectation(torch.softmax(p, -1), torch.log_softmax(p, -1) - q)
-
-
-def _student_at_one(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    return kl(student * temperature, teacher, temperature)
-
-
-MISTAKES: dict[str, Definition] = {
-    "probabilities of the student where log-probabilities are due": _of_probabilities,
-    "softmax of the teacher's probabilities": _twice_normalized,
-    "the temperature applied to the teacher alone": _student_at_one,
-    **{f"the definition {name}": function for name, function in DEFINITIONS.items()},
-}
 
 
 def takes(function: Callable[..., object], *names: str) -> str | None:

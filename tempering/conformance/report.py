@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import html
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,8 @@ class Result:
 
     def inputs_text(self) -> str:
         """The inputs as Python."""
-        return "\n".join(f"{name} = torch.tensor({x.tolist()}, dtype={x.dtype})" for name, x in self.tensors.items())
+        values = {name: re.sub("nan|inf", "torch.\\g<0>", str(x.tolist())) for name, x in self.tensors.items()}
+        return "\n".join(f"{n} = torch.tensor({text}, dtype={self.tensors[n].dtype})" for n, text in values.items())
 
 
 @dataclass
@@ -107,8 +109,8 @@ class Report:
                     "name": r.name,
                     "status": str(r.status),
                     "message": r.message,
-                    "expected": r.expected,
-                    "found": r.found,
+                    "expected": _json(r.expected),
+                    "found": _json(r.found),
                 }
                 | ({"counterexample": _file_name(r.name)} if r.tensors else {})
                 for r in self.results
@@ -150,6 +152,13 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return "[" + ", ".join(_short(v) for v in value[:6]) + "]" if isinstance(value, list) else str(value)
+
+
+def _json(value: Any) -> Any:
+    """The value in JSON, which has no NaN and infinity: they are written as text."""
+    if isinstance(value, list):
+        return [_json(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _html(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -9,8 +10,9 @@ from typing import Any
 
 import torch
 
+from tempering.conformance.definitions import DEFINITIONS, kl
 from tempering.conformance.probe import NotApplicable, Probe, Violation
-from tempering.conformance.promises import DEFINITIONS, KINDS, Kind, Promises
+from tempering.conformance.promises import KINDS, Kind, Promises
 from tempering.conformance.report import Report, Result, Status
 
 
@@ -23,6 +25,7 @@ def check(
     only: tuple[str, ...] = (),
     examples: int | None = None,
     measure: bool = True,
+    compile: bool | str = False,
 ) -> Report:
     """Check a distillation loss for the invariants of its kind.
 
@@ -47,14 +50,16 @@ def check(
         promises: what its documentation says; None: an attribute ``promises`` of the loss, or nothing.
         name: its name in the report.
         only: names of invariants to check; (): all.
-        examples: number of inputs per invariant; None: as each sets it (1 to 20).
+        examples: number of inputs per invariant, at most; None: as each sets it (1 to 12).
         measure: whether to measure memory and time.
+        compile: whether to check torch.compile too, which takes about a minute; a name of a backend uses that one.
 
     Raises:
         ValueError: for an unknown kind or invariant.
         ImportError: if hypothesis is not installed.
     """
     probe, chosen = _prepare(loss, kind, promises, only)
+    probe.compile = compile
     started, results = time.perf_counter(), {}
     for invariant in chosen:
         results[invariant.name] = _result(invariant, probe, results, examples)
@@ -110,9 +115,13 @@ def _prepare(loss: Any, kind: Kind, promises: Promises | None, only: tuple[str, 
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}.")
     if unknown := [name for name in only if name not in INVARIANTS]:
         raise ValueError(f"there is no invariant {unknown[0]!r}. There are: {', '.join(INVARIANTS)}.")
-    promises = promises or getattr(loss, "promises", None) or Promises()
-    probe = infer(Probe(loss, kind, promises))
-    applicable = [i for i in INVARIANTS.values() if kind in i.kinds and i.applies(probe.promises)]
+    declared: Promises = promises or getattr(loss, "promises", None) or Promises()
+    probe = infer(Probe(loss, kind, declared))
+    applicable = [
+        i
+        for i in INVARIANTS.values()
+        if kind in i.kinds and i.applies(probe.promises) and (i.of_draws or not declared.sampled)
+    ]
     # an invariant that explains others comes first
     ordered: list[Any] = []
     while applicable:
@@ -125,22 +134,24 @@ def _prepare(loss: Any, kind: Kind, promises: Promises | None, only: tuple[str, 
 
 def infer(probe: Probe) -> Probe:
     """Return the probe with the known definition that the loss computes, if none is declared."""
+    if probe.promises.sampled:
+        return probe
     if probe.promises.definition is None and probe.on_rows:
         from tempering.conformance.invariants import fits
 
         for name, function in DEFINITIONS.items():
             try:
                 if fits(probe, function, probe.temperatures[0]) is not None:
-                    return probe.with_promises(definition=name, divergence=_is_divergence(name, probe.promises))
+                    return probe.defined(definition=name, divergence=_is_divergence(name, probe.promises))
             except Exception:  # "runs" reports it
                 return probe
         return probe
     if isinstance(probe.promises.definition, str):
-        return probe.with_promises(divergence=_is_divergence(probe.promises.definition, probe.promises))
+        return probe.defined(divergence=_is_divergence(probe.promises.definition, probe.promises))
     if probe.promises.definition is not None and probe.on_rows and probe.promises.divergence is None:
         row = torch.tensor([[0.5, -1.0, 0.25]], dtype=torch.float64)
         value = probe.reference(row, row, torch.tensor([0]), probe.temperatures[0])
-        return probe.with_promises(divergence=bool(value.abs().max() < 1e-9))
+        return probe.defined(divergence=bool(value.abs().max() < 1e-9))
     return probe
 
 
@@ -166,7 +177,7 @@ def _result(invariant: Any, probe: Probe, before: dict[str, Result], examples: i
         cause = before[blocking]
         origin = cause.message if cause.status is Status.EXPLAINED else f"see {blocking!r}"
         return Result(invariant.name, invariant.sentence, Status.EXPLAINED, origin)
-    status, message, violation = _run(invariant, probe, examples or invariant.examples)
+    status, message, violation = _run(invariant, probe, min(examples or invariant.examples, invariant.examples))
     if status is Status.FAIL and not _is_promised(invariant, probe):
         status = Status.NOT_PROMISED
     result = Result(invariant.name, invariant.sentence, status, message)
@@ -189,7 +200,7 @@ def _run(invariant: Any, probe: Probe, examples: int) -> tuple[Status, str, Viol
         database=None,
         derandomize=True,
         phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
         report_multiple_bugs=False,
     )
     @given(strategies.data())
@@ -208,12 +219,24 @@ def _run(invariant: Any, probe: Probe, examples: int) -> tuple[Status, str, Viol
     except (Flaky, Unsatisfiable) as error:
         return Status.ERROR, f"{type(error).__name__}: {str(error).splitlines()[0]}", None
     except Exception as error:
-        return (
-            Status.ERROR,
-            f"the loss raises {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}",
-            None,
-        )
+        return Status.ERROR, explain(error, probe), None
     return (Status.NOT_APPLICABLE, refused[0], None) if refused else (Status.PASS, "", None)
+
+
+def explain(error: Exception, probe: Probe) -> str:
+    """Say what was called, what it raised, and what to write instead."""
+    text = f"{probe.last_call} raises {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}."
+    if isinstance(error, TypeError) and re.search(r"missing|unexpected keyword|positional argument", str(error)):
+        return f"{text} Fix other arguments by functools.partial(loss, name=value), or adapt the call: lambda s, t: ..."
+    if isinstance(error, AttributeError):
+        return f"{text} For a loss of models or their outputs there is conformance.adapters.of_models."
+    if re.search(r"(scalar|data) ?type|dtype", str(error)):
+        return f"{text} For a loss of float32 logits alone: lambda s, t: loss(s.float(), t.float())."
+    if isinstance(error, ValueError | RuntimeError | IndexError):
+        shapes = "logits (B, T, V)" if probe.kind == "logits" else "logits (N, C)"
+        other = "tokens" if probe.kind == "logits" else "logits"
+        return f"{text} For a loss of {shapes}: kind={other!r}." if probe.kind in ("logits", "tokens") else text
+    return text
 
 
 class _quiet:
@@ -254,12 +277,12 @@ def _describe(probe: Probe, measure: bool) -> dict[str, Any]:
 
 
 def _cost(probe: Probe) -> dict[str, Any]:
-    """Peak memory in logits tensors, and time over a plain KL divergence, for (128, 8192) float32 logits."""
+    """Peak memory in logits tensors, and time over a plain KL divergence, for (128, 8192) float32 logits or smaller."""
     from tempering.conformance.memory import peak_bytes
-    from tempering.conformance.promises import kl
 
     generator = torch.Generator().manual_seed(0)
-    shape = (128, 8192) if probe.kind != "top_k" else (64, 512)
+    # hidden states need a head of V x V, and lists are of all classes
+    shape = (64, 512) if probe.kind == "top_k" or hasattr(probe.loss, "signature_of") else (128, 8192)
     student, teacher = (torch.randn(shape, generator=generator) for _ in "st")
 
     def plain() -> Any:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tempering.conformance.draws import Draw
 from tempering.conformance.probe import NotApplicable, Probe, Violation
 from tempering.conformance.promises import Kind, Promises
+from tempering.conformance.tolerances import RELATIVE
 from tempering.rows import IGNORE_INDEX
 
 ROWS: tuple[Kind, ...] = ("logits", "tokens", "top_k")
@@ -36,6 +39,7 @@ class Invariant:
         promised: whether these promises include it; False: a failure is "not promised". None: always promised.
         applies: whether it is a question for a loss of these promises.
         examples: how many inputs to try.
+        of_draws: whether it is a question for an estimate from classes that are drawn (``Promises.sampled``).
     """
 
     name: str
@@ -46,6 +50,7 @@ class Invariant:
     promised: Callable[[Promises], bool | None] | None
     applies: Callable[[Promises], bool]
     examples: int
+    of_draws: bool
 
 
 INVARIANTS: dict[str, Invariant] = {}
@@ -58,27 +63,45 @@ def invariant(
     after: tuple[str, ...] = (),
     promised: Callable[[Promises], bool | None] | None = None,
     applies: Callable[[Promises], bool] = lambda promises: True,
-    examples: int = 20,
+    examples: int = 12,
+    of_draws: bool = False,
 ) -> Callable[[Test], Test]:
     def register(test: Test) -> Test:
         sentence = (test.__doc__ or "").strip().split("\n")[0]
-        INVARIANTS[name] = Invariant(name, sentence, test, kinds, after, promised, applies, examples)
+        INVARIANTS[name] = Invariant(name, sentence, test, kinds, after, promised, applies, examples, of_draws)
         return test
 
     return register
 
 
 def check_close(
-    found: Tensor, expected: Tensor, message: str, *, tol: float, relative: float = 1e-4, **tensors: Tensor | None
+    found: Tensor,
+    expected: Tensor,
+    message: str,
+    *,
+    tol: float,
+    relative: float = RELATIVE,
+    tensors: Mapping[str, Tensor] = MappingProxyType({}),
+    **named: Tensor,
 ) -> None:
-    """Raise Violation unless |found - expected| <= tol + relative * max |expected|, everywhere."""
-    found, expected = found.detach().double(), torch.as_tensor(expected).detach().double()
-    limit = tol + relative * (float(expected.abs().max()) if expected.numel() else 0.0)
-    if not bool(((found - expected).abs() <= limit).all()):
-        raise Violation(message, expected=plain(expected), found=plain(found), **tensors)
+    """Raise Violation, with the first values that differ, unless |found - expected| <= tol + relative * max |expected|.
+
+    Equal infinities are equal; NaN is equal to nothing.
+    """
+    found, expected = torch.broadcast_tensors(found.detach().double(), expected.detach().double())
+    finite = expected[expected.isfinite()]
+    limit = tol + relative * (float(finite.abs().max()) if finite.numel() else 0.0)
+    different = ~(((found - expected).abs() <= limit) | (found == expected))
+    if bool(different.any()):
+        if found.ndim:
+            message += f", first at {different.nonzero()[0].tolist()}"
+            found, expected = found[different], expected[different]
+        inputs = {**tensors, **named}
+        raise Violation(message, expected=plain(expected), found=plain(found), **inputs)
 
 
 def plain(value: Tensor) -> Any:
+    """One number, or the first twelve."""
     return float(value) if value.numel() == 1 else [round(x, 8) for x in value.flatten().tolist()[:12]]
 
 
@@ -113,11 +136,15 @@ def sequences(probe: Probe, draw: Draw, *, ignored: bool) -> tuple[Tensor, Tenso
     target = draw.labels(b * length, c, ignored=ignored).view(b, length)
 
     def call(s: Tensor, t: Tensor, y: Tensor, temperature: float | None = None) -> Tensor:
-        pad = s.new_zeros(b, shift, c)
-        s, t = torch.cat((s, pad), 1), torch.cat((t, pad), 1)
-        return probe.call(s, t, torch.cat((y.new_full((b, shift), IGNORE_INDEX), y), 1), temperature)
+        return probe.call(*shifted(s, t, y, shift), temperature)
 
     return student, teacher, target, call
+
+
+def shifted(student: Tensor, teacher: Tensor, target: Tensor, shift: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, V) rows and their labels (B, T), for a loss in which position i predicts the label of i + shift."""
+    student, teacher = (F.pad(x, (0, 0, 0, shift)) for x in (student, teacher))
+    return student, teacher, F.pad(target, (shift, 0), value=IGNORE_INDEX)
 
 
 def is_divergence(p: Promises) -> bool | None:

@@ -9,7 +9,8 @@ import torch
 from tempering.conformance.draws import Draw
 from tempering.conformance.invariants.base import ROWS, check_close, first_line, invariant, plain
 from tempering.conformance.invariants.values import factor_at
-from tempering.conformance.probe import NotApplicable, Probe, Violation, tolerance
+from tempering.conformance.probe import NotApplicable, Probe, Violation
+from tempering.conformance.tolerances import BFLOAT16, FORMULA, rounding
 
 
 @invariant("confident rows", after=("definition",), promised=lambda p: p.definition is not None)
@@ -24,7 +25,7 @@ def confident_rows(probe: Probe, draw: Draw) -> None:
     if factor is None or not math.isfinite(reference):
         return
     found = float(probe(student, teacher, target, t))
-    if not abs(found - factor * reference) <= 1e-3 * abs(factor * reference) + tolerance(student.float(), 60.0) * abs(
+    if not abs(found - factor * reference) <= FORMULA * abs(factor * reference) + rounding(student.dtype, 60.0) * abs(
         factor
     ):
         raise Violation(
@@ -32,7 +33,7 @@ def confident_rows(probe: Probe, draw: Draw) -> None:
         )
 
 
-@invariant("logits of 10,000", after=("runs",))
+@invariant("logits of 10,000", after=("runs",), of_draws=True)
 def large_logits(probe: Probe, draw: Draw) -> None:
     """Loss and gradient are finite for float32 logits of 10,000."""
     student, teacher = draw.pair()
@@ -74,9 +75,9 @@ def _masked(probe: Probe, draw: Draw, *, both: bool) -> None:
             value,
             want,
             "the value is not the one without the masked class",
-            tol=tolerance(s.float(), 4.0),
-            relative=1e-3,
-            **tensors,
+            tol=rounding(s.dtype, 4.0),
+            relative=FORMULA,
+            tensors=tensors,
         )
 
 
@@ -110,7 +111,7 @@ def _bf16(probe: Probe, draw: Draw, near: bool) -> None:
     except (ValueError, RuntimeError, TypeError) as error:
         raise NotApplicable(f"refused: {first_line(error)}") from None
     expected = float(probe(student.double(), teacher.double(), target))
-    limit = 0.01 * abs(expected) + 2e-5
+    limit = BFLOAT16 * abs(expected) + rounding(torch.float32, 3.0)
     if found.dtype == torch.bfloat16:  # the last rounding is to the inputs' dtype
         limit += torch.finfo(torch.bfloat16).eps * abs(expected)
     if not abs(float(found) - expected) <= limit:
@@ -153,7 +154,7 @@ def padded_vocabulary(probe: Probe, draw: Draw) -> None:
             got,
             want,
             "columns of one side's vocabulary padding count",
-            tol=tolerance(student.float(), 4.0),
+            tol=rounding(student.dtype, 4.0),
             student=s,
             teacher=t,
         )

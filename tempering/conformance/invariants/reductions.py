@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tempering.conformance.draws import Draw
-from tempering.conformance.invariants.base import check_close, first_line, invariant, plain, sequences
-from tempering.conformance.probe import NotApplicable, Probe, Violation, tolerance
+from tempering.conformance.invariants.base import check_close, first_line, invariant, plain, sequences, shifted
+from tempering.conformance.probe import NotApplicable, Probe, Violation
+from tempering.conformance.tolerances import FORMULA, SHARE, rounding
 from tempering.rows import IGNORE_INDEX
+
+NO_LABELS = "the loss has no argument for labels or a mask"
 
 
 def contributions(
@@ -47,7 +51,7 @@ def _equal_weight(probe: Probe, student: Tensor, teacher: Tensor, target: Tensor
         weight / weight.mean(),
         torch.ones_like(weight),
         "rows count differently",
-        tol=0.02,
+        tol=SHARE,
         student=student,
         teacher=teacher,
         labels=target,
@@ -63,7 +67,7 @@ def _equal_weight(probe: Probe, student: Tensor, teacher: Tensor, target: Tensor
 def equal_weight_beside_ignored(probe: Probe, draw: Draw) -> None:
     """Every valid row counts the same where sequences (and chunks) have unequal numbers of them."""
     if not probe.ignores:
-        raise NotApplicable("the loss has no argument for labels or a mask")
+        raise NotApplicable(NO_LABELS)
     _equal_weight(probe, *sequences(probe, draw, ignored=True))
 
 
@@ -86,8 +90,10 @@ def reduction(probe: Probe, draw: Draw) -> None:
         return
     wanted = probe.promises.reduction or "mean"
     expected = float(rows.sum()) / divisor[wanted]
-    if abs(found - expected) > 1e-3 * abs(expected) + tolerance(student.float(), 4.0):
-        fitting = [name for name, d in divisor.items() if abs(found * d - float(rows.sum())) < 1e-3 * float(rows.sum())]
+    if abs(found - expected) > FORMULA * abs(expected) + rounding(student.dtype, 4.0):
+        fitting = [
+            name for name, d in divisor.items() if abs(found * d - float(rows.sum())) < FORMULA * float(rows.sum())
+        ]
         names = {
             "mean": "the number of rows",
             "sum": "1",
@@ -110,7 +116,7 @@ def ignored_rows(probe: Probe, draw: Draw) -> None:
     """The contents of ignored rows change nothing, and they get no gradient."""
     student, teacher, target, call = sequences(probe, draw, ignored=True)
     if not probe.ignores:
-        raise NotApplicable("the loss has no argument for labels or a mask")
+        raise NotApplicable(NO_LABELS)
     mask = target == IGNORE_INDEX
     if probe.promises.batch_dependent and int((~mask).sum()) < 2:
         return
@@ -127,10 +133,10 @@ def ignored_rows(probe: Probe, draw: Draw) -> None:
         results[1][0],
         results[0][0],
         "the contents of ignored rows change the loss",
-        tol=tolerance(student.float(), 1.0),
-        **tensors,
+        tol=rounding(student.dtype, 1.0),
+        tensors=tensors,
     )
-    check_close(results[0][1][mask], torch.zeros(()), "ignored rows get a gradient", tol=1e-9, **tensors)
+    check_close(results[0][1][mask], torch.zeros(()), "ignored rows get a gradient", tol=0.0, tensors=tensors)
 
 
 @invariant("padding", after=("ignored rows",), promised=lambda p: p.ignored_rows)
@@ -138,7 +144,7 @@ def padding(probe: Probe, draw: Draw) -> None:
     """Ignored rows appended to every sequence change nothing: the mean is over the valid rows."""
     student, teacher, target, call = sequences(probe, draw, ignored=False)
     if not probe.ignores:
-        raise NotApplicable("the loss has no argument for labels or a mask")
+        raise NotApplicable(NO_LABELS)
     if probe.promises.reduction in ("sum", "batch"):
         raise NotApplicable("the loss is not a mean over rows")
     b, length, c = student.shape if student.ndim == 3 else (1, *student.shape)
@@ -153,7 +159,7 @@ def padding(probe: Probe, draw: Draw) -> None:
         padded,
         call(student, teacher, target),
         "appended ignored rows change the loss",
-        tol=tolerance(student.float(), 1.0),
+        tol=rounding(student.dtype, 1.0),
         student=s,
         teacher=t,
         labels=y,
@@ -165,7 +171,7 @@ def nan_in_ignored_rows(probe: Probe, draw: Draw) -> None:
     """Ignored rows may hold NaN and infinity."""
     student, teacher, target, call = sequences(probe, draw, ignored=True)
     if not probe.ignores:
-        raise NotApplicable("the loss has no argument for labels or a mask")
+        raise NotApplicable(NO_LABELS)
     mask = target == IGNORE_INDEX
     if probe.promises.batch_dependent and int((~mask).sum()) < 2:
         return
@@ -174,9 +180,9 @@ def nan_in_ignored_rows(probe: Probe, draw: Draw) -> None:
     want = probe.differentiate(lambda x: call(x, teacher, target), student)
     got = probe.differentiate(lambda x: call(x, t, target), s)
     tensors = {"student": s, "teacher": t, "labels": target}
-    tol = tolerance(student.float(), 1.0)
-    check_close(got[0], want[0], "NaN in an ignored row changes the loss", tol=tol, **tensors)
-    check_close(got[1], want[1], "NaN in an ignored row changes the gradient", tol=tol, **tensors)
+    tol = rounding(student.dtype, 1.0)
+    check_close(got[0], want[0], "NaN in an ignored row changes the loss", tol=tol, tensors=tensors)
+    check_close(got[1], want[1], "NaN in an ignored row changes the gradient", tol=tol, tensors=tensors)
 
 
 @invariant("everything ignored", after=("ignored rows",), promised=lambda p: p.ignored_rows, examples=5)
@@ -184,7 +190,7 @@ def everything_ignored(probe: Probe, draw: Draw) -> None:
     """Where every row is ignored, or all of a sequence, loss and gradient are finite."""
     student, teacher, target, call = sequences(probe, draw, ignored=False)
     if not probe.ignores:
-        raise NotApplicable("the loss has no argument for labels or a mask")
+        raise NotApplicable(NO_LABELS)
     targets = [torch.full_like(target, IGNORE_INDEX)]
     if target.ndim == 2:
         targets.append(target.clone())
@@ -208,10 +214,7 @@ def batches_of_sequences(probe: Probe, draw: Draw) -> None:
     b, length, c = 2, draw.integer(2, 3), draw.integer(2, 5)
     student, teacher = draw.pair(n=b * length, c=c)
     target, shift = draw.labels(b * length, c), probe.promises.shift
-    s, t, y = (x.view(b, length, *x.shape[1:]) for x in (student, teacher, target))
-    pad = s.new_zeros(b, shift, c)
-    s, t = torch.cat((s, pad), 1), torch.cat((t, pad), 1)
-    y = torch.cat((y.new_full((b, shift), IGNORE_INDEX), y), 1)
+    s, t, y = shifted(student.view(b, length, c), teacher.view(b, length, c), target.view(b, length), shift)
     try:
         got = probe.call(s, t, y)
     except (ValueError, RuntimeError, TypeError, IndexError) as error:
@@ -220,7 +223,7 @@ def batches_of_sequences(probe: Probe, draw: Draw) -> None:
         got,
         probe(student, teacher, target),
         "(B, T, V) logits give another value than their rows",
-        tol=tolerance(student.float(), 4.0),
+        tol=rounding(student.dtype, 4.0),
         student=s,
         teacher=t,
     )
@@ -234,35 +237,116 @@ def micro_batches(probe: Probe, draw: Draw) -> None:
     student, teacher = draw.pair(3, 5)
     n, c = student.shape
     target, cut = draw.labels(n, c), draw.integer(1, n - 1)
-    whole = probe(student, teacher, target, None, **{probe.normalizer: n})
+    whole = probe(student, teacher, target, None, {probe.normalizer: n})
     parts = [
-        probe(student[p], teacher[p], target[p], None, **{probe.normalizer: n}) for p in (slice(0, cut), slice(cut, n))
+        probe(student[p], teacher[p], target[p], None, {probe.normalizer: n}) for p in (slice(0, cut), slice(cut, n))
     ]
     check_close(
         parts[0] + parts[1],
         whole,
         "micro-batches do not add up to the whole step",
-        tol=tolerance(student.float(), 4.0),
+        tol=rounding(student.dtype, 4.0),
         student=student,
         teacher=teacher,
     )
 
 
-@invariant("chunk size", after=("runs", "equal weight"))
+@invariant("chunk size", after=("runs", "equal weight"), applies=lambda p: not p.batch_dependent)
 def chunk_size(probe: Probe, draw: Draw) -> None:
     """The size of the chunks in which the loss is computed changes nothing."""
     if probe.chunk_size is None:
         raise NotApplicable("the loss has no argument for chunks")
-    student, teacher, target, call = sequences(probe, draw, ignored=probe.ignores and bool(probe.promises.ignored_rows))
-    del call
-    flat = student.flatten(0, -2), teacher.flatten(0, -2), target.flatten()
-    values = [probe(*flat, None, **{probe.chunk_size: size}) for size in (1, 2, len(flat[0]))]
+    n, c = draw.integer(2, 5), draw.integer(2, 5)
+    student, teacher = draw.pair(n=n, c=c)
+    target = draw.labels(n, c)
+    values = [probe(student, teacher, target, None, {probe.chunk_size: size}) for size in (1, 2, n)]
     for value in values:
         check_close(
             value,
             values[-1],
             "the size of the chunks changes the loss",
-            tol=tolerance(student.float(), 4.0),
+            tol=rounding(student.dtype, 4.0),
+            student=student,
+            teacher=teacher,
+        )
+
+
+@invariant(
+    "ignored chunks", after=("chunk size", "everything ignored", "ignored rows"), promised=lambda p: p.ignored_rows
+)
+def ignored_chunks(probe: Probe, draw: Draw) -> None:
+    """Chunks in which every row is ignored, such as a long prompt, and partly ignored ones, change nothing."""
+    if probe.chunk_size is None or not probe.ignores:
+        raise NotApplicable("the loss has no argument for chunks" if probe.ignores else NO_LABELS)
+    prompt, n, c = draw.integer(2, 4), draw.integer(2, 4), draw.integer(2, 5)
+    student, teacher = draw.pair(n=prompt + n, c=c)
+    target = torch.cat((torch.full((prompt,), IGNORE_INDEX), draw.labels(n, c, ignored=True)))
+    size = {probe.chunk_size: draw.integer(1, prompt)}
+    want = probe.differentiate(lambda x: probe(x, teacher[prompt:], target[prompt:]), student[prompt:])
+    got = probe.differentiate(lambda x: probe(x, teacher, target, None, size), student)
+    tensors, tol = {"student": student, "teacher": teacher, "labels": target}, rounding(student.dtype, 1.0)
+    check_close(got[0], want[0], "a chunk of ignored rows changes the loss", tol=tol, tensors=tensors)
+    check_close(got[1][prompt:], want[1], "a chunk of ignored rows changes the gradient", tol=tol, tensors=tensors)
+
+
+@invariant(
+    "packing",
+    ("tokens",),
+    after=("equal weight beside ignored rows", "ignored rows", "padding"),
+    promised=lambda p: p.ignored_rows,
+    applies=lambda p: not p.batch_dependent and p.reduction != "batch",
+)
+def packing(probe: Probe, draw: Draw) -> None:
+    """Sequences packed into one row of the batch have the loss of the same sequences in a row each."""
+    c, shift = draw.integer(2, 5), probe.promises.shift
+    first, second = draw.integer(1, 3), draw.integer(1, 3) if probe.ignores else 0
+    second = second or first
+    if not probe.ignores and shift:
+        raise NotApplicable(NO_LABELS)
+    parts = [(*draw.pair(n=n, c=c), draw.labels(n, c)) for n in (first, second)]
+    rows = [shifted(s[None], t[None], y[None], shift) for s, t, y in parts]
+    packed = [torch.cat(sides, 1) for sides in zip(*rows, strict=True)]
+    length = max(first, second) + shift
+    apart = [
+        torch.cat([_to_length(x, length, IGNORE_INDEX if i == 2 else 0) for x in sides])
+        for i, sides in enumerate(zip(*rows, strict=True))
+    ]
+    check_close(
+        probe.call(packed[0], packed[1], packed[2]),
+        probe.call(apart[0], apart[1], apart[2]),
+        "packed sequences have another loss than the same sequences in a row each",
+        tol=rounding(torch.float32, 4.0),
+        student=packed[0],
+        teacher=packed[1],
+        labels=packed[2],
+    )
+
+
+def _to_length(x: Tensor, length: int, value: float) -> Tensor:
+    """Pad dimension 1."""
+    more = length - x.shape[1]
+    return F.pad(x, (0, 0, 0, more) if x.ndim == 3 else (0, more), value=value)
+
+
+@invariant("compile", ("logits", "tokens", "top_k", "features", "scores"), after=("runs",), examples=1, of_draws=True)
+def compiled(probe: Probe, draw: Draw) -> None:
+    """torch.compile changes neither the value nor the gradient."""
+    if not probe.compile:
+        raise NotApplicable("checked with compile=True (--compile)")
+    student, teacher = draw.pair(3, c=5)
+    backend = probe.compile if isinstance(probe.compile, str) else "inductor"
+    want = probe.gradient(student, teacher)
+    fast = torch.compile(lambda s, t: probe(s, t), backend=backend, dynamic=False)
+    try:
+        got = probe.differentiate(lambda x: fast(x, teacher), student)
+    except Exception as error:
+        raise Violation(f"torch.compile raises {type(error).__name__}: {first_line(error)}") from None
+    for found, expected in zip(got, want, strict=True):
+        check_close(
+            found,
+            expected,
+            "torch.compile changes the value or the gradient",
+            tol=rounding(torch.float32, 4.0),
             student=student,
             teacher=teacher,
         )

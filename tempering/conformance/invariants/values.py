@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tempering.conformance.definitions import MISTAKES
 from tempering.conformance.draws import STEP, Draw
 from tempering.conformance.invariants.base import ALL, check_close, invariant, is_divergence, plain, scale_of
-from tempering.conformance.probe import NotApplicable, Probe, Violation, tolerance
-from tempering.conformance.promises import MISTAKES
+from tempering.conformance.probe import NotApplicable, Probe, Violation
+from tempering.conformance.tolerances import FORMULA, RELATIVE, SHARE, rounding
 
 
 @invariant("definition", after=("runs", "alignment"), promised=lambda p: p.definition is not None)
@@ -25,8 +26,10 @@ def definition(probe: Probe, draw: Draw) -> None:
     want = [float(probe.reference(s, t, y, temperature)) for s, t, y in rows]
     got = [float(probe(s, t, y, temperature)) for s, t, y in rows]
     # two rows: the factor drops out
-    tol = 4 * tolerance(one.float(), 3.0) * (sum(map(abs, want)) + sum(map(abs, got)) + 0.1)
-    if not abs(got[0] * want[1] - got[1] * want[0]) <= tol + 1e-4 * abs(got[0] * want[1]) or _opposite(got, want, tol):
+    tol = 4 * rounding(one.dtype, 3.0) * (sum(map(abs, want)) + sum(map(abs, got)) + 0.1)
+    if not abs(got[0] * want[1] - got[1] * want[0]) <= tol + RELATIVE * abs(got[0] * want[1]) or _opposite(
+        got, want, tol
+    ):
         raise Violation(
             f"the value is not the definition's{mistake(probe)}",
             expected=want,
@@ -53,7 +56,7 @@ def fits(probe: Probe, function: Callable[..., Tensor], temperature: float, rows
             return None
         factors.append(got / want)
     mean = sum(factors) / rows
-    return mean if mean > 0 and all(abs(f - mean) <= 1e-3 * mean for f in factors) else None
+    return mean if mean > 0 and all(abs(f - mean) <= FORMULA * mean for f in factors) else None
 
 
 def mistake(probe: Probe) -> str:
@@ -77,9 +80,12 @@ def temperature_dependence(probe: Probe, draw: Draw) -> None:
         want = [float(probe.reference(*row, t)) for row in rows]
         got = [float(probe(*row, t)) for row in rows]
         unit = max(t**2, 1.0)
-        rounding = tolerance(one.float(), 3.0 + float(one.abs().max()) / t)
-        tol = 2 * rounding * (sum(map(abs, want)) * unit + sum(map(abs, got)))
-        if not abs(got[0] * want[1] - got[1] * want[0]) <= tol + 1e-4 * abs(got[0] * want[1]):
+        tol = (
+            2
+            * rounding(one.dtype, 3.0 + float(one.abs().max()) / t)
+            * (sum(map(abs, want)) * unit + sum(map(abs, got)))
+        )
+        if not abs(got[0] * want[1] - got[1] * want[0]) <= tol + RELATIVE * abs(got[0] * want[1]):
             raise Violation(
                 f"at T = {t:g} the value is not the definition's",
                 expected=want,
@@ -118,7 +124,7 @@ def temperature_squared(probe: Probe, draw: Draw) -> None:
             continue
         found = float(probe(student, teacher, None, t)) / float(reference) / base
         for power in (0, 1, 2):
-            if abs(found - t**power) < 0.02 * t**power:
+            if abs(found - t**power) < SHARE * t**power:
                 break
         else:
             power = None
@@ -150,7 +156,7 @@ def gradient_of_definition(probe: Probe, draw: Draw) -> None:
             found / norms[0],
             expected / norms[1],
             f"at T = {t:g} the gradient has another direction",
-            tol=tolerance(student.float(), scale_of(student, teacher) / t) / min(norms) / t + 1e-4,
+            tol=rounding(student.dtype, scale_of(student, teacher) / t) / min(norms) / t + RELATIVE,
             student=student,
             teacher=teacher,
             labels=target,
@@ -162,10 +168,10 @@ def zero_at_agreement(probe: Probe, draw: Draw) -> None:
     """A student equal to the teacher has loss 0."""
     _, teacher = draw.pair()
     for t in probe.temperatures:
-        value = probe(teacher.clone(), teacher, None, t) if probe.on_rows else probe(teacher.clone(), teacher)
+        value = probe(teacher.clone(), teacher, None, t)
         if probe.promises.divergence is False and probe.promises.definition is None:
             raise NotApplicable("the loss is no divergence")
-        tol = tolerance(value.float(), scale_of(teacher, temperature=t))
+        tol = rounding(torch.float32, scale_of(teacher, temperature=t))
         want = torch.zeros(())
         if not abs(float(value)) <= tol:
             raise Violation(
@@ -181,10 +187,9 @@ def stationary_at_agreement(probe: Probe, draw: Draw) -> None:
     """A student equal to the teacher has no gradient."""
     student, teacher = draw.pair()
     for t in probe.temperatures:
-        args = (teacher, None, t) if probe.on_rows else (teacher,)
-        gradient = probe.gradient(teacher.clone(), *args)[1]
-        elsewhere = float(probe.gradient(student, *args)[1].abs().max())
-        tol = 1e-3 * elsewhere + tolerance(gradient, max(1.0, t))
+        gradient = probe.gradient(teacher.clone(), teacher, None, t)[1]
+        elsewhere = float(probe.gradient(student, teacher, None, t)[1].abs().max())
+        tol = FORMULA * elsewhere + rounding(gradient.dtype, max(1.0, t))
         if not bool((gradient.abs() <= tol).all()):
             raise Violation(
                 f"a student equal to the teacher has a gradient at T = {t:g}",
@@ -202,8 +207,8 @@ def never_negative(probe: Probe, draw: Draw) -> None:
     student, teacher = draw.pair()
     near = teacher + (student - teacher) * draw.one_of((1.0, 1e-2, 1e-4))
     for t in probe.temperatures:
-        value = probe(near, teacher, None, t) if probe.on_rows else probe(near, teacher)
-        if float(value) < -tolerance(value.float(), scale_of(near, teacher, temperature=t)):
+        value = probe(near, teacher, None, t)
+        if float(value) < -rounding(torch.float32, scale_of(near, teacher, temperature=t)):
             raise Violation(
                 f"the loss is negative at T = {t:g}", expected=0.0, found=float(value), student=near, teacher=teacher
             )
@@ -228,7 +233,7 @@ def constant_added(probe: Probe, draw: Draw) -> None:
                 found,
                 expected,
                 "a constant added to the logits of a row changes the loss",
-                tol=tolerance(student.float(), 12.0),
+                tol=rounding(student.dtype, 12.0),
                 student=s,
                 teacher=u,
                 labels=target,
@@ -248,14 +253,14 @@ def order_of_classes(probe: Probe, draw: Draw) -> None:
         got,
         want,
         "a permutation of the classes changes the loss",
-        tol=tolerance(student.float(), 4.0),
+        tol=rounding(student.dtype, 4.0),
         student=student,
         teacher=teacher,
         order=order,
     )
 
 
-@invariant("order of the rows", ALL, after=("runs", "alignment"), promised=lambda p: p.row_order)
+@invariant("order of the rows", ALL, after=("runs", "alignment"), promised=lambda p: p.row_order, of_draws=True)
 def order_of_rows(probe: Probe, draw: Draw) -> None:
     """A permutation of the rows changes nothing."""
     student, teacher = draw.pair(2, 5)
@@ -269,7 +274,7 @@ def order_of_rows(probe: Probe, draw: Draw) -> None:
         got,
         want,
         "a permutation of the rows changes the loss",
-        tol=tolerance(student.float(), 4.0),
+        tol=rounding(student.dtype, 4.0),
         student=student,
         teacher=teacher,
         order=order,
