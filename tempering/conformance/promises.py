@@ -52,6 +52,7 @@ class Promises:
         masked_teacher: whether the teacher's logits alone may be minus infinity.
         padded_vocabulary: whether a teacher with more columns than the student, or the reverse, is allowed.
         low_precision: whether logits may be bfloat16, with the arithmetic in float32.
+        shift_invariant: whether a constant added to a row's logits has no effect (unless the definition depends on it).
         class_order: whether the order of the classes has no effect.
         row_order: whether the order of the rows has no effect.
         tail: for top-k: the teacher's mass outside its list is "truncated" (left out), the list is "renormalized", or
@@ -78,6 +79,7 @@ class Promises:
     masked_teacher: bool | None = None
     padded_vocabulary: bool | None = None
     low_precision: bool | None = None
+    shift_invariant: bool = True
     class_order: bool = True
     row_order: bool = True
     tail: Tail | None = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,11 +64,14 @@ def check(
     started, results = time.perf_counter(), {}
     for invariant in chosen:
         results[invariant.name] = _result(invariant, probe, results, examples)
+    with _quiet():
+        runs = "runs" not in results or results["runs"].status is Status.PASS
+        facts = _describe(probe, measure) if runs else {}
     return Report(
         name=name or name_of(loss),
         kind=kind,
         results=list(results.values()),
-        facts=_describe(probe, measure) if results.get("runs") is None or results["runs"].status is Status.PASS else {},
+        facts=facts,
         seconds=time.perf_counter() - started,
     )
 
@@ -116,7 +120,8 @@ def _prepare(loss: Any, kind: Kind, promises: Promises | None, only: tuple[str, 
     if unknown := [name for name in only if name not in INVARIANTS]:
         raise ValueError(f"there is no invariant {unknown[0]!r}. There are: {', '.join(INVARIANTS)}.")
     declared: Promises = promises or getattr(loss, "promises", None) or Promises()
-    probe = infer(Probe(loss, kind, declared))
+    with _quiet():
+        probe = infer(Probe(loss, kind, declared))
     applicable = [
         i
         for i in INVARIANTS.values()
@@ -211,8 +216,7 @@ def _run(invariant: Any, probe: Probe, examples: int) -> tuple[Status, str, Viol
             refused.append(str(error))
 
     try:
-        with warnings.catch_warnings(), _quiet():
-            warnings.simplefilter("ignore")
+        with _quiet():
             run()
     except Violation as error:
         return Status.FAIL, str(error), error
@@ -239,19 +243,18 @@ def explain(error: Exception, probe: Probe) -> str:
     return text
 
 
-class _quiet:
-    """Keep the examples that hypothesis prints off the terminal, and torch's random state as it was."""
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Keep warnings, and the examples that hypothesis prints, off the terminal, and torch's random state as it was."""
+    from hypothesis import reporting
 
-    def __enter__(self) -> None:
-        from hypothesis import reporting
-
-        self._state = torch.random.get_rng_state()
-        self._reporter = reporting.with_reporter(lambda text: None)
-        self._reporter.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._reporter.__exit__(*error)
-        torch.random.set_rng_state(self._state)
+    state = torch.random.get_rng_state()
+    try:
+        with warnings.catch_warnings(), reporting.with_reporter(lambda text: None):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.random.set_rng_state(state)
 
 
 def _describe(probe: Probe, measure: bool) -> dict[str, Any]:
@@ -272,7 +275,7 @@ def _describe(probe: Probe, measure: bool) -> dict[str, Any]:
                 )
             facts["factor"] = None if base is None else round(base, 6)
     except Exception as error:
-        facts["not measured"] = f"{type(error).__name__}"
+        facts["not measured"] = f"{type(error).__name__}: {str(error)[:100]}"
     return facts
 
 

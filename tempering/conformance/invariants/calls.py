@@ -117,30 +117,29 @@ def alignment(probe: Probe, draw: Draw) -> None:
 def slope(probe: Probe, draw: Draw) -> None:
     """The gradient is the slope of the value (central differences), at every T."""
     student, teacher = draw.pair(1, 3)
-    direction = draw.array(*student.shape)
-    size = float(direction.norm())
-    if size == 0.0:
-        return
-    direction = direction / size
+    direction = _uneven_direction(draw.array(*student.shape))
     target = draw.labels(len(student), student.shape[1]) if probe.on_rows else None
     for temperature in probe.temperatures:
         if temperature < 1.0:  # curved: differences need smaller steps than float32 has digits for
             continue
+        step = 0.05 * temperature
         value, gradient = probe.gradient(student, teacher, target, temperature)
         with torch.no_grad():
-            at = {
-                h: probe(student + h * direction, teacher, target, temperature).double() for h in (-0.2, -0.1, 0.1, 0.2)
-            }
-            difference = [(at[h] - at[-h]) / (2 * h) for h in (0.2, 0.1)]
-        # Richardson: the error of the first is h^2, which the combination removes
-        found, expected = (gradient * direction).sum(), (4 * difference[1] - difference[0]) / 3
-        error = (difference[1] - difference[0]).abs()
-        scale = scale_of(student, teacher, temperature=temperature)
-        tol = rounding(value.dtype, float(value.abs()) + 0.1 * scale)
-        tol += 0.5 * float(error) + FORMULA * float(gradient.norm())
+            up, down = (
+                [float(probe(student + i * h * direction, teacher, target, temperature)) for i in (1, 2)]
+                for h in (step, -step)
+            )
+        near, far = ((up[i] - down[i]) / (2 * (i + 1) * step) for i in (0, 1))
+        # Richardson: the error of a central difference is a multiple of step^2, which the combination removes
+        found, expected = float((gradient * direction).sum()), (4 * near - far) / 3
+        tol = rounding(value.dtype, abs(float(value)) + 0.1 * scale_of(student, teacher, temperature=temperature))
+        tol = tol / temperature + 0.5 * abs(near - far) + FORMULA * float(gradient.norm())
+        bends = [abs(up[i] + down[i] - 2 * float(value)) / ((i + 1) * step) for i in (0, 1)]
+        if bends[0] > 0.7 * bends[1] and bends[0] > tol:
+            continue  # a kink, such as the absolute value's: the slopes of its sides stay apart as the step shrinks
         check_close(
-            found,
-            expected,
+            torch.tensor(found),
+            torch.tensor(expected),
             f"the gradient is not the slope of the value at T = {temperature:g}",
             tol=tol,
             relative=SLOPE,
@@ -148,3 +147,11 @@ def slope(probe: Probe, draw: Draw) -> None:
             teacher=teacher,
             direction=direction,
         )
+
+
+def _uneven_direction(x: torch.Tensor) -> torch.Tensor:
+    """A direction of length 1; (1, 0, ...) in place of 0."""
+    x = x.clone()
+    if not bool(x.any()):
+        x.view(-1)[0] = 1.0
+    return x / x.norm()

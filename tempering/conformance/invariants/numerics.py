@@ -52,7 +52,8 @@ def large_logits(probe: Probe, draw: Draw) -> None:
 def _masked(probe: Probe, draw: Draw, *, both: bool) -> None:
     n, c = draw.integer(1, 3), draw.integer(3, 6)
     student, teacher = draw.pair(n=n, c=c)
-    column = draw.integer(1, c - 1)
+    # class 0 is the label; where the classes have an order, those that stay keep their places
+    column = draw.integer(1, c - 1) if probe.promises.class_order else c - 1
     kept = torch.arange(c) != column
     target = torch.zeros(n, dtype=torch.long)
     t = teacher.clone()

@@ -214,7 +214,7 @@ def never_negative(probe: Probe, draw: Draw) -> None:
             )
 
 
-@invariant("constant added to the logits", after=("runs", "definition"))
+@invariant("constant added to the logits", after=("runs", "definition"), promised=lambda p: p.shift_invariant)
 def constant_added(probe: Probe, draw: Draw) -> None:
     """A constant added to all logits of a row changes nothing, unless the definition depends on it."""
     student, teacher = draw.pair()
