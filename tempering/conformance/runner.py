@@ -16,6 +16,9 @@ from tempering.conformance.probe import NotApplicable, Probe, Violation
 from tempering.conformance.promises import KINDS, Kind, Promises
 from tempering.conformance.report import Report, Result, Status
 
+SHRINKING_SECONDS = 5.0
+"""How long a counterexample of one invariant is made smaller; a 25th of it where it is not promised."""
+
 
 def check(
     loss: Callable[..., Any],
@@ -216,7 +219,7 @@ def _run(invariant: Any, probe: Probe, examples: int) -> tuple[Status, str, Viol
             refused.append(str(error))
 
     try:
-        with _quiet():
+        with _quiet(SHRINKING_SECONDS if _is_promised(invariant, probe) else SHRINKING_SECONDS / 25):
             run()
     except Violation as error:
         return Status.FAIL, str(error), error
@@ -244,16 +247,19 @@ def explain(error: Exception, probe: Probe) -> str:
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
+def _quiet(shrinking: float = SHRINKING_SECONDS) -> Generator[None]:
     """Keep warnings, and the examples that hypothesis prints, off the terminal, and torch's random state as it was."""
     from hypothesis import reporting
+    from hypothesis.internal.conjecture import engine
 
-    state = torch.random.get_rng_state()
+    state, limit = torch.random.get_rng_state(), engine.MAX_SHRINKING_SECONDS
     try:
         with warnings.catch_warnings(), reporting.with_reporter(lambda text: None):
             warnings.simplefilter("ignore")
+            engine.MAX_SHRINKING_SECONDS = shrinking  # pyright: ignore  # 5 minutes otherwise, and no setting
             yield
     finally:
+        engine.MAX_SHRINKING_SECONDS = limit
         torch.random.set_rng_state(state)
 
 

@@ -122,21 +122,22 @@ def slope(probe: Probe, draw: Draw) -> None:
     for temperature in probe.temperatures:
         if temperature < 1.0:  # curved: differences need smaller steps than float32 has digits for
             continue
-        step = 0.05 * temperature
         value, gradient = probe.gradient(student, teacher, target, temperature)
+        steps = [h * temperature for h in (0.025, 0.05, 0.1)]
         with torch.no_grad():
             up, down = (
-                [float(probe(student + i * h * direction, teacher, target, temperature)) for i in (1, 2)]
-                for h in (step, -step)
+                [float(probe(student + sign * h * direction, teacher, target, temperature)) for h in steps]
+                for sign in (1, -1)
             )
-        near, far = ((up[i] - down[i]) / (2 * (i + 1) * step) for i in (0, 1))
-        # Richardson: the error of a central difference is a multiple of step^2, which the combination removes
-        found, expected = float((gradient * direction).sum()), (4 * near - far) / 3
-        tol = rounding(value.dtype, abs(float(value)) + 0.1 * scale_of(student, teacher, temperature=temperature))
-        tol = tol / temperature + 0.5 * abs(near - far) + FORMULA * float(gradient.norm())
-        bends = [abs(up[i] + down[i] - 2 * float(value)) / ((i + 1) * step) for i in (0, 1)]
-        if bends[0] > 0.7 * bends[1] and bends[0] > tol:
-            continue  # a kink, such as the absolute value's: the slopes of its sides stay apart as the step shrinks
+        differences = [(u - v) / (2 * h) for u, v, h in zip(up, down, steps, strict=True)]
+        # Richardson: the error of a central difference is a multiple of h^2, which the combination removes
+        expected, farther = ((4 * differences[i] - differences[i + 1]) / 3 for i in (0, 1))
+        bends = [(u + v - 2 * float(value)) / h for u, v, h in zip(up, down, steps, strict=True)]
+        # where the value has a kink, as absolute values and ranks have, the first is the change of slope, and else 0
+        kink = abs(2 * bends[0] - bends[1]) + abs(expected - farther)
+        size = abs(float(value)) + 0.1 * scale_of(student, teacher, temperature=temperature)
+        tol = 4 * rounding(value.dtype, size) / temperature + kink + FORMULA * float(gradient.norm())
+        found = float((gradient * direction).sum())
         check_close(
             torch.tensor(found),
             torch.tensor(expected),
