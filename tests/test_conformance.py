@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ pytest.importorskip("hypothesis")
 
 from tempering.conformance import Promises, Status, adapters, check, invariants
 from tempering.conformance.promises import Kind
+from tests.paths import ROOT
 
 STATIONARY_ON_A_LIST = "stationary at agreement on a list"
 KL = Promises(definition="kl", temperature_squared=True, reduction="mean", ignored_rows=True, low_precision=True)
@@ -442,3 +445,17 @@ def test_compile_is_checked_when_it_is_asked_for() -> None:
 def test_cost_is_measured_in_logits() -> None:
     facts = check(by_torch, only=("runs",)).facts
     assert 3.0 <= facts["peak memory in logits"] <= 8.0 and facts["time over plain KL"] > 0.0
+
+
+def test_the_page_is_current_and_its_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from docs.tools.conformance_page import page
+    from tempering import conformance
+
+    text = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
+    assert page(text) == text, "make docs"
+    monkeypatch.setattr(conformance, "check", partial(check, measure=False, examples=1), raising=False)
+    names: dict[str, Any] = {"__name__": "page"}
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "docs/conformance.md", "exec"), names)

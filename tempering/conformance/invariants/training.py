@@ -11,7 +11,7 @@ from tempering.conformance.probe import Probe, top_k_of
 from tempering.conformance.tolerances import TRAINED
 
 STATIONARY = "stationary at agreement"
-STEPS, ROUNDS = 60, 6
+STEPS, ROUNDS = 40, 9
 LISTED = 3  # of 5 classes
 
 
@@ -53,7 +53,7 @@ def training(probe: Probe, draw: Draw) -> None:
     wanted = _compared(probe, teacher, teacher)
     for name, begin in (("agreement", teacher), ("random logits", start)):
         end = begin
-        for _ in range(ROUNDS):
+        for _ in range(1 if probe.promises.identifies_teacher is False else ROUNDS):
             end = _trained(probe, end, teacher)
             found = _compared(probe, end, teacher)
             if bool(((found - wanted).abs() <= TRAINED).all()):
