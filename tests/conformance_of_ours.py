@@ -83,7 +83,7 @@ def methods() -> dict[str, Loss]:
         if issubclass(kind, StepMethod) or name == "Supervised":  # they run the models; it has no teacher
             continue
         method = kind.example()
-        own = {"batch_dependent": method.is_batch_dependent(), "divergence": method.zero_when_equal}
+        own: dict[str, Any] = {"batch_dependent": method.is_batch_dependent(), "divergence": method.zero_when_equal}
         own |= METHOD_PROMISES.get(name, {})
         if isinstance(method, FeatureMethod):
             found[name] = of_features(method), "features", Promises(feature_shape=(4, 3, 3), **own)

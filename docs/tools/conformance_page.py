@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tempering.conformance.invariants import INVARIANTS
+from tempering.conformance.checks import INVARIANTS
 from tempering.conformance.promises import KINDS, Promises
 
 START, END = "<!-- invariants -->", "<!-- end of invariants -->"

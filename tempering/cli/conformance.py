@@ -23,6 +23,7 @@ def conformance(
     kind: Kind = "logits",
     out: Path | None = None,
     definition: str | None = None,
+    examples: int | None = None,
     compile: bool = False,
     promises: Annotated[Promises, OmitArgPrefixes, SuppressFixed] = NOTHING,
 ) -> int:
@@ -38,6 +39,7 @@ def conformance(
         kind: of the loss.
         out: folder for report.json, report.html and the counterexamples.
         definition: name of the divergence of one row: kl, reverse_kl, jsd, cross_entropy, mse ...
+        examples: number of inputs per invariant, at most; default: 12, or fewer where one costs more.
         compile: check torch.compile too, which takes a minute.
         promises: what the documentation of the loss says.
     """
@@ -48,7 +50,7 @@ def conformance(
     values = {f.name: (getattr(promises, f.name), f.default) for f in dataclasses.fields(Promises)}
     values["definition"] = definition, None
     promises = dataclasses.replace(own, **{name: new for name, (new, default) in values.items() if new != default})
-    report = check(function, kind=kind, promises=promises, name=loss, compile=compile)
+    report = check(function, kind=kind, promises=promises, name=loss, examples=examples, compile=compile)
     print(report.table())
     if out is not None:
         print(f"page: {report.save(out)}")

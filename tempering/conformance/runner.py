@@ -113,7 +113,7 @@ def name_of(loss: Any) -> str:
 
 def _prepare(loss: Any, kind: Kind, promises: Promises | None, only: tuple[str, ...]) -> tuple[Probe, list[Any]]:
     try:
-        from tempering.conformance.invariants import INVARIANTS
+        from tempering.conformance.checks import INVARIANTS
     except ModuleNotFoundError as error:
         if error.name != "hypothesis":
             raise
@@ -145,7 +145,7 @@ def infer(probe: Probe) -> Probe:
     if probe.promises.sampled:
         return probe
     if probe.promises.definition is None and probe.on_rows:
-        from tempering.conformance.invariants import fits
+        from tempering.conformance.checks import fits
 
         for name, function in DEFINITIONS.items():
             try:
@@ -265,7 +265,7 @@ def _quiet(shrinking: float = SHRINKING_SECONDS) -> Generator[None]:
 
 def _describe(probe: Probe, measure: bool) -> dict[str, Any]:
     """Measure what the loss computes: definition, power of T, divisor of the sum over rows, cost."""
-    from tempering.conformance.invariants import fits
+    from tempering.conformance.checks import fits
 
     definition = probe.promises.definition
     facts: dict[str, Any] = {"definition": definition if isinstance(definition, str | None) else "declared"}

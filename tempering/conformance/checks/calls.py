@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from tempering.conformance.checks.base import ALL, check_close, invariant, plain, scale_of
 from tempering.conformance.draws import Draw
-from tempering.conformance.invariants.base import ALL, check_close, invariant, plain, scale_of
 from tempering.conformance.probe import Probe, Violation
 from tempering.conformance.tolerances import FORMULA, SLOPE, rounding
 from tempering.rows import IGNORE_INDEX

@@ -7,14 +7,14 @@ import itertools
 import torch
 from torch import Tensor
 
-from tempering.conformance.definitions import kl
-from tempering.conformance.draws import Draw
-from tempering.conformance.invariants.base import (
+from tempering.conformance.checks.base import (
     check_close,
     invariant,
     is_divergence,
     plain,
 )
+from tempering.conformance.definitions import kl
+from tempering.conformance.draws import Draw
 from tempering.conformance.probe import Probe, Violation, top_k_of
 from tempering.conformance.tolerances import FORMULA, RELATIVE, rounding
 

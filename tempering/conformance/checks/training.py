@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tempering.conformance.checks.base import ROWS, check_close, invariant, is_divergence
 from tempering.conformance.draws import Draw
-from tempering.conformance.invariants.base import ROWS, check_close, invariant, is_divergence
 from tempering.conformance.probe import Probe, top_k_of
 from tempering.conformance.tolerances import TRAINED
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tempering.conformance.checks.base import check_close, first_line, invariant, plain, sequences, shifted
 from tempering.conformance.draws import Draw
-from tempering.conformance.invariants.base import check_close, first_line, invariant, plain, sequences, shifted
 from tempering.conformance.probe import NotApplicable, Probe, Violation
 from tempering.conformance.tolerances import FORMULA, SHARE, rounding
 from tempering.rows import IGNORE_INDEX

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from tempering.conformance.checks.base import check_close, check_finite_or_refused, invariant
 from tempering.conformance.draws import Draw
-from tempering.conformance.invariants.base import check_close, check_finite_or_refused, invariant
 from tempering.conformance.probe import NotApplicable, Probe
 from tempering.conformance.tolerances import FORMULA, rounding
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tempering.conformance.checks.base import ALL, check_close, invariant, is_divergence, plain, scale_of
 from tempering.conformance.definitions import MISTAKES
 from tempering.conformance.draws import STEP, Draw
-from tempering.conformance.invariants.base import ALL, check_close, invariant, is_divergence, plain, scale_of
 from tempering.conformance.probe import NotApplicable, Probe, Violation
 from tempering.conformance.tolerances import FORMULA, RELATIVE, SHARE, rounding
 

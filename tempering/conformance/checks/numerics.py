@@ -6,9 +6,9 @@ import math
 
 import torch
 
+from tempering.conformance.checks.base import ROWS, check_close, first_line, invariant, plain
+from tempering.conformance.checks.values import factor_at
 from tempering.conformance.draws import Draw
-from tempering.conformance.invariants.base import ROWS, check_close, first_line, invariant, plain
-from tempering.conformance.invariants.values import factor_at
 from tempering.conformance.probe import NotApplicable, Probe, Violation
 from tempering.conformance.tolerances import BFLOAT16, FORMULA, rounding
 

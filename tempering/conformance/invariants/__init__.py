@@ -1,7 +1,0 @@
-"""All invariants, in the order in which they are listed."""
-
-from tempering.conformance.invariants import calls, features, lists, numerics, reductions, training, values
-from tempering.conformance.invariants.base import INVARIANTS as INVARIANTS
-from tempering.conformance.invariants.values import fits as fits
-
-__all__ = ["INVARIANTS", "calls", "features", "fits", "lists", "numerics", "reductions", "training", "values"]
