@@ -90,6 +90,7 @@ class GivenLogits(nn.Module):
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
         self.logits = logits
+        self.unused = nn.Parameter(torch.zeros((), dtype=logits.dtype))  # trainers look for something to train
         self.config = SimpleNamespace(vocab_size=logits.shape[-1], is_encoder_decoder=False)
 
     def forward(self, *args: Any, **kw: Any) -> Output:

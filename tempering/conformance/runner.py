@@ -232,7 +232,7 @@ def _run(invariant: Any, probe: Probe, examples: int) -> tuple[Status, str, Viol
 
 def explain(error: Exception, probe: Probe) -> str:
     """Say what was called, what it raised, and what to write instead."""
-    text = f"{probe.last_call} raises {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}."
+    text = f"{probe.last_call} raises {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200].rstrip('.')}."
     if isinstance(error, TypeError) and re.search(r"missing|unexpected keyword|positional argument", str(error)):
         return f"{text} Fix other arguments by functools.partial(loss, name=value), or adapt the call: lambda s, t: ..."
     if isinstance(error, AttributeError):
