@@ -31,6 +31,7 @@ FLOORS = {
     "tasks": 4,
     "methods": 4,
     "kernels": 5,
+    "conformance": 6,
     "training": 6,
     "": 6.5,  # `from tempering import distill`: the package's own names, from training and below
     "experiments": 7,

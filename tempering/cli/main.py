@@ -310,6 +310,7 @@ COMMANDS: dict[str, Callable[..., int | None] | str] = {
     "check": check,
     "audit": "tempering.cli.audit:audit",
     "list": list_parts,
+    "conformance": "tempering.cli.conformance:conformance",
 }
 COMPARE_COMMANDS = {"status": compare_status, "report": compare_report}
 

@@ -1,0 +1,5 @@
+"""Invariants that any distillation loss can be checked for."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
