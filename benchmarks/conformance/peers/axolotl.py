@@ -14,9 +14,11 @@ from tempering.conformance import Promises
 LIBRARY = Library("axolotl", "0.19.0", needs=("liger-kernel==0.8.5",))
 
 
-def lists(student: Any, values: Any, indices: Any) -> Any:
-    """One sequence with a renormalized list, as its data set holds it, and no masked entry."""
+def lists(student: Any, values: Any, indices: Any, labels: Any = None) -> Any:
+    """One sequence with a renormalized list, as its data set holds it; the entries of ignored rows are masked."""
     mask = torch.ones_like(indices, dtype=torch.bool)[None]
+    if labels is not None:
+        mask &= (labels != -100)[None, :, None]
     return student[None], indices[None], values.log_softmax(-1)[None], mask
 
 
@@ -24,14 +26,14 @@ def register(name: str, chunked: bool) -> None:
     @LIBRARY.loss(
         f"integrations.kd.topk_logprob.forward_kl.{name}",
         kind="top_k",
-        promises=Promises(definition="kl", reduction="mean"),
-        documented="Top-k forward KL; the teacher's log-probabilities should be re-normalized; without a number of "
-        "items it is an average over valid tokens.",
+        promises=Promises(definition="kl", reduction="mean", ignored_rows=True),
+        documented="Top-k forward KL; the teacher's log-probabilities should be re-normalized; a mask of valid tokens; "
+        "without a number of items it is an average over valid tokens.",
     )
     def make() -> Any:
         module = file_of("axolotl", "integrations/kd/topk_logprob/forward_kl.py")
         loss = module.ChunkedTopKKDLoss(num_output_chunks=2) if chunked else module.loss
-        return lambda student, values, indices: loss(*lists(student, values, indices))
+        return lambda student, values, indices, labels: loss(*lists(student, values, indices, labels))
 
 
 register("loss", False)

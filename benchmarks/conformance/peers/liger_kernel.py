@@ -97,14 +97,3 @@ def jsd() -> Any:
     return lambda student, teacher, labels: loss(
         student.float().log_softmax(-1), teacher.float().log_softmax(-1), labels
     ).to(student.dtype)
-
-
-@LIBRARY.loss(
-    "transformers.LigerKLDIVLoss, reduction=batchmean (interpreted)",
-    kind="logits",
-    promises=Promises(definition="kl", reduction="mean"),
-    documented="As torch.nn.KLDivLoss: log-probabilities of the student and probabilities of the teacher.",
-)
-def kl_divergence() -> Any:
-    loss = interpreted("LigerKLDIVLoss")(reduction="batchmean")
-    return lambda student, teacher: loss(student.float().log_softmax(-1), teacher.float().softmax(-1))

@@ -9,7 +9,7 @@ from peers import Library, file_of
 
 from tempering.conformance import Promises
 
-LIBRARY = Library("nvidia-modelopt", "0.47.0")
+LIBRARY = Library("nvidia-modelopt", "0.47.0", absent=("omegaconf", "nvidia_resiliency_ext", "deepspeed"))
 
 
 def losses() -> Any:
@@ -39,7 +39,9 @@ register("none", "none")
     "torch.distill.MFTLoss",
     kind="logits",
     promises=Promises(temperature_squared=True, divergence=False, reduction=None),
-    documented="KL divergence to the teacher's distribution, corrected so that the label leads by a threshold.",
+    documented="KL divergence to the teacher's distribution, corrected so that the label leads by a threshold; which "
+    "class leads changes where probabilities are equal.",
+    unsaid=("order of the classes",),
 )
 def minifinetuning() -> Any:
     made = losses().MFTLoss
