@@ -62,7 +62,7 @@ class Library:
     """A package and its losses.
 
     Attributes:
-        package: its name on the package index; "" for one that the surrounding environment has.
+        package: its name on the package index; "" for one that the surrounding environment has, named as its file.
         version: the version that is checked.
         needs: further requirements, pinned; all are installed without their dependencies.
         absent: modules that its imports name and no loss uses, replaced by empty ones.
@@ -126,16 +126,45 @@ def _is_installed(name: str) -> bool:
         return False
 
 
-def file_of(package: str, relative: str) -> ModuleType:
-    """Import one file of an installed package by path, without running the package's own imports."""
+def bare(*packages: str) -> None:
+    """Make these installed packages importable without running their own ``__init__`` files."""
+    for name in packages:
+        relative = name.replace(".", "/")
+        found = [str(p) for p in (Path(folder) / relative for folder in sys.path) if p.is_dir()]
+        if not found:
+            raise ModuleNotFoundError(f"{name} is not installed", name=name)
+        stand_in(name).__path__ = found
+
+
+def stand_in(name: str, **attributes: Any) -> ModuleType:
+    """Put an empty module with these attributes in the place of one that the losses do not use."""
+    module = sys.modules[name] = ModuleType(name)
+    vars(module).update(attributes)
+    return module
+
+
+class Unregistered:
+    """A registry of classes that registers nothing, as the decorators of OpenMMLab use it."""
+
+    def register_module(self, *args: Any, **kw: Any) -> Callable[[Any], Any]:
+        return lambda made: made
+
+
+def file_of(folder_name: str, relative: str, package: str = "") -> ModuleType:
+    """Import one file of an installed package by path, without running the package's own imports.
+
+    ``package`` is what its relative imports start from."""
     for folder in map(Path, sys.path):
-        path = folder / package / relative
+        path = folder / folder_name / relative
         if path.is_file():
-            name = f"{package}.{relative.removesuffix('.py').replace('/', '.')}"
+            name = f"{package or f'_{folder_name}'}.{path.stem}"
+            if package and package not in sys.modules:
+                held = sys.modules[package] = ModuleType(package)
+                held.__path__ = [str(path.parent)]
             spec = importlib.util.spec_from_file_location(name, path)
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             sys.modules[name] = module
             spec.loader.exec_module(module)
             return module
-    raise ModuleNotFoundError(f"no file {relative} of {package} is installed", name=package)
+    raise ModuleNotFoundError(f"no file {relative} of {folder_name} is installed", name=folder_name)

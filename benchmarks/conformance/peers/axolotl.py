@@ -7,8 +7,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from peers import Library, file_of
 
+from peers import Library, file_of
 from tempering.conformance import Promises
 
 LIBRARY = Library("axolotl", "0.19.0", needs=("liger-kernel==0.8.5",))
@@ -49,7 +49,7 @@ def fused(beta: float, definition: str, normalize: bool) -> None:
             definition=definition,
             temperature_squared=True,
             reduction="sum",
-            tail="renormalized" if normalize else None,
+            tail="renormalized" if definition == "kl" else None,
             identifies_teacher=False,
         ),
         documented="KL (beta 0), reverse KL (1) or JSD between the teacher's top-k list and the student's, summed over "

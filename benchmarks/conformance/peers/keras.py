@@ -5,53 +5,47 @@ from __future__ import annotations
 from typing import Any
 
 from peers import Library
-
 from tempering.conformance import Promises
 
 LIBRARY = Library("keras", "3.15.1")
 
 
-def logits(name: str, **arguments: Any) -> Any:
+def register(loss: str, documented: str, promises: Promises, *, instance: str = "", **arguments: Any) -> None:
+    @LIBRARY.loss(
+        f"distillation.LogitsDistillation, loss={loss}", kind="logits", promises=promises, documented=documented
+    )
     def make() -> Any:
         import keras
 
-        if "from_logits" in arguments:
-            chosen: Any = keras.losses.CategoricalCrossentropy(from_logits=True)
-        else:
-            chosen = name
+        chosen = getattr(keras.losses, instance)(**arguments) if instance else loss.split(" ")[0]
 
-        def loss(student: Any, teacher: Any, temperature: float = 1.0) -> Any:
+        def compute(student: Any, teacher: Any, temperature: float = 1.0) -> Any:
             made = keras.distillation.LogitsDistillation(temperature=float(temperature), loss=chosen)
             return made.compute_loss(teacher, student)
 
-        return loss
-
-    return make
+        return compute
 
 
-LIBRARY.loss(
-    "distillation.LogitsDistillation, loss=kl_divergence (its default)",
-    kind="logits",
-    promises=Promises(definition="kl", temperature_squared=True, reduction="mean"),
-    documented="KL divergence of the softmaxes of both logits over T, times T^2.",
-)(logits("kl_divergence"))
-LIBRARY.loss(
-    "distillation.LogitsDistillation, loss=categorical_crossentropy",
-    kind="logits",
-    promises=Promises(divergence=False),
-    documented="An example in the documentation, LogitsDistillation(temperature=4.0, loss='categorical_crossentropy'): "
-    "scales the logits by T and passes them to the loss of that name.",
-)(logits("categorical_crossentropy"))
-
-
-@LIBRARY.loss(
-    "distillation.LogitsDistillation, loss=CategoricalCrossentropy(from_logits=True)",
-    kind="logits",
-    promises=Promises(divergence=False),
-    documented="An example in the documentation: scales the logits by T and passes them to the loss.",
+KL = Promises(definition="kl", temperature_squared=True, reduction="mean")
+CROSS_ENTROPY = Promises(definition="cross_entropy", divergence=False)
+register(
+    "kl_divergence (its default)",
+    "The default. Applies temperature scaling to the logits (a softmax temperature) and computes the named loss between "
+    "teacher and student.",
+    KL,
 )
-def cross_entropy() -> Any:
-    return logits("", from_logits=True)()
+register("KLDivergence()", "As the default, given as an instance of a Keras loss.", KL, instance="KLDivergence")
+EXAMPLE = (
+    "An example of the documentation: temperature is for softmax scaling; the named loss between teacher and student."
+)
+register("categorical_crossentropy", EXAMPLE, CROSS_ENTROPY)
+register(
+    "CategoricalCrossentropy(from_logits=True)",
+    EXAMPLE,
+    CROSS_ENTROPY,
+    instance="CategoricalCrossentropy",
+    from_logits=True,
+)
 
 
 def features(name: str, **promised: Any) -> None:

@@ -1,0 +1,58 @@
+"""SparseML: the losses of its distillation modifiers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peers import Library, bare, stand_in
+from tempering.conformance import Promises
+
+LIBRARY = Library("sparseml", "1.8.0")
+
+
+@LIBRARY.loss(
+    "pytorch.sparsification.distillation.kl_logsoftmax",
+    kind="logits",
+    promises=Promises(definition="kl", temperature_squared=True, reduction="mean", sequences=True),
+    documented="Nothing is said; its callers give it the logits and the temperature of distillation.",
+)
+def divergence() -> Any:
+    bare(
+        "sparseml",
+        "sparseml.pytorch",
+        "sparseml.pytorch.sparsification",
+        "sparseml.pytorch.sparsification.distillation",
+    )
+    stand_in("sparseml.optim", BaseModifier=object, ModifierProp=lambda *a, **kw: lambda f: property(f))
+    base = type("Base", (), {})
+    stand_in("sparseml.pytorch.sparsification.modifier", ScheduledModifier=base, ScheduledUpdateModifier=base)
+    stand_in("sparseml.pytorch.utils", BaseLogger=object, device_of=None, tensors_module_forward=None)
+    stand_in("sparseml.sparsification", SparsificationTypes=object)
+    from sparseml.pytorch.sparsification.distillation.modifier_distillation_base import kl_logsoftmax
+
+    return lambda student, teacher, temperature=1.0: kl_logsoftmax(student, teacher, temperature)
+
+
+def comparison(name: str, documented: str, **promised: Any) -> None:
+    @LIBRARY.loss(
+        f"modifiers.distillation.utils.pytorch.kd_factory.{name}",
+        kind="features",
+        promises=Promises(**promised),
+        documented=documented,
+    )
+    def make() -> Any:
+        bare(
+            "sparseml", "sparseml.modifiers", "sparseml.modifiers.distillation", "sparseml.modifiers.distillation.utils"
+        )
+        bare("sparseml.modifiers.distillation.utils.pytorch")
+        from sparseml.modifiers.distillation.utils.pytorch import kd_factory
+
+        compare = getattr(kd_factory, name)(name)
+        return lambda student, teacher: compare(student, teacher).mean()
+
+
+comparison("l1_comparison", "Nothing is said; the sum of absolute differences.")
+comparison("l2_comparison", "Nothing is said; the sum of squared differences.")
+comparison(
+    "square_head_comparison", "The loss of SquareHead, a normalized mean squared error.", identifies_teacher=None
+)
