@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 import torch
-from peers import Library
 
+from peers import Library
 from tempering.conformance import Promises
 
 LIBRARY = Library("liger-kernel", "0.8.5")
@@ -73,9 +73,7 @@ def cosine_distance(student: Any, teacher: Any, temperature: float) -> Any:
 def cosine() -> Any:
     from liger_kernel.chunked_loss.cosine_similarity_loss import LigerFusedLinearCosineSimilarityLoss
 
-    loss = LigerFusedLinearCosineSimilarityLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False
-    )
+    loss = LigerFusedLinearCosineSimilarityLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False)
     return lambda student, teacher, labels: loss(student, head_of(student), teacher, head_of(teacher), labels)
 
 

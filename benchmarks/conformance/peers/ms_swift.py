@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from peers import Library, file_of
-
 from tempering.conformance import Promises
 
 LIBRARY = Library("ms-swift", "4.6.0")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peers import Library
 from torch import Tensor, nn
 
+from peers import Library
 from tempering.conformance import Promises
 
 LIBRARY = Library("sentence-transformers", "6.2.0")
@@ -20,7 +20,7 @@ def columns(scores: Tensor) -> list[Tensor]:
 
 
 def kl_of_scores(student: Tensor, teacher: Tensor) -> Tensor:
-    from tempering.conformance.promises import kl
+    from tempering.conformance.definitions import kl
 
     return kl(student, teacher, 1.0).mean()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from peers import Library, file_of
-
 from tempering.conformance import Promises
 
 LIBRARY = Library("torchtune", "0.6.1")
@@ -30,7 +29,7 @@ def register(name: str, definition: Any, chunked: bool) -> None:
 
 
 def symmetric(student: Any, teacher: Any, temperature: float) -> Any:
-    from tempering.conformance.promises import kl, reverse_kl
+    from tempering.conformance.definitions import kl, reverse_kl
 
     return 0.5 * kl(student, teacher, temperature) + 0.5 * reverse_kl(student, teacher, temperature)
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peers import Library
 
+from peers import Library
 from tempering.conformance import Promises
 
 LIBRARY = Library("trl", "1.16.0")
@@ -64,7 +64,9 @@ def chunked(beta: float) -> Any:
     def make() -> Any:
         from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-        def loss(student: Any, teacher: Any, mask: Any, temperature: float = 1.0, num_items_in_batch: Any = None) -> Any:
+        def loss(
+            student: Any, teacher: Any, mask: Any, temperature: float = 1.0, num_items_in_batch: Any = None
+        ) -> Any:
             eye = torch.eye(student.shape[-1], dtype=student.dtype)
             more = {"temperature": temperature, "num_items_in_batch": num_items_in_batch}
             return _chunked_divergence_loss(student, teacher, eye, eye.clone(), mask, beta, **more)[0]
@@ -170,7 +172,9 @@ def hybrid() -> Any:
             hybrid_unmatched_weight=0.0,
             beta=0.5,
         )
-        held._compute_jsd_loss_for_matched_tokens = lambda s, t: ULDLoss._compute_jsd_loss_for_matched_tokens(held, s, t)
+        held._compute_jsd_loss_for_matched_tokens = lambda s, t: ULDLoss._compute_jsd_loss_for_matched_tokens(
+            held, s, t
+        )
         return ULDLoss._compute_hybrid_uld_loss(held, student.softmax(-1), teacher.softmax(-1))
 
     return loss
