@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import peers  # noqa: E402
+
 from tempering.conformance import Status, check  # noqa: E402
 from tempering.utils.files import write_atomic  # noqa: E402
 

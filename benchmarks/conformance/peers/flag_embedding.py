@@ -14,8 +14,8 @@ LIBRARY = Library("FlagEmbedding", "1.4.2")
     "abc.finetune.embedder.AbsEmbedderModel.distill_loss, kl_div",
     kind="scores",
     promises=Promises(divergence=False),
-    documented="Distillation loss of the kind kl_div, of the student's scores and the teacher's targets, which its callers "
-    "make by a softmax; a cross entropy, whose minimum is at the teacher.",
+    documented="Distillation loss of the kind kl_div, of the student's scores and the teacher's targets, which its "
+    "callers make by a softmax.",
 )
 def scores() -> Any:
     bare("FlagEmbedding", "FlagEmbedding.abc", "FlagEmbedding.abc.finetune", "FlagEmbedding.abc.finetune.embedder")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from peers import Library, bare
+from peers import Library, bare, stand_in
 from tempering.conformance import Promises
 
 LIBRARY = Library("KD-Lib", "0.0.32", absent=("transformers", "pandas", "matplotlib", "contextualized_topic_models"))
@@ -16,7 +16,8 @@ LIBRARY = Library("KD-Lib", "0.0.32", absent=("transformers", "pandas", "matplot
 
 def method(path: str, name: str) -> Any:
     module, _, folder = path.rpartition(".")
-    bare("KD_Lib", "KD_Lib.KD", "KD_Lib.KD.common", "KD_Lib.KD.vision", f"KD_Lib.KD.vision.{module or folder}")
+    bare("KD_Lib", "KD_Lib.KD", "KD_Lib.KD.vision", f"KD_Lib.KD.vision.{module or folder}")
+    stand_in("KD_Lib.KD.common", BaseClass=object)
     return getattr(importlib.import_module(f"KD_Lib.KD.vision.{path}"), name).calculate_kd_loss
 
 
@@ -56,7 +57,7 @@ register(
     "SelfTraining",
     nn.KLDivLoss(),
     Promises(definition="kl"),
-    "Self-training of 1909.11723: a KL divergence to the pre-trained student; 'temp' is the temperature for distillation.",
+    "Self-training (1909.11723): KL divergence to the pre-trained student; 'temp' is the distillation temperature.",
 )
 ADJUSTED = "Knowledge adjustment of 1911.07471: KL divergence to the teacher's probabilities, which are "
 register(

@@ -30,7 +30,7 @@ KL = Promises(definition="kl", temperature_squared=True, reduction="mean")
 CROSS_ENTROPY = Promises(definition="cross_entropy", divergence=False)
 register(
     "kl_divergence (its default)",
-    "The default. Applies temperature scaling to the logits (a softmax temperature) and computes the named loss between "
+    "The default. Applies temperature scaling to the logits (a softmax temperature) and computes the named loss of "
     "teacher and student.",
     KL,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from peers import Library, file_of
 from tempering.conformance import Promises
@@ -16,7 +17,7 @@ LIBRARY = Library("lightly-train", "0.18.0")
     "_methods.distillation.DistillationLoss",
     kind="logits",
     promises=Promises(definition="kl", reduction="mean"),
-    documented="KL divergence between softmaxes over similarities to a queue, at a temperature that controls sharpness.",
+    documented="KL divergence between softmaxes over similarities to a queue, at a temperature.",
 )
 def queue() -> Any:
     made = file_of("lightly_train", "_methods/distillation/distillation_loss.py").DistillationLoss
@@ -31,6 +32,7 @@ def queue() -> Any:
 @LIBRARY.loss(
     "_methods.distillationv2.DistillationV2Loss",
     kind="features",
+    promises=Promises(definition=F.mse_loss),
     documented="Mean squared error of the features.",
 )
 def squared() -> Any:
@@ -45,7 +47,7 @@ def third(index: int, name: str, shape: tuple[int, ...]) -> None:
         promises=Promises(definition="kl", reduction="mean")
         if index == 0
         else Promises(feature_shape=shape, identifies_teacher=False),
-        documented="KL divergence of similarities to a queue (global), and of those between tokens of an image (local).",
+        documented="KL divergence of similarities to a queue (global), and between tokens of an image (local).",
     )
     def make() -> Any:
         made = file_of("lightly_train", "_methods/distillationv3/distillationv3_loss.py").DistillationV3Loss

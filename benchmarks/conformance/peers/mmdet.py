@@ -14,7 +14,7 @@ LIBRARY = Library("mmdet", "3.3.0")
     "models.losses.KnowledgeDistillationKLDivLoss",
     kind="logits",
     promises=Promises(definition="kl", temperature_squared=True),
-    documented="Loss for knowledge distillation with KL divergence at an integer temperature; a value per row, then a mean.",
+    documented="Loss for knowledge distillation with KL divergence at a temperature; a value per row, then a mean.",
     said=("no gradient into the teacher",),
 )
 def divergence() -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peers import Library, Unregistered, bare, stand_in
 from tempering.conformance import Promises
-from tempering.conformance.promises import kl
+from tempering.conformance.definitions import kl
 
 LIBRARY = Library("mmrazor", "1.0.0")
 
@@ -25,7 +25,7 @@ def module(name: str) -> Any:
     "models.losses.KLDivergence",
     kind="logits",
     promises=Promises(definition="kl", reduction="mean", temperature_squared=True),
-    documented="KL divergence at a temperature; by default the sum is divided by the batch size; (N, C) or (N, C, H, W).",
+    documented="KL divergence at a temperature; by default the sum is divided by the batch size; (N, C) or maps.",
     said=("no gradient into the teacher",),
 )
 def divergence() -> Any:
@@ -64,7 +64,9 @@ def dkd() -> Any:
     "models.losses.DISTLoss",
     kind="logits",
     promises=Promises(divergence=True, batch_dependent=True, identifies_teacher=False),
-    documented="Nothing is said; the name is that of the Pearson distances of DIST.",
+    documented="Nothing is said; the name is that of the Pearson distances of DIST; a correlation with something "
+    "constant is undefined, and nearly so at the largest temperatures.",
+    unsaid=("slope", "zero at agreement", "stationary at agreement"),
 )
 def dist() -> Any:
     made = module("dist_loss").DISTLoss

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from peers import Library, bare, stand_in
 from tempering.conformance import Promises
-from tempering.conformance.promises import kl
+from tempering.conformance.definitions import kl
 
 LIBRARY = Library("pylate", "1.6.0")
 
@@ -25,6 +25,7 @@ def register(normalize: bool, definition: Any) -> None:
         promises=Promises(definition=definition, divergence=not normalize, identifies_teacher=False),
         documented="Divergence of the softmaxes of the student's scores and of the given logits"
         + ("; the student's scores are min-max normalized before." if normalize else "."),
+        unsaid=("ties", "slope") if normalize else (),  # one of equal extremes is the extreme
     )
     def make() -> Any:
         bare("pylate", "pylate.losses")

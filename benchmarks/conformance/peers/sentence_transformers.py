@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peers import Library
@@ -29,7 +30,7 @@ def kl_of_scores(student: Tensor, teacher: Tensor) -> Tensor:
     "sentence_transformer.losses.DistillKLDivLoss",
     kind="scores",
     promises=Promises(definition=kl_of_scores),
-    documented="KL divergence between softmaxes of the teacher's and the student's scores of the candidates, times T^2.",
+    documented="KL divergence between softmaxes of the teacher's and the student's scores, times T^2.",
     said=("no gradient into the teacher",),
 )
 def divergence() -> Any:
@@ -39,10 +40,15 @@ def divergence() -> Any:
     return lambda student, teacher: loss.compute_loss_from_embeddings(columns(student), teacher)
 
 
+def margins(student: Tensor, teacher: Tensor) -> Tensor:
+    s, t = (x[:, :1] - x[:, 1:] for x in (student, teacher))
+    return (s - t).square().mean()
+
+
 @LIBRARY.loss(
     "sentence_transformer.losses.MarginMSELoss",
     kind="scores",
-    promises=Promises(),
+    promises=Promises(definition=margins),
     documented="Mean squared difference between the student's and the teacher's margins of the positive over each "
     "negative; labels may be scores.",
     unsaid=("ties",),
@@ -84,7 +90,7 @@ class GivenScores(nn.Module):
 @LIBRARY.loss(
     "cross_encoder.losses.MarginMSELoss",
     kind="scores",
-    promises=Promises(),
+    promises=Promises(definition=margins),
     documented="Mean squared difference between the student's and the teacher's margins of the positive over each "
     "negative.",
     unsaid=("ties",),
@@ -103,11 +109,18 @@ def cross_encoder_margin() -> Any:
     return loss
 
 
+DISTANCES = {
+    "cosine": lambda s, t: (1 - F.cosine_similarity(s, t)).mean(),
+    "l2": lambda s, t: (s - t).norm(dim=1).mean(),
+    "mse": lambda s, t: (s - t).square().mean(),
+}
+
+
 def embeddings(metric: str) -> None:
     @LIBRARY.loss(
         f"sentence_transformer.losses.EmbedDistillLoss, distance_metric={metric}",
         kind="features",
-        promises=Promises(identifies_teacher=metric != "cosine"),
+        promises=Promises(definition=DISTANCES[metric], identifies_teacher=metric != "cosine"),
         documented="The distance of the student's embeddings to the teacher's precomputed ones.",
     )
     def make() -> Any:
@@ -126,5 +139,5 @@ def embeddings(metric: str) -> None:
         return lambda student, teacher: loss([{"x": student}], teacher)
 
 
-for metric in ("cosine", "l2", "mse"):
+for metric in DISTANCES:
     embeddings(metric)

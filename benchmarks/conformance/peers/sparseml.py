@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import MagicMock
 
 from peers import Library, bare, stand_in
 from tempering.conformance import Promises
@@ -27,7 +28,7 @@ def divergence() -> Any:
     base = type("Base", (), {})
     stand_in("sparseml.pytorch.sparsification.modifier", ScheduledModifier=base, ScheduledUpdateModifier=base)
     stand_in("sparseml.pytorch.utils", BaseLogger=object, device_of=None, tensors_module_forward=None)
-    stand_in("sparseml.sparsification", SparsificationTypes=object)
+    stand_in("sparseml.sparsification", SparsificationTypes=MagicMock())
     from sparseml.pytorch.sparsification.distillation.modifier_distillation_base import kl_logsoftmax
 
     return lambda student, teacher, temperature=1.0: kl_logsoftmax(student, teacher, temperature)
@@ -35,7 +36,7 @@ def divergence() -> Any:
 
 def comparison(name: str, documented: str, **promised: Any) -> None:
     @LIBRARY.loss(
-        f"modifiers.distillation.utils.pytorch.kd_factory.{name}",
+        f"modifiers.distillation.utils.pytorch.kd_factory.{name}_comparison",
         kind="features",
         promises=Promises(**promised),
         documented=documented,
@@ -45,14 +46,13 @@ def comparison(name: str, documented: str, **promised: Any) -> None:
             "sparseml", "sparseml.modifiers", "sparseml.modifiers.distillation", "sparseml.modifiers.distillation.utils"
         )
         bare("sparseml.modifiers.distillation.utils.pytorch")
+        stand_in("sparseml.core", State=object)
         from sparseml.modifiers.distillation.utils.pytorch import kd_factory
 
-        compare = getattr(kd_factory, name)(name)
+        compare = getattr(kd_factory, f"{name}_comparison")(f"{name}_distance" if name.startswith("l") else name)
         return lambda student, teacher: compare(student, teacher).mean()
 
 
-comparison("l1_comparison", "Nothing is said; the sum of absolute differences.")
-comparison("l2_comparison", "Nothing is said; the sum of squared differences.")
-comparison(
-    "square_head_comparison", "The loss of SquareHead, a normalized mean squared error.", identifies_teacher=None
-)
+comparison("l1", "Nothing is said; the sum of absolute differences.")
+comparison("l2", "Nothing is said; the sum of squared differences.")
+comparison("square_head", "The loss of SquareHead, a normalized mean squared error.")

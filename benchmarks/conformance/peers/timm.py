@@ -55,6 +55,7 @@ def logits() -> Any:
 @LIBRARY.loss(
     "task.FeatureDistillationTask, kd_loss",
     kind="features",
+    promises=Promises(definition=nn.functional.mse_loss),
     documented="Mean squared error of the pooled features before the classifier.",
 )
 def features() -> Any:

@@ -18,7 +18,7 @@ LIBRARY = Library("", torch.__version__.partition("+")[0])
     "nn.functional.kl_div, reduction=batchmean, log_target=True",
     kind="logits",
     promises=Promises(definition="kl", reduction="mean"),
-    documented="KL divergence of log-probabilities; 'batchmean' is the one that aligns with the mathematical definition.",
+    documented="KL divergence of log-probabilities; 'batchmean' aligns with the mathematical definition.",
 )
 def log_target() -> Any:
     return lambda student, teacher: F.kl_div(

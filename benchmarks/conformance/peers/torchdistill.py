@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peers import Library
 from tempering.conformance import Promises
-from tempering.conformance.promises import kl
+from tempering.conformance.definitions import kl
 
 LIBRARY = Library("torchdistill", "1.1.5", absent=("torchvision",))
 WHERE = {"student_module_path": "s", "student_module_io": "output"}
@@ -26,9 +26,7 @@ def sides(student: Any, teacher: Any) -> Any:
     return {"s": {"output": student}}, {"t": {"output": teacher}}
 
 
-def on_logits(
-    name: str, promises: Promises, documented: str, labels: bool = False, said: str = "", **arguments: Any
-) -> None:
+def on_logits(name: str, promises: Promises, documented: str, unsaid: tuple[str, ...] = (), **arguments: Any) -> None:
     shown = ", ".join(f"{k}={v}" for k, v in arguments.items())
 
     @LIBRARY.loss(
@@ -36,10 +34,11 @@ def on_logits(
         kind="logits",
         promises=promises,
         documented=documented,
+        unsaid=unsaid,
     )
     def make() -> Any:
         def loss(student: Any, teacher: Any, temperature: float = 1.0) -> Any:
-            targets = torch.zeros(len(student), dtype=torch.long) if labels else None
+            targets = torch.zeros(len(student), dtype=torch.long)
             key = "tau" if name.startswith("DIST") else "temperature"
             made = getattr(losses(), name)(**WHERE, **arguments, **{key: temperature})
             return made(*sides(student, teacher), targets)
@@ -70,7 +69,9 @@ on_logits(
 on_logits(
     "DISTLoss",
     Promises(batch_dependent=True, identifies_teacher=False, divergence=True),
-    "Pearson distances of the probabilities over classes and over the batch, of the paper of DIST.",
+    "Pearson distances of the probabilities over classes and over the batch, of the paper of DIST; a "
+    "correlation with something constant is undefined, and nearly so at the largest temperatures.",
+    ("slope", "zero at agreement", "stationary at agreement"),
 )
 
 
@@ -105,5 +106,5 @@ on_features(
     teacher_output_path="t",
     dist_factor=1.0,
     angle_factor=1.0,
-    reduction="batchmean",
+    reduction="mean",
 )

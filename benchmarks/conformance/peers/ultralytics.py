@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from peers import Library, bare, stand_in
 from tempering.conformance import Promises
@@ -16,7 +17,7 @@ LIBRARY = Library("ultralytics", "8.4.190")
 @LIBRARY.loss(
     "nn.distill_model.DistillationModel.loss_sl2",
     kind="features",
-    promises=Promises(feature_shape=(2, 2, 2)),
+    promises=Promises(definition=F.mse_loss, feature_shape=(2, 2, 2)),
     documented="Squared difference of features, weighted by the teacher's scores of the positions.",
 )
 def squared() -> Any:
