@@ -7,7 +7,7 @@ from typing import Any
 from peers import Library
 from tempering.conformance import Promises
 
-LIBRARY = Library("keras", "3.15.1")
+LIBRARY = Library("keras", "3.15.1", needs=("optree==0.17.0", "namex==0.1.0", "ml_dtypes==0.5.3", "h5py==3.14.0"))
 
 
 def register(loss: str, documented: str, promises: Promises, *, instance: str = "", **arguments: Any) -> None:

@@ -67,8 +67,8 @@ def cosine_distance(student: Any, teacher: Any, temperature: float) -> Any:
         ignored_rows=True,
         padded_vocabulary=True,
     ),
-    documented="Cosine distance of the logits, a mean over tokens that are not ignored.",
-    unsaid=("constant added to the logits", "temperature squared"),
+    documented="Cosine distance of the logits, a mean over tokens that are not ignored; nothing is said of rows of zeros.",
+    unsaid=("constant added to the logits", "temperature squared", "zero at agreement"),
 )
 def cosine() -> Any:
     from liger_kernel.chunked_loss.cosine_similarity_loss import LigerFusedLinearCosineSimilarityLoss

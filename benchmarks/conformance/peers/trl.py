@@ -50,7 +50,7 @@ for trainer, module in TRAINERS.items():
     promises=promises("kl", reduction="mean", ignored_rows=True),
     documented="The teacher's top k with one bucket for the remaining mass; with k of all classes but one it is the "
     "whole divergence. Nothing is said of tails below 1e-7, which T = 0.05 makes.",
-    unsaid=("temperature", "confident rows"),
+    unsaid=("temperature", "confident rows", "gradient"),
 )
 def bucket() -> Any:
     from trl.experimental.iw_opd.iw_opd_trainer import IWOPDTrainer
