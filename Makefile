@@ -139,7 +139,7 @@ evidence-short: $(READY)  ## a first look, no part of `make evidence`: 8 epochs,
 
 docs: $(READY)  ## docs/papers.md, from docstrings, presets and records; docs/performance.md; docs/evidence.md; the table
 	$(BIN)/python docs/tools/papers_page.py .
-	$(BIN)/python docs/tools/conformance_page.py .
+	$(BIN)/python docs/tools/conformance_table.py .
 	$(BIN)/python benchmarks/page.py
 	$(BIN)/python benchmarks/evidence.py
 
@@ -150,7 +150,7 @@ arena-arms:
 ENVIRONMENTS ?= $(HOME)/.cache/tempering/conformance
 conformance: $(READY)  ## the invariants on the losses of other libraries, one record each; docs/conformance-table.md
 	$(BIN)/python benchmarks/conformance/run.py --environments $(ENVIRONMENTS)
-	$(BIN)/python docs/tools/conformance_page.py .
+	$(BIN)/python docs/tools/conformance_table.py .
 
 BENCH ?= step loss fused_linear overhead cache speculative augment startup growth
 bench: $(READY)  ## every benchmark, side by side with peers; CSVs under benchmarks/results/speed and docs/performance.md

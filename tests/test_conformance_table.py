@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.tools.conformance_page import page
+from docs.tools.conformance_table import page
 from tests.paths import ROOT
 
 pytest.importorskip("hypothesis")

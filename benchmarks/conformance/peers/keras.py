@@ -10,9 +10,21 @@ from tempering.conformance import Promises
 LIBRARY = Library("keras", "3.15.1", needs=("optree==0.17.0", "namex==0.1.0", "ml_dtypes==0.5.3", "h5py==3.14.0"))
 
 
-def register(loss: str, documented: str, promises: Promises, *, instance: str = "", **arguments: Any) -> None:
+def register(
+    loss: str,
+    documented: str,
+    promises: Promises,
+    *,
+    instance: str = "",
+    unsaid: tuple[str, ...] = (),
+    **arguments: Any,
+) -> None:
     @LIBRARY.loss(
-        f"distillation.LogitsDistillation, loss={loss}", kind="logits", promises=promises, documented=documented
+        f"distillation.LogitsDistillation, loss={loss}",
+        kind="logits",
+        promises=promises,
+        documented=documented,
+        unsaid=unsaid,
     )
     def make() -> Any:
         import keras
@@ -34,7 +46,13 @@ register(
     "teacher and student.",
     KL,
 )
-register("KLDivergence()", "As the default, given as an instance of a Keras loss.", KL, instance="KLDivergence")
+register(
+    "KLDivergence()",
+    "As the default, given as an instance of a Keras loss, whose example clips probabilities at 1e-7.",
+    KL,
+    instance="KLDivergence",
+    unsaid=("confident rows",),
+)
 EXAMPLE = (
     "An example of the documentation: temperature is for softmax scaling; the named loss between teacher and student."
 )

@@ -11,6 +11,12 @@ from tempering.conformance import Promises
 LIBRARY = Library("sparseml", "1.8.0")
 
 
+class Modifier:
+    """What its class statements look at."""
+
+    sparsification_types = property(lambda self: None)
+
+
 @LIBRARY.loss(
     "pytorch.sparsification.distillation.kl_logsoftmax",
     kind="logits",
@@ -24,8 +30,8 @@ def divergence() -> Any:
         "sparseml.pytorch.sparsification",
         "sparseml.pytorch.sparsification.distillation",
     )
-    stand_in("sparseml.optim", BaseModifier=object, ModifierProp=lambda *a, **kw: lambda f: property(f))
-    base = type("Base", (), {})
+    stand_in("sparseml.optim", BaseModifier=Modifier, ModifierProp=lambda *a, **kw: lambda f: property(f))
+    base = type("Base", (), {"log_call": lambda f: f})
     stand_in("sparseml.pytorch.sparsification.modifier", ScheduledModifier=base, ScheduledUpdateModifier=base)
     stand_in("sparseml.pytorch.utils", BaseLogger=object, device_of=None, tensors_module_forward=None)
     stand_in("sparseml.sparsification", SparsificationTypes=MagicMock())
@@ -34,12 +40,13 @@ def divergence() -> Any:
     return lambda student, teacher, temperature=1.0: kl_logsoftmax(student, teacher, temperature)
 
 
-def comparison(name: str, documented: str, **promised: Any) -> None:
+def comparison(name: str, documented: str, unsaid: tuple[str, ...] = ()) -> None:
     @LIBRARY.loss(
         f"modifiers.distillation.utils.pytorch.kd_factory.{name}_comparison",
         kind="features",
-        promises=Promises(**promised),
+        promises=Promises(),
         documented=documented,
+        unsaid=unsaid,
     )
     def make() -> Any:
         bare(
@@ -55,4 +62,4 @@ def comparison(name: str, documented: str, **promised: Any) -> None:
 
 comparison("l1", "Nothing is said; the sum of absolute differences.")
 comparison("l2", "Nothing is said; the sum of squared differences.")
-comparison("square_head", "The loss of SquareHead, a normalized mean squared error.")
+comparison("square_head", "The loss of SquareHead: squared error over the teacher's squares.", ("constant features",))

@@ -90,9 +90,17 @@ def on_features(
 
 
 on_features("PKTLoss", "Divergence of the conditional probabilities of cosine similarities in a batch.", **WHERE)
+
+
+def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
+    grams = [torch.nn.functional.normalize(x @ x.T, dim=1) for x in (student, teacher)]
+    return (grams[0] - grams[1]).square().mean()
+
+
 on_features(
     "SPKDLoss",
-    "Squared distance of the normalized similarity matrices of a batch.",
+    "Similarity-preserving distillation, citing its paper: mean squared difference of L2-normalized similarities.",
+    promises={"definition": similarity_preserving},
     student_output_path="s",
     teacher_output_path="t",
     reduction="batchmean",

@@ -21,6 +21,7 @@ def register(clamp: float | None, chunked: bool) -> None:
         promises=Promises(definition="kl", reduction="none", tail="truncated"),
         documented="Forward KL on the teacher's top-k log-probabilities, per token; neither side is renormalized"
         + ("; log-probabilities are clamped for stability." if clamp else "."),
+        unsaid=("confident rows",) if clamp else (),
     )
     def make() -> Any:
         bare("verl", "verl.trainer", "verl.trainer.distillation", "verl.trainer.distillation.fsdp")
