@@ -67,7 +67,7 @@ def cosine_distance(student: Any, teacher: Any, temperature: float) -> Any:
         ignored_rows=True,
         padded_vocabulary=True,
     ),
-    documented="Cosine distance of the logits, a mean over tokens that are not ignored; nothing is said of rows of zeros.",
+    documented="Cosine distance of the logits, a mean over tokens not ignored; of rows of zeros nothing is said.",
     unsaid=("constant added to the logits", "temperature squared", "zero at agreement"),
 )
 def cosine() -> Any:
