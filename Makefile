@@ -139,6 +139,7 @@ evidence-short: $(READY)  ## a first look, no part of `make evidence`: 8 epochs,
 
 docs: $(READY)  ## docs/papers.md, from docstrings, presets and records; docs/performance.md; docs/evidence.md; the table
 	$(BIN)/python docs/tools/papers_page.py .
+	$(BIN)/python docs/tools/conformance_page.py .
 	$(BIN)/python docs/tools/conformance_table.py .
 	$(BIN)/python benchmarks/page.py
 	$(BIN)/python benchmarks/evidence.py
