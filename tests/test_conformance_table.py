@@ -43,7 +43,8 @@ def test_page_is_current_with_the_records() -> None:
 
 
 def test_every_loss_was_loaded_and_checked() -> None:
-    losses = [(name, loss) for name, r in records().items() if name != "tempering" for loss in r["losses"]]
+    current = {name: r for name, r in records().items() if name != "tempering" and not r["dated"]}
+    losses = [(name, loss) for name, r in current.items() for loss in r["losses"]]
     assert len({name for name, _ in losses}) >= 16 and len(losses) >= 64
     assert not [(name, loss["path"]) for name, loss in losses if "not loaded" in loss]
 

@@ -38,11 +38,11 @@ def page(results: Path) -> str:
     """The page; ``results`` is the folder of the records."""
     records = sorted(
         (json.loads(path.read_text(encoding="utf-8")) for path in results.glob("*.json")),
-        key=lambda r: (r["library"] != OURS, r["library"].lower()),
+        key=lambda r: (r["library"] != OURS, bool(r["dated"]), r["library"].lower()),
     )
-    others = [r for r in records if r["library"] != OURS]
-    losses = sum(len(r["losses"]) for r in others)
-    lines = [HEAD, f"{len(others)} libraries with {losses} losses, and this one.", ""]
+    current = [r for r in records if r["library"] != OURS and not r["dated"]]
+    losses = sum(len(r["losses"]) for r in current)
+    lines = [HEAD, f"{len(current)} libraries with {losses} losses, this one first; then older releases.", ""]
     lines += [_row("library", "version", "losses", *COLUMNS), _row("---", "---", *["---:"] * (1 + len(COLUMNS)))]
     lines += [_summary(r) for r in records]
     return "\n".join([*lines, *(line for r in records for line in _library(r))]) + "\n"
