@@ -83,7 +83,7 @@ def _failure(result: dict[str, Any], inputs: dict[str, Any]) -> str:
 
 def _counts(loss: dict[str, Any]) -> Counter[str]:
     names = {"error": "fail", "explained": "not checked"}
-    return Counter(names.get(r["status"], r["status"]) for r in loss.get("results", ()))
+    return Counter(str(names.get(r["status"], r["status"])) for r in loss.get("results", ()))
 
 
 def _text(value: Any) -> str:
