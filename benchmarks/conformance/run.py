@@ -115,7 +115,7 @@ def run(name: str, folder: Path, environments: Path, results: Path, *, again: bo
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("library", nargs="*", help="default: all")
     parser.add_argument("--environments", type=Path, default=ENVIRONMENTS, help="default: %(default)s")
     parser.add_argument("--results", type=Path, default=RESULTS)
