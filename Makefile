@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)
 
-.PHONY: all check test demo bench docs gpu gpu-cifar100 gpu-detection gpu-language arena-arms wheel clean
+.PHONY: all check test demo bench conformance docs gpu gpu-cifar100 gpu-detection gpu-language arena-arms wheel clean
 .PHONY: evidence evidence-teachers evidence-screen evidence-full evidence-ablations evidence-others evidence-resnet20 evidence-short
 all: check test wheel
 
@@ -137,14 +137,21 @@ evidence-short: $(READY)  ## a first look, no part of `make evidence`: 8 epochs,
 	$(COMPARED) --methods dtkd --temperatures 'static(2),sharpness(2),static(8),sharpness(8)' --seeds 1 --no-controls $(FIRST)
 	$(WRITTEN)
 
-docs: $(READY)  ## docs/papers.md, from docstrings, presets and records; docs/performance.md; docs/evidence.md
+docs: $(READY)  ## docs/papers.md, from docstrings, presets and records; docs/performance.md; docs/evidence.md; the table
 	$(BIN)/python docs/tools/papers_page.py .
 	$(BIN)/python docs/tools/conformance_page.py .
+	$(BIN)/python docs/tools/conformance_table.py .
 	$(BIN)/python benchmarks/page.py
 	$(BIN)/python benchmarks/evidence.py
 
 arena-arms:
 	@echo $(ARENA)
+
+# environments with pinned versions are made below it; a library whose record is current is skipped
+ENVIRONMENTS ?= $(HOME)/.cache/tempering/conformance
+conformance: $(READY)  ## the invariants on the losses of other libraries, one record each; docs/conformance-table.md
+	$(BIN)/python benchmarks/conformance/run.py --environments $(ENVIRONMENTS)
+	$(BIN)/python docs/tools/conformance_table.py .
 
 BENCH ?= step loss fused_linear overhead cache speculative augment startup growth
 bench: $(READY)  ## every benchmark, side by side with peers; CSVs under benchmarks/results/speed and docs/performance.md

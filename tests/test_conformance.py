@@ -233,8 +233,25 @@ PATCHES = Promises(feature_shape=(3, 4), ignored_rows=True, scale_power=2.0)
 VECTORS = Promises(feature_shape=(4,), scale_power=0.0, detached_scale=False)
 DRAWN = Promises(definition="kl", sampled=True)
 Fault = tuple[Callable[..., Any], Kind, Promises, str]
+
+
+def similarities(features: Tensor, p: float) -> Tensor:
+    return F.normalize(features @ features.T, p=p, dim=1)
+
+
+def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
+    """Tung and Mori 2019, equation 4, but for the factor."""
+    return (similarities(student, 2.0) - similarities(teacher.detach(), 2.0)).square().sum()
+
+
+def divided_by_absolute_sums(student: Tensor, teacher: Tensor) -> Tensor:
+    return (similarities(student, 1.0) - similarities(teacher.detach(), 1.0)).square().sum()
+
+
+SIMILAR = Promises(definition=similarity_preserving, batch_dependent=True)
 FAULTS: dict[str, Fault] = {
     "mean over padded rows": (mean_over_padded_rows, "tokens", KL, "padding"),
+    "another norm of features": (divided_by_absolute_sums, "features", SIMILAR, "definition of both sides"),
     "shift by one": (shifted_by_one, "tokens", KL, "alignment"),
     "T^2 not in the gradient": (no_square_in_the_gradient, "tokens", KL, "slope"),
     "T^2 in the value alone": (square_in_the_value_alone, "tokens", KL, "slope"),

@@ -88,8 +88,8 @@ def _student_at_one(student: Tensor, teacher: Tensor, temperature: float) -> Ten
 
 
 MISTAKES: dict[str, Definition] = {
+    **{f"the definition {name}": function for name, function in DEFINITIONS.items()},
     "probabilities of the student where log-probabilities are due": _of_probabilities,
     "softmax of the teacher's probabilities": _twice_normalized,
-    "the temperature applied to the teacher alone": _student_at_one,
-    **{f"the definition {name}": function for name, function in DEFINITIONS.items()},
+    "the temperature applied to the teacher alone": _student_at_one,  # at T = 1 this is kl, which is found first
 }

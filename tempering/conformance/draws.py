@@ -46,7 +46,8 @@ class Draw:
 
         No vector of features or scores is constant, since many losses normalize or standardize it.
         """
-        n = self.integer(min_n, max_n) if n is None else n
+        if n is None:  # one sample alone has no others to be compared with
+            n = self.integer(max(min_n, 1 + self._probe.promises.batch_dependent), max_n)
         if self._probe.kind == "features":
             shape = (n, *self._probe.promises.feature_shape)
         else:

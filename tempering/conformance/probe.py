@@ -181,6 +181,7 @@ class Probe:
         if definition is None:
             raise NotApplicable("no definition is declared, and none of the known ones fits")
         function = DEFINITIONS[definition] if isinstance(definition, str) else definition
+        target = torch.zeros(len(student), dtype=torch.long) if target is None else target
         labels = {"target": target} if takes(function, "target") else {}
         return function(student.double(), teacher.double(), temperature, **labels)
 

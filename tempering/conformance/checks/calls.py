@@ -133,8 +133,9 @@ def slope(probe: Probe, draw: Draw) -> None:
         # Richardson: the error of a central difference is a multiple of h^2, which the combination removes
         expected, farther = ((4 * differences[i] - differences[i + 1]) / 3 for i in (0, 1))
         bends = [(u + v - 2 * float(value)) / h for u, v, h in zip(up, down, steps, strict=True)]
-        # where the value has a kink, as absolute values and ranks have, the first is the change of slope, and else 0
-        kink = abs(2 * bends[0] - bends[1]) + abs(expected - farther)
+        # where the value has a kink, as absolute values and ranks have, one of the first two is near the change of
+        # slope; both are 0 elsewhere
+        kink = abs(2 * bends[0] - bends[1]) + abs(2 * bends[1] - bends[2]) + abs(expected - farther)
         size = abs(float(value)) + 0.1 * scale_of(student, teacher, temperature=temperature)
         tol = 4 * rounding(value.dtype, size) / temperature + kink + FORMULA * float(gradient.norm())
         found = float((gradient * direction).sum())

@@ -6,8 +6,29 @@ import torch
 
 from tempering.conformance.checks.base import check_close, check_finite_or_refused, invariant
 from tempering.conformance.draws import Draw
-from tempering.conformance.probe import NotApplicable, Probe
+from tempering.conformance.probe import NotApplicable, Probe, Violation
 from tempering.conformance.tolerances import FORMULA, rounding
+
+
+@invariant(
+    "definition of both sides",
+    ("features", "scores"),
+    after=("runs",),
+    promised=lambda p: p.definition is not None,
+    applies=lambda p: callable(p.definition),
+)
+def definition_of_both_sides(probe: Probe, draw: Draw) -> None:
+    """The value of features or scores is the declared definition's, up to a constant factor."""
+    function = probe.promises.definition
+    assert callable(function)
+    pairs = [draw.pair(n=3, c=3) for _ in range(2)]
+    want = [float(function(*pair)) for pair in pairs]
+    got = [float(probe(*pair)) for pair in pairs]
+    # two batches of one size: the factor drops out
+    tol = rounding(pairs[0][0].dtype, 4.0) * (sum(map(abs, want)) + sum(map(abs, got)) + 1.0)
+    if not abs(got[0] * want[1] - got[1] * want[0]) <= tol + FORMULA * abs(got[0] * want[1]):
+        tensors = dict(zip(("student", "teacher", "student_2", "teacher_2"), (*pairs[0], *pairs[1]), strict=True))
+        raise Violation("the value is not the definition's", expected=want, found=got, **tensors)
 
 
 @invariant("one sample", ("features",), after=("runs",), examples=5)

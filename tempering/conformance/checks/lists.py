@@ -41,7 +41,7 @@ TAILS = ("truncated", "renormalized", "bucket")
     ("top_k",),
     after=("runs", "definition"),
     promised=lambda p: p.tail is not None,
-    applies=lambda p: not p.sampled,
+    applies=lambda p: not p.sampled and p.definition in (None, "kl"),
 )
 def tail(probe: Probe, draw: Draw) -> None:
     """The teacher's mass outside its list is treated as documented."""
