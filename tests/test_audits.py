@@ -100,7 +100,7 @@ def test_labeled_rows_alone_and_no_more_than_asked() -> None:
             [(torch.randn(8, 3), torch.zeros(8))],
             "a class index (N,) for each of 8 inputs; got torch.float32",
         ),
-        (Answers(), [torch.randn(8, 3)], "batches (inputs, labels, ...) of tensors; got Tensor"),
+        (Answers(), [torch.randn(8, 3)], "an audit needs batches of (inputs, labels)"),
         (Answers(), [(torch.randn(8, 3, 2), torch.zeros(8).long())], "must return (N, C) logits for an audit"),
         (Answers(math.nan), [(torch.randn(8, 3), torch.zeros(8).long())], "logits that are not finite"),
         (Answers(), [(torch.randn(3, 3), torch.zeros(3).long())], "at least 4 rows; got 3"),

@@ -282,12 +282,12 @@ def test_held_out_samples_are_examined_and_never_learned() -> None:
             Step(bert(), lambda x, i: x, inputs, inputs, ids, batch, 1.0, TextClassification().rows), 0.25
         )
         assert parts is not None and len(parts[1].batch[1]) == held
-    words = r"holdout=2.* and list has no \.gather\. Use tempering\.data\.Batches or TextPairLoader"
+    words = r"holdout=2.* and list has no \.gather\. Use data\.Batches, data\.TextPairLoader or holdout=0"
     with pytest.raises(TypeError, match=words):
         HoldoutLoader([1, 2], holdout=2, fraction=0.5)
     with pytest.raises(ValueError, match="holdout=40 of 40 training samples leaves none"):
         HoldoutLoader(data, holdout=40, fraction=0.5)
-    with pytest.raises(ValueError, match="Interactive needs held >= 0, samples held out for exams; got -1"):
+    with pytest.raises(ValueError, match="Interactive needs holdout >= 0, samples held out for exams; got -1"):
         Interactive(holdout=-1)
 
 

@@ -65,7 +65,14 @@ def test_padding_on_either_side_changes_nothing(family: Any) -> None:
 
 def test_a_run_trains_the_adapters_is_killed_and_goes_on(tmp_path: Path) -> None:
     data, task, teacher = Tokens(texts(), batch_size=2, pad=PAD), LanguageModeling(), gpt2(12, 1)
-    how: dict[str, Any] = {"method": DTKD(), "task": task, "optimizer": ADAM, "epochs": 4, "quiet": True}
+    how: dict[str, Any] = {
+        "method": DTKD(),
+        "task": task,
+        "optimizer": ADAM,
+        "epochs": 4,
+        "quiet": True,
+        "skip_checks": ["above chance"],
+    }
     straight = student()
     before, first = frozen(straight), copy.deepcopy(straight.state_dict())
     kd.distill(straight, teacher, data, out=tmp_path / "straight", **how)

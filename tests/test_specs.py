@@ -46,7 +46,7 @@ def test_arguments_are_numbers_words_lists_and_parts() -> None:
 
 
 def test_methods_add_up() -> None:
-    made = method_from("sum(kd(hard=0), dkd, dkd(non_target=0))")
+    made = method_from("sum(kd(hard=0), dkd, dkd(non_target=0, hard=0))")
     assert [type(m) for m in made.methods.values()] == [KD, DKD, DKD]
     assert made.hyperparameters()["dkd2"]["non_target"] == 0
 

@@ -104,7 +104,7 @@ class FeatureMethod(Method):
                     f"{owner} compares maps (N, C, H, W); the feature {name!r} is {tuple(s.shape)} and "
                     f"{tuple(t.shape)}. Tap a convolutional stage."
                 )
-            elif any(x.shape[1] == x.shape[2] != x.shape[3] for x in (s, t)):
+            elif all(x.shape[1] == x.shape[2] != x.shape[3] for x in (s, t)):
                 warnings.warn(
                     f"{owner} compares maps (N, C, H, W); the feature {name!r} is {tuple(s.shape)} and "
                     f"{tuple(t.shape)}, which looks like (N, H, W, C), as in Swin. Name a module whose output has the "

@@ -64,12 +64,15 @@ class LSKD(Method):
         return self.with_hard(terms, rows)
 
     def _standardized(self, rows: Rows) -> Rows:
-        return rows.replace(student=standardized(rows.student, self.eps), teacher=standardized(rows.teacher, self.eps))
+        student, teacher = upcast_to_float32(rows.student), mask_constants(upcast_to_float32(rows.teacher))
+        # a very negative logit of the student alone is no mask
+        masked = torch.where(torch.isneginf(teacher), mask_constants(student), student)
+        return rows.replace(student=standardized(masked, self.eps), teacher=standardized(teacher, self.eps))
 
 
 def standardized(logits: Float[Tensor, "N C"], eps: float) -> Float[Tensor, "N C"]:
-    """Return (z - mean) / (std + eps) over the unmasked classes; constant rows become 0, masked classes stay masked."""
-    z = mask_constants(upcast_to_float32(logits))
+    """Return (z - mean) / (std + eps) over classes above -inf; constant rows become 0, masked classes stay masked."""
+    z = upcast_to_float32(logits)
     is_masked = torch.isneginf(z)
     n = (~is_masked).sum(-1, keepdim=True)
     z = z.masked_fill(is_masked, 0.0)
