@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -85,6 +86,13 @@ def prune(model: nn.Module, *, amount: float = 0.1) -> nn.Module:
         prune.l1_unstructured(layer, "weight", amount=amount)
         prune.remove(layer, "weight")
     return out
+
+
+def with_pruned(
+    model: nn.Module, *, amount: float, wrap: Callable[[nn.Module], Teacher] = Live, share: float = 0.7
+) -> EnsembleTeacher:
+    """Return R2KD's teacher: the model and its pruned copy, each wrapped as ``wrap`` does."""
+    return EnsembleTeacher(wrap(model), wrap(prune(model, amount=amount)), share=share)
 
 
 def _logits(output: Any) -> Tensor:
