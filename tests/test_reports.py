@@ -9,6 +9,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import numpy as np
@@ -292,13 +293,32 @@ def test_charts_need_no_plotting_library(runs: list[RunRecord], html: str, monke
     assert render(runs) == html
 
 
-def test_a_page_too_large_is_not_written(
-    runs: list[RunRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(page, "LIMIT", 1000)
-    with pytest.raises(ValueError, match="15 runs are too many for one page"):
-        write_page(runs, tmp_path / "report.html")
-    assert not list(tmp_path.iterdir())
+def test_a_page_of_many_runs_is_a_summary_with_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = list(ARMS)
+    labels = [*names, *(f"{names[i % 5]} v{i}" for i in range(5, 20))]
+    folders = [
+        make_run(tmp_path / "runs" / f"{i} #{seed}", label, seed, arm=names[i % 5], order=i, epochs=4)
+        for i, label in enumerate(labels)
+        for seed in range(2)
+    ]
+    runs = [load_run(folder) for folder in folders]
+    out = tmp_path / "pages" / "report.html"
+    sizes = [len(render(runs, extent=extent, folder=out.parent).encode()) for extent in page.EXTENTS]
+    for limit, links, charted in ((sizes[0], 0, 20), (sizes[0] - 1, 40, 20), (sizes[1] - 1, 40, 12), (1000, 1, 12)):
+        monkeypatch.setattr(page, "LIMIT", limit)
+        read = Page(text := write_page(runs, out).read_text(encoding="utf-8"))
+        addresses = [str(a["href"]) for name, a in read.elements if name == "a" and "/runs" in str(a["href"])]
+        assert len(addresses) == links and all((out.parent / unquote(to)).is_dir() for to in addresses), addresses
+        assert ("This page is a summary" in text) == bool(links) and len(read.rows["table"]) == 21
+        assert text.count('type="checkbox"') == charted
+        assert len(text.encode()) <= limit or limit == 1000
+    few = Page(render(runs, extent=page.Extent(charts=2, rows=3, runs="folders")))
+    assert [row[0] for row in few.rows["table"][1:3]] == ["student alone", "KD, equal weights"], "the controls stay"
+
+
+def test_no_chart_is_enlarged_much(html: str) -> None:
+    sizes = re.findall(r'viewBox="0 0 (\S+) \S+" style="max-width: (\S+)px"', html)
+    assert len(sizes) == html.count("<svg") and all(float(most) <= 1.25 * float(width) for width, most in sizes)
 
 
 # curves

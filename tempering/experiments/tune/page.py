@@ -11,7 +11,7 @@ from tempering.experiments.tune.runner import FILE
 from tempering.experiments.tune.space import Space
 from tempering.experiments.tune.study import best, finished, shown
 from tempering.reports import charts
-from tempering.reports.charts import Frame, Mark, Scale, Strip, Svg, figure, join, strips, tag
+from tempering.reports.charts import Frame, Mark, Scale, Strip, Svg, figure, join, sized, strips, tag
 from tempering.reports.compare import Metric
 from tempering.utils.files import write_atomic
 
@@ -234,4 +234,4 @@ def _label(metric: Metric) -> str:
 
 
 def _box(title: str, parts: list[Svg], width: int, height: int) -> Svg:
-    return tag("svg", tag("title", title), join(parts), viewBox=f"0 0 {width} {height}", role="img", aria_label=title)
+    return tag("svg", tag("title", title), join(parts), role="img", aria_label=title, **sized(width, height))
