@@ -15,12 +15,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from tempering.cli import main as cli
 from tempering.reports import figures, page
 from tempering.reports.charts import Series, lines, tag
 from tempering.reports.compare import compare, display_name
 from tempering.reports.page import render, write_page
 from tempering.reports.records import RunRecord, find_runs, load_run
 from tempering.reports.table import cells
+from tempering.utils.text import printable
 from tests.cases import each
 from tests.records_made import ARMS, make_run, make_set
 
@@ -232,6 +234,23 @@ def test_words_and_numbers_of_others_are_escaped(tmp_path: Path) -> None:
     html = render([RunRecord(run.source, run.facts, run.epochs, [{"step": 1, "terms": {bad: 1.0}}], analysis)])
     assert "<script" not in html and "alert(&#34;1&#34;)" in html
     assert bad in Page(html).texts["runs"]
+
+
+@pytest.mark.parametrize("sign", ["\x1b[2J", "\x9b2J", "\r", "\u202e"])
+def test_control_characters_of_records_do_not_reach_the_terminal(
+    sign: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for label in ("student alone", f"KD{sign}done"):
+        folder = make_run(tmp_path / str(len(label)), label, 0, arm="KD")
+        (folder / "facts.json").write_text(
+            (folder / "facts.json").read_text().replace('"digits"', json.dumps(f"d{sign}"))
+        )
+    assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "r.html")]) == 0
+    assert cli.main(["report", str(tmp_path / f"none{sign}")]) == 1
+    said = capsys.readouterr()
+    for text in (said.out, said.err, (tmp_path / "r.html").read_text(encoding="utf-8")):
+        assert sign not in text and ascii(sign)[1:-1] in text.replace("\n", "")
+    assert printable(f"a\n\tb{sign}") == f"a\n\tb{ascii(sign)[1:-1]}"
 
 
 def test_an_arm_that_differs_in_everything_keeps_a_color_and_a_switch(tmp_path: Path) -> None:
