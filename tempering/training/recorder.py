@@ -271,6 +271,7 @@ def surroundings() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in ("tempering", "torch", "numpy", "lightning-fabric")},
+            "torch": str(torch.__version__),  # with its build, such as +cu128, which a wheel's metadata may lack
         },
         "commit": commit,
         "dirty": dirty,
