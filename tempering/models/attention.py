@@ -112,7 +112,7 @@ def merge_attention(net: nn.Module) -> nn.Module:
     for layer in [m for m in net.modules() if _attention_of(m)]:
         # a deep copy shares the class that torch made for the layer, and the removal deletes the weight from that class
         kind = type(layer)
-        layer.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+        layer.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))  # pyright: ignore[reportAttributeAccessIssue]
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     return net
 
