@@ -18,6 +18,7 @@ import torch
 from tempering.data import cifar, cifar100
 from tests import recipes
 from tests.paths import SHARED, needs_shared
+from tests.runs import left
 
 PACKED = SHARED / "data" / "cifar100"
 NAMES = [f"class_{i:02d}" for i in range(100)]
@@ -230,6 +231,19 @@ def test_answers_to_augmentations_are_kept_by_the_seed_that_drew_them(tmp_path: 
         "the model is asked about the test"
     )
     assert len(found["temperatures"]["by_difficulty"]) == 5
+
+
+def test_r2kd_has_a_pruned_teacher_and_mixed_views(tmp_path: Path) -> None:
+    write_packed(tmp_path, train=500)
+    options = {"data": tmp_path, "teacher": "resnet8", "student": "resnet8", "method": "r2kd"}
+    options |= {"subset": 100, "test_subset": 100, "epochs": 1, "threads": 1, "quiet": True, "selfcheck": False}
+    options |= {"batch_size": 50, "teacher_dir": tmp_path / "teachers"}
+    terms: list[dict[str, float]] = []
+    for views, amount in (("one", 0.0), ("cutmix", 0.0), ("cutmix", 0.1)):
+        out = tmp_path / f"{views}-{amount}"
+        recipes.run("cifar100", options | {"views": views, "teacher_pruned": amount, "out": out})
+        terms.append(left(out)["lines"]["steps.jsonl"][-1]["terms"])
+    assert all(terms[i]["rows"] != terms[i + 1]["rows"] for i in range(2)), terms
 
 
 def test_replayed_views_are_what_training_would_have_shown(tmp_path: Path) -> None:

@@ -87,6 +87,18 @@ def test_the_closed_form_is_the_loop_over_all_comparisons(groups: tuple[int, int
     same(*(torch.autograd.grad(value, rows.student)[0] for value in (got, want)))
 
 
+@pytest.mark.parametrize("groups", [(2, 1), (1, 3), (2, 3)])
+def test_weighted_groups_are_the_documented_mean_over_pairs(groups: tuple[int, int]) -> None:
+    rows = random_rows(7, 5, weighted=True)
+    assert rows.weight is not None
+    r, w = rows.student - rows.teacher, rows.weight
+    by = (w[:, None] * w).fill_diagonal_(0.0)
+    pairs = (by * (r[:, None] - r).square().mean(-1)).sum() / by.sum()
+    got = total(CKD(hard=0.0, groups=groups)(rows, 1.0), rows)
+    same(got, (1 / groups[0] + 1 / groups[1]) / 2 * pairs)
+    assert not torch.isclose(got, naive(rows, rows.teacher, groups), rtol=1e-3), "not each weighted by a product"
+
+
 def test_labels_take_part_where_they_are() -> None:
     rows = random_rows(7, 5)
     target = torch.tensor([0, 1, IGNORE_INDEX, 3, 4, IGNORE_INDEX, 1])

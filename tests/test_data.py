@@ -370,6 +370,23 @@ def test_image_folders_that_cannot_be_read_say_why(tmp_path: Path) -> None:
         image_folder(tmp_path / "other", size=4)
 
 
+def test_copies_that_programs_keep_in_image_folders_are_skipped(tmp_path: Path) -> None:
+    write_images(tmp_path, {"cat": 4, "dog": 4})
+    for copied in ("cat/.ipynb_checkpoints", "dog/__MACOSX", "dog/deep/.thumbnails", "__MACOSX", ".cache"):
+        write_images(tmp_path, {copied: 1})
+    (tmp_path / "cat" / "._0.png").write_bytes(b"an AppleDouble header")
+    splits = image_folder(tmp_path, size=4, test=2)
+    assert splits.train.class_names == ("cat", "dog") and splits.train.size + splits.test.size == 8
+
+
+def test_images_of_too_many_pixels_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    write_images(tmp_path, {"cat": 2, "dog": 2})
+    monkeypatch.setattr(pillow, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(ValueError, match=r"\.png has too many pixels: .*MAX_IMAGE_PIXELS"):
+        image_folder(tmp_path, size=4, test=2)
+
+
 class Image:
     """A stand-in for datasets.Image; the loader goes by the feature's type name."""
 

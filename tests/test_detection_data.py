@@ -157,6 +157,7 @@ def test_gray_images_of_16_bits_and_of_no_range(tmp_path: Path) -> None:
         ({"annotations": [box(99, 0, 0, 5, 5, category_id=3)]}, "is of image 99 and category 3, and one of them"),
         ({"annotations": [box(10, 0, 0, 5, 5, category_id=1)]}, "is of image 10 and category 1, and one of them"),
         ({"images": []}, "lists no images"),
+        ({"categories": [*CATEGORIES, {"id": 7, "name": "c"}]}, "has 2 categories of id 7: b, c. Give each its own id"),
         ({"categories": []}, "has no categories"),
         (
             {"images": [{"id": 1, "file_name": "wide.png", "width": 41, "height": 20}], "annotations": []},
@@ -171,6 +172,31 @@ def test_gray_images_of_16_bits_and_of_no_range(tmp_path: Path) -> None:
 def test_files_that_do_not_fit(change: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=said):
         coco(folder(tmp_path, [], **change), size=32)
+
+
+def test_files_of_other_programs_are_read(tmp_path: Path) -> None:
+    """Roboflow's root category, a byte order mark, and paths as Windows writes them."""
+    root = {"id": 0, "name": "things", "supercategory": "none"}
+    own = [{**c, "supercategory": "things"} for c in CATEGORIES]
+    boxes = [box(11, 5, 5, 10, 10)]
+    made = folder(tmp_path, boxes, categories=[root, *own])
+    for path in made.glob("annotations_*.json"):
+        content = json.loads(path.read_text())
+        for entry in content["images"]:
+            entry["file_name"] = f".\\{entry['file_name']}"
+        path.write_text(json.dumps(content), encoding="utf-8-sig")
+    train = coco(made, size=64).train
+    assert train.class_names == ("a", "b") and [y.tolist() for y in train.labels] == [[], [0], []]
+    used = [*boxes, box(10, 5, 5, 10, 10, category_id=0)]
+    for name, more in (("used", {"categories": [root, *own]}), ("apart", {"categories": [root, *CATEGORIES]})):
+        train = coco(folder(tmp_path / name, used if name == "used" else boxes, **more), size=64).train
+        assert train.class_names == ("things", "a", "b"), name
+
+
+def test_an_image_of_too_many_pixels_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    with pytest.raises(ValueError, match=r"\.png has too many pixels: "):
+        coco(folder(tmp_path, []), size=32)
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

@@ -327,6 +327,23 @@ def test_the_sum_over_blocks_is_the_convolution_s() -> None:
     torch.testing.assert_close(conv(x), want)
 
 
+@pytest.mark.parametrize("net", [nn.Conv1d(8, 8, 3), nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))], ids=repr)
+@pytest.mark.parametrize("which", ["copy", "original"])
+def test_merging_a_deep_copy_leaves_the_other_as_it_is(net: nn.Module, which: str) -> None:
+    original = attend(copy.deepcopy(net), blocks=2, skip=())
+    with torch.no_grad():
+        for module in original.modules():
+            if hasattr(module, "attends"):
+                module.alpha.normal_()
+    twin, x = copy.deepcopy(original), torch.randn(2, 8, 6) if isinstance(net, nn.Conv1d) else torch.randn(2, 8, 6, 6)
+    want = original(x)
+    merged, other = (twin, original) if which == "copy" else (original, twin)
+    merge_attention(merged)
+    assert not entropies(merged) and entropies(other)
+    for model in (merged, other, copy.deepcopy(other), merge_attention(other)):
+        torch.testing.assert_close(model(x), want)
+
+
 def test_what_attends_and_what_does_not() -> None:
     net = build("MobileNetV2", classes=4)
     names = entropies(attend(net))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -121,6 +122,29 @@ def test_load_names_what_differs(tmp_path) -> None:
         load(build("resnet8", classes=100), tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"stage1\.1\..* is missing"):
         load(build("resnet14", classes=10), tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("name", ["resnet8", "digits_small"])
+def test_load_refuses_integers_for_floats_and_nan(name: str, tmp_path) -> None:
+    net = build(name, classes=10)
+    state, before = net.state_dict(), copy.deepcopy(net.state_dict())
+    float_name = next(n for n, v in state.items() if v.is_floating_point())
+    spoiled = {
+        "int32": ({float_name: state[float_name].int()}, "is torch.int32 and should be torch.float32"),
+        "nan": ({float_name: torch.full_like(state[float_name], float("nan"))}, "has values that are NaN"),
+    }
+    if counter := next((n for n, v in state.items() if not v.is_floating_point()), None):
+        spoiled["float"] = ({counter: state[counter].float()}, "is torch.float32 and should be torch.int64")
+    spoiled["half"] = ({n: v.half() for n, v in state.items() if v.is_floating_point()}, None)
+    for key, (more, said) in spoiled.items():
+        path = tmp_path / f"{key}.safetensors"
+        save_file(state | more, path)
+        if said is None:
+            load(net, path)
+            continue
+        with pytest.raises(ValueError, match=said):
+            load(net, path)
+        assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items()), "nothing is loaded"
 
 
 def test_load_reads_no_pickle_and_no_half_file(tmp_path) -> None:

@@ -9,17 +9,20 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
+from tempering.cli import main as cli
 from tempering.reports import figures, page
 from tempering.reports.charts import Series, lines, tag
 from tempering.reports.compare import compare, display_name
 from tempering.reports.page import render, write_page
 from tempering.reports.records import RunRecord, find_runs, load_run
 from tempering.reports.table import cells
+from tempering.utils.text import printable
 from tests.cases import each
 from tests.records_made import ARMS, make_run, make_set
 
@@ -233,6 +236,23 @@ def test_words_and_numbers_of_others_are_escaped(tmp_path: Path) -> None:
     assert bad in Page(html).texts["runs"]
 
 
+@pytest.mark.parametrize("sign", ["\x1b[2J", "\x9b2J", "\r", "\u202e"])
+def test_control_characters_of_records_do_not_reach_the_terminal(
+    sign: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for label in ("student alone", f"KD{sign}done"):
+        folder = make_run(tmp_path / str(len(label)), label, 0, arm="KD")
+        (folder / "facts.json").write_text(
+            (folder / "facts.json").read_text().replace('"digits"', json.dumps(f"d{sign}"))
+        )
+    assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "r.html")]) == 0
+    assert cli.main(["report", str(tmp_path / f"none{sign}")]) == 1
+    said = capsys.readouterr()
+    for text in (said.out, said.err, (tmp_path / "r.html").read_text(encoding="utf-8")):
+        assert sign not in text and ascii(sign)[1:-1] in text.replace("\n", "")
+    assert printable(f"a\n\tb{sign}") == f"a\n\tb{ascii(sign)[1:-1]}"
+
+
 def test_an_arm_that_differs_in_everything_keeps_a_color_and_a_switch(tmp_path: Path) -> None:
     many = [one(tmp_path / str(i), f"arm {i}") for i in range(20)]
     html = render(many)
@@ -292,13 +312,32 @@ def test_charts_need_no_plotting_library(runs: list[RunRecord], html: str, monke
     assert render(runs) == html
 
 
-def test_a_page_too_large_is_not_written(
-    runs: list[RunRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(page, "LIMIT", 1000)
-    with pytest.raises(ValueError, match="15 runs are too many for one page"):
-        write_page(runs, tmp_path / "report.html")
-    assert not list(tmp_path.iterdir())
+def test_a_page_of_many_runs_is_a_summary_with_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = list(ARMS)
+    labels = [*names, *(f"{names[i % 5]} v{i}" for i in range(5, 20))]
+    folders = [
+        make_run(tmp_path / "runs" / f"{i} #{seed}", label, seed, arm=names[i % 5], order=i, epochs=4)
+        for i, label in enumerate(labels)
+        for seed in range(2)
+    ]
+    runs = [load_run(folder) for folder in folders]
+    out = tmp_path / "pages" / "report.html"
+    sizes = [len(render(runs, extent=extent, folder=out.parent).encode()) for extent in page.EXTENTS]
+    for limit, links, charted in ((sizes[0], 0, 20), (sizes[0] - 1, 40, 20), (sizes[1] - 1, 40, 12), (1000, 1, 12)):
+        monkeypatch.setattr(page, "LIMIT", limit)
+        read = Page(text := write_page(runs, out).read_text(encoding="utf-8"))
+        addresses = [str(a["href"]) for name, a in read.elements if name == "a" and "/runs" in str(a["href"])]
+        assert len(addresses) == links and all((out.parent / unquote(to)).is_dir() for to in addresses), addresses
+        assert ("This page is a summary" in text) == bool(links) and len(read.rows["table"]) == 21
+        assert text.count('type="checkbox"') == charted
+        assert len(text.encode()) <= limit or limit == 1000
+    few = Page(render(runs, extent=page.Extent(charts=2, rows=3, runs="folders")))
+    assert [row[0] for row in few.rows["table"][1:3]] == ["student alone", "KD, equal weights"], "the controls stay"
+
+
+def test_no_chart_is_enlarged_much(html: str) -> None:
+    sizes = re.findall(r'viewBox="0 0 (\S+) \S+" style="max-width: (\S+)px"', html)
+    assert len(sizes) == html.count("<svg") and all(float(most) <= 1.25 * float(width) for width, most in sizes)
 
 
 # curves

@@ -401,6 +401,11 @@ def test_pairs_and_their_files(tmp_path: Path) -> None:
     other.write_text('{"text": "a"}\n')
     with pytest.raises(ValueError, match=r"line 1 has the fields \['text'\]"):
         read_pairs(other)
+    other.write_text('{"source": "a", "target": "b"}\n', encoding="utf-8-sig")
+    assert read_pairs(other) == [("a", "b")]
+    other.write_text('{"source": "a", "target": "b"}\n[1]\n')
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 2, must be an object; got list"):
+        read_pairs(other)
     assert Pairs(pairs(), batch_size=2).identity != Pairs(pairs()[::-1], batch_size=2).identity
 
 

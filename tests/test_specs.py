@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import itertools
+import random
+
 import pytest
 import torch
 
@@ -72,13 +77,17 @@ def test_a_method_from_text_trains() -> None:
     ("text", "said"),
     [
         ("kdd", "no method is called 'kdd'. Did you mean 'kd'?"),
+        ("dkt", "no method is called 'dkt'. Did you mean 'dtkd'?"),
+        ("dtdk", "no method is called 'dtdk'. Did you mean 'dtkd'?"),
+        ("ptk", "no method is called 'ptk'. Did you mean 'pkt'?"),
+        ("qqq", "no method is called 'qqq'. There are: "),
         ("kd(sfot=4)", "KD has no argument 'sfot'. Did you mean 'soft'? It takes: soft, hard, temperature, warmup."),
         ("kd(4)", "KD takes 0 unnamed arguments; got 1 in 'kd(4)'. Name them, as in soft=..."),
         ("sharpness(4)", "no method is called 'sharpness'."),
         ("kd(temperature=sharpnes)", "no temperature policy is called 'sharpnes'. Did you mean 'sharpness'?"),
         ("kd(temperature=dkd)", "no temperature policy is called 'dkd'."),
         ("dtkd(temperature=4)", "DTKD needs a temperature policy; got 4."),
-        ("kd(soft=abc)", "KD needs soft >= 0 and finite; got 'abc'."),
+        ("kd(soft=abc)", "KD needs soft to be a finite number; got 'abc'."),
         ("kd(soft=1/0)", "1 / 0 in 'kd(soft=1/0)' divides by zero."),
         ("kd(soft='a'+1)", "'a' in \"kd(soft='a'+1)\" is not a number."),
         ("kd(soft=9**9)", "9 ** 9 in 'kd(soft=9**9)' is neither a number, a word, a list of them"),
@@ -91,12 +100,56 @@ def test_a_method_from_text_trains() -> None:
         ("lambda: 1", "is neither a name nor a call of one."),
         ("(" * 300 + ")" * 300, "cannot be parsed"),
         ("sum", "Sum needs at least one method"),
+        ("kd(soft=4, soft=5)", "gives KD the argument 'soft' twice"),
+        ("dtkd(temperature=sharpness(4, solve=max, solve=std))", "gives Sharpness the argument 'solve' twice"),
+        ("kd(soft=" + "+".join("1" * 600) + ")", "is nested more than 100 levels deep"),
+        ("sum(" * 101 + "kd" + ")" * 101, "is nested more than 100 levels deep"),
+        (f"kd(soft=1{'0' * 400}/3)", "is too large for a number"),
+        (f"kd(soft=1{'0' * 400})", "is too large for a number"),
+        ("kd(soft=1e999)", "1e309 is too large for a number"),
+        ("kd(soft=1e300*1e300)", "1e+300 * 1e+300 is too large for a number"),
+        ("crd(samples=99999999999)", "CRD(samples=99999999999, size=128) needs 102,400.0 GB of memory"),
+        ("crd(samples=64, size=99999999999)", "needs 51,200.0 GB of memory"),
+        ("interactive(every=1.5)", "Interactive needs every to be an integer; got 1.5."),
+        ("interactive(every=true)", "Interactive needs every to be an integer; got True."),
+        ("kd(temperature=instance(seed=1.5))", "Instance needs seed to be an integer; got 1.5."),
+        ("dtkd(temperature=sharpness(attached=maybe))", "Sharpness needs attached to be true or false; got 'maybe'."),
+        ("kd(hard=true)", "KD needs hard to be a finite number; got True."),
+        ("fitnet(names=layer3)", "FitNet needs names to be a list, each text; got 'layer3'."),
+        (
+            "mlkd(temperatures=[2, deep])",
+            "MLKD needs temperatures to be a list, each a finite number; got [2, 'deep'].",
+        ),
+        ("ckd(pairs=1.5)", "CKD needs pairs to be an integer or None; got 1.5."),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_the_way_out(text: str, said: str) -> None:
     with pytest.raises(ValueError) as caught:
         method_from(text)
     assert said in str(caught.value)
+
+
+VALUES = ("1.5", "'a'", "[1, 2]", "none", "true", "-1", "9e999", "99999999999", "kd", "[]")
+
+
+def test_any_value_of_any_argument_is_used_or_refused() -> None:
+    """No method or policy raises another error than ValueError, whatever it is given."""
+    for parts, build in ((METHODS, method_from), (POLICIES, policy_from)):
+        for name, part in parts.items():
+            for argument, value in itertools.product(list(inspect.signature(part.__init__).parameters)[1:], VALUES):
+                with contextlib.suppress(ValueError):
+                    build(f"{name}({argument}={value})")
+
+
+def test_damaged_text_is_read_or_refused() -> None:
+    rng, alphabet = random.Random(0), "()[],=+-*/.'\"0123456789eE_abcKDk \n\0\u00e9\u202e"
+    for _ in range(600):
+        text = list(rng.choice([arm.spec for arm in ARMS.values()]))
+        for _ in range(rng.randint(1, 4)):
+            place = rng.randrange(len(text) + 1)
+            text[place : place + rng.randint(0, 3)] = rng.choices(alphabet, k=rng.randint(0, 3))
+        with contextlib.suppress(ValueError):
+            method_from("".join(text))
 
 
 def test_a_method_without_a_temperature_refuses_another() -> None:

@@ -510,7 +510,7 @@ def test_a_teacher_that_learns_is_asked_anew_at_every_evaluation() -> None:
     ("options", "said"),
     [
         ({"teacher_lr": 0.0}, "teacher_lr > 0 and finite; got 0.0"),
-        ({"virtual_lr": float("nan")}, "virtual_lr > 0 and finite; got nan"),
+        ({"virtual_lr": float("nan")}, "virtual_lr to be a finite number; got nan"),
         ({"exam_fraction": 1.0}, r"exam_fraction in \(0, 1\), the share of a batch; got 1.0"),
         ({"every": 0}, "every >= 1, steps from exam to exam; got 0"),
         ({"derivative": "second"}, "derivative 'exact' or 'difference'; got 'second'"),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,51 @@ def test_a_line_that_a_kill_cut_short_is_taken_off(fake: Path, tmp_path: Path) -
     assert search(fake, out, "--method=kd", "--trials=3") == 0
     assert journal.read_bytes().startswith(whole)
     assert len(tune_study.finished(tune_study.study_of(out, 0))) == 3
+
+
+def test_a_search_that_failed_before_any_score_is_replaced(
+    fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, wrong in enumerate((("--crash",), ("--by=test/accuracy",))):
+        out = tmp_path / f"s{number}"
+        assert search(fake, out, "--method=kd", "--trials=2", flags=wrong) == 1
+        (out / "trials" / "teachers").mkdir()
+        if number:  # evaluated on the test split alone
+            for lines in (out / "trials").glob("*/epochs.jsonl"):
+                lines.write_text('{"epoch": 1, "test": {"accuracy": 0.5}}\n')
+        assert search(fake, out, "--method=kd", "--trials=2") == 0, capsys.readouterr().err
+        assert [t.state.name for t in tune_study.study_of(out, 0).trials] == ["COMPLETE", "COMPLETE"]
+        assert (out / "trials" / "teachers").is_dir(), "a trained teacher is kept"
+        assert search(fake, out, "--method=kd", "--trials=2", flags=("--lr=0.2",)) == 1
+        assert "contains another search: its flags was {}" in capsys.readouterr().err
+
+
+def cut_whole_lines(journal: Path) -> None:
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[: len(lines) // 2]))
+
+
+def change_a_score(journal: Path) -> None:
+    text = journal.read_text()
+    journal.write_text(text.replace('"values":[0.', '"values":[1.', 1))
+    assert journal.read_text() != text
+
+
+@pytest.mark.parametrize("damage", [cut_whole_lines, change_a_score, Path.unlink])
+def test_a_damaged_journal_is_named_and_restored_from_the_trials(
+    damage: Callable[[Path], None], fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "s"
+    assert search(fake, out, "--method=kd", "--trials=3") == 0
+    before, ran = tune_study.finished(tune_study.study_of(out, 0)), begun(out)
+    damage(out / tune_study.JOURNAL)
+    assert search(fake, out, "--method=kd", "--trials=3") == 1
+    assert f"the journal of the search in {out} is damaged" in capsys.readouterr().err
+    (out / tune_study.JOURNAL).unlink(missing_ok=True)
+    (out / tune_study.SEAL).unlink()
+    assert search(fake, out, "--method=kd", "--trials=3") == 0
+    after = tune_study.finished(tune_study.study_of(out, 0))
+    assert [(t.params, t.value) for t in after] == [(t.params, t.value) for t in before] and begun(out) == ran
 
 
 # real trials

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tempering.data.batches import labeled_batch
 from tempering.rows import class_indices, upcast_to_float32
+from tempering.utils.search_space import check_types
 from tempering.utils.state import restored
 
 Answer = Callable[[Tensor], Tensor]  # inputs (N, ...) to logits (N, C), in float32 at least
@@ -67,6 +68,12 @@ class Audit(ABC):
     """
 
     samples: int | None = None
+
+    if not TYPE_CHECKING:  # the signature is that of __init__
+
+        def __new__(cls, *args: object, **kwargs: object) -> Self:
+            check_types(cls, args, kwargs)
+            return super().__new__(cls)
 
     def __call__(self, student: nn.Module, teacher: Any, batches: Iterable[Any]) -> list[Finding]:
         """Return the findings. ``teacher`` is a module, a Teacher with a live model, or None.

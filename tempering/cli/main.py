@@ -17,6 +17,7 @@ import tyro
 from tyro.conf import Positional, Suppress, arg
 
 from tempering._version import __version__
+from tempering.utils.text import printable
 
 if TYPE_CHECKING:
     from tempering.training.config import Run
@@ -335,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if traceback or not is_user_error(error):
             raise
-        print(f"error: {error}\n(--traceback shows where)", file=sys.stderr)
+        print(f"error: {printable(error)}\n(--traceback shows where)", file=sys.stderr)
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -400,7 +401,7 @@ def _print_result(run: Run) -> None:
 
     facts, records = run.facts, "" if run.folder is None else f"; records: {run.folder}"
     said = best_and_last(facts["result"], facts.get("best_by"))
-    print(f"{facts['label']}, seed {facts['seed']}: {said}; {facts['result']['seconds']:.0f} s{records}")
+    print(f"{printable(facts['label'])}, seed {facts['seed']}: {said}; {facts['result']['seconds']:.0f} s{records}")
 
 
 def _print(*parts: Any, markup: bool = True) -> None:
@@ -408,7 +409,8 @@ def _print(*parts: Any, markup: bool = True) -> None:
 
     console = Console()
     for part in parts:
-        console.print(part, markup=markup, highlight=False, soft_wrap=isinstance(part, str))
+        text = printable(part) if isinstance(part, str) else part
+        console.print(text, markup=markup, highlight=False, soft_wrap=isinstance(part, str))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from tempering.data.batches import Splits, train_val_split
 from tempering.data.detection import Augment, DetectionLoader
-from tempering.data.folders import rgb
+from tempering.data.folders import named_if_unreadable, rgb
 
 NAMES = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
 YEARS = ("", "2017", "2014")
@@ -50,7 +51,8 @@ def coco(
 
     Also supported: annotations/instances_SPLIT2017.json with SPLIT2017/ or images/SPLIT2017/, and
     SPLIT/_annotations.coco.json. SPLIT is train, val (valid, validation) or test; if there are only train and one other
-    split, the other one is the test split. Classes are the categories, ordered by id. Crowds, boxes of zero size and
+    split, the other one is the test split. Classes are the categories, ordered by id, without a root category as
+    Roboflow writes it: the supercategory of all others, without annotations. Crowds, boxes of zero size and
     boxes outside their image are not trained on and counted in ``dropped``; boxes are clipped to their image. Scores
     are those of pycocotools on the file: with its boxes as they are, and detections in a crowd not counted. Grayscale,
     16-bit and palette images are converted to 8-bit RGB.
@@ -102,7 +104,7 @@ def _find(folder: Path, names: Sequence[str]) -> _Split | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error}). Copy it again.") from error
     missing = [k for k in ("images", "annotations", "categories") if not isinstance(content, dict) or k not in content]
@@ -112,9 +114,21 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _classes(files: Mapping[str, _Split]) -> dict[int, str]:
-    """Return id -> name of the categories, ordered by id; they must be equal in all files."""
+    """Return id -> name of the categories, ordered by id; they must be equal in all files.
+
+    Roboflow's root category, to which no annotation belongs, is left out.
+    """
+    for file in files.values():
+        repeated = [i for i, count in Counter(int(c["id"]) for c in file.content["categories"]).items() if count > 1]
+        if repeated:
+            same = [str(c["name"]) for c in file.content["categories"] if int(c["id"]) == repeated[0]]
+            raise ValueError(
+                f"{file.path} has {len(same)} categories of id {repeated[0]}: {', '.join(same)}. Give each its own id, "
+                "and number the annotations as it does."
+            )
+    root = _root(list(files.values()))
     categories = {
-        split: dict(sorted((int(c["id"]), str(c["name"])) for c in file.content["categories"]))
+        split: dict(sorted((int(c["id"]), str(c["name"])) for c in file.content["categories"] if int(c["id"]) != root))
         for split, file in files.items()
     }
     for split, names in categories.items():
@@ -127,6 +141,18 @@ def _classes(files: Mapping[str, _Split]) -> dict[int, str]:
     if not categories["train"]:
         raise ValueError(f"{files['train'].path} has no categories.")
     return categories["train"]
+
+
+def _root(files: Sequence[_Split]) -> int | None:
+    """Return the id of a category that is only the supercategory of all others and has no annotation in any file."""
+    listed = files[0].content["categories"]
+    parents = {str(c["id"]): str(c.get("supercategory")) for c in listed}
+    for category in listed:
+        others = {parent for i, parent in parents.items() if i != str(category["id"])}
+        used = any(a.get("category_id") == category["id"] for file in files for a in file.content["annotations"])
+        if others == {str(category["name"])} and not used and parents[str(category["id"])] in ("none", "None", ""):
+            return int(category["id"])
+    return None
 
 
 def _to_text(names: Mapping[int, str]) -> str:
@@ -225,21 +251,19 @@ def _open(entry: Mapping[str, Any], file: _Split, size: int, fit: Fit) -> tuple[
         from PIL import Image, ImageOps
     except ImportError as error:
         raise ImportError("images are read by Pillow: pip install 'tempering[detection]'") from error
-    path = next((p for folder in file.folders if (p := folder / str(entry["file_name"])).is_file()), None)
+    names = dict.fromkeys((str(entry["file_name"]), str(entry["file_name"]).replace("\\", "/")))  # written on Windows
+    path = next((p for name in names for folder in file.folders if (p := folder / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(
             f"{file.path} lists the image {entry['file_name']}, which is not in "
             f"{', '.join(map(str, file.folders[:3]))}."
         )
-    try:
-        with Image.open(path) as opened:
-            image = rgb(opened)
-            stated = (entry.get("width"), entry.get("height"))
-            if image.size != stated:
-                # annotations refer to the stored pixels, or to those rotated by EXIF; the stated size shows which
-                image = rgb(ImageOps.exif_transpose(opened))
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three for broken files
-        raise ValueError(f"{path} cannot be read as an image ({error}). Remove it, or copy it again.") from error
+    with named_if_unreadable(path), Image.open(path) as opened:
+        image = rgb(opened)
+        stated = (entry.get("width"), entry.get("height"))
+        if image.size != stated:
+            # annotations refer to the stored pixels, or to those rotated by EXIF; the stated size shows which
+            image = rgb(ImageOps.exif_transpose(opened))
     if image.size != stated:
         raise ValueError(
             f"{path} is {image.size} pixels and {file.path} says {stated}, so its boxes do not fit the image."

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def image_folder(
     """Load images (3, size, size) from FOLDER/CLASS/*.jpg or FOLDER/{train,val,test}/CLASS/*.jpg, classes by name.
 
     All images are decoded once and kept in memory: 3 * size * size bytes per image. An image is resized so that its
-    shorter side is ``size``, and center cropped.
+    shorter side is ``size``, and center cropped. Files and folders whose names begin with a dot, and __MACOSX, are
+    skipped.
 
     Args:
         folder: as above. If it has only train and one other split, as ImageNet has, the other one is the test split.
@@ -130,7 +132,12 @@ def _first(folder: Path, names: Sequence[str]) -> Path | None:
 def _subfolders(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether programs keep own copies under that name, as in .ipynb_checkpoints, __MACOSX or ._1.jpg."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _read(folder: Path, names: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
@@ -138,7 +145,9 @@ def _read(folder: Path, names: Sequence[str], size: int) -> tuple[Tensor, Tensor
         (path, label)
         for label, name in enumerate(names)
         for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in SUFFIXES and path.is_file()
+        if path.suffix.lower() in SUFFIXES
+        and not any(map(is_hidden, path.relative_to(folder / name).parts))
+        and path.is_file()
     ]
     if not files:
         raise FileNotFoundError(f"{folder} holds classes but no images. Expected {', '.join(SUFFIXES)}.")
@@ -157,8 +166,25 @@ def _open(path: Path, size: int) -> np.ndarray:
         from PIL import Image
     except ImportError as error:
         raise ImportError('image folders are read with Pillow: pip install "tempering[data]"') from error
+    with named_if_unreadable(path), Image.open(path) as image:
+        return pixels(image, size)
+
+
+@contextmanager
+def named_if_unreadable(path: Path) -> Iterator[None]:
+    """Turn what Pillow raises for a broken file, or for one of a size that exhausts memory, into one error.
+
+    Raises:
+        ValueError: naming the file.
+    """
     try:
-        with Image.open(path) as image:
-            return pixels(image, size)
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three for broken files
+        yield
+    except (OSError, ValueError, SyntaxError, MemoryError) as error:
         raise ValueError(f"{path} cannot be read as an image ({error}). Remove it, or copy it again.") from error
+    except Exception as error:
+        if type(error).__name__ != "DecompressionBombError":
+            raise
+        raise ValueError(
+            f"{path} has too many pixels: {error} Remove it, or store it smaller; for a file that you trust, set "
+            "PIL.Image.MAX_IMAGE_PIXELS."
+        ) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from tempering.data.text import append_eos
 from tempering.data.tokens import Tokens
 from tempering.rows import IGNORE_INDEX
+from tempering.utils.files import parse_line
 
 FIELDS = (("dialogue", "summary"), ("dialogue", "summary1"), ("question", "answer"), ("source", "target"))
 
@@ -146,11 +146,11 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
         ValueError: for a line without such fields.
     """
     path = Path(path)
-    lines = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8")
+    lines = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig")
     pairs = []
     with lines as file:
         for number, line in enumerate(file, 1):
-            fields = json.loads(line)
+            fields = parse_line(path, number, line.encode())
             names = next((names for names in FIELDS if all(isinstance(fields.get(n), str) for n in names)), None)
             if names is None:
                 known = ", ".join(f"{a} and {b}" for a, b in FIELDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import keyword as words
+import math
 import operator
 import re
 from collections import ChainMap
@@ -22,6 +23,7 @@ CONSTANTS = {"true": True, "false": False, "none": None}
 # Python keywords are allowed as bare words: curriculum(form=global)
 KEPT = re.compile(rf"=\s*({'|'.join(w for w in words.kwlist if w.lower() not in CONSTANTS)})\b")
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+DEEPEST = 100  # levels of nesting; a sum of n terms has n
 # arguments whose value must be a policy, so that a typo raises an error
 SLOTS = {"temperature": POLICIES, "policy": POLICIES}
 
@@ -63,9 +65,19 @@ def policy_from(text: str) -> Policy:
 
 def _parsed(text: str) -> ast.expr:
     try:
-        return ast.parse(KEPT.sub(r"='\1'", text.strip()), mode="eval").body
+        node = ast.parse(KEPT.sub(r"='\1'", text.strip()), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{text!r} cannot be parsed ({error}). Write it as in {EXAMPLE!r}.") from error
+        raise ValueError(f"{_excerpt(text)!r} cannot be parsed ({error}). Write it as in {EXAMPLE!r}.") from error
+    level: list[ast.AST] = [node]
+    for _ in range(DEEPEST):
+        level = [child for parent in level for child in ast.iter_child_nodes(parent)]
+    if level:
+        raise ValueError(f"{_excerpt(text)!r} is nested more than {DEEPEST} levels deep. Write it as in {EXAMPLE!r}.")
+    return node
+
+
+def _excerpt(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-100:]}"
 
 
 def _build(node: ast.expr, parts: Mapping[str, type[Any]], category: str, text: str) -> Any:
@@ -90,6 +102,8 @@ def _build(node: ast.expr, parts: Mapping[str, type[Any]], category: str, text: 
                 f"{kind.__name__} has no argument {name or '**'!r}.{suggest(name or '', parameters)} It takes: "
                 f"{_listed(parameters)}."
             )
+        if name in kwargs:
+            raise ValueError(f"{text!r} gives {kind.__name__} the argument {name!r} twice. Keep one of them.")
         kwargs[name] = _value(keyword.value, parameters[name], text)
     try:
         return kind(*args, **kwargs)
@@ -101,7 +115,9 @@ def _build(node: ast.expr, parts: Mapping[str, type[Any]], category: str, text: 
 
 def _value(node: ast.expr, parameter: inspect.Parameter | None, text: str) -> Any:
     """Return the value of an argument: a number, a string, a list of them, or a method or policy."""
-    if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, (bool, int, float, str))):
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+        return _finite(node.value, node)
+    if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, str)):
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
         value = _number(node.operand, parameter, text)
@@ -109,7 +125,7 @@ def _value(node: ast.expr, parameter: inspect.Parameter | None, text: str) -> An
     if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
         left, right = (_number(side, parameter, text) for side in (node.left, node.right))
         try:
-            return ARITHMETIC[type(node.op)](left, right)
+            return _finite(ARITHMETIC[type(node.op)](left, right), node)
         except ZeroDivisionError:
             raise ValueError(f"{ast.unparse(node)} in {text!r} divides by zero.") from None
     if isinstance(node, (ast.Tuple, ast.List)):
@@ -150,6 +166,16 @@ def _number(node: ast.expr, parameter: inspect.Parameter | None, text: str) -> f
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{ast.unparse(node)} in {text!r} is not a number. Write it as in {EXAMPLE!r}.")
     return value
+
+
+def _finite(value: float, node: ast.expr) -> float:
+    """Return a number unchanged; raise ValueError for one that no float can hold, such as 1e999."""
+    try:
+        if math.isfinite(value):
+            return value
+    except OverflowError:  # an integer of hundreds of digits
+        pass
+    raise ValueError(f"{_excerpt(ast.unparse(node))} is too large for a number.")
 
 
 def _name(node: ast.expr, text: str) -> str:

@@ -18,6 +18,7 @@ from tempering.rows import Rows, expand_to_rows, total
 from tempering.temperature.base import AdaptivePolicy, Policy, hyperparameters
 from tempering.temperature.base import check_run_fraction as check_run_fraction
 from tempering.utils.registry import check_arguments
+from tempering.utils.search_space import check_types
 
 _STEP: ContextVar[tuple[int, int] | None] = ContextVar("step", default=None)
 
@@ -62,6 +63,7 @@ class Method(nn.Module, ABC):
 
         def __new__(cls, *args: object, **kwargs: object) -> Self:
             check_arguments(cls, args, kwargs)
+            check_types(cls, args, kwargs)
             return super().__new__(cls)
 
     @abstractmethod

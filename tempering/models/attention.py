@@ -110,6 +110,9 @@ def attend(
 def merge_attention(net: nn.Module) -> nn.Module:
     """Merge the attention into the weights of ``net``, in place, and return it; its outputs do not change."""
     for layer in [m for m in net.modules() if _attention_of(m)]:
+        # a deep copy shares the class that torch made for the layer, and the removal deletes the weight from that class
+        kind = type(layer)
+        layer.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))  # pyright: ignore[reportAttributeAccessIssue]
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     return net
 

@@ -76,6 +76,8 @@ def network_facts(name: str) -> dict[str, str]:
 def load(net: nn.Module, path: str | Path) -> nn.Module:
     """Load all weights of ``net`` from a safetensors file, in place, and return it; names and shapes must match.
 
+    Floats of another precision are converted; integers for floats are refused, as are weights that are NaN.
+
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: for a corrupt file, or weights of another network, naming the first differences.
@@ -94,5 +96,12 @@ def load(net: nn.Module, path: str | Path) -> nn.Module:
             *(f"{n} is {tuple(weights[n].shape)} and should be {tuple(state[n].shape)}" for n in other[:2]),
         ]
         raise ValueError(f"{path} does not hold the weights of this {type(net).__name__}: {'; '.join(differences)}.")
+    for name, value in weights.items():
+        if value.is_floating_point() != state[name].is_floating_point():
+            raise ValueError(
+                f"{path}: {name} is {value.dtype} and should be {state[name].dtype}. Convert the file if this is meant."
+            )
+        if value.is_floating_point() and value.float().isnan().any():
+            raise ValueError(f"{path}: {name} has values that are NaN, so its training diverged. Use another file.")
     net.load_state_dict(weights)
     return net

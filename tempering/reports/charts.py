@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 Value = float | None
+MOST_ENLARGED = 1.25  # a chart alone in a wide row would have letters larger than the page's
 FEW = 10  # examples in a bin; with fewer its accuracy is noise
 
 
@@ -275,8 +276,16 @@ def figure(value: float) -> str:
 def svg(key: str, title: str, description: str, parts: Iterable[Svg], width: float, height: float) -> Svg:
     """Return a drawing with title and description; ``key`` must be unique on the page."""
     named = [tag("title", title, id=f"{key}-t"), tag("desc", description, id=f"{key}-d")]
-    box = f"0 0 {_short(width)} {_short(height)}"
-    return tag("svg", *named, *parts, viewBox=box, role="img", aria_labelledby=f"{key}-t", aria_describedby=f"{key}-d")
+    labels = {"aria_labelledby": f"{key}-t", "aria_describedby": f"{key}-d"}
+    return tag("svg", *named, *parts, **sized(width, height), role="img", **labels)
+
+
+def sized(width: float, height: float) -> dict[str, str]:
+    """Return the attributes of a drawing of that size in CSS pixels, which a container may enlarge a bit only."""
+    return {
+        "viewBox": f"0 0 {_short(width)} {_short(height)}",
+        "style": f"max-width: {MOST_ENLARGED * width:g}px",
+    }
 
 
 def _draw_series(s: Series, frame: Frame, x_label: str) -> Svg:

@@ -9,6 +9,7 @@ from tempering.reports.intervals import Difference, deviation, difference, mean
 from tempering.reports.paper_results import published
 from tempering.reports.records import RunRecord, number
 from tempering.utils.registry import lookup
+from tempering.utils.text import printable
 
 CONTROL = "student alone"
 MATCHED = "KD, weight-matched"
@@ -162,7 +163,7 @@ class Comparison:
 
 def display_name(label: str) -> str:
     """Return the label of an arm as shown to readers."""
-    return DISPLAY_NAMES.get(label, label)
+    return DISPLAY_NAMES.get(label, printable(label))
 
 
 def compare(runs: Sequence[RunRecord], control: str | None = None, *, metric: str | None = None) -> Comparison:

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
+from urllib.parse import quote
 
 from tempering.reports import audit_section as audited
 from tempering.reports import figures, figures_analysis, figures_boxes, figures_temperature, table
 from tempering.reports import text as words
-from tempering.reports.compare import Comparison, compare, display_name
+from tempering.reports.compare import Arm, Comparison, compare, display_name
 from tempering.reports.records import RunRecord, number
 from tempering.utils.files import write_atomic
 
 HERE = Path(__file__).parent
 LIMIT = 2_000_000  # bytes; small enough for a mail and to open quickly in a browser
+MOST_FOLDERS = 200  # lines of a summary's list of folders
 COLORS = 6  # in page.css, besides the control's gray
 DASHES = ("none", "8 3", "8 3 2 3", "2 3")
+
+
+class Extent(NamedTuple):
+    """What a page shows: how many arms in its charts and in its table, and of each run its facts or a link to them."""
+
+    charts: int | None = None
+    rows: int | None = None
+    runs: Literal["facts", "links", "folders"] = "facts"
+
+
+EXTENTS = (Extent(), Extent(runs="links"), Extent(charts=12, runs="links"), Extent(charts=12, rows=200, runs="folders"))
 
 
 def write_page(
@@ -25,26 +41,32 @@ def write_page(
 ) -> Path:
     """Write the report of these runs as one HTML file, atomically, and return its path.
 
-    The same records give the same bytes. ``control`` is as in ``compare``.
+    The same records give the same bytes. ``control`` is as in ``compare``. A page that would have more than 2 MB is a
+    summary: it links to the records instead of quoting them; then it has charts, then a table of the best methods only.
 
     Raises:
-        ValueError: as in ``compare``, or if the page would be larger than 2 MB.
+        ValueError: as in ``compare``.
         ImportError: if jinja2 is not installed (extra "report").
     """
-    text = render(runs, title=title, control=control)
-    if len(text.encode()) > LIMIT:
-        raise ValueError(
-            f"the page would have {len(text.encode()):,} bytes, more than {LIMIT:,}: {len(runs)} runs are too many for "
-            "one page. Pass fewer methods, or write several pages."
-        )
-    path = Path(path)
+    path, text = Path(path), ""
+    for extent in EXTENTS:
+        text = render(runs, title=title, control=control, extent=extent, folder=path.parent)
+        if len(text.encode()) <= LIMIT:
+            break
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, text)
     return path
 
 
-def render(runs: Sequence[RunRecord], *, title: str | None = None, control: str | None = None) -> str:
-    """Return the report as the text of an HTML file."""
+def render(
+    runs: Sequence[RunRecord],
+    *,
+    title: str | None = None,
+    control: str | None = None,
+    extent: Extent = EXTENTS[0],
+    folder: str | Path = ".",
+) -> str:
+    """Return the report as the text of an HTML file; links are relative to ``folder``."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
@@ -56,35 +78,81 @@ def render(runs: Sequence[RunRecord], *, title: str | None = None, control: str 
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    css = figures.styles(comparison)
+    charted = replace(comparison, arms=_best(comparison, extent.charts))
+    listed = _best(comparison, extent.rows)
+    css = figures.styles(charted)
     sections = [
-        figures.result(comparison),
-        figures.learning(comparison),
-        figures_temperature.temperatures(comparison),
-        figures.terms(comparison),
-        figures.agreement(comparison),
-        figures_analysis.calibration(comparison),
-        figures_analysis.classes(comparison),
-        *figures_boxes.boxes(comparison),
+        figures.result(charted),
+        figures.learning(charted),
+        figures_temperature.temperatures(charted),
+        figures.terms(charted),
+        figures.agreement(charted),
+        figures_analysis.calibration(charted),
+        figures_analysis.classes(charted),
+        *figures_boxes.boxes(charted),
     ]
+    quoted = [run for arm in comparison.arms for run in arm.runs] if extent.runs == "facts" else []
     text = environment.get_template("page.html").render(
         title=title or _title(comparison),
         subtitle=_subtitle(comparison),
         verdict=sentences[0],
         more=sentences[1:],
         cards=_cards(comparison),
-        arms=[(css[arm.label], arm.name, arm.n == 0) for arm in figures.arms_in_charts(comparison)],
+        arms=[(css[arm.label], arm.name, arm.n == 0) for arm in figures.arms_in_charts(charted)],
         colors=[_color(name) for name in css.values()],
         columns=list(table.cells(comparison, comparison.arms[0])),
-        rows=[(css[arm.label], list(table.cells(comparison, arm).values())) for arm in comparison.arms],
+        rows=[(css.get(arm.label, "other"), list(table.cells(comparison, arm).values())) for arm in listed],
         reading=words.reading(comparison),
         sections={section.key: section for section in sections},
-        confusions=figures_analysis.confusions(comparison),
-        audits=audited.audits(comparison),
-        runs=[_run(run, css[run.label]) for arm in comparison.arms for run in arm.runs],
+        confusions=figures_analysis.confusions(charted),
+        audits=audited.audits(charted),
+        runs=[_run(run, css.get(run.label, "other")) for run in quoted],
+        links=_links(comparison, extent, Path(folder)),
+        summary=_summary(comparison, charted, listed, extent),
         style=Svg((HERE / "page.css").read_text(encoding="utf-8")),
     )
     return text + "\n"
+
+
+def _best(comparison: Comparison, most: int | None) -> tuple[Arm, ...]:
+    """Return at most that many arms, in their order: the controls, then those with the best means."""
+    if most is None or len(comparison.arms) <= most:
+        return comparison.arms
+    by_rank = [*comparison.controls, *(arm.label for arm in (*comparison.ranked, *comparison.arms))]
+    kept = set(list(dict.fromkeys(by_rank))[:most])
+    return tuple(arm for arm in comparison.arms if arm.label in kept)
+
+
+def _links(comparison: Comparison, extent: Extent, folder: Path) -> list[tuple[str, str, str]]:
+    """Return (address relative to ``folder``, text, note) of every run's record, or of the folders that hold them."""
+    runs = [run for arm in comparison.arms for run in arm.runs]
+    if extent.runs == "links":
+        return [(_address(r.source, folder), f"{display_name(r.label)}, seed {r.seed}", r.status) for r in runs]
+    if extent.runs == "facts":
+        return []
+    counts = Counter(run.source.absolute().parent for run in runs)
+    parents = sorted(counts)[:MOST_FOLDERS]
+    return [(_address(parent, folder), f"{parent.name}/", f"{counts[parent]} records") for parent in parents]
+
+
+def _address(path: Path, folder: Path) -> str:
+    try:
+        return quote(Path(os.path.relpath(path, folder)).as_posix())
+    except ValueError:  # another drive
+        return path.absolute().as_uri()
+
+
+def _summary(comparison: Comparison, charted: Comparison, listed: Sequence[Arm], extent: Extent) -> str:
+    """Return what a summary leaves out, in sentences; "" for a full page."""
+    if extent.runs == "facts":
+        return ""
+    arms = len(comparison.arms)
+    sentences = [f"This page is a summary of at most {LIMIT / 1e6:g} MB: records are linked, not quoted."]
+    if len(charted.arms) < arms:
+        sentences.append(f"Charts show the controls and the best methods, {len(charted.arms)} of {arms}.")
+    if len(listed) < arms:
+        sentences.append(f"The table shows {len(listed)} of {arms}.")
+    return " ".join(sentences)
 
 
 def _color(css: str) -> tuple[str, int, str]:

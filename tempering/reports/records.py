@@ -12,7 +12,7 @@ from typing import Any
 from tempering.reports.schema import misfit
 from tempering.utils.files import sha256_text, verify_records, write_atomic
 from tempering.utils.text import number as number
-from tempering.utils.text import without_private_paths
+from tempering.utils.text import printable_texts, without_private_paths
 
 FORMAT = 1
 MOST_STEPS = 20_000  # lines of steps.jsonl that are kept in memory
@@ -199,6 +199,8 @@ def _record(source: Path, content: Mapping[str, Any], path: Path) -> RunRecord:
     parts = {part: content.get(part) for part in ("facts", "epochs", "steps", "analysis", "audits")}
     if wrong := misfit(parts):
         raise ValueError(f"{path.parent if path.name == 'facts.json' else path}: {wrong}. Was it edited by hand?")
+    for part in parts.keys() - {"steps"}:  # whose texts are names of terms
+        parts[part] = printable_texts(parts[part])
     return RunRecord(source, **{part: value for part, value in parts.items() if value is not None})
 
 

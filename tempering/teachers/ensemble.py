@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -73,8 +74,6 @@ def prune(model: nn.Module, *, amount: float = 0.1) -> nn.Module:
     Raises:
         ValueError: for an amount outside [0, 1), or a model without such layers.
     """
-    from torch.nn.utils import prune
-
     if not 0.0 <= amount < 1.0:
         raise ValueError(f"prune needs amount in [0, 1), the share of weights set to 0; got {amount!r}.")
     out = copy.deepcopy(model)
@@ -82,9 +81,17 @@ def prune(model: nn.Module, *, amount: float = 0.1) -> nn.Module:
     if not layers:
         raise ValueError(f"prune found no convolution or linear layer in {type(model).__name__}.")
     for layer in layers:
-        prune.l1_unstructured(layer, "weight", amount=amount)
-        prune.remove(layer, "weight")
+        weights = layer.weight.detach().flatten()  # a copy in channels-last format, so it is copied back
+        smallest = weights.abs().topk(round(amount * len(weights)), largest=False).indices
+        layer.weight.data.copy_(weights.index_fill(0, smallest, 0.0).view_as(layer.weight))
     return out
+
+
+def with_pruned(
+    model: nn.Module, *, amount: float, wrap: Callable[[nn.Module], Teacher] = Live, share: float = 0.7
+) -> EnsembleTeacher:
+    """Return R2KD's teacher: the model and its pruned copy, each wrapped as ``wrap`` does."""
+    return EnsembleTeacher(wrap(model), wrap(prune(model, amount=amount)), share=share)
 
 
 def _logits(output: Any) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -35,8 +33,6 @@ class Adaptive(Policy):
     def __init__(self, tau: Tau = 4.0, *, strength: float = 0.5) -> None:
         super().__init__()
         check_positive("Adaptive", tau=tau)
-        if not math.isfinite(strength):
-            raise ValueError(f"Adaptive needs a finite strength; got {strength!r}. The source uses 0.5.")
         self.tau, self.strength = tau, strength
 
     @torch.no_grad()

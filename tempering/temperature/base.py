@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tempering.rows import Rows, upcast_to_float32
 from tempering.utils.registry import check_arguments
+from tempering.utils.search_space import check_types
 
 
 class Temperatures(NamedTuple):
@@ -58,6 +59,7 @@ class Policy(nn.Module, ABC):
 
         def __new__(cls, *args: object, **kwargs: object) -> Self:
             check_arguments(cls, args, kwargs)
+            check_types(cls, args, kwargs)
             return super().__new__(cls)
 
     @abstractmethod

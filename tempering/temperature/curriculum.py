@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import Policy, Temperatures, check_positive, check_run_fraction
+from tempering.utils.device import check_memory
 from tempering.utils.search_space import Tau
 
 Form = Literal["global", "instance"]
@@ -75,11 +76,6 @@ class Curriculum(Policy):
             raise ValueError(f"Curriculum needs form 'global' or 'instance'; got {form!r}.")
         if low >= high:
             raise ValueError(f"Curriculum needs low < high, the bounds of T; got low={low!r} and high={high!r}.")
-        if not all(map(math.isfinite, (initial, lambda_first, lambda_last))):
-            raise ValueError(
-                "Curriculum needs finite initial, lambda_first and lambda_last; "
-                f"got {initial!r}, {lambda_first!r} and {lambda_last!r}."
-            )
         if weight_decay is not None and not 0.0 <= weight_decay < math.inf:
             raise ValueError(f"Curriculum needs weight_decay >= 0, or None for the optimizer's; got {weight_decay!r}.")
         if hidden < 1:
@@ -101,6 +97,7 @@ class Curriculum(Policy):
         inputs = 2 * rows.student.shape[1]
         if self.form == "global" or (self.net is not None and self.net[0].in_features == inputs):
             return
+        check_memory(f"Curriculum(hidden={self.hidden})", 4 * (inputs + 2) * self.hidden, "Use a smaller width.")
         net = nn.Sequential(nn.Linear(inputs, self.hidden), nn.ReLU(), nn.Linear(self.hidden, 1))
         nn.init.constant_(net[2].bias, self.initial)  # pyright: ignore[reportArgumentType]
         self.net = net.to(upcast_to_float32(rows.student))

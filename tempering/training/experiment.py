@@ -240,8 +240,10 @@ class TeacherRecipe:
         if ready:
             facts |= self._load(network)
         live = self.wrap(network)
-        if self.train is not None and self.weights is None and isinstance(live, Live) and live.normalization is None:
-            live.normalization = "data"  # it was trained on these batches
+        trained_here = self.train is not None and self.weights is None
+        for part in (live, *vars(live).values()) if trained_here else ():  # an ensemble's parts too
+            if isinstance(part, Live) and part.normalization is None:
+                part.normalization = "data"  # it was trained on these batches
         live.trained = ready
         if self.cache is None:
             return live, {**facts, **self.facts}

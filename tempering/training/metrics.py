@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from tempering.temperature.base import Policy, logsumexp_gap
+from tempering.utils.text import printable
 
 if TYPE_CHECKING:
     from tempering.methods.base import BlockLoss
@@ -103,7 +104,7 @@ class ProgressBar:
         if self.progress is None:
             yield
             return
-        self.task = self.progress.add_task(label, total=self.length.total, completed=step, now="", note="")
+        self.task = self.progress.add_task(printable(label), total=self.length.total, completed=step, now="", note="")
         with self.progress:
             yield
 
@@ -147,4 +148,4 @@ class ProgressBar:
     def say(self, text: str) -> None:
         """Print a line, unless the run is quiet."""
         if self.console is not None:
-            self.console.print(text, style="dim", soft_wrap=True, highlight=False, markup=False)
+            self.console.print(printable(text), style="dim", soft_wrap=True, highlight=False, markup=False)

@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from tempering.utils.files import file_lock, read_json, sha256_text
-from tempering.utils.tensors import read_weights
 
 
 def train_or_load(
@@ -50,7 +49,9 @@ def is_trained(path: Path) -> bool:
 
 def load_trained(model: nn.Module, path: Path) -> dict[str, Any]:
     """Load the weights of a finished run; return its scores of the last epoch, split -> metric -> value."""
-    model.load_state_dict(read_weights(path / "student.safetensors"))
+    from tempering.models import load
+
+    load(model, path / "student.safetensors")
     return {split: scores for split, scores in _facts(path)["result"]["last"].items() if split != "epoch"}
 
 

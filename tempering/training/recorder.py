@@ -18,6 +18,7 @@ from typing import IO, Any, cast
 
 import torch
 
+from tempering._version import __version__
 from tempering.utils.files import (
     COUNTERS,
     DamagedRecordError,
@@ -270,7 +271,9 @@ def surroundings() -> dict[str, Any]:
         },
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("tempering", "torch", "numpy", "lightning-fabric")},
+            "tempering": __version__,
+            **{name: _version(name) for name in ("torch", "numpy", "lightning-fabric")},
+            "torch": str(torch.__version__),  # with its build, such as +cu128, which a wheel's metadata may lack
         },
         "commit": commit,
         "dirty": dirty,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import warnings
 from typing import Any
@@ -44,6 +45,18 @@ def warn_if_bf16_emulated(precision: str, device: torch.device) -> None:
             "and a step of a ResNet took eleven times as long as in float32 on such a CPU. precision='32-true' "
             "(--precision 32-true) is faster.",
             stacklevel=2,
+        )
+
+
+def check_memory(owner: str, size: int, remedy: str) -> None:
+    """Raise ValueError for a buffer of ``size`` bytes that does not fit in the memory of this machine."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # no such query, as on Windows
+        return
+    if size > memory > 0:
+        raise ValueError(
+            f"{owner} needs {size / 1e9:,.1f} GB of memory, and this machine has {memory / 1e9:,.1f}. {remedy}"
         )
 
 

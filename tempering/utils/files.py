@@ -193,6 +193,25 @@ def verify_records(folder: Path, facts: Mapping[str, Any]) -> None:
             raise DamagedRecordError(f"{folder / name} is missing or not as it was written. Restore the file.")
 
 
+def sealed(content: Mapping[str, Any]) -> str:
+    """Return JSON-able ``content`` with its hash, as the text of a file that ``read_sealed`` verifies."""
+    content = json.loads(json.dumps(content))
+    return json.dumps({**content, "sha256": facts_digest(content)}, indent=1) + "\n"
+
+
+def read_sealed(path: Path, *, required: int) -> dict[str, Any]:
+    """Read an object that ``sealed`` wrote; earlier files, of a "format" below ``required``, need no hash.
+
+    Raises:
+        DamagedRecordError: if it is not as it was written.
+    """
+    content = parse_line(path, 1, path.read_bytes())
+    written, old = content.pop("sha256", None), content.get("format") in range(1, required)
+    if written != facts_digest(content) and not (old and written is None):
+        raise DamagedRecordError(f"{path} is not as it was written: a value was changed. Restore the file.")
+    return content
+
+
 def facts_digest(facts: Mapping[str, Any]) -> str:
     """Return the hash of a run's facts, JSON-able, without their own hash."""
     return sha256_text(json.dumps({key: value for key, value in facts.items() if key != "sha256"}, sort_keys=True))

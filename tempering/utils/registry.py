@@ -127,8 +127,28 @@ def lookup(name: str, parts: Mapping[str, Part], kind: str) -> Part:
 
 def suggest(name: str, names: Iterable[str]) -> str:
     """ " Did you mean ...?" with the name most similar to a mistyped one; "" if none is similar."""
-    matches = difflib.get_close_matches(name.lower(), names, n=1)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
+    best, score = max(
+        ((other, _similarity(name.lower(), other.lower())) for other in names), key=_score, default=("", 0)
+    )
+    return f" Did you mean {best!r}?" if score >= 0.6 else ""
+
+
+def _score(pair: tuple[str, float]) -> float:
+    return pair[1]
+
+
+def _similarity(name: str, other: str) -> float:
+    """Return the similarity in [0, 1.1] of letters in order and in any order; more for the same first letter.
+
+    Letters in any order find exchanged ones: dkt is DTKD, not PKT.
+    """
+
+    def ratio(a: Sequence[str], b: Sequence[str]) -> float:
+        return difflib.SequenceMatcher(None, a, b, autojunk=False).ratio()
+
+    in_order = ratio(name, other)
+    mean = 0.5 * (in_order + ratio(sorted(name), sorted(other)))
+    return (mean + 0.1 * (name[:1] == other[:1])) if max(in_order, mean) >= 0.6 else 0.0
 
 
 def plain_net(name: str) -> str:

@@ -1,17 +1,21 @@
-"""Markers in a constructor's annotations that declare which arguments ``tempering tune`` searches, and their ranges.
+"""Annotations of a constructor: the markers of arguments that ``tempering tune`` searches, and the check of types.
 
-For example ``soft: Annotated[float, Weight(factor=4)] = 1.0``, or ``soft: TermWeight = 1.0`` for the default range.
-Markers change nothing at run time.
+A marker is written as ``soft: Annotated[float, Weight(factor=4)] = 1.0``, or ``soft: TermWeight = 1.0`` for the default
+range; it changes nothing at run time. ``check_types`` refuses values that do not have the annotated type.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
+import numbers
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 
 class Range(NamedTuple):
@@ -70,6 +74,7 @@ class Fraction(Marker):
 TermWeight = Annotated[float, Weight()]
 RunFraction = Annotated[float, Fraction()]
 Tau = Annotated[float, Temperature()]
+WANTED = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", NoneType: "None"}
 MARKED = {"Annotated", "TermWeight", "RunFraction", "Tau"}
 
 
@@ -81,8 +86,33 @@ def declared(function: Callable[..., Any]) -> dict[str, Marker]:
     Raises:
         TypeError: for a marked annotation that cannot be evaluated, since its marker would be ignored silently.
     """
+    return {name: marker for name, hint in _hints(function).items() if (marker := _marker(hint)) is not None}
+
+
+def check_types(cls: type[Any], args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+    """Check that numbers, truth values, text and lists of them are what a constructor's annotations say.
+
+    A float must be finite, an int no float, and a list of names no single name. Other annotations, such as policies and
+    literals, are checked by the constructor itself.
+
+    Raises:
+        ValueError: for a value of another type.
+    """
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    hints = _hints(cls.__init__)
+    for name, value in {**dict(zip(positional, args, strict=False)), **kwargs}.items():
+        wanted = _wanted(hints.get(name))
+        if wanted and not any(_has_type(value, hint) for hint in wanted):
+            types = " or ".join(map(_type_name, wanted))
+            raise ValueError(f"{cls.__name__} needs {name} to be {types}; got {value!r}.")
+
+
+@functools.cache
+def _hints(function: Callable[..., Any]) -> Mapping[str, Any]:
+    """Return the annotations, evaluated; those that cannot be evaluated are left out unless they have a marker."""
     function = inspect.unwrap(function)
-    markers: dict[str, Marker] = {}
+    hints: dict[str, Any] = {}
     for name, annotation in inspect.get_annotations(function).items():
         if isinstance(annotation, str):  # source text of the module itself, by "from __future__ import annotations"
             try:
@@ -94,9 +124,40 @@ def declared(function: Callable[..., Any]) -> dict[str, Marker]:
                     f"{function.__qualname__}: the annotation of {name!r}, {annotation}, cannot be evaluated "
                     f"({error}). Import its names at the top of the module, outside TYPE_CHECKING."
                 ) from error
-        if (marker := _marker(annotation)) is not None:
-            markers[name] = marker
-    return markers
+        hints[name] = annotation
+    return hints
+
+
+def _wanted(hint: Any) -> tuple[Any, ...]:
+    """Return the types of an annotation that can be checked: plain ones and lists of them; () if another is allowed."""
+    if get_origin(hint) in (Union, UnionType):
+        options = [_wanted(option) for option in get_args(hint)]
+        return tuple(t for option in options for t in option) if all(options) else ()
+    if get_origin(hint) is Annotated:
+        return _wanted(get_args(hint)[0])
+    if get_origin(hint) in (Sequence, tuple, list):
+        return (hint,) if all(part in WANTED or part is Ellipsis for part in get_args(hint)) else ()
+    return (hint,) if hint in WANTED else ()
+
+
+def _has_type(value: object, hint: Any) -> bool:
+    if get_origin(hint) is not None:
+        parts = [part for part in get_args(hint) if part is not Ellipsis]
+        return isinstance(value, tuple | list) and all(any(_has_type(v, part) for part in parts) for v in value)
+    if hint is int:
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if hint is not float:
+        return isinstance(value, hint)
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) is None:
+        return WANTED[hint]
+    return f"a list, each {' or '.join(WANTED[part] for part in get_args(hint) if part is not Ellipsis)}"
 
 
 def _marker(annotation: Any) -> Marker | None:

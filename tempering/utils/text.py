@@ -21,6 +21,23 @@ PATHS = (
 )
 
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # but tab and newline
+
+
+def printable(text: object) -> str:
+    """Return the text with control characters escaped, as \\x1b: in a terminal they could clear or forge lines."""
+    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], str(text))
+
+
+def printable_texts(value: Any) -> Any:
+    """Apply ``printable`` to every text and key in nested lists and mappings."""
+    if isinstance(value, Mapping):
+        return {printable(key): printable_texts(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [printable_texts(item) for item in value]
+    return printable(value) if isinstance(value, str) else value
+
+
 def number(value: object) -> float | None:
     """Return ``value`` as a float; None if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):

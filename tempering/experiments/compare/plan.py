@@ -10,13 +10,13 @@ from typing import Any
 
 from tempering.experiments.presets import Arm, slug
 from tempering.experiments.renamed import FORMER, FORMER_WORDS, PRESENT, PRESENT_WORDS, replace_words
-from tempering.utils.files import sha256_text, write_atomic
+from tempering.utils.files import read_sealed, sealed, sha256_text, write_atomic
 from tempering.utils.text import without_private_paths
 
 FILE = "plan.json"
 OWN = ("method", "temperature", "seed", "label", "out")  # flags that a cell sets
 ELSEWHERE = {"threads", "teacher_dir", "quiet", "out", "keep"}  # flags that change where or how fast, not the result
-FORMAT = 2  # of a plan; 1 has flags by their former names
+FORMAT = 3  # of a plan; 1 has flags by their former names, 3 a checksum
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def read(folder: Path) -> Plan:
             f"--out {folder}"
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_sealed(path, required=FORMAT)
         cells = tuple(
             Cell(**cell | {"method": replace_words(cell["method"], PRESENT_WORDS)}) for cell in content["cells"]
         )
@@ -135,7 +135,7 @@ def read(folder: Path) -> Plan:
 
 def write(folder: Path, plan: Plan) -> None:
     """Write the grid atomically, unless the file is up to date."""
-    text = json.dumps({"format": FORMAT, **asdict(plan)}, indent=1) + "\n"
+    text = sealed({"format": FORMAT, **asdict(plan)})
     path = folder / FILE
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return

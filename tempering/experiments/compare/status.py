@@ -15,7 +15,7 @@ from tempering.experiments.compare.plan import Cell, Plan, lock_path, record_of,
 from tempering.reports.compare import display_name
 from tempering.reports.records import RunRecord, number, read_cell
 from tempering.utils.files import is_locked, read_json, write_atomic
-from tempering.utils.text import duration, scores
+from tempering.utils.text import duration, printable, scores
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -271,7 +271,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print a line above the table."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def show(folder: Path, plan: Plan, failed: Mapping[str, str]) -> None:
@@ -285,7 +285,9 @@ def show(folder: Path, plan: Plan, failed: Mapping[str, str]) -> None:
     for cell in plan.cells:
         if cell.id in failed:
             name = display_name(cell.label)
-            console.print(f"failed: {name}, seed {cell.seed}: {failed[cell.id]}", markup=False, soft_wrap=True)
+            console.print(
+                printable(f"failed: {name}, seed {cell.seed}: {failed[cell.id]}"), markup=False, soft_wrap=True
+            )
     say(summary(cell_statuses(folder, plan, failed), 1))
     say(f"table: {folder / 'table.md'}\nreport: {folder / 'report.html'}")
 
@@ -293,7 +295,7 @@ def show(folder: Path, plan: Plan, failed: Mapping[str, str]) -> None:
 def say(text: str, *, quiet: bool = False) -> None:
     """Print a line, unless ``quiet``."""
     if not quiet:
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
 
 def _clock() -> str:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import html
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tempering.experiments.tune.runner import FILE
+from tempering.experiments.tune.runner import FILE, FORMAT
 from tempering.experiments.tune.space import Space
 from tempering.experiments.tune.study import best, finished, shown
 from tempering.reports import charts
-from tempering.reports.charts import Frame, Mark, Scale, Strip, Svg, figure, join, strips, tag
+from tempering.reports.charts import Frame, Mark, Scale, Strip, Svg, figure, join, sized, strips, tag
 from tempering.reports.compare import Metric
-from tempering.utils.files import write_atomic
+from tempering.utils.files import read_sealed, write_atomic
 
 if TYPE_CHECKING:
     import optuna
@@ -72,7 +71,7 @@ def write_page(folder: Path, study: optuna.Study, space: Space, typed: str) -> P
 
 def page(folder: Path, study: optuna.Study, space: Space, typed: str) -> str:
     """Return the page: command to run, history, importances, every dimension, every trial."""
-    settings = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    settings = read_sealed(folder / FILE, required=FORMAT)
     sentences, escape = words(study, space), html.escape
     flags = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in settings["flags"].items()) or "none"
     history_lead = "Each trial's score, and the best so far; in gray pruned trials with their last score."
@@ -234,4 +233,4 @@ def _label(metric: Metric) -> str:
 
 
 def _box(title: str, parts: list[Svg], width: int, height: int) -> Svg:
-    return tag("svg", tag("title", title), join(parts), viewBox=f"0 0 {width} {height}", role="img", aria_label=title)
+    return tag("svg", tag("title", title), join(parts), role="img", aria_label=title, **sized(width, height))

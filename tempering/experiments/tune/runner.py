@@ -21,16 +21,26 @@ from tempering.experiments.compare import plan as arena_plan
 from tempering.experiments.compare import runner as arena
 from tempering.experiments.compare import status as arena_view
 from tempering.experiments.tune.space import Space
-from tempering.experiments.tune.study import finished, parameter, shown, study_of, suggest
+from tempering.experiments.tune.study import JOURNAL, SEAL, finished, parameter, seal, shown, study_of, suggest
 from tempering.reports.compare import Metric
 from tempering.reports.records import load_run, number
-from tempering.utils.files import inheritable_descriptors, sha256_text, try_lock, write_atomic
+from tempering.utils.files import (
+    inheritable_descriptors,
+    read_json_lines,
+    read_sealed,
+    sealed,
+    sha256_text,
+    try_lock,
+    write_atomic,
+)
 
 if TYPE_CHECKING:
     import optuna
     from filelock import BaseFileLock
 
 FILE = "tune.json"
+TRIAL = "trial.json"  # in a trial's folder: its parameters, from which a lost journal is restored
+FORMAT = 2  # of tune.json; 2 has a checksum
 GRACE = 0.25  # fraction of a run before which no trial is pruned: early scores rank learning rates, not losses
 
 
@@ -95,15 +105,18 @@ class Search:
         Raises:
             ValueError: if the folder contains another search, or a trial fails to run.
         """
-        self._write_settings()
+        (self.folder / "trials").mkdir(parents=True, exist_ok=True)
         with self._lock(), _signals(self._stop):
+            self._write_settings()
             self.study = study_of(self.folder, self.seed, prune=self.prune)
             self._recover()
             try:
                 while self.stopped is None and self._poll():
+                    seal(self.folder)
                     time.sleep(arena.POLL_SECONDS)
             finally:
                 self._end_all()
+                seal(self.folder)
         remaining = self.trials - len(finished(self.study))
         if self.stopped is not None:
             arena_view.say(f"stopped; the same command resumes: {max(0, remaining)} trials left", quiet=self.quiet)
@@ -113,10 +126,10 @@ class Search:
     # state on disk
 
     def _write_settings(self) -> None:
-        """Write the settings of the search, once.
+        """Write the settings of the search, once; those of a search without any score are replaced.
 
         Raises:
-            ValueError: if the folder contains another search; names the difference.
+            ValueError: if the folder contains another search, naming the difference; or if its settings are damaged.
         """
         settings = {
             "recipe": self.recipe.stem,
@@ -126,18 +139,33 @@ class Search:
             "seed": self.seed,
         }
         path = self.folder / FILE
-        if path.is_file():
-            old = json.loads(path.read_text(encoding="utf-8"))
-            for name, now in settings.items():
-                if old.get(name) != now:
+        old = read_sealed(path, required=FORMAT) if path.is_file() else settings
+        for name, now in settings.items():
+            if old.get(name) != now:
+                if any(map(_has_scores, (self.folder / "trials").iterdir())):
                     raise ValueError(
                         f"{self.folder} contains another search: its {name} was {old.get(name)!r}, now it is {now!r}. "
                         "Use another --out."
                     )
-            return
-        (self.folder / "trials").mkdir(parents=True, exist_ok=True)
+                self._discard()
+                break
         (self.folder / "trials" / ".gitignore").write_text("*\n")
-        write_atomic(path, json.dumps({"format": 1, **settings}, indent=1) + "\n")
+        write_atomic(path, sealed({"format": FORMAT, **settings}))
+
+    def _discard(self) -> None:
+        """Delete what a search left whose trials all failed before their first score.
+
+        Raises:
+            ValueError: if one of them still runs.
+        """
+        for path in (self.folder / "trials").glob(f"*/{TRIAL}"):  # teachers are kept
+            lock = try_lock(arena_plan.lock_path(path.parent))
+            if lock is None:
+                raise ValueError(f"a trial of another search still runs in {path.parent}. Wait for it, or stop it.")
+            lock.release()
+            shutil.rmtree(path.parent)
+        for name in (JOURNAL, SEAL):
+            (self.folder / name).unlink(missing_ok=True)
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
@@ -150,7 +178,7 @@ class Search:
             lock.release()
 
     def _recover(self) -> None:
-        """Enqueue trials that were interrupted, and the default values as the first trial."""
+        """Enqueue trials that were interrupted, that the journal lacks, and the default values as the first trial."""
         import optuna
 
         for old in self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
@@ -160,6 +188,20 @@ class Search:
             defaults = {d.name: parameter(d, self.space.defaults.get(d.name)) for d in self.space.varied}
             if valid := {name: value for name, value in defaults.items() if value is not None}:
                 self.study.enqueue_trial(valid)
+        self._restore()
+        seal(self.folder)
+
+    def _restore(self) -> None:
+        """Enqueue trials that have a folder and are not in the journal; finished runs are not repeated."""
+        trials = self.study.get_trials(deepcopy=False)
+        known = [t.system_attrs.get("fixed_params", t.params) for t in trials] + [t.params for t in trials]
+        lost = [c for path in (self.folder / "trials").glob(f"*/{TRIAL}") if (c := read_sealed(path, required=1))]
+        lost = [content for content in lost if content["params"] not in known]
+        for content in sorted(lost, key=lambda content: content["number"]):
+            self.study.enqueue_trial(content["params"])
+        if lost:
+            text = f"the journal lacks {len(lost)} trials that have folders; they are read or run again"
+            arena_view.say(text, quiet=self.quiet)
 
     # trials
 
@@ -179,6 +221,7 @@ class Search:
         trial.set_user_attr("flags", flags)
         run_dir = self.folder / "trials" / _name(method, flags)
         run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomic(run_dir / TRIAL, sealed({"format": 1, "number": trial.number, "params": trial.params}))
         self.running.append(Running(trial, run_dir, *self._start(run_dir, method, flags)))
 
     def _start(
@@ -328,6 +371,11 @@ def command(recipe: Path, flags: Sequence[str], trial: optuna.trial.FrozenTrial)
 def _diverged(facts: dict[str, Any]) -> bool:
     """Return whether the loss was NaN or infinite, which is a property of these values, not an error of the search."""
     return facts.get("status") == "failed" and str(facts.get("error")).startswith("FloatingPointError")
+
+
+def _has_scores(run_dir: Path) -> bool:
+    """Return whether a trial was evaluated on the validation split, so that it is of use to its search."""
+    return any("validation" in line for line in read_json_lines(run_dir / "epochs.jsonl"))
 
 
 def _name(method: str, flags: Sequence[str]) -> str:

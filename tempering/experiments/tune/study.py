@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tempering.experiments.tune.space import Dimension
 from tempering.reports.compare import Metric
+from tempering.utils.files import read_json, verify, write_atomic
 
 if TYPE_CHECKING:
     import optuna
 
 JOURNAL = "study.journal"
+SEAL = "study.json"  # size and hash of the journal, so that a journal that is cut or changed is named
 STARTUP = 5  # complete trials before the first may be pruned
 
 
@@ -20,6 +24,7 @@ def study_of(folder: Path, seed: int, *, prune: bool = True) -> optuna.Study:
 
     Raises:
         ImportError: if optuna is not installed.
+        ValueError: if the journal was cut or changed after it was written.
     """
     try:
         import optuna
@@ -28,6 +33,7 @@ def study_of(folder: Path, seed: int, *, prune: bool = True) -> optuna.Study:
         raise ImportError("a search needs optuna: pip install 'tempering[tune]'.") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = folder / JOURNAL
+    _verify(folder)
     _mend(path)
     storage = JournalStorage(JournalFileBackend(str(path)))
     pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP) if prune else optuna.pruners.NopPruner()
@@ -81,6 +87,27 @@ def parameter(d: Dimension, text: str | None) -> Any:
     except ValueError:
         return None
     return value if d.low <= value <= d.high else None
+
+
+def seal(folder: Path) -> None:
+    """Write the journal's size and hash beside it, unless they are up to date."""
+    data, path = (folder / JOURNAL).read_bytes(), folder / SEAL
+    position = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "last": data.count(b"\n")}
+    if not path.is_file() or read_json(path) != position:
+        write_atomic(path, json.dumps(position))
+
+
+def _verify(folder: Path) -> None:
+    """Raise ValueError if the journal does not begin with the bytes that were sealed."""
+    try:
+        if position := read_json(folder / SEAL):
+            verify(folder / JOURNAL, position)
+    except (ValueError, KeyError, TypeError) as error:
+        reason = str(error).partition(" Restore")[0]
+        raise ValueError(
+            f"the journal of the search in {folder} is damaged: {reason} Restore {JOURNAL}; or remove it and {SEAL}, "
+            "and run the same command: trials that are finished are read from their folders."
+        ) from error
 
 
 def _mend(path: Path) -> None:

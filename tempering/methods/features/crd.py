@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tempering.methods.features.base import Projected
 from tempering.rows import Rows
+from tempering.utils.device import check_memory
 from tempering.utils.search_space import TermWeight
 
 
@@ -48,6 +49,8 @@ class CRD(Projected):
         for name, value in (("samples", samples), ("negatives", negatives), ("size", size)):
             if value < 1:
                 raise ValueError(f"CRD needs {name} >= 1; got {value!r}.")
+        remedy = "samples is the number of samples in the training set, and size that of an embedding."
+        check_memory(f"CRD(samples={samples}, size={size})", 2 * 4 * samples * size, remedy)
         self.samples, self.negatives, self.contrast = samples, negatives, contrast
         self.momentum, self.size = momentum, size
         bound = (3.0 / size) ** 0.5

@@ -42,6 +42,8 @@ class ReviewKD(Projected):
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
         check_run_fraction("ReviewKD", warmup=warmup)
+        if middle < 1:
+            raise ValueError(f"ReviewKD needs middle >= 1, a number of channels; got {middle!r}.")
         self.middle, self.warmup = middle, warmup
 
     def build(self, pairs: list[tuple[Tensor, Tensor]]) -> list[nn.Module]:

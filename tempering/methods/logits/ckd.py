@@ -37,7 +37,10 @@ class CKD(Method):
             r the difference of the two sides, (1/m + 1/n) times the unbiased variance of r over the rows, per class.
         temperature: policy of ``divergence``, applied to the differences as rows; None: Static(4.0), as released.
 
-    In the mean over all comparisons, each is weighted by the product of its rows' weights; drawn comparisons are not.
+    With ``pairs=None`` and row weights w, the mean is (1/m + 1/n) / 2 times that of (r_i - r_j)^2 over all pairs of
+    rows, weighted by w_i w_j. For groups (1, 1), and for weights of 0 and 1, this is the mean over all comparisons,
+    each weighted by the product of its rows' weights; for larger groups with other weights it is not. Drawn comparisons
+    are not weighted.
 
     Reference: Wilf et al., "Comparative Knowledge Distillation", WACV 2025, arXiv:2311.02253. The released code draws
     the groups from the data set, this one from the block.
@@ -161,7 +164,7 @@ def variance_share(
 ) -> Float[Tensor, " N"]:
     """Return each row's part of the mean squared difference of ``r`` over all comparisons, (N,).
 
-    The weighted mean over rows equals a loop over all pairs of disjoint groups. It is 0 for a single row.
+    Their weighted mean over rows is what ``CKD`` documents. It is 0 for a single row.
     """
     w = counted.to(r.dtype) if weight is None else counted * upcast_to_float32(weight).to(r.dtype).unsqueeze(1)
     class_weight, squares = w.sum(0), w.square().sum(0)

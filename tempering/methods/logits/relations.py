@@ -69,7 +69,7 @@ def lines(logp: Float[Tensor, "N C"], counted: Bool[Tensor, "N C"], dim: int) ->
 
 
 def correlation_distance(
-    a: Lines, b: Lines, counted: Bool[Tensor, ...], dim: int, *, centered: bool = False, eps: float = 0.0
+    a: Lines, b: Lines, counted: Bool[Tensor, "*_"], dim: int, *, centered: bool = False, eps: float = 0.0
 ) -> Tensor:
     """Return 1 - cosine of pairs of vectors along ``dim``, one value per pair, in [0, 2].
 
