@@ -206,7 +206,8 @@ def test_a_run_and_a_recording(server: Server, tmp_path: Path) -> None:
         record_top_k(local(server)[0], data, tmp_path / "other", inputs=task.inputs, quiet=True)
     losses: list[float] = []
     adam = partial(torch.optim.Adam, lr=3e-2)
-    how = {"method": Divergence(objective="kl"), "task": task, "optimizer": adam, "epochs": 6, "quiet": True}
+    how: dict[str, Any] = {"method": Divergence(objective="kl"), "task": task, "optimizer": adam, "epochs": 6}
+    how |= {"quiet": True, "skip_checks": ["above chance"]}
     distill(student, teacher, data, on_step=lambda _, loss: losses.append(float(loss)), **how)
     assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
 

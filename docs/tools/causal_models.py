@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.data.text import TextExample, collate, make_prompt_example, pack
-from tempering.integrations.common import blocks_of
+from tempering.integrations.common import forward
 from tempering.integrations.huggingface import Unpacked
 from tempering.rollouts import OnPolicy, Sampling, Speculative
 from tempering.rollouts.decoding import causal_strategy
@@ -175,7 +175,7 @@ def kd(model: nn.Module, layout: str) -> float:
     task = LanguageModeling()
     task.prepare_model(model)
     with torch.no_grad():
-        (rows,) = blocks_of(batch, Unpacked(model), None, task, None)[1]
+        (rows,) = forward(batch, Unpacked(model), None, task, None).blocks
     parts = []
     for text in texts:
         logits = plain(model, list(text.ids))

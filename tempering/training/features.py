@@ -55,14 +55,14 @@ class PairedFeatures:
                 f"the task compares the features {', '.join(names)}, but {source} has features. Give the live model: "
                 "teachers.Live(model)."
             )
-        if (dynamo := sys.modules.get("torch._dynamo")) is not None:
-            dynamo.reset()  # code that it compiled for other models of this class has their hooks, or none
         sides = [
             FeatureExtractor(m, [pair[i] for pair in names.values()]) for i, m in enumerate((student, teacher.model))
         ]
         return cls(sides[0], sides[1], names)
 
     def __enter__(self) -> Self:
+        if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+            dynamo.reset()  # code that it compiled for models of this class has other hooks, or none
         self.student.__enter__()
         self.teacher.__enter__()
         return self
