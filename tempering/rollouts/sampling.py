@@ -346,7 +346,9 @@ def prompts_of(
         turn: which run of learned tokens the prompt ends before: "last", "first" or "random", drawn by ``generator``.
         generator: of the random turns.
     """
-    batch = on_host({n: batch[n] for n in ("input_ids", "attention_mask", "learn", "labels") if batch.get(n) is not None})
+    batch = on_host(
+        {n: batch[n] for n in ("input_ids", "attention_mask", "learn", "labels") if batch.get(n) is not None}
+    )
     ids = batch["input_ids"]
     mask = batch["attention_mask"] if batch.get("attention_mask") is not None else torch.ones_like(ids)
     learn = batch.get("learn")

@@ -110,7 +110,9 @@ class CrossTokenizer(Task):
                 f"CrossTokenizer needs the {name}'s logits of its whole vocabulary, here ({tokens.shape[0]}, "
                 f"{tokens.shape[1]}, V); got {got}."
             )
-        order = None if self.shared is None else to_device(_order(self.shared[side], logits.shape[2], name), logits.device)
+        order = (
+            None if self.shared is None else to_device(_order(self.shared[side], logits.shape[2], name), logits.device)
+        )
         # the numbers of tokens and of groups depend on the texts: on the host, where they are known
         on_cpu, spans = on_host((tokens, groups))
         text, column = (spans >= 0).nonzero(as_tuple=True)

@@ -106,7 +106,8 @@ def _check_shape(got: tuple[int, ...], shape: tuple[int, ...]) -> None:
 
 
 def _check_stored(stored: Tensor | None, positions: Tensor) -> None:
-    # of tensors made on an accelerator the check would synchronize every step; there NaN makes the loss NaN, which the trainer reports
+    # of tensors made on an accelerator the check would synchronize every step; there NaN makes the loss NaN, which the
+    # trainer reports
     if stored is None:
         return
     stored, positions = on_host((stored, positions))

@@ -37,8 +37,8 @@ def simulated_device(within: str | Path = "") -> Iterator[Counter[str]]:
     """Context manager in which ``device="sim"`` exists; yields the host's reads, "what file:line" -> count.
 
     Reads are numbers and shapes that depend on values (``item``, ``nonzero``, boolean masks), synchronization, and
-    copies in either direction other than with ``non_blocking=True``. The first call registers the device with torch, which
-    has to be before the first backward pass of the process; outside the context it reports itself as unavailable.
+    copies in either direction other than with ``non_blocking=True``. The first call registers the device with torch,
+    which has to be before the first backward pass of the process; outside the context it is not available.
 
     Args:
         within: a folder; the place of a read is its innermost frame in files of this folder. Default: not in torch.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tempering.methods.base import step_seed
 from tempering.methods.detection.base import NeckMethod, over_levels, summed
 from tempering.rows import Rows
-from tempering.utils.tensors import on_host
 from tempering.utils.search_space import TermWeight
+from tempering.utils.tensors import on_host
 
 MODULUS = 2**63
 STRIDE = 0x9E3779B97F4A7C15  # odd, so that different ids give different seeds
