@@ -39,7 +39,8 @@ class RowScores:
         z, y = upcast_to_float32(rows.student), rows.target
         if not bool(kept.all()):
             index = to_device(kept.nonzero().squeeze(1), z.device)
-            z, y, teacher_top = (None if x is None else x.index_select(0, index) for x in (z, y, teacher_top))
+            z, y = z.index_select(0, index), y.index_select(0, index)
+            teacher_top = None if teacher_top is None else teacher_top.index_select(0, index)
         top, y = z.argmax(-1), y.long()
         # sums stay on the device: the host would wait for each
         self.loss = self.loss + nn.functional.cross_entropy(z.double(), y, reduction="sum")

@@ -110,10 +110,10 @@ def _check_stored(stored: Tensor | None, positions: Tensor) -> None:
     # trainer reports
     if stored is None:
         return
-    stored, positions = on_host((stored, positions))
+    known, positions = on_host((stored, positions))
     if positions.device.type != "cpu":
         return
-    missing = ~stored.flatten()[positions]
+    missing = ~known.flatten()[positions]
     if missing.any() and not (len(positions) == 1 and not positions.any()):  # the row of weight 0 of an empty batch
         raise ValueError(
             f"the teacher's cache does not have {int(missing.sum())} of the {len(positions)} learned positions: it "
