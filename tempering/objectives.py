@@ -224,5 +224,5 @@ def mixture(logp: Float[Tensor, "N C"], logq: Float[Tensor, "N C"], share: float
         return logp if share == 1.0 else logq
     both = torch.isneginf(logp) & torch.isneginf(logq)
     p, q = logp.masked_fill(both, 0.0), logq.masked_fill(both, 0.0)
-    weights = torch.tensor([share, 1.0 - share], dtype=logp.dtype, device=logp.device).log()
-    return torch.logaddexp(p + weights[0], q + weights[1]).masked_fill(both, -torch.inf)
+    log_share, log_rest = (torch.full((), x, dtype=logp.dtype, device=logp.device).log() for x in (share, 1.0 - share))
+    return torch.logaddexp(p + log_share, q + log_rest).masked_fill(both, -torch.inf)

@@ -110,7 +110,7 @@ class Rows:
     def total_weight(self) -> Float[Tensor, ""]:
         """The sum of the weights, (); N if there are none."""
         if self.weight is None:
-            return torch.tensor(float(len(self)), device=self.student.device)
+            return torch.full((), float(len(self)), device=self.student.device)
         return self.weight.sum(dtype=upcast_to_float32(self.weight).dtype)
 
     def replace(self, **changes: object) -> Rows:

@@ -238,7 +238,7 @@ class Lesson:
 
     def _watched(self, progress: float) -> Step:
         images, n = self.images.sigmoid(), len(self.images)
-        box = torch.tensor([0.5, 0.0, 1.5, 2.0])
+        box = torch.tensor([0.5, 0.0, 1.5, 2.0]).to(images.device)
         inputs = {"images": images, "targets": [{"boxes": box[None], "labels": y[None]} for y in self.labels]}
 
         def rows(student: Tensor, teacher: Tensor | None, batch: Any) -> list[Rows]:

@@ -20,6 +20,7 @@ FLOORS = {
     "_version": 0,
     "utils": 1,
     "rows": 1,
+    "testing": 1,
     "temperature": 2,
     "models": 2,
     "data": 2,

@@ -268,7 +268,7 @@ def read_by(model: nn.Module, reader: Any, whole: RecomputingDecoder, rows: int)
             off = (said[0] - said[1])[counted]
             assert off.isfinite().all()
             apart = max([apart, *off.abs().flatten().tolist()])
-        draft.append(tokens, torch.randint(6, (rows,), generator=generator).tolist())
+        draft.append(tokens, torch.randint(6, (rows,), generator=generator))
     hook.remove()
     return apart, counts
 

@@ -113,6 +113,13 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "*")
+    with serving() as made:
+        yield made
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[Server]:
+    """A server that answers in a thread."""
     with Server() as made:
         thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()

@@ -190,7 +190,8 @@ class DetectionLoader(ShardedLoader):
 
     def _batch(self, index: Tensor, bits: Tensor | None, epoch: int) -> dict[str, Any]:
         device = self.images.device
-        pixels = self.images.index_select(0, index.to(device))
+        ids = to_device(index, device)
+        pixels = self.images.index_select(0, ids)
         targets: list[Target] = [{"boxes": self.boxes[i], "labels": self.labels[i]} for i in index.tolist()]
         if bits is None:
             for i, target in zip(index.tolist(), targets, strict=True):
@@ -199,9 +200,9 @@ class DetectionLoader(ShardedLoader):
             flips = bits < 0 if self.flip else torch.zeros_like(bits, dtype=torch.bool)
             for i, seed in enumerate(bits.tolist()) if self.augment else ():
                 pixels[i], targets[i] = self._augment_image(pixels[i], targets[i], int(index[i]), seed, epoch)
-            pixels = torch.where(flips.to(device)[:, None, None, None], pixels.flip(3), pixels)
+            pixels = torch.where(to_device(flips, device)[:, None, None, None], pixels.flip(3), pixels)
             targets = [_flipped(t, self.shape[1]) if f else t for t, f in zip(targets, flips.tolist(), strict=True)]
-        return {"images": pixels.float().div_(255), "targets": targets, "ids": index.to(device)}
+        return {"images": pixels.float().div_(255), "targets": targets, "ids": ids}
 
     def _augment_image(self, image: Tensor, target: Target, i: int, seed: int, epoch: int) -> tuple[Tensor, Target]:
         generator = torch.Generator().manual_seed(seed & 0x7FFFFFFFFFFFFFFF)

@@ -130,7 +130,7 @@ class Evaluation:
 
     def __init__(self, task: Task, method: Method) -> None:
         self.task, self.method, self.scores = task, method, RowScores()
-        self.blocks: dict[str, list[float]] = {}  # name -> sum of the loss, total weight
+        self.blocks: dict[str, list[Any]] = {}  # name -> sum of the loss, total weight
         self.has_teacher = False
 
     def add(self, batch: Any, out: Forward, progress: float, chunking: Chunking | None) -> Tensor:
@@ -140,7 +140,7 @@ class Evaluation:
         for rows, loss, *_ in sums:
             weight = rows.total_weight
             block = self.blocks.setdefault(rows.name, [0.0, 0.0])
-            block[0], block[1] = block[0] + float(loss), block[1] + float(weight)
+            block[0], block[1] = block[0] + _double(loss.detach()), block[1] + _double(weight)
             parts.append(loss / torch.where(weight > 0, weight, 1.0))
         if all(rows.task_loss is None for rows in out.blocks):
             rows, teacher_top = self.task.scored_rows(out.student, out.teacher, batch)
@@ -158,9 +158,9 @@ class Evaluation:
         """
         names, scores = sorted(self.blocks), self.scores
         own = [*(x for name in names for x in self.blocks[name])]
-        own += [scores.loss, scores.accuracy, scores.agreement, float(scores.count)]
+        own += [scores.loss, scores.accuracy, scores.agreement, scores.count]
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        sums: list[float] = reduce(torch.tensor(own, dtype=dtype, device=device)).tolist()
+        sums: list[float] = reduce(torch.tensor([float(x) for x in own], dtype=dtype, device=device)).tolist()
         pairs = zip(sums[: 2 * len(names) : 2], sums[1 : 2 * len(names) : 2], strict=True)
         out = {"loss": sum(value / weight for value, weight in pairs if weight > 0)} if names else {}
         loss, accuracy, agreement, count = sums[2 * len(names) :]
@@ -169,6 +169,10 @@ class Evaluation:
             means = scores.means(has_teacher=self.has_teacher, unit=self.task.unit)
             out |= {"cross_entropy": means.pop("loss"), **means}
         return out
+
+
+def _double(x: Tensor) -> Tensor:
+    return (x.cpu() if x.device.type == "mps" else x).double()  # MPS has no float64
 
 
 def first_samples(batch: Any, n: int) -> Any:

@@ -32,6 +32,7 @@ from tempering.training.features import PairedFeatures, extracting
 from tempering.training.loss import chunking_for
 from tempering.training.selfcheck import selfcheck as check_first_batch
 from tempering.utils.state import borrowed
+from tempering.utils.tensors import remember_sources
 
 try:
     import lightning.pytorch as pl
@@ -118,6 +119,9 @@ class DistillModule(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return [_GiveBack()]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return remember_sources(batch, super().transfer_batch_to_device(batch, device, dataloader_idx))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if self.selfcheck:

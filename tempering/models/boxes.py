@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tempering.utils.tensors import numbers_on
+
 
 def areas(boxes: Tensor) -> Tensor:
     """Return the areas (...) of boxes (..., 4), never negative."""
@@ -39,7 +41,7 @@ def _intersection(a: Tensor, b: Tensor) -> Tensor:
 def clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Clip boxes (..., 4) to an image of (height, width)."""
     height, width = size
-    limit = boxes.new_tensor([width, height, width, height])
+    limit = numbers_on([width, height, width, height], boxes)
     return torch.minimum(boxes.clamp_min(0), limit)
 
 

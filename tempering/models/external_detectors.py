@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tempering.models.boxes import centered, clipped, cornered
 from tempering.models.detector import Detected, Detector, Target
 from tempering.models.factory import build
+from tempering.utils.tensors import numbers_on
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TORCHVISION = ("fcos_resnet50_fpn", "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2")
@@ -220,7 +221,7 @@ class TransformersDetector(_Normalized):
 
     def detect(self, images: Tensor, targets: Sequence[Target] | None) -> Detected:
         height, width = images.shape[2:]
-        scale = images.new_tensor([width, height, width, height])
+        scale = numbers_on([width, height, width, height], images)
         labels = None
         if targets is not None:
             valid = proper(targets, (height, width))

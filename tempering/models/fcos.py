@@ -114,7 +114,7 @@ class FCOS(Detector):
             logits.append(_points(self.class_head(self.class_tower(x))))
             quality.append(_points(self.quality_head(features)))
             sides.append(_points(self.box_head(features)) * scale)
-        points, strides = (x.to(images.device) for x in grid([x.shape[2:] for x in levels]))
+        points, strides = (x.to(images.device, non_blocking=True) for x in grid([x.shape[2:] for x in levels]))
         raw = torch.cat(sides, 1)
         bins = raw.unflatten(-1, (4, self.bins)) if self.bins else None
         distances = (raw.clamp(max=6.0).exp() if bins is None else _expected(bins)) * strides[:, None]
@@ -128,7 +128,7 @@ class FCOS(Detector):
         images, targets = inputs["images"], inputs["targets"]  # pyright: ignore[reportIndexIssue]
         levels = self.levels_of(images)
         logits = torch.cat([_points(self.class_head(self.class_tower(x))) for x in levels], 1)
-        points, strides = (x.to(images.device) for x in grid([x.shape[2:] for x in levels]))
+        points, strides = (x.to(images.device, non_blocking=True) for x in grid([x.shape[2:] for x in levels]))
         return focal(logits, assign(targets, points, strides, images.new_zeros(())).labels)
 
 

@@ -18,7 +18,7 @@ from tempering.rollouts.decoding import make_causal_decoder, make_decoder, max_p
 from tempering.rollouts.generation_config import Sampling, as_sampling
 from tempering.rows import IGNORE_INDEX
 from tempering.teachers.outputs import PrecomputedLogits
-from tempering.utils.tensors import eval_mode
+from tempering.utils.tensors import eval_mode, on_host, to_device
 
 CARRIED = {"input_ids", "attention_mask", "labels", "learn", "replaced", "generated", "ids", "privacy_score", "taught"}
 TURNS = {"last": -1, "first": 0, "random": None}  # index among the learned turns of a text
@@ -93,44 +93,45 @@ class GenerationState:
         self.logits: list[list[Tensor]] = [[] for _ in prompts]
         self.done = [max_new_tokens < 1] * len(prompts)
         width = max(map(len, prompts)) - 1  # the last token of a prompt is decoded with the first block
-        ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
-        self.mask = torch.zeros_like(ids)
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             if len(prompt) > 1:
-                self.mask[row, width - len(prompt) + 1 :] = 1
-                ids[row, width - len(prompt) + 1 :] = torch.tensor(prompt[:-1], device=device)
-        self.start = ids
-        self.last = torch.tensor([prompt[-1] for prompt in prompts], device=device)
+                mask[row, width - len(prompt) + 1 :] = 1
+                ids[row, width - len(prompt) + 1 :] = torch.tensor(prompt[:-1])
+        position = torch.tensor([len(prompt) - 1 for prompt in prompts])  # of the last token of each row
+        last = torch.tensor([prompt[-1] for prompt in prompts])
+        made = (ids, mask, last, position, position + max_new_tokens, ~torch.tensor(self.done))
+        self.start, self.mask, self.last, self.position, self.limit, self.active = to_device(made, device)
 
     def positions(self, first: int, count: int) -> Int[Tensor, "B count"]:
         """Return the positions of the block's tokens, limited to the longest possible row."""
-        last = [len(p) + len(w) - 1 for p, w in zip(self.prompts, self.generated, strict=True)]
-        limit = torch.tensor([len(p) + self.max_new_tokens - 1 for p in self.prompts], device=self.last.device)
-        return (torch.tensor(last, device=self.last.device)[:, None] + first + self._arange(count)).minimum(
-            limit[:, None]
-        )
+        return (self.position[:, None] + first + self._arange(count)).minimum(self.limit[:, None])
 
     def _arange(self, count: int) -> Tensor:
         return torch.arange(count, device=self.last.device)
 
     def block_mask(self, count: int) -> Int[Tensor, "B slots"]:
         """Return the mask with ``count`` slots of the block appended, masked for finished rows."""
-        active = (~torch.tensor(self.done, device=self.mask.device)).long()
-        return torch.cat((self.mask, active[:, None].expand(-1, count)), 1)
+        return torch.cat((self.mask, self.active.long()[:, None].expand(-1, count)), 1)
 
     def append(
-        self, block: Int[Tensor, "B G"], accepted: list[int], logits: Float[Tensor, "B G V"] | None = None
+        self,
+        block: Int[Tensor, "B G"],
+        accepted: Int[Tensor, " B"] | None = None,
+        logits: Float[Tensor, "B G V"] | None = None,
     ) -> None:
         """Append a block's accepted tokens and, if it is longer, the one that replaces the next.
 
         Args:
             block: the proposed tokens, with replacements.
-            accepted: number of accepted tokens of each row.
+            accepted: number of accepted tokens of each row; None: all.
             logits: logits before each token of the block, to be stored for the appended ones.
         """
-        tokens, width = block.tolist(), block.shape[1]
-        kept = torch.zeros(len(tokens), dtype=torch.long)
-        for row, (ids, n) in enumerate(zip(tokens, accepted, strict=True)):
+        width = block.shape[1]
+        counts = torch.full_like(block[:, :1], width) if accepted is None else accepted[:, None]
+        kept = torch.zeros(len(block), dtype=torch.long)
+        for row, (*ids, n) in enumerate(torch.cat((block, counts), 1).tolist()):  # the only wait for the device
             if self.done[row]:
                 continue
             ids = ids[: min(n + 1, width, self.max_new_tokens - len(self.generated[row]))]
@@ -141,7 +142,8 @@ class GenerationState:
             kept[row] = len(ids)
             if logits is not None:
                 self.logits[row].append(logits[row, : len(ids)].clone())
-        kept = kept.to(block.device)
+        kept, self.active = to_device((kept, ~torch.tensor(self.done)), block.device)
+        self.position = self.position + kept
         self.last = torch.where(kept > 0, block.gather(1, (kept - 1).clamp_min(0)[:, None])[:, 0], self.last)
         # the block's slots contain the token before it and all of its tokens but the last
         self.mask = torch.cat((self.mask, (self._arange(width) < kept[:, None]).long()), 1)
@@ -149,24 +151,24 @@ class GenerationState:
     def batch(self, pad: int) -> dict[str, Tensor]:
         """Return prompts with the generated tokens, padded on the right; exactly the sampled ids."""
         rows = [p + w for p, w in zip(self.prompts, self.generated, strict=True)]
-        shape, device = (len(rows), max(map(len, rows))), self.last.device
-        out = {name: torch.zeros(shape, dtype=torch.long, device=device) for name in ("input_ids", "attention_mask")}
+        shape = (len(rows), max(map(len, rows)))
+        out = {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "attention_mask")}
         out["input_ids"].fill_(pad)
-        out["labels"] = torch.full(shape, IGNORE_INDEX, device=device)
-        out |= {name: torch.zeros(shape, dtype=torch.bool, device=device) for name in ("learn", "replaced")}
+        out["labels"] = torch.full(shape, IGNORE_INDEX)
+        out |= {name: torch.zeros(shape, dtype=torch.bool) for name in ("learn", "replaced")}
         for i, row in enumerate(rows):
             begin = len(self.prompts[i])
-            out["input_ids"][i, : len(row)] = torch.tensor(row, device=device)
+            out["input_ids"][i, : len(row)] = torch.tensor(row)
             out["attention_mask"][i, : len(row)] = 1
             out["learn"][i, begin : len(row)] = True
-            out["replaced"][i, begin : len(row)] = torch.tensor(self.replaced[i], dtype=torch.bool, device=device)
-        return out
+            out["replaced"][i, begin : len(row)] = torch.tensor(self.replaced[i], dtype=torch.bool)
+        return to_device(out, self.last.device)
 
     def seq2seq_batch(self, pad: int, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the source with the tokens generated after the decoder's start: a batch for ``Seq2Seq``."""
-        batch = self.batch(pad)
-        targets = {name: batch[name][:, 1:] for name in ("labels", "learn", "replaced")}
-        return {**source, **targets, "generated": batch["input_ids"][:, 1:]}
+        batch = {name: x[:, 1:] for name, x in on_host(self.batch(pad)).items()}
+        targets = {"generated": batch["input_ids"]} | {name: batch[name] for name in ("labels", "learn", "replaced")}
+        return {**source, **to_device(targets, self.last.device)}
 
     def stats(self) -> GenerationStats:
         """Return the counts of this batch."""
@@ -227,7 +229,7 @@ def generate(
             f"{max_new_tokens}."
         )
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
-    source = None if source is None else {name: x.to(device) for name, x in source.items()}
+    source = None if source is None else to_device(dict(source), device)
     state = GenerationState(prompts, max_new_tokens=max_new_tokens, eos=eos, device=device)
     generators = [torch.Generator(device).manual_seed((2 * seed + side) % 2**63) for side in (0, 1)]
     sampling, resampling = as_sampling(sampling) or Sampling(), as_sampling(resampling) or Sampling()
@@ -248,7 +250,7 @@ def generate(
                 decoder.decode(state.start, positions, state.mask)
         while not all(state.done):
             proposed, previous = _propose(decoders[0], state, block, sampling, generators[0])
-            accepted, stored = [block] * len(prompts), None
+            accepted, stored = None, None
             if teacher is not None:
                 logits = decoders[1].decode(previous, state.positions(0, block), state.block_mask(block))
                 verified = verify_tokens(logits, proposed, top_k)
@@ -258,8 +260,7 @@ def generate(
                 )
                 replace = (verified.accepted < block)[:, None] & (torch.arange(block, device=device) == index)
                 proposed = torch.where(replace, replacement[:, None], proposed)
-                accepted = verified.accepted.tolist()
-                stored = logits if reuse else None
+                accepted, stored = verified.accepted, logits if reuse else None
             state.append(proposed, accepted, stored)
     stats = state.stats()
     stats.student_forwards = decoders[0].forwards
@@ -345,6 +346,9 @@ def prompts_of(
         turn: which run of learned tokens the prompt ends before: "last", "first" or "random", drawn by ``generator``.
         generator: of the random turns.
     """
+    batch = on_host(
+        {n: batch[n] for n in ("input_ids", "attention_mask", "learn", "labels") if batch.get(n) is not None}
+    )
     ids = batch["input_ids"]
     mask = batch["attention_mask"] if batch.get("attention_mask") is not None else torch.ones_like(ids)
     learn = batch.get("learn")

@@ -13,7 +13,7 @@ from tempering.data.text import eos_ids
 from tempering.rollouts.generation_config import Sampling
 from tempering.rollouts.sampling import generate, learned_turns, prompts_and_source
 from tempering.rows import IGNORE_INDEX
-from tempering.utils.tensors import to_device
+from tempering.utils.tensors import on_host, to_device
 
 WORD = re.compile(r"[a-z0-9]+")
 ANSWER = re.compile(r"####\s*([^\n]*)")
@@ -71,7 +71,7 @@ class GenerationScorer:
             }
             out, _ = generate(student, None, prompts, source=source, sampling=Sampling(temperature=0.0), **options)
             tokens = out["input_ids"] if source is None else out["generated"]
-            for ids, learn, labels in zip(tokens, out["learn"], batch["labels"], strict=True):
+            for ids, learn, labels in zip(*on_host((tokens, out["learn"], batch["labels"])), strict=True):
                 reference = labels != IGNORE_INDEX
                 if source is None and (turns := learned_turns(reference.tolist())):
                     reference = slice(*turns[-1])  # the turn that the prompt ends before

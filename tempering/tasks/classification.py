@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tempering.data.batches import LabeledBatch, labeled_batch
 from tempering.rows import Rows, class_indices, is_labeled, upcast_to_float32
 from tempering.tasks.base import NothingToScoreError, PolicyForward, Task, TeacherForward, evaluating
-from tempering.utils.tensors import described, logits_of
+from tempering.utils.device import synchronize
+from tempering.utils.tensors import described, logits_of, map_tensors, on_host
 
 BINS = 15  # bins of the reliability diagram and of the calibration error, of equal width
 ONE_CLASS = (
@@ -133,19 +134,22 @@ def collect_outputs(
         NothingToScoreError: if there are no batches, or none has a label.
         ValueError: for a label that is no class.
     """
-    parts = []
+    parts, device = [], torch.device("cpu")
     with evaluating(student, batches) as on_device:
         for batch in on_device:
             student_in, teacher_in, ids = task.inputs(batch)
-            z = upcast_to_float32(_logits(student(student_in), "student")).cpu()
-            t = None if teacher is None else upcast_to_float32(_logits(teacher(teacher_in, ids), "teacher")).cpu()
-            y = class_indices(labeled_batch(batch).labels.cpu(), type(task).__name__)
-            kept = is_labeled(y)
-            parts.append((z[kept], None if t is None else t[kept], y[kept]))
+            z = upcast_to_float32(_logits(student(student_in), "student"))
+            t = None if teacher is None else upcast_to_float32(_logits(teacher(teacher_in, ids), "teacher"))
+            outputs = (z, t, on_host(labeled_batch(batch).labels))
+            parts.append(map_tensors(outputs, lambda x: x.to("cpu", non_blocking=True)))
+            device = z.device
     if not parts:
         raise NothingToScoreError("there is nothing to score: the loader yields no batches. Is the split empty?")
+    synchronize(device)  # once: the copies of the batches do not wait
     z, t, labels = zip(*parts, strict=True)
-    outputs = Outputs(torch.cat(z), None if t[0] is None else torch.cat(t), torch.cat(labels))
+    y = class_indices(torch.cat(labels), type(task).__name__)
+    kept = is_labeled(y)
+    outputs = Outputs(torch.cat(z)[kept], None if t[0] is None else torch.cat(t)[kept], y[kept])
     if not len(outputs.labels):
         raise NothingToScoreError("there is nothing to score: no sample has a label (-100 and -1 mean unlabeled).")
     if int(outputs.labels.max()) >= outputs.student.shape[1]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tempering.rows import Rows, upcast_to_float32
 from tempering.tasks.base import Task, TeacherForward
 from tempering.tasks.language_modeling import LanguageModeling
+from tempering.utils.tensors import on_host, to_device
 
 Merge = Literal["bayesian", "observed"]
 
@@ -109,19 +110,25 @@ class CrossTokenizer(Task):
                 f"CrossTokenizer needs the {name}'s logits of its whole vocabulary, here ({tokens.shape[0]}, "
                 f"{tokens.shape[1]}, V); got {got}."
             )
-        order = None if self.shared is None else _order(self.shared[side], logits.shape[2], name).to(logits.device)
-        text, column = (groups >= 0).nonzero(as_tuple=True)
-        starts = (groups.amax(1) + 1).cumsum(0) - (groups.amax(1) + 1)
-        group = starts[text] + groups[text, column]
-        z = upcast_to_float32(logits.flatten(0, 1).index_select(0, text * tokens.shape[1] + column - 1))
-        token = tokens[text, column]
-        total = torch.logsumexp(z, -1)
-        token_logp = z.gather(1, token[:, None]).squeeze(1) - total
+        order = (
+            None if self.shared is None else to_device(_order(self.shared[side], logits.shape[2], name), logits.device)
+        )
+        # the numbers of tokens and of groups depend on the texts: on the host, where they are known
+        on_cpu, spans = on_host((tokens, groups))
+        text, column = (spans >= 0).nonzero(as_tuple=True)
+        starts = (spans.amax(1) + 1).cumsum(0) - (spans.amax(1) + 1)
+        group = starts[text] + spans[text, column]
+        token = on_cpu[text, column]
         is_first = torch.ones_like(group, dtype=torch.bool)
         is_first[1:] = group[1:] != group[:-1]
         is_kept = is_first if self.merge == "observed" else torch.cat((is_first[1:], is_first[:1]))
         kept = is_kept.nonzero().squeeze(1)
         several = torch.bincount(group, minlength=len(kept)) > 1
+        places = (text * tokens.shape[1] + column - 1, token, text, group, is_kept, kept, several)
+        index, token, text, group, is_kept, kept, several = to_device(places, logits.device)
+        z = upcast_to_float32(logits.flatten(0, 1).index_select(0, index))
+        total = torch.logsumexp(z, -1)
+        token_logp = z.gather(1, token[:, None]).squeeze(1) - total
         others = token_logp.new_zeros(len(kept)).index_add(0, group, token_logp.masked_fill(is_kept, 0.0))
         # a float cannot represent probabilities just below 1: the tail of a group of several tokens is never empty
         others = torch.where(several, others.clamp_max(-torch.finfo(token_logp.dtype).eps), 0.0)

@@ -13,7 +13,7 @@ from tempering.models.detector import Detected, Detector, detections
 from tempering.rows import IGNORE_INDEX, Rows, upcast_to_float32
 from tempering.tasks.average_precision import average_precision
 from tempering.tasks.base import NothingToScoreError, Task, TeacherForward, evaluating
-from tempering.utils.tensors import to_device
+from tempering.utils.tensors import numbers_on, to_device
 
 MATCH_IOU = 0.5  # smallest IoU at which a box matches the teacher's
 CONFIDENT = 0.3  # smallest score of the boxes that are compared to the teacher's, and shown
@@ -295,7 +295,7 @@ def _padded_boxes(batch: Any) -> Tensor:
     """Return the true boxes (B, M, 4) as xyxy in [0, 1] of the image, M >= 1, padded with -1."""
     height, width = batch["images"].shape[2:]
     absolute = [target["boxes"] for target in batch["targets"]]
-    boxes = [x / x.new_tensor([width, height, width, height]) for x in absolute]
+    boxes = [x / numbers_on([width, height, width, height], x) for x in absolute]
     largest = max([1, *map(len, boxes)])
     return torch.stack([nn.functional.pad(x, (0, 0, 0, largest - len(x)), value=-1.0) for x in boxes])
 
@@ -309,7 +309,7 @@ def _match_queries(s: Detected, t: Detected, t_index: Tensor, size: Sequence[int
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise ImportError("queries are matched by scipy: pip install 'tempering[detection]'") from error
-    indices, scale = [], t.boxes.new_tensor([size[1], size[0]] * 2)
+    indices, scale = [], numbers_on([size[1], size[0]] * 2, t.boxes)
     for i, chosen in enumerate(t_index):
         p, q = (side.foreground[i] for side in (s, t))
         q, boxes = q[chosen], t.boxes[i][chosen]

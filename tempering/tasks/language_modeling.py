@@ -16,6 +16,7 @@ from tempering.tasks.base import Task, TeacherForward
 from tempering.tasks.layouts import check_layout, try_layouts
 from tempering.tasks.row_scores import score_rows
 from tempering.teachers.outputs import Hidden, PrecomputedLogits, Sparse, to_top_k_plus_tail
+from tempering.utils.tensors import on_host, to_device
 
 NO_INPUTS = {"labels", "ids", "learn", "replaced", "privacy_score", "taught"}
 OPTIONAL = ("use_cache", "position_ids")  # left out for models whose forward does not have them
@@ -95,7 +96,7 @@ class LanguageModeling(Task):
         mask, positions = batch.get("attention_mask"), batch.get("position_ids")
         if mask is not None and positions is None:
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
-        elif mask is not None and bool(((positions == 0) & (mask != 0))[:, 1:].logical_and(mask[:, :-1] != 0).any()):
+        elif mask is not None and _is_packed(*on_host((positions, mask))):
             del inputs["attention_mask"]
             inputs["position_ids"] = positions.masked_fill(mask == 0, 0)  # every token of padding is a text of its own
         return inputs, with_teacher_outputs(inputs, batch), batch.get("ids")
@@ -180,13 +181,25 @@ class LanguageModeling(Task):
 
     def _positions(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the rows' indices among B * L positions, targets and weights; without rows, one of weight 0."""
+        device, batch = _tokens(batch).device, host_fields(batch)  # the number of rows depends on their values
         keep = prediction_mask(batch)
         length = keep.shape[1] + 1
         row, column = keep.nonzero(as_tuple=True)
         if not len(row):
             dummy = row.new_zeros(min(1, keep.shape[0] * length))
-            return dummy, dummy + IGNORE_INDEX, torch.zeros(len(dummy), device=row.device)
-        return row * length + column, _labels(batch)[row, column + 1].long(), None
+            return to_device((dummy, dummy + IGNORE_INDEX, torch.zeros(len(dummy), device=row.device)), device)
+        return to_device((row * length + column, _labels(batch)[row, column + 1].long(), None), device)
+
+
+def host_fields(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the batch with what determines its rows on the CPU, if it is known there: see ``on_host``."""
+    names = ("input_ids", "labels", "learn", "attention_mask", "position_ids", "generated")
+    return {**batch, **on_host({name: batch[name] for name in names if batch.get(name) is not None})}
+
+
+def _is_packed(positions: Tensor, mask: Tensor) -> bool:
+    """Return whether a text begins behind another one of its row."""
+    return bool(((positions == 0) & (mask != 0))[:, 1:].logical_and(mask[:, :-1] != 0).any())
 
 
 def prediction_mask(batch: Mapping[str, Any]) -> Tensor:

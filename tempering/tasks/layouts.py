@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tempering.rollouts.decoders import unwrap_model
 from tempering.rollouts.decoding import is_close, max_positions, trial_tokens
-from tempering.utils.tensors import eval_mode
+from tempering.utils.tensors import eval_mode, on_host
 
 Layouts = tuple[tuple[str, ...], dict[str, str]]
 TRIED: weakref.WeakKeyDictionary[nn.Module, Layouts] = weakref.WeakKeyDictionary()  # results of try_layouts
@@ -63,7 +63,7 @@ def check_layout(model: nn.Module, inexact: Mapping[str, str], inputs: Mapping[s
         if layout == "packed":
             found = mask is None and positions is not None
         else:
-            found = mask is not None and bool((mask[:, 0 if layout == "left" else -1] == 0).any())
+            found = mask is not None and bool((on_host(mask)[:, 0 if layout == "left" else -1] == 0).any())
         if found:
             name = "packed texts" if layout == "packed" else f"texts padded on the {layout}"
             raise ValueError(

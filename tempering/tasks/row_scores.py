@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tempering.rows import Rows, is_labeled, upcast_to_float32
 from tempering.tasks.base import NothingToScoreError, Task, TeacherForward, evaluating
+from tempering.utils.tensors import on_host, to_device
 
 
 @dataclass
@@ -20,9 +21,9 @@ class RowScores:
     The means do not depend on how the rows were cut into batches. Rows without a label or of weight 0 are left out.
     """
 
-    loss: float = 0.0
-    accuracy: float = 0.0
-    agreement: float = 0.0
+    loss: Tensor | float = 0.0
+    accuracy: Tensor | float = 0.0
+    agreement: Tensor | float = 0.0
     count: int = 0
 
     def add(self, rows: Rows, teacher_top: Tensor | None) -> None:
@@ -33,15 +34,19 @@ class RowScores:
         """
         if rows.target is None:
             raise ValueError("scoring needs labels: the batches have none.")
-        kept = is_labeled(rows.target)
-        if rows.weight is not None:
-            kept = kept & (rows.weight > 0)
-        z, y = upcast_to_float32(rows.student)[kept], rows.target[kept].long()
-        top = z.argmax(-1)
-        self.loss += float(nn.functional.cross_entropy(z.double(), y, reduction="sum"))
-        self.accuracy += float((top == y).sum())
+        target, weight = on_host((rows.target, rows.weight))
+        kept = is_labeled(target) if weight is None else is_labeled(target) & (weight > 0)
+        z, y = upcast_to_float32(rows.student), rows.target
+        if not bool(kept.all()):
+            index = to_device(kept.nonzero().squeeze(1), z.device)
+            z, y = z.index_select(0, index), y.index_select(0, index)
+            teacher_top = None if teacher_top is None else teacher_top.index_select(0, index)
+        top, y = z.argmax(-1), y.long()
+        # sums stay on the device: the host would wait for each
+        self.loss = self.loss + nn.functional.cross_entropy(z.double(), y, reduction="sum")
+        self.accuracy = self.accuracy + (top == y).sum()
         if teacher_top is not None:
-            self.agreement += float((top == teacher_top[kept]).sum())
+            self.agreement = self.agreement + (top == teacher_top).sum()
         self.count += len(y)
 
     def means(self, *, has_teacher: bool, unit: str = "row") -> dict[str, float]:
@@ -53,7 +58,7 @@ class RowScores:
         if not self.count:
             raise NothingToScoreError(f"there is nothing to score: no {unit} has a label. Is the split empty?")
         names = ("loss", "accuracy", "agreement") if has_teacher else ("loss", "accuracy")
-        out = {name: getattr(self, name) / self.count for name in names}
+        out = {name: float(getattr(self, name)) / self.count for name in names}
         return out | {"perplexity": math.exp(min(out["loss"], 700.0))} if unit == "token" else out
 
 

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from tempering.data.text import sources_right
 from tempering.rollouts.decoders import is_encoder_decoder, unwrap_model
 from tempering.rows import IGNORE_INDEX, is_labeled
-from tempering.tasks.language_modeling import NO_INPUTS, LanguageModeling, UnpackInputs, with_teacher_outputs
+from tempering.tasks.language_modeling import (
+    NO_INPUTS,
+    LanguageModeling,
+    UnpackInputs,
+    host_fields,
+    with_teacher_outputs,
+)
+from tempering.utils.tensors import on_host, to_device
 
 
 class Seq2Seq(LanguageModeling):
@@ -66,14 +73,15 @@ class Seq2Seq(LanguageModeling):
         return B, L
 
     def _positions(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        device, batch = _decoder_ids(batch).device, host_fields(batch)
         index = _row_mask(batch).flatten().nonzero().flatten()
         labels = (
             batch["labels"] if batch.get("labels") is not None else torch.full_like(batch["generated"], IGNORE_INDEX)
         )
         if not len(index):
             dummy = index.new_zeros(min(1, labels.numel()))
-            return dummy, dummy + IGNORE_INDEX, torch.zeros(len(dummy), device=index.device)
-        return index, labels.flatten().index_select(0, index).long(), None
+            return to_device((dummy, dummy + IGNORE_INDEX, torch.zeros(len(dummy), device=index.device)), device)
+        return to_device((index, labels.flatten().index_select(0, index).long(), None), device)
 
 
 def _decoder_ids(batch: Mapping[str, Any]) -> Tensor:
@@ -116,6 +124,7 @@ def _check(batch: Any) -> None:
     learn, labels = fields.get("learn"), fields.get("labels")
     if learn is None or labels is None or fields.get("generated") is not None:
         return
+    learn, labels = on_host((learn, labels))
     if bool(((learn != 0) & ~is_labeled(labels)).any()):
         raise ValueError(
             'Seq2Seq: "learn" selects tokens whose label is -100, and there is no "generated" with their ids.'

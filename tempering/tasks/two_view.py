@@ -12,7 +12,7 @@ from tempering.data.batches import labeled_batch
 from tempering.rows import IGNORE_INDEX, Rows, upcast_to_float32
 from tempering.tasks.base import Task
 from tempering.tasks.classification import Classification
-from tempering.utils.tensors import logits_of
+from tempering.utils.tensors import logits_of, numbers_on
 
 Augment = Callable[[Tensor], Tensor]
 VIEWS = ("clean", "augmented")  # names of the blocks where the copy has no labels
@@ -205,9 +205,7 @@ class _Kornia:
         self.mean, self.std = tuple(mean), tuple(std)
 
     def __call__(self, x: Tensor) -> Tensor:
-        mean, std = (
-            torch.tensor(v, dtype=torch.float32, device=x.device)[:, None, None] for v in (self.mean, self.std)
-        )
+        mean, std = (numbers_on(v, x, torch.float32)[:, None, None] for v in (self.mean, self.std))
         return (self.operation((x.float() * std + mean).clamp(0.0, 1.0)) - mean) / std
 
 

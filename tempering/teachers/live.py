@@ -183,7 +183,7 @@ class Live(Teacher):
                 self.bind_data(None)  # with data_normalization, no loader is needed
             assert self._renormalize is not None
             x = self._renormalize(x)
-        x = x if self.device is None else x.to(self.device, non_blocking=True)
+        x = x if self.device is None else x.to(self.device, non_blocking=self.device.type != "cpu")
         if x.is_floating_point() and self._dtype is not None:
             x = x.to(self._dtype)
         return x.contiguous(memory_format=torch.channels_last) if self._images_last and x.ndim == 4 else x

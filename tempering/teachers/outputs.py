@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tempering.rows import IGNORE_INDEX, upcast_to_float32
+from tempering.utils.tensors import on_host, to_device
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,10 +106,14 @@ def _check_shape(got: tuple[int, ...], shape: tuple[int, ...]) -> None:
 
 
 def _check_stored(stored: Tensor | None, positions: Tensor) -> None:
-    # on an accelerator the check would synchronize every step; there NaN makes the loss NaN, which the trainer reports
-    if stored is None or positions.device.type != "cpu":
+    # of tensors made on an accelerator the check would synchronize every step; there NaN makes the loss NaN, which the
+    # trainer reports
+    if stored is None:
         return
-    missing = ~stored.flatten()[positions]
+    known, positions = on_host((stored, positions))
+    if positions.device.type != "cpu":
+        return
+    missing = ~known.flatten()[positions]
     if missing.any() and not (len(positions) == 1 and not positions.any()):  # the row of weight 0 of an empty batch
         raise ValueError(
             f"the teacher's cache does not have {int(missing.sum())} of the {len(positions)} learned positions: it "
@@ -151,8 +156,7 @@ class Sparse:
 
     def to(self, device: torch.device | str) -> Sparse:
         """Return a copy on ``device``."""
-        stored = None if self.stored is None else self.stored.to(device)
-        return Sparse(self.ids.to(device), self.logp.to(device), self.tail_logp.to(device), stored)
+        return Sparse(*to_device((self.ids, self.logp, self.tail_logp, self.stored), device))
 
 
 def to_top_k_plus_tail(

@@ -42,7 +42,8 @@ class Adaptive(Policy):
             return Temperatures(s, s)
         has_weight = torch.ones_like(s, dtype=torch.bool) if rows.weight is None else (rows.weight > 0).unsqueeze(1)
         sorted_s = s.masked_fill(~has_weight, torch.inf).flatten().sort().values
-        median = sorted_s[(has_weight.sum() - 1).clamp_min(0) // 2]
+        middle = (has_weight.sum() - 1).clamp_min(0) // 2
+        median = sorted_s.index_select(0, middle.unsqueeze(0)).squeeze(0)  # a 0-dim index would be read by the host
         # tanh(log r) = (r^2 - 1) / (r^2 + 1), which avoids log(0)
         is_usable = (median > 0) & median.isfinite()
         a, b = s.square(), torch.where(is_usable, median, 1.0).square()

@@ -100,4 +100,6 @@ def _bounds(energies: Float[Tensor, "N 1"], has_weight: Tensor | None, tail_frac
     n = has_weight.sum()
     rank = (n.double() * tail_fraction).long()
     last = (n - 1).clamp_min(0)
-    return sorted_energies[rank.clamp_max(last)], sorted_energies[(last - rank).clamp_min(0)]
+    ranks = torch.stack((rank.clamp_max(last), (last - rank).clamp_min(0)))
+    low, high = sorted_energies.index_select(0, ranks).unbind()  # 0-dim indices would be read by the host
+    return low, high

@@ -18,6 +18,7 @@ from tempering.teachers.base import Teacher
 from tempering.training.checkpoint import random_state, set_random_state
 from tempering.training.config import SelfCheckError, TrainState
 from tempering.training.stream import DATALOADER_PARTS, require_reiterable
+from tempering.utils.tensors import on_host
 
 
 class Evaluator:
@@ -196,7 +197,7 @@ class CachedTeacherOutputs:
         position, self.position = self.position, self.position + 1
         if ids is None or not self.enabled:
             return self.teacher(inputs, ids)
-        if position < len(self.outputs) and torch.equal(self.outputs[position][0], ids):
+        if position < len(self.outputs) and torch.equal(*on_host((self.outputs[position][0], ids))):
             return self.outputs[position][1]
         output = self.teacher(inputs, ids)
         if position == len(self.outputs):

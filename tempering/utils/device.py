@@ -12,6 +12,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done its work, such as copies to the CPU that do not wait."""
+    if device.type != "cpu":
+        module: Any = torch.get_device_module(device)
+        module.synchronize(*() if device.type == "mps" else (device,))
+
+
 def has_native_bf16(device: torch.device | str) -> bool:
     """Return whether a device computes in bf16; False if it emulates bf16 by upcasting and rounding.
 

@@ -12,6 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# tensors on a device -> the CPU tensors that they were moved from, and both versions
+_SOURCES: MutableMapping[Tensor, tuple[Tensor, int, int]] = WeakTensorKeyDictionary()
 
 
 def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
@@ -32,8 +37,49 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
-    """Return the batch with every tensor in it on the device."""
-    return map_tensors(batch, lambda x: x.to(device, non_blocking=True))
+    """Return the batch with every tensor in it on the device; ``on_host`` gives back what shapes depend on.
+
+    Copies to a device do not wait for it. Those to the CPU do: their values could be read before they are there.
+    """
+    to_cpu = torch.device(device).type == "cpu"
+    return map_tensors(batch, lambda x: _remembered(x, x.to(device, non_blocking=not to_cpu)))
+
+
+def _remembered(source: Tensor, moved: Tensor) -> Tensor:
+    """Remember where a tensor on a device came from, if it is one of integers or a vector: images take memory."""
+    small = source.ndim <= 1 or not source.is_floating_point()
+    if moved.device.type != "cpu" and source.device.type == "cpu" and small and not moved.is_inference():
+        _SOURCES[moved] = (source, source._version, moved._version)
+    return moved
+
+
+def remember_sources(batch: Any, moved: Any) -> Any:
+    """Do for a batch that something else moved to a device what ``to_device`` does; return ``moved``."""
+    for source, x in zip(tree_leaves(batch), tree_leaves(moved), strict=True):
+        if isinstance(source, Tensor) and isinstance(x, Tensor) and not source.is_inference():
+            _remembered(source, x)
+    return moved
+
+
+def on_host(value: Any) -> Any:
+    """Return tensors as they were on the CPU before ``to_device``, so that the host need not wait for the device.
+
+    A value with a tensor that it did not move, or that was changed in place since, is returned as it is.
+    """
+    known: list[bool] = []
+
+    def source_of(x: Tensor) -> Tensor:
+        source, *versions = _SOURCES.get(x, (x, 0, 0)) if x.device.type != "cpu" else (x, 0, 0)
+        known.append(source.device.type == "cpu" and (source is x or versions == [source._version, x._version]))
+        return source
+
+    sources = map_tensors(value, source_of)
+    return sources if all(known) else value
+
+
+def numbers_on(values: Any, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return ``like.new_tensor(values)``, without making the host wait for the device as that does."""
+    return torch.tensor(values, dtype=dtype or like.dtype).to(like.device, non_blocking=True)
 
 
 def logits_of(output: Any) -> Any:

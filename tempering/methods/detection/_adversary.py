@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
+from tempering.utils.tensors import numbers_on
+
 PIXEL = 255.0
 ROUNDING = 1e-3  # in units of 1/255: tolerance of float32 sums that should be integers
 Target = Mapping[str, Tensor]
@@ -96,7 +98,7 @@ class FeatureAttack:
                 image = F.pad(small, (left, width - w - left, top, height - h - top))
                 scale, shift = ((w / width, h / height) * 2, (left, top) * 2)
                 boxes = target["boxes"]
-                target = {**target, "boxes": boxes * boxes.new_tensor(scale) + boxes.new_tensor(shift)}
+                target = {**target, "boxes": boxes * numbers_on(scale, boxes) + numbers_on(shift, boxes)}
             shown.append(image)
             moved.append(dict(target))
         return torch.stack(shown), moved

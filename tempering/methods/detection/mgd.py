@@ -11,6 +11,7 @@ from tempering.methods.base import step_seed
 from tempering.methods.detection.base import NeckMethod, over_levels, summed
 from tempering.rows import Rows
 from tempering.utils.search_space import TermWeight
+from tempering.utils.tensors import on_host
 
 MODULUS = 2**63
 STRIDE = 0x9E3779B97F4A7C15  # odd, so that different ids give different seeds
@@ -58,13 +59,14 @@ class MGD(NeckMethod):
         errors: list[Tensor] = []
         for generate, (s, t) in zip(self.generators, self.aligned(pairs), strict=True):
             size = (1, t.shape[-2], t.shape[-1])
-            kept = torch.stack([torch.rand(size, generator=g) >= self.masked for g in generators]).to(s.device)
+            kept = torch.stack([torch.rand(size, generator=g) >= self.masked for g in generators])
+            kept = kept.to(s.device, non_blocking=True)
             errors.append(summed((generate(s * kept) - t).square()))
         return over_levels(errors)
 
     def _draws(self, rows: Rows) -> list[torch.Generator]:
         """Return a seeded generator for each row of weight > 0."""
-        ids = torch.arange(len(rows)) if rows.ids is None else rows.ids.cpu()
+        ids = torch.arange(len(rows)) if rows.ids is None else on_host(rows.ids).cpu()
         kept = ids if rows.weight is None else ids[(rows.weight > 0).cpu()]
         if rows.ids is None:
             kept = torch.arange(len(kept))

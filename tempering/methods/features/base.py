@@ -93,10 +93,14 @@ class FeatureMethod(Method):
                 f"{owner} compares features, and Rows(name={rows.name!r}) has {sorted(rows.features) or 'none'}; "
                 f"missing: {missing or 'any'}. {self.hint}"
             )
-        kept = slice(None) if rows.weight is None else samples_kept(rows, rows_per_sample(rows, names))
+        kept = None
+        if rows.weight is not None:  # one index for all: a mask would be read by the host for every feature
+            kept = samples_kept(rows, rows_per_sample(rows, names)).nonzero().squeeze(1)
         pairs: list[tuple[Tensor, Tensor]] = []
         for name in names:
-            s, t = (upcast_to_float32(x)[kept] for x in rows.features[name])
+            s, t = (upcast_to_float32(x) for x in rows.features[name])
+            if kept is not None:
+                s, t = s.index_select(0, kept), t.index_select(0, kept)
             if self.wants == "vectors":
                 s, t = s.flatten(1), t.flatten(1)
             elif s.ndim != 4 or t.ndim != 4:

@@ -86,9 +86,10 @@ class CRD(Projected):
         """Return the NCE loss of classifying the first memory vector as positive and the others as noise, (N,)."""
         score = (torch.einsum("nd,nkd->nk", anchor, candidates.to(anchor)) / self.contrast).exp()
         normalizer = getattr(self, f"{side}_whole")
-        if normalizer < 0:
-            normalizer.fill_(score.detach().mean() * self.samples)
-        p = score / normalizer.to(score)
+        first = (score.detach().mean() * self.samples).to(normalizer)
+        fixed = torch.where(normalizer < 0, first, normalizer)
+        normalizer.copy_(fixed)
+        p = score / fixed.to(score)
         noise = self.negatives / self.samples
         positive = p[:, 0] / (p[:, 0] + noise + 1e-7)
         negative = noise / (p[:, 1:] + noise + 1e-7)

@@ -126,7 +126,7 @@ def draws(
     hash has 32 bits: sufficient for noise, not for cryptography.
     """
     key = _hash32(
-        ids.long() & MASK ^ _hash32((ids.long() >> 32 & MASK) ^ _hash32(torch.tensor(seed & MASK, device=ids.device)))
+        ids.long() & MASK ^ _hash32((ids.long() >> 32 & MASK) ^ _hash32(torch.full((), seed & MASK, device=ids.device)))
     )
     key = _hash32(key ^ (positions.long() & MASK)).unsqueeze(1)
     column = torch.arange(classes, device=ids.device) * 0x9E3779B9 & MASK

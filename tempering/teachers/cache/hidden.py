@@ -21,7 +21,7 @@ from tempering.teachers.cache.shards import CachedShards, device_like
 from tempering.teachers.cache.texts import Inputs
 from tempering.teachers.live import Live
 from tempering.teachers.outputs import Head, Hidden
-from tempering.utils.tensors import tensor_bytes
+from tempering.utils.tensors import tensor_bytes, to_device
 
 HEAD = "head.safetensors"
 
@@ -59,8 +59,8 @@ class CachedHidden(CachedShards):
         values = torch.cat(parts) if parts else torch.zeros(0, self.head.weight.shape[1])
         if self.head.weight.device != device:
             self.head = self.head.to(device)
-        stored = None if found.stored is None else found.stored.to(device)
-        return Hidden(found.scatter(values).to(device, non_blocking=True), self.head, stored)
+        states, stored = to_device((found.scatter(values), found.stored), device)
+        return Hidden(states, self.head, stored)
 
     def to(self, device: torch.device | str) -> Self:
         self.head = self.head.to(device)

@@ -21,6 +21,7 @@ from tempering.teachers.cache.recorder import (
     device_of,
     query_teacher,
 )
+from tempering.utils.tensors import on_host
 
 RESIDENT = 2**31  # bytes up to which a cache is moved to the accelerator of a run
 
@@ -71,11 +72,12 @@ class Cached(CachedTeacher):
             )
         table = self._mapped
         device = inputs.device if isinstance(inputs, Tensor) else ids.device
-        rows = ids.to(table.device)
         if table.device.type == "cpu":
+            rows = on_host(ids).cpu()
             self._check_range(rows)
             return table.index_select(0, rows).to(device, torch.float32, non_blocking=True)
         # raising for an id out of range would synchronize with the device every step: such a row becomes NaN instead
+        rows = ids.to(table.device)
         in_range = (rows >= 0) & (rows < self.rows)
         logits = table.index_select(0, rows.clamp(0, self.rows - 1)).float()
         return torch.where(in_range[:, None], logits, torch.nan).to(device)

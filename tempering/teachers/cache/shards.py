@@ -13,6 +13,7 @@ from torch import Tensor
 from tempering.teachers.base import key_digest
 from tempering.teachers.cache.base import CachedTeacher, CorruptCacheError, StoredFile, check_file
 from tempering.teachers.cache.texts import BATCH_FIELDS, Text, output_shape, texts_of
+from tempering.utils.tensors import on_host
 
 BY_TEXT = 2  # format of recordings by text and learned position; 1 is by sample id, with padding
 
@@ -112,7 +113,7 @@ class CachedShards(CachedTeacher):
                 "a cached teacher looks up outputs by sample id, and the batch has none. Batches of data.Tokens and "
                 "data.Pairs have ids; generated texts have none and need teachers.Live(model)."
             )
-        numbers = ids.tolist()
+        numbers = on_host(ids).tolist()
         if numbers and not 0 <= min(numbers) <= max(numbers) < self.rows:
             raise ValueError(
                 f"{self.path} has texts 0 to {self.rows - 1}, and the batch has ids {min(numbers)} to {max(numbers)}. "

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tempering.rows import IGNORE_INDEX
+from tempering.utils.tensors import on_host
 
 Inputs = Callable[[Any], tuple[Any, Any, Any]]  # a batch -> (student's inputs, teacher's inputs, ids), as tasks do
 NO_CONTENT = {"attention_mask", "position_ids", "use_cache", "taught"}  # inputs that do not belong to the text itself
@@ -40,7 +41,9 @@ def texts_of(inputs: Mapping[str, Any]) -> list[Text]:
     Args:
         inputs: of ``LanguageModeling`` or ``Seq2Seq``, as the teacher receives them.
     """
-    given = {n: x.detach().cpu() for n, x in inputs.items() if isinstance(x, Tensor)}
+    padded = isinstance(inputs.get("attention_mask"), Tensor)
+    needed = {n: x for n, x in inputs.items() if isinstance(x, Tensor) and not (padded and n == "position_ids")}
+    given = {n: on_host(x).detach().cpu() for n, x in needed.items()}
     tokens, labels = given["input_ids"], given.get("labels")
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     is_packed = mask is None and positions is not None and labels is None

@@ -13,6 +13,7 @@ from torch import Tensor
 from tempering.teachers.base import Teacher, key_digest
 from tempering.teachers.outputs import Sparse
 from tempering.teachers.remote.http import MAX_BYTES, Endpoint
+from tempering.utils.tensors import on_host
 
 Api = Literal["vllm", "openai"]
 Step = dict[int, float]  # token id -> log-probability, at one position
@@ -80,15 +81,16 @@ class RemoteTeacher(Teacher):
         tokens, mask = inputs["input_ids"], inputs.get("attention_mask")
         if mask is None and inputs.get("position_ids") is not None:
             raise ValueError("RemoteTeacher cannot keep packed texts apart. Pad them: data.text.collate(examples).")
-        real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
+        device, tokens = tokens.device, on_host(tokens).cpu()
+        real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else on_host(mask).cpu() != 0
         outputs = self.ask([row[kept].tolist() for row, kept in zip(tokens, real, strict=True)])
         shape = (*tokens.shape, self.top + 1)
         out = Sparse(torch.zeros(shape, dtype=torch.long), torch.full(shape, -torch.inf), torch.zeros(tokens.shape))
-        for row, (kept, text) in enumerate(zip(real.cpu(), outputs, strict=True)):
+        for row, (kept, text) in enumerate(zip(real, outputs, strict=True)):
             positions = kept.nonzero().flatten()
             for padded, values in ((out.ids, text.ids), (out.logp, text.logp), (out.tail_logp, text.tail_logp)):
                 padded[row, positions] = values
-        return out.to(tokens.device)
+        return out.to(device)
 
     def ask(self, texts: Sequence[Sequence[int]]) -> list[Sparse]:
         """Query the server for texts of token ids; return ``Sparse`` (L, top + 1) of each, on the CPU.
