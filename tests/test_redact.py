@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tempering.utils.redact import redact
+from tempering.utils.text import redact
 
 KEY = "sk-proj-" + "abcDEF123456" * 3
 

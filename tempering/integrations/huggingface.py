@@ -27,9 +27,8 @@ from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.teachers.live import Live
 from tempering.training.checkpoint import save_weights
-from tempering.training.checks import as_method
+from tempering.training.checks import as_method, chunking_for
 from tempering.training.features import PairedFeatures, extracting
-from tempering.training.loss import chunking_for
 from tempering.training.selfcheck import selfcheck as check_first_batch
 from tempering.utils.state import borrowed
 

@@ -16,11 +16,12 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tempering.rows import Rows, total
 
 if TYPE_CHECKING:
-    from tempering.methods.base import Method
+    from tempering.methods.base import BlockLoss, Chunking, Method
     from tempering.teachers.base import Teacher
     from tempering.training.config import TrainConfig
 
 
+MIN_LOGITS = 2**22  # of the student, from which on chunks save memory and cost no time
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 Groups = list[dict[str, Any]]
 Optimizer = Callable[[Groups], torch.optim.Optimizer] | torch.optim.Optimizer | str
@@ -325,3 +326,29 @@ def _learning_rates(schedule: Any, optimizer: torch.optim.Optimizer, steps: int)
                 "Give it cycle_momentum=False."
             )
     return factors
+
+
+def chunking_for(method: Method, chunks: bool | None = None) -> Chunking | None:
+    """Select how to compute the method's losses in chunks; None: not in chunks.
+
+    Args:
+        chunks: True for ``kernels.chunked`` always, which raises a ValueError for a method or rows that it cannot
+            compute; False for never; None for blocks of 2^22 logits or more, if every row's terms depend on that row
+            alone and no policy adapts after the step.
+    """
+    from tempering.methods.base import Chunking
+
+    if chunks is None:
+        independent = not (method.owns_step or method.is_batch_dependent() or method.adaptive_policies())
+        return Chunking(chunked_loss, MIN_LOGITS) if independent else None
+    return Chunking(chunked_loss, 0, always=True) if chunks else None
+
+
+def chunked_loss(method: Method, rows: Rows, progress: float, normalizer: Tensor | float | None) -> BlockLoss:
+    """Compute the loss of a block in chunks, with its gradient, in the memory of a few rows."""
+    # imported here because it loads torch's compilers
+    from tempering.kernels.chunked import chunked
+    from tempering.methods.base import BlockLoss
+
+    loss, terms, path = chunked(method, rows, progress, normalizer=normalizer)
+    return BlockLoss(rows, loss, terms, path)

@@ -28,9 +28,9 @@ from tempering.utils.files import (
     read_json_lines,
     sha256_text,
     verify,
-    without_secrets,
     write_atomic,
 )
+from tempering.utils.text import without_secrets
 
 SMALL = 1 << 22  # bytes of a file all of whose lines are checked
 Position = dict[str, Any]  # {"bytes": size of the file, "sha256": of these bytes, "last": counter of the last line}

@@ -22,6 +22,7 @@ from tempering.training.checks import (
     Optimizer,
     Schedule,
     base_learning_rates,
+    chunking_for,
     make_optimizer,
     make_schedule,
     validate_sampled_teacher,
@@ -40,7 +41,6 @@ from tempering.training.distributed import (
 )
 from tempering.training.evaluator import Evaluator
 from tempering.training.fabric import allow_double_backward, fabric_for, peak_mb
-from tempering.training.loss import chunking_for
 from tempering.training.metrics import ProgressBar, nonfinite_loss_error, rollout_metrics, step_metrics
 from tempering.training.recorder import Recorder
 from tempering.training.run_dir import (

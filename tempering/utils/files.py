@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 COUNTERS = {"steps.jsonl": "step", "epochs.jsonl": "epoch"}  # of the lines of a run's records, by file
 CHUNK = 1 << 20  # bytes
-LONG = 4096  # characters
 PARTIAL = ".partial"  # suffix of a file or folder that is being written
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
@@ -244,37 +243,6 @@ def prefix_digest(file: IO[bytes], size: int) -> Any:
         digest.update(chunk)
         size -= len(chunk)
     return digest
-
-
-def without_secrets(value: Any) -> Any:
-    """Return JSON-able ``value`` with every secret in it redacted; a name before a value, or its key, counts."""
-    from tempering.utils.redact import redact
-
-    return map_texts(value, redact)
-
-
-def map_texts(value: Any, clean: Callable[[str], str]) -> Any:
-    """Apply ``clean`` to every text in nested lists and mappings; one that a secret's name precedes is redacted."""
-    from tempering.utils.redact import REDACTED
-
-    if isinstance(value, Mapping):
-        pairs = [(key, f"{key}=", item) for key, item in value.items()]
-        return {key: REDACTED if _is_secret(name, item) else map_texts(item, clean) for key, name, item in pairs}
-    if isinstance(value, (list, tuple)):
-        flags = ["", *(f"{item} " if isinstance(item, str) and item.startswith("-") else "" for item in value)]
-        pairs = zip(flags, value, strict=False)
-        return [REDACTED if _is_secret(flag, item) else map_texts(item, clean) for flag, item in pairs]
-    if not isinstance(value, str) or (len(value) > LONG and " " not in value):  # encoded data, such as an image
-        return value
-    return clean(value)
-
-
-def _is_secret(name: str, value: object) -> bool:
-    from tempering.utils.redact import redact
-
-    if not name or not isinstance(value, str) or not value or value.startswith("-"):
-        return False
-    return redact(f"{name}{value}") != f"{redact(name)}{redact(value)}"
 
 
 # locks

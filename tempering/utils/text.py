@@ -1,14 +1,13 @@
-"""Text for people: scores and durations in one line, and records without private paths."""
+"""Text for people: scores and durations in one line, and text and records without secrets and private paths."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
-
-from tempering.utils.files import map_texts
-from tempering.utils.redact import REDACTED, redact
+from urllib.parse import quote
 
 MARKED = r"(?:file://(?:localhost)?/|~[\w.-]*/|[A-Za-z]:[\\/]|\\\\(?=\w))"  # of an absolute path, besides a lone slash
 START = rf"(?:{MARKED}|/(?=[^\s/]))"
@@ -21,6 +20,7 @@ PATHS = (
 )
 
 
+LONG = 4096  # characters
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # but tab and newline
 
 
@@ -100,3 +100,78 @@ def without_private_paths(value: Any, host: str | None = None) -> Any:
         return text if pattern is None else pattern.sub(REDACTED, text)
 
     return map_texts(value, clean)
+
+
+# secrets
+
+REDACTED = "***"  # as CI logs do: nothing that a terminal, a shell or HTML interprets
+_NAMES = (
+    r"(?:[\w.-]{0,40}[-_.])?(?:api[-_]?key|access[-_]?key(?:[-_]?id)?|secret(?:[-_]?(?:access[-_]?)?key)?|password|passwd"
+    r"|(?:access|auth|api|refresh|id|security|session|hub|hf|github|bearer)[-_]?token|signature|credentials?|authorization)"
+)
+_VALUE = r"[^\s\"'&#,;)}\]<>\\]+"  # up to what ends a value in a URL, JSON, a header or a command line
+_PATTERNS = tuple(  # the first group is kept
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"(\b[a-z][a-z0-9+.-]{0,20}://)[^\s/?#\"'<>]+(?=@)",  # scheme://user:password@host
+        r"(\b[a-z][a-z0-9+.-]{0,20}://)[^\s/?#\"'<>@:]*:[^\s?#\"'<>@]{1,400}(?=@[\w\[])",  # a password with a slash
+        r"(\bbearer\s+)(?!tokens?\b|auth)[\w.~+/=-]{6,}",
+        rf"([?&;](?:{_NAMES}|key|token|auth|sig)=){_VALUE}",  # of a query string
+        rf"((?<!\w){_NAMES}[\"']?\s*[=:]\s*\\?[\"']?(?:basic\s+)?)(?!bearer\b){_VALUE}",
+        rf"(--(?:{_NAMES}|token)(?:[\"',]*\s+|=)[\"']?){_VALUE}",  # of a command line
+        r"((?<!\w)token[\"']?\s*[=:]\s*[\"']?)[\w.~+/-]{16,}",  # shorter ones are tokens of a text
+    )
+)
+_BARE = re.compile(
+    r"(?<![A-Za-z0-9])(?:"
+    r"sk-[A-Za-z0-9_-]{8,}|[srp]k_(?:live|test)_[A-Za-z0-9]{8,}|hf_[A-Za-z0-9]{8,}|gh[pousr]_[A-Za-z0-9]{8,}|github_pat_\w{8,}"
+    r"|glpat-[\w-]{8,}|xox[abeprs]-[\w-]{8,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|AIza[\w-]{20,}|nvapi-[\w-]{8,}|gsk_[A-Za-z0-9]{8,}"
+    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"
+    r")"
+)
+
+
+def redact(text: str, secrets: Iterable[str] = ()) -> str:
+    """Replace secrets in a text by "***"; everything else stays as it is.
+
+    Covered: keys by their prefix (sk-, hf_, ghp_, AKIA and similar, JSON web tokens), Bearer and Basic credentials,
+    the user and password of a URL (s3://key:secret@bucket), and values that are named api_key, token, password,
+    secret, signature or authorization in a query string, a header, JSON or a command line.
+
+    Args:
+        text: the text to clean.
+        secrets: strings known to be secret, such as the API key in use; also found percent-encoded or in JSON. Empty
+            ones are ignored.
+    """
+    known = {x for secret in secrets if secret for x in (secret, quote(secret, safe=""), json.dumps(secret)[1:-1])}
+    for secret in sorted(known, key=len, reverse=True):
+        text = text.replace(secret, REDACTED)
+    text = _BARE.sub(REDACTED, text)
+    for pattern in _PATTERNS:
+        text = pattern.sub(rf"\g<1>{REDACTED}", text)
+    return text
+
+
+def without_secrets(value: Any) -> Any:
+    """Return JSON-able ``value`` with every secret in it redacted; a name before a value, or its key, counts."""
+    return map_texts(value, redact)
+
+
+def map_texts(value: Any, clean: Callable[[str], str]) -> Any:
+    """Apply ``clean`` to every text in nested lists and mappings; one that a secret's name precedes is redacted."""
+    if isinstance(value, Mapping):
+        pairs = [(key, f"{key}=", item) for key, item in value.items()]
+        return {key: REDACTED if _is_secret(name, item) else map_texts(item, clean) for key, name, item in pairs}
+    if isinstance(value, (list, tuple)):
+        flags = ["", *(f"{item} " if isinstance(item, str) and item.startswith("-") else "" for item in value)]
+        pairs = zip(flags, value, strict=False)
+        return [REDACTED if _is_secret(flag, item) else map_texts(item, clean) for flag, item in pairs]
+    if not isinstance(value, str) or (len(value) > LONG and " " not in value):  # encoded data, such as an image
+        return value
+    return clean(value)
+
+
+def _is_secret(name: str, value: object) -> bool:
+    if not name or not isinstance(value, str) or not value or value.startswith("-"):
+        return False
+    return redact(f"{name}{value}") != f"{redact(name)}{redact(value)}"

@@ -15,7 +15,7 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection, Incomple
 from typing import Any
 from urllib.parse import urlsplit
 
-from tempering.utils.redact import redact
+from tempering.utils.text import redact
 
 BUSY = {408, 409, 425, 429, 500, 502, 503, 504}
 SHOWN = 400  # characters of a response in an error message
