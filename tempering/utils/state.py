@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-WRAPPERS = (("_orig_mod", "torch._dynamo"), ("module", "torch.nn.parallel"))  # attribute, package of the wrapper
+# attribute, package of the wrapper
+WRAPPERS = (("_orig_mod", "torch._dynamo"), ("module", "torch.nn.parallel"), ("_original_module", "lightning_fabric"))
 
 
 class ModelState:
@@ -61,7 +62,7 @@ def restored(*models: nn.Module | None) -> Iterator[None]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside torch.compile, DataParallel and DistributedDataParallel; else the model itself."""
+    """Return the module inside torch.compile, DataParallel, DistributedDataParallel or Fabric; else the model itself."""
     for name, package in WRAPPERS:
         inner = getattr(model, name, None)
         if isinstance(inner, nn.Module) and type(model).__module__.startswith(package):
