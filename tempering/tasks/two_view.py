@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.data.batches import labeled_batch
-from tempering.rows import IGNORE_INDEX, Rows, upcast_to_float32
+from tempering.rows import Rows, upcast_to_float32, without_labels
 from tempering.tasks.base import Task
 from tempering.tasks.classification import Classification
 from tempering.utils.tensors import logits_of, numbers_on
@@ -103,8 +103,8 @@ class TwoView(Task):
             for z, t, name in zip((student[:n], student[n:]), teacher_views, self.names, strict=True)
         ]
         if not self.labeled:
-            unlabeled = torch.full_like(labeled_batch(batch).labels, IGNORE_INDEX, dtype=torch.int64)
-            blocks[1] = blocks[1].replace(target=unlabeled)
+            assert blocks[1].target is not None
+            blocks[1] = blocks[1].replace(target=without_labels(blocks[1].target))
         if self.pick is not None:
             blocks[1] = blocks[1].replace(weight=self._pick_weights(blocks[1].teacher))
         return blocks
