@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from tempering.methods.base import BlockLoss, Method, Step, step_rng
-from tempering.rows import IGNORE_INDEX, is_labeled
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.training.checkpoint import random_state, set_random_state
@@ -392,12 +391,8 @@ class Trainer:
         all_reduce_gradients(self.method, self.fabric)
         if config.max_grad_norm is not None:
             clip_grad_norm(self.optimizer, self.fabric, config.max_grad_norm)
-        rewarded = any(policy.needs_reward for policy in self.adaptive_policies)
-        row_losses = self._row_losses(batches[-1]) if rewarded else no_losses
-        before = row_losses()
-        self.optimizer.step()
-        if self.adaptive_policies:
-            self._update_policies(before, row_losses())
+        with self._adapting(batches[-1]):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         loss = functools.reduce(torch.add, step_losses)
         self._log(loss, blocks, progress)
@@ -421,32 +416,13 @@ class Trainer:
             chunking=self.chunking,
         )
 
-    def _row_losses(self, batch: Any) -> Callable[[], Tensor | None]:
-        """Return a function that computes the student's cross entropy in eval mode on each row of the last block, (N,).
+    def _adapting(self, batch: Any) -> contextlib.AbstractContextManager[object]:
+        """Return a context of the optimizer's step, which updates the adaptive policies at its end."""
+        if not self.adaptive_policies:
+            return contextlib.nullcontext()
+        from tempering.training.rewards import adapting
 
-        It sees the same inputs at every call, so only the weights change its value. None without labels.
-        """
-        student_inputs, _, _ = self.task.inputs(batch)
-
-        @torch.no_grad()
-        def losses() -> Tensor | None:
-            with eval_mode(self.model):
-                rows = self.task.rows(self.model(student_inputs), None, batch)[-1]
-            if rows.target is None:
-                return None
-            target = rows.target.masked_fill(~is_labeled(rows.target), IGNORE_INDEX)
-            return nn.functional.cross_entropy(
-                rows.student.float(), target, reduction="none", ignore_index=IGNORE_INDEX
-            )
-
-        return losses
-
-    @torch.no_grad()
-    def _update_policies(self, before: Tensor | None, after: Tensor | None) -> None:
-        """Update the adaptive policies; the reward is the decrease of each row's loss by the step."""
-        reward = None if before is None or after is None else before - after
-        for policy in self.adaptive_policies:
-            policy.update(reward if policy.needs_reward else None)
+        return adapting(self.adaptive_policies, self.model, self.task, batch)
 
     def _log(self, loss: Tensor, blocks: list[BlockLoss], progress: float) -> None:
         """Log the step every ``log_every`` steps; other steps do not synchronize with a GPU."""
@@ -535,9 +511,4 @@ class Trainer:
 
 def no_teacher(inputs: Any, ids: Tensor | None) -> None:
     """Return None, for a run without a teacher."""
-    return
-
-
-def no_losses() -> None:
-    """Return None, for a step without rewards."""
     return
