@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from tempering.rows import Rows, is_labeled, is_soft, upcast_to_float32
+from tempering.rows import Rows, is_labeled, upcast_to_float32
 from tempering.temperature.base import Temperatures
 from tempering.utils.registry import OVERRIDES
 
@@ -143,7 +143,7 @@ def cross_entropy(rows: Rows) -> Float[Tensor, " N"]:
         return upcast_to_float32(rows.task_loss)
     if rows.label_smoothing:
         return _smoothed(rows)
-    if rows.target is not None and is_soft(rows.target):
+    if rows.target is not None and rows.target.ndim == 2:
         logp = log_softmax(rows.student)
         target = rows.target.to(logp.dtype)
         return -(target * logp.masked_fill(target == 0, 0.0)).sum(-1)
@@ -179,7 +179,7 @@ def require_labels(rows: Rows, owner: str) -> Tensor:
             f"{owner} needs labels, but Rows(name={rows.name!r}) has target=None. Yield (input, label) batches, or "
             "set the weight of the hard term to 0."
         )
-    if is_soft(rows.target):
+    if rows.target.ndim == 2:
         raise ValueError(
             f"{owner} needs class indices, and Rows(name={rows.name!r}) has soft labels {tuple(rows.target.shape)}, as "
             "MixUp and CutMix make them. Leave out mixup= and cutmix= (--mixup, --cutmix), pass labels.argmax(-1), or "

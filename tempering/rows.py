@@ -102,7 +102,7 @@ class Rows:
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"Rows(name={self.name!r}) needs label_smoothing in [0, 1]; got {self.label_smoothing}.")
         y = self.target
-        if y is not None and is_soft(y):
+        if y is not None and y.ndim == 2:
             _check_soft(self, y)
             return
         if y is not None and (y.is_floating_point() or y.dtype == torch.bool):

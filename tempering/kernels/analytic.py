@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tempering.objectives import cross_entropy, kl, log_softmax, require_labels
-from tempering.rows import Rows, is_soft, upcast_to_float32
+from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature import sharpness
 from tempering.temperature.base import Temperatures
 from tempering.utils.registry import override_with
@@ -107,7 +107,7 @@ class FastFunctions:
         return _differentiable(rows.student, *fast(u, v.detach(), T_t, T_s, scale))
 
     def _cross_entropy(self, rows: Rows) -> Tensor:
-        is_plain = rows.label_smoothing or (rows.target is not None and is_soft(rows.target))
+        is_plain = rows.label_smoothing or (rows.target is not None and rows.target.ndim == 2)
         if not _has_logits(rows) or is_plain:
             self.plain.add("cross_entropy")
             with override_with({}):
