@@ -7,7 +7,7 @@ import inspect
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
 
 import numpy as np
@@ -88,6 +88,8 @@ class ResumableLoader:
         inner = getattr(getattr(batches, "batch_sampler", None), "sampler", None)
         self.parts += [] if any(part is inner for part in self.parts) else [inner]
         self.generators = [Borrowed(g) for g in find_generators(batches)]
+        # (batch, epoch, number in the epoch) -> the batch to train on
+        self.change: Callable[[Any, int, int], Any] | None = None
 
     def __len__(self) -> int:
         """The number of batches in an epoch."""
@@ -100,6 +102,12 @@ class ResumableLoader:
 
     def epoch(self, number: int, start: int) -> Iterator[Any]:
         """Iterate over the batches of an epoch, beginning with batch ``start``."""
+        batches, change = self._from(number, start), self.change
+        if change is None:
+            return batches
+        return (change(batch, number, i) for i, batch in enumerate(batches, start))
+
+    def _from(self, number: int, start: int) -> Iterator[Any]:
         self.set_epoch(number)
         if _is_seekable(self.batches):
             return iter(self.batches.iterate(start))

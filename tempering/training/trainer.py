@@ -24,6 +24,7 @@ from tempering.training.checks import (
     chunking_for,
     make_optimizer,
     make_schedule,
+    smoothed,
     validate_sampled_teacher,
     validate_step_method,
 )
@@ -57,6 +58,7 @@ from tempering.utils.state import ModelState, unwrapped
 from tempering.utils.tensors import eval_mode, to_device
 
 if TYPE_CHECKING:
+    from tempering.training.ema import WeightAverage
     from tempering.training.features import PairedFeatures
 
 EMPTY = "the training loader yields no batches. Is the data set empty, or smaller than a batch?"
@@ -139,14 +141,17 @@ class Trainer:
             allow_double_backward(self.model)
         method.bind_teacher(None if teacher is None else teacher.model)
         self.features = self._paired_features()
+        self.make_rows = smoothed(task.rows, config.label_smoothing)
         self.chunking = chunking_for(method, config.chunks)
         self.uses_cuda_graphs = isinstance(config.compile, str)  # some modes of torch.compile do
         self._set_up_method()
         broadcast_parameters(method, self.fabric)
-        groups = [{"params": [p for p in self.model.parameters() if p.requires_grad]}, *method.param_groups()]
-        self.optimizer: Any = self.fabric.setup_optimizers(make_optimizer(optimizer, groups))
+        self.optimizer: Any = self.fabric.setup_optimizers(self._make_optimizer(optimizer))
         self.base_lrs = base_learning_rates(self.optimizer)
-        self.schedule = make_schedule(schedule, self.optimizer, self.length.total)
+        self.schedule = make_schedule(
+            config.schedule or schedule, self.optimizer, self.length.total, warmup=config.warmup
+        )
+        self.average = self._make_average()
 
         # evaluation, records and checkpoints
         self.evaluator = Evaluator(
@@ -172,7 +177,8 @@ class Trainer:
             total_steps=self.length.total,
             world=self.world,
         )
-        self.run_dir = RunDirectory(self.folder, self.fabric, (student, method, self.optimizer), key)
+        average = None if self.average is None else self.average.state
+        self.run_dir = RunDirectory(self.folder, self.fabric, (student, method, self.optimizer), key, average)
 
         # progress
         self.state = TrainState()
@@ -195,17 +201,43 @@ class Trainer:
 
         Features see a first forward in any case, so that those which nothing overwrites are not copied in training.
         """
-        if not self.method.needs_setup() and self.features is None:
+        config, changes = self.config, self.config.changes_batches
+        if not (changes or self.method.needs_setup() or self.features is not None):
             return
         batch = self._first_batch()
         with eval_mode(self.model), self._hooks():
             rows = self._make_step(batch, 1.0, {}).forward()[-1]
+        if changes:
+            from tempering.training.batch_changes import batch_changes
+
+            data, rank, classes = self.loader.batches, self.fabric.global_rank, rows.student.shape[1]
+            self.loader.change = batch_changes(config, self.task, self.teacher, data, classes=classes, rank=rank)
         if self.method.needs_setup():
             self.method.setup(rows)
 
+    def _make_optimizer(self, optimizer: Optimizer) -> torch.optim.Optimizer:
+        if not self.config.decay_norms:
+            from tempering.training.groups import optimizer_without_decay
+
+            return optimizer_without_decay(optimizer, self.model, self.student, self.method.param_groups())
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return make_optimizer(optimizer, [{"params": trained}, *self.method.param_groups()])
+
+    def _make_average(self) -> WeightAverage | None:
+        if self.config.ema is None:
+            return None
+        from tempering.training.ema import WeightAverage
+
+        return WeightAverage(self.student, self.config.ema)
+
     def _hooks(self) -> contextlib.AbstractContextManager[object]:
-        """Return a context in which features are extracted; none stays on the models after it."""
-        return contextlib.nullcontext() if self.features is None else self.features
+        """Return a context of forward passes, in which features are extracted; nothing stays on the models after it."""
+        features = contextlib.nullcontext() if self.features is None else self.features
+        if not self.config.gradient_checkpointing:
+            return features
+        from tempering.training.memory import gradient_checkpointing
+
+        return gradient_checkpointing(self.student, features)
 
     def _first_batch(self) -> Any:
         """Load the first batch of the run, and restore the global random state."""
@@ -265,6 +297,7 @@ class Trainer:
                     from tempering.utils.text import best_and_last
 
                     run = self.run_dir.read_finished()
+                    run.ema = None if self.average is None else self.average.model
                     said = best_and_last(run.facts["result"], run.facts.get("best_by"))
                     self.progress_bar.say(f"{self.folder}: finished run, nothing was trained; {said}")
                     return run
@@ -393,6 +426,8 @@ class Trainer:
             clip_grad_norm(self.optimizer, self.fabric, config.max_grad_norm)
         with self._adapting(batches[-1]):
             self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
         self.optimizer.zero_grad(set_to_none=True)
         loss = functools.reduce(torch.add, step_losses)
         self._log(loss, blocks, progress)
@@ -409,7 +444,7 @@ class Trainer:
             ids,
             batch,
             progress,
-            self.task.rows,
+            self.make_rows,
             features=None if self.features is None else self.features.features,
             teacher_with_grad=None if teacher is None else teacher.forward_with_grad,
             normalizer=normalizer,
@@ -470,6 +505,7 @@ class Trainer:
         line = {"epoch": state.epoch, "step": state.step, "seconds": state.seconds, "loss": loss, "lr": lr}
         if state.epoch % self.config.evaluate_every == 0 or self.length.is_done(state):
             scores = self.evaluator.score(self.model)
+            scores |= {} if self.average is None else self.average.scores(self.evaluator, self.model)
             self.given.train(self.model)
             line |= scores
             self.recorder.epoch(line | rollout_metrics(self.loader.batches))
@@ -488,6 +524,9 @@ class Trainer:
         """Write the weights and the analysis, and complete the records."""
         state = self.state
         self.run_dir.write_weights("student.safetensors")
+        if self.average is not None:
+            with self.average.applied():
+                self.run_dir.write_weights("ema.safetensors")
         analysis = self.evaluator.analyze(self.model, self.method, state)
         if analysis and self.is_rank_zero:
             self.recorder.analysis(analysis)
@@ -506,7 +545,8 @@ class Trainer:
         for logger in self.fabric.loggers:
             logger.finalize("success")
         self.fabric.barrier()
-        return Run(self.student, self.folder, self.recorder.facts, self.recorder.epochs, self.run_dir.how)
+        ema = None if self.average is None else self.average.model
+        return Run(self.student, self.folder, self.recorder.facts, self.recorder.epochs, self.run_dir.how, ema)
 
 
 def no_teacher(inputs: Any, ids: Tensor | None) -> None:
