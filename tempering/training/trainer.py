@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tempering.methods.base import BlockLoss, Method, Step, step_rng
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
-from tempering.training.checkpoint import random_state, set_random_state
+from tempering.training.checkpoint import set_random_state
 from tempering.training.checks import (
     Optimizer,
     Schedule,
@@ -52,7 +52,7 @@ from tempering.training.run_dir import (
     run_metadata,
 )
 from tempering.training.selfcheck import Checked, last_batch_size, one_sample, selfcheck
-from tempering.training.stream import ResumableLoader, micro_batches, reseed
+from tempering.training.stream import EMPTY, ResumableLoader, micro_batches, reseed
 from tempering.utils.device import clone_outputs, maybe_compile
 from tempering.utils.state import ModelState, unwrapped
 from tempering.utils.tensors import eval_mode, to_device
@@ -60,8 +60,6 @@ from tempering.utils.tensors import eval_mode, to_device
 if TYPE_CHECKING:
     from tempering.training.ema import WeightAverage
     from tempering.training.features import PairedFeatures
-
-EMPTY = "the training loader yields no batches. Is the data set empty, or smaller than a batch?"
 
 
 class Trainer:
@@ -204,7 +202,7 @@ class Trainer:
         config, changes = self.config, self.config.changes_batches
         if not (changes or self.method.needs_setup() or self.features is not None):
             return
-        batch = self._first_batch()
+        batch = self.loader.first()
         with eval_mode(self.model), self._hooks():
             rows = self._make_step(batch, 1.0, {}).forward()[-1]
         if changes:
@@ -239,24 +237,13 @@ class Trainer:
 
         return gradient_checkpointing(self.student, features)
 
-    def _first_batch(self) -> Any:
-        """Load the first batch of the run, and restore the global random state."""
-        before = random_state()
-        reseed(self.config.seed, 0, self.fabric.global_rank)
-        batch = next(self.loader.epoch(0, 0), None)
-        self.loader.restore()
-        set_random_state(before)
-        if batch is None:
-            raise ValueError(EMPTY)
-        return to_device(batch, self.device)
-
     def check(self) -> Checked:
         """Run the self-check on the first batches, training and scored ones; nothing is trained or written.
 
         Raises:
             SelfCheckError: if the first batches show that the run would be wrong.
         """
-        skip, batch = self.config.skip_checks, self._first_batch()
+        skip, batch = self.config.skip_checks, self.loader.first()
         with self._hooks():
             checked = selfcheck(
                 self.model,
@@ -265,7 +252,7 @@ class Trainer:
                 method=self.method,
                 task=self.task,
                 features=None if self.features is None else self.features.features,
-                more=self._later_batches,
+                more=self.loader.later,
                 single=one_sample(batch) if last_batch_size(self.loader.batches) == 1 else None,
                 skip=skip,
             )
@@ -274,12 +261,6 @@ class Trainer:
                 self.evaluator.check(self.model, self.method)
             checked.checks["scores"] = "turned off" if "scores" in skip else "ok"
         return checked
-
-    def _later_batches(self) -> Iterator[Any]:
-        """Load the batches after the first one; the caller restores the global random state."""
-        reseed(self.config.seed, 0, self.fabric.global_rank)
-        for batch in self.loader.epoch(0, 1):
-            yield to_device(batch, self.device)
 
     def run(self, facts: Mapping[str, Any]) -> Run:
         """Train to the end, resuming from the newest checkpoint in the folder; a finished run is only read.
