@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def test_norms_and_biases_are_not_decayed(net: Callable[[], nn.Module]) -> None:
     assert {kinds[id(p)] for p in decayed} <= {nn.Linear, nn.Conv2d} and all(p.ndim > 1 for p in decayed)
     assert sum(map(len, (decayed, exempt))) == len(list(student.parameters()))
     try:
-        from timm.optim import param_groups_weight_decay
+        from timm.optim import param_groups_weight_decay  # pyright: ignore[reportMissingImports]
     except ImportError:
         return
     theirs = {g["weight_decay"]: {id(p) for p in g["params"]} for g in param_groups_weight_decay(student, 0.1)}
@@ -172,7 +173,7 @@ def test_the_average_is_torchs_averaged_model_and_the_student_is_as_without(
 @each("name", ["mixup", "cutmix"])
 def test_mixed_labels_have_the_shares_of_the_mixed_images(name: str) -> None:
     """The images of a class have a channel of ones, so the means of a mixed image are its shares."""
-    change = BatchChanges(TrainConfig(epochs=1, **{name: 1.0}), 8)
+    change = BatchChanges(replace(TrainConfig(epochs=1), **{name: 1.0}), 8)
     x, y = torch.zeros(8, 8, 6, 6), torch.arange(8)
     x[y, y] = 1.0  # a channel per class
     state = torch.random.get_rng_state()
@@ -205,6 +206,7 @@ def test_mixup_is_one_step_of_torchs_cross_entropy_on_the_mixed_batch() -> None:
     x, y, *_ = BatchChanges(TrainConfig(epochs=1, mixup=0.3), 3)(batches[0], 0, 0)
     F.cross_entropy(torchs(x), y, label_smoothing=0.1).backward()
     for p, q in zip(ours.parameters(), torchs.parameters(), strict=True):
+        assert q.grad is not None
         torch.testing.assert_close(p, q - q.grad)
 
 
@@ -229,6 +231,7 @@ def test_class_weights_are_those_of_torchs_cross_entropy(weights: Any) -> None:
         given = [len(y) / (3 * n) for n in (12, 8, 4)]
     F.cross_entropy(torchs(x), y, weight=torch.tensor(given)).backward()
     for p, q in zip(ours.parameters(), torchs.parameters(), strict=True):
+        assert q.grad is not None
         torch.testing.assert_close(p, q - q.grad)
 
 
@@ -236,7 +239,8 @@ def test_unlabeled_samples_stay_so() -> None:
     labels = soft_labels(torch.tensor([0, -100, 2]), 3, torch.float32)
     assert labels.tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 1]]
     change = BatchChanges(TrainConfig(epochs=1, class_weights=(2.0, 1.0, 3.0)), 3)
-    assert change((torch.zeros(3, 2), torch.tensor([0, -100, 2])), 0, 0).weight.tolist() == [2.0, 1.0, 3.0]
+    weight = change((torch.zeros(3, 2), torch.tensor([0, -100, 2])), 0, 0).weight
+    assert weight is not None and weight.tolist() == [2.0, 1.0, 3.0]
 
 
 def test_what_does_not_go_together_is_refused_with_what_to_type() -> None:

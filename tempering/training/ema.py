@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ class WeightAverage:
 
     def __init__(self, student: nn.Module, decay: float) -> None:
         self.student = student
-        self.state = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        self.state = AveragedModel(student, multi_avg_fn=cast("Any", get_ema_multi_avg_fn(decay)), use_buffers=True)
         self.state.requires_grad_(False).eval()
         self.model: nn.Module = self.state.module
 

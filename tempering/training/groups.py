@@ -20,8 +20,8 @@ def split_by_decay(model: nn.Module, student: nn.Module) -> list[dict[str, Any]]
         model: the student as it is trained, with its wrappers.
         student: the plain model.
     """
-    listed = getattr(student, "no_weight_decay", None)
-    without = tuple(listed()) if callable(listed) else ()
+    listed: Any = getattr(student, "no_weight_decay", tuple)  # a method of timm's models
+    without: tuple[str, ...] = tuple(listed())
     decayed, exempt = list[Tensor](), list[Tensor]()
     for name, p in model.named_parameters():
         if p.requires_grad:
