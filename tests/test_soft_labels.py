@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tempering.kernels.chunked import chunked
-from tempering.methods import DKD, DTKD, KD, METHODS, NKD, RLD, Method, Supervised
+from tempering.methods import DTKD, KD, METHODS, Method, Supervised
 from tempering.objectives import cross_entropy
 from tempering.rows import Rows, class_labels, is_labeled, total, without_labels
+from tempering.temperature import POLICIES
 from tests.cases import each
 
 N, C = 12, 5
-INDICES = ("ATS", "DKD", "NKD", "RLD", "USKD")  # methods over logits that compare the label's class with the others
+INDICES = (
+    "ATS",
+    "CKD",
+    "DKD",
+    "NKD",
+    "RLD",
+    "USKD",
+)  # methods over logits that compare the label's class with the others
 
 
 def logits(seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -64,12 +74,32 @@ def test_methods_with_a_cross_entropy_take_soft_labels(method: Method) -> None:
         torch.testing.assert_close(of["soft"], of["index"])
 
 
-@each("name", INDICES)
-def test_methods_that_need_class_indices_refuse_soft_labels_by_name(name: str) -> None:
-    rows = Rows(logits(0).requires_grad_(), logits(1), soft_labels())
-    with pytest.raises(ValueError, match=rf"{name} needs class indices, .* has soft labels \(12, 5\), .*--mixup"):
-        METHODS[name].example()(rows)
-    assert {DKD, NKD, RLD} <= {METHODS[name] for name in INDICES}
+def loss_of(method: Method, target: torch.Tensor) -> torch.Tensor:
+    rows = Rows(logits(0).requires_grad_(), logits(1), target, ids=torch.arange(N))
+    torch.manual_seed(0)
+    if method.needs_setup():
+        method.setup(rows)
+    return total(method.double()(rows, 0.5), rows)
+
+
+def test_every_method_over_logits_and_every_policy_takes_soft_labels_or_refuses_them_by_name() -> None:
+    index = torch.arange(N) % C
+    index[4] = -100
+    one_hot = F.one_hot(index.clamp_min(0), C).double() * (index >= 0)[:, None]
+    methods = [m for m in METHODS.values() if m.__module__.startswith("tempering.methods.logits")]
+    made = [m.example for m in methods if m.__name__ != "FeatureCKD"]  # it compares features
+    made += [partial(KD, temperature=policy.example()) for policy in POLICIES.values()]
+    assert len(made) > 25
+    for make in made:
+        torch.manual_seed(0)
+        name, expected = type(make()).__name__, loss_of(make(), index)
+        if name in INDICES:
+            with pytest.raises(
+                ValueError, match=rf"{name} needs class indices, .* has soft labels \(12, 5\), .*--mixup"
+            ):
+                loss_of(make(), one_hot)
+        else:
+            torch.testing.assert_close(loss_of(make(), one_hot), expected, msg=name)
 
 
 def test_soft_labels_that_are_none_are_refused() -> None:
