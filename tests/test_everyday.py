@@ -252,6 +252,8 @@ def test_what_does_not_go_together_is_refused_with_what_to_type() -> None:
             r"cutmix= change batches .*Classification; got TwoView",
         ),
         ({"class_weights": (1.0, 2.0)}, r"class_weights= needs a weight per class, 3; got 2"),
+        ({"class_weights": ()}, r"class_weights must be numbers >= 0, one per class, or 'balanced'; got \(\)"),
+        ({"class_weights": "balance"}, r"class_weights must be numbers >= 0, .*'balanced'; got 'balance'"),
         ({"ema": 1.0}, r"ema must be in \(0, 1\), such as 0.999; got 1.0"),
         ({"ema": 0.9, "strategy": "fsdp"}, r"--ema\) does not go with strategy='fsdp'"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\); got 1.0"),

@@ -13,6 +13,7 @@ from tempering.methods import DTKD, KD, METHODS, Method, Supervised
 from tempering.objectives import cross_entropy
 from tempering.rows import Rows, class_labels, is_labeled, total, without_labels
 from tempering.temperature import POLICIES
+from tempering.temperature.base import Policy
 from tests.cases import each
 
 N, C = 12, 5
@@ -23,7 +24,7 @@ INDICES = (
     "NKD",
     "RLD",
     "USKD",
-)  # methods over logits that compare the label's class with the others
+)  # compare the label with the other classes
 
 
 def logits(seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -74,6 +75,10 @@ def test_methods_with_a_cross_entropy_take_soft_labels(method: Method) -> None:
         torch.testing.assert_close(of["soft"], of["index"])
 
 
+def _with_policy(policy: type[Policy]) -> Method:
+    return KD(temperature=policy.example())
+
+
 def loss_of(method: Method, target: torch.Tensor) -> torch.Tensor:
     rows = Rows(logits(0).requires_grad_(), logits(1), target, ids=torch.arange(N))
     torch.manual_seed(0)
@@ -88,7 +93,7 @@ def test_every_method_over_logits_and_every_policy_takes_soft_labels_or_refuses_
     one_hot = F.one_hot(index.clamp_min(0), C).double() * (index >= 0)[:, None]
     methods = [m for m in METHODS.values() if m.__module__.startswith("tempering.methods.logits")]
     made = [m.example for m in methods if m.__name__ != "FeatureCKD"]  # it compares features
-    made += [partial(KD, temperature=policy.example()) for policy in POLICIES.values()]
+    made += [partial(_with_policy, policy) for policy in POLICIES.values()]
     assert len(made) > 25
     for make in made:
         torch.manual_seed(0)

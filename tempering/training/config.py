@@ -139,8 +139,10 @@ class TrainConfig:
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be an alpha > 0, or 0 for none; got {getattr(self, name)}.")
         weights = self.class_weights
-        if weights is not None and weights != "balanced" and not all(0.0 <= w < math.inf for w in weights):
-            raise ValueError(f"class_weights must be >= 0 and finite, or 'balanced'; got {weights}.")
+        if weights is None or weights == "balanced":
+            return
+        if isinstance(weights, str) or not weights or not all(0.0 <= w < math.inf for w in weights):
+            raise ValueError(f"class_weights must be numbers >= 0, one per class, or 'balanced'; got {weights!r}.")
 
     @property
     def changes_batches(self) -> bool:
