@@ -196,12 +196,12 @@ def class_labels(target: Tensor) -> Int[Tensor, " N"]:
     return target.argmax(-1).masked_fill(~is_labeled(target), IGNORE_INDEX)
 
 
-def without_labels(target: Tensor, where: Bool[Tensor, " N"] | bool = True) -> Tensor:
-    """Return the targets without labels on the rows ``where``; True: on all rows."""
-    mask = torch.as_tensor(where, device=target.device)
-    if is_soft(target):
-        return target.masked_fill(mask.unsqueeze(-1), 0.0)
-    return target.masked_fill(mask, IGNORE_INDEX)
+def without_labels(target: Tensor, where: Bool[Tensor, " N"] | None = None) -> Tensor:
+    """Return the targets without labels on the rows ``where``; None: on all rows."""
+    value = 0.0 if is_soft(target) else IGNORE_INDEX
+    if where is None:
+        return torch.full_like(target, value)
+    return target.masked_fill(where.unsqueeze(-1) if is_soft(target) else where, value)
 
 
 def is_labeled(target: Tensor) -> Bool[Tensor, ...]:

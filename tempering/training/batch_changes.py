@@ -97,15 +97,16 @@ def soft_labels(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     """Return labels as (N, C) probabilities; rows without a label are 0.
 
     Raises:
-        ValueError: for a label that is no class.
+        ValueError: for a label that is no class (checked on the CPU only).
     """
     if is_soft(labels):
         return labels.to(dtype)
     known = is_labeled(labels)
-    if bool((labels >= classes).any()):
+    if labels.device.type == "cpu" and bool((labels >= classes).any()):  # without waiting for a device
         raise ValueError(f"label {int(labels.max())} is out of range for {classes} classes (the first is 0).")
-    one_hot = torch.nn.functional.one_hot(labels.long().masked_fill(~known, 0), classes)
-    return (one_hot * known.unsqueeze(1)).to(dtype)
+    index = labels.long().masked_fill(~known, 0).unsqueeze(1)
+    zeros = torch.zeros(len(labels), classes, dtype=dtype, device=labels.device)
+    return zeros.scatter_(1, index, known.unsqueeze(1).to(dtype))
 
 
 def _labels(loader: Any) -> Tensor | None:
