@@ -235,6 +235,17 @@ def test_class_weights_are_those_of_torchs_cross_entropy(weights: Any) -> None:
         torch.testing.assert_close(p, q - q.grad)
 
 
+@each("dims, option", [((5,), "mixup"), ((5, 7), "mixup"), ((2, 4, 4), "cutmix")])
+def test_inputs_that_are_mixed(dims: tuple[int, ...], option: str) -> None:
+    """MixUp takes vectors and sequences of floats, CutMix images; both refuse the others with their shape."""
+    change = BatchChanges(replace(TrainConfig(epochs=1), **{option: 1.0}), 3)
+    x, labels = torch.rand(6, *dims), torch.arange(6) % 3
+    assert change((x, labels), 0, 0).labels.shape == (6, 3)
+    for wrong in (x.long(), torch.rand(6), {"input_ids": x}):
+        with pytest.raises(ValueError, match=r"mix one tensor of floats, CutMix images \(N, C, H, W\); got"):
+            change((wrong, labels), 0, 0)
+
+
 def test_unlabeled_samples_stay_so() -> None:
     labels = soft_labels(torch.tensor([0, -100, 2]), 3, torch.float32)
     assert labels.tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 1]]
@@ -255,6 +266,7 @@ def test_what_does_not_go_together_is_refused_with_what_to_type() -> None:
         ({"class_weights": ()}, r"class_weights must be numbers >= 0, one per class, or 'balanced'; got \(\)"),
         ({"class_weights": "balance"}, r"class_weights must be numbers >= 0, .*'balanced'; got 'balance'"),
         ({"ema": 1.0}, r"ema must be in \(0, 1\), such as 0.999; got 1.0"),
+        ({"ema": 0.9, "precision": "bf16-true"}, r"ema=0.9 \(--ema\) of weights in torch.bfloat16 .*bf16-mixed"),
         ({"ema": 0.9, "strategy": "fsdp"}, r"--ema\) does not go with strategy='fsdp'"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\); got 1.0"),
         ({"mixup": -1.0}, r"mixup must be an alpha > 0, or 0 for none; got -1.0"),

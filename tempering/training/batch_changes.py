@@ -52,9 +52,12 @@ class BatchChanges:
 
     def _mixed(self, parts: LabeledBatch, epoch: int, number: int) -> LabeledBatch:
         x = parts.inputs
-        if not isinstance(x, Tensor) or x.ndim < 3 or not x.is_floating_point():
+        fewest = 3 if any(isinstance(mix, CutMix) for mix in self.mixes) else 2
+        if not isinstance(x, Tensor) or x.ndim < fewest or not x.is_floating_point():
             got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"mixup= and cutmix= (--mixup, --cutmix) mix images (N, C, H, W) of floats; got {got}.")
+            raise ValueError(
+                f"mixup= and cutmix= (--mixup, --cutmix) mix one tensor of floats, CutMix images (N, C, H, W); got {got}."
+            )
         key = f"{self.seed}/{self.rank}/{epoch}/{number}/mix"
         devices = [x.device] if x.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):  # pyright: ignore[reportUnknownMemberType]

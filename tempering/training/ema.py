@@ -23,9 +23,17 @@ class WeightAverage:
     Attributes:
         model: the average, of the student's class, in eval mode.
         state: the AveragedModel, for checkpoints.
+
+    Raises:
+        ValueError: for trained weights of 16 bits, in which small changes of the average vanish.
     """
 
     def __init__(self, student: nn.Module, decay: float) -> None:
+        if low := next((p.dtype for p in student.parameters() if p.requires_grad and p.element_size() < 4), None):
+            raise ValueError(
+                f"ema={decay:g} (--ema) of weights in {low} would be lost to rounding. Train float32 weights: "
+                "precision='bf16-mixed' (--precision bf16-mixed), student.float()."
+            )
         self.student = student
         self.state = AveragedModel(student, multi_avg_fn=cast("Any", get_ema_multi_avg_fn(decay)), use_buffers=True)
         self.state.requires_grad_(False).eval()
