@@ -56,7 +56,8 @@ class BatchChanges:
         if not isinstance(x, Tensor) or x.ndim < fewest or not x.is_floating_point():
             got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
-                f"mixup= and cutmix= (--mixup, --cutmix) mix one tensor of floats, CutMix images (N, C, H, W); got {got}."
+                "mixup= and cutmix= (--mixup, --cutmix) mix one tensor of floats, CutMix images (N, C, H, W); got "
+                f"{got}."
             )
         key = f"{self.seed}/{self.rank}/{epoch}/{number}/mix"
         devices = [x.device] if x.device.type == "cuda" else []
