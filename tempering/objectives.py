@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from tempering.rows import Rows, upcast_to_float32
+from tempering.rows import Rows, is_labeled, upcast_to_float32
 from tempering.temperature.base import Temperatures
 from tempering.utils.registry import OVERRIDES
 
@@ -130,7 +130,8 @@ def head_share(p: Float[Tensor, "N C"], q: Float[Tensor, "N C"], head: float) ->
 def cross_entropy(rows: Rows) -> Float[Tensor, " N"]:
     """-log p(target) of the student at temperature 1, (N,); 0 on rows without a label.
 
-    Returns ``rows.task_loss``, the task's own supervised loss, if the rows have one.
+    Soft labels (N, C) and ``rows.label_smoothing`` are those of ``torch.nn.functional.cross_entropy``, over the classes
+    that are not masked. Returns ``rows.task_loss``, the task's own supervised loss, if the rows have one.
 
     Raises:
         ValueError: for rows without targets, or (checked on the CPU only, where it needs no synchronization) a target
@@ -140,8 +141,24 @@ def cross_entropy(rows: Rows) -> Float[Tensor, " N"]:
         return fast(rows)
     if rows.task_loss is not None:
         return upcast_to_float32(rows.task_loss)
+    if rows.label_smoothing:
+        return _smoothed(rows)
+    if rows.target is not None and rows.target.ndim == 2:
+        logp = log_softmax(rows.student)
+        target = rows.target.to(logp.dtype)
+        return -(target * logp.masked_fill(target == 0, 0.0)).sum(-1)
     target = require_labels(rows, "cross_entropy").long().clamp_min(-1)
     return F.cross_entropy(masked(upcast_to_float32(rows.student)), target, ignore_index=-1, reduction="none")
+
+
+def _smoothed(rows: Rows) -> Float[Tensor, " N"]:
+    """The cross entropy with label smoothing over the unmasked classes, (N,); 0 on rows without a label."""
+    smoothing, plain = rows.label_smoothing, cross_entropy(rows.replace(label_smoothing=0.0))
+    assert rows.target is not None
+    logq = log_softmax(rows.student)
+    is_masked = torch.isneginf(logq)
+    uniform = -logq.masked_fill(is_masked, 0.0).sum(-1) / (~is_masked).sum(-1).clamp_min(1)
+    return (1.0 - smoothing) * plain + smoothing * torch.where(is_labeled(rows.target), uniform, 0.0)
 
 
 def entropy(logits: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
@@ -151,15 +168,22 @@ def entropy(logits: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
 
 
 def require_labels(rows: Rows, owner: str) -> Tensor:
-    """Return the rows' targets.
+    """Return the rows' class indices, (N,).
 
     Raises:
-        ValueError: for rows without targets, or (checked on the CPU only) a target that is out of range.
+        ValueError: for rows without targets or with soft labels, or (checked on the CPU only) a target that is out of
+            range.
     """
     if rows.target is None:
         raise ValueError(
             f"{owner} needs labels, but Rows(name={rows.name!r}) has target=None. Yield (input, label) batches, or "
             "set the weight of the hard term to 0."
+        )
+    if rows.target.ndim == 2:
+        raise ValueError(
+            f"{owner} needs class indices, and Rows(name={rows.name!r}) has soft labels {tuple(rows.target.shape)}, as "
+            "MixUp and CutMix make them. Leave out mixup= and cutmix= (--mixup, --cutmix), pass labels.argmax(-1), or "
+            "use a method whose labels count in the cross entropy alone, such as methods.DTKD() or methods.KD()."
         )
     if rows.target.device.type == "cpu" and len(rows) and int(rows.target.max()) >= rows.student.shape[1]:
         raise ValueError(

@@ -26,7 +26,7 @@ class Rows:
         teacher: (N, C) logits, without gradient.
         target: (N,) class indices of any integer type, kept as int64; -100 (torch's) and -1 mark rows without a label.
             Such a row is learned from the teacher alone: its hard terms are 0 and it counts in the mean like any other.
-            None: no labels.
+            Or soft labels, (N, C) probabilities, as of MixUp; a row of zeros has no label. None: no labels.
         weight: (N,) non-negative weights. None: every row has weight 1. 0 leaves a row out of all terms and the mean.
         features: name -> (student features, teacher features), for methods that match features.
         name: name of this block of rows in records and error messages.
@@ -35,18 +35,20 @@ class Rows:
         privacy_score: (N,) how private each row's prediction is, from 0 (public) to 1. None: all rows are public.
         task_loss: (N,) the task's own supervised loss per row, with gradient, for tasks whose loss is not the cross
             entropy of the target, such as detection. Hard terms then use this loss.
+        label_smoothing: share of the label's probability that the cross entropy spreads over all classes, in [0, 1].
 
     Raises:
         TypeError: for a field that is not a tensor, such as a list or a numpy array.
         ValueError: for shapes that do not match, logits that are sparse, on the meta device or of 8 bits, a teacher
-            that requires grad, a target that is not integer, or (checked on the CPU only) weights that are negative or
-            not finite, a target below 0 other than -100 and -1, or a privacy score outside [0, 1] on a row of positive
+            that requires grad, a target that is neither class indices nor soft labels, label smoothing outside
+            [0, 1], or (checked on the CPU only) weights that are negative or not finite, a target below 0 other than
+            -100 and -1, soft labels that are no probabilities, or a privacy score outside [0, 1] on a row of positive
             weight.
     """
 
     student: Float[Tensor, "N C"]
     teacher: Float[Tensor, "N C"]
-    target: Int[Tensor, " N"] | None = None
+    target: Int[Tensor, " N"] | Float[Tensor, "N C"] | None = None
     weight: Float[Tensor, " N"] | None = None
     features: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
     name: str = "logits"
@@ -54,6 +56,7 @@ class Rows:
     positions: Int[Tensor, " N"] | None = None
     privacy_score: Float[Tensor, " N"] | None = None
     task_loss: Float[Tensor, " N"] | None = None
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         s, t = self.student, self.teacher
@@ -76,9 +79,11 @@ class Rows:
             raise _not_computable(self)
         for label in PER_ROW:
             value = getattr(self, label)
-            if value is not None and value.shape != s.shape[:1]:
+            if value is not None and value.shape != s.shape[:1] and not (label == "target" and is_soft(value)):
+                hint = " One-hot labels? Pass labels.float()." if label == "target" and value.shape == s.shape else ""
                 raise ValueError(
                     f"Rows(name={self.name!r}) needs {label} of shape (N,) = ({s.shape[0]},); got {tuple(value.shape)}."
+                    + hint
                 )
         w = self.weight
         # checked on the CPU only, where it needs no synchronization
@@ -94,12 +99,17 @@ class Rows:
                     f"Rows(name={self.name!r}) needs privacy_score in [0, 1]; got {scores.min().item():g} to "
                     f"{scores.max().item():g}. 0 is public."
                 )
-        if self.target is not None and (self.target.is_floating_point() or self.target.dtype == torch.bool):
-            raise ValueError(
-                f"Rows(name={self.name!r}) needs class indices as target, an integer tensor; got {self.target.dtype}. "
-                "One-hot or soft labels? Pass labels.argmax(-1), or let a teacher return the soft labels."
-            )
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(f"Rows(name={self.name!r}) needs label_smoothing in [0, 1]; got {self.label_smoothing}.")
         y = self.target
+        if y is not None and y.ndim == 2:
+            _check_soft(self, y)
+            return
+        if y is not None and (y.is_floating_point() or y.dtype == torch.bool):
+            raise ValueError(
+                f"Rows(name={self.name!r}) needs class indices as target, an integer tensor, or soft labels "
+                f"(N, C); got {y.dtype} {tuple(y.shape)}."
+            )
         if y is not None and (y.dtype != torch.int64 or (y.device.type == "cpu" and len(y) and int(y.min()) < 0)):
             object.__setattr__(self, "target", class_indices(y, f"Rows(name={self.name!r})"))
 
@@ -161,8 +171,43 @@ def _not_computable(rows: Rows) -> ValueError:
     )
 
 
-def is_labeled(target: Int[Tensor, "*N"]) -> Bool[Tensor, "*N"]:
-    """Return which targets are labels: all but -100 and -1."""
+def is_soft(target: Tensor) -> bool:
+    """Whether the targets are soft labels, (N, C) floating point, and not class indices."""
+    return target.ndim == 2 and target.is_floating_point()
+
+
+def _check_soft(rows: Rows, target: Float[Tensor, "N C"]) -> None:
+    if target.shape != rows.student.shape:
+        raise ValueError(
+            f"Rows(name={rows.name!r}) needs soft labels of the logits' shape {tuple(rows.student.shape)}; got "
+            f"{tuple(target.shape)}."
+        )
+    if target.device.type == "cpu" and not bool(((target >= 0).all(-1) & (target.sum(-1) < 1.001)).all()):
+        raise ValueError(
+            f"Rows(name={rows.name!r}) needs soft labels that are probabilities: >= 0, with a sum of 1 per row, or "
+            "of 0 for a row without a label. Logits? Pass logits.softmax(-1)."
+        )
+
+
+def class_labels(target: Tensor) -> Int[Tensor, " N"]:
+    """Return class indices (N,): of soft labels the likeliest class, and -100 for rows without a label."""
+    if not is_soft(target):
+        return target
+    return target.argmax(-1).masked_fill(~is_labeled(target), IGNORE_INDEX)
+
+
+def without_labels(target: Tensor, where: Bool[Tensor, " N"] | None = None) -> Tensor:
+    """Return the targets without labels on the rows ``where``; None: on all rows."""
+    value = 0.0 if is_soft(target) else IGNORE_INDEX
+    if where is None:
+        return torch.full_like(target, value)
+    return target.masked_fill(where.unsqueeze(-1) if is_soft(target) else where, value)
+
+
+def is_labeled(target: Tensor) -> Bool[Tensor, ...]:
+    """Return which targets are labels: all class indices but -100 and -1; of soft labels the rows that are not 0."""
+    if is_soft(target):
+        return target.sum(-1) > 0
     if not target.dtype.is_signed:
         return torch.ones_like(target, dtype=torch.bool)
     return (target != IGNORE_INDEX) & (target != UNLABELED[1])

@@ -49,7 +49,7 @@ def test_the_fields_and_their_defaults() -> None:
         ({"teacher": Z.to(torch.uint8)}, r"floating point logits; got student torch.float32 and teacher torch.uint8"),
         ({"target": torch.zeros(5, dtype=torch.long)}, r"needs target of shape \(N,\) = \(4,\); got \(5,\)"),
         ({"target": torch.zeros(4, 3, dtype=torch.long)}, r"needs target of shape \(N,\) = \(4,\); got \(4, 3\)"),
-        ({"target": torch.zeros(4)}, r"an integer tensor; got torch.float32. .*Pass labels.argmax\(-1\)"),
+        ({"target": torch.zeros(4)}, r"an integer tensor, or soft labels \(N, C\); got torch.float32 \(4,\)"),
         ({"target": torch.zeros(4, dtype=torch.bool)}, r"needs class indices as target.*got torch.bool"),
         ({"weight": torch.ones(4, 1)}, r"needs weight of shape \(N,\) = \(4,\); got \(4, 1\)"),
         ({"ids": torch.arange(3)}, r"needs ids of shape \(N,\) = \(4,\); got \(3,\)"),

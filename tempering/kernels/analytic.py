@@ -107,7 +107,8 @@ class FastFunctions:
         return _differentiable(rows.student, *fast(u, v.detach(), T_t, T_s, scale))
 
     def _cross_entropy(self, rows: Rows) -> Tensor:
-        if not _has_logits(rows):
+        is_plain = rows.label_smoothing or (rows.target is not None and rows.target.ndim == 2)
+        if not _has_logits(rows) or is_plain:
             self.plain.add("cross_entropy")
             with override_with({}):
                 return cross_entropy(rows)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.data.batches import LabeledBatch, labeled_batch
-from tempering.rows import Rows, class_indices, is_labeled, upcast_to_float32
+from tempering.rows import Rows, class_indices, class_labels, is_labeled, upcast_to_float32
 from tempering.tasks.base import NothingToScoreError, PolicyForward, Task, TeacherForward, evaluating
 from tempering.utils.device import synchronize
 from tempering.utils.tensors import described, logits_of, map_tensors, on_host
@@ -147,7 +147,7 @@ def collect_outputs(
         raise NothingToScoreError("there is nothing to score: the loader yields no batches. Is the split empty?")
     synchronize(device)  # once: the copies of the batches do not wait
     z, t, labels = zip(*parts, strict=True)
-    y = class_indices(torch.cat(labels), type(task).__name__)
+    y = class_indices(class_labels(torch.cat(labels)), type(task).__name__)
     kept = is_labeled(y)
     outputs = Outputs(torch.cat(z)[kept], None if t[0] is None else torch.cat(t)[kept], y[kept])
     if not len(outputs.labels):

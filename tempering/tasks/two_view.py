@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.data.batches import labeled_batch
-from tempering.rows import IGNORE_INDEX, Rows, upcast_to_float32
+from tempering.rows import Rows, upcast_to_float32, without_labels
 from tempering.tasks.base import Task
 from tempering.tasks.classification import Classification
 from tempering.utils.tensors import logits_of, numbers_on
@@ -103,8 +104,8 @@ class TwoView(Task):
             for z, t, name in zip((student[:n], student[n:]), teacher_views, self.names, strict=True)
         ]
         if not self.labeled:
-            unlabeled = torch.full_like(labeled_batch(batch).labels, IGNORE_INDEX, dtype=torch.int64)
-            blocks[1] = blocks[1].replace(target=unlabeled)
+            assert blocks[1].target is not None
+            blocks[1] = blocks[1].replace(target=without_labels(blocks[1].target))
         if self.pick is not None:
             blocks[1] = blocks[1].replace(weight=self._pick_weights(blocks[1].teacher))
         return blocks
@@ -141,8 +142,13 @@ class MixUp:
         self.alpha = _check_positive("MixUp", alpha=alpha)
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self.mix(x)[0]
+
+    def mix(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Return the mixed images, the index (N,) of each one's partner, and the share of the image itself."""
         lam = float(torch.distributions.Beta(self.alpha, self.alpha).sample())
-        return torch.lerp(x[torch.randperm(len(x), device=x.device)], x, lam)
+        partner = torch.randperm(len(x), device=x.device)
+        return torch.lerp(x[partner], x, lam), partner, lam
 
 
 class CutMix:
@@ -159,14 +165,20 @@ class CutMix:
         self.alpha = _check_positive("CutMix", alpha=alpha)
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self.mix(x)[0]
+
+    def mix(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Return the mixed images, the index (N,) of each one's partner, and the share of the image that is left."""
         side = (1.0 - float(torch.distributions.Beta(self.alpha, self.alpha).sample())) ** 0.5
         spans = []
         for size in x.shape[-2:]:
             half, center = int(size * side) // 2, int(torch.randint(size, ()))
             spans.append(slice(max(center - half, 0), center + half))
         out = x.clone()
-        out[..., spans[0], spans[1]] = x[torch.randperm(len(x), device=x.device)][..., spans[0], spans[1]]
-        return out
+        partner = torch.randperm(len(x), device=x.device)
+        out[..., spans[0], spans[1]] = x[partner][..., spans[0], spans[1]]
+        area = math.prod(len(range(*span.indices(size))) for span, size in zip(spans, x.shape[-2:], strict=True))
+        return out, partner, 1.0 - area / math.prod(x.shape[-2:])
 
 
 class CutOut:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tempering.rows import Rows, upcast_to_float32
+from tempering.rows import Rows, class_labels, upcast_to_float32
 from tempering.temperature._mixed import Mix, MixUpLoader, ranked
 from tempering.temperature._ppo import Actor, Agent, Form, Path, normals, squashed
 from tempering.temperature.base import AdaptivePolicy, Temperatures, check_positive, constant
@@ -299,8 +299,8 @@ class _LastCall:
     def __init__(self, path: Path, rows: Rows, kept: Bool[Tensor, " N"], progress: float, improving: bool) -> None:
         self.path, self.kept, self.progress, self.improving, self.ids = path, kept, progress, improving, rows.ids
         self.student = upcast_to_float32(rows.student.detach())
-        self.target = rows.target
-        self.labeled = torch.zeros_like(kept) if rows.target is None else rows.target >= 0
+        self.target = None if rows.target is None else class_labels(rows.target)
+        self.labeled = torch.zeros_like(kept) if self.target is None else self.target >= 0
 
     def accuracy(self, before: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """The accuracy on rows with weight and label; ``before`` if there are none."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tempering.rows import Rows, upcast_to_float32
+from tempering.rows import Rows, class_labels, upcast_to_float32
 from tempering.temperature.base import Policy, Temperatures, check_inner_policy, check_positive, check_run_fraction
 from tempering.temperature.sharpness import Sharpness
 from tempering.temperature.static import Static
@@ -137,10 +137,11 @@ class DTS(Policy):
         one = torch.ones((), dtype=upcast_to_float32(rows.student).dtype, device=rows.student.device)
         if not self.adjust or rows.target is None:
             return one
-        weight = (rows.target >= 0).to(one.dtype)
+        target = class_labels(rows.target)
+        weight = (target >= 0).to(one.dtype)
         if rows.weight is not None:
             weight = weight * rows.weight.to(one.dtype)
-        target = rows.target.long().clamp_min(0)
+        target = target.long().clamp_min(0)
         losses = [F.cross_entropy(upcast_to_float32(z), target, reduction="none") for z in (rows.teacher, rows.student)]
         gap = torch.where(weight > 0, (losses[0] - losses[1]).to(one.dtype), 0.0)
         d = (weight * gap).sum() / weight.sum().clamp_min(torch.finfo(one.dtype).tiny)

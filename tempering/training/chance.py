@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tempering.rows import Rows, is_labeled
+from tempering.rows import Rows, class_labels, is_labeled
 from tempering.training.config import VERDICTS
 from tempering.utils.files import file_lock, sha256_text, write_atomic
 
@@ -86,7 +86,7 @@ def judge(counts: Iterable[tuple[Rows, Tensor | None]]) -> Verdict:
         if block.target is None or top is None:
             return Verdict("open", correct, rows, 0, batches)
         known = is_labeled(block.target) if block.weight is None else is_labeled(block.target) & (block.weight > 0)
-        correct, rows = correct + int(((top == block.target) & known).sum()), rows + int(known.sum())
+        correct, rows = correct + int(((top == class_labels(block.target)) & known).sum()), rows + int(known.sum())
         if classes < 2:
             return Verdict("open", correct, rows, classes, batches)
         no_good, no_guess = log_evidence(torch.tensor(correct), torch.tensor(rows), classes)

@@ -240,28 +240,47 @@ def base_learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
     return [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
 
 
-def make_schedule(schedule: object, optimizer: torch.optim.Optimizer, steps: int) -> Schedule | None:
+def make_schedule(
+    schedule: object, optimizer: torch.optim.Optimizer, steps: int, *, warmup: float = 0.0
+) -> Schedule | None:
     """Return progress in [0, 1) -> factor on the learning rate; None for none.
 
     Args:
-        schedule: such a function, or a scheduler of torch, its class or a function of the optimizer alone that makes
-            one. A scheduler is stepped once per step of the run, and its learning rates for the first parameter
-            group become a table, so that the run can resume at any step.
+        schedule: such a function, a name in ``schedules.SCHEDULES``, or a scheduler of torch, its class or a function
+            of the optimizer alone that makes one. A scheduler is stepped once per step of the run, and its learning
+            rates for the first parameter group become a table, so that the run can resume at any step.
         optimizer: of the run.
         steps: the run's length.
+        warmup: share of the run in which the learning rate rises from 0; the schedule spans the rest.
 
     Raises:
         TypeError: for anything else.
-        ValueError: for a scheduler that needs scores, changes more than the learning rate, or ends before the run.
+        ValueError: for another name, a warm-up of a scheduler of torch, or a scheduler that needs scores, changes more
+            than the learning rate, or ends before the run.
     """
+    if isinstance(schedule, str) or (schedule is None and warmup):
+        from tempering.training.schedules import SCHEDULES
+        from tempering.utils.registry import lookup
+
+        schedule = lookup(schedule or "constant", SCHEDULES, "schedule")
     if schedule is None:
         return None
     made: object = getattr(schedule, "func", schedule)  # of a partial
     if isinstance(schedule, LRScheduler) or (inspect.isclass(made) and issubclass(made, LRScheduler)):
+        if warmup:
+            raise ValueError(
+                f"warmup={warmup:g} (--warmup) does not go with a scheduler of torch. Put the warm-up into it: "
+                "torch.optim.lr_scheduler.SequentialLR, or name a schedule: schedule='cosine'."
+            )
         return _Table(_learning_rates(schedule, optimizer, steps), steps)
     if not callable(schedule):
         raise TypeError(f"schedule must be a function; got {schedule!r}. {WRITE_SCHEDULE}")
-    return functools.partial(_factor, cast("Callable[[float], Any]", schedule))
+    factor = functools.partial(_factor, cast("Callable[[float], Any]", schedule))
+    if not warmup:
+        return factor
+    from tempering.training.schedules import with_warmup
+
+    return with_warmup(factor, warmup)
 
 
 def _factor(schedule: Callable[[float], Any], progress: float) -> float:
@@ -352,3 +371,20 @@ def chunked_loss(method: Method, rows: Rows, progress: float, normalizer: Tensor
 
     loss, terms, path = chunked(method, rows, progress, normalizer=normalizer)
     return BlockLoss(rows, loss, terms, path)
+
+
+def smoothed(make_rows: Callable[[Any, Any, Any], list[Rows]], smoothing: float) -> Callable[..., list[Rows]]:
+    """Return a function that makes a task's rows with label smoothing; without it, the task's own."""
+    if not smoothing:
+        return make_rows
+
+    def make(student: Any, teacher: Any, batch: Any) -> list[Rows]:
+        blocks = make_rows(student, teacher, batch)
+        if own := [rows.name for rows in blocks if rows.task_loss is not None]:
+            raise ValueError(
+                f"label_smoothing= (--label-smoothing) is of the cross entropy, and the block {own[0]!r} has its "
+                "task's own loss. Leave it out, or smooth in the task."
+            )
+        return [rows.replace(label_smoothing=smoothing) for rows in blocks]
+
+    return make

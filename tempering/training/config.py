@@ -15,6 +15,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 if TYPE_CHECKING:
     from torch import nn
 
+Schedule = Literal["constant", "cosine", "linear", "step"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true"]
 VERDICTS = "TEMPERING_TEACHER_VERDICTS"  # environment variable: folder in which the runs of a grid share verdicts
 POSITIVE = ("steps", "epochs", "evaluate_every", "accumulate", "log_every", "checkpoint_every", "keep", "patience")
@@ -59,6 +60,24 @@ class TrainConfig:
     """Number of devices, or auto."""
     strategy: str = "auto"
     """auto, ddp or fsdp (FSDP2), for more than one device."""
+    schedule: Schedule | None = None
+    """Schedule of the learning rate, in place of the recipe's: constant, cosine, linear, step (thirds)."""
+    warmup: float = 0.0
+    """Share of the run in which the learning rate rises linearly from 0; the schedule spans the rest."""
+    decay_norms: bool = True
+    """Weight decay on norms and biases, too; --no-decay-norms leaves it out, as timm does."""
+    ema: float | None = None
+    """Decay of a moving average of the student's weights, such as 0.999; it is scored and saved beside the student."""
+    label_smoothing: float = 0.0
+    """Share of the label's probability that the cross entropy spreads over all classes."""
+    mixup: float = 0.0
+    """Alpha of MixUp, such as 0.2, which mixes images and labels; 0 for none. With CutMix, each has half of them."""
+    cutmix: float = 0.0
+    """Alpha of CutMix, such as 1.0; 0 for none."""
+    class_weights: tuple[float, ...] | Literal["balanced"] | None = None
+    """Weights of the samples by class, one per class, or balanced: inverse to the count of the class."""
+    gradient_checkpointing: bool = False
+    """Recompute the student's activations in the backward pass, to save memory; of models that have it."""
     compile: Annotated[bool | str, CompileFlag] = False
     """torch.compile the student; takes a mode of torch.compile, such as reduce-overhead, which replays CUDA graphs."""
     chunks: bool | None = None
@@ -106,6 +125,29 @@ class TrainConfig:
                 raise ValueError(f"{name} must be 1 or more; got {value}.")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm must be > 0; got {self.max_grad_norm}. None does not clip.")
+        self._validate_everyday()
+
+    def _validate_everyday(self) -> None:
+        if self.ema is not None and not 0.0 < self.ema < 1.0:
+            raise ValueError(f"ema must be in (0, 1), such as 0.999; got {self.ema}. None has no average.")
+        if self.ema is not None and self.strategy == "fsdp":
+            raise ValueError("ema= (--ema) does not go with strategy='fsdp'. Use strategy='ddp'.")
+        for name in ("warmup", "label_smoothing"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}.")
+        for name in ("mixup", "cutmix"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be an alpha > 0, or 0 for none; got {getattr(self, name)}.")
+        weights = self.class_weights
+        if weights is None or weights == "balanced":
+            return
+        if isinstance(weights, str) or not weights or not all(0.0 <= w < math.inf for w in weights):
+            raise ValueError(f"class_weights must be numbers >= 0, one per class, or 'balanced'; got {weights!r}.")
+
+    @property
+    def changes_batches(self) -> bool:
+        """Whether an option changes the training batches."""
+        return bool(self.mixup or self.cutmix or self.class_weights)
 
     def for_teacher(self, epochs: int | None) -> TrainConfig:
         """Return the options of the teacher's training: its own length, seed 0, one device.
@@ -220,6 +262,7 @@ class Run:
             ``student.eval()`` before using one that was in training mode.
         folder: where the records are; None for a run without records.
         facts: the content of facts.json.
+        ema: the average of the student's weights, in eval mode; None without ``TrainConfig.ema``.
         epochs: the lines of epochs.jsonl.
         how: "new", "resumed", "extended" (a finished run, to more steps), or "finished": nothing was left to train.
     """
@@ -229,6 +272,7 @@ class Run:
     facts: dict[str, Any]
     epochs: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     how: str = "new"
+    ema: nn.Module | None = None
 
     @property
     def last(self) -> dict[str, Any]:

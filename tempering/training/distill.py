@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,14 @@ def distill(
     devices: int | str = 1,
     strategy: str = "auto",
     compile: bool | str = False,
+    warmup: float = 0.0,
+    decay_norms: bool = True,
+    ema: float | None = None,
+    label_smoothing: float = 0.0,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    class_weights: Sequence[float] | Literal["balanced"] | None = None,
+    gradient_checkpointing: bool = False,
     chunks: bool | None = None,
     log_every: int = 50,
     checkpoint_every: int | None = None,
@@ -79,15 +87,16 @@ def distill(
         task: turns batches into rows; None is Classification().
         optimizer: parameter groups -> optimizer; groups of the method's own parameters follow the student's. Or an
             optimizer of the student's parameters, or a name of ``torch.optim``.
-        schedule: progress in [0, 1) -> factor on every group's learning rate; or a scheduler of torch, its class or a
-            partial of it, stepped once per step.
+        schedule: progress in [0, 1) -> factor on every group's learning rate; "constant", "cosine", "linear" or
+            "step"; or a scheduler of torch, its class or a partial of it, stepped once per step.
         steps, epochs: length of the run; give one of them. A step is one update of the weights.
         validation: scored every ``evaluate_every`` epochs; selects the best epoch and stops early.
         test: scored as well; selects the best epoch only if there is no validation, which the report notes.
         out: folder for records, checkpoints and weights; None writes nothing.
         seed: of the order, augmentation and dropout of every epoch; not of the student's initial weights.
-        accumulate, max_grad_norm, precision, accelerator, devices, strategy, compile, chunks, evaluate_every,
-            log_every, checkpoint_every, keep, patience, resume, extend, requeue, selfcheck, skip_checks, quiet: options
+        accumulate, max_grad_norm, precision, accelerator, devices, strategy, compile, warmup, decay_norms, ema,
+            label_smoothing, mixup, cutmix, class_weights, gradient_checkpointing, chunks, evaluate_every, log_every,
+            checkpoint_every, keep, patience, resume, extend, requeue, selfcheck, skip_checks, quiet: options
             of ``TrainConfig``. With strategy="fsdp" the student is left sharded. With several devices the script runs
             once per device; the parameters equal those of one device with the same batch. A run killed at any moment
             resumes from the last checkpoint, with bit-identical results.
@@ -119,6 +128,14 @@ def distill(
         devices=devices,
         strategy=strategy,
         compile=compile,
+        warmup=warmup,
+        decay_norms=decay_norms,
+        ema=ema,
+        label_smoothing=label_smoothing,
+        mixup=mixup,
+        cutmix=cutmix,
+        class_weights=_plain(class_weights),
+        gradient_checkpointing=gradient_checkpointing,
         chunks=chunks,
         log_every=log_every,
         checkpoint_every=checkpoint_every,
@@ -149,6 +166,10 @@ def distill(
         return trainer.run(dict(facts or {}))
 
 
+def _plain(weights: Sequence[float] | str | None) -> tuple[float, ...] | Any:
+    return weights if weights is None or isinstance(weights, str) else tuple(float(w) for w in weights)
+
+
 def make_trainer(
     student: nn.Module,
     teacher: nn.Module | Teacher | None,
@@ -171,6 +192,10 @@ def make_trainer(
     """
     config.validate()
     check_unsharded(student)
+    if config.gradient_checkpointing:
+        from tempering.training.memory import check_gradient_checkpointing
+
+        check_gradient_checkpointing(student)
     check_models_are_distinct(student, teacher)
     source = as_teacher(teacher, method, batches)
     return Trainer(

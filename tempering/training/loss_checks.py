@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tempering.methods.base import Method
-from tempering.rows import FIELDS, IGNORE_INDEX, Rows, is_labeled, rows_per_sample, total, upcast_to_float32
+from tempering.rows import FIELDS, Rows, is_labeled, rows_per_sample, total, upcast_to_float32, without_labels
 from tempering.training.config import Results, SelfCheckError
 
 LOSS_TOLERANCE = 1e-4  # relative tolerance of losses, for float32 and a few thousand classes
@@ -186,7 +186,7 @@ def _padded(rows: Rows, extra: int = 2) -> Rows:
     tail = tail.replace(
         student=tail.student.flip(-1),
         teacher=-tail.teacher.flip(-1),
-        target=None if tail.target is None else torch.full_like(tail.target, IGNORE_INDEX),
+        target=None if tail.target is None else without_labels(tail.target),
         weight=torch.zeros_like(weight[-extra:]),
         task_loss=None if tail.task_loss is None else -tail.task_loss,
     )

@@ -49,6 +49,9 @@ HINTS = {
     "initial_weights": " Seed the student with torch.manual_seed() before it is built, so that the same command builds "
     "the same one; one with the weights of the newest checkpoint is accepted too.",
 }
+# options of a run's key that earlier versions did not have
+ADDED: dict[str, Any] = {"ema": None, "label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "class_weights": None}
+WEIGHTS = ("student.safetensors", "best.safetensors", "ema.safetensors")
 How = Literal["new", "resumed", "extended", "finished"]
 
 
@@ -78,6 +81,7 @@ class RunDirectory:
         folder: None saves nothing.
         parts: student, method and optimizer, whose state is saved in checkpoints.
         key: of the run, from ``run_key``; a run with another key is not resumed.
+        average: of the student's weights, saved in checkpoints as well.
 
     Attributes:
         how: "new", "resumed", "extended" (a finished run, to more steps) or "finished" (nothing is left to train).
@@ -86,10 +90,16 @@ class RunDirectory:
     """
 
     def __init__(
-        self, folder: Path | None, fabric: Fabric, parts: tuple[nn.Module, Method, Any], key: Mapping[str, Any]
+        self,
+        folder: Path | None,
+        fabric: Fabric,
+        parts: tuple[nn.Module, Method, Any],
+        key: Mapping[str, Any],
+        average: nn.Module | None = None,
     ) -> None:
         self.folder, self.fabric = folder, fabric
         self.student, self.method, self.optimizer = parts
+        self.average = average
         self.key: dict[str, Any] = json.loads(json.dumps(key, default=_to_text))
         self.how: How = "new"
         self.extended: tuple[int, int] | None = None
@@ -120,7 +130,7 @@ class RunDirectory:
             self.fabric.barrier()
             if self.fabric.is_global_zero:
                 shutil.rmtree(path, ignore_errors=True)
-                for name in ("student.safetensors", "best.safetensors"):
+                for name in WEIGHTS:
                     (self.folder / name).unlink(missing_ok=True)
             self.fabric.barrier()
         state = checkpoint.load(path)
@@ -134,7 +144,7 @@ class RunDirectory:
                     "one. `tempering report` shows it. Give another out=, or resume=False (--no-resume) to train again."
                 )
             return TrainState(), None
-        saved_key = json.loads(state["key"])
+        saved_key = ADDED | json.loads(state["key"])
         at = TrainState(**state["at"])
         result: dict[str, Any] = facts.get("result") or {}
         steps = result.get("steps") if facts.get("status") == "done" else None
@@ -142,6 +152,8 @@ class RunDirectory:
         is_finished = at.stopped or done
         self._check_same(saved_key, state["student"], is_finished=is_finished, extend=extend, again=batches_again)
         checkpoint.scatter(state, self.student, self.method, self.optimizer)
+        if self.average is not None:
+            self.average.load_state_dict(state["ema"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.positions = checkpoint.load_records(path)
         random_state, loss_sum = state["ranks"][self.fabric.global_rank]
@@ -203,7 +215,7 @@ class RunDirectory:
         assert self.folder is not None
         facts = read_facts(self.folder)
         verify_records(self.folder, facts)
-        for name in ("student.safetensors", "best.safetensors"):
+        for name in WEIGHTS:
             if (self.folder / name).is_file():
                 read_weights(self.folder / name)
         epochs = read_json_lines(self.folder / "epochs.jsonl", "epoch")
@@ -222,6 +234,8 @@ class RunDirectory:
             ranks=all_gather_objects([checkpoint.random_state(), state.loss_sum], self.fabric),
             precision=self.fabric.strategy.precision.state_dict(),
         )
+        if self.average is not None:
+            content["ema"] = self.average.state_dict()
         if self.fabric.is_global_zero:
             checkpoint.save(self.folder / "checkpoints", state.step, content, keep=keep, records=records)
         self.fabric.barrier()
@@ -277,7 +291,7 @@ def run_key(
         "optimizer": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
         "total_steps": total_steps,
         "world": world,
-        **{name: config.record()[name] for name in ("seed", "accumulate", "clip", "precision", "patience")},
+        **{name: config.record()[name] for name in ("seed", "accumulate", "clip", "precision", "patience", *ADDED)},
     }
 
 

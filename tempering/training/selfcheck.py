@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tempering.methods.base import Method
-from tempering.rows import Rows, class_indices, is_labeled
+from tempering.rows import Rows, class_indices, class_labels, is_labeled
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.training.checkpoint import random_state, set_random_state
@@ -296,15 +296,15 @@ def _check_row_weights(task: Task, batch: Any, blocks: list[Rows]) -> None:
 def _check_student(rows: Rows, results: Results) -> None:
     """Check labels and the student's logits."""
     if rows.target is not None and len(rows):
-        target = class_indices(rows.target.cpu(), "the task")
+        target = class_indices(class_labels(rows.target).cpu(), "the task")
         labels = int(is_labeled(target).sum())
         if 0 < labels < len(target) and rows.weight is None and rows.task_loss is None:
             results["labels"] = f"ok ({len(target) - labels} of {len(target)} rows have none: learned from the teacher)"
-    if rows.target is not None and len(rows) and int(rows.target.max()) >= rows.student.shape[1]:
-        raise SelfCheckError(
-            f"label {int(rows.target.max())} is out of range for {rows.student.shape[1]} classes (the first is 0). "
-            "Is the student's head too small, or do labels start at 1?"
-        )
+        if (largest := int(target.max())) >= rows.student.shape[1]:
+            raise SelfCheckError(
+                f"label {largest} is out of range for {rows.student.shape[1]} classes (the first is 0). "
+                "Is the student's head too small, or do labels start at 1?"
+            )
     if torch.isnan(rows.student).any():
         raise SelfCheckError("the student's logits hold NaN on the first batch. Are the inputs finite and normalized?")
 

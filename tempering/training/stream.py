@@ -7,7 +7,7 @@ import inspect
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Rando
 
 from tempering.training.checkpoint import random_state, set_random_state
 from tempering.training.distributed import all_gather_objects
-from tempering.utils.tensors import tensor_bytes
+from tempering.utils.tensors import batch_digests, tensor_bytes, to_device
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -43,6 +43,7 @@ INNER = (
 )
 
 LARGE = 1 << 16  # elements of a tensor that is not hashed as a setting
+EMPTY = "the training loader yields no batches. Is the data set empty, or smaller than a batch?"
 
 
 class MovableLoader(Protocol):
@@ -88,6 +89,8 @@ class ResumableLoader:
         inner = getattr(getattr(batches, "batch_sampler", None), "sampler", None)
         self.parts += [] if any(part is inner for part in self.parts) else [inner]
         self.generators = [Borrowed(g) for g in find_generators(batches)]
+        # (batch, epoch, number in the epoch) -> the batch to train on
+        self.change: Callable[[Any, int, int], Any] | None = None
 
     def __len__(self) -> int:
         """The number of batches in an epoch."""
@@ -100,6 +103,12 @@ class ResumableLoader:
 
     def epoch(self, number: int, start: int) -> Iterator[Any]:
         """Iterate over the batches of an epoch, beginning with batch ``start``."""
+        batches, change = self._from(number, start), self.change
+        if change is None:
+            return batches
+        return (change(batch, number, i) for i, batch in enumerate(batches, start))
+
+    def _from(self, number: int, start: int) -> Iterator[Any]:
         self.set_epoch(number)
         if _is_seekable(self.batches):
             return iter(self.batches.iterate(start))
@@ -140,6 +149,27 @@ class ResumableLoader:
         set_random_state(before)
         of_ranks = all_gather_objects(found, self.fabric)
         return {f"{rank}/{path}": digest for rank, own in enumerate(of_ranks) for path, digest in own.items()}
+
+    def first(self) -> Any:
+        """Load the first batch of the run, on the device, and restore all random states.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        before = random_state()
+        reseed(self.seed, 0, self.fabric.global_rank)
+        batch = next(self.epoch(0, 0), None)
+        self.restore()
+        set_random_state(before)
+        if batch is None:
+            raise ValueError(EMPTY)
+        return to_device(batch, self.fabric.device)
+
+    def later(self) -> Iterator[Any]:
+        """Load the batches after the first one, on the device; the caller restores the global random state."""
+        reseed(self.seed, 0, self.fabric.global_rank)
+        for batch in self.epoch(0, 1):
+            yield to_device(batch, self.fabric.device)
 
     def restore(self) -> None:
         """Give the generators of the loader back as they were, so that another run with it gets the same numbers."""
@@ -216,30 +246,6 @@ def find_generators(part: Any, depth: int = 5) -> list[Any]:
     for everyones in (np.random.mtrand._rand, getattr(random, "_inst", None), torch.default_generator):  # pyright: ignore
         found.pop(id(everyones), None)
     return list(found.values())
-
-
-def batch_digests(batch: Any, path: str = "") -> dict[str, str]:
-    """Hash every tensor, array and plain value in a nested batch: path -> hash."""
-    if isinstance(batch, Mapping):
-        items = list(cast("Mapping[Any, Any]", batch).items())
-        return {key: d for name, item in items for key, d in batch_digests(item, f"{path}/{name}").items()}
-    if isinstance(batch, (list, tuple)):
-        values = cast("Sequence[Any]", batch)
-        if not all(isinstance(item, (str, int, float)) for item in values):
-            return {key: d for i, item in enumerate(values) for key, d in batch_digests(item, f"{path}/{i}").items()}
-    if isinstance(batch, Tensor):
-        data = bytes(tensor_bytes(batch)) if batch.layout == torch.strided else repr(batch).encode()
-        data += f"{batch.dtype} {tuple(batch.shape)}".encode()
-    elif isinstance(batch, np.ndarray):
-        array: Any = cast("Any", batch)
-        data = (
-            repr(array).encode() if array.dtype.hasobject else array.tobytes()
-        ) + f"{array.dtype} {array.shape}".encode()
-    elif batch is None or isinstance(batch, (str, bytes, int, float, list, tuple)):
-        data = repr(cast("Any", batch)).encode()
-    else:
-        return {}
-    return {path: hashlib.sha256(data).hexdigest()[:16]}
 
 
 def settings_of(part: Any) -> dict[str, Any]:

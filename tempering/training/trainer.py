@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from tempering.methods.base import BlockLoss, Method, Step, step_rng
-from tempering.rows import IGNORE_INDEX, is_labeled
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
-from tempering.training.checkpoint import random_state, set_random_state
+from tempering.training.checkpoint import set_random_state
 from tempering.training.checks import (
     Optimizer,
     Schedule,
@@ -25,6 +24,7 @@ from tempering.training.checks import (
     chunking_for,
     make_optimizer,
     make_schedule,
+    smoothed,
     validate_sampled_teacher,
     validate_step_method,
 )
@@ -52,15 +52,14 @@ from tempering.training.run_dir import (
     run_metadata,
 )
 from tempering.training.selfcheck import Checked, last_batch_size, one_sample, selfcheck
-from tempering.training.stream import ResumableLoader, micro_batches, reseed
+from tempering.training.stream import EMPTY, ResumableLoader, micro_batches, reseed
 from tempering.utils.device import clone_outputs, maybe_compile
 from tempering.utils.state import ModelState, unwrapped
 from tempering.utils.tensors import eval_mode, to_device
 
 if TYPE_CHECKING:
+    from tempering.training.ema import WeightAverage
     from tempering.training.features import PairedFeatures
-
-EMPTY = "the training loader yields no batches. Is the data set empty, or smaller than a batch?"
 
 
 class Trainer:
@@ -140,14 +139,17 @@ class Trainer:
             allow_double_backward(self.model)
         method.bind_teacher(None if teacher is None else teacher.model)
         self.features = self._paired_features()
+        self.make_rows = smoothed(task.rows, config.label_smoothing)
         self.chunking = chunking_for(method, config.chunks)
         self.uses_cuda_graphs = isinstance(config.compile, str)  # some modes of torch.compile do
         self._set_up_method()
         broadcast_parameters(method, self.fabric)
-        groups = [{"params": [p for p in self.model.parameters() if p.requires_grad]}, *method.param_groups()]
-        self.optimizer: Any = self.fabric.setup_optimizers(make_optimizer(optimizer, groups))
+        self.optimizer: Any = self.fabric.setup_optimizers(self._make_optimizer(optimizer))
         self.base_lrs = base_learning_rates(self.optimizer)
-        self.schedule = make_schedule(schedule, self.optimizer, self.length.total)
+        self.schedule = make_schedule(
+            config.schedule or schedule, self.optimizer, self.length.total, warmup=config.warmup
+        )
+        self.average = self._make_average()
 
         # evaluation, records and checkpoints
         self.evaluator = Evaluator(
@@ -173,7 +175,8 @@ class Trainer:
             total_steps=self.length.total,
             world=self.world,
         )
-        self.run_dir = RunDirectory(self.folder, self.fabric, (student, method, self.optimizer), key)
+        average = None if self.average is None else self.average.state
+        self.run_dir = RunDirectory(self.folder, self.fabric, (student, method, self.optimizer), key, average)
 
         # progress
         self.state = TrainState()
@@ -196,28 +199,43 @@ class Trainer:
 
         Features see a first forward in any case, so that those which nothing overwrites are not copied in training.
         """
-        if not self.method.needs_setup() and self.features is None:
+        config, changes = self.config, self.config.changes_batches
+        if not (changes or self.method.needs_setup() or self.features is not None):
             return
-        batch = self._first_batch()
+        batch = self.loader.first()
         with eval_mode(self.model), self._hooks():
             rows = self._make_step(batch, 1.0, {}).forward()[-1]
+        if changes:
+            from tempering.training.batch_changes import batch_changes
+
+            data, rank, classes = self.loader.batches, self.fabric.global_rank, rows.student.shape[1]
+            self.loader.change = batch_changes(config, self.task, self.teacher, data, classes=classes, rank=rank)
         if self.method.needs_setup():
             self.method.setup(rows)
 
-    def _hooks(self) -> contextlib.AbstractContextManager[object]:
-        """Return a context in which features are extracted; none stays on the models after it."""
-        return contextlib.nullcontext() if self.features is None else self.features
+    def _make_optimizer(self, optimizer: Optimizer) -> torch.optim.Optimizer:
+        if not self.config.decay_norms:
+            from tempering.training.groups import optimizer_without_decay
 
-    def _first_batch(self) -> Any:
-        """Load the first batch of the run, and restore the global random state."""
-        before = random_state()
-        reseed(self.config.seed, 0, self.fabric.global_rank)
-        batch = next(self.loader.epoch(0, 0), None)
-        self.loader.restore()
-        set_random_state(before)
-        if batch is None:
-            raise ValueError(EMPTY)
-        return to_device(batch, self.device)
+            return optimizer_without_decay(optimizer, self.model, self.student, self.method.param_groups())
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return make_optimizer(optimizer, [{"params": trained}, *self.method.param_groups()])
+
+    def _make_average(self) -> WeightAverage | None:
+        if self.config.ema is None:
+            return None
+        from tempering.training.ema import WeightAverage
+
+        return WeightAverage(self.student, self.config.ema)
+
+    def _hooks(self) -> contextlib.AbstractContextManager[object]:
+        """Return a context of forward passes, in which features are extracted; nothing stays on the models after it."""
+        features = contextlib.nullcontext() if self.features is None else self.features
+        if not self.config.gradient_checkpointing:
+            return features
+        from tempering.training.memory import gradient_checkpointing
+
+        return gradient_checkpointing(self.student, features)
 
     def check(self) -> Checked:
         """Run the self-check on the first batches, training and scored ones; nothing is trained or written.
@@ -225,7 +243,7 @@ class Trainer:
         Raises:
             SelfCheckError: if the first batches show that the run would be wrong.
         """
-        skip, batch = self.config.skip_checks, self._first_batch()
+        skip, batch = self.config.skip_checks, self.loader.first()
         with self._hooks():
             checked = selfcheck(
                 self.model,
@@ -234,7 +252,7 @@ class Trainer:
                 method=self.method,
                 task=self.task,
                 features=None if self.features is None else self.features.features,
-                more=self._later_batches,
+                more=self.loader.later,
                 single=one_sample(batch) if last_batch_size(self.loader.batches) == 1 else None,
                 skip=skip,
             )
@@ -243,12 +261,6 @@ class Trainer:
                 self.evaluator.check(self.model, self.method)
             checked.checks["scores"] = "turned off" if "scores" in skip else "ok"
         return checked
-
-    def _later_batches(self) -> Iterator[Any]:
-        """Load the batches after the first one; the caller restores the global random state."""
-        reseed(self.config.seed, 0, self.fabric.global_rank)
-        for batch in self.loader.epoch(0, 1):
-            yield to_device(batch, self.device)
 
     def run(self, facts: Mapping[str, Any]) -> Run:
         """Train to the end, resuming from the newest checkpoint in the folder; a finished run is only read.
@@ -266,6 +278,7 @@ class Trainer:
                     from tempering.utils.text import best_and_last
 
                     run = self.run_dir.read_finished()
+                    run.ema = None if self.average is None else self.average.model
                     said = best_and_last(run.facts["result"], run.facts.get("best_by"))
                     self.progress_bar.say(f"{self.folder}: finished run, nothing was trained; {said}")
                     return run
@@ -392,12 +405,10 @@ class Trainer:
         all_reduce_gradients(self.method, self.fabric)
         if config.max_grad_norm is not None:
             clip_grad_norm(self.optimizer, self.fabric, config.max_grad_norm)
-        rewarded = any(policy.needs_reward for policy in self.adaptive_policies)
-        row_losses = self._row_losses(batches[-1]) if rewarded else no_losses
-        before = row_losses()
-        self.optimizer.step()
-        if self.adaptive_policies:
-            self._update_policies(before, row_losses())
+        with self._adapting(batches[-1]):
+            self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
         self.optimizer.zero_grad(set_to_none=True)
         loss = functools.reduce(torch.add, step_losses)
         self._log(loss, blocks, progress)
@@ -414,39 +425,20 @@ class Trainer:
             ids,
             batch,
             progress,
-            self.task.rows,
+            self.make_rows,
             features=None if self.features is None else self.features.features,
             teacher_with_grad=None if teacher is None else teacher.forward_with_grad,
             normalizer=normalizer,
             chunking=self.chunking,
         )
 
-    def _row_losses(self, batch: Any) -> Callable[[], Tensor | None]:
-        """Return a function that computes the student's cross entropy in eval mode on each row of the last block, (N,).
+    def _adapting(self, batch: Any) -> contextlib.AbstractContextManager[object]:
+        """Return a context of the optimizer's step, which updates the adaptive policies at its end."""
+        if not self.adaptive_policies:
+            return contextlib.nullcontext()
+        from tempering.training.rewards import adapting
 
-        It sees the same inputs at every call, so only the weights change its value. None without labels.
-        """
-        student_inputs, _, _ = self.task.inputs(batch)
-
-        @torch.no_grad()
-        def losses() -> Tensor | None:
-            with eval_mode(self.model):
-                rows = self.task.rows(self.model(student_inputs), None, batch)[-1]
-            if rows.target is None:
-                return None
-            target = rows.target.masked_fill(~is_labeled(rows.target), IGNORE_INDEX)
-            return nn.functional.cross_entropy(
-                rows.student.float(), target, reduction="none", ignore_index=IGNORE_INDEX
-            )
-
-        return losses
-
-    @torch.no_grad()
-    def _update_policies(self, before: Tensor | None, after: Tensor | None) -> None:
-        """Update the adaptive policies; the reward is the decrease of each row's loss by the step."""
-        reward = None if before is None or after is None else before - after
-        for policy in self.adaptive_policies:
-            policy.update(reward if policy.needs_reward else None)
+        return adapting(self.adaptive_policies, self.model, self.task, batch)
 
     def _log(self, loss: Tensor, blocks: list[BlockLoss], progress: float) -> None:
         """Log the step every ``log_every`` steps; other steps do not synchronize with a GPU."""
@@ -494,6 +486,7 @@ class Trainer:
         line = {"epoch": state.epoch, "step": state.step, "seconds": state.seconds, "loss": loss, "lr": lr}
         if state.epoch % self.config.evaluate_every == 0 or self.length.is_done(state):
             scores = self.evaluator.score(self.model)
+            scores |= {} if self.average is None else self.average.scores(self.evaluator, self.model)
             self.given.train(self.model)
             line |= scores
             self.recorder.epoch(line | rollout_metrics(self.loader.batches))
@@ -512,6 +505,9 @@ class Trainer:
         """Write the weights and the analysis, and complete the records."""
         state = self.state
         self.run_dir.write_weights("student.safetensors")
+        if self.average is not None:
+            with self.average.applied():
+                self.run_dir.write_weights("ema.safetensors")
         analysis = self.evaluator.analyze(self.model, self.method, state)
         if analysis and self.is_rank_zero:
             self.recorder.analysis(analysis)
@@ -530,14 +526,10 @@ class Trainer:
         for logger in self.fabric.loggers:
             logger.finalize("success")
         self.fabric.barrier()
-        return Run(self.student, self.folder, self.recorder.facts, self.recorder.epochs, self.run_dir.how)
+        ema = None if self.average is None else self.average.model
+        return Run(self.student, self.folder, self.recorder.facts, self.recorder.epochs, self.run_dir.how, ema)
 
 
 def no_teacher(inputs: Any, ids: Tensor | None) -> None:
     """Return None, for a run without a teacher."""
-    return
-
-
-def no_losses() -> None:
-    """Return None, for a step without rewards."""
     return

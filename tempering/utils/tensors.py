@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -200,3 +201,27 @@ def _mapping_like(like: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
         return make(items)
     except TypeError:  # its constructor does not take a mapping
         return items
+
+
+def batch_digests(batch: Any, path: str = "") -> dict[str, str]:
+    """Hash every tensor, array and plain value in a nested batch: path -> hash."""
+    if isinstance(batch, Mapping):
+        items = list(cast("Mapping[Any, Any]", batch).items())
+        return {key: d for name, item in items for key, d in batch_digests(item, f"{path}/{name}").items()}
+    if isinstance(batch, (list, tuple)):
+        values = cast("Sequence[Any]", batch)
+        if not all(isinstance(item, (str, int, float)) for item in values):
+            return {key: d for i, item in enumerate(values) for key, d in batch_digests(item, f"{path}/{i}").items()}
+    if isinstance(batch, Tensor):
+        data = bytes(tensor_bytes(batch)) if batch.layout == torch.strided else repr(batch).encode()
+        data += f"{batch.dtype} {tuple(batch.shape)}".encode()
+    elif isinstance(batch, np.ndarray):
+        array: Any = cast("Any", batch)
+        data = (
+            repr(array).encode() if array.dtype.hasobject else array.tobytes()
+        ) + f"{array.dtype} {array.shape}".encode()
+    elif batch is None or isinstance(batch, (str, bytes, int, float, list, tuple)):
+        data = repr(cast("Any", batch)).encode()
+    else:
+        return {}
+    return {path: hashlib.sha256(data).hexdigest()[:16]}

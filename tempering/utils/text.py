@@ -47,7 +47,8 @@ def number(value: object) -> float | None:
 
 def scores(line: Mapping[str, Any]) -> str:
     """Format the accuracies (a detector's mAP) of an evaluation, else its losses."""
-    splits = {split: line[split] for split in ("validation", "test") if isinstance(line.get(split), Mapping)}
+    names = ("validation", "test", "validation_ema", "test_ema")  # of the student, and of the average of its weights
+    splits = {s.replace("_ema", " (EMA)"): line[s] for s in names if isinstance(line.get(s), Mapping)}
     accuracies = [
         f"{split} {'mAP ' * (key == 'map')}{100 * v:.2f} %"
         for key in ("accuracy", "map")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
 from tempering.objectives import kl
-from tempering.rows import IGNORE_INDEX, Rows, upcast_to_float32
+from tempering.rows import Rows, upcast_to_float32, without_labels
 from tempering.temperature.base import Policy, Temperatures
 from tempering.temperature.private import Private, privacy
 from tempering.utils.search_space import RunFraction, TermWeight
@@ -86,7 +86,7 @@ class Swing(Method):
             return self._terms(rows, T, progress)
         hidden = scores > self.hide
         if rows.target is not None:
-            rows = rows.replace(target=rows.target.masked_fill(hidden, IGNORE_INDEX))
+            rows = rows.replace(target=without_labels(rows.target, hidden))
         if rows.task_loss is not None:
             rows = rows.replace(task_loss=torch.where(hidden, torch.zeros_like(rows.task_loss), rows.task_loss))
         if self.noise and not self.redact:

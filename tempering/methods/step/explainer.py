@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tempering.methods.base import Step, StepMethod, check_policy, check_weights, only_block
-from tempering.objectives import check_fraction, cross_entropy, kl, log_softmax, require_labels
-from tempering.rows import Rows, expand_to_rows
+from tempering.objectives import check_fraction, cross_entropy, kl
+from tempering.rows import expand_to_rows
 from tempering.temperature.base import PolicyLike
 from tempering.utils.search_space import TermWeight
 
@@ -73,21 +73,11 @@ class Explainer(StepMethod):
         if self.soft:
             terms["soft"] = self.soft * kl(rows, self.temperature(rows, step.progress))
         if self.hard or not self.soft:
-            terms["hard"] = self.hard * _smoothed(rows, self.smoothing)
+            smoothed = rows.replace(label_smoothing=self.smoothing) if self.smoothing else rows
+            terms["hard"] = self.hard * cross_entropy(smoothed)
         if self.entropy:
             terms["entropy"] = self.entropy * expand_to_rows(_entropy(step.student), rows)
         return terms
-
-
-def _smoothed(rows: Rows, smoothing: float) -> Float[Tensor, " N"]:
-    """Return the cross entropy with label smoothing over the unmasked classes; 0 on rows without a label."""
-    if smoothing == 0.0:
-        return cross_entropy(rows)
-    logq = log_softmax(rows.student)
-    is_masked = torch.isneginf(logq)
-    uniform = -logq.masked_fill(is_masked, 0.0).sum(-1) / (~is_masked).sum(-1).clamp_min(1)
-    uniform = torch.where(require_labels(rows, "Explainer") >= 0, uniform, 0.0)
-    return (1.0 - smoothing) * cross_entropy(rows) + smoothing * uniform
 
 
 def _entropy(student: nn.Module) -> Float[Tensor, ""]:

@@ -14,7 +14,7 @@ from tempering.methods.base import Step, StepMethod, check_policy, check_run_fra
 from tempering.methods.features.base import spread_out
 from tempering.methods.step._attack import PerturbationBall, check_attack, check_bounds
 from tempering.objectives import cross_entropy, kl
-from tempering.rows import Rows, expand_to_rows, upcast_to_float32
+from tempering.rows import Rows, class_labels, expand_to_rows, upcast_to_float32
 from tempering.temperature.base import PolicyLike
 from tempering.utils.search_space import RunFraction, TermWeight
 from tempering.utils.tensors import eval_mode
@@ -109,7 +109,8 @@ class KDIGA(StepMethod):
         soft_rows = self._attacked(step, rows, x_s, x_t) if self.attack else rows
         soft = kl(soft_rows, self.temperature(soft_rows, step.progress))
         if self.right:
-            right = rows.teacher.argmax(-1) == rows.target
+            assert rows.target is not None
+            right = rows.teacher.argmax(-1) == class_labels(rows.target)
             soft = torch.where(right, soft, 0.0)
             gap = torch.where(right.view(-1, *[1] * (gap.ndim - 1)), gap, 0.0)
         classes = rows.student.shape[1] if self.published else 1
