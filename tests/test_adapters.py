@@ -17,7 +17,7 @@ from tempering.methods import DIST, DTKD, KD, FitNet, StepMethod, Sum, Supervise
 from tempering.rows import Rows, total
 from tempering.tasks import Classification
 from tempering.temperature import AdaptivePolicy, Static, Temperatures
-from tempering.training import loss as lossof
+from tempering.training import checks
 from tempering.training.selfcheck import SelfCheckError
 
 CLASSES, IMAGES = 4, 72
@@ -171,10 +171,10 @@ def test_the_trainer_of_transformers_is_the_hand_written_loop(hf: Any, batch: in
     assert method.temperature.log.item() != 0.0, "what the method owns is trained"
 
 
-@pytest.mark.parametrize("many", [lossof.MIN_LOGITS, 1], ids=["plain", "chunks"])
+@pytest.mark.parametrize("many", [checks.MIN_LOGITS, 1], ids=["plain", "chunks"])
 def test_a_split_step_of_tokens_is_the_whole_one(hf: Any, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every micro-batch has another number of tokens, and the labels are shifted."""
-    monkeypatch.setattr(lossof, "MIN_LOGITS", many)
+    monkeypatch.setattr(checks, "MIN_LOGITS", many)
     teacher, student, plain = gpt(16, 0), gpt(8, 1), gpt(8, 1)
     own: dict[str, Any] = {"teacher": teacher, "method": DTKD(), "task": Labeled(shift=True), "selfcheck": False}
     trainer = hf(student, sentences(), batch=4, accumulate=8, options={"max_steps": 2}, **own)
@@ -416,14 +416,14 @@ LIGHTNING = pytest.mark.filterwarnings("ignore:.*does not have many workers", "i
 @LIGHTNING
 @pytest.mark.parametrize(("batch", "accumulate"), [(32, 1), (8, 4)])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("many", [lossof.MIN_LOGITS, 1], ids=["plain", "chunks"])
+@pytest.mark.parametrize("many", [checks.MIN_LOGITS, 1], ids=["plain", "chunks"])
 def test_lightning_is_the_hand_written_loop(
     pl: Any, batch: int, accumulate: int, padded: bool, many: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """72 samples: the last step of an epoch is a short group, 8 samples; clipping sees the whole step's gradient."""
     from tempering.integrations.lightning import DistillModule
 
-    monkeypatch.setattr(lossof, "MIN_LOGITS", many)
+    monkeypatch.setattr(checks, "MIN_LOGITS", many)
     x, y = flat()
     ids, teacher, student = torch.arange(len(x)), mlp(32, 0), mlp(8, 1)
     plain, method, own = copy.deepcopy(student), DTKD(temperature=LearnedT()), DTKD(temperature=LearnedT())

@@ -25,7 +25,7 @@ from tempering.rows import Rows, total
 from tempering.tasks import Classification
 from tempering.teachers import Live
 from tempering.temperature import Cosine, Static
-from tempering.training import loss as lossof
+from tempering.training import checks
 from tempering.training.distill import distill
 from tests.runs import (
     ADAMW,
@@ -106,7 +106,7 @@ def test_many_rows_are_taken_in_chunks_and_the_records_say_so(tmp_path: Path, mo
         return [json.loads(line).get("path") for line in (run.folder / "steps.jsonl").read_text().splitlines()]
 
     assert paths("few") == [None, None]
-    monkeypatch.setattr(lossof, "MIN_LOGITS", 64 * CLASSES)
+    monkeypatch.setattr(checks, "MIN_LOGITS", 64 * CLASSES)
     assert [(p["chunks"], p["rows"], p["compiled"]) for p in paths("many")] == [(1, 64, "")] * 2
     assert paths("asked", chunks=False) == [None, None]
     assert paths("relational", method=DIST()) == [None, None]
