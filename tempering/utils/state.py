@@ -62,7 +62,7 @@ def restored(*models: nn.Module | None) -> Iterator[None]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside torch.compile, DataParallel, DistributedDataParallel or Fabric; else the model itself."""
+    """Return the module inside torch.compile, DataParallel, DistributedDataParallel or Fabric, or else the model."""
     for name, package in WRAPPERS:
         inner = getattr(model, name, None)
         if isinstance(inner, nn.Module) and type(model).__module__.startswith(package):
