@@ -71,6 +71,20 @@ def check_loss(method: Method, rows: Rows, results: Results, *, has_teacher: boo
         results["finite gradients"] = "ok"
 
 
+def check_logits(blocks: Sequence[Rows], results: Results) -> None:
+    """Check that neither side has probabilities: their softmax would be taken again, and is nearly uniform."""
+    for rows in blocks:
+        for side, z in (("teacher", rows.teacher), ("student", rows.student)):
+            z = z if rows.weight is None else z[rows.weight > 0]
+            if z.shape[1] > 1 and len(z) and bool((z >= 0).all()) and bool(((z.sum(1) - 1).abs() < 1e-3).all()):
+                raise SelfCheckError(
+                    f"the {side}'s outputs are probabilities (not negative, with the sum 1), and logits are needed: "
+                    "softmax would be taken twice. Leave out the model's last softmax, or return probabilities.log(). "
+                    "skip_checks=['logits'] skips this."
+                )
+    results["logits"] = "ok"
+
+
 def moves_student(method: Method, blocks: Sequence[Rows]) -> bool:
     """Return whether the loss of these rows has a gradient in the student, which is first moved off the teacher."""
     for rows in map(_leaves, blocks):
