@@ -76,7 +76,7 @@ def selfcheck(
                 check_label_names(student, teacher.model)
             _check_teacher_logits(task, first, results)
             if results.wants("logits"):
-                check_logits(blocks, results)
+                check_logits(blocks)
             if results.wants("above chance"):
                 _check_above_chance(models, first, following, results)
         if results.wants("row weights"):
