@@ -19,8 +19,8 @@ from tempering.methods.base import Method
 from tempering.rows import Rows
 from tempering.tasks import Classification
 from tempering.teachers import Live
-from tempering.training.checks import check_label_names
 from tempering.training.config import SelfCheckError
+from tempering.training.loss_checks import check_label_names
 from tests.cases import each
 from tests.later import Later
 

@@ -175,20 +175,15 @@ class Live(Teacher):
             self.take()
         elif any(module.training for module in self._modules):
             self._restore_eval()
-        converts = self._converts_inputs or self._has_other_dtype(inputs)
+        tensors = (inputs,) if isinstance(inputs, Tensor) else tree_leaves(inputs)
+        types = {x.dtype for x in tensors if isinstance(x, Tensor) and x.is_floating_point()}
+        converts = self._converts_inputs or bool(self._own_dtype is not None and types - {self._own_dtype})
         output = self._forward(map_tensors(inputs, self._convert) if converts else inputs)
         output = upcast_to_float32(output) if isinstance(output, Tensor) else map_tensors(output, upcast_to_float32)
         if self.device is None:
             return output
         device = next(x.device for x in tree_leaves(inputs) if isinstance(x, Tensor))
         return map_tensors(output, lambda x: x.to(device))
-
-    def _has_other_dtype(self, inputs: Any) -> bool:
-        """Whether floating point inputs are of another type than all weights, outside of autocast, which converts."""
-        tensors = (inputs,) if isinstance(inputs, Tensor) else tree_leaves(inputs)
-        floats = (x for x in tensors if isinstance(x, Tensor) and x.is_floating_point())
-        own = self._own_dtype
-        return own is not None and any(x.dtype != own and not torch.is_autocast_enabled(x.device.type) for x in floats)
 
     def _convert(self, x: Tensor) -> Tensor:
         if self._own is not None:
@@ -199,8 +194,12 @@ class Live(Teacher):
         x = x if self.device is None else x.to(self.device, non_blocking=self.device.type != "cpu")
         if x.is_floating_point() and self._dtype is not None:
             x = x.to(self._dtype)
-        elif self._has_other_dtype(x):
-            x = x.to(self._own_dtype)
+        elif (
+            x.is_floating_point()
+            and self._own_dtype not in (None, x.dtype)
+            and not torch.is_autocast_enabled(x.device.type)
+        ):
+            x = x.to(self._own_dtype)  # autocast converts as each operation needs
         return x.contiguous(memory_format=torch.channels_last) if self._images_last and x.ndim == 4 else x
 
     def _restore_eval(self) -> None:

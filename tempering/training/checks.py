@@ -88,33 +88,6 @@ def check_models_are_distinct(student: nn.Module, teacher: nn.Module | Teacher |
         raise ValueError("the student has no parameter that requires grad: there is nothing to train.")
 
 
-def check_label_names(student: nn.Module, teacher: nn.Module | None) -> None:
-    """Check that models of transformers with the same label names have them in the same order.
-
-    Raises:
-        SelfCheckError: if they do not.
-    """
-    ours, theirs = _label_names(student), _label_names(teacher)
-    if ours == theirs or sorted(ours.values()) != sorted(theirs.values()):
-        return
-    first = next(i for i in sorted(ours) if ours[i] != theirs.get(i))
-    from tempering.training.config import SelfCheckError
-
-    raise SelfCheckError(
-        f"the two models have the same labels in another order: class {first} is {ours[first]!r} for the student and "
-        f"{theirs.get(first)!r} for the teacher (config.id2label). Build the student with the teacher's id2label and "
-        "label2id, and give the data those labels. skip_checks=['label names'] skips this."
-    )
-
-
-def _label_names(model: nn.Module | None) -> dict[int, str]:
-    """Return config.id2label of a model of transformers, in any wrappers; {} if there is none."""
-    modules = cast("Iterable[nn.Module]", () if model is None else model.modules())
-    configs = (getattr(module, "config", None) for module in modules)
-    found: Any = next((names for c in configs if (names := getattr(c, "id2label", None))), {})
-    return {int(i): str(name) for i, name in found.items()}
-
-
 def explain_input_types(error: RuntimeError, model: nn.Module, inputs: object) -> None:
     """Add to an error of a forward pass what to write, if the inputs are of another type than the weights."""
     own = {p.dtype for p in model.parameters() if p.is_floating_point()}

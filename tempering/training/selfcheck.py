@@ -17,7 +17,6 @@ from tempering.rows import Rows, class_indices, is_labeled
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.training.checkpoint import random_state, set_random_state
-from tempering.training.checks import check_label_names, explain_input_types
 from tempering.training.config import Checked, Results, SelfCheckError
 from tempering.utils.tensors import map_tensors
 
@@ -58,7 +57,7 @@ def selfcheck(
         SelfCheckError: if a check fails.
         ValueError: for an unknown name in ``skip``.
     """
-    from tempering.training.loss_checks import check_logits, check_loss
+    from tempering.training.loss_checks import check_label_names, check_logits, check_loss
 
     results, models = Results(skip), _Models(student, teacher, task, features)
 
@@ -122,6 +121,8 @@ class _Models:
             self.student.eval()
             student_output = self.student(student_inputs)
         except RuntimeError as error:
+            from tempering.training.checks import explain_input_types
+
             explain_input_types(error, self.student, student_inputs)
             raise
         blocks = self.task.rows(student_output, teacher_output, batch)
