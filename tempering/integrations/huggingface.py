@@ -85,7 +85,7 @@ class DistillMixin(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.method = method = as_method(method)
+        self.method: Method = (method := as_method(method))
         self._given_method = None if self.model_init is None else copy.deepcopy(method)
         self._lent = isinstance(teacher, nn.Module)
         self.task, self.selfcheck = Labeled() if task is None else task, selfcheck
@@ -133,8 +133,9 @@ class DistillMixin(Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a new student of ``model_init``, and take it with the method as it was given."""
         student = super().call_model_init(trial)
-        if hasattr(self, "_given_method"):  # in the Trainer's own constructor there is no method yet
-            self.method = copy.deepcopy(self._given_method)
+        given: Method | None = getattr(self, "_given_method", None)
+        if given is not None:  # in the Trainer's own constructor there is no method yet
+            self.method = copy.deepcopy(given)
             self._bind(student)
         return student
 
