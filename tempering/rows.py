@@ -80,11 +80,7 @@ class Rows:
         for label in PER_ROW:
             value = getattr(self, label)
             if value is not None and value.shape != s.shape[:1] and not (label == "target" and is_soft(value)):
-                hint = " One-hot labels? Pass labels.float()." if label == "target" and value.shape == s.shape else ""
-                raise ValueError(
-                    f"Rows(name={self.name!r}) needs {label} of shape (N,) = ({s.shape[0]},); got {tuple(value.shape)}."
-                    + hint
-                )
+                raise _other_shape(self, label, value)
         w = self.weight
         # checked on the CPU only, where it needs no synchronization
         if w is not None and w.device.type == "cpu" and not bool(((w >= 0) & torch.isfinite(w)).all()):
@@ -151,6 +147,19 @@ def _not_a_tensor(rows: Rows) -> TypeError:
     kind = type(value)
     how = "torch.from_numpy(x)" if kind.__module__ == "numpy" else "torch.tensor(x)"
     return TypeError(f"Rows(name={rows.name!r}) needs a tensor as {label}; got {kind.__name__}. Write {how}.")
+
+
+def _other_shape(rows: Rows, label: str, value: Tensor) -> ValueError:
+    """Return the error for a field that does not have one value per row."""
+    n, classes = rows.student.shape
+    advice = ""
+    if tuple(value.shape) == (n, 1):
+        advice = f" Write {label}.squeeze(1) in the data set."
+    elif label == "target" and tuple(value.shape) == (n, classes):
+        advice = " One-hot labels? Pass labels.float(), or labels.argmax(1)."
+    return ValueError(
+        f"Rows(name={rows.name!r}) needs {label} of shape (N,) = ({n},); got {tuple(value.shape)}.{advice}"
+    )
 
 
 def _not_computable(rows: Rows) -> ValueError:

@@ -69,7 +69,8 @@ def image_folder(
                 f"{path} should hold one folder per class"
                 f"{', the same as ' + str(folders['train']) if names and split != 'train' else ''}; it holds "
                 f"{', '.join(_subfolders(path)[:5]) or 'no folders'}. Put images as {folder}/CLASS/NAME.jpg, or as "
-                f"{folder}/train/CLASS/NAME.jpg and {folder}/test/CLASS/NAME.jpg."
+                f"{folder}/train/CLASS/NAME.jpg and {folder}/test/CLASS/NAME.jpg; a class without images in a split "
+                "needs an empty folder there."
             )
     tensors = {split: _read(path, names, size) for split, path in folders.items()}
     settings = {"batch_size": batch_size, "mean": mean, "std": std, "seed": seed, "channels_last": channels_last}

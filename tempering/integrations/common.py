@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -69,6 +70,20 @@ def whole_batches(method: Method, **splits: int) -> None:
                 f"{type(method).__name__} compares rows with each other, so its loss depends on how a step is split: "
                 f"{flag}={parts} would change it. Use {flag}=1 and smaller batches, or a method over single rows."
             )
+
+
+def arguments_of(model: nn.Module) -> tuple[dict[str, None], bool]:
+    """Return the named arguments of a model's forward, without PEFT's wrapper, and whether it takes any others."""
+    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+    parameters = inspect.signature(base.forward).parameters.values()
+    named = dict.fromkeys(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    return named, any(p.kind == p.VAR_KEYWORD for p in parameters)
+
+
+def left_out(model: nn.Module, other: nn.Module) -> frozenset[str]:
+    """Return the inputs that the other model names and this one cannot take."""
+    own, takes_any = arguments_of(model)
+    return frozenset() if takes_any else frozenset(arguments_of(other)[0].keys() - own.keys())
 
 
 class Forward(NamedTuple):

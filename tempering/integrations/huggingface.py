@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from tempering.integrations.common import (
     Evaluation,
     Forward,
+    arguments_of,
     first_samples,
     fitting,
     forward,
+    left_out,
     step_means,
     whole_batches,
 )
@@ -50,7 +53,9 @@ class DistillMixin(Trainer):
     The log has the terms of the loss, the temperatures and the agreement with the teacher, all means over the rows
     since the last log; TRL's own metrics stay. ``eval_loss`` is the method's loss too, the mean over all rows of the
     data set, with ``eval_accuracy``, ``eval_agreement``, ``eval_cross_entropy`` and, of tokens, ``eval_perplexity``.
-    The auxiliary loss that a mixture of experts computes itself is added in training.
+    The auxiliary loss that a mixture of experts computes itself is added in training. Columns of the data that only one
+    of the two models takes, such as ``token_type_ids``, reach that model. With ``model_init`` every run starts with a
+    new student and with the method as it was given.
 
     Args:
         args, kwargs: arguments of the Trainer.
@@ -80,29 +85,33 @@ class DistillMixin(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.method = method = as_method(method)
+        self.method: Method = (method := as_method(method))
+        self._given_method = None if self.model_init is None else copy.deepcopy(method)
         self._lent = isinstance(teacher, nn.Module)
         self.task, self.selfcheck = Labeled() if task is None else task, selfcheck
         bare = False
         if isinstance(teacher, nn.Module) and not isinstance(teacher, Unpacked):
             teacher, bare = Unpacked(teacher), True
+        self._bare = bare
         self.teacher = fitting(method, teacher, self._module())
+        taught = None if self.teacher is None else self.teacher.model
+        self._taught = taught if isinstance(taught, Unpacked) else None
+        self._left_out: frozenset[str] = frozenset()
+        if self._taught is not None:
+            self._left_out = left_out(self._module(), self._taught.model)
+            self._taught.without = self._taught.without or left_out(self._taught.model, self._module())
         accumulate, processes = self.args.gradient_accumulation_steps, self.accelerator.num_processes
         whole_batches(method, gradient_accumulation_steps=accumulate, num_processes=processes)
         self._check_arguments()
-        for model in (self._module(), None if self.teacher is None else self.teacher.model):
-            if model is not None:
-                self.task.prepare_model(model.model if isinstance(model, Unpacked) else model)
         if self.teacher is not None:
+            if taught is not None:
+                self.task.prepare_model(taught.model if isinstance(taught, Unpacked) else taught)
             self.teacher.to(self.args.device)
-        self.method.to(self.args.device)
-        names = {n: (s, f"model.{t}" if bare else t) for n, (s, t) in self.task.features.items()}
-        self._features = PairedFeatures.from_models(self._module(), self.teacher, names)
-        self._chunking = chunking_for(method, chunks)
-        self._linear = HiddenForward(method, self.task, self._module()) if linear else None
+        self._chunks, self._wants_linear = chunks, linear
+        self._bind(self._module())
         self._row_weights: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}  # of the metrics since the last log
-        self._summed_steps = 0
+        self._summed_steps, self._summed_state = 0, self.state
         self._evaluation: Evaluation | None = None
         self.label_names = self.label_names or [
             "labels"
@@ -110,6 +119,32 @@ class DistillMixin(Trainer):
         # both declare that the loss is already scaled for the whole step; newer transformers read the second
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+
+    def _bind(self, student: nn.Module) -> None:
+        """Take this student: its features, its head and the method's device."""
+        self._prepared = False
+        self.task.prepare_model(student)
+        self.method.to(self.args.device)
+        names = {n: (s, f"model.{t}" if self._bare else t) for n, (s, t) in self.task.features.items()}
+        self._features = PairedFeatures.from_models(student, self.teacher, names)
+        self._chunking = chunking_for(self.method, self._chunks)
+        self._linear = HiddenForward(self.method, self.task, student) if self._wants_linear else None
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Return a new student of ``model_init``, and take it with the method as it was given."""
+        student = super().call_model_init(trial)
+        given: Method | None = getattr(self, "_given_method", None)
+        if given is not None:  # in the Trainer's own constructor there is no method yet
+            self.method = copy.deepcopy(given)
+            self._bind(student)
+        return student
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns that only the teacher takes, too."""
+        super()._set_signature_columns_if_needed()
+        if self._taught is not None:
+            names = arguments_of(self._taught.model)[0]
+            self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *names]))
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
@@ -179,6 +214,7 @@ class DistillMixin(Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """Return the Trainer's output; its loss and scores are means over all rows."""
+        self._prepare_method(dataloader)
         self._evaluation = evaluation = Evaluation(self.task, self.method)
         try:
             output = super().evaluation_loop(
@@ -216,6 +252,8 @@ class DistillMixin(Trainer):
         batches, _ = super().get_batch_samples(*args)
         self.method.zero_grad(set_to_none=True)  # the Trainer only resets the gradients of its model
         self._row_weights = {}
+        if self._summed_state is not self.state:  # the Trainer started anew, such as with smaller batches
+            self._sums, self._summed_steps, self._summed_state = {}, 0, self.state
         self._summed_steps += bool(batches)
         for batch in batches:
             for name, weight in self.task.row_weights(batch).items():
@@ -247,6 +285,15 @@ class DistillMixin(Trainer):
             save_weights(Path(output_dir or self.args.output_dir or ".") / METHOD, self.method.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self._load_method(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_method(self.state.best_model_checkpoint)
+
+    def _load_method(self, checkpoint: str | None) -> None:
+        """Load the method's own parameters from the student's checkpoint."""
         if checkpoint is not None and self.method.state_dict():
             from safetensors.torch import load_file
 
@@ -257,7 +304,6 @@ class DistillMixin(Trainer):
                     "checkpoint written with another method? Start without resume_from_checkpoint."
                 )
             self.method.load_state_dict(load_file(path))
-        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _module(self) -> nn.Module:
         assert isinstance(self.model, nn.Module)
@@ -281,7 +327,8 @@ class DistillMixin(Trainer):
         return bool(getattr(self, "aux_loss_enabled", False))
 
     def _unpacked(self, model: nn.Module) -> Unpacked:
-        return Unpacked(model, **({"output_router_logits": True} if self._asks_for_router_logits() else {}))
+        options = {"output_router_logits": True} if self._asks_for_router_logits() else {}
+        return Unpacked(model, without=self._left_out, **options)
 
     def _forward(self, model: nn.Module, inputs: Any) -> Forward:
         return forward(inputs, self._unpacked(model), self.teacher, self.task, self._features)
@@ -303,7 +350,8 @@ class DistillMixin(Trainer):
 
     def _check(self, batch: Any) -> None:
         model: Any = self.model_wrapped
-        student, features = Unpacked(model), None if self._features is None else self._features.features
+        features = None if self._features is None else self._features.features
+        student = Unpacked(model, without=self._left_out)
         batch = self._prepare_inputs(batch)
         with extracting(self._features):
             report = check_first_batch(
@@ -315,13 +363,17 @@ class DistillMixin(Trainer):
             logging.getLogger("tempering").info(report.line)
 
     @torch.no_grad()
-    def _prepare_method(self) -> None:
+    def _prepare_method(self, loader: Any = None) -> None:
         """Let the method create its parameters from a first batch; restore random states and training modes."""
-        if type(self.method).setup is Method.setup:
+        if self._prepared or not self.method.needs_setup():
             return
+        self._prepared = True
         model = self._module()
         with borrowed(model):
-            batch = self._prepare_inputs(next(iter(self.get_train_dataloader())))
+            loader = self.get_train_dataloader() if loader is None else loader
+            batch = self._prepare_inputs(next(iter(loader)))
+            if hasattr(loader, "end"):
+                loader.end()  # accelerate's, which still counts a pass that is left
             model.eval()
             self.method.setup(self._forward(model, batch).blocks[-1])
 
@@ -331,12 +383,14 @@ class Unpacked(nn.Module):
 
     Args:
         model: of transformers.
+        without: names of inputs that its forward does not take.
         options: more keyword arguments of its forward.
     """
 
-    def __init__(self, model: nn.Module, **options: Any) -> None:
+    def __init__(self, model: nn.Module, *, without: Collection[str] = (), **options: Any) -> None:
         super().__init__()
-        self.model, self.options = model, options
+        self.model, self.without, self.options = model, without, options
 
     def forward(self, inputs: Mapping[str, Any]) -> Any:
-        return self.model(**inputs, **self.options)
+        taken = {name: x for name, x in inputs.items() if name not in self.without} if self.without else inputs
+        return self.model(**taken, **self.options)

@@ -45,7 +45,8 @@ class DistillModule(pl.LightningModule):
 
     Logs train_loss with its terms, the temperatures and the agreement with the teacher (train_soft, train_T_teacher,
     ...), all of the whole step, and of validation val_loss, the method's loss, val_accuracy, val_cross_entropy,
-    val_agreement and, of tokens, val_perplexity, all means over the rows of the whole split. The auxiliary loss that a
+    val_agreement and, of tokens, val_perplexity, all means over the rows of the whole split; ``Trainer.test`` logs the
+    same as test_loss and so on, and ``Trainer.predict`` returns the student's outputs. The auxiliary loss that a
     mixture of experts computes itself is added in training. ``accumulate_grad_batches``, the number of devices and a
     short last group do not change the loss: Lightning divides every micro-batch by their number, and before the
     optimizer step (and before clipping) the gradient is rescaled to the mean over the rows of the whole step. A
@@ -179,9 +180,27 @@ class DistillModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._evaluations = {}
 
+    def on_test_epoch_start(self) -> None:
+        self._evaluations = {}
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, batch_idx, dataloader_idx, self.trainer.test_dataloaders)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over all rows of each test loader."""
+        self._log_evaluations("test")
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Return the student's output."""
+        return self.student(self.task.inputs(batch)[0])
+
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, batch_idx, dataloader_idx, self.trainer.val_dataloaders)
+
+    def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int, loaders: Any) -> None:
+        """Add a batch to the evaluation of its loader; a sample that another process has too does not count."""
         evaluation = self._evaluations.setdefault(dataloader_idx, Evaluation(self.task, self.method))
-        if self._repeats_sample(batch_idx, dataloader_idx):
+        if self._repeats_sample(batch_idx, loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders):
             size = next(len(x) for x in tree_leaves(batch) if isinstance(x, Tensor))
             batch = first_samples(batch, max(1, size - 1))
             if size == 1:  # this process has nothing of its own in the last batch
@@ -190,19 +209,20 @@ class DistillModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all rows of each validation loader."""
+        self._log_evaluations("val")
+
+    def _log_evaluations(self, split: str) -> None:
         for index, evaluation in sorted(self._evaluations.items()):
             suffix = f"/dataloader_idx_{index}" if len(self._evaluations) > 1 else ""
             for name, value in evaluation.result(self._sum, self.device).items():
                 shown = name in ("loss", "accuracy")
-                self.log(f"val_{name}{suffix}", value, prog_bar=shown, sync_dist=True)  # equal on all processes
+                self.log(f"{split}_{name}{suffix}", value, prog_bar=shown, sync_dist=True)  # equal on all processes
 
     def _sum(self, value: Tensor) -> Any:
         return value if self.trainer.world_size == 1 else self.trainer.strategy.reduce(value, reduce_op="sum")
 
-    def _repeats_sample(self, batch_idx: int, dataloader_idx: int) -> bool:
+    def _repeats_sample(self, batch_idx: int, loader: Any) -> bool:
         """Return whether the batch ends with a sample that another process has too, added by Lightning's sampler."""
-        loaders: Any = self.trainer.val_dataloaders
-        loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
         sampler = getattr(loader, "sampler", None)
         if not isinstance(sampler, DistributedSampler) or sampler.drop_last or batch_idx != len(loader) - 1:
             return False

@@ -25,6 +25,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Live(Teacher):
     """Runs a module in eval mode and returns its outputs, float32 at least, without gradient.
 
+    Floating point inputs are converted to the type of its weights, outside of autocast.
     The module itself is frozen and put in eval mode, and put back in eval mode if something changes its mode, until
     ``release()`` gives it back as it was; ``precision`` and ``fuse_conv_bn`` use a frozen copy instead. ``identity`` is
     the sha256 of the original weights, ``precision`` and ``fuse_conv_bn``; wrappers (torch.compile, DataParallel) and
@@ -140,6 +141,8 @@ class Live(Teacher):
         if self._before is None:
             self._before = ModelState(self._model)
             self._model.eval().requires_grad_(False)
+            dtypes = {p.dtype for p in self._model.parameters() if p.is_floating_point()}
+            self._own_dtype = dtypes.pop() if len(dtypes) == 1 else None
 
     def release(self) -> Self:
         """Give the module back: its training modes and requires_grad are those before this teacher took it."""
@@ -155,7 +158,9 @@ class Live(Teacher):
 
     def _move(self, device: torch.device | str) -> None:
         # accelerate places the parts of a model that it has hooked, and moves their inputs and outputs
-        if not any(hasattr(module, "_hf_hook") for module in self._model.modules()):
+        # and bitsandbytes those of a model in 4 or 8 bits, which cannot be moved
+        fixed = ("is_loaded_in_4bit", "is_loaded_in_8bit")
+        if not any(hasattr(m, "_hf_hook") or any(getattr(m, name, False) for name in fixed) for m in self._modules):
             self._model.to(device)
 
     @torch.no_grad()
@@ -170,7 +175,10 @@ class Live(Teacher):
             self.take()
         elif any(module.training for module in self._modules):
             self._restore_eval()
-        output = self._forward(map_tensors(inputs, self._convert) if self._converts_inputs else inputs)
+        tensors = (inputs,) if isinstance(inputs, Tensor) else tree_leaves(inputs)
+        types = {x.dtype for x in tensors if isinstance(x, Tensor) and x.is_floating_point()}
+        converts = self._converts_inputs or bool(self._own_dtype is not None and types - {self._own_dtype})
+        output = self._forward(map_tensors(inputs, self._convert) if converts else inputs)
         output = upcast_to_float32(output) if isinstance(output, Tensor) else map_tensors(output, upcast_to_float32)
         if self.device is None:
             return output
@@ -186,6 +194,12 @@ class Live(Teacher):
         x = x if self.device is None else x.to(self.device, non_blocking=self.device.type != "cpu")
         if x.is_floating_point() and self._dtype is not None:
             x = x.to(self._dtype)
+        elif (
+            x.is_floating_point()
+            and self._own_dtype not in (None, x.dtype)
+            and not torch.is_autocast_enabled(x.device.type)
+        ):
+            x = x.to(self._own_dtype)  # autocast converts as each operation needs
         return x.contiguous(memory_format=torch.channels_last) if self._images_last and x.ndim == 4 else x
 
     def _restore_eval(self) -> None:

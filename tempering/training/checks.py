@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils._pytree import tree_leaves
 
 from tempering.rows import Rows, total
 
@@ -85,6 +86,18 @@ def check_models_are_distinct(student: nn.Module, teacher: nn.Module | Teacher |
             )
     if not any(p.requires_grad for p in student.parameters()):
         raise ValueError("the student has no parameter that requires grad: there is nothing to train.")
+
+
+def explain_input_types(error: RuntimeError, model: nn.Module, inputs: object) -> None:
+    """Add to an error of a forward pass what to write, if the inputs are of another type than the weights."""
+    own = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    types = {x.dtype for x in tree_leaves(inputs) if isinstance(x, Tensor)}
+    wrong = sorted(str(t) for t in types if (t.is_floating_point and t not in own) or t == torch.uint8)
+    if len(own) == 1 and wrong:
+        error.add_note(
+            f"The inputs are {', '.join(wrong)} and the student's weights are {own.pop()}: convert the inputs "
+            "in the data set, x.float(), and scale pixels to the range that the model was trained with."
+        )
 
 
 def check_unsharded(student: nn.Module) -> None:

@@ -290,6 +290,8 @@ CHECKS = (  # names of the self-check's parts, each of which can be turned off
     "teacher frozen",
     "in eval",
     "deterministic",
+    "label names",
+    "logits",
     "vocabulary",
     "above chance",
     "zero at agreement",

@@ -1,15 +1,15 @@
-"""Checks of a method's loss on rows: what must not change it, its gradients, and whether it can move the student."""
+"""Checks of outputs, and of a method's loss: what must not change it, its gradients, whether it moves the student."""
 
 from __future__ import annotations
 
 import copy
 import math
 import warnings
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tempering.methods.base import Method
 from tempering.rows import FIELDS, Rows, is_labeled, rows_per_sample, total, upcast_to_float32, without_labels
@@ -69,6 +69,49 @@ def check_loss(method: Method, rows: Rows, results: Results, *, has_teacher: boo
     if results.wants("finite gradients"):
         _check_gradients(method, rows)
         results["finite gradients"] = "ok"
+
+
+def check_logits(blocks: Sequence[Rows]) -> None:
+    """Check that neither side has probabilities: their softmax would be taken again, and is nearly uniform.
+
+    Labels as one-hot rows are not refused: they may be meant as logits.
+    """
+    for rows in blocks:
+        for side, z in (("teacher", rows.teacher), ("student", rows.student)):
+            z = z if rows.weight is None else z[rows.weight > 0]
+            if z.shape[1] < 2 or not len(z) or bool((z.amax(1) == 1).all()):
+                continue
+            if bool((z >= 0).all()) and bool(((z.sum(1) - 1).abs() < 1e-3).all()):
+                raise SelfCheckError(
+                    f"the {side}'s outputs are probabilities (not negative, with the sum 1), and logits are needed: "
+                    "softmax would be taken twice. Leave out the model's last softmax, or return probabilities.log(). "
+                    "skip_checks=['logits'] skips this."
+                )
+
+
+def check_label_names(student: nn.Module, teacher: nn.Module | None) -> None:
+    """Check that models of transformers with the same label names have them in the same order.
+
+    Raises:
+        SelfCheckError: if they do not.
+    """
+    ours, theirs = _label_names(student), _label_names(teacher)
+    if ours == theirs or sorted(ours.values()) != sorted(theirs.values()):
+        return
+    first = next(i for i in sorted(ours) if ours[i] != theirs.get(i))
+    raise SelfCheckError(
+        f"the two models have the same labels in another order: class {first} is {ours[first]!r} for the student and "
+        f"{theirs.get(first)!r} for the teacher (config.id2label). Build the student with the teacher's id2label and "
+        "label2id, and give the data those labels. skip_checks=['label names'] skips this."
+    )
+
+
+def _label_names(model: nn.Module | None) -> dict[int, str]:
+    """Return config.id2label of a model of transformers, in any wrappers; {} if there is none."""
+    modules = cast("Iterable[nn.Module]", () if model is None else model.modules())
+    configs = (getattr(module, "config", None) for module in modules)
+    found: Any = next((names for c in configs if (names := getattr(c, "id2label", None))), {})
+    return {int(i): str(name) for i, name in found.items()}
 
 
 def moves_student(method: Method, blocks: Sequence[Rows]) -> bool:

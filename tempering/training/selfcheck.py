@@ -57,7 +57,7 @@ def selfcheck(
         SelfCheckError: if a check fails.
         ValueError: for an unknown name in ``skip``.
     """
-    from tempering.training.loss_checks import check_loss
+    from tempering.training.loss_checks import check_label_names, check_logits, check_loss
 
     results, models = Results(skip), _Models(student, teacher, task, features)
 
@@ -71,7 +71,11 @@ def selfcheck(
             _check_student(rows, results)
         if teacher is not None:
             _check_modes(teacher, method, results)
+            if results.wants("label names"):
+                check_label_names(student, teacher.model)
             _check_teacher_logits(task, first, results)
+            if results.wants("logits"):
+                check_logits(blocks)
             if results.wants("above chance"):
                 _check_above_chance(models, first, following, results)
         if results.wants("row weights"):
@@ -112,9 +116,15 @@ class _Models:
         def teach() -> Any:
             return None if self.teacher is None else self.teacher(teacher_inputs, ids)
 
-        teacher_output = teach()
-        self.student.eval()
-        student_output = self.student(student_inputs)
+        try:
+            teacher_output = teach()
+            self.student.eval()
+            student_output = self.student(student_inputs)
+        except RuntimeError as error:
+            from tempering.training.checks import explain_input_types
+
+            explain_input_types(error, self.student, student_inputs)
+            raise
         blocks = self.task.rows(student_output, teacher_output, batch)
         if self.features is not None:
             blocks[-1] = blocks[-1].replace(features={**blocks[-1].features, **self.features()})
@@ -165,6 +175,14 @@ def _check_training_mode(
             "the student's outputs have no gradient path to its parameters: nothing would be learned. Are they "
             "detached, computed under torch.no_grad(), or made of frozen parts only?"
         )
+    if models.features is not None and all(p.requires_grad for p in student.parameters()):
+        names = [name for name, (s, _) in models.features().items() if s.is_floating_point() and not s.requires_grad]
+        if names and not distributed:
+            raise SelfCheckError(
+                f"the student's feature {names[0]!r} has no gradient path, so its loss would not reach the student. Is "
+                "its module run under torch.no_grad(), or by torch.utils.checkpoint with use_reentrant=True? Write "
+                "use_reentrant=False (gradient_checkpointing_kwargs={'use_reentrant': False})."
+            )
     results["training mode"] = "ok"
 
 

@@ -174,6 +174,7 @@ class Projected(FeatureMethod):
         if not len(self.projectors):
             raise RuntimeError(
                 f"{type(self).__name__} has projectors whose sizes come from the features: call method.setup(rows) "
-                "with a first block of rows, before the optimizer is made."
+                "with a first block of rows, before the optimizer is made (of Lightning's DistillModule, "
+                "module.prepare(batch) before fit)."
             )
         return super().forward(rows, progress)

@@ -73,6 +73,13 @@ class CRD(Projected):
         if rows.ids is None:
             raise ValueError("CRD remembers samples by id: yield (input, label, id) batches.")
         ids = rows.ids if rows.weight is None else rows.ids[rows.weight > 0]
+        # checked on the CPU only, where it needs no synchronization
+        if ids.device.type == "cpu" and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.samples:
+            raise ValueError(
+                f"CRD(samples={self.samples}) remembers the ids 0 to {self.samples - 1}; got {int(ids.min())} to "
+                f"{int(ids.max())}. samples= is the length of the whole data set; of a Subset too, since its ids are "
+                "those of the data set."
+            )
         s, t = (F.normalize(p(x)) for p, x in zip(self.projectors, pairs[0], strict=True))
         negatives = torch.randint(self.samples, (len(ids), self.negatives), device=ids.device)
         indices = torch.cat((ids[:, None], negatives), 1)
