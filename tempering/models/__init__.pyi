@@ -1,6 +1,8 @@
+from .checkpoints import Loaded as Loaded
+from .checkpoints import load as load
+from .checkpoints import load_checkpoint as load_checkpoint
 from .factory import build as build
 from .factory import build_seeded as build_seeded
-from .factory import load as load
 from .factory import network_facts as network_facts
 from .factory import parted as parted
 from .factory import stages as stages

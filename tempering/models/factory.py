@@ -1,16 +1,14 @@
-"""Build a network by name, and load its weights from a file."""
+"""Build a network by name."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from tempering.models.zoo import MODELS
 from tempering.utils.registry import lookup
-from tempering.utils.tensors import read_weights
 
 
 def build(name: str, *, classes: int, channels: int = 3, pretrained: bool = False) -> nn.Module:
@@ -71,37 +69,3 @@ def network_facts(name: str) -> dict[str, str]:
     """A network in records. One with attention is the same network when merged, so tables compare the two."""
     attention, plain = parted(name)
     return {"name": plain, "attention": attention} if attention else {"name": plain}
-
-
-def load(net: nn.Module, path: str | Path) -> nn.Module:
-    """Load all weights of ``net`` from a safetensors file, in place, and return it; names and shapes must match.
-
-    Floats of another precision are converted; integers for floats are refused, as are weights that are NaN.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: for a corrupt file, or weights of another network, naming the first differences.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there are no weights at {path}. A finished run leaves student.safetensors.")
-    weights = read_weights(path)
-    state = net.state_dict()
-    missing, extra = sorted(state.keys() - weights.keys()), sorted(weights.keys() - state.keys())
-    other = [n for n in state if n in weights and state[n].shape != weights[n].shape]
-    if missing or extra or other:
-        differences = [
-            *(f"{name} is missing" for name in missing[:2]),
-            *(f"{name} is not in the net" for name in extra[:2]),
-            *(f"{n} is {tuple(weights[n].shape)} and should be {tuple(state[n].shape)}" for n in other[:2]),
-        ]
-        raise ValueError(f"{path} does not hold the weights of this {type(net).__name__}: {'; '.join(differences)}.")
-    for name, value in weights.items():
-        if value.is_floating_point() != state[name].is_floating_point():
-            raise ValueError(
-                f"{path}: {name} is {value.dtype} and should be {state[name].dtype}. Convert the file if this is meant."
-            )
-        if value.is_floating_point() and value.float().isnan().any():
-            raise ValueError(f"{path}: {name} has values that are NaN, so its training diverged. Use another file.")
-    net.load_state_dict(weights)
-    return net

@@ -168,8 +168,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             written = (file.metadata() or {}).get("sha256")
     except (SafetensorError, ValueError) as error:
         raise ValueError(
-            f"{path} is not a valid safetensors file: {error}. A .pth or .ckpt is a pickle, which is not loaded: "
-            "convert it once with safetensors.torch.save_file(state_dict, path)."
+            f"{path} is not a valid safetensors file: {error}. A file of torch.save needs the suffix .pth, .pt, "
+            ".bin, .ckpt or .tar."
         ) from error
     if written is not None and written != _weights_digest(weights):
         raise ValueError(
