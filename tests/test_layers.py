@@ -38,12 +38,13 @@ FLOORS = {
     "experiments": 7,
     "integrations": 7,
     "recipes": 8,
+    "export": 8,
     "cli": 9,
     "__main__": 10,
 }
 HEAVY = {"lightning_fabric", "torchvision", "timm", "transformers", "datasets", "sklearn", "PIL", "matplotlib", "scipy"}
 HEAVY |= {"torchmetrics", "tensorboard", "wandb", "jinja2", "lightning", "optuna", "kornia", "pyautoattack", "captum"}
-HEAVY |= {"pycocotools"}
+HEAVY |= {"pycocotools", "onnxscript", "onnxruntime", "torchao", "executorch", "huggingface_hub"}
 # they subclass Fabric's logger and Lightning's module, and are imported where those are asked for
 HEAVY_BASES = re.compile(r"training\.wandb\w*|integrations\.lightning")
 

@@ -319,6 +319,7 @@ COMMANDS: dict[str, Callable[..., int | None] | str] = {
     "check": check,
     "audit": "tempering.cli.audit:audit",
     "list": list_parts,
+    "export": "tempering.cli.export:export",
     "conformance": "tempering.cli.conformance:conformance",
 }
 COMPARE_COMMANDS = {"status": compare_status, "report": compare_report}

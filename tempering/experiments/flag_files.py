@@ -9,7 +9,7 @@ from typing import Any
 
 from tempering.experiments.recipe import annotated_flags, check_flags, find
 from tempering.experiments.renamed import present_flags
-from tempering.utils.redact import REDACTED
+from tempering.utils.text import REDACTED
 
 
 def flags_from(path: Path, recipe: str | None, argv: Sequence[str]) -> tuple[Path, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Load weights from files: this project's, and the checkpoints of the distillation literature and of other libraries.
+"""Find a net's weights in files of other projects: the distillation literature's, and those of other libraries.
 
 The nets of RepDistiller and mdistiller are those of the zoo with other names of their modules (``conv1``,
 ``layer1.0.bn2``, ``fc``); ``literature_names`` derives these names from the structure of a net.
@@ -10,12 +10,11 @@ import argparse
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tempering.models.external import Logits
 from tempering.models.layers import Staged
 from tempering.utils.tensors import read_weights
 
@@ -23,73 +22,18 @@ PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")  # suffixes of torch.save's f
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "network")  # keys under which trainers save the weights
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, and modules of training frameworks
 HEADS = ("fc", "linear", "classifier", "classifier.0")
-COUNTER = "num_batches_tracked"  # of batch norms: absent in old files, and not used in eval mode
 KINDS = {nn.Conv2d: "conv", nn.BatchNorm2d: "bn"}
 
 
-class Loaded(NamedTuple):
-    """What was loaded from a file.
+def resolve(net: nn.Module, state: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
+    """Read a file and find the net's weights in it.
 
-    Attributes:
-        path: of the file.
-        source: the key under which its weights were, and their prefix; "" for plain weights.
-        renamed: name in the file -> name in the net, where they differ.
-        tensors: number of tensors.
-        absent: counters of batch norms that the file does not have; they keep their values.
+    Returns:
+        The weights of the file, name in the net -> name in the file for those that are found, and where they were.
     """
-
-    path: Path
-    source: str
-    renamed: dict[str, str]
-    tensors: int
-    absent: int
-
-    @property
-    def line(self) -> str:
-        """What was mapped, in one line."""
-        first = next(iter(self.renamed.items()), None)
-        parts = [f"{self.tensors} tensors{self.source}"]
-        parts += [f"{len(self.renamed)} renamed, such as {first[0]} to {first[1]}"] if first else []
-        parts += [f"{self.absent} counters of batch norms kept"] if self.absent else []
-        return f"weights from {self.path}: {'; '.join(parts)}"
-
-
-def load(net: nn.Module, path: str | Path) -> nn.Module:
-    """Load all weights of ``net`` from a file, in place, and return it; see ``load_checkpoint``."""
-    load_checkpoint(net, path)
-    return net
-
-
-def load_checkpoint(net: nn.Module, path: str | Path) -> Loaded:
-    """Load all weights of ``net`` from a file, in place.
-
-    Args:
-        net: the network.
-        path: a safetensors file, or one of torch.save (.pth, .pt, .bin, .ckpt, .tar), which is read with
-            ``weights_only=True``: plain weights, or under a key such as "model" or "state_dict". Names are those of
-            the net, or of the same net in mdistiller and RepDistiller; a common prefix such as "module." is removed.
-
-    Floats of another precision are converted; integers for floats are refused, as are weights that are NaN.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: for a corrupt file, or weights of another network, naming the first differences.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there are no weights at {path}. A finished run leaves student.safetensors.")
     weights, source = _unwrap(path, _read_pickled(path)) if path.suffix in PICKLED else (read_weights(path), "")
-    state = net.state_dict()
     weights, prefix = _without_prefix(weights, state)
-    source += f", without {prefix!r}" if prefix else ""
-    names = _match(net, state, weights)
-    _check(net, path, state, weights, names)
-    for own, theirs in names.items():
-        _check_values(path, theirs, weights[theirs], state[own])
-    renamed = {theirs: own for own, theirs in names.items() if theirs != own}
-    absent = state.keys() - names.keys()
-    net.load_state_dict({own: weights[names[own]] if own in names else state[own] for own in state})
-    return Loaded(path, source, renamed, len(names), len(absent))
+    return weights, _match(net, state, weights), source + (f", without {prefix!r}" if prefix else "")
 
 
 def literature_names(net: nn.Module) -> dict[str, list[str]]:
@@ -139,42 +83,10 @@ def _match(net: nn.Module, state: Mapping[str, Tensor], weights: Mapping[str, Te
     literature, found = literature_names(net), dict[str, str]()
     for own in state:
         module, _, leaf = own.rpartition(".")
-        candidates = [own, *(f"{name}.{leaf}" for name in literature.get(module, []))]
-        if isinstance(net, Logits):
-            candidates.append(own.removeprefix("model."))
+        candidates = [own, *(f"{name}.{leaf}" for name in literature.get(module, [])), own.removeprefix("model.")]
         if name := next((name for name in candidates if name in weights), None):
             found[own] = name
     return found
-
-
-def _check(
-    net: nn.Module, path: Path, state: Mapping[str, Tensor], weights: Mapping[str, Tensor], names: Mapping[str, str]
-) -> None:
-    missing = sorted(name for name in state if name not in names and not name.endswith(COUNTER))
-    extra = sorted(weights.keys() - set(names.values()))
-    other = [own for own, theirs in names.items() if state[own].shape != weights[theirs].shape]
-    if not (missing or extra or other):
-        return
-    described = {own: own if own == names[own] else f"{names[own]} ({own} in the net)" for own in other}
-    differences = [
-        *(f"{name} is missing" for name in missing[:2]),
-        *(f"{name} is not in the net" for name in extra[:2]),
-        *(
-            f"{described[own]} is {tuple(weights[names[own]].shape)} and should be {tuple(state[own].shape)}"
-            for own in other[:2]
-        ),
-    ]
-    raise ValueError(f"{path} does not hold the weights of this {type(net).__name__}: {'; '.join(differences)}.")
-
-
-def _check_values(path: Path, name: str, value: Tensor, wanted: Tensor) -> None:
-    """Refuse integers for floats, and weights that are NaN; floats of another precision are converted."""
-    if value.is_floating_point() != wanted.is_floating_point():
-        raise ValueError(
-            f"{path}: {name} is {value.dtype} and should be {wanted.dtype}. Convert the file if this is meant."
-        )
-    if value.is_floating_point() and value.float().isnan().any():
-        raise ValueError(f"{path}: {name} has values that are NaN, so its training diverged. Use another file.")
 
 
 def _without_prefix(weights: dict[str, Tensor], state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:

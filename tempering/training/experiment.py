@@ -84,8 +84,9 @@ class Experiment:
         with borrowed(self.student, self.teacher):
             ready = self.with_teacher("trained")
             trainer = ready._trainer(ready.out)
-            if loaded := (ready.facts.get("teacher") or {}).get("weights"):
-                trainer.progress_bar.say(f"teacher: {loaded}")
+            teacher: dict[str, Any] = ready.facts.get("teacher") or {}
+            if "weights" in teacher:
+                trainer.progress_bar.say(f"teacher: {teacher['weights']}")
             return trainer.run(dict(ready.facts))
 
     def check(self) -> Checked:
