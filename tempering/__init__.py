@@ -14,6 +14,7 @@ from tempering._version import __version__ as __version__
 if TYPE_CHECKING:
     from tempering import audits as audits
     from tempering import data as data
+    from tempering import export as export
     from tempering import kernels as kernels
     from tempering import methods as methods
     from tempering import models as models
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from tempering import tasks as tasks
     from tempering import teachers as teachers
     from tempering import temperature as temperature
+    from tempering.export.load import load_student as load_student
     from tempering.rows import Rows as Rows
     from tempering.rows import total as total
     from tempering.training.config import Run as Run
@@ -41,10 +43,12 @@ _EXPORTS = {
     "Experiment": "tempering.training.experiment",
     "TeacherRecipe": "tempering.training.experiment",
     "FeatureExtractor": "tempering.utils.hooks",
+    "load_student": "tempering.export.load",
 }
 _SUBPACKAGES = (
     "audits",
     "data",
+    "export",
     "kernels",
     "methods",
     "models",

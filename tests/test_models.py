@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tempering.models import MODELS, build, load
+from tempering.data import cifar100
+from tempering.models import MODELS, build, load, load_checkpoint
+from tempering.models.checkpoints import literature_names
 from tempering.utils.hooks import FeatureExtractor
+from tests.cases import each
 from tests.paths import SHARED, needs_shared
 
 # parameters at 100 classes, as the field's implementation has them; the shapes are in the golden file
@@ -147,17 +153,95 @@ def test_load_refuses_integers_for_floats_and_nan(name: str, tmp_path) -> None:
         assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items()), "nothing is loaded"
 
 
-def test_load_reads_no_pickle_and_no_half_file(tmp_path) -> None:
-    torch.save(build("resnet8", classes=10).state_dict(), tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="is a pickle, which is not loaded"):
+# name in the nets of RepDistiller and mdistiller -> name in the zoo's
+LITERATURE = {
+    "resnet8": {
+        "conv1.weight": "stem.0.weight",
+        "bn1.running_var": "stem.1.running_var",
+        "layer1.0.conv2.weight": "stage1.0.residual.3.weight",
+        "layer3.0.downsample.1.bias": "stage3.0.shortcut.1.bias",
+        "fc.bias": "head.bias",
+    },
+    "ResNet18": {"layer4.1.bn2.weight": "stage4.1.residual.4.weight", "layer2.0.shortcut.0.weight": None},
+    "wrn_16_2": {
+        "conv1.weight": "stem.weight",
+        "block1.layer.0.bn1.weight": "stage1.0.before.0.weight",
+        "block2.layer.0.convShortcut.weight": "stage2.0.shortcut.weight",
+        "block3.layer.1.conv2.weight": "stage3.1.residual.3.weight",
+        "bn1.weight": "pool.0.weight",
+    },
+    "vgg8": {
+        "block0.0.bias": "stem.0.bias",
+        "block1.1.weight": "stage1.2.weight",
+        "block4.0.weight": "stage4.0.weight",
+    },
+    "MobileNetV2": {
+        "conv1.0.weight": "stem.0.weight",
+        "blocks.1.0.conv.7.bias": "stage1.1.residual.7.bias",
+        "blocks.4.2.conv.3.weight": "stage3.6.residual.3.weight",
+        "conv2.1.weight": "pool.1.weight",
+        "classifier.0.weight": "head.weight",
+    },
+    "ShuffleV1": {"layer2.3.conv3.weight": "stage2.3.residual.7.weight", "linear.weight": "head.weight"},
+    "ShuffleV2": {"layer1.0.bn5.weight": "stage1.0.right.6.weight", "bn2.weight": "pool.1.weight"},
+}
+
+
+@each("name", LITERATURE, ids=str)
+def test_nets_are_read_by_their_names_in_the_literature(name: str, tmp_path: Path) -> None:
+    net, other = build(name, classes=10), build(name, classes=10)
+    state, names = net.state_dict(), literature_names(net)
+    table = {theirs: own or theirs.replace("layer", "stage") for theirs, own in LITERATURE[name].items()}
+    theirs: dict[str, str] = {own: own for own in state}
+    for own in state:
+        module, _, leaf = own.rpartition(".")
+        spelled = [f"{candidate}.{leaf}" for candidate in names[module]]
+        theirs[own] = next((s for s in spelled if s in table), spelled[-1] if name == "MobileNetV2" else spelled[0])
+    assert {file: own for own, file in theirs.items() if file in table} == table
+    weights = {f"module.{theirs[own]}": value for own, value in state.items() if "tracked" not in own}
+    scores = {"best_acc": np.float64(70.0), "args": argparse.Namespace(lr=0.1), "epoch": 3}
+    torch.save({"model": weights, "optimizer": {}, **scores}, tmp_path / "w.pth")
+    loaded = load_checkpoint(other, tmp_path / "w.pth")
+    assert all(torch.equal(state[own], value) for own, value in other.state_dict().items() if "tracked" not in own)
+    assert f"{len(weights)} tensors under 'model', without 'module.'; {len(weights)} renamed, such as " in loaded.line
+
+
+@each(
+    ("content", "said"),
+    [
+        ({"state_dict": {"fc.weight": torch.zeros(3, 64)}}, "fc.weight (head.weight in the net) is (3, 64)"),
+        ({"conv9.weight": torch.zeros(1)}, "head.bias is missing; head.weight is missing; conv9.weight is not in the"),
+        ({"epoch": 3, "weights": {}}, "holds the keys epoch, weights, and weights are expected there or under one of"),
+        (torch.nn.Linear(2, 2), "is not a file of weights that torch.load(weights_only=True) reads"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_checkpoints_that_do_not_fit_are_refused_by_name(content: object, said: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ValueError) as caught:
         load(build("resnet8", classes=10), tmp_path / "w.pth")
+    assert said in str(caught.value)
+
+
+def test_load_reads_no_half_file(tmp_path: Path) -> None:
     save_file(build("resnet8", classes=10).state_dict(), tmp_path / "w.safetensors")
     whole = (tmp_path / "w.safetensors").read_bytes()
-    (tmp_path / "w.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="not a valid safetensors file"):
-        load(build("resnet8", classes=10), tmp_path / "w.safetensors")
+    for name, said in (("w.safetensors", "not a valid safetensors file"), ("w.pth", "is not a file of weights")):
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match=said):
+            load(build("resnet8", classes=10), tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"student\.safetensors"):
         load(build("resnet8", classes=10), tmp_path / "none.safetensors")
+
+
+@needs_shared
+def test_a_resnet14_of_the_literature_is_as_accurate_as_it_is_said() -> None:
+    pytest.importorskip("PIL")
+    net = load(build("resnet14", classes=100), SHARED / "models" / "resnet14_cifar100.safetensors").eval()
+    test = cifar100(SHARED / "data" / "cifar100", subset=100, test_subset=1000).test
+    with torch.no_grad():
+        right = sum(int((net(images).argmax(1) == labels).sum()) for images, labels, *_ in test)
+    assert 640 <= right <= 690  # 65.46 % of all 10,000
 
 
 # other libraries

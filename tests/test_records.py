@@ -312,7 +312,8 @@ def test_weights_carry_a_checksum(name: str, tmp_path: Path) -> None:
     interrupted(tmp_path)
     run = again(tmp_path)
     data = bytearray((tmp_path / name).read_bytes())
-    for place in (len(data) - 1, len(data) // 2, len(data) - 40):
+    header = 8 + int.from_bytes(data[:8], "little")
+    for place in (len(data) - 1, (header + len(data)) // 2, len(data) - 40):
         data[place] ^= 4
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=rf"{name} is damaged: its weights do not have the checksum"):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, Suppress, arg
 
+from tempering.experiments.flag_files import recorded_command
 from tempering.experiments.recipe import describe, find, flags
 from tempering.experiments.renamed import present_flags
 
@@ -138,7 +139,13 @@ def _describe_run(run: Path, folder: Path | None, recipe: str | None, recipe_arg
 
     recorded: Sequence[str] = ()
     if recipe is None:
-        recipe, recorded = _recorded_command(run, folder)
+        try:
+            facts = {} if folder is None else json.loads((folder / "facts.json").read_text())
+            recipe, recorded = recorded_command(facts, run)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} Give it, and the run's flags: tempering audit {run} --recipe digits -- --method dtkd"
+            ) from error
     file = find(recipe)
     argv = [*present_flags(recorded, flags(file)), *recipe_args]
     has_out = any(word.split("=")[0] == "--out" for word in recipe_args)
@@ -152,17 +159,6 @@ def _describe_run(run: Path, folder: Path | None, recipe: str | None, recipe_arg
             f"the recipe {file.name} would train its teacher first, so the teacher of {run} was not found. Give its "
             "folder with the recipe's flags after the --, such as --teacher-dir DIR or --out RUN."
         ) from error
-
-
-def _recorded_command(run: Path, folder: Path | None) -> tuple[str, tuple[str, ...]]:
-    """Return the recipe and the flags that a run was started with."""
-    command = [] if folder is None else json.loads((folder / "facts.json").read_text()).get("command") or []
-    if len(command) > 2 and command[1] == "run":
-        return command[2], tuple(word for word in command[3:] if word != "--")
-    raise ValueError(
-        f"the recipe of {run} is not recorded. Give it, and the run's flags: tempering audit {run} --recipe "
-        "digits -- --method dtkd"
-    )
 
 
 def _load_weights(student: nn.Module, weights: Path) -> nn.Module:

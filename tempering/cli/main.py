@@ -7,7 +7,8 @@ import inspect
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 
 RECIPE = "Path of a recipe, or the name of a bundled one, such as digits or cifar100."
 Recipe = Annotated[Path, Positional, arg(metavar="RECIPE", help=RECIPE)]
+OptionalRecipe = Annotated[Path | None, Positional, arg(metavar="[RECIPE]", help=RECIPE)]
 Folder = Annotated[Path, Positional, arg(metavar="FOLDER")]
+FROM = "Flags from a file: a run's facts.json, or YAML or JSON, {flag: value}. The command line has precedence."
+FlagFile = Annotated[Path | None, arg(name="from", metavar="FILE", help=FROM)]
 RecipeArgs = Annotated[tuple[str, ...], Suppress]  # the recipe's flags, which main() separates from the command's
 # errors whose message is for the user; some by name, because their modules import torch
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
@@ -37,27 +41,31 @@ USER_ERROR_NAMES = (
 )
 
 
-def run(recipe: Recipe, *, recipe_args: RecipeArgs = ()) -> int:
+def run(recipe: OptionalRecipe = None, *, flag_file: FlagFile = None, recipe_args: RecipeArgs = ()) -> int:
     """Run a recipe, a Python file whose main(*, ...) has its flags as arguments.
 
-    `tempering run cifar100 --help` explains the flags of that recipe.
+    `tempering run cifar100 --help` explains the flags of that recipe; `tempering run --from RUN/facts.json --seed 1`
+    repeats a run with another seed.
     """
-    from tempering.experiments.recipe import call, find, finish
+    from tempering.experiments.recipe import call, finish
 
-    finished = finish(call(find(str(recipe)), recipe_args, prog=f"tempering run {recipe}"))
+    file, argv = _recipe_and_flags(recipe, flag_file, recipe_args)
+    with _recorded_as("run", file, argv) if flag_file else nullcontext():
+        finished = finish(call(file, argv, prog=f"tempering run {recipe or file}"))
     if finished is not None and finished.facts.get("result"):
         _print_result(finished)
     return 0
 
 
-def check(recipe: Recipe, *, recipe_args: RecipeArgs = ()) -> int:
+def check(recipe: OptionalRecipe = None, *, flag_file: FlagFile = None, recipe_args: RecipeArgs = ()) -> int:
     """Check a recipe and the first batch of its run, with the flags of the run. Train and write nothing.
 
     tempering check cifar100 --data DIR
     """
-    from tempering.experiments.recipe import describe, find
+    from tempering.experiments.recipe import describe
 
-    print(describe(find(str(recipe)), recipe_args, prog=f"tempering check {recipe}").check().line)
+    file, argv = _recipe_and_flags(recipe, flag_file, recipe_args)
+    print(describe(file, argv, prog=f"tempering check {recipe or file}").check().line)
     return 0
 
 
@@ -311,6 +319,7 @@ COMMANDS: dict[str, Callable[..., int | None] | str] = {
     "check": check,
     "audit": "tempering.cli.audit:audit",
     "list": list_parts,
+    "export": "tempering.cli.export:export",
     "conformance": "tempering.cli.conformance:conformance",
 }
 COMPARE_COMMANDS = {"status": compare_status, "report": compare_report}
@@ -378,12 +387,43 @@ def split_equals(args: Sequence[str]) -> list[str]:
 
 def split_argv(args: list[str]) -> tuple[list[str], tuple[str, ...]]:
     """Split into the command's and the recipe's arguments: after RECIPE for run and check, after -- for the others."""
-    if args[:1] in (["run"], ["check"]) and len(args) > 1 and not args[1].startswith("-"):
-        return args[:2], tuple(split_equals([a for a in args[2:] if a != "--"]))
+    if args[:1] in (["run"], ["check"]) and len(args) > 1:
+        words = split_equals([a for a in args[1:] if a != "--"])
+        start = words.index("--from") if "--from" in words else len(words)
+        given, words = words[start : start + 2], words[:start] + words[start + 2 :]
+        recipe = words[:1] if words and not words[0].startswith("-") else []
+        if recipe or len(given) == 2:
+            return [args[0], *recipe, *given], tuple(words[len(recipe) :])
     if "--" in args:
         index = args.index("--")
         return args[:index], tuple(args[index + 1 :])
     return args, ()
+
+
+def _recipe_and_flags(
+    recipe: Path | None, flag_file: Path | None, argv: tuple[str, ...]
+) -> tuple[Path, tuple[str, ...]]:
+    """Return the recipe's file and its flags, with those of a file."""
+    if flag_file is not None:
+        from tempering.experiments.flag_files import flags_from
+
+        return flags_from(flag_file, None if recipe is None else str(recipe), argv)
+    if recipe is None:
+        raise ValueError("give a recipe, or --from FILE: tempering run digits --method dtkd")
+    from tempering.experiments.recipe import find
+
+    return find(str(recipe)), argv
+
+
+@contextmanager
+def _recorded_as(command: str, recipe: Path, argv: tuple[str, ...]) -> Generator[None]:
+    """Let a run record the flags of a file, in place of the name of the file."""
+    before = sys.argv
+    sys.argv = [before[0], command, str(recipe), *argv]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def is_user_error(error: Exception) -> bool:

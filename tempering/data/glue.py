@@ -195,6 +195,7 @@ class TextPairLoader(ShardedLoader):
         self.batch_size, self.length, self.shuffle, self.seed, self.name = batch_size, length, shuffle, seed, name
         self.labels = torch.tensor(part.labels)
         tokenizers = {"student": tokenizer} | ({} if teacher_tokenizer is None else {"teacher": teacher_tokenizer})
+        self.student_tokenizer = tokenizer
         self.pads = {side: tok.pad_token_id or 0 for side, tok in tokenizers.items()}
         self.encoded = {side: _encode(part.texts, tok, length) for side, tok in tokenizers.items()}
         self.epoch, self.rank, self.world = 0, 0, 1

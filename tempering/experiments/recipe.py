@@ -136,17 +136,23 @@ def check_flags(path: Path, recipe_args: Sequence[str]) -> None:
 
 
 def flags(path: Path) -> set[str]:
-    """Return the names of the flags of ``main``, read from the source without importing it.
+    """Return the names of the flags of ``main``, read from the source without importing it; see ``annotated_flags``."""
+    return set(annotated_flags(path))
+
+
+def annotated_flags(path: Path) -> dict[str, str]:
+    """Return the flags of ``main`` with their annotations, read from the source without importing it.
 
     Raises:
         ValueError: for a file that is not Python, or has no ``main``.
     """
-    names: set[str] = set()
+    found: dict[str, str] = {}
     arguments = _main(path).args
     for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
         annotation = "" if argument.annotation is None else ast.unparse(argument.annotation)
-        names |= TRAINING if re.search(r"\bTrainConfig\b", annotation) else {argument.arg}
-    return names
+        training = {f.name: str(f.type) for f in fields(TrainConfig)}
+        found |= training if re.search(r"\bTrainConfig\b", annotation) else {argument.arg: annotation}
+    return found
 
 
 def _main(path: Path) -> ast.FunctionDef:

@@ -35,10 +35,11 @@ def detector(name: str, *, classes: int, pretrained: bool = False) -> Detector:
         ImportError: for a library that is not installed.
     """
     library, colon, inner = name.partition(":")
-    if colon and library == "torchvision":
-        return _from_torchvision(inner, classes, pretrained)
-    if colon and library == "transformers":
-        return _from_transformers(inner, classes, pretrained)
+    if colon and library in ("torchvision", "transformers"):
+        make = _from_torchvision if library == "torchvision" else _from_transformers
+        external: Any = make(inner, classes, pretrained)
+        external.built = {"kind": "detector", "name": name, "classes": classes}
+        return external
     net = build(name, classes=classes, pretrained=pretrained)
     if not isinstance(net, Detector):
         raise ValueError(

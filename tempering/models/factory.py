@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tempering.models.zoo import MODELS
 from tempering.utils.registry import lookup
 from tempering.utils.tensors import read_weights
+
+COUNTER = "num_batches_tracked"  # of batch norms: absent in old files, and not used in eval mode
 
 
 def build(name: str, *, classes: int, channels: int = 3, pretrained: bool = False) -> nn.Module:
@@ -30,6 +34,13 @@ def build(name: str, *, classes: int, channels: int = 3, pretrained: bool = Fals
     """
     if classes < 1 or channels < 1:
         raise ValueError(f"a net needs classes >= 1 and channels >= 1; got classes={classes}, channels={channels}.")
+    net: Any = _build(name, classes, channels, pretrained)
+    if getattr(net, "built", None) is None or parted(name)[0]:
+        net.built = {"kind": "build", "name": name, "classes": classes, "channels": channels}
+    return net
+
+
+def _build(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
     attention, name = parted(name)
     if attention:
         from tempering.models.attention import attend
@@ -73,8 +84,47 @@ def network_facts(name: str) -> dict[str, str]:
     return {"name": plain, "attention": attention} if attention else {"name": plain}
 
 
+class Loaded(NamedTuple):
+    """What was loaded from a file.
+
+    Attributes:
+        path: of the file.
+        source: the key under which its weights were, and their prefix; "" for plain weights.
+        renamed: name in the file -> name in the net, where they differ.
+        tensors: number of tensors.
+        absent: counters of batch norms that the file does not have; they keep their values.
+    """
+
+    path: Path
+    source: str
+    renamed: dict[str, str]
+    tensors: int
+    absent: int
+
+    @property
+    def line(self) -> str:
+        """What was mapped, in one line."""
+        first = next(iter(self.renamed.items()), None)
+        parts = [f"{self.tensors} tensors{self.source}"]
+        parts += [f"{len(self.renamed)} renamed, such as {first[0]} to {first[1]}"] if first else []
+        parts += [f"{self.absent} counters of batch norms kept"] if self.absent else []
+        return f"weights from {self.path}: {'; '.join(parts)}"
+
+
 def load(net: nn.Module, path: str | Path) -> nn.Module:
-    """Load all weights of ``net`` from a safetensors file, in place, and return it; names and shapes must match.
+    """Load all weights of ``net`` from a file, in place, and return it; see ``load_checkpoint``."""
+    load_checkpoint(net, path)
+    return net
+
+
+def load_checkpoint(net: nn.Module, path: str | Path) -> Loaded:
+    """Load all weights of ``net`` from a file, in place.
+
+    Args:
+        net: the network.
+        path: a safetensors file, or one of torch.save (.pth, .pt, .bin, .ckpt, .tar), which is read with
+            ``weights_only=True``: plain weights, or under a key such as "model" or "state_dict". Names are those of
+            the net, or of the same net in mdistiller and RepDistiller; a common prefix such as "module." is removed.
 
     Floats of another precision are converted; integers for floats are refused, as are weights that are NaN.
 
@@ -85,23 +135,47 @@ def load(net: nn.Module, path: str | Path) -> nn.Module:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there are no weights at {path}. A finished run leaves student.safetensors.")
-    weights = read_weights(path)
-    state = net.state_dict()
-    missing, extra = sorted(state.keys() - weights.keys()), sorted(weights.keys() - state.keys())
-    other = [n for n in state if n in weights and state[n].shape != weights[n].shape]
-    if missing or extra or other:
-        differences = [
-            *(f"{name} is missing" for name in missing[:2]),
-            *(f"{name} is not in the net" for name in extra[:2]),
-            *(f"{n} is {tuple(weights[n].shape)} and should be {tuple(state[n].shape)}" for n in other[:2]),
-        ]
-        raise ValueError(f"{path} does not hold the weights of this {type(net).__name__}: {'; '.join(differences)}.")
-    for name, value in weights.items():
-        if value.is_floating_point() != state[name].is_floating_point():
-            raise ValueError(
-                f"{path}: {name} is {value.dtype} and should be {state[name].dtype}. Convert the file if this is meant."
-            )
-        if value.is_floating_point() and value.float().isnan().any():
-            raise ValueError(f"{path}: {name} has values that are NaN, so its training diverged. Use another file.")
-    net.load_state_dict(weights)
-    return net
+    state, source = net.state_dict(), ""
+    weights = read_weights(path) if path.suffix == ".safetensors" else {}
+    names = {name: name for name in state}
+    if weights.keys() != state.keys():  # of another project
+        from tempering.models.checkpoints import resolve
+
+        weights, names, source = resolve(net, state, path)
+    _check(net, path, state, weights, names)
+    for theirs, own in sorted((theirs, own) for own, theirs in names.items()):
+        _check_values(path, theirs, weights[theirs], state[own])
+    renamed = {theirs: own for own, theirs in names.items() if theirs != own}
+    absent = state.keys() - names.keys()
+    net.load_state_dict({own: weights[names[own]] if own in names else state[own] for own in state})
+    return Loaded(path, source, renamed, len(names), len(absent))
+
+
+def _check(
+    net: nn.Module, path: Path, state: Mapping[str, Tensor], weights: Mapping[str, Tensor], names: Mapping[str, str]
+) -> None:
+    missing = sorted(name for name in state if name not in names and not name.endswith(COUNTER))
+    extra = sorted(weights.keys() - set(names.values()))
+    other = [own for own, theirs in names.items() if state[own].shape != weights[theirs].shape]
+    if not (missing or extra or other):
+        return
+    described = {own: own if own == names[own] else f"{names[own]} ({own} in the net)" for own in other}
+    differences = [
+        *(f"{name} is missing" for name in missing[:2]),
+        *(f"{name} is not in the net" for name in extra[:2]),
+        *(
+            f"{described[own]} is {tuple(weights[names[own]].shape)} and should be {tuple(state[own].shape)}"
+            for own in other[:2]
+        ),
+    ]
+    raise ValueError(f"{path} does not hold the weights of this {type(net).__name__}: {'; '.join(differences)}.")
+
+
+def _check_values(path: Path, name: str, value: Tensor, wanted: Tensor) -> None:
+    """Refuse integers for floats, and weights that are NaN; floats of another precision are converted."""
+    if value.is_floating_point() != wanted.is_floating_point():
+        raise ValueError(
+            f"{path}: {name} is {value.dtype} and should be {wanted.dtype}. Convert the file if this is meant."
+        )
+    if value.is_floating_point() and value.float().isnan().any():
+        raise ValueError(f"{path}: {name} has values that are NaN, so its training diverged. Use another file.")

@@ -75,7 +75,8 @@ def main(
         subset: train on this many images, classes in proportion; default: all 50,000.
         test_subset: test on this many images, classes in proportion; default: all 10,000.
         validation: training images held out to select the best epoch; with 0 the test images select it.
-        teacher_weights: a safetensors file of a trained teacher; default: it is trained here.
+        teacher_weights: a trained teacher, .safetensors or .pth, also one of mdistiller, RepDistiller, timm or
+            torchvision; default: it is trained here.
         teacher_epochs: epochs of the teacher's training; default: the student's.
         teacher_subset: train the teacher on this many images, 50,000 for all; default: the student's.
         teacher_dir: where trained teachers are kept; default: "teachers" next to the run's folder.

@@ -84,7 +84,7 @@ def main(
         batch_size: images per step.
         lr: peak learning rate, of both.
         subset: train on this many images, the teacher too; default: all.
-        teacher_weights: a safetensors file of a trained teacher; default: it is trained here.
+        teacher_weights: a trained teacher, .safetensors or .pth; default: it is trained here.
         teacher_epochs: epochs of the teacher's training; default: the student's.
         out: the run's folder; default: runs/detection/TEACHER-STUDENT/METHOD-SEED.
         config: options of training.

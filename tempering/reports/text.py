@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 from tempering.reports.compare import NOT_RUN, Arm, Comparison, display_name
 from tempering.reports.intervals import Difference
+from tempering.reports.records import number
 
 PM = "\u00b1"
 
@@ -169,7 +171,25 @@ def reading(comparison: Comparison) -> list[str]:
         sentences.append(
             f"Reported: published values for full-length training, not measured here; {_listed(labels)}: {source}."
         )
-    return [*sentences, *comparison.notes]
+    return [*sentences, *_costs(comparison), *comparison.notes]
+
+
+def _costs(comparison: Comparison) -> list[str]:
+    """Say what the student of the first arm that recorded it and its teacher cost; [] if no run did."""
+    runs = (run for arm in comparison.arms if arm.same_student for run in arm.counted)
+    costs: list[Any] = [run.of("result").get("cost") for run in runs]
+    cost: dict[str, Any] = next((found for found in costs if isinstance(found, dict)), {})
+    parts = [f"{who} {_cost(cost[who])}" for who in ("student", "teacher") if isinstance(cost.get(who), dict)]
+    return [f"Cost of one sample, on the machine of the run: {'; '.join(parts)}."] if parts else []
+
+
+def _cost(one: dict[str, Any]) -> str:
+    units = {"parameters": (1, "parameters"), "bytes": (1e6, "MB"), "flops": (1e6, "MFLOP"), "latency_ms": (1, "ms")}
+    values = {key: value for key in units if (value := number(one.get(key))) is not None}
+    return ", ".join(
+        f"{value:,.0f} {units[key][1]}" if key == "parameters" else f"{value / units[key][0]:.3g} {units[key][1]}"
+        for key, value in values.items()
+    )
 
 
 def _sources(comparison: Comparison) -> dict[str, list[str]]:

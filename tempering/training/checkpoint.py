@@ -130,14 +130,14 @@ def read(path: Path) -> dict[str, Any]:
     return _insert_tensors(record["state"], _read_tensors(path / TENSORS))
 
 
-def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write weights to a safetensors file with a checksum, atomically.
+def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write weights to a safetensors file with a checksum and other metadata, atomically.
 
     Raises:
         OSError: if it cannot be written; an existing file is kept.
     """
     try:
-        files.write_atomic(path, tensors_to_bytes(tensors, checksum=True), fsync=True)
+        files.write_atomic(path, tensors_to_bytes(tensors, checksum=True, metadata=metadata), fsync=True)
     except OSError as error:
         raise _write_error(f"the weights {path.name}", tensors, path.parent, error) from error
 

@@ -83,7 +83,11 @@ class Experiment:
         self._set_threads()
         with borrowed(self.student, self.teacher):
             ready = self.with_teacher("trained")
-            return ready._trainer(ready.out).run(dict(ready.facts))
+            trainer = ready._trainer(ready.out)
+            teacher: dict[str, Any] = ready.facts.get("teacher") or {}
+            if "weights" in teacher:
+                trainer.progress_bar.say(f"teacher: {teacher['weights']}")
+            return trainer.run(dict(ready.facts))
 
     def check(self) -> Checked:
         """Run the self-check on the first batch; nothing is trained or written.
@@ -190,7 +194,7 @@ class TeacherRecipe:
             network as ``build`` returns it.
         folder: where trained teachers are kept.
         key: what the trained weights depend on, JSON-able: data, length, learning rate and so on.
-        weights: a safetensors file in place of training.
+        weights: a file in place of training; ``tempering.models.load_checkpoint`` says which.
         wrap: the network -> a Teacher, such as ``partial(Live, precision="bf16")``.
         cache: cache the teacher's logits; the experiment then trains on the cached batches.
         facts: additional content of "teacher" in facts.json.
@@ -256,9 +260,9 @@ class TeacherRecipe:
     def _load(self, network: nn.Module) -> dict[str, Any]:
         """Load the trained weights, after training if necessary; return the scores of its training, for records."""
         if self.weights is not None:
-            from tempering.models import load
+            from tempering.models import load_checkpoint
 
-            load(network, self.weights)
+            return {"weights": load_checkpoint(network, self.weights).line}
         elif self.train is not None:
             experiment = self.train
 

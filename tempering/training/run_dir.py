@@ -240,13 +240,13 @@ class RunDirectory:
             checkpoint.save(self.folder / "checkpoints", state.step, content, keep=keep, records=records)
         self.fabric.barrier()
 
-    def write_weights(self, name: str) -> None:
-        """Write the student's weights as the file ``name`` in the folder."""
+    def write_weights(self, name: str, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the student's weights as the file ``name`` in the folder, with metadata."""
         if self.folder is None:
             return
         weights = checkpoint.gather(self.student, None, None)["student"]
         if self.fabric.is_global_zero:
-            checkpoint.save_weights(self.folder / name, weights)
+            checkpoint.save_weights(self.folder / name, weights, metadata)
 
 
 def _to_text(value: Any) -> str:

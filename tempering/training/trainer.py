@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -54,6 +55,7 @@ from tempering.training.run_dir import (
 from tempering.training.selfcheck import Checked, last_batch_size, one_sample, selfcheck
 from tempering.training.stream import EMPTY, ResumableLoader, micro_batches, reseed
 from tempering.utils.device import clone_outputs, maybe_compile
+from tempering.utils.files import write_atomic
 from tempering.utils.state import ModelState, unwrapped
 from tempering.utils.tensors import eval_mode, to_device
 
@@ -184,6 +186,7 @@ class Trainer:
         self.stop = StopSignals(self.folder)
         self.progress_bar = ProgressBar(self.length, disable=config.quiet or not self.is_rank_zero)
         self.last_log = (0.0, 0)  # time and step
+        self.sample: Any = None  # the last training batch
 
     def _paired_features(self) -> PairedFeatures | None:
         """Find the features that the task names in both models, if it names any."""
@@ -349,7 +352,7 @@ class Trainer:
         if self.length.ends_epoch(state):  # resumed after the last step
             batches = iter(())
         for group in micro_batches(batches, config.accumulate):
-            loss_sum = loss_sum + self._step(group)
+            loss_sum, self.sample = loss_sum + self._step(group), group[-1]
             state.step, state.batch = state.step + 1, state.batch + len(group)
             state.seconds = seconds + time.perf_counter() - start
             stop = self.stop.requested(self.fabric, state.step)
@@ -504,7 +507,7 @@ class Trainer:
     def _finish(self) -> Run:
         """Write the weights and the analysis, and complete the records."""
         state = self.state
-        self.run_dir.write_weights("student.safetensors")
+        cost = self._write_student()
         if self.average is not None:
             with self.average.applied():
                 self.run_dir.write_weights("ema.safetensors")
@@ -521,6 +524,7 @@ class Trainer:
             "steps": state.step,
             "stopped_early": state.stopped,
             "peak_mb": peak_mb(self.device),
+            **({"cost": cost} if cost else {}),
         }
         self.recorder.end("done", result=result)
         for logger in self.fabric.loggers:
@@ -528,6 +532,24 @@ class Trainer:
         self.fabric.barrier()
         ema = None if self.average is None else self.average.model
         return Run(self.student, self.folder, self.recorder.facts, self.recorder.epochs, self.run_dir.how, ema)
+
+    def _write_student(self) -> dict[str, Any]:
+        """Write the student's weights and config, and return what both models cost; {} without a folder."""
+        if self.folder is None:
+            return {}
+        from tempering.training.pretrained import CONFIG, METADATA, WEIGHTS, costs, save_tokenizer, student_config
+
+        data, batch = self.loader.batches, self.loader.first() if self.sample is None else self.sample
+        facts = self.recorder.facts
+        config = student_config(self.student, batch, task=self.task, data=data, facts=facts, state=self.state)
+        last = {**config, "scores": {"last": config["scores"]["last"]}}
+        self.run_dir.write_weights(WEIGHTS, {METADATA: json.dumps(last, sort_keys=True)})
+        if not self.is_rank_zero:
+            return {}
+        write_atomic(self.folder / CONFIG, json.dumps(config, indent=1))
+        save_tokenizer(data, self.folder)
+        is_sharded = self.config.strategy == "fsdp"  # one rank alone cannot run it
+        return {} if is_sharded else costs(self.student, self.teacher, to_device(batch, self.device), self.task)
 
 
 def no_teacher(inputs: Any, ids: Tensor | None) -> None:

@@ -138,7 +138,9 @@ def eval_mode(*models: nn.Module | None) -> Iterator[None]:
             module.training = mode
 
 
-def tensors_to_bytes(tensors: Mapping[str, Tensor], *, checksum: bool = False) -> bytes:
+def tensors_to_bytes(
+    tensors: Mapping[str, Tensor], *, checksum: bool = False, metadata: Mapping[str, str] | None = None
+) -> bytes:
     """Return the content of a safetensors file with these tensors; ``checksum`` puts one into its metadata."""
     from safetensors.torch import save as to_bytes
 
@@ -148,8 +150,9 @@ def tensors_to_bytes(tensors: Mapping[str, Tensor], *, checksum: bool = False) -
     if not checksum:
         return content
     end = 8 + int.from_bytes(content[:8], "little")  # of the header; offsets in it count from there
-    metadata = {"format": "pt", "sha256": _weights_digest(plain)}  # written here: safetensors' order of them is random
-    header = json.dumps({"__metadata__": metadata, **json.loads(content[8:end])}, separators=(",", ":")).encode()
+    # written here: safetensors' order of them is random
+    own = {"format": "pt", "sha256": _weights_digest(plain, metadata or {}), **(metadata or {})}
+    header = json.dumps({"__metadata__": own, **json.loads(content[8:end])}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + content[end:]
 
@@ -166,13 +169,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         weights: dict[str, Tensor] = load_file(path)
         with safe_open(path, framework="pt") as file:
-            written = (file.metadata() or {}).get("sha256")
+            metadata = dict(file.metadata() or {})
     except (SafetensorError, ValueError) as error:
         raise ValueError(
-            f"{path} is not a valid safetensors file: {error}. A .pth or .ckpt is a pickle, which is not loaded: "
-            "convert it once with safetensors.torch.save_file(state_dict, path)."
+            f"{path} is not a valid safetensors file: {error}. A file of torch.save needs the suffix .pth, .pt, "
+            ".bin, .ckpt or .tar."
         ) from error
-    if written is not None and written != _weights_digest(weights):
+    written = metadata.pop("sha256", None)
+    metadata.pop("format", None)
+    if written is not None and written != _weights_digest(weights, metadata):
         raise ValueError(
             f"{path} is damaged: its weights do not have the checksum that was written with them. Restore the file, or "
             "train again."
@@ -180,8 +185,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _weights_digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _weights_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode() if metadata else b"")
     for name, value in sorted(tensors.items()):
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
         digest.update(tensor_bytes(value))

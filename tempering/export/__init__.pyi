@@ -1,0 +1,10 @@
+from .formats import FORMATS as FORMATS
+from .formats import to_executorch as to_executorch
+from .formats import to_onnx as to_onnx
+from .formats import to_torch_export as to_torch_export
+from .hub import hub_folder as hub_folder
+from .hub import push_to_hub as push_to_hub
+from .load import load_student as load_student
+from .load import read_config as read_config
+from .quantize import compare_int8 as compare_int8
+from .quantize import to_int8 as to_int8
