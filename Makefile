@@ -141,12 +141,13 @@ docs: $(READY)  ## the documentation site, in build/site
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[docs]"
 	$(BIN)/python -m mkdocs build --strict --quiet
 
-pages: $(READY)  ## docs/papers.md, from docstrings, presets and records; docs/performance.md; docs/evidence.md
+pages: $(READY)  ## pages made from docstrings, presets and records; the pages of the notebooks, which it runs
 	$(BIN)/python docs/tools/papers_page.py .
 	$(BIN)/python docs/tools/conformance_page.py .
 	$(BIN)/python docs/tools/conformance_table.py .
 	$(BIN)/python benchmarks/page.py
 	$(BIN)/python benchmarks/evidence.py
+	$(BIN)/python docs/tools/notebooks.py
 
 arena-arms:
 	@echo $(ARENA)

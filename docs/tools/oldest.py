@@ -12,7 +12,11 @@ TESTS = ("pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "scikit-learn>
 
 def pins(pyproject: str, extras: list[str]) -> list[str]:
     project = tomllib.loads(pyproject)["project"]
-    wanted = [*project["dependencies"], *TESTS, *(r for extra in extras for r in project["optional-dependencies"][extra])]
+    wanted = [
+        *project["dependencies"],
+        *TESTS,
+        *(r for extra in extras for r in project["optional-dependencies"][extra]),
+    ]
     return sorted({re.sub(r"\s*>=\s*", "==", requirement) for requirement in wanted if "tempering[" not in requirement})
 
 
