@@ -26,6 +26,7 @@ PAGES = (
     ("Audits", ("tempering.audits",)),
     ("Conformance", ("tempering.conformance",)),
     ("Experiments", ("tempering.experiments",)),
+    ("Registries and search spaces", ("tempering.utils.registry", "tempering.utils.search_space")),
     ("Reports", ("tempering.reports.records", "tempering.reports.compare", "tempering.reports.table")),
 )
 DIRECTIVE = """::: {module}
