@@ -5,7 +5,7 @@
 # trained by the plain Trainer; the students by the same Trainer with `DistillMixin` in front. Nothing is downloaded.
 
 # %% tags=["parameters"]
-EPOCHS = 24
+EPOCHS = 40
 
 # %%
 import matplotlib.pyplot as plt
@@ -22,7 +22,8 @@ class KDTrainer(DistillMixin, Trainer):
 
 def gpt(width, layers):
     sizes = {"vocab_size": 128, "n_positions": 16, "n_embd": width, "n_layer": layers, "n_head": 2}
-    return GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **sizes))
+    dropout = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **sizes, **dropout))
 
 
 texts = ["".join(chr(97 + (i + step * k) % 26) for k in range(8)) for i in range(26) for step in (1, 3)]
@@ -53,8 +54,8 @@ def curve(trainer):
 
 
 torch.manual_seed(0)
-teacher = gpt(32, 2)
-trainer = Trainer(teacher, arguments(2 * EPOCHS), train_dataset=data)
+teacher = gpt(64, 2)
+trainer = Trainer(teacher, arguments(EPOCHS), train_dataset=data)
 trainer.remove_callback(PrinterCallback)
 trainer.train()
 curves = {"teacher": curve(trainer)}
