@@ -17,6 +17,7 @@ import torch
 import tempering as kd
 
 data = kd.data.digits(batch_size=64)
+torch.manual_seed(0)
 model = kd.models.build("digits_large", classes=10, channels=1)
 kd.distill(model, None, data.train, method="supervised", epochs=2, quiet=True)
 live = kd.teachers.Live(model)

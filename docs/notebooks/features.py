@@ -15,6 +15,7 @@ import torch
 import tempering as kd
 
 data = kd.data.digits(batch_size=64)
+torch.manual_seed(0)
 teacher = kd.models.build("digits_large", classes=10, channels=1)
 student = kd.models.build("digits_small", classes=10, channels=1)
 print([name for name, _ in student.named_modules() if name and "." not in name])

@@ -18,6 +18,7 @@ import tempering as kd
 from tempering.experiments.presets import ARMS, method_of
 
 data = kd.data.digits(batch_size=64)
+torch.manual_seed(0)
 teacher = kd.models.build("digits_large", classes=10, channels=1)
 kd.distill(teacher, None, data.train, method="supervised", epochs=3, quiet=True)
 for seed in (0, 1, 2):

@@ -18,6 +18,7 @@ import tempering as kd
 from tempering.experiments.presets import method_of
 
 data = kd.data.digits(batch_size=64)
+torch.manual_seed(0)
 teacher = kd.models.build("digits_large", classes=10, channels=1)
 taught = kd.distill(teacher, None, data.train, method="supervised", epochs=EPOCHS // 3 + 1, test=data.test, quiet=True)
 print(f"teacher: {taught.last['test']['accuracy']:.3f}")

@@ -33,6 +33,7 @@ DIRECTIVE = """::: {module}
     options:
       heading: "{module}"
       toc_label: "{short}"
+      members: [{members}]
 """
 
 
@@ -49,23 +50,26 @@ def slug(title: str) -> str:
 
 def page(title: str, names: tuple[str, ...]) -> str:
     found = [module for name in names for module in modules(name)]
-    parts = [DIRECTIVE.format(module=module, short=module.rpartition(".")[2]) for module in found]
+    parts = [
+        DIRECTIVE.format(module=m, short=m.rpartition(".")[2], members=", ".join(definitions(source(m)))) for m in found
+    ]
     return "\n".join([f"# {title}\n", *parts])
 
 
 def modules(name: str) -> Iterator[str]:
     """Yield the modules of a package that define something public, or the module itself."""
-    path = ROOT / name.replace(".", "/")
-    files = [path.with_suffix(".py")] if path.with_suffix(".py").is_file() else sorted(path.rglob("*.py"))
+    files = [source(name)] if source(name).is_file() else sorted((ROOT / name.replace(".", "/")).rglob("*.py"))
     for file in files:
-        if is_public(file):
+        if not file.name.startswith("_") and definitions(file):
             yield ".".join(file.relative_to(ROOT).with_suffix("").parts)
 
 
-def is_public(file: Path) -> bool:
-    """Whether a file has a public class or function."""
-    if file.name.startswith("_"):
-        return False
+def source(module: str) -> Path:
+    return ROOT / f"{module.replace('.', '/')}.py"
+
+
+def definitions(file: Path) -> list[str]:
+    """Return the names of the public classes and functions that a file defines."""
     body = ast.parse(file.read_text(encoding="utf-8")).body
     kinds = (ast.ClassDef, ast.FunctionDef)
-    return any(isinstance(node, kinds) and not node.name.startswith("_") for node in body)
+    return [node.name for node in body if isinstance(node, kinds) and not node.name.startswith("_")]
