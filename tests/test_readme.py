@@ -19,6 +19,8 @@ def test_extras_are_those_of_pyproject() -> None:
     listed = re.findall(r"`([\w-]+)`", README.split("\nExtras: ")[1].split("Development:")[0])
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert listed == [name for name in extras if name != "dev"]
+    page = (ROOT / "docs" / "start" / "install.md").read_text()
+    assert re.findall(r"^\| `([\w-]+)`", page, flags=re.MULTILINE) == listed
 
 
 def test_readme_is_one_screen() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 CELL = re.compile(r"^# %%(.*)$", re.MULTILINE)
-SVG = {"svg.hashsalt": "tempering", "svg.fonttype": "none", "figure.figsize": (7.0, 3.4), "font.size": 10}
+SVG: Any = {"svg.hashsalt": "tempering", "svg.fonttype": "none", "figure.figsize": (7.0, 3.4), "font.size": 10}
 
 
 def cells(source: Path) -> Iterator[tuple[bool, str]]:
