@@ -112,9 +112,9 @@ def test_reference_has_every_public_name() -> None:
     import tempering
 
     listed = set(re.findall(r"^::: (\S+)$", "\n".join(reference.pages().values()), flags=re.MULTILINE))
-    packages = [tempering, *(getattr(tempering, name) for name in tempering._SUBPACKAGES)]
+    subpackages = (*tempering._SUBPACKAGES, "conformance", "testing")
+    packages = [tempering, *(importlib.import_module(f"tempering.{name}") for name in subpackages)]
     names = [(f"{p.__name__}.{name}", value) for p in packages for name, value in exported(p)]
-    names += [(f"tempering.conformance.{n}", v) for n, v in exported(importlib.import_module("tempering.conformance"))]
     absent = [
         name for name, value in names if isinstance(value, type) or callable(value) if value.__module__ not in listed
     ]

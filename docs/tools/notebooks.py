@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
 import sys
 import tempfile
@@ -38,8 +37,8 @@ def shown(source: Path) -> list[str]:
     return [text if is_text else f"```python\n{text}\n```" for is_text, text in cells(source)]
 
 
-def page(source: Path) -> str:
-    """Run a notebook in an empty folder, write its figures, and return its page."""
+def run(source: Path) -> dict[str, str]:
+    """Run a notebook in the current folder, and return its page and figures, {path in docs/notebooks: content}."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -47,7 +46,7 @@ def page(source: Path) -> str:
 
     space: dict[str, Any] = {"__name__": "__main__"}
     parts: list[str] = []
-    count = 0
+    figures: dict[str, str] = {}
     for (is_text, content), part in zip(cells(source), shown(source), strict=True):
         parts.append(part)
         if is_text:
@@ -56,36 +55,37 @@ def page(source: Path) -> str:
         with contextlib.redirect_stdout(out), matplotlib.rc_context(SVG):
             exec(compile(content, source.name, "exec"), space)
             for number in pyplot.get_fignums():
-                count += 1
-                parts.append(save(pyplot.figure(number), source, count))
+                name = f"figures/{source.stem}-{len(figures) + 1}.svg"
+                title, figures[name] = drawn(pyplot.figure(number))
+                parts.append(f"![{title}]({name})")
         pyplot.close("all")
         if text := out.getvalue().strip():
             position = len(parts) if parts[-1] is part else parts.index(part) + 1
             parts.insert(position, f"```text\n{text}\n```")
     link = f"[{source.name}]({source.name})"
     note = f"*This page is the output of {link}, a notebook in jupytext's format: `jupytext --to ipynb {source.name}`.*"
-    return "\n\n".join([parts[0], note, *parts[1:]]) + "\n"
+    return {f"{source.stem}.md": "\n\n".join([parts[0], note, *parts[1:]]) + "\n"} | figures
 
 
-def save(figure: Any, source: Path, number: int) -> str:
-    """Write a figure as SVG and return the Markdown that shows it; its title is the alternative text."""
-    name = f"{source.stem}-{number}.svg"
+def drawn(figure: Any) -> tuple[str, str]:
+    """Return the title of a figure, which is its alternative text, and its SVG."""
     title = figure.get_suptitle() or "; ".join(axes.get_title() for axes in figure.axes if axes.get_title())
-    figure.savefig(source.parent / "figures" / name, metadata={"Date": None}, bbox_inches="tight")
-    return f"![{title}](figures/{name})"
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    return title, re.sub(r"[ \t]+$", "", out.getvalue(), flags=re.MULTILINE)
 
 
 def main() -> None:
     (FOLDER / "figures").mkdir(exist_ok=True)
     warnings.filterwarnings("ignore")
+    written: dict[str, str] = {}
     for source in sorted(FOLDER.glob("*.py")):
         if len(sys.argv) > 1 and source.stem not in sys.argv[1:]:
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            os.chdir(folder)
-            text = page(source)
-            os.chdir(FOLDER)
-        source.with_suffix(".md").write_text(text, encoding="utf-8")
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            written |= run(source)
+    for name, text in written.items():  # at the end: records say whether the checkout was changed
+        (FOLDER / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ PAGES = (
     ("Kernels", ("tempering.kernels",)),
     ("Audits", ("tempering.audits",)),
     ("Conformance", ("tempering.conformance",)),
+    ("Testing", ("tempering.testing",)),
     ("Experiments", ("tempering.experiments",)),
     ("Registries and search spaces", ("tempering.utils.registry", "tempering.utils.search_space")),
     ("Reports", ("tempering.reports.records", "tempering.reports.compare", "tempering.reports.table")),
