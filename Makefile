@@ -139,7 +139,7 @@ evidence-short: $(READY)  ## a first look, no part of `make evidence`: 8 epochs,
 
 docs: $(READY)  ## the documentation site, in build/site
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[docs]"
-	$(BIN)/python -m mkdocs build --strict --quiet
+	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 pages: $(READY)  ## pages made from docstrings, presets and records; the pages of the notebooks, which it runs
 	$(BIN)/python docs/tools/papers_page.py .
