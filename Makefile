@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)
 
-.PHONY: all check test demo bench conformance docs gpu gpu-cifar100 gpu-detection gpu-language arena-arms wheel clean
+.PHONY: all check test demo bench conformance docs pages oldest gpu gpu-cifar100 gpu-detection gpu-language arena-arms wheel clean
 .PHONY: evidence evidence-teachers evidence-screen evidence-full evidence-ablations evidence-others evidence-resnet20 evidence-short
 all: check test wheel
 
@@ -137,12 +137,17 @@ evidence-short: $(READY)  ## a first look, no part of `make evidence`: 8 epochs,
 	$(COMPARED) --methods dtkd --temperatures 'static(2),sharpness(2),static(8),sharpness(8)' --seeds 1 --no-controls $(FIRST)
 	$(WRITTEN)
 
-docs: $(READY)  ## docs/papers.md, from docstrings, presets and records; docs/performance.md; docs/evidence.md; the table
+docs: $(READY)  ## the documentation site, in build/site
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[docs]"
+	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+pages: $(READY)  ## pages made from docstrings, presets and records; the pages of the notebooks, which it runs
 	$(BIN)/python docs/tools/papers_page.py .
 	$(BIN)/python docs/tools/conformance_page.py .
 	$(BIN)/python docs/tools/conformance_table.py .
 	$(BIN)/python benchmarks/page.py
 	$(BIN)/python benchmarks/evidence.py
+	$(BIN)/python docs/tools/notebooks.py
 
 arena-arms:
 	@echo $(ARENA)
@@ -162,6 +167,14 @@ wheel: $(READY)  ## build sdist and wheel; install the wheel into an empty envir
 	rm -rf build dist
 	$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
 	.ci/try_wheel "$(PYTHON)" "$(CONSTRAINTS)"
+
+oldest:  ## a quick suite with the oldest versions that pyproject.toml allows
+	$(PYTHON) docs/tools/oldest.py pyproject.toml > build/oldest.txt
+	$(PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip install --quiet -r build/oldest.txt
+	build/oldest/bin/python -m pip install --quiet --no-deps -e .
+	build/oldest/bin/python -m pytest -q -n auto tests/test_rows.py tests/test_objectives.py tests/test_methods.py \
+	tests/test_contract.py tests/test_engine.py tests/test_checkpoints.py tests/test_cli.py
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache *.egg-info

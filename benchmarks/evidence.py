@@ -38,7 +38,7 @@ FOLDERS = (
 OURS = ("DTKD published", "DTKD exact")
 HEAD = """# Evidence: DTKD's table for resnet8, reproduced next to its control
 
-Made by `make docs` from the records under `benchmarks/results/evidence-*`; do not edit. DTKD trains with a total soft
+Made by `make pages` from the records under `benchmarks/results/evidence-*`; do not edit. DTKD trains with a total soft
 weight of 4, a hard weight of 1 and a warm-up; the KD in published tables has 0.9, 0.1 and no warm-up. Here the
 control is "KD, weight-matched": KD at temperature 4 with DTKD's total weights and its warm-up. The student is
 resnet8, trained on all 50,000 images of CIFAR-100 with the standard recipe; decay and warm-up are fractions of the

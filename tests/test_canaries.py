@@ -197,10 +197,3 @@ def test_the_recipe_s_detector_finds_what_was_planted() -> None:
     marked = recipe["_parts"](text, recipe["Patterns"](kinds=["number"]), 2, 3, **how)["train"]
     private = sum(p for example in marked.examples for p in example.privacy_score or ())
     assert 0.9 * 222 * 3 < private < 1.2 * 222 * 3, "each planted digit once, save where windows share or leave a byte"
-
-
-def test_the_page_s_example_runs() -> None:
-    code = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-    space: dict[str, Any] = {}
-    exec(compile(code, "docs/privacy.md", "exec"), space)
-    assert space["finding"].name == "exposure_passed_on"

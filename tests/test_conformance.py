@@ -469,7 +469,7 @@ def test_the_page_is_current_and_its_code_runs(monkeypatch: pytest.MonkeyPatch) 
     from tempering import conformance
 
     text = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
-    assert page(text) == text, "make docs"
+    assert page(text) == text, "make pages"
     monkeypatch.setattr(conformance, "check", partial(check, measure=False, examples=1), raising=False)
     names: dict[str, Any] = {"__name__": "page"}
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)

@@ -39,7 +39,7 @@ def records() -> dict[str, dict]:
 
 def test_page_is_current_with_the_records() -> None:
     made = (ROOT / "docs" / "conformance-table.md").read_text(encoding="utf-8")
-    assert made == page(RESULTS), "make docs"
+    assert made == page(RESULTS), "make pages"
 
 
 def test_every_loss_was_loaded_and_checked() -> None:

@@ -273,9 +273,9 @@ def test_the_committed_page_is_up_to_date(evidence: ModuleType) -> None:
     docs, places = ROOT / "docs", Path("figures", "evidence")
     folders = [evidence.RESULTS / name for name in evidence.FOLDERS]
     text, svgs = evidence.page(folders, evidence.RESULTS / "evidence-teachers", places, docs / "evidence-notes.md")
-    assert (docs / "evidence.md").read_text(encoding="utf-8") == text, "docs/evidence.md is out of date; make docs"
+    assert (docs / "evidence.md").read_text(encoding="utf-8") == text, "docs/evidence.md is out of date; make pages"
     for name, svg in svgs.items():
-        assert (docs / places / name).read_text(encoding="utf-8") == svg, f"{name} is out of date; make docs"
+        assert (docs / places / name).read_text(encoding="utf-8") == svg, f"{name} is out of date; make pages"
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

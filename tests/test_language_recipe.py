@@ -16,7 +16,6 @@ from tempering.data import Tokens
 from tempering.methods import Divergence  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.tasks import LanguageModeling, OnPolicy, Speculative
 from tests import recipes
-from tests.paths import ROOT
 from tests.test_generation import EOS, PAD, gpt2, texts
 
 
@@ -112,13 +111,3 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, kind: str) -> Non
             run(tmp_path / f"killed{kill}", kill)
         resumed = run(tmp_path / f"killed{kill}")
         assert all(torch.equal(a, straight[name]) for name, a in resumed.items())
-
-
-def test_the_page_s_examples_run() -> None:
-    page = (ROOT / "docs" / "language.md").read_text(encoding="utf-8")
-    space: dict[str, Any] = {}
-    for block in page.split("```python\n")[1:3]:
-        exec(compile(block.split("```")[0], "docs/language.md", "exec"), space)
-    assert 0.0 <= space["run"].best["test"]["rouge_l"] <= 1.0
-    report = space["both"].report()
-    assert 0.0 <= report["acceptance"] <= 1.0 and 1.0 <= report["length"] <= 4.0

@@ -138,7 +138,7 @@ def test_presets_of_temperatures() -> None:
 
 def test_papers_md_is_up_to_date_and_lists_everything() -> None:
     text = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
-    assert text == page(ROOT / "benchmarks" / "results"), "docs/papers.md is out of date; make docs"
+    assert text == page(ROOT / "benchmarks" / "results"), "docs/papers.md is out of date; make pages"
     for name in (*METHODS, *POLICIES):
         assert text.count(f"\n### {name}\n") == 1
     assert set(GOLDEN) <= {*METHODS, *POLICIES}

@@ -1,13 +1,10 @@
-"""README is run: every Python block, in a folder of its own, and what it claims to ship is there."""
+"""README is short, and what it claims is so; tests/test_pages.py runs its blocks."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import tomllib
 
-import pytest
-
-from tests.forked import run_parts
 from tests.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -18,31 +15,16 @@ def test_readme_shows_the_three_altitudes() -> None:
     assert len(BLOCKS) == 3, "the loss in one's own loop, an adapter, a whole run"
 
 
-NAMES = ["loop", "adapter", "run"][: len(BLOCKS)]
+def test_extras_are_those_of_pyproject() -> None:
+    listed = re.findall(r"`([\w-]+)`", README.split("\nExtras: ")[1].split("Development:")[0])
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert listed == [name for name in extras if name != "dev"]
+    page = (ROOT / "docs" / "start" / "install.md").read_text()
+    assert re.findall(r"^\| `([\w-]+)`", page, flags=re.MULTILINE) == listed
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
-    """How each block ended, run in a folder of its own."""
-    pytest.importorskip("sklearn", reason="the whole run is on scikit-learn's digits")
-    installed = importlib.util.find_spec("transformers") is not None
-    parts = {n: block for n, block in zip(NAMES, BLOCKS, strict=True) if installed or "transformers" not in block}
-    return run_parts(
-        parts, ["torch", "lightning_fabric", "sklearn"], cwd={name: tmp_path_factory.mktemp(name) for name in parts}
-    )
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_block_runs(name: str, done: dict[str, tuple[int, str, str]]) -> None:
-    if name not in done:
-        pytest.skip("this block is for the Hugging Face Trainer, which needs transformers")
-    code, _, err = done[name]
-    assert code == 0, err[-2000:]
-
-
-def test_links_into_the_tree_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), f"README links to {target}, which is not there"
+def test_readme_is_one_screen() -> None:
+    assert len(README.splitlines()) < 150
 
 
 def test_test_command_is_the_one_ci_runs() -> None:

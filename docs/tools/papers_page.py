@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 HEAD = """# Methods and temperature policies, paper by paper
 
-Made by `make docs` from docstrings, `tempering.experiments.published` and the records in `benchmarks/results`; do not
+Made by `make pages` from docstrings, `tempering.experiments.published` and the records in `benchmarks/results`; do not
 edit.
 
 Notation: u are the teacher's logits, v the student's, N rows of C classes. T_t and T_s are their temperatures, p and

@@ -18,6 +18,8 @@ from tempering.utils.files import write_atomic
 
 
 class Status(enum.StrEnum):
+    """How an invariant came out for a loss; ``explained``: by the failure of another invariant."""
+
     PASS = "pass"
     FAIL = "fail"
     NOT_PROMISED = "not promised"

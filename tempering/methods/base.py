@@ -26,7 +26,7 @@ _STEP: ContextVar[tuple[int, int] | None] = ContextVar("step", default=None)
 class Method(nn.Module, ABC):
     """Base class of distillation losses: (rows, progress) -> {term: (N,)}, weighted and unreduced; ``total`` reduces.
 
-    Class attributes:
+    Attributes:
         paper: the citation, such as "arXiv:1503.02531".
         relational: whether a row's term depends on the other rows. The loss then depends on how a batch is split, and
             the trainer does not split it.

@@ -75,6 +75,13 @@ def distill(
 
     ``tempering.training.experiment.Experiment`` describes the same run without starting it.
 
+    Options of ``TrainConfig`` with the same name: accumulate, max_grad_norm, precision, accelerator, devices, strategy,
+    compile, warmup, decay_norms, ema, label_smoothing, mixup, cutmix, class_weights, gradient_checkpointing, chunks,
+    evaluate_every, log_every, checkpoint_every, keep, patience, resume, extend, requeue, selfcheck, skip_checks, quiet.
+    With strategy="fsdp" the student is left sharded. With several devices the script runs once per device; the
+    parameters equal those of one device with the same batch. A run killed at any moment resumes from the last
+    checkpoint, with bit-identical results.
+
     Args:
         student: the model to train, in place. Modules that are in eval mode in a student in training mode, such as
             frozen normalization, stay in eval mode; of a student in eval mode everything is trained. All modes are
@@ -94,12 +101,6 @@ def distill(
         test: scored as well; selects the best epoch only if there is no validation, which the report notes.
         out: folder for records, checkpoints and weights; None writes nothing.
         seed: of the order, augmentation and dropout of every epoch; not of the student's initial weights.
-        accumulate, max_grad_norm, precision, accelerator, devices, strategy, compile, warmup, decay_norms, ema,
-            label_smoothing, mixup, cutmix, class_weights, gradient_checkpointing, chunks, evaluate_every, log_every,
-            checkpoint_every, keep, patience, resume, extend, requeue, selfcheck, skip_checks, quiet: options
-            of ``TrainConfig``. With strategy="fsdp" the student is left sharded. With several devices the script runs
-            once per device; the parameters equal those of one device with the same batch. A run killed at any moment
-            resumes from the last checkpoint, with bit-identical results.
         loggers: "tensorboard", "csv", "wandb", or Fabric loggers.
         facts: additional content of facts.json, such as "label" and "data".
         on_step: called after every step with its number (from 0) and its loss, (); with several processes, the mean

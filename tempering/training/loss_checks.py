@@ -110,8 +110,8 @@ def _label_names(model: nn.Module | None) -> dict[int, str]:
     """Return config.id2label of a model of transformers, in any wrappers; {} if there is none."""
     modules = cast("Iterable[nn.Module]", () if model is None else model.modules())
     configs = (getattr(module, "config", None) for module in modules)
-    found = next((names for c in configs if (names := getattr(c, "id2label", None))), {})
-    return {int(i): str(name) for i, name in cast("dict[Any, Any]", found).items()}
+    found = cast("list[dict[Any, Any] | None]", [getattr(config, "id2label", None) for config in configs])
+    return {int(i): str(name) for i, name in (next(filter(None, found), None) or {}).items()}
 
 
 def moves_student(method: Method, blocks: Sequence[Rows]) -> bool:
