@@ -446,7 +446,7 @@ def test_only_some_blocks() -> None:
     assert not method(other("sides"), 1.0)["elsewhere"].any()
     with pytest.raises(TypeError, match=r"OnBlocks needs a method over rows, such as KD\(hard=0.0\); got 'kd'"):
         OnBlocks("kd")
-    with pytest.raises(ValueError, match=r"names of blocks of rows such as \('classes',\); got 'classes'"):
+    with pytest.raises(ValueError, match=r"OnBlocks needs blocks to be a list, each text; got 'classes'"):
         OnBlocks(KD(), blocks="classes")
 
 

@@ -106,7 +106,7 @@ def test_a_teacher_that_requires_grad() -> None:
 @pytest.mark.parametrize(
     ("batch", "text"),
     [
-        ((X, Y.float()), r"needs class indices as target, an integer tensor; got torch.float32"),
+        ((X, Y.float()), r"needs class indices as target, an integer tensor, or soft labels .*; got torch.float32"),
         ((X, nn.functional.one_hot(Y, 3)), r"needs target of shape \(N,\) = \(24,\); got \(24, 3\)"),
         ((X, Y, Y, Y), r"needs batches of \(inputs, labels\), then ids .* got \(24,\) torch.int64 as part 3"),
         ([X], r"needs batches of \(inputs, labels\)"),

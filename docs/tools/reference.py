@@ -24,6 +24,7 @@ PAGES = (
     ("Integrations", ("tempering.integrations",)),
     ("Kernels", ("tempering.kernels",)),
     ("Audits", ("tempering.audits",)),
+    ("Export", ("tempering.export",)),
     ("Conformance", ("tempering.conformance",)),
     ("Testing", ("tempering.testing",)),
     ("Experiments", ("tempering.experiments",)),

@@ -86,7 +86,7 @@ class DistillMixin(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.method: Method = (method := as_method(method))
-        self._given_method = None if self.model_init is None else copy.deepcopy(method)
+        self._given_method = None if getattr(self, "model_init", None) is None else copy.deepcopy(method)
         self._lent = isinstance(teacher, nn.Module)
         self.task, self.selfcheck = Labeled() if task is None else task, selfcheck
         bare = False
