@@ -25,8 +25,8 @@ import tempering
 from tempering import distill, methods, tasks
 from tempering.audits import AUDITS
 from tempering.data import Batches
-from tempering.data.spans import collate_spans, shared_tokens
 from tempering.data.synthetic_shapes import synthetic_shapes
+from tempering.data.token_alignment import collate_spans, shared_tokens
 from tempering.data.tokens import Tokens
 from tempering.methods import DTKD, KD, Method, Swing
 from tempering.rows import Rows, total, upcast_to_float32

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering import distill
-from tempering.data.spans import (
+from tempering.data.token_alignment import (
     AlignedExample,
     Pieces,
     align_groups,

@@ -14,8 +14,8 @@ import torch
 from tempering.audits import Audit
 from tempering.audits.privacy import Privacy
 from tempering.cli import main as cli
+from tempering.experiments.former_names import present_flags
 from tempering.experiments.recipe import check_flags, find, flags
-from tempering.experiments.renamed import present_flags
 from tempering.reports.page import render
 from tempering.reports.records import load_run, pack, read_cell, write_cell
 from tests.paths import ROOT

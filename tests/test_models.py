@@ -15,7 +15,7 @@ from torch import nn
 
 from tempering.data import cifar100
 from tempering.models import MODELS, build, load, load_checkpoint
-from tempering.models.checkpoints import literature_names
+from tempering.models.external_weights import literature_names
 from tempering.utils.hooks import FeatureExtractor
 from tests.cases import each
 from tests.paths import SHARED, needs_shared

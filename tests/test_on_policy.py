@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from tempering import distill
 from tempering.data.pairs import Pair, make_pair
-from tempering.data.spans import Pieces
 from tempering.data.text import TextExample, collate, make_prompt_example
+from tempering.data.token_alignment import Pieces
 from tempering.methods import Divergence, Supervised  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.rollouts.generation_config import as_sampling
 from tempering.rollouts.sampling import generate, prompts_of, verify_tokens

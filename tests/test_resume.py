@@ -20,8 +20,8 @@ from tempering.methods import KD
 from tempering.training import checkpoint
 from tempering.training.distributed import RunInterrupted
 from tempering.training.fabric import fabric_for
+from tempering.training.resumable_loader import ResumableLoader
 from tempering.training.run_dir import _to_text
-from tempering.training.stream import ResumableLoader
 from tests.killed import KILLS
 from tests.paths import ROOT
 from tests.runs import ADAMW, LOADERS, SGD, STEPS, Noisy, identical, left, resumable, stop_at

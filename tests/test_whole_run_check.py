@@ -21,9 +21,17 @@ from tempering.tasks import Classification, LanguageModeling
 from tempering.tasks.base import NothingToScoreError
 from tempering.teachers import Live, Teacher
 from tempering.teachers.selection import keep_top_k
-from tempering.training.chance import FALSE_ALARM, MISSED, Verdict, good_accuracy, judge, log_evidence, shared_verdict
 from tempering.training.config import CHECKS, VERDICTS
 from tempering.training.selfcheck import SelfCheckError, last_batch_size, selfcheck
+from tempering.training.teacher_check import (
+    FALSE_ALARM,
+    MISSED,
+    Verdict,
+    good_accuracy,
+    judge,
+    log_evidence,
+    shared_verdict,
+)
 from tests.cases import each
 
 C = 4

@@ -30,7 +30,7 @@ from tempering.training import checkpoint
 from tempering.training.config import Run
 from tempering.training.distributed import all_gather_objects
 from tempering.training.fabric import fabric_for
-from tempering.training.stream import ResumableLoader, reseed
+from tempering.training.resumable_loader import ResumableLoader, reseed
 from tests import detection_runs
 from tests.runs import (
     ADAMW,

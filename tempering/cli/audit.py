@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, Suppress, arg
 
 from tempering.experiments.flag_files import recorded_command
+from tempering.experiments.former_names import present_flags
 from tempering.experiments.recipe import describe, find, flags
-from tempering.experiments.renamed import present_flags
 
 if TYPE_CHECKING:
     from torch import nn

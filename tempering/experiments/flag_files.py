@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tempering.experiments.former_names import present_flags
 from tempering.experiments.recipe import annotated_flags, check_flags, find
-from tempering.experiments.renamed import present_flags
 from tempering.utils.text import REDACTED
 
 

@@ -139,7 +139,7 @@ def load_checkpoint(net: nn.Module, path: str | Path) -> Loaded:
     weights = read_weights(path) if path.suffix == ".safetensors" else {}
     names = {name: name for name in state}
     if weights.keys() != state.keys():  # of another project
-        from tempering.models.checkpoints import resolve
+        from tempering.models.external_weights import resolve
 
         weights, names, source = resolve(net, state, path)
     _check(net, path, state, weights, names)

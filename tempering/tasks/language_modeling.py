@@ -13,7 +13,7 @@ from tempering.rollouts.decoders import is_encoder_decoder
 from tempering.rollouts.scoring import GenerationScorer
 from tempering.rows import IGNORE_INDEX, Rows, is_labeled, upcast_to_float32
 from tempering.tasks.base import Task, TeacherForward
-from tempering.tasks.layouts import check_layout, try_layouts
+from tempering.tasks.padding_checks import check_layout, try_layouts
 from tempering.tasks.row_scores import score_rows
 from tempering.teachers.outputs import Hidden, PrecomputedLogits, Sparse, to_top_k_plus_tail
 from tempering.utils.state import unwrapped

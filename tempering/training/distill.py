@@ -194,7 +194,7 @@ def make_trainer(
     config.validate()
     check_unsharded(student)
     if config.gradient_checkpointing:
-        from tempering.training.memory import check_gradient_checkpointing
+        from tempering.training.gradient_checkpointing import check_gradient_checkpointing
 
         check_gradient_checkpointing(student)
     check_models_are_distinct(student, teacher)

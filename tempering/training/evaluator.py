@@ -17,7 +17,7 @@ from tempering.tasks.base import NothingToScoreError, Task
 from tempering.teachers.base import Teacher
 from tempering.training.checkpoint import random_state, set_random_state
 from tempering.training.config import SelfCheckError, TrainState
-from tempering.training.stream import DATALOADER_PARTS, require_reiterable
+from tempering.training.resumable_loader import DATALOADER_PARTS, require_reiterable
 from tempering.utils.tensors import on_host
 
 

@@ -23,7 +23,7 @@ from tempering.training import checkpoint
 from tempering.training.config import Run, TrainConfig, TrainState
 from tempering.training.distributed import all_gather_objects
 from tempering.training.recorder import read_facts, surroundings
-from tempering.training.stream import loader_settings, settings_of
+from tempering.training.resumable_loader import loader_settings, settings_of
 from tempering.utils.files import read_json_lines, try_lock, verify_records
 from tempering.utils.tensors import read_weights
 

@@ -259,7 +259,7 @@ def _check_above_chance(
     models: _Models, first: _Outputs, following: Callable[[], Iterable[Any]], results: Results
 ) -> None:
     """Check that the teacher's accuracy is above chance; it is not for shuffled classes or broken weights."""
-    from tempering.training.chance import judge, shared_verdict
+    from tempering.training.teacher_check import judge, shared_verdict
 
     teacher, task = models.teacher, models.task
     assert teacher is not None

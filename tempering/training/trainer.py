@@ -44,6 +44,7 @@ from tempering.training.evaluator import Evaluator
 from tempering.training.fabric import allow_double_backward, fabric_for, peak_mb
 from tempering.training.metrics import ProgressBar, nonfinite_loss_error, rollout_metrics, step_metrics
 from tempering.training.recorder import Recorder
+from tempering.training.resumable_loader import EMPTY, ResumableLoader, micro_batches, reseed
 from tempering.training.run_dir import (
     RunDirectory,
     initial_weights,
@@ -53,7 +54,6 @@ from tempering.training.run_dir import (
     run_metadata,
 )
 from tempering.training.selfcheck import Checked, last_batch_size, one_sample, selfcheck
-from tempering.training.stream import EMPTY, ResumableLoader, micro_batches, reseed
 from tempering.utils.device import clone_outputs, maybe_compile
 from tempering.utils.files import write_atomic
 from tempering.utils.state import ModelState, unwrapped
@@ -236,7 +236,7 @@ class Trainer:
         features = contextlib.nullcontext() if self.features is None else self.features
         if not self.config.gradient_checkpointing:
             return features
-        from tempering.training.memory import gradient_checkpointing
+        from tempering.training.gradient_checkpointing import gradient_checkpointing
 
         return gradient_checkpointing(self.student, features)
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tempering.experiments.former_names import FORMER, FORMER_WORDS, PRESENT, PRESENT_WORDS, replace_words
 from tempering.experiments.presets import Arm, slug
-from tempering.experiments.renamed import FORMER, FORMER_WORDS, PRESENT, PRESENT_WORDS, replace_words
 from tempering.utils.files import read_sealed, sealed, sha256_text, write_atomic
 from tempering.utils.text import without_private_paths
 

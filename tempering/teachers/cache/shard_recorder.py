@@ -14,8 +14,7 @@ from torch import Tensor
 
 from tempering.teachers.base import Teacher
 from tempering.teachers.cache.base import FORMAT, KEY, CorruptCacheError, StoredFile, check_file, check_key, read_key
-from tempering.teachers.cache.recorder import LOG, Recordable, device_of, finish, partial_folder, progress, read_log
-from tempering.teachers.cache.shards import (
+from tempering.teachers.cache.lookup import (
     BY_TEXT,
     is_shard,
     open_shard,
@@ -23,6 +22,7 @@ from tempering.teachers.cache.shards import (
     stored_positions,
     to_runs,
 )
+from tempering.teachers.cache.recorder import LOG, Recordable, device_of, finish, partial_folder, progress, read_log
 from tempering.teachers.cache.texts import NO_CONTENT, Inputs, learned_positions, texts_of
 from tempering.teachers.outputs import Sparse
 from tempering.utils.files import open_synced, sha256_text, write_atomic
