@@ -6,6 +6,10 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import tempering
+
+PACKAGE = Path(tempering.__file__).resolve().parent  # not its name, which a checkout may have too
+
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table in Markdown."""
@@ -34,5 +38,5 @@ def reason(error: Exception) -> str:
     where = error.__traceback__
     while where is not None and where.tb_next is not None:
         where = where.tb_next
-    ours = where is not None and "/tempering/" in where.tb_frame.f_code.co_filename.replace("\\", "/")
+    ours = where is not None and PACKAGE in Path(where.tb_frame.f_code.co_filename).resolve().parents
     return first[:160] if ours else f"{type(error).__name__}: {first[:120]}"

@@ -75,15 +75,12 @@ def main(
         subset: train on this many images, classes in proportion; default: all 50,000.
         test_subset: test on this many images, classes in proportion; default: all 10,000.
         validation: training images held out to select the best epoch; with 0 the test images select it.
-        teacher_weights: a trained teacher, .safetensors or .pth, also one of mdistiller, RepDistiller, timm or
-            torchvision; default: it is trained here.
+        teacher_weights: a trained teacher, also a .pth of mdistiller, RepDistiller, timm; default: it is trained here.
         teacher_epochs: epochs of the teacher's training; default: the student's.
         teacher_subset: train the teacher on this many images, 50,000 for all; default: the student's.
         teacher_dir: where trained teachers are kept; default: "teachers" next to the run's folder.
-        teacher_cache: cache the teacher's logits: 0 of clean images; k of k augmentations of each, which depend on the
-            seed and which training replays; default: no cache.
-        teacher_pruned: fraction of the weights that are 0 in a copy of the teacher, whose logits are added to the
-            teacher's, 0.3 to 0.7; 0.1, with --views cutmix, for R2KD as published. 0: no copy.
+        teacher_cache: cache the teacher's logits: 0 of clean images, k of k augmentations of each; default: no cache.
+        teacher_pruned: weights that are 0 in a copy of the teacher, added to it; 0.1 for R2KD as published; 0: no copy.
         teacher_precision: of the teacher's forward pass; auto is bf16 on hardware that computes in it, else fp32.
         teacher_device: device of the teacher, such as cuda:1; default: the student's.
         channels_last: store images and weights in channels-last format; results differ by rounding.
@@ -124,14 +121,8 @@ def main(
     source = splits.train.identity if teacher_subset is None else [splits.test.identity, teacher_subset, validation]
     key = {"epochs": length, "batch_size": batch_size, "lr": teacher_lr, "seed": 0, "precision": config.precision}
     precision = resolve_precision(teacher_precision, config.accelerator, teacher_device)
-    wrap = partial(
-        Live,
-        precision=precision,
-        channels_last=channels_last,
-        fuse_conv_bn=fuse_bn and not features,
-        compile="reduce-overhead" if cuda_graphs else False,
-        device=teacher_device,
-    )
+    wrap = partial(Live, precision=precision, channels_last=channels_last, device=teacher_device)
+    wrap = partial(wrap, fuse_conv_bn=fuse_bn and not features, compile="reduce-overhead" if cuda_graphs else False)
     cache = partial(LogitCache, batches=splits.train, folder=folder, seed=config.seed, quiet=config.quiet)
     teacher_recipe = TeacherRecipe(
         name=teacher,
@@ -144,6 +135,7 @@ def main(
         cache=None if teacher_cache is None else cache(views=teacher_cache),
         facts={"precision": precision},
     )
+    label = label or run_label(arm, student, second_stage=routing_tree is not None)
     return Experiment(
         student=network,
         teacher=teacher_recipe if loss.needs_teacher else None,
@@ -154,9 +146,5 @@ def main(
         schedule=schedule,
         config=config,
         out=out,
-        facts={
-            "label": label or run_label(arm, student, second_stage=routing_tree is not None),
-            "student": network_facts(student),
-            "data": splits.facts(),
-        },
+        facts={"label": label, "student": network_facts(student), "data": splits.facts()},
     )
