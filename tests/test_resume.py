@@ -261,15 +261,15 @@ def test_where_there_is_no_terminal_each_epoch_has_a_line(tmp_path: Path, capsys
         resumable("list", tmp_path / str(more), quiet=False, steps=None, epochs=3, method=KD(), **more)
         return capsys.readouterr().out.splitlines()
 
-    lines = go()
-    assert len(lines) == 3
+    name, *lines = go()
+    assert name == "KD:" and len(lines) == 3
     for epoch, line in enumerate(lines, 1):
         left = r", \d+ s left" if epoch < 3 else ""
         words = rf"epoch {epoch}/3, step {8 * epoch}/24, loss [\d.]+, lr [\d.e-]+, validation \d+\.\d\d %{left}"
         assert re.fullmatch(words, line), line
     lines = go(evaluate_every=2, selfcheck=True)
-    assert lines[0].startswith("self-check ok") and len(lines) == 4
-    assert ["validation" in line for line in lines[1:]] == [False, True, True]
+    assert lines[0].startswith("self-check ok") and lines[1] == "KD:" and len(lines) == 5
+    assert ["validation" in line for line in lines[2:]] == [False, True, True]
 
 
 def test_the_bar_shows_epoch_loss_and_learning_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -333,7 +333,10 @@ class Batches(ShardedLoader):
     def split(self, n_validation: int, seed: int = 0) -> tuple[Batches, Batches]:
         """Return (the remaining images, a clean held-out split of ``n_validation`` images), stratified by class."""
         if not 0 < n_validation < self.size:
-            raise ValueError(f"cannot hold out {n_validation} of {self.size} images; both splits need at least one.")
+            raise ValueError(
+                f"cannot hold out {n_validation} of {self.size} images; both splits need at least one. Give a smaller "
+                "number, such as validation= or test= where the data is loaded."
+            )
         order = stratified_order(self._labels(), random_bits(self.size, seed, "split", n_validation).numpy())
         return self._select(order[n_validation:]), self._select(order[:n_validation]).clean()
 

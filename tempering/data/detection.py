@@ -256,7 +256,10 @@ class DetectionLoader(ShardedLoader):
     def split(self, n_validation: int, seed: int = 0) -> tuple[DetectionLoader, DetectionLoader]:
         """Return (the remaining images, a clean held-out split of ``n_validation`` images), drawn with ``seed``."""
         if not 0 < n_validation < self.size:
-            raise ValueError(f"cannot hold out {n_validation} of {self.size} images; both splits need at least one.")
+            raise ValueError(
+                f"cannot hold out {n_validation} of {self.size} images; both splits need at least one. Give a smaller "
+                "number, such as validation= or test= where the data is loaded."
+            )
         order = epoch_order(self.size, seed, 0)
         return self._select(order[n_validation:]), self._select(order[:n_validation]).clean()
 

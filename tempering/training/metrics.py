@@ -102,6 +102,8 @@ class ProgressBar:
         """Show the bar inside the context, beginning at ``step``."""
         self.first, self.begun = step, time.perf_counter()
         if self.progress is None:
+            if self.console is not None:
+                self.say(f"{label}:")
             yield
             return
         self.task = self.progress.add_task(printable(label), total=self.length.total, completed=step, now="", note="")
