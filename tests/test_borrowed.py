@@ -19,6 +19,7 @@ from tempering.methods import AT, KD, FitNet, Supervised
 from tempering.tasks import Classification
 from tempering.teachers import Live
 from tempering.teachers.base import fingerprint
+from tempering.training.features import PairedFeatures
 from tempering.utils.hooks import FeatureExtractor
 from tempering.utils.state import borrowed
 from tests.cases import each
@@ -249,6 +250,20 @@ def test_a_compiled_or_parallel_model_is_the_plain_one(tmp_path: Path) -> None:
         for name, value in plain.state_dict().items():
             torch.testing.assert_close(weights[name], value, rtol=0, atol=0)
         assert fingerprint(wrap(teacher)) == fingerprint(teacher) and Live(wrap(teacher)).release().model is teacher
+
+
+def test_extracting_features_in_a_step_compiles_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapters enter the context at every step."""
+    import torch._dynamo
+
+    resets: list[int] = []
+    features = PairedFeatures.from_models(net(), Live(net()), {"map": ("0", "0")})
+    assert features is not None
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
+    for _ in range(3):
+        with features:
+            pass
+    assert not resets
 
 
 def test_sharded_or_empty_students_are_refused() -> None:

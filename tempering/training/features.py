@@ -19,6 +19,15 @@ def extracting(features: PairedFeatures | None) -> AbstractContextManager[object
     return nullcontext() if features is None else features
 
 
+def reset_compiled() -> None:
+    """Drop code that torch.compile made for models without hooks, or with others: it would not run these.
+
+    For the start of a run or a pass, not for every step: compiled models and losses are compiled again.
+    """
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        dynamo.reset()
+
+
 class PairedFeatures:
     """Features that both models computed in their last forward passes, by the names that the task gives them.
 
@@ -55,14 +64,13 @@ class PairedFeatures:
                 f"the task compares the features {', '.join(names)}, but {source} has features. Give the live model: "
                 "teachers.Live(model)."
             )
+        reset_compiled()
         sides = [
             FeatureExtractor(m, [pair[i] for pair in names.values()]) for i, m in enumerate((student, teacher.model))
         ]
         return cls(sides[0], sides[1], names)
 
     def __enter__(self) -> Self:
-        if (dynamo := sys.modules.get("torch._dynamo")) is not None:
-            dynamo.reset()  # code that it compiled for models of this class has other hooks, or none
         self.student.__enter__()
         self.teacher.__enter__()
         return self

@@ -233,7 +233,12 @@ class Trainer:
 
     def _hooks(self) -> contextlib.AbstractContextManager[object]:
         """Return a context of forward passes, in which features are extracted; nothing stays on the models after it."""
-        features = contextlib.nullcontext() if self.features is None else self.features
+        features: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if self.features is not None:
+            from tempering.training.features import reset_compiled
+
+            reset_compiled()
+            features = self.features
         if not self.config.gradient_checkpointing:
             return features
         from tempering.training.gradient_checkpointing import gradient_checkpointing
