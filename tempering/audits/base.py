@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tempering.data.batches import labeled_batch
 from tempering.rows import class_indices, upcast_to_float32
-from tempering.utils.search_space import check_types
+from tempering.utils.search_space import check_values
 from tempering.utils.state import restored
 
 Answer = Callable[[Tensor], Tensor]  # inputs (N, ...) to logits (N, C), in float32 at least
@@ -72,7 +72,7 @@ class Audit(ABC):
     if not TYPE_CHECKING:  # the signature is that of __init__
 
         def __new__(cls, *args: object, **kwargs: object) -> Self:
-            check_types(cls, args, kwargs)
+            check_values(cls, args, kwargs)
             return super().__new__(cls)
 
     def __call__(self, student: nn.Module, teacher: Any, batches: Iterable[Any]) -> list[Finding]:

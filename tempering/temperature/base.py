@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tempering.rows import Rows, upcast_to_float32
 from tempering.utils.registry import check_arguments
-from tempering.utils.search_space import check_types
+from tempering.utils.search_space import check_values
 
 
 class Temperatures(NamedTuple):
@@ -59,7 +59,7 @@ class Policy(nn.Module, ABC):
 
         def __new__(cls, *args: object, **kwargs: object) -> Self:
             check_arguments(cls, args, kwargs)
-            check_types(cls, args, kwargs)
+            check_values(cls, args, kwargs)
             return super().__new__(cls)
 
     @abstractmethod
@@ -166,23 +166,6 @@ class PolicyWrapper(Policy):
     def report(self) -> dict[str, Tensor]:
         """The counts of the wrapped policy and of the last call."""
         return {**self.policy.report(), **self.counts}
-
-
-def check_positive(owner: str, **values: object) -> None:
-    """Raise ValueError for an argument that is not a positive, finite number."""
-    for name, value in values.items():
-        if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise ValueError(f"{owner} needs {name} > 0 and finite; got {value!r}. Hinton's usual value is 4.0.")
-
-
-def check_run_fraction(owner: str, **values: float) -> None:
-    """Raise ValueError for a fraction of the run outside [0, 1], such as a number of epochs."""
-    for name, value in values.items():
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(
-                f"{owner} needs {name} in [0, 1], the share of the run (20 of 240 epochs is {name}=20/240); "
-                f"got {value!r}."
-            )
 
 
 def check_inner_policy(owner: str, policy: object) -> Policy:

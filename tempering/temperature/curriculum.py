@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tempering.rows import Rows, upcast_to_float32
-from tempering.temperature.base import Policy, Temperatures, check_positive, check_run_fraction
+from tempering.temperature.base import Policy, Temperatures
 from tempering.utils.device import check_memory
-from tempering.utils.search_space import Tau
+from tempering.utils.search_space import RUN_FRACTION, Positive, Tau
 
 Form = Literal["global", "instance"]
 AT_BOUND = 0.01  # a temperature within this fraction of [low, high] from its end is at the bound
@@ -58,20 +58,18 @@ class Curriculum(Policy):
         tau: Tau = 4.0,
         *,
         form: Form = "global",
-        low: float = 1.0,
-        high: float = 21.0,
+        low: Positive = 1.0,
+        high: Positive = 21.0,
         initial: float = 1.0,
         lambda_first: float = 0.0,
         lambda_last: float = -1.0,
-        over: float = 10 / 240,
+        over: Annotated[float, RUN_FRACTION] = 10 / 240,
         weight_decay: float | None = None,
         hidden: int = 64,
         centered: bool = True,
         attached: bool = False,
     ) -> None:
         super().__init__()
-        check_positive("Curriculum", tau=tau, low=low, high=high)
-        check_run_fraction("Curriculum", over=over)
         if form not in ("global", "instance"):
             raise ValueError(f"Curriculum needs form 'global' or 'instance'; got {form!r}.")
         if low >= high:

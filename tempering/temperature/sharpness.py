@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
-from tempering.temperature.base import MASK_AT, Policy, Temperatures, check_positive, mask_constants
+from tempering.temperature.base import MASK_AT, Policy, Temperatures, mask_constants
 from tempering.utils.registry import OVERRIDES
 from tempering.utils.search_space import Tau
 
@@ -57,7 +57,6 @@ class Sharpness(Policy):
 
     def __init__(self, tau: Tau = 4.0, *, solve: Solve = "exact", reach: float = 0.9, attached: bool = False) -> None:
         super().__init__()
-        check_positive("Sharpness", tau=tau)
         if solve not in ("exact", "std", "max", "published"):
             raise ValueError(f"Sharpness needs solve 'exact', 'std', 'max' or 'published'; got {solve!r}.")
         if not 0.0 < reach <= 1.0:

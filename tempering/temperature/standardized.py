@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
-from tempering.temperature.base import Policy, Temperatures, check_positive, mask_constants
+from tempering.temperature.base import Policy, Temperatures, mask_constants
 from tempering.utils.search_space import Tau
 
 Scale = Literal["product", "teacher", "tau"]
@@ -35,7 +35,6 @@ class Standardized(Policy):
 
     def __init__(self, tau: Tau = 2.0, *, scale: Scale = "product", ddof: int = 1, attached: bool = False) -> None:
         super().__init__()
-        check_positive("Standardized", tau=tau)
         if scale not in ("product", "teacher", "tau"):
             raise ValueError(f"Standardized needs scale 'product', 'teacher' or 'tau'; got {scale!r}.")
         if ddof not in (0, 1):

@@ -7,11 +7,11 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from tempering import objectives
-from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
-from tempering.objectives import check_fraction, check_skew
+from tempering.methods.base import Method, check_policy, linear_warmup
+from tempering.objectives import check_skew
 from tempering.rows import Rows
 from tempering.temperature.base import PolicyLike
-from tempering.utils.search_space import RunFraction, TermWeight
+from tempering.utils.search_space import NonNegative, RunFraction, TermWeight, UnitInterval
 
 Objective = Literal["kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl", "tvd"]
 
@@ -44,10 +44,10 @@ class Divergence(Method):
         *,
         objective: Objective = "jsd",
         soft: TermWeight = 1.0,
-        hard: float = 0.0,
-        beta: float = 0.5,
+        hard: NonNegative = 0.0,
+        beta: UnitInterval = 0.5,
         skew: float = 0.1,
-        head: float = 0.5,
+        head: UnitInterval = 0.5,
         temperature: PolicyLike = None,
         warmup: RunFraction = 0.0,
     ) -> None:
@@ -56,9 +56,6 @@ class Divergence(Method):
             raise ValueError(
                 f"Divergence needs objective {', '.join(map(repr, get_args(Objective)))}; got {objective!r}."
             )
-        check_weights("Divergence", soft=soft, hard=hard)
-        check_run_fraction("Divergence", warmup=warmup)
-        check_fraction("Divergence", beta=beta, head=head)
         check_skew("Divergence", skew)
         self.objective, self.soft, self.hard, self.warmup = objective, soft, hard, warmup
         self.beta, self.skew, self.head = beta, skew, head

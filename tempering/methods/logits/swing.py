@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
+from tempering.methods.base import Method, check_policy, linear_warmup
 from tempering.objectives import kl
 from tempering.rows import Rows, upcast_to_float32, without_labels
 from tempering.temperature.base import Policy, Temperatures
 from tempering.temperature.private import Private, privacy
-from tempering.utils.search_space import RunFraction, TermWeight
+from tempering.utils.search_space import NonNegative, RunFraction, TermWeight
 
 Noise = Literal["normal", "laplace", "gumbel"]
 MASK = 2**32 - 1
@@ -58,9 +58,9 @@ class Swing(Method):
         self,
         *,
         soft: TermWeight = 0.9,
-        hard: float = 0.1,
+        hard: NonNegative = 0.1,
         temperature: Policy | None = None,
-        noise: float = 1.0,
+        noise: NonNegative = 1.0,
         distribution: Noise = "normal",
         hide: float = 0.5,
         redact: bool = False,
@@ -68,8 +68,6 @@ class Swing(Method):
         warmup: RunFraction = 0.0,
     ) -> None:
         super().__init__()
-        check_weights("Swing", soft=soft, hard=hard, noise=noise)
-        check_run_fraction("Swing", warmup=warmup)
         if not 0.0 <= hide <= 1.0:
             raise ValueError(f"Swing needs hide in [0, 1], a privacy score, 1 to hide nothing; got {hide!r}.")
         if distribution not in ("normal", "laplace", "gumbel"):
