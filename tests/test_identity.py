@@ -52,13 +52,18 @@ class Halved(Classification):
     """Another task of the same settings."""
 
 
-class Transformed(Dataset[Any]):
-    def __init__(self, transform: Any) -> None:
+class Points(Dataset[Any]):
+    def __init__(self) -> None:
         self.x, self.y = points(32)
-        self.transform = transform
 
     def __len__(self) -> int:
         return 32
+
+
+class Transformed(Points):
+    def __init__(self, transform: Any) -> None:
+        super().__init__()
+        self.transform = transform
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         return self.transform(self.x[i]), self.y[i]
@@ -193,15 +198,12 @@ def test_only_a_finished_run_is_extended(tmp_path: Path) -> None:
 # generators of random numbers
 
 
-class Rolled(Dataset[Any]):
+class Rolled(Points):
     """Samples that are moved by generators of the data set's own."""
 
     def __init__(self, generator: Any) -> None:
-        self.x, self.y = points(32)
+        super().__init__()
         self.rng = generator
-
-    def __len__(self) -> int:
-        return 32
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         draw = self.rng.random()

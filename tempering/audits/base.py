@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from math import isfinite
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tempering.data.batches import labeled_batch
 from tempering.rows import class_indices, upcast_to_float32
-from tempering.utils.search_space import check_values
+from tempering.utils.search_space import CheckedArguments
 from tempering.utils.state import restored
 
 Answer = Callable[[Tensor], Tensor]  # inputs (N, ...) to logits (N, C), in float32 at least
@@ -57,7 +57,7 @@ class Finding:
         return asdict(self)
 
 
-class Audit(ABC):
+class Audit(CheckedArguments, ABC):
     """Evaluate a trained student, and its teacher if there is one.
 
     Neither model is changed: training modes and ``requires_grad`` are restored, also after an exception, and the global
@@ -68,12 +68,6 @@ class Audit(ABC):
     """
 
     samples: int | None = None
-
-    if not TYPE_CHECKING:  # the signature is that of __init__
-
-        def __new__(cls, *args: object, **kwargs: object) -> Self:
-            check_values(cls, args, kwargs)
-            return super().__new__(cls)
 
     def __call__(self, student: nn.Module, teacher: Any, batches: Iterable[Any]) -> list[Finding]:
         """Return the findings. ``teacher`` is a module, a Teacher with a live model, or None.

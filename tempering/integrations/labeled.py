@@ -32,11 +32,7 @@ class Labeled(Task):
     """
 
     def __new__(
-        cls,
-        *,
-        shift: bool = False,
-        keep_labels: bool = False,
-        features: Mapping[str, tuple[str, str]] | None = None,
+        cls, *, shift: bool = False, keep_labels: bool = False, features: Mapping[str, tuple[str, str]] | None = None
     ) -> Self:
         if not shift:
             return super().__new__(cls)
@@ -50,11 +46,7 @@ class Labeled(Task):
         return LanguageModeling(features=features)  # pyright: ignore[reportReturnType]
 
     def __init__(
-        self,
-        *,
-        shift: bool = False,
-        keep_labels: bool = False,
-        features: Mapping[str, tuple[str, str]] | None = None,
+        self, *, shift: bool = False, keep_labels: bool = False, features: Mapping[str, tuple[str, str]] | None = None
     ) -> None:
         self.keep_labels, self.features = keep_labels, dict(features or {})
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeGuard, cast
+from typing import Any, ClassVar, NamedTuple, Self, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from tempering.objectives import cross_entropy
 from tempering.rows import Rows, expand_to_rows, total
 from tempering.temperature.base import AdaptivePolicy, Policy, hyperparameters
-from tempering.utils.registry import check_arguments
-from tempering.utils.search_space import check_values
+from tempering.utils.search_space import CheckedArguments
 
 _STEP: ContextVar[tuple[int, int] | None] = ContextVar("step", default=None)
 
 
-class Method(nn.Module, ABC):
+class Method(CheckedArguments, nn.Module, ABC):
     """Base class of distillation losses: (rows, progress) -> {term: (N,)}, weighted and unreduced; ``total`` reduces.
 
     Attributes:
@@ -57,13 +56,6 @@ class Method(nn.Module, ABC):
     trains_teacher: ClassVar[bool] = False
     hard_is_cross_entropy: ClassVar[bool] = True
     hard: float  # of methods with a hard term: its weight
-
-    if not TYPE_CHECKING:  # the signature is that of __init__
-
-        def __new__(cls, *args: object, **kwargs: object) -> Self:
-            check_arguments(cls, args, kwargs)
-            check_values(cls, args, kwargs)
-            return super().__new__(cls)
 
     @abstractmethod
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:

@@ -114,7 +114,7 @@ def main(
             optimizer=cifar_sgd(teacher_lr),
             schedule=cifar_decay,
             config=config.for_teacher(length),
-            facts={"label": f"teacher {teacher}", "student": {"name": teacher}, "data": teacher_splits.facts()},
+            facts={"data": teacher_splits.facts()},
         )
 
     # identify other training images by the test images and their count, without decoding them

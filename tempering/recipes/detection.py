@@ -108,7 +108,7 @@ def main(
             optimizer=optimizer,
             schedule=schedule,
             config=replace(config.for_teacher(length), max_grad_norm=MAX_GRAD_NORM),
-            facts={"label": f"teacher {teacher}", "student": {"name": teacher}, "data": _facts(teacher_splits)},
+            facts={"data": _facts(teacher_splits)},
         )
 
     key = {"data": splits.train.identity, "epochs": length, "batch_size": batch_size, "lr": lr, "seed": 0}

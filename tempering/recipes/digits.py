@@ -62,7 +62,7 @@ def main(
     optimizer = partial(SGD, lr=lr)
     network = build_seeded(student, seed=config.seed, classes=10, channels=1)
     data = digits(batch_size=batch_size, seed=config.seed)
-    train = data.train if subset is None else data.train.subset(subset)
+    data = data if subset is None else data._replace(train=data.train.subset(subset))
 
     def train_teacher(model: nn.Module) -> Experiment:
         """Train on all images, with seed 0."""
@@ -74,7 +74,7 @@ def main(
             optimizer=optimizer,
             schedule=decay,
             config=config.for_teacher(teacher_epochs),
-            facts={"label": f"teacher {teacher}", "student": {"name": teacher}, "data": splits.facts()},
+            facts={"data": splits.facts()},
         )
 
     teacher_recipe = TeacherRecipe(
@@ -87,18 +87,12 @@ def main(
     return Experiment(
         student=network,
         teacher=teacher_recipe if loss.needs_teacher else None,
-        train=train,
-        validation=data.validation,
-        test=data.test,
+        **data._asdict(),
         method=loss,
         task=Classification(features={name: (name, name) for name in loss.select_features(stages(network))}),
         optimizer=optimizer,
         schedule=decay,
         config=config,
         out=out,
-        facts={
-            "label": label or arm.label,
-            "student": {"name": student},
-            "data": data._replace(train=train).facts(),
-        },
+        facts={"label": label or arm.label, "student": {"name": student}, "data": data.facts()},
     )

@@ -120,7 +120,6 @@ def main(
             optimizer=optimizer,
             schedule=decay,
             config=config.for_teacher(teacher_epochs),
-            facts={"label": f"teacher {teacher}", "student": {"name": teacher}},
         )
 
     key = {"data": teacher_parts["train"].identity, "epochs": teacher_epochs, "batch_size": batch_size, "lr": lr}

@@ -127,14 +127,13 @@ def main(
         teacher_splits = read(subset=subset if teacher_subset is None else teacher_subset, seed=0, channels_last=True)
         return Experiment(
             student=model,
-            train=teacher_splits.train,
-            test=teacher_splits.test,
+            **teacher_splits._asdict(),
             method=teacher_loss,
             task=Attacked(eps=eps, steps=test_steps),
             optimizer=cifar_sgd(teacher_lr),
             schedule=cifar_decay,
             config=config.for_teacher(length),
-            facts={"label": f"teacher {teacher}", "student": {"name": teacher}, "data": teacher_splits.facts()},
+            facts={"data": teacher_splits.facts()},
         )
 
     key = {
@@ -157,8 +156,7 @@ def main(
     return Experiment(
         student=network,
         teacher=teacher_recipe if loss.needs_teacher else None,
-        train=splits.train,
-        test=splits.test,
+        **splits._asdict(),
         method=loss,
         task=Attacked(eps=eps, steps=test_steps, features=features),
         optimizer=cifar_sgd(lr or cifar_lr(student)),

@@ -124,7 +124,6 @@ def main(
             optimizer=optimizer,
             schedule=decay,
             config=teacher_config,
-            facts={"label": f"teacher {name}", "student": {"name": name}},
         )
 
     key = {"data": parts["train"].identity, "epochs": teacher_epochs, "batch": batch_size, "lr": lr, "seed": seed}

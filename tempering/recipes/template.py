@@ -120,7 +120,7 @@ def main(
             optimizer=optimizer,
             schedule=decay,
             config=config.for_teacher(teacher_epochs),
-            facts={"label": f"teacher {name}", "student": {"name": name}, "data": teacher_splits.facts()},
+            facts={"data": teacher_splits.facts()},
         )
 
     # everything that the weights depend on: with another key, another teacher is trained
@@ -138,9 +138,7 @@ def main(
     return Experiment(
         student=build_net(student_width, classes=classes, seed=config.seed),
         teacher=teacher if loss.needs_teacher else None,
-        train=splits.train,
-        validation=splits.validation,
-        test=splits.test,
+        **splits._asdict(),
         method=loss,
         task=Classification(),
         optimizer=optimizer,

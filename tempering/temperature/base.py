@@ -5,15 +5,14 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tempering.rows import Rows, upcast_to_float32
-from tempering.utils.registry import check_arguments
-from tempering.utils.search_space import check_values
+from tempering.utils.search_space import CheckedArguments
 
 
 class Temperatures(NamedTuple):
@@ -41,7 +40,7 @@ class Temperatures(NamedTuple):
         return Temperatures(*(None if x is None else x.detach() for x in self))  # pyright: ignore[reportArgumentType]
 
 
-class Policy(nn.Module, ABC):
+class Policy(CheckedArguments, nn.Module, ABC):
     """Base class of temperature policies: a module that maps rows to temperatures.
 
     It gets the rows and the progress of the run in [0, 1], never epochs. ``tau`` is the reference temperature around
@@ -54,13 +53,6 @@ class Policy(nn.Module, ABC):
     shift_invariant: bool = True  # whether adding a constant to one row's logits keeps its temperatures
     by_class: bool = False  # whether it depends on the order and number of classes
     last: Temperatures | None = None  # detached output of the last call, for logging
-
-    if not TYPE_CHECKING:  # the signature is that of __init__
-
-        def __new__(cls, *args: object, **kwargs: object) -> Self:
-            check_arguments(cls, args, kwargs)
-            check_values(cls, args, kwargs)
-            return super().__new__(cls)
 
     @abstractmethod
     def forward(self, rows: Rows, progress: float) -> Temperatures:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -115,40 +116,13 @@ def distill(
         OSError: if there is no space for a checkpoint; the earlier ones stay.
         RunInterrupted: (SystemExit, code 99) after SIGTERM, SIGUSR1 or SIGHUP; a checkpoint is written.
     """
+    given = locals()
     if steps is not None and epochs is not None:
         raise ValueError(f"give either steps= or epochs=; got steps={steps}, epochs={epochs}.")
-    config = TrainConfig(
-        steps=steps,
-        epochs=epochs,
-        evaluate_every=evaluate_every,
-        seed=seed,
-        accumulate=accumulate,
-        max_grad_norm=max_grad_norm,
-        precision=precision,
-        accelerator=accelerator,
-        devices=devices,
-        strategy=strategy,
-        compile=compile,
-        warmup=warmup,
-        decay_norms=decay_norms,
-        ema=ema,
-        label_smoothing=label_smoothing,
-        mixup=mixup,
-        cutmix=cutmix,
-        class_weights=_plain(class_weights),
-        gradient_checkpointing=gradient_checkpointing,
-        chunks=chunks,
-        log_every=log_every,
-        checkpoint_every=checkpoint_every,
-        keep=keep,
-        patience=patience,
-        resume=resume,
-        extend=extend,
-        requeue=requeue,
-        selfcheck=selfcheck,
-        skip_checks=tuple(skip_checks),
-        quiet=quiet,
-    )
+    options: dict[str, Any] = {
+        option.name: given[option.name] for option in fields(TrainConfig) if option.name in given
+    }
+    options |= {"class_weights": _plain(class_weights), "skip_checks": tuple(skip_checks)}
     with borrowed(student, teacher):
         trainer = make_trainer(
             student,
@@ -159,7 +133,7 @@ def distill(
             optimizer=optimizer,
             schedule=schedule,
             evaluations={"validation": validation, "test": test},
-            config=config,
+            config=TrainConfig(**options),
             folder=out,
             loggers=loggers,
             on_step=on_step,

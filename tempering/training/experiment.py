@@ -267,7 +267,9 @@ class TeacherRecipe:
             experiment = self.train
 
             def train(path: Path) -> None:
-                replace(experiment(network), out=path).run()
+                described = experiment(network)
+                facts = {"label": f"teacher {self.name}", "student": {"name": self.name}, **described.facts}
+                replace(described, out=path, facts=facts).run()
 
             return {"scores": train_or_load(network, self.name, self.folder, train, key=self.key)}
         return {}

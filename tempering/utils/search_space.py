@@ -16,7 +16,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Self, TypeVar, Union, get_args, get_origin
+
+from tempering.utils.registry import check_arguments
 
 T = TypeVar("T")
 
@@ -136,6 +138,17 @@ def check_values(cls: type[Any], args: Sequence[object], kwargs: Mapping[str, ob
             if limits and isinstance(part, numbers.Real) and not limits.allows(float(part)):
                 needs = f"{cls.__name__} needs {name} {limits.wanted.format(name=name)}"
                 raise ValueError(f"{needs}; got {part!r}.{limits.hint}")
+
+
+class CheckedArguments:
+    """A base class whose constructor's arguments are checked before it runs: names, types and limits."""
+
+    if not TYPE_CHECKING:  # the signature is that of __init__
+
+        def __new__(cls, *args: object, **kwargs: object) -> Self:
+            check_arguments(cls, args, kwargs)
+            check_values(cls, args, kwargs)
+            return super().__new__(cls)
 
 
 @functools.cache

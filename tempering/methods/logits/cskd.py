@@ -68,9 +68,9 @@ class CSKD(Method):
         gram: TermWeight = 0.0,
         hard: NonNegative = 1.0,
         published: bool = False,
+        eps: NonNegative = 0.0,
         warmup: RunFraction = 0.0,
         temperature: Policy | None = None,
-        eps: NonNegative = 0.0,
     ) -> None:
         super().__init__()
         self.fixed, self.weighted, self.gram, self.hard = fixed, weighted, gram, hard

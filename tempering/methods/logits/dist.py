@@ -40,9 +40,9 @@ class DIST(Method):
         inter: TermWeight = 2.0,
         intra: TermWeight = 2.0,
         hard: NonNegative = 1.0,
+        eps: NonNegative = 0.0,
         warmup: RunFraction = 0.0,
         temperature: PolicyLike = None,
-        eps: NonNegative = 0.0,
     ) -> None:
         super().__init__()
         self.inter, self.intra, self.hard, self.warmup, self.eps = inter, intra, hard, warmup, eps

@@ -27,8 +27,8 @@ class Divergence(Method):
         beta: parameter of "jsd": 0 is "kl", 1 is "reverse_kl" (discontinuous at both, as in the source).
         skew: parameter of "skew_kl" and "skew_reverse_kl".
         head: parameter of "adaptive_kl".
-        temperature: a temperature policy, or a number for Static; None: Static(1.0), as in the sources.
         warmup: fraction of the run over which ``soft`` rises linearly from 0; default: none, as published.
+        temperature: a temperature policy, or a number for Static; None: Static(1.0), as in the sources.
 
     Unlike in the released trainers (GKD, DistiLLM), the divergence is multiplied by T_s T_t, which is 1 with their
     settings.
@@ -48,8 +48,8 @@ class Divergence(Method):
         beta: UnitInterval = 0.5,
         skew: float = 0.1,
         head: UnitInterval = 0.5,
-        temperature: PolicyLike = None,
         warmup: RunFraction = 0.0,
+        temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
         if objective not in get_args(Objective):

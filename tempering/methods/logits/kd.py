@@ -17,8 +17,8 @@ class KD(Method):
     Args:
         soft: weight of the divergence.
         hard: weight of the cross entropy with the labels at temperature 1; with 0 no labels are needed.
-        temperature: a temperature policy, or a number for Static; None: Static(4.0).
         warmup: fraction of the run over which ``soft`` rises linearly from 0; default: none, as published.
+        temperature: a temperature policy, or a number for Static; None: Static(4.0).
 
     The defaults 0.9 and 0.1 at T = 4 are those of mdistiller for CIFAR-100.
 
@@ -32,8 +32,8 @@ class KD(Method):
         *,
         soft: TermWeight = 0.9,
         hard: NonNegative = 0.1,
-        temperature: PolicyLike = None,
         warmup: RunFraction = 0.0,
+        temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
         self.soft, self.hard, self.warmup = soft, hard, warmup

@@ -64,9 +64,9 @@ class R2KD(Method):
         hard: NonNegative = 1.0,
         rank: Literal["soft", "published"] = "soft",
         softness: Positive = 0.1,
+        eps: NonNegative = 0.0,
         warmup: RunFraction = 0.0,
         temperature: PolicyLike = None,
-        eps: NonNegative = 0.0,
     ) -> None:
         super().__init__()
         if rank not in ("soft", "published"):

@@ -30,7 +30,6 @@ class Swing(Method):
     Args:
         soft: weight of the divergence.
         hard: weight of the cross entropy with the labels at temperature 1.
-        temperature: a temperature policy; None: temperature.Private(Static(4.0)).
         noise: standard deviation of the noise added to the teacher's tempered logits, times the row's privacy score; 0:
             no noise. Private rows then need ``ids`` and ``positions``, which ``LanguageModeling`` provides if batches
             have "ids".
@@ -39,6 +38,7 @@ class Swing(Method):
         redact: exclude rows with a privacy score above ``hide``, without noise: the simple baseline for Swing.
         seed: seed of the noise.
         warmup: fraction of the run over which ``soft`` rises linearly from 0; default: none.
+        temperature: a temperature policy; None: temperature.Private(Static(4.0)).
 
     The noise of a row is a function of the seed, its sample and its position: it is equal in every epoch, for any split
     of the batch and after resuming, so that repeated epochs do not average it out. A secret that occurs in several
@@ -59,13 +59,13 @@ class Swing(Method):
         *,
         soft: TermWeight = 0.9,
         hard: NonNegative = 0.1,
-        temperature: Policy | None = None,
         noise: NonNegative = 1.0,
         distribution: Noise = "normal",
         hide: float = 0.5,
         redact: bool = False,
         seed: int = 0,
         warmup: RunFraction = 0.0,
+        temperature: Policy | None = None,
     ) -> None:
         super().__init__()
         if not 0.0 <= hide <= 1.0:

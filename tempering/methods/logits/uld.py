@@ -27,8 +27,8 @@ class ULD(Method):
     Args:
         soft: weight of the distance.
         hard: weight of the cross entropy with the labels at temperature 1; with 0 no labels are needed.
-        temperature: a temperature policy, or a number for Static; None: Static(1.0), as published.
         warmup: fraction of the run over which ``soft`` rises linearly from 0; default: none, as published.
+        temperature: a temperature policy, or a number for Static; None: Static(1.0), as published.
 
     Unlike in the released code, the distance is multiplied by T_s T_t, which is 1 with the published setting, and rows
     are aligned beforehand (released: position by position, whatever the tokens).
@@ -45,8 +45,8 @@ class ULD(Method):
         *,
         soft: TermWeight = 1.0,
         hard: NonNegative = 1.0,
-        temperature: PolicyLike = None,
         warmup: RunFraction = 0.0,
+        temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
         self.soft, self.hard, self.warmup = soft, hard, warmup
@@ -72,8 +72,8 @@ class HybridULD(Method):
         ranked: weight of the distance over the other tokens.
         hard: weight of the cross entropy with the labels at temperature 1; with 0 no labels are needed.
         beta: parameter of the JSD, as in ``objectives.jsd``; 0 is KL and 1 is reverse KL.
-        temperature: a temperature policy, or a number for Static; None: Static(1.0), as in the source.
         warmup: fraction of the run over which ``exact`` and ``ranked`` rise linearly from 0.
+        temperature: a temperature policy, or a number for Static; None: Static(1.0), as in the source.
 
     The source's divergence is over the matched tokens only, whose probabilities do not sum to 1 there, and its weights
     are the fraction of matched tokens in the teacher's vocabulary and 1 minus that fraction.
@@ -93,8 +93,8 @@ class HybridULD(Method):
         ranked: TermWeight = 1.0,
         hard: NonNegative = 1.0,
         beta: UnitInterval = 0.5,
-        temperature: PolicyLike = None,
         warmup: RunFraction = 0.0,
+        temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
         if matched < 0:
