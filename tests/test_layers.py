@@ -248,8 +248,8 @@ def test_nothing_read_from_disk_is_unpickled(tree: Tree) -> None:
 
 def test_keyword_arguments_are_not_handed_on_unseen(tree: Tree) -> None:
     """A function that takes **kwargs reads them itself, unless what receives them knows their names:
-    dataclasses.replace, the class that a mixin is mixed into, or a wrapped function typed by a ParamSpec. Options that a
-    TypedDict names (Unpack) are seen.
+    dataclasses.replace, the class that a mixin is mixed into, or a wrapped function typed by a ParamSpec. Options
+    that a TypedDict names (Unpack) are seen.
     """
     offenders = []
     for file in tree.files.values():

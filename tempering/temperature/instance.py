@@ -108,17 +108,8 @@ class Instance(AdaptivePolicy):
         self._validate()
         with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
             torch.default_generator.manual_seed(seed)
-            self.agent = Agent(
-                form,
-                low=low,
-                high=high,
-                clip=clip,
-                rounds=rounds,
-                gamma=gamma,
-                trace=trace,
-                actor_lr=actor_lr,
-                critic_lr=critic_lr,
-            )
+            rates = {"actor_lr": actor_lr, "critic_lr": critic_lr}
+            self.agent = Agent(form, low=low, high=high, clip=clip, rounds=rounds, gamma=gamma, trace=trace, **rates)
         self.register_buffer("accuracy", torch.tensor(-1.0))  # of the previous step; -1 before the first
         self.register_buffer("waiting", torch.zeros(0, 0))  # (n, WAITING): the path of the previous step, or (0, 0)
         self.register_buffer("entropy", torch.zeros(0))  # summed per sample; sized by ``wrap_batches``
