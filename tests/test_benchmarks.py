@@ -93,7 +93,7 @@ def test_what_is_restated(monkeypatch: pytest.MonkeyPatch) -> None:
 
     rows = random_rows(6, 9)
     rows = rows.replace(student=rows.student.abs(), teacher=rows.teacher.abs())
-    followed = Sharpness(4.0, solve="published", attached=True)
+    followed = Sharpness(4.0, solve="published", differentiable=True)
     for theirs, ours in (
         (peers.kd_term, KD(soft=1.0, hard=0.0, temperature=Static(4.0))),
         (

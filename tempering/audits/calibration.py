@@ -24,7 +24,7 @@ class Calibration(Audit):
 
     Args:
         bins: number of bins of the calibration errors.
-        taught: mean temperatures of the distillation, "student" and "teacher" -> mean, to be reported next to the
+        temperatures: mean temperatures of the distillation, "student" and "teacher" -> mean, to be reported next to the
             fitted one; the two are not expected to agree.
         samples: number of rows, None for all.
         draws: bootstrap resamples per interval.
@@ -39,13 +39,19 @@ class Calibration(Audit):
         self,
         *,
         bins: int = 15,
-        taught: Mapping[str, float] | None = None,
+        temperatures: Mapping[str, float] | None = None,
         samples: int | None = None,
         draws: int = 200,
         seed: int = 0,
     ) -> None:
         check_positive({"bins": bins, "draws": draws})
-        self.bins, self.taught, self.samples, self.draws, self.seed = bins, taught, samples, draws, seed
+        self.bins, self.temperatures, self.samples, self.draws, self.seed = (
+            bins,
+            temperatures,
+            samples,
+            draws,
+            seed,
+        )
         self._report_data: dict[str, Any] = {}
 
     def examine(self, models: Mapping[str, nn.Module], batches: Iterable[Any]) -> list[Finding]:
@@ -108,8 +114,8 @@ class Calibration(Audit):
         )
         if T.bound:
             meaning += " It is at a bound of the search range: every label has the largest logit, or none has."
-        if side == "student" and self.taught:
-            temperatures = ", ".join(f"the {model}'s logits at {t:.3g}" for model, t in self.taught.items())
+        if side == "student" and self.temperatures:
+            temperatures = ", ".join(f"the {model}'s logits at {t:.3g}" for model, t in self.temperatures.items())
             meaning += f" It was distilled with {temperatures}; a distillation temperature is not a calibration one."
         return Finding("temperature", side, T.value, meaning, T.low, T.high, n)
 

@@ -226,7 +226,7 @@ def _arguments(
     if kind != "explanation":
         arguments["seed"] = options.seed
     if kind == "calibration":
-        arguments["taught"] = _mean_temperatures(folder)
+        arguments["temperatures"] = _mean_temperatures(folder)
     elif kind == "explanation":
         model = None if experiment.resolved_teacher is None else experiment.resolved_teacher.model
         # a GraphModule (fused batch norms) calls only leaf modules, so hooks on its stages do not run

@@ -111,9 +111,9 @@ def compare(
         quiet: print failures only.
     """
     from tempering.experiments.compare.plan import merged, plan_for
-    from tempering.experiments.compare.runner import Arena, renice
+    from tempering.experiments.compare.runner import ComparisonRunner, renice
     from tempering.experiments.compare.status import say, show
-    from tempering.experiments.presets import arms_from, with_controls
+    from tempering.experiments.presets import presets_from, with_controls
     from tempering.experiments.recipe import check_flags, find
     from tempering.utils.registry import lookup
 
@@ -124,7 +124,7 @@ def compare(
         )
     file = find(str(recipe))
     check_flags(file, recipe_args)
-    arms = arms_from(methods, temperatures)
+    arms = presets_from(methods, temperatures)
     if controls:
         arms, added = with_controls(arms)
         for arm in added:
@@ -136,10 +136,10 @@ def compare(
     if nice:
         renice()
     ids = [part.strip() for part in gpus.split(",") if part.strip()]
-    arena = Arena(out, grid, file, recipe_args, jobs=jobs, threads=threads, gpus=ids, quiet=quiet)
-    code = arena.run()
+    runner = ComparisonRunner(out, grid, file, recipe_args, jobs=jobs, threads=threads, gpus=ids, quiet=quiet)
+    code = runner.run()
     if not quiet:
-        show(out, grid, arena.failed)
+        show(out, grid, runner.failed)
     return code
 
 
@@ -206,7 +206,7 @@ def tune(
     """
     from tempering.experiments.recipe import check_flags, find, flags
     from tempering.experiments.tune.page import words, write_page
-    from tempering.experiments.tune.runner import Search, command
+    from tempering.experiments.tune.runner import SearchRunner, command
     from tempering.experiments.tune.space import space_of
     from tempering.experiments.tune.study import best
 
@@ -214,7 +214,7 @@ def tune(
     check_flags(file, recipe_args)
     search_space = space_of(method, space, flags(file))
     options = {"trials": trials, "seed": seed, "jobs": jobs, "threads": threads, "prune": prune, "quiet": quiet}
-    search = Search(out, file, recipe_args, search_space, **options)
+    search = SearchRunner(out, file, recipe_args, search_space, **options)
     if code := search.run():
         return code
     best_command = command(recipe, recipe_args, best(search.study))
@@ -257,7 +257,7 @@ def list_parts() -> None:
     from rich.table import Table
 
     from tempering.audits import AUDITS
-    from tempering.experiments.presets import ARMS
+    from tempering.experiments.presets import PRESETS
     from tempering.methods import METHODS
     from tempering.models import MODELS
     from tempering.temperature import POLICIES
@@ -269,8 +269,8 @@ def list_parts() -> None:
         return empty
 
     arms = table("Presets", "name", "label", "method")
-    for arm in ARMS.values():
-        arms.add_row(arm.name, arm.label, arm.spec)
+    for preset in PRESETS.values():
+        arms.add_row(preset.name, preset.label, preset.spec)
     tables = [arms]
     for title, parts in (("Methods", METHODS), ("Temperature policies", POLICIES), ("Audits", AUDITS)):
         listed = table(title, "name", "paper", "description")

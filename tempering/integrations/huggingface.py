@@ -94,18 +94,22 @@ class DistillMixin(Trainer):
             teacher, bare = Unpacked(teacher), True
         self._bare = bare
         self.teacher = fitting(method, teacher, self._module())
-        taught = None if self.teacher is None else self.teacher.model
-        self._taught = taught if isinstance(taught, Unpacked) else None
+        teacher_module = None if self.teacher is None else self.teacher.model
+        self._unpacked_teacher = teacher_module if isinstance(teacher_module, Unpacked) else None
         self._left_out: frozenset[str] = frozenset()
-        if self._taught is not None:
-            self._left_out = left_out(self._module(), self._taught.model)
-            self._taught.without = self._taught.without or left_out(self._taught.model, self._module())
+        if self._unpacked_teacher is not None:
+            self._left_out = left_out(self._module(), self._unpacked_teacher.model)
+            self._unpacked_teacher.without = self._unpacked_teacher.without or left_out(
+                self._unpacked_teacher.model, self._module()
+            )
         accumulate, processes = self.args.gradient_accumulation_steps, self.accelerator.num_processes
         whole_batches(method, gradient_accumulation_steps=accumulate, num_processes=processes)
         self._check_arguments()
         if self.teacher is not None:
-            if taught is not None:
-                self.task.prepare_model(taught.model if isinstance(taught, Unpacked) else taught)
+            if teacher_module is not None:
+                self.task.prepare_model(
+                    teacher_module.model if isinstance(teacher_module, Unpacked) else teacher_module
+                )
             self.teacher.to(self.args.device)
         self._chunks, self._wants_linear = chunks, linear
         self._bind(self._module())
@@ -142,8 +146,8 @@ class DistillMixin(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that only the teacher takes, too."""
         super()._set_signature_columns_if_needed()
-        if self._taught is not None:
-            names = arguments_of(self._taught.model)[0]
+        if self._unpacked_teacher is not None:
+            names = arguments_of(self._unpacked_teacher.model)[0]
             self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *names]))
 
     def train(

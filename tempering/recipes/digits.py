@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tempering.data import Splits, digits
-from tempering.experiments.presets import arm_from, method_of, slug
+from tempering.experiments.presets import method_of, preset_from, slug
 from tempering.methods.logits.supervised import Supervised
 from tempering.models import build_seeded, stages
 from tempering.tasks import Classification
@@ -57,8 +57,8 @@ def main(
         out: the run's folder; default: runs/digits/METHOD-SEED. The teacher is kept in "teachers" next to it.
         config: options of training.
     """
-    arm, loss = arm_from(method, temperature), method_of(method, temperature)
-    out = out or Path("runs/digits", f"{slug(arm.name)}-{config.seed}")
+    preset, loss = preset_from(method, temperature), method_of(method, temperature)
+    out = out or Path("runs/digits", f"{slug(preset.name)}-{config.seed}")
     optimizer = partial(SGD, lr=lr)
     network = build_seeded(student, seed=config.seed, classes=10, channels=1)
     data = digits(batch_size=batch_size, seed=config.seed)
@@ -94,5 +94,5 @@ def main(
         schedule=decay,
         config=config,
         out=out,
-        facts={"label": label or arm.label, "student": {"name": student}, "data": data.facts()},
+        facts={"label": label or preset.label, "student": {"name": student}, "data": data.facts()},
     )

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from tempering.data import Batches, Splits, image_folder
-from tempering.experiments.presets import arm_from, method_of, slug
+from tempering.experiments.presets import method_of, preset_from, slug
 from tempering.methods.logits.supervised import Supervised
 from tempering.tasks import Classification
 from tempering.training.config import TrainConfig
@@ -103,8 +103,8 @@ def main(
         out: the run's folder; default: runs/template/METHOD-SEED. The teacher is kept in "teachers" next to it.
         config: options of training.
     """
-    arm, loss = arm_from(method, temperature), method_of(method, temperature)
-    out = out or Path("runs/template", f"{slug(arm.name)}-{config.seed}")
+    preset, loss = preset_from(method, temperature), method_of(method, temperature)
+    out = out or Path("runs/template", f"{slug(preset.name)}-{config.seed}")
     splits = load_data(data, batch_size=batch_size, seed=config.seed)
     classes, optimizer = splits.train.classes, partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=5e-4)
 
@@ -145,5 +145,5 @@ def main(
         schedule=decay,
         config=config,
         out=out,
-        facts={"label": label or arm.label, "student": {"name": f"cnn-{student_width}"}, "data": splits.facts()},
+        facts={"label": label or preset.label, "student": {"name": f"cnn-{student_width}"}, "data": splits.facts()},
     )

@@ -114,12 +114,12 @@ def render(
     return text + "\n"
 
 
-def _best(comparison: Comparison, most: int | None) -> tuple[Arm, ...]:
+def _best(comparison: Comparison, limit: int | None) -> tuple[Arm, ...]:
     """Return at most that many arms, in their order: the controls, then those with the best means."""
-    if most is None or len(comparison.arms) <= most:
+    if limit is None or len(comparison.arms) <= limit:
         return comparison.arms
     by_rank = [*comparison.controls, *(arm.label for arm in (*comparison.ranked, *comparison.arms))]
-    kept = set(list(dict.fromkeys(by_rank))[:most])
+    kept = set(list(dict.fromkeys(by_rank))[:limit])
     return tuple(arm for arm in comparison.arms if arm.label in kept)
 
 

@@ -241,17 +241,17 @@ def _object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _lines(path: Path, most: int = MOST_STEPS) -> list[dict[str, Any]]:
+def _lines(path: Path, limit: int = MOST_STEPS) -> list[dict[str, Any]]:
     """Return the objects of a JSON-lines file, [] if it does not exist; skip an incomplete last line.
 
-    Of more than ``most`` lines, evenly spaced ones are read, the first and the last among them.
+    Of more than ``limit`` lines, evenly spaced ones are read, the first and the last among them.
     """
     if not path.is_file():
         return []
     with open(path, "rb") as file:
         count = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
         file.seek(0)
-        every, out = -(-count // most) or 1, list[dict[str, Any]]()
+        every, out = -(-count // limit) or 1, list[dict[str, Any]]()
         for number_, line in enumerate(file, 1):
             if (number_ - 1) % every and number_ != count:
                 continue

@@ -199,7 +199,9 @@ def _per_class(logits: Tensor, labels: Tensor, classes: int) -> list[float | Non
     return [float(r) / int(n) if n else None for r, n in zip(correct, count, strict=True)]
 
 
-def _confusions(student: Tensor, teacher: Tensor, labels: Tensor, classes: int, most: int = 20) -> list[dict[str, int]]:
+def _confusions(
+    student: Tensor, teacher: Tensor, labels: Tensor, classes: int, limit: int = 20
+) -> list[dict[str, int]]:
     """Return the off-diagonal (true, predicted) pairs whose counts differ most, with both counts."""
     labeled = labels >= 0
     cells = [
@@ -208,7 +210,7 @@ def _confusions(student: Tensor, teacher: Tensor, labels: Tensor, classes: int, 
     ]
     gap = (cells[0] - cells[1]).abs()
     gap[torch.arange(classes) * (classes + 1)] = 0
-    order = torch.sort(gap, descending=True, stable=True).indices[:most].tolist()
+    order = torch.sort(gap, descending=True, stable=True).indices[:limit].tolist()
     return [
         {"true": i // classes, "predicted": i % classes, "student": int(cells[0][i]), "teacher": int(cells[1][i])}
         for i in order

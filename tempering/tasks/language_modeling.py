@@ -19,7 +19,7 @@ from tempering.teachers.outputs import Hidden, PrecomputedLogits, Sparse, to_top
 from tempering.utils.state import unwrapped
 from tempering.utils.tensors import on_host, to_device
 
-NO_INPUTS = {"labels", "ids", "learn", "replaced", "privacy_score", "taught"}
+NO_INPUTS = {"labels", "ids", "learn", "replaced", "privacy_score", "teacher_outputs"}
 OPTIONAL = ("use_cache", "position_ids")  # left out for models whose forward does not have them
 
 
@@ -220,7 +220,7 @@ def prediction_mask(batch: Mapping[str, Any]) -> Tensor:
 
 def with_teacher_outputs(inputs: dict[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return the teacher's inputs: with its precomputed logits, if the batch has them, so that it is not run again."""
-    return inputs | {"taught": batch["taught"]} if "taught" in batch else inputs
+    return inputs | {"teacher_outputs": batch["teacher_outputs"]} if "teacher_outputs" in batch else inputs
 
 
 def text_model_kind(model: nn.Module) -> str:
@@ -267,7 +267,9 @@ class UnpackInputs:
             )
         if self.inexact:
             check_layout(model, self.inexact, kwargs)
-        return args, {name: value for name, value in kwargs.items() if name not in (*self.unsupported, "taught")}
+        return args, {
+            name: value for name, value in kwargs.items() if name not in (*self.unsupported, "teacher_outputs")
+        }
 
 
 def _check(batch: Any) -> None:

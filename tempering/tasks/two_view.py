@@ -278,21 +278,21 @@ def _check_positive(owner: str, **values: float) -> float:
 
 
 def classification_of_views(
-    views: str, taps: Mapping[str, tuple[str, str]], *, mean: Sequence[float], std: Sequence[float]
+    views: str, features: Mapping[str, tuple[str, str]], *, mean: Sequence[float], std: Sequence[float]
 ) -> Task:
     """The task of a recipe's --views: batches as they come ("one"), or with an augmented copy.
 
     Args:
         views: "one"; "strong" is RandAugment; "cutmix", "mixup" and "cutout" leave the copy's labels out.
-        taps: features, for "one" alone.
+        features: features, for "one" alone.
         mean, std: that the images are normalized with.
 
     Raises:
         ValueError: for features of two views.
     """
     if views == "one":
-        return Classification(features=taps)
-    if taps:
+        return Classification(features=features)
+    if features:
         raise ValueError(f"--views {views} makes two blocks of rows, and features are tapped for one: --views one.")
     if views == "strong":
         return TwoView(RandAugment(2, 10, mean=mean, std=std))

@@ -29,8 +29,8 @@ class Live(Teacher):
     The module itself is frozen and put in eval mode, and put back in eval mode if something changes its mode, until
     ``release()`` gives it back as it was; ``precision`` and ``fuse_conv_bn`` use a frozen copy instead. ``identity`` is
     the sha256 of the original weights, ``precision`` and ``fuse_conv_bn``; wrappers (torch.compile, DataParallel) and
-    offloading by accelerate do not change it. Inputs with "taught", outputs of this module from the generation of the
-    batch (``tasks.Speculative(reuse=True)``), are not run again: those outputs are returned.
+    offloading by accelerate do not change it. Inputs with "teacher_outputs", those of this module when the
+    batch was generated (``tasks.Speculative(reuse=True)``), are not run again: those outputs are returned.
 
     Args:
         model: the teacher's module.
@@ -165,7 +165,7 @@ class Live(Teacher):
 
     @torch.no_grad()
     def __call__(self, inputs: Any, ids: Tensor | None = None) -> Any:
-        precomputed = inputs.get("taught") if isinstance(inputs, Mapping) else None
+        precomputed = inputs.get("teacher_outputs") if isinstance(inputs, Mapping) else None
         if precomputed is not None and getattr(precomputed, "producer", None) in (self._model, self.model):
             return precomputed
         return self.forward_with_grad(inputs, ids)

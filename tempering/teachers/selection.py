@@ -135,7 +135,7 @@ class TopKTeacher(Teacher):
         return self
 
     def __call__(self, inputs: Any, ids: Tensor | None) -> Sparse:
-        output = self.teacher({name: x for name, x in inputs.items() if name != "taught"}, ids)
+        output = self.teacher({name: x for name, x in inputs.items() if name != "teacher_outputs"}, ids)
         logits, label = getattr(output, "logits", output), next_tokens(inputs)
         if self.top is not None:
             return keep_top_k(logits, self.top, besides=label)

@@ -361,9 +361,9 @@ def in_words(name: str, before: Any, now: Any) -> str:
     return f"its {WORDS.get(name, name)} was {_short(before)}, now it is {_short(now)}"
 
 
-def _short(value: Any, most: int = 600) -> str:
+def _short(value: Any, limit: int = 600) -> str:
     text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def initial_weights(student: nn.Module, folder: Path) -> str:

@@ -22,7 +22,7 @@ class DTKD(Method):
         hard: weight of the cross entropy (the paper's gamma).
         warmup: fraction of the run over which the two soft terms rise linearly from 0; published: 20 of 240 epochs.
         temperature: a temperature policy; None: Sharpness(4.0), the exact solution. ``Sharpness(4.0,
-            solve="published", attached=True)`` is the released code without its divisions by zero.
+            solve="published", differentiable=True)`` is the released code without its divisions by zero.
 
     The dynamic term does not supervise the student's overall scale (it is 0 for v = c u, any c > 0); plain KD and the
     labels do, so use it with at least one of them. Its total soft weight is ``dynamic + soft``: compare it with
