@@ -26,7 +26,7 @@ from tempering.training.pretrained import train_or_load
 from tempering.training.schedules import cifar_decay, cifar_lr
 from tests import recipes
 from tests.paths import ROOT, SHARED, needs_shared
-from tests.records_made import PRESETS as MADE
+from tests.records_made import ARMS as MADE
 from tests.records_made import make_run, make_set
 from tests.test_cifar import write_packed
 

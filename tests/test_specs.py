@@ -90,7 +90,7 @@ def test_a_method_from_text_trains() -> None:
         ("dtdk", "no method is called 'dtdk'. Did you mean 'dtkd'?"),
         ("ptk", "no method is called 'ptk'. Did you mean 'pkt'?"),
         ("qqq", "no method is called 'qqq'. There are: "),
-        ("kd(sfot=4)", "KD has no argument 'sfot'. Did you mean 'soft'? It takes: soft, hard, temperature, warmup."),
+        ("kd(sfot=4)", "KD has no argument 'sfot'. Did you mean 'soft'? It takes: soft, hard, warmup, temperature."),
         ("kd(4)", "KD takes 0 unnamed arguments; got 1 in 'kd(4)'. Name them, as in soft=..."),
         ("sharpness(4)", "no method is called 'sharpness'."),
         ("kd(temperature=sharpnes)", "no temperature policy is called 'sharpnes'. Did you mean 'sharpness'?"),

@@ -26,9 +26,10 @@ from tempering.tasks.base import Task
 from tempering.tasks.classification import Classification
 from tempering.teachers.base import Teacher
 from tempering.teachers.live import Live
-from tempering.training.checks import Optimizer, Schedule, as_method, chunking_for, make_optimizer, make_schedule
+from tempering.training.checks import as_method, chunking_for
 from tempering.training.distill import SGD
 from tempering.training.features import PairedFeatures, extracting
+from tempering.training.optimizers import Optimizer, Schedule, make_optimizer, make_schedule
 from tempering.training.selfcheck import selfcheck as check_first_batch
 from tempering.utils.state import borrowed
 from tempering.utils.tensors import remember_sources

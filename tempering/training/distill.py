@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from tempering.methods.base import Method
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
-from tempering.training.checks import Optimizer, Schedule, as_method, check_models_are_distinct, check_unsharded
+from tempering.training.checks import as_method, check_models_are_distinct, check_unsharded
 from tempering.training.config import Precision, Run, TrainConfig
+from tempering.training.optimizers import Optimizer, Schedule
 from tempering.training.trainer import Trainer
 from tempering.utils.state import borrowed
 

@@ -18,17 +18,7 @@ from tempering.methods.base import BlockLoss, Method, Step, step_rng
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.training.checkpoint import set_random_state
-from tempering.training.checks import (
-    Optimizer,
-    Schedule,
-    base_learning_rates,
-    chunking_for,
-    make_optimizer,
-    make_schedule,
-    smoothed,
-    validate_sampled_teacher,
-    validate_step_method,
-)
+from tempering.training.checks import chunking_for, smoothed, validate_sampled_teacher, validate_step_method
 from tempering.training.config import BEFORE_END, Run, RunLength, TrainConfig, TrainState
 from tempering.training.distributed import (
     RunInterrupted,
@@ -43,6 +33,14 @@ from tempering.training.distributed import (
 from tempering.training.evaluator import Evaluator
 from tempering.training.fabric import allow_double_backward, fabric_for, peak_mb
 from tempering.training.metrics import ProgressBar, nonfinite_loss_error, rollout_metrics, step_metrics
+from tempering.training.optimizers import (
+    Optimizer,
+    Schedule,
+    base_learning_rates,
+    make_optimizer,
+    make_schedule,
+    optimizer_without_decay,
+)
 from tempering.training.recorder import Recorder
 from tempering.training.resumable_loader import EMPTY, ResumableLoader, micro_batches, reseed
 from tempering.training.run_dir import (
@@ -218,8 +216,6 @@ class Trainer:
 
     def _make_optimizer(self, optimizer: Optimizer) -> torch.optim.Optimizer:
         if not self.config.decay_norms:
-            from tempering.training.groups import optimizer_without_decay
-
             return optimizer_without_decay(optimizer, self.model, self.student, self.method.param_groups())
         trained = [p for p in self.model.parameters() if p.requires_grad]
         return make_optimizer(optimizer, [{"params": trained}, *self.method.param_groups()])
