@@ -278,7 +278,7 @@ def steps(device: torch.device, tiny: bool) -> dict[str, Any]:
 
 
 def transfers(device: torch.device, tiny: bool) -> dict[str, Any]:
-    """Return milliseconds in which the host hands a batch of images to the device, as ``to_device`` does and plainly."""
+    """Return milliseconds in which the host hands a batch of images to the device, by ``to_device`` and plainly."""
     batch = torch.randn(8 if tiny else 512, 3, 224, 224 if not tiny else 8)
     arms = {"plain": lambda: batch.to(device), "to_device": lambda: to_device(batch, device)}
     return {name: 1e3 * min(x) for name, x in in_turn(arms, rounds=5).items()}

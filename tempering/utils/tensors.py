@@ -40,7 +40,7 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
 def to_device(batch: Any, device: torch.device | str) -> Any:
     """Return the batch with every tensor in it on the device; ``on_host`` gives back what shapes depend on.
 
-    Copies to a device do not wait for it; those to CUDA go through pinned memory, as any other copy waits there. Copies to
+    Copies to a device do not wait for it; those to CUDA use pinned memory, as others wait there. Copies to
     the CPU wait: their values could be read before they are there.
     """
     kind = torch.device(device).type
