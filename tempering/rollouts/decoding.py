@@ -79,7 +79,7 @@ def _causal_decoder(strategy: str, model: nn.Module, vocabulary: int | None, max
         return CachedDecoder(model, vocabulary)
     if strategy == "shift":
         return ShiftingCacheDecoder(model, vocabulary, {})
-    return RecomputingDecoder(model, vocabulary, {}, max_length=most, cached=False)
+    return RecomputingDecoder(model, vocabulary, {}, max_length=max_length, cached=False)
 
 
 def _find_causal_strategy(model: nn.Module, rejects: bool) -> str:
@@ -192,7 +192,7 @@ def make_decoder(
     strategy = decoder_strategy(model, kwargs) if max_length > 2 else "recompute"
     if strategy == "shift":
         return ShiftingCacheDecoder(model, vocabulary, kwargs)
-    return RecomputingDecoder(model, vocabulary, kwargs, max_length=most, cached=strategy == "crop")
+    return RecomputingDecoder(model, vocabulary, kwargs, max_length=max_length, cached=strategy == "crop")
 
 
 def decoder_strategy(model: nn.Module, encoder_kwargs: Mapping[str, Any]) -> str:
