@@ -300,7 +300,9 @@ CHECKS = (  # names of the self-check's parts, each of which can be turned off
     "same when shifted",
     "finite gradients",
     "can learn",
+    "teacher effect",
     "training mode",
+    "workers",
     "scores",
 )
 
