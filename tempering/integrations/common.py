@@ -161,23 +161,37 @@ def check(
         with torch.no_grad(), restored(student):
             student.eval()
             for name, batches in splits.items():
-                evaluation = Evaluation(task, method)
-                for batch in itertools.islice(batches(), MOST_TRIED):
-                    out = forward(batch, student, teacher, task, features)
-                    for rows in out.blocks:
-                        check_student(rows, Results(), f"a batch of {name}")
-                    evaluation.add(batch, out, 1.0, None)
-                    if any(weight for _, weight in evaluation.blocks.values()):
-                        break
-                else:
-                    raise SelfCheckError(
-                        f"{name}: no row counts in its first {MOST_TRIED} batches. Is it "
-                        "empty, or are all its labels -100?"
-                    )
+                try:
+                    _check_split(batches(), student, teacher, method, task, features)
+                except (RuntimeError, ValueError) as error:
+                    raise SelfCheckError(f"{name}: {error}") from error
                 report.checks["scores"] = "ok"
     finally:
         set_random_state(saved)
     return report
+
+
+def _check_split(
+    batches: Iterable[Any],
+    student: nn.Module,
+    teacher: Teacher | None,
+    method: Method,
+    task: Task,
+    features: PairedFeatures | None,
+) -> None:
+    """Evaluate the first batch of a split that has a row that counts."""
+    evaluation = Evaluation(task, method)
+    for batch in itertools.islice(batches, MOST_TRIED):
+        out = forward(batch, student, teacher, task, features)
+        for rows in out.blocks:
+            check_student(rows, Results())
+        evaluation.add(batch, out, 1.0, None)
+        if any(weight for _, weight in evaluation.blocks.values()):
+            return
+    raise SelfCheckError(
+        f"there is nothing to evaluate in its first {MOST_TRIED} batches, or it has none. Is it empty, or are all its "
+        "labels -100?"
+    )
 
 
 def batches_again(loader: Any, *, skip: int = 0) -> Iterator[Any]:

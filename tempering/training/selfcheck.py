@@ -16,6 +16,7 @@ from tempering.methods.base import Method
 from tempering.rows import Rows, class_indices, class_labels, is_labeled
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
+from tempering.teachers.outputs import Sparse
 from tempering.training.checkpoint import random_state, set_random_state
 from tempering.training.config import Checked, Results, SelfCheckError
 from tempering.utils.tensors import batch_digests, map_tensors
@@ -112,6 +113,7 @@ class _Outputs(NamedTuple):
     blocks: list[Rows]
     student: Any
     teacher: Any
+    samples: int | None  # that the teacher draws
     repeat: Callable[[], Any]  # runs the teacher again on the same inputs
 
 
@@ -141,7 +143,8 @@ class _Models:
         blocks = self.task.rows(student_output, teacher_output, batch)
         if self.features is not None:
             blocks[-1] = blocks[-1].replace(features={**blocks[-1].features, **self.features()})
-        return _Outputs(batch, blocks, student_output, teacher_output, teach)
+        samples = None if self.teacher is None else self.teacher.samples
+        return _Outputs(batch, blocks, student_output, teacher_output, samples, teach)
 
 
 @contextmanager
@@ -246,6 +249,11 @@ def _check_teacher_logits(task: Task, first: _Outputs, results: Results) -> None
                 "augmentation."
             )
         results["deterministic"] = "ok"
+    if isinstance(first.teacher, Sparse) and first.samples is not None:
+        from tempering.teachers.selection import entropy_not_sampled
+
+        excess = float(entropy_not_sampled(first.teacher, first.samples))
+        results["samples"] = f"ok (the logged loss is about {excess:.2g} above the KL: few samples lack entropy)"
     if results.wants("vocabulary"):
         cut = task.probability_cut(first.student, first.teacher, first.batch)
         if cut is None:
@@ -324,8 +332,8 @@ def _check_row_weights(task: Task, batch: Any, blocks: list[Rows]) -> None:
             )
 
 
-def check_student(rows: Rows, results: Results, where: str = "the first batch") -> None:
-    """Check labels and the student's logits; ``where``: the batch, for messages."""
+def check_student(rows: Rows, results: Results) -> None:
+    """Check labels and the student's logits."""
     if rows.target is not None and len(rows):
         target = class_indices(class_labels(rows.target).cpu(), "the task")
         labels = int(is_labeled(target).sum())
@@ -333,11 +341,11 @@ def check_student(rows: Rows, results: Results, where: str = "the first batch") 
             results["labels"] = f"ok ({len(target) - labels} of {len(target)} rows have none: learned from the teacher)"
         if (largest := int(target.max())) >= rows.student.shape[1]:
             raise SelfCheckError(
-                f"label {largest} of {where} is out of range for {rows.student.shape[1]} classes (the first is 0). "
+                f"label {largest} is out of range for {rows.student.shape[1]} classes (the first is 0). "
                 "Is the student's head too small, or do labels start at 1?"
             )
     if torch.isnan(rows.student).any():
-        raise SelfCheckError(f"the student's logits hold NaN on {where}. Are the inputs finite and normalized?")
+        raise SelfCheckError("the student's logits hold NaN on the first batch. Are the inputs finite and normalized?")
 
 
 def _check_can_learn(
