@@ -106,7 +106,7 @@ def entropy_not_sampled(sparse: Sparse, samples: int) -> Float[Tensor, ""]:
     """Estimate the mean entropy that samples lack, in nats, (): by so much the KL of the samples exceeds the teacher's.
 
     The cross-entropy with samples of p, and its gradient, are unbiased, but the entropy of a few samples is below that
-    of p, so E[KL(samples, q)] = KL(p, q) + H(p) - E[H(samples)].
+    of p, so E[KL(samples, q)] = KL(p, q) + H(p) - E[H(samples)]. The estimate is low where most tokens are never drawn.
 
     Reference: Chao and Shen, "Nonparametric estimation of Shannon's index of diversity when there are unseen species in
     sample", 2003, Environmental and Ecological Statistics 10, equations 6 and 8.
