@@ -293,18 +293,20 @@ def test_a_loss_of_samples_exceeds_the_kl_and_the_self_check_tells_by_how_much(
     T = Static(1.0)(random_rows(1))
     excess = float((kl(of(rows, kept), T) - kl(rows, T)).mean())
     assert excess > 0.05
-    assert 0.5 * excess < float(entropy_not_sampled(kept, samples)) < 1.1 * excess
+    assert 0.5 * excess < float(entropy_not_sampled(kept, samples)) < 1.25 * excess
 
 
 def test_the_line_of_the_self_check_names_the_excess() -> None:
     method = Divergence(objective="kl", temperature=1)
+    student = gpt2(8, 0).float()
+    LanguageModeling().prepare_model(student)
     for how, told in (({"samples": 6}, True), ({"top": 4}, False)):
         line = selfcheck(
-            gpt2(8, 0).float(),
+            student,
             kept_of(**how),
             next(iter(data())),
             method=method,
             task=LanguageModeling(),
             skip=["above chance"],
         ).line
-        assert ("samples (the logged loss lies above the KL, by 0." in line) == told
+        assert ("samples (the logged loss lies above the KL, by about " in line) == told

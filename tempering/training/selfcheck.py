@@ -253,7 +253,7 @@ def _check_teacher_logits(task: Task, first: _Outputs, results: Results) -> None
         from tempering.teachers.selection import entropy_not_sampled
 
         excess = float(entropy_not_sampled(first.teacher, first.samples))
-        results["samples"] = f"ok (the logged loss lies above the KL, by {excess:.2g} or more)"
+        results["samples"] = f"ok (the logged loss lies above the KL, by about {excess:.2g})"
     if results.wants("vocabulary"):
         cut = task.probability_cut(first.student, first.teacher, first.batch)
         if cut is None:
