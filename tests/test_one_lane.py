@@ -124,7 +124,7 @@ def test_two_processes_have_one_loss_gradient_and_scores(tmp_path: Path) -> None
         )
         for rank in "01"
     ]
-    errors = [process.communicate(timeout=300)[1] for process in both]
+    errors = [process.communicate(timeout=600)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors[0][-3000:]
     for result in json.loads((tmp_path / "out.json").read_text()).values():
         agree(Result(**result), by_hand("llama", 0, False))
