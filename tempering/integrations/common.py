@@ -199,10 +199,10 @@ def batches_again(loader: Any, *, skip: int = 0) -> Iterator[Any]:
     if isinstance(loader, Iterator):
         return
     with generators_restored(loader):
-        if isinstance(loader, DataLoader):
-            loader: Any = copy.copy(loader)
-            loader._iterator = None  # that of persistent workers
-        yield from itertools.islice(iter(loader), skip, None)
+        again: Any = copy.copy(loader) if isinstance(loader, DataLoader) else loader
+        if again is not loader:
+            again._iterator = None  # that of persistent workers
+        yield from itertools.islice(iter(again), skip, None)
 
 
 def step_means(
