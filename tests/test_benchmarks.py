@@ -20,19 +20,7 @@ from tests.forked import run_parts
 from tests.paths import ROOT
 
 FOLDER = ROOT / "benchmarks"
-SCRIPTS = (
-    "loss",
-    "fused_linear",
-    "chunked_losses",
-    "memory",
-    "step",
-    "overhead",
-    "cache",
-    "speculative",
-    "augment",
-    "startup",
-    "growth",
-)
+SCRIPTS = ("loss", "fused_linear", "chunked_losses", "memory", "step", "overhead", "cache", "speculative", "augment", "startup", "growth")
 
 
 def script(name: str, *arguments: object) -> str:
