@@ -138,8 +138,10 @@ def test_damage_of_a_run_is_harmless_or_named(state: str, tmp_path: Path) -> Non
 def command(*words: object, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     code = cli.main(list(map(str, words)))
+    shown = capsys.readouterr()
+    if " is missing, though its run is finished" in shown.out:
+        raise NamedError(shown.out)
     if code:
-        shown = capsys.readouterr()
         failures = [line for line in shown.out.splitlines() if "failed: " in line]
         raise NamedError("\n".join([*failures, shown.err]))
 

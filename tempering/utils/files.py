@@ -36,8 +36,12 @@ class DamagedRecordError(ValueError):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; {} if there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Read a JSON object; {} if there is no file.
+
+    Raises:
+        DamagedRecordError: if it is no JSON object, naming the file.
+    """
+    return parse_line(path, 1, path.read_bytes()) if path.is_file() else {}
 
 
 def read_json_lines(path: Path, counter: str | None = None) -> list[dict[str, Any]]:
