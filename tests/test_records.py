@@ -272,8 +272,8 @@ def test_a_hash_whose_name_is_damaged_is_noticed(done: bool, other: str, tmp_pat
     head, name, tail = (tmp_path / "facts.json").read_text().rpartition('"sha256"')
     assert name and tail.count('"') == 2, "the hash is the last value"
     (tmp_path / "facts.json").write_text(f'{head}"{other}"{tail}')
-    for use in (load_run, again):
-        with pytest.raises(ValueError, match=r"facts\.json"):
+    for use in (load_run, again) if done else (load_run,):  # a run that resumes writes its facts anew
+        with pytest.raises(ValueError, match=r"facts\.json is not as it was written"):
             use(tmp_path)
 
 
