@@ -475,3 +475,22 @@ def _until(true: Any, seconds: float = 30.0) -> None:
     while not true():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.05)
+
+
+def test_damage_that_stops_a_cell_or_a_report_is_named(
+    fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "grid"
+    compare(fake, out, "--methods=kd,dkd", "--no-controls", "--seeds=1")
+    plan = arena_plan.read(out)
+    record, place = arena_plan.record_of(out, plan.cells[0]), arena_plan.work_of(out, plan.cells[0])
+    record.unlink()
+    capsys.readouterr()
+    assert cli.main(["compare", "report", str(out)]) == 0
+    assert f"{record} is missing, though its run is finished" in capsys.readouterr().out
+    (place / "facts.json").write_text((place / "facts.json").read_text().replace(":", ";", 1))
+    for command in (["report", str(out)], ["status", str(out)]):
+        assert cli.main(["compare", *command]) == 1
+        assert f"{place / 'facts.json'}, line 1, is not JSON" in capsys.readouterr().err
+    (place / "log.txt").write_text("error: weights.safetensors is damaged\n(--traceback shows where)\n")
+    assert "exit code 1: error: weights.safetensors is damaged (full" in arena.failure_reason(place, {}, 1)

@@ -161,10 +161,12 @@ def compare_report(folder: Folder, *, control: str | None = None) -> int:
         control: the method that the others are compared with; default: that of the comparison.
     """
     from tempering.experiments.compare.plan import read
-    from tempering.experiments.compare.status import render
+    from tempering.experiments.compare.status import render, unrecorded
 
     plan = read(folder)
     print("written: {} and {}".format(*render(folder, replace(plan, control=control or plan.control))))
+    for path in unrecorded(folder, plan):
+        print(f"{path} is missing, though its run is finished: the command of the comparison writes it again")
     return 0
 
 

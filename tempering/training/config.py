@@ -300,7 +300,9 @@ CHECKS = (  # names of the self-check's parts, each of which can be turned off
     "same when shifted",
     "finite gradients",
     "can learn",
+    "teacher effect",
     "training mode",
+    "workers",
     "scores",
 )
 
@@ -323,7 +325,7 @@ class Checked(NamedTuple):
         """The result in one line, for the terminal and the record."""
         passed = [
             # what is cut off or has no label is for the reader, not only for the record
-            f"{name} {result.removeprefix('ok ')}" if name in ("vocabulary", "labels") else name
+            f"{name} {result.removeprefix('ok ')}" if name in ("vocabulary", "labels", "samples") else name
             for name, result in self.checks.items()
             if result.startswith("ok")
         ]

@@ -96,7 +96,7 @@ class Evaluator:
         saved, method = random_state(), copy.deepcopy(method).eval() if method.policies() else method
         try:
             for name, batches in self.splits.items():
-                with _generators_restored(batches):
+                with generators_restored(batches):
                     scores = self._check_split(name, model, method, batches)
                 metric = self.task.headline()[0]
                 if self.best_by == f"{name}/{metric}" and not math.isfinite(scores.get(metric, math.nan)):
@@ -161,7 +161,7 @@ class _OneBatch:
 
 
 @contextmanager
-def _generators_restored(batches: Iterable[Any]) -> Generator[None]:
+def generators_restored(batches: Iterable[Any]) -> Generator[None]:
     """Restore the state of the generators that a DataLoader draws from."""
     parts = [batches, *(getattr(batches, name, None) for name in DATALOADER_PARTS)]
     generators = {g for part in parts if isinstance(g := getattr(part, "generator", None), torch.Generator)}

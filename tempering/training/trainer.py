@@ -51,7 +51,7 @@ from tempering.training.run_dir import (
     run_key,
     run_metadata,
 )
-from tempering.training.selfcheck import Checked, last_batch_size, one_sample, selfcheck
+from tempering.training.selfcheck import Checked, independent_workers, last_batch_size, one_sample, selfcheck
 from tempering.utils.device import clone_outputs, maybe_compile
 from tempering.utils.files import write_atomic
 from tempering.utils.state import ModelState, unwrapped
@@ -258,6 +258,7 @@ class Trainer:
                 features=None if self.features is None else self.features.features,
                 more=self.loader.later,
                 single=one_sample(batch) if last_batch_size(self.loader.batches) == 1 else None,
+                workers=independent_workers(self.loader.batches),
                 skip=skip,
             )
         if self.evaluator.splits:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.2  # seconds
 STOP_TIMEOUT = 20.0  # seconds for a stopped run to close its record
+TRACEBACK_HINT = "(--traceback shows where)"  # the line after an error of the command
 
 
 @dataclass
@@ -247,4 +248,5 @@ def failure_reason(run_dir: Path, facts: Mapping[str, Any], code: int) -> str:
         name = signal.Signals(-code).name
         memory = " (out of memory?)" if name == "SIGKILL" else ""
         return f"ended by {name}{memory}; the same command resumes it"
-    return f"exit code {code}: {lines[-1].strip() if lines else 'no output'} (full log: {log})"
+    said = [line for line in lines if line != TRACEBACK_HINT]
+    return f"exit code {code}: {said[-1].strip() if said else 'no output'} (full log: {log})"

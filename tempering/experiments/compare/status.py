@@ -188,6 +188,12 @@ def records(folder: Path, plan: Plan) -> list[RunRecord]:
     return done + [_open(folder, cell, done) for cell in missing]
 
 
+def unrecorded(folder: Path, plan: Plan) -> list[Path]:
+    """Return the paths of missing records of finished runs, such as deleted ones."""
+    paths = {record_of(folder, cell): work_of(folder, cell) for cell in plan.cells}
+    return [path for path, run in paths.items() if not path.is_file() and read_facts(run).get("status") == "done"]
+
+
 def _open(folder: Path, cell: Cell, done: list[RunRecord]) -> RunRecord:
     """Return a placeholder record for a run without one, with the student and method of the others."""
     student = next((run.facts.get("student") for run in done), None)
