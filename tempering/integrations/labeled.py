@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from tempering.rows import Rows, is_labeled
 from tempering.tasks.base import Task, TeacherForward
+from tempering.tasks.classification import check_has_classes
 from tempering.tasks.language_modeling import LanguageModeling, text_model_kind
 from tempering.tasks.row_scores import score_rows
+from tempering.utils.tensors import described, logits_of
 
 
 class Labeled(Task):
@@ -63,8 +65,9 @@ class Labeled(Task):
 
         Raises:
             TypeError: for a causal language model, whose labels have to be shifted, or, without keep_labels, an
-                encoder-decoder that writes text.
+                encoder-decoder that writes text; for a model of several labels per sample, or of regression.
         """
+        check_has_classes(model)
         kind = text_model_kind(model)
         name = next((type(m).__name__ for m in model.modules() if hasattr(m, "can_generate")), "")
         if kind == "causal":
@@ -129,8 +132,9 @@ class Labeled(Task):
 
 def _logits(output: Any, side: str) -> Tensor:
     """Return the (N, C) or (N, L, C) logits of a model's output."""
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    logits = logits_of(output)
     if isinstance(logits, Tensor) and logits.ndim in (2, 3):
         return logits
-    got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    raise ValueError(f"the {side} must return (N, C) or (N, L, C) logits, as a tensor or as .logits; got {got}.")
+    raise ValueError(
+        f"the {side} must return (N, C) or (N, L, C) logits, as a tensor or as .logits; got {described(logits)}."
+    )

@@ -50,6 +50,7 @@ from tempering.training.run_dir import (
     initial_weights,
     lock_run_dir,
     remember_weights,
+    run_folder,
     run_key,
     run_metadata,
 )
@@ -101,7 +102,7 @@ class Trainer:
         wrapped, student = student, unwrapped(student)  # records and weights are the plain model's
         self.student, self.teacher, self.method, self.task, self.config = student, teacher, method, task, config
         self.on_step = on_step
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else run_folder(folder)
         validate_step_method(method, teacher, config)
         validate_sampled_teacher(method, teacher)
         check_splittable(method, accumulate=config.accumulate)
