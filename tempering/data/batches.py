@@ -51,8 +51,8 @@ def labeled_batch(batch: Any, owner: str = "Classification") -> LabeledBatch:
 
     A tuple is (inputs, labels), and further parts, known by their type: integers (N,) are ids, numbers
     (N,) are weights of the samples, as in Keras, and paths or other texts are left out. Parts of a mapping or a named
-    tuple are known by name: ``LABELS``, ``IDS``, ``WEIGHTS``, and all other tensors are inputs. Labels of None mean that
-    no sample has one.
+    tuple are known by name: ``LABELS``, ``IDS``, ``WEIGHTS``, and all other tensors are inputs. With labels of None no
+    sample has one.
 
     Raises:
         ValueError: for anything else, with the line that makes such a batch.
@@ -60,7 +60,7 @@ def labeled_batch(batch: Any, owner: str = "Classification") -> LabeledBatch:
     named = dict(batch) if isinstance(batch, Mapping) else batch._asdict() if hasattr(batch, "_asdict") else {}
     if label := next((name for name in LABELS if name in named), None):
         return _checked(_from_names(named, label, owner), owner)
-    if not isinstance(batch, (tuple, list)) or len(batch) < 2 or isinstance(batch[1], Mapping):
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2 or _is_nested(batch[1]):
         got = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else type(batch).__name__
         keys = f" with {', '.join(map(repr, named))}" if named else ""
         if isinstance(batch, (tuple, list)) and len(batch) > 1:
@@ -68,8 +68,8 @@ def labeled_batch(batch: Any, owner: str = "Classification") -> LabeledBatch:
         raise ValueError(
             f"{owner} needs batches of (inputs, labels) or (inputs, labels, ids), or mappings with one of "
             f"{', '.join(LABELS)}; got {got}{keys}. For a DataLoader: loader.collate_fn = lambda samples: "
-            "[torch.utils.data.default_collate(samples)[name] for name in ('image', 'class')]. Without labels: (inputs, "
-            "None)."
+            "[torch.utils.data.default_collate(samples)[name] for name in ('image', 'class')]. Without labels they are "
+            "(inputs, None)."
         )
     parts: dict[str, Tensor] = {}
     for i, part in enumerate(batch[2:], start=2):
@@ -84,6 +84,13 @@ def labeled_batch(batch: Any, owner: str = "Classification") -> LabeledBatch:
             )
         parts[name] = part
     return _checked(LabeledBatch(batch[0], batch[1], parts.get("ids"), parts.get("weight")), owner)
+
+
+def _is_nested(labels: Any) -> bool:
+    """Whether labels hold tensors: a batch is then a list of samples, or of batches."""
+    return isinstance(labels, Mapping) or (
+        isinstance(labels, (tuple, list)) and any(isinstance(x, Tensor) for x in labels)
+    )
 
 
 def _checked(batch: LabeledBatch, owner: str) -> LabeledBatch:

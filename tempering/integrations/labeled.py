@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from tempering.data.batches import LABELS
 from tempering.rows import Rows, is_labeled
 from tempering.tasks.base import Task, TeacherForward
 from tempering.tasks.classification import check_has_classes
@@ -17,6 +18,8 @@ from tempering.utils.tensors import described, logits_of
 
 class Labeled(Task):
     """Handle batches as transformers collates them: a mapping of inputs with "labels"; models return ``.logits``.
+
+    The labels may have another name of ``data.batches.LABELS``, if the Trainer's ``label_names`` has it too.
 
     (N, C) logits give N rows; rows with the label -100 learn from the teacher only. (N, L, C) logits, of token
     classification or masked language models, give a row for every token whose label is not -100. If a batch has "ids",
@@ -87,7 +90,7 @@ class Labeled(Task):
                 f"Labeled needs batches that are mappings, as collators of transformers return; got "
                 f"{type(batch).__name__}. For (inputs, labels) use tasks.Classification()."
             )
-        dropped = {"ids"} if self.keep_labels else {"ids", "labels"}
+        dropped = {"ids"} if self.keep_labels else {"ids", *LABELS}
         inputs = {name: value for name, value in batch.items() if name not in dropped}
         return inputs, inputs, batch.get("ids")
 
@@ -99,7 +102,7 @@ class Labeled(Task):
                 f"the student's logits are {tuple(logits.shape)} and the teacher's {tuple(teacher_logits.shape)}: both "
                 "need the same classes (or vocabulary) in the same order."
             )
-        labels, ids = batch.get("labels"), batch.get("ids")
+        labels, ids = _labels(batch), batch.get("ids")
         if logits.ndim == 2:
             return [Rows(logits, teacher_logits, labels, ids=ids)]
         if labels is None or labels.shape != logits.shape[:2]:
@@ -118,7 +121,7 @@ class Labeled(Task):
         return [Rows(student, teacher, target, weight, ids=ids, positions=positions)]
 
     def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
-        labels = batch.get("labels")
+        labels = _labels(batch)
         if labels is None or labels.ndim < 2:
             return {"logits": float(len(next(iter(batch.values())) if labels is None else labels))}
         return {"logits": is_labeled(labels).sum()}
@@ -128,6 +131,10 @@ class Labeled(Task):
     ) -> dict[str, float]:
         """Return accuracy in [0, 1], loss in nats, and agreement with the teacher, if any, over labeled rows."""
         return score_rows(self, student, batches, teacher)
+
+
+def _labels(batch: Mapping[str, Any]) -> Tensor | None:
+    return next((batch[name] for name in LABELS if batch.get(name) is not None), None)
 
 
 def _logits(output: Any, side: str) -> Tensor:

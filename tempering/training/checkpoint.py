@@ -202,21 +202,16 @@ def scatter(state: Mapping[str, Any], student: nn.Module, method: nn.Module, opt
 
 def unsaved_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Return the buffers that are not in the module's state dict: name -> tensor."""
-    return {
-        f"{prefix}.{name}" if prefix else name: buffer
-        for prefix, part in module.named_modules()
-        for name in part._non_persistent_buffers_set
-        if (buffer := part._buffers.get(name)) is not None
-    }
+    named = dict(module.named_buffers())
+    saved = module.state_dict().keys() if named else ()
+    return {name: buffer for name, buffer in named.items() if name not in saved}
 
 
 def load_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
     """Set buffers by name, as ``unsaved_buffers`` returned them."""
     for name, value in buffers.items():
         path, _, own = name.rpartition(".")
-        part = module.get_submodule(path)
-        before = part._buffers[own]
-        part._buffers[own] = value.clone() if before is None else value.to(before.device, copy=True)
+        setattr(module.get_submodule(path), own, value.to(module.get_buffer(name).device, copy=True))
 
 
 def is_sharded(module: nn.Module) -> bool:

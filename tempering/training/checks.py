@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -92,8 +92,8 @@ def check_models_are_distinct(student: nn.Module, teacher: nn.Module | Teacher |
         in_theirs = overlap([x for _, x in ours], theirs)
         if common := [name for (name, _), is_shared in zip(ours, in_theirs, strict=True) if is_shared]:
             raise ValueError(
-                f"{len(common)} weights of the student, such as {common[0]!r}, are in the same memory as the teacher's, "
-                "so training the student would change the teacher. Were they taken over by .data, or by "
+                f"{len(common)} weights of the student, such as {common[0]!r}, are in the memory of the teacher's: "
+                "training the student would change the teacher. Were they taken over by .data, or by "
                 "load_state_dict(assign=True)? Pass copy.deepcopy(model) as teacher, or copy the weights with .clone()."
             )
     if not any(p.requires_grad for p in student.parameters()):
@@ -114,12 +114,16 @@ def explain_inputs(error: Exception, model: nn.Module, inputs: object) -> None:
     """
     own = {p.dtype for p in model.parameters() if p.is_floating_point()}
     tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
-    wrong = sorted({str(x.dtype) for x in tensors if (x.is_floating_point() and x.dtype not in own) or x.dtype == torch.uint8})
-    if isinstance(error, TypeError) and "forward()" in str(error):
-        what = type(inputs).__name__ if len(tensors) != 1 else f"a tensor {tuple(tensors[0].shape)}"
+    wrong = sorted(
+        {str(x.dtype) for x in tensors if (x.is_floating_point() and x.dtype not in own) or x.dtype == torch.uint8}
+    )
+    if isinstance(error, TypeError) and ("forward()" in str(error) or isinstance(inputs, Mapping)):
+        what = type(cast("Any", inputs)).__name__ if len(tensors) != 1 else f"a tensor {tuple(tensors[0].shape)}"
+        what += f" with {', '.join(map(repr, cast('Any', inputs)))}" if isinstance(inputs, Mapping) else ""
         error.add_note(
-            f"The model was called with one argument, the inputs of the batch: {what}. For one that takes several, wrap "
-            "it in a module whose forward(self, x) returns self.model(*x), and let batches be ((x1, x2), labels)."
+            f"The model was called with one argument, the inputs of the batch: {what}. For one that takes several, "
+            "wrap it in a module whose forward(self, x) returns self.model(*x), and let batches be ((x1, x2), labels); "
+            "for one that takes a tensor, let them be (x, labels)."
         )
     elif len(own) == 1 and wrong:
         error.add_note(
@@ -128,7 +132,9 @@ def explain_inputs(error: Exception, model: nn.Module, inputs: object) -> None:
         )
     elif tensors and "dtype" in str(error) and not any(x.is_floating_point() for x in tensors):
         shapes = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)
-        error.add_note(f"The inputs are {shapes}. Are they the labels? Batches are (inputs, labels) or (inputs, labels, ids).")
+        error.add_note(
+            f"The inputs are {shapes}. Are they the labels? Batches are (inputs, labels) or (inputs, labels, ids)."
+        )
 
 
 def check_unsharded(student: nn.Module) -> None:

@@ -39,6 +39,7 @@ WORDS = {  # of the parts of a run's key, in messages
     "data": "data",
     "loader": "training loader",
     "batches": "training data (hashes of the first batches)",
+    "samples": "data (hashes of samples: process/split/part)",
     "splits": "evaluation data",
     "initial_weights": "initial weights of the student (sha256)",
     "optimizer_type": "optimizer",
@@ -122,15 +123,16 @@ class RunDirectory:
         self.constants = {} if folder is None else batch_digests(checkpoint.unsaved_buffers(self.student))
 
     def resume(
-        self, *, restart: bool, extend: bool = False, batches_again: Callable[[], Mapping[str, str]] | None = None
+        self, *, restart: bool, extend: bool = False, again: Mapping[str, Callable[[], Mapping[str, str]]] | None = None
     ) -> tuple[TrainState, dict[str, Any] | None]:
         """Load the newest checkpoint.
 
         Args:
             restart: remove checkpoints and weights of an earlier run and start from the beginning.
             extend: continue a finished run to more steps.
-            batches_again: loads the first batches again and returns their hashes, called if they differ from those
-                of the saved run. Parts that differ each time, as of an unseeded augmentation, are not compared.
+            again: part of the key, "batches" or "samples" -> a function that loads them again and returns their hashes,
+                called if they differ from those of the saved run. Parts that differ each time, as of an unseeded
+                augmentation, are not compared.
 
         Returns:
             The training progress, and this rank's random state; a new TrainState and None if there is no checkpoint.
@@ -166,7 +168,7 @@ class RunDirectory:
         steps = result.get("steps") if facts.get("status") == "done" else None
         done = steps == at.step and (self.folder / "student.safetensors").is_file()
         is_finished = at.stopped or done
-        self._check_same(saved_key, state["student"], is_finished=is_finished, extend=extend, again=batches_again)
+        self._check_same(saved_key, state["student"], is_finished=is_finished, extend=extend, again=again or {})
         checkpoint.scatter(state, self.student, self.method, self.optimizer)
         checkpoint.load_buffers(self.student, state.get("buffers", {}))
         if self.average is not None:
@@ -190,18 +192,18 @@ class RunDirectory:
         *,
         is_finished: bool,
         extend: bool,
-        again: Callable[[], Mapping[str, str]] | None,
+        again: Mapping[str, Callable[[], Mapping[str, str]]],
     ) -> None:
         """Raise an error that names what differs if the saved run is another one."""
         longer = self.key["total_steps"] > saved["total_steps"]
         different = differences(saved, self.key, without=("total_steps", "patience") if extend and is_finished else ())
         if "initial_weights" in different and same_weights(self.student, weights):
             different.remove("initial_weights")  # of the student in the folder, such as after an earlier call
-        if "batches" in different and again is not None:
-            second = again()
-            stable = {name: digest for name, digest in self.key["batches"].items() if second.get(name) == digest}
-            if all(saved["batches"].get(name) == digest for name, digest in stable.items()):
-                different.remove("batches")
+        for part in set(again) & set(different):
+            second = again[part]()
+            stable = {name: digest for name, digest in self.key[part].items() if second.get(name) == digest}
+            if all(saved[part].get(name) == digest for name, digest in stable.items()):
+                different.remove(part)
         if extend and not is_finished and "total_steps" in different:
             raise ValueError(
                 f"{self.folder} holds a run that is not finished, and extend=True (--extend) continues a finished one. "
@@ -364,7 +366,8 @@ def run_metadata(
 
 def _named(facts: Any) -> Mapping[str, Any]:
     """Return the caller's facts about a part; text is its name."""
-    return facts if isinstance(facts, Mapping) else {} if facts is None else {"name": str(facts)}
+    named = {} if facts is None else {"name": str(facts)}
+    return cast("Mapping[str, Any]", facts) if isinstance(facts, Mapping) else named
 
 
 def schedule_values(schedule: Callable[[float], Any] | None) -> dict[str, Any] | None:

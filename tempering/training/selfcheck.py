@@ -142,8 +142,8 @@ def _unchanged(inputs: Any, side: str) -> Generator[None]:
     yield
     if any(x._version != version for x, version in zip(tensors, before, strict=True)):
         raise SelfCheckError(
-            f"the {side} changes its inputs in place, such as by x.sub_(mean) or a ReLU(inplace=True) that comes first, "
-            "so the other model would get other inputs. Write x = x - mean, or nn.ReLU()."
+            f"the {side} changes its inputs in place, such as by x.sub_(mean) or a ReLU(inplace=True) that comes "
+            "first, so the other model would get other inputs. Write x = x - mean, or nn.ReLU()."
         )
 
 
@@ -152,14 +152,15 @@ def _restored(student: nn.Module) -> Generator[dict[nn.Module, bool]]:
     """Restore the student's modes and buffers, and the random state; the modes are the context's value."""
     saved, modes = random_state(), {module: module.training for module in student.modules()}
     # by name, since a forward pass may assign another tensor: self.count = self.count + 1
-    named = [(m, name, b) for m in modes for name, b in m._buffers.items() if b is not None]
-    buffers = [(module, name, buffer, buffer.clone()) for module, name, buffer in named]
+    named = dict(student.named_buffers())
+    buffers = [(name, buffer, buffer.clone()) for name, buffer in named.items()]
     try:
         yield modes
     finally:
         with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer.copy_(value)
+            for name, buffer, value in buffers:
+                path, _, own = name.rpartition(".")
+                setattr(student.get_submodule(path), own, buffer.copy_(value))
         for module, mode in modes.items():
             module.training = mode
         set_random_state(saved)

@@ -317,10 +317,14 @@ class Trainer:
         """Load the newest checkpoint, if there is one, and start the records; those of a finished run stay."""
         if self.folder is not None:
             self.run_dir.key["batches"] = self.loader.fingerprint()
+            self.run_dir.key["samples"] = self.loader.samples(self.evaluator.splits)
         self.state, self.resumed_random_state = self.run_dir.resume(
             restart=not self.config.resume,
             extend=self.config.extend,
-            batches_again=functools.partial(self.loader.fingerprint, keep_states=False),
+            again={
+                "batches": functools.partial(self.loader.fingerprint, keep_states=False),
+                "samples": functools.partial(self.loader.samples, self.evaluator.splits, again=True),
+            },
         )
         self.length.resume(self.state)
         if self.run_dir.how == "finished":

@@ -119,11 +119,12 @@ def described(output: Any) -> str:
     )
     if not entries:
         return type(output).__name__
+    logits = next((n for n, x in entries if isinstance(x, Tensor) and x.ndim > 1), entries[0][0])
     parts = ", ".join(f"{n!r}: {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}" for n, x in entries)
     return (
         f"{type(output).__name__} with {parts}. Is it one in training mode only? To select the logits, write "
         f"model.register_forward_hook(lambda module, args, output: output if isinstance(output, torch.Tensor) else "
-        f"output[{entries[0][0]!r}])"
+        f"output[{logits!r}])"
     )
 
 
