@@ -241,6 +241,13 @@ class DistillMixin(Trainer):
     ) -> Any:
         """Evaluate a batch; samples that only make the last batch equal on all processes do not count."""
         state, evaluation = self.accelerator.gradient_state, self._evaluation
+        if getattr(self.args, "predict_with_generate", False) and getattr(self, "label_smoother", None) is None:
+            # Seq2SeqTrainer then takes the loss from the model, which computes none, or from a label smoother
+            self.label_smoother = lambda *_: self.compute_loss(model, self._prepare_inputs(inputs))
+            try:
+                return self.prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            finally:
+                self.label_smoother = None
         repeats = self.accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0
         if not repeats or evaluation is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

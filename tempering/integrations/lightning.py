@@ -225,7 +225,8 @@ class DistillModule(pl.LightningModule):
             suffix = f"/dataloader_idx_{index}" if len(self._evaluations) > 1 else ""
             for name, value in evaluation.result(self._sum, self.device).items():
                 shown = name in ("loss", "accuracy")
-                self.log(f"{split}_{name}{suffix}", value, prog_bar=shown, sync_dist=True)  # equal on all processes
+                key = f"{split}_{name}{suffix}"  # equal on all processes
+                self.log(key, value, prog_bar=shown, sync_dist=True, add_dataloader_idx=not suffix)
 
     def _sum(self, value: Tensor) -> Any:
         return value if self.trainer.world_size == 1 else self.trainer.strategy.reduce(value, reduce_op="sum")

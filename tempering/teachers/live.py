@@ -140,7 +140,9 @@ class Live(Teacher):
         """Freeze the module and put it in eval mode; the first forward after ``release`` does so too."""
         if self._before is None:
             self._before = ModelState(self._model)
-            self._model.eval().requires_grad_(False)
+            self._model.eval()
+            for p in self._model.parameters():  # a scripted module does not have requires_grad_() itself
+                p.requires_grad_(False)
             dtypes = {p.dtype for p in self._model.parameters() if p.is_floating_point()}
             self._own_dtype = dtypes.pop() if len(dtypes) == 1 else None
 

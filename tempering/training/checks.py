@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 from tempering.rows import Rows, total
+from tempering.utils.tensors import overlap
 
 if TYPE_CHECKING:
     from tempering.methods.base import BlockLoss, Chunking, Method
@@ -54,15 +56,18 @@ def check_models_are_distinct(student: nn.Module, teacher: nn.Module | Teacher |
     """Check, before anything is changed, that the student can be trained and shares nothing that is trained.
 
     Raises:
-        ValueError: for trained parameters, buffers or dropout modules that are the teacher's too, or a student in
-            which nothing requires grad.
+        ValueError: for trained parameters, buffers or dropout modules that are the teacher's too, or in its memory, for
+            lazy modules that never ran, or a student in which nothing requires grad.
     """
     model = teacher if isinstance(teacher, nn.Module) else getattr(teacher, "model", None)
+    _check_initialized("student", student)
     if isinstance(model, nn.Module):
-        theirs = {id(x) for x in (*model.parameters(), *model.buffers())}
+        _check_initialized("teacher", model)
+        theirs = [*model.parameters(), *model.buffers()]
         # a frozen part of the teacher may be reused, as SimKD reuses its classifier
         ours = [(n, p) for n, p in student.named_parameters() if p.requires_grad] + list(student.named_buffers())
-        shared = [n for n, x in ours if id(x) in theirs]
+        objects = {id(x) for x in theirs}
+        shared = [n for n, x in ours if id(x) in objects]
         modes = {id(m) for m in model.modules() if isinstance(m, DROPOUT)}
         named = cast("Iterable[tuple[str, nn.Module]]", student.named_modules())
         shared += [name for name, module in named if id(module) in modes]
@@ -72,19 +77,51 @@ def check_models_are_distinct(student: nn.Module, teacher: nn.Module | Teacher |
                 "the teacher is a part of the student, or shares weights with the student: frozen, they would not be "
                 f"trained. Of the student these are {first}. Pass copy.deepcopy(model) as teacher."
             )
+        in_theirs = overlap([x for _, x in ours], theirs)
+        if common := [name for (name, _), is_shared in zip(ours, in_theirs, strict=True) if is_shared]:
+            raise ValueError(
+                f"{len(common)} weights of the student, such as {common[0]!r}, are in the memory of the teacher's: "
+                "training the student would change the teacher. Were they taken over by .data, or by "
+                "load_state_dict(assign=True)? Pass copy.deepcopy(model) as teacher, or copy the weights with .clone()."
+            )
     if not any(p.requires_grad for p in student.parameters()):
         raise ValueError("the student has no parameter that requires grad: there is nothing to train.")
 
 
-def explain_input_types(error: RuntimeError, model: nn.Module, inputs: object) -> None:
-    """Add to an error of a forward pass what to write, if the inputs are of another type than the weights."""
+def _check_initialized(side: str, model: nn.Module) -> None:
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise ValueError(
+            f"the {side} has lazy modules, whose weights have no shape yet. Run it on a batch first: model(inputs)."
+        )
+
+
+def explain_inputs(error: Exception, model: nn.Module, inputs: object) -> None:
+    """Add to an error of a forward pass what to write, if its inputs do not fit.
+
+    That is inputs of another type than the weights, or several for a model that takes each as an argument.
+    """
     own = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    types = {x.dtype for x in tree_leaves(inputs) if isinstance(x, Tensor)}
-    wrong = sorted(str(t) for t in types if (t.is_floating_point and t not in own) or t == torch.uint8)
-    if len(own) == 1 and wrong:
+    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+    wrong = sorted(
+        {str(x.dtype) for x in tensors if (x.is_floating_point() and x.dtype not in own) or x.dtype == torch.uint8}
+    )
+    if isinstance(error, TypeError) and ("forward()" in str(error) or isinstance(inputs, Mapping)):
+        what = type(cast("Any", inputs)).__name__ if len(tensors) != 1 else f"a tensor {tuple(tensors[0].shape)}"
+        what += f" with {', '.join(map(repr, cast('Any', inputs)))}" if isinstance(inputs, Mapping) else ""
+        error.add_note(
+            f"The model was called with one argument, the inputs of the batch: {what}. For one that takes several, "
+            "wrap it in a module whose forward(self, x) returns self.model(*x), and let batches be ((x1, x2), labels); "
+            "for one that takes a tensor, let them be (x, labels)."
+        )
+    elif len(own) == 1 and wrong:
         error.add_note(
             f"The inputs are {', '.join(wrong)} and the student's weights are {own.pop()}: convert the inputs "
             "in the data set, x.float(), and scale pixels to the range that the model was trained with."
+        )
+    elif tensors and "dtype" in str(error) and not any(x.is_floating_point() for x in tensors):
+        shapes = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)
+        error.add_note(
+            f"The inputs are {shapes}. Are they the labels? Batches are (inputs, labels) or (inputs, labels, ids)."
         )
 
 

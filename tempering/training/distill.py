@@ -224,7 +224,7 @@ def _prepare_task(task: Task | None, student: nn.Module, teacher: Teacher | None
     if task is None:
         from tempering.tasks.classification import Classification
 
-        return Classification()
+        task = Classification()
     for model in (student, None if teacher is None else teacher.model):
         if model is not None:
             task.prepare_model(model)

@@ -78,7 +78,8 @@ class Evaluator:
         Updates ``state``: the best evaluation, how many evaluations ago it was, and whether the run should stop.
         """
         best = state.best_value
-        improved = best is None or (value > best if self.higher_is_better else value < best)
+        better = best is None or math.isnan(best) or (value > best if self.higher_is_better else value < best)
+        improved = best is None or (better and not math.isnan(value))
         if improved:
             state.best_value, state.best, state.stale = value, state.last, 0
         else:
@@ -176,7 +177,8 @@ def generators_restored(batches: Iterable[Any]) -> Generator[None]:
 class CachedTeacherOutputs:
     """Cache a teacher's outputs on a fixed, unshuffled split, so that it runs once and not at every evaluation.
 
-    Outputs are cached by position and sample ids; batches without ids are not cached.
+    Outputs are cached by position and sample ids; batches without ids are not cached, nor is a split in which an id
+    occurs twice: they are no ids of samples, such as the number of a group, and another order may have the same.
 
     Args:
         enabled: False for a teacher that is trained during the run, or whose outputs are too large to keep.
@@ -185,6 +187,7 @@ class CachedTeacherOutputs:
     def __init__(self, teacher: Callable[[Any, Tensor | None], Any], *, enabled: bool = True) -> None:
         self.teacher, self.enabled = teacher, enabled
         self.outputs: list[tuple[Tensor, Any]] = []  # sample ids and outputs of each batch
+        self.seen: set[int] = set()  # ids
         self.position = 0
 
     def reset(self) -> CachedTeacherOutputs:
@@ -201,7 +204,10 @@ class CachedTeacherOutputs:
             return self.outputs[position][1]
         output = self.teacher(inputs, ids)
         if position == len(self.outputs):
-            self.outputs.append((ids, output))
+            new: list[int] = on_host(ids).tolist()
+            self.enabled = len({*new}) == len(new) and self.seen.isdisjoint(new)
+            self.outputs = [*self.outputs, (ids, output)] if self.enabled else []
+            self.seen.update(new)
         return output
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 from tempering.methods.base import Method
@@ -132,13 +133,15 @@ class _Models:
             return None if self.teacher is None else self.teacher(teacher_inputs, ids)
 
         try:
-            teacher_output = teach()
+            with _unchanged(teacher_inputs, "teacher"):
+                teacher_output = teach()
             self.student.eval()
-            student_output = self.student(student_inputs)
-        except RuntimeError as error:
-            from tempering.training.checks import explain_input_types
+            with _unchanged(student_inputs, "student"):
+                student_output = self.student(student_inputs)
+        except (RuntimeError, TypeError) as error:
+            from tempering.training.checks import explain_inputs
 
-            explain_input_types(error, self.student, student_inputs)
+            explain_inputs(error, self.student, student_inputs)
             raise
         blocks = self.task.rows(student_output, teacher_output, batch)
         if self.features is not None:
@@ -148,16 +151,32 @@ class _Models:
 
 
 @contextmanager
+def _unchanged(inputs: Any, side: str) -> Generator[None]:
+    """Check that a forward pass does not change its inputs: the other model, and later epochs, get them too."""
+    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and not x.is_inference()]
+    before = [x._version for x in tensors]
+    yield
+    if any(x._version != version for x, version in zip(tensors, before, strict=True)):
+        raise SelfCheckError(
+            f"the {side} changes its inputs in place, such as by x.sub_(mean) or a ReLU(inplace=True) that comes "
+            "first, so the other model would get other inputs. Write x = x - mean, or nn.ReLU()."
+        )
+
+
+@contextmanager
 def _restored(student: nn.Module) -> Generator[dict[nn.Module, bool]]:
     """Restore the student's modes and buffers, and the random state; the modes are the context's value."""
     saved, modes = random_state(), {module: module.training for module in student.modules()}
-    buffers = {buffer: buffer.clone() for buffer in cast("Iterable[Tensor]", student.buffers())}
+    # by name, since a forward pass may assign another tensor: self.count = self.count + 1
+    named = dict(student.named_buffers())
+    buffers = [(name, buffer, buffer.clone()) for name, buffer in named.items()]
     try:
         yield modes
     finally:
         with torch.no_grad():
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
+            for name, buffer, value in buffers:
+                path, _, own = name.rpartition(".")
+                setattr(student.get_submodule(path), own, buffer.copy_(value))
         for module, mode in modes.items():
             module.training = mode
         set_random_state(saved)

@@ -48,6 +48,7 @@ from tempering.training.run_dir import (
     initial_weights,
     lock_run_dir,
     remember_weights,
+    run_folder,
     run_key,
     run_metadata,
 )
@@ -99,7 +100,7 @@ class Trainer:
         wrapped, student = student, unwrapped(student)  # records and weights are the plain model's
         self.student, self.teacher, self.method, self.task, self.config = student, teacher, method, task, config
         self.on_step = on_step
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else run_folder(folder)
         validate_step_method(method, teacher, config)
         validate_sampled_teacher(method, teacher)
         check_splittable(method, accumulate=config.accumulate)
@@ -313,10 +314,14 @@ class Trainer:
         """Load the newest checkpoint, if there is one, and start the records; those of a finished run stay."""
         if self.folder is not None:
             self.run_dir.key["batches"] = self.loader.fingerprint()
+            self.run_dir.key["samples"] = self.loader.samples(self.evaluator.splits)
         self.state, self.resumed_random_state = self.run_dir.resume(
             restart=not self.config.resume,
             extend=self.config.extend,
-            batches_again=functools.partial(self.loader.fingerprint, keep_states=False),
+            again={
+                "batches": functools.partial(self.loader.fingerprint, keep_states=False),
+                "samples": functools.partial(self.loader.samples, self.evaluator.splits, again=True),
+            },
         )
         self.length.resume(self.state)
         if self.run_dir.how == "finished":
