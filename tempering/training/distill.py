@@ -101,7 +101,7 @@ def distill(
         test: scored as well; selects the best epoch only if there is no validation, which the report notes.
         out: folder for records, checkpoints and weights; None writes nothing.
         seed: of the order, augmentation and dropout of every epoch; not of the student's initial weights.
-        loggers: "tensorboard", "csv", "wandb", or Fabric loggers.
+        loggers: "tensorboard", "csv", "wandb", "mlflow", "trackio", or Fabric loggers.
         facts: additional content of facts.json, such as "label" and "data".
         on_step: called after every step with its number (from 0) and its loss, (); with several processes, the mean
             over them is the step's loss.
