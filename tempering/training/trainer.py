@@ -321,12 +321,12 @@ class Trainer:
             self._end("interrupted")
             raise
         except BaseException as error:
-            self._end("failed", error=f"{type(error).__name__}: {error}")
+            self._end("failed", {"error": f"{type(error).__name__}: {error}"})
             raise
 
-    def _end(self, status: str, **facts: Any) -> None:
+    def _end(self, status: str, facts: Mapping[str, Any] | None = None) -> None:
         """Complete the records, then the logs."""
-        self.recorder.end(status, **facts)
+        self.recorder.end(status, **(facts or {}))
         if self.loggers is not None:
             self.loggers.end(LOGGED_AS[status])
 
@@ -552,7 +552,7 @@ class Trainer:
             "peak_mb": peak_mb(self.device),
             **({"cost": cost} if cost else {}),
         }
-        self._end("done", result=result)
+        self._end("done", {"result": result})
         self.fabric.barrier()
         ema = None if self.average is None else self.average.model
         return Run(self.student, self.folder, self.recorder.facts, self.recorder.epochs, self.run_dir.how, ema)
