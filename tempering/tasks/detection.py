@@ -152,6 +152,9 @@ class Detection(Task):
         out = average_precision(outputs["student"], scored_boxes(outputs["truth"]), outputs["classes"])
         return {name: out[name] for name in ("map", "map50", "map75")} | {"loss": outputs["loss"]}
 
+    def score_teacher(self, teacher: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+        return {}  # the analysis has the teacher's average precision
+
     def analyze(
         self, student: nn.Module, batches: Iterable[Any], *, teacher: TeacherForward | None = None, **_: Any
     ) -> dict[str, Any]:

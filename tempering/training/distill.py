@@ -56,6 +56,7 @@ def distill(
     gradient_checkpointing: bool = False,
     chunks: bool | None = None,
     log_every: int = 50,
+    examples: int = 6,
     checkpoint_every: int | None = None,
     keep: int = 2,
     patience: int | None = None,
@@ -77,7 +78,8 @@ def distill(
 
     Options of ``TrainConfig`` with the same name: accumulate, max_grad_norm, precision, accelerator, devices, strategy,
     compile, warmup, decay_norms, ema, label_smoothing, mixup, cutmix, class_weights, gradient_checkpointing, chunks,
-    evaluate_every, log_every, checkpoint_every, keep, patience, resume, extend, requeue, selfcheck, skip_checks, quiet.
+    evaluate_every, log_every, examples, checkpoint_every, keep, patience, resume, extend, requeue, selfcheck,
+    skip_checks, quiet.
     With strategy="fsdp" the student is left sharded. With several devices the script runs once per device; the
     parameters equal those of one device with the same batch. A run killed at any moment resumes from the last
     checkpoint, with bit-identical results.
@@ -139,6 +141,7 @@ def distill(
         gradient_checkpointing=gradient_checkpointing,
         chunks=chunks,
         log_every=log_every,
+        examples=examples,
         checkpoint_every=checkpoint_every,
         keep=keep,
         patience=patience,

@@ -538,6 +538,8 @@ class Trainer:
             with self.average.applied():
                 self.run_dir.write_weights("ema.safetensors")
         analysis = self.evaluator.analyze(self.model, self.method, state)
+        if self.folder is not None:
+            analysis = self.evaluator.compare_models(self.model, analysis, self.config.examples)
         if analysis and self.is_rank_zero:
             self.recorder.analysis(analysis)
         if state.best is not None and state.last is not None and state.best["epoch"] == state.last["epoch"]:
