@@ -13,7 +13,7 @@ from tempering.reports.figures import arms_in_charts, shown, styles
 from tempering.reports.records import RunRecord, number
 
 ROOM = 600_000  # maximum bytes of pictures on a page
-STRONG = 2.0  # nats of KL that have the full color
+DRAWN = 96  # of a picture's longer side
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ def _example(item: Mapping[str, Any], css: str, key: str, arm: str, names: Seque
 
 
 def _picture(item: Mapping[str, Any], key: str, title: str, description: str) -> Svg:
-    side = {"width": item["width"], "height": item["height"]}
+    scale = DRAWN / max(item["width"], item["height"])
+    side = {name: float(scale * item[name]) for name in ("width", "height")}
     image = tag("image", href=f"data:image/png;base64,{item['png']}", **side)
     return charts.svg(key, title, description, [image], side["width"], side["height"])
 
@@ -120,10 +121,10 @@ def _token_rows(item: Mapping[str, Any]) -> list[Row]:
 
 
 def _tokens(item: Mapping[str, Any]) -> list[Token]:
-    out = []
+    out, worst = [], number(item.get("kl")) or 1.0
     for i, (text, kl) in enumerate(item["tokens"]):
         value = number(kl) or 0.0
-        strength = f"{min(1.0, value / STRONG):.2f}"
+        strength = f"{max(0.0, min(1.0, value / worst)):.2f}"
         out.append(Token(str(text), strength, f"KL {value:.3g} nats", i == item.get("at")))
     return out
 
