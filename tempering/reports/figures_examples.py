@@ -18,7 +18,7 @@ DRAWN = 96  # of a picture's longer side
 
 @dataclass(frozen=True)
 class Row:
-    """A class or token: its name, and both probabilities in percent as text; "" where one was not recorded."""
+    """A class or token: its name, and both probabilities in percent, and whether it is the true one."""
 
     name: str
     teacher: str
@@ -88,8 +88,6 @@ def _example(item: Mapping[str, Any], css: str, key: str, arm: str, names: Seque
     rows = [
         Row(_class(names, k), _percent(q), _percent(p), is_label=k == label) for k, q, p in item.get("classes") or ()
     ]
-    if label is not None and not any(row.is_label for row in rows):
-        rows.append(Row(_class(names, label), "", "", is_label=True))
     picture = None
     if item.get("png"):
         picture = _picture(item, key, f"{arm}: example", f"label {_class(names, label)}" if label is not None else "")
@@ -109,15 +107,10 @@ def _class(names: Sequence[str], k: Any) -> str:
 
 def _token_rows(item: Mapping[str, Any]) -> list[Row]:
     """Return the tokens that either side finds likely at the worst position, the true one marked."""
-    sides = {side: {str(text): p for text, p in item.get(side) or ()} for side in ("teacher", "student")}
-    at, tokens = int(item.get("at") or 0), item["tokens"]
-    true = str(tokens[at][0]) if at < len(tokens) else None
-    names = dict.fromkeys([*sides["teacher"], *sides["student"]])
-    rows = [
-        Row(_visible(n), _percent(sides["teacher"].get(n)), _percent(sides["student"].get(n)), is_label=n == true)
-        for n in names
+    return [
+        Row(_visible(str(text)), _percent(q), _percent(p), is_label=i == item.get("label"))
+        for i, (text, q, p) in enumerate(item.get("likeliest") or ())
     ]
-    return rows if true is None or true in names else [*rows, Row(_visible(true), "", "", is_label=True)]
 
 
 def _tokens(item: Mapping[str, Any]) -> list[Token]:

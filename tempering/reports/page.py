@@ -226,7 +226,7 @@ def _cards(comparison: Comparison) -> list[dict[str, str]]:
         note = f"of the gap from {control.name} to the teacher"
         cards.append({"value": f"{100 * share:.0f} %", "what": "gap closed", "note": note})
     small, large = _sizes(comparison)
-    if cards and small and large:
+    if cards and small and large and large > small:
         note = f"{_count(small)} parameters, the teacher has {_count(large)}"
         cards.append({"value": f"{large / small:.3g}\u00d7", "what": "smaller", "note": note})
     return cards

@@ -19,7 +19,7 @@ DRAWN = {
     "reliability": {"temperature": {"*": float}, "plain": {"*": [DOT]}, "tempered": {"*": [DOT]}},
 }
 EXAMPLE = {"kl!": float, "classes": [[]], "png": str, "width": float, "height": float, "text": str, "prompt": str}
-EXAMPLE |= {"tokens": [[]], "at": int, "teacher": [[]], "student": [[]]}
+EXAMPLE |= {"tokens": [[]], "at": int, "label": int, "likeliest": [[]]}
 PICTURE = {"jpeg!": str, "width!": float, "height!": float, "boxes!": {"*": [[float]]}}
 RECORD = {
     "facts": {

@@ -46,7 +46,7 @@ def class_examples(
             for i in kl.topk(min(most, len(kl))).indices.tolist():
                 if found.takes(float(kl[i])):
                     item = {"label": int(y) if labels.ndim == 1 and (y := labels[i]) >= 0 else None}
-                    item["classes"] = _likeliest(p[i], q[i])
+                    item["classes"] = _likeliest(p[i], q[i], -1 if item["label"] is None else item["label"])
                     found.add(float(kl[i]), item | _shown(student_in, i, mean, std, decode))
             seen += len(kl)
             if seen >= SCANNED:
@@ -61,7 +61,8 @@ def token_examples(
 
     Returns:
         For each: "kl" in nats; "prompt", the text before the first token; "tokens", [text, kl] around the worst one,
-        which is number "at"; "teacher" and "student", [token, probability] of their likeliest tokens there.
+        which is number "at"; "likeliest", [token, teacher's probability, student's] of the likeliest ones there and
+        of the true one, number "label" in it (None: unlabeled).
     """
     decode, found, seen = decoder_of(batches) or _numbered, _Largest(most), 0
     with evaluating(student, batches) as on_device:
@@ -82,7 +83,10 @@ def token_examples(
                 if found.takes(float(kl[here[worst]])):
                     item = _text_item(decode, fields["target"].cpu()[here], kl[here], worst)
                     row, column = int(here[worst]), int(index[here[0]]) % length
-                    item |= {"teacher": _tokens(q[row], decode), "student": _tokens(p[row], decode)}
+                    true = int(fields["target"][row])
+                    ranked = _likeliest(p[row], q[row], true)
+                    item["label"] = next((n for n, (k, *_) in enumerate(ranked) if k == true), None)
+                    item["likeliest"] = [[decode([int(k)]), *both] for k, *both in ranked]
                     item["prompt"] = decode(_prompt(batch, b, column))[-PROMPT:]
                     found.add(item["kl"], item)
             seen += len(texts.unique())
@@ -137,16 +141,12 @@ def _compared(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return log_p.exp(), q, terms.sum(-1).clamp_min(0)
 
 
-def _likeliest(p: Tensor, q: Tensor) -> list[list[float]]:
-    """Return [class, teacher's probability, student's] of the likeliest classes of both, the teacher's first."""
+def _likeliest(p: Tensor, q: Tensor, true: int) -> list[list[float]]:
+    """Return [class, teacher's probability, student's] of the likeliest of both and the true one, by the teacher's."""
     top = min(TOP, len(p))
-    classes = dict.fromkeys([*q.topk(top).indices.tolist(), *p.topk(top).indices.tolist()])
+    classes = {*q.topk(top).indices.tolist(), *p.topk(top).indices.tolist(), *([true] if 0 <= true < len(p) else [])}
+    classes = sorted(classes, key=lambda k: (-float(q[k]), k))
     return [[k, round(float(q[k]), 4), round(float(p[k]), 4)] for k in classes]
-
-
-def _tokens(p: Tensor, decode: Callable[[list[int]], str]) -> list[list[Any]]:
-    values, indices = p.topk(min(TOP, len(p)))
-    return [[decode([k]), round(v, 4)] for k, v in zip(indices.tolist(), values.tolist(), strict=True)]
 
 
 def _numbered(ids: list[int]) -> str:
