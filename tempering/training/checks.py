@@ -50,7 +50,7 @@ def as_method(method: object) -> Method:
         try:
             method = lookup(method, METHODS, "method")
         except ValueError as error:
-            what = "" if method.isidentifier() else f"method={method!r} is no name of a method. "
+            what = "" if method.isidentifier() else f"method={method!r} is no name of a method."
             raise ValueError(
                 f"{what or error} Write the call, such as method=methods.KD(soft=0.9). Presets, such as "
                 "kd-matched, and text with values are built by tempering.experiments.presets.method_of(text)."
