@@ -86,7 +86,7 @@ def _example(item: Mapping[str, Any], css: str, key: str, arm: str, names: Seque
         return Example(css, title, _token_rows(item), text=str(item.get("prompt") or ""), tokens=_tokens(item))
     label = item.get("label")
     rows = [
-        Row(_class(names, k), _percent(q), _percent(p), is_label=k == label) for k, q, p in item.get("classes") or ()
+        Row(_class(names, k), _percent(q), _percent(p), is_label=k == label) for k, q, p in item.get("classes") or []
     ]
     picture = None
     if item.get("png"):
@@ -109,7 +109,7 @@ def _token_rows(item: Mapping[str, Any]) -> list[Row]:
     """Return the tokens that either side finds likely at the worst position, the true one marked."""
     return [
         Row(_visible(str(text)), _percent(q), _percent(p), is_label=i == item.get("label"))
-        for i, (text, q, p) in enumerate(item.get("likeliest") or ())
+        for i, (text, q, p) in enumerate(item.get("likeliest") or [])
     ]
 
 

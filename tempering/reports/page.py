@@ -17,12 +17,12 @@ from tempering.reports import text as words
 from tempering.reports.compare import Arm, Comparison, compare, display_name
 from tempering.reports.pair import pair, side_by_side
 from tempering.reports.records import RunRecord, number
-from tempering.reports.serve import REFRESH
 from tempering.utils.files import write_atomic
 
 HERE = Path(__file__).parent
 LIMIT = 1_500_000  # bytes; small enough for a mail and to open quickly in a browser
 MOST_FOLDERS = 200  # lines of a summary's list of folders
+REFRESH = 15  # seconds between reloads of the page of a run in progress
 COLORS = 6  # in page.css, besides the control's gray
 DASHES = ("none", "8 3", "8 3 2 3", "2 3")
 

@@ -48,7 +48,7 @@ def pair(comparison: Comparison, css: Mapping[str, str]) -> Pair | None:
     first, second = comparison.arms
     facts = [_flat({part: arm.runs[0].facts.get(part) for part in PARTS}) for arm in (first, second)]
     settings = [
-        (name.replace("_", " "), *(_text(side.get(name)) for side in facts))
+        (name.replace("_", " "), _text(facts[0].get(name)), _text(facts[1].get(name)))
         for name in dict.fromkeys([*facts[0], *facts[1]])
         if facts[0].get(name) != facts[1].get(name) and name.rpartition(".")[2] not in LEFT_OUT
     ]
@@ -67,8 +67,8 @@ def _scores(first: Arm, second: Arm) -> list[tuple[str, str, str, str, bool]]:
             text = metric.show(gap.mean, signed=True) + metric.step
             text += "" if gap.half is None else f" \u00b1 {metric.show(gap.half)}"
         means = [mean(list(side.values())) for side in sides]
-        values = [metric.show(v) + (metric.unit if v is not None else "") for v in means]
-        rows.append((name.replace("/", " ").replace("_", " "), *values, text, gap is not None and gap.shown))
+        one, two = (metric.show(v) + (metric.unit if v is not None else "") for v in means)
+        rows.append((name.replace("/", " ").replace("_", " "), one, two, text, gap is not None and gap.shown))
     return rows
 
 

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from tempering.reports.page import REFRESH, fitting
+from tempering.reports.records import load_runs
+
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost", "[::1]")
-REFRESH = 15  # seconds between reloads of a page in a browser
 
 
 def server(render: Callable[[], str], port: int = 8000) -> ThreadingHTTPServer:
@@ -74,7 +76,4 @@ def page_of(
     paths: Sequence[Path], *, title: str | None = None, control: str | None = None, public: bool = False
 ) -> str:
     """Return the present page of the runs at or below these paths."""
-    from tempering.reports.page import fitting
-    from tempering.reports.records import load_runs
-
     return fitting(load_runs(paths, public=public), title=title, control=control, folder=Path())

@@ -45,7 +45,7 @@ def class_examples(
             labels = class_indices(labeled_batch(batch).labels, type(task).__name__).cpu()
             for i in kl.topk(min(most, len(kl))).indices.tolist():
                 if found.takes(float(kl[i])):
-                    item = {"label": int(y) if labels.ndim == 1 and (y := labels[i]) >= 0 else None}
+                    item: Item = {"label": int(y) if labels.ndim == 1 and (y := labels[i]) >= 0 else None}
                     item["classes"] = _likeliest(p[i], q[i], -1 if item["label"] is None else item["label"])
                     found.add(float(kl[i]), item | _shown(student_in, i, mean, std, decode))
             seen += len(kl)
@@ -192,11 +192,3 @@ def png(image: Tensor, mean: Any = None, std: Any = None) -> Item:
     file = io.BytesIO()
     picture.save(file, "PNG", optimize=True)
     return {"png": base64.b64encode(file.getvalue()).decode(), "width": picture.width, "height": picture.height}
-
-
-def same_inputs(task: Task, batches: Iterable[Any]) -> bool:
-    """Return whether the teacher's inputs are the student's, so that the task can score the teacher like a student."""
-    for batch in batches:
-        student_in, teacher_in, _ = task.inputs(batch)
-        return student_in is teacher_in
-    return False

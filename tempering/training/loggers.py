@@ -28,7 +28,7 @@ class Loggers:
     """
 
     def __init__(
-        self, loggers: Sequence[Any], folder: Path | None, on_failure: Callable[[str, str], None] = lambda *_: None
+        self, loggers: Sequence[Any], folder: Path | None, on_failure: Callable[[str, str], None] | None = None
     ) -> None:
         self.active: list[Any] = [make_logger(logger, folder) for logger in loggers]
         self.on_failure = on_failure
@@ -71,7 +71,8 @@ class Loggers:
                     f"the logger {name} {reason}. The run continues without it; its own records are complete.",
                     stacklevel=2,
                 )
-                self.on_failure(name, reason)
+                if self.on_failure is not None:
+                    self.on_failure(name, reason)
 
 
 def _name(logger: Any) -> str:

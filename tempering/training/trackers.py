@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_fabric.loggers.logger import Logger, rank_zero_experiment
+from lightning_fabric.loggers.logger import Logger
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 
 PROJECT = "tempering"
@@ -42,12 +42,11 @@ class Tracker(Logger):
 
     @property
     def version(self) -> str:
-        return str(self.run.id)
+        return "" if self._run is None else str(self._run.id)
 
     @property
-    @rank_zero_experiment
     def run(self) -> Any:
-        """The tracker's run."""
+        """The tracker's run; on rank 0 only."""
         if self._run is None:
             self._run = self._begin()
         return self._run
@@ -105,7 +104,7 @@ class MlflowLogger(Tracker):
 
     @property
     def version(self) -> str:
-        return str(self.run.info.run_id)
+        return "" if self._run is None else str(self._run.info.run_id)
 
     def _begin(self) -> Any:
         self.client = self.module.MlflowClient()
@@ -117,11 +116,11 @@ class MlflowLogger(Tracker):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         now, kind = int(time.time() * 1000), self.module.entities.Metric
         values = [kind(_key(name), float(value), now, step or 0) for name, value in metrics.items()]
-        self.client.log_batch(self.version, metrics=values)
+        self.client.log_batch(self.run.info.run_id, metrics=values)
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        number, kind = self.version, self.module.entities.Param
+        number, kind = self.run.info.run_id, self.module.entities.Param
         values = [kind(_key(name), str(value)[:LONGEST]) for name, value in dict(params).items()]
         for start in range(0, len(values), MOST_PARAMS):
             self.client.log_batch(number, params=values[start : start + MOST_PARAMS])
