@@ -114,9 +114,9 @@ class MlflowLogger(Tracker):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        now, kind = int(time.time() * 1000), self.module.entities.Metric
+        number, now, kind = self.run.info.run_id, int(time.time() * 1000), self.module.entities.Metric
         values = [kind(_key(name), float(value), now, step or 0) for name, value in metrics.items()]
-        self.client.log_batch(self.run.info.run_id, metrics=values)
+        self.client.log_batch(number, metrics=values)
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
