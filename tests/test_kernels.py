@@ -436,6 +436,7 @@ def test_logits_of_bfloat16_are_as_good_as_float32(
     monkeypatch.setattr(linear, "_subtracts_first", lambda: fine)
     n, C, H = sizes
     x, head = torch.randn(n, H).bfloat16(), torch.randn(C, H).bfloat16()
+    monkeypatch.setattr(linear, "_multiplies", lambda dtype, device: True)
     side = linear._Side(x, head, None)
     found = side.logits(slice(0, n), None, side.buffer(n), wide=True)
     exact = x.double() @ head.double().T
@@ -444,8 +445,10 @@ def test_logits_of_bfloat16_are_as_good_as_float32(
     assert ((x @ head.T).double() - exact).norm() > 20 * (found - exact).norm()
 
 
-def test_linear_in_half_precision() -> None:
+@pytest.mark.parametrize("native", [True, False], ids=["with instructions", "without"])
+def test_linear_in_half_precision(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default makes logits in float32: near the float64 gradient, and nearer than rounded logits."""
+    monkeypatch.setattr(linear, "_multiplies", lambda dtype, device: native)
     made = Heads(64, 300, torch.bfloat16)
     method = DTKD(warmup=0.0)
     got, rounded = made.fused(method, memory=2**16)[1], made.fused(method, memory=2**16, wide=False)[1]

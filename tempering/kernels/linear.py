@@ -13,6 +13,7 @@ from tempering.kernels.compiled import Wanted
 from tempering.methods.base import Method
 from tempering.rows import Rows
 from tempering.teachers.outputs import Head
+from tempering.utils.device import has_native_bf16
 
 Last = nn.Linear | Tensor | Head
 LOGITS = {"cpu": 2**25}  # bytes of both sides' logits per chunk
@@ -44,7 +45,8 @@ def linear_loss(
     """``total`` of the method on the logits of two heads, computed per chunk of rows, without storing (N, C) logits.
 
     The gradients in the student's hidden states, and in its head if that requires grad, are computed in forward, and
-    backward can run once. Supports any row-wise method and policy, as ``chunked``, which it uses.
+    backward can run once. Supports any row-wise method and policy, as ``chunked``, which it uses. A CPU without
+    instructions for the inputs' half precision gets float32 copies of both sides, for the time of the call.
 
     Args:
         method: row-wise.
@@ -145,7 +147,10 @@ class _Side:
                 raise ValueError(f"classes must be from 1 to {len(self.weight)}, the head's own; got {classes}.")
             self.weight = self.weight[:classes]
             self.bias = None if self.bias is None else self.bias[:classes]
-        self.half = self.weight.dtype in (torch.bfloat16, torch.float16)
+        self.dtype = self.weight.dtype
+        self.half = self.dtype in (torch.bfloat16, torch.float16)
+        if self.half and not _multiplies(self.dtype, self.weight.device):
+            self.hidden, self.weight = self.hidden.float(), self.weight.float()
         self.by_hidden: Tensor | None = None
         self.by_weight: Tensor | None = None
         self.by_bias: Tensor | None = None
@@ -159,8 +164,10 @@ class _Side:
         """The logits of a slice of rows, (n, C), in at least float32, written into ``buffer``."""
         x = self.hidden[part]
         z = buffer[: len(x)]
-        if not self.half:
+        if x.dtype not in (torch.bfloat16, torch.float16):
             torch.mm(x, self.weight.T, out=z)
+            if not wide and self.dtype != x.dtype:
+                z.copy_(z.to(self.dtype))
         elif not wide:
             z.copy_(x @ self.weight.T)
         elif x.is_cuda:
@@ -236,14 +243,17 @@ class _Side:
         return list(parts(len(self.weight), max(1, BLOCK // self.weight.shape[1])))
 
 
+def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device has instructions for products in half precision: a CPU without takes up to 100 times as long."""
+    return device.type != "cpu" or (dtype == torch.bfloat16 and has_native_bf16(device))
+
+
 @functools.cache
 def _subtracts_first() -> bool:
     """Whether this CPU's library rounds a bfloat16 product minus a tensor once, at the end.
 
     A product and its rounding error then have a precision of 2^-17, and are faster than a product in float32.
     """
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
     x, head = (torch.randn(n, 64, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (16, 32))
     rounded, exact = x @ head.T, x.double() @ head.double().T
     total = rounded.double() + torch.addmm(rounded, x, head.T, beta=-1.0)

@@ -40,10 +40,16 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
 def to_device(batch: Any, device: torch.device | str) -> Any:
     """Return the batch with every tensor in it on the device; ``on_host`` gives back what shapes depend on.
 
-    Copies to a device do not wait for it. Those to the CPU do: their values could be read before they are there.
+    Copies to a device do not wait for it; those to CUDA use pinned memory, as others wait there. Copies to
+    the CPU wait: their values could be read before they are there.
     """
-    to_cpu = torch.device(device).type == "cpu"
-    return map_tensors(batch, lambda x: _remembered(x, x.to(device, non_blocking=not to_cpu)))
+    kind = torch.device(device).type
+
+    def move(x: Tensor) -> Tensor:
+        pinned = x.pin_memory() if kind == "cuda" and x.device.type == "cpu" and x.layout is torch.strided else x
+        return _remembered(x, pinned.to(device, non_blocking=kind != "cpu"))
+
+    return map_tensors(batch, move)
 
 
 def _remembered(source: Tensor, moved: Tensor) -> Tensor:
