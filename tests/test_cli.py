@@ -162,7 +162,7 @@ def test_a_recipe_that_is_not_there_names_the_near_ones(tiny: Path, capsys: pyte
     assert run("run", tiny.with_name("tyni.py")) == 1
     assert f"there is no recipe {tiny.with_name('tyni.py')}. Did you mean {tiny}?" in capsys.readouterr().err
     assert run("run", "cifar10") == 1
-    assert f"Did you mean {recipe_file.BUNDLED / 'cifar100.py'}" in capsys.readouterr().err
+    assert "Did you mean cifar100" in capsys.readouterr().err
     assert recipe_file.find("digits") == ROOT / "tempering" / "recipes" / "digits.py"
     tiny.write_text("x = 1\n")
     assert run("check", tiny) == 1

@@ -43,10 +43,11 @@ FLOORS = {
     "__main__": 10,
 }
 HEAVY = {"lightning_fabric", "torchvision", "timm", "transformers", "datasets", "sklearn", "PIL", "matplotlib", "scipy"}
+HEAVY |= {"mlflow", "trackio"}
 HEAVY |= {"torchmetrics", "tensorboard", "wandb", "jinja2", "lightning", "optuna", "kornia", "pyautoattack", "captum"}
 HEAVY |= {"pycocotools", "onnxscript", "onnxruntime", "torchao", "executorch", "huggingface_hub"}
 # they subclass Fabric's logger and Lightning's module, and are imported where those are asked for
-HEAVY_BASES = re.compile(r"training\.wandb\w*|integrations\.lightning")
+HEAVY_BASES = re.compile(r"training\.trackers|integrations\.lightning")
 
 
 @dataclass(frozen=True)

@@ -234,24 +234,44 @@ def report(
     control: str | None = None,
     title: str | None = None,
     public: bool = False,
+    serve: bool = False,
+    port: int = 8000,
 ) -> None:
     """Write an HTML page about runs, which needs no network connection.
+
+    Two runs are compared side by side: `tempering report RUN_A RUN_B`.
 
     Args:
         runs: folders of runs, folders that contain them, or records.
         out: path of the page.
         control: the method that the others are compared with; default: the student alone.
         title: title of the page.
-        public: leave out host names and private paths; secrets are always left out.
+        public: leave out host names, private paths and examples of the data; secrets are always left out.
+        serve: show the page at http://127.0.0.1:PORT until Ctrl-C, instead of writing it; it follows runs in progress.
+        port: of --serve; 0 takes a free one.
     """
     from tempering.reports.page import write_page
-    from tempering.reports.records import find_runs, load_run, without_private
+    from tempering.reports.pair import side_by_side
+    from tempering.reports.records import load_runs
+    from tempering.reports.serve import page_of
     from tempering.reports.table import compare, rich_table
 
-    loaded = [load_run(path) for path in find_runs(runs)]
-    loaded = [without_private(run) for run in loaded] if public else loaded
-    _print(rich_table(compare(loaded, control)))
+    if serve:
+        return _serve(lambda: page_of(runs, title=title, control=control, public=public), port)
+    loaded = load_runs(runs, public=public)
+    _print(rich_table(compare(side_by_side(loaded), control)))
     print(f"report: {write_page(loaded, out, title=title, control=control)}")
+
+
+def _serve(page: Callable[[], str], port: int) -> None:
+    from tempering.reports.serve import HOST, server
+
+    with server(page, port) as running:
+        print(f"report: http://{HOST}:{running.server_address[1]}/ (Ctrl-C ends it)", flush=True)
+        try:
+            running.serve_forever()
+        except KeyboardInterrupt:
+            return
 
 
 def list_parts() -> None:

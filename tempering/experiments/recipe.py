@@ -51,7 +51,8 @@ def find(name: str) -> Path:
             return file
     candidates = [*bundled, *path.parent.glob("*.py")] if path.parent.is_dir() else bundled
     candidates = {p.resolve(): p for p in candidates}.values()
-    ratios = {str(p): difflib.SequenceMatcher(None, path.stem, p.stem).ratio() for p in candidates}
+    stems = {p.stem if p in bundled else str(p): p.stem for p in candidates}  # the name of a bundled one is enough
+    ratios = {p: difflib.SequenceMatcher(None, path.stem, stem).ratio() for p, stem in stems.items()}
     best = [p for p in sorted(ratios, key=lambda p: -ratios[p]) if ratios[p] >= 0.5][:3]
     hint = f" Did you mean {' or '.join(best)}?" if best else f" There are: {', '.join(sorted(ratios)[:12]) or 'none'}."
     raise FileNotFoundError(f"there is no recipe {name}.{hint} A recipe is a Python file with main(*, ...).")

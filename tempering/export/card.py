@@ -63,7 +63,8 @@ def cost_table(cost: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a markdown table of what each model costs."""
     rows = [
         (who, *(_number(one.get(key)) for key in ("parameters", "flops", "bytes", "latency_ms")))
-        for who, one in cost.items()
+        for who in ("student", "teacher")
+        if (one := cost.get(who))
     ]
     return _table(("", "parameters", "FLOPs", "bytes of weights", "latency (ms)"), rows)
 

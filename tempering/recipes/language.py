@@ -100,6 +100,8 @@ def main(
     out = out or Path("runs/language", f"{slug(preset.name)}-{text_source}-{config.seed}")
     load = partial(_parts, text, kind, length=length, batch_size=batch_size)
     parts, pairs = load(seed=config.seed, subset=subset), _holds_pairs(text)
+    for part in parts.values():
+        part.decode = _decode
     scorer = _scorer(text, max_new_tokens) if pairs and eval_generation else None
     task = Seq2Seq(scorer=scorer) if kind == "seq2seq" else LanguageModeling(scorer=scorer)
     build = partial(_net, kind, length + max_new_tokens if pairs else length, pairs)

@@ -120,6 +120,16 @@ class Classification(Task):
         scores = self.final_scores(student, batches)
         return out | {"scores": scores} if scores else out
 
+    def examples(
+        self, student: nn.Module, batches: Iterable[Any], teacher: TeacherForward, most: int
+    ) -> list[dict[str, Any]]:
+        from tempering.tasks.examples import class_examples
+
+        return class_examples(self, student, batches, teacher, most)
+
+    def score_teacher(self, teacher: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+        return {}  # the analysis has the teacher's accuracy
+
     def final_scores(self, student: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
         """Return the scores that are too expensive for each epoch: metric -> value; {} for none."""
         return {}

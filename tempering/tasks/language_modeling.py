@@ -157,6 +157,18 @@ class LanguageModeling(Task):
         out = score_rows(self, student, batches, teacher)
         return out if self.scorer is None else out | self.scorer(student, batches, vocabulary=self.vocabulary)
 
+    def examples(
+        self, student: nn.Module, batches: Iterable[Any], teacher: TeacherForward, most: int
+    ) -> list[dict[str, Any]]:
+        from tempering.tasks.examples import token_examples
+
+        return token_examples(self, student, batches, teacher, most) if self.comparable else []
+
+    def score_teacher(self, teacher: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+        return score_rows(
+            self, teacher, batches, None
+        )  # without texts of ``scorer``, which a large teacher writes slowly
+
     def headline(self) -> tuple[str, bool]:
         return "loss", False
 

@@ -37,12 +37,14 @@ def as_method(method: object) -> Method:
         from tempering.methods import METHODS
         from tempering.utils.registry import lookup
 
-        if not method.isidentifier():
+        try:
+            method = lookup(method, METHODS, "method")
+        except ValueError as error:
+            what = "" if method.isidentifier() else f"method={method!r} is no name of a method."
             raise ValueError(
-                f"method={method!r} is text with values. Write the call, such as method=methods.KD(soft=0.9), or "
-                "tempering.experiments.spec.method_from(text)."
-            )
-        method = lookup(method, METHODS, "method")
+                f"{what or error} Write the call, such as method=methods.KD(soft=0.9). Presets, such as "
+                "kd-matched, and text with values are built by tempering.experiments.presets.method_of(text)."
+            ) from error
     if isinstance(method, type) and issubclass(method, Method):
         method = method()
     if not isinstance(method, Method):

@@ -58,6 +58,7 @@ def distill(
     gradient_checkpointing: bool = False,
     chunks: bool | None = None,
     log_every: int = 50,
+    examples: int = 6,
     checkpoint_every: int | None = None,
     keep: int = 2,
     patience: int | None = None,
@@ -79,7 +80,8 @@ def distill(
 
     Options of ``TrainConfig`` with the same name: accumulate, max_grad_norm, precision, accelerator, devices, strategy,
     compile, warmup, decay_norms, ema, label_smoothing, mixup, cutmix, class_weights, gradient_checkpointing, chunks,
-    evaluate_every, log_every, checkpoint_every, keep, patience, resume, extend, requeue, selfcheck, skip_checks, quiet.
+    evaluate_every, log_every, examples, checkpoint_every, keep, patience, resume, extend, requeue, selfcheck,
+    skip_checks, quiet.
     With strategy="fsdp" the student is left sharded. With several devices the script runs once per device; the
     parameters equal those of one device with the same batch. A run killed at any moment resumes from the last
     checkpoint, with bit-identical results.
@@ -103,7 +105,7 @@ def distill(
         test: scored as well; selects the best epoch only if there is no validation, which the report notes.
         out: folder for records, checkpoints and weights; None writes nothing.
         seed: of the order, augmentation and dropout of every epoch; not of the student's initial weights.
-        loggers: "tensorboard", "csv", "wandb", or Fabric loggers.
+        loggers: "tensorboard", "csv", "wandb", "mlflow", "trackio", or Fabric loggers.
         facts: additional content of facts.json, such as "label" and "data".
         on_step: called after every step with its number (from 0) and its loss, (); with several processes, the mean
             over them is the step's loss.

@@ -134,12 +134,38 @@ class Evaluator:
 
         Scores in the analysis are added to the last evaluation in ``state``.
         """
-        name = "test" if "test" in self.splits else next(iter(self.splits), None)
+        name = self._analyzed
         if name is None:
             return {}
         analysis = self._analyze(model, method.eval(), self.splits[name], self._teacher(name))
         (state.last or {}).get(name, {}).update(analysis.pop("scores", {}))
         return {"split": name, **analysis} if analysis else {}
+
+    def compare_models(self, model: nn.Module, analysis: dict[str, Any], most: int) -> dict[str, Any]:
+        """Add to the analysis the teacher's scores and ``most`` examples on which both models differ; for records.
+
+        An error in it is recorded in their place: a finished run is not lost for it.
+        """
+        name = analysis.get("split") or self._analyzed
+        if name is None or name not in self.teachers:
+            return analysis
+        teacher, task, batches = self.teachers[name].teacher, self.task, self.splits[name]
+        network = getattr(teacher, "model", None)
+        more: dict[str, Callable[[], Any]] = {"examples": lambda: task.examples(model, batches, teacher, most)}
+        if isinstance(network, nn.Module):
+            more["teacher_scores"] = lambda: task.score_teacher(network, batches)
+        added: dict[str, Any] = {}
+        for key, compute in more.items():
+            try:
+                added[key] = compute()
+            except Exception as error:
+                added[f"{key}_error"] = f"{type(error).__name__}: {error}"[:200]
+        added = {key: value for key, value in added.items() if value}
+        return {"split": name, **analysis, **added} if added else analysis
+
+    @property
+    def _analyzed(self) -> str | None:
+        return "test" if "test" in self.splits else next(iter(self.splits), None)
 
     def _teacher(self, split: str) -> CachedTeacherOutputs | None:
         return self.teachers[split].reset() if split in self.teachers else None

@@ -61,6 +61,9 @@ from tempering.utils.tensors import eval_mode, to_device
 if TYPE_CHECKING:
     from tempering.training.ema import WeightAverage
     from tempering.training.features import PairedFeatures
+    from tempering.training.loggers import Loggers
+
+LOGGED_AS = {"done": "success", "interrupted": "aborted", "failed": "failed"}
 
 
 class Trainer:
@@ -109,9 +112,8 @@ class Trainer:
             devices=config.devices,
             strategy=config.strategy,
             precision=config.precision,
-            loggers=loggers,
-            folder=self.folder,
         )
+        self.loggers = self._make_loggers(loggers) if loggers else None
         self.device, self.world = self.fabric.device, self.fabric.world_size
         self.is_rank_zero = self.fabric.is_global_zero
         check_splittable(method, world=self.world)
@@ -186,6 +188,14 @@ class Trainer:
         self.progress_bar = ProgressBar(self.length, disable=config.quiet or not self.is_rank_zero)
         self.last_log = (0.0, 0)  # time and step
         self.sample: Any = None  # the last training batch
+
+    def _make_loggers(self, loggers: Sequence[Any]) -> Loggers:
+        from tempering.training.loggers import Loggers
+
+        def on_failure(name: str, reason: str) -> None:
+            self.recorder.update(loggers={**self.recorder.facts.get("loggers", {}), name: reason})
+
+        return Loggers(loggers, self.folder, on_failure)
 
     def _paired_features(self) -> PairedFeatures | None:
         """Find the features that the task names in both models, if it names any."""
@@ -296,6 +306,8 @@ class Trainer:
 
     def _run(self) -> Run:
         try:
+            if self.loggers is not None:
+                self.loggers.begin(self.recorder.facts)
             if self.config.selfcheck:
                 self._report(self.check())
             label = str(self.recorder.facts.get("label") or type(self.method).__name__)
@@ -304,11 +316,17 @@ class Trainer:
                     self._train_epoch()
             return self._finish()
         except (KeyboardInterrupt, RunInterrupted):
-            self.recorder.end("interrupted")
+            self._end("interrupted")
             raise
         except BaseException as error:
-            self.recorder.end("failed", error=f"{type(error).__name__}: {error}")
+            self._end("failed", {"error": f"{type(error).__name__}: {error}"})
             raise
+
+    def _end(self, status: str, facts: Mapping[str, Any] | None = None) -> None:
+        """Complete the records, then the logs."""
+        self.recorder.end(status, **(facts or {}))
+        if self.loggers is not None:
+            self.loggers.end(LOGGED_AS[status])
 
     def _resume(self, facts: Mapping[str, Any]) -> None:
         """Load the newest checkpoint, if there is one, and start the records; those of a finished run stay."""
@@ -477,10 +495,12 @@ class Trainer:
         }
         self.recorder.step(line)
         self.progress_bar.update(step, epoch=line["epoch"], loss=line["loss"], lr=line["lr"])
+        if self.loggers is None:
+            return
         scalars: dict[str, float] = {f"train/{name}": line[name] for name in ("loss", "lr", "step_ms")}
         scalars |= {f"train/{name}": value for name, value in line["terms"].items()}
         scalars |= {f"train/{side}": line[side]["mean"] for side in ("T_teacher", "T_student") if side in line}
-        self.fabric.log_dict(scalars, step=step)
+        self.loggers.log(scalars, step)
 
     def _finite(self, loss_sum: float) -> float:
         """Return ``loss_sum``; raise if it is not finite, which detects steps that were not logged on a GPU."""
@@ -501,8 +521,9 @@ class Trainer:
             line |= scores
             self.recorder.epoch(line | rollout_metrics(self.loader.batches))
             state.last = {"epoch": state.epoch, **scores}
-            for name, values in scores.items():
-                self.fabric.log_dict({f"{name}/{metric}": value for metric, value in values.items()}, step=state.step)
+            if self.loggers is not None:
+                flat = {f"{name}/{metric}": v for name, values in scores.items() for metric, v in values.items()}
+                self.loggers.log(flat, state.step)
             if best_by is not None:
                 split, metric = best_by.split("/")
                 value = self.fabric.broadcast(scores[split][metric])  # all ranks stop together
@@ -519,6 +540,8 @@ class Trainer:
             with self.average.applied():
                 self.run_dir.write_weights("ema.safetensors")
         analysis = self.evaluator.analyze(self.model, self.method, state)
+        if self.folder is not None:
+            analysis = self.evaluator.compare_models(self.model, analysis, self.config.examples)
         if analysis and self.is_rank_zero:
             self.recorder.analysis(analysis)
         if state.best is not None and state.last is not None and state.best["epoch"] == state.last["epoch"]:
@@ -533,9 +556,7 @@ class Trainer:
             "peak_mb": peak_mb(self.device),
             **({"cost": cost} if cost else {}),
         }
-        self.recorder.end("done", result=result)
-        for logger in self.fabric.loggers:
-            logger.finalize("success")
+        self._end("done", {"result": result})
         self.fabric.barrier()
         ema = None if self.average is None else self.average.model
         return Run(self.student, self.folder, self.recorder.facts, self.recorder.epochs, self.run_dir.how, ema)
