@@ -122,19 +122,25 @@ def test_networks_are_built_again_from_their_description() -> None:
 # other formats
 
 
-@each("to", ["torch-export", "onnx"])
-def test_a_converted_student_gives_the_same_logits_on_a_real_batch(to: str, run: Path, tmp_path: Path) -> None:
-    if to == "onnx":
-        for name in ("onnxscript", "onnxruntime"):
-            pytest.importorskip(name)
+@each("to", ["torch-export", "onnx", "executorch"])
+def test_a_converted_student_gives_the_same_logits_on_a_real_batch(
+    to: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in {"onnx": ("onnxscript", "onnxruntime"), "executorch": ("executorch.runtime",)}.get(to, ()):
+        pytest.importorskip(name)
     assert main(["export", str(run), "--to", to, "--out", str(tmp_path / "x.pt2")]) == 0
-    batch = (torch.randint(0, 256, (5, 1, 8, 8)) / 255 - 0.5) / 0.25
+    assert f"wrote {tmp_path / 'x.pt2'}: equals the student within " in capsys.readouterr().out
+    batch = (torch.randint(0, 256, (3 if to == "executorch" else 5, 1, 8, 8)) / 255 - 0.5) / 0.25
     wanted = kd.load_student(run)(batch)
     if to == "onnx":
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(tmp_path / "x.pt2"))
         found = torch.from_numpy(session.run(None, {"input": batch.numpy()})[0])
+    elif to == "executorch":
+        from executorch.runtime import Runtime
+
+        found = Runtime.get().load_program(tmp_path / "x.pt2").load_method("forward").execute((batch,))[0]
     else:
         found = torch.export.load(tmp_path / "x.pt2").module()(batch)
     assert float((found - wanted).detach().abs().max()) <= 1e-5

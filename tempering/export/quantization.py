@@ -53,7 +53,10 @@ def quantize(net: nn.Module, to: Bits = "int8") -> nn.Module:
         for grouped, granularity in ((True, PerGroup(GROUP)), (False, PerAxis(0))):
             quantize_(
                 copied,
-                IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity),
+                IntxWeightOnlyConfig(
+                    weight_dtype=getattr(torch, "int4"),  # noqa: B009
+                    granularity=granularity,
+                ),
                 lambda module, _, grouped=grouped: (
                     isinstance(module, nn.Linear)
                     and type(module.weight.data) is Tensor
