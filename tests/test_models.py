@@ -218,7 +218,11 @@ def test_files_of_trainers_are_read_and_say_where_the_weights_were(tmp_path: Pat
         state, other = build(name, classes=10).state_dict(), build(name, classes=10).state_dict()
         timm = {"epoch": 1, "arch": "x", "state_dict": other, "state_dict_ema": state, "args": args, "metric": 7.5}
         torchvision = {"model": state, "optimizer": {"param_groups": [{"lr": 0.1}]}, "epoch": 1, "args": args}
-        imagenet = {"arch": "x", "state_dict": {f"module.{k}": v for k, v in state.items()}, "best_acc1": torch.ones(())}
+        imagenet = {
+            "arch": "x",
+            "state_dict": {f"module.{key}": value for key, value in state.items()},
+            "best_acc1": torch.ones(()),
+        }
         for content, said in (
             (state, ""),
             (timm, " under 'state_dict_ema'"),
