@@ -177,7 +177,7 @@ wheel: $(READY)  ## build sdist and wheel; install the wheel into an empty envir
 
 oldest:  ## a quick suite with the oldest versions that pyproject.toml allows
 	@mkdir -p build
-	$(PYTHON) docs/tools/oldest.py pyproject.toml data report tune huggingface > build/oldest.txt
+	$(PYTHON) docs/tools/oldest.py pyproject.toml data report tune huggingface conformance > build/oldest.txt
 	$(PYTHON) -m venv build/oldest
 	build/oldest/bin/python -m pip install --quiet -r build/oldest.txt
 	build/oldest/bin/python -m pip install --quiet --no-deps -e .
