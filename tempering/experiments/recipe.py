@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib
 import importlib.util
 import inspect
 import re
@@ -65,6 +66,46 @@ def load(path: Path) -> Callable[..., Any]:
         ValueError: for a file without ``main``.
     """
     flags(path)
+    return _import_file(path).main
+
+
+def load_object(path: str, what: str, example: str) -> Any:
+    """Return what FILE.py:NAME or MODULE:NAME names, of a class an instance; the working folder is searched too.
+
+    Args:
+        path: as typed.
+        what: the object is, such as "a loss", for errors.
+        example: of a path.
+
+    Raises:
+        ValueError: for a path of another form, a file or module without that name, or a class with required arguments.
+        FileNotFoundError: if there is no such file.
+        ImportError: if there is no such module.
+    """
+    module, separator, name = path.rpartition(":")
+    if not separator or not module or not name:
+        raise ValueError(f"{what} is given as MODULE:NAME or FILE.py:NAME, such as {example}; got {path!r}.")
+    if module.endswith(".py") and not Path(module).is_file():
+        raise FileNotFoundError(f"there is no file {module}. Give {what} as FILE.py:NAME, such as {example}.")
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, folder)
+    value: Any = _import_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+    for part in name.split("."):
+        if not hasattr(value, part):
+            raise ValueError(f"{module} has no {name!r}.{suggest(part, [n for n in dir(value) if n[0] != '_'])}")
+        value = getattr(value, part)
+    if isinstance(value, type):
+        try:
+            return value()
+        except TypeError as error:
+            raise ValueError(
+                f"{path} is a class with required arguments: {error}. Make an instance in a module, "
+                f"{name.rpartition('.')[2].lower()} = {value.__name__}(...), and give its name."
+            ) from None
+    return value
+
+
+def _import_file(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -72,7 +113,7 @@ def load(path: Path) -> Callable[..., Any]:
     if (folder := str(path.resolve().parent)) not in sys.path:
         sys.path.insert(0, folder)
     spec.loader.exec_module(module)
-    return module.main
+    return module
 
 
 def call(path: Path, argv: Sequence[str], *, prog: str) -> Any:

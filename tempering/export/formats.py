@@ -94,7 +94,7 @@ def to_onnx(net: nn.Module, inputs: Any, path: str | Path) -> str:
 
 
 def to_executorch(net: nn.Module, inputs: Any, path: str | Path) -> str:
-    """Write a .pte file for ExecuTorch, with the batch size of ``inputs``; its outputs are not compared.
+    """Write a .pte file for ExecuTorch, with the batch size of ``inputs``; it is compared with the student.
 
     Raises:
         ImportError: without executorch.
@@ -104,7 +104,14 @@ def to_executorch(net: nn.Module, inputs: Any, path: str | Path) -> str:
     def write(flat: Flat, tensors: tuple[Tensor, ...], part: Path) -> None:
         part.write_bytes(to_edge(torch.export.export(flat, tensors)).to_executorch().buffer)
 
-    return _convert(net, inputs, Path(path), write, lambda part, tensors: None)
+    def run(part: Path, tensors: tuple[Tensor, ...]) -> Tensor | None:
+        from executorch.runtime import Runtime  # pyright: ignore
+
+        method = Runtime.get().load_program(part.read_bytes()).load_method("forward")
+        fits = tuple(tensors[0].shape) == tuple(method.metadata.input_tensor_meta(0).sizes())
+        return method.execute(tensors)[0] if fits else None
+
+    return _convert(net, inputs, Path(path), write, run)
 
 
 FORMATS: dict[str, tuple[str, Callable[[nn.Module, Any, str | Path], str]]] = {
