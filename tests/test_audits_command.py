@@ -44,7 +44,7 @@ def main(*, method: str = "dtkd", shift: int = 0, out: Path = Path("runs/striped
     """Distil.
 
     Args:
-        method: an arm.
+        method: a preset.
         shift: of the labels.
         out: the run's folder.
         config: options of training.

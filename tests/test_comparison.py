@@ -1,4 +1,4 @@
-"""The arena: cells run once, resume, fail alone, and are shown from their records. Most cells here train nothing."""
+"""Comparisons: cells run once, resume, fail alone, and are shown from their records. Most cells here train nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def main(*, method: str, seed: int = 0, out: Path, label: str = "", temperature:
     """Write records.
 
     Args:
-        method: the arm.
+        method: the preset.
         fail: the method that fails, as a run does.
         crash: the method that ends before there is a record.
         wait: the method that never ends.
@@ -49,7 +49,7 @@ def main(*, method: str, seed: int = 0, out: Path, label: str = "", temperature:
     with open(out.parent / "begun.txt", "a") as begun:
         begun.write(out.name + "\\n")
     if method == crash:
-        raise ValueError("this arm was asked to crash")
+        raise ValueError("this preset was asked to crash")
     out.mkdir(parents=True, exist_ok=True)
     facts = {"format": 1, "status": "running", "label": label, "seed": seed,
              "started": f"2026-03-01T10:00:0{seed}+00:00", "finished": None, "method": {"name": method}, "result": None,
@@ -178,7 +178,7 @@ def test_a_failed_cell_is_shown_and_stops_no_other(
     assert "KD, seed 0: failed: FloatingPointError: the loss is nan at step 3" in said
     assert "DKD, seed 0: failed: exit code 1: " in said and "log.txt" in said
     assert cell_of(out, "nkd").is_file() and not cell_of(out, "KD").is_file()
-    assert "this arm was asked to crash" in (out / "work" / cell_of(out, "DKD").stem / "log.txt").read_text()
+    assert "this preset was asked to crash" in (out / "work" / cell_of(out, "DKD").stem / "log.txt").read_text()
     table = (out / "table.md").read_text()
     assert "| KD | 0 of 1; failed: 0 |" in table
     assert "| DKD | 0 of 1; open: 0 |" in table
@@ -199,8 +199,8 @@ def test_open_cells_are_shown_as_open_and_status_says_so(
 ) -> None:
     out = tmp_path / "grid"
     compare(fake, out, "--seeds=1")
-    arms = presets_from("kd,dkd,dtkd")
-    plan = compare_plan.plan_for(fake, arms, range(2), [])
+    presets = presets_from("kd,dkd,dtkd")
+    plan = compare_plan.plan_for(fake, presets, range(2), [])
     compare_plan.write(out, plan)
     compare_status.render(out, plan)
     table = (out / "table.md").read_text()
@@ -227,7 +227,7 @@ def test_what_runs_is_seen_from_outside_and_a_stop_reaches_it(
         assert "2 runs: 1 running, 1 open" in said
         assert " 25 %" in said
 
-        # a second arena does not take the cell that the first one runs: it does the rest, then waits
+        # a second comparison does not take the cell that the first one runs: it does the rest, then waits
         plan = compare_plan.read(out)
         second = compare_runner.ComparisonRunner(out, plan, fake, ["--wait=kd"], quiet=True)
         second._set_up()
@@ -258,8 +258,8 @@ child.wait()
 """
 
 
-def test_a_lock_outlives_its_arena_with_the_cell(tmp_path: Path) -> None:
-    """An arena that is killed leaves its cells running; nobody may start them a second time."""
+def test_a_lock_outlives_its_comparison_with_the_cell(tmp_path: Path) -> None:
+    """A comparison that is killed leaves its cells running; nobody may start them a second time."""
     place = tmp_path / "work" / "cell"
     path = compare_plan.lock_path(place)
     command = [sys.executable, "-c", LAUNCHER, str(path)]
@@ -482,8 +482,8 @@ def test_damage_that_stops_a_cell_or_a_report_is_named(
 ) -> None:
     out = tmp_path / "grid"
     compare(fake, out, "--methods=kd,dkd", "--no-controls", "--seeds=1")
-    plan = arena_plan.read(out)
-    record, place = arena_plan.record_of(out, plan.cells[0]), arena_plan.work_of(out, plan.cells[0])
+    plan = comparison_plan.read(out)
+    record, place = comparison_plan.record_of(out, plan.cells[0]), comparison_plan.work_of(out, plan.cells[0])
     record.unlink()
     capsys.readouterr()
     assert cli.main(["compare", "report", str(out)]) == 0
@@ -493,4 +493,4 @@ def test_damage_that_stops_a_cell_or_a_report_is_named(
         assert cli.main(["compare", *command]) == 1
         assert f"{place / 'facts.json'}, line 1, is not JSON" in capsys.readouterr().err
     (place / "log.txt").write_text("error: weights.safetensors is damaged\n(--traceback shows where)\n")
-    assert "exit code 1: error: weights.safetensors is damaged (full" in arena.failure_reason(place, {}, 1)
+    assert "exit code 1: error: weights.safetensors is damaged (full" in runner.failure_reason(place, {}, 1)

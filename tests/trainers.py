@@ -1,6 +1,6 @@
 """One step and one evaluation of the same data by the engine, the Trainer of transformers and Lightning.
 
-``python -m tests.lanes OUT``, started twice with the variables of torchrun, runs them on two gloo processes.
+``python -m tests.trainers OUT``, started twice with the variables of torchrun, runs them on two gloo processes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from tempering.data.text import TextExample, collate, pack
 from tempering.methods import KD
 from tempering.tasks import LanguageModeling
 from tempering.tasks.base import Task
-from tests.later import Later
+from tests.lazy_modules import LazyModule
 
-gen = Later("tests.test_generation")  # its models
-hf = Later("transformers")
+gen = LazyModule("tests.test_generation")  # its models
+hf = LazyModule("transformers")
 LR, PAD, V, CLASSES = 0.1, 11, 12, 4
 
 
@@ -49,7 +49,7 @@ class Data(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a lane computed: the loss of the step, its gradient, and the evaluation after the step."""
+    """What a trainer computed: the loss of the step, its gradient, and the evaluation after the step."""
 
     loss: float
     gradient: list[float]
@@ -240,7 +240,7 @@ def lightning(
     return Result(logged["train_soft"] + logged["train_hard"], moved(before, student), scores)
 
 
-LANES: dict[str, Callable[..., Result]] = {
+TRAINERS: dict[str, Callable[..., Result]] = {
     "engine": engine,
     "transformers": transformers_trainer,
     "lightning": lightning,
@@ -289,7 +289,7 @@ def main(out: Path) -> None:
     for name in ("transformers", "lightning"):
         student, teacher = models("llama")
         two: dict[str, Any] = {} if name == "transformers" else {"devices": 2, "strategy": "ddp"}
-        results[name] = LANES[name](student, teacher, half, LanguageModeling(), **two)._asdict()
+        results[name] = TRAINERS[name](student, teacher, half, LanguageModeling(), **two)._asdict()
     from lightning.pytorch.strategies import ModelParallelStrategy
 
     sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
