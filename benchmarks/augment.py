@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timing import Variant, Sheet, arguments, in_turn, installed
+from timing import Sheet, Variant, arguments, in_turn, installed
 from torch import Tensor
 
 from tempering.data import Batches

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from timing import Variant, Sheet, arguments, in_turn
+from timing import Sheet, Variant, arguments, in_turn
 from torch import nn
 
 from tempering.data import Batches

@@ -14,7 +14,7 @@ from tempering.experiments.compare.plan import Plan
 from tempering.experiments.presets import MATCHED, method_of
 from tempering.methods import DTKD, KD
 from tempering.reports import figures, figures_temperature
-from tempering.reports.compare import CONTROL, RunGroup, Comparison, compare
+from tempering.reports.compare import CONTROL, Comparison, RunGroup, compare
 from tempering.reports.intervals import Difference, difference, mean
 from tempering.reports.paper_results import published
 from tempering.reports.records import RunRecord, load_run, number

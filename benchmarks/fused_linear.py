@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peers import dtkd_term, trl_jsd
-from timing import Variant, Sheet, arguments, device, grown, in_turn, installed, peaks_of
+from timing import Sheet, Variant, arguments, device, grown, in_turn, installed, peaks_of
 from torch import Tensor
 
 from tempering.kernels import linear_loss

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from timing import Variant, Sheet, arguments, device, in_turn
+from timing import Sheet, Variant, arguments, device, in_turn
 
 from tempering import distill
 from tempering.kernels import chunked

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from peers import RESTATED, dtkd_term, kd_term, trl_jsd
-from timing import Variant, Sheet, arguments, device, grown, in_turn, peaks_of
+from timing import Sheet, Variant, arguments, device, grown, in_turn, peaks_of
 from torch import Tensor
 
 from tempering.kernels import chunked

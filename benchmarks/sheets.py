@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tempering.reports import charts, page
 from tempering.reports.charts import Svg, tag
 from tempering.reports.compare import Comparison
-from tempering.reports.figures import SMALL, groups_in_charts, curve, inside, overlay, percent, styles
+from tempering.reports.figures import SMALL, curve, groups_in_charts, inside, overlay, percent, styles
 
 COLUMNS, PITCH, HEAD, AIR, LINE = 3, 384, 20, 22, 18  # panels in a row; widths and heights in pixels
 OWN = "svg { overflow: visible } text { font-size: 11.5px; fill: var(--muted) } .teacher { --c: var(--ink) }"

@@ -14,7 +14,7 @@ import statistics
 from typing import Any
 
 import torch
-from timing import Variant, Sheet, arguments, device, in_turn
+from timing import Sheet, Variant, arguments, device, in_turn
 from torch import nn
 
 from tempering.rollouts.sampling import GenerationStats, generate

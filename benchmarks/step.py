@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from peers import CHECKOUT, CONFIG, RESTATED, Answering, Meters, distiller, mdistiller_step, torchdistill_step
-from timing import Variant, Sheet, arguments, device, in_turn
+from timing import Sheet, Variant, arguments, device, in_turn
 from torch import Tensor, nn
 
 from tempering.methods import DTKD

@@ -1,4 +1,4 @@
-"""What the benchmarks share: variants timed in turn in one process, peaks in one of their own, and the CSV they write."""
+"""What the benchmarks share: variants timed in turn, peaks in processes of their own, and the CSV they write."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def seconds(variant: Variant) -> float:
 
 
 def in_turn(variants: Mapping[str, Variant], *, rounds: int, warm: int = 1) -> dict[str, list[float]]:
-    """Seconds of every variant in every round; a round runs each of them once, so that a busy machine slows all alike."""
+    """Seconds of every variant in every round; a round runs each once, so that a busy machine slows all alike."""
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for round_ in range(warm + rounds):
         for name, variant in variants.items():
@@ -82,14 +82,14 @@ def peaks_of(script: str, case: str, names: Iterable[str], *, args: argparse.Nam
 
 
 def grown(variant: Variant, small: Variant) -> float:
-    """Bytes by which the process, or the device's allocator, grows at most during ``variant``; ``small`` is run before."""
+    """Bytes by which the process, or the device's allocator, grows at most during ``variant``; ``small`` runs before it."""
     small()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         variant()
         return float(torch.cuda.max_memory_allocated() - before)
-    try:  # Linux: the high-water mark set back to what is held now, so that nothing earlier hides what the variant takes
+    try:  # Linux: the high-water mark set back to what is held now, so that nothing earlier hides what it takes
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Runs that kill themselves with SIGKILL, each in a process of its own: ``python -m tests.killed_runs OUT``, see KILLS."""
+"""Runs that kill themselves with SIGKILL, each in its own process: ``python -m tests.killed_runs OUT``, see KILLS."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from tempering.methods import CKD, DTKD, KD, FitNet, OnBlocks, Sum, Supervised
 from tempering.rows import total
 from tempering.tasks import LanguageModeling, Seq2Seq
 from tests.cases import each
-from tests.trainers import TRAINERS, Data, V, agree, expected, hf, joined, language, models, padded, texts
 from tests.lazy_modules import needs
+from tests.trainers import TRAINERS, Data, V, agree, expected, hf, joined, language, models, padded, texts
 
 pytestmark = [needs("transformers"), needs("accelerate")]
 

@@ -482,8 +482,8 @@ def test_damage_that_stops_a_cell_or_a_report_is_named(
 ) -> None:
     out = tmp_path / "grid"
     compare(fake, out, "--methods=kd,dkd", "--no-controls", "--seeds=1")
-    plan = comparison_plan.read(out)
-    record, place = comparison_plan.record_of(out, plan.cells[0]), comparison_plan.work_of(out, plan.cells[0])
+    plan = compare_plan.read(out)
+    record, place = compare_plan.record_of(out, plan.cells[0]), compare_plan.work_of(out, plan.cells[0])
     record.unlink()
     capsys.readouterr()
     assert cli.main(["compare", "report", str(out)]) == 0
@@ -493,4 +493,4 @@ def test_damage_that_stops_a_cell_or_a_report_is_named(
         assert cli.main(["compare", *command]) == 1
         assert f"{place / 'facts.json'}, line 1, is not JSON" in capsys.readouterr().err
     (place / "log.txt").write_text("error: weights.safetensors is damaged\n(--traceback shows where)\n")
-    assert "exit code 1: error: weights.safetensors is damaged (full" in runner.failure_reason(place, {}, 1)
+    assert "exit code 1: error: weights.safetensors is damaged (full" in compare_runner.failure_reason(place, {}, 1)

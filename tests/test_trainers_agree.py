@@ -21,9 +21,11 @@ from tempering.rows import Rows, total
 from tempering.tasks import Classification, LanguageModeling
 from tempering.tasks.base import Task
 from tests.cases import each
+from tests.lazy_modules import needs
+from tests.paths import ROOT
 from tests.trainers import (
-    TRAINERS,
     LR,
+    TRAINERS,
     Classifier,
     Data,
     Result,
@@ -37,8 +39,6 @@ from tests.trainers import (
     stacked,
     texts,
 )
-from tests.lazy_modules import needs
-from tests.paths import ROOT
 
 pytestmark = [needs("transformers"), needs("accelerate"), needs("lightning")]
 

@@ -17,10 +17,10 @@ from tempering.integrations.common import (
     arguments_of,
     batches_again,
     check,
+    excluded_inputs,
     first_samples,
     fitting,
     forward,
-    excluded_inputs,
     step_means,
     whole_batches,
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 from tempering.reports import charts
 from tempering.reports.charts import Mark, Series, Strip, Svg
-from tempering.reports.compare import RunGroup, Comparison, display_name
+from tempering.reports.compare import Comparison, RunGroup, display_name
 from tempering.reports.records import RunRecord, number
 
 POINTS = 120  # maximum points of a line; a chart of this width cannot show more

@@ -9,7 +9,7 @@ from typing import Any
 
 from tempering.reports import charts
 from tempering.reports.charts import Bins, Mark, Strip
-from tempering.reports.compare import RunGroup, Comparison, display_name
+from tempering.reports.compare import Comparison, RunGroup, display_name
 from tempering.reports.figures import TEACHER, Figure, Section, groups_in_charts, shown, styles
 from tempering.reports.intervals import mean
 from tempering.reports.records import RunRecord, number
@@ -106,7 +106,7 @@ def _pair(comparison: Comparison, means: Mapping[str, object]) -> tuple[str, str
 
 
 def _changes(group: RunGroup, base: RunGroup | None) -> list[dict[int, float]]:
-    """Return class -> seed -> accuracy of the method minus that of ``base`` for the same seed, or minus the teacher's."""
+    """Return class -> seed -> accuracy of the group minus that of ``base`` for the seed, or minus the teacher's."""
 
     def lists(runs: Sequence[RunRecord], side: str) -> dict[int, list[Any]]:
         return {run.seed: values[0] for run in runs if (values := _analyses([run], "per_class", side))}

@@ -7,7 +7,7 @@ from typing import Any
 
 from tempering.reports import charts
 from tempering.reports.charts import Mark, Strip, Svg, join, tag
-from tempering.reports.compare import RunGroup, Comparison, display_name
+from tempering.reports.compare import Comparison, RunGroup, display_name
 from tempering.reports.figures import TEACHER, Figure, Section, groups_in_charts, shown, styles
 from tempering.reports.intervals import mean
 from tempering.reports.records import RunRecord, number

@@ -8,15 +8,15 @@ from typing import Any
 
 from tempering.reports import charts
 from tempering.reports.charts import Series
-from tempering.reports.compare import RunGroup, Comparison
+from tempering.reports.compare import Comparison, RunGroup
 from tempering.reports.figures import (
     SMALL,
     TEACHER,
     Curve,
     Figure,
     Section,
-    groups_in_charts,
     curve,
+    groups_in_charts,
     inside,
     overlay,
     shown,

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from tempering.reports import audit_section as audited
 from tempering.reports import figures, figures_analysis, figures_boxes, figures_examples, figures_temperature, table
 from tempering.reports import text as words
-from tempering.reports.compare import RunGroup, Comparison, compare, display_name
+from tempering.reports.compare import Comparison, RunGroup, compare, display_name
 from tempering.reports.pair import pair, side_by_side
 from tempering.reports.records import RunRecord, number
 from tempering.utils.files import write_atomic
@@ -28,7 +28,7 @@ DASHES = ("none", "8 3", "8 3 2 3", "2 3")
 
 
 class Extent(NamedTuple):
-    """What a page shows: how many methods in its charts and in its table, and of each run its facts or a link to them."""
+    """What a page shows: number of methods in its charts and in its table, and each run's facts or a link to them."""
 
     charts: int | None = None
     rows: int | None = None

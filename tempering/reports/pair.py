@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tempering.reports.compare import NO_DIFFERENCE, RunGroup, Comparison, Metric
+from tempering.reports.compare import NO_DIFFERENCE, Comparison, Metric, RunGroup
 from tempering.reports.intervals import difference, mean
 from tempering.reports.records import RunRecord, number
 

@@ -7,7 +7,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from tempering.reports import text as words
-from tempering.reports.compare import RunGroup, Comparison, Metric, compare, display_name
+from tempering.reports.compare import Comparison, Metric, RunGroup, compare, display_name
 from tempering.reports.intervals import deviation, mean
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from typing import Any
 
-from tempering.reports.compare import NOT_RUN, RunGroup, Comparison, display_name
+from tempering.reports.compare import NOT_RUN, Comparison, RunGroup, display_name
 from tempering.reports.intervals import Difference
 from tempering.reports.records import RunRecord, number
 

@@ -25,8 +25,8 @@ class Curriculum(Policy):
     """T = low + (high - low) sigmoid(raw), equal for both sides: (1, 1) if global, (N, 1) if per instance.
 
     Trained by the loss: its gradient is multiplied by lambda, which goes from ``lambda_first`` to ``lambda_last`` along
-    half a cosine over the first ``run_fraction`` of the run. With a negative lambda the temperature maximizes the loss that the
-    student minimizes; ``lambda_last=1.0`` makes it minimize the loss too. The optimizer must include ``raw`` (or the
+    half a cosine over the first ``run_fraction`` of the run. With a negative lambda the temperature maximizes the loss
+    that the student minimizes; ``lambda_last=1.0`` makes it minimize the loss too. The optimizer must include ``raw`` (or the
     net): use ``method.param_groups()``, as the trainer does.
 
     Args:
