@@ -82,7 +82,7 @@ def peaks_of(script: str, case: str, names: Iterable[str], *, args: argparse.Nam
 
 
 def grown(variant: Variant, small: Variant) -> float:
-    """Bytes by which the process, or the device's allocator, grows at most during ``variant``; ``small`` runs before it."""
+    """Bytes by which the process, or the device's allocator, grows at most in ``variant``; ``small`` runs before."""
     small()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -76,8 +76,8 @@ def _verdict(comparison: Comparison, group: RunGroup, control: str, gap: Differe
             f"The closest, {group.name}, is worse by {by}; the 95 % interval, {interval}, excludes zero.",
         ]
     observed = (
-        f"{group.name} against {control}: {_difference_text(comparison, gap)} over {_pairs_text(gap)}, an interval that "
-        "includes zero."
+        f"{group.name} against {control}: {_difference_text(comparison, gap)} over {_pairs_text(gap)}, an interval "
+        "that includes zero."
     )
     need = (
         f"A difference had to reach {metric.show(gap.half)}{metric.step} to show; a true one of "

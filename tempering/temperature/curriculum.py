@@ -26,8 +26,8 @@ class Curriculum(Policy):
 
     Trained by the loss: its gradient is multiplied by lambda, which goes from ``lambda_first`` to ``lambda_last`` along
     half a cosine over the first ``run_fraction`` of the run. With a negative lambda the temperature maximizes the loss
-    that the student minimizes; ``lambda_last=1.0`` makes it minimize the loss too. The optimizer must include ``raw`` (or the
-    net): use ``method.param_groups()``, as the trainer does.
+    that the student minimizes; ``lambda_last=1.0`` makes it minimize the loss too. The optimizer must include ``raw``
+    (or the net): use ``method.param_groups()``, as the trainer does.
 
     Args:
         tau: reference temperature for methods with a plain softened term; the learned temperature does not start there.
