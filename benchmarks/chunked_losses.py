@@ -2,8 +2,9 @@
 
 Every variant computes one divergence at temperature 1, the mean over rows, and its gradient in the student's hidden
 states and, unless it is frozen, in its head. Peers are imported from where ``make bench`` puts them, or left out;
-torchtune's needs the logits of both sides. Notes have versions, and the relative error of the gradient in the hidden states.
-A variant that would take minutes, in half precision on a CPU without instructions for it, runs at the smallest size only.
+torchtune's needs the logits of both sides. Notes have versions, and the relative error of the gradient in the hidden
+states. A variant that would take minutes, in half precision on a CPU without instructions for it, runs at the
+smallest size only.
 
 Usage:
     python benchmarks/chunked_losses.py [--rounds 3] [--threads 1] [--width 256] [--tiny]

@@ -234,6 +234,15 @@ def test_a_recorded_command_with_former_names_is_understood(
     assert present_flags(words, known) == [
         "--method=interactive(holdout=5, virtual_lr=1, temperature=energy(low_energy=6))"
     ]
+    words = ["--method=pkd(over=image)", "--temperature=scheduled(energy(sure=2), end=1, over=0.5)"]
+    assert present_flags(words, known) == [
+        "--method=pkd(standardize_over=image)",
+        "--temperature=scheduled(energy(low_energy=2), end=1, run_fraction=0.5)",
+    ]
+    words = ['--method=sum(pkd(over="batch"), kd(temperature=curriculum(over=1, attached=True)))']
+    assert present_flags(words, known) == [
+        '--method=sum(pkd(standardize_over="batch"), kd(temperature=curriculum(run_fraction=1, differentiable=True)))'
+    ]
     recipe, folder = made
     cases = {
         0: ["run", str(recipe), "--method=kd(temperature=standardised(4))", "--out", str(folder)],
