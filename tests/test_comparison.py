@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from tempering.experiments import recipe as recipe_file
 from tempering.experiments.compare import plan as compare_plan
 from tempering.experiments.compare import runner as compare_runner
 from tempering.experiments.compare import status as compare_status
-from tempering.experiments.presets import presets_from
+from tempering.experiments.former_names import former_spec, present_spec
+from tempering.experiments.presets import method_of, presets_from
 from tempering.training.checkpoint import list_steps
 from tests import recipes
 from tests.paths import ROOT, SHARED, needs_shared
@@ -324,6 +326,36 @@ def test_a_renamed_flag_is_the_same_cell(name: str, recipe: str, tmp_path: Path)
     assert (again.cells[0].id.rpartition("-")[2], again.flags) == (cell.id.rpartition("-")[2], plan.flags)
     compare_plan.write(tmp_path, plan)
     assert compare_plan.read(tmp_path) == plan
+
+
+def test_recorded_cells_with_former_arguments_have_methods_and_keep_their_ids() -> None:
+    """``attached``, for one: the method is made with the present words, and a new comparison has the same cells."""
+    renamed = set[str]()
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*/plan.json")):
+        former, plan = json.loads(path.read_text()), compare_plan.read(path.parent)
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in plan.flags.items()]
+        for old, cell in zip(former["cells"], plan.cells, strict=True):
+            if (old["method"], old["temperature"]) == (cell.method, cell.temperature):
+                continue
+            method_of(cell.method, cell.temperature)
+            presets = presets_from(cell.method, cell.temperature)
+            again = compare_plan.plan_for(Path(plan.recipe), presets, [cell.seed], flags).cells[0]
+            assert again.id.rpartition("-")[2] == cell.id.rpartition("-")[2], (path, cell)
+            renamed |= set(re.findall(r"\w+", old["method"])) - set(re.findall(r"\w+", cell.method))
+    assert "attached" in renamed
+
+
+@pytest.mark.parametrize(
+    ("present", "former"),
+    [
+        ("pkd(standardize_over=image)", "pkd(over=image)"),
+        ("kd(temperature=curriculum(run_fraction=0.5))", "kd(temperature=curriculum(over=0.5))"),
+        ("sum(pkd(standardize_over='batch'), kd(temperature=scheduled(run_fraction=1)))", None),
+    ],
+)
+def test_over_had_two_meanings(present: str, former: str | None) -> None:
+    assert former_spec(present) == (former or former_spec(present)) != present
+    assert present_spec(former_spec(present)) == present
 
 
 def test_a_new_flag_with_the_former_name_of_another_is_itself(fake: Path, tmp_path: Path) -> None:

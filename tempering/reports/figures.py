@@ -20,7 +20,7 @@ TEACHER = "teacher"  # CSS class: the teacher has the text color everywhere, met
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with title and caption; ``method`` is the CSS class of the method, if it shows only one."""
+    """A chart with title and caption; ``group`` is the CSS class of its runs, if it shows one method only."""
 
     title: str
     svg: Svg

@@ -136,7 +136,7 @@ def _open(comparison: Comparison) -> list[str]:
         sentences = [f"Unfinished runs: {', '.join(f'{count} {reason}' for reason, count in counts.items())}."]
     elif begun:
         sentences = [
-            f"Unfinished: {', '.join(f'{group.name} seed {seed} ({reason})' for method, seed, reason in begun)}."
+            f"Unfinished: {', '.join(f'{group.name} seed {seed} ({reason})' for group, seed, reason in begun)}."
         ]
     if missing:
         sentences.append(f"{_seeds_text(missing)} of other methods {'was' if missing == 1 else 'were'} not run here.")
