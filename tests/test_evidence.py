@@ -188,7 +188,7 @@ def test_before_anything_is_finished(evidence: ModuleType, tmp_path: Path) -> No
         (
             (0.62, None, None),
             (None, None, None),
-            "Not decided yet: no DTKD preset shares two finished seeds with KD, weight",
+            "Not decided yet: no DTKD method shares two finished seeds with KD, weight",
         ),
     ],
 )
