@@ -181,14 +181,23 @@ def padding(probe: Probe, draw: Draw) -> None:
     check_close(probe.call(s, t, y), want, "appended ignored rows change the loss", tol=tol, tensors=tensors)
 
 
-@invariant("NaN in ignored rows", after=("ignored rows",), promised=lambda p: p.ignored_rows)
+@invariant(
+    "NaN in ignored rows",
+    after=("ignored rows", "padding", "equal weight beside ignored rows"),
+    promised=lambda p: p.ignored_rows,
+)
 def nan_in_ignored_rows(probe: Probe, draw: Draw) -> None:
     """Ignored rows may hold NaN and infinity."""
     needs_labels(probe)
     _ignored(probe, draw, lambda mask, classes: (torch.nan, torch.inf), "NaN in an ignored row changes")
 
 
-@invariant("everything ignored", after=("ignored rows",), promised=lambda p: p.ignored_rows, examples=5)
+@invariant(
+    "everything ignored",
+    after=("ignored rows", "padding", "equal weight beside ignored rows"),
+    promised=lambda p: p.ignored_rows,
+    examples=5,
+)
 def everything_ignored(probe: Probe, draw: Draw) -> None:
     """Where every row is ignored, or all of a sequence, loss and gradient are finite."""
     student, teacher, target, call = sequences(probe, draw, ignored=False)

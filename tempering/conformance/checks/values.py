@@ -194,7 +194,10 @@ def zero_at_agreement(probe: Probe, draw: Draw) -> None:
 
 
 @invariant(
-    "stationary at agreement", ALL, after=("runs", "alignment", "definition", "temperature"), promised=is_divergence
+    "stationary at agreement",
+    ALL,
+    after=("runs", "alignment", "definition", "temperature", "zero at agreement"),
+    promised=is_divergence,
 )
 def stationary_at_agreement(probe: Probe, draw: Draw) -> None:
     """A student equal to the teacher has no gradient."""
@@ -273,7 +276,13 @@ def order_of_classes(probe: Probe, draw: Draw) -> None:
     )
 
 
-@invariant("order of the rows", ALL, after=("runs", "alignment"), promised=lambda p: p.row_order, of_draws=True)
+@invariant(
+    "order of the rows",
+    ALL,
+    after=("runs", "alignment", "zero at agreement"),
+    promised=lambda p: p.row_order,
+    of_draws=True,
+)
 def order_of_rows(probe: Probe, draw: Draw) -> None:
     """A permutation of the rows changes nothing."""
     student, teacher = draw.pair(2, 5)
