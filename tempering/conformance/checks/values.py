@@ -16,7 +16,12 @@ from tempering.conformance.promises import Definition
 from tempering.conformance.tolerances import FORMULA, RELATIVE, SHARE, rounding
 
 
-@invariant("definition", after=("runs", "alignment"), promised=lambda p: p.definition is not None, recognizes=True)
+@invariant(
+    "definition",
+    after=("runs", "alignment", "order of the list"),
+    promised=lambda p: p.definition is not None,
+    recognizes=True,
+)
 def definition(probe: Probe, draw: Draw) -> None:
     """The value of a single row is the definition's, up to a constant factor; where none fits, no known mistake's."""
     c = draw.integer(2, 6)
@@ -169,7 +174,12 @@ def gradient_of_definition(probe: Probe, draw: Draw) -> None:
         )
 
 
-@invariant("zero at agreement", ALL, after=("runs", "alignment", "definition", "temperature"), promised=is_divergence)
+@invariant(
+    "zero at agreement",
+    ALL,
+    after=("runs", "alignment", "definition", "definition of both sides", "temperature"),
+    promised=is_divergence,
+)
 def zero_at_agreement(probe: Probe, draw: Draw) -> None:
     """A student equal to the teacher has loss 0."""
     _, teacher = draw.pair()
@@ -262,7 +272,7 @@ def constant_added(probe: Probe, draw: Draw) -> None:
             )
 
 
-@invariant("order of the classes", after=("runs",), promised=lambda p: p.class_order)
+@invariant("order of the classes", after=("runs", "definition"), promised=lambda p: p.class_order)
 def order_of_classes(probe: Probe, draw: Draw) -> None:
     """A permutation of the classes changes nothing."""
     student, teacher = draw.pair(c=draw.integer(3, 6))
@@ -279,7 +289,7 @@ def order_of_classes(probe: Probe, draw: Draw) -> None:
 @invariant(
     "order of the rows",
     ALL,
-    after=("runs", "alignment", "zero at agreement"),
+    after=("runs", "alignment", "zero at agreement", "equal weight", "chunk size"),
     promised=lambda p: p.row_order,
     of_draws=True,
 )
