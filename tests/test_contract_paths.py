@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from tempering.conformance.adapters import GivenLogits
 from tempering.conformance.definitions import kl
+from tempering.data import Batches
 from tempering.kernels import chunked, linear_loss
 from tempering.methods import KD
 from tempering.rows import Rows, total
-from tempering.teachers import Cached, Live, record, record_hidden, record_top_k
-from tempering.teachers.outputs import Hidden
+from tempering.teachers import Cached, Live, TopKTeacher, record, record_hidden, record_top_k
 from tests.test_hidden import TASK, data, gpt2, live
 
 K = 5
@@ -95,7 +95,7 @@ def hidden(teacher: Live, batches: Any, folder: Path) -> Any:
 
 
 def top_k(teacher: Live, batches: Any, folder: Path) -> Any:
-    return record_top_k(teacher, batches, folder, k=K, inputs=TASK.inputs, quiet=True)
+    return record_top_k(TopKTeacher(teacher, top=K), batches, folder, inputs=TASK.inputs, quiet=True)
 
 
 def given(classes: int = 7) -> tuple[Tensor, Tensor]:
@@ -107,16 +107,18 @@ def given(classes: int = 7) -> tuple[Tensor, Tensor]:
 
 def images(folder: Path) -> Path_:
     """Logits of eight images, recorded in float32 and looked up by their ids."""
-    teacher, valid = given()
-    net = nn.Linear(8, 7, bias=False)
-    with torch.no_grad():
-        net.weight.copy_(teacher.flatten(0, 1).T)
-    batches = [(torch.eye(8), torch.zeros(8, dtype=torch.long), torch.arange(8))]
+    _, valid = given()
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 7))
+    pixels, labels = torch.arange(0, 192, 2, dtype=torch.uint8).view(8, 3, 2, 2), torch.arange(8) % 7
+    batches = Batches(pixels, labels, batch_size=3, mean=(0.5,) * 3, std=(0.2,) * 3)
     record(Live(net), batches, folder, precision="fp32", quiet=True)
-    cached, ids = Cached(folder), torch.arange(8).flip(0)
+    inputs = torch.cat([x for x, _, _ in batches.clean()])
+    with torch.no_grad():
+        teacher = net(inputs).unflatten(0, (2, 4))
+    cached, ids = Cached(folder, batches=batches), torch.arange(8).flip(0)
 
     def loss(student: Tensor) -> Tensor:
-        sides = student.flatten(0, 1), cached(torch.eye(8), ids).flip(0)
+        sides = student.flatten(0, 1), cached(inputs, ids).flip(0)
         rows = Rows(*sides, weight=valid.flatten().float())
         return total(method_at(2.0)(rows), rows)
 
@@ -128,15 +130,16 @@ def kernel(fused: bool, compile: bool, folder: Path) -> Path_:
     head = torch.linalg.qr(torch.randn(7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
 
     def loss(student: Tensor) -> Tensor:
-        student, wide = student.flatten(0, 1), teacher.flatten(0, 1)
+        wide = teacher.flatten(0, 1).to(torch.promote_types(student.dtype, torch.float32))
+        student = student.flatten(0, 1)
         options: dict[str, Any] = {"memory": 1024, "compile": compile}
         weight = valid.flatten().float()
         if not fused:
-            return chunked(method_at(2.0), Rows(student, wide.to(student.dtype), weight=weight), **options).loss
+            return chunked(method_at(2.0), Rows(student, wide, weight=weight), **options).loss
         if student.dtype == torch.bfloat16:  # the products of such a head would round the logits: no head at all
             sides = student, torch.eye(7, dtype=student.dtype), wide, torch.eye(7)
         else:
-            sides = student @ head, head, wide.double() @ head, head
+            sides = student @ head, head, wide @ head, head
         return linear_loss(method_at(2.0), *sides, weight=weight, **options).loss
 
     return Path_(loss, teacher, valid, at_two)
