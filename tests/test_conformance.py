@@ -445,7 +445,7 @@ RIGHT: dict[str, tuple[Callable[..., Any], Kind, Promises, int]] = {
     "float64 inside": (in_double, "logits", MEAN, 20),
     "autograd.Function": (_KL.apply, "logits", Promises(), 15),
     "masked_select": (by_masked_select, "tokens", Promises(reduction="mean", ignored_rows=True), 24),
-    "labels in it": (with_labels, "logits", Promises(), 12),
+    "labels in it": (with_labels, "logits", Promises(), 11),
     "in place on a copy": (on_a_copy, "logits", MEAN, 18),
     "a module at T = 4": (AtFour(), "logits", MEAN, 18),
     "margin to the first": (margin_to_the_first, "scores", Promises(), 10),

@@ -57,12 +57,14 @@ def at_two(student: Tensor, teacher: Tensor) -> Tensor:
     return 4.0 * kl(student, teacher, 2.0)
 
 
-def listed(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL of the K likeliest classes and the rest as one more."""
-    top = teacher.topk(K, -1).indices
-    inside = torch.zeros_like(teacher, dtype=torch.bool).scatter(-1, top, True)
+def listed(labels: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+    """KL of the K likeliest classes, the label, and the rest as one more."""
+    inside = torch.zeros_like(teacher, dtype=torch.bool).scatter(-1, teacher.topk(K, -1).indices, True)
+    inside = inside.scatter(-1, labels[:, None], True)
     rest = [torch.where(inside, -torch.inf, x).logsumexp(-1, keepdim=True) for x in (student, teacher)]
-    both = [torch.cat((x.gather(-1, top), r), -1) for x, r in zip((student, teacher), rest, strict=True)]
+    both = [
+        torch.cat((x.masked_fill(~inside, -torch.inf), r), -1) for x, r in zip((student, teacher), rest, strict=True)
+    ]
     return kl(both[0], both[1], 1.0)
 
 
@@ -74,20 +76,17 @@ def texts(make: Callable[[Live, Any, Path], Any], tau: float, folder: Path) -> P
     with torch.no_grad():
         logits = asked(inputs, ids)
 
-    def rows_of(student: Tensor) -> Rows:
-        (rows,) = TASK.rows(student, teacher(inputs, ids), batch)
-        return rows
-
     def loss(student: Tensor) -> Tensor:
-        rows = rows_of(student)
+        (rows,) = TASK.rows(student, teacher(inputs, ids), batch)
         return total(method_at(tau)(rows), rows)
 
     logits = getattr(logits, "logits", logits).float()
-    where = torch.arange(logits[..., 0].numel()).view(*logits.shape[:2], 1).double().expand(logits.shape).clone()
     valid = torch.zeros(logits.shape[:2], dtype=torch.bool)
-    kept = rows_of(where).student[:, 0].round().long()
-    valid.view(-1)[kept] = True
-    return Path_(loss, logits, valid, at_two if tau == 2.0 else listed)
+    number = torch.arange(valid.numel()).view(*valid.shape, 1).double().expand(logits.shape)
+    (rows,) = TASK.rows(number, logits, batch)  # the number of every position that is a row
+    valid.view(-1)[rows.student[:, 0].long()] = True
+    assert rows.target is not None
+    return Path_(loss, logits, valid, at_two if tau == 2.0 else partial(listed, rows.target))
 
 
 def hidden(teacher: Live, batches: Any, folder: Path) -> Any:
