@@ -27,6 +27,8 @@ from tests.test_hidden import TASK, data, gpt2, live
 
 K = 5
 pytest.importorskip("transformers")
+# of torch itself, when Inductor is imported
+pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script_method` is deprecated:DeprecationWarning")
 
 
 @dataclasses.dataclass
