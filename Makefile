@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)
 
-.PHONY: all check test demo bench conformance docs pages oldest gpu gpu-cifar100 gpu-detection gpu-language arena-arms wheel clean
+.PHONY: all check test demo bench conformance docs pages oldest gpu gpu-self-test gpu-cifar100 gpu-detection gpu-language arena-arms wheel clean
 .PHONY: evidence evidence-teachers evidence-screen evidence-full evidence-ablations evidence-others evidence-resnet20 evidence-short
 all: check test wheel
 
@@ -30,10 +30,14 @@ demo: $(READY)  ## a teacher and students on the bundled digits, a table and a r
 	$(BIN)/python -m tempering demo
 
 # whole runs on a CUDA device, each also by itself; what was stopped goes on, and what is done stays
-gpu: gpu-cifar100 gpu-detection gpu-language  ## the tables at full size; records and tables under benchmarks/results/
+gpu: gpu-self-test gpu-cifar100 gpu-detection gpu-language  ## the tables at full size; records and tables under benchmarks/results/
 
 cuda = @$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make $@ needs a CUDA device \
 	and a CUDA build of torch; this is torch " + torch.__version__ + ". Install one: make $@ CONSTRAINTS=/dev/null")'
+
+gpu-self-test: $(READY)  ## ten minutes: numbers, waits, kernels, steps; one record under benchmarks/results/speed
+	$(cuda)
+	$(BIN)/python benchmarks/device.py
 
 # the field's recipe: teacher and students at full size, images augmented on the device
 DATA ?= ../shared/data/cifar100
@@ -158,9 +162,12 @@ conformance: $(READY)  ## the invariants on the losses of other libraries, one r
 	$(BIN)/python benchmarks/conformance/run.py --environments $(ENVIRONMENTS)
 	$(BIN)/python docs/tools/conformance_table.py .
 
-BENCH ?= step loss fused_linear overhead cache speculative augment startup growth
+BENCH ?= step loss fused_linear chunked_losses overhead cache speculative augment startup growth
+# peers without what they depend on, apart from the environment
+PEERS ?= build/peers
 bench: $(READY)  ## every benchmark, side by side with peers; CSVs under benchmarks/results/speed and docs/performance.md
-	@set -e; for name in $(BENCH); do $(BIN)/python benchmarks/$$name.py; done
+	@test -d $(PEERS) || $(BIN)/python -m pip install --quiet --no-deps --target $(PEERS) liger-kernel torchtune
+	@set -e; for name in $(BENCH); do PYTHONPATH=$(PEERS) $(BIN)/python benchmarks/$$name.py; done
 	$(BIN)/python benchmarks/page.py
 
 wheel: $(READY)  ## build sdist and wheel; install the wheel into an empty environment and use it in an empty folder
@@ -169,12 +176,14 @@ wheel: $(READY)  ## build sdist and wheel; install the wheel into an empty envir
 	.ci/try_wheel "$(PYTHON)" "$(CONSTRAINTS)"
 
 oldest:  ## a quick suite with the oldest versions that pyproject.toml allows
-	$(PYTHON) docs/tools/oldest.py pyproject.toml > build/oldest.txt
+	@mkdir -p build
+	$(PYTHON) docs/tools/oldest.py pyproject.toml data report tune huggingface conformance > build/oldest.txt
 	$(PYTHON) -m venv build/oldest
 	build/oldest/bin/python -m pip install --quiet -r build/oldest.txt
 	build/oldest/bin/python -m pip install --quiet --no-deps -e .
 	build/oldest/bin/python -m pytest -q -n auto tests/test_rows.py tests/test_objectives.py tests/test_methods.py \
-	tests/test_contract.py tests/test_engine.py tests/test_checkpoints.py tests/test_cli.py
+	tests/test_contract.py tests/test_engine.py tests/test_checkpoints.py tests/test_resume.py tests/test_tune.py \
+	tests/test_kernels.py tests/test_adapters.py tests/test_export.py tests/test_cli.py
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache *.egg-info

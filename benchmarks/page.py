@@ -29,6 +29,7 @@ PARTS = {
     "step": "A classification step",
     "loss": "The loss alone, forward and backward",
     "fused_linear": "From hidden states to the loss",
+    "chunked_losses": "Chunked losses of today",
     "memory": "Peak memory at a real vocabulary",
     "overhead": "Overhead of the trainer per step",
     "cache": "Reading cached teacher logits",

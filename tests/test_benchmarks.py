@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from pathlib import Path
 from xml.etree import ElementTree
@@ -19,7 +20,19 @@ from tests.forked import run_parts
 from tests.paths import ROOT
 
 FOLDER = ROOT / "benchmarks"
-SCRIPTS = ("loss", "fused_linear", "memory", "step", "overhead", "cache", "speculative", "augment", "startup", "growth")
+SCRIPTS = (
+    "loss",
+    "fused_linear",
+    "chunked_losses",
+    "memory",
+    "step",
+    "overhead",
+    "cache",
+    "speculative",
+    "augment",
+    "startup",
+    "growth",
+)
 
 
 def script(name: str, *arguments: object) -> str:
@@ -42,6 +55,7 @@ def done(folder: Path) -> dict[str, str]:
     """What is printed by all scripts, by a peak, and by the page of one script's lines."""
     parts = {
         "scripts": "".join(script(f"{name}.py", "--tiny", "--rounds", 2, "--out", folder) for name in SCRIPTS),
+        "device": script("device.py", "--device", "cpu", "--tiny", "--out", folder),
         "peak": script("loss.py", "--tiny", "--peak", "N=8 C=50 fp32|TRL generalised JSD"),
         "page": f"""
 import shutil
@@ -69,6 +83,18 @@ def test_each_writes_its_lines(name: str, done: dict[str, str], folder: Path) ->
         assert line["torch"] == torch.__version__ and line["commit"] and "cores" in line["host"]
 
 
+def test_the_record_of_a_device_has_every_stage(done: dict[str, str], folder: Path) -> None:
+    """On the CPU, whose numbers are its own: what would be found on a device is not."""
+    stages = json.loads((folder / "device-cpu.json").read_text(encoding="utf-8"))["stages"]
+    wrong = {name: found for name, found in stages.items() if "error" in found or "skipped" in found}
+    assert not wrong
+    assert stages["numbers"]["cases"] == stages["numbers"]["equal"] == 12
+    assert stages["waits"]["DTKD"] == {} and stages["resume"]["bit_equal"]
+    (case,) = (found for name, found in stages["losses"].items() if name != "seconds")
+    assert not case["failed"] and "dynamic term, exact, chunks" in case
+    assert all(found["gradient_error"] < 1e-5 for found in case.values() if isinstance(found, dict) and found)
+
+
 def test_the_page(done: dict[str, str], folder: Path) -> None:
     text = (folder / "one" / "page.md").read_text(encoding="utf-8")
     plot = folder / "one" / "figures" / "performance" / "step-0.svg"
@@ -93,7 +119,7 @@ def test_what_is_restated(monkeypatch: pytest.MonkeyPatch) -> None:
 
     rows = random_rows(6, 9)
     rows = rows.replace(student=rows.student.abs(), teacher=rows.teacher.abs())
-    followed = Sharpness(4.0, solve="published", attached=True)
+    followed = Sharpness(4.0, solve="published", differentiable=True)
     for theirs, ours in (
         (peers.kd_term, KD(soft=1.0, hard=0.0, temperature=Static(4.0))),
         (

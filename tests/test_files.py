@@ -223,3 +223,16 @@ def test_mappings_of_transformers_keep_their_attributes() -> None:
         assert [x.device.type for x in moved[0].hidden_states] == ["meta", "meta"]
         assert moved[1].input_ids.device.type == "meta" and moved[1]["text"] == ["a"]
     assert output.logits.device.type == batch["input_ids"].device.type == "cpu"
+
+
+def test_copies_to_cuda_go_through_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a device: the calls that a batch makes; a copy from memory that is not pinned makes the host wait."""
+    calls: list[tuple[str, Any]] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda x: calls.append(("pin", len(x))) or x)
+    monkeypatch.setattr(Tensor, "to", lambda x, device, **kw: calls.append((str(device), kw)) or x)
+    to_device({"x": torch.zeros(3), "y": [torch.zeros(2)]}, "cuda:1")
+    copy = ("cuda:1", {"non_blocking": True})
+    assert calls == [("pin", 3), copy, ("pin", 2), copy]
+    calls.clear()
+    to_device(torch.zeros(3), "cpu")
+    assert calls == [("cpu", {"non_blocking": False})]

@@ -17,7 +17,7 @@ from torch import nn
 
 from tempering.data import cifar100
 from tempering.data.cifar import MEAN, STD
-from tempering.experiments.presets import arm_from, method_of, run_label, slug
+from tempering.experiments.presets import method_of, preset_from, run_label, slug
 from tempering.methods.logits.supervised import Supervised
 from tempering.models import build_seeded, explainer, load, network_facts, stages
 from tempering.tasks.two_view import classification_of_views
@@ -89,8 +89,8 @@ def main(
         out: the run's folder; default: runs/cifar100/TEACHER-STUDENT/METHOD-SEED.
         config: options of training.
     """
-    arm, loss = arm_from(method, temperature), method_of(method, temperature)
-    out = out or Path("runs/cifar100", f"{teacher}-{student}", f"{slug(arm.name)}-{config.seed}")
+    preset, loss = preset_from(method, temperature), method_of(method, temperature)
+    out = out or Path("runs/cifar100", f"{teacher}-{student}", f"{slug(preset.name)}-{config.seed}")
     folder = teacher_dir or out.parent / "teachers"
     config = replace(config, compile="reduce-overhead") if cuda_graphs else config
     sizes = {"batch_size": batch_size, "test_subset": test_subset, "validation": validation}
@@ -114,7 +114,7 @@ def main(
             optimizer=cifar_sgd(teacher_lr),
             schedule=cifar_decay,
             config=config.for_teacher(length),
-            facts={"label": f"teacher {teacher}", "student": {"name": teacher}, "data": teacher_splits.facts()},
+            facts={"data": teacher_splits.facts()},
         )
 
     # identify other training images by the test images and their count, without decoding them
@@ -135,7 +135,7 @@ def main(
         cache=None if teacher_cache is None else cache(views=teacher_cache),
         facts={"precision": precision},
     )
-    label = label or run_label(arm, student, second_stage=routing_tree is not None)
+    label = label or run_label(preset, student, second_stage=routing_tree is not None)
     return Experiment(
         student=network,
         teacher=teacher_recipe if loss.needs_teacher else None,

@@ -40,7 +40,7 @@ TAILS = ("truncated", "renormalized", "bucket")
 @invariant(
     "tail",
     ("top_k",),
-    after=("runs", "definition", "reduction"),
+    after=("runs", "definition"),
     promised=lambda p: p.tail is not None,
     applies=lambda p: not p.sampled and p.definition in (None, "kl"),
 )
