@@ -517,7 +517,12 @@ class Needs:
     inputs = load_file(tmp_path / "found" / failed[0]["counterexample"])
     assert set(inputs) == {"student", "teacher", "labels"}
     assert "<b>reduction</b>" in (tmp_path / "found" / "report.html").read_text()
-    assert {p.name for p in tmp_path.iterdir()} <= {"losses_here.py", "found", "__pycache__"}, "nothing else is written"
+    assert {p.name for p in tmp_path.iterdir()} <= {
+        "losses_here.py",
+        "broken_here.py",
+        "found",
+        "__pycache__",
+    }, "nothing else is written"
     for name, message in (
         ("losses_here", "MODULE:NAME"),
         ("losses_here:no", "has no 'no'. Functions and classes there: loss, per_integer, Needs"),

@@ -118,8 +118,8 @@ def _import(module: str) -> Any:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise ImportError(f"{module} cannot be imported: {error}.") from None
         raise ImportError(
-            f"there is no module {error.name!r}, neither installed nor in {Path.cwd()}. A file losses.py there is given "
-            "as losses:NAME."
+            f"there is no module {error.name!r}, neither installed nor in {Path.cwd()}. A file losses.py there is "
+            "given as losses:NAME."
         ) from None
     except Exception as error:
         raise ImportError(f"{module} cannot be imported: {type(error).__name__}: {error}") from None
