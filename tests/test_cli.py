@@ -470,7 +470,7 @@ def test_a_missing_package_says_what_to_type(
     text.write_text("a fox. " * 2000)
     assert run("check", "language", "--text", text) == 1
     assert 'transformers is not installed: pip install "tempering[huggingface]"' in capsys.readouterr().err
-    tiny.write_text("import not_a_package_of_ours\n")
+    tiny.write_text(TINY.replace("    x = torch", "    import not_a_package_of_ours\n\n    x = torch"))
     assert run("check", tiny) == 1
     assert "No module named 'not_a_package_of_ours'" in capsys.readouterr().err
 

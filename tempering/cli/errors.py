@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from importlib import metadata
+from itertools import pairwise
 
 from tempering.utils.text import printable
 
@@ -34,7 +35,7 @@ def message(error: Exception, argv: Sequence[str] = ()) -> str:
         if extra:
             text = f'{package} is not installed: pip install "tempering[{extra}]"'
     elif isinstance(error, OSError) and text.startswith("[Errno") and error.filename is not None:
-        flag = next((a for a, b in zip(argv, argv[1:], strict=False) if b == str(error.filename) and a.startswith("-")), "")
+        flag = next((a for a, b in pairwise(argv) if b == str(error.filename) and a.startswith("-")), "")
         text = f"{error.strerror}: {error.filename}{f', given as {flag}' if flag else ''}"
     return printable(text)
 

@@ -359,7 +359,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if traceback or not is_user_error(error):
             raise
-        print(f"error: {message(error, split_equals([*args, *recipe_args]))}\n(--traceback shows where)", file=sys.stderr)
+        print(
+            f"error: {message(error, split_equals([*args, *recipe_args]))}\n(--traceback shows where)", file=sys.stderr
+        )
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)
