@@ -35,8 +35,9 @@ SIZE = 16  # pixels per side
 def load_data(folder: Path | None, *, validation: float, test: float, batch_size: int, seed: int) -> Splits:
     """Load the images of a folder, or generate synthetic ones: a random pattern per class, with noise."""
     if folder is not None:
-        held_out = {"validation": validation, "test": test}
-        return image_folder(folder, size=SIZE, batch_size=batch_size, flip=True, seed=seed, **held_out)
+        return image_folder(
+            folder, size=SIZE, batch_size=batch_size, validation=validation, test=test, flip=True, seed=seed
+        )
     generator = torch.Generator().manual_seed(0)
     patterns = torch.rand(10, 3, SIZE, SIZE, generator=generator)
     labels = torch.randint(10, (1250,), generator=generator)
