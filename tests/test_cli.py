@@ -460,3 +460,22 @@ def test_demo_shows_five_arms_and_goes_on_where_it_stopped(
     assert (tmp_path / "report.html").is_file()
     assert run("demo", "--out", tmp_path) == 0
     assert len(ran) == 15
+
+
+def test_a_missing_package_says_what_to_type(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    text = tiny.with_name("text.txt")
+    text.write_text("a fox. " * 2000)
+    assert run("check", "language", "--text", text) == 1
+    assert 'transformers is not installed: pip install "tempering[huggingface]"' in capsys.readouterr().err
+    tiny.write_text(TINY.replace("    x = torch", "    import not_a_package_of_ours\n\n    x = torch"))
+    assert run("check", tiny) == 1
+    assert "No module named 'not_a_package_of_ours'" in capsys.readouterr().err
+
+
+def test_a_missing_file_is_named_with_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    for words_given in (("--text", "nowhere.txt"), ("--text=nowhere.txt",)):
+        assert run("check", "language", *words_given) == 1
+        assert "error: No such file or directory: nowhere.txt, given as --text\n" in capsys.readouterr().err

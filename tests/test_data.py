@@ -353,7 +353,7 @@ def _all(splits: Splits) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_image_folders_that_cannot_be_read_say_why(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere should hold one folder per class; it holds no folders"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
         image_folder(tmp_path / "nowhere", size=4)
     (tmp_path / "empty" / "cat").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=r"holds classes but no images. Expected .jpg"):

@@ -52,7 +52,29 @@ def test_a_new_recipe_reads_a_folder_of_images(folder: Path) -> None:
     short = ("--epochs=1", "--teacher-epochs=1", "--threads=1", "--quiet", "--method=supervised")
     assert run("run", "mine.py", "--data=images", *short, "--out=run") == 0
     facts = json.loads((folder / "run" / "facts.json").read_text())
-    assert (facts["data"]["classes"], facts["data"]["train"], facts["teacher"]) == (2, 20, None)
+    assert (facts["data"]["classes"], facts["data"]["train"], facts["teacher"]) == (2, 108, None)
+
+
+def test_a_new_recipe_holds_test_and_validation_images_out_of_a_flat_folder(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = pytest.importorskip("PIL.Image")
+    for name, color in (("cat", (200, 0, 0)), ("dog", (0, 0, 200)), ("owl", (0, 200, 0))):
+        (folder / "images" / name).mkdir(parents=True)
+        for i in range(16):
+            images.new("RGB", (20, 18), color).save(folder / "images" / name / f"{i}.png")
+    assert run("new-recipe", "mine") == 0
+    short = ("--data=images", "--epochs=1", "--threads=1", "--quiet", "--method=supervised", "--out=run")
+    assert run("run", "mine.py", *short) == 0
+    facts = json.loads((folder / "run" / "facts.json").read_text())
+    assert [facts["data"][split] for split in ("train", "validation", "test")] == [38, 5, 5]
+    capsys.readouterr()
+    assert run("check", "mine.py", *short, "--validation=100") == 1
+    assert "cannot hold out 100 of 43 images" in (said := capsys.readouterr().err) and "--validation" in said
+    assert run("check", "mine.py", *short, "--test=0") == 1
+    assert "--test N" in capsys.readouterr().err
+    assert run("check", "mine.py", "--data=elsewhere") == 1
+    assert f"there is no folder elsewhere in {folder}" in capsys.readouterr().err
 
 
 def test_names_that_cannot_be_a_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

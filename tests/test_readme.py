@@ -6,6 +6,8 @@ import re
 import tomllib
 
 import tempering
+from tempering.methods import METHODS
+from tempering.temperature import POLICIES
 from tests.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -37,3 +39,9 @@ def test_readme_is_one_screen() -> None:
 def test_test_command_is_the_one_ci_runs() -> None:
     assert "```bash\nmake test\n```" in README
     assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("make test")
+
+
+def test_the_numbers_of_methods_and_policies_are_those_of_the_library() -> None:
+    said = f"{len(METHODS)} methods{{}} {len(POLICIES)} temperature policies"
+    assert said.format(",") in README
+    assert said.format(" and") in (ROOT / "docs" / "index.md").read_text()

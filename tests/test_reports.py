@@ -7,6 +7,7 @@ import random
 import re
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -409,3 +410,13 @@ def test_what_is_not_recorded_is_not_said_to_be_shared(
     for sentence in said:
         assert sentence in notes
     assert sum(note.startswith(("All runs share", "Not recorded")) for note in notes) == len(said)
+
+
+def test_labels_of_lines_that_end_near_each_other_are_apart_and_above_the_axis() -> None:
+    series = [Series("s", name, [0, 1], [1, end], text=name) for name, end in (("a", 3.7), ("b", 0.02), ("c", 0.3))]
+    drawn = lines("k", "t", "d", series, x_label="epoch", y_label="mean", y_range=(0.0, 10.0))
+    texts = [t for t in ElementTree.fromstring(drawn).iter("text") if "said" in t.attrib["class"]]
+    places = [float(t.attrib["y"]) for t in texts]
+    axis = float(re.search(r'class="axis"[^>]* y1="([\d.]+)"', drawn)[1])  # pyright: ignore[reportOptionalSubscript]
+    assert [t.text for t in texts] == ["a", "c", "b"], "from the top"
+    assert min(b - a for a, b in pairwise(places)) >= 12.9 and places[-1] < axis, places

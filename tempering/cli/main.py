@@ -18,6 +18,7 @@ import tyro
 from tyro.conf import Positional, Suppress, arg
 
 from tempering._version import __version__
+from tempering.cli.errors import is_user_error, message
 from tempering.utils.text import printable
 
 if TYPE_CHECKING:
@@ -30,15 +31,6 @@ Folder = Annotated[Path, Positional, arg(metavar="FOLDER")]
 FROM = "Flags from a file: a run's facts.json, or YAML or JSON, {flag: value}. The command line has precedence."
 FlagFile = Annotated[Path | None, arg(name="from", metavar="FILE", help=FROM)]
 RecipeArgs = Annotated[tuple[str, ...], Suppress]  # the recipe's flags, which main() separates from the command's
-# errors whose message is for the user; some by name, because their modules import torch
-USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
-USER_ERROR_NAMES = (
-    "CorruptCacheError",
-    "CorruptCheckpointError",
-    "CorruptStoreError",
-    "SelfCheckError",
-    "TeacherMismatchError",
-)
 
 
 def run(recipe: OptionalRecipe = None, *, flag_file: FlagFile = None, recipe_args: RecipeArgs = ()) -> int:
@@ -367,7 +359,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if traceback or not is_user_error(error):
             raise
-        print(f"error: {printable(error)}\n(--traceback shows where)", file=sys.stderr)
+        print(
+            f"error: {message(error, split_equals([*args, *recipe_args]))}\n(--traceback shows where)", file=sys.stderr
+        )
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -446,11 +440,6 @@ def _recorded_as(command: str, recipe: Path, argv: tuple[str, ...]) -> Generator
         yield
     finally:
         sys.argv = before
-
-
-def is_user_error(error: Exception) -> bool:
-    """Return whether an error's message is for the user, so that no traceback is needed."""
-    return isinstance(error, USER_ERRORS) or type(error).__name__ in USER_ERROR_NAMES
 
 
 def _interrupt(number: int, frame: object) -> None:

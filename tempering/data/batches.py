@@ -365,11 +365,7 @@ class Batches(ShardedLoader):
 
     def split(self, n_validation: int, seed: int = 0) -> tuple[Batches, Batches]:
         """Return (the remaining images, a clean held-out split of ``n_validation`` images), stratified by class."""
-        if not 0 < n_validation < self.size:
-            raise ValueError(
-                f"cannot hold out {n_validation} of {self.size} images; both splits need at least one. Give a smaller "
-                "number, such as validation= or test= where the data is loaded."
-            )
+        check_held_out(n_validation, self.size, "images")
         order = stratified_order(self._labels(), random_bits(self.size, seed, "split", n_validation).numpy())
         return self._select(order[n_validation:]), self._select(order[:n_validation]).clean()
 
@@ -440,29 +436,46 @@ def stratified_order(labels: np.ndarray, key: np.ndarray) -> np.ndarray:
     return by_class[np.lexsort((key[by_class], quantile))]
 
 
-def train_val_split(train: LoaderT, others: Mapping[str, LoaderT], *, validation: int, test: int) -> Splits[LoaderT]:
+def check_held_out(n: int, size: int, samples: str) -> None:
+    """Raise a ValueError unless n of ``size`` samples, such as "images", can be held out of the training ones."""
+    if not 0 < n < size:
+        raise ValueError(
+            f"cannot hold out {n} of {size} {samples}; both splits need at least one. Give another number: validation= "
+            "or test= where the data is loaded, --validation or --test on the command line."
+        )
+
+
+def train_val_split(
+    train: LoaderT, others: Mapping[str, LoaderT], *, validation: float, test: float
+) -> Splits[LoaderT]:
     """Combine loaders into splits, and hold missing splits out of the training samples.
 
     Args:
         train: loader of the training split.
         others: loaders of the other splits, "validation" and "test". If only "validation" exists and ``test`` is 0, it
             becomes the test split.
-        validation, test: number of training samples to hold out for a split that does not exist.
+        validation, test: number of training samples to hold out for a split that does not exist; or a fraction below
+            1, which is ignored if the split exists.
 
     Raises:
         ValueError: for a held-out split that already exists, or if there is no test split.
     """
     if "test" not in others and not test and "validation" in others:
         others = {"test": others["validation"]}
+    size = train.size
     for split, count in (("test", test), ("validation", validation)):
+        if 0 < count < 1:
+            count = 0 if split in others else max(1, round(count * size))
         if count and split in others:
-            size = others[split].size
-            raise ValueError(f"{train.name} has its own {split} split ({size} images): leave out {split}=.")
+            raise ValueError(
+                f"{train.name} has its own {split} split ({others[split].size} images): leave out {split}=, or type "
+                f"--{split} 0."
+            )
         if count:
-            train, held_out = train.split(count, seed=0)
+            train, held_out = train.split(int(count), seed=0)
             others = {**others, split: held_out}
     if "test" not in others:
         raise ValueError(
-            f"{train.name} has no test split. Give it one, or hold images out of the training ones: test=N."
+            f"{train.name} has no test split. Give it one, or hold images out of the training ones: test=N (--test N)."
         )
     return Splits(train, others.get("validation"), others["test"])

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from tempering.data.batches import epoch_order, random_bits
+from tempering.data.batches import check_held_out, epoch_order, random_bits
 from tempering.data.sharded import ShardedLoader
 from tempering.utils.tensors import to_device
 
@@ -255,11 +255,7 @@ class DetectionLoader(ShardedLoader):
 
     def split(self, n_validation: int, seed: int = 0) -> tuple[DetectionLoader, DetectionLoader]:
         """Return (the remaining images, a clean held-out split of ``n_validation`` images), drawn with ``seed``."""
-        if not 0 < n_validation < self.size:
-            raise ValueError(
-                f"cannot hold out {n_validation} of {self.size} images; both splits need at least one. Give a smaller "
-                "number, such as validation= or test= where the data is loaded."
-            )
+        check_held_out(n_validation, self.size, "images")
         order = epoch_order(self.size, seed, 0)
         return self._select(order[n_validation:]), self._select(order[:n_validation]).clean()
 

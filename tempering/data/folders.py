@@ -29,8 +29,8 @@ def image_folder(
     *,
     size: int,
     batch_size: int = 64,
-    validation: int = 0,
-    test: int = 0,
+    validation: float = 0,
+    test: float = 0,
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
     crop: int = 0,
@@ -49,7 +49,7 @@ def image_folder(
         size: height and width of the images in pixels.
         batch_size: of all splits.
         validation, test: number of training images to hold out if the folder has no such split, always the same ones,
-            stratified by class.
+            stratified by class; or a fraction below 1, which is ignored if the folder has the split.
         mean, std: per channel, for pixels in [0, 1]; those the teacher was trained with.
         crop, flip: augmentation of the training images.
         seed: of order and augmentation.
@@ -60,6 +60,8 @@ def image_folder(
         ValueError: for an image that cannot be read, splits of different classes, or no test split.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} in {Path.cwd()}; it should hold one folder per class.")
     folders = {split: path for split, names in SPLITS.items() if (path := _first(folder, names)) is not None}
     folders = folders if "train" in folders else {"train": folder}
     names = _subfolders(folders["train"])
@@ -82,8 +84,8 @@ class ImageOptions(TypedDict, total=False):
     """The options of ``image_folder`` that do not depend on where images come from."""
 
     batch_size: int
-    validation: int
-    test: int
+    validation: float
+    test: float
     mean: Sequence[float]
     std: Sequence[float]
     crop: int

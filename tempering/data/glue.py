@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tempering.data.batches import epoch_order, random_bits, stratified_order
+from tempering.data.batches import check_held_out, epoch_order, random_bits, stratified_order
 from tempering.data.folders import SPLITS
 from tempering.data.sharded import ShardedLoader
 
@@ -271,8 +271,7 @@ class TextPairLoader(ShardedLoader):
 
     def split(self, n_validation: int, seed: int = 0) -> tuple[TextPairLoader, TextPairLoader]:
         """Return (the remaining texts, a held-out split of ``n_validation`` texts), stratified by class."""
-        if not 0 < n_validation < self.size:
-            raise ValueError(f"cannot hold out {n_validation} of {self.size} texts; both splits need at least one.")
+        check_held_out(n_validation, self.size, "texts")
         order = self._stratified(random_bits(self.size, seed, "split", n_validation).numpy())
         return self._select(order[n_validation:]), self._select(order[:n_validation])._replace(shuffle=False)
 

@@ -3,7 +3,7 @@
 Command:  tempering run template.py --method dtkd
 Check:    tempering check template.py                (the first batch; nothing is trained)
 Compare:  tempering compare template.py --methods supervised,kd,kd-matched,dtkd --seeds 3 --out runs/grid
-Images:   tempering run template.py --data DIR       (DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg)
+Images:   tempering run template.py --data DIR       (DIR/CLASS/*.jpg; or DIR/train/CLASS and DIR/test/CLASS)
 
 A recipe is a Python file with a function ``main``, which returns the description of a run and trains nothing. Its
 keyword arguments are the flags, and --help shows its docstring; ``config`` has the flags of training, such as --epochs
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from tempering.data import Batches, Splits, image_folder
+from tempering.data.batches import train_val_split
 from tempering.experiments.presets import method_of, preset_from, slug
 from tempering.methods.logits.supervised import Supervised
 from tempering.tasks import Classification
@@ -31,19 +32,20 @@ SIZE = 16  # pixels per side
 # 1. The data: training, validation and test batches. Without a validation split the test split selects the best epoch.
 
 
-def load_data(folder: Path | None, *, validation: int, batch_size: int, seed: int) -> Splits:
+def load_data(folder: Path | None, *, validation: float, test: float, batch_size: int, seed: int) -> Splits:
     """Load the images of a folder, or generate synthetic ones: a random pattern per class, with noise."""
     if folder is not None:
-        return image_folder(folder, size=SIZE, batch_size=batch_size, validation=validation, flip=True, seed=seed)
+        return image_folder(
+            folder, size=SIZE, batch_size=batch_size, validation=validation, test=test, flip=True, seed=seed
+        )
     generator = torch.Generator().manual_seed(0)
     patterns = torch.rand(10, 3, SIZE, SIZE, generator=generator)
-    labels = torch.randint(10, (1300,), generator=generator)
+    labels = torch.randint(10, (1250,), generator=generator)
     noise = torch.rand(len(labels), 3, SIZE, SIZE, generator=generator)
     images = (255 * (0.3 * patterns[labels] + 0.7 * noise)).to(torch.uint8)
     order = {"batch_size": batch_size, "shuffle": True, "seed": seed}
     data = Batches(images, labels, mean=(0.5,) * 3, std=(0.25,) * 3, name="synthetic", **order)
-    train, test = data.split(200, seed=0)
-    return Splits(*train.split(validation, seed=0), test) if validation else Splits(train, None, test)
+    return train_val_split(data, {}, validation=validation, test=test)
 
 
 # 2. The networks: any nn.Module whose output is logits of shape (N, classes).
@@ -75,7 +77,8 @@ def decay(progress: float) -> float:
 def main(
     *,
     data: Path | None = None,
-    validation: int = 100,
+    validation: float = 0.1,
+    test: float = 0.1,
     method: str = "dtkd",
     temperature: str | None = None,
     label: str | None = None,
@@ -91,8 +94,9 @@ def main(
 
     Args:
         data: a folder of images, a subfolder per class; default: synthetic images.
-        validation: training images held out to select the best epoch, if the folder has no validation split of its
-            own; with 0 the test images select it.
+        validation: training images held out to select the best epoch: a number, or a fraction below 1, which is
+            ignored if the folder has a validation split of its own; with 0 the test images select it.
+        test: training images held out for the test, likewise.
         method: a method, or a preset of one (`tempering list` shows them), such as supervised, kd, kd-matched, or
             "dtkd(soft=0.5, temperature=sharpness(4, solve=std))".
         temperature: a policy that replaces the method's own, such as "static(2)".
@@ -107,7 +111,7 @@ def main(
     """
     preset, loss = preset_from(method, temperature), method_of(method, temperature)
     out = out or Path("runs/template", f"{slug(preset.name)}-{config.seed}")
-    load = partial(load_data, data, validation=validation, batch_size=batch_size)
+    load = partial(load_data, data, validation=validation, test=test, batch_size=batch_size)
     splits = load(seed=config.seed)
     classes, optimizer = splits.train.classes, partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=5e-4)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 Value = float | None
+LINE = 13  # distance of two labels
 MOST_ENLARGED = 1.25  # a chart alone in a wide row would have letters larger than the page's
 FEW = 10  # examples in a bin; with fewer its accuracy is noise
 
@@ -178,11 +179,24 @@ def lines(
         out.append(tag("line", class_=f"level {css}", x1=x.start, x2=x.stop, y1=position, y2=position))
         out.append(tag("text", text, class_="tick end", x=x.stop, y=position - 5))
     out += [_draw_series(s, frame, x_label) for s in series]
-    labeled = [(s, y) for s in series if s.text and (y := s.y[-1]) is not None]
-    for s, y in labeled:
-        below = any(other > y for _, other in labeled) and frame.y(y) + 15 < frame.y.start
-        out.append(tag("text", s.text, class_=f"end halo {s.css} said", x=x.stop, y=frame.y(y) + (15 if below else -8)))
+    labeled = sorted(
+        ((frame.y(y), s) for s in series if s.text and (y := s.y[-1]) is not None), key=lambda pair: pair[0]
+    )
+    for place, (_, s) in zip(_apart([y for y, _ in labeled], frame.y.start), labeled, strict=True):
+        out.append(tag("text", s.text, class_=f"end halo {s.css} said", x=x.stop, y=place))
     return svg(key, title, description, out, width, height)
+
+
+def _apart(ends: Sequence[float], bottom: float) -> list[float]:
+    """Return baselines of labels of lines that end at these heights, from the top: the first above its line, the others
+    below theirs if there is room, none over another and none below the axis."""
+    places: list[float] = []
+    for end in ends:
+        place = end + 15 if places and end + 15 < bottom else end - 8
+        places.append(max(place, places[-1] + LINE) if places else place)
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], bottom - 4 if i + 1 == len(places) else places[i + 1] - LINE)
+    return places
 
 
 def strips(

@@ -31,7 +31,7 @@ class Pair:
 
 
 def side_by_side(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Return the runs; two runs of one label get labels with their folders' names, so that they are distinguished."""
+    """Return the runs; two runs of one label get labels with their folders' names, so that they differ."""
     if len(runs) != 2 or runs[0].label != runs[1].label:
         return list(runs)
     folders = [run.source.absolute() for run in runs]
