@@ -525,7 +525,7 @@ class Needs:
     }, "nothing else is written"
     for name, message in (
         ("losses_here", "MODULE:NAME"),
-        ("losses_here:no", "has no 'no'. Functions and classes there: loss, per_integer, Needs"),
+        ("losses_here:no", "has no 'no'. Functions and classes there: Promises, loss, per_integer, Needs"),
         ("losses_here:Needs", "a class with required arguments"),
         ("losses_there:loss", f"there is no module 'losses_there', neither installed nor in {tmp_path}"),
         ("broken_here:loss", "broken_here cannot be imported: SyntaxError"),

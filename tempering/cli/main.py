@@ -18,7 +18,6 @@ import tyro
 from tyro.conf import Positional, Suppress, arg
 
 from tempering._version import __version__
-from tempering.cli.errors import is_user_error, message
 from tempering.utils.text import printable
 
 if TYPE_CHECKING:
@@ -357,6 +356,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        from tempering.cli.errors import is_user_error, message
+
         if traceback or not is_user_error(error):
             raise
         print(

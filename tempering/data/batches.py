@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from tempering.data.sharded import ShardedLoader
 from tempering.rows import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -138,6 +138,48 @@ class AugmentationParams:
     y: Int[Tensor, " N"]
     x: Int[Tensor, " N"]
     flip: Bool[Tensor, " N"]
+
+
+class ShardedLoader:
+    """Base of loaders whose batches are split over ranks; ``things`` names the samples in error messages."""
+
+    things: ClassVar[str] = "images"
+    batch_size: int
+    rank: int
+    world: int
+
+    def shard(self, rank: int, world: int) -> Self:
+        """Return a loader of this rank's contiguous part of every batch; the parts of all ranks make up the batch.
+
+        A short last batch is split as evenly as possible, or dropped on all ranks if it has fewer samples than ranks.
+
+        Raises:
+            ValueError: for a batch size that ``world`` does not divide.
+        """
+        if self.batch_size % world or not 0 <= rank < world:
+            raise ValueError(
+                f"batch_size={self.batch_size} {self.things} cannot be split evenly over {world} processes (rank "
+                f"{rank}). Use a multiple, such as batch_size={max(1, round(self.batch_size / world)) * world}."
+            )
+        return self._replace(rank=rank, world=world)
+
+    def _num_batches(self, size: int) -> int:
+        """Return the number of batches in an epoch of ``size`` samples."""
+        full, tail = divmod(size, self.batch_size)
+        return full + (tail >= self.world)
+
+    def _shard_slice(self, step: int, size: int) -> slice:
+        """Return the slice of the epoch's ``size`` samples, in its order, that this rank loads in that step."""
+        low = step * self.batch_size
+        count = min(self.batch_size, size - low)
+        return slice(*(low + count * r // self.world for r in (self.rank, self.rank + 1)))
+
+    def _replace(self, **changes: Any) -> Self:
+        """Return a shallow copy with these attributes changed."""
+        result = copy.copy(self)
+        for name, value in changes.items():
+            setattr(result, name, value)
+        return result
 
 
 class Batches(ShardedLoader):

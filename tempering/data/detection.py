@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from tempering.data.batches import check_held_out, epoch_order, random_bits
-from tempering.data.sharded import ShardedLoader
+from tempering.data.batches import ShardedLoader, check_held_out, epoch_order, random_bits
 from tempering.utils.tensors import to_device
 
 Target = dict[str, Any]

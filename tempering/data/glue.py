@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tempering.data.batches import check_held_out, epoch_order, random_bits, stratified_order
+from tempering.data.batches import ShardedLoader, check_held_out, epoch_order, random_bits, stratified_order
 from tempering.data.folders import SPLITS
-from tempering.data.sharded import ShardedLoader
 
 KEYS = (
     ("sentence1", "sentence2"),

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from tempering.data.batches import ShardedLoader
 from tempering.data.canaries import Canary
-from tempering.data.sharded import ShardedLoader
 from tempering.data.text import TextExample, collate
 
 
