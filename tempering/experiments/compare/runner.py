@@ -102,8 +102,8 @@ class Arena:
         for name in ("records", "work"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "work" / ".gitignore").write_text("*\n")
-        # whether a teacher is above chance is decided again in a grid that is started again
-        shutil.rmtree(self.folder / "work" / "teachers", ignore_errors=True)
+        # whether a teacher is above chance is decided again in a grid that is started again; work/teachers has weights
+        shutil.rmtree(self._verdicts, ignore_errors=True)
         arena_plan.write(self.folder, self.plan)
         arena_view.records(self.folder, self.plan)  # fail early if a record was edited
 
@@ -123,6 +123,10 @@ class Arena:
             self._launch(cell)
         self.display.show(self.failed, self.jobs)
         return bool(waiting or self.running)
+
+    @property
+    def _verdicts(self) -> Path:
+        return self.folder.absolute() / "work" / "verdicts"
 
     def _done(self, cell: Cell) -> bool:
         return arena_plan.record_of(self.folder, cell).is_file()
@@ -173,7 +177,7 @@ class Arena:
     def _environment(self, slot: int) -> dict[str, str]:
         threads = str(self.threads)
         overrides = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
-        overrides[VERDICTS] = str(self.folder.absolute() / "work" / "teachers")  # each teacher is judged once
+        overrides[VERDICTS] = str(self._verdicts)  # each teacher is judged once
         if self.gpus:
             overrides["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         return {**os.environ, **overrides}
