@@ -48,6 +48,7 @@ ARMS = {
         ("standardized", "KD, standardized T", "kd(temperature=standardized(2, scale=tau))"),
         ("energy", "EnergyKD, bounds by block", "kd(temperature=energy)"),
         ("adaptive", "KD, T by difficulty (AdaKD)", "kd(temperature=adaptive(4))"),
+        ("constant-ratio", "KD, T by the largest logit", "kd(temperature=constantratio)"),
         ("annealed", "KD, T annealed from 4 to 1", "kd(temperature=scheduled(static(4), end=1))"),
         ("dts", "DTS", "kd(temperature=dts)"),
         ("entropy", "DTKD, equal entropies", "dtkd(temperature=entropy(4))"),
