@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ast
 import difflib
-import importlib.util
 import inspect
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from tempering.training.config import TrainConfig
-from tempering.utils.registry import suggest
+from tempering.utils.registry import import_file, suggest
 
 if TYPE_CHECKING:
     from tempering.training.config import Run
@@ -64,14 +62,7 @@ def load(path: Path) -> Callable[..., Any]:
         ValueError: for a file without ``main``.
     """
     flags(path)
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and type hints look up their module
-    if (folder := str(path.resolve().parent)) not in sys.path:
-        sys.path.insert(0, folder)
-    spec.loader.exec_module(module)
-    return module.main
+    return import_file(path, f"recipe_{path.stem}").main
 
 
 def call(path: Path, argv: Sequence[str], *, prog: str) -> Any:
