@@ -146,6 +146,7 @@ evidence-short: $(READY)  ## a first look, no part of `make evidence`: 8 epochs,
 ARENA16 ?= benchmarks/results/arena16
 SEEDS16 ?= 0 1 2 3 4 5 6 7
 EPOCHS16 ?= 20
+VIEWS16 ?= 8
 STAGE16 ?= grid
 ARMS16 ?= supervised,kd,dtkd-soften,dtkd,dtkd-published,dtkd-max,dtkd-std
 PILOT16 := supervised,dtkd,dtkd-soften,dtkd-published
@@ -154,7 +155,7 @@ POLICIES16 ?= own,static(1),static(2),static(8),constantratio,standardized(2, sc
 	cosine,dts,energy,adaptive(4),instance,instance(form=published),instance(form=bandit)
 NICE ?= --nice
 RUN16 = $(BIN)/python -m tempering compare cifar100 --jobs 1 --threads 1 $(NICE) --no-controls --seeds 1 --first-seed $$seed
-FLAGS16 = --data $(DATA) --size 16 --validation 5000 --student resnet8 --teacher resnet20 --teacher-cache 8 \
+FLAGS16 = --data $(DATA) --size 16 --validation 5000 --student resnet8 --teacher resnet20 --teacher-cache $(VIEWS16) \
 	--teacher-weights $(ARENA16)/teacher/resnet20.safetensors --epochs $(EPOCHS16) --evaluate-every 2
 arena16: arena16-runs  ## does a dynamic temperature beat the best fixed one? 8 seeds of 22 methods, 10 minutes of a core each
 	$(BIN)/python benchmarks/leaderboard.py
@@ -164,8 +165,8 @@ arena16-runs: $(READY)
 	$(RUN16) --methods kd-matched --temperatures '$(POLICIES16)' --out $(ARENA16)/$(STAGE16) -- $(FLAGS16); \
 	$(RUN16) --methods '$(ARMS16)' --out $(ARENA16)/$(STAGE16) -- $(FLAGS16); done
 
-arena16-pilot:  ## the spread over seeds, in 6 epochs
-	$(MAKE) arena16 STAGE16=pilot EPOCHS16=6 SEEDS16="0 1 2" ARMS16=$(PILOT16) POLICIES16=own
+arena16-pilot:  ## the spread over seeds, in 4 epochs
+	$(MAKE) arena16 STAGE16=pilot EPOCHS16=4 VIEWS16=4 SEEDS16="0 1 2" ARMS16=$(PILOT16) POLICIES16=own
 
 docs: $(READY)  ## the documentation site, in build/site
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[docs]"

@@ -12,7 +12,7 @@ from tempering.experiments.compare.plan import read
 from tempering.experiments.compare.status import records
 from tempering.reports.compare import CONTROL, display_name
 from tempering.reports.intervals import mean
-from tempering.reports.leaderboard import Leaderboard, cells, leaderboard, reading
+from tempering.reports.leaderboard import LEVEL, Leaderboard, cells, leaderboard, reading
 from tempering.reports.paper_results import PUBLISHED
 from tempering.reports.records import RunRecord, load_run
 
@@ -21,9 +21,9 @@ STAGES = {"grid": "The grid", "pilot": "The pilot"}
 CLAIMS = {"dtkd": "DTKD", "lskd": "Standardized (LSKD)", "itkd": "ITKD", "ctkd": "CTKD"}
 HEAD = """# Leaderboard: does a dynamic temperature beat the best fixed one?
 
-Made by `make pages` from the records under `benchmarks/results/arena16`; do not edit. The question, the protocol and the
-comparisons that count were [planned](decisions/arena-16.md) before the grid was run. To place a method of your own among
-these, on the recorded seeds:
+Made by `make pages` from the records under `benchmarks/results/arena16`; do not edit. The question, the protocol and
+the comparisons that count were [planned](decisions/arena-16.md) before the grid was run. To place a method of your own
+among these, on the recorded seeds:
 
 ```bash
 tempering bench mine.py -- --data DIR
@@ -41,11 +41,10 @@ def page(root: Path) -> str:
 
 
 def _teacher(run: RunRecord) -> str:
-    scores = {split: run.score(f"{split}/accuracy") or 0.0 for split in ("test", "validation")}
-    epochs = run.of("settings").get("epochs")
+    test, validation = (100 * (run.score(f"{split}/accuracy") or 0.0) for split in ("test", "validation"))
     return (
-        f"The teacher is {run.of('student').get('name')} after {epochs} epochs, with a test accuracy of "
-        f"{100 * scores['test']:.2f} % and a validation accuracy of {100 * scores['validation']:.2f} %; its weights are "
+        f"The teacher is {run.of('student').get('name')} after {run.of('settings').get('epochs')} epochs, with an "
+        f"accuracy of {test:.2f} % on the test split and of {validation:.2f} % on the validation split. Its weights are "
         "beside the records.\n"
     )
 
@@ -56,23 +55,21 @@ def _stage(folder: Path) -> list[str]:
     plan = read(folder)
     runs = records(folder, plan)
     done = [run for run in runs if run.done]
-    lines = [f"{plan.flags.get('epochs')} epochs; {len(done)} of {len(runs)} planned runs are done.\n"]
-    if not any(run.label not in (CONTROL,) for run in done):
+    lines = [f"{plan.flags.get('epochs')} epochs; {len(done)} of the {len(runs)} runs so far planned are done.\n"]
+    if not any(run.label != CONTROL for run in done):
         return [*lines, "Too few to compare.\n"]
     board = leaderboard(done)
     return [*lines, _answer(board), _table(cells(board)), *(f"- {line}" for line in reading(board)), "", *_power(board)]
 
 
 def _answer(board: Leaderboard) -> str:
-    metric, better = board.comparison.metric, []
-    for label, p in board.p.items():
-        gap = board.comparison.arm(label).versus[board.best]
-        if gap is not None and p <= 0.05 and gap.mean > 0:
-            better.append(display_name(label))
-    control, fewest = display_name(board.best), min((arm.n for arm in board.comparison.arms if arm.label in board.p), default=0)
-    if better:
-        return f"**Shown to be better than {control}: {', '.join(better)}.**\n"
-    return f"**Of {len(board.p)} methods none is shown to beat {control} in {metric.name.replace('/', ' ')}, with {fewest} pairs or more.**\n"
+    if not board.p:
+        return "**Nothing is decided: a test needs two seeds or more of each method.**\n"
+    gaps = {label: board.comparison.arm(label).versus[board.best] for label in board.p}
+    better = [display_name(name) for name, p in board.p.items() if p <= LEVEL and (gap := gaps[name]) and gap.mean > 0]
+    fewest, control = min(gap.n for gap in gaps.values() if gap is not None), display_name(board.best)
+    shown = f"{', '.join(better)} {'is' if len(better) == 1 else 'are'}" if better else "none is"
+    return f"**Of {len(board.p)} methods {shown} shown to beat {control}, with {fewest} pairs or more of each.**\n"
 
 
 def _table(rows: list[dict[str, str]]) -> str:
@@ -84,17 +81,17 @@ def _power(board: Leaderboard) -> list[str]:
     """Return the seeds that half of what papers claim needs, at the spread of these runs."""
     if board.spread is None:
         return []
-    rows: list[dict[str, str]] = []
-    for name, claim in claims().items():
-        needed = board.pairs_needed(claim / 2)
-        rows.append({"claim over KD": name, "points": f"{100 * claim:.2f}", "pairs for half of it": str(needed)})
-    for points in (0.5, 0.25, 0.1):
-        needed = board.pairs_needed(points / 100)
-        rows.append({"claim over KD": "a difference of", "points": f"{points:.2f}", "pairs for half of it": f"{needed} for all of it"})
+    effects = {f"half of {name}'s gain over KD": claim / 2 for name, claim in claims().items()}
+    effects |= {"half a point": 0.005, "a quarter": 0.0025, "a tenth": 0.001}
+    heads = ("difference", "points", "pairs needed")
+    rows = [
+        dict(zip(heads, (name, f"{100 * effect:.2f}", str(board.pairs_needed(effect))), strict=True))
+        for name, effect in effects.items()
+    ]
     text = (
-        f"Differences of pairs have a standard deviation of {100 * board.spread:.2f} points, pooled over methods. At that "
-        "spread a paired t test shows, with a power of 80 % (claims: means over the published CIFAR-100 pairs, at the "
-        "papers' own weights):\n"
+        f"Differences of pairs have a standard deviation of {100 * board.spread:.2f} points, pooled over methods. At "
+        "that spread a paired t test shows, with a power of 80 % (gains are means over the published pairs of networks "
+        "on CIFAR-100, at the papers' own weights):\n"
     )
     return [text, _table(rows)]
 
@@ -104,7 +101,11 @@ def claims() -> dict[str, float]:
     values = PUBLISHED["cifar100"]
     found: dict[str, float] = {}
     for method, name in CLAIMS.items():
-        gains = [values[key].value - values["kd", *key[1:]].value for key in values if key[0] == method and ("kd", *key[1:]) in values]
+        gains = [
+            values[key].value - values["kd", *key[1:]].value
+            for key in values
+            if key[0] == method and ("kd", *key[1:]) in values
+        ]
         found[name] = mean(gains) or 0.0
     return found
 

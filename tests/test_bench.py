@@ -106,7 +106,11 @@ def test_a_method_file_is_placed_among_the_recorded_runs_and_resumes(
         assert len({run.of("settings")[key] for run in (*records, *recorded)}) == 1
     # one seed: the same first weights and batch, so the same first cross entropy
     for seed in (0, 1):
-        hard = {round(r.steps[0]["terms"]["hard"] / r.of("method")["hard"], 5) for r in (*records, *recorded) if r.seed == seed}
+        hard = {
+            round(r.steps[0]["terms"]["hard"] / r.of("method")["hard"], 5)
+            for r in (*records, *recorded)
+            if r.seed == seed
+        }
         assert len(hard) == 1
     assert "Confident (mine.py)" in said or "mine (mine.py) (yours)" in said
     assert "student alone" in said and "control" in said and "±" in said
@@ -119,7 +123,7 @@ def test_the_protocol_is_that_of_the_records(arena: Path, mine: Path) -> None:
     plan, recipe = arena_plan.read(arena), find("digits")
     flags = bench.protocol_flags(plan, arena, recipe, ["--keep=1"])
     assert sorted(flags) == ["--epochs=1", "--keep=1", "--no-selfcheck", "--subset=100", "--teacher-epochs=1"]
-    with pytest.raises(ValueError, match="recorded protocol, where --epochs is 1; got 9. Leave it out"):
+    with pytest.raises(ValueError, match=r"recorded protocol, where --epochs is 1; got 9\. Leave it out"):
         bench.protocol_flags(plan, arena, recipe, ["--epochs=9"])
     with pytest.raises(ValueError, match=r"takes no --epoch\. Did you mean 'epochs'"):
         bench.protocol_flags(plan, arena, recipe, ["--epoch=1"])
@@ -137,7 +141,9 @@ def test_a_file_of_the_protocol_is_found_beside_the_records_or_asked_for(arena: 
     assert found == ["--data", "elsewhere", f"--teacher-weights={weights}", "--size=16"]
 
 
-def test_other_data_is_refused_before_anything_is_run(arena: Path, mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_data_is_refused_before_anything_is_run(
+    arena: Path, mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = mine.parent / "other"
     (other / "records").mkdir(parents=True)
     plan = arena_plan.read(arena)
@@ -165,8 +171,16 @@ def test_a_policy_file_is_benched_in_kd_with_equal_weights(mine: Path) -> None:
     [
         (None, "none.py", "there is no file none.py. Write FILE.py, or FILE.py:NAME"),
         ("x = 1\n", "bad.py", "bad.py needs one subclass of Method; it defines none"),
-        (METHOD + METHOD.replace("Confident", "Other"), "bad.py", r"it defines Confident, Other. Name one: bad.py:NAME"),
-        (METHOD.replace("Confident", "KD"), "bad.py", "bad.py defines KD, and tempering.methods has KD. Rename the class"),
+        (
+            METHOD + METHOD.replace("Confident", "Other"),
+            "bad.py",
+            r"it defines Confident, Other. Name one: bad.py:NAME",
+        ),
+        (
+            METHOD.replace("Confident", "KD"),
+            "bad.py",
+            "bad.py defines KD, and tempering.methods has KD. Rename the class",
+        ),
         (METHOD, "bad.py:confidant", "no method is called 'confidant'. Did you mean 'confident'"),
         (METHOD, "bad.py:confident(sofd=1)", "Confident has no argument 'sofd'. Did you mean 'soft'"),
     ],

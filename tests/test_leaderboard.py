@@ -77,15 +77,24 @@ def test_the_table_has_places_paired_differences_and_corrected_p_values(runs: li
     gaps = np.array([0.05, 0.06, 0.05])
     half = stats.t.ppf(0.975, 2) * gaps.std(ddof=1) / 3**0.5
     assert rows["cosine (yours)"]["vs tau 2"] == f"+{100 * gaps.mean():.2f} ± {100 * half:.2f}"
-    raw = {name: stats.ttest_rel([r.score("test/accuracy") for r in runs if r.label == name], [0.50, 0.51, 0.53]).pvalue
-           for name in board.p}
+    raw = {
+        name: stats.ttest_rel([r.score("test/accuracy") for r in runs if r.label == name], [0.50, 0.51, 0.53]).pvalue
+        for name in board.p
+    }
     assert board.p == pytest.approx(holm(raw))
     assert [rows[name]["verdict"] for name in ("cosine (yours)", "tau 2", "as in tables")] == ["better", "", "worse"]
     assert rows["tau 4"]["verdict"] == "not compared", "a fixed temperature that validation did not choose"
     said = " ".join(reading(board))
     assert "chosen on the validation split: tau 2 60.10, tau 4 55.10" in said and "Holm for 3 methods" in said
-    each = [stats.tstd([r.score("test/accuracy") - c for r, c in zip([r for r in runs if r.label == n],
-            (0.50, 0.51, 0.53), strict=True)]) for n in board.p]
+    each = [
+        stats.tstd(
+            [
+                r.score("test/accuracy") - c
+                for r, c in zip([r for r in runs if r.label == n], (0.50, 0.51, 0.53), strict=True)
+            ]
+        )
+        for n in board.p
+    ]
     assert board.spread == pytest.approx(float(np.mean(np.square(each))) ** 0.5)
 
 
@@ -140,24 +149,36 @@ def test_the_numbers_of_the_plan_are_those_of_the_records() -> None:
     gaps = {label: [by_label[label][seed] - control[seed] for seed in control] for label in rivals}
     spread = float(np.mean([np.var(each, ddof=1) for each in gaps.values()])) ** 0.5
     low, high = (f([np.std(each, ddof=1) for each in gaps.values()]) for f in (min, max))
-    assert f"deviation of {spread:.2f} points, pooled over four methods\nof three pairs (from {low:.2f} to {high:.2f})" in plan
-    table = {float(points): int(pairs) for points, pairs in re.findall(r"^\| (0\.\d+) \| (\d+) \|$", plan, re.MULTILINE)}
+    assert (
+        f"deviation of {spread:.2f} points, pooled over four methods\nof three pairs (from {low:.2f} to {high:.2f})"
+        in plan
+    )
+    table = {
+        float(points): int(pairs) for points, pairs in re.findall(r"^\| (0\.\d+) \| (\d+) \|$", plan, re.MULTILINE)
+    }
     assert table == {effect: pairs_needed(effect, round(spread, 2)) for effect in (0.5, 0.25, 0.2, 0.1)}
     seen = difference(by_label["DTKD, T_t and T_s alone"], control)
-    assert seen is not None and seen.half is not None and f"was {seen.mean:.2f} ± {seen.half:.2f} points above KD" in plan
+    assert (
+        seen is not None and seen.half is not None and f"was {seen.mean:.2f} ± {seen.half:.2f} points above KD" in plan
+    )
     assert f"half of what was seen before, need {pairs_needed(seen.mean / 2, spread)} pairs" in plan
 
 
 def test_no_plan_chooses_anything_on_a_test_split() -> None:
     """Grids that hold no images out choose nothing: no page of theirs says that a value was tuned or chosen on test."""
-    chooses = re.compile(r"\b(tuned|chosen|selected|picked|chooses?|searche[sd])\b[^.|]*\b(test (split|images|accuracy))", re.I)
+    chooses = re.compile(
+        r"\b(tuned|chosen|selected|picked|chooses?|searche[sd])\b[^.|]*\b(test (split|images|accuracy))", re.I
+    )
     denied = re.compile(r"\b(no|not|nothing|none|never|without)\b", re.I)
     results = ROOT / "benchmarks" / "results"
     pages = [*(ROOT / "docs" / "decisions").glob("*.md"), *results.rglob("README.md"), ROOT / "docs" / "leaderboard.md"]
     for path in pages:
         for sentence in re.split(r"(?<=[.!?])\s+", path.read_text(encoding="utf-8")):
             match = chooses.search(sentence)
-            assert match is None or denied.search(sentence) or "test split itself, so it is too high" in sentence, (path, sentence)
+            assert match is None or denied.search(sentence) or "test split itself, so it is too high" in sentence, (
+                path,
+                sentence,
+            )
     for path in results.rglob("study*.json"):
         assert '"test/' not in path.read_text(encoding="utf-8"), path
     for folder in (path.parent for path in ARENA.rglob("plan.json")):

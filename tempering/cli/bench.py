@@ -110,7 +110,9 @@ def protocol_flags(recorded: Plan, arena: Path, recipe: Path, given: Sequence[st
     for name, value in own.items():
         if name not in paths and value != recorded.flags.get(name):
             before = recorded.flags.get(name, "the default")
-            raise ValueError(f"bench runs the recorded protocol, where --{name} is {before}; got {value}. Leave it out.")
+            raise ValueError(
+                f"bench runs the recorded protocol, where --{name} is {before}; got {value}. Leave it out."
+            )
     flags = list(given)
     for name, value in recorded.flags.items():
         if name in own:

@@ -33,6 +33,7 @@ ARMS = {
         ("dtkd-exact", "DTKD exact", "dtkd"),
         ("dtkd-published", "DTKD published", "dtkd(temperature=sharpness(4, solve=published, attached=True))"),
         ("dtkd-max", "DTKD max", "dtkd(temperature=sharpness(4, solve=max))"),
+        ("dtkd-absmax", "DTKD, max of |logits|", "dtkd(temperature=sharpness(4, solve=absmax, attached=True))"),
         ("dtkd-std", "DTKD std", "dtkd(temperature=sharpness(4, solve=std))"),
         ("dtkd-only", "DTKD, dynamic term only", "dtkd(soft=0)"),
         ("dkd-target", "DKD, target only", "dkd(non_target=0)"),

@@ -77,7 +77,9 @@ def leaderboard(runs: Sequence[RunRecord]) -> Leaderboard:
     if comparison.main is None:
         raise ValueError("a leaderboard needs finished runs of a control: KD with a fixed temperature.")
     others = [arm for arm in comparison.arms if arm.label not in (*fixed, comparison.main, CONTROL)]
-    p = {arm.label: value for arm in others if (gap := arm.versus.get(comparison.main)) and (value := gap.p) is not None}
+    p = {
+        arm.label: value for arm in others if (gap := arm.versus.get(comparison.main)) and (value := gap.p) is not None
+    }
     return Leaderboard(comparison, comparison.main, fixed, holm(p))
 
 
@@ -123,11 +125,14 @@ def reading(board: Leaderboard) -> list[str]:
     """Return sentences on how the table is made."""
     metric = board.comparison.metric
     chosen = ", ".join(f"{display_name(name)} {metric.show(value)}" for name, value in board.fixed.items())
-    lines = [f"The control, {display_name(board.best)}, was chosen on the validation split: {chosen}."] if chosen else []
+    lines = (
+        [f"The control, {display_name(board.best)}, was chosen on the validation split: {chosen}."] if chosen else []
+    )
     lines += [
-        "Scores are those after the last epoch, mean and standard deviation over seeds; differences are paired by seed, "
-        "with the half-width of their 95 % interval.",
-        f"p is that of the paired t test, corrected by Holm for {len(board.p)} methods; above {LEVEL} nothing is decided.",
+        "Scores are those after the last epoch, mean and standard deviation over seeds; differences are paired by "
+        "seed, with the half-width of their 95 % interval.",
+        f"p is that of the paired t test, corrected by Holm for {len(board.p)} methods; above {LEVEL} nothing is "
+        "decided.",
     ]
     return lines + list(board.comparison.notes)
 

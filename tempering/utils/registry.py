@@ -92,7 +92,9 @@ class Registry(MutableMapping[str, type[Part]]):
         Raises:
             ValueError: for a name that a class of the package has.
         """
-        classes = {n: c for n, v in vars(module).items() if (c := self._concrete(v)) and v.__module__ == module.__name__}
+        classes = {
+            n: c for n, v in vars(module).items() if (c := self._concrete(v)) and v.__module__ == module.__name__
+        }
         for name, value in classes.items():
             if taken := next((key for key in self.modules if key.lower() == name.lower()), None):
                 raise ValueError(f"{module.__file__} defines {name}, and {self.package} has {taken}. Rename the class.")
