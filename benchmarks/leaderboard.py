@@ -44,8 +44,8 @@ def _teacher(run: RunRecord) -> str:
     test, validation = (100 * (run.score(f"{split}/accuracy") or 0.0) for split in ("test", "validation"))
     return (
         f"The teacher is {run.of('student').get('name')} after {run.of('settings').get('epochs')} epochs, with an "
-        f"accuracy of {test:.2f} % on the test split and of {validation:.2f} % on the validation split. Its weights are "
-        "beside the records.\n"
+        f"accuracy of {test:.2f} % on the test split and of {validation:.2f} % on the validation split. Its weights "
+        "are beside the records.\n"
     )
 
 
@@ -55,7 +55,7 @@ def _stage(folder: Path) -> list[str]:
     plan = read(folder)
     runs = records(folder, plan)
     done = [run for run in runs if run.done]
-    lines = [f"{plan.flags.get('epochs')} epochs; {len(done)} of the {len(runs)} runs so far planned are done.\n"]
+    lines = [f"{plan.flags.get('epochs')} epochs; {len(done)} of {len(runs)} runs planned so far are done.\n"]
     if not any(run.label != CONTROL for run in done):
         return [*lines, "Too few to compare.\n"]
     board = leaderboard(done)

@@ -304,11 +304,14 @@ def test_r2kd_has_a_pruned_teacher_and_mixed_views(tmp_path: Path) -> None:
     options |= {"subset": 100, "test_subset": 100, "epochs": 1, "threads": 1, "quiet": True, "selfcheck": False}
     options |= {"batch_size": 50, "teacher_dir": tmp_path / "teachers"}
     terms: list[dict[str, float]] = []
-    for views, amount in (("one", 0.0), ("cutmix", 0.0), ("cutmix", 0.1)):
-        out = tmp_path / f"{views}-{amount}"
-        recipes.run("cifar100", options | {"views": views, "teacher_pruned": amount, "out": out})
-        terms.append(left(out)["lines"]["steps.jsonl"][-1]["terms"])
+    parts: list[dict[str, Any]] = [{"views": "one", "teacher_pruned": 0.0}, {"teacher_pruned": 0.0}, {}]
+    for i, part in enumerate([*parts, {"views": "cutmix", "teacher_pruned": 0.1}]):
+        recipes.run("cifar100", options | part | {"out": tmp_path / str(i)})
+        terms.append(left(tmp_path / str(i))["lines"]["steps.jsonl"][-1]["terms"])
     assert all(terms[i]["rows"] != terms[i + 1]["rows"] for i in range(2)), terms
+    assert terms[2] == terms[3], "both parts are the method's default"
+    plain = recipes.describe("cifar100", options | {"method": "dist"})
+    assert type(plain.task).__name__ == "Classification"
 
 
 def test_replayed_views_are_what_training_would_have_shown(tmp_path: Path) -> None:

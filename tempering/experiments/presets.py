@@ -50,6 +50,7 @@ ARMS = {
         ("energy", "EnergyKD, bounds by block", "kd(temperature=energy)"),
         ("adaptive", "KD, T by difficulty (AdaKD)", "kd(temperature=adaptive(4))"),
         ("constant-ratio", "KD, T by the largest logit", "kd(temperature=constantratio)"),
+        ("kdiga-control", "KDIGA without alignment", "kdiga(align=0)"),
         ("annealed", "KD, T annealed from 4 to 1", "kd(temperature=scheduled(static(4), end=1))"),
         ("dts", "DTS", "kd(temperature=dts)"),
         ("entropy", "DTKD, equal entropies", "dtkd(temperature=entropy(4))"),

@@ -38,7 +38,7 @@ def main(
     routing_tree: Path | None = None,
     method: str = "dtkd",
     temperature: str | None = None,
-    views: Literal["one", "strong", "cutmix", "mixup", "cutout"] = "one",
+    views: Literal["one", "strong", "cutmix", "mixup", "cutout"] | None = None,
     label: str | None = None,
     size: int = 32,
     batch_size: int = 64,
@@ -51,7 +51,7 @@ def main(
     teacher_subset: int | None = None,
     teacher_dir: Path | None = None,
     teacher_cache: int | None = None,
-    teacher_pruned: float = 0.0,
+    teacher_pruned: float | None = None,
     teacher_precision: Literal["auto", "bf16", "fp32"] = "auto",
     teacher_device: str | None = None,
     channels_last: bool = True,
@@ -69,7 +69,8 @@ def main(
         routing_tree: weights of a finished run of an "explainer" student, whose tree is kept for a second stage.
         method: a preset or a method, such as supervised, kd-matched, "dtkd(soft=0.5, temperature=sharpness(4))".
         temperature: a policy in place of the method's own, such as "sharpness(4, solve=max)" or "static(2)".
-        views: a second, augmented view of every batch: "strong" for two-view methods (MLKD, CSKD), "cutmix" for R2KD.
+        views: a second, augmented view of every batch, or "one"; default: "cutmix" for R2KD, else "one". "strong" is
+            for two-view methods (MLKD, CSKD).
         label: name of this run in tables; default: that of the method.
         size: height and width of the images; 16 averages 2 x 2 pixels, at a quarter of the time.
         batch_size: images per step.
@@ -82,7 +83,8 @@ def main(
         teacher_subset: train the teacher on this many images, 50,000 for all; default: the student's.
         teacher_dir: where trained teachers are kept; default: "teachers" next to the run's folder.
         teacher_cache: cache the teacher's logits: 0 of clean images, k of k augmentations of each; default: no cache.
-        teacher_pruned: weights that are 0 in a copy of the teacher, added to it; 0.1 for R2KD as published; 0: no copy.
+        teacher_pruned: share of weights that are 0 in a copy of the teacher, added to it; 0: no copy; default: 0.1 for
+            R2KD, else 0.
         teacher_precision: of the teacher's forward pass; auto is bf16 on hardware that computes in it, else fp32.
         teacher_device: device of the teacher, such as cuda:1; default: the student's.
         channels_last: store images and weights in channels-last format; results differ by rounding.
@@ -92,6 +94,7 @@ def main(
         config: options of training.
     """
     arm, loss = arm_from(method, temperature), method_of(method, temperature)
+    views, pruned = views or loss.second_view, loss.teacher_pruned if teacher_pruned is None else teacher_pruned
     out = out or Path("runs/cifar100", f"{teacher}-{student}", f"{slug(arm.name)}-{config.seed}")
     folder = teacher_dir or out.parent / "teachers"
     config = replace(config, compile="reduce-overhead") if cuda_graphs else config
@@ -133,7 +136,7 @@ def main(
         folder=folder,
         key=key | {"data": source},
         weights=teacher_weights,
-        wrap=partial(with_pruned, amount=teacher_pruned, wrap=wrap) if teacher_pruned else wrap,
+        wrap=partial(with_pruned, amount=pruned, wrap=wrap) if pruned else wrap,
         cache=None if teacher_cache is None else cache(views=teacher_cache),
         facts={"precision": precision},
     )

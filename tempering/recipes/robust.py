@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,10 @@ from tempering.data.cifar import MEAN, STD
 from tempering.experiments.presets import arm_from, method_of, slug
 from tempering.methods import Method
 from tempering.models import Normalized, build, stages
-from tempering.tasks import Classification
+from tempering.tasks import Classification, Task
+from tempering.tasks.two_view import VIEWS, Augment, CutMix, TwoView
 from tempering.teachers import Live
+from tempering.teachers.ensemble import with_pruned
 from tempering.training.config import TrainConfig
 from tempering.training.experiment import Experiment, TeacherRecipe
 from tempering.training.schedules import cifar_decay, cifar_lr, cifar_sgd
@@ -37,18 +39,9 @@ from tempering.training.schedules import cifar_decay, cifar_lr, cifar_sgd
 COLUMNS = ("test/accuracy", "test/fgsm", "test/pgd")
 
 
-class Attacked(Classification):
-    """Classification of images in pixels; scores the finished student under FGSM and PGD too, in [0, 1].
-
-    Args:
-        eps: l-infinity strength, in pixels of [0, 1].
-        steps: number of PGD steps of eps / 4, from one random start; usually 20 steps of 2/255 for 8/255.
-        features: as in Classification.
-    """
-
-    def __init__(self, *, eps: float, steps: int, features: dict[str, tuple[str, str]] | None = None) -> None:
-        super().__init__(features=features)
-        self.eps, self.steps = eps, steps
+class _Attacks(Task):
+    eps: float
+    steps: int
 
     def final_scores(self, student: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
         """Return the accuracies "fgsm" and "pgd", upper bounds of the robust accuracy."""
@@ -64,6 +57,28 @@ class Attacked(Classification):
         return {name: float(torch.cat(parts).double().mean()) for name, parts in correct.items()}
 
 
+class Attacked(_Attacks, Classification):
+    """Classification of images in pixels; scores the finished student under FGSM and PGD too, in [0, 1].
+
+    Args:
+        eps: l-infinity strength, in pixels of [0, 1].
+        steps: number of PGD steps of eps / 4, from one random start; usually 20 steps of 2/255 for 8/255.
+        features: as in Classification.
+    """
+
+    def __init__(self, *, eps: float, steps: int, features: dict[str, tuple[str, str]] | None = None) -> None:
+        super().__init__(features=features)
+        self.eps, self.steps = eps, steps
+
+
+class AttackedViews(_Attacks, TwoView):
+    """Attacked, with a mixed view of each batch in training, whose labels are left out; as R2KD has it."""
+
+    def __init__(self, augment: Augment, *, eps: float, steps: int) -> None:
+        super().__init__(augment, names=VIEWS, labeled=False)
+        self.eps, self.steps = eps, steps
+
+
 def main(
     *,
     data: Path,
@@ -71,6 +86,7 @@ def main(
     student: str = "resnet8",
     method: str = "kdiga",
     temperature: str | None = None,
+    views: Literal["one", "cutmix"] | None = None,
     label: str | None = None,
     size: int = 32,
     batch_size: int = 64,
@@ -81,6 +97,7 @@ def main(
     teacher_epochs: int | None = None,
     teacher_subset: int | None = None,
     teacher_dir: Path | None = None,
+    teacher_pruned: float | None = None,
     eps: float = 8 / 255,
     attack_steps: int = 7,
     test_steps: int = 20,
@@ -96,6 +113,7 @@ def main(
         method: a preset or a method, such as supervised, kd, dtkd, r2kd, kdiga, "kdiga(align=0.3, right=true)"; pgdat
             and trades are the student's own adversarial training.
         temperature: a policy in place of the method's own, such as "sharpness(4, solve=max)".
+        views: "cutmix" for a second, mixed view of every batch; default: "cutmix" for R2KD, else "one".
         label: name of this run in tables; default: that of the method.
         size: height and width of the images; 16 averages 2 x 2 pixels, at a quarter of the time.
         batch_size: images per step.
@@ -107,6 +125,8 @@ def main(
         teacher_epochs: epochs of the teacher's training; default: the student's.
         teacher_subset: train the teacher on this many images; default: the student's.
         teacher_dir: where trained teachers are kept; default: "teachers" next to the run's folder.
+        teacher_pruned: share of weights that are 0 in a copy of the teacher, added to it; 0: no copy; default: 0.1 for
+            R2KD, else 0.
         eps: strength of the attacks in the teacher's training and on the finished student, in pixels of [0, 1].
         attack_steps: steps of the attacks in the teacher's training; each costs as much as a step of plain training.
         test_steps: steps of the PGD attack on the finished networks.
@@ -114,6 +134,7 @@ def main(
         config: options of training. Evaluations during training are on clean images.
     """
     arm, loss = arm_from(method, temperature), method_of(method, temperature)
+    views, pruned = views or loss.second_view, loss.teacher_pruned if teacher_pruned is None else teacher_pruned
     out = out or Path("runs/robust", f"{teacher}-{student}", f"{slug(arm.name)}-{config.seed}")
     # a third faster, attacks included; but a third slower for second derivatives
     channels_last = not loss.needs_live
@@ -147,13 +168,15 @@ def main(
     }
     key |= {"lr": teacher_lr, "seed": 0, "eps": eps, "test_steps": test_steps, "test": splits.test.identity}
     key |= {"train": splits.train.identity if teacher_subset is None else teacher_subset}
+    wrap = partial(Live, channels_last=channels_last)
+    attacks = {"eps": eps, "steps": test_steps}
     teacher_recipe = TeacherRecipe(
         name=teacher,
         build=partial(build, teacher, seed=0, channels_last=True),
         train=train_teacher,
         folder=teacher_dir or out.parent / "teachers",
         key=key | config.changed("precision"),
-        wrap=partial(Live, channels_last=channels_last),
+        wrap=partial(with_pruned, amount=pruned, wrap=wrap) if pruned else wrap,
         facts={"method": teacher_method},
     )
     return Experiment(
@@ -162,7 +185,7 @@ def main(
         train=splits.train,
         test=splits.test,
         method=loss,
-        task=Attacked(eps=eps, steps=test_steps, features=features),
+        task=Attacked(**attacks, features=features) if views == "one" else AttackedViews(CutMix(), **attacks),
         optimizer=cifar_sgd(lr or cifar_lr(student)),
         schedule=cifar_decay,
         config=config,

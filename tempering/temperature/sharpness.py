@@ -46,8 +46,8 @@ class Sharpness(Policy):
     log C up to its last digits and whose temperatures hardly matter.
 
     The temperatures carry no gradient, unless ``attached``: then "published" uses the released code's own gradient,
-    "absmax", "max" and "std" the analogous one, and "exact" the implicit derivative d delta / d v = -(softmax(v / T_s) -
-    1/C) / (T_s (E_p[u] / T_t^2 + E_q[v] / T_s^2)); first order only.
+    "absmax", "max" and "std" the analogous one, and "exact" the implicit derivative d delta / d v = -(softmax(v / T_s)
+    - 1/C) / (T_s (E_p[u] / T_t^2 + E_q[v] / T_s^2)); first order only.
 
     Reference: Wei & Bai, "Dynamic Temperature Knowledge Distillation", 2024, arXiv:2404.12711, equations 2 to 5, and
     the author's erratum to 4 and 5: no single delta solves equation 4 unless u is a multiple of v, so "exact" solves
