@@ -95,7 +95,7 @@ def test_r2kd_has_its_mixed_view_and_its_pruned_teacher(tmp_path: Path) -> None:
     whole = recipes.run("robust", given | {"method": "r2kd", "out": tmp_path / "whole"})
     loss = recipes.run("robust", given | {"method": "r2kd", "views": "one", "teacher_pruned": 0, "out": tmp_path / "a"})
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
-    assert config["task"] == "AttackedViews" and config["inputs"]["shape"] == [3, 16, 16]
+    assert config["task"] == "TwoView" and config["inputs"]["shape"] == [3, 16, 16]
     assert whole.facts["teacher"]["identity"] != loss.facts["teacher"]["identity"]
     assert whole.last["test"].keys() == loss.last["test"].keys() >= {"accuracy", "fgsm", "pgd"}
     assert recipes.describe("robust", given | {"method": "kdiga"}).task.__class__.__name__ == "Attacked"

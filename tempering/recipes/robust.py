@@ -28,8 +28,8 @@ from tempering.data.cifar import MEAN, STD
 from tempering.experiments.presets import arm_from, method_of, slug
 from tempering.methods import Method
 from tempering.models import Normalized, build, stages
-from tempering.tasks import Classification, Task
-from tempering.tasks.two_view import VIEWS, Augment, CutMix, TwoView
+from tempering.tasks import Classification
+from tempering.tasks.two_view import VIEWS, CutMix, TwoView
 from tempering.teachers import Live
 from tempering.teachers.ensemble import with_pruned
 from tempering.training.config import TrainConfig
@@ -39,9 +39,18 @@ from tempering.training.schedules import cifar_decay, cifar_lr, cifar_sgd
 COLUMNS = ("test/accuracy", "test/fgsm", "test/pgd")
 
 
-class _Attacks(Task):
-    eps: float
-    steps: int
+class Attacked(Classification):
+    """Classification of images in pixels; scores the finished student under FGSM and PGD too, in [0, 1].
+
+    Args:
+        eps: l-infinity strength, in pixels of [0, 1].
+        steps: number of PGD steps of eps / 4, from one random start; usually 20 steps of 2/255 for 8/255.
+        features: as in Classification.
+    """
+
+    def __init__(self, *, eps: float, steps: int, features: dict[str, tuple[str, str]] | None = None) -> None:
+        super().__init__(features=features)
+        self.eps, self.steps = eps, steps
 
     def final_scores(self, student: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
         """Return the accuracies "fgsm" and "pgd", upper bounds of the robust accuracy."""
@@ -55,28 +64,6 @@ class _Attacks(Task):
                 correct["fgsm"].append(~fgsm(forward, x, y, eps=self.eps).fooled)
                 correct["pgd"].append(~attacked.fooled)
         return {name: float(torch.cat(parts).double().mean()) for name, parts in correct.items()}
-
-
-class Attacked(_Attacks, Classification):
-    """Classification of images in pixels; scores the finished student under FGSM and PGD too, in [0, 1].
-
-    Args:
-        eps: l-infinity strength, in pixels of [0, 1].
-        steps: number of PGD steps of eps / 4, from one random start; usually 20 steps of 2/255 for 8/255.
-        features: as in Classification.
-    """
-
-    def __init__(self, *, eps: float, steps: int, features: dict[str, tuple[str, str]] | None = None) -> None:
-        super().__init__(features=features)
-        self.eps, self.steps = eps, steps
-
-
-class AttackedViews(_Attacks, TwoView):
-    """Attacked, with a mixed view of each batch in training, whose labels are left out; as R2KD has it."""
-
-    def __init__(self, augment: Augment, *, eps: float, steps: int) -> None:
-        super().__init__(augment, names=VIEWS, labeled=False)
-        self.eps, self.steps = eps, steps
 
 
 def main(
@@ -169,7 +156,7 @@ def main(
     key |= {"lr": teacher_lr, "seed": 0, "eps": eps, "test_steps": test_steps, "test": splits.test.identity}
     key |= {"train": splits.train.identity if teacher_subset is None else teacher_subset}
     wrap = partial(Live, channels_last=channels_last)
-    attacks = {"eps": eps, "steps": test_steps}
+    task = Attacked(eps=eps, steps=test_steps, features=features)
     teacher_recipe = TeacherRecipe(
         name=teacher,
         build=partial(build, teacher, seed=0, channels_last=True),
@@ -185,7 +172,7 @@ def main(
         train=splits.train,
         test=splits.test,
         method=loss,
-        task=Attacked(**attacks, features=features) if views == "one" else AttackedViews(CutMix(), **attacks),
+        task=task if views == "one" else TwoView(CutMix(), names=VIEWS, labeled=False, inner=task),
         optimizer=cifar_sgd(lr or cifar_lr(student)),
         schedule=cifar_decay,
         config=config,

@@ -36,6 +36,7 @@ class TwoView(Task):
             not one class; -100 leaves out hard terms.
         pick: number of augmented rows with weight 1, those of the largest teacher entropy (CutMixPick); the others
             have weight 0. None for all. The released code of R2KD uses the entropy of the images before mixing.
+        inner: the task of one view, which scores the student; None: Classification.
 
     Scores and analyses use batches without augmentation.
 
@@ -51,6 +52,7 @@ class TwoView(Task):
         teacher: Literal["same", "first"] | Augment = "same",
         labeled: bool | None = None,
         pick: int | None = None,
+        inner: Classification | None = None,
     ) -> None:
         mixes = bool(getattr(augment, "mixes", False))
         if not callable(augment):
@@ -67,7 +69,7 @@ class TwoView(Task):
             raise ValueError(f"TwoView needs pick >= 1, or None for all; got {pick!r}.")
         self.augment, self.names, self.teacher, self.pick = augment, tuple(names), teacher, pick
         self.labeled = not mixes if labeled is None else labeled
-        self.inner = Classification()
+        self.inner = Classification() if inner is None else inner
 
     def inputs(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         x, _, ids = self.inner.inputs(batch)
