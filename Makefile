@@ -142,7 +142,7 @@ evidence-short: $(READY)  ## a first look, no part of `make evidence`: 8 epochs,
 	$(COMPARED) --methods dtkd --temperatures 'static(2),sharpness(2),static(8),sharpness(8)' --seeds 1 --no-controls $(FIRST)
 	$(WRITTEN)
 
-# the temperature arena of docs/decisions/arena-16.md: on any machine, seed by seed; what was stopped goes on
+# the temperature arena of docs/decisions/arena-16.md: on any machine, seed by seed; what was stopped is resumed
 ARENA16 ?= benchmarks/results/arena16
 SEEDS16 ?= 0 1 2 3 4 5 6 7
 EPOCHS16 ?= 20

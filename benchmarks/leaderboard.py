@@ -83,11 +83,10 @@ def _power(board: Leaderboard) -> list[str]:
         return []
     effects = {f"half of {name}'s gain over KD": claim / 2 for name, claim in claims().items()}
     effects |= {"half a point": 0.005, "a quarter": 0.0025, "a tenth": 0.001}
-    heads = ("difference", "points", "pairs needed")
-    rows = [
-        dict(zip(heads, (name, f"{100 * effect:.2f}", str(board.pairs_needed(effect))), strict=True))
-        for name, effect in effects.items()
-    ]
+    rows: list[dict[str, str]] = []
+    for name, effect in effects.items():
+        pairs = str(board.pairs_needed(effect))
+        rows.append({"difference": name, "points": f"{100 * effect:.2f}", "pairs needed": pairs})
     text = (
         f"Differences of pairs have a standard deviation of {100 * board.spread:.2f} points, pooled over methods. At "
         "that spread a paired t test shows, with a power of 80 % (gains are means over the published pairs of networks "

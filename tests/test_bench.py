@@ -160,7 +160,7 @@ def test_a_policy_file_is_benched_in_kd_with_equal_weights(mine: Path) -> None:
     assert (arm.label, arm.temperature) == ("Twice(tau=3) (policy.py)", "policy.py:Twice(tau=3)")
     method = method_of(arm.spec, arm.temperature)
     assert (method.soft, method.hard) == (4, 1) and type(method.temperature).__name__ == "Twice"
-    assert method.temperature.tau == 3 and name.startswith("twice-tau-3-policy.py-")
+    assert method.policies()["temperature"].tau == 3 and name.startswith("twice-tau-3-policy.py-")
     assert policy_from("policy.py").tau == 4.0
     assert is_policy("policy.py") and is_policy("cosine(tau=2)") and not is_policy("mine.py") and not is_policy("dkd")
     assert bench.own_arm("dkd", {"dkd"})[0].label == "dkd, yours"

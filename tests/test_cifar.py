@@ -286,7 +286,8 @@ def test_runs_of_one_seed_are_pairs(views: int | None, tmp_path: Path) -> None:
 
     def begins(method: str, seed: int) -> tuple[list[Tensor], list[Tensor]]:
         experiment = recipes.describe("cifar100", options | {"method": method, "seed": seed})
-        train = experiment.train if views is None else experiment.train.replay(views)
+        train: Any = experiment.train
+        train = train if views is None else train.replay(views)
         seen = [x for epoch in range(3) for x in (train.set_epoch(epoch), *(x for x, _, _ in train)) if x is not None]
         return list(experiment.student.state_dict().values()), seen
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,9 @@ def kd(tau: float, **weights: float) -> dict[str, object]:
     return {"name": "KD", **weights, "temperature": {"name": "Static", "tau": tau}}
 
 
-def runs_of(root: Path, label: str, test: list[float], validation: float, method: dict[str, object]) -> list[RunRecord]:
+def runs_of(
+    root: Path, label: str, test: list[float], validation: float, method: Mapping[str, object]
+) -> list[RunRecord]:
     found = []
     for seed, end in enumerate(test):
         run = load_run(make_run(root / f"{label}-{seed}", label, seed, arm="KD", end=end, epochs=2, method=method))
@@ -89,7 +92,7 @@ def test_the_table_has_places_paired_differences_and_corrected_p_values(runs: li
     each = [
         stats.tstd(
             [
-                r.score("test/accuracy") - c
+                (r.score("test/accuracy") or 0.0) - c
                 for r, c in zip([r for r in runs if r.label == n], (0.50, 0.51, 0.53), strict=True)
             ]
         )
