@@ -286,8 +286,8 @@ def test_runs_of_one_seed_are_pairs(views: int | None, tmp_path: Path) -> None:
 
     def begins(method: str, seed: int) -> tuple[list[Tensor], list[Tensor]]:
         experiment = recipes.describe("cifar100", options | {"method": method, "seed": seed})
-        train: Any = experiment.train
-        train = train if views is None else train.replay(views)
+        cache: Any = getattr(experiment.teacher, "cache", None)
+        train: Any = experiment.train if cache is None else cache.replayed
         seen = [x for epoch in range(3) for x in (train.set_epoch(epoch), *(x for x, _, _ in train)) if x is not None]
         return list(experiment.student.state_dict().values()), seen
 
@@ -316,7 +316,6 @@ def test_r2kd_has_a_pruned_teacher_and_mixed_views(tmp_path: Path) -> None:
 
 
 def test_replayed_views_are_what_training_would_have_shown(tmp_path: Path) -> None:
-    """So the student alone, who asks no teacher, sees the same images as every arm of its seed."""
     write_packed(tmp_path, train=500)
     drawn = cifar100(tmp_path, batch_size=100, subset=200, seed=3).train
     for epoch, (own, kept) in enumerate(zip([drawn] * 2, [drawn.replay(2)] * 2, strict=True)):

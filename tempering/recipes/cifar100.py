@@ -82,7 +82,8 @@ def main(
         teacher_epochs: epochs of the teacher's training; default: the student's.
         teacher_subset: train the teacher on this many images, 50,000 for all; default: the student's.
         teacher_dir: where trained teachers are kept; default: "teachers" next to the run's folder.
-        teacher_cache: cache the teacher's logits: 0 of clean images, k of k augmentations of each; default: no cache.
+        teacher_cache: cache the teacher's logits: 0 of clean images, k of k augmentations of each, which every method
+            then replays; default: no cache.
         teacher_pruned: share of weights that are 0 in a copy of the teacher, added to it; 0: no copy; default: 0.1 for
             R2KD, else 0.
         teacher_precision: of the teacher's forward pass; auto is bf16 on hardware that computes in it, else fp32.
@@ -140,11 +141,13 @@ def main(
         cache=None if teacher_cache is None else cache(views=teacher_cache),
         facts={"precision": precision},
     )
+    # methods without a teacher see the same augmentations as those of cached logits
+    train = splits.train.replay(teacher_cache) if teacher_cache and not loss.needs_teacher else splits.train
     label = label or run_label(arm, student, second_stage=routing_tree is not None)
     return Experiment(
         student=network,
         teacher=teacher_recipe if loss.needs_teacher else None,
-        **splits._asdict(),
+        **splits._replace(train=train)._asdict(),
         method=loss,
         task=classification_of_views(views, features, mean=MEAN, std=STD),
         optimizer=optimizer,
