@@ -95,7 +95,7 @@ def main(
         config: options of training.
     """
     arm, loss = arm_from(method, temperature), method_of(method, temperature)
-    views, pruned = views or loss.second_view, loss.teacher_pruned if teacher_pruned is None else teacher_pruned
+    view, pruned = views or loss.second_view, loss.teacher_pruned if teacher_pruned is None else teacher_pruned
     out = out or Path("runs/cifar100", f"{teacher}-{student}", f"{slug(arm.name)}-{config.seed}")
     folder = teacher_dir or out.parent / "teachers"
     config = replace(config, compile="reduce-overhead") if cuda_graphs else config
@@ -149,7 +149,7 @@ def main(
         teacher=teacher_recipe if loss.needs_teacher else None,
         **splits._replace(train=train)._asdict(),
         method=loss,
-        task=classification_of_views(views, features, mean=MEAN, std=STD),
+        task=classification_of_views(view, features, mean=MEAN, std=STD),
         optimizer=optimizer,
         schedule=schedule,
         config=config,

@@ -121,7 +121,7 @@ def main(
         config: options of training. Evaluations during training are on clean images.
     """
     arm, loss = arm_from(method, temperature), method_of(method, temperature)
-    views, pruned = views or loss.second_view, loss.teacher_pruned if teacher_pruned is None else teacher_pruned
+    view, pruned = views or loss.second_view, loss.teacher_pruned if teacher_pruned is None else teacher_pruned
     out = out or Path("runs/robust", f"{teacher}-{student}", f"{slug(arm.name)}-{config.seed}")
     # a third faster, attacks included; but a third slower for second derivatives
     channels_last = not loss.needs_live
@@ -172,7 +172,7 @@ def main(
         train=splits.train,
         test=splits.test,
         method=loss,
-        task=task if views == "one" else TwoView(CutMix(), names=VIEWS, labeled=False, inner=task),
+        task=task if view == "one" else TwoView(CutMix(), names=VIEWS, labeled=False, inner=task),
         optimizer=cifar_sgd(lr or cifar_lr(student)),
         schedule=cifar_decay,
         config=config,
