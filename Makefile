@@ -165,8 +165,8 @@ arena16-runs: $(READY)
 	$(RUN16) --methods kd-matched --temperatures '$(POLICIES16)' --out $(ARENA16)/$(STAGE16) -- $(FLAGS16); \
 	$(RUN16) --methods '$(ARMS16)' --out $(ARENA16)/$(STAGE16) -- $(FLAGS16); done
 
-arena16-pilot:  ## the spread over seeds, in 2 epochs
-	$(MAKE) arena16 STAGE16=pilot EPOCHS16=2 VIEWS16=2 SEEDS16="0 1 2" ARMS16=$(PILOT16) POLICIES16=own
+arena16-pilot:  ## the spread over seeds, in 4 epochs
+	$(MAKE) arena16 STAGE16=pilot EPOCHS16=4 VIEWS16=4 SEEDS16="0 1 2" ARMS16=$(PILOT16) POLICIES16=own
 
 docs: $(READY)  ## the documentation site, in build/site
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[docs]"
