@@ -204,12 +204,14 @@ wheel: $(READY)  ## build sdist and wheel; install the wheel into an empty envir
 	.ci/try_wheel "$(PYTHON)" "$(CONSTRAINTS)"
 
 oldest:  ## a quick suite with the oldest versions that pyproject.toml allows
-	$(PYTHON) docs/tools/oldest.py pyproject.toml > build/oldest.txt
+	@mkdir -p build
+	$(PYTHON) docs/tools/oldest.py pyproject.toml data report tune huggingface conformance > build/oldest.txt
 	$(PYTHON) -m venv build/oldest
 	build/oldest/bin/python -m pip install --quiet -r build/oldest.txt
 	build/oldest/bin/python -m pip install --quiet --no-deps -e .
 	build/oldest/bin/python -m pytest -q -n auto tests/test_rows.py tests/test_objectives.py tests/test_methods.py \
-	tests/test_contract.py tests/test_engine.py tests/test_checkpoints.py tests/test_cli.py
+	tests/test_contract.py tests/test_engine.py tests/test_checkpoints.py tests/test_resume.py tests/test_tune.py \
+	tests/test_kernels.py tests/test_adapters.py tests/test_export.py tests/test_cli.py
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache *.egg-info

@@ -19,8 +19,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tempering.experiments.compare import plan as arena_plan
-from tempering.experiments.compare import status as arena_view
+from tempering.experiments.compare import plan as compare_plan
+from tempering.experiments.compare import status as compare_status
 from tempering.experiments.presets import MATCHED
 from tempering.reports.charts import Series, Svg, join, lines, tag
 from tempering.reports.intervals import deviation, difference, mean
@@ -68,7 +68,7 @@ def curves(folder: Path) -> tuple[dict[str, Curve], list[str]]:
     if not places:
         raise FileNotFoundError(f"{folder} holds no grid n-IMAGES. Run some: python benchmarks/budget.py --data DIR")
     for n, place in sorted(places.items()):
-        for run in arena_view.records(place, arena_plan.read(place)):
+        for run in compare_status.records(place, compare_plan.read(place)):
             score = run.score(METRIC) if run.done else None
             curve = found.setdefault(run.label, {})
             if score is None:

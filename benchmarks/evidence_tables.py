@@ -8,8 +8,8 @@ from pathlib import Path
 
 from budget import markdown
 
-from tempering.experiments.compare import plan as arena_plan
-from tempering.experiments.compare import status as arena_view
+from tempering.experiments.compare import plan as compare_plan
+from tempering.experiments.compare import status as compare_status
 from tempering.experiments.compare.plan import Plan
 from tempering.experiments.presets import MATCHED, method_of
 from tempering.methods import DTKD, KD
@@ -85,10 +85,10 @@ def grid_in(folder: Path) -> Grid | None:
     Raises:
         ValueError: if a record was edited.
     """
-    if not (folder / arena_plan.FILE).is_file():
+    if not (folder / compare_plan.FILE).is_file():
         return None
-    plan = arena_plan.read(folder)
-    found = compare(arena_view.records(folder, plan), plan.control, metric="test/accuracy")
+    plan = compare_plan.read(folder)
+    found = compare(compare_status.records(folder, plan), plan.control, metric="test/accuracy")
     return Grid(folder.name.removeprefix("evidence-"), plan, found)
 
 

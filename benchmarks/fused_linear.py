@@ -106,7 +106,7 @@ def arms(*, compile: bool) -> tuple[dict[str, Callable[[Sides], None]], dict[str
     )
     made = {
         PRODUCTS: products,
-        "the same, logits' in float32": partial(products, wide=True),
+        "the same, logits' in float32": partial(products, upcast=True),
         "logits, DTKD repository's term": dense(lambda v, u: dtkd_term(v, u)),
         "logits, TRL generalised JSD": dense(trl),
         "ours, published, eager": ours(published, compile=False),
@@ -115,7 +115,7 @@ def arms(*, compile: bool) -> tuple[dict[str, Callable[[Sides], None]], dict[str
         made |= {
             "ours, published, compiled": ours(published, compile=True),
             "ours, exact, compiled": ours(exact, compile=True),
-            "ours, exact, compiled, logits in bf16": ours(exact, compile=True, wide=False),
+            "ours, exact, compiled, logits in bf16": ours(exact, compile=True, upcast=False),
         }
     if installed("liger_kernel"):
         made |= {"Liger JSD, chunks of 256": liger(False), "Liger JSD, compiled": liger(True)}

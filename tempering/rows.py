@@ -104,7 +104,8 @@ class Rows:
         if y is not None and (y.is_floating_point() or y.dtype == torch.bool):
             raise ValueError(
                 f"Rows(name={self.name!r}) needs class indices as target, an integer tensor, or soft labels "
-                f"(N, C); got {y.dtype} {tuple(y.shape)}."
+                f"(N, C); got {y.dtype} {tuple(y.shape)}. Write target.long()"
+                f"{'' if y.dtype == torch.bool else ', unless they are numbers to regress: see task_loss'}."
             )
         if y is not None and (y.dtype != torch.int64 or (y.device.type == "cpu" and len(y) and int(y.min()) < 0)):
             object.__setattr__(self, "target", class_indices(y, f"Rows(name={self.name!r})"))
@@ -139,6 +140,10 @@ class Rows:
 
 
 FIELDS = ("student", "teacher", *PER_ROW)
+SEVERAL_LABELS = (
+    "Each is a choice of two: write a Task whose rows are the labels of all samples, with the two logits (0, z): "
+    "torch.stack((torch.zeros_like(z), z), -1).flatten(0, 1), on both sides, and the target y.flatten().long()."
+)
 
 
 def _not_a_tensor(rows: Rows) -> TypeError:
@@ -192,9 +197,11 @@ def _check_soft(rows: Rows, target: Float[Tensor, "N C"]) -> None:
             f"{tuple(target.shape)}."
         )
     if target.device.type == "cpu" and not bool(((target >= 0).all(-1) & (target.sum(-1) < 1.001)).all()):
+        multi_hot = bool(((target == 0) | (target == 1)).all())
+        advice = f"Several labels per sample? {SEVERAL_LABELS}" if multi_hot else "Logits? Pass logits.softmax(-1)."
         raise ValueError(
             f"Rows(name={rows.name!r}) needs soft labels that are probabilities: >= 0, with a sum of 1 per row, or "
-            "of 0 for a row without a label. Logits? Pass logits.softmax(-1)."
+            f"of 0 for a row without a label. {advice}"
         )
 
 

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from tempering import distill
@@ -126,7 +128,8 @@ def expected(
 
 
 def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    whole: list[Any] = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return torch.cat([p.detach().flatten() for p in whole])
 
 
 def moved(before: Tensor, model: nn.Module) -> list[float]:
@@ -208,7 +211,15 @@ def lightning(
 
     from tempering.integrations.lightning import DistillModule
 
-    module = DistillModule(
+    class Sharded(DistillModule):
+        def configure_model(self) -> None:
+            """Shard the student, where a strategy with a mesh of devices asks for it."""
+            if self.device_mesh is not None and not isinstance(self.student, FSDPModule):
+                for block in self.student.model.layers:
+                    fully_shard(block, mesh=self.device_mesh["data_parallel"])
+                fully_shard(self.student, mesh=self.device_mesh["data_parallel"])
+
+    module = Sharded(
         student,
         teacher,
         method=KD(soft=1.0, hard=1.0, temperature=4.0),
@@ -279,6 +290,13 @@ def main(out: Path) -> None:
         student, teacher = models("llama")
         two: dict[str, Any] = {} if name == "transformers" else {"devices": 2, "strategy": "ddp"}
         results[name] = LANES[name](student, teacher, half, LanguageModeling(), **two)._asdict()
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    student, teacher = models("llama")
+    result = lightning(student, teacher, half, LanguageModeling(), devices=2, strategy=sharded)
+    assert isinstance(student, FSDPModule) and any(isinstance(p, DTensor) for p in student.parameters())
+    results["lightning, sharded"] = result._asdict()
     if not torch.distributed.get_rank():
         out.write_text(json.dumps(results))
     torch.distributed.destroy_process_group()

@@ -538,3 +538,119 @@ def test_what_lightning_refuses(pl: Any) -> None:
     with pytest.raises(ValueError, match=r"Twice makes 2 blocks of rows per batch.*=1 on one device"):
         fit(pl, two(), data, batch=24, accumulate=3)
     fit(pl, two(), data, batch=24, epochs=1)
+
+
+# the self-check in both
+
+
+def labeled_wrongly(data: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    return [{**x, "labels": (x["labels"] + 1) % CLASSES} for x in data]
+
+
+def pairs(data: list[dict[str, Tensor]]) -> Any:
+    x, y = torch.stack([d["pixel_values"].flatten() for d in data]), torch.stack([d["labels"] for d in data])
+    return torch.utils.data.TensorDataset(x, y)
+
+
+class Flat(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 4.0 * x[:, :CLASSES]
+
+
+def noisy(dropout: float = 0.5) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, CLASSES))
+
+
+class Bare(nn.Module):
+    """The same with the inputs of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = noisy()
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.net(pixel_values.flatten(1))}
+
+
+def fit_noisy(pl: Any, train: Any, evaluated: Any, *, batch: int = 8, epochs: int = 2, **own: Any) -> nn.Module:
+    """Shuffled by torch's generator, with workers that stay, and scored after every epoch."""
+    from tempering.integrations.lightning import DistillModule
+
+    torch.manual_seed(own.pop("seed", 5))
+    options = {"num_workers": 1, "persistent_workers": True} if own.pop("workers", False) else {}
+    loader = torch.utils.data.DataLoader(train, batch_size=batch, shuffle=True, **options)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"enable_checkpointing": False, "accelerator": "cpu", "num_sanity_val_steps": 0} | own.pop("options", {})
+    path = own.pop("ckpt_path", None)
+    module = DistillModule(noisy(), Flat(), method=KD(), **own)
+    trainer = pl.Trainer(max_epochs=epochs, **quiet)
+    trainer.fit(module, loader, torch.utils.data.DataLoader(evaluated, batch_size=batch), ckpt_path=path)
+    return module.student
+
+
+@LIGHTNING
+def test_both_check_as_many_batches_as_it_takes(hf: Any, pl: Any) -> None:
+    """A teacher that guesses is not found by one batch of two rows."""
+    wrong = labeled_wrongly(images(160))
+    with pytest.raises(SelfCheckError, match="as a guess among 4 classes"):
+        hf(vit(8, 1), wrong, batch=2, teacher=Unpacked(Knowing()), method=DTKD()).train()
+    with pytest.raises(SelfCheckError, match="as a guess among 4 classes"):
+        fit_noisy(pl, pairs(wrong), pairs(wrong), batch=2)
+
+
+@LIGHTNING
+@pytest.mark.parametrize("what", ["label", "nothing"])
+def test_both_check_what_is_evaluated(hf: Any, pl: Any, what: str) -> None:
+    data = images()
+    other = [] if what == "nothing" else [{**x, "labels": x["labels"] + 3} for x in data]
+    said = "there is nothing to evaluate" if what == "nothing" else "label 6 is out of range for 4 classes"
+    options = {"eval_strategy": "steps", "eval_steps": 2}
+    for name, given in (("eval_dataset", other), (r"eval_dataset\['b'\]", {"a": data, "b": other})):
+        own: dict[str, Any] = {"teacher": Unpacked(Knowing()), "method": KD(), "eval_dataset": given}
+        with pytest.raises(SelfCheckError, match=f"{name}: {said}"):
+            hf(vit(8, 1), data, options=options, **own).train()
+    if other:  # Lightning leaves out a loader without batches, and says so
+        with pytest.raises(SelfCheckError, match=f"the validation loader: {said}"):
+            fit_noisy(pl, pairs(data), pairs(other))
+
+
+@LIGHTNING
+@pytest.mark.parametrize("workers", [False, True])
+def test_the_self_check_of_lightning_changes_no_bit(pl: Any, workers: bool) -> None:
+    data = pairs(images())
+    checked, plain = (fit_noisy(pl, data, data, workers=workers, selfcheck=on) for on in (True, False))
+    alike(checked, plain, atol=0.0)
+    assert torch.equal(checked[1].running_mean, plain[1].running_mean)
+
+
+def test_the_self_check_of_the_trainer_changes_no_bit(hf: Any) -> None:
+    """In steps of two micro-batches, of which accelerate counts where an epoch ends."""
+    trained = []
+    for on in (True, False):
+        own: dict[str, Any] = {"teacher": Unpacked(Knowing()), "method": KD(), "selfcheck": on}
+        options = {"max_steps": -1, "num_train_epochs": 2, "eval_strategy": "epoch"}
+        student = Bare()
+        hf(student, images(), batch=8, accumulate=2, options=options, eval_dataset=images(20), **own).train()
+        trained.append(student)
+    alike(*trained, atol=0.0)
+    assert torch.equal(trained[0].net[1].running_mean, trained[1].net[1].running_mean)
+
+
+@LIGHTNING
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint", "ignore:Checkpoint directory")
+def test_lightning_resumes_to_the_same_bits(pl: Any, tmp_path: Path) -> None:
+    """The order of the samples and the dropout are those that the run would have drawn."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    def fitted(**more: Any) -> nn.Module:
+        saves = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        options = {"enable_checkpointing": True, "callbacks": [saves]}
+        return fit_noisy(pl, data, data, epochs=3, options=options, **more)
+
+    data = pairs(images())
+    straight = fitted()
+    (tmp_path / "epoch=0.ckpt").rename(tmp_path / "before.ckpt")
+    resumed = fitted(seed=99, ckpt_path=tmp_path / "before.ckpt")
+    alike(resumed, straight, atol=0.0)
+    assert torch.equal(resumed[1].running_mean, straight[1].running_mean)

@@ -222,7 +222,13 @@ def test_a_method_may_be_given_by_name(method: Any) -> None:
 def test_other_methods_are_refused() -> None:
     for method, error, text in (
         ("kdd", ValueError, "no method is called 'kdd'. Did you mean"),
-        ("kd(soft=4)", ValueError, r"method=methods\.KD\(soft=0\.9\), or"),
+        ("kd(soft=4)", ValueError, r"is no name of a method\. Write the call, such as method=methods\.KD\(soft=0\.9\)"),
+        (
+            "kd-matched",
+            ValueError,
+            r"Presets, such as kd-matched, .*experiments\.presets\.method_of",
+        ),
+        ("ctkd", ValueError, r"Presets, such as kd-matched, .*experiments\.presets\.method_of"),
         (4.0, TypeError, r"method must be a Method, such as methods\.DTKD\(\); got float"),
     ):
         with pytest.raises(error, match=text):

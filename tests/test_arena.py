@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from tempering.cli import main as cli
-from tempering.experiments import recipe as recipefile
-from tempering.experiments.compare import plan as arena_plan
-from tempering.experiments.compare import runner as arena
-from tempering.experiments.compare import status as arena_view
-from tempering.experiments.presets import arms_from
+from tempering.experiments import recipe as recipe_file
+from tempering.experiments.compare import plan as compare_plan
+from tempering.experiments.compare import runner as compare_runner
+from tempering.experiments.compare import status as compare_status
+from tempering.experiments.presets import presets_from
 from tempering.training.checkpoint import list_steps
 from tests import recipes
 from tests.paths import ROOT, SHARED, needs_shared
@@ -97,8 +97,8 @@ def begun(out: Path) -> list[str]:
 
 
 def cell_of(out: Path, label: str, seed: int = 0) -> Path:
-    plan = arena_plan.read(out)
-    return arena_plan.record_of(out, next(c for c in plan.cells if (c.label, c.seed) == (label, seed)))
+    plan = compare_plan.read(out)
+    return compare_plan.record_of(out, next(c for c in plan.cells if (c.label, c.seed) == (label, seed)))
 
 
 def test_a_grid_runs_and_its_records_are_small_and_clean(fake: Path, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_finished_cell_never_runs_again_and_a_grid_can_grow(fake: Path, tmp_pa
     assert begun(out) == before
     compare(fake, out, "--methods=kd", "--seeds=2")
     assert len(begun(out)) == len(before) + 1
-    assert len(arena_plan.read(out).cells) == 3
+    assert len(compare_plan.read(out).cells) == 3
 
 
 def test_a_grid_that_is_started_again_keeps_its_teachers(fake: Path, tmp_path: Path) -> None:
@@ -197,11 +197,11 @@ def test_a_failed_cell_is_shown_and_stops_no_other(
     cli.main(["compare", "status", str(out)])
     assert "3 runs: 1 done, 1 failed, 1 open" in capsys.readouterr().out
 
-    plan = arena_plan.read(out)  # the same grid, mended
+    plan = compare_plan.read(out)  # the same grid, mended
     mended = tmp_path / "mended" / "fake.py"
     mended.parent.mkdir()
     mended.write_text(FAKE.replace("if method == fail", "if False").replace("if method == crash", "if False"))
-    again = arena.Arena(out, plan, mended, ["--fail=kd", "--crash=dkd"], jobs=2, quiet=True)
+    again = compare_runner.ComparisonRunner(out, plan, mended, ["--fail=kd", "--crash=dkd"], jobs=2, quiet=True)
     assert again.run() == 0
     assert not list((out / "records").glob("*.failed.json"))
 
@@ -211,10 +211,10 @@ def test_open_cells_are_shown_as_open_and_status_says_so(
 ) -> None:
     out = tmp_path / "grid"
     compare(fake, out, "--seeds=1")
-    arms = arms_from("kd,dkd,dtkd")
-    plan = arena_plan.plan_for(fake, arms, range(2), [])
-    arena_plan.write(out, plan)
-    arena_view.render(out, plan)
+    arms = presets_from("kd,dkd,dtkd")
+    plan = compare_plan.plan_for(fake, arms, range(2), [])
+    compare_plan.write(out, plan)
+    compare_status.render(out, plan)
     table = (out / "table.md").read_text()
     assert "# fake: 2 of 6 runs" in table
     assert "| KD | 1 of 2; open: 1 |" in table
@@ -240,10 +240,10 @@ def test_what_runs_is_seen_from_outside_and_a_stop_reaches_it(
         assert " 25 %" in said
 
         # a second arena does not take the cell that the first one runs: it does the rest, then waits
-        plan = arena_plan.read(out)
-        second = arena.Arena(out, plan, fake, ["--wait=kd"], quiet=True)
+        plan = compare_plan.read(out)
+        second = compare_runner.ComparisonRunner(out, plan, fake, ["--wait=kd"], quiet=True)
         second._set_up()
-        with arena_view.Display(out, plan, quiet=True) as second.display:
+        with compare_status.Display(out, plan, quiet=True) as second.display:
             _until(lambda: second._poll() and cell_of(out, "DKD").is_file())
             assert second._poll()
         assert second.running == []
@@ -255,7 +255,7 @@ def test_what_runs_is_seen_from_outside_and_a_stop_reaches_it(
     assert "stopped; the same command resumes: 1 runs left" in said
     place = out / "work" / cell_of(out, "KD").stem
     assert json.loads((place / "facts.json").read_text())["status"] == "interrupted"
-    assert not arena_view.is_running(place)
+    assert not compare_status.is_running(place)
 
 
 LAUNCHER = """
@@ -273,32 +273,32 @@ child.wait()
 def test_a_lock_outlives_its_arena_with_the_cell(tmp_path: Path) -> None:
     """An arena that is killed leaves its cells running; nobody may start them a second time."""
     place = tmp_path / "work" / "cell"
-    path = arena_plan.lock_path(place)
+    path = compare_plan.lock_path(place)
     command = [sys.executable, "-c", LAUNCHER, str(path)]
     parent = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert parent.stdin is not None and parent.stdout is not None
     assert parent.stdout.readline() == b"ready\n"
     parent.kill()
     parent.wait()
-    assert arena.try_lock(path) is None and arena_view.is_running(place)
+    assert compare_runner.try_lock(path) is None and compare_status.is_running(place)
     parent.stdin.write(b"\n")  # ends the child, which inherited the pipe
     parent.stdin.close()
     with parent.stdout:
         assert parent.stdout.read() == b""
-    _until(lambda: not arena_view.is_running(place))
-    lock = arena.try_lock(path)
+    _until(lambda: not compare_status.is_running(place))
+    lock = compare_runner.try_lock(path)
     assert lock is not None
     lock.release()
 
 
 def test_what_is_left_is_told_from_what_was_seen() -> None:
-    cell = arena_plan.Cell("a", "KD", "kd", None, 0)
-    stand = arena_view.CellStatus
-    assert arena_view.remaining([stand(cell, "open")], 1) is None
-    assert arena_view.remaining([stand(cell, "done", 2, 8, 8, 100.0)], 1) == 0.0
+    cell = compare_plan.Cell("a", "KD", "kd", None, 0)
+    stand = compare_status.CellStatus
+    assert compare_status.remaining([stand(cell, "open")], 1) is None
+    assert compare_status.remaining([stand(cell, "done", 2, 8, 8, 100.0)], 1) == 0.0
     found = [stand(cell, "done", 2, 8, 8, 100.0), stand(cell, "running", 1, 6, 8, 120.0), stand(cell, "open")]
-    assert arena_view.remaining(found, 1) == 30.0 + 110.0
-    assert arena_view.remaining(found, 2) == 110.0, "not before the longest cell ends"
+    assert compare_status.remaining(found, 1) == 30.0 + 110.0
+    assert compare_status.remaining(found, 2) == 110.0, "not before the longest cell ends"
 
 
 # what a cell is
@@ -306,7 +306,7 @@ def test_what_is_left_is_told_from_what_was_seen() -> None:
 
 def test_a_cell_is_made_by_what_it_trains_not_by_where(fake: Path, tmp_path: Path) -> None:
     def ids(*flags: str, recipe: Path = fake) -> list[str]:
-        return [c.id for c in arena_plan.plan_for(recipe, arms_from("kd,dtkd"), range(2), flags).cells]
+        return [c.id for c in compare_plan.plan_for(recipe, presets_from("kd,dtkd"), range(2), flags).cells]
 
     (tmp_path / "a" / "data").mkdir(parents=True)
     (tmp_path / "b" / "data").mkdir(parents=True)
@@ -315,9 +315,9 @@ def test_a_cell_is_made_by_what_it_trains_not_by_where(fake: Path, tmp_path: Pat
     assert first == ids(f"--data={tmp_path / 'b' / 'data'}", "--epochs=6", "--teacher-dir", str(tmp_path))
     assert first[0] != ids("--epochs=7", f"--data={tmp_path / 'a' / 'data'}")[0]
     assert first[0] != ids("--epochs=6", "--data=elsewhere")[0]
-    hot = arena_plan.plan_for(fake, arms_from("kd", "static(2)"), range(1), []).cells[0]
-    assert hot.id != arena_plan.plan_for(fake, arms_from("kd"), range(1), []).cells[0].id
-    assert str(tmp_path) not in json.dumps(arena_plan.plan_for(fake, [], [], [f"--data={tmp_path}/x"]).flags)
+    hot = compare_plan.plan_for(fake, presets_from("kd", "static(2)"), range(1), []).cells[0]
+    assert hot.id != compare_plan.plan_for(fake, presets_from("kd"), range(1), []).cells[0].id
+    assert str(tmp_path) not in json.dumps(compare_plan.plan_for(fake, [], [], [f"--data={tmp_path}/x"]).flags)
 
 
 @pytest.mark.parametrize(
@@ -328,20 +328,20 @@ def test_a_renamed_flag_is_the_same_cell(name: str, recipe: str, tmp_path: Path)
     folder = ROOT / "benchmarks" / "results" / name
     former = json.loads((folder / "plan.json").read_text())
     assert former["format"] == 1
-    plan = arena_plan.read(folder)
-    assert set(plan.flags) < recipefile.flags(recipefile.find(recipe)) and set(former["flags"]) - set(plan.flags)
+    plan = compare_plan.read(folder)
+    assert set(plan.flags) < recipe_file.flags(recipe_file.find(recipe)) and set(former["flags"]) - set(plan.flags)
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in plan.flags.items()]
     cell = plan.cells[0]
-    again = arena_plan.plan_for(Path(recipe), arms_from(cell.method, cell.temperature), [cell.seed], flags)
+    again = compare_plan.plan_for(Path(recipe), presets_from(cell.method, cell.temperature), [cell.seed], flags)
     assert (again.cells[0].id.rpartition("-")[2], again.flags) == (cell.id.rpartition("-")[2], plan.flags)
-    arena_plan.write(tmp_path, plan)
-    assert arena_plan.read(tmp_path) == plan
+    compare_plan.write(tmp_path, plan)
+    assert compare_plan.read(tmp_path) == plan
 
 
 def test_a_new_flag_with_the_former_name_of_another_is_itself(fake: Path, tmp_path: Path) -> None:
-    plan = arena_plan.plan_for(fake, arms_from("kd"), range(1), ["--fit=2", "--resize-mode=stretch"])
-    arena_plan.write(tmp_path, plan)
-    assert arena_plan.read(tmp_path).flags == {"fit": "2", "resize_mode": "stretch"}
+    plan = compare_plan.plan_for(fake, presets_from("kd"), range(1), ["--fit=2", "--resize-mode=stretch"])
+    compare_plan.write(tmp_path, plan)
+    assert compare_plan.read(tmp_path).flags == {"fit": "2", "resize_mode": "stretch"}
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_bad_input_is_refused_before_anything_runs(
 ) -> None:
     out = tmp_path / "grid"
     out.mkdir()
-    arena_plan.write(out, arena_plan.plan_for(fake, [], [], []))
+    compare_plan.write(out, compare_plan.plan_for(fake, [], [], []))
     assert compare(fake, out, *args, flags=flags) == 1
     assert said in capsys.readouterr().err
     assert not begun(out)
@@ -384,7 +384,7 @@ from pathlib import Path
 import torch
 from torch import nn
 import tempering as kd
-from tempering.experiments.presets import arm_from, method_of
+from tempering.experiments.presets import preset_from, method_of
 from tempering.data import Batches
 
 
@@ -421,7 +421,7 @@ def main(*, method: str = "dtkd", seed: int = 0, out: Path, label: str = "", die
     loss = method_of(method)
     return kd.distill(student, teacher if loss.needs_teacher else None, train, method=loss, epochs=2,
                       test=images(64, 1, channels_last=True), out=out, seed=seed, log_every=2, checkpoint_every=3,
-                      quiet=quiet, on_step=on_step, facts={"label": label or arm_from(method).label})
+                      quiet=quiet, on_step=on_step, facts={"label": label or preset_from(method).label})
 '''
 
 
@@ -438,7 +438,7 @@ def test_a_cell_killed_in_mid_epoch_equals_the_one_that_was_not(
     assert compare(recipe, out, *args, flags=("--die-at=12",)) == 0
 
     whole = tmp_path / "whole"
-    recipefile.load(recipe)(method="dtkd", out=whole, quiet=True)
+    recipe_file.load(recipe)(method="dtkd", out=whole, quiet=True)
     record = json.loads(cell_of(out, "DTKD exact").read_text())
     assert record["facts"]["resumed"] == [12]
     for name in ("student.safetensors", "best.safetensors"):
@@ -487,3 +487,22 @@ def _until(true: Any, seconds: float = 30.0) -> None:
     while not true():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.05)
+
+
+def test_damage_that_stops_a_cell_or_a_report_is_named(
+    fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "grid"
+    compare(fake, out, "--methods=kd,dkd", "--no-controls", "--seeds=1")
+    plan = arena_plan.read(out)
+    record, place = arena_plan.record_of(out, plan.cells[0]), arena_plan.work_of(out, plan.cells[0])
+    record.unlink()
+    capsys.readouterr()
+    assert cli.main(["compare", "report", str(out)]) == 0
+    assert f"{record} is missing, though its run is finished" in capsys.readouterr().out
+    (place / "facts.json").write_text((place / "facts.json").read_text().replace(":", ";", 1))
+    for command in (["report", str(out)], ["status", str(out)]):
+        assert cli.main(["compare", *command]) == 1
+        assert f"{place / 'facts.json'}, line 1, is not JSON" in capsys.readouterr().err
+    (place / "log.txt").write_text("error: weights.safetensors is damaged\n(--traceback shows where)\n")
+    assert "exit code 1: error: weights.safetensors is damaged (full" in arena.failure_reason(place, {}, 1)

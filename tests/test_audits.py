@@ -173,7 +173,7 @@ def test_a_perfectly_calibrated_predictor_has_the_error_of_its_sampling_noise() 
 
 def test_an_overconfident_predictor_is_found_and_one_temperature_mends_it() -> None:
     z, y = sampled(4000)
-    found = by_name(Calibration(draws=40, taught={"student": 3.0, "teacher": 5.5})(Answers(3.0), None, [(z, y)]))
+    found = by_name(Calibration(draws=40, temperatures={"student": 3.0, "teacher": 5.5})(Answers(3.0), None, [(z, y)]))
     T = found["student", "temperature"]
     assert T.low < 3 < T.high and T.high - T.low < 0.6 and "overconfident" in T.meaning
     assert "the student's logits at 3, the teacher's logits at 5.5" in T.meaning

@@ -98,7 +98,7 @@ def test_a_run_is_audited_by_its_own_command(made: tuple[Path, Path], capsys: py
     assert "It was distilled with" in json.dumps(found["calibration"]) and found["calibration"]["commit"] is not None
     assert "host" not in found["calibration"]
     said = json.dumps(found["explanation"])
-    assert "Sharpness(tau=4, solve=exact, reach=0.9, attached=False), used in training" in said
+    assert "Sharpness(tau=4, solve=exact, reach=0.9, differentiable=False), used in training" in said
     assert (
         found["explanation"]["settings"]["policy"] == "Sharpness" and "_drawn" not in found["explanation"]["settings"]
     )

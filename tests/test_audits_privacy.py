@@ -224,7 +224,7 @@ def test_the_modelled_exposure_is_the_tails_beyond_what_sampling_can_count() -> 
     want = -torch.special.log_ndtr((at - 50) / 3) / math.log(2)
     assert (got[:2] - want[:2]).abs().max() < 0.5 and (got - want).abs().max() < 0.35 * want.max()
     assert got[2] > math.log2(4001) and (got.diff() > 0).all() and torch.isfinite(got).all()
-    assert canary.modeled_exposure(at, normal, most=20.0)[3].item() == 20.0
+    assert canary.modeled_exposure(at, normal, upper_bound=20.0)[3].item() == 20.0
     # both estimates agree where both can be had
     sampled = canary.sampled_exposure(at[:2], normal)
     assert (sampled - got[:2]).abs().max() < 0.6

@@ -12,7 +12,7 @@ import pytest
 from tempering.cli import bench
 from tempering.cli import main as cli
 from tempering.experiments.compare import plan as arena_plan
-from tempering.experiments.presets import arms_from, method_of
+from tempering.experiments.presets import presets_from, method_of
 from tempering.experiments.recipe import find
 from tempering.experiments.spec import is_policy, policy_from
 from tempering.methods import METHODS
@@ -66,8 +66,8 @@ class Twice(Policy):
 def arena(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Recorded runs on digits: the student alone and two fixed temperatures, of two seeds."""
     folder, work = tmp_path_factory.mktemp("arena"), tmp_path_factory.mktemp("runs")
-    arms = [*arms_from("supervised,kd-matched"), *arms_from("kd-matched", "static(2)")]
-    plan = arena_plan.plan_for(find("digits"), arms, range(2), WORDS)
+    presets = [*presets_from("supervised,kd-matched"), *presets_from("kd-matched", "static(2)")]
+    plan = arena_plan.plan_for(find("digits"), presets, range(2), WORDS)
     for cell in plan.cells:
         flags: dict[str, Any] = {"method": cell.method, "temperature": cell.temperature, "seed": cell.seed}
         recipes.run("digits", FLAGS | flags | {"label": cell.label, "out": work / cell.id, "threads": 1, "quiet": True})
@@ -116,7 +116,7 @@ def test_a_method_file_is_placed_among_the_recorded_runs_and_resumes(
     assert "student alone" in said and "control" in said and "±" in said
     # a file that was changed is another bench
     mine.write_text(METHOD.replace("0.9", "0.8"))
-    assert bench.own_arm("mine.py", ())[1] != folder.name
+    assert bench.own_preset("mine.py", ())[1] != folder.name
 
 
 def test_the_protocol_is_that_of_the_records(arena: Path, mine: Path) -> None:
@@ -156,14 +156,14 @@ def test_other_data_is_refused_before_anything_is_run(
 
 
 def test_a_policy_file_is_benched_in_kd_with_equal_weights(mine: Path) -> None:
-    arm, name = bench.own_arm("policy.py:Twice(tau=3)", ())
-    assert (arm.label, arm.temperature) == ("Twice(tau=3) (policy.py)", "policy.py:Twice(tau=3)")
-    method = method_of(arm.spec, arm.temperature)
+    preset, name = bench.own_preset("policy.py:Twice(tau=3)", ())
+    assert (preset.label, preset.temperature) == ("Twice(tau=3) (policy.py)", "policy.py:Twice(tau=3)")
+    method = method_of(preset.spec, preset.temperature)
     assert (method.soft, method.hard) == (4, 1) and type(method.temperature).__name__ == "Twice"
     assert method.policies()["temperature"].tau == 3 and name.startswith("twice-tau-3-policy.py-")
     assert policy_from("policy.py").tau == 4.0
     assert is_policy("policy.py") and is_policy("cosine(tau=2)") and not is_policy("mine.py") and not is_policy("dkd")
-    assert bench.own_arm("dkd", {"dkd"})[0].label == "dkd, yours"
+    assert bench.own_preset("dkd", {"dkd"})[0].label == "dkd, yours"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_bad_files_are_refused(mine: Path, content: str | None, text: str, said:
     if content is not None:
         Path("bad.py").write_text(content)
     with pytest.raises((ValueError, FileNotFoundError), match=said):
-        bench.own_arm(text, ())
+        bench.own_preset(text, ())
 
 
 def test_an_arena_without_finished_runs_is_refused(arena: Path, mine: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,19 @@ from tests.forked import run_parts
 from tests.paths import ROOT
 
 FOLDER = ROOT / "benchmarks"
-SCRIPTS = ("loss", "fused_linear", "chunked_losses", "memory", "step", "overhead", "cache", "speculative", "augment", "startup", "growth")
+SCRIPTS = (
+    "loss",
+    "fused_linear",
+    "chunked_losses",
+    "memory",
+    "step",
+    "overhead",
+    "cache",
+    "speculative",
+    "augment",
+    "startup",
+    "growth",
+)
 
 
 def script(name: str, *arguments: object) -> str:
@@ -107,7 +119,7 @@ def test_what_is_restated(monkeypatch: pytest.MonkeyPatch) -> None:
 
     rows = random_rows(6, 9)
     rows = rows.replace(student=rows.student.abs(), teacher=rows.teacher.abs())
-    followed = Sharpness(4.0, solve="published", attached=True)
+    followed = Sharpness(4.0, solve="published", differentiable=True)
     for theirs, ours in (
         (peers.kd_term, KD(soft=1.0, hard=0.0, temperature=Static(4.0))),
         (

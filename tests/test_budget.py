@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tempering.experiments import recipe as recipefile
-from tempering.experiments.compare import plan as arena_plan
-from tempering.experiments.presets import arms_from
+from tempering.experiments import recipe as recipe_file
+from tempering.experiments.compare import plan as compare_plan
+from tempering.experiments.presets import presets_from
 from tempering.reports.records import pack, write_cell
 from tests.paths import ROOT
 from tests.records_made import make_run
@@ -33,15 +33,15 @@ def made(tmp_path: Path) -> Path:
     """Two grids of three arms and two seeds; one cell of the second is open."""
     for n, gain in ((500, 0.0), (2000, 0.1)):
         folder = tmp_path / "results" / f"n-{n}"
-        arms = arms_from(",".join(ARMS))
-        plan = arena_plan.plan_for(ROOT / "tempering" / "recipes" / "cifar100.py", arms, range(2), [f"--subset={n}"])
+        arms = presets_from(",".join(ARMS))
+        plan = compare_plan.plan_for(ROOT / "tempering" / "recipes" / "cifar100.py", arms, range(2), [f"--subset={n}"])
         folder.mkdir(parents=True)
-        arena_plan.write(folder, plan)
+        compare_plan.write(folder, plan)
         for i, cell in enumerate(plan.cells):
             end = 0.2 + gain + 0.02 * list(ARMS.values()).index(cell.label) + 0.01 * cell.seed
             run = make_run(tmp_path / "runs" / f"{n}-{i}", cell.label, cell.seed, end=end, order=i, epochs=4)
             if (n, i) != (2000, 5):
-                write_cell(arena_plan.record_of(folder, cell), pack(run))
+                write_cell(compare_plan.record_of(folder, cell), pack(run))
     return tmp_path / "results"
 
 
@@ -77,7 +77,7 @@ def test_every_grid_asks_the_teacher_about_its_images_alone(budget: ModuleType, 
     few, many = budget.commands(args)
     for command, n, epochs in ((few, 500, 200), (many, 5000, 20)):
         flags = command[command.index("--") + 1 :]
-        recipefile.check_flags(ROOT / "tempering" / "recipes" / "cifar100.py", flags)
+        recipe_file.check_flags(ROOT / "tempering" / "recipes" / "cifar100.py", flags)
         assert {f"--subset={n}", f"--epochs={epochs}", "--teacher-subset=50000", "--teacher-cache=0"} <= set(flags)
         assert command[0] == sys.executable and str(tmp_path / f"n-{n}") in command
     assert [x for x in few if x.startswith("--teacher-dir")] == [x for x in many if x.startswith("--teacher-dir")]

@@ -76,11 +76,11 @@ class Answers(nn.Module):
 def test_sampled_exposures_are_near_the_exact_ones() -> None:
     model, secrets = Markov(), [Canary(f"\n{c} is ", secret, 1) for c in "ab" for secret in ("4821", "0000", "9375")]
     exact = Canaries(secrets).exposures(model)
-    sampled = Canaries(secrets, most=1, asked=2000).exposures(model)
+    sampled = Canaries(secrets, max_candidates=1, sampled=2000).exposures(model)
     for one, other in zip(exact.tolist(), sampled.tolist(), strict=True):
         share = 2.0**-one
         assert abs(2.0**-other - share) < 5 * math.sqrt(share / 2000) + 1 / 2000
-    assert not torch.equal(Canaries(secrets, most=1, asked=2000, seed=1).exposures(model), sampled)
+    assert not torch.equal(Canaries(secrets, max_candidates=1, sampled=2000, seed=1).exposures(model), sampled)
 
 
 def test_beyond_what_sampling_counts_a_tail_is_fitted() -> None:
@@ -91,7 +91,7 @@ def test_beyond_what_sampling_counts_a_tail_is_fitted() -> None:
         last = digits[int(model.table[last, digits].argmax())]
         best.append(chr(last))
     secrets = [Canary("is ", "".join(best), 1)]
-    (found,) = Canaries(secrets, asked=200).exposures(model).tolist()
+    (found,) = Canaries(secrets, sampled=200).exposures(model).tolist()
     assert math.log2(201) < found <= 12 * math.log2(10) + 1e-9
 
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from tempering import __version__
 from tempering.cli import main as cli
-from tempering.experiments import recipe as recipefile
-from tempering.experiments.presets import ARMS
+from tempering.experiments import recipe as recipe_file
+from tempering.experiments.presets import PRESETS
 from tempering.methods import METHODS
 from tempering.temperature import POLICIES
 from tempering.training.config import TrainConfig
@@ -162,8 +162,8 @@ def test_a_recipe_that_is_not_there_names_the_near_ones(tiny: Path, capsys: pyte
     assert run("run", tiny.with_name("tyni.py")) == 1
     assert f"there is no recipe {tiny.with_name('tyni.py')}. Did you mean {tiny}?" in capsys.readouterr().err
     assert run("run", "cifar10") == 1
-    assert f"Did you mean {recipefile.BUNDLED / 'cifar100.py'}" in capsys.readouterr().err
-    assert recipefile.find("digits") == ROOT / "tempering" / "recipes" / "digits.py"
+    assert "Did you mean cifar100" in capsys.readouterr().err
+    assert recipe_file.find("digits") == ROOT / "tempering" / "recipes" / "digits.py"
     tiny.write_text("x = 1\n")
     assert run("check", tiny) == 1
     assert f"{tiny} is no recipe: it has no function main." in capsys.readouterr().err
@@ -272,8 +272,8 @@ def test_every_flag_of_the_recipes_is_explained(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     main = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main")
     said = ast.get_docstring(main) or ""
-    assert recipefile.flags(path) > recipefile.TRAINING, "every recipe has every flag of training"
-    for name in recipefile.flags(path) - recipefile.TRAINING:
+    assert recipe_file.flags(path) > recipe_file.TRAINING, "every recipe has every flag of training"
+    for name in recipe_file.flags(path) - recipe_file.TRAINING:
         assert f"\n    {name}: " in said, f"--{name} is not explained"
     assert "Command: " in (ast.get_docstring(tree) or "")
 
@@ -294,9 +294,9 @@ def test_a_flag_of_training_changes_its_option_alone() -> None:
     pytest.importorskip("sklearn")
     made = recipes.describe("digits", {"epochs": 3, "max_grad_norm": 2.0, "method": "kd"})
     assert made.config == TrainConfig(epochs=3, max_grad_norm=2.0, log_every=10)
-    assert recipefile.describe(RECIPES[2], ["--compile", "--epochs", "3"], prog="x").config.compile is True
+    assert recipe_file.describe(RECIPES[2], ["--compile", "--epochs", "3"], prog="x").config.compile is True
     given = ["--compile", "reduce-overhead", "--devices", "auto", "--steps=7"]
-    config = recipefile.describe(RECIPES[2], given, prog="x").config
+    config = recipe_file.describe(RECIPES[2], given, prog="x").config
     assert (config.compile, config.devices, config.steps) == ("reduce-overhead", "auto", 7)
 
 
@@ -429,7 +429,7 @@ def test_report_makes_a_page_of_runs(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_list_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("list") == 0
     said = capsys.readouterr().out
-    for name in (*METHODS, *POLICIES, *ARMS):
+    for name in (*METHODS, *POLICIES, *PRESETS):
         assert f" {name.lower()} " in said
     assert "resnet8x4" in said
 
@@ -442,7 +442,7 @@ def test_demo_shows_five_arms_and_goes_on_where_it_stopped(
 
     def main(*, method: str, seed: int, out: Path, threads: int) -> Any:
         ran.append((method, seed))
-        label = labels.get(method, ARMS[method].label)
+        label = labels.get(method, PRESETS[method].label)
         make_run(out, label, seed, order=list(MADE).index(label))
         facts = json.loads((out / "facts.json").read_text())
         result = facts["result"]
@@ -450,7 +450,7 @@ def test_demo_shows_five_arms_and_goes_on_where_it_stopped(
             run=lambda: SimpleNamespace(facts=facts, folder=out, last=result["last"], best=result["best"])
         )
 
-    monkeypatch.setattr(recipefile, "load", lambda _: main)
+    monkeypatch.setattr(recipe_file, "load", lambda _: main)
     assert run("demo", "--out", tmp_path, "--seeds=3") == 0
     said = capsys.readouterr().out
     assert len(ran) == 15

@@ -34,7 +34,9 @@ pytestmark = [
 ]
 
 NON_NEGATIVE = [(name, part) for name, part in CASES if part.non_negative]
-ATTACHED = [(n, part) for n, part in CASES if any(getattr(p, "attached", False) for p in part.policies().values())]
+ATTACHED = [
+    (n, part) for n, part in CASES if any(getattr(p, "differentiable", False) for p in part.policies().values())
+]
 
 
 def prepared(method: Method) -> Method:

@@ -50,7 +50,9 @@ def test_temperatures(policy: Policy) -> None:
 def test_temperatures_carry_no_gradient_unless_asked(policy: Policy) -> None:
     rows, _ = leaves(block())
     inside = [m for m in policy.modules() if isinstance(m, Policy)]
-    learns = any(getattr(m, "attached", False) for m in inside) or any(p.requires_grad for p in policy.parameters())
+    learns = any(getattr(m, "differentiable", False) for m in inside) or any(
+        p.requires_grad for p in policy.parameters()
+    )
     T = policy(rows)
     assert any(side is not None and side.requires_grad for side in T) == bool(learns)
     assert policy.last is not None and not any(side is not None and side.requires_grad for side in policy.last)

@@ -154,7 +154,7 @@ def test_a_perfect_answer_is_found_again() -> None:
     assert found["labels"].tolist() == [0, 1, 1] and found["scores"].tolist() == sorted(found["scores"], reverse=True)
     assert found["boxes"][2].tolist() == [0, 5, 20, 64]
     assert len(detections(said._replace(queries=True), SIZE)[0]["labels"]) == 4
-    assert len(detections(said, SIZE, most=1)[0]["labels"]) == 1
+    assert len(detections(said, SIZE, max_detections=1)[0]["labels"]) == 1
     assert not len(detections(said, SIZE, score=0.999)[0]["labels"])
     soft = said._replace(sigmoid=False, logits=torch.cat((logits, torch.full((1, 4, 1), 9.0)), -1))
     assert not len(detections(soft, SIZE)[0]["labels"]), "all background"

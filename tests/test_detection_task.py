@@ -18,7 +18,7 @@ from tempering.models.detector import Detected, inherit
 from tempering.models.fcos import FCOS
 from tempering.rows import Rows, total
 from tempering.tasks.average_precision import average_precision
-from tempering.tasks.detection import Detection, teacher_recall
+from tempering.tasks.detection import Detection, keep_pictures, teacher_recall
 from tempering.teachers import Live
 from tempering.training.distill import distill
 from tempering.training.selfcheck import selfcheck
@@ -365,3 +365,17 @@ def test_scenes_are_what_the_engine_shares_out() -> None:
     assert (
         isinstance(made, DetectionLoader) and made.identity == synthetic_shapes(size=32, train=8, test=4).train.identity
     )
+
+
+def test_pictures_are_of_the_images_whose_boxes_differ_most() -> None:
+    def found(*labels: int) -> dict[str, Tensor]:
+        boxes = torch.tensor([[10.0 * k, 0.0, 10.0 * k + 8, 8.0] for k in range(len(labels))]).reshape(-1, 4)
+        return {"boxes": boxes, "labels": torch.tensor(labels, dtype=torch.long), "scores": torch.ones(len(labels))}
+
+    student = [found(1, 2), found(1), found(), found(1, 2, 3), found(5)]
+    teacher = [found(1, 2), found(2), found(1), found(3, 1, 2), found(5)]
+    out: dict[str, Any] = {"student": student, "teacher": teacher, "truth": [], "images": {}}
+    for batch in (range(3), range(3, 5)):
+        out["truth"] += [found() for _ in batch]
+        keep_pictures(out, torch.stack([torch.full((3, 2, 2), float(i)) for i in batch]), 3)
+    assert {i: float(image.mean()) for i, image in out["images"].items()} == {3: 3.0, 1: 1.0, 2: 2.0}

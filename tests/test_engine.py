@@ -418,8 +418,10 @@ def test_tensorboard_logger(tmp_path: Path) -> None:
 
 
 def test_loggers_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"loggers are tensorboard, csv, wandb or objects .*; got 'mlflow'"):
-        go(cut(points(16), 8), steps=1, loggers=["mlflow"], out=tmp_path)
+    with pytest.raises(
+        ValueError, match=r"loggers are tensorboard, csv, wandb, mlflow, trackio or objects .*; got 'neptune'"
+    ):
+        go(cut(points(16), 8), steps=1, loggers=["neptune"], out=tmp_path)
     with pytest.raises(ValueError, match=r"the logger 'csv' needs a folder to write to: give out=FOLDER"):
         go(cut(points(16), 8), steps=1, loggers=["csv"])
 

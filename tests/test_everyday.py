@@ -92,7 +92,7 @@ def test_an_option_schedule_replaces_the_given_one_and_a_warm_up_takes_any_funct
 
 @each("net", [lambda: student_net(norm=True), lambda: build("resnet8", classes=CLASSES)])
 def test_norms_and_biases_are_not_decayed(net: Callable[[], nn.Module]) -> None:
-    from tempering.training.groups import split_by_decay
+    from tempering.training.optimizers import split_by_decay
 
     student = net()
     decayed, exempt = (group["params"] for group in split_by_decay(student, student))

@@ -15,9 +15,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from tempering.experiments import recipe as recipefile
-from tempering.experiments.compare import plan as arena_plan
-from tempering.experiments.presets import arms_from, with_controls
+from tempering.experiments import recipe as recipe_file
+from tempering.experiments.compare import plan as compare_plan
+from tempering.experiments.presets import presets_from, with_controls
 from tempering.reports.records import pack, write_cell
 from tempering.utils.files import sealed
 from tests.later import Later
@@ -56,10 +56,10 @@ def evidence(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def grid(root: Path, scores: dict[str, tuple[float | None, ...]], methods: str = CORE, **options: Any) -> Path:
     """The folder of a comparison at that many seeds; a score of None leaves its cell open."""
     folder = root / options.get("name", "evidence-screen")
-    arms = arms_from(methods, options.get("temperatures"))
-    plan = arena_plan.plan_for(RECIPE, arms, range(options.get("seeds", 3)), FLAGS, options.get("control"))
+    arms = presets_from(methods, options.get("temperatures"))
+    plan = compare_plan.plan_for(RECIPE, arms, range(options.get("seeds", 3)), FLAGS, options.get("control"))
     folder.mkdir(parents=True)
-    arena_plan.write(folder, plan)
+    compare_plan.write(folder, plan)
     for i, cell in enumerate(plan.cells):
         end = dict(enumerate(scores.get(cell.label, ()))).get(cell.seed)
         if end is None:
@@ -68,7 +68,7 @@ def grid(root: Path, scores: dict[str, tuple[float | None, ...]], methods: str =
         nets = NETS | ({"teacher": None} if cell.label == "student alone" else {})
         made = root / "runs" / f"{folder.name}-{i}"
         make_run(made, cell.label, cell.seed, arm=arm, order=i, end=end, epochs=4, best_by="test/accuracy", **nets)
-        write_cell(arena_plan.record_of(folder, cell), pack(made))
+        write_cell(compare_plan.record_of(folder, cell), pack(made))
     return folder
 
 
@@ -290,15 +290,15 @@ def test_every_stage_can_be_run(evidence: ModuleType) -> None:
     for line in done.stdout.replace("\\\n", "").splitlines():
         words = shlex.split(line) if " -m tempering " in line else []
         if "run" in words:
-            recipefile.check_flags(RECIPE, words[words.index("cifar100") + 1 :])
+            recipe_file.check_flags(RECIPE, words[words.index("cifar100") + 1 :])
         if "compare" not in words:
             continue
         own, flags = words[: words.index("--")], words[words.index("--") + 1 :]
         given = dict(pairwise(own))
-        recipefile.check_flags(RECIPE, flags)
-        found = arms_from(given["--methods"], given.get("--temperatures"))
+        recipe_file.check_flags(RECIPE, flags)
+        found = presets_from(given["--methods"], given.get("--temperatures"))
         found = found if "--no-controls" in own else with_controls(found)[0]
-        plan = arena_plan.plan_for(RECIPE, found, range(int(given["--seeds"])), flags)
+        plan = compare_plan.plan_for(RECIPE, found, range(int(given["--seeds"])), flags)
         taught, epochs = plan.flags["teacher_epochs"], plan.flags["epochs"]
         assert (taught, epochs) in (("240", "60"), ("240", "240"), ("12", "8"))
         cells = arms.setdefault(Path(given["--out"]).name, {})

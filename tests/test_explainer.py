@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tempering import distill, models
 from tempering.audits.explanation import Explanation
 from tempering.audits.trees import adjusted_rand, branches, compared
-from tempering.experiments.presets import arm_from, run_label
+from tempering.experiments.presets import preset_from, run_label
 from tempering.methods import Explainer as Method
 from tempering.models import build, load, network_facts
 from tempering.models.attention import attend, entropies, entropy, merge_attention
@@ -481,8 +481,8 @@ def test_the_audit_asks_for_the_tree_and_the_report_draws_it(tmp_path: Path) -> 
 def test_the_recipe_s_students_records_and_rates() -> None:
     assert network_facts("VAM8:resnet8") == {"name": "resnet8", "attention": "vam8"}
     assert network_facts("timm:resnet18") == {"name": "timm:resnet18"}
-    assert run_label(arm_from("kd"), "vam:resnet8") == "KD + VAM"
-    assert run_label(arm_from("kd"), "explainer_small", second_stage=True) == "KD, second stage"
+    assert run_label(preset_from("kd"), "vam:resnet8") == "KD + VAM"
+    assert run_label(preset_from("kd"), "explainer_small", second_stage=True) == "KD, second stage"
     assert [cifar_lr(n) for n in ("vam:MobileNetV2", "vam:vgg8", "ShuffleV1")] == [0.01, 0.05, 0.01]
     net = small()
     others = cifar_sgd(0.05), cifar_decay

@@ -23,6 +23,7 @@ from tempering.reports.records import load_run
 from tempering.reports.table import markdown
 from tempering.training.pretrained import describe
 from tests.cases import each
+from tests.test_cli import TINY
 
 
 def train(folder: Path, student: nn.Module, **options: Any) -> kd.Run:
@@ -121,19 +122,25 @@ def test_networks_are_built_again_from_their_description() -> None:
 # other formats
 
 
-@each("to", ["torch-export", "onnx"])
-def test_a_converted_student_gives_the_same_logits_on_a_real_batch(to: str, run: Path, tmp_path: Path) -> None:
-    if to == "onnx":
-        for name in ("onnxscript", "onnxruntime"):
-            pytest.importorskip(name)
+@each("to", ["torch-export", "onnx", "executorch"])
+def test_a_converted_student_gives_the_same_logits_on_a_real_batch(
+    to: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in {"onnx": ("onnxscript", "onnxruntime"), "executorch": ("executorch.runtime",)}.get(to, ()):
+        pytest.importorskip(name)
     assert main(["export", str(run), "--to", to, "--out", str(tmp_path / "x.pt2")]) == 0
-    batch = (torch.randint(0, 256, (5, 1, 8, 8)) / 255 - 0.5) / 0.25
+    assert f"wrote {tmp_path / 'x.pt2'}: equals the student within " in capsys.readouterr().out
+    batch = (torch.randint(0, 256, (3 if to == "executorch" else 5, 1, 8, 8)) / 255 - 0.5) / 0.25
     wanted = kd.load_student(run)(batch)
     if to == "onnx":
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(tmp_path / "x.pt2"))
         found = torch.from_numpy(session.run(None, {"input": batch.numpy()})[0])
+    elif to == "executorch":
+        from executorch.runtime import Runtime
+
+        found = Runtime.get().load_program(tmp_path / "x.pt2").load_method("forward").execute((batch,))[0]
     else:
         found = torch.export.load(tmp_path / "x.pt2").module()(batch)
     assert float((found - wanted).detach().abs().max()) <= 1e-5
@@ -167,19 +174,112 @@ def test_named_inputs_are_exported_too(tmp_path: Path) -> None:
     assert float((found - wanted).detach().abs().max()) <= 1e-5
 
 
+# int8 and int4
+
+
+@each("to", ["int8", "int4"])
+def test_quantized_weights_are_as_near_as_documented_and_are_read_back(to: Any, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+
+    def build() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(64, 33), nn.BatchNorm1d(33), nn.Linear(33, 5))
+
+    torch.manual_seed(0)
+    net, file = build().eval().requires_grad_(False), tmp_path / "q.safetensors"
+    quantized = kd.export.quantize(net, to)
+    for own, small in ((net[0], quantized[0]), (net[2], quantized[2])):
+        groups = own.weight.view(-1, 32 if to == "int4" and own.in_features == 64 else own.in_features)
+        weight, x = small.weight.dequantize(), torch.randn(7, own.in_features)
+        off = (weight.view_as(groups) - groups).abs() / groups.abs().amax(1, keepdim=True)
+        assert 0 < float(off.max()) <= {"int8": 1 / 254, "int4": 1 / 15}[to] + 1e-6
+        torch.testing.assert_close(small(x), nn.functional.linear(x, weight, own.bias))
+    kd.export.save_quantized(quantized, file, to)
+    again, x = kd.export.load_quantized(build(), file, to), torch.randn(7, 64)
+    assert torch.equal(again(x), quantized(x)) and not again.training
+    assert file.stat().st_size < {"int8": 1.9, "int4": 1.3}[to] * (64 * 33 + 33 * 5) + 2000
+    with pytest.raises(ValueError, match=f"does not hold the weights of this Linear in {to}: 0.bias differs"):
+        kd.export.load_quantized(nn.Linear(64, 33), file, to)
+
+
+def test_only_int8_and_int4_of_linear_layers_exist() -> None:
+    with pytest.raises(ValueError, match="to int8 or int4; got 'int2'"):
+        kd.export.quantize(nn.Linear(2, 2), "int2")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="int8 is for linear layers, and this Conv2d has none"):
+        kd.export.quantize(nn.Conv2d(3, 3, 3))
+
+
+@each("to", ["int8", "int4"])
+def test_a_quantized_student_is_exported_with_what_it_costs(
+    to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchao")
+    (tmp_path / "tiny.py").write_text(TINY)
+    argv = [
+        "run",
+        str(tmp_path / "tiny.py"),
+        "--method=kd",
+        "--epochs=1",
+        "--no-selfcheck",
+        f"--out={tmp_path / 'run'}",
+    ]
+    monkeypatch.setattr("sys.argv", ["tempering", *argv])
+    assert main([*argv, "--quiet"]) == 0
+    own = tmp_path / "net.py"
+    own.write_text("from torch import nn\n\n\ndef net():\n    return nn.Linear(6, 3)\n")
+    assert main(["export", str(tmp_path / "run"), "--to", to, "--model", f"{own}:net"]) == 0
+    folder = tmp_path / "run" / "export" / to
+    said, card = capsys.readouterr().out, (folder / "README.md").read_text()
+    for line in (
+        "| before | accuracy ",
+        "| after | accuracy ",
+        f"% of the parameters, those of linear layers, are {to}.",
+    ):
+        assert line in said and line in card
+    plain, x = kd.load_student(tmp_path / "run"), torch.randn(9, 6)
+    wanted = kd.export.quantize(plain, to)(x)  # pyright: ignore[reportArgumentType]
+    assert not torch.equal(wanted, plain(x))
+    for source in (folder, folder / "model.safetensors"):
+        assert torch.equal(kd.load_student(source, model=nn.Linear(6, 3))(x), wanted)
+    with pytest.raises(ValueError, match="model=net"):
+        kd.load_student(folder)
+
+
+# modules of the user's own
+
+
+def test_a_net_of_the_users_own_is_exported_from_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    train(tmp_path / "run", own)
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\nnumber = 3\n\n\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 4))\n"
+    )
+    argv = ["export", str(tmp_path / "run"), "--to", "torch-export"]
+    assert main(argv) == 1 and "--model net.py:Net" in capsys.readouterr().err
+    assert main([*argv, "--model", f"{tmp_path / 'net.py'}:net"]) == 0
+    x = torch.randn(5, 1, 8, 8)
+    found = torch.export.load(tmp_path / "run/export/student.pt2").module()(x)
+    assert float((found - own.eval()(x)).detach().abs().max()) <= 1e-5
+    for model, said in {
+        "net.py": "is given as MODULE:NAME or FILE.py:NAME",
+        "nte.py:net": "there is no file nte.py",
+        f"{tmp_path / 'net.py'}:nett": "Did you mean 'net'",
+        f"{tmp_path / 'net.py'}:number": "gives int, and a torch.nn.Module is needed",
+    }.items():
+        assert main([*argv, "--model", model]) == 1
+        assert said in capsys.readouterr().err
+
+
 # folders for the Hub
 
 
 def test_a_hub_folder_is_read_back_and_has_a_card(run: Path, tmp_path: Path) -> None:
     (run.parent / "table.md").write_text("| method | vs KD |\n")
-    task, data = kd.tasks.Classification(), [(torch.randn(8, 1, 8, 8), torch.arange(8) % 4)]
-    int8 = kd.export.compare_int8(kd.load_student(run), data, task)
-    out = kd.export.hub_folder(run, tmp_path / "hub", int8=int8)
+    out = kd.export.hub_folder(run, tmp_path / "hub")
     assert {x.name for x in out.iterdir()} == {"README.md", "config.json", "model.safetensors", "tempering.json"}
     x = torch.randn(3, 1, 8, 8)
     assert torch.equal(kd.load_student(out)(x), kd.load_student(run)(x))
     card = (out / "README.md").read_text()
-    for said in ("library_name: tempering", "| method | vs KD |", "| after |", "| student | 3", "test | accuracy |"):
+    for said in ("library_name: tempering", "| method | vs KD |", "| student | 3", "test | accuracy |"):
         assert said in card
     with pytest.raises(FileExistsError, match="is not an exported student"):
         kd.export.hub_folder(run, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,40 @@ GOOD = {
 BAD = {
     "unknown": ({"recipe": "RECIPE", "epoch": 3}, "takes no --epoch. Did you mean 'epochs'"),
     "no recipe": ({"epochs": 3}, "names no recipe"),
-    "nested": ({"recipe": "RECIPE", "config": {"epochs": 3}}, "config needs a value or a list; got {'epochs': 3}"),
+    "nested": (
+        {"recipe": "RECIPE", "config": {"epochs": 3}},
+        "config needs a value or a list of values; got {'epochs': 3}",
+    ),
     "a list": ([1], "must hold flags and their values"),
     "a script": ({"command": ["mine.py"], "versions": {}}, "was started by mine.py, not by tempering run RECIPE"),
     "a secret": (
         {"command": ["tempering", "run", "RECIPE", "--method", "***"], "versions": {}},
         "does not hold the value of --method, a secret",
     ),
+}
+
+
+BOMB = "a: &a x\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghij"))
+HOSTILE = {
+    "an object": (
+        "a.yaml",
+        "method: !!python/object/apply:os.system ['touch made']",
+        "could not determine a constructor",
+    ),
+    "a bomb": ("a.yaml", BOMB, "c needs a value or a list of values; got [["),
+    "a cycle": ("a.yaml", "skip_checks: &a [*a]", "skip_checks needs a value or a list of values; got [[[["),
+    "a map of itself": ("a.yaml", "&a\nmethod: *a", "method needs a value or a list of values; got {"),
+    "a flag as a value": ("a.json", '{"method": "--out=x"}', "method is '--out=x', which looks like a flag"),
+    "a flag in a list": ("a.json", '{"skip_checks": ["scores", "--out"]}', "looks like a flag"),
+    "twice": ("a.json", '{"seed": 1, "seed": 2}', "seed is given twice"),
+    "twice, spelled apart": ("a.yaml", "log-every: 1\nlog_every: 2", "log_every is given twice"),
+    "true for text": ("a.yaml", "method: no", "method takes no true or false. Write text in quotes"),
+    "deep": ("a.json", '{"a":' * 100_000, "cannot be read: "),
+    "no list": ("a.json", '{"command": "tempering run digits", "versions": {}}', "is no list of words"),
+    "no words": ("a.json", '{"command": ["tempering", "run", 3], "versions": {}}', "is no list of words"),
+    "two documents": ("a.yaml", "seed: 1\n---\nseed: 2", "cannot be read: "),
+    "nothing": ("a.yaml", "", 'must hold flags and their values, such as {"epochs": 3}; got None'),
+    "other bytes": ("a.json", "\udcff", "cannot be read: "),
 }
 
 
@@ -57,6 +85,29 @@ def test_a_file_of_flags_that_cannot_be_used_is_refused_by_name(content: object,
     with pytest.raises(ValueError) as caught:
         flags_from(path, None, ())
     assert said in str(caught.value) and str(path) in str(caught.value)
+
+
+@each(("name", "text", "said"), HOSTILE.values(), ids=list(HOSTILE))
+def test_hostile_files_are_refused_and_nothing_is_executed(
+    name: str, text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("yaml")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError) as caught:
+        flags_from(Path(name), "digits", ())
+    assert said in str(caught.value) and name in str(caught.value) and len(str(caught.value)) < 600
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_value_of_another_type_ends_before_the_run(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"recipe": str(recipe), "epochs": "many"}))
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "--from", str(tmp_path / "a.json"), "--out", str(tmp_path / "out")])
+    assert caught.value.code == 2 and "many" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_facts_of_a_run_repeat_it(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

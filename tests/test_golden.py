@@ -183,7 +183,7 @@ def test_dtkd_as_released(case: Case, attached: bool) -> None:
     c, rows = case.config, case.rows()
     progress, warmup = c["epoch"] / 240, c["warmup_epochs"] / 240
     assert linear_warmup(progress, warmup) == pytest.approx(c["warmup_factor"], rel=1e-12)
-    policy = Sharpness(c["temperature"], solve="published", attached=attached, reach=1.0)
+    policy = Sharpness(c["temperature"], solve="published", differentiable=attached, reach=1.0)
     T = policy(rows)
     case.agree("T_student", T.student)
     case.agree("T_teacher", T.teacher)
@@ -211,7 +211,7 @@ def test_dtkd_where_the_released_code_fails(case: Case, attached: bool) -> None:
     c = case.config
     for i, name in enumerate(c["names"]):
         rows = case.rows(row=i)
-        policy = Sharpness(c["temperature"], solve="published", attached=attached)
+        policy = Sharpness(c["temperature"], solve="published", differentiable=attached)
         method = DTKD(dynamic=1.0, soft=0.0, hard=0.0, warmup=0.0, temperature=policy)
         T_s, T_t = (float(case.values[f"T_{who}"][i]) for who in ("student", "teacher"))
         # two rows of one sign, both negative: the released temperatures are positive and in the wrong order
@@ -263,7 +263,7 @@ def test_dtkd_exact(case: Case) -> None:
 @cases("dtkd_exact", *EXACT_CASES)
 def test_dtkd_exact_with_its_implicit_gradient(case: Case) -> None:
     c, rows = case.config, case.rows()
-    T = Sharpness(c["tau"], reach=1.0, attached=True)(rows)
+    T = Sharpness(c["tau"], reach=1.0, differentiable=True)(rows)
     case.agree_with_gradient("loss", "grad_implicit", total({"kl": kl(rows, T)}, rows), rows)
     # a row's delta depends on its own logits alone, so the sum's gradient is the rows' own
     (slope,) = torch.autograd.grad((T.teacher - c["tau"]).sum(), rows.student)
@@ -277,7 +277,7 @@ def test_dtkd_exact_with_its_implicit_gradient(case: Case) -> None:
 @pytest.mark.parametrize("attached", [True, False], ids=["attached", "detached"])
 def test_dtkd_exact_held_at_its_reach(case: Case, attached: bool) -> None:
     c, rows = case.config, case.rows()
-    policy = Sharpness(c["tau"], reach=c["rho"], attached=attached)
+    policy = Sharpness(c["tau"], reach=c["rho"], differentiable=attached)
     T = policy(rows)
     case.agree("delta_rho", T.teacher - c["tau"])
     case.agree("loss_rho", total({"kl": kl(rows, T)}, rows))
@@ -294,7 +294,7 @@ def test_dtkd_exact_held_at_its_reach(case: Case, attached: bool) -> None:
 def test_standardized_temperatures(case: Case) -> None:
     """NormKD and logit standardization, alone and on DKD; NormKD's gradient flows through the student's deviation."""
     c, rows = case.config, case.rows()
-    normal = Standardized(c["normkd_t"], scale="teacher", attached=True)
+    normal = Standardized(c["normkd_t"], scale="teacher", differentiable=True)
     T = normal(rows)
     case.agree("normkd_T_student", T.student)
     case.agree("normkd_T_teacher", T.teacher)

@@ -70,7 +70,7 @@ def test_the_global_temperature(case: Case) -> None:
 @pytest.mark.parametrize("attached", [True, False], ids=["attached", "detached"])
 def test_the_instance_temperature(case: Case, attached: bool) -> None:
     c, rows, progress = case.config, case.rows(), case.config["epoch"] / 240
-    policy = curriculum(c, form="instance", hidden=c["hidden"], centered=False, attached=attached)
+    policy = curriculum(c, form="instance", hidden=c["hidden"], centered=False, differentiable=attached)
     method = KD(soft=1.0, hard=1.0, temperature=policy)
     method.setup(rows)
     weights = {name: torch.tensor(case.values[key]) for key, name in LAYERS.items()}

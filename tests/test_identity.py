@@ -52,16 +52,46 @@ class Halved(Classification):
     """Another task of the same settings."""
 
 
-class Transformed(Dataset[Any]):
-    def __init__(self, transform: Any) -> None:
+class Points(Dataset[Any]):
+    def __init__(self) -> None:
         self.x, self.y = points(32)
+
+    def __len__(self) -> int:
+        return 32
+
+
+class Transformed(Points):
+    def __init__(self, transform: Any) -> None:
+        super().__init__()
         self.transform = transform
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.transform(self.x[i]), self.y[i]
+
+
+class Late(Dataset[Any]):
+    """Differs in its last sample."""
+
+    def __init__(self, shift: float) -> None:
+        self.x, self.y = points(32)
+        self.x[31] += shift
 
     def __len__(self) -> int:
         return 32
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        return self.transform(self.x[i]), self.y[i]
+        return self.x[i], self.y[i]
+
+
+def late(shift: float = 0.0) -> list[Any]:
+    """Batches, of which the last one is shifted."""
+    *first, (x, y) = cut(points(32), 8)
+    return [*first, (x + shift, y)]
+
+
+def relabeled(batches: DataLoader[Any]) -> DataLoader[Any]:
+    x, y = batches.dataset.tensors  # pyright: ignore[reportAttributeAccessIssue]
+    return DataLoader(TensorDataset(x, torch.cat((y[:-1], 1 - y[-1:]))), batch_size=8)
 
 
 Options = Callable[[], dict[str, Any]]
@@ -87,6 +117,14 @@ OTHERS: dict[str, tuple[str, Options, Options]] = {
         lambda: {"validation": loader(1)},
         lambda: {"validation": loader(1, n=40)},
     ),
+    "a late batch": ("data", lambda: {"batches": late()}, lambda: {"batches": late(1.0)}),
+    "late labels": ("data", lambda: {"batches": loader()}, lambda: {"batches": relabeled(loader())}),
+    "a sample of a data set": (
+        "data",
+        lambda: {"batches": DataLoader(Late(0.0), batch_size=8)},
+        lambda: {"batches": DataLoader(Late(1.0), batch_size=8)},
+    ),
+    "labels of a test split": ("data", lambda: {"test": loader(1)}, lambda: {"test": relabeled(loader(1))}),
     "no schedule": ("schedule", dict, lambda: {"schedule": cosine}),
     "schedule": ("schedule", lambda: {"schedule": lambda p: 1.0 - p}, lambda: {"schedule": cosine}),
     "task": ("task", dict, lambda: {"task": Halved()}),
@@ -193,15 +231,12 @@ def test_only_a_finished_run_is_extended(tmp_path: Path) -> None:
 # generators of random numbers
 
 
-class Rolled(Dataset[Any]):
+class Rolled(Points):
     """Samples that are moved by generators of the data set's own."""
 
     def __init__(self, generator: Any) -> None:
-        self.x, self.y = points(32)
+        super().__init__()
         self.rng = generator
-
-    def __len__(self) -> int:
-        return 32
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         draw = self.rng.random()

@@ -438,7 +438,7 @@ def test_logits_of_bfloat16_are_as_good_as_float32(
     x, head = torch.randn(n, H).bfloat16(), torch.randn(C, H).bfloat16()
     monkeypatch.setattr(linear, "_multiplies", lambda dtype, device: True)
     side = linear._Side(x, head, None)
-    found = side.logits(slice(0, n), None, side.buffer(n), wide=True)
+    found = side.logits(slice(0, n), None, side.buffer(n), upcast=True)
     exact = x.double() @ head.double().T
     assert found.dtype == torch.float32
     assert (found - exact).norm() < (2e-5 if fine else 1e-6) * exact.norm()
@@ -451,7 +451,7 @@ def test_linear_in_half_precision(native: bool, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(linear, "_multiplies", lambda dtype, device: native)
     made = Heads(64, 300, torch.bfloat16)
     method = DTKD(warmup=0.0)
-    got, rounded = made.fused(method, memory=2**16)[1], made.fused(method, memory=2**16, wide=False)[1]
+    got, rounded = made.fused(method, memory=2**16)[1], made.fused(method, memory=2**16, upcast=False)[1]
     exact = Heads(64, 300, torch.bfloat16)
     for part in (exact.student, exact.teacher):
         part.double()
@@ -464,7 +464,7 @@ def test_linear_in_half_precision(native: bool, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_rounded_logits_have_no_bounded_error() -> None:
-    """Logits that differ little from a large common part lose their differences with wide=False alone."""
+    """Logits that differ little from a large common part lose their differences with upcast=False alone."""
     errors: list[float] = []
     for wide in (True, False):
         made = Heads(32, 50, torch.bfloat16)
@@ -472,7 +472,7 @@ def test_rounded_logits_have_no_bounded_error() -> None:
             head.weight.data *= 0.25
             head.weight.data[:, 0] = 16.0
         made.hs.data[:, 0], made.ht[:, 0] = 16.0, 16.0
-        fused = made.fused(DTKD(warmup=0.0), wide=wide)[1][0].double()[:, 1:]
+        fused = made.fused(DTKD(warmup=0.0), upcast=wide)[1][0].double()[:, 1:]
         made.student.double(), made.teacher.double()
         made.hs, made.ht = made.hs.detach().double().requires_grad_(), made.ht.double()
         want = made.dense(DTKD(warmup=0.0))[1][0][:, 1:]

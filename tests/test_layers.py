@@ -43,10 +43,11 @@ FLOORS = {
     "__main__": 10,
 }
 HEAVY = {"lightning_fabric", "torchvision", "timm", "transformers", "datasets", "sklearn", "PIL", "matplotlib", "scipy"}
+HEAVY |= {"mlflow", "trackio"}
 HEAVY |= {"torchmetrics", "tensorboard", "wandb", "jinja2", "lightning", "optuna", "kornia", "pyautoattack", "captum"}
 HEAVY |= {"pycocotools", "onnxscript", "onnxruntime", "torchao", "executorch", "huggingface_hub"}
 # they subclass Fabric's logger and Lightning's module, and are imported where those are asked for
-HEAVY_BASES = re.compile(r"training\.wandb\w*|integrations\.lightning")
+HEAVY_BASES = re.compile(r"training\.trackers|integrations\.lightning")
 
 
 @dataclass(frozen=True)
@@ -248,13 +249,15 @@ def test_nothing_read_from_disk_is_unpickled(tree: Tree) -> None:
 
 def test_keyword_arguments_are_not_handed_on_unseen(tree: Tree) -> None:
     """A function that takes **kwargs reads them itself, unless what receives them knows their names:
-    dataclasses.replace, the class that a mixin is mixed into, or a wrapped function typed by a ParamSpec.
+    dataclasses.replace, the class that a mixin is mixed into, or a wrapped function typed by a ParamSpec. Options
+    that a TypedDict names (Unpack) are seen.
     """
     offenders = []
     for file in tree.files.values():
         for function in (n for n in ast.walk(parse(file)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)):
             taken = function.args.kwarg
-            if taken is None or (taken.annotation and ast.unparse(taken.annotation).endswith(".kwargs")):
+            named = ast.unparse(taken.annotation) if taken and taken.annotation else ""
+            if taken is None or named.endswith(".kwargs") or named.startswith("Unpack["):
                 continue
             for call in (n for n in ast.walk(function) if isinstance(n, ast.Call)):
                 spread = (k.value for k in call.keywords if k.arg is None)

@@ -29,7 +29,7 @@ METHODS = {
     "exact": lambda: DTKD(),
     "std": lambda: DTKD(temperature=Sharpness(4.0, solve="std")),
     "max": lambda: DTKD(temperature=Sharpness(4.0, solve="max")),
-    "published, attached": lambda: DTKD(temperature=Sharpness(4.0, solve="published", attached=True)),
+    "published, attached": lambda: DTKD(temperature=Sharpness(4.0, solve="published", differentiable=True)),
     "another method": lambda: DKD(temperature=Sharpness(2.0)),
     "standardized": lambda: KD(temperature=Standardized()),
     "standardized logits": lambda: LSKD(),

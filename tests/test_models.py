@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 from pathlib import Path
 
@@ -204,6 +205,35 @@ def test_nets_are_read_by_their_names_in_the_literature(name: str, tmp_path: Pat
     loaded = load_checkpoint(other, tmp_path / "w.pth")
     assert all(torch.equal(state[own], value) for own, value in other.state_dict().items() if "tracked" not in own)
     assert f"{len(weights)} tensors under 'model', without 'module.'; {len(weights)} renamed, such as " in loaded.line
+
+
+def test_files_of_trainers_are_read_and_say_where_the_weights_were(tmp_path: Path) -> None:
+    names = ["resnet8"]
+    if importlib.util.find_spec("timm") is not None:
+        names.append("timm:resnet18")
+    if importlib.util.find_spec("torchvision") is not None:
+        names.append("torchvision:resnet18")
+    args, path = argparse.Namespace(lr=0.1), tmp_path / "w.pth.tar"
+    for name in names:
+        state, other = build(name, classes=10).state_dict(), build(name, classes=10).state_dict()
+        timm = {"epoch": 1, "arch": "x", "state_dict": other, "state_dict_ema": state, "args": args, "metric": 7.5}
+        torchvision = {"model": state, "optimizer": {"param_groups": [{"lr": 0.1}]}, "epoch": 1, "args": args}
+        imagenet = {
+            "arch": "x",
+            "state_dict": {f"module.{key}": value for key, value in state.items()},
+            "best_acc1": torch.ones(()),
+        }
+        for content, said in (
+            (state, ""),
+            (timm, " under 'state_dict_ema'"),
+            (torchvision, " under 'model'"),
+            (imagenet, " under 'state_dict', without 'module.'"),
+        ):
+            torch.save(content, path)
+            net = build(name, classes=10)
+            line = load_checkpoint(net, path).line
+            assert line == f"weights from {path}: {len(state)} tensors{said}", name
+            assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), state.values(), strict=True))
 
 
 @each(

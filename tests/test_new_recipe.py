@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tempering.cli import main as cli
-from tempering.experiments import recipe as recipefile
+from tempering.experiments import recipe as recipe_file
 
 
 @pytest.fixture(autouse=True)
@@ -75,5 +75,5 @@ def test_names_that_cannot_be_a_recipe(folder: Path, capsys: pytest.CaptureFixtu
 
 def test_the_template_is_not_offered_to_be_run() -> None:
     with pytest.raises(FileNotFoundError) as error:
-        recipefile.find("template")
+        recipe_file.find("template")
     assert "template.py" not in str(error.value)

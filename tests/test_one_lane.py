@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from tempering.integrations.huggingface import Labeled
+from tempering.audits.calibration import Calibration
+from tempering.integrations.huggingface import Labeled, Unpacked
 from tempering.methods import KD
 from tempering.rows import Rows, total
 from tempering.tasks import Classification, LanguageModeling
+from tempering.tasks.base import Task
 from tests.cases import each
 from tests.lanes import (
     LANES,
@@ -27,6 +30,7 @@ from tests.lanes import (
     agree,
     expected,
     language,
+    loader,
     models,
     paired,
     points,
@@ -102,7 +106,7 @@ def test_images_have_one_loss_gradient_and_scores(lane: str, batch: int, accumul
 
 
 def test_two_processes_have_one_loss_gradient_and_scores(tmp_path: Path) -> None:
-    """Also where the sampler gives a process a text twice, to make the last batches equal."""
+    """Also where the sampler gives a process a text twice, to make the last batches equal, and of a sharded student."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -120,7 +124,67 @@ def test_two_processes_have_one_loss_gradient_and_scores(tmp_path: Path) -> None
         )
         for rank in "01"
     ]
-    errors = [process.communicate(timeout=300)[1] for process in both]
+    errors = [process.communicate(timeout=600)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors[0][-3000:]
     for result in json.loads((tmp_path / "out.json").read_text()).values():
         agree(Result(**result), by_hand("llama", 0, False))
+
+
+# the audits
+
+
+def calibrated(student: nn.Module, teacher: nn.Module, data: Data, task: Task | None) -> dict[str, float]:
+    found = Calibration(draws=10, task=task)(student, teacher, loader(data, "test"))
+    return {f"{f.of} {f.name}": f.value for f in found if f.value is not None and f.n}
+
+
+def calibrated_by_hand(rows: Rows) -> dict[str, float]:
+    """Of the labeled rows as a classification, whose inputs are the logits."""
+    y = rows.target
+    assert y is not None
+    kept = y >= 0
+    both = torch.cat((rows.student, rows.teacher), 1).detach()[kept]
+    halves = [Half(0, rows.student.shape[1]), Half(rows.student.shape[1], both.shape[1])]
+    found = Calibration(draws=10)(*halves, [(both, y[kept])])
+    return {f"{f.of} {f.name}": f.value for f in found if f.value is not None and f.n}
+
+
+class Half(nn.Module):
+    """A model that returns some columns of its inputs."""
+
+    def __init__(self, low: int, high: int) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, self.low : self.high]
+
+
+@each("layout, family, more", LAYOUTS)
+def test_texts_have_one_calibration(layout: str, family: str, more: int) -> None:
+    """Of the tokens that are learned, whatever the padding and the order."""
+    student, teacher = (model.eval() for model in models(family, more=more))
+    parts = []
+    for example in texts(9, 1):
+        ids = torch.tensor([example.ids])
+        learn = torch.tensor(example.learn)[1:] | ("unmasked" in layout)
+        with torch.no_grad():
+            z = student(input_ids=ids).logits[0, :-1][learn]
+            parts.append((z, teacher(input_ids=ids).logits[0, :-1, : z.shape[1]][learn], ids[0, 1:][learn]))
+    want = calibrated_by_hand(Rows(*(torch.cat(x) for x in zip(*parts, strict=True))))
+    got = calibrated(student, teacher, language(layout), LanguageModeling())
+    assert len(want) == 18 and got == pytest.approx(want, rel=1e-6, abs=1e-6)
+
+
+@each("evaluate, mapping", [(10, False), (4, False), (1, False), (4, True)])
+def test_images_have_one_calibration(evaluate: int, mapping: bool) -> None:
+    """A third has no label; the last batches are smaller."""
+    test = points(30, 1)
+    student, teacher = (Classifier(*sizes, mapping=mapping) for sizes in ((5, 0), (7, 2)))
+    x, y = paired(test)
+    want = calibrated_by_hand(Rows(student.net(x), teacher.net(x).detach(), y))
+    data = Data(test, test, stacked if mapping else paired, 4, evaluate=evaluate)
+    models = (Unpacked(student), Unpacked(teacher)) if mapping else (student, teacher)
+    for task in (Labeled(),) if mapping else (Classification(), None):
+        got = calibrated(*models, data, task)
+        assert len(want) == 18 and got == pytest.approx(want, rel=1e-6, abs=1e-6)

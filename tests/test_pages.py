@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import inspect
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+import tyro
+
 from docs.tools import notebooks, reference, site
+from tempering.cli import main as cli
+from tempering.experiments.recipe import TEMPLATE, check_flags, find
 from tests.forked import run_parts
 from tests.paths import ROOT
 
@@ -49,6 +57,42 @@ def test_python_blocks_and_notebooks_run(tmp_path: Path) -> None:
     done = run_parts(code, SLOW, cwd=folders, MPLBACKEND="agg", PYTHONPATH=str(ROOT))
     failed = [f"{name}\n{err[-1500:]}" for name, (status, _, err) in done.items() if status]
     assert not failed, "\n\n".join(failed)
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """(page, words) of each `tempering` command in the shell blocks of README and the site."""
+    for file in (ROOT / "README.md", *sorted(DOCS.rglob("*.md"))):
+        for block in re.findall(r"```(?:bash|sh)\n(.*?)```", file.read_text(encoding="utf-8"), re.DOTALL):
+            for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
+                words = shlex.split(line, comments=True)
+                if words[:1] == ["tempering"]:
+                    yield file.name, words[1:]
+
+
+def test_shell_blocks_have_commands_and_flags_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    failed, count = [], 0
+    for page, words in commands():
+        args, recipe_args = cli.split_argv(words)
+        command = cli.COMPARE_COMMANDS.get(args[1] if args[0] == "compare" else "") or cli.load_command(args[0])
+        hinted = {"recipe_args": recipe_args} if "recipe_args" in inspect.signature(command).parameters else {}
+        given: dict[str, object] = {}
+
+        @functools.wraps(command)
+        def parsed(command=command, given=given, **values: object) -> None:
+            given.update(values)
+
+        try:
+            tyro.cli(
+                functools.partial(parsed, **hinted),
+                args=cli.split_equals(args[1 + (args[1:2] in (["status"], ["report"])) :]),
+            )
+            if given.get("recipe") is not None:
+                name = str(given["recipe"])
+                check_flags(TEMPLATE if Path(name).stem == "mine" else find(name), recipe_args)
+        except (SystemExit, ValueError, FileNotFoundError) as error:
+            failed.append(f"{page}: tempering {' '.join(words)}\n{error} {capsys.readouterr()}")
+        count += 1
+    assert count > 30 and not failed, "\n".join(failed)
 
 
 def test_pages_tested_elsewhere_have_tests() -> None:

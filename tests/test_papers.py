@@ -56,7 +56,7 @@ def test_presets_are_the_papers() -> None:
         "tau": 4.0,
         "solve": "published",
         "reach": 0.9,
-        "attached": True,
+        "differentiable": True,
     }
     rests = [papers.dkd(*pair).non_target for pair in papers.SAME if pair in papers.MDISTILLER]
     assert rests == [2.0, 2.0, 8.0, 6.0, 6.0, 6.0]
@@ -132,7 +132,7 @@ def test_presets_of_temperatures() -> None:
         "tau": 2.0,
         "scale": "teacher",
         "ddof": 1,
-        "attached": True,
+        "differentiable": True,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 
+import tempering
 from tests.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -21,6 +22,12 @@ def test_extras_are_those_of_pyproject() -> None:
     assert listed == [name for name in extras if name != "dev"]
     page = (ROOT / "docs" / "start" / "install.md").read_text()
     assert re.findall(r"^\| `([\w-]+)`", page, flags=re.MULTILINE) == listed
+
+
+def test_every_place_names_the_same_version() -> None:
+    version = tempering.__version__
+    assert re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), flags=re.MULTILINE) == [version]
+    assert re.findall(r"^## \[(\d.+?)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[0] == version
 
 
 def test_readme_is_one_screen() -> None:

@@ -263,6 +263,20 @@ def test_an_analysis_that_was_changed_is_named(tmp_path: Path) -> None:
             load_run(tmp_path)
 
 
+@pytest.mark.parametrize("other", ["sha25v", "rha256"])
+@pytest.mark.parametrize("done", [False, True])
+def test_a_hash_whose_name_is_damaged_is_noticed(done: bool, other: str, tmp_path: Path) -> None:
+    interrupted(tmp_path)
+    if done:
+        again(tmp_path)
+    head, name, tail = (tmp_path / "facts.json").read_text().rpartition('"sha256"')
+    assert name and tail.count('"') == 2, "the hash is the last value"
+    (tmp_path / "facts.json").write_text(f'{head}"{other}"{tail}')
+    for use in (load_run, again) if done else (load_run,):  # a run that resumes writes its facts anew
+        with pytest.raises(ValueError, match=r"facts\.json is not as it was written"):
+            use(tmp_path)
+
+
 def test_records_of_an_earlier_version_are_read_and_cut(tmp_path: Path) -> None:
     """Its checkpoints hold no sizes and hashes; odd lines are named all the same."""
     interrupted(tmp_path)

@@ -135,6 +135,7 @@ def test_every_figure_is_there(read: Page) -> None:
     wanted = {"each-seed", "versus-0", "versus-1", "score", "score-late", "loss-scored", "loss-train", "top5"}
     wanted |= {"temperature-3", "temperature-4", "difficulty-3", "difficulty-4", "gap", "fallback"}
     wanted |= {"term-0", "term-1", "term-2", "agreement", "classes-all", "classes-gap"}
+    wanted |= {"rate", "a1-terms", "a2-terms", "a3-terms", "a4-terms"}
     assert set(read.svgs) == wanted | {f"calibration-{i}" for i in range(5)}
     for key, svg in read.svgs.items():
         numbers = [v for part in svg.iter() for k, v in part.attrib.items() if k in ("d", "x1", "y1", "cx", "cy", "r")]

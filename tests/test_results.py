@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tempering.experiments.compare import plan as arena_plan
-from tempering.experiments.compare import status as arena_view
+from tempering.experiments.compare import plan as compare_plan
+from tempering.experiments.compare import status as compare_status
 from tests.paths import ROOT
 
 GRIDS = sorted(path.parent for path in (ROOT / "benchmarks" / "results").rglob("plan.json"))
@@ -18,10 +18,10 @@ GRIDS = sorted(path.parent for path in (ROOT / "benchmarks" / "results").rglob("
 def test_the_table_is_made_from_the_records_byte_for_byte(grid: Path, tmp_path: Path) -> None:
     copy = tmp_path / grid.name
     shutil.copytree(grid, copy, ignore=shutil.ignore_patterns("work", "table.md", "report.html"))
-    plan = arena_plan.read(copy)
+    plan = compare_plan.read(copy)
     cells = {cell.id for cell in plan.cells}
     assert {path.stem.removesuffix(".failed") for path in (copy / "records").glob("*.json")} <= cells
-    table, _ = arena_view.render(copy, plan)
+    table, _ = compare_status.render(copy, plan)
     assert table.read_bytes() == (grid / "table.md").read_bytes(), (
         f"made again: tempering compare report {grid.relative_to(ROOT)}"
     )

@@ -160,7 +160,7 @@ def test_a_loader_with_its_own_generator_keeps_the_users_seed() -> None:
         list(stream.epoch(0, 0))
         return [tuple(batch.tolist()) for batch in stream.epoch(epoch, start)]
 
-    fabric = fabric_for(accelerator="cpu", devices=1, strategy="auto", precision="32-true", loggers=(), folder=None)
+    fabric = fabric_for(accelerator="cpu", devices=1, strategy="auto", precision="32-true")
     assert order(3, 2) == order(3, 2) != order(3, 1)
     assert order(3, 2) != order(4, 2)
     assert order(3, 2, start=4) == order(3, 2)[4:]

@@ -38,10 +38,10 @@ def test_the_loss_is_that_of_a_teacher_asked_again(family: str, sizes: tuple[int
     for model in (student, teacher):
         task.prepare_model(model)
     for with_, without in zip(*both(student, teacher, loader()), strict=True):
-        assert torch.equal(with_["input_ids"], without["input_ids"]) and "taught" not in without
-        assert len(with_["taught"].logits) == int(task.row_weights(with_)["logits"])
+        assert torch.equal(with_["input_ids"], without["input_ids"]) and "teacher_outputs" not in without
+        assert len(with_["teacher_outputs"].logits) == int(task.row_weights(with_)["logits"])
         inputs = task.inputs(with_)
-        assert "taught" in inputs[1] and "taught" not in inputs[0]
+        assert "teacher_outputs" in inputs[1] and "teacher_outputs" not in inputs[0]
         assert isinstance(Live(teacher)(inputs[1]), PrecomputedLogits)
         for method in (Divergence(objective="jsd"), DTKD()):
             want, slopes = loss_of(student, teacher, [without], method, task)
@@ -99,4 +99,4 @@ def test_another_teacher_is_asked_and_a_changed_batch_is_refused() -> None:
     assert TopKTeacher(Live(teacher), top=3)(inputs, None).ids.shape[:2] == batch["input_ids"].shape
     batch["learn"][0] = False
     with pytest.raises(ValueError, match=r"logits of \d+ tokens, and \d+ are learned"):
-        task.rows(student(task.inputs(batch)[0]), batch["taught"], batch)
+        task.rows(student(task.inputs(batch)[0]), batch["teacher_outputs"], batch)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,13 @@ from typing import Any
 import pytest
 
 from tempering.cli import main as cli
+from tempering.experiments.compare import runner
 from tempering.experiments.tune import study as tune_study
 from tempering.models import load
 from tempering.reports.records import load_run
 from tests.runs import cut, go, identical, left, points, stop_at, student_net, timeless
 from tests.test_arena import FAKE as CELL
+from tests.test_arena import TINY
 from tests.test_cache_faults import DAMAGES, damage
 from tests.test_tune import FAKE as TRIAL
 
@@ -28,6 +33,47 @@ IDLE = (".lock", ".gitignore", "begun.txt")  # without content, or written by th
 
 class NamedError(ValueError):
     """A command's message."""
+
+
+class Forked:
+    """A run's process as ``Popen`` starts it, but forked from one that has imported everything once."""
+
+    def __init__(self, command: Sequence[str], *, env: Mapping[str, str], stdout: Any, **_: Any) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tempering.cli.main", "tempering.training.distill", __name__])
+        self.process = context.Process(target=run_command, args=(command[3:], dict(env), stdout.name))
+        self.process.start()
+        self.pid, self.terminate, self.kill = self.process.pid, self.process.terminate, self.process.kill
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self.process.join(timeout)
+        return self.process.exitcode
+
+
+def run_command(words: Sequence[str], env: Mapping[str, str], log: str) -> None:
+    os.environ.update(env)
+    with open(log, "a") as sys.stdout:
+        sys.stderr = sys.stdout
+        sys.exit(cli.main(list(words)))
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    popen: Any = subprocess.Popen
+
+    def start(command: Sequence[str], **how: Any) -> Any:
+        return Forked(command, **how) if list(command[2:4]) == ["tempering", "run"] else popen(command, **how)
+
+    monkeypatch.setattr(runner.subprocess, "Popen", start)
+    monkeypatch.setattr(runner, "_as_nice", lambda pid: None)  # of a session of its own, which a fork has not
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.02)
 
 
 def check_damage(origin: Path, folder: Path, ways: list[Way], *, times: int) -> None:
@@ -92,20 +138,25 @@ def test_damage_of_a_run_is_harmless_or_named(state: str, tmp_path: Path) -> Non
 def command(*words: object, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     code = cli.main(list(map(str, words)))
+    shown = capsys.readouterr()
+    if " is missing, though its run is finished" in shown.out:
+        raise NamedError(shown.out)
     if code:
-        raise NamedError(capsys.readouterr().err)
+        failures = [line for line in shown.out.splitlines() if "failed: " in line]
+        raise NamedError("\n".join([*failures, shown.err]))
 
 
 posix = pytest.mark.skipif(os.name != "posix", reason="cells and trials are locked by flock, which is POSIX")
 
 
 @posix
+@pytest.mark.usefixtures("forked")
 def test_damage_of_a_grid_is_harmless_or_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, whole = tmp_path / "fake.py", tmp_path / "whole"
     recipe.write_text(CELL)
 
     def compare(out: Path) -> Any:
-        flags = ("--methods=kd,dkd", "--seeds=1", "--no-controls", f"--out={out}", "--quiet")
+        flags = ("--methods=kd,dkd", "--seeds=1", "--no-controls", f"--out={out}", "--quiet", "--no-nice")
         command("compare", recipe, *flags, capsys=capsys)
         return content(out)
 
@@ -119,6 +170,35 @@ def test_damage_of_a_grid_is_harmless_or_named(tmp_path: Path, capsys: pytest.Ca
 
     compare(whole)
     check_damage(whole, tmp_path / "grid", [compare, report], times=4)
+
+
+@posix
+@pytest.mark.usefixtures("forked")
+def test_damage_of_a_half_done_grid_is_harmless_or_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One run is recorded; the other was killed in its second epoch, and goes on from its checkpoint."""
+    recipe, whole = tmp_path / "tiny.py", tmp_path / "whole"
+    recipe.write_text(TINY.replace("if step == die_at", "if method == 'dkd' and step == die_at"))
+
+    def compare(out: Path) -> Any:
+        flags = ("--methods=kd,dkd", "--seeds=1", "--no-controls", f"--out={out}", "--quiet", "--no-nice")
+        command("compare", recipe, *flags, "--", "--die-at=12", capsys=capsys)
+        return content(out)
+
+    def report(out: Path) -> Any:
+        command("compare", "report", out, capsys=capsys)
+        return [(out / "table.md").read_text(), content(out)]
+
+    def content(out: Path) -> Any:
+        """Everything that is learned and scored, without times."""
+        records = [json.loads(path.read_text()) for path in sorted((out / "records").iterdir())]
+        results = [[timeless(r["facts"]["result"][which]) for which in ("last", "best")] for r in records]
+        lines = [[timeless(line) for r in records for line in r[part]] for part in ("steps", "epochs")]
+        return [results, lines, [p.read_bytes() for p in sorted((out / "work").glob("*/*.safetensors"))]]
+
+    with pytest.raises(NamedError, match="ended by SIGKILL"):
+        compare(whole)
+    assert len(list((whole / "records").iterdir())) == 1 and list((whole / "work").glob("*/checkpoints/*"))
+    check_damage(whole, tmp_path / "grid", [report, compare], times=4)
 
 
 @posix

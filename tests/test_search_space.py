@@ -13,7 +13,7 @@ from torch import Tensor
 
 from docs.tools import papers_page as papersdoc
 from tempering.cli import main as cli
-from tempering.experiments.presets import ARMS
+from tempering.experiments.presets import PRESETS
 from tempering.experiments.tune.space import format_call, space_of
 from tempering.methods import METHODS
 from tempering.methods.base import Method
@@ -79,7 +79,7 @@ def spaces() -> dict[str, list[str]]:
     """The default search space of every method, of every policy in KD, and of every arm."""
     texts = [format_call(kind.example()) for kind in METHODS.values()]
     texts += [f"kd(temperature={format_call(kind.example())})" for kind in POLICIES.values()]
-    texts += [arm.spec for arm in ARMS.values()]
+    texts += [arm.spec for arm in PRESETS.values()]
     return {text: _dimensions(text) for text in texts}
 
 

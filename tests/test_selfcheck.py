@@ -24,7 +24,7 @@ N, C = 32, 5
 X = torch.randn(N, 8, generator=torch.Generator().manual_seed(0))
 Y = X[:, :C].argmax(1)
 ALL = "teacher frozen, in eval, deterministic, above chance, zero at agreement, same when split, same when padded, "
-ALL += "same when shifted, finite gradients, can learn, training mode"
+ALL += "same when shifted, finite gradients, can learn, teacher effect, training mode"
 
 
 def net(seed: int = 1) -> nn.Module:

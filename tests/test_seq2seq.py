@@ -279,9 +279,9 @@ def read_by(model: nn.Module, reader: Any, whole: RecomputingDecoder, rows: int)
 def test_behind_a_cache_logits_are_those_from_the_start(make: Any, way: str, rows: int) -> None:
     model, batch = make(8, 3).eval(), collate_pairs((pairs() * 2)[:rows])
     source = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    reader = make_decoder(model, None, source, most=20)
+    reader = make_decoder(model, None, source, max_length=20)
     assert decoder_strategy(model, reader.encoder_kwargs) == way
-    whole = RecomputingDecoder(model, None, reader.encoder_kwargs, most=20, cached=False)
+    whole = RecomputingDecoder(model, None, reader.encoder_kwargs, max_length=20, cached=False)
     apart, (mine, theirs) = read_by(model, reader, whole, rows)
     assert apart < 1e-10
     if way == "recompute":

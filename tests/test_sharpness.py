@@ -172,7 +172,7 @@ def test_attached_slope_against_finite_differences(solve: str, masks: bool) -> N
         gone = torch.rand(6, 8, generator=torch.Generator().manual_seed(3)) < 0.3
         rows = Rows(rows.student.masked_fill(gone, -torch.inf), rows.teacher.masked_fill(gone, -torch.inf))
     leaf = rows.student.clone().requires_grad_()
-    policy = Sharpness(4.0, solve=solve, attached=True)
+    policy = Sharpness(4.0, solve=solve, differentiable=True)
     (slope,) = torch.autograd.grad(delta_of(policy(rows.replace(student=leaf))).sum(), leaf)
     step = 1e-5
     for k in range(8):
@@ -193,16 +193,16 @@ def test_attached_changes_the_gradient_and_not_the_loss() -> None:
             rows = random_rows()
             leaf = rows.student.clone().requires_grad_()
             made = rows.replace(student=leaf)
-            loss = total({"kl": kl(made, Sharpness(4.0, solve=solve, attached=attached)(made))}, made)
+            loss = total({"kl": kl(made, Sharpness(4.0, solve=solve, differentiable=attached)(made))}, made)
             loss.backward()
             found.append((loss.detach(), leaf.grad))
         assert torch.equal(found[0][0], found[1][0])
         assert (found[0][1] - found[1][1]).abs().max() > 1e-3
     rows = random_rows()
-    assert not Sharpness(4.0, attached=True)(rows).student.requires_grad, "nothing to follow"
+    assert not Sharpness(4.0, differentiable=True)(rows).student.requires_grad, "nothing to follow"
     with torch.no_grad():
         leaf = rows.student.clone().requires_grad_()
-        assert not Sharpness(4.0, attached=True)(rows.replace(student=leaf)).student.requires_grad
+        assert not Sharpness(4.0, differentiable=True)(rows.replace(student=leaf)).student.requires_grad
 
 
 @pytest.mark.parametrize("solve", CENTERED)
@@ -212,7 +212,7 @@ def test_flat_rows_fall_back_to_tau_and_are_counted(solve: str) -> None:
     v[0], u[1], v[2], u[2] = 0.0, -7.5, 3e3, 0.0
     one_left = torch.tensor([1.0, -torch.inf, -torch.inf, -torch.inf], dtype=torch.float64)
     v[3], u[3] = one_left, 2 * one_left
-    policy = Sharpness(4.0, solve=solve, attached=True)
+    policy = Sharpness(4.0, solve=solve, differentiable=True)
     leaf = v.clone().requires_grad_()
     T = policy(Rows(leaf, u))
     assert counts(policy)["fallback"] == 4
@@ -230,7 +230,7 @@ def test_rows_beyond_the_reach_are_held_and_counted() -> None:
     rows = rows.replace(student=rows.student * torch.tensor([[1.0], [1.0], [1e-4], [1e4]], dtype=torch.float64))
     for reach in (0.5, 0.9):
         for solve in CENTERED:
-            policy = Sharpness(4.0, solve=solve, reach=reach, attached=True)
+            policy = Sharpness(4.0, solve=solve, reach=reach, differentiable=True)
             leaf = rows.student.clone().requires_grad_()
             delta = delta_of(policy(rows.replace(student=leaf)))
             torch.testing.assert_close(delta[2:, 0].detach(), torch.tensor([4.0, -4.0]).double() * reach)
@@ -272,7 +272,7 @@ def test_failures_of_the_published_form(situation: str, dtype: torch.dtype, atta
     assert [float(t) for t in plain] == pytest.approx(released, rel=5e-3, abs=1e-6, nan_ok=True)
     found = {}
     for solve in SOLVES:
-        policy = Sharpness(4.0, solve=solve, attached=attached)
+        policy = Sharpness(4.0, solve=solve, differentiable=attached)
         leaf = v.to(dtype).requires_grad_()
         rows = Rows(leaf, u.to(dtype), torch.tensor([2]))
         with warnings.catch_warnings(record=True) as said:

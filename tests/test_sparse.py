@@ -21,8 +21,9 @@ from tempering.rows import IGNORE_INDEX, Rows, total
 from tempering.tasks import LanguageModeling
 from tempering.teachers import CachedTopK, Live, Teacher, TopKTeacher, record_top_k
 from tempering.teachers.outputs import Sparse, to_top_k_plus_tail
-from tempering.teachers.selection import count_samples, keep_samples, keep_top_k
+from tempering.teachers.selection import count_samples, entropy_not_sampled, keep_samples, keep_top_k
 from tempering.temperature import Static
+from tempering.training.selfcheck import selfcheck
 from tests.conftest import random_rows
 from tests.paths import needs_shared
 from tests.test_generation import PAD, V, gpt2, texts
@@ -279,3 +280,33 @@ def test_the_order_of_tokens_is_drawn_anew_every_epoch_and_starts_anywhere() -> 
     second = [batch["ids"].tolist() for batch in tokens]
     assert first != second and sorted(i for ids in second for i in ids) == list(range(5)) and len(tokens) == 3
     assert [batch["ids"].tolist() for batch in tokens.iterate(2)] == second[2:]
+
+
+@pytest.mark.parametrize(
+    ("classes", "samples", "sharpness"), [(12, 8, 1.5), (12, 50, 1.5), (2000, 50, 3.0), (2000, 12, 3.0)]
+)
+def test_a_loss_of_samples_exceeds_the_kl_and_the_self_check_tells_by_how_much(
+    classes: int, samples: int, sharpness: float
+) -> None:
+    rows = random_rows(200, classes, scale=sharpness)
+    kept = keep_samples(rows.teacher, samples, generator=torch.Generator().manual_seed(0))
+    T = Static(1.0)(random_rows(1))
+    excess = float((kl(of(rows, kept), T) - kl(rows, T)).mean())
+    assert excess > 0.05
+    assert 0.5 * excess < float(entropy_not_sampled(kept, samples)) < 1.25 * excess
+
+
+def test_the_line_of_the_self_check_names_the_excess() -> None:
+    method = Divergence(objective="kl", temperature=1)
+    student = gpt2(8, 0).float()
+    LanguageModeling().prepare_model(student)
+    for how, told in (({"samples": 6}, True), ({"top": 4}, False)):
+        line = selfcheck(
+            student,
+            kept_of(**how),
+            next(iter(data())),
+            method=method,
+            task=LanguageModeling(),
+            skip=["above chance"],
+        ).line
+        assert ("samples (the logged loss lies above the KL, by about " in line) == told

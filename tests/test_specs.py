@@ -10,7 +10,16 @@ import random
 import pytest
 import torch
 
-from tempering.experiments.presets import ARMS, Arm, arm_from, arms_from, method_of, slug, split, with_controls
+from tempering.experiments.presets import (
+    PRESETS,
+    Preset,
+    method_of,
+    preset_from,
+    presets_from,
+    slug,
+    split,
+    with_controls,
+)
 from tempering.experiments.spec import method_from, policy_from
 from tempering.methods import METHODS
 from tempering.methods.logits.dkd import DKD
@@ -38,11 +47,11 @@ def test_names_of_methods_and_policies_are_apart() -> None:
 def test_arguments_are_numbers_words_lists_and_parts() -> None:
     made = method_from("KD(soft = 4, hard=2*0.5, warmup=20/240)")
     assert (made.soft, made.hard, made.warmup) == (4, 1.0, 20 / 240)
-    made = method_from("dtkd(dynamic=1, temperature=sharpness(2.5, solve=published, attached=True))")
+    made = method_from("dtkd(dynamic=1, temperature=sharpness(2.5, solve=published, differentiable=True))")
     policy = made.temperature
     assert isinstance(policy, Sharpness)
-    assert (made.dynamic, policy.tau, policy.solve, policy.attached) == (1, 2.5, "published", True)
-    assert method_from("dtkd(temperature=sharpness(4, attached=true))").temperature.attached is True
+    assert (made.dynamic, policy.tau, policy.solve, policy.differentiable) == (1, 2.5, "published", True)
+    assert method_from("dtkd(temperature=sharpness(4, differentiable=true))").temperature.differentiable is True
     assert isinstance(method_from("dtkd(temperature=static)").temperature, Static)
     assert method_from('dtkd(temperature=sharpness(4, solve="std"))').temperature.solve == "std"
     assert method_from("at(names=(a, b))").names == ("a", "b")
@@ -81,7 +90,7 @@ def test_a_method_from_text_trains() -> None:
         ("dtdk", "no method is called 'dtdk'. Did you mean 'dtkd'?"),
         ("ptk", "no method is called 'ptk'. Did you mean 'pkt'?"),
         ("qqq", "no method is called 'qqq'. There are: "),
-        ("kd(sfot=4)", "KD has no argument 'sfot'. Did you mean 'soft'? It takes: soft, hard, temperature, warmup."),
+        ("kd(sfot=4)", "KD has no argument 'sfot'. Did you mean 'soft'? It takes: soft, hard, warmup, temperature."),
         ("kd(4)", "KD takes 0 unnamed arguments; got 1 in 'kd(4)'. Name them, as in soft=..."),
         ("sharpness(4)", "no method is called 'sharpness'."),
         ("kd(temperature=sharpnes)", "no temperature policy is called 'sharpnes'. Did you mean 'sharpness'?"),
@@ -113,7 +122,10 @@ def test_a_method_from_text_trains() -> None:
         ("interactive(every=1.5)", "Interactive needs every to be an integer; got 1.5."),
         ("interactive(every=true)", "Interactive needs every to be an integer; got True."),
         ("kd(temperature=instance(seed=1.5))", "Instance needs seed to be an integer; got 1.5."),
-        ("dtkd(temperature=sharpness(attached=maybe))", "Sharpness needs attached to be true or false; got 'maybe'."),
+        (
+            "dtkd(temperature=sharpness(differentiable=maybe))",
+            "Sharpness needs differentiable to be true or false; got 'maybe'.",
+        ),
         ("kd(hard=true)", "KD needs hard to be a finite number; got True."),
         ("fitnet(names=layer3)", "FitNet needs names to be a list, each text; got 'layer3'."),
         (
@@ -144,7 +156,7 @@ def test_any_value_of_any_argument_is_used_or_refused() -> None:
 def test_damaged_text_is_read_or_refused() -> None:
     rng, alphabet = random.Random(0), "()[],=+-*/.'\"0123456789eE_abcKDk \n\0\u00e9\u202e"
     for _ in range(600):
-        text = list(rng.choice([arm.spec for arm in ARMS.values()]))
+        text = list(rng.choice([arm.spec for arm in PRESETS.values()]))
         for _ in range(rng.randint(1, 4)):
             place = rng.randrange(len(text) + 1)
             text[place : place + rng.randint(0, 3)] = rng.choices(alphabet, k=rng.randint(0, 3))
@@ -160,28 +172,28 @@ def test_a_method_without_a_temperature_refuses_another() -> None:
 # arms
 
 
-@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_arm_can_be_made(name: str) -> None:
-    assert type(method_of(name)).__name__.lower() == ARMS[name].spec.partition("(")[0]
+    assert type(method_of(name)).__name__.lower() == PRESETS[name].spec.partition("(")[0]
 
 
 def test_arms_are_what_their_labels_say() -> None:
-    assert ARMS["supervised"].label == "student alone"
+    assert PRESETS["supervised"].label == "student alone"
     matched, dtkd = method_of("kd-matched"), method_of("dtkd")
     assert isinstance(matched, KD) and isinstance(dtkd, DTKD)
     assert matched.soft == dtkd.dynamic + dtkd.soft
     assert (matched.hard, matched.warmup, matched.temperature.tau) == (dtkd.hard, dtkd.warmup, dtkd.temperature.tau)
     published = method_of("dtkd-published").temperature
-    assert (published.solve, published.attached) == ("published", True)
+    assert (published.solve, published.differentiable) == ("published", True)
     assert method_of("dtkd-only").soft == 0
     assert (method_of("dkd-target").non_target, method_of("dkd-rest").target) == (0, 0)
     assert isinstance(method_of("dkd-rest-dynamic").temperature, Sharpness)
 
 
 def test_any_text_is_an_arm_labeled_by_itself() -> None:
-    assert arm_from(" dtkd( soft=0.5)") == Arm("dtkd( soft=0.5)", "dtkd( soft=0.5)", "dtkd( soft=0.5)")
-    assert arm_from("KD-Matched") == ARMS["kd-matched"]
-    assert arm_from("dtkd", "sharpness(4, solve=std)").label == "dtkd @ sharpness(4, solve=std)"
+    assert preset_from(" dtkd( soft=0.5)") == Preset("dtkd( soft=0.5)", "dtkd( soft=0.5)", "dtkd( soft=0.5)")
+    assert preset_from("KD-Matched") == PRESETS["kd-matched"]
+    assert preset_from("dtkd", "sharpness(4, solve=std)").label == "dtkd @ sharpness(4, solve=std)"
 
 
 def test_a_list_of_arms_times_temperatures() -> None:
@@ -190,7 +202,7 @@ def test_a_list_of_arms_times_temperatures() -> None:
         "dtkd(soft=1, temperature=sharpness(4, solve=std))",
         "dkd",
     ]
-    labels = [arm.label for arm in arms_from("kd,dtkd,dtkd-exact,supervised", "own, static(2)")]
+    labels = [arm.label for arm in presets_from("kd,dtkd,dtkd-exact,supervised", "own, static(2)")]
     assert labels == [
         "KD",
         "kd @ static(2)",
@@ -203,9 +215,9 @@ def test_a_list_of_arms_times_temperatures() -> None:
 
 def test_a_mistyped_arm_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"no method is called 'dtkd-publised'. Did you mean 'dtkd-published'"):
-        arms_from("kd,dtkd-publised")
+        presets_from("kd,dtkd-publised")
     with pytest.raises(ValueError, match=r"no temperature policy is called 'statik'. Did you mean 'static'"):
-        arms_from("kd", "statik")
+        presets_from("kd", "statik")
 
 
 @pytest.mark.parametrize(
@@ -218,7 +230,7 @@ def test_a_mistyped_arm_names_the_nearest() -> None:
     ],
 )
 def test_the_matched_control_has_the_total_weights(methods: str, spec: str) -> None:
-    arms, added = with_controls(arms_from(methods))
+    arms, added = with_controls(presets_from(methods))
     assert [arm.label for arm in added] == ["student alone", "KD, weight-matched"]
     assert [arm.label for arm in arms[:2]] == ["student alone", "KD, weight-matched"]
     assert added[1].spec == spec
@@ -229,7 +241,7 @@ def test_the_matched_control_has_the_total_weights(methods: str, spec: str) -> N
 
 
 def test_controls_that_are_there_are_not_added() -> None:
-    arms = arms_from("supervised,kd-matched,dtkd")
+    arms = presets_from("supervised,kd-matched,dtkd")
     assert with_controls(arms) == (arms, [])
 
 

@@ -37,7 +37,7 @@ METHODS = {
     "kd": KD,
     "dkd": DKD,
     "dtkd": DTKD,
-    "dtkd-published": lambda: DTKD(temperature=Sharpness(4.0, solve="published", attached=True)),
+    "dtkd-published": lambda: DTKD(temperature=Sharpness(4.0, solve="published", differentiable=True)),
     "standardized": lambda: KD(temperature=Standardized()),
     "ctkd": lambda: KD(temperature=Curriculum()),
     "cosine": lambda: KD(temperature=Cosine()),

@@ -117,7 +117,7 @@ def test_what_is_searched_by_itself() -> None:
     space = space_of("dtkd-published")
     assert space.template == (
         "dtkd(dynamic={dynamic}, soft={soft}, warmup={warmup}, "
-        "temperature=sharpness(tau={temperature.tau}, solve=published, attached=True))"
+        "temperature=sharpness(tau={temperature.tau}, solve=published, differentiable=True))"
     )
     assert [str(d) for d in space.varied] == [
         "dynamic=0.3..30 log",

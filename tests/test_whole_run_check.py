@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, get_worker_info
 
 import tempering as kd
 from tempering.data.batches import Batches
-from tempering.methods import DKD, KD, Supervised
+from tempering.methods import CSKD, DIST, DKD, DTKD, KD, FitNet, Method, Sum, Supervised
 from tempering.rows import Rows
 from tempering.tasks import Classification, LanguageModeling
 from tempering.tasks.base import NothingToScoreError
@@ -412,3 +414,77 @@ def test_probability_beyond_the_student_s_tokens_is_told_or_refused(
         selfcheck(models[0], models[1], batch, **how)
     how["skip"] = ["above chance", "vocabulary"]
     assert "vocabulary (turned off)" in selfcheck(*models, batch, **how).line
+
+
+# a teacher without effect
+
+
+@each(
+    "method",
+    [
+        KD(soft=0.0, hard=1.0),
+        DKD(target=0.0, non_target=0.0),
+        DTKD(dynamic=0.0, soft=0.0),
+        Sum(KD(soft=0.0), DIST(inter=0.0, intra=0.0, hard=0.0)),
+    ],
+)
+def test_a_teacher_without_effect_is_told(method: Method) -> None:
+    with pytest.warns(UserWarning, match=r"the teacher has no effect: .*Supervised\(\)"):
+        line = run(batches(), method=method).facts["selfcheck"]["line"]
+    assert "teacher effect (none)" in line
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(batches(), method=method, skip_checks=["teacher effect"])
+
+
+@each("method", [KD(hard=0.0), KD(soft=1e-6), DTKD(warmup=0.9), CSKD(), Sum(Supervised(), KD(hard=0.0))])
+def test_a_teacher_with_a_small_or_later_effect_is_not_told_of(method: Method) -> None:
+    assert "teacher effect" in selfcheck(net(), Live(Knows()), (X, Y), method=method, task=Classification()).line
+
+
+@each("soft", [0.0, 1.0])
+def test_a_teacher_of_features_without_effect_is_told(soft: float) -> None:
+    task = Classification(features={"map": ("0", "0")})
+    student, teacher = (
+        nn.Sequential(nn.Conv2d(1, width, (1, 3)), nn.Flatten(), nn.Linear(4 * width, C)) for width in (2, 3)
+    )
+    options: dict[str, Any] = {"method": FitNet(feature=soft), "task": task, "skip_checks": ["above chance"]}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run([(x[:, None, None], y) for x, y in batches()], student=student, teacher=teacher, **options)
+    assert any("the teacher has no effect" in str(w.message) for w in told) == (not soft)
+
+
+# workers of a loader
+
+
+class Streamed(IterableDataset[tuple[Tensor, Tensor]]):
+    """All samples, or those of this worker."""
+
+    def __init__(self, *, split: bool, shuffle: bool = False) -> None:
+        self.split, self.shuffle = split, shuffle
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(X)) if self.shuffle else range(len(X))
+        samples = ((X[i], Y[i]) for i in order)
+        info = get_worker_info()
+        return (
+            itertools.islice(samples, info.id, None, info.num_workers) if self.split and info is not None else samples
+        )
+
+
+@each(
+    "workers, split, refused",
+    [(2, False, True), (2, True, False), (1, False, False), (0, False, False)],
+)
+def test_workers_that_repeat_every_sample_are_refused(workers: int, split: bool, refused: bool) -> None:
+    loader = DataLoader(Streamed(split=split), batch_size=8, num_workers=workers)
+    if refused:
+        with pytest.raises(
+            SelfCheckError, match=rf"every sample would be learned {workers} times.*get_worker_info\(\)"
+        ):
+            run(loader, epochs=None, steps=1)
+        run(loader, epochs=None, steps=1, skip_checks=["workers"])
+    else:
+        checks = run(loader, epochs=None, steps=1).facts["selfcheck"]["checks"]
+        assert ("workers" in checks) == (workers > 1)

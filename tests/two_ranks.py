@@ -193,7 +193,7 @@ SAMPLED: dict[str, Callable[[], Any]] = {
 
 def sampled(out: Path) -> None:
     """What each process sees in two epochs, or why the loader is refused."""
-    fabric = fabric_for(accelerator="cpu", devices=2, strategy="ddp", precision="32-true", loggers=(), folder=None)
+    fabric = fabric_for(accelerator="cpu", devices=2, strategy="ddp", precision="32-true")
     seen: dict[str, Any] = {}
     for name, make in SAMPLED.items():
         torch.manual_seed(fabric.global_rank)

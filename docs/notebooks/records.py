@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import tempering as kd
-from tempering.experiments.presets import ARMS, method_of
+from tempering.experiments.presets import PRESETS, method_of
 
 data = kd.data.digits(batch_size=64)
 torch.manual_seed(0)
@@ -35,7 +35,7 @@ for seed in (0, 1, 2):
             test=data.test,
             out=f"runs/{name}-{seed}",
             log_every=5,
-            facts={"label": ARMS[name].label},
+            facts={"label": PRESETS[name].label},
             quiet=True,
         )
 print(sorted(path.name for path in Path("runs/dtkd-0").iterdir() if path.name[0] != "."))

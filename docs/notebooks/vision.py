@@ -20,8 +20,10 @@ from tempering.experiments.presets import method_of
 data = kd.data.digits(batch_size=64)
 torch.manual_seed(0)
 teacher = kd.models.build("digits_large", classes=10, channels=1)
-taught = kd.distill(teacher, None, data.train, method="supervised", epochs=EPOCHS // 3 + 1, test=data.test, quiet=True)
-print(f"teacher: {taught.last['test']['accuracy']:.3f}")
+teacher_run = kd.distill(
+    teacher, None, data.train, method="supervised", epochs=EPOCHS // 3 + 1, test=data.test, quiet=True
+)
+print(f"teacher: {teacher_run.last['test']['accuracy']:.3f}")
 
 # %% [markdown]
 # ## Three students
@@ -53,7 +55,7 @@ for name, run in runs.items():
         marker="o",
         label=name,
     )
-axes.axhline(taught.last["test"]["accuracy"], color="gray", linestyle="--", label="teacher")
+axes.axhline(teacher_run.last["test"]["accuracy"], color="gray", linestyle="--", label="teacher")
 axes.set(xlabel="epoch", ylabel="test accuracy", title="One seed: the order of the students may change with it")
 axes.legend()
 

@@ -7,18 +7,29 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from math import isfinite
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tempering.data.batches import labeled_batch
-from tempering.rows import class_indices, upcast_to_float32
-from tempering.utils.search_space import check_types
+from tempering.rows import Rows, class_indices, class_labels, is_labeled, upcast_to_float32
+from tempering.utils.search_space import CheckedArguments
 from tempering.utils.state import restored
+from tempering.utils.tensors import to_device
 
 Answer = Callable[[Tensor], Tensor]  # inputs (N, ...) to logits (N, C), in float32 at least
+
+
+class RowTask(Protocol):
+    """The members of a ``tasks.Task`` by which an audit of outputs turns batches into rows."""
+
+    def prepare_model(self, model: nn.Module) -> None: ...
+
+    def inputs(self, batch: Any) -> tuple[Any, Any, Tensor | None]: ...
+
+    def scored_rows(self, student: Any, teacher: Any, batch: Any) -> tuple[Rows, Tensor | None]: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,7 @@ class Finding:
         return asdict(self)
 
 
-class Audit(ABC):
+class Audit(CheckedArguments, ABC):
     """Evaluate a trained student, and its teacher if there is one.
 
     Neither model is changed: training modes and ``requires_grad`` are restored, also after an exception, and the global
@@ -68,12 +79,6 @@ class Audit(ABC):
     """
 
     samples: int | None = None
-
-    if not TYPE_CHECKING:  # the signature is that of __init__
-
-        def __new__(cls, *args: object, **kwargs: object) -> Self:
-            check_types(cls, args, kwargs)
-            return super().__new__(cls)
 
     def __call__(self, student: nn.Module, teacher: Any, batches: Iterable[Any]) -> list[Finding]:
         """Return the findings. ``teacher`` is a module, a Teacher with a live model, or None.
@@ -187,6 +192,46 @@ def data(batches: Iterable[Any], samples: int | None) -> tuple[Tensor, Int[Tenso
 
 
 @torch.no_grad()
+def collect_rows(
+    models: Mapping[str, nn.Module], batches: Iterable[Any], task: RowTask, samples: int | None = None
+) -> tuple[dict[str, Float[Tensor, "N C"]], Int[Tensor, " N"]]:
+    """Return each model's logits, side -> (N, C) float64 on the CPU, and labels (N,), of a task's labeled rows.
+
+    These are the rows that training learns from and evaluation scores: padding and masked tokens are left out.
+
+    Raises:
+        ValueError: if no row is labeled, the task's rows have no labels, or logits are NaN.
+    """
+    student, teacher = models["student"], models.get("teacher")
+    for model in models.values():
+        task.prepare_model(model)
+    device = next((p.device for p in student.parameters()), torch.device("cpu"))
+    parts: dict[str, list[Tensor]] = {side: [] for side in models}
+    labels, count = list[Tensor](), 0
+    for batch in batches:
+        batch = to_device(batch, device)
+        student_inputs, teacher_inputs, _ = task.inputs(batch)
+        output = student(student_inputs)
+        rows, _ = task.scored_rows(output, None if teacher is None else teacher(teacher_inputs), batch)
+        if rows.target is None:
+            raise ValueError(f"an audit needs labels, and the rows of {type(task).__name__} have none.")
+        kept = is_labeled(rows.target) if rows.weight is None else is_labeled(rows.target) & (rows.weight > 0)
+        index = kept.nonzero().flatten()[: None if samples is None else samples - count]
+        count += len(index)
+        for side, z in zip(("student", "teacher"), (rows.student, rows.teacher), strict=True):
+            if side in models:
+                parts[side].append(z[index].cpu().double())
+                if parts[side][-1].isnan().any():
+                    raise ValueError(f"the {side} returns logits that are NaN; an audit of it would be meaningless.")
+        labels.append(class_labels(rows.target)[index].cpu())
+        if samples is not None and count >= samples:
+            break
+    if not count:
+        raise ValueError("there is nothing to audit: the batches have no labeled row. Is the split empty?")
+    return {side: torch.cat(z) for side, z in parts.items()}, torch.cat(labels)
+
+
+@torch.no_grad()
 def collect_logits_and_ids(
     models: Mapping[str, nn.Module], batches: Iterable[Any], samples: int | None = None
 ) -> tuple[dict[str, Float[Tensor, "N C"]], Int[Tensor, " N"], Int[Tensor, " N"]]:
@@ -214,6 +259,13 @@ def collect_logits(
     """Return logits and labels as ``collect_logits_and_ids`` does, without the ids."""
     logits, y, _ = collect_logits_and_ids(models, batches, samples)
     return logits, y
+
+
+def shuffled(logits: Mapping[str, Float[Tensor, "N C"]], seed: int) -> Int[Tensor, " N"]:
+    """Return a random order of the rows, (N,), that depends on the seed and the rows, not on the order they came in."""
+    keys = [z.nan_to_num(neginf=-1e4) @ torch.arange(1.0, z.shape[1] + 1).double().cos() for z in logits.values()]
+    order = torch.stack(keys).sum(0).argsort(stable=True)
+    return order[torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))]
 
 
 def count_classes(models: Mapping[str, nn.Module], x: Tensor, y: Tensor) -> int:

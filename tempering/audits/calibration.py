@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tempering.audits.base import Audit, Finding, check_positive, collect_logits
+from tempering.audits.base import Audit, Finding, RowTask, check_positive, collect_logits, collect_rows, shuffled
 from tempering.audits.intervals import Z, bootstrap
 
 COLDEST, HOTTEST = 0.02, 50.0  # bounds of the fitted temperature
@@ -19,12 +19,14 @@ COLDEST, HOTTEST = 0.02, 50.0  # bounds of the fitted temperature
 class Calibration(Audit):
     """Compute ECE (equal width and adaptive), Brier score and NLL of both models, and the best temperature of each.
 
-    The temperature is fitted on a random half of the rows; the other half scores the model with and without it.
-    ECE uses the confidence in the predicted class.
+    The temperature is fitted on a random half of the rows; the other half scores the model with and without it. ECE is
+    that of the confidence in the predicted class. Findings depend neither on the order of the rows nor on batches.
 
     Args:
+        task: converts batches to rows, such as the tokens of a text; None: batches are (inputs, labels, ...) of a
+            classification.
         bins: number of bins of the calibration errors.
-        taught: mean temperatures of the distillation, "student" and "teacher" -> mean, to be reported next to the
+        temperatures: mean temperatures of the distillation, "student" and "teacher" -> mean, to be reported next to the
             fitted one; the two are not expected to agree.
         samples: number of rows, None for all.
         draws: bootstrap resamples per interval.
@@ -39,20 +41,25 @@ class Calibration(Audit):
         self,
         *,
         bins: int = 15,
-        taught: Mapping[str, float] | None = None,
+        temperatures: Mapping[str, float] | None = None,
         samples: int | None = None,
         draws: int = 200,
         seed: int = 0,
+        task: RowTask | None = None,
     ) -> None:
         check_positive({"bins": bins, "draws": draws})
-        self.bins, self.taught, self.samples, self.draws, self.seed = bins, taught, samples, draws, seed
+        self.task, self.temperatures = task, temperatures
+        self.bins, self.samples, self.draws, self.seed = bins, samples, draws, seed
         self._report_data: dict[str, Any] = {}
 
     def examine(self, models: Mapping[str, nn.Module], batches: Iterable[Any]) -> list[Finding]:
-        logits, y = collect_logits(models, batches, self.samples)
+        if self.task is None:
+            logits, y = collect_logits(models, batches, self.samples)
+        else:
+            logits, y = collect_rows(models, batches, self.task, self.samples)
         if len(y) < 4:
             raise ValueError(f"Calibration fits on one half and scores the other, of at least 4 rows; got {len(y)}.")
-        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(self.seed))
+        order = shuffled(logits, self.seed)
         fitted, scored = order[: len(y) // 2], order[len(y) // 2 :]
         results: list[Finding] = []
         self._report_data = {"temperature": {}, "plain": {}, "tempered": {}}
@@ -108,8 +115,8 @@ class Calibration(Audit):
         )
         if T.bound:
             meaning += " It is at a bound of the search range: every label has the largest logit, or none has."
-        if side == "student" and self.taught:
-            temperatures = ", ".join(f"the {model}'s logits at {t:.3g}" for model, t in self.taught.items())
+        if side == "student" and self.temperatures:
+            temperatures = ", ".join(f"the {model}'s logits at {t:.3g}" for model, t in self.temperatures.items())
             meaning += f" It was distilled with {temperatures}; a distillation temperature is not a calibration one."
         return Finding("temperature", side, T.value, meaning, T.low, T.high, n)
 
@@ -192,7 +199,7 @@ def fit_temperature(z: Float[Tensor, "N C"], y: Int[Tensor, " N"]) -> Fitted:
 
     The NLL is convex in 1 / T: bisect on its slope, then take the interval of an M-estimator (sandwich variance).
     """
-    z = z.double() - z.double().max(-1, keepdim=True).values
+    z = (z.double() - z.double().max(-1, keepdim=True).values).clamp_min(-1e4)  # a masked class has -inf
     label_logits = z.gather(1, y[:, None])[:, 0]
 
     def slopes(beta: float) -> tuple[Tensor, Tensor]:

@@ -29,15 +29,15 @@ def as_bytes(text: str) -> list[int]:
 class Canaries(Audit):
     """Measure the exposure of every planted secret by its number of repeats: student, teacher, and the ratio.
 
-    If a canary has at most ``most`` candidates, all are scored and the rank is exact; otherwise ``asked`` candidates
-    are sampled, and ranks beyond the sample are extrapolated with a fitted skew normal distribution. The batches are
+    If a canary has at most ``max_candidates`` candidates, all are scored and the rank is exact; otherwise ``sampled``
+    ones are drawn, and ranks beyond the sample are extrapolated with a fitted skew normal distribution. The batches are
     not used: each secret is scored after its prompt.
 
     Args:
         canaries: the planted canaries (``data.canaries``), including those with 0 repeats, which show the chance level.
         encode: text -> token ids; default: UTF-8 bytes.
-        most: largest number of candidates that are all scored.
-        asked: number of sampled candidates if there are more, at least 20.
+        max_candidates: largest number of candidates that are all scored.
+        sampled: number of sampled candidates if there are more, at least 20.
         batch: sequences per forward pass.
         seed: seed of samples and resamples.
 
@@ -52,18 +52,18 @@ class Canaries(Audit):
         canaries: Sequence[Canary],
         *,
         encode: Encode = as_bytes,
-        most: int = 20_000,
-        asked: int = 1000,
+        max_candidates: int = 20_000,
+        sampled: int = 1000,
         batch: int = 256,
         seed: int = 0,
     ) -> None:
-        if not canaries or most < 1 or asked < 20 or batch < 1:
+        if not canaries or max_candidates < 1 or sampled < 20 or batch < 1:
             raise ValueError(
-                f"Canaries needs canaries, asked >= 20, and most and batch >= 1; got {len(canaries)}, {asked}, "
-                f"{most} and {batch}. data.canaries.plant puts them into a text."
+                f"Canaries needs canaries, sampled >= 20, and max_candidates and batch >= 1; got {len(canaries)}, "
+                f"{sampled}, {max_candidates} and {batch}. data.canaries.plant puts them into a text."
             )
-        self.canaries, self.encode, self.most = list(canaries), encode, most
-        self.asked, self.batch, self.seed = asked, batch, seed
+        self.canaries, self.encode, self.max_candidates = list(canaries), encode, max_candidates
+        self.sampled, self.batch, self.seed = sampled, batch, seed
 
     def examine(self, models: Mapping[str, nn.Module], batches: Iterable[Any]) -> list[Finding]:
         bits = {side: self.exposures(model) for side, model in models.items()}
@@ -95,23 +95,23 @@ class Canaries(Audit):
         return means | {f"exposure_{n}x": float(bits[counts == n].mean()) for n in self.repeats}
 
     def _exact(self, indices: Sequence[int]) -> bool:
-        return all(self.canaries[i].size <= self.most for i in indices)
+        return all(self.canaries[i].size <= self.max_candidates for i in indices)
 
     def _exposure(self, model: nn.Module, canary: Canary, number: int) -> Tensor:
         def bits(secrets: Iterable[str]) -> Tensor:
             texts = [self.encode(canary.prompt + secret) for secret in secrets]
             return -log_likelihoods(model, texts, batch=self.batch) / math.log(2)
 
-        if canary.size <= self.most:
+        if canary.size <= self.max_candidates:
             return exposure(bits(map(canary.candidate, range(canary.size))), torch.tensor([canary.index]))[0]
         draw, secret_index = random.Random(f"{self.seed}/{number}"), canary.index
         # draw from size - 1 and shift indices from the secret's on by one, so the secret is never drawn
-        drawn = [i + (i >= secret_index) for i in (draw.randrange(canary.size - 1) for _ in range(self.asked))]
+        drawn = [i + (i >= secret_index) for i in (draw.randrange(canary.size - 1) for _ in range(self.sampled))]
         perplexities = bits([canary.secret, *map(canary.candidate, drawn)])
         counted = sampled_exposure(perplexities[:1], perplexities[1:])[0]
-        if counted < math.log2(self.asked + 1) - 1e-9:
+        if counted < math.log2(self.sampled + 1) - 1e-9:
             return counted
-        modeled = modeled_exposure(perplexities[:1], perplexities[1:], most=math.log2(canary.size))
+        modeled = modeled_exposure(perplexities[:1], perplexities[1:], upper_bound=math.log2(canary.size))
         return torch.maximum(counted, modeled[0])
 
     def _passed_on(self, student: Tensor, teacher: Tensor) -> Finding:
@@ -133,11 +133,11 @@ class Canaries(Audit):
 
 
 def _meaning(repeats: int, canaries: Sequence[Canary], *, exact: bool) -> str:
-    most = max(math.log2(canary.size) for canary in canaries)
+    highest = max(math.log2(canary.size) for canary in canaries)
     method = "its exact rank among all" if exact else "sampled others and a fitted tail"
     planted = f"put into the training text {repeats} times" if repeats else "that are in no training text"
     return (
-        f"Mean exposure in bits of secrets {planted}, each by {method}. A secret at {most:.2f} can be extracted "
+        f"Mean exposure in bits of secrets {planted}, each by {method}. A secret at {highest:.2f} can be extracted "
         f"directly; an unseen one has {UNSEEN:.2f} on average."
     )
 

@@ -62,7 +62,7 @@ def exposure(
 def sampled_exposure(canaries: Float[Tensor, " K"], alternatives: Float[Tensor, "K M"]) -> Float[Tensor, " K"]:
     """Estimate the exposure in bits, (K,), from M sampled candidates that are not the canary.
 
-    It is -log2 of the fraction, including the canary, that is at least as likely; at most log2(M + 1).
+    It is -log2 of the fraction, including the canary, that is at least as likely; at upper_bound log2(M + 1).
 
     Args:
         canaries: perplexity of each canary.
@@ -74,7 +74,7 @@ def sampled_exposure(canaries: Float[Tensor, " K"], alternatives: Float[Tensor, 
 
 
 def modeled_exposure(
-    canaries: Float[Tensor, " K"], alternatives: Float[Tensor, " M"], *, most: float = math.inf
+    canaries: Float[Tensor, " K"], alternatives: Float[Tensor, " M"], *, upper_bound: float = math.inf
 ) -> Float[Tensor, " K"]:
     """Extrapolate the exposure in bits, (K,), beyond the resolution of sampling.
 
@@ -83,7 +83,7 @@ def modeled_exposure(
     Args:
         canaries: log-perplexity of each canary.
         alternatives: log-perplexities of sampled candidates.
-        most: upper bound, log2 |R|.
+        upper_bound: upper bound, log2 |R|.
 
     Raises:
         ImportError: if scipy is not installed (extra "report").
@@ -98,7 +98,7 @@ def modeled_exposure(
         raise ValueError(f"fitting a skew normal needs 20 or more alternatives that differ; got {len(sample)}.")
     skew, location, spread = map(float, skewnorm.fit(sample))  # pyright: ignore[reportArgumentType]
     tails = [_log_below(float(c), (skew, location, spread)) for c in canaries]
-    return torch.tensor([min(most, max(0.0, -tail / math.log(2))) for tail in tails], dtype=torch.float64)
+    return torch.tensor([min(upper_bound, max(0.0, -tail / math.log(2))) for tail in tails], dtype=torch.float64)
 
 
 def reduction(before: Float[Tensor, " K"], after: Float[Tensor, " K"]) -> Float[Tensor, " K"]:

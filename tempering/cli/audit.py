@@ -221,12 +221,16 @@ def _arguments(
     from torch.fx import GraphModule
 
     from tempering.models import stages
+    from tempering.tasks.language_modeling import LanguageModeling
+    from tempering.tasks.text_classification import TextClassification
 
     arguments: dict[str, Any] = {} if options.samples is None else {"samples": options.samples}
     if kind != "explanation":
         arguments["seed"] = options.seed
     if kind == "calibration":
-        arguments["taught"] = _mean_temperatures(folder)
+        arguments["temperatures"] = _mean_temperatures(folder)
+        if isinstance(experiment.task, (LanguageModeling, TextClassification)):
+            arguments["task"] = experiment.task
     elif kind == "explanation":
         model = None if experiment.resolved_teacher is None else experiment.resolved_teacher.model
         # a GraphModule (fused batch norms) calls only leaf modules, so hooks on its stages do not run

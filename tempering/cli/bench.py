@@ -10,7 +10,7 @@ from tyro.conf import Positional, Suppress, arg
 
 if TYPE_CHECKING:
     from tempering.experiments.compare.plan import Plan
-    from tempering.experiments.presets import Arm
+    from tempering.experiments.presets import Preset
     from tempering.reports.records import RunRecord
 
 ARENA = Path("benchmarks/results/arena16/grid")
@@ -47,7 +47,7 @@ def bench(
     from rich.console import Console
 
     from tempering.experiments.compare.plan import merged, plan_for, read
-    from tempering.experiments.compare.runner import Arena
+    from tempering.experiments.compare.runner import ComparisonRunner
     from tempering.experiments.compare.status import records
     from tempering.experiments.recipe import find
     from tempering.reports.leaderboard import leaderboard, reading, rich_table
@@ -58,13 +58,13 @@ def bench(
     paired = sorted({run.seed for run in runs})[:seeds]
     if not paired or (seeds is not None and seeds < 1):
         raise ValueError(f"bench needs finished runs to pair with, and seeds >= 1; got {arena} and seeds={seeds}.")
-    arm, name = own_arm(method, {run.label for run in runs})
+    preset, name = own_preset(method, {run.label for run in runs})
     file = find(recorded.recipe)
     flags = protocol_flags(recorded, arena, file, recipe_args)
     check_data(runs[0], file, flags)
     folder = out or Path("runs/bench", name)
-    plan = merged(folder, plan_for(file, [arm], paired, flags))
-    code = Arena(folder, plan, file, flags, jobs=jobs, threads=threads, quiet=quiet).run()
+    plan = merged(folder, plan_for(file, [preset], paired, flags))
+    code = ComparisonRunner(folder, plan, file, flags, jobs=jobs, threads=threads, quiet=quiet).run()
     own = [run for run in records(folder, plan) if run.done]
     board = leaderboard([*runs, *own])
     console = Console()
@@ -74,23 +74,23 @@ def bench(
     return code
 
 
-def own_arm(text: str, taken: Collection[str]) -> tuple[Arm, str]:
-    """Return the arm of a method, or of KD with equal weights and a policy; and a name with a hash of its code.
+def own_preset(text: str, taken: Collection[str]) -> tuple[Preset, str]:
+    """Return the preset of a method, or of KD with equal weights and a policy; and a name with a hash of its code.
 
     Raises:
         ValueError: if it cannot be built.
     """
-    from tempering.experiments.presets import ARMS, Arm, method_of, slug
+    from tempering.experiments.presets import PRESETS, Preset, method_of, slug
     from tempering.experiments.spec import is_policy, own_file
     from tempering.utils.files import sha256_file, sha256_text
 
     file, call = own_file(text) or (None, text)
     label = call or text if file is None else f"{call or file.stem} ({file.name})"
     label = f"{label}, yours" if label in taken else label
-    arm = Arm(label, label, ARMS["kd-matched"].spec, text) if is_policy(text) else Arm(label, label, text)
-    method_of(arm.spec, arm.temperature)
+    spec, temperature = (PRESETS["kd-matched"].spec, text) if is_policy(text) else (text, None)
+    method_of(spec, temperature)
     code = "" if file is None else sha256_file(file)
-    return arm, f"{slug(label)}-{sha256_text(text + code)[:8]}"
+    return Preset(label, label, spec, temperature), f"{slug(label)}-{sha256_text(text + code)[:8]}"
 
 
 def protocol_flags(recorded: Plan, arena: Path, recipe: Path, given: Sequence[str]) -> list[str]:

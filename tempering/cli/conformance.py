@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,9 +10,10 @@ from typing import Annotated, Any
 from tyro.conf import OmitArgPrefixes, Positional, SuppressFixed, arg
 
 from tempering.conformance.promises import Kind, Promises
+from tempering.experiments.recipe import load_object
 
 NOTHING = Promises()
-Loss = Annotated[str, Positional, arg(metavar="MODULE:LOSS")]
+Loss = Annotated[str, Positional, arg(metavar="MODULE:LOSS|FILE.py:LOSS")]
 
 
 def conformance(
@@ -34,8 +33,8 @@ def conformance(
     docs/conformance.md shows how the loss is called and how losses with other arguments are converted.
 
     Args:
-        loss: MODULE:LOSS, a function, or a class without required arguments. Its attribute `promises` says what it
-            promises; flags change single promises.
+        loss: MODULE:LOSS or FILE.py:LOSS, a function, or a class without required arguments. Its attribute `promises`
+            says what it promises; flags change single promises.
         kind: of the loss.
         out: folder for report.json, report.html and the counterexamples.
         definition: name of the divergence of one row: kl, reverse_kl, jsd, cross_entropy, mse ...
@@ -58,30 +57,12 @@ def conformance(
 
 
 def load(path: str) -> Callable[..., Any]:
-    """Return the function (or an instance of the class) of MODULE:NAME; the working folder is searched too.
+    """Return the function (or an instance of the class) that ``load_object`` finds.
 
     Raises:
-        ValueError: if the path has another form, the module has no such loss, or it cannot be called.
-        ImportError: if there is no such module.
+        ValueError: if it cannot be called; also as ``load_object``, like the other errors.
     """
-    module, separator, name = path.partition(":")
-    if not separator or not module or not name:
-        raise ValueError(f"a loss is given as MODULE:NAME, such as my_package.losses:kd_loss; got {path!r}.")
-    if (folder := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, folder)
-    value: Any = importlib.import_module(module)
-    for part in name.split("."):
-        if not hasattr(value, part):
-            raise ValueError(f"{module} has no {name!r}.")
-        value = getattr(value, part)
-    if isinstance(value, type):
-        try:
-            value = value()
-        except TypeError as error:
-            raise ValueError(
-                f"{path} is a class with required arguments: {error}. Make an instance in a module, "
-                f"loss = {value.__name__}(...), and give its name."
-            ) from None
+    value = load_object(path, "a loss", "my_package.losses:kd_loss")
     if not callable(value):
         raise ValueError(f"{path} is {type(value).__name__}, which cannot be called.")
     return value

@@ -111,9 +111,9 @@ def compare(
         quiet: print failures only.
     """
     from tempering.experiments.compare.plan import merged, plan_for
-    from tempering.experiments.compare.runner import Arena, renice
+    from tempering.experiments.compare.runner import ComparisonRunner, renice
     from tempering.experiments.compare.status import say, show
-    from tempering.experiments.presets import arms_from, with_controls
+    from tempering.experiments.presets import presets_from, with_controls
     from tempering.experiments.recipe import check_flags, find
     from tempering.utils.registry import lookup
 
@@ -124,7 +124,7 @@ def compare(
         )
     file = find(str(recipe))
     check_flags(file, recipe_args)
-    arms = arms_from(methods, temperatures)
+    arms = presets_from(methods, temperatures)
     if controls:
         arms, added = with_controls(arms)
         for arm in added:
@@ -136,10 +136,10 @@ def compare(
     if nice:
         renice()
     ids = [part.strip() for part in gpus.split(",") if part.strip()]
-    arena = Arena(out, grid, file, recipe_args, jobs=jobs, threads=threads, gpus=ids, quiet=quiet)
-    code = arena.run()
+    runner = ComparisonRunner(out, grid, file, recipe_args, jobs=jobs, threads=threads, gpus=ids, quiet=quiet)
+    code = runner.run()
     if not quiet:
-        show(out, grid, arena.failed)
+        show(out, grid, runner.failed)
     return code
 
 
@@ -161,10 +161,12 @@ def compare_report(folder: Folder, *, control: str | None = None) -> int:
         control: the method that the others are compared with; default: that of the comparison.
     """
     from tempering.experiments.compare.plan import read
-    from tempering.experiments.compare.status import render
+    from tempering.experiments.compare.status import render, unrecorded
 
     plan = read(folder)
     print("written: {} and {}".format(*render(folder, replace(plan, control=control or plan.control))))
+    for path in unrecorded(folder, plan):
+        print(f"{path} is missing, though its run is finished: the command of the comparison writes it again")
     return 0
 
 
@@ -206,7 +208,7 @@ def tune(
     """
     from tempering.experiments.recipe import check_flags, find, flags
     from tempering.experiments.tune.page import words, write_page
-    from tempering.experiments.tune.runner import Search, command
+    from tempering.experiments.tune.runner import SearchRunner, command
     from tempering.experiments.tune.space import space_of
     from tempering.experiments.tune.study import best
 
@@ -214,7 +216,7 @@ def tune(
     check_flags(file, recipe_args)
     search_space = space_of(method, space, flags(file))
     options = {"trials": trials, "seed": seed, "jobs": jobs, "threads": threads, "prune": prune, "quiet": quiet}
-    search = Search(out, file, recipe_args, search_space, **options)
+    search = SearchRunner(out, file, recipe_args, search_space, **options)
     if code := search.run():
         return code
     best_command = command(recipe, recipe_args, best(search.study))
@@ -232,24 +234,44 @@ def report(
     control: str | None = None,
     title: str | None = None,
     public: bool = False,
+    serve: bool = False,
+    port: int = 8000,
 ) -> None:
     """Write an HTML page about runs, which needs no network connection.
+
+    Two runs are compared side by side: `tempering report RUN_A RUN_B`.
 
     Args:
         runs: folders of runs, folders that contain them, or records.
         out: path of the page.
         control: the method that the others are compared with; default: the student alone.
         title: title of the page.
-        public: leave out host names and private paths; secrets are always left out.
+        public: leave out host names, private paths and examples of the data; secrets are always left out.
+        serve: show the page at http://127.0.0.1:PORT until Ctrl-C, instead of writing it; it follows runs in progress.
+        port: of --serve; 0 takes a free one.
     """
     from tempering.reports.page import write_page
-    from tempering.reports.records import find_runs, load_run, without_private
+    from tempering.reports.pair import side_by_side
+    from tempering.reports.records import load_runs
+    from tempering.reports.serve import page_of
     from tempering.reports.table import compare, rich_table
 
-    loaded = [load_run(path) for path in find_runs(runs)]
-    loaded = [without_private(run) for run in loaded] if public else loaded
-    _print(rich_table(compare(loaded, control)))
+    if serve:
+        return _serve(lambda: page_of(runs, title=title, control=control, public=public), port)
+    loaded = load_runs(runs, public=public)
+    _print(rich_table(compare(side_by_side(loaded), control)))
     print(f"report: {write_page(loaded, out, title=title, control=control)}")
+
+
+def _serve(page: Callable[[], str], port: int) -> None:
+    from tempering.reports.serve import HOST, server
+
+    with server(page, port) as running:
+        print(f"report: http://{HOST}:{running.server_address[1]}/ (Ctrl-C ends it)", flush=True)
+        try:
+            running.serve_forever()
+        except KeyboardInterrupt:
+            return
 
 
 def list_parts() -> None:
@@ -257,7 +279,7 @@ def list_parts() -> None:
     from rich.table import Table
 
     from tempering.audits import AUDITS
-    from tempering.experiments.presets import ARMS
+    from tempering.experiments.presets import PRESETS
     from tempering.methods import METHODS
     from tempering.models import MODELS
     from tempering.temperature import POLICIES
@@ -269,8 +291,8 @@ def list_parts() -> None:
         return empty
 
     arms = table("Presets", "name", "label", "method")
-    for arm in ARMS.values():
-        arms.add_row(arm.name, arm.label, arm.spec)
+    for preset in PRESETS.values():
+        arms.add_row(preset.name, preset.label, preset.spec)
     tables = [arms]
     for title, parts in (("Methods", METHODS), ("Temperature policies", POLICIES), ("Audits", AUDITS)):
         listed = table(title, "name", "paper", "description")

@@ -7,14 +7,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from tempering.data.sharded import ShardedLoader
+from tempering.rows import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from tempering.data.protocols import SplittableLoader
@@ -49,21 +51,25 @@ def labeled_batch(batch: Any, owner: str = "Classification") -> LabeledBatch:
 
     A tuple is (inputs, labels), and further parts, known by their type: integers (N,) are ids, numbers
     (N,) are weights of the samples, as in Keras, and paths or other texts are left out. Parts of a mapping or a named
-    tuple are known by name: ``LABELS``, ``IDS``, ``WEIGHTS``, and all other tensors are inputs.
+    tuple are known by name: ``LABELS``, ``IDS``, ``WEIGHTS``, and all other tensors are inputs. With labels of None no
+    sample has one.
 
     Raises:
         ValueError: for anything else, with the line that makes such a batch.
     """
     named = dict(batch) if isinstance(batch, Mapping) else batch._asdict() if hasattr(batch, "_asdict") else {}
     if label := next((name for name in LABELS if name in named), None):
-        return _from_names(named, label, owner)
-    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        return _checked(_from_names(named, label, owner), owner)
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2 or _is_nested(batch[1]):
         got = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else type(batch).__name__
         keys = f" with {', '.join(map(repr, named))}" if named else ""
+        if isinstance(batch, (tuple, list)) and len(batch) > 1:
+            got = f"{type(batch).__name__} of {', '.join(type(part).__name__ for part in batch[:3])}"
         raise ValueError(
             f"{owner} needs batches of (inputs, labels) or (inputs, labels, ids), or mappings with one of "
             f"{', '.join(LABELS)}; got {got}{keys}. For a DataLoader: loader.collate_fn = lambda samples: "
-            "[torch.utils.data.default_collate(samples)[name] for name in ('image', 'class')]."
+            "[torch.utils.data.default_collate(samples)[name] for name in ('image', 'class')]. Without labels they are "
+            "(inputs, None)."
         )
     parts: dict[str, Tensor] = {}
     for i, part in enumerate(batch[2:], start=2):
@@ -77,7 +83,34 @@ def labeled_batch(batch: Any, owner: str = "Classification") -> LabeledBatch:
                 "of the inputs, or leave the part out."
             )
         parts[name] = part
-    return LabeledBatch(batch[0], batch[1], parts.get("ids"), parts.get("weight"))
+    return _checked(LabeledBatch(batch[0], batch[1], parts.get("ids"), parts.get("weight")), owner)
+
+
+def _is_nested(labels: Any) -> bool:
+    """Whether labels hold tensors: a batch is then a list of samples, or of batches."""
+    return isinstance(labels, Mapping) or (
+        isinstance(labels, (tuple, list)) and any(isinstance(x, Tensor) for x in labels)
+    )
+
+
+def _checked(batch: LabeledBatch, owner: str) -> LabeledBatch:
+    """Return a batch whose labels are a tensor.
+
+    Raises:
+        ValueError: for inputs or labels of numpy, or labels that are no tensor.
+    """
+    inputs, labels = batch.inputs, cast("Any", batch.labels)
+    if isinstance(labels, Tensor) and not isinstance(inputs, np.ndarray):
+        return batch
+    if labels is None:
+        size = next((len(x) for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.ndim), 0)
+        return batch._replace(labels=torch.full((size,), IGNORE_INDEX))
+    wrong, name = (inputs, "inputs") if isinstance(inputs, np.ndarray) else (labels, "labels")
+    how = "torch.from_numpy(x)" if isinstance(wrong, np.ndarray) else "torch.tensor(x)"
+    raise ValueError(
+        f"{owner} needs batches of tensors; got the {name} as {type(wrong).__name__}. Write {how}, or let a DataLoader "
+        "collate the samples."
+    )
 
 
 def _from_names(named: Mapping[str, Any], label: str, owner: str) -> LabeledBatch:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -73,33 +73,49 @@ def image_folder(
                 "needs an empty folder there."
             )
     tensors = {split: _read(path, names, size) for split, path in folders.items()}
-    settings = {"batch_size": batch_size, "mean": mean, "std": std, "seed": seed, "channels_last": channels_last}
-    settings |= {"class_names": names, "name": folder.resolve().name}
-    return assembled(tensors, settings, {"crop": crop, "flip": flip}, validation=validation, test=test)
+    options: ImageOptions = {"batch_size": batch_size, "validation": validation, "test": test, "mean": mean, "std": std}
+    options |= {"crop": crop, "flip": flip, "seed": seed, "channels_last": channels_last}
+    return assembled(tensors, names, folder.resolve().name, **options)
+
+
+class ImageOptions(TypedDict, total=False):
+    """The options of ``image_folder`` that do not depend on where images come from."""
+
+    batch_size: int
+    validation: int
+    test: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    crop: int
+    flip: bool
+    seed: int
+    channels_last: bool
 
 
 def assembled(
     read: Mapping[str, tuple[Tensor, Tensor]],
-    settings: Mapping[str, Any],
-    augmentation: Mapping[str, Any],
-    *,
-    validation: int,
-    test: int,
+    class_names: Sequence[str] | None,
+    name: str,
+    **options: Unpack[ImageOptions],
 ) -> Splits[Batches]:
     """Build splits from tensors; missing splits are held out of the training images.
 
     Args:
         read: split -> images (N, C, H, W) and labels (N,); "train" is required.
-        settings: arguments of ``Batches`` for all splits.
-        augmentation: arguments of ``Batches`` for the training split.
-        validation, test: number of images to hold out.
+        class_names: names of the classes, if they are known.
+        name: of the data set, for records.
+        options: of ``image_folder``; crop and flip are those of the training split.
 
     Raises:
         ValueError: for a held-out split that already exists, or if there is no test split.
     """
+    settings: dict[str, Any] = {"batch_size": 64, "mean": MEAN, "std": STD, "class_names": class_names, "name": name}
+    settings |= options
+    held_out = {split: settings.pop(split, 0) for split in ("validation", "test")}
+    augmentation = {option: settings.pop(option) for option in ("crop", "flip") if option in settings}
     others = {split: Batches(*tensors, **settings) for split, tensors in read.items() if split != "train"}
     train = Batches(*read["train"], **settings, **augmentation, shuffle=True)
-    return train_val_split(train, others, validation=validation, test=test)
+    return train_val_split(train, others, **held_out)
 
 
 def pixels(image: Any, size: int) -> np.ndarray:

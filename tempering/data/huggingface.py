@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tempering.data.batches import Batches, Splits
-from tempering.data.folders import MEAN, SPLITS, STD, assembled, pixels
+from tempering.data.folders import SPLITS, ImageOptions, assembled, pixels
 
 
 def hugging_face(
@@ -20,15 +20,7 @@ def hugging_face(
     size: int,
     image: str | None = None,
     label: str | None = None,
-    batch_size: int = 64,
-    validation: int = 0,
-    test: int = 0,
-    mean: Sequence[float] = MEAN,
-    std: Sequence[float] = STD,
-    crop: int = 0,
-    flip: bool = False,
-    seed: int = 0,
-    channels_last: bool = False,
+    **options: Unpack[ImageOptions],
 ) -> Splits[Batches]:
     """Load images (3, size, size) and labels of a Dataset or DatasetDict, resized and cropped as ``image_folder`` does.
 
@@ -37,12 +29,8 @@ def hugging_face(
             ``datasets.load_dataset(name)``; this function downloads nothing.
         size: height and width of the images in pixels.
         image, label: names of columns; None: the first one of type Image and of type ClassLabel.
-        batch_size: of all splits.
-        validation, test: number of training images to hold out if there is no such split.
-        mean, std: per channel, for pixels in [0, 1].
-        crop, flip: augmentation of the training images.
-        seed: of order and augmentation.
-        channels_last: use the channels_last memory format for the inputs.
+        options: batch_size, validation, test, mean, std, crop, flip, seed and channels_last, as ``image_folder`` has
+            them.
 
     Raises:
         ImportError: for a folder without ``datasets`` installed.
@@ -60,9 +48,7 @@ def hugging_face(
     label = _column(features, label, "ClassLabel", "label")
     names = getattr(features[label], "names", None)
     tensors = {split: _read(part, image, label, size) for split, part in splits.items()}
-    settings = {"batch_size": batch_size, "mean": mean, "std": std, "seed": seed, "channels_last": channels_last}
-    settings |= {"class_names": names, "name": name}
-    return assembled(tensors, settings, {"crop": crop, "flip": flip}, validation=validation, test=test)
+    return assembled(tensors, names, name, **options)
 
 
 def _load(folder: Path) -> Any:

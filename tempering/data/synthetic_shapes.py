@@ -20,31 +20,33 @@ def synthetic_shapes(
     train: int = TRAIN,
     test: int = TEST,
     batch_size: int = 16,
-    most: int = 4,
+    max_objects: int = 4,
     flip: bool = True,
     epochs: int = 1,
     seed: int = 0,
 ) -> Splits[DetectionLoader]:
-    """Generate images (3, size, size) with up to ``most`` rectangles, ellipses and triangles; a tenth has none.
+    """Generate images (3, size, size) with up to ``max_objects`` rectangles, ellipses and triangles; a tenth has none.
 
-    The images depend on their split, number, ``size`` and ``most`` alone.
+    The images depend on their split, number, ``size`` and ``max_objects`` alone.
 
     Args:
         size: height and width of the images in pixels.
         train, test: number of images of each split.
         batch_size: of both splits.
-        most: maximal number of shapes per image.
+        max_objects: maximal number of shapes per image.
         flip: augmentation of the training images.
         epochs, seed: of order and augmentation, as in ``DetectionLoader``; not of the images.
 
     Raises:
-        ValueError: for a size below 16 or ``most`` below 1.
+        ValueError: for a size below 16 or ``max_objects`` below 1.
     """
-    if size < 16 or most < 1:
-        raise ValueError(f"synthetic_shapes() needs size >= 16 and most >= 1; got size={size} and most={most}.")
+    if size < 16 or max_objects < 1:
+        raise ValueError(
+            f"synthetic_shapes() needs size >= 16 and max_objects >= 1; got size={size} and max_objects={max_objects}."
+        )
     splits = {}
     for split, count in (("train", train), ("test", test)):
-        examples = [_generate(split, i, size, most) for i in range(count)]
+        examples = [_generate(split, i, size, max_objects) for i in range(count)]
         images = torch.from_numpy(np.stack([image for image, _, _ in examples]).transpose(0, 3, 1, 2).copy())
         boxes = [torch.tensor(b, dtype=torch.float32).view(-1, 4) for _, b, _ in examples]
         labels = [torch.tensor(y, dtype=torch.int64) for _, _, y in examples]
@@ -64,15 +66,15 @@ def synthetic_shapes(
     return Splits(splits["train"], None, splits["test"])
 
 
-def _generate(split: str, number: int, size: int, most: int) -> tuple[np.ndarray, list[list[float]], list[int]]:
+def _generate(split: str, number: int, size: int, max_objects: int) -> tuple[np.ndarray, list[list[float]], list[int]]:
     """Generate an image (size, size, 3) with the boxes and labels of its shapes; later shapes cover earlier ones."""
-    key = int.from_bytes(hashlib.sha256(f"{split}/{number}/{size}/{most}".encode()).digest()[:16], "little")
+    key = int.from_bytes(hashlib.sha256(f"{split}/{number}/{size}/{max_objects}".encode()).digest()[:16], "little")
     rng = np.random.Generator(np.random.Philox(key=key))
     background = rng.uniform(40, 215, 3)
     image = background + rng.normal(0, 20, (size, size, 3))
     boxes: list[list[float]] = []
     labels: list[int] = []
-    for _ in range(0 if rng.random() < 0.1 else rng.integers(1, most + 1)):
+    for _ in range(0 if rng.random() < 0.1 else rng.integers(1, max_objects + 1)):
         width, height = rng.uniform(0.16, 0.5, 2) * size
         x, y = rng.uniform(0, size - width), rng.uniform(0, size - height)
         box = [x, y, x + width, y + height]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class Tokens(ShardedLoader):
 
     things = "texts"
     augmentation: dict[str, Any] = {"views": None}
+    decode: Callable[[list[int]], str] | None = None  # token ids -> text; set it to see texts in the report
 
     def __init__(
         self,

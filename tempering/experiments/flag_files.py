@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from reprlib import repr  # of bounded length, also of nested aliases
 from typing import Any
 
 from tempering.experiments.former_names import present_flags
@@ -54,6 +57,8 @@ def recorded_command(facts: Mapping[str, Any], where: Path) -> tuple[str, list[s
         ValueError: if it was not started by ``tempering run``.
     """
     command = facts.get("command") or []
+    if not isinstance(command, list) or not all(isinstance(word, str) for word in command):
+        raise ValueError(f"the command in {where} is no list of words; got {repr(command)}. The file was edited.")
     if len(command) > 2 and command[1] == "run":
         return command[2], [word for word in command[3:] if word != "--"]
     raise ValueError(
@@ -65,21 +70,35 @@ def recorded_command(facts: Mapping[str, Any], where: Path) -> tuple[str, list[s
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}. --from takes a run's facts.json, or YAML or JSON with flags.")
-    text = path.read_text(encoding="utf-8")
     try:
-        if path.suffix in (".yaml", ".yml"):
-            import yaml
-
-            content = yaml.safe_load(text)
-        else:
-            content = json.loads(text)
+        text = path.read_text(encoding="utf-8-sig")
+        content = _read_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text, object_pairs_hook=_once)
     except ImportError as error:
         raise ImportError(f'{path} needs pyyaml: pip install "tempering[yaml]". A .json file needs nothing.') from error
     except Exception as error:  # yaml's, of many types
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f'{path} must hold flags and their values, such as {{"epochs": 3}}; got {content!r:.80}.')
+        raise ValueError(f'{path} must hold flags and their values, such as {{"epochs": 3}}; got {repr(content)}.')
     return content
+
+
+def _read_yaml(text: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            _once([(key.value, None) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"])
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)  # a SafeLoader: plain values alone
+
+
+def _once(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Make a dict of pairs whose keys differ, also when spelled with other dashes."""
+    names = Counter(str(key).replace("-", "_") for key, _ in pairs)
+    if twice := next((name for name, count in names.items() if count > 1), None):
+        raise ValueError(f"{twice} is given twice.")
+    return dict(pairs)
 
 
 def _to_argv(path: Path, content: Mapping[str, Any], known: Mapping[str, str]) -> list[str]:
@@ -87,14 +106,19 @@ def _to_argv(path: Path, content: Mapping[str, Any], known: Mapping[str, str]) -
     for key, value in content.items():
         name = str(key).replace("-", "_")
         flag, annotation = f"--{name.replace('_', '-')}", known.get(name, "")
-        if isinstance(value, dict):
-            raise ValueError(f"{path}: {key} needs a value or a list; got {value!r:.80}.")
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(part, (dict, list, set, tuple)) for part in values) or isinstance(value, (dict, set)):
+            raise ValueError(f"{path}: {key} needs a value or a list of values; got {repr(value)}.")
+        if part := next((part for part in values if str(part).startswith("--")), None):
+            raise ValueError(f"{path}: {key} is {repr(part)}, which looks like a flag. Write flags as keys.")
+        if isinstance(value, bool) and annotation and not re.search("bool|CompileFlag", annotation):
+            raise ValueError(f'{path}: {key} takes no true or false. Write text in quotes, such as {key}: "no".')
         if isinstance(value, bool) and annotation == "bool":
             words.append(flag if value else flag.replace("--", "--no-", 1))
         elif isinstance(value, bool) and "CompileFlag" in annotation:
             words += [flag] if value else []
         else:
-            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+            words += [flag, *map(str, values)]
     return words
 
 

@@ -29,6 +29,7 @@ PRESENT = {former: name for name, former in FORMER.items()}
 FORMER_WORDS = {"standardized": "standardised", "ablated": "isolated", "non_target": "rest"}
 FORMER_WORDS |= {"holdout": "held", "exam_fraction": "exam_share", "virtual_lr": "course_lr"}
 FORMER_WORDS |= {"low_energy": "sure", "high_energy": "unsure", "tail_fraction": "share"}
+FORMER_WORDS |= {"differentiable": "attached"}
 PRESENT_WORDS = {former: word for word, former in FORMER_WORDS.items()}
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 MATCHED = "KD, weight-matched"
 
 
-class Arm(NamedTuple):
+class Preset(NamedTuple):
     """A method of a comparison: name, label in records, method as spec.py parses it, and temperature override."""
 
     name: str
@@ -22,8 +22,8 @@ class Arm(NamedTuple):
     temperature: str | None = None
 
 
-ARMS = {
-    name: Arm(name, label, spec)
+PRESETS = {
+    name: Preset(name, label, spec)
     for name, label, spec in (
         ("supervised", "student alone", "supervised"),
         ("kd", "KD", "kd"),
@@ -31,9 +31,9 @@ ARMS = {
         ("dkd", "DKD", "dkd"),
         ("dtkd", "DTKD exact", "dtkd"),
         ("dtkd-exact", "DTKD exact", "dtkd"),
-        ("dtkd-published", "DTKD published", "dtkd(temperature=sharpness(4, solve=published, attached=True))"),
+        ("dtkd-published", "DTKD published", "dtkd(temperature=sharpness(4, solve=published, differentiable=True))"),
         ("dtkd-max", "DTKD max", "dtkd(temperature=sharpness(4, solve=max))"),
-        ("dtkd-absmax", "DTKD, max of |logits|", "dtkd(temperature=sharpness(4, solve=absmax, attached=True))"),
+        ("dtkd-absmax", "DTKD, max of |logits|", "dtkd(temperature=sharpness(4, solve=absmax, differentiable=True))"),
         ("dtkd-std", "DTKD std", "dtkd(temperature=sharpness(4, solve=std))"),
         ("dtkd-only", "DTKD, dynamic term only", "dtkd(soft=0)"),
         ("dkd-target", "DKD, target only", "dkd(non_target=0)"),
@@ -45,7 +45,7 @@ ARMS = {
         ("ctkd-instance", "CTKD, by instance", "kd(temperature=curriculum(form=instance))"),
         ("itkd", "ITKD", "kd(temperature=instance)"),
         ("cosine", "KD, cosine-weighted T", "kd(temperature=cosine)"),
-        ("normkd", "NormKD", "kd(temperature=standardized(2, scale=teacher, attached=True))"),
+        ("normkd", "NormKD", "kd(temperature=standardized(2, scale=teacher, differentiable=True))"),
         ("standardized", "KD, standardized T", "kd(temperature=standardized(2, scale=tau))"),
         ("energy", "EnergyKD, bounds by block", "kd(temperature=energy)"),
         ("adaptive", "KD, T by difficulty (AdaKD)", "kd(temperature=adaptive(4))"),
@@ -63,7 +63,7 @@ ARMS = {
 }
 
 
-def arm_from(text: str, temperature: str | None = None) -> Arm:
+def preset_from(text: str, temperature: str | None = None) -> Preset:
     """Return the preset with that name; any other text is parsed as a method and used as its label.
 
     ``temperature`` is a policy that replaces the method's own and becomes part of the label.
@@ -71,61 +71,61 @@ def arm_from(text: str, temperature: str | None = None) -> Arm:
     text = " ".join(text.split())
     if not text:
         raise ValueError("a method is empty. Pass names or methods separated by commas, such as kd,dtkd.")
-    arm = ARMS.get(text.lower(), Arm(text, text, text))
+    preset = PRESETS.get(text.lower(), Preset(text, text, text))
     if temperature is None:
-        return arm
+        return preset
     temperature = " ".join(temperature.split())
-    return Arm(text, f"{arm.name} @ {temperature}", arm.spec, temperature)
+    return Preset(text, f"{preset.name} @ {temperature}", preset.spec, temperature)
 
 
-def arms_from(methods: str, temperatures: str | None = None) -> list[Arm]:
-    """Return the arms of a comma-separated list, without duplicates, times the temperatures if given.
+def presets_from(methods: str, temperatures: str | None = None) -> list[Preset]:
+    """Return the presets of a comma-separated list, without duplicates, times the temperatures if given.
 
     A method without a temperature appears once. The temperature "own" keeps a method's own.
 
     Raises:
-        ValueError: if an arm cannot be built; suggests the closest name.
+        ValueError: if a preset cannot be built; suggests the closest name.
     """
-    arms: dict[str, Arm] = {}
+    presets: dict[str, Preset] = {}
     for text in split(methods):
         for temperature in split(temperatures) if temperatures else ["own"]:
             keep_own = temperature == "own" or "temperature" not in method_of(text).hyperparameters()
-            arm = arm_from(text, None if keep_own else temperature)
-            method_of(text, arm.temperature)
-            arms.setdefault(arm.label, arm)
-    return list(arms.values())
+            preset = preset_from(text, None if keep_own else temperature)
+            method_of(text, preset.temperature)
+            presets.setdefault(preset.label, preset)
+    return list(presets.values())
 
 
-def with_controls(arms: list[Arm]) -> tuple[list[Arm], list[Arm]]:
-    """Prepend missing controls, and return (all arms, added controls): student alone, and KD with DTKD's total weights.
+def with_controls(presets: list[Preset]) -> tuple[list[Preset], list[Preset]]:
+    """Prepend missing controls, and return (all, added controls): student alone, and KD with DTKD's total weights.
 
-    The weights, warm-up and tau are those of most DTKD arms, else the published ones.
+    The weights, warm-up and tau are those of most DTKD presets, else the published ones.
     """
-    added = [] if any(arm.label == ARMS["supervised"].label for arm in arms) else [ARMS["supervised"]]
-    if not any(arm.label == MATCHED for arm in arms):
-        added.append(ARMS["kd-matched"]._replace(spec=_equal_weights_spec(arms)))
-    return [*added, *arms], added
+    added = [] if any(preset.label == PRESETS["supervised"].label for preset in presets) else [PRESETS["supervised"]]
+    if not any(preset.label == MATCHED for preset in presets):
+        added.append(PRESETS["kd-matched"]._replace(spec=_equal_weights_spec(presets)))
+    return [*added, *presets], added
 
 
-def _equal_weights_spec(arms: list[Arm]) -> str:
-    """Return KD with the total weights, warm-up and tau of most DTKD arms."""
+def _equal_weights_spec(presets: list[Preset]) -> str:
+    """Return KD with the total weights, warm-up and tau of most DTKD presets."""
     from tempering.methods.logits.dtkd import DTKD
 
-    methods = [m for m in (method_of(arm.spec, arm.temperature) for arm in arms) if isinstance(m, DTKD)]
+    methods = [m for m in (method_of(preset.spec, preset.temperature) for preset in presets) if isinstance(m, DTKD)]
     if not methods:
-        return ARMS["kd-matched"].spec
+        return PRESETS["kd-matched"].spec
     settings = [(m.dynamic + m.soft, m.hard, round(240 * m.warmup, 6), m.temperature.tau) for m in methods]
     soft, hard, warmup, tau = max(settings, key=settings.count)
     temperature = "" if tau == 4 else f", temperature=static({tau:g})"
     return f"kd(soft={soft:g}, hard={hard:g}, warmup={warmup:g}/240{temperature})"
 
 
-def run_label(arm: Arm, student: str, *, second_stage: bool = False) -> str:
-    """The label of a run in tables: its arm's, and what its student has in addition."""
+def run_label(preset: Preset, student: str, *, second_stage: bool = False) -> str:
+    """The label of a run in tables: its preset's, and what its student has in addition."""
     from tempering.models import parted
 
     attention, _ = parted(student)
-    return arm.label + (f" + {attention.upper()}" if attention else "") + (", second stage" if second_stage else "")
+    return preset.label + (f" + {attention.upper()}" if attention else "") + (", second stage" if second_stage else "")
 
 
 def slug(text: str) -> str:
@@ -154,11 +154,11 @@ def method_of(text: str, temperature: str | None = None) -> Method:
     from tempering.experiments.spec import method_from
     from tempering.methods import METHODS
 
-    arm = arm_from(text)
-    if re.fullmatch(r"[\w-]+", arm.spec) and METHODS.find(arm.spec) is None:
-        names = {name.lower() for name in METHODS} | set(ARMS)
+    preset = preset_from(text)
+    if re.fullmatch(r"[\w-]+", preset.spec) and METHODS.find(preset.spec) is None:
+        names = {name.lower() for name in METHODS} | set(PRESETS)
         raise ValueError(
             f"no method is called {text!r}.{suggest(text, names)} There are: {', '.join(sorted(names))}; or "
             "write a method with its arguments, as in dtkd(soft=0.5)."
         )
-    return method_from(arm.spec, temperature)
+    return method_from(preset.spec, temperature)

@@ -108,7 +108,7 @@ def dtkd(teacher: str, student: str, *, data: Data = "cifar100", published: bool
     cifar |= _all((("resnet56", "resnet20"), ("resnet110", "resnet32"), ("wrn_40_2", "wrn_40_1")), (1.0, 0.5))
     cifar |= {("wrn_40_2", "shufflev1"): (2.0, 0.5), ("resnet50", "mobilenetv2"): (3.0, 2.0)}
     dynamic, soft = _find("dtkd", {"cifar100": cifar}, teacher, student, data)
-    T = Sharpness(4.0, solve="published", attached=True) if published else Sharpness(4.0)
+    T = Sharpness(4.0, solve="published", differentiable=True) if published else Sharpness(4.0)
     return DTKD(dynamic=dynamic, soft=soft, hard=1.0, warmup=20 / 240, temperature=T)
 
 
@@ -137,7 +137,7 @@ def itkd_dkd(teacher: str, student: str, *, data: Data = "cifar100", published: 
 
 def normkd() -> KD:
     """KD with temperatures proportional to the logits' standard deviation (NormKD, arXiv:2308.00520), for all pairs."""
-    return KD(soft=0.9, hard=0.1, temperature=Standardized(2.0, scale="teacher", attached=True))
+    return KD(soft=0.9, hard=0.1, temperature=Standardized(2.0, scale="teacher", differentiable=True))
 
 
 def dist(teacher: str, student: str, *, data: Data = "cifar100") -> DIST:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +50,8 @@ def find(name: str) -> Path:
             return file
     candidates = [*bundled, *path.parent.glob("*.py")] if path.parent.is_dir() else bundled
     candidates = {p.resolve(): p for p in candidates}.values()
-    ratios = {str(p): difflib.SequenceMatcher(None, path.stem, p.stem).ratio() for p in candidates}
+    stems = {p.stem if p in bundled else str(p): p.stem for p in candidates}  # the name of a bundled one is enough
+    ratios = {p: difflib.SequenceMatcher(None, path.stem, stem).ratio() for p, stem in stems.items()}
     best = [p for p in sorted(ratios, key=lambda p: -ratios[p]) if ratios[p] >= 0.5][:3]
     hint = f" Did you mean {' or '.join(best)}?" if best else f" There are: {', '.join(sorted(ratios)[:12]) or 'none'}."
     raise FileNotFoundError(f"there is no recipe {name}.{hint} A recipe is a Python file with main(*, ...).")
@@ -63,6 +65,46 @@ def load(path: Path) -> Callable[..., Any]:
     """
     flags(path)
     return import_file(path, f"recipe_{path.stem}").main
+
+
+def load_object(path: str, what: str, example: str) -> Any:
+    """Return what FILE.py:NAME or MODULE:NAME names, of a class an instance; the working folder is searched too.
+
+    Args:
+        path: as typed.
+        what: the object is, such as "a loss", for errors.
+        example: of a path.
+
+    Raises:
+        ValueError: for a path of another form, a file or module without that name, or a class with required arguments.
+        FileNotFoundError: if there is no such file.
+        ImportError: if there is no such module.
+    """
+    module, separator, name = path.rpartition(":")
+    if not separator or not module or not name:
+        raise ValueError(f"{what} is given as MODULE:NAME or FILE.py:NAME, such as {example}; got {path!r}.")
+    if module.endswith(".py") and not Path(module).is_file():
+        raise FileNotFoundError(f"there is no file {module}. Give {what} as FILE.py:NAME, such as {example}.")
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, folder)
+    value: Any = (
+        import_file(Path(module), f"object_{Path(module).stem}")
+        if module.endswith(".py")
+        else importlib.import_module(module)
+    )
+    for part in name.split("."):
+        if not hasattr(value, part):
+            raise ValueError(f"{module} has no {name!r}.{suggest(part, [n for n in dir(value) if n[0] != '_'])}")
+        value = getattr(value, part)
+    if isinstance(value, type):
+        try:
+            return value()
+        except TypeError as error:
+            raise ValueError(
+                f"{path} is a class with required arguments: {error}. Make an instance in a module, "
+                f"{name.rpartition('.')[2].lower()} = {value.__name__}(...), and give its name."
+            ) from None
+    return value
 
 
 def call(path: Path, argv: Sequence[str], *, prog: str) -> Any:

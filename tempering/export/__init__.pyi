@@ -6,5 +6,7 @@ from .hub import hub_folder as hub_folder
 from .hub import push_to_hub as push_to_hub
 from .load import load_student as load_student
 from .load import read_config as read_config
-from .quantize import compare_int8 as compare_int8
-from .quantize import to_int8 as to_int8
+from .quantization import compare_quantized as compare_quantized
+from .quantization import load_quantized as load_quantized
+from .quantization import quantize as quantize
+from .quantization import save_quantized as save_quantized

@@ -20,7 +20,7 @@ def model_card(
     library: str,
     cost: Mapping[str, Any],
     comparison: str | None = None,
-    int8: Mapping[str, Any] | None = None,
+    quantized: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the card as markdown with a YAML header.
 
@@ -29,7 +29,7 @@ def model_card(
         library: whose format the folder has: "timm", "transformers" or "tempering".
         cost: what student and teacher cost, as in the result of facts.json.
         comparison: the table of a comparison that the run is part of, as markdown.
-        int8: what ``compare_int8`` returns.
+        quantized: what ``compare_quantized`` returns.
     """
     teacher = (config.get("teacher") or {}).get("name")
     name = (config.get("student") or {}).get("name", "student")
@@ -54,8 +54,8 @@ def model_card(
         lines += [""]
     if comparison:
         lines += ["## Comparison", "", comparison.strip(), ""]
-    if int8:
-        lines += ["## int8", "", *_int8(int8), ""]
+    if quantized:
+        lines += [f"## {quantized['to']}", "", *quantized_table(quantized), ""]
     return "\n".join(lines)
 
 
@@ -63,7 +63,8 @@ def cost_table(cost: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a markdown table of what each model costs."""
     rows = [
         (who, *(_number(one.get(key)) for key in ("parameters", "flops", "bytes", "latency_ms")))
-        for who, one in cost.items()
+        for who in ("student", "teacher")
+        if (one := cost.get(who))
     ]
     return _table(("", "parameters", "FLOPs", "bytes of weights", "latency (ms)"), rows)
 
@@ -80,15 +81,17 @@ def _scores(scores: Mapping[str, Any]) -> list[str]:
     return _table(("weights", "split", "metric", "value"), rows) if rows else ["This run was not scored."]
 
 
-def _int8(int8: Mapping[str, Any]) -> list[str]:
+def quantized_table(quantized: Mapping[str, Any]) -> list[str]:
+    """Return what ``compare_quantized`` found as markdown."""
+
     def rows() -> Iterator[tuple[str, ...]]:
         for which in ("before", "after"):
-            one = int8[which]
+            one = quantized[which]
             scores = ", ".join(f"{name} {value:.4f}" for name, value in one["scores"].items())
             yield which, scores, _number(one["bytes"]), _number(one["latency_ms"])
 
-    made = f"Linear layers by {int8['by']}: `net, _ = tempering.export.to_int8(net)`."
-    return [made, "", *_table(("", "scores", "bytes of weights", "latency (ms)"), list(rows()))]
+    share = f"{100 * quantized['weights']:.3g} % of the parameters, those of linear layers, are {quantized['to']}."
+    return [share, "", *_table(("", "scores", "bytes of weights", "latency (ms)"), list(rows()))]
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,7 +16,6 @@ from tempering.utils.files import PARTIAL
 from tempering.utils.tensors import eval_mode, logits_of, map_tensors
 
 TOLERANCE = 1e-5  # between the student's outputs and those of the file
-MISSING = 'this format needs {name}, which cannot be imported ({error}): pip install "{extra}"'
 
 
 class Flat(nn.Module):
@@ -70,10 +71,7 @@ def to_onnx(net: nn.Module, inputs: Any, path: str | Path) -> str:
     Raises:
         ImportError: without onnxscript.
     """
-    try:
-        import onnxscript  # noqa: F401  # pyright: ignore
-    except ImportError as error:
-        raise ImportError(MISSING.format(name="onnxscript", error=error, extra="tempering[export]")) from error
+    _require("onnxscript", "tempering[export]")
 
     def write(flat: Flat, tensors: tuple[Tensor, ...], part: Path) -> None:
         names = flat.names or ["input"]
@@ -96,20 +94,24 @@ def to_onnx(net: nn.Module, inputs: Any, path: str | Path) -> str:
 
 
 def to_executorch(net: nn.Module, inputs: Any, path: str | Path) -> str:
-    """Write a .pte file for ExecuTorch, with the batch size of ``inputs``; its outputs are not compared.
+    """Write a .pte file for ExecuTorch, with the batch size of ``inputs``; it is compared with the student.
 
     Raises:
         ImportError: without executorch.
     """
-    try:
-        from executorch.exir import to_edge  # pyright: ignore
-    except ImportError as error:
-        raise ImportError(MISSING.format(name="executorch", error=error, extra="executorch")) from error
+    to_edge = _require("executorch.exir", "executorch").to_edge
 
     def write(flat: Flat, tensors: tuple[Tensor, ...], part: Path) -> None:
         part.write_bytes(to_edge(torch.export.export(flat, tensors)).to_executorch().buffer)
 
-    return _convert(net, inputs, Path(path), write, lambda part, tensors: None)
+    def run(part: Path, tensors: tuple[Tensor, ...]) -> Tensor | None:
+        from executorch.runtime import Runtime  # pyright: ignore
+
+        method = Runtime.get().load_program(part.read_bytes()).load_method("forward")
+        fits = tuple(tensors[0].shape) == tuple(method.metadata.input_tensor_meta(0).sizes())
+        return method.execute(tensors)[0] if fits else None
+
+    return _convert(net, inputs, Path(path), write, run)
 
 
 FORMATS: dict[str, tuple[str, Callable[[nn.Module, Any, str | Path], str]]] = {
@@ -117,6 +119,15 @@ FORMATS: dict[str, tuple[str, Callable[[nn.Module, Any, str | Path], str]]] = {
     "torch-export": ("student.pt2", to_torch_export),
     "executorch": ("student.pte", to_executorch),
 }
+
+
+def _require(module: str, install: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        name = module.partition(".")[0]
+        message = f'this format needs {name}, which cannot be imported ({error}): pip install "{install}"'
+        raise ImportError(message) from error
 
 
 def _program(flat: Flat, tensors: tuple[Tensor, ...]) -> torch.export.ExportedProgram:

@@ -12,6 +12,7 @@ from torch import nn
 
 from tempering.export.card import model_card
 from tempering.export.load import HUB_CONFIG, HUB_WEIGHTS, load_student, read_config
+from tempering.export.quantization import quantize, save_quantized
 from tempering.models.external import Logits
 from tempering.training.checkpoint import save_weights
 from tempering.training.pretrained import CONFIG, METADATA, TOKENIZER, timm_arguments
@@ -24,7 +25,7 @@ def hub_folder(
     *,
     model: nn.Module | None = None,
     comparison: str | Path | None = None,
-    int8: Mapping[str, Any] | None = None,
+    quantized: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write config.json, model.safetensors and README.md, the model card; return the folder.
 
@@ -36,7 +37,8 @@ def hub_folder(
         out: the new folder; one that exists is replaced if it was written by this function.
         model: as in ``load_student``.
         comparison: folder of the comparison that the run is part of; default: the one that it lies in.
-        int8: what ``compare_int8`` returns, for the card.
+        quantized: what ``compare_quantized`` returns: the weights are saved as int8 or int4, which ``load_student``
+            alone reads, and the card shows what that changes.
 
     Raises:
         FileExistsError: for a folder with other contents.
@@ -44,17 +46,19 @@ def hub_folder(
     run, out = Path(run), Path(out)
     if out.exists() and not (out / HUB_CONFIG).is_file():
         raise FileExistsError(f"{out} exists and is not an exported student. Choose another --out.")
-    net, config = load_student(run, model=model), read_config(run)
+    to = (quantized or {}).get("to")
+    net, config = load_student(run, model=model), read_config(run) | ({"quantized": to} if to else {})
     part = out.with_name(out.name + PARTIAL)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    library = _save(net, config, part)
     write_atomic(part / HUB_CONFIG, json.dumps(config, indent=1))
+    library = _save(net, config, part)
     if (run / TOKENIZER).is_dir():
         shutil.copytree(run / TOKENIZER, part, dirs_exist_ok=True)
     cost = (read_json(run / "facts.json").get("result") or {}).get("cost") or {}
     table = _comparison(run, comparison)
-    write_atomic(part / "README.md", model_card(config, library=library, cost=cost, comparison=table, int8=int8))
+    card = model_card(config, library=library, cost=cost, comparison=table, quantized=quantized)
+    write_atomic(part / "README.md", card)
     shutil.rmtree(out, ignore_errors=True)
     part.rename(out)
     return out
@@ -91,6 +95,10 @@ def push_to_hub(
 
 def _save(net: nn.Module, config: Mapping[str, Any], folder: Path) -> str:
     """Write weights and config in the format of the network's library, and return its name."""
+    metadata = {METADATA: json.dumps(config, sort_keys=True)}
+    if to := config.get("quantized"):
+        save_quantized(quantize(net, to), folder / HUB_WEIGHTS, to, metadata)
+        return "tempering"
     model: Any = net.model if isinstance(net, Logits) else net
     if callable(getattr(model, "save_pretrained", None)):
         model.save_pretrained(str(folder))
@@ -107,7 +115,7 @@ def _save(net: nn.Module, config: Mapping[str, Any], folder: Path) -> str:
         save_for_hf(model, folder, settings, safe_serialization=True)
         return "timm"
     write_atomic(folder / CONFIG, json.dumps(config, indent=1))
-    save_weights(folder / HUB_WEIGHTS, model.state_dict(), {METADATA: json.dumps(config, sort_keys=True)})
+    save_weights(folder / HUB_WEIGHTS, model.state_dict(), metadata)
     return "tempering"
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tempering.export.quantization import load_quantized
 from tempering.models import load, rebuild
 from tempering.training.pretrained import CONFIG, METADATA, WEIGHTS
 from tempering.utils.files import read_json
@@ -24,23 +25,27 @@ def load_student(run: str | Path, *, model: nn.Module | None = None, best: bool 
     """Return the student of a finished run in eval mode.
 
     Args:
-        run: the run's folder, its student.safetensors, or a folder of ``hub_folder``.
+        run: the run's folder, its student.safetensors, or a folder of ``hub_folder``, also one of int8 or int4.
         model: the network, for one that config.json does not describe: a module of your own. Without it, such a network
             is built by the recipe that the run was started with.
         best: load the weights of the best epoch instead of the last.
 
     Raises:
         FileNotFoundError: if there are no weights.
+        ImportError: for int8 and int4 without torchao.
         ValueError: for a network that cannot be built, or weights of another network.
     """
     run = Path(run)
     weights = run if run.is_file() else _weights(run, "best.safetensors" if best else WEIGHTS)
+    hub = weights.with_name(HUB_CONFIG).is_file()
+    config = read_config(weights.parent if hub else run) if hub or model is None else {}
+    to = config.get("quantized")
     if model is None:
-        spec = read_config(run).get("network")
-        if spec is not None and weights.name == HUB_WEIGHTS and spec["kind"] == "transformers":
-            return rebuild(spec, run).eval()  # its library saves weights under other names
+        spec = config.get("network")
+        if hub and spec is not None and spec["kind"] == "transformers" and to is None:
+            return rebuild(spec, weights.parent).eval()  # its library saves weights under other names
         model = rebuild(spec) if spec is not None else _from_recipe(run)
-    return load(model, weights).eval()
+    return load_quantized(model, weights, to) if to else load(model, weights).eval()
 
 
 def read_config(run: str | Path) -> dict[str, Any]:
@@ -113,5 +118,6 @@ def _from_recipe(run: Path) -> nn.Module:
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(
             f"the student of {run} is a module that config.json does not describe, and its recipe cannot build it "
-            f"({str(error).rstrip('.')}). Give it: tempering.load_student({str(run)!r}, model=net)."
+            f"({str(error).rstrip('.')}). Give it: tempering.load_student({str(run)!r}, model=net), or "
+            "--model net.py:Net to tempering export."
         ) from error

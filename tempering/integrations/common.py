@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 from tempering.methods.base import BlockLoss, Chunking, Method
 from tempering.rows import Rows, total
@@ -18,7 +21,18 @@ from tempering.teachers.base import Teacher
 from tempering.teachers.live import Live
 from tempering.teachers.outputs import Sparse
 from tempering.training.checks import check_models_are_distinct, validate_sampled_teacher
+from tempering.training.config import Checked, Results, SelfCheckError
+from tempering.training.evaluator import generators_restored
 from tempering.training.features import PairedFeatures, extracting
+from tempering.training.selfcheck import (
+    MOST_TRIED,
+    check_student,
+    independent_workers,
+    last_batch_size,
+    one_sample,
+    selfcheck,
+)
+from tempering.utils.state import random_state, restored, set_random_state
 from tempering.utils.tensors import map_tensors
 
 ENGINE = "Run it with tempering.distill."
@@ -106,6 +120,89 @@ def forward(
         if features is not None:
             blocks[-1] = blocks[-1].replace(features={**blocks[-1].features, **features.features()})
     return Forward(student_output, teacher_output, blocks)
+
+
+def check(
+    batch: Any,
+    later: Callable[[], Iterable[Any]],
+    splits: Mapping[str, Callable[[], Iterable[Any]]],
+    *,
+    student: nn.Module,
+    teacher: Teacher | None,
+    method: Method,
+    task: Task,
+    features: PairedFeatures | None,
+    loader: Any,
+) -> Checked:
+    """Run the self-check on the first batches of training, and evaluate one of every split, as ``distill`` does.
+
+    Args:
+        later: returns the batches after the first one.
+        splits: name -> what returns the batches of a split that will be evaluated.
+        loader: of training, asked for its sizes.
+
+    Raises:
+        SelfCheckError: if the batches show that the run would be wrong.
+    """
+    with extracting(features):
+        report = selfcheck(
+            student,
+            teacher,
+            batch,
+            method=method,
+            task=task,
+            features=None if features is None else features.features,
+            more=later,
+            single=one_sample(batch) if last_batch_size(loader) == 1 else None,
+            workers=independent_workers(loader),
+        )
+    saved, method = random_state(), copy.deepcopy(method).eval()
+    try:
+        with torch.no_grad(), restored(student):
+            student.eval()
+            for name, batches in splits.items():
+                try:
+                    _check_split(batches(), student, teacher, method, task, features)
+                except (RuntimeError, ValueError) as error:
+                    raise SelfCheckError(f"{name}: {error}") from error
+                report.checks["scores"] = "ok"
+    finally:
+        set_random_state(saved)
+    return report
+
+
+def _check_split(
+    batches: Iterable[Any],
+    student: nn.Module,
+    teacher: Teacher | None,
+    method: Method,
+    task: Task,
+    features: PairedFeatures | None,
+) -> None:
+    """Evaluate the first batch of a split that has a row that counts."""
+    evaluation = Evaluation(task, method)
+    for batch in itertools.islice(batches, MOST_TRIED):
+        out = forward(batch, student, teacher, task, features)
+        for rows in out.blocks:
+            check_student(rows, Results())
+        evaluation.add(batch, out, 1.0, None)
+        if any(weight for _, weight in evaluation.blocks.values()):
+            return
+    raise SelfCheckError(
+        f"there is nothing to evaluate in its first {MOST_TRIED} batches, or it has none. Is it empty, or are all its "
+        "labels -100?"
+    )
+
+
+def batches_again(loader: Any, *, skip: int = 0) -> Iterator[Any]:
+    """Iterate over a loader from its beginning without disturbing a pass that is under way, nor its generators."""
+    if isinstance(loader, Iterator):
+        return
+    with generators_restored(loader):
+        again: Any = copy.copy(loader) if isinstance(loader, DataLoader) else loader
+        if again is not loader:
+            again._iterator = None  # that of persistent workers
+        yield from itertools.islice(iter(again), skip, None)
 
 
 def step_means(

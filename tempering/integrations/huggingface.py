@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from tempering.integrations.common import (
     Evaluation,
     Forward,
     arguments_of,
+    batches_again,
+    check,
     first_samples,
     fitting,
     forward,
@@ -31,8 +34,7 @@ from tempering.teachers.base import Teacher
 from tempering.teachers.live import Live
 from tempering.training.checkpoint import save_weights
 from tempering.training.checks import as_method, chunking_for
-from tempering.training.features import PairedFeatures, extracting
-from tempering.training.selfcheck import selfcheck as check_first_batch
+from tempering.training.features import PairedFeatures
 from tempering.utils.state import borrowed
 
 if TYPE_CHECKING:
@@ -67,7 +69,8 @@ class DistillMixin(Trainer):
         chunks: whether to compute losses in chunks of rows (``kernels.chunked``); None: blocks of 2^22 logits or more.
         linear: train language models by ``kernels.linear_loss``, from hidden states, which stores no (N, C) logits. The
             log then has no agreement, nor TRL's own metrics; evaluation is unchanged.
-        selfcheck: check the first batch before training.
+        selfcheck: check the first batches of training, and one of each evaluation data set, before training; with
+            several processes the first batch alone.
 
     Raises:
         TypeError, ValueError: if the method, the teacher or the settings do not work with this trainer.
@@ -94,18 +97,22 @@ class DistillMixin(Trainer):
             teacher, bare = Unpacked(teacher), True
         self._bare = bare
         self.teacher = fitting(method, teacher, self._module())
-        taught = None if self.teacher is None else self.teacher.model
-        self._taught = taught if isinstance(taught, Unpacked) else None
+        teacher_module = None if self.teacher is None else self.teacher.model
+        self._unpacked_teacher = teacher_module if isinstance(teacher_module, Unpacked) else None
         self._left_out: frozenset[str] = frozenset()
-        if self._taught is not None:
-            self._left_out = left_out(self._module(), self._taught.model)
-            self._taught.without = self._taught.without or left_out(self._taught.model, self._module())
+        if self._unpacked_teacher is not None:
+            self._left_out = left_out(self._module(), self._unpacked_teacher.model)
+            self._unpacked_teacher.without = self._unpacked_teacher.without or left_out(
+                self._unpacked_teacher.model, self._module()
+            )
         accumulate, processes = self.args.gradient_accumulation_steps, self.accelerator.num_processes
         whole_batches(method, gradient_accumulation_steps=accumulate, num_processes=processes)
         self._check_arguments()
         if self.teacher is not None:
-            if taught is not None:
-                self.task.prepare_model(taught.model if isinstance(taught, Unpacked) else taught)
+            if teacher_module is not None:
+                self.task.prepare_model(
+                    teacher_module.model if isinstance(teacher_module, Unpacked) else teacher_module
+                )
             self.teacher.to(self.args.device)
         self._chunks, self._wants_linear = chunks, linear
         self._bind(self._module())
@@ -142,8 +149,8 @@ class DistillMixin(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that only the teacher takes, too."""
         super()._set_signature_columns_if_needed()
-        if self._taught is not None:
-            names = arguments_of(self._taught.model)[0]
+        if self._unpacked_teacher is not None:
+            names = arguments_of(self._unpacked_teacher.model)[0]
             self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *names]))
 
     def train(
@@ -234,6 +241,13 @@ class DistillMixin(Trainer):
     ) -> Any:
         """Evaluate a batch; samples that only make the last batch equal on all processes do not count."""
         state, evaluation = self.accelerator.gradient_state, self._evaluation
+        if getattr(self.args, "predict_with_generate", False) and getattr(self, "label_smoother", None) is None:
+            # Seq2SeqTrainer then takes the loss from the model, which computes none, or from a label smoother
+            self.label_smoother = lambda *_: self.compute_loss(model, self._prepare_inputs(inputs))
+            try:
+                return self.prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            finally:
+                self.label_smoother = None
         repeats = self.accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0
         if not repeats or evaluation is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -350,13 +364,36 @@ class DistillMixin(Trainer):
 
     def _check(self, batch: Any) -> None:
         model: Any = self.model_wrapped
-        features = None if self._features is None else self._features.features
-        student = Unpacked(model, without=self._left_out)
-        batch = self._prepare_inputs(batch)
-        with extracting(self._features):
-            report = check_first_batch(
-                student, self.teacher, batch, method=self.method, task=self.task, features=features
-            )
+        alone, data, loader = (
+            self.accelerator.num_processes == 1,
+            self.eval_dataset,
+            self.callback_handler.train_dataloader,
+        )
+        names = list(data) if isinstance(data, dict) else []
+        splits: dict[str, Any] = {f"eval_dataset[{name!r}]": name for name in names}
+        if data is not None and not names:
+            splits["eval_dataset"] = None
+        if not alone or self.args.eval_strategy == "no":
+            splits = {}
+
+        def again(loader: Any, skip: int = 0) -> Iterator[Any]:
+            # accelerate's own loader would take part in the accumulation of gradients
+            return map(self._prepare_inputs, batches_again(getattr(loader, "base_dataloader", loader), skip=skip))
+
+        def evaluated(name: str | None) -> Iterator[Any]:
+            return again(self.get_eval_dataloader(name))
+
+        report = check(
+            self._prepare_inputs(batch),
+            lambda: again(self.get_train_dataloader(), 1) if alone else (),
+            {name: partial(evaluated, key) for name, key in splits.items()},
+            student=Unpacked(model, without=self._left_out),
+            teacher=self.teacher,
+            method=self.method,
+            task=self.task,
+            features=self._features,
+            loader=getattr(loader, "base_dataloader", loader),
+        )
         if self.is_world_process_zero():
             import logging
 

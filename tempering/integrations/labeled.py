@@ -7,14 +7,19 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from tempering.data.batches import LABELS
 from tempering.rows import Rows, is_labeled
 from tempering.tasks.base import Task, TeacherForward
+from tempering.tasks.classification import check_has_classes
 from tempering.tasks.language_modeling import LanguageModeling, text_model_kind
 from tempering.tasks.row_scores import score_rows
+from tempering.utils.tensors import described, logits_of
 
 
 class Labeled(Task):
     """Handle batches as transformers collates them: a mapping of inputs with "labels"; models return ``.logits``.
+
+    The labels may have another name of ``data.batches.LABELS``, if the Trainer's ``label_names`` has it too.
 
     (N, C) logits give N rows; rows with the label -100 learn from the teacher only. (N, L, C) logits, of token
     classification or masked language models, give a row for every token whose label is not -100. If a batch has "ids",
@@ -32,11 +37,7 @@ class Labeled(Task):
     """
 
     def __new__(
-        cls,
-        *,
-        shift: bool = False,
-        keep_labels: bool = False,
-        features: Mapping[str, tuple[str, str]] | None = None,
+        cls, *, shift: bool = False, keep_labels: bool = False, features: Mapping[str, tuple[str, str]] | None = None
     ) -> Self:
         if not shift:
             return super().__new__(cls)
@@ -50,11 +51,7 @@ class Labeled(Task):
         return LanguageModeling(features=features)  # pyright: ignore[reportReturnType]
 
     def __init__(
-        self,
-        *,
-        shift: bool = False,
-        keep_labels: bool = False,
-        features: Mapping[str, tuple[str, str]] | None = None,
+        self, *, shift: bool = False, keep_labels: bool = False, features: Mapping[str, tuple[str, str]] | None = None
     ) -> None:
         self.keep_labels, self.features = keep_labels, dict(features or {})
 
@@ -63,8 +60,9 @@ class Labeled(Task):
 
         Raises:
             TypeError: for a causal language model, whose labels have to be shifted, or, without keep_labels, an
-                encoder-decoder that writes text.
+                encoder-decoder that writes text; for a model of several labels per sample, or of regression.
         """
+        check_has_classes(model)
         kind = text_model_kind(model)
         name = next((type(m).__name__ for m in model.modules() if hasattr(m, "can_generate")), "")
         if kind == "causal":
@@ -84,7 +82,7 @@ class Labeled(Task):
                 f"Labeled needs batches that are mappings, as collators of transformers return; got "
                 f"{type(batch).__name__}. For (inputs, labels) use tasks.Classification()."
             )
-        dropped = {"ids"} if self.keep_labels else {"ids", "labels"}
+        dropped = {"ids"} if self.keep_labels else {"ids", *LABELS}
         inputs = {name: value for name, value in batch.items() if name not in dropped}
         return inputs, inputs, batch.get("ids")
 
@@ -96,7 +94,7 @@ class Labeled(Task):
                 f"the student's logits are {tuple(logits.shape)} and the teacher's {tuple(teacher_logits.shape)}: both "
                 "need the same classes (or vocabulary) in the same order."
             )
-        labels, ids = batch.get("labels"), batch.get("ids")
+        labels, ids = _labels(batch), batch.get("ids")
         if logits.ndim == 2:
             return [Rows(logits, teacher_logits, labels, ids=ids)]
         if labels is None or labels.shape != logits.shape[:2]:
@@ -115,7 +113,7 @@ class Labeled(Task):
         return [Rows(student, teacher, target, weight, ids=ids, positions=positions)]
 
     def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
-        labels = batch.get("labels")
+        labels = _labels(batch)
         if labels is None or labels.ndim < 2:
             return {"logits": float(len(next(iter(batch.values())) if labels is None else labels))}
         return {"logits": is_labeled(labels).sum()}
@@ -127,10 +125,15 @@ class Labeled(Task):
         return score_rows(self, student, batches, teacher)
 
 
+def _labels(batch: Mapping[str, Any]) -> Tensor | None:
+    return next((batch[name] for name in LABELS if batch.get(name) is not None), None)
+
+
 def _logits(output: Any, side: str) -> Tensor:
     """Return the (N, C) or (N, L, C) logits of a model's output."""
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    logits = logits_of(output)
     if isinstance(logits, Tensor) and logits.ndim in (2, 3):
         return logits
-    got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    raise ValueError(f"the {side} must return (N, C) or (N, L, C) logits, as a tensor or as .logits; got {got}.")
+    raise ValueError(
+        f"the {side} must return (N, C) or (N, L, C) logits, as a tensor or as .logits; got {described(logits)}."
+    )

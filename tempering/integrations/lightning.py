@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from tempering.integrations.common import (
     Evaluation,
     Forward,
+    batches_again,
+    check,
     first_samples,
     fitting,
     forward,
@@ -26,11 +30,11 @@ from tempering.tasks.base import Task
 from tempering.tasks.classification import Classification
 from tempering.teachers.base import Teacher
 from tempering.teachers.live import Live
-from tempering.training.checks import Optimizer, Schedule, as_method, chunking_for, make_optimizer, make_schedule
+from tempering.training.checks import as_method, chunking_for
 from tempering.training.distill import SGD
-from tempering.training.features import PairedFeatures, extracting
-from tempering.training.selfcheck import selfcheck as check_first_batch
-from tempering.utils.state import borrowed
+from tempering.training.features import PairedFeatures
+from tempering.training.optimizers import Optimizer, Schedule, make_optimizer, make_schedule
+from tempering.utils.state import borrowed, random_state, set_random_state
 from tempering.utils.tensors import remember_sources
 
 try:
@@ -38,6 +42,9 @@ try:
     from lightning.pytorch.utilities import rank_zero_info
 except ImportError as error:
     raise ImportError('DistillModule needs Lightning: pip install "tempering[lightning]"') from error
+
+
+RANDOM = "tempering_random_states"  # in a checkpoint
 
 
 class DistillModule(pl.LightningModule):
@@ -64,7 +71,8 @@ class DistillModule(pl.LightningModule):
         chunks: whether to compute losses in chunks of rows (``kernels.chunked``); None: blocks of 2^22 logits or more.
         linear: train language models by ``kernels.linear_loss``, from hidden states, which stores no (N, C) logits. The
             log then has no agreement; validation is unchanged.
-        selfcheck: check the first batch before training.
+        selfcheck: check the first batches of training, and one of each validation loader, before training; with several
+            processes the first batch alone.
 
     Raises:
         TypeError, ValueError: if the method or the teacher does not work with this trainer.
@@ -96,6 +104,7 @@ class DistillModule(pl.LightningModule):
         self._chunking = chunking_for(method, chunks)
         self._linear = HiddenForward(method, self.task, student) if linear else None
         self._evaluations: dict[int, Evaluation] = {}  # of each validation loader
+        self._random_states: list[Mapping[str, Any]] = []  # of the processes, from a checkpoint
         self._unit: float | None = None  # divisor of a micro-batch's loss until the step's weight is known
         self._row_weight: Tensor | float = 0.0
         self._sums: dict[str, Tensor] = {}  # of the metrics of the step's micro-batches, divided by the unit
@@ -216,7 +225,8 @@ class DistillModule(pl.LightningModule):
             suffix = f"/dataloader_idx_{index}" if len(self._evaluations) > 1 else ""
             for name, value in evaluation.result(self._sum, self.device).items():
                 shown = name in ("loss", "accuracy")
-                self.log(f"{split}_{name}{suffix}", value, prog_bar=shown, sync_dist=True)  # equal on all processes
+                key = f"{split}_{name}{suffix}"  # equal on all processes
+                self.log(key, value, prog_bar=shown, sync_dist=True, add_dataloader_idx=not suffix)
 
     def _sum(self, value: Tensor) -> Any:
         return value if self.trainer.world_size == 1 else self.trainer.strategy.reduce(value, reduce_op="sum")
@@ -250,13 +260,44 @@ class DistillModule(pl.LightningModule):
         return forward(batch, self.student, self.teacher, self.task, self._features)
 
     def _check(self, batch: Any) -> None:
-        features = None if self._features is None else self._features.features
         self._move_teacher()
-        with extracting(self._features):
-            report = check_first_batch(
-                self.student, self.teacher, batch, method=self.method, task=self.task, features=features
-            )
+        trainer, alone = self.trainer, self.trainer.world_size == 1
+        train, loaders = trainer.train_dataloader, trainer.val_dataloaders or []
+        loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
+        names = [f"validation loader {i}" if len(loaders) > 1 else "the validation loader" for i in range(len(loaders))]
+
+        def again(loader: Any, skip: int = 0) -> Iterator[Any]:
+            return map(trainer.strategy.batch_to_device, batches_again(loader, skip=skip))
+
+        report = check(
+            batch,
+            lambda: again(train, 1) if alone and isinstance(train, DataLoader) else (),
+            {name: partial(again, part) for name, part in zip(names, loaders, strict=True) if alone},
+            student=self.student,
+            teacher=self.teacher,
+            method=self.method,
+            task=self.task,
+            features=self._features,
+            loader=train,
+        )
         rank_zero_info(report.line)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the random state, of every process, so that a resumed run draws what the run would have drawn."""
+        states = [random_state()]
+        if self.trainer.world_size > 1:
+            states = [{} for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(states, random_state())
+        checkpoint[RANDOM] = states
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._random_states = checkpoint.get(RANDOM, [])
+
+    def on_fit_start(self) -> None:
+        """Restore the random state of a checkpoint; one of another number of processes is not restored."""
+        states, self._random_states = self._random_states, []
+        if len(states) == self.trainer.world_size:
+            set_random_state(states[self.trainer.global_rank])
 
     def _is_split(self) -> bool:
         """Return whether a step is split over micro-batches or devices."""

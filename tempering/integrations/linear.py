@@ -67,22 +67,22 @@ class HiddenForward:
         with _up_to_head(self.student) as captured:
             output = run(inputs)
         hidden, head = self._states(self.student, output, captured, index)
-        taught, teacher_head = hidden.detach(), head
+        teacher_hidden, teacher_head = hidden.detach(), head
         if teacher is not None:
             with _up_to_head(teacher.model) as captured:
                 teacher_output = teacher(inputs, ids)
             if isinstance(teacher_output, Hidden):
-                taught, teacher_head = teacher_output.rows(index, shape), teacher_output.head
+                teacher_hidden, teacher_head = teacher_output.rows(index, shape), teacher_output.head
             elif teacher.model is None:
                 raise TypeError(
                     "linear=True needs a teacher with hidden states, a live model or teachers.CachedHidden; got "
                     f"{type(teacher).__name__}."
                 )
             else:
-                taught, teacher_head = self._states(teacher.model, teacher_output, captured, index)
+                teacher_hidden, teacher_head = self._states(teacher.model, teacher_output, captured, index)
         sizes = [len(head.weight), len(teacher_head.weight), self.task.vocabulary or len(head.weight)]
         options = {"progress": progress, "normalizer": normalizer.get("logits"), "classes": min(sizes)}
-        loss, terms, path = linear_loss(self.method, hidden, head, taught, teacher_head, **fields, **options)
+        loss, terms, path = linear_loss(self.method, hidden, head, teacher_hidden, teacher_head, **fields, **options)
         no_logits = hidden.detach()[:, :1].float()
         rows = Rows(no_logits, no_logits, fields["target"], fields["weight"])
         return Forward(output, None, [rows]), [BlockLoss(rows, loss, terms, path)]

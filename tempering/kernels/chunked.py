@@ -19,7 +19,7 @@ from tempering.utils.registry import override_with
 COPIES = 8  # live float32 copies of a chunk's logits if nothing is compiled
 MEMORY = {"cpu": 2**24}  # bytes of these copies; a CPU is fastest while they fit in its cache
 FUSED = {"cpu": 2**25}  # maximum bytes if compiled, where fewer copies are live; also at most a quarter of all logits
-ELSEWHERE = 2**28
+OTHER_DEVICES = 2**28
 
 
 class Path(NamedTuple):
@@ -79,17 +79,17 @@ def chunked(
         ValueError: for a method that is relational or owns its step, or memory that is not positive.
         RuntimeError: if compile=True is not possible; or in a second backward.
     """
-    walk = Walk(method, progress, _normalizer(rows, normalizer), memory, len(rows))
-    walk.compile(compile, rows.student)
+    chunked_loss = ChunkedLoss(method, progress, _normalizer(rows, normalizer), memory, len(rows))
+    chunked_loss.compile(compile, rows.student)
     needs_grad = rows.student.requires_grad and torch.is_grad_enabled()
     # float16 would underflow before a loss scale is applied
     dtype = torch.float32 if rows.student.dtype == torch.float16 else rows.student.dtype
     slope = torch.empty_like(rows.student, dtype=dtype, memory_format=torch.contiguous_format) if needs_grad else None
-    walk.over(rows, slope)
-    return walk.result([] if slope is None else [(rows.student, slope)])
+    chunked_loss.add(rows, slope)
+    return chunked_loss.result([] if slope is None else [(rows.student, slope)])
 
 
-class Walk:
+class ChunkedLoss:
     """A loss of ``n`` rows in progress: the sums over the chunks so far."""
 
     def __init__(self, method: Method, progress: float, normalizer: Tensor | float, memory: int | None, n: int) -> None:
@@ -114,7 +114,7 @@ class Walk:
         self.fast = fast_versions(wanted, logits.device, logits.numel() if numel is None else numel)
         self.fast_functions = FastFunctions(self.fast.functions, double=self.fast.compiler != "triton")
 
-    def over(self, rows: Rows, slope: Tensor | None) -> None:
+    def add(self, rows: Rows, slope: Tensor | None) -> None:
         """Add rows, and write their gradient into ``slope``, (N, C), which may be the student's logits themselves.
 
         None if no gradient is needed.
@@ -194,7 +194,7 @@ class Walk:
         return Chunked(loss, self.terms, path)  # pyright: ignore
 
     def _budget(self, rows: Rows) -> int:
-        minimum, maximum = (limits.get(rows.student.device.type, ELSEWHERE) for limits in (MEMORY, FUSED))
+        minimum, maximum = (limits.get(rows.student.device.type, OTHER_DEVICES) for limits in (MEMORY, FUSED))
         total_bytes = self.n * rows.student.shape[1] * _element_size(rows)
         return self.memory or (min(maximum, max(minimum, total_bytes // 4)) if self.fast.compiler else minimum)
 

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tempering.kernels.chunked import ELSEWHERE, Chunked, Walk, parts
+from tempering.kernels.chunked import OTHER_DEVICES, Chunked, ChunkedLoss, parts
 from tempering.kernels.compiled import Wanted
 from tempering.methods.base import Method
 from tempering.rows import Rows
 from tempering.teachers.outputs import Head
 from tempering.utils.device import has_native_bf16
 
-Last = nn.Linear | Tensor | Head
+LastLayer = nn.Linear | Tensor | Head
 LOGITS = {"cpu": 2**25}  # bytes of both sides' logits per chunk
 ROWS = 256  # minimum rows per chunk if memory is None: with fewer, matrix products are slow and need more workspace
 BLOCK = 2**22  # elements of a head upcast at once, where torch cannot accumulate in float32
@@ -24,9 +24,9 @@ BLOCK = 2**22  # elements of a head upcast at once, where torch cannot accumulat
 def linear_loss(
     method: Method,
     hidden_student: Tensor,
-    head_student: Last,
+    head_student: LastLayer,
     hidden_teacher: Tensor,
-    head_teacher: Last,
+    head_teacher: LastLayer,
     *,
     target: Tensor | None = None,
     weight: Tensor | None = None,
@@ -37,7 +37,7 @@ def linear_loss(
     normalizer: Tensor | float | None = None,
     classes: int | None = None,
     allowed: Tensor | None = None,
-    wide: bool = True,
+    upcast: bool = True,
     memory: int | None = None,
     compile: Wanted = None,
     name: str = "logits",
@@ -62,10 +62,10 @@ def linear_loss(
         normalizer: as for ``total``.
         classes: number of classes of each head to use, from the first, if a vocabulary is padded.
         allowed: (C,) bool; the other classes are minus infinity on both sides.
-        wide: compute logits of half-precision inputs, and sum the head's gradient, in float32. False rounds both to the
-            inputs' dtype: faster, and half the memory for the head. The error of DTKD's gradient in bf16 then has no
-            bound, as its temperatures divide differences of logits: 0.2 to 28 % of its norm were measured, most where
-            the logits of a row are large compared to their differences.
+        upcast: compute logits of half-precision inputs, and sum the head's gradient, in float32. False rounds both to
+            the inputs' dtype: faster, and half the memory for the head. The error of DTKD's gradient in bf16 then has
+            no bound, as its temperatures divide differences of logits: 0.2 to 28 % of its norm were measured, most
+            where the logits of a row are large compared to their differences.
         memory: bytes of both sides' logits at once, and again for the computation on a chunk of them. None: 32 MiB on a
             CPU, 256 MiB elsewhere, at least 256 rows, and the default of ``chunked``.
         compile: as for ``chunked``.
@@ -93,36 +93,36 @@ def linear_loss(
     divisor = normalizer
     if divisor is None:
         divisor = float(n) if weight is None else weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))
-    walk = Walk(method, progress, divisor, memory, n)
-    budget = memory or LOGITS.get(hidden_student.device.type, ELSEWHERE)
+    chunked_loss = ChunkedLoss(method, progress, divisor, memory, n)
+    budget = memory or LOGITS.get(hidden_student.device.type, OTHER_DEVICES)
     chunk_size = max(1, budget // (2 * C * (8 if student.weight.dtype == torch.float64 else 4) or 1))
     chunk_size = max(ROWS, chunk_size) if memory is None else chunk_size
-    slopes = student.slopes(hidden_student, head_student, wide=wide)
+    slopes = student.slopes(hidden_student, head_student, upcast=upcast)
     not_allowed = None if allowed is None else ~allowed
     with torch.autocast(hidden_student.device.type, enabled=False):
         buffers = student.buffer(min(chunk_size, n)), teacher.buffer(min(chunk_size, n))
         for part in parts(n, chunk_size):
             with torch.no_grad():
                 v, u = (
-                    x.logits(part, not_allowed, to, wide=wide)
+                    x.logits(part, not_allowed, to, upcast=upcast)
                     for x, to in zip((student, teacher), buffers, strict=True)
                 )
             # the gradient may overwrite logits that are no longer needed; a cap's derivative needs the student's logits
             slope = v if student.cap is None else u if u.dtype == v.dtype else torch.empty_like(v)
             fields = {key: x[part] for key, x in row_fields.items() if x is not None}
-            if not walk.chunks:
-                walk.compile(compile, v, n * C)
-            walk.over(Rows(v, u, name=name).replace(**fields), slope if slopes else None)
+            if not chunked_loss.chunks:
+                chunked_loss.compile(compile, v, n * C)
+            chunked_loss.add(Rows(v, u, name=name).replace(**fields), slope if slopes else None)
             if slopes:
                 student.backward(student.undo_scale_and_cap(slope, v, not_allowed), part)
-    return walk.result(slopes)
+    return chunked_loss.result(slopes)
 
 
 class _Side:
     """One model's last layer: hidden states, head, and the gradients in them."""
 
-    def __init__(self, hidden: Tensor, head: Last, classes: int | None) -> None:
-        if not isinstance(head, Last):
+    def __init__(self, hidden: Tensor, head: LastLayer, classes: int | None) -> None:
+        if not isinstance(head, LastLayer):
             raise ValueError(
                 f"linear_loss needs a teachers.outputs.Head, an nn.Linear or its weight (C, H); got "
                 f"{type(head).__name__}. A head with an adapter (LoRA)? Pass the merged weight, or leave the head out "
@@ -160,15 +160,15 @@ class _Side:
         dtype = torch.float32 if self.half else self.weight.dtype
         return torch.empty(rows, len(self.weight), dtype=dtype, device=self.weight.device)
 
-    def logits(self, part: slice, not_allowed: Tensor | None, buffer: Tensor, *, wide: bool) -> Tensor:
+    def logits(self, part: slice, not_allowed: Tensor | None, buffer: Tensor, *, upcast: bool) -> Tensor:
         """The logits of a slice of rows, (n, C), in at least float32, written into ``buffer``."""
         x = self.hidden[part]
         z = buffer[: len(x)]
         if x.dtype not in (torch.bfloat16, torch.float16):
             torch.mm(x, self.weight.T, out=z)
-            if not wide and self.dtype != x.dtype:
+            if not upcast and self.dtype != x.dtype:
                 z.copy_(z.to(self.dtype))
-        elif not wide:
+        elif not upcast:
             z.copy_(x @ self.weight.T)
         elif x.is_cuda:
             z = torch.mm(x, self.weight.T, out_dtype=torch.float32)
@@ -190,14 +190,14 @@ class _Side:
             z.div_(self.cap).tanh_().mul_(self.cap)
         return z if not_allowed is None else z.masked_fill_(not_allowed, -torch.inf)
 
-    def slopes(self, hidden: Tensor, head: Last, *, wide: bool) -> list[tuple[Tensor, Tensor]]:
-        """Allocate gradients of inputs that require grad, as (input, gradient); ``wide`` uses float32 for the head."""
+    def slopes(self, hidden: Tensor, head: LastLayer, *, upcast: bool) -> list[tuple[Tensor, Tensor]]:
+        """Allocate gradients of inputs that require grad, (input, gradient); float32 for the head with ``upcast``."""
         weight, bias = _tensors_of(head)
         if not torch.is_grad_enabled():
             return []
         # float16 would underflow before a loss scale is applied
         dtype = torch.float32 if hidden.dtype == torch.float16 else None
-        head_dtype = torch.float32 if self.half and wide else dtype
+        head_dtype = torch.float32 if self.half and upcast else dtype
         if hidden.requires_grad:
             self.by_hidden = torch.zeros_like(hidden, dtype=dtype, memory_format=torch.contiguous_format)
         if weight.requires_grad:
@@ -260,7 +260,7 @@ def _subtracts_first() -> bool:
     return bool((total - exact).norm() < 2e-5 * exact.norm())
 
 
-def _tensors_of(head: Last) -> tuple[Tensor, Tensor | None]:
+def _tensors_of(head: LastLayer) -> tuple[Tensor, Tensor | None]:
     return (head, None) if isinstance(head, Tensor) else (head.weight, head.bias)
 
 

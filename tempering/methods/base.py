@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeGuard, cast
+from typing import Any, ClassVar, NamedTuple, Self, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,12 @@ from torch import Tensor, nn
 from tempering.objectives import cross_entropy
 from tempering.rows import Rows, expand_to_rows, total
 from tempering.temperature.base import AdaptivePolicy, Policy, hyperparameters
-from tempering.temperature.base import check_run_fraction as check_run_fraction
-from tempering.utils.registry import check_arguments
-from tempering.utils.search_space import check_types
+from tempering.utils.search_space import CheckedArguments
 
 _STEP: ContextVar[tuple[int, int] | None] = ContextVar("step", default=None)
 
 
-class Method(nn.Module, ABC):
+class Method(CheckedArguments, nn.Module, ABC):
     """Base class of distillation losses: (rows, progress) -> {term: (N,)}, weighted and unreduced; ``total`` reduces.
 
     Attributes:
@@ -62,13 +60,6 @@ class Method(nn.Module, ABC):
     trains_teacher: ClassVar[bool] = False
     hard_is_cross_entropy: ClassVar[bool] = True
     hard: float  # of methods with a hard term: its weight
-
-    if not TYPE_CHECKING:  # the signature is that of __init__
-
-        def __new__(cls, *args: object, **kwargs: object) -> Self:
-            check_arguments(cls, args, kwargs)
-            check_types(cls, args, kwargs)
-            return super().__new__(cls)
 
     @abstractmethod
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
@@ -339,13 +330,6 @@ def step_seed() -> int:
 def linear_warmup(progress: float, warmup: float) -> float:
     """Return the warm-up factor, rising linearly from 0 to 1 over the first ``warmup`` of the run; 1 for warmup 0."""
     return 1.0 if warmup <= 0.0 else min(progress / warmup, 1.0)
-
-
-def check_weights(owner: str, **values: object) -> None:
-    """Raise ValueError for weights of terms that are negative, infinite or not numbers."""
-    for name, value in values.items():
-        if not isinstance(value, (int, float)) or not 0.0 <= value < float("inf"):
-            raise ValueError(f"{owner} needs {name} >= 0 and finite; got {value!r}.")
 
 
 def check_policy(owner: str, temperature: object, *, default: float | None = None, allow_number: bool = True) -> Policy:

@@ -101,7 +101,7 @@ class Detector(nn.Module, ABC):
 
 @torch.no_grad()
 def detections(
-    output: Detected, size: tuple[int, int], *, score: float = 0.05, overlap: float = 0.6, most: int = 100
+    output: Detected, size: tuple[int, int], *, score: float = 0.05, overlap: float = 0.6, max_detections: int = 100
 ) -> list[dict[str, Tensor]]:
     """Decode the detections of each image, best first: {"boxes" (D, 4) xyxy, "scores" (D,), "labels" (D,)}.
 
@@ -110,18 +110,18 @@ def detections(
         size: height and width of the images, to which boxes are clipped.
         score: minimal score.
         overlap: IoU threshold of non-maximum suppression by class; not used for queries.
-        most: maximal number of boxes per image; three times as many candidates are considered.
+        max_detections: maximal number of boxes per image; three times as many candidates are considered.
     """
     scores, results = output.foreground.float(), []
     if output.quality is not None:
         scores = (scores * output.quality.float().sigmoid().unsqueeze(-1)).sqrt()
     classes = scores.shape[-1]
     for image_scores, boxes in zip(scores.flatten(1), output.boxes.float(), strict=True):
-        best, index = image_scores.topk(min(3 * most, len(image_scores)))
+        best, index = image_scores.topk(min(3 * max_detections, len(image_scores)))
         index, best = index[best > score], best[best > score]
         candidates, labels = clipped(boxes[index // classes], size), index % classes
         kept = slice(None) if output.queries else nms(candidates, best, labels, overlap=overlap)
-        candidates, best, labels = (x[kept][:most] for x in (candidates, best, labels))
+        candidates, best, labels = (x[kept][:max_detections] for x in (candidates, best, labels))
         results.append({"boxes": candidates, "scores": best, "labels": labels})
     return results
 

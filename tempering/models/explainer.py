@@ -65,9 +65,9 @@ class Routing(nn.Module):
 class Each(nn.Module):
     """Apply ``count`` separate linear layers, (count, N, wide_in) -> (count, N, wide_out)."""
 
-    def __init__(self, count: int, wide_in: int, wide_out: int) -> None:
+    def __init__(self, count: int, in_channels: int, wide_out: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(count, wide_in, wide_out))
+        self.weight = nn.Parameter(torch.empty(count, in_channels, wide_out))
         self.bias = nn.Parameter(torch.empty(count, 1, wide_out))
         self.reset_parameters()
 
@@ -83,9 +83,9 @@ class Each(nn.Module):
 class Leaves(nn.Module):
     """Apply an MLP per class, (N, classes, wide) -> (N, classes): the maximum of ``answers`` logits."""
 
-    def __init__(self, classes: int, wide: int, hidden: int, dropout: float, answers: int) -> None:
+    def __init__(self, classes: int, out_channels: int, hidden: int, dropout: float, answers: int) -> None:
         super().__init__()
-        inner = [Each(classes, wide, hidden), nn.ReLU(), nn.Dropout(dropout)]
+        inner = [Each(classes, out_channels, hidden), nn.ReLU(), nn.Dropout(dropout)]
         inner += [Each(classes, hidden, hidden), nn.ReLU(), nn.Dropout(dropout)]
         self.layers = nn.Sequential(*inner, Each(classes, hidden, answers))
 
@@ -138,16 +138,23 @@ class Explainer(nn.Module):
             raise ValueError(f"Explainer needs a width for each level; got experts={experts} and widths={widths}.")
         self.stages = [f"stage{i}" for i in range(1, len(experts) + 1)]
         self.experts = experts
-        wide_in = channels
-        for number, (name, count, wide) in enumerate(zip(self.stages, experts, widths, strict=True)):
-            first = conv(wide_in * (count if number else 1), count * inner, groups=count if number else 1)
-            parts = [first, nn.BatchNorm2d(count * inner), nn.ReLU(), conv(count * inner, count * wide, groups=count)]
-            self.add_module(name, nn.Sequential(*parts, nn.BatchNorm2d(count * wide), nn.ReLU(), nn.MaxPool2d(2)))
-            wide_in = wide
+        in_channels = channels
+        for number, (name, count, out_channels) in enumerate(zip(self.stages, experts, widths, strict=True)):
+            first = conv(in_channels * (count if number else 1), count * inner, groups=count if number else 1)
+            parts = [
+                first,
+                nn.BatchNorm2d(count * inner),
+                nn.ReLU(),
+                conv(count * inner, count * out_channels, groups=count),
+            ]
+            self.add_module(
+                name, nn.Sequential(*parts, nn.BatchNorm2d(count * out_channels), nn.ReLU(), nn.MaxPool2d(2))
+            )
+            in_channels = out_channels
         children = dict(zip([*self.stages[1:], "head"], itertools.pairwise((*experts, classes)), strict=True))
         self.routes = nn.ModuleDict({name: Routing(own, parents) for name, (parents, own) in children.items()})
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten())
-        self.head = Leaves(classes, wide_in * side * side, hidden, dropout, answers)
+        self.head = Leaves(classes, in_channels * side * side, hidden, dropout, answers)
 
     def forward(self, x: Tensor) -> Tensor:
         for number, name in enumerate(self.stages):

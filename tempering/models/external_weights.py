@@ -19,7 +19,8 @@ from tempering.models.layers import Staged
 from tempering.utils.tensors import read_weights
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")  # suffixes of torch.save's files
-WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "network")  # keys under which trainers save the weights
+# keys under which trainers save the weights; timm's own loader, too, takes their average first
+WRAPPERS = ("state_dict_ema", "state_dict", "model", "model_state_dict", "net", "network")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, and modules of training frameworks
 HEADS = ("fc", "linear", "classifier", "classifier.0")
 KINDS = {nn.Conv2d: "conv", nn.BatchNorm2d: "bn"}

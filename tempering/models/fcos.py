@@ -135,11 +135,13 @@ class FCOS(Detector):
 class _Stage(nn.Module):
     """Apply a convolution of stride 2 and a residual block."""
 
-    def __init__(self, wide_in: int, wide: int, norm: str) -> None:
+    def __init__(self, in_channels: int, out_channels: int, norm: str) -> None:
         super().__init__()
-        self.down = _conv_norm_relu(wide_in, wide, 2, norm)
+        self.down = _conv_norm_relu(in_channels, out_channels, 2, norm)
         self.block = nn.Sequential(
-            _conv_norm_relu(wide, wide, 1, norm), nn.Conv2d(wide, wide, 3, padding=1, bias=False), _norm(wide, norm)
+            _conv_norm_relu(out_channels, out_channels, 1, norm),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+            _norm(out_channels, norm),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,12 +149,14 @@ class _Stage(nn.Module):
         return F.relu(x + self.block(x))
 
 
-def _norm(wide: int, norm: str) -> nn.Module:
-    return nn.BatchNorm2d(wide) if norm == "batch" else nn.GroupNorm(8, wide)
+def _norm(out_channels: int, norm: str) -> nn.Module:
+    return nn.BatchNorm2d(out_channels) if norm == "batch" else nn.GroupNorm(8, out_channels)
 
 
-def _conv_norm_relu(wide_in: int, wide: int, stride: int, norm: str) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(wide_in, wide, 3, stride, 1, bias=False), _norm(wide, norm), nn.ReLU())
+def _conv_norm_relu(in_channels: int, out_channels: int, stride: int, norm: str) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False), _norm(out_channels, norm), nn.ReLU()
+    )
 
 
 def _tower(neck: int) -> nn.Sequential:

@@ -9,14 +9,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def conv(wide_in: int, wide_out: int, size: int = 3, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+def conv(in_channels: int, wide_out: int, size: int = 3, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     """Build a convolution without bias, padded to keep the size at stride 1."""
-    return nn.Conv2d(wide_in, wide_out, size, stride, size // 2, groups=groups, bias=False)
+    return nn.Conv2d(in_channels, wide_out, size, stride, size // 2, groups=groups, bias=False)
 
 
-def conv_norm(wide_in: int, wide_out: int, size: int = 3, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+def conv_norm(in_channels: int, wide_out: int, size: int = 3, stride: int = 1, groups: int = 1) -> list[nn.Module]:
     """Build a convolution and its batch normalization."""
-    return [conv(wide_in, wide_out, size, stride, groups), nn.BatchNorm2d(wide_out)]
+    return [conv(in_channels, wide_out, size, stride, groups), nn.BatchNorm2d(wide_out)]
 
 
 def pooled() -> nn.Sequential:

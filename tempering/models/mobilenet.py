@@ -21,16 +21,16 @@ STAGES = (
 class Block(nn.Module):
     """Apply an inverted residual: expand, depthwise convolution, project; with a shortcut if the size is unchanged."""
 
-    def __init__(self, wide_in: int, wide: int, stride: int, expansion: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
         super().__init__()
-        inner = wide_in * expansion
-        self.same = stride == 1 and wide_in == wide
+        inner = in_channels * expansion
+        self.same = stride == 1 and in_channels == out_channels
         self.residual = nn.Sequential(
-            *conv_norm(wide_in, inner, 1),
+            *conv_norm(in_channels, inner, 1),
             nn.ReLU(),
             *conv_norm(inner, inner, 3, stride, groups=inner),
             nn.ReLU(),
-            *conv_norm(inner, wide, 1),
+            *conv_norm(inner, out_channels, 1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,16 +39,16 @@ class Block(nn.Module):
 
 def mobilenet_v2(classes: int, channels: int) -> nn.Module:
     """Build the network (N, channels, 32, 32) -> (N, classes)."""
-    stem, wide_in = nn.Sequential(*conv_norm(channels, 16, 3, 2), nn.ReLU()), 16
+    stem, in_channels = nn.Sequential(*conv_norm(channels, 16, 3, 2), nn.ReLU()), 16
     stages = []
     for groups in STAGES:
         blocks = []
-        for expansion, wide, count, stride in groups:
+        for expansion, out_channels, count, stride in groups:
             for number in range(count):
-                blocks.append(Block(wide_in, wide, stride if number == 0 else 1, expansion))
-                wide_in = wide
+                blocks.append(Block(in_channels, out_channels, stride if number == 0 else 1, expansion))
+                in_channels = out_channels
         stages.append(nn.Sequential(*blocks))
-    pool = nn.Sequential(*conv_norm(wide_in, 1280, 1), nn.ReLU(), *pooled())
+    pool = nn.Sequential(*conv_norm(in_channels, 1280, 1), nn.ReLU(), *pooled())
     return fan_out(Staged(stem, stages, pool, nn.Linear(1280, classes)), head=0.01)
 
 

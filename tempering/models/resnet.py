@@ -16,26 +16,37 @@ from tempering.models.layers import Staged, conv_norm, fan_out, pooled
 class Block(nn.Module):
     """Apply two 3x3 convolutions, or 1x1, 3x3, 1x1 if ``expansion`` is 4, with an identity or projection shortcut."""
 
-    def __init__(self, wide_in: int, wide: int, stride: int, expansion: int = 1) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int = 1) -> None:
         super().__init__()
-        wide_out = wide * expansion
+        wide_out = out_channels * expansion
         if expansion == 1:
-            parts = [*conv_norm(wide_in, wide, 3, stride), nn.ReLU(), *conv_norm(wide, wide)]
+            parts = [
+                *conv_norm(in_channels, out_channels, 3, stride),
+                nn.ReLU(),
+                *conv_norm(out_channels, out_channels),
+            ]
         else:
-            parts = [*conv_norm(wide_in, wide, 1), nn.ReLU(), *conv_norm(wide, wide, 3, stride), nn.ReLU()]
-            parts += conv_norm(wide, wide_out, 1)
+            parts = [
+                *conv_norm(in_channels, out_channels, 1),
+                nn.ReLU(),
+                *conv_norm(out_channels, out_channels, 3, stride),
+                nn.ReLU(),
+            ]
+            parts += conv_norm(out_channels, wide_out, 1)
         self.residual = nn.Sequential(*parts)
-        same = stride == 1 and wide_in == wide_out
-        self.shortcut = nn.Identity() if same else nn.Sequential(*conv_norm(wide_in, wide_out, 1, stride))
+        same = stride == 1 and in_channels == wide_out
+        self.shortcut = nn.Identity() if same else nn.Sequential(*conv_norm(in_channels, wide_out, 1, stride))
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.relu(self.residual(x) + self.shortcut(x))
 
 
-def _stage(wide_in: int, wide: int, count: int, stride: int, expansion: int = 1) -> nn.Sequential:
-    first = Block(wide_in, wide, stride, expansion)
-    return nn.Sequential(first, *(Block(wide * expansion, wide, 1, expansion) for _ in range(count - 1)))
+def _stage(in_channels: int, out_channels: int, count: int, stride: int, expansion: int = 1) -> nn.Sequential:
+    first = Block(in_channels, out_channels, stride, expansion)
+    return nn.Sequential(
+        first, *(Block(out_channels * expansion, out_channels, 1, expansion) for _ in range(count - 1))
+    )
 
 
 def resnet(depth: int, widths: tuple[int, int, int, int], classes: int, channels: int) -> nn.Module:
@@ -50,11 +61,11 @@ def resnet(depth: int, widths: tuple[int, int, int, int], classes: int, channels
 def wide_stem(counts: tuple[int, int, int, int], expansion: int, classes: int, channels: int) -> nn.Module:
     """Build ResNet18/50 for 32 x 32 images: a 3x3 stem of stride 1, without pooling."""
     stem = nn.Sequential(*conv_norm(channels, 64), nn.ReLU())
-    stages, wide_in = [], 64
-    for wide, count, stride in zip((64, 128, 256, 512), counts, (1, 2, 2, 2), strict=True):
-        stages.append(_stage(wide_in, wide, count, stride, expansion))
-        wide_in = wide * expansion
-    return fan_out(Staged(stem, stages, pooled(), nn.Linear(wide_in, classes)))
+    stages, in_channels = [], 64
+    for out_channels, count, stride in zip((64, 128, 256, 512), counts, (1, 2, 2, 2), strict=True):
+        stages.append(_stage(in_channels, out_channels, count, stride, expansion))
+        in_channels = out_channels * expansion
+    return fan_out(Staged(stem, stages, pooled(), nn.Linear(in_channels, classes)))
 
 
 NETS = {f"resnet{depth}": partial(resnet, depth, (16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)}

@@ -27,13 +27,13 @@ class Shuffle(nn.Module):
 class BlockV1(nn.Module):
     """Apply grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; add the input, or at stride 2 concatenate it, pooled."""
 
-    def __init__(self, wide_in: int, wide: int, stride: int, *, groups: int = 3) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, *, groups: int = 3) -> None:
         super().__init__()
-        added = wide - wide_in if stride == 2 else wide
+        added = out_channels - in_channels if stride == 2 else out_channels
         inner = added // 4
-        first = 1 if wide_in == 24 else groups
+        first = 1 if in_channels == 24 else groups
         self.residual = nn.Sequential(
-            *conv_norm(wide_in, inner, 1, groups=first),
+            *conv_norm(in_channels, inner, 1, groups=first),
             nn.ReLU(),
             Shuffle(first),
             *conv_norm(inner, inner, 3, stride, groups=inner),
@@ -51,9 +51,9 @@ class BlockV1(nn.Module):
 class BlockV2(nn.Module):
     """Convolve half of the channels, pass the other half through, and shuffle both."""
 
-    def __init__(self, wide: int) -> None:
+    def __init__(self, out_channels: int) -> None:
         super().__init__()
-        half = wide // 2
+        half = out_channels // 2
         self.kept = half
         self.residual = nn.Sequential(
             *conv_norm(half, half, 1),
@@ -71,14 +71,14 @@ class BlockV2(nn.Module):
 class HalveV2(nn.Module):
     """Concatenate two convolutional branches of stride 2, and shuffle."""
 
-    def __init__(self, wide_in: int, wide: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        half = wide // 2
+        half = out_channels // 2
         self.left = nn.Sequential(
-            *conv_norm(wide_in, wide_in, 3, 2, groups=wide_in), *conv_norm(wide_in, half, 1), nn.ReLU()
+            *conv_norm(in_channels, in_channels, 3, 2, groups=in_channels), *conv_norm(in_channels, half, 1), nn.ReLU()
         )
         self.right = nn.Sequential(
-            *conv_norm(wide_in, half, 1),
+            *conv_norm(in_channels, half, 1),
             nn.ReLU(),
             *conv_norm(half, half, 3, 2, groups=half),
             *conv_norm(half, half, 1),
@@ -92,22 +92,27 @@ class HalveV2(nn.Module):
 
 def shuffle_v1(classes: int, channels: int) -> nn.Module:
     """Build ShuffleNetV1 with three groups; (N, channels, 32, 32) -> (N, classes)."""
-    stages, wide_in = [], 24
-    for wide, count in ((240, 4), (480, 8), (960, 4)):
-        stages.append(nn.Sequential(BlockV1(wide_in, wide, 2), *(BlockV1(wide, wide, 1) for _ in range(count - 1))))
-        wide_in = wide
+    stages, in_channels = [], 24
+    for out_channels, count in ((240, 4), (480, 8), (960, 4)):
+        stages.append(
+            nn.Sequential(
+                BlockV1(in_channels, out_channels, 2),
+                *(BlockV1(out_channels, out_channels, 1) for _ in range(count - 1)),
+            )
+        )
+        in_channels = out_channels
     stem = nn.Sequential(*conv_norm(channels, 24, 1), nn.ReLU())
-    return Staged(stem, stages, pooled(), nn.Linear(wide_in, classes))
+    return Staged(stem, stages, pooled(), nn.Linear(in_channels, classes))
 
 
 def shuffle_v2(classes: int, channels: int) -> nn.Module:
     """Build ShuffleNetV2 of width 1; (N, channels, 32, 32) -> (N, classes)."""
-    stages, wide_in = [], 24
-    for wide, count in ((116, 3), (232, 7), (464, 3)):
-        stages.append(nn.Sequential(HalveV2(wide_in, wide), *(BlockV2(wide) for _ in range(count))))
-        wide_in = wide
+    stages, in_channels = [], 24
+    for out_channels, count in ((116, 3), (232, 7), (464, 3)):
+        stages.append(nn.Sequential(HalveV2(in_channels, out_channels), *(BlockV2(out_channels) for _ in range(count))))
+        in_channels = out_channels
     stem = nn.Sequential(*conv_norm(channels, 24, 1), nn.ReLU())
-    pool = nn.Sequential(*conv_norm(wide_in, 1024, 1), nn.ReLU(), *pooled())
+    pool = nn.Sequential(*conv_norm(in_channels, 1024, 1), nn.ReLU(), *pooled())
     return Staged(stem, stages, pool, nn.Linear(1024, classes))
 
 

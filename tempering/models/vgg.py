@@ -17,15 +17,15 @@ COUNTS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 
 
 def vgg(depth: int, classes: int, channels: int) -> nn.Module:
     """Build five groups of convolutions, max pooling between the first four; (N, channels, 32, 32) -> (N, classes)."""
-    groups, wide_in = [], channels
-    for number, (wide, count) in enumerate(zip(WIDTHS, COUNTS[depth], strict=True)):
+    groups, in_channels = [], channels
+    for number, (out_channels, count) in enumerate(zip(WIDTHS, COUNTS[depth], strict=True)):
         layers: list[nn.Module] = [nn.MaxPool2d(2)] if 0 < number < 4 else []
         for _ in range(count):
-            layers += [nn.Conv2d(wide_in, wide, 3, padding=1), nn.BatchNorm2d(wide), nn.ReLU()]
-            wide_in = wide
+            layers += [nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.ReLU()]
+            in_channels = out_channels
         groups.append(nn.Sequential(*layers))
     stem, *stages = groups
-    return fan_out(Staged(stem, stages, pooled(), nn.Linear(wide_in, classes)), head=0.01)
+    return fan_out(Staged(stem, stages, pooled(), nn.Linear(in_channels, classes)), head=0.01)
 
 
 NETS = {f"vgg{depth}": partial(vgg, depth) for depth in COUNTS}

@@ -18,11 +18,16 @@ class Block(nn.Module):
     If the width changes, the shortcut is a 1x1 convolution of the activated input, else the identity.
     """
 
-    def __init__(self, wide_in: int, wide: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self.before = nn.Sequential(nn.BatchNorm2d(wide_in), nn.ReLU())
-        self.residual = nn.Sequential(conv(wide_in, wide, 3, stride), nn.BatchNorm2d(wide), nn.ReLU(), conv(wide, wide))
-        self.shortcut = None if wide_in == wide else conv(wide_in, wide, 1, stride)
+        self.before = nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU())
+        self.residual = nn.Sequential(
+            conv(in_channels, out_channels, 3, stride),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(),
+            conv(out_channels, out_channels),
+        )
+        self.shortcut = None if in_channels == out_channels else conv(in_channels, out_channels, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         active = self.before(x)

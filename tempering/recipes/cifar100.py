@@ -17,7 +17,7 @@ from torch import nn
 
 from tempering.data import cifar100
 from tempering.data.cifar import MEAN, STD
-from tempering.experiments.presets import arm_from, method_of, run_label, slug
+from tempering.experiments.presets import method_of, preset_from, run_label, slug
 from tempering.methods.logits.supervised import Supervised
 from tempering.models import build_seeded, explainer, load, network_facts, stages
 from tempering.tasks.two_view import classification_of_views
@@ -94,9 +94,9 @@ def main(
         out: the run's folder; default: runs/cifar100/TEACHER-STUDENT/METHOD-SEED.
         config: options of training.
     """
-    arm, loss = arm_from(method, temperature), method_of(method, temperature)
+    preset, loss = preset_from(method, temperature), method_of(method, temperature)
     view, pruned = views or loss.second_view, loss.teacher_pruned if teacher_pruned is None else teacher_pruned
-    out = out or Path("runs/cifar100", f"{teacher}-{student}", f"{slug(arm.name)}-{config.seed}")
+    out = out or Path("runs/cifar100", f"{teacher}-{student}", f"{slug(preset.name)}-{config.seed}")
     folder = teacher_dir or out.parent / "teachers"
     config = replace(config, compile="reduce-overhead") if cuda_graphs else config
     sizes = {"size": size, "batch_size": batch_size, "test_subset": test_subset, "validation": validation}
@@ -120,7 +120,7 @@ def main(
             optimizer=cifar_sgd(teacher_lr),
             schedule=cifar_decay,
             config=config.for_teacher(length),
-            facts={"label": f"teacher {teacher}", "student": {"name": teacher}, "data": teacher_splits.facts()},
+            facts={"data": teacher_splits.facts()},
         )
 
     # identify other training images by the test images and their count, without decoding them
@@ -143,7 +143,7 @@ def main(
     )
     # methods without a teacher see the same augmentations as those of cached logits
     train = splits.train.replay(teacher_cache) if teacher_cache and not loss.needs_teacher else splits.train
-    label = label or run_label(arm, student, second_stage=routing_tree is not None)
+    label = label or run_label(preset, student, second_stage=routing_tree is not None)
     return Experiment(
         student=network,
         teacher=teacher_recipe if loss.needs_teacher else None,

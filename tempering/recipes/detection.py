@@ -21,7 +21,7 @@ from torch import nn
 from tempering.data import Splits
 from tempering.data.coco import coco
 from tempering.data.synthetic_shapes import synthetic_shapes
-from tempering.experiments.presets import arm_from, method_of, slug
+from tempering.experiments.presets import method_of, preset_from, slug
 from tempering.methods.base import Method
 from tempering.methods.combine import Sum
 from tempering.methods.features.base import FeatureMethod
@@ -89,8 +89,8 @@ def main(
         out: the run's folder; default: runs/detection/TEACHER-STUDENT/METHOD-SEED.
         config: options of training.
     """
-    arm, loss = arm_from(method, temperature), method_of(method, temperature)
-    out = out or Path("runs/detection", f"{teacher}-{student}", f"{slug(arm.name)}-{config.seed}")
+    preset, loss = preset_from(method, temperature), method_of(method, temperature)
+    out = out or Path("runs/detection", f"{teacher}-{student}", f"{slug(preset.name)}-{config.seed}")
     read = partial(_read, data, size=size, resize_mode=resize_mode, subset=subset, batch_size=batch_size)
     splits = read(seed=config.seed, epochs=config.epochs or 1, augment=augment)
     build = partial(_build, classes=splits.train.classes)
@@ -108,7 +108,7 @@ def main(
             optimizer=optimizer,
             schedule=schedule,
             config=replace(config.for_teacher(length), max_grad_norm=MAX_GRAD_NORM),
-            facts={"label": f"teacher {teacher}", "student": {"name": teacher}, "data": _facts(teacher_splits)},
+            facts={"data": _facts(teacher_splits)},
         )
 
     key = {"data": splits.train.identity, "epochs": length, "batch_size": batch_size, "lr": lr, "seed": 0}
@@ -130,7 +130,12 @@ def main(
         schedule=schedule,
         config=config,
         out=out,
-        facts={"label": label or arm.label, "student": {"name": student}, "data": _facts(splits), "columns": COLUMNS},
+        facts={
+            "label": label or preset.label,
+            "student": {"name": student},
+            "data": _facts(splits),
+            "columns": COLUMNS,
+        },
         bind_teacher=_inherit if inherit_neck else None,
     )
 

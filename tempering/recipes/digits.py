@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tempering.data import Splits, digits
-from tempering.experiments.presets import arm_from, method_of, slug
+from tempering.experiments.presets import method_of, preset_from, slug
 from tempering.methods.logits.supervised import Supervised
 from tempering.models import build_seeded, stages
 from tempering.tasks import Classification
@@ -57,12 +57,12 @@ def main(
         out: the run's folder; default: runs/digits/METHOD-SEED. The teacher is kept in "teachers" next to it.
         config: options of training.
     """
-    arm, loss = arm_from(method, temperature), method_of(method, temperature)
-    out = out or Path("runs/digits", f"{slug(arm.name)}-{config.seed}")
+    preset, loss = preset_from(method, temperature), method_of(method, temperature)
+    out = out or Path("runs/digits", f"{slug(preset.name)}-{config.seed}")
     optimizer = partial(SGD, lr=lr)
     network = build_seeded(student, seed=config.seed, classes=10, channels=1)
     data = digits(batch_size=batch_size, seed=config.seed)
-    train = data.train if subset is None else data.train.subset(subset)
+    data = data if subset is None else data._replace(train=data.train.subset(subset))
 
     def train_teacher(model: nn.Module) -> Experiment:
         """Train on all images, with seed 0."""
@@ -74,7 +74,7 @@ def main(
             optimizer=optimizer,
             schedule=decay,
             config=config.for_teacher(teacher_epochs),
-            facts={"label": f"teacher {teacher}", "student": {"name": teacher}, "data": splits.facts()},
+            facts={"data": splits.facts()},
         )
 
     teacher_recipe = TeacherRecipe(
@@ -87,18 +87,12 @@ def main(
     return Experiment(
         student=network,
         teacher=teacher_recipe if loss.needs_teacher else None,
-        train=train,
-        validation=data.validation,
-        test=data.test,
+        **data._asdict(),
         method=loss,
         task=Classification(features={name: (name, name) for name in loss.select_features(stages(network))}),
         optimizer=optimizer,
         schedule=decay,
         config=config,
         out=out,
-        facts={
-            "label": label or arm.label,
-            "student": {"name": student},
-            "data": data._replace(train=train).facts(),
-        },
+        facts={"label": label or preset.label, "student": {"name": student}, "data": data.facts()},
     )

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from tempering.data.glue import TextPairLoader, read_glue, trained_tokenizer
-from tempering.experiments.presets import arm_from, method_of, slug
+from tempering.experiments.presets import method_of, preset_from, slug
 from tempering.methods.base import Method
 from tempering.methods.logits.supervised import Supervised
 from tempering.tasks import TextClassification
@@ -82,9 +82,9 @@ def main(
         out: the run's folder; default: runs/glue/DATA/METHOD-SEED. The teacher is kept in "teachers" next to it.
         config: options of training.
     """
-    arm, loss = arm_from(method, temperature), method_of(method, temperature)
+    preset, loss = preset_from(method, temperature), method_of(method, temperature)
     _check_cacheable(loss, teacher_cache)
-    out = out or Path("runs/glue", data.resolve().name, f"{slug(arm.name)}-{config.seed}")
+    out = out or Path("runs/glue", data.resolve().name, f"{slug(preset.name)}-{config.seed}")
     parts = read_glue(data, train=train_file)
     tokenizers = _tokenizers(student, teacher if loss.needs_teacher else None, parts["train"].texts, vocabulary)
     read = partial(_splits, data.resolve().name, parts, tokenizers, batch_size, length, validation)
@@ -133,7 +133,7 @@ def main(
         schedule=decay,
         config=config,
         out=out,
-        facts={"label": label or arm.label, "student": {"name": _name(student)}, "data": _facts(splits)},
+        facts={"label": label or preset.label, "student": {"name": _name(student)}, "data": _facts(splits)},
     )
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from tempering.data import Pairs, Tokens
 from tempering.data.pairs import make_pair, read_pairs
 from tempering.data.text import make_prompt_example, windows
-from tempering.experiments.presets import arm_from, method_of, slug
+from tempering.experiments.presets import method_of, preset_from, slug
 from tempering.methods.logits.supervised import Supervised
 from tempering.rollouts.scoring import exact_match, rouge_l
 from tempering.tasks import GenerationScorer, LanguageModeling, OnPolicy, Seq2Seq, SequenceLevel, Speculative
@@ -96,10 +96,12 @@ def main(
         out: the run's folder; default: runs/language/METHOD-SOURCE-SEED. The teacher is kept in "teachers" next to it.
         config: options of training.
     """
-    arm, loss = arm_from(method, temperature), method_of(method, temperature)
-    out = out or Path("runs/language", f"{slug(arm.name)}-{text_source}-{config.seed}")
+    preset, loss = preset_from(method, temperature), method_of(method, temperature)
+    out = out or Path("runs/language", f"{slug(preset.name)}-{text_source}-{config.seed}")
     load = partial(_parts, text, kind, length=length, batch_size=batch_size)
     parts, pairs = load(seed=config.seed, subset=subset), _holds_pairs(text)
+    for part in parts.values():
+        part.decode = _decode
     scorer = _scorer(text, max_new_tokens) if pairs and eval_generation else None
     task = Seq2Seq(scorer=scorer) if kind == "seq2seq" else LanguageModeling(scorer=scorer)
     build = partial(_net, kind, length + max_new_tokens if pairs else length, pairs)
@@ -120,7 +122,6 @@ def main(
             optimizer=optimizer,
             schedule=decay,
             config=config.for_teacher(teacher_epochs),
-            facts={"label": f"teacher {teacher}", "student": {"name": teacher}},
         )
 
     key = {"data": teacher_parts["train"].identity, "epochs": teacher_epochs, "batch_size": batch_size, "lr": lr}
@@ -157,7 +158,7 @@ def main(
         config=config,
         out=out,
         facts={
-            "label": label or (arm.label if text_source == "data" else f"{arm.label}, {text_source}"),
+            "label": label or (preset.label if text_source == "data" else f"{preset.label}, {text_source}"),
             "student": {"name": f"{family}-{student_layers}x{student_width}"},
             "data": {"name": text.name, "identity": parts["train"].identity, "length": length, "writes": text_source},
         },

@@ -25,7 +25,7 @@ from tempering.audits.attacks import fgsm, pgd
 from tempering.audits.base import as_function, frozen_eval_mode
 from tempering.data import cifar100
 from tempering.data.cifar import MEAN, STD
-from tempering.experiments.presets import arm_from, method_of, slug
+from tempering.experiments.presets import method_of, preset_from, slug
 from tempering.methods import Method
 from tempering.models import Normalized, build, stages
 from tempering.tasks import Classification
@@ -120,9 +120,9 @@ def main(
         out: the run's folder; default: runs/robust/TEACHER-STUDENT/METHOD-SEED.
         config: options of training. Evaluations during training are on clean images.
     """
-    arm, loss = arm_from(method, temperature), method_of(method, temperature)
+    preset, loss = preset_from(method, temperature), method_of(method, temperature)
     view, pruned = views or loss.second_view, loss.teacher_pruned if teacher_pruned is None else teacher_pruned
-    out = out or Path("runs/robust", f"{teacher}-{student}", f"{slug(arm.name)}-{config.seed}")
+    out = out or Path("runs/robust", f"{teacher}-{student}", f"{slug(preset.name)}-{config.seed}")
     # a third faster, attacks included; but a third slower for second derivatives
     channels_last = not loss.needs_live
     read = partial(cifar100, data, size=size, batch_size=batch_size, test_subset=test_subset, pixels=True)
@@ -137,14 +137,13 @@ def main(
         teacher_splits = read(subset=subset if teacher_subset is None else teacher_subset, seed=0, channels_last=True)
         return Experiment(
             student=model,
-            train=teacher_splits.train,
-            test=teacher_splits.test,
+            **teacher_splits._asdict(),
             method=teacher_loss,
             task=Attacked(eps=eps, steps=test_steps),
             optimizer=cifar_sgd(teacher_lr),
             schedule=cifar_decay,
             config=config.for_teacher(length),
-            facts={"label": f"teacher {teacher}", "student": {"name": teacher}, "data": teacher_splits.facts()},
+            facts={"data": teacher_splits.facts()},
         )
 
     key = {
@@ -169,8 +168,7 @@ def main(
     return Experiment(
         student=network,
         teacher=teacher_recipe if loss.needs_teacher else None,
-        train=splits.train,
-        test=splits.test,
+        **splits._asdict(),
         method=loss,
         task=task if view == "one" else TwoView(CutMix(), names=VIEWS, labeled=False, inner=task),
         optimizer=cifar_sgd(lr or cifar_lr(student)),
@@ -178,7 +176,7 @@ def main(
         config=config,
         out=out,
         facts={
-            "label": label or arm.label,
+            "label": label or preset.label,
             "student": {"name": student},
             "data": splits.facts(),
             "columns": COLUMNS,

@@ -25,7 +25,7 @@ from tempering.data import Tokens
 from tempering.data.canaries import canaries, insert_canaries
 from tempering.data.privacy import Patterns, byte_offsets, scores
 from tempering.data.text import windows
-from tempering.experiments.presets import arm_from, method_of, slug
+from tempering.experiments.presets import method_of, preset_from, slug
 from tempering.methods.logits.supervised import Supervised
 from tempering.tasks import LanguageModeling
 from tempering.tasks.base import TeacherForward
@@ -106,8 +106,8 @@ def main(
         out: the run's folder; default: runs/swing/METHOD-SEED. The teacher is kept in "teachers" next to it.
         config: options of training. The seed also selects the canaries and their positions.
     """
-    arm, loss = arm_from(method, temperature), method_of(method, temperature)
-    out, seed = out or Path("runs/swing", f"{slug(arm.name)}-{config.seed}"), config.seed
+    preset, loss = preset_from(method, temperature), method_of(method, temperature)
+    out, seed = out or Path("runs/swing", f"{slug(preset.name)}-{config.seed}"), config.seed
     content, detector = _read(text, subset), Patterns(kinds=privacy_detectors.split(","))
     sizes = {"length": length, "batch_size": batch_size, "seed": seed}
     parts: dict[str, Any] = _parts(content, detector, canaries_per_count, canary_digits, **sizes)
@@ -124,7 +124,6 @@ def main(
             optimizer=optimizer,
             schedule=decay,
             config=teacher_config,
-            facts={"label": f"teacher {name}", "student": {"name": name}},
         )
 
     key = {"data": parts["train"].identity, "epochs": teacher_epochs, "batch": batch_size, "lr": lr, "seed": seed}
@@ -148,7 +147,7 @@ def main(
         config=config,
         out=out,
         facts={
-            "label": label or arm.label,
+            "label": label or preset.label,
             "student": {"name": f"gpt-{student_layers}x{student_width}"},
             "data": {
                 "name": "made up" if text is None else text.name,

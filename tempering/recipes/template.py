@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from tempering.data import Batches, Splits, image_folder
-from tempering.experiments.presets import arm_from, method_of, slug
+from tempering.experiments.presets import method_of, preset_from, slug
 from tempering.methods.logits.supervised import Supervised
 from tempering.tasks import Classification
 from tempering.training.config import TrainConfig
@@ -31,20 +31,19 @@ SIZE = 16  # pixels per side
 # 1. The data: training, validation and test batches. Without a validation split the test split selects the best epoch.
 
 
-def load_data(folder: Path | None, *, batch_size: int, seed: int) -> Splits:
+def load_data(folder: Path | None, *, validation: int, batch_size: int, seed: int) -> Splits:
     """Load the images of a folder, or generate synthetic ones: a random pattern per class, with noise."""
     if folder is not None:
-        return image_folder(folder, size=SIZE, batch_size=batch_size, validation=100, flip=True, seed=seed)
+        return image_folder(folder, size=SIZE, batch_size=batch_size, validation=validation, flip=True, seed=seed)
     generator = torch.Generator().manual_seed(0)
     patterns = torch.rand(10, 3, SIZE, SIZE, generator=generator)
-    labels = torch.randint(10, (1400,), generator=generator)
+    labels = torch.randint(10, (1300,), generator=generator)
     noise = torch.rand(len(labels), 3, SIZE, SIZE, generator=generator)
     images = (255 * (0.3 * patterns[labels] + 0.7 * noise)).to(torch.uint8)
     order = {"batch_size": batch_size, "shuffle": True, "seed": seed}
     data = Batches(images, labels, mean=(0.5,) * 3, std=(0.25,) * 3, name="synthetic", **order)
     train, test = data.split(200, seed=0)
-    train, validation = train.split(200, seed=0)
-    return Splits(train, validation, test)
+    return Splits(*train.split(validation, seed=0), test) if validation else Splits(train, None, test)
 
 
 # 2. The networks: any nn.Module whose output is logits of shape (N, classes).
@@ -76,6 +75,7 @@ def decay(progress: float) -> float:
 def main(
     *,
     data: Path | None = None,
+    validation: int = 100,
     method: str = "dtkd",
     temperature: str | None = None,
     label: str | None = None,
@@ -91,6 +91,8 @@ def main(
 
     Args:
         data: a folder of images, a subfolder per class; default: synthetic images.
+        validation: training images held out to select the best epoch, if the folder has no validation split of its
+            own; with 0 the test images select it.
         method: a method, or a preset of one (`tempering list` shows them), such as supervised, kd, kd-matched, or
             "dtkd(soft=0.5, temperature=sharpness(4, solve=std))".
         temperature: a policy that replaces the method's own, such as "static(2)".
@@ -103,14 +105,15 @@ def main(
         out: the run's folder; default: runs/template/METHOD-SEED. The teacher is kept in "teachers" next to it.
         config: options of training.
     """
-    arm, loss = arm_from(method, temperature), method_of(method, temperature)
-    out = out or Path("runs/template", f"{slug(arm.name)}-{config.seed}")
-    splits = load_data(data, batch_size=batch_size, seed=config.seed)
+    preset, loss = preset_from(method, temperature), method_of(method, temperature)
+    out = out or Path("runs/template", f"{slug(preset.name)}-{config.seed}")
+    load = partial(load_data, data, validation=validation, batch_size=batch_size)
+    splits = load(seed=config.seed)
     classes, optimizer = splits.train.classes, partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=5e-4)
 
     # The teacher: trained when it is first needed; later runs with the same key reuse it. To load weights instead:
     # TeacherRecipe(weights=Path("teacher.safetensors"), train=None, ...).
-    name, teacher_splits = f"cnn-{teacher_width}", load_data(data, batch_size=batch_size, seed=0)
+    name, teacher_splits = f"cnn-{teacher_width}", load(seed=0)
 
     def train_teacher(model: nn.Module) -> Experiment:
         return Experiment(
@@ -120,7 +123,7 @@ def main(
             optimizer=optimizer,
             schedule=decay,
             config=config.for_teacher(teacher_epochs),
-            facts={"label": f"teacher {name}", "student": {"name": name}, "data": teacher_splits.facts()},
+            facts={"data": teacher_splits.facts()},
         )
 
     # everything that the weights depend on: with another key, another teacher is trained
@@ -138,14 +141,12 @@ def main(
     return Experiment(
         student=build_net(student_width, classes=classes, seed=config.seed),
         teacher=teacher if loss.needs_teacher else None,
-        train=splits.train,
-        validation=splits.validation,
-        test=splits.test,
+        **splits._asdict(),
         method=loss,
         task=Classification(),
         optimizer=optimizer,
         schedule=decay,
         config=config,
         out=out,
-        facts={"label": label or arm.label, "student": {"name": f"cnn-{student_width}"}, "data": splits.facts()},
+        facts={"label": label or preset.label, "student": {"name": f"cnn-{student_width}"}, "data": splits.facts()},
     )

@@ -269,7 +269,7 @@ def figure(value: float) -> str:
     if abs(value) >= 10_000:
         return f"{value / 1000:g}k"
     if 0 < abs(value) < 0.001:
-        return f"{value:.0e}".replace("e-0", "e-")
+        return f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")
     return f"{round(value, 6):g}"
 
 

@@ -18,7 +18,18 @@ FRACTIONS = ("accuracy", "top5", "agreement", "ece", "fgsm", "pgd", "map", "map5
 LOWER = ("loss", "ece", "perplexity", "nll")  # better when lower
 NOT_RUN = "not run"
 # settings in which the runs of a table may differ
-NO_DIFFERENCE = ("seed", "out", "quiet", "resume", "log_every", "keep", "checkpoint_every", "selfcheck", "skip_checks")
+NO_DIFFERENCE = (
+    "seed",
+    "out",
+    "quiet",
+    "resume",
+    "examples",
+    "log_every",
+    "keep",
+    "checkpoint_every",
+    "selfcheck",
+    "skip_checks",
+)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tempering.reports import charts
@@ -226,11 +226,17 @@ def learning(comparison: Comparison) -> Section:
     get = percent(get) if metric.fraction else get
     name, unit = f"{split.capitalize()} {metric.key}", f"{metric.key}{_unit_suffix(metric.unit)}"
     teacher_score = teacher_accuracy(comparison)
-    levels = [] if teacher_score is None else [(100 * teacher_score, TEACHER, "teacher")]
+    scale = 100 if metric.fraction else 1
+    levels = [] if teacher_score is None else [(scale * teacher_score, TEACHER, "teacher")]
+    averaged = inside(f"{split}_ema", metric.key)
+    averaged = percent(averaged) if metric.fraction else averaged
+    caption = "Of the moving average of the student's weights (EMA)."
     figures = [
         overlay(comparison, "score", name, get, y_label=unit, levels=levels),
         overlay(comparison, "score-late", f"{name}, second half", get, y_label=unit, begin=0.5),
+        overlay(comparison, "ema", f"{name}, EMA", averaged, y_label=unit, levels=levels, caption=caption),
         overlay(comparison, "loss-train", "Training loss", inside("loss"), y_label="log scale", log=True),
+        overlay(comparison, "rate", "Learning rate", inside("lr"), stream="steps", y_label="learning rate"),
     ]
     if metric.key != "loss":
         title = f"{split.capitalize()} cross entropy"
@@ -293,24 +299,53 @@ def terms(comparison: Comparison) -> Section:
         figures.append(
             overlay(comparison, f"term-{i}", title, get, stream="steps", y_label=label, log=True, size=SMALL)
         )
+    figures += [_terms_by_epoch(arm, styles(comparison)[arm.label], list(names)) for arm in arms_in_charts(comparison)]
     return Section(
         "terms",
         "Loss terms",
-        "The terms of the loss, including weights and warm-up. Terms with the same name may differ between methods.",
+        "The terms of the loss, including weights and warm-up. Terms with the same name may differ between methods. "
+        "Per epoch: the mean of its logged steps.",
         [f for f in figures if f is not None],
         missing="No step was logged.",
         many=True,
     )
 
 
+def _terms_by_epoch(arm: Arm, css: str, names: Sequence[str]) -> Figure | None:
+    """Return the terms of one arm, averaged over the logged steps of each epoch; None for fewer than two terms."""
+    series = []
+    for i, name in enumerate(names):
+        runs = [replace(run, steps=_epoch_means(run, name)) for run in shown(arm)]
+        line = curve(runs, "steps", "epoch", inside("mean"))
+        if line is not None and any(line.y):
+            series.append(line.series(f"{css} d{i % 4}", name, dots=len(line.x) <= 60, band=False))
+    if len(series) < 2 or max(len(s.x) for s in series) < 2:
+        return None
+    title, key = f"{arm.name}: terms per epoch", f"{css}-terms"
+    texts = [replace(s, text=s.name) for s in series]
+    svg = charts.lines(
+        key, title, ", ".join(s.name for s in series), texts, x_label="epoch", y_label="mean", size=SMALL
+    )
+    return Figure(title, svg, "", css)
+
+
+def _epoch_means(run: RunRecord, name: str) -> list[dict[str, Any]]:
+    values: dict[Any, list[float]] = {}
+    for line in run.steps:
+        if (value := number((line.get("terms") or {}).get(name))) is not None:
+            values.setdefault(line.get("epoch"), []).append(value)
+    return [{"epoch": epoch, "mean": sum(found) / len(found)} for epoch, found in values.items()]
+
+
 def teacher_accuracy(comparison: Comparison) -> float | None:
-    """Return the teacher's accuracy (or mAP) on the analyzed split; None if no record has it."""
+    """Return the teacher's score on the analyzed split; None if no record has it."""
     key = comparison.metric.key
     for arm in comparison.arms:
         for run in shown(arm):
             analysis = run.analysis or {}
             part = analysis.get("accuracy") if key == "accuracy" else (analysis.get("detection") or {}).get(key)
-            value = number((part or {}).get("teacher"))
+            value = number((part if isinstance(part, dict) else {}).get("teacher"))
+            value = number((analysis.get("teacher_scores") or {}).get(key)) if value is None else value
             if value is not None and analysis.get("split") == comparison.metric.name.partition("/")[0]:
                 return value
     return None

@@ -44,8 +44,9 @@ def boxes(comparison: Comparison) -> list[Section]:
         Section(
             "boxes",
             "Boxes",
-            "Images of the scored split. White: ground truth. Dashed: the teacher's. Colored: the "
-            f"student's, of the first seed; scores of {_min_score(runs):g} or more.{_found_shares(runs)}{omitted}",
+            "Images of the scored split whose boxes differ most between the two. White: truth. Dashed: the teacher's. "
+            f"Colored: the student's, of the first seed; scores of {_min_score(runs):g} or more."
+            f"{_found_shares(runs)}{omitted}",
             fitting,
             many=True,
         )

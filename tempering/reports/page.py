@@ -12,15 +12,17 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
 from tempering.reports import audit_section as audited
-from tempering.reports import figures, figures_analysis, figures_boxes, figures_temperature, table
+from tempering.reports import figures, figures_analysis, figures_boxes, figures_examples, figures_temperature, table
 from tempering.reports import text as words
 from tempering.reports.compare import Arm, Comparison, compare, display_name
+from tempering.reports.pair import pair, side_by_side
 from tempering.reports.records import RunRecord, number
 from tempering.utils.files import write_atomic
 
 HERE = Path(__file__).parent
-LIMIT = 2_000_000  # bytes; small enough for a mail and to open quickly in a browser
+LIMIT = 1_500_000  # bytes; small enough for a mail and to open quickly in a browser
 MOST_FOLDERS = 200  # lines of a summary's list of folders
+REFRESH = 15  # seconds between reloads of the page of a run in progress
 COLORS = 6  # in page.css, besides the control's gray
 DASHES = ("none", "8 3", "8 3 2 3", "2 3")
 
@@ -41,21 +43,28 @@ def write_page(
 ) -> Path:
     """Write the report of these runs as one HTML file, atomically, and return its path.
 
-    The same records give the same bytes. ``control`` is as in ``compare``. A page that would have more than 2 MB is a
+    The same records give the same bytes. ``control`` is as in ``compare``. A page that would have more than 1.5 MB is a
     summary: it links to the records instead of quoting them; then it has charts, then a table of the best methods only.
 
     Raises:
         ValueError: as in ``compare``.
         ImportError: if jinja2 is not installed (extra "report").
     """
-    path, text = Path(path), ""
-    for extent in EXTENTS:
-        text = render(runs, title=title, control=control, extent=extent, folder=path.parent)
-        if len(text.encode()) <= LIMIT:
-            break
+    path = Path(path)
+    text = fitting(runs, title=title, control=control, folder=path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, text)
     return path
+
+
+def fitting(runs: Sequence[RunRecord], *, title: str | None, control: str | None, folder: Path) -> str:
+    """Return the text of the page that ``write_page`` writes into ``folder``."""
+    text = ""
+    for extent in EXTENTS:
+        text = render(runs, title=title, control=control, extent=extent, folder=folder)
+        if len(text.encode()) <= LIMIT:
+            break
+    return text
 
 
 def render(
@@ -73,7 +82,9 @@ def render(
         raise ImportError("the HTML report needs jinja2: pip install 'tempering[report]'.") from error
     from tempering.reports.charts import Svg
 
+    runs = side_by_side(runs)
     comparison = compare(runs, control)
+    state, status = words.state(comparison)
     sentences = words.headline(comparison)
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -95,6 +106,9 @@ def render(
     text = environment.get_template("page.html").render(
         title=title or _title(comparison),
         subtitle=_subtitle(comparison),
+        state=state,
+        status=status,
+        refresh=REFRESH if state == "running" else None,
         verdict=sentences[0],
         more=sentences[1:],
         cards=_cards(comparison),
@@ -105,6 +119,9 @@ def render(
         reading=words.reading(comparison),
         sections={section.key: section for section in sections},
         confusions=figures_analysis.confusions(charted),
+        examples=figures_examples.examples(charted),
+        failures=figures_examples.failures(charted),
+        pair=pair(comparison, css),
         audits=audited.audits(charted),
         runs=[_run(run, css.get(run.label, "other")) for run in quoted],
         links=_links(comparison, extent, Path(folder)),
@@ -114,12 +131,12 @@ def render(
     return text + "\n"
 
 
-def _best(comparison: Comparison, most: int | None) -> tuple[Arm, ...]:
+def _best(comparison: Comparison, limit: int | None) -> tuple[Arm, ...]:
     """Return at most that many arms, in their order: the controls, then those with the best means."""
-    if most is None or len(comparison.arms) <= most:
+    if limit is None or len(comparison.arms) <= limit:
         return comparison.arms
     by_rank = [*comparison.controls, *(arm.label for arm in (*comparison.ranked, *comparison.arms))]
-    kept = set(list(dict.fromkeys(by_rank))[:most])
+    kept = set(list(dict.fromkeys(by_rank))[:limit])
     return tuple(arm for arm in comparison.arms if arm.label in kept)
 
 
@@ -209,7 +226,7 @@ def _cards(comparison: Comparison) -> list[dict[str, str]]:
         note = f"of the gap from {control.name} to the teacher"
         cards.append({"value": f"{100 * share:.0f} %", "what": "gap closed", "note": note})
     small, large = _sizes(comparison)
-    if cards and small and large:
+    if cards and small and large and large > small:
         note = f"{_count(small)} parameters, the teacher has {_count(large)}"
         cards.append({"value": f"{large / small:.3g}\u00d7", "what": "smaller", "note": note})
     return cards
@@ -256,6 +273,7 @@ def _run(run: RunRecord, css: str) -> dict[str, Any]:
         ("settings", _named(facts, "settings")),
         ("optimizer", _named(facts, "optimizer")),
         ("best by", facts.get("best_by")),
+        ("loggers", _named(facts, "loggers")),
         *((which, _text(scores)) for which, scores in score.items()),
     ]
     command = facts.get("command")

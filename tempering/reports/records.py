@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tempering.reports.schema import misfit
-from tempering.utils.files import sha256_text, verify_records, write_atomic
+from tempering.utils.files import is_locked, sha256_text, verify_records, write_atomic
 from tempering.utils.text import number as number
 from tempering.utils.text import printable_texts, without_private_paths
 
@@ -99,7 +99,30 @@ def load_run(path: str | Path) -> RunRecord:
         "analysis": _object(analysis) if analysis.is_file() else None,
         "audits": _object(audits) if audits.is_file() else None,
     }
-    return _record(path, content, path / "facts.json")
+    run = _record(path, content, path / "facts.json")
+    return replace(run, facts={**run.facts, "status": "interrupted"}) if _was_killed(path, run.status) else run
+
+
+def _was_killed(path: Path, status: str) -> bool:
+    """Whether a run that says it is running holds no lock any more; without a lock file it is not known."""
+    lock = path / ".lock"
+    if status != "running" or not lock.is_file():
+        return False
+    try:
+        return not is_locked(lock)
+    except OSError:  # a file system without locks, or a folder of another user
+        return False
+
+
+def load_runs(paths: Iterable[str | Path], *, public: bool = False) -> list[RunRecord]:
+    """Load every run at or below these paths; ``public`` is without private values.
+
+    Raises:
+        FileNotFoundError: if a path does not exist, or contains no record.
+        ValueError: as in ``load_run``.
+    """
+    runs = [load_run(path) for path in find_runs(paths)]
+    return [without_private(run) for run in runs] if public else runs
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Path]:
@@ -123,7 +146,7 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def pack(run_dir: str | Path, max_steps: int = 60) -> dict[str, Any]:
-    """Pack a run into one object for committing: subsample steps, remove host name and machine paths, add a hash.
+    """Pack a run into one object for committing: subsample steps, remove host, paths and examples, add a hash.
 
     Non-finite numbers become null, since JSON cannot represent them.
     """
@@ -139,7 +162,7 @@ def pack(run_dir: str | Path, max_steps: int = 60) -> dict[str, Any]:
         "facts": facts,
         "epochs": run.epochs,
         "steps": steps,
-        "analysis": run.analysis,
+        "analysis": _without_examples(run.analysis),
         **({} if run.audits is None else {"audits": run.audits}),
     }
     content = without_private_paths(_clean(content), run.of("host").get("name"))
@@ -147,11 +170,15 @@ def pack(run_dir: str | Path, max_steps: int = 60) -> dict[str, Any]:
 
 
 def without_private(run: RunRecord) -> RunRecord:
-    """Return the record without host name, private paths and secrets, for publishing."""
+    """Return the record without host name, private paths, secrets and examples of the data, for publishing."""
     host = run.of("host").get("name")
-    parts = {"facts": _without_host(run.facts), "analysis": run.analysis, "audits": run.audits}
+    parts = {"facts": _without_host(run.facts), "analysis": _without_examples(run.analysis), "audits": run.audits}
     cleaned = {name: without_private_paths(part, host) for name, part in parts.items()}
     return replace(run, source=Path(*run.source.absolute().parts[-2:]), **cleaned)
+
+
+def _without_examples(analysis: dict[str, Any] | None) -> dict[str, Any] | None:
+    return analysis and {key: value for key, value in analysis.items() if key != "examples"}
 
 
 def _without_host(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,17 +268,17 @@ def _object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _lines(path: Path, most: int = MOST_STEPS) -> list[dict[str, Any]]:
+def _lines(path: Path, limit: int = MOST_STEPS) -> list[dict[str, Any]]:
     """Return the objects of a JSON-lines file, [] if it does not exist; skip an incomplete last line.
 
-    Of more than ``most`` lines, evenly spaced ones are read, the first and the last among them.
+    Of more than ``limit`` lines, evenly spaced ones are read, the first and the last among them.
     """
     if not path.is_file():
         return []
     with open(path, "rb") as file:
         count = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
         file.seek(0)
-        every, out = -(-count // most) or 1, list[dict[str, Any]]()
+        every, out = -(-count // limit) or 1, list[dict[str, Any]]()
         for number_, line in enumerate(file, 1):
             if (number_ - 1) % every and number_ != count:
                 continue

@@ -18,6 +18,8 @@ DRAWN = {
     "temperatures": {"policy!": str, "by_difficulty": [PART]},
     "reliability": {"temperature": {"*": float}, "plain": {"*": [DOT]}, "tempered": {"*": [DOT]}},
 }
+EXAMPLE = {"kl!": float, "classes": [[]], "png": str, "width": float, "height": float, "text": str, "prompt": str}
+EXAMPLE |= {"tokens": [[]], "at": int, "label": int, "likeliest": [[]]}
 PICTURE = {"jpeg!": str, "width!": float, "height!": float, "boxes!": {"*": [[float]]}}
 RECORD = {
     "facts": {
@@ -37,6 +39,8 @@ RECORD = {
         "per_class": {"*": [float]},
         "confusions": [PAIR],
         "temperatures": {"by_difficulty": [{}]},
+        "examples": [EXAMPLE],
+        "teacher_scores": {"*": float},
         "detection": {"map": {}, "map_by_class": {"*": [float]}, "pictures": [PICTURE]},
     },
     "audits": {"audits!": {"*": {"findings!": [FINDING], "drawn": DRAWN}}},

@@ -34,6 +34,9 @@ def cells(comparison: Comparison, arm: Arm) -> dict[str, tuple[str, bool]]:
         f"best{unit}": (words.spread(comparison, (mean(best), deviation(best))), False),
         "best epoch": (words.epochs(arm), False),
     }
+    averaged = Metric(metric.name.replace("/", "_ema/"))
+    if any(other.scores(averaged) for other in comparison.arms):
+        row[f"EMA{unit}"] = (_spread(metric, arm.scores(averaged)), False)
     if any(other.reported for other in comparison.arms):
         row[f"reported{unit}"] = (metric.show(arm.reported and arm.reported[0]), False)
     row |= {_head(other): (_spread(other, arm.scores(other)), False) for other in comparison.columns}

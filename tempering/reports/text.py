@@ -8,7 +8,7 @@ from typing import Any
 
 from tempering.reports.compare import NOT_RUN, Arm, Comparison, display_name
 from tempering.reports.intervals import Difference
-from tempering.reports.records import number
+from tempering.reports.records import RunRecord, number
 
 PM = "\u00b1"
 
@@ -137,6 +137,28 @@ def _open(comparison: Comparison) -> list[str]:
     return sentences
 
 
+def state(comparison: Comparison) -> tuple[str, str]:
+    """Return the state of all runs, "running", "interrupted", "failed" or "done", and a sentence on it."""
+    runs = [run for arm in comparison.arms for run in arm.runs]
+    counts = Counter("done" if run.done else run.status for run in runs)
+    main = next((name for name in ("running", "failed", "interrupted") if counts[name]), "done")
+    names = {"done": "finished"}
+    if len(runs) == 1:
+        return main, names.get(main, main).capitalize() + _progress(runs[0])
+    parts = [f"{count} {names.get(name, name)}" for name, count in counts.most_common()]
+    going = [f"{display_name(run.label)}, seed {run.seed}{_progress(run)}" for run in runs if run.status == "running"]
+    return main, f"{len(runs)} runs: {', '.join(parts)}" + (f". Running: {_listed(going)}" if going else "")
+
+
+def _progress(run: RunRecord) -> str:
+    """Return how far an unfinished run is, as in ": epoch 3 of 10, step 120 of 400"; "" if it is not known."""
+    if run.done or not run.steps:
+        return ""
+    last, settings = run.steps[-1], run.of("settings")
+    totals = {"epoch": settings.get("epochs"), "step": settings.get("total_steps")}
+    return ": " + ", ".join(f"{k} {last.get(k)}" + (f" of {n}" if n else "") for k, n in totals.items() if last.get(k))
+
+
 def reading(comparison: Comparison) -> list[str]:
     """Return sentences on how to read the table and on its limits."""
     metric = comparison.metric
@@ -180,7 +202,25 @@ def _costs(comparison: Comparison) -> list[str]:
     costs: list[Any] = [run.of("result").get("cost") for run in runs]
     cost: dict[str, Any] = next((found for found in costs if isinstance(found, dict)), {})
     parts = [f"{who} {_cost(cost[who])}" for who in ("student", "teacher") if isinstance(cost.get(who), dict)]
-    return [f"Cost of one sample, on the machine of the run: {'; '.join(parts)}."] if parts else []
+    said = [f"Cost of one sample, on the machine of the run: {'; '.join(parts)}."] if parts else []
+    return [*said, *_times(cost)]
+
+
+def _times(cost: dict[str, Any]) -> list[str]:
+    """Say how times were measured; [] if the runs have none."""
+    if not cost:
+        return []
+    under: dict[str, Any] = cost.get("measured") or {}
+    said = ["MB are of the weights. Latency is the median of three forward passes at the end of the run"]
+    said += [f"on {under['device']} with {under.get('threads')} CPU threads"] if under.get("device") else []
+    sentences = [f"{' '.join(said)}; ms / step is the wall time of training, with the loading of data, over its steps."]
+    load, cores = number(under.get("load")), number(under.get("cores"))
+    if load is not None and cores is not None and load > max(1.5, cores):
+        sentences.append(
+            f"Other processes ran meanwhile (load {load:.1f} on {cores:.0f} cores), so these times are too long: "
+            "repeat them on an idle machine before comparing them."
+        )
+    return sentences
 
 
 def _cost(one: dict[str, Any]) -> str:

@@ -73,15 +73,21 @@ class RecomputingDecoder:
         model: an encoder-decoder, or with ``cached=False`` a causal model.
         vocabulary: number of logits to return; None returns all.
         encoder_kwargs: inputs besides the decoder's tokens: input_ids, attention_mask, encoder_outputs.
-        most: most tokens that the decoder reads; further tokens of a block are left out.
+        max_length: max_length tokens that the decoder reads; further tokens of a block are left out.
         cached: False recomputes all tokens at every call; the work then grows with the square of the length.
     """
 
     def __init__(
-        self, model: nn.Module, vocabulary: int | None, encoder_kwargs: Mapping[str, Any], *, most: int, cached: bool
+        self,
+        model: nn.Module,
+        vocabulary: int | None,
+        encoder_kwargs: Mapping[str, Any],
+        *,
+        max_length: int,
+        cached: bool,
     ) -> None:
         self.model, self.vocabulary, self.encoder_kwargs = model, vocabulary, encoder_kwargs
-        self.most, self.cached = most, cached
+        self.max_length, self.cached = max_length, cached
         self.causal = not is_encoder_decoder(model)
         self.start = None if self.causal else decoder_start_id(model)
         self.forwards, self.cache, self.slots = 0, None, None
@@ -98,8 +104,8 @@ class RecomputingDecoder:
         n, lengths = ids.shape[1], mask.sum(-1, keepdim=True)
         active = lengths[mask[:, -1] != 0]
         begin, end = torch.stack((active.min() - n, active.max())).tolist()
-        begin = min(begin, self.most - 1) if self.cached else 0
-        tokens = self.slots.gather(1, order)[:, begin : min(self.most, end)]
+        begin = min(begin, self.max_length - 1) if self.cached else 0
+        tokens = self.slots.gather(1, order)[:, begin : min(self.max_length, end)]
         count = torch.arange(tokens.shape[1], device=ids.device).expand_as(tokens)
         own = {"mask": (count < lengths.clamp_min(1)).long(), "positions": count.minimum(lengths - 1).clamp_min(0)}
         logits, self.cache = forward(

@@ -39,15 +39,15 @@ def max_positions(model: nn.Module) -> int | None:
 # causal models
 
 
-def make_causal_decoder(model: nn.Module, vocabulary: int | None, *, rejects: bool, most: int) -> Decoder:
+def make_causal_decoder(model: nn.Module, vocabulary: int | None, *, rejects: bool, max_length: int) -> Decoder:
     """Return the decoder that fits a causal model, as ``causal_strategy`` finds.
 
     Args:
         model, rejects: as in ``causal_strategy``.
         vocabulary: number of logits to return; None returns all.
-        most: most tokens of a text.
+        max_length: max_length tokens of a text.
     """
-    return _causal_decoder(causal_strategy(model, rejects=rejects), model, vocabulary, most)
+    return _causal_decoder(causal_strategy(model, rejects=rejects), model, vocabulary, max_length)
 
 
 def causal_strategy(model: nn.Module, *, rejects: bool) -> str:
@@ -74,12 +74,12 @@ def causal_strategy(model: nn.Module, *, rejects: bool) -> str:
     return known[key]
 
 
-def _causal_decoder(strategy: str, model: nn.Module, vocabulary: int | None, most: int) -> Decoder:
+def _causal_decoder(strategy: str, model: nn.Module, vocabulary: int | None, max_length: int) -> Decoder:
     if strategy == "mask":
         return CachedDecoder(model, vocabulary)
     if strategy == "shift":
         return ShiftingCacheDecoder(model, vocabulary, {})
-    return RecomputingDecoder(model, vocabulary, {}, most=most, cached=False)
+    return RecomputingDecoder(model, vocabulary, {}, max_length=max_length, cached=False)
 
 
 def _find_causal_strategy(model: nn.Module, rejects: bool) -> str:
@@ -174,7 +174,7 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def make_decoder(
-    model: nn.Module, vocabulary: int | None, source: Mapping[str, Tensor], *, most: int
+    model: nn.Module, vocabulary: int | None, source: Mapping[str, Tensor], *, max_length: int
 ) -> RecomputingDecoder | ShiftingCacheDecoder:
     """Encode the source and return the decoder that fits the model, as ``decoder_strategy`` finds.
 
@@ -189,10 +189,10 @@ def make_decoder(
     # FSMT's decoder attends to later tokens unless it gets the source's ids as well
     kwargs: dict[str, Any] = {n: source[n] for n in ("input_ids", "attention_mask") if source.get(n) is not None}
     kwargs["encoder_outputs"] = unwrap_model(model).get_encoder()(**kwargs)  # pyright: ignore[reportCallIssue]
-    strategy = decoder_strategy(model, kwargs) if most > 2 else "recompute"
+    strategy = decoder_strategy(model, kwargs) if max_length > 2 else "recompute"
     if strategy == "shift":
         return ShiftingCacheDecoder(model, vocabulary, kwargs)
-    return RecomputingDecoder(model, vocabulary, kwargs, most=most, cached=strategy == "crop")
+    return RecomputingDecoder(model, vocabulary, kwargs, max_length=max_length, cached=strategy == "crop")
 
 
 def decoder_strategy(model: nn.Module, encoder_kwargs: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,19 @@ from tempering.rollouts.decoders import is_encoder_decoder
 from tempering.rollouts.decoding import causal_strategy
 from tempering.rollouts.generation_config import as_sampling, generation_limits
 from tempering.rollouts.sampling import TURNS, GenerationStats, generate, prompts_and_source
+
+
+class GenerationOptions(TypedDict, total=False):
+    """The options of ``OnPolicy`` that loaders derived from it have as well."""
+
+    generated_fraction: float
+    max_new_tokens: int | None
+    eos: int | Sequence[int] | None
+    pad: int
+    prompt_length: int
+    vocabulary: int | None
+    seed: int
+    turn: str
 
 
 class OnPolicy:

@@ -20,7 +20,17 @@ from tempering.rows import IGNORE_INDEX, upcast_to_float32
 from tempering.teachers.outputs import PrecomputedLogits
 from tempering.utils.tensors import eval_mode, on_host, to_device
 
-CARRIED = {"input_ids", "attention_mask", "labels", "learn", "replaced", "generated", "ids", "privacy_score", "taught"}
+CARRIED = {
+    "input_ids",
+    "attention_mask",
+    "labels",
+    "learn",
+    "replaced",
+    "generated",
+    "ids",
+    "privacy_score",
+    "teacher_outputs",
+}
 TURNS = {"last": -1, "first": 0, "random": None}  # index among the learned turns of a text
 
 
@@ -223,7 +233,7 @@ def generate(
         vocabulary: number of tokens; None is the smallest embedding of the models.
         seed: seed of the sampling.
         source: inputs of an encoder-decoder; the prompts are then its start, and the batch is for ``Seq2Seq``.
-        reuse: store the teacher's logits of generated tokens as the batch's "taught": 4 V bytes per token in float32.
+        reuse: store the teacher's logits of generated tokens as "teacher_outputs" of the batch: 4 V bytes per token.
 
     Raises:
         TypeError: for a causal model without a cache, an encoder-decoder without a source, or one of each.
@@ -246,9 +256,9 @@ def generate(
         for model in models:
             _check_positions(model, longest if source is None else 0, max_new_tokens)
         decoders = [
-            make_causal_decoder(m, size, rejects=teacher is not None, most=longest + max_new_tokens)
+            make_causal_decoder(m, size, rejects=teacher is not None, max_length=longest + max_new_tokens)
             if source is None
-            else make_decoder(m, size, source, most=max_new_tokens)
+            else make_decoder(m, size, source, max_length=max_new_tokens)
             for m in models
         ]
         if state.start.shape[1]:
@@ -274,7 +284,7 @@ def generate(
     stats.teacher_forwards = decoders[1].forwards if teacher is not None else 0
     batch: dict[str, Any] = state.batch(pad) if source is None else state.seq2seq_batch(pad, source)
     if reuse and teacher is not None:
-        batch["taught"] = PrecomputedLogits(torch.cat([part for row in state.logits for part in row]), teacher)
+        batch["teacher_outputs"] = PrecomputedLogits(torch.cat([part for row in state.logits for part in row]), teacher)
     return batch, stats
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
 from tempering.rollouts.generation_config import Sampling
-from tempering.rollouts.on_policy import OnPolicy
+from tempering.rollouts.on_policy import GenerationOptions, OnPolicy
 from tempering.rows import IGNORE_INDEX
 
 
@@ -34,38 +34,15 @@ class SequenceLevel(OnPolicy):
     """
 
     def __init__(
-        self,
-        teacher: Any,
-        batches: Iterable[Any],
-        *,
-        generated_fraction: float = 1.0,
-        max_new_tokens: int | None = None,
-        eos: int | Sequence[int] | None = None,
-        pad: int = 0,
-        sampling: Any = None,
-        prompt_length: int = 1,
-        vocabulary: int | None = None,
-        seed: int = 0,
-        turn: str = "last",
+        self, teacher: Any, batches: Iterable[Any], *, sampling: Any = None, **options: Unpack[GenerationOptions]
     ) -> None:
         model = teacher if isinstance(teacher, nn.Module) else getattr(teacher, "model", None)
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"SequenceLevel needs a teacher with a model; got {type(teacher).__name__}, which has none."
             )
-        super().__init__(
-            model,
-            batches,
-            generated_fraction=generated_fraction,
-            max_new_tokens=max_new_tokens,
-            eos=eos,
-            pad=pad,
-            sampling=sampling or Sampling(temperature=0.0),
-            prompt_length=prompt_length,
-            vocabulary=vocabulary,
-            seed=seed,
-            turn=turn,
-        )
+        sampling = sampling or Sampling(temperature=0.0)
+        super().__init__(model, batches, sampling=sampling, **{"generated_fraction": 1.0, **options})
 
     def generate(self, batch: Any, seed: int) -> dict[str, Any]:
         """Return the batch with the teacher's completions as labels."""

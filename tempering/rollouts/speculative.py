@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Unpack
 
 from torch import nn
 
 from tempering.rollouts.generation_config import Sampling, as_sampling
-from tempering.rollouts.on_policy import OnPolicy
+from tempering.rollouts.on_policy import GenerationOptions, OnPolicy
 
 
 class Speculative(OnPolicy):
@@ -57,31 +57,13 @@ class Speculative(OnPolicy):
         epochs: int | None = None,
         nucleus: float = 1.0,
         block: int = 5,
-        generated_fraction: float = 1.0,
-        max_new_tokens: int | None = None,
-        eos: int | Sequence[int] | None = None,
-        pad: int = 0,
         sampling: Any = None,
         resampling: Any = None,
         reuse: bool = False,
-        prompt_length: int = 1,
-        vocabulary: int | None = None,
-        seed: int = 0,
-        turn: str = "last",
+        **options: Unpack[GenerationOptions],
     ) -> None:
-        super().__init__(
-            student,
-            batches,
-            generated_fraction=generated_fraction,
-            max_new_tokens=max_new_tokens,
-            eos=eos,
-            pad=pad,
-            sampling=sampling or Sampling(temperature=0.5, top_p=0.5),
-            prompt_length=prompt_length,
-            vocabulary=vocabulary,
-            seed=seed,
-            turn=turn,
-        )
+        sampling = sampling or Sampling(temperature=0.5, top_p=0.5)
+        super().__init__(student, batches, sampling=sampling, **{"generated_fraction": 1.0, **options})
         first, last = (top_k, top_k) if isinstance(top_k, int) else top_k
         if min(first, last, block) < 1 or not 0.0 < nucleus <= 1.0:
             raise ValueError(

@@ -85,6 +85,27 @@ class Task(ABC):
         """
         return {}
 
+    def examples(
+        self, student: nn.Module, batches: Iterable[Any], teacher: TeacherForward, most: int
+    ) -> list[dict[str, Any]]:
+        """Return the samples on which both models differ most, at most ``most``, JSON-serializable, for the report.
+
+        See ``tasks.examples``; [] for tasks that show none.
+        """
+        return []
+
+    def score_teacher(self, teacher: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+        """Score the teacher as ``score`` does the student, at the end of a run; {} if its inputs are others."""
+        for batch in batches:
+            student_in, teacher_in, _ = self.inputs(batch)
+            return self.score(teacher, batches) if student_in is teacher_in else {}
+        return {}
+
+
+def tokenizer_of(data: Any) -> Any:
+    """Return the tokenizer of a loader's student; None if it has none."""
+    return getattr(data, "student_tokenizer", getattr(data, "tokenizer", None))
+
 
 @contextmanager
 def evaluating(student: nn.Module, batches: Iterable[Any]) -> Iterator[Iterator[Any]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.data.batches import LabeledBatch, labeled_batch
-from tempering.rows import Rows, class_indices, class_labels, is_labeled, upcast_to_float32
+from tempering.rows import SEVERAL_LABELS, Rows, class_indices, class_labels, is_labeled, upcast_to_float32
 from tempering.tasks.base import NothingToScoreError, PolicyForward, Task, TeacherForward, evaluating
 from tempering.utils.device import synchronize
 from tempering.utils.tensors import described, logits_of, map_tensors, on_host
@@ -36,6 +36,14 @@ class Classification(Task):
 
     def __init__(self, *, features: Mapping[str, tuple[str, str]] | None = None) -> None:
         self.features = dict(features or {})
+
+    def prepare_model(self, model: nn.Module) -> None:
+        """Reject models of transformers whose outputs are no classes.
+
+        Raises:
+            TypeError: for a model of several labels per sample, or of regression.
+        """
+        check_has_classes(model)
 
     def inputs(self, batch: Any) -> tuple[Any, Any, Tensor | None]:
         plain = type(batch) is tuple and len(batch) == 3 and getattr(batch[2], "dtype", None) is torch.int64
@@ -112,6 +120,16 @@ class Classification(Task):
         scores = self.final_scores(student, batches)
         return out | {"scores": scores} if scores else out
 
+    def examples(
+        self, student: nn.Module, batches: Iterable[Any], teacher: TeacherForward, most: int
+    ) -> list[dict[str, Any]]:
+        from tempering.tasks.examples import class_examples
+
+        return class_examples(self, student, batches, teacher, most)
+
+    def score_teacher(self, teacher: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+        return {}  # the analysis has the teacher's accuracy
+
     def final_scores(self, student: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
         """Return the scores that are too expensive for each epoch: metric -> value; {} for none."""
         return {}
@@ -160,6 +178,25 @@ def collect_outputs(
     return outputs
 
 
+def check_has_classes(model: nn.Module) -> None:
+    """Check that the outputs of a model of transformers are classes, of which a sample has one.
+
+    Raises:
+        TypeError: for several labels per sample, or regression, by the model's config.
+    """
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        problem = getattr(config, "problem_type", None)
+        if problem == "multi_label_classification":
+            raise TypeError(
+                f"{type(module).__name__} has problem_type={problem!r}, so its outputs are not classes of which one is "
+                f"right, and a softmax over them has no meaning. {SEVERAL_LABELS}"
+            )
+        one = type(module).__name__.endswith("Classification") and getattr(config, "num_labels", 2) == 1
+        if problem == "regression" or one:
+            raise TypeError(f"{type(module).__name__} has one output, and no classes. {ONE_CLASS}")
+
+
 def reliability(logits: Tensor, labels: Tensor) -> list[dict[str, float]]:
     """Return confidence and accuracy in BINS bins of equal width: [{low, high, count, confidence, accuracy}]."""
     confidence, predicted = logits.softmax(-1).max(-1)
@@ -199,18 +236,25 @@ def _per_class(logits: Tensor, labels: Tensor, classes: int) -> list[float | Non
     return [float(r) / int(n) if n else None for r, n in zip(correct, count, strict=True)]
 
 
-def _confusions(student: Tensor, teacher: Tensor, labels: Tensor, classes: int, most: int = 20) -> list[dict[str, int]]:
+def _confusions(
+    student: Tensor, teacher: Tensor, labels: Tensor, classes: int, limit: int = 20
+) -> list[dict[str, int]]:
     """Return the off-diagonal (true, predicted) pairs whose counts differ most, with both counts."""
     labeled = labels >= 0
-    cells = [
-        torch.bincount(labels[labeled] * classes + z.argmax(-1)[labeled], minlength=classes**2)
-        for z in (student, teacher)
-    ]
-    gap = (cells[0] - cells[1]).abs()
-    gap[torch.arange(classes) * (classes + 1)] = 0
-    order = torch.sort(gap, descending=True, stable=True).indices[:most].tolist()
+    pairs = [labels[labeled] * classes + z.argmax(-1)[labeled] for z in (student, teacher)]
+    # of the pairs that occur: there are classes^2
+    found, index = torch.unique(torch.cat(pairs), return_inverse=True)
+    cells = [torch.bincount(part, minlength=len(found)) for part in index.split(len(pairs[0]))] if len(found) else []
+    true, predicted = found // classes, found % classes
+    gap = (cells[0] - cells[1]).abs().where(true != predicted, 0) if cells else found
+    order = torch.sort(gap, descending=True, stable=True).indices[:limit].tolist()
     return [
-        {"true": i // classes, "predicted": i % classes, "student": int(cells[0][i]), "teacher": int(cells[1][i])}
+        {
+            "true": int(true[i]),
+            "predicted": int(predicted[i]),
+            "student": int(cells[0][i]),
+            "teacher": int(cells[1][i]),
+        }
         for i in order
         if gap[i] > 0
     ]

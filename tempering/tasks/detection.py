@@ -152,6 +152,9 @@ class Detection(Task):
         out = average_precision(outputs["student"], scored_boxes(outputs["truth"]), outputs["classes"])
         return {name: out[name] for name in ("map", "map50", "map75")} | {"loss": outputs["loss"]}
 
+    def score_teacher(self, teacher: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+        return {}  # the analysis has the teacher's average precision
+
     def analyze(
         self, student: nn.Module, batches: Iterable[Any], *, teacher: TeacherForward | None = None, **_: Any
     ) -> dict[str, Any]:
@@ -175,7 +178,7 @@ class Detection(Task):
         }
         if agreement is not None:
             out["scores"] = {"agreement": agreement}
-        for i, image in enumerate(outputs["images"]):
+        for i, image in sorted(outputs["images"].items(), key=lambda item: (-_differing(outputs, item[0]), item[0])):
             shown = {side: confident_boxes(outputs[side][i]) for side in sides} | {"truth": outputs["truth"][i]}
             out["detection"]["pictures"].append(picture(image, shown))
         return out
@@ -187,14 +190,15 @@ def collect_detections(
     """Collect the detections of both models and the true boxes on the CPU, and restore the student's mode.
 
     Returns:
-        Lists with one entry per image, "student", "teacher" and "truth"; "images", the first ``pictures`` images in the
-        loader's order; "classes", the number of classes; and "loss", the mean per image.
+        Lists with one entry per image, "student", "teacher" and "truth"; "images", number -> image, of the ``pictures``
+        whose boxes differ most between student and teacher, or else truth; "classes", the number of classes; and
+        "loss", the mean per image.
 
     Raises:
         NothingToScoreError: if there are no batches.
     """
     total_loss = 0.0
-    out: dict[str, Any] = {"student": [], "teacher": [], "truth": [], "images": [], "classes": 0}
+    out: dict[str, Any] = {"student": [], "teacher": [], "truth": [], "images": {}, "classes": 0}
     with evaluating(student, batches) as on_device:
         for batch in on_device:
             student_in, teacher_in, ids = task.inputs(batch)
@@ -206,10 +210,28 @@ def collect_detections(
             for name, output in (("student", s), ("teacher", t)):
                 out[name] += [] if output is None else to_device(detections(output, size), "cpu")
             out["truth"] += to_device(list(batch["targets"]), "cpu")
-            out["images"] += list(batch["images"][: max(0, pictures - len(out["images"]))].cpu())
+            if pictures:
+                keep_pictures(out, batch["images"], pictures)
     if not out["truth"]:
         raise NothingToScoreError("there is nothing to score: the loader yields no batches. Is the split empty?")
     return out | {"loss": total_loss / len(out["truth"])}
+
+
+def keep_pictures(out: dict[str, Any], images: Tensor, most: int) -> None:
+    """Add the images of a batch to "images", and keep the ``most`` whose boxes differ most; the first of equal ones."""
+    start = len(out["truth"]) - len(images)
+    numbers = [*out["images"], *range(start, len(out["truth"]))]
+    kept = sorted(numbers, key=lambda i: (-_differing(out, i), i))[:most]
+    out["images"] = {i: out["images"][i] if i < start else images[i - start].cpu() for i in kept}
+
+
+def _differing(out: Mapping[str, Any], i: int) -> int:
+    """Return how many confident boxes of image ``i`` only one of student and teacher (or the true ones) has."""
+    student = confident_boxes(out["student"][i])
+    other = confident_boxes(out["teacher"][i]) if out["teacher"] else out["truth"][i]
+    same = student["labels"][:, None] == other["labels"][None]
+    same = same & (iou(student["boxes"][:, None], other["boxes"][None]) >= MATCH_IOU)
+    return int((~same.any(1)).sum() + (~same.any(0)).sum())
 
 
 def scored_boxes(targets: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Tensor]]:

@@ -19,7 +19,7 @@ from tempering.teachers.outputs import Hidden, PrecomputedLogits, Sparse, to_top
 from tempering.utils.state import unwrapped
 from tempering.utils.tensors import on_host, to_device
 
-NO_INPUTS = {"labels", "ids", "learn", "replaced", "privacy_score", "taught"}
+NO_INPUTS = {"labels", "ids", "learn", "replaced", "privacy_score", "teacher_outputs"}
 OPTIONAL = ("use_cache", "position_ids")  # left out for models whose forward does not have them
 
 
@@ -157,6 +157,18 @@ class LanguageModeling(Task):
         out = score_rows(self, student, batches, teacher)
         return out if self.scorer is None else out | self.scorer(student, batches, vocabulary=self.vocabulary)
 
+    def examples(
+        self, student: nn.Module, batches: Iterable[Any], teacher: TeacherForward, most: int
+    ) -> list[dict[str, Any]]:
+        from tempering.tasks.examples import token_examples
+
+        return token_examples(self, student, batches, teacher, most) if self.comparable else []
+
+    def score_teacher(self, teacher: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+        return score_rows(
+            self, teacher, batches, None
+        )  # without texts of ``scorer``, which a large teacher writes slowly
+
     def headline(self) -> tuple[str, bool]:
         return "loss", False
 
@@ -220,7 +232,7 @@ def prediction_mask(batch: Mapping[str, Any]) -> Tensor:
 
 def with_teacher_outputs(inputs: dict[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return the teacher's inputs: with its precomputed logits, if the batch has them, so that it is not run again."""
-    return inputs | {"taught": batch["taught"]} if "taught" in batch else inputs
+    return inputs | {"teacher_outputs": batch["teacher_outputs"]} if "teacher_outputs" in batch else inputs
 
 
 def text_model_kind(model: nn.Module) -> str:
@@ -267,7 +279,9 @@ class UnpackInputs:
             )
         if self.inexact:
             check_layout(model, self.inexact, kwargs)
-        return args, {name: value for name, value in kwargs.items() if name not in (*self.unsupported, "taught")}
+        return args, {
+            name: value for name, value in kwargs.items() if name not in (*self.unsupported, "teacher_outputs")
+        }
 
 
 def _check(batch: Any) -> None:

@@ -21,6 +21,7 @@ class TextClassification(Classification):
 
     def prepare_model(self, model: nn.Module) -> None:
         """Register a hook that unpacks the mapping for a transformers model; leave one that takes a mapping."""
+        super().prepare_model(model)
         parameters = inspect.signature(model.forward).parameters
         if "input_ids" in parameters and not any(
             isinstance(hook, _UnpackInputs) for hook in model._forward_pre_hooks.values()

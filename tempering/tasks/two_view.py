@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -132,19 +133,30 @@ class TwoView(Task):
         return self.inner.analyze(student, batches, teacher=teacher, temperatures=temperatures)
 
 
-class MixUp:
+class _Mixing(ABC):
+    """Base class of views that mix the images of a batch."""
+
+    mixes = True
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = _check_positive(type(self).__name__, alpha=alpha)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.mix(x)[0]
+
+    @abstractmethod
+    def mix(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Return the mixed images, the index (N,) of each one's partner, and the share of the image itself."""
+
+
+class MixUp(_Mixing):
     """Mixes images: lam * image + (1 - lam) * another of the batch, one lam from Beta(alpha, alpha) per batch.
 
     Reference: Zhang et al., ICLR 2018, arXiv:1710.09412.
     """
 
-    mixes = True
-
     def __init__(self, alpha: float = 0.2) -> None:
-        self.alpha = _check_positive("MixUp", alpha=alpha)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.mix(x)[0]
+        super().__init__(alpha)
 
     def mix(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
         """Return the mixed images, the index (N,) of each one's partner, and the share of the image itself."""
@@ -153,7 +165,7 @@ class MixUp:
         return torch.lerp(x[partner], x, lam), partner, lam
 
 
-class CutMix:
+class CutMix(_Mixing):
     """Pastes in a rectangle of another image, of area 1 - lam, one lam from Beta(alpha, alpha) per batch.
 
     The rectangle is clipped at the border, as in the released code.
@@ -161,13 +173,8 @@ class CutMix:
     Reference: Yun et al., ICCV 2019, arXiv:1905.04899.
     """
 
-    mixes = True
-
     def __init__(self, alpha: float = 1.0) -> None:
-        self.alpha = _check_positive("CutMix", alpha=alpha)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.mix(x)[0]
+        super().__init__(alpha)
 
     def mix(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
         """Return the mixed images, the index (N,) of each one's partner, and the share of the image that is left."""
@@ -273,21 +280,21 @@ def _check_positive(owner: str, **values: float) -> float:
 
 
 def classification_of_views(
-    views: str, taps: Mapping[str, tuple[str, str]], *, mean: Sequence[float], std: Sequence[float]
+    views: str, features: Mapping[str, tuple[str, str]], *, mean: Sequence[float], std: Sequence[float]
 ) -> Task:
     """The task of a recipe's --views: batches as they come ("one"), or with an augmented copy.
 
     Args:
         views: "one"; "strong" is RandAugment; "cutmix", "mixup" and "cutout" leave the copy's labels out.
-        taps: features, for "one" alone.
+        features: features, for "one" alone.
         mean, std: that the images are normalized with.
 
     Raises:
         ValueError: for features of two views.
     """
     if views == "one":
-        return Classification(features=taps)
-    if taps:
+        return Classification(features=features)
+    if features:
         raise ValueError(f"--views {views} makes two blocks of rows, and features are tapped for one: --views one.")
     if views == "strong":
         return TwoView(RandAugment(2, 10, mean=mean, std=std))

@@ -29,8 +29,8 @@ class Live(Teacher):
     The module itself is frozen and put in eval mode, and put back in eval mode if something changes its mode, until
     ``release()`` gives it back as it was; ``precision`` and ``fuse_conv_bn`` use a frozen copy instead. ``identity`` is
     the sha256 of the original weights, ``precision`` and ``fuse_conv_bn``; wrappers (torch.compile, DataParallel) and
-    offloading by accelerate do not change it. Inputs with "taught", outputs of this module from the generation of the
-    batch (``tasks.Speculative(reuse=True)``), are not run again: those outputs are returned.
+    offloading by accelerate do not change it. Inputs with "teacher_outputs", those of this module when the
+    batch was generated (``tasks.Speculative(reuse=True)``), are not run again: those outputs are returned.
 
     Args:
         model: the teacher's module.
@@ -140,7 +140,9 @@ class Live(Teacher):
         """Freeze the module and put it in eval mode; the first forward after ``release`` does so too."""
         if self._before is None:
             self._before = ModelState(self._model)
-            self._model.eval().requires_grad_(False)
+            self._model.eval()
+            for p in self._model.parameters():  # a scripted module does not have requires_grad_() itself
+                p.requires_grad_(False)
             dtypes = {p.dtype for p in self._model.parameters() if p.is_floating_point()}
             self._own_dtype = dtypes.pop() if len(dtypes) == 1 else None
 
@@ -165,7 +167,7 @@ class Live(Teacher):
 
     @torch.no_grad()
     def __call__(self, inputs: Any, ids: Tensor | None = None) -> Any:
-        precomputed = inputs.get("taught") if isinstance(inputs, Mapping) else None
+        precomputed = inputs.get("teacher_outputs") if isinstance(inputs, Mapping) else None
         if precomputed is not None and getattr(precomputed, "producer", None) in (self._model, self.model):
             return precomputed
         return self.forward_with_grad(inputs, ids)

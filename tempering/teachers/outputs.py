@@ -92,7 +92,7 @@ class PrecomputedLogits:
         if len(positions) != len(self.logits):
             raise ValueError(
                 f"the batch contains the teacher's logits of {len(self.logits)} tokens, and {len(positions)} are "
-                'learned: its masks were changed after its generation. Remove "taught" from it, and the teacher is run.'
+                'learned: its masks were changed since. Remove "teacher_outputs" from it to run the teacher.'
             )
         return upcast_to_float32(self.logits)
 

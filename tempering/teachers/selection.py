@@ -102,6 +102,24 @@ def shares(
     return Sparse(ids, logp, torch.full_like(logp[..., 0], -torch.inf))
 
 
+def entropy_not_sampled(sparse: Sparse, samples: int) -> Float[Tensor, ""]:
+    """Estimate the mean entropy that samples lack, in nats, (): by so much the KL of the samples exceeds the teacher's.
+
+    The cross-entropy with samples of p, and its gradient, are unbiased, but the entropy of a few samples is below that
+    of p, so E[KL(samples, q)] = KL(p, q) + H(p) - E[H(samples)]. The estimate is low where most tokens are never drawn.
+
+    Reference: Chao and Shen, "Nonparametric estimation of Shannon's index of diversity when there are unseen species in
+    sample", 2003, Environmental and Ecological Statistics 10, equations 6 and 8.
+    """
+    p = sparse.logp.double().exp().flatten(0, -2)
+    p = p[p.sum(-1) > 0.5]  # the positions that are there
+    counts = (p * samples).round()
+    once = (counts == 1).sum(-1, keepdim=True).clamp_max(samples - 1)
+    covered = p * (1 - once / samples)
+    entropy = -(torch.xlogy(covered, covered) / (1 - (1 - covered) ** samples).clamp_min(1e-300)).sum(-1)
+    return (entropy + torch.xlogy(p, p).sum(-1)).mean()
+
+
 class TopKTeacher(Teacher):
     """Reduces a language model teacher to few tokens per position: returns ``Sparse`` (B, L, K).
 
@@ -135,7 +153,7 @@ class TopKTeacher(Teacher):
         return self
 
     def __call__(self, inputs: Any, ids: Tensor | None) -> Sparse:
-        output = self.teacher({name: x for name, x in inputs.items() if name != "taught"}, ids)
+        output = self.teacher({name: x for name, x in inputs.items() if name != "teacher_outputs"}, ids)
         logits, label = getattr(output, "logits", output), next_tokens(inputs)
         if self.top is not None:
             return keep_top_k(logits, self.top, besides=label)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
-from tempering.temperature.base import Policy, Temperatures, check_positive
+from tempering.temperature.base import Policy, Temperatures
 from tempering.utils.search_space import Tau
 
 
@@ -32,7 +32,6 @@ class Adaptive(Policy):
 
     def __init__(self, tau: Tau = 4.0, *, strength: float = 0.5) -> None:
         super().__init__()
-        check_positive("Adaptive", tau=tau)
         self.tau, self.strength = tau, strength
 
     @torch.no_grad()

@@ -5,15 +5,14 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tempering.rows import Rows, upcast_to_float32
-from tempering.utils.registry import check_arguments
-from tempering.utils.search_space import check_types
+from tempering.utils.search_space import CheckedArguments
 
 
 class Temperatures(NamedTuple):
@@ -41,7 +40,7 @@ class Temperatures(NamedTuple):
         return Temperatures(*(None if x is None else x.detach() for x in self))  # pyright: ignore[reportArgumentType]
 
 
-class Policy(nn.Module, ABC):
+class Policy(CheckedArguments, nn.Module, ABC):
     """Base class of temperature policies: a module that maps rows to temperatures.
 
     It gets the rows and the progress of the run in [0, 1], never epochs. ``tau`` is the reference temperature around
@@ -54,13 +53,6 @@ class Policy(nn.Module, ABC):
     shift_invariant: bool = True  # whether adding a constant to one row's logits keeps its temperatures
     by_class: bool = False  # whether it depends on the order and number of classes
     last: Temperatures | None = None  # detached output of the last call, for logging
-
-    if not TYPE_CHECKING:  # the signature is that of __init__
-
-        def __new__(cls, *args: object, **kwargs: object) -> Self:
-            check_arguments(cls, args, kwargs)
-            check_types(cls, args, kwargs)
-            return super().__new__(cls)
 
     @abstractmethod
     def forward(self, rows: Rows, progress: float) -> Temperatures:
@@ -166,23 +158,6 @@ class PolicyWrapper(Policy):
     def report(self) -> dict[str, Tensor]:
         """The counts of the wrapped policy and of the last call."""
         return {**self.policy.report(), **self.counts}
-
-
-def check_positive(owner: str, **values: object) -> None:
-    """Raise ValueError for an argument that is not a positive, finite number."""
-    for name, value in values.items():
-        if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise ValueError(f"{owner} needs {name} > 0 and finite; got {value!r}. Hinton's usual value is 4.0.")
-
-
-def check_run_fraction(owner: str, **values: float) -> None:
-    """Raise ValueError for a fraction of the run outside [0, 1], such as a number of epochs."""
-    for name, value in values.items():
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(
-                f"{owner} needs {name} in [0, 1], the share of the run (20 of 240 epochs is {name}=20/240); "
-                f"got {value!r}."
-            )
 
 
 def check_inner_policy(owner: str, policy: object) -> Policy:

@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tempering.rows import Rows
-from tempering.temperature.base import Policy, PolicyWrapper, Temperatures, check_positive
+from tempering.temperature.base import Policy, PolicyWrapper, Temperatures
 from tempering.temperature.sharpness import Sharpness
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Positive
 
 
 class Capped(PolicyWrapper):
@@ -31,13 +32,10 @@ class Capped(PolicyWrapper):
 
     paper = "none: a cap round another policy"
 
-    def __init__(self, policy: Policy | None = None, *, low: float = 1.0, high: float | None = 10.0) -> None:
+    def __init__(self, policy: Policy | None = None, *, low: Positive = 1.0, high: Positive | None = 10.0) -> None:
         super().__init__(Static(4.0) if policy is None else policy)
-        check_positive("Capped", low=low)
-        if high is not None:
-            check_positive("Capped", high=high)
-            if low > high:
-                raise ValueError(f"Capped needs low <= high; got low={low!r} and high={high!r}.")
+        if high is not None and low > high:
+            raise ValueError(f"Capped needs low <= high; got low={low!r} and high={high!r}.")
         self.low, self.high = low, high
 
     @classmethod

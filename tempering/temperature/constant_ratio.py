@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from tempering.rows import Rows, upcast_to_float32
-from tempering.temperature.base import Policy, Temperatures, check_positive, mask_constants
+from tempering.temperature.base import Policy, Temperatures, mask_constants
 from tempering.temperature.sharpness import centered
-from tempering.utils.search_space import Tau
+from tempering.utils.search_space import Positive, Tau
 
 
 class ConstantRatio(Policy):
@@ -31,9 +31,8 @@ class ConstantRatio(Policy):
 
     paper = "arXiv:2605.20357"
 
-    def __init__(self, tau: Tau = 4.0, *, peak: float = 12.0) -> None:
+    def __init__(self, tau: Tau = 4.0, *, peak: Positive = 12.0) -> None:
         super().__init__()
-        check_positive("ConstantRatio", tau=tau, peak=peak)
         self.tau, self.peak = tau, peak
 
     @torch.no_grad()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
-from tempering.temperature.base import Policy, Temperatures, check_positive
-from tempering.utils.search_space import Tau
+from tempering.temperature.base import Policy, Temperatures
+from tempering.utils.search_space import Positive, Tau
 
 
 class Cosine(Policy):
@@ -33,9 +33,8 @@ class Cosine(Policy):
     paper = "arXiv:2311.14307"
     relational = True
 
-    def __init__(self, tau: Tau = 4.0, *, low: float = 2.0, high: float = 6.0, eps: float = 0.0) -> None:
+    def __init__(self, tau: Tau = 4.0, *, low: Positive = 2.0, high: Positive = 6.0, eps: float = 0.0) -> None:
         super().__init__()
-        check_positive("Cosine", tau=tau, low=low, high=high)
         if low > high:
             raise ValueError(f"Cosine needs low <= high; got low={low!r} and high={high!r}.")
         if not 0.0 <= eps < 1.0:

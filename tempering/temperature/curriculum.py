@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tempering.rows import Rows, upcast_to_float32
-from tempering.temperature.base import Policy, Temperatures, check_positive, check_run_fraction
+from tempering.temperature.base import Policy, Temperatures
 from tempering.utils.device import check_memory
-from tempering.utils.search_space import Tau
+from tempering.utils.search_space import RUN_FRACTION, Positive, Tau
 
 Form = Literal["global", "instance"]
 AT_BOUND = 0.01  # a temperature within this fraction of [low, high] from its end is at the bound
@@ -42,7 +42,7 @@ class Curriculum(Policy):
             (5e-4), which pulls ``raw`` to 0 and thus T to the middle of the range; 0.0 for none.
         hidden: width of the instance net; the published width is not known.
         centered: subtract the mean from the logits that enter the net, so that it is invariant to a shift of them.
-        attached: let the student's gradient flow through the net's input too, reversed likewise.
+        differentiable: let the student's gradient flow through the net's input too, reversed likewise.
 
     Warns once if the temperature, or most rows' temperatures, is at a bound, where it is constant. On standardized
     logits it always falls to the lower bound. ``report`` counts the temperatures at a bound.
@@ -58,20 +58,18 @@ class Curriculum(Policy):
         tau: Tau = 4.0,
         *,
         form: Form = "global",
-        low: float = 1.0,
-        high: float = 21.0,
+        low: Positive = 1.0,
+        high: Positive = 21.0,
         initial: float = 1.0,
         lambda_first: float = 0.0,
         lambda_last: float = -1.0,
-        over: float = 10 / 240,
+        over: Annotated[float, RUN_FRACTION] = 10 / 240,
         weight_decay: float | None = None,
         hidden: int = 64,
         centered: bool = True,
-        attached: bool = False,
+        differentiable: bool = False,
     ) -> None:
         super().__init__()
-        check_positive("Curriculum", tau=tau, low=low, high=high)
-        check_run_fraction("Curriculum", over=over)
         if form not in ("global", "instance"):
             raise ValueError(f"Curriculum needs form 'global' or 'instance'; got {form!r}.")
         if low >= high:
@@ -85,7 +83,7 @@ class Curriculum(Policy):
         self.lambda_first, self.lambda_last, self.over = lambda_first, lambda_last, over
         self.weight_decay, self.hidden, self.centered = weight_decay, hidden, centered
         self.by_class = form == "instance"
-        self.attached = attached
+        self.differentiable = differentiable
         self.shift_invariant = centered or form == "global"
         self.raw = nn.Parameter(torch.full((1, 1), float(initial))) if form == "global" else None
         self.net: nn.Sequential | None = None
@@ -136,7 +134,7 @@ class Curriculum(Policy):
                 f"{rows.student.shape[1]} classes. Call method.setup(rows) with a first block of rows, before the "
                 "optimizer is made."
             )
-        student = rows.student if self.attached else rows.student.detach()
+        student = rows.student if self.differentiable else rows.student.detach()
         x = torch.cat((self._net_input(rows.teacher), self._net_input(student)), 1)
         if rows.weight is not None:
             x = torch.where((rows.weight > 0).unsqueeze(1), x, 0.0)

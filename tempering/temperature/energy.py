@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
-from tempering.temperature.base import Policy, Temperatures, check_positive
-from tempering.utils.search_space import Tau
+from tempering.temperature.base import Policy, Temperatures
+from tempering.utils.search_space import Positive, Tau
 
 
 class Energy(Policy):
@@ -39,14 +39,13 @@ class Energy(Policy):
         self,
         tau: Tau = 4.0,
         *,
-        low_energy: float = 2.0,
-        high_energy: float = 6.0,
+        low_energy: Positive = 2.0,
+        high_energy: Positive = 6.0,
         tail_fraction: float = 0.2,
         bounds: Sequence[float] | None = None,
         centered: bool = True,
     ) -> None:
         super().__init__()
-        check_positive("Energy", tau=tau, low_energy=low_energy, high_energy=high_energy)
         if not 0.0 <= tail_fraction <= 0.5:
             raise ValueError(
                 f"Energy needs tail_fraction in [0, 0.5], of the rows beyond either bound; got {tail_fraction!r}."

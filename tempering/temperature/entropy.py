@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
-from tempering.temperature.base import Policy, Temperatures, check_positive
+from tempering.temperature.base import Policy, Temperatures
 from tempering.temperature.sharpness import centered
 from tempering.temperature.standardized import spread
 from tempering.utils.search_space import Tau
@@ -31,7 +31,6 @@ class Entropy(Policy):
 
     def __init__(self, tau: Tau = 4.0, *, reach: float = 0.9) -> None:
         super().__init__()
-        check_positive("Entropy", tau=tau)
         if not 0.0 < reach <= 1.0:
             raise ValueError(f"Entropy needs reach in (0, 1], the largest |delta| / tau; got {reach!r}.")
         self.tau, self.reach = tau, reach

@@ -13,8 +13,8 @@ from torch import Tensor
 from tempering.rows import Rows, class_labels, upcast_to_float32
 from tempering.temperature._mixed import Mix, MixUpLoader, ranked
 from tempering.temperature._ppo import Actor, Agent, Form, Path, normals, squashed
-from tempering.temperature.base import AdaptivePolicy, Temperatures, check_positive, constant
-from tempering.utils.search_space import RunFraction, Tau
+from tempering.temperature.base import AdaptivePolicy, Temperatures, constant
+from tempering.utils.search_space import Positive, RunFraction, Tau
 
 WAITING = 5  # columns of a stored path: the state, the action, its log-density
 
@@ -84,23 +84,22 @@ class Instance(AdaptivePolicy):
         *,
         form: Form = "ppo",
         low: float = 0.0,
-        high: float = 10.0,
+        high: Positive = 10.0,
         warmup: RunFraction = 19 / 240,
-        period: float = 20 / 240,
+        period: Positive = 20 / 240,
         span: float = 1 / 240,
-        clip: float = 0.2,
+        clip: Positive = 0.2,
         rounds: int = 5,
         gamma: float = 0.99,
         trace: float = 0.95,
-        actor_lr: float = 1e-4,
-        critic_lr: float = 1e-3,
+        actor_lr: Positive = 1e-4,
+        critic_lr: Positive = 1e-3,
         switches: tuple[float, ...] = (150 / 240, 210 / 240, 1.0),
         waves: tuple[float, ...] = (75 / 240, 30 / 240),
         mix: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_positive("Instance", tau=tau, high=high, period=period, clip=clip, actor_lr=actor_lr, critic_lr=critic_lr)
         self.tau, self.low, self.high, self.clip, self.rounds = tau, low, high, clip, rounds
         self.warmup, self.period, self.span = warmup, period, span
         self.gamma, self.trace, self.actor_lr, self.critic_lr = gamma, trace, actor_lr, critic_lr
@@ -109,17 +108,8 @@ class Instance(AdaptivePolicy):
         self._validate()
         with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
             torch.default_generator.manual_seed(seed)
-            self.agent = Agent(
-                form,
-                low=low,
-                high=high,
-                clip=clip,
-                rounds=rounds,
-                gamma=gamma,
-                trace=trace,
-                actor_lr=actor_lr,
-                critic_lr=critic_lr,
-            )
+            rates = {"actor_lr": actor_lr, "critic_lr": critic_lr}
+            self.agent = Agent(form, low=low, high=high, clip=clip, rounds=rounds, gamma=gamma, trace=trace, **rates)
         self.register_buffer("accuracy", torch.tensor(-1.0))  # of the previous step; -1 before the first
         self.register_buffer("waiting", torch.zeros(0, 0))  # (n, WAITING): the path of the previous step, or (0, 0)
         self.register_buffer("entropy", torch.zeros(0))  # summed per sample; sized by ``wrap_batches``

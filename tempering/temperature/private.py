@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
-from tempering.temperature.base import Policy, PolicyWrapper, Temperatures, check_positive
+from tempering.temperature.base import Policy, PolicyWrapper, Temperatures
 from tempering.temperature.sharpness import Sharpness
 from tempering.temperature.static import Static
+from tempering.utils.search_space import Positive
 
 Sides = Literal["teacher", "both"]
 
@@ -48,13 +49,12 @@ class Private(PolicyWrapper):
         self,
         policy: Policy | None = None,
         *,
-        high: float = 20.0,
-        power: float = 1.0,
+        high: Positive = 20.0,
+        power: Positive = 1.0,
         sides: Sides = "teacher",
         squared: bool = False,
     ) -> None:
         super().__init__(Static(4.0) if policy is None else policy)
-        check_positive("Private", high=high, power=power)
         if sides not in ("teacher", "both"):
             raise ValueError(f"Private needs sides 'teacher' or 'both'; got {sides!r}.")
         self.high, self.power, self.sides, self.squared = high, power, sides, squared

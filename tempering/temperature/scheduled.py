@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tempering.rows import Rows, class_labels, upcast_to_float32
-from tempering.temperature.base import Policy, Temperatures, check_inner_policy, check_positive, check_run_fraction
+from tempering.temperature.base import Policy, Temperatures, check_inner_policy
 from tempering.temperature.sharpness import Sharpness
 from tempering.temperature.static import Static
-from tempering.utils.search_space import Tau
+from tempering.utils.search_space import RUN_FRACTION, Positive, Tau
 
 Shape = Literal["cosine", "linear"]
 
@@ -43,15 +43,13 @@ class Scheduled(Policy):
         policy: Policy | None = None,
         *,
         shape: Shape = "cosine",
-        start: float | None = None,
-        end: float = 1.0,
-        over: float = 1.0,
+        start: Positive | None = None,
+        end: Positive = 1.0,
+        over: Annotated[float, RUN_FRACTION] = 1.0,
     ) -> None:
         super().__init__()
         self.policy = check_inner_policy("Scheduled", Static(4.0) if policy is None else policy)
         self.tau = self.policy.tau if start is None else start
-        check_positive("Scheduled", start=self.tau, end=end)
-        check_run_fraction("Scheduled", over=over)
         if shape not in ("cosine", "linear"):
             raise ValueError(f"Scheduled needs shape 'cosine' or 'linear'; got {shape!r}.")
         self.shape: Shape = shape
@@ -104,14 +102,13 @@ class DTS(Policy):
         self,
         tau: Tau = 4.0,
         *,
-        low: float = 2.0,
-        high: float = 4.0,
-        curve: float = 1.0,
+        low: Positive = 2.0,
+        high: Positive = 4.0,
+        curve: Positive = 1.0,
         momentum: float = 0.9,
         adjust: bool = True,
     ) -> None:
         super().__init__()
-        check_positive("DTS", tau=tau, low=low, high=high, curve=curve)
         if low > high:
             raise ValueError(f"DTS needs low <= high; got low={low!r} and high={high!r}.")
         if not 0.0 <= momentum < 1.0:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
-from tempering.temperature.base import MASK_AT, Policy, Temperatures, check_positive, mask_constants
+from tempering.temperature.base import MASK_AT, Policy, Temperatures, mask_constants
 from tempering.utils.registry import OVERRIDES
 from tempering.utils.search_space import Tau
 
@@ -45,7 +45,7 @@ class Sharpness(Policy):
     1e-5 at tau 4 for logits with a spread of a few units, 1e-2 for logits with a spread of a tenth, whose sharpness is
     log C up to its last digits and whose temperatures hardly matter.
 
-    The temperatures carry no gradient, unless ``attached``: then "published" uses the released code's own gradient,
+    The temperatures carry no gradient, unless ``differentiable``: then "published" uses the released code's gradient,
     "absmax", "max" and "std" the analogous one, and "exact" the implicit derivative d delta / d v = -(softmax(v / T_s)
     - 1/C) / (T_s (E_p[u] / T_t^2 + E_q[v] / T_s^2)); first order only.
 
@@ -56,14 +56,15 @@ class Sharpness(Policy):
 
     paper = "arXiv:2404.12711"
 
-    def __init__(self, tau: Tau = 4.0, *, solve: Solve = "exact", reach: float = 0.9, attached: bool = False) -> None:
+    def __init__(
+        self, tau: Tau = 4.0, *, solve: Solve = "exact", reach: float = 0.9, differentiable: bool = False
+    ) -> None:
         super().__init__()
-        check_positive("Sharpness", tau=tau)
         if solve not in get_args(Solve):
             raise ValueError(f"Sharpness needs solve 'exact', 'std', 'max', 'absmax' or 'published'; got {solve!r}.")
         if not 0.0 < reach <= 1.0:
             raise ValueError(f"Sharpness needs reach in (0, 1], the largest |delta| / tau; got {reach!r}.")
-        self.tau, self.reach, self.attached = tau, reach, attached
+        self.tau, self.reach, self.differentiable = tau, reach, differentiable
         self.solve: Solve = solve
         self.shift_invariant = solve not in ("published", "absmax")
         self.counts: dict[str, Tensor] = {}
@@ -73,7 +74,7 @@ class Sharpness(Policy):
         return self.with_reference(self.tau, rows, progress)
 
     def with_reference(self, tau: float, rows: Rows, progress: float) -> Temperatures:
-        with_grad = self.attached and rows.student.requires_grad and torch.is_grad_enabled()
+        with_grad = self.differentiable and rows.student.requires_grad and torch.is_grad_enabled()
         with torch.autocast(rows.student.device.type, enabled=False), torch.set_grad_enabled(with_grad):
             u, v = upcast_to_float32(rows.teacher), upcast_to_float32(rows.student)
             if u.device.type != "cpu" or bool((u <= MASK_AT).any() | (v <= MASK_AT).any()):

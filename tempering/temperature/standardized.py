@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
-from tempering.temperature.base import Policy, Temperatures, check_positive, mask_constants
+from tempering.temperature.base import Policy, Temperatures, mask_constants
 from tempering.utils.search_space import Tau
 
 Scale = Literal["product", "teacher", "tau"]
@@ -23,9 +23,9 @@ class Standardized(Policy):
     deviations. Rows without spread get tau. Standard deviations are over the unmasked classes, with ``ddof`` = 1 as in
     both released codes.
 
-    ``attached`` lets gradients flow through the student's standard deviation, as both released codes do: a step then
-    leaves each row's scale unchanged to first order. Without it each step changes the scale, which the temperature then
-    follows, and with ``scale="teacher"`` and no warmup the student can diverge.
+    ``differentiable`` lets gradients flow through the student's standard deviation, as both released codes do: a step
+    then leaves each row's scale unchanged to first order. Without it each step changes the scale, which the temperature
+    then follows, and with ``scale="teacher"`` and no warmup the student can diverge.
 
     References: Chi et al., "NormKD: Normalized Logits for Knowledge Distillation", 2023, arXiv:2308.00520; Sun et al.,
     "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv:2403.01427, equation 7.
@@ -33,17 +33,18 @@ class Standardized(Policy):
 
     paper = "arXiv:2308.00520; arXiv:2403.01427"
 
-    def __init__(self, tau: Tau = 2.0, *, scale: Scale = "product", ddof: int = 1, attached: bool = False) -> None:
+    def __init__(
+        self, tau: Tau = 2.0, *, scale: Scale = "product", ddof: int = 1, differentiable: bool = False
+    ) -> None:
         super().__init__()
-        check_positive("Standardized", tau=tau)
         if scale not in ("product", "teacher", "tau"):
             raise ValueError(f"Standardized needs scale 'product', 'teacher' or 'tau'; got {scale!r}.")
         if ddof not in (0, 1):
             raise ValueError(f"Standardized needs ddof 0 or 1; got {ddof!r}.")
-        self.tau, self.scale, self.ddof, self.attached = tau, scale, ddof, attached
+        self.tau, self.scale, self.ddof, self.differentiable = tau, scale, ddof, differentiable
 
     def forward(self, rows: Rows, progress: float) -> Temperatures:
-        with torch.set_grad_enabled(self.attached and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             student = self.tau * spread(rows.student, ddof=self.ddof)
         teacher = self.tau * spread(rows.teacher, ddof=self.ddof)
         if self.scale == "product":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tempering.rows import Rows
-from tempering.temperature.base import Policy, Temperatures, check_positive, constant
+from tempering.temperature.base import Policy, Temperatures, constant
 from tempering.utils.search_space import Tau
 
 
@@ -17,7 +17,6 @@ class Static(Policy):
 
     def __init__(self, tau: Tau = 4.0) -> None:
         super().__init__()
-        check_positive("Static", tau=tau)
         self.tau = tau
 
     def forward(self, rows: Rows, progress: float) -> Temperatures:

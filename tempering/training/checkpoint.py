@@ -200,6 +200,20 @@ def scatter(state: Mapping[str, Any], student: nn.Module, method: nn.Module, opt
     set_optimizer_state_dict(modules, _unwrap(optimizer), state["optimizer"], options=options)
 
 
+def unsaved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that are not in the module's state dict: name -> tensor."""
+    named = dict(module.named_buffers())
+    saved = module.state_dict().keys() if named else ()
+    return {name: buffer for name, buffer in named.items() if name not in saved}
+
+
+def load_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Set buffers by name, as ``unsaved_buffers`` returned them."""
+    for name, value in buffers.items():
+        path, _, own = name.rpartition(".")
+        setattr(module.get_submodule(path), own, value.to(module.get_buffer(name).device, copy=True))
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether any parameter is sharded over ranks."""
     if not torch.distributed.is_available():

@@ -1,20 +1,18 @@
-"""Check and convert what a run is given, before it starts: models, method, optimizer, schedule and config."""
+"""Check and convert what a run is given, before it starts: models, method and config."""
 
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 from tempering.rows import Rows, total
+from tempering.utils.tensors import overlap
 
 if TYPE_CHECKING:
     from tempering.methods.base import BlockLoss, Chunking, Method
@@ -24,14 +22,6 @@ if TYPE_CHECKING:
 
 MIN_LOGITS = 2**22  # of the student, from which on chunks save memory and cost no time
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-Groups = list[dict[str, Any]]
-Optimizer = Callable[[Groups], torch.optim.Optimizer] | torch.optim.Optimizer | str
-Schedule = Callable[[float], float]
-WRITE = "Write optimizer=partial(torch.optim.AdamW, lr=1e-3), a function of parameter groups."
-WRITE_SCHEDULE = (
-    "Write schedule=lambda progress: 1 - progress, a function of the finished fraction of the run, or "
-    "schedule=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=STEPS), stepped once per step."
-)
 
 
 def as_method(method: object) -> Method:
@@ -47,12 +37,14 @@ def as_method(method: object) -> Method:
         from tempering.methods import METHODS
         from tempering.utils.registry import lookup
 
-        if not method.isidentifier():
+        try:
+            method = lookup(method, METHODS, "method")
+        except ValueError as error:
+            what = "" if method.isidentifier() else f"method={method!r} is no name of a method."
             raise ValueError(
-                f"method={method!r} is text with values. Write the call, such as method=methods.KD(soft=0.9), or "
-                "tempering.experiments.spec.method_from(text)."
-            )
-        method = lookup(method, METHODS, "method")
+                f"{what or error} Write the call, such as method=methods.KD(soft=0.9). Presets, such as "
+                "kd-matched, and text with values are built by tempering.experiments.presets.method_of(text)."
+            ) from error
     if isinstance(method, type) and issubclass(method, Method):
         method = method()
     if not isinstance(method, Method):
@@ -66,15 +58,18 @@ def check_models_are_distinct(student: nn.Module, teacher: nn.Module | Teacher |
     """Check, before anything is changed, that the student can be trained and shares nothing that is trained.
 
     Raises:
-        ValueError: for trained parameters, buffers or dropout modules that are the teacher's too, or a student in
-            which nothing requires grad.
+        ValueError: for trained parameters, buffers or dropout modules that are the teacher's too, or in its memory, for
+            lazy modules that never ran, or a student in which nothing requires grad.
     """
     model = teacher if isinstance(teacher, nn.Module) else getattr(teacher, "model", None)
+    _check_initialized("student", student)
     if isinstance(model, nn.Module):
-        theirs = {id(x) for x in (*model.parameters(), *model.buffers())}
+        _check_initialized("teacher", model)
+        theirs = [*model.parameters(), *model.buffers()]
         # a frozen part of the teacher may be reused, as SimKD reuses its classifier
         ours = [(n, p) for n, p in student.named_parameters() if p.requires_grad] + list(student.named_buffers())
-        shared = [n for n, x in ours if id(x) in theirs]
+        objects = {id(x) for x in theirs}
+        shared = [n for n, x in ours if id(x) in objects]
         modes = {id(m) for m in model.modules() if isinstance(m, DROPOUT)}
         named = cast("Iterable[tuple[str, nn.Module]]", student.named_modules())
         shared += [name for name, module in named if id(module) in modes]
@@ -84,19 +79,51 @@ def check_models_are_distinct(student: nn.Module, teacher: nn.Module | Teacher |
                 "the teacher is a part of the student, or shares weights with the student: frozen, they would not be "
                 f"trained. Of the student these are {first}. Pass copy.deepcopy(model) as teacher."
             )
+        in_theirs = overlap([x for _, x in ours], theirs)
+        if common := [name for (name, _), is_shared in zip(ours, in_theirs, strict=True) if is_shared]:
+            raise ValueError(
+                f"{len(common)} weights of the student, such as {common[0]!r}, are in the memory of the teacher's: "
+                "training the student would change the teacher. Were they taken over by .data, or by "
+                "load_state_dict(assign=True)? Pass copy.deepcopy(model) as teacher, or copy the weights with .clone()."
+            )
     if not any(p.requires_grad for p in student.parameters()):
         raise ValueError("the student has no parameter that requires grad: there is nothing to train.")
 
 
-def explain_input_types(error: RuntimeError, model: nn.Module, inputs: object) -> None:
-    """Add to an error of a forward pass what to write, if the inputs are of another type than the weights."""
+def _check_initialized(side: str, model: nn.Module) -> None:
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise ValueError(
+            f"the {side} has lazy modules, whose weights have no shape yet. Run it on a batch first: model(inputs)."
+        )
+
+
+def explain_inputs(error: Exception, model: nn.Module, inputs: object) -> None:
+    """Add to an error of a forward pass what to write, if its inputs do not fit.
+
+    That is inputs of another type than the weights, or several for a model that takes each as an argument.
+    """
     own = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    types = {x.dtype for x in tree_leaves(inputs) if isinstance(x, Tensor)}
-    wrong = sorted(str(t) for t in types if (t.is_floating_point and t not in own) or t == torch.uint8)
-    if len(own) == 1 and wrong:
+    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+    wrong = sorted(
+        {str(x.dtype) for x in tensors if (x.is_floating_point() and x.dtype not in own) or x.dtype == torch.uint8}
+    )
+    if isinstance(error, TypeError) and ("forward()" in str(error) or isinstance(inputs, Mapping)):
+        what = type(cast("Any", inputs)).__name__ if len(tensors) != 1 else f"a tensor {tuple(tensors[0].shape)}"
+        what += f" with {', '.join(map(repr, cast('Any', inputs)))}" if isinstance(inputs, Mapping) else ""
+        error.add_note(
+            f"The model was called with one argument, the inputs of the batch: {what}. For one that takes several, "
+            "wrap it in a module whose forward(self, x) returns self.model(*x), and let batches be ((x1, x2), labels); "
+            "for one that takes a tensor, let them be (x, labels)."
+        )
+    elif len(own) == 1 and wrong:
         error.add_note(
             f"The inputs are {', '.join(wrong)} and the student's weights are {own.pop()}: convert the inputs "
             "in the data set, x.float(), and scale pixels to the range that the model was trained with."
+        )
+    elif tensors and "dtype" in str(error) and not any(x.is_floating_point() for x in tensors):
+        shapes = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)
+        error.add_note(
+            f"The inputs are {shapes}. Are they the labels? Batches are (inputs, labels) or (inputs, labels, ids)."
         )
 
 
@@ -179,185 +206,6 @@ def validate_sampled_teacher(method: Method, teacher: Teacher | None) -> None:
             "for forward KL at temperature 1 only: Divergence(objective='kl', temperature=1). For others and other "
             "temperatures keep the likeliest tokens and the tail: teachers.TopKTeacher(teacher, top=16)."
         )
-
-
-def make_optimizer(optimizer: Optimizer, groups: Groups) -> torch.optim.Optimizer:
-    """Create the optimizer of these parameter groups, the student's first; numbers in it become Python's.
-
-    Args:
-        optimizer: a function or class, an optimizer of the student's parameters, which gets the other groups, or the
-            name of one of ``torch.optim``, with its default values.
-
-    Raises:
-        TypeError: for anything else.
-        ValueError: for an optimizer of other parameters, one that evaluates the loss itself (LBFGS), or another name.
-    """
-    given: Any = _by_name(optimizer) if isinstance(optimizer, str) else optimizer
-    made = given
-    if isinstance(given, torch.optim.Optimizer):
-        made = _with_groups(given, groups)
-    elif callable(given):
-        _check_step(getattr(given, "func", given))  # of a partial
-        made = given(groups)
-    if not isinstance(made, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must make a torch optimizer; got {_described(given, made)}. {WRITE}")
-    _check_step(type(made))
-    for group in made.param_groups:
-        for name, value in group.items():
-            if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0):
-                group[name] = value.item()  # records and checkpoints hold plain numbers
-    return made
-
-
-def _described(given: object, made: object) -> str:
-    kind = type(given).__name__
-    return kind if made is given else f"{kind}, which returned {type(made).__name__}"
-
-
-def _by_name(name: str) -> Callable[[Groups], torch.optim.Optimizer]:
-    kinds = {n.lower(): k for n, k in vars(torch.optim).items() if inspect.isclass(k)}
-    kind = kinds.get(name.lower())
-    if kind is None or kind is torch.optim.Optimizer or not issubclass(kind, torch.optim.Optimizer):
-        raise ValueError(f"torch.optim has no optimizer {name!r}. {WRITE}")
-    return cast("Callable[[Groups], torch.optim.Optimizer]", kind)
-
-
-def _check_step(kind: object) -> None:
-    if not (inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)):
-        return
-    closure = inspect.signature(kind.step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise ValueError(
-            f"{kind.__name__} evaluates the loss several times in a step, and a run does so once. Use SGD or AdamW: "
-            f"{WRITE}"
-        )
-
-
-def _with_groups(optimizer: torch.optim.Optimizer, groups: Groups) -> torch.optim.Optimizer:
-    """Add the groups whose parameters the optimizer does not have; the student's have to be in it."""
-    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    trained = {id(p) for group in groups for p in group["params"]}
-    frozen = {id(p) for group in optimizer.param_groups for p in group["params"] if not p.requires_grad}
-    if known - trained - frozen or not known & {id(p) for p in groups[0]["params"]}:
-        raise ValueError(
-            f"the {type(optimizer).__name__} given as optimizer= holds parameters that are not the student's. {WRITE}"
-        )
-    for group in groups[1:]:
-        if new := [p for p in group["params"] if id(p) not in known]:
-            optimizer.add_param_group({**group, "params": new})
-    return optimizer
-
-
-def base_learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
-    """Return the learning rate of each group before any schedule; a scheduler of torch has changed the current one."""
-    return [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
-
-
-def make_schedule(
-    schedule: object, optimizer: torch.optim.Optimizer, steps: int, *, warmup: float = 0.0
-) -> Schedule | None:
-    """Return progress in [0, 1) -> factor on the learning rate; None for none.
-
-    Args:
-        schedule: such a function, a name in ``schedules.SCHEDULES``, or a scheduler of torch, its class or a function
-            of the optimizer alone that makes one. A scheduler is stepped once per step of the run, and its learning
-            rates for the first parameter group become a table, so that the run can resume at any step.
-        optimizer: of the run.
-        steps: the run's length.
-        warmup: share of the run in which the learning rate rises from 0; the schedule spans the rest.
-
-    Raises:
-        TypeError: for anything else.
-        ValueError: for another name, a warm-up of a scheduler of torch, or a scheduler that needs scores, changes more
-            than the learning rate, or ends before the run.
-    """
-    if isinstance(schedule, str) or (schedule is None and warmup):
-        from tempering.training.schedules import SCHEDULES
-        from tempering.utils.registry import lookup
-
-        schedule = lookup(schedule or "constant", SCHEDULES, "schedule")
-    if schedule is None:
-        return None
-    made: object = getattr(schedule, "func", schedule)  # of a partial
-    if isinstance(schedule, LRScheduler) or (inspect.isclass(made) and issubclass(made, LRScheduler)):
-        if warmup:
-            raise ValueError(
-                f"warmup={warmup:g} (--warmup) does not go with a scheduler of torch. Put the warm-up into it: "
-                "torch.optim.lr_scheduler.SequentialLR, or name a schedule: schedule='cosine'."
-            )
-        return _Table(_learning_rates(schedule, optimizer, steps), steps)
-    if not callable(schedule):
-        raise TypeError(f"schedule must be a function; got {schedule!r}. {WRITE_SCHEDULE}")
-    factor = functools.partial(_factor, cast("Callable[[float], Any]", schedule))
-    if not warmup:
-        return factor
-    from tempering.training.schedules import with_warmup
-
-    return with_warmup(factor, warmup)
-
-
-def _factor(schedule: Callable[[float], Any], progress: float) -> float:
-    try:
-        factor = schedule(progress)
-    except (AttributeError, TypeError) as error:
-        raise TypeError(f"schedule({progress:.4g}) fails with {error!r}. {WRITE_SCHEDULE}") from error
-    if isinstance(factor, (int, float)):
-        return float(factor)
-    if not isinstance(factor, np.number) and not (isinstance(factor, Tensor) and factor.ndim == 0):
-        raise TypeError(f"schedule must return a number; got {type(cast('object', factor)).__name__}. {WRITE_SCHEDULE}")
-    return float(cast("Any", factor).item())
-
-
-class _Table:
-    """Progress -> factor, one per step."""
-
-    def __init__(self, factors: Sequence[float], steps: int) -> None:
-        self.factors, self.steps = tuple(factors), steps
-
-    def __call__(self, progress: float) -> float:
-        return self.factors[min(round(progress * self.steps), self.steps - 1)]
-
-    def __repr__(self) -> str:
-        return f"factors {self.factors}"
-
-
-def _learning_rates(schedule: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
-    """Step the scheduler on an optimizer of one number; return the factors on the learning rate."""
-    if isinstance(schedule, ReduceLROnPlateau) or getattr(schedule, "func", schedule) is ReduceLROnPlateau:
-        raise ValueError(f"ReduceLROnPlateau needs the scores of a run while it trains. {WRITE_SCHEDULE}")
-    made, bases = isinstance(schedule, LRScheduler), base_learning_rates(optimizer)
-    if made:
-        if hasattr(schedule, "_schedulers"):
-            raise ValueError(
-                f"{type(schedule).__name__} holds other schedulers. Give a function of the optimizer: a class of "
-                f"LRScheduler or a partial of one. {WRITE_SCHEDULE}"
-            )
-        optimizer = schedule.optimizer
-        bases = base_learning_rates(optimizer)
-    numbers = [{"params": [torch.zeros((), requires_grad=True)], "lr": lr, "initial_lr": lr} for lr in bases]
-    stand_in = torch.optim.SGD(numbers, momentum=0.9)
-    if made:
-        scheduler = copy.copy(schedule)
-        scheduler.optimizer = stand_in
-        for group, now in zip(stand_in.param_groups, optimizer.param_groups, strict=True):
-            group |= {name: value for name, value in now.items() if name == "lr" or name not in group}
-    else:
-        scheduler = schedule(stand_in)
-    factors: list[float] = []
-    for step in range(steps):
-        if step:
-            stand_in.step()  # pyright: ignore[reportUnknownMemberType]
-            try:
-                scheduler.step()
-            except ValueError as error:
-                raise ValueError(f"{type(scheduler).__name__} ends before the run of {steps} steps: {error}") from error
-        factors.append(float(stand_in.param_groups[0]["lr"]) / float(bases[0]))
-        if stand_in.param_groups[0]["momentum"] != 0.9:
-            raise ValueError(
-                f"{type(scheduler).__name__} changes the momentum too, and a run's schedule the learning rate alone. "
-                "Give it cycle_momentum=False."
-            )
-    return factors
 
 
 def chunking_for(method: Method, chunks: bool | None = None) -> Chunking | None:

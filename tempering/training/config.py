@@ -90,6 +90,8 @@ class TrainConfig:
     """Stop after this many evaluations without a better score."""
     log_every: int = 50
     """Steps between log lines."""
+    examples: int = 6
+    """Scored samples in the report, those on which student and teacher differ most; 0 keeps data out of records."""
     checkpoint_every: int | None = None
     """Steps between checkpoints within an epoch; a checkpoint is always written at the end of an epoch."""
     keep: int = 2
@@ -123,6 +125,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more; got {value}.")
+        if self.examples < 0:
+            raise ValueError(f"examples must be 0 or more; got {self.examples}.")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm must be > 0; got {self.max_grad_norm}. None does not clip.")
         self._validate_everyday()
@@ -156,7 +160,7 @@ class TrainConfig:
         their defaults, so that all students share one trained teacher.
         """
         shared = ("precision", "accelerator", "compile", "threads", "evaluate_every", "log_every", "checkpoint_every")
-        shared = (*shared, "keep", "resume", "selfcheck", "skip_checks", "quiet")
+        shared = (*shared, "examples", "keep", "resume", "selfcheck", "skip_checks", "quiet")
         return TrainConfig(epochs=epochs, **{name: getattr(self, name) for name in shared})
 
     def changed(self, *names: str) -> dict[str, Any]:
@@ -300,7 +304,9 @@ CHECKS = (  # names of the self-check's parts, each of which can be turned off
     "same when shifted",
     "finite gradients",
     "can learn",
+    "teacher effect",
     "training mode",
+    "workers",
     "scores",
 )
 
@@ -323,7 +329,7 @@ class Checked(NamedTuple):
         """The result in one line, for the terminal and the record."""
         passed = [
             # what is cut off or has no label is for the reader, not only for the record
-            f"{name} {result.removeprefix('ok ')}" if name in ("vocabulary", "labels") else name
+            f"{name} {result.removeprefix('ok ')}" if name in ("vocabulary", "labels", "samples") else name
             for name, result in self.checks.items()
             if result.startswith("ok")
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from tempering.methods.base import Method
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
-from tempering.training.checks import Optimizer, Schedule, as_method, check_models_are_distinct, check_unsharded
+from tempering.training.checks import as_method, check_models_are_distinct, check_unsharded
 from tempering.training.config import Precision, Run, TrainConfig
+from tempering.training.optimizers import Optimizer, Schedule
 from tempering.training.trainer import Trainer
 from tempering.utils.state import borrowed
 
@@ -56,6 +58,7 @@ def distill(
     gradient_checkpointing: bool = False,
     chunks: bool | None = None,
     log_every: int = 50,
+    examples: int = 6,
     checkpoint_every: int | None = None,
     keep: int = 2,
     patience: int | None = None,
@@ -77,7 +80,8 @@ def distill(
 
     Options of ``TrainConfig`` with the same name: accumulate, max_grad_norm, precision, accelerator, devices, strategy,
     compile, warmup, decay_norms, ema, label_smoothing, mixup, cutmix, class_weights, gradient_checkpointing, chunks,
-    evaluate_every, log_every, checkpoint_every, keep, patience, resume, extend, requeue, selfcheck, skip_checks, quiet.
+    evaluate_every, log_every, examples, checkpoint_every, keep, patience, resume, extend, requeue, selfcheck,
+    skip_checks, quiet.
     With strategy="fsdp" the student is left sharded. With several devices the script runs once per device; the
     parameters equal those of one device with the same batch. A run killed at any moment resumes from the last
     checkpoint, with bit-identical results.
@@ -101,7 +105,7 @@ def distill(
         test: scored as well; selects the best epoch only if there is no validation, which the report notes.
         out: folder for records, checkpoints and weights; None writes nothing.
         seed: of the order, augmentation and dropout of every epoch; not of the student's initial weights.
-        loggers: "tensorboard", "csv", "wandb", or Fabric loggers.
+        loggers: "tensorboard", "csv", "wandb", "mlflow", "trackio", or Fabric loggers.
         facts: additional content of facts.json, such as "label" and "data".
         on_step: called after every step with its number (from 0) and its loss, (); with several processes, the mean
             over them is the step's loss.
@@ -115,40 +119,13 @@ def distill(
         OSError: if there is no space for a checkpoint; the earlier ones stay.
         RunInterrupted: (SystemExit, code 99) after SIGTERM, SIGUSR1 or SIGHUP; a checkpoint is written.
     """
+    given = locals()
     if steps is not None and epochs is not None:
         raise ValueError(f"give either steps= or epochs=; got steps={steps}, epochs={epochs}.")
-    config = TrainConfig(
-        steps=steps,
-        epochs=epochs,
-        evaluate_every=evaluate_every,
-        seed=seed,
-        accumulate=accumulate,
-        max_grad_norm=max_grad_norm,
-        precision=precision,
-        accelerator=accelerator,
-        devices=devices,
-        strategy=strategy,
-        compile=compile,
-        warmup=warmup,
-        decay_norms=decay_norms,
-        ema=ema,
-        label_smoothing=label_smoothing,
-        mixup=mixup,
-        cutmix=cutmix,
-        class_weights=_plain(class_weights),
-        gradient_checkpointing=gradient_checkpointing,
-        chunks=chunks,
-        log_every=log_every,
-        checkpoint_every=checkpoint_every,
-        keep=keep,
-        patience=patience,
-        resume=resume,
-        extend=extend,
-        requeue=requeue,
-        selfcheck=selfcheck,
-        skip_checks=tuple(skip_checks),
-        quiet=quiet,
-    )
+    options: dict[str, Any] = {
+        option.name: given[option.name] for option in fields(TrainConfig) if option.name in given
+    }
+    options |= {"class_weights": _plain(class_weights), "skip_checks": tuple(skip_checks)}
     with borrowed(student, teacher):
         trainer = make_trainer(
             student,
@@ -159,7 +136,7 @@ def distill(
             optimizer=optimizer,
             schedule=schedule,
             evaluations={"validation": validation, "test": test},
-            config=config,
+            config=TrainConfig(**options),
             folder=out,
             loggers=loggers,
             on_step=on_step,
@@ -249,7 +226,7 @@ def _prepare_task(task: Task | None, student: nn.Module, teacher: Teacher | None
     if task is None:
         from tempering.tasks.classification import Classification
 
-        return Classification()
+        task = Classification()
     for model in (student, None if teacher is None else teacher.model):
         if model is not None:
             task.prepare_model(model)

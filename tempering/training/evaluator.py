@@ -78,7 +78,8 @@ class Evaluator:
         Updates ``state``: the best evaluation, how many evaluations ago it was, and whether the run should stop.
         """
         best = state.best_value
-        improved = best is None or (value > best if self.higher_is_better else value < best)
+        better = best is None or math.isnan(best) or (value > best if self.higher_is_better else value < best)
+        improved = best is None or (better and not math.isnan(value))
         if improved:
             state.best_value, state.best, state.stale = value, state.last, 0
         else:
@@ -96,7 +97,7 @@ class Evaluator:
         saved, method = random_state(), copy.deepcopy(method).eval() if method.policies() else method
         try:
             for name, batches in self.splits.items():
-                with _generators_restored(batches):
+                with generators_restored(batches):
                     scores = self._check_split(name, model, method, batches)
                 metric = self.task.headline()[0]
                 if self.best_by == f"{name}/{metric}" and not math.isfinite(scores.get(metric, math.nan)):
@@ -133,12 +134,38 @@ class Evaluator:
 
         Scores in the analysis are added to the last evaluation in ``state``.
         """
-        name = "test" if "test" in self.splits else next(iter(self.splits), None)
+        name = self._analyzed
         if name is None:
             return {}
         analysis = self._analyze(model, method.eval(), self.splits[name], self._teacher(name))
         (state.last or {}).get(name, {}).update(analysis.pop("scores", {}))
         return {"split": name, **analysis} if analysis else {}
+
+    def compare_models(self, model: nn.Module, analysis: dict[str, Any], most: int) -> dict[str, Any]:
+        """Add to the analysis the teacher's scores and ``most`` examples on which both models differ; for records.
+
+        An error in it is recorded in their place: a finished run is not lost for it.
+        """
+        name = analysis.get("split") or self._analyzed
+        if name is None or name not in self.teachers:
+            return analysis
+        teacher, task, batches = self.teachers[name].teacher, self.task, self.splits[name]
+        network = getattr(teacher, "model", None)
+        more: dict[str, Callable[[], Any]] = {"examples": lambda: task.examples(model, batches, teacher, most)}
+        if isinstance(network, nn.Module):
+            more["teacher_scores"] = lambda: task.score_teacher(network, batches)
+        added: dict[str, Any] = {}
+        for key, compute in more.items():
+            try:
+                added[key] = compute()
+            except Exception as error:
+                added[f"{key}_error"] = f"{type(error).__name__}: {error}"[:200]
+        added = {key: value for key, value in added.items() if value}
+        return {"split": name, **analysis, **added} if added else analysis
+
+    @property
+    def _analyzed(self) -> str | None:
+        return "test" if "test" in self.splits else next(iter(self.splits), None)
 
     def _teacher(self, split: str) -> CachedTeacherOutputs | None:
         return self.teachers[split].reset() if split in self.teachers else None
@@ -161,7 +188,7 @@ class _OneBatch:
 
 
 @contextmanager
-def _generators_restored(batches: Iterable[Any]) -> Generator[None]:
+def generators_restored(batches: Iterable[Any]) -> Generator[None]:
     """Restore the state of the generators that a DataLoader draws from."""
     parts = [batches, *(getattr(batches, name, None) for name in DATALOADER_PARTS)]
     generators = {g for part in parts if isinstance(g := getattr(part, "generator", None), torch.Generator)}
@@ -176,7 +203,8 @@ def _generators_restored(batches: Iterable[Any]) -> Generator[None]:
 class CachedTeacherOutputs:
     """Cache a teacher's outputs on a fixed, unshuffled split, so that it runs once and not at every evaluation.
 
-    Outputs are cached by position and sample ids; batches without ids are not cached.
+    Outputs are cached by position and sample ids; batches without ids are not cached, nor is a split in which an id
+    occurs twice: they are no ids of samples, such as the number of a group, and another order may have the same.
 
     Args:
         enabled: False for a teacher that is trained during the run, or whose outputs are too large to keep.
@@ -185,6 +213,7 @@ class CachedTeacherOutputs:
     def __init__(self, teacher: Callable[[Any, Tensor | None], Any], *, enabled: bool = True) -> None:
         self.teacher, self.enabled = teacher, enabled
         self.outputs: list[tuple[Tensor, Any]] = []  # sample ids and outputs of each batch
+        self.seen: set[int] = set()  # ids
         self.position = 0
 
     def reset(self) -> CachedTeacherOutputs:
@@ -201,7 +230,10 @@ class CachedTeacherOutputs:
             return self.outputs[position][1]
         output = self.teacher(inputs, ids)
         if position == len(self.outputs):
-            self.outputs.append((ids, output))
+            new: list[int] = on_host(ids).tolist()
+            self.enabled = len({*new}) == len(new) and self.seen.isdisjoint(new)
+            self.outputs = [*self.outputs, (ids, output)] if self.enabled else []
+            self.seen.update(new)
         return output
 
 

@@ -49,7 +49,7 @@ class Experiment:
         config: options of training.
         out: folder for records, checkpoints and weights; None writes nothing.
         facts: additional content of facts.json, such as "label" and "data".
-        loggers: "tensorboard", "csv", "wandb", or Fabric loggers.
+        loggers: "tensorboard", "csv", "wandb", "mlflow", "trackio", or Fabric loggers.
         on_step: called after every step with its number (from 0) and its loss.
         bind_teacher: called with this experiment and the teacher, before anything is checked or trained; returns the
             experiment to use. For what depends on the teacher's weights, such as batches that the teacher generates.
@@ -267,7 +267,9 @@ class TeacherRecipe:
             experiment = self.train
 
             def train(path: Path) -> None:
-                replace(experiment(network), out=path).run()
+                described = experiment(network)
+                facts = {"label": f"teacher {self.name}", "student": {"name": self.name}, **described.facts}
+                replace(described, out=path, facts=facts).run()
 
             return {"scores": train_or_load(network, self.name, self.folder, train, key=self.key)}
         return {}

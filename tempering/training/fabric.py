@@ -1,8 +1,8 @@
-"""Set up Lightning Fabric: strategy, precision, and loggers."""
+"""Set up Lightning Fabric: strategy and precision."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -18,17 +18,14 @@ from tempering.utils.device import warn_if_bf16_emulated
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-LOGGERS = ("tensorboard", "csv", "wandb")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true")
 
 
-def fabric_for(
-    *, accelerator: str, devices: int | str, strategy: str, precision: str, loggers: Sequence[Any], folder: Any
-) -> Fabric:
+def fabric_for(*, accelerator: str, devices: int | str, strategy: str, precision: str) -> Fabric:
     """Launch Fabric; ``strategy="fsdp"`` is torch's FSDP2, which also runs on the CPU.
 
     Raises:
-        ValueError: for an unknown precision or logger.
+        ValueError: for an unknown precision.
     """
     with _without_torchmetrics():
         from lightning_fabric import Fabric
@@ -53,7 +50,6 @@ def fabric_for(
         strategy=fabric_strategy,
         precision=None if precision == "64-true" else precision,  # pyright: ignore[reportArgumentType]
         plugins=[double] if precision == "64-true" else [],
-        loggers=[_logger(x, folder) for x in loggers],
     )
     fabric.launch()
     warn_if_bf16_emulated(precision, fabric.device)
@@ -92,32 +88,6 @@ def _fully_shard(model: nn.Module, mesh: Any) -> nn.Module:
             fully_shard(child, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])
     return model
-
-
-def _logger(logger: Any, folder: Any) -> Any:
-    """Create the logger with this name; return a logger of Fabric unchanged."""
-    if not isinstance(logger, str):
-        return logger
-    if logger not in LOGGERS:
-        raise ValueError(f"loggers are {', '.join(LOGGERS)} or objects of lightning_fabric; got {logger!r}.")
-    if folder is None:
-        raise ValueError(f"the logger {logger!r} needs a folder to write to: give out=FOLDER.")
-    try:
-        if logger == "wandb":
-            from tempering.training.wandb_logger import WandbLogger
-
-            return WandbLogger(folder)
-        from lightning_fabric.loggers.csv_logs import CSVLogger
-        from lightning_fabric.loggers.tensorboard import TensorBoardLogger
-
-        if logger == "tensorboard":
-            return TensorBoardLogger(root_dir=folder, name="logs", version=logger)
-        # one file per start of the run, because Fabric's logger removes existing ones
-        count = len(list(Path(folder, "logs").glob("csv*")))
-        version = f"csv-{count + 1}" if count else "csv"
-        return CSVLogger(root_dir=folder, name="logs", version=version, flush_logs_every_n_steps=1)
-    except ImportError as error:
-        raise ImportError(f'the logger {logger!r} is not installed: pip install "tempering[{logger}]"') from error
 
 
 def allow_double_backward(model: Any) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -116,26 +117,45 @@ def _label_names(model: nn.Module | None) -> dict[int, str]:
 
 def moves_student(method: Method, blocks: Sequence[Rows]) -> bool:
     """Return whether the loss of these rows has a gradient in the student, which is first moved off the teacher."""
-    for rows in map(_leaves, blocks):
-        generator = torch.Generator().manual_seed(0)
+    return any(bool(g.any()) for rows in blocks for g in _gradients(method, rows))
 
-        def moved(x: Tensor, generator: torch.Generator = generator) -> Tensor:
-            noise = torch.randn(x.shape, generator=generator).to(x)
-            return (x + 0.1 * (1.0 + x.masked_fill(~x.isfinite(), 0.0).abs().mean()) * noise).requires_grad_()
 
-        features = {name: (moved(s.detach()), t) for name, (s, t) in rows.features.items() if s.is_floating_point()}
-        hard = None if rows.task_loss is None else rows.task_loss.clone().requires_grad_()
-        probe = rows.replace(student=moved(rows.student), features={**rows.features, **features}, task_loss=hard)
-        leaves = [probe.student, *(s for s, _ in features.values()), *([] if hard is None else [hard])]
-        for progress in (1.0, 0.5):  # a weight may be 0 at the end of the run
-            with torch.enable_grad():
-                loss = total(_terms(copy.deepcopy(method), probe, progress), probe)
-                if not loss.requires_grad:
-                    continue
-                gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-            if any(g is not None and bool(g.any()) for g in cast("Sequence[Tensor | None]", gradients)):
-                return True
+def teacher_matters(method: Method, blocks: Sequence[Rows]) -> bool:
+    """Return whether another teacher would give the loss of these rows another gradient in the student."""
+    for rows in blocks:
+        other = rows.replace(
+            teacher=_moved(rows.teacher, 1),
+            features={name: (s, _moved(t, 1)) for name, (s, t) in rows.features.items()},
+        )
+        pairs = itertools.zip_longest(_gradients(method, rows), _gradients(method, other))
+        if any(a is None or b is None or not torch.equal(a, b) for a, b in pairs):
+            return True
     return False
+
+
+def _gradients(method: Method, rows: Rows) -> Iterator[Tensor]:
+    """Yield the gradients of the loss in what the student gives, which is moved, in the course of a run."""
+    rows = _leaves(rows)
+    features = {name: (_moved(s.detach()), t) for name, (s, t) in rows.features.items()}
+    hard = None if rows.task_loss is None else rows.task_loss.clone()
+    probe = rows.replace(student=_moved(rows.student), features=features, task_loss=hard)
+    given = [probe.student, *(s for s, _ in features.values()), *([] if hard is None else [hard])]
+    leaves = [x.requires_grad_() for x in given if x.is_floating_point()]
+    for progress in (1.0, 0.5):  # a weight may be 0 at the end of the run
+        with torch.enable_grad():
+            loss = total(_terms(copy.deepcopy(method), probe, progress), probe)
+            if not loss.requires_grad:
+                continue
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        yield from (g for g in cast("Sequence[Tensor | None]", gradients) if g is not None)
+
+
+def _moved(x: Tensor, seed: int = 0) -> Tensor:
+    """Return a copy with noise of a tenth of the mean size; integers stay."""
+    if not x.is_floating_point():
+        return x
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
+    return x + 0.1 * (1.0 + x.masked_fill(~x.isfinite(), 0.0).abs().mean()) * noise
 
 
 def why_nothing_moves(blocks: Sequence[Rows]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering._version import __version__
-from tempering.tasks.base import Task
+from tempering.tasks.base import Task, tokenizer_of
 from tempering.teachers.base import Teacher
 from tempering.teachers.live import Live
 from tempering.training.config import TrainState
@@ -138,12 +139,23 @@ def first_inputs(inputs: Any) -> Any:
 
 
 def costs(student: nn.Module, teacher: Teacher | None, batch: Any, task: Task) -> dict[str, Any]:
-    """Measure both models on one sample: "student" and, if it is live, "teacher" -> what ``cost`` returns."""
+    """Measure both models on one sample: "student" and, if it is live, "teacher" -> what ``cost`` returns.
+
+    "measured" says under which conditions.
+    """
     student_inputs, teacher_inputs, ids = map(first_inputs, task.inputs(batch))
     measured = {"student": cost(student, lambda: student(student_inputs))}
     if isinstance(teacher, Live):
         measured["teacher"] = cost(teacher.model, lambda: teacher(teacher_inputs, ids))
-    return measured
+    return {**measured, "measured": conditions(student)}
+
+
+def conditions(model: nn.Module) -> dict[str, Any]:
+    """Return what times depend on: "device", "threads", "cores", and "load", processes that ran in the last minute."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    return {"device": name, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "load": load}
 
 
 def cost(model: nn.Module, forward: Callable[[], object]) -> dict[str, Any]:
@@ -178,11 +190,6 @@ def _timed(forward: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def tokenizer_of(data: Any) -> Any:
-    """Return the tokenizer of a loader's student; None if it has none."""
-    return getattr(data, "student_tokenizer", getattr(data, "tokenizer", None))
 
 
 def save_tokenizer(data: Any, folder: Path) -> None:

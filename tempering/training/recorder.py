@@ -141,6 +141,7 @@ class Recorder:
     def _write_facts(self) -> None:
         """Write facts.json without secrets, such as an API key in the command or in an error."""
         if self.folder is not None:
+            self.facts.pop("sha256", None)  # it is the last value
             plain = without_secrets(json.loads(json.dumps(self.facts, default=str)))
             self.facts["sha256"] = plain["sha256"] = facts_digest(plain)
             write_atomic(self.folder / "facts.json", json.dumps(plain, indent=1))

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, Sampler
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    TensorDataset,
+)
 
 from tempering.training.checkpoint import random_state, set_random_state
 from tempering.training.distributed import all_gather_objects
@@ -42,6 +51,8 @@ INNER = (
     "collate_fn",
 )
 
+HASHED = 1 << 28  # bytes of stored data that are hashed
+SAMPLES = 16  # of a data set that are hashed
 LARGE = 1 << 16  # elements of a tensor that is not hashed as a setting
 EMPTY = "the training loader yields no batches. Is the data set empty, or smaller than a batch?"
 
@@ -137,9 +148,7 @@ class ResumableLoader:
         Returns:
             "rank/batch/path" -> hash, equal on all ranks.
         """
-        source: Any = self.batches
-        while getattr(source, "batches", None) is not None and getattr(source, "identity", None) is None:
-            source = source.batches
+        source = _innermost(self.batches)
         before = random_state()
         reseed(self.seed, 0, self.fabric.global_rank)
         self.set_epoch(0, torch_only=not keep_states)
@@ -147,6 +156,15 @@ class ResumableLoader:
         for number, batch in enumerate(cast("Iterable[Any]", itertools.islice(iter(source), batches))):
             found |= {f"{number}{path}": digest for path, digest in batch_digests(batch).items()}
         set_random_state(before)
+        return self._of_ranks(found)
+
+    def samples(self, splits: Mapping[str, Any], *, again: bool = False) -> dict[str, str]:
+        """Hash what the loader and the evaluation splits hold (``sample_digests``): "rank/split/path" -> hash."""
+        sources = {"train": self.batches, **splits}
+        found = {name: sample_digests(source, self.seed, again=again) for name, source in sources.items()}
+        return self._of_ranks({f"{name}{path}": d for name, own in found.items() for path, d in own.items()})
+
+    def _of_ranks(self, found: dict[str, str]) -> dict[str, str]:
         of_ranks = all_gather_objects(found, self.fabric)
         return {f"{rank}/{path}": digest for rank, own in enumerate(of_ranks) for path, digest in own.items()}
 
@@ -246,6 +264,62 @@ def find_generators(part: Any, depth: int = 5) -> list[Any]:
     for everyones in (np.random.mtrand._rand, getattr(random, "_inst", None), torch.default_generator):  # pyright: ignore
         found.pop(id(everyones), None)
     return list(found.values())
+
+
+def _innermost(batches: Any) -> Any:
+    """Return the loader in loaders whose batches depend on the student, up to one that has an identity."""
+    while getattr(batches, "batches", None) is not None and getattr(batches, "identity", None) is None:
+        batches = batches.batches
+    return batches
+
+
+def sample_digests(batches: Any, seed: int, *, again: bool = False) -> dict[str, str]:
+    """Hash the samples of a loader without an identity: path -> hash; all random states are restored.
+
+    Of a list of batches, and of the tensors of a TensorDataset, that is everything up to ``HASHED`` bytes, and rows at
+    equal distances of more; of another data set of a DataLoader ``SAMPLES`` samples at equal distances.
+
+    Args:
+        again: load the samples twice, and hash the second ones, to tell those that differ whenever they are loaded.
+    """
+    source = _innermost(batches)
+    if getattr(source, "identity", None) is not None:
+        return {}
+    before, generators = random_state(), [Borrowed(g) for g in find_generators(source)]
+    try:
+        for _ in range(1 + again):
+            reseed(seed, 0, 0)
+            found = _digests(source)
+        return found  # pyright: ignore[reportPossiblyUnboundVariable]
+    finally:
+        for generator in generators:
+            generator.restore()
+        set_random_state(before)
+
+
+def _digests(source: Any) -> dict[str, str]:
+    if isinstance(source, (list, tuple)):
+        stored = cast("Sequence[Any]", source)
+        size = sum(x.nbytes for x in tree_leaves(stored) if isinstance(x, (Tensor, np.ndarray)))
+        parts: dict[str, list[str]] = {}
+        for i in _spread(len(stored), len(stored) if size <= HASHED else SAMPLES):
+            for path, digest in batch_digests(stored[i]).items():
+                parts.setdefault(path, []).append(digest)
+        return {path: hashlib.sha256(repr(digests).encode()).hexdigest()[:16] for path, digests in parts.items()}
+    dataset: Any = cast("Any", source).dataset if isinstance(source, DataLoader) else None
+    if dataset is None or isinstance(dataset, IterableDataset):
+        return {}
+    if type(dataset) is TensorDataset:
+        return batch_digests([x[:: 1 + x.nbytes // HASHED] if x.ndim else x for x in dataset.tensors])
+    try:
+        return batch_digests({str(i): dataset[i] for i in _spread(len(dataset), SAMPLES)})
+    except Exception:  # it is not indexed by 0 to N - 1; a fault shows when a batch is loaded
+        return {}
+
+
+def _spread(n: int, most: int) -> list[int]:
+    """Return at most this many of n indices at equal distances, the first and the last among them."""
+    return [round(i * (n - 1) / (most - 1)) for i in range(most)] if n > most > 1 else list(range(n))
 
 
 def settings_of(part: Any) -> dict[str, Any]:

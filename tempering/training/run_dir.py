@@ -25,7 +25,7 @@ from tempering.training.distributed import all_gather_objects
 from tempering.training.recorder import read_facts, surroundings
 from tempering.training.resumable_loader import loader_settings, settings_of
 from tempering.utils.files import read_json_lines, try_lock, verify_records
-from tempering.utils.tensors import read_weights
+from tempering.utils.tensors import batch_digests, read_weights
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -39,6 +39,7 @@ WORDS = {  # of the parts of a run's key, in messages
     "data": "data",
     "loader": "training loader",
     "batches": "training data (hashes of the first batches)",
+    "samples": "data (hashes of samples: process/split/part)",
     "splits": "evaluation data",
     "initial_weights": "initial weights of the student (sha256)",
     "optimizer_type": "optimizer",
@@ -53,6 +54,20 @@ HINTS = {
 ADDED: dict[str, Any] = {"ema": None, "label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "class_weights": None}
 WEIGHTS = ("student.safetensors", "best.safetensors", "ema.safetensors")
 How = Literal["new", "resumed", "extended", "finished"]
+
+
+def run_folder(out: str | Path) -> Path:
+    """Return the folder of a run, with ~ for the home directory.
+
+    Raises:
+        ValueError: if it cannot be a folder.
+    """
+    folder = Path(out).expanduser()
+    blocking = next((p for p in (folder, *folder.parents) if p.is_symlink() or p.exists()), folder)
+    if blocking.exists() != blocking.is_dir() or (blocking.is_symlink() and not blocking.exists()):
+        what = "is a file" if blocking.exists() else "is a symbolic link to a path that does not exist"
+        raise ValueError(f"out={str(out)!r} (--out) must be a folder, and {blocking} {what}. Give another out=.")
+    return folder
 
 
 @contextmanager
@@ -104,17 +119,20 @@ class RunDirectory:
         self.how: How = "new"
         self.extended: tuple[int, int] | None = None
         self.positions: dict[str, Any] | None = None
+        # most buffers outside of the state dict are constants, such as masks; those that change are saved
+        self.constants = {} if folder is None else batch_digests(checkpoint.unsaved_buffers(self.student))
 
     def resume(
-        self, *, restart: bool, extend: bool = False, batches_again: Callable[[], Mapping[str, str]] | None = None
+        self, *, restart: bool, extend: bool = False, again: Mapping[str, Callable[[], Mapping[str, str]]] | None = None
     ) -> tuple[TrainState, dict[str, Any] | None]:
         """Load the newest checkpoint.
 
         Args:
             restart: remove checkpoints and weights of an earlier run and start from the beginning.
             extend: continue a finished run to more steps.
-            batches_again: loads the first batches again and returns their hashes, called if they differ from those
-                of the saved run. Parts that differ each time, as of an unseeded augmentation, are not compared.
+            again: part of the key, "batches" or "samples" -> a function that loads them again and returns their hashes,
+                called if they differ from those of the saved run. Parts that differ each time, as of an unseeded
+                augmentation, are not compared.
 
         Returns:
             The training progress, and this rank's random state; a new TrainState and None if there is no checkpoint.
@@ -150,8 +168,9 @@ class RunDirectory:
         steps = result.get("steps") if facts.get("status") == "done" else None
         done = steps == at.step and (self.folder / "student.safetensors").is_file()
         is_finished = at.stopped or done
-        self._check_same(saved_key, state["student"], is_finished=is_finished, extend=extend, again=batches_again)
+        self._check_same(saved_key, state["student"], is_finished=is_finished, extend=extend, again=again or {})
         checkpoint.scatter(state, self.student, self.method, self.optimizer)
+        checkpoint.load_buffers(self.student, state.get("buffers", {}))
         if self.average is not None:
             self.average.load_state_dict(state["ema"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
@@ -173,18 +192,18 @@ class RunDirectory:
         *,
         is_finished: bool,
         extend: bool,
-        again: Callable[[], Mapping[str, str]] | None,
+        again: Mapping[str, Callable[[], Mapping[str, str]]],
     ) -> None:
         """Raise an error that names what differs if the saved run is another one."""
         longer = self.key["total_steps"] > saved["total_steps"]
         different = differences(saved, self.key, without=("total_steps", "patience") if extend and is_finished else ())
         if "initial_weights" in different and same_weights(self.student, weights):
             different.remove("initial_weights")  # of the student in the folder, such as after an earlier call
-        if "batches" in different and again is not None:
-            second = again()
-            stable = {name: digest for name, digest in self.key["batches"].items() if second.get(name) == digest}
-            if all(saved["batches"].get(name) == digest for name, digest in stable.items()):
-                different.remove("batches")
+        for part in set(again) & set(different):
+            second = again[part]()
+            stable = {name: digest for name, digest in self.key[part].items() if second.get(name) == digest}
+            if all(saved[part].get(name) == digest for name, digest in stable.items()):
+                different.remove(part)
         if extend and not is_finished and "total_steps" in different:
             raise ValueError(
                 f"{self.folder} holds a run that is not finished, and extend=True (--extend) continues a finished one. "
@@ -234,11 +253,18 @@ class RunDirectory:
             ranks=all_gather_objects([checkpoint.random_state(), state.loss_sum], self.fabric),
             precision=self.fabric.strategy.precision.state_dict(),
         )
+        if buffers := self._changed_buffers():
+            content["buffers"] = buffers
         if self.average is not None:
             content["ema"] = self.average.state_dict()
         if self.fabric.is_global_zero:
             checkpoint.save(self.folder / "checkpoints", state.step, content, keep=keep, records=records)
         self.fabric.barrier()
+
+    def _changed_buffers(self) -> dict[str, Tensor]:
+        buffers = checkpoint.unsaved_buffers(self.student)
+        now = batch_digests(buffers)
+        return {name: x for name, x in buffers.items() if now[f"/{name}"] != self.constants.get(f"/{name}")}
 
     def write_weights(self, name: str, metadata: Mapping[str, str] | None = None) -> None:
         """Write the student's weights as the file ``name`` in the folder, with metadata."""
@@ -315,7 +341,7 @@ def run_metadata(
             "name": name,
             "parameters": count,
             "identity": teacher.identity,
-            **(facts.get("teacher") or {}),
+            **_named(facts.get("teacher")),
         }
     return {
         **surroundings(),
@@ -331,11 +357,17 @@ def run_metadata(
         "student": {
             "name": type(student).__name__,
             "parameters": sum(math.prod(p.shape) for p in student.parameters()),
-            **facts.get("student", {}),
+            **_named(facts.get("student")),
         },
         "teacher": teacher_facts,
-        "data": {"identity": key["data"], **facts.get("data", {})},
+        "data": {"identity": key["data"], **_named(facts.get("data"))},
     }
+
+
+def _named(facts: Any) -> Mapping[str, Any]:
+    """Return the caller's facts about a part; text is its name."""
+    named = {} if facts is None else {"name": str(facts)}
+    return cast("Mapping[str, Any]", facts) if isinstance(facts, Mapping) else named
 
 
 def schedule_values(schedule: Callable[[float], Any] | None) -> dict[str, Any] | None:
@@ -361,9 +393,9 @@ def in_words(name: str, before: Any, now: Any) -> str:
     return f"its {WORDS.get(name, name)} was {_short(before)}, now it is {_short(now)}"
 
 
-def _short(value: Any, most: int = 600) -> str:
+def _short(value: Any, limit: int = 600) -> str:
     text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def initial_weights(student: nn.Module, folder: Path) -> str:

@@ -10,17 +10,27 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, IterableDataset
 
 from tempering.methods.base import Method
 from tempering.rows import Rows, class_indices, class_labels, is_labeled
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
+from tempering.teachers.outputs import Sparse
 from tempering.training.checkpoint import random_state, set_random_state
 from tempering.training.config import Checked, Results, SelfCheckError
-from tempering.utils.tensors import map_tensors
+from tempering.utils.tensors import batch_digests, map_tensors
 
-__all__ = ["Checked", "SelfCheckError", "last_batch_size", "one_sample", "selfcheck"]
+__all__ = [
+    "Checked",
+    "SelfCheckError",
+    "check_student",
+    "independent_workers",
+    "last_batch_size",
+    "one_sample",
+    "selfcheck",
+]
 
 REPEAT_TOLERANCE = (
     1e-2  # tolerance of repeated forward passes, relative to the largest logit, for half precision on a GPU
@@ -43,6 +53,7 @@ def selfcheck(
     features: Features | None = None,
     more: Callable[[], Iterable[Any]] | None = None,
     single: Any = None,
+    workers: int = 0,
     skip: Collection[str] = (),
 ) -> Checked:
     """Check teacher, student and method on a batch, and restore all state, random state included.
@@ -51,6 +62,7 @@ def selfcheck(
         features: the paired features of the last forward passes, for methods that compare them.
         more: returns the batches after this one, for checks that one batch does not decide; None: there are none.
         single: a batch of one sample, if an epoch has one: batch norm cannot be trained on it.
+        workers: number of processes that iterate over a data set on their own, see ``independent_workers``.
         skip: names of checks that are turned off.
 
     Raises:
@@ -68,7 +80,7 @@ def selfcheck(
         first = models.run(batch)
         blocks = first.blocks
         for rows in blocks:
-            _check_student(rows, results)
+            check_student(rows, results)
         if teacher is not None:
             _check_modes(teacher, method, results)
             if results.wants("label names"):
@@ -89,6 +101,9 @@ def selfcheck(
                 _check_can_learn(method, models, blocks, following, results)
         if results.wants("training mode"):
             _check_training_mode(models, modes, first, single, results)
+        if workers > 1 and results.wants("workers"):
+            _check_workers(batch, itertools.islice(following(), workers - 1), workers)
+            results["workers"] = "ok"
     return Checked(dict(results))
 
 
@@ -99,6 +114,7 @@ class _Outputs(NamedTuple):
     blocks: list[Rows]
     student: Any
     teacher: Any
+    samples: int | None  # that the teacher draws
     repeat: Callable[[], Any]  # runs the teacher again on the same inputs
 
 
@@ -117,31 +133,50 @@ class _Models:
             return None if self.teacher is None else self.teacher(teacher_inputs, ids)
 
         try:
-            teacher_output = teach()
+            with _unchanged(teacher_inputs, "teacher"):
+                teacher_output = teach()
             self.student.eval()
-            student_output = self.student(student_inputs)
-        except RuntimeError as error:
-            from tempering.training.checks import explain_input_types
+            with _unchanged(student_inputs, "student"):
+                student_output = self.student(student_inputs)
+        except (RuntimeError, TypeError) as error:
+            from tempering.training.checks import explain_inputs
 
-            explain_input_types(error, self.student, student_inputs)
+            explain_inputs(error, self.student, student_inputs)
             raise
         blocks = self.task.rows(student_output, teacher_output, batch)
         if self.features is not None:
             blocks[-1] = blocks[-1].replace(features={**blocks[-1].features, **self.features()})
-        return _Outputs(batch, blocks, student_output, teacher_output, teach)
+        samples = None if self.teacher is None else self.teacher.samples
+        return _Outputs(batch, blocks, student_output, teacher_output, samples, teach)
+
+
+@contextmanager
+def _unchanged(inputs: Any, side: str) -> Generator[None]:
+    """Check that a forward pass does not change its inputs: the other model, and later epochs, get them too."""
+    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and not x.is_inference()]
+    before = [x._version for x in tensors]
+    yield
+    if any(x._version != version for x, version in zip(tensors, before, strict=True)):
+        raise SelfCheckError(
+            f"the {side} changes its inputs in place, such as by x.sub_(mean) or a ReLU(inplace=True) that comes "
+            "first, so the other model would get other inputs. Write x = x - mean, or nn.ReLU()."
+        )
 
 
 @contextmanager
 def _restored(student: nn.Module) -> Generator[dict[nn.Module, bool]]:
     """Restore the student's modes and buffers, and the random state; the modes are the context's value."""
     saved, modes = random_state(), {module: module.training for module in student.modules()}
-    buffers = {buffer: buffer.clone() for buffer in cast("Iterable[Tensor]", student.buffers())}
+    # by name, since a forward pass may assign another tensor: self.count = self.count + 1
+    named = dict(student.named_buffers())
+    buffers = [(name, buffer, buffer.clone()) for name, buffer in named.items()]
     try:
         yield modes
     finally:
         with torch.no_grad():
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
+            for name, buffer, value in buffers:
+                path, _, own = name.rpartition(".")
+                setattr(student.get_submodule(path), own, buffer.copy_(value))
         for module, mode in modes.items():
             module.training = mode
         set_random_state(saved)
@@ -233,6 +268,11 @@ def _check_teacher_logits(task: Task, first: _Outputs, results: Results) -> None
                 "augmentation."
             )
         results["deterministic"] = "ok"
+    if isinstance(first.teacher, Sparse) and first.samples is not None:
+        from tempering.teachers.selection import entropy_not_sampled
+
+        excess = float(entropy_not_sampled(first.teacher, first.samples))
+        results["samples"] = f"ok (the logged loss lies above the KL, by about {excess:.2g})"
     if results.wants("vocabulary"):
         cut = task.probability_cut(first.student, first.teacher, first.batch)
         if cut is None:
@@ -311,7 +351,7 @@ def _check_row_weights(task: Task, batch: Any, blocks: list[Rows]) -> None:
             )
 
 
-def _check_student(rows: Rows, results: Results) -> None:
+def check_student(rows: Rows, results: Results) -> None:
     """Check labels and the student's logits."""
     if rows.target is not None and len(rows):
         target = class_indices(class_labels(rows.target).cpu(), "the task")
@@ -331,12 +371,13 @@ def _check_can_learn(
     method: Method, models: _Models, blocks: list[Rows], following: Callable[[], Iterable[Any]], results: Results
 ) -> None:
     """Check that the loss of one of the first batches can move the student."""
-    from tempering.training.loss_checks import moves_student, why_nothing_moves
+    from tempering.training.loss_checks import moves_student, teacher_matters, why_nothing_moves
 
     tried = 1
     moves = moves_student(method, blocks)
     for batch in () if moves else itertools.islice(following(), MOST_TRIED):
-        moves, tried = moves_student(method, models.run(batch).blocks), tried + 1
+        blocks = models.run(batch).blocks
+        moves, tried = moves_student(method, blocks), tried + 1
         if moves:
             break
     if not moves:
@@ -346,6 +387,34 @@ def _check_can_learn(
             f"{why_nothing_moves(blocks)}"
         )
     results["can learn"] = "ok"
+    if models.teacher is not None and method.needs_teacher and results.wants("teacher effect"):
+        results["teacher effect"] = "ok"
+        if not teacher_matters(method, blocks):
+            results["teacher effect"] = "none"
+            warnings.warn(
+                f"the teacher has no effect: with another one, the loss of {type(method).__name__} would have the same "
+                "gradient. Are the weights of all terms that use it 0, such as soft=0? Give one of them a weight, or "
+                "train without a teacher by methods.Supervised(). skip_checks=['teacher effect'] skips this.",
+                stacklevel=2,
+            )
+
+
+def _check_workers(first: Any, others: Iterable[Any], workers: int) -> None:
+    """Check that the first batches, one of each worker, are not all the same."""
+    want, others = batch_digests(first), list(others)
+    if want and len(others) == workers - 1 and all(batch_digests(batch) == want for batch in others):
+        raise SelfCheckError(
+            f"the first {workers} batches, one of each worker, are equal to the bit: each of the {workers} workers "
+            f"reads the whole data set, and every sample would be learned {workers} times. Split it in __iter__: "
+            "info = torch.utils.data.get_worker_info(), then itertools.islice(samples, info.id, None, "
+            "info.num_workers) if info is not None; or give the loader num_workers=1. skip_checks=['workers'] skips "
+            "this."
+        )
+
+
+def independent_workers(batches: Any) -> int:
+    """Return the number of workers of which each iterates over the data set of a loader itself; 0: it is split."""
+    return batches.num_workers if isinstance(getattr(batches, "dataset", None), IterableDataset) else 0
 
 
 def last_batch_size(batches: Any) -> int | None:

@@ -18,17 +18,7 @@ from tempering.methods.base import BlockLoss, Method, Step, step_rng
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.training.checkpoint import set_random_state
-from tempering.training.checks import (
-    Optimizer,
-    Schedule,
-    base_learning_rates,
-    chunking_for,
-    make_optimizer,
-    make_schedule,
-    smoothed,
-    validate_sampled_teacher,
-    validate_step_method,
-)
+from tempering.training.checks import chunking_for, smoothed, validate_sampled_teacher, validate_step_method
 from tempering.training.config import BEFORE_END, Run, RunLength, TrainConfig, TrainState
 from tempering.training.distributed import (
     RunInterrupted,
@@ -43,6 +33,14 @@ from tempering.training.distributed import (
 from tempering.training.evaluator import Evaluator
 from tempering.training.fabric import allow_double_backward, fabric_for, peak_mb
 from tempering.training.metrics import ProgressBar, nonfinite_loss_error, rollout_metrics, step_metrics
+from tempering.training.optimizers import (
+    Optimizer,
+    Schedule,
+    base_learning_rates,
+    make_optimizer,
+    make_schedule,
+    optimizer_without_decay,
+)
 from tempering.training.recorder import Recorder
 from tempering.training.resumable_loader import EMPTY, ResumableLoader, micro_batches, reseed
 from tempering.training.run_dir import (
@@ -50,10 +48,11 @@ from tempering.training.run_dir import (
     initial_weights,
     lock_run_dir,
     remember_weights,
+    run_folder,
     run_key,
     run_metadata,
 )
-from tempering.training.selfcheck import Checked, last_batch_size, one_sample, selfcheck
+from tempering.training.selfcheck import Checked, independent_workers, last_batch_size, one_sample, selfcheck
 from tempering.utils.device import clone_outputs, maybe_compile
 from tempering.utils.files import write_atomic
 from tempering.utils.state import ModelState, unwrapped
@@ -62,6 +61,9 @@ from tempering.utils.tensors import eval_mode, to_device
 if TYPE_CHECKING:
     from tempering.training.ema import WeightAverage
     from tempering.training.features import PairedFeatures
+    from tempering.training.loggers import Loggers
+
+LOGGED_AS = {"done": "success", "interrupted": "aborted", "failed": "failed"}
 
 
 class Trainer:
@@ -101,7 +103,7 @@ class Trainer:
         wrapped, student = student, unwrapped(student)  # records and weights are the plain model's
         self.student, self.teacher, self.method, self.task, self.config = student, teacher, method, task, config
         self.on_step = on_step
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else run_folder(folder)
         validate_step_method(method, teacher, config)
         validate_sampled_teacher(method, teacher)
         check_splittable(method, accumulate=config.accumulate)
@@ -110,9 +112,8 @@ class Trainer:
             devices=config.devices,
             strategy=config.strategy,
             precision=config.precision,
-            loggers=loggers,
-            folder=self.folder,
         )
+        self.loggers = self._make_loggers(loggers) if loggers else None
         self.device, self.world = self.fabric.device, self.fabric.world_size
         self.is_rank_zero = self.fabric.is_global_zero
         check_splittable(method, world=self.world)
@@ -188,6 +189,14 @@ class Trainer:
         self.last_log = (0.0, 0)  # time and step
         self.sample: Any = None  # the last training batch
 
+    def _make_loggers(self, loggers: Sequence[Any]) -> Loggers:
+        from tempering.training.loggers import Loggers
+
+        def on_failure(name: str, reason: str) -> None:
+            self.recorder.update(loggers={**self.recorder.facts.get("loggers", {}), name: reason})
+
+        return Loggers(loggers, self.folder, on_failure)
+
     def _paired_features(self) -> PairedFeatures | None:
         """Find the features that the task names in both models, if it names any."""
         if not self.task.features:
@@ -218,8 +227,6 @@ class Trainer:
 
     def _make_optimizer(self, optimizer: Optimizer) -> torch.optim.Optimizer:
         if not self.config.decay_norms:
-            from tempering.training.groups import optimizer_without_decay
-
             return optimizer_without_decay(optimizer, self.model, self.student, self.method.param_groups())
         trained = [p for p in self.model.parameters() if p.requires_grad]
         return make_optimizer(optimizer, [{"params": trained}, *self.method.param_groups()])
@@ -262,6 +269,7 @@ class Trainer:
                 features=None if self.features is None else self.features.features,
                 more=self.loader.later,
                 single=one_sample(batch) if last_batch_size(self.loader.batches) == 1 else None,
+                workers=independent_workers(self.loader.batches),
                 skip=skip,
             )
         if self.evaluator.splits:
@@ -298,6 +306,8 @@ class Trainer:
 
     def _run(self) -> Run:
         try:
+            if self.loggers is not None:
+                self.loggers.begin(self.recorder.facts)
             if self.config.selfcheck:
                 self._report(self.check())
             label = str(self.recorder.facts.get("label") or type(self.method).__name__)
@@ -306,20 +316,30 @@ class Trainer:
                     self._train_epoch()
             return self._finish()
         except (KeyboardInterrupt, RunInterrupted):
-            self.recorder.end("interrupted")
+            self._end("interrupted")
             raise
         except BaseException as error:
-            self.recorder.end("failed", error=f"{type(error).__name__}: {error}")
+            self._end("failed", {"error": f"{type(error).__name__}: {error}"})
             raise
+
+    def _end(self, status: str, facts: Mapping[str, Any] | None = None) -> None:
+        """Complete the records, then the logs."""
+        self.recorder.end(status, **(facts or {}))
+        if self.loggers is not None:
+            self.loggers.end(LOGGED_AS[status])
 
     def _resume(self, facts: Mapping[str, Any]) -> None:
         """Load the newest checkpoint, if there is one, and start the records; those of a finished run stay."""
         if self.folder is not None:
             self.run_dir.key["batches"] = self.loader.fingerprint()
+            self.run_dir.key["samples"] = self.loader.samples(self.evaluator.splits)
         self.state, self.resumed_random_state = self.run_dir.resume(
             restart=not self.config.resume,
             extend=self.config.extend,
-            batches_again=functools.partial(self.loader.fingerprint, keep_states=False),
+            again={
+                "batches": functools.partial(self.loader.fingerprint, keep_states=False),
+                "samples": functools.partial(self.loader.samples, self.evaluator.splits, again=True),
+            },
         )
         self.length.resume(self.state)
         if self.run_dir.how == "finished":
@@ -475,10 +495,12 @@ class Trainer:
         }
         self.recorder.step(line)
         self.progress_bar.update(step, epoch=line["epoch"], loss=line["loss"], lr=line["lr"])
+        if self.loggers is None:
+            return
         scalars: dict[str, float] = {f"train/{name}": line[name] for name in ("loss", "lr", "step_ms")}
         scalars |= {f"train/{name}": value for name, value in line["terms"].items()}
         scalars |= {f"train/{side}": line[side]["mean"] for side in ("T_teacher", "T_student") if side in line}
-        self.fabric.log_dict(scalars, step=step)
+        self.loggers.log(scalars, step)
 
     def _finite(self, loss_sum: float) -> float:
         """Return ``loss_sum``; raise if it is not finite, which detects steps that were not logged on a GPU."""
@@ -499,8 +521,9 @@ class Trainer:
             line |= scores
             self.recorder.epoch(line | rollout_metrics(self.loader.batches))
             state.last = {"epoch": state.epoch, **scores}
-            for name, values in scores.items():
-                self.fabric.log_dict({f"{name}/{metric}": value for metric, value in values.items()}, step=state.step)
+            if self.loggers is not None:
+                flat = {f"{name}/{metric}": v for name, values in scores.items() for metric, v in values.items()}
+                self.loggers.log(flat, state.step)
             if best_by is not None:
                 split, metric = best_by.split("/")
                 value = self.fabric.broadcast(scores[split][metric])  # all ranks stop together
@@ -517,6 +540,8 @@ class Trainer:
             with self.average.applied():
                 self.run_dir.write_weights("ema.safetensors")
         analysis = self.evaluator.analyze(self.model, self.method, state)
+        if self.folder is not None:
+            analysis = self.evaluator.compare_models(self.model, analysis, self.config.examples)
         if analysis and self.is_rank_zero:
             self.recorder.analysis(analysis)
         if state.best is not None and state.last is not None and state.best["epoch"] == state.last["epoch"]:
@@ -531,9 +556,7 @@ class Trainer:
             "peak_mb": peak_mb(self.device),
             **({"cost": cost} if cost else {}),
         }
-        self.recorder.end("done", result=result)
-        for logger in self.fabric.loggers:
-            logger.finalize("success")
+        self._end("done", {"result": result})
         self.fabric.barrier()
         ema = None if self.average is None else self.average.model
         return Run(self.student, self.folder, self.recorder.facts, self.recorder.epochs, self.run_dir.how, ema)

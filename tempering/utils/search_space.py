@@ -1,7 +1,8 @@
 """Annotations of a constructor: the markers of arguments that ``tempering tune`` searches, and the check of types.
 
 A marker is written as ``soft: Annotated[float, Weight(factor=4)] = 1.0``, or ``soft: TermWeight = 1.0`` for the default
-range; it changes nothing at run time. ``check_types`` refuses values that do not have the annotated type.
+range. ``check_values`` refuses values that do not have the annotated type, or lie outside the marker's limits; ``hard:
+NonNegative`` states limits alone, of an argument that is not searched.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Self, TypeVar, Union, get_args, get_origin
+
+from tempering.utils.registry import check_arguments
+
+T = TypeVar("T")
 
 
 class Range(NamedTuple):
@@ -26,8 +31,24 @@ class Range(NamedTuple):
     log: bool
 
 
+class Limits(NamedTuple):
+    """The values that an argument may have; ``wanted`` says so in messages, with {name} for the argument."""
+
+    wanted: str
+    allows: Callable[[float], bool]
+    hint: str = ""
+
+
+NON_NEGATIVE = Limits(">= 0 and finite", lambda value: value >= 0)
+POSITIVE = Limits("> 0 and finite", lambda value: value > 0)
+UNIT_INTERVAL = Limits("in [0, 1]", lambda value: 0 <= value <= 1)
+RUN_FRACTION = UNIT_INTERVAL._replace(wanted="in [0, 1], the share of the run (20 of 240 epochs is {name}=20/240)")
+
+
 class Marker(ABC):
-    """The base class of markers: the range to search, given the argument's current value."""
+    """The base class of markers: the range to search, given the argument's current value, and the limits of values."""
+
+    limits: ClassVar[Limits | None] = None
 
     @abstractmethod
     def range(self, value: float) -> Range | None:
@@ -42,6 +63,7 @@ class Weight(Marker):
     rate, matter.
     """
 
+    limits: ClassVar[Limits | None] = NON_NEGATIVE
     factor: float = 10.0
 
     def range(self, value: float) -> Range | None:
@@ -50,8 +72,9 @@ class Weight(Marker):
 
 @dataclass(frozen=True)
 class Temperature(Marker):
-    """A temperature, from ``low`` to ``high``, or to twice the value if that is ``high`` or more; 0 stays 0."""
+    """A temperature, from ``low`` to ``high``, or to twice the value if that is ``high`` or more."""
 
+    limits: ClassVar[Limits | None] = POSITIVE._replace(hint=" Hinton's usual value is 4.0.")
     low: float = 1.0
     high: float = 10.0
 
@@ -65,6 +88,7 @@ class Temperature(Marker):
 class Fraction(Marker):
     """A fraction of the run, such as a warm-up: from 0 to ``high``, or to the value if that is larger."""
 
+    limits: ClassVar[Limits | None] = RUN_FRACTION
     high: float = 0.25
 
     def range(self, value: float) -> Range | None:
@@ -74,8 +98,11 @@ class Fraction(Marker):
 TermWeight = Annotated[float, Weight()]
 RunFraction = Annotated[float, Fraction()]
 Tau = Annotated[float, Temperature()]
+NonNegative = Annotated[float, NON_NEGATIVE]
+Positive = Annotated[float, POSITIVE]
+UnitInterval = Annotated[float, UNIT_INTERVAL]
 WANTED = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", NoneType: "None"}
-MARKED = {"Annotated", "TermWeight", "RunFraction", "Tau"}
+MARKED = {"Annotated", "TermWeight", "RunFraction", "Tau", "NonNegative", "Positive", "UnitInterval"}
 
 
 def declared(function: Callable[..., Any]) -> dict[str, Marker]:
@@ -86,17 +113,17 @@ def declared(function: Callable[..., Any]) -> dict[str, Marker]:
     Raises:
         TypeError: for a marked annotation that cannot be evaluated, since its marker would be ignored silently.
     """
-    return {name: marker for name, hint in _hints(function).items() if (marker := _marker(hint)) is not None}
+    return {name: marker for name, hint in _hints(function).items() if (marker := _find(hint, Marker)) is not None}
 
 
-def check_types(cls: type[Any], args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+def check_values(cls: type[Any], args: Sequence[object], kwargs: Mapping[str, object]) -> None:
     """Check that numbers, truth values, text and lists of them are what a constructor's annotations say.
 
     A float must be finite, an int no float, and a list of names no single name. Other annotations, such as policies and
     literals, are checked by the constructor itself.
 
     Raises:
-        ValueError: for a value of another type.
+        ValueError: for a value of another type, or outside the limits of its annotation.
     """
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -106,6 +133,22 @@ def check_types(cls: type[Any], args: Sequence[object], kwargs: Mapping[str, obj
         if wanted and not any(_has_type(value, hint) for hint in wanted):
             types = " or ".join(map(_type_name, wanted))
             raise ValueError(f"{cls.__name__} needs {name} to be {types}; got {value!r}.")
+        limits = _find(hints.get(name), Limits)
+        for part in value if isinstance(value, tuple | list) else [value]:
+            if limits and isinstance(part, numbers.Real) and not limits.allows(float(part)):
+                needs = f"{cls.__name__} needs {name} {limits.wanted.format(name=name)}"
+                raise ValueError(f"{needs}; got {part!r}.{limits.hint}")
+
+
+class CheckedArguments:
+    """A base class whose constructor's arguments are checked before it runs: names, types and limits."""
+
+    if not TYPE_CHECKING:  # the signature is that of __init__
+
+        def __new__(cls, *args: object, **kwargs: object) -> Self:
+            check_arguments(cls, args, kwargs)
+            check_values(cls, args, kwargs)
+            return super().__new__(cls)
 
 
 @functools.cache
@@ -136,13 +179,13 @@ def _wanted(hint: Any) -> tuple[Any, ...]:
     if get_origin(hint) is Annotated:
         return _wanted(get_args(hint)[0])
     if get_origin(hint) in (Sequence, tuple, list):
-        return (hint,) if all(part in WANTED or part is Ellipsis for part in get_args(hint)) else ()
+        return (hint,) if all(part in WANTED for part in _parts(hint)) else ()
     return (hint,) if hint in WANTED else ()
 
 
 def _has_type(value: object, hint: Any) -> bool:
     if get_origin(hint) is not None:
-        parts = [part for part in get_args(hint) if part is not Ellipsis]
+        parts = _parts(hint)
         return isinstance(value, tuple | list) and all(any(_has_type(v, part) for part in parts) for v in value)
     if hint is int:
         return isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -157,13 +200,21 @@ def _has_type(value: object, hint: Any) -> bool:
 def _type_name(hint: Any) -> str:
     if get_origin(hint) is None:
         return WANTED[hint]
-    return f"a list, each {' or '.join(WANTED[part] for part in get_args(hint) if part is not Ellipsis)}"
+    return f"a list, each {' or '.join(WANTED[part] for part in _parts(hint))}"
 
 
-def _marker(annotation: Any) -> Marker | None:
-    """Return the first marker in an annotation, also inside a union; a class is instantiated with its defaults."""
-    if isinstance(annotation, Marker):
-        return annotation
+def _parts(hint: Any) -> list[Any]:
+    """Return the types of a list's elements, without their markers."""
+    parts = [part for part in get_args(hint) if part is not Ellipsis]
+    return [get_args(part)[0] if get_origin(part) is Annotated else part for part in parts]
+
+
+def _find(annotation: Any, kind: type[T]) -> T | None:
+    """Return the first marker, or limits, in an annotation, also inside a union."""
     if isinstance(annotation, type) and issubclass(annotation, Marker):
-        return annotation()
-    return next((marker for part in get_args(annotation) if (marker := _marker(part)) is not None), None)
+        annotation = annotation()
+    if isinstance(annotation, Marker) and kind is Limits:
+        annotation = annotation.limits
+    if isinstance(annotation, kind):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _find(part, kind)) is not None), None)

@@ -31,7 +31,8 @@ class ModelState:
         for module, training in self.modes.items():
             module.training = training
         for p, requires_grad in self.requires_grad:
-            p.requires_grad_(requires_grad)
+            if p.requires_grad != requires_grad:  # a lazy parameter cannot be set at all
+                p.requires_grad_(requires_grad)
         for module, name, before in self.hooks if hooks else ():
             if not hasattr(module, "_get_fsdp_state"):  # a sharded module cannot run without its hooks
                 registered: dict[int, Any] = getattr(module, name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -117,12 +119,35 @@ def described(output: Any) -> str:
     )
     if not entries:
         return type(output).__name__
+    logits = next((n for n, x in entries if isinstance(x, Tensor) and x.ndim > 1), entries[0][0])
     parts = ", ".join(f"{n!r}: {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}" for n, x in entries)
     return (
         f"{type(output).__name__} with {parts}. Is it one in training mode only? To select the logits, write "
         f"model.register_forward_hook(lambda module, args, output: output if isinstance(output, torch.Tensor) else "
-        f"output[{entries[0][0]!r}])"
+        f"output[{logits!r}])"
     )
+
+
+def overlap(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[bool]:
+    """Return for each tensor whether its memory overlaps that of one of the others."""
+    spans = sorted(span for x in others if (span := _span(x)) is not None)
+    ends = list(itertools.accumulate((end for *_, end in spans), max))  # of all that begin no later
+    starts = [start for start, _ in spans]
+
+    def overlaps(span: tuple[int, int]) -> bool:
+        before = bisect.bisect_left(starts, span[1])  # those that begin before it ends
+        return before > 0 and ends[before - 1] > span[0]
+
+    return [(span := _span(x)) is not None and overlaps(span) for x in tensors]
+
+
+def _span(x: Tensor) -> tuple[int, int] | None:
+    """Return where a tensor's memory begins and ends; None if it has none, or is of a class that hides it."""
+    plain = type(x) in (Tensor, nn.Parameter, nn.Buffer) and x.layout == torch.strided
+    if not plain or x.device.type == "meta" or not x.numel():
+        return None
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
 def tensor_bytes(x: Tensor) -> memoryview:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tempering.experiments.former_names import FORMER, FORMER_WORDS, PRESENT, PRESENT_WORDS, replace_words
-from tempering.experiments.presets import Arm, slug
+from tempering.experiments.presets import Preset, slug
 from tempering.utils.files import read_sealed, sealed, sha256_text, write_atomic
 from tempering.utils.text import without_private_paths
 
@@ -56,7 +56,7 @@ class Plan:
 
 
 def plan_for(
-    recipe: Path, arms: Sequence[Arm], seeds: Sequence[int], flags: Sequence[str], control: str | None = None
+    recipe: Path, arms: Sequence[Preset], seeds: Sequence[int], flags: Sequence[str], control: str | None = None
 ) -> Plan:
     """Return the grid of arms times seeds.
 
@@ -172,7 +172,7 @@ def _pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield name.replace("-", "_"), without_private_paths([f"--{name}", value])[1]
 
 
-def _id(recipe: str, arm: Arm, seed: int, flags: dict[str, str]) -> str:
+def _id(recipe: str, arm: Preset, seed: int, flags: dict[str, str]) -> str:
     former = {FORMER.get(name, name): value for name, value in flags.items()}
     what: dict[str, Any] = {
         "recipe": recipe,

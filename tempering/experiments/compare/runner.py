@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tempering.experiments import recipe as recipefile
-from tempering.experiments.compare import plan as arena_plan
-from tempering.experiments.compare import status as arena_view
+from tempering.experiments import recipe as recipe_file
+from tempering.experiments.compare import plan as compare_plan
+from tempering.experiments.compare import status as compare_status
 from tempering.experiments.compare.plan import Cell, Plan, lock_path
 from tempering.reports.records import pack, read_cell, write_cell
 from tempering.training.config import VERDICTS
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.2  # seconds
 STOP_TIMEOUT = 20.0  # seconds for a stopped run to close its record
+TRACEBACK_HINT = "(--traceback shows where)"  # the line after an error of the command
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Running:
     slot: int
 
 
-class Arena:
+class ComparisonRunner:
     """Run the unfinished cells of a plan, ``jobs`` in parallel.
 
     Args:
@@ -66,7 +67,7 @@ class Arena:
     ) -> None:
         if jobs < 1 or threads < 1:
             raise ValueError(f"jobs and threads must be 1 or more; got {jobs} and {threads}.")
-        recipe_flags = recipefile.flags(recipe)
+        recipe_flags = recipe_file.flags(recipe)
         required = {"method", "seed", "out"} | ({"temperature"} if any(c.temperature for c in plan.cells) else set())
         if missing := sorted(required - recipe_flags):
             raise ValueError(f"{recipe}: main() takes no {', '.join(missing)}; a comparison needs these as its flags.")
@@ -85,16 +86,16 @@ class Arena:
         self._set_up()
         before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with arena_view.Display(self.folder, self.plan, quiet=self.quiet) as self.display:
+            with compare_status.Display(self.folder, self.plan, quiet=self.quiet) as self.display:
                 while self.stopped is None and self._poll():
                     time.sleep(POLL_SECONDS)
         finally:
             self._end_all()
             for number, handler in before.items():
                 signal.signal(number, handler)
-        arena_view.render(self.folder, self.plan)
+        compare_status.render(self.folder, self.plan)
         if self.stopped is not None:
-            arena_view.say(f"stopped; the same command resumes: {self._remaining()} runs left", quiet=self.quiet)
+            compare_status.say(f"stopped; the same command resumes: {self._remaining()} runs left", quiet=self.quiet)
             return 130
         return 1 if self.failed else 0
 
@@ -104,8 +105,8 @@ class Arena:
         (self.folder / "work" / ".gitignore").write_text("*\n")
         # whether a teacher is above chance is decided again in a grid that is started again; work/teachers has weights
         shutil.rmtree(self._verdicts, ignore_errors=True)
-        arena_plan.write(self.folder, self.plan)
-        arena_view.records(self.folder, self.plan)  # fail early if a record was edited
+        compare_plan.write(self.folder, self.plan)
+        compare_status.records(self.folder, self.plan)  # fail early if a record was edited
 
     def _poll(self) -> bool:
         """Collect finished processes and launch new ones; return whether there is more to do."""
@@ -129,7 +130,7 @@ class Arena:
         return self.folder.absolute() / "work" / "verdicts"
 
     def _done(self, cell: Cell) -> bool:
-        return arena_plan.record_of(self.folder, cell).is_file()
+        return compare_plan.record_of(self.folder, cell).is_file()
 
     def _remaining(self) -> int:
         return sum(not self._done(cell) for cell in self.plan.cells)
@@ -138,14 +139,14 @@ class Arena:
 
     def _launch(self, cell: Cell) -> None:
         """Start a run, unless another process has locked it; pack it if it has already finished."""
-        run_dir = arena_plan.work_of(self.folder, cell)
+        run_dir = compare_plan.work_of(self.folder, cell)
         lock = try_lock(lock_path(run_dir))
         if lock is None:
             return
         if self._done(cell):  # finished by another process in the meantime
             lock.release()
             return
-        if arena_view.read_facts(run_dir).get("status") == "done":
+        if compare_status.read_facts(run_dir).get("status") == "done":
             self._on_exit(cell, 0)
             lock.release()
             return
@@ -184,8 +185,8 @@ class Arena:
 
     def _on_exit(self, cell: Cell, code: int) -> None:
         """Record the outcome of a run."""
-        run_dir, record = arena_plan.work_of(self.folder, cell), arena_plan.record_of(self.folder, cell)
-        facts, failure_path = arena_view.read_facts(run_dir), record.with_suffix(".failed.json")
+        run_dir, record = compare_plan.work_of(self.folder, cell), compare_plan.record_of(self.folder, cell)
+        facts, failure_path = compare_status.read_facts(run_dir), record.with_suffix(".failed.json")
         if facts.get("status") == "done":
             write_cell(record, pack(run_dir))
             failure_path.unlink(missing_ok=True)
@@ -196,7 +197,7 @@ class Arena:
                 write_cell(failure_path, pack(run_dir))
         self.display.ended(cell, self.failed.get(cell.id), None if cell.id in self.failed else read_cell(record))
         try:
-            arena_view.render(self.folder, self.plan)
+            compare_status.render(self.folder, self.plan)
         except Exception as error:  # runs in progress must not be stopped because a table cannot be rendered
             self.display.say(f"table and page were not updated: {error}")
 
@@ -251,4 +252,5 @@ def failure_reason(run_dir: Path, facts: Mapping[str, Any], code: int) -> str:
         name = signal.Signals(-code).name
         memory = " (out of memory?)" if name == "SIGKILL" else ""
         return f"ended by {name}{memory}; the same command resumes it"
-    return f"exit code {code}: {lines[-1].strip() if lines else 'no output'} (full log: {log})"
+    said = [line for line in lines if line != TRACEBACK_HINT]
+    return f"exit code {code}: {said[-1].strip() if said else 'no output'} (full log: {log})"

@@ -137,15 +137,15 @@ def summary(statuses: list[CellStatus], jobs: int) -> str:
     return f"{len(statuses)} runs: {counts_text}; {jobs} at once: {time_left}"
 
 
-def status_table(statuses: list[CellStatus], *, most: int | None = None) -> Table:
-    """Return the runs as a table for a terminal; if there are more than ``most``, show running and failed ones."""
+def status_table(statuses: list[CellStatus], *, max_rows: int | None = None) -> Table:
+    """Return the runs as a table for a terminal; if there are more than ``max_rows``, show running and failed ones."""
     from rich.table import Table
     from rich.text import Text
 
     rows = statuses
-    if most is not None and len(statuses) > most:
+    if max_rows is not None and len(statuses) > max_rows:
         rows = [s for s in statuses if s.state in ("running", "failed")] or statuses
-        rows = rows[:most]
+        rows = rows[:max_rows]
     table = Table(header_style="bold")
     for head in ("method", "seed", "state", "epoch", "done", "left", ""):
         table.add_column(head, justify="right" if head in ("seed", "epoch", "done", "left") else "left")
@@ -186,6 +186,12 @@ def records(folder: Path, plan: Plan) -> list[RunRecord]:
         else:
             missing.append(cell)
     return done + [_open(folder, cell, done) for cell in missing]
+
+
+def unrecorded(folder: Path, plan: Plan) -> list[Path]:
+    """Return the paths of missing records of finished runs, such as deleted ones."""
+    paths = {record_of(folder, cell): work_of(folder, cell) for cell in plan.cells}
+    return [path for path, run in paths.items() if not path.is_file() and read_facts(run).get("status") == "done"]
 
 
 def _open(folder: Path, cell: Cell, done: list[RunRecord]) -> RunRecord:
@@ -254,7 +260,7 @@ class Display:
         self.due = time.monotonic() + 1.0
         statuses = cell_statuses(self.folder, self.plan, failed)
         most = max(4, self.console.height - 6)
-        self.live.update(Group(status_table(statuses, most=most), summary(statuses, jobs)), refresh=True)
+        self.live.update(Group(status_table(statuses, max_rows=most), summary(statuses, jobs)), refresh=True)
 
     def began(self, cell: Cell) -> None:
         """Print that a run starts, unless the live table shows it."""

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tempering.experiments import recipe as recipefile
-from tempering.experiments.compare import plan as arena_plan
-from tempering.experiments.compare import runner as arena
-from tempering.experiments.compare import status as arena_view
+from tempering.experiments import recipe as recipe_file
+from tempering.experiments.compare import plan as compare_plan
+from tempering.experiments.compare import runner as compare_runner
+from tempering.experiments.compare import status as compare_status
 from tempering.experiments.tune.space import Space
 from tempering.experiments.tune.study import JOURNAL, SEAL, finished, parameter, seal, shown, study_of, suggest
 from tempering.reports.compare import Metric
@@ -56,7 +56,7 @@ class Running:
     pruned: bool = False
 
 
-class Search:
+class SearchRunner:
     """Run trials of a search space until ``trials`` of them are finished; finished trials are never repeated.
 
     Args:
@@ -88,11 +88,11 @@ class Search:
     ) -> None:
         if min(trials, jobs, threads) < 1:
             raise ValueError(f"trials, jobs and threads must be 1 or more; got {trials}, {jobs} and {threads}.")
-        self.known = recipefile.flags(recipe)
+        self.known = recipe_file.flags(recipe)
         if missing := sorted({"method", "seed", "out"} - self.known):
             raise ValueError(f"{recipe}: main() takes no {', '.join(missing)}; a search needs these as its flags.")
         self.folder, self.recipe, self.flags, self.space = folder, recipe, list(flags), space
-        self.shared = arena_plan.shared_flags(flags, arena_plan.OWN, "tune")
+        self.shared = compare_plan.shared_flags(flags, compare_plan.OWN, "tune")
         self.trials, self.seed, self.jobs, self.threads = trials, seed, jobs, threads
         self.prune, self.quiet = prune, quiet
         self.running: list[Running] = []
@@ -113,13 +113,13 @@ class Search:
             try:
                 while self.stopped is None and self._poll():
                     seal(self.folder)
-                    time.sleep(arena.POLL_SECONDS)
+                    time.sleep(compare_runner.POLL_SECONDS)
             finally:
                 self._end_all()
                 seal(self.folder)
         remaining = self.trials - len(finished(self.study))
         if self.stopped is not None:
-            arena_view.say(f"stopped; the same command resumes: {max(0, remaining)} trials left", quiet=self.quiet)
+            compare_status.say(f"stopped; the same command resumes: {max(0, remaining)} trials left", quiet=self.quiet)
             return 130
         return 0
 
@@ -159,7 +159,7 @@ class Search:
             ValueError: if one of them still runs.
         """
         for path in (self.folder / "trials").glob(f"*/{TRIAL}"):  # teachers are kept
-            lock = try_lock(arena_plan.lock_path(path.parent))
+            lock = try_lock(compare_plan.lock_path(path.parent))
             if lock is None:
                 raise ValueError(f"a trial of another search still runs in {path.parent}. Wait for it, or stop it.")
             lock.release()
@@ -169,7 +169,7 @@ class Search:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        lock = try_lock(arena_plan.lock_path(self.folder / "trials"))
+        lock = try_lock(compare_plan.lock_path(self.folder / "trials"))
         if lock is None:
             raise ValueError(f"another process is working on {self.folder}. Wait for it, or use another --out.")
         try:
@@ -201,7 +201,7 @@ class Search:
             self.study.enqueue_trial(content["params"])
         if lost:
             text = f"the journal lacks {len(lost)} trials that have folders; they are read or run again"
-            arena_view.say(text, quiet=self.quiet)
+            compare_status.say(text, quiet=self.quiet)
 
     # trials
 
@@ -236,12 +236,12 @@ class Search:
         run_flags = [*self.flags, *flags, *(f"--{name}={value}" for name, value in values.items())]
         run_flags += ["--quiet"] if "quiet" in self.known else []
         threads = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
-        while (lock := try_lock(arena_plan.lock_path(run_dir))) is None:
+        while (lock := try_lock(compare_plan.lock_path(run_dir))) is None:
             for running in self.running:  # another trial of this search may have the same values
                 if running.run_dir == run_dir and running.process is not None and running.process.poll() is not None:
                     running.lock.release()
-            time.sleep(arena.POLL_SECONDS)
-        facts = arena_view.read_facts(run_dir)
+            time.sleep(compare_runner.POLL_SECONDS)
+        facts = compare_status.read_facts(run_dir)
         if facts.get("status") == "done" or _diverged(facts):
             lock.release()
             return None, lock
@@ -262,7 +262,7 @@ class Search:
         """Report new epochs to the pruner, stop the trial if it decides so, and handle its end."""
         # poll before reading, so that nothing is written after it
         ended = running.process is None or running.process.poll() is not None
-        facts = arena_view.read_facts(running.run_dir)
+        facts = compare_status.read_facts(running.run_dir)
         if facts.get("best_by"):
             self._measure(facts)
             self._report_epochs(running, facts)
@@ -322,7 +322,7 @@ class Search:
             self.study.tell(running.trial, state=TrialState.PRUNED)
         elif self.stopped is None:
             code = 0 if running.process is None else running.process.returncode
-            reason = arena.failure_reason(running.run_dir, facts, code)
+            reason = compare_runner.failure_reason(running.run_dir, facts, code)
             raise ValueError(f"a trial of {running.trial.user_attrs['method']} failed to run: {reason}")
         else:
             return  # the next call resumes it
@@ -335,7 +335,7 @@ class Search:
         value = shown(self.metric, frozen.value)
         progress = f"{len(finished(self.study))} of {self.trials}"
         call = " ".join([running.trial.user_attrs["method"], *running.trial.user_attrs["flags"]])
-        arena_view.say(f"trial {progress}, {outcome}: {value}  {call}", quiet=self.quiet)
+        compare_status.say(f"trial {progress}, {outcome}: {value}  {call}", quiet=self.quiet)
 
     # stopping
 
@@ -347,7 +347,7 @@ class Search:
         processes = [running.process for running in self.running if running.process is not None]
         for process in processes:
             process.terminate()
-        until = time.monotonic() + arena.STOP_TIMEOUT
+        until = time.monotonic() + compare_runner.STOP_TIMEOUT
         for process in processes:
             try:
                 process.wait(max(0.1, until - time.monotonic()))

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tempering.experiments.presets import arm_from, method_of, split
+from tempering.experiments.presets import method_of, preset_from, split
 from tempering.utils.registry import suggest
 from tempering.utils.search_space import declared
 
@@ -105,7 +105,7 @@ def space_of(method: str, given: str = "", flags: set[str] = frozenset()) -> Spa
     entries = dict(_entries(given))
     if PLACE.search(method):
         return _of_template(method, entries, flags)
-    default_method = method_of(arm_from(method).spec)
+    default_method = method_of(preset_from(method).spec)
     texts = {path: _text(value) for path, value, _ in iter_arguments(default_method)}
     dimensions = {d.name: d for d in _declared_dimensions(default_method)}
     for name, text in entries.items():

@@ -9,8 +9,7 @@ from torch import Tensor
 from tempering.methods.detection.base import NeckMethod, over_levels
 from tempering.objectives import divergence
 from tempering.rows import Rows
-from tempering.temperature.base import check_positive
-from tempering.utils.search_space import TermWeight
+from tempering.utils.search_space import NonNegative, Positive, TermWeight
 
 
 class CWD(NeckMethod):
@@ -32,10 +31,9 @@ class CWD(NeckMethod):
     paper = "arXiv:2011.13256"
 
     def __init__(
-        self, *, feature: TermWeight = 10.0, hard: float = 1.0, tau: float = 1.0, names: Sequence[str] = ()
+        self, *, feature: TermWeight = 10.0, hard: NonNegative = 1.0, tau: Positive = 1.0, names: Sequence[str] = ()
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
-        check_positive("CWD", tau=tau)
         self.tau = tau
 
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:

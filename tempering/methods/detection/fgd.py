@@ -9,11 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tempering.methods.base import check_weights
 from tempering.methods.detection.base import NeckMethod, over_levels, summed
 from tempering.rows import Rows
-from tempering.temperature.base import check_positive
-from tempering.utils.search_space import TermWeight
+from tempering.utils.search_space import NonNegative, Positive, TermWeight
 
 
 class FGD(NeckMethod):
@@ -50,13 +48,11 @@ class FGD(NeckMethod):
         background: TermWeight = 5e-4,
         attention: TermWeight = 5e-4,
         relation: TermWeight = 5e-6,
-        hard: float = 1.0,
-        tau: float = 0.5,
+        hard: NonNegative = 1.0,
+        tau: Positive = 0.5,
         names: Sequence[str] = (),
     ) -> None:
         super().__init__(feature=1.0, hard=hard, names=names)  # unused: FGD has four weights of its own
-        check_weights("FGD", foreground=foreground, background=background, attention=attention, relation=relation)
-        check_positive("FGD", tau=tau)
         self.foreground, self.background = foreground, background
         self.attention, self.relation, self.tau = attention, relation, tau
         self.relations = nn.ModuleList()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tempering.methods.detection.base import NeckMethod, over_levels, summed
 from tempering.methods.features.base import per_row
 from tempering.rows import Rows
-from tempering.utils.search_space import TermWeight
+from tempering.utils.search_space import NonNegative, TermWeight
 
 
 class Imitation(NeckMethod):
@@ -38,7 +38,7 @@ class Imitation(NeckMethod):
     paper = "arXiv:1412.6550"
 
     def __init__(
-        self, *, feature: TermWeight = 6.0, hard: float = 1.0, scored: bool = False, names: Sequence[str] = ()
+        self, *, feature: TermWeight = 6.0, hard: NonNegative = 1.0, scored: bool = False, names: Sequence[str] = ()
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
         self.scored = scored

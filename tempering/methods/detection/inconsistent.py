@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Self, cast
+from typing import Annotated, Any, Self, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tempering.methods.base import Step, StepMethod, check_run_fraction, check_weights, only_block, zero_term
+from tempering.methods.base import Step, StepMethod, only_block, zero_term
 from tempering.methods.detection._adversary import AttackableDetector, FeatureAttack, Target, digest
 from tempering.methods.detection._stored import Store
 from tempering.methods.detection.base import LEVEL, NeckMethod, between, over_levels, resized, summed
@@ -18,7 +18,7 @@ from tempering.methods.detection.fgd import FGD
 from tempering.methods.features.base import spread_out
 from tempering.rows import Rows, upcast_to_float32
 from tempering.teachers.base import fingerprint
-from tempering.utils.search_space import TermWeight
+from tempering.utils.search_space import RUN_FRACTION, NonNegative, TermWeight
 
 
 class InconsistentDetection(StepMethod):
@@ -64,11 +64,11 @@ class InconsistentDetection(StepMethod):
         base: NeckMethod | None = None,
         *,
         adversarial: TermWeight = 1e-5,
-        until: float = 16 / 24,
+        until: Annotated[float, RUN_FRACTION] = 16 / 24,
         eps: float = 8 / 255,
         step_size: float = 2 / 255,
         steps: int = 5,
-        decay: float = 1.0,
+        decay: NonNegative = 1.0,
         resize: float = 0.9,
         diversity: float = 0.5,
         seed: int = 0,
@@ -78,8 +78,6 @@ class InconsistentDetection(StepMethod):
         owner = "InconsistentDetection"
         if base is not None:
             _check_base(owner, base)
-        check_weights(owner, adversarial=adversarial, decay=decay)
-        check_run_fraction(owner, until=until)
         if not 0.0 < eps <= 127 / 255 or not 0.0 < step_size <= 1.0:
             raise ValueError(
                 f"{owner} needs eps in (0, 127/255] and step_size in (0, 1], of pixels in [0, 1]; got {eps!r} and "

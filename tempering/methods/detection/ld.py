@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tempering.methods.base import Method, check_policy, check_weights, zero_term
+from tempering.methods.base import Method, check_policy, zero_term
 from tempering.objectives import kl
 from tempering.rows import Rows
 from tempering.temperature.base import PolicyLike
-from tempering.utils.search_space import TermWeight
+from tempering.utils.search_space import NonNegative, TermWeight
 
 OTHER = ("classes", "images")  # a detector's blocks whose rows are not sides of boxes
 BINS = 17  # number of bins of the released heads, whose reg_max is 16
@@ -33,9 +33,10 @@ class LD(Method):
 
     paper = "arXiv:2102.12252"
 
-    def __init__(self, *, soft: TermWeight = 0.25 / BINS, hard: float = 1.0, temperature: PolicyLike = None) -> None:
+    def __init__(
+        self, *, soft: TermWeight = 0.25 / BINS, hard: NonNegative = 1.0, temperature: PolicyLike = None
+    ) -> None:
         super().__init__()
-        check_weights("LD", soft=soft, hard=hard)
         self.soft, self.hard = soft, hard
         self.temperature = check_policy("LD", temperature, default=10.0)
 

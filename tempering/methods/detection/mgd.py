@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tempering.methods.base import step_seed
 from tempering.methods.detection.base import NeckMethod, over_levels, summed
 from tempering.rows import Rows
-from tempering.utils.search_space import TermWeight
+from tempering.utils.search_space import NonNegative, TermWeight
 from tempering.utils.tensors import on_host
 
 MODULUS = 2**63
@@ -42,7 +42,7 @@ class MGD(NeckMethod):
     zero_when_equal = False  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
 
     def __init__(
-        self, *, feature: TermWeight = 2e-5, hard: float = 1.0, masked: float = 0.65, names: Sequence[str] = ()
+        self, *, feature: TermWeight = 2e-5, hard: NonNegative = 1.0, masked: float = 0.65, names: Sequence[str] = ()
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
         if not 0.0 <= masked <= 1.0:

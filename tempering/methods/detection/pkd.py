@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tempering.methods.detection.base import NeckMethod, over_levels
 from tempering.rows import Rows
-from tempering.utils.search_space import TermWeight
+from tempering.utils.search_space import NonNegative, TermWeight
 
 CONSTANT = 1e-6  # maximum standard deviation, relative to 1 + |mean|, of a constant channel
 
@@ -41,7 +41,7 @@ class PKD(NeckMethod):
         self,
         *,
         feature: TermWeight = 10.0,
-        hard: float = 1.0,
+        hard: NonNegative = 1.0,
         over: Literal["batch", "image"] = "batch",
         names: Sequence[str] = (),
     ) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tempering.methods.features.base import FeatureMethod, fitted, per_row
 from tempering.rows import Rows
-from tempering.utils.search_space import TermWeight
+from tempering.utils.search_space import NonNegative, TermWeight
 
 
 class AT(FeatureMethod):
@@ -26,7 +26,7 @@ class AT(FeatureMethod):
     relational = False
 
     def __init__(
-        self, *, feature: TermWeight = 1000.0, hard: float = 1.0, power: float = 2.0, names: Sequence[str] = ()
+        self, *, feature: TermWeight = 1000.0, hard: NonNegative = 1.0, power: float = 2.0, names: Sequence[str] = ()
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
         if power <= 0:

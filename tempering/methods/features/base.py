@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tempering.methods.base import Method, check_weights, zero_term
+from tempering.methods.base import Method, zero_term
 from tempering.rows import Rows, expand_to_rows, rows_per_sample, upcast_to_float32
+from tempering.utils.search_space import NonNegative
 
 NOT_COMPARED = ("boxes", "scores")  # detection features that are no maps: inputs of some methods
 
@@ -38,9 +39,8 @@ class FeatureMethod(Method):
         "(student's module, teacher's module)."
     )
 
-    def __init__(self, *, feature: float, hard: float = 1.0, names: Sequence[str] = ()) -> None:
+    def __init__(self, *, feature: NonNegative, hard: NonNegative = 1.0, names: Sequence[str] = ()) -> None:
         super().__init__()
-        check_weights(type(self).__name__, feature=feature, hard=hard)
         self.feature, self.hard, self.names = feature, hard, tuple(names)
 
     def select_features(self, stages: Sequence[str]) -> tuple[str, ...]:
@@ -156,7 +156,7 @@ class Projected(FeatureMethod):
 
     zero_when_equal = False
 
-    def __init__(self, *, feature: float, hard: float = 1.0, names: Sequence[str] = ()) -> None:
+    def __init__(self, *, feature: float, hard: NonNegative = 1.0, names: Sequence[str] = ()) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
         self.projectors = nn.ModuleList()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tempering.methods.features.base import Projected
 from tempering.rows import Rows
 from tempering.utils.device import check_memory
-from tempering.utils.search_space import TermWeight
+from tempering.utils.search_space import NonNegative, TermWeight
 
 
 class CRD(Projected):
@@ -38,7 +38,7 @@ class CRD(Projected):
         *,
         samples: int,
         feature: TermWeight = 0.8,
-        hard: float = 1.0,
+        hard: NonNegative = 1.0,
         negatives: int = 16384,
         contrast: float = 0.07,
         momentum: float = 0.5,

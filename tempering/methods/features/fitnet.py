@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tempering.methods.features.base import Projected, per_row
 from tempering.rows import Rows
-from tempering.utils.search_space import TermWeight
+from tempering.utils.search_space import NonNegative, TermWeight
 
 
 class FitNet(Projected):
@@ -23,7 +23,7 @@ class FitNet(Projected):
 
     paper = "arXiv:1412.6550"
 
-    def __init__(self, *, feature: TermWeight = 100.0, hard: float = 1.0, names: Sequence[str] = ()) -> None:
+    def __init__(self, *, feature: TermWeight = 100.0, hard: NonNegative = 1.0, names: Sequence[str] = ()) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
 
     def usual(self, stages: Sequence[str]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tempering.methods.features.base import FeatureMethod
 from tempering.rows import Rows
-from tempering.utils.search_space import TermWeight
+from tempering.utils.search_space import NonNegative, TermWeight
 
 
 class PKT(FeatureMethod):
@@ -25,7 +25,7 @@ class PKT(FeatureMethod):
     paper = "arXiv:1803.10837"
     wants = "vectors"
 
-    def __init__(self, *, feature: TermWeight = 30000.0, hard: float = 1.0, names: Sequence[str] = ()) -> None:
+    def __init__(self, *, feature: TermWeight = 30000.0, hard: NonNegative = 1.0, names: Sequence[str] = ()) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
 
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:

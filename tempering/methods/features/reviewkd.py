@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tempering.methods.base import check_run_fraction, linear_warmup
+from tempering.methods.base import linear_warmup
 from tempering.methods.features.base import Projected, per_row
 from tempering.rows import Rows
-from tempering.utils.search_space import RunFraction, TermWeight
+from tempering.utils.search_space import NonNegative, RunFraction, TermWeight
 
 
 class ReviewKD(Projected):
@@ -35,13 +35,12 @@ class ReviewKD(Projected):
         self,
         *,
         feature: TermWeight = 5.0,
-        hard: float = 1.0,
+        hard: NonNegative = 1.0,
         middle: int = 512,
         warmup: RunFraction = 20 / 240,
         names: Sequence[str] = (),
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
-        check_run_fraction("ReviewKD", warmup=warmup)
         if middle < 1:
             raise ValueError(f"ReviewKD needs middle >= 1, a number of channels; got {middle!r}.")
         self.middle, self.warmup = middle, warmup

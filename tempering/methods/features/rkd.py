@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tempering.methods.base import check_weights
 from tempering.methods.features.base import FeatureMethod
 from tempering.rows import Rows
-from tempering.utils.search_space import TermWeight
+from tempering.utils.search_space import NonNegative, TermWeight
 
 
 class RKD(FeatureMethod):
@@ -30,13 +29,12 @@ class RKD(FeatureMethod):
         self,
         *,
         feature: TermWeight = 1.0,
-        distance: float = 25.0,
-        angle: float = 50.0,
-        hard: float = 1.0,
+        distance: NonNegative = 25.0,
+        angle: NonNegative = 50.0,
+        hard: NonNegative = 1.0,
         names: Sequence[str] = (),
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
-        check_weights("RKD", distance=distance, angle=angle)
         self.distance, self.angle = distance, angle
 
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tempering.methods.features.base import FeatureMethod, per_row
 from tempering.rows import Rows
-from tempering.utils.search_space import TermWeight
+from tempering.utils.search_space import NonNegative, TermWeight
 
 
 class SimKD(FeatureMethod):
@@ -24,7 +24,7 @@ class SimKD(FeatureMethod):
     paper = "arXiv:2203.14001"
     relational = False
 
-    def __init__(self, *, feature: TermWeight = 1.0, hard: float = 0.0, names: Sequence[str] = ()) -> None:
+    def __init__(self, *, feature: TermWeight = 1.0, hard: NonNegative = 0.0, names: Sequence[str] = ()) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
 
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:

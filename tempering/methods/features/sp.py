@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tempering.methods.features.base import FeatureMethod
 from tempering.rows import Rows
-from tempering.utils.search_space import TermWeight
+from tempering.utils.search_space import NonNegative, TermWeight
 
 
 class SP(FeatureMethod):
@@ -24,7 +24,7 @@ class SP(FeatureMethod):
     paper = "arXiv:1907.09682"
     wants = "vectors"
 
-    def __init__(self, *, feature: TermWeight = 3000.0, hard: float = 1.0, names: Sequence[str] = ()) -> None:
+    def __init__(self, *, feature: TermWeight = 3000.0, hard: NonNegative = 1.0, names: Sequence[str] = ()) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
 
     def usual(self, stages: Sequence[str]) -> tuple[str, ...]:

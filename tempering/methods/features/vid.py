@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tempering.methods.features.base import Projected, fitted, per_row
 from tempering.rows import Rows
-from tempering.utils.search_space import TermWeight
+from tempering.utils.search_space import NonNegative, TermWeight
 
 
 class VID(Projected):
@@ -31,7 +31,7 @@ class VID(Projected):
     non_negative = False
 
     def __init__(
-        self, *, feature: TermWeight = 1.0, hard: float = 1.0, variance: float = 5.0, names: Sequence[str] = ()
+        self, *, feature: TermWeight = 1.0, hard: NonNegative = 1.0, variance: float = 5.0, names: Sequence[str] = ()
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
         if not variance > 1e-5:

@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
+from tempering.methods.base import Method, check_policy, linear_warmup
 from tempering.methods.logits.labeled import one_hot
 from tempering.objectives import divergence, log_softmax, require_labels, tempered
 from tempering.rows import Rows, upcast_to_float32
-from tempering.temperature.base import PolicyLike, check_positive
-from tempering.utils.search_space import RunFraction, Tau, TermWeight
+from tempering.temperature.base import PolicyLike
+from tempering.utils.search_space import NonNegative, RunFraction, Tau, TermWeight
 
 
 class ATS(Method):
@@ -49,7 +49,7 @@ class ATS(Method):
         self,
         *,
         soft: TermWeight = 0.5,
-        hard: float = 0.5,
+        hard: NonNegative = 0.5,
         correct: Tau = 4.0,
         wrong: Tau = 2.0,
         centered: bool = True,
@@ -57,9 +57,6 @@ class ATS(Method):
         temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
-        check_weights("ATS", soft=soft, hard=hard)
-        check_run_fraction("ATS", warmup=warmup)
-        check_positive("ATS", correct=correct, wrong=wrong)
         self.soft, self.hard, self.correct, self.wrong = soft, hard, correct, wrong
         self.centered, self.warmup = centered, warmup
         self.shift_invariant = centered  # pyright: ignore[reportAttributeAccessIssue]

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tempering.methods.base import Method, check_policy, check_weights
+from tempering.methods.base import Method, check_policy
 from tempering.methods.features.base import Projected, fitted
 from tempering.methods.logits.labeled import one_hot
 from tempering.methods.logits.relations import counted_entries
 from tempering.objectives import kl, require_labels
 from tempering.rows import Rows, expand_to_rows, upcast_to_float32
 from tempering.temperature.base import PolicyLike
-from tempering.utils.search_space import TermWeight
+from tempering.utils.search_space import NonNegative, TermWeight
 
 
 class CKD(Method):
@@ -55,14 +55,13 @@ class CKD(Method):
         self,
         *,
         soft: TermWeight = 1.0,
-        hard: float = 1.0,
+        hard: NonNegative = 1.0,
         divergence: TermWeight = 0.0,
         groups: Sequence[int] = (1, 1),
         pairs: int | None = None,
         temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
-        check_weights("CKD", soft=soft, hard=hard, divergence=divergence)
         self.soft, self.hard, self.divergence = soft, hard, divergence
         self.groups, self.pairs = _sizes("CKD", groups), pairs
         if pairs is not None and pairs < 1:
@@ -136,7 +135,7 @@ class FeatureCKD(Projected):
         self,
         *,
         feature: TermWeight = 100.0,
-        hard: float = 0.0,
+        hard: NonNegative = 0.0,
         groups: Sequence[int] = (1, 1),
         names: Sequence[str] = (),
     ) -> None:

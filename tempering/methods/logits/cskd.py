@@ -7,8 +7,6 @@ from torch import Tensor
 from tempering.methods.base import (
     Method,
     check_policy,
-    check_run_fraction,
-    check_weights,
     linear_warmup,
     zero_term,
 )
@@ -28,7 +26,7 @@ from tempering.rows import Rows, expand_to_rows
 from tempering.temperature.base import Policy, Temperatures
 from tempering.temperature.cosine import Cosine
 from tempering.temperature.static import Static
-from tempering.utils.search_space import RunFraction, TermWeight
+from tempering.utils.search_space import NonNegative, RunFraction, TermWeight
 
 
 class CSKD(Method):
@@ -68,15 +66,13 @@ class CSKD(Method):
         fixed: TermWeight = 2.0,
         weighted: TermWeight = 2.0,
         gram: TermWeight = 0.0,
-        hard: float = 1.0,
+        hard: NonNegative = 1.0,
         published: bool = False,
+        eps: NonNegative = 0.0,
         warmup: RunFraction = 0.0,
         temperature: Policy | None = None,
-        eps: float = 0.0,
     ) -> None:
         super().__init__()
-        check_weights("CSKD", fixed=fixed, weighted=weighted, gram=gram, hard=hard, eps=eps)
-        check_run_fraction("CSKD", warmup=warmup)
         self.fixed, self.weighted, self.gram, self.hard = fixed, weighted, gram, hard
         self.published, self.warmup, self.eps = published, warmup, eps
         self.temperature = check_policy("CSKD", Cosine() if temperature is None else temperature, allow_number=False)

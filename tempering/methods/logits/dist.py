@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup, zero_term
+from tempering.methods.base import Method, check_policy, linear_warmup, zero_term
 from tempering.methods.logits.relations import block_scale, class_distance, counted_entries, row_distance, soften
 from tempering.rows import Rows, expand_to_rows
 from tempering.temperature.base import PolicyLike
-from tempering.utils.search_space import RunFraction, TermWeight
+from tempering.utils.search_space import NonNegative, RunFraction, TermWeight
 
 
 class DIST(Method):
@@ -39,14 +39,12 @@ class DIST(Method):
         *,
         inter: TermWeight = 2.0,
         intra: TermWeight = 2.0,
-        hard: float = 1.0,
+        hard: NonNegative = 1.0,
+        eps: NonNegative = 0.0,
         warmup: RunFraction = 0.0,
         temperature: PolicyLike = None,
-        eps: float = 0.0,
     ) -> None:
         super().__init__()
-        check_weights("DIST", inter=inter, intra=intra, hard=hard, eps=eps)
-        check_run_fraction("DIST", warmup=warmup)
         self.inter, self.intra, self.hard, self.warmup, self.eps = inter, intra, hard, warmup, eps
         self.temperature = check_policy("DIST", temperature, default=4.0)
 

@@ -7,11 +7,11 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from tempering import objectives
-from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
-from tempering.objectives import check_fraction, check_skew
+from tempering.methods.base import Method, check_policy, linear_warmup
+from tempering.objectives import check_skew
 from tempering.rows import Rows
 from tempering.temperature.base import PolicyLike
-from tempering.utils.search_space import RunFraction, TermWeight
+from tempering.utils.search_space import NonNegative, RunFraction, TermWeight, UnitInterval
 
 Objective = Literal["kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl", "tvd"]
 
@@ -27,8 +27,8 @@ class Divergence(Method):
         beta: parameter of "jsd": 0 is "kl", 1 is "reverse_kl" (discontinuous at both, as in the source).
         skew: parameter of "skew_kl" and "skew_reverse_kl".
         head: parameter of "adaptive_kl".
-        temperature: a temperature policy, or a number for Static; None: Static(1.0), as in the sources.
         warmup: fraction of the run over which ``soft`` rises linearly from 0; default: none, as published.
+        temperature: a temperature policy, or a number for Static; None: Static(1.0), as in the sources.
 
     Unlike in the released trainers (GKD, DistiLLM), the divergence is multiplied by T_s T_t, which is 1 with their
     settings.
@@ -44,21 +44,18 @@ class Divergence(Method):
         *,
         objective: Objective = "jsd",
         soft: TermWeight = 1.0,
-        hard: float = 0.0,
-        beta: float = 0.5,
+        hard: NonNegative = 0.0,
+        beta: UnitInterval = 0.5,
         skew: float = 0.1,
-        head: float = 0.5,
-        temperature: PolicyLike = None,
+        head: UnitInterval = 0.5,
         warmup: RunFraction = 0.0,
+        temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
         if objective not in get_args(Objective):
             raise ValueError(
                 f"Divergence needs objective {', '.join(map(repr, get_args(Objective)))}; got {objective!r}."
             )
-        check_weights("Divergence", soft=soft, hard=hard)
-        check_run_fraction("Divergence", warmup=warmup)
-        check_fraction("Divergence", beta=beta, head=head)
         check_skew("Divergence", skew)
         self.objective, self.soft, self.hard, self.warmup = objective, soft, hard, warmup
         self.beta, self.skew, self.head = beta, skew, head

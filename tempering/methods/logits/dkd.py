@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
+from tempering.methods.base import Method, check_policy, linear_warmup
 from tempering.objectives import divergence, log_softmax, masked, require_labels, tempered
 from tempering.rows import Rows
 from tempering.temperature.base import PolicyLike
-from tempering.utils.search_space import RunFraction, TermWeight
+from tempering.utils.search_space import NonNegative, RunFraction, TermWeight
 
 
 class DKD(Method):
@@ -44,13 +44,11 @@ class DKD(Method):
         *,
         target: TermWeight = 1.0,
         non_target: TermWeight = 8.0,
-        hard: float = 1.0,
+        hard: NonNegative = 1.0,
         warmup: RunFraction = 20 / 240,
         temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
-        check_weights("DKD", target=target, non_target=non_target, hard=hard)
-        check_run_fraction("DKD", warmup=warmup)
         self.target, self.non_target, self.hard, self.warmup = target, non_target, hard, warmup
         self.temperature = check_policy("DKD", temperature, default=4.0)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
+from tempering.methods.base import Method, check_policy, linear_warmup
 from tempering.objectives import kl
 from tempering.rows import Rows
 from tempering.temperature.base import Policy, Temperatures, constant
 from tempering.temperature.sharpness import Sharpness
-from tempering.utils.search_space import RunFraction, TermWeight
+from tempering.utils.search_space import NonNegative, RunFraction, TermWeight
 
 
 class DTKD(Method):
@@ -22,7 +22,7 @@ class DTKD(Method):
         hard: weight of the cross entropy (the paper's gamma).
         warmup: fraction of the run over which the two soft terms rise linearly from 0; published: 20 of 240 epochs.
         temperature: a temperature policy; None: Sharpness(4.0), the exact solution. ``Sharpness(4.0,
-            solve="published", attached=True)`` is the released code without its divisions by zero.
+            solve="published", differentiable=True)`` is the released code without its divisions by zero.
 
     The dynamic term does not supervise the student's overall scale (it is 0 for v = c u, any c > 0); plain KD and the
     labels do, so use it with at least one of them. Its total soft weight is ``dynamic + soft``: compare it with
@@ -39,13 +39,11 @@ class DTKD(Method):
         *,
         dynamic: TermWeight = 3.0,
         soft: TermWeight = 1.0,
-        hard: float = 1.0,
+        hard: NonNegative = 1.0,
         warmup: RunFraction = 20 / 240,
         temperature: Policy | None = None,
     ) -> None:
         super().__init__()
-        check_weights("DTKD", dynamic=dynamic, soft=soft, hard=hard)
-        check_run_fraction("DTKD", warmup=warmup)
         self.dynamic, self.soft, self.hard, self.warmup = dynamic, soft, hard, warmup
         self.temperature = check_policy(
             "DTKD", Sharpness(4.0) if temperature is None else temperature, allow_number=False

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
+from tempering.methods.base import Method, check_policy, linear_warmup
 from tempering.objectives import divergence, entropy, softened
 from tempering.rows import Rows, upcast_to_float32
-from tempering.temperature.base import PolicyLike, check_positive
-from tempering.utils.search_space import RunFraction, TermWeight
+from tempering.temperature.base import PolicyLike
+from tempering.utils.search_space import NonNegative, Positive, RunFraction, TermWeight
 
 
 class ERKD(Method):
@@ -32,15 +32,12 @@ class ERKD(Method):
         self,
         *,
         soft: TermWeight = 0.9,
-        hard: float = 0.1,
-        tau: float = 4.0,
+        hard: NonNegative = 0.1,
+        tau: Positive = 4.0,
         warmup: RunFraction = 0.0,
         temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
-        check_weights("ERKD", soft=soft, hard=hard)
-        check_run_fraction("ERKD", warmup=warmup)
-        check_positive("ERKD", tau=tau)
         self.soft, self.hard, self.tau, self.warmup = soft, hard, tau, warmup
         self.temperature = check_policy("ERKD", temperature, default=4.0)
 

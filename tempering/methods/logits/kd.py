@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
+from tempering.methods.base import Method, check_policy, linear_warmup
 from tempering.objectives import kl
 from tempering.rows import Rows
 from tempering.temperature.base import PolicyLike
-from tempering.utils.search_space import RunFraction, TermWeight
+from tempering.utils.search_space import NonNegative, RunFraction, TermWeight
 
 
 class KD(Method):
@@ -17,8 +17,8 @@ class KD(Method):
     Args:
         soft: weight of the divergence.
         hard: weight of the cross entropy with the labels at temperature 1; with 0 no labels are needed.
-        temperature: a temperature policy, or a number for Static; None: Static(4.0).
         warmup: fraction of the run over which ``soft`` rises linearly from 0; default: none, as published.
+        temperature: a temperature policy, or a number for Static; None: Static(4.0).
 
     The defaults 0.9 and 0.1 at T = 4 are those of mdistiller for CIFAR-100.
 
@@ -28,11 +28,14 @@ class KD(Method):
     paper = "arXiv:1503.02531"
 
     def __init__(
-        self, *, soft: TermWeight = 0.9, hard: float = 0.1, temperature: PolicyLike = None, warmup: RunFraction = 0.0
+        self,
+        *,
+        soft: TermWeight = 0.9,
+        hard: NonNegative = 0.1,
+        warmup: RunFraction = 0.0,
+        temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
-        check_weights("KD", soft=soft, hard=hard)
-        check_run_fraction("KD", warmup=warmup)
         self.soft, self.hard, self.warmup = soft, hard, warmup
         self.temperature = check_policy("KD", temperature, default=4.0)
 

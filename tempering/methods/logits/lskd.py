@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tempering.methods.base import Method, check_weights, is_row_method
+from tempering.methods.base import Method, is_row_method
 from tempering.methods.logits.kd import KD
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import mask_constants
 from tempering.temperature.static import Static
+from tempering.utils.search_space import NonNegative
 
 
 class LSKD(Method):
@@ -37,9 +38,8 @@ class LSKD(Method):
 
     paper = "arXiv:2403.01427"
 
-    def __init__(self, inner: Method | None = None, *, hard: float = 0.1, eps: float = 1e-7) -> None:
+    def __init__(self, inner: Method | None = None, *, hard: NonNegative = 0.1, eps: NonNegative = 1e-7) -> None:
         super().__init__()
-        check_weights("LSKD", hard=hard, eps=eps)
         if inner is not None and not is_row_method(inner):
             raise TypeError(f"LSKD needs a method over rows, such as KD(soft=9.0, hard=0.0); got {inner!r}.")
         if inner_hard := getattr(inner, "hard", 0.0):

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup, zero_term
+from tempering.methods.base import Method, check_policy, linear_warmup, zero_term
 from tempering.methods.logits.relations import Softened, counted_entries, mean_over, soften
 from tempering.objectives import divergence, log_softmax
 from tempering.rows import Rows, expand_to_rows
-from tempering.temperature.base import PolicyLike, Temperatures, check_positive
-from tempering.utils.search_space import RunFraction, TermWeight
+from tempering.temperature.base import PolicyLike, Temperatures
+from tempering.utils.search_space import NonNegative, Positive, RunFraction, TermWeight
 
 STRONG = "strong"  # name of the block of strongly augmented rows of tasks.TwoView
 
@@ -55,19 +55,15 @@ class MLKD(Method):
         soft: TermWeight = 0.9,
         classes: TermWeight = 0.9,
         batch: TermWeight = 0.9,
-        hard: float = 0.1,
-        temperatures: Sequence[float] = (4.0, 3.0, 5.0, 2.0, 6.0),
+        hard: NonNegative = 0.1,
+        temperatures: Sequence[Positive] = (4.0, 3.0, 5.0, 2.0, 6.0),
         published: bool = False,
         warmup: RunFraction = 0.0,
         temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
-        check_weights("MLKD", soft=soft, classes=classes, batch=batch, hard=hard)
-        check_run_fraction("MLKD", warmup=warmup)
         if not temperatures:
             raise ValueError("MLKD needs at least one of temperatures, such as (4.0, 3.0, 5.0, 2.0, 6.0); got none.")
-        for value in temperatures:
-            check_positive("MLKD", temperatures=value)
         self.soft, self.classes, self.batch, self.hard = soft, classes, batch, hard
         self.temperatures, self.published, self.warmup = tuple(temperatures), published, warmup
         self.temperature = check_policy("MLKD", temperature, default=4.0)

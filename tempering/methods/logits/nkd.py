@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
+from tempering.methods.base import Method, check_policy, linear_warmup
 from tempering.methods.logits.labeled import drop_classes, label_index, one_hot, soft_cross_entropy, weighted_nll
 from tempering.objectives import log_softmax, require_labels, tempered
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import PolicyLike
-from tempering.utils.search_space import RunFraction, TermWeight
+from tempering.utils.search_space import NonNegative, RunFraction, TermWeight
 
 
 class NKD(Method):
@@ -46,13 +46,11 @@ class NKD(Method):
         *,
         target: TermWeight = 1.0,
         non_target: TermWeight = 1.5,
-        hard: float = 1.0,
+        hard: NonNegative = 1.0,
         warmup: RunFraction = 0.0,
         temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
-        check_weights("NKD", target=target, non_target=non_target, hard=hard)
-        check_run_fraction("NKD", warmup=warmup)
         self.target, self.non_target, self.hard, self.warmup = target, non_target, hard, warmup
         self.temperature = check_policy("NKD", temperature, default=1.0)
 
@@ -110,14 +108,12 @@ class USKD(Method):
         target: TermWeight = 1.0,
         non_target: TermWeight = 0.1,
         weak: TermWeight = 0.005,
-        hard: float = 1.0,
+        hard: NonNegative = 1.0,
         names: Sequence[str] = (),
         ranks: Literal["mended", "published"] = "mended",
         warmup: RunFraction = 0.0,
     ) -> None:
         super().__init__()
-        check_weights("USKD", target=target, non_target=non_target, weak=weak, hard=hard)
-        check_run_fraction("USKD", warmup=warmup)
         if len(names) > 1 or isinstance(names, str):
             raise ValueError(f"USKD reads one feature at most, names=['pooled']; got {names!r}.")
         if ranks not in ("mended", "published"):

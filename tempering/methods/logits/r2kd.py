@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
-from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup, zero_term
+from tempering.methods.base import Method, check_policy, linear_warmup, zero_term
 from tempering.methods.logits.relations import (
     Lines,
     block_scale,
@@ -20,8 +20,8 @@ from tempering.methods.logits.relations import (
     soften,
 )
 from tempering.rows import Rows, expand_to_rows
-from tempering.temperature.base import PolicyLike, check_positive
-from tempering.utils.search_space import RunFraction, TermWeight
+from tempering.temperature.base import PolicyLike
+from tempering.utils.search_space import NonNegative, Positive, RunFraction, TermWeight
 
 PAIRS = 1 << 24  # maximum number of comparisons in memory during ranking: 64 MiB in float32
 
@@ -64,17 +64,14 @@ class R2KD(Method):
         *,
         value: TermWeight = 2.0,
         order: TermWeight = 2.0,
-        hard: float = 1.0,
+        hard: NonNegative = 1.0,
         rank: Literal["soft", "published"] = "soft",
-        softness: float = 0.1,
+        softness: Positive = 0.1,
+        eps: NonNegative = 0.0,
         warmup: RunFraction = 0.0,
         temperature: PolicyLike = None,
-        eps: float = 0.0,
     ) -> None:
         super().__init__()
-        check_weights("R2KD", value=value, order=order, hard=hard, eps=eps)
-        check_run_fraction("R2KD", warmup=warmup)
-        check_positive("R2KD", softness=softness)
         if rank not in ("soft", "published"):
             raise ValueError(f"R2KD needs rank 'soft' or 'published'; got {rank!r}.")
         self.value, self.order, self.hard, self.rank, self.softness = value, order, hard, rank, softness

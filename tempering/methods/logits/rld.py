@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
+from tempering.methods.base import Method, check_policy, linear_warmup
 from tempering.methods.logits.dkd import split_target
 from tempering.methods.logits.labeled import label_index, one_hot
 from tempering.objectives import divergence, log_softmax, require_labels, tempered
 from tempering.rows import Rows, upcast_to_float32
-from tempering.temperature.base import PolicyLike, check_positive
-from tempering.utils.search_space import RunFraction, TermWeight
+from tempering.temperature.base import PolicyLike
+from tempering.utils.search_space import NonNegative, Positive, RunFraction, TermWeight
 
 
 class RLD(Method):
@@ -45,15 +45,12 @@ class RLD(Method):
         *,
         sample: TermWeight = 1.0,
         masked: TermWeight = 8.0,
-        hard: float = 1.0,
-        tau: float = 1.0,
+        hard: NonNegative = 1.0,
+        tau: Positive = 1.0,
         warmup: RunFraction = 20 / 240,
         temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
-        check_weights("RLD", sample=sample, masked=masked, hard=hard)
-        check_run_fraction("RLD", warmup=warmup)
-        check_positive("RLD", tau=tau)
         self.sample, self.masked, self.hard, self.tau, self.warmup = sample, masked, hard, tau, warmup
         self.temperature = check_policy("RLD", temperature, default=4.0)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tempering.methods.base import Method, check_weights
+from tempering.methods.base import Method
 from tempering.objectives import cross_entropy
 from tempering.rows import Rows
+from tempering.utils.search_space import NonNegative
 
 
 class Supervised(Method):
@@ -19,9 +20,8 @@ class Supervised(Method):
     needs_labels = True
     needs_teacher = False
 
-    def __init__(self, *, hard: float = 1.0) -> None:
+    def __init__(self, *, hard: NonNegative = 1.0) -> None:
         super().__init__()
-        check_weights("Supervised", hard=hard)
         self.hard = hard
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
+from tempering.methods.base import Method, check_policy, linear_warmup
 from tempering.objectives import kl
 from tempering.rows import Rows, upcast_to_float32, without_labels
 from tempering.temperature.base import Policy, Temperatures
 from tempering.temperature.private import Private, privacy
-from tempering.utils.search_space import RunFraction, TermWeight
+from tempering.utils.search_space import NonNegative, RunFraction, TermWeight
 
 Noise = Literal["normal", "laplace", "gumbel"]
 MASK = 2**32 - 1
@@ -30,7 +30,6 @@ class Swing(Method):
     Args:
         soft: weight of the divergence.
         hard: weight of the cross entropy with the labels at temperature 1.
-        temperature: a temperature policy; None: temperature.Private(Static(4.0)).
         noise: standard deviation of the noise added to the teacher's tempered logits, times the row's privacy score; 0:
             no noise. Private rows then need ``ids`` and ``positions``, which ``LanguageModeling`` provides if batches
             have "ids".
@@ -39,6 +38,7 @@ class Swing(Method):
         redact: exclude rows with a privacy score above ``hide``, without noise: the simple baseline for Swing.
         seed: seed of the noise.
         warmup: fraction of the run over which ``soft`` rises linearly from 0; default: none.
+        temperature: a temperature policy; None: temperature.Private(Static(4.0)).
 
     The noise of a row is a function of the seed, its sample and its position: it is equal in every epoch, for any split
     of the batch and after resuming, so that repeated epochs do not average it out. A secret that occurs in several
@@ -58,18 +58,16 @@ class Swing(Method):
         self,
         *,
         soft: TermWeight = 0.9,
-        hard: float = 0.1,
-        temperature: Policy | None = None,
-        noise: float = 1.0,
+        hard: NonNegative = 0.1,
+        noise: NonNegative = 1.0,
         distribution: Noise = "normal",
         hide: float = 0.5,
         redact: bool = False,
         seed: int = 0,
         warmup: RunFraction = 0.0,
+        temperature: Policy | None = None,
     ) -> None:
         super().__init__()
-        check_weights("Swing", soft=soft, hard=hard, noise=noise)
-        check_run_fraction("Swing", warmup=warmup)
         if not 0.0 <= hide <= 1.0:
             raise ValueError(f"Swing needs hide in [0, 1], a privacy score, 1 to hide nothing; got {hide!r}.")
         if distribution not in ("normal", "laplace", "gumbel"):

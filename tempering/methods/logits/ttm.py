@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
+from tempering.methods.base import Method, check_policy, linear_warmup
 from tempering.objectives import divergence, log_softmax, masked, tempered
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import Policy
-from tempering.utils.search_space import RunFraction, TermWeight
+from tempering.utils.search_space import NonNegative, RunFraction, TermWeight
 
 
 class TTM(Method):
@@ -40,13 +40,11 @@ class TTM(Method):
         self,
         *,
         soft: TermWeight = 100.0,
-        hard: float = 1.0,
+        hard: NonNegative = 1.0,
         warmup: RunFraction = 0.0,
         temperature: Policy | None = None,
     ) -> None:
         super().__init__()
-        check_weights(type(self).__name__, soft=soft, hard=hard)
-        check_run_fraction(type(self).__name__, warmup=warmup)
         self.soft, self.hard, self.warmup = soft, hard, warmup
         self.temperature = check_policy(type(self).__name__, temperature, default=10.0)
 
@@ -79,7 +77,12 @@ class WTTM(TTM):
     """
 
     def __init__(
-        self, *, soft: TermWeight = 3.0, hard: float = 1.0, warmup: RunFraction = 0.0, temperature: Policy | None = None
+        self,
+        *,
+        soft: TermWeight = 3.0,
+        hard: NonNegative = 1.0,
+        warmup: RunFraction = 0.0,
+        temperature: Policy | None = None,
     ) -> None:
         super().__init__(soft=soft, hard=hard, warmup=warmup, temperature=temperature)
 

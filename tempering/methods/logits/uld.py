@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tempering.methods.base import Method, check_policy, check_run_fraction, check_weights, linear_warmup
-from tempering.objectives import check_fraction, divergence, mixture, softened
+from tempering.methods.base import Method, check_policy, linear_warmup
+from tempering.objectives import divergence, mixture, softened
 from tempering.rows import Rows
 from tempering.temperature.base import PolicyLike
-from tempering.utils.search_space import RunFraction, TermWeight
+from tempering.utils.search_space import NonNegative, RunFraction, TermWeight, UnitInterval
 
 
 class ULD(Method):
@@ -27,8 +27,8 @@ class ULD(Method):
     Args:
         soft: weight of the distance.
         hard: weight of the cross entropy with the labels at temperature 1; with 0 no labels are needed.
-        temperature: a temperature policy, or a number for Static; None: Static(1.0), as published.
         warmup: fraction of the run over which ``soft`` rises linearly from 0; default: none, as published.
+        temperature: a temperature policy, or a number for Static; None: Static(1.0), as published.
 
     Unlike in the released code, the distance is multiplied by T_s T_t, which is 1 with the published setting, and rows
     are aligned beforehand (released: position by position, whatever the tokens).
@@ -41,11 +41,14 @@ class ULD(Method):
     up_to_order: ClassVar[bool] = True  # 0 for the teacher's probabilities in any order
 
     def __init__(
-        self, *, soft: TermWeight = 1.0, hard: float = 1.0, temperature: PolicyLike = None, warmup: RunFraction = 0.0
+        self,
+        *,
+        soft: TermWeight = 1.0,
+        hard: NonNegative = 1.0,
+        warmup: RunFraction = 0.0,
+        temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
-        check_weights("ULD", soft=soft, hard=hard)
-        check_run_fraction("ULD", warmup=warmup)
         self.soft, self.hard, self.warmup = soft, hard, warmup
         self.temperature = check_policy("ULD", temperature, default=1.0)
 
@@ -69,8 +72,8 @@ class HybridULD(Method):
         ranked: weight of the distance over the other tokens.
         hard: weight of the cross entropy with the labels at temperature 1; with 0 no labels are needed.
         beta: parameter of the JSD, as in ``objectives.jsd``; 0 is KL and 1 is reverse KL.
-        temperature: a temperature policy, or a number for Static; None: Static(1.0), as in the source.
         warmup: fraction of the run over which ``exact`` and ``ranked`` rise linearly from 0.
+        temperature: a temperature policy, or a number for Static; None: Static(1.0), as in the source.
 
     The source's divergence is over the matched tokens only, whose probabilities do not sum to 1 there, and its weights
     are the fraction of matched tokens in the teacher's vocabulary and 1 minus that fraction.
@@ -88,15 +91,12 @@ class HybridULD(Method):
         matched: int,
         exact: TermWeight = 1.0,
         ranked: TermWeight = 1.0,
-        hard: float = 1.0,
-        beta: float = 0.5,
-        temperature: PolicyLike = None,
+        hard: NonNegative = 1.0,
+        beta: UnitInterval = 0.5,
         warmup: RunFraction = 0.0,
+        temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
-        check_weights("HybridULD", exact=exact, ranked=ranked, hard=hard)
-        check_run_fraction("HybridULD", warmup=warmup)
-        check_fraction("HybridULD", beta=beta)
         if matched < 0:
             raise ValueError(
                 f"HybridULD needs matched >= 0, the number of classes that both sides have; got {matched!r}."

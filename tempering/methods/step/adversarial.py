@@ -9,10 +9,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from tempering.methods.base import Step, StepMethod, check_weights
+from tempering.methods.base import Step, StepMethod
 from tempering.methods.step._attack import PerturbationBall, check_attack
 from tempering.objectives import cross_entropy, divergence, log_softmax
-from tempering.utils.search_space import TermWeight
+from tempering.utils.search_space import NonNegative, TermWeight
 from tempering.utils.tensors import eval_mode
 
 
@@ -85,13 +85,12 @@ class PGDAT(_Adversarial):
     def __init__(
         self,
         *,
-        hard: float = 1.0,
+        hard: NonNegative = 1.0,
         eps: float = 8 / 255,
         attack_steps: int = 7,
         step_size: float | None = None,
         bounds: Sequence[float] | None = (0.0, 1.0),
     ) -> None:
-        check_weights("PGDAT", hard=hard)
         super().__init__(eps=eps, attack_steps=attack_steps, step_size=step_size, bounds=bounds)
         self.hard = hard
 
@@ -131,14 +130,13 @@ class TRADES(_Adversarial):
     def __init__(
         self,
         *,
-        hard: float = 1.0,
+        hard: NonNegative = 1.0,
         robust: TermWeight = 6.0,
         eps: float = 8 / 255,
         attack_steps: int = 10,
         step_size: float | None = None,
         bounds: Sequence[float] | None = (0.0, 1.0),
     ) -> None:
-        check_weights("TRADES", hard=hard, robust=robust)
         super().__init__(eps=eps, attack_steps=attack_steps, step_size=step_size, bounds=bounds)
         self.hard, self.robust = hard, robust
 

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tempering.methods.base import Step, StepMethod, check_policy, check_weights, only_block
-from tempering.objectives import check_fraction, cross_entropy, kl
+from tempering.methods.base import Step, StepMethod, check_policy, only_block
+from tempering.objectives import cross_entropy, kl
 from tempering.rows import expand_to_rows
 from tempering.temperature.base import PolicyLike
-from tempering.utils.search_space import TermWeight
+from tempering.utils.search_space import NonNegative, TermWeight, UnitInterval
 
 
 class Explainer(StepMethod):
@@ -45,16 +45,14 @@ class Explainer(StepMethod):
         self,
         *,
         soft: TermWeight = 0.9,
-        hard: float = 0.1,
+        hard: NonNegative = 0.1,
         entropy: TermWeight = 0.0,
-        smoothing: float = 0.0,
+        smoothing: UnitInterval = 0.0,
         start: float = 10.0,
         end: float = 10 / 300,
         temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
-        check_weights("Explainer", soft=soft, hard=hard, entropy=entropy)
-        check_fraction("Explainer", smoothing=smoothing)
         if not 0.0 < end <= start < float("inf"):
             raise ValueError(f"Explainer needs 0 < end <= start, both finite; got end={end!r}, start={start!r}.")
         self.soft, self.hard, self.entropy = soft, hard, entropy

@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tempering.methods.base import Step, StepMethod, check_policy, check_weights, only_block
+from tempering.methods.base import Step, StepMethod, check_policy, only_block
 from tempering.methods.step._holdout import HoldoutLoader
 from tempering.methods.step._virtual_step import VirtualStep, split_step
 from tempering.objectives import cross_entropy, kl, log_softmax, tempered
 from tempering.rows import Rows, total
 from tempering.temperature.base import PolicyLike, Temperatures
-from tempering.utils.search_space import TermWeight
+from tempering.utils.search_space import NonNegative, TermWeight
 
 
 class Interactive(StepMethod):
@@ -71,7 +71,7 @@ class Interactive(StepMethod):
         self,
         *,
         soft: TermWeight = 0.9,
-        hard: float = 0.1,
+        hard: NonNegative = 0.1,
         temperature: PolicyLike = None,
         supervised: TermWeight = 0.0,
         teacher_lr: float = 1e-5,
@@ -84,7 +84,6 @@ class Interactive(StepMethod):
         layers: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        check_weights("Interactive", soft=soft, hard=hard, supervised=supervised)
         for name, value in {"teacher_lr": teacher_lr, "virtual_lr": virtual_lr, "clip": clip}.items():
             if not 0.0 < value < float("inf"):
                 raise ValueError(f"Interactive needs {name} > 0 and finite; got {value!r}.")

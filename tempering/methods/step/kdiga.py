@@ -10,13 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tempering.methods.base import Step, StepMethod, check_policy, check_run_fraction, check_weights, linear_warmup
+from tempering.methods.base import Step, StepMethod, check_policy, linear_warmup
 from tempering.methods.features.base import spread_out
 from tempering.methods.step._attack import PerturbationBall, check_attack, check_bounds
 from tempering.objectives import cross_entropy, kl
 from tempering.rows import Rows, class_labels, expand_to_rows, upcast_to_float32
 from tempering.temperature.base import PolicyLike
-from tempering.utils.search_space import RunFraction, TermWeight
+from tempering.utils.search_space import NonNegative, RunFraction, TermWeight
 from tempering.utils.tensors import eval_mode
 
 
@@ -64,20 +64,18 @@ class KDIGA(StepMethod):
         self,
         *,
         soft: TermWeight = 0.5,
-        hard: float = 0.5,
+        hard: NonNegative = 0.5,
         align: TermWeight = 1.0,
         temperature: PolicyLike = None,
         warmup: RunFraction = 0.5,
         right: bool = False,
-        start: float = 0.0,
+        start: NonNegative = 0.0,
         attack: float = 0.0,
         attack_steps: int = 10,
         bounds: Sequence[float] | None = (0.0, 1.0),
         published: bool = False,
     ) -> None:
         super().__init__()
-        check_weights("KDIGA", soft=soft, hard=hard, align=align, start=start)
-        check_run_fraction("KDIGA", warmup=warmup)
         check_attack("KDIGA", eps=attack, steps=attack_steps, size=None, bounds=bounds)
         self.soft, self.hard, self.align = soft, hard, align
         self.right, self.start, self.attack, self.attack_steps = right, start, attack, attack_steps

@@ -69,7 +69,17 @@ class Recordable(Protocol):
 
 
 def as_recorded(batches: Recordable, views: int | None) -> Recordable:
-    """Return the batches to record: clean, or in ``views`` recorded augmentations."""
+    """Return the batches to record: clean, or in ``views`` recorded augmentations.
+
+    Raises:
+        TypeError: for batches without an identity, whose samples cannot be found again.
+    """
+    if not hasattr(batches, "clean"):
+        raise TypeError(
+            f"a recording needs samples with ids and an identity, which {type(batches).__name__} does not have. Use "
+            "data.Batches(images, labels, ...), data.image_folder, data.hugging_face or a loader of texts, or train "
+            "with the live teacher."
+        )
     return batches.clean() if views is None else batches.replay(views)
 
 

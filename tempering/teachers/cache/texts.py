@@ -14,7 +14,12 @@ from tempering.rows import IGNORE_INDEX
 from tempering.utils.tensors import on_host
 
 Inputs = Callable[[Any], tuple[Any, Any, Any]]  # a batch -> (student's inputs, teacher's inputs, ids), as tasks do
-NO_CONTENT = {"attention_mask", "position_ids", "use_cache", "taught"}  # inputs that do not belong to the text itself
+NO_CONTENT = {
+    "attention_mask",
+    "position_ids",
+    "use_cache",
+    "teacher_outputs",
+}  # inputs that do not belong to the text itself
 BATCH_FIELDS = {"labels", "generated", "learn", "ids", "replaced", "privacy_score"}  # of batches; rarely model inputs
 
 

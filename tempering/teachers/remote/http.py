@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPException, HTTPSConnection, IncompleteRead
-from typing import Any
+from typing import Any, TypedDict
 from urllib.parse import urlsplit
 
 from tempering.utils.text import redact
@@ -22,6 +22,16 @@ SHOWN = 400  # characters of a response in an error message
 LONGEST = 60.0  # most seconds between two tries
 MAX_BYTES = 2**28  # largest response
 MAX_ERROR_BYTES = 2**16  # largest part of a refusal that is read
+
+
+class RequestOptions(TypedDict, total=False):
+    """The options of ``Endpoint``."""
+
+    key_env: str | None
+    timeout: float
+    tries: int
+    wait: float
+    max_bytes: int
 
 
 class Endpoint:
@@ -41,7 +51,14 @@ class Endpoint:
     """
 
     def __init__(
-        self, url: str, *, key_env: str | None, timeout: float, tries: int, wait: float, max_bytes: int = MAX_BYTES
+        self,
+        url: str,
+        *,
+        key_env: str | None = None,
+        timeout: float = 120.0,
+        tries: int = 5,
+        wait: float = 1.0,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or "@" in parts.netloc or parts.query or parts.fragment:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
 
 from tempering.teachers.base import Teacher, key_digest
 from tempering.teachers.outputs import Sparse
-from tempering.teachers.remote.http import MAX_BYTES, Endpoint
+from tempering.teachers.remote.http import Endpoint, RequestOptions
 from tempering.utils.tensors import on_host
 
 Api = Literal["vllm", "openai"]
@@ -40,11 +40,11 @@ class RemoteTeacher(Teacher):
         api: "vllm" requests prompt_logprobs, which are keyed by id. "openai" requests echo and logprobs, whose tokens
             are strings: "token_id:7", or the keys of ``tokens``.
         tokens: string -> id as the server writes tokens; a likely token that is not in it belongs to the tail.
-        key_env: name of the environment variable with the key; the key itself is not stored.
         batch: texts per request.
         concurrent: requests at the same time.
-        timeout, tries, wait: most seconds per response as a whole, most tries, and seconds before the second try.
-        max_bytes: largest response.
+        options: key_env: name of the environment variable with the key, which is not stored; timeout (default 120),
+            tries (5) and wait (1): most seconds per response as a whole, most tries, and seconds before the second;
+            max_bytes: largest response.
 
     Raises:
         ValueError: for invalid arguments, or packed inputs.
@@ -59,13 +59,9 @@ class RemoteTeacher(Teacher):
         top: int = 16,
         api: Api = "vllm",
         tokens: Mapping[str, int] | None = None,
-        key_env: str | None = None,
         batch: int = 8,
         concurrent: int = 4,
-        timeout: float = 120.0,
-        tries: int = 5,
-        wait: float = 1.0,
-        max_bytes: int = MAX_BYTES,
+        **options: Unpack[RequestOptions],
     ) -> None:
         if api not in get_args(Api) or min(top, batch, concurrent) < 1:
             raise ValueError(
@@ -74,7 +70,7 @@ class RemoteTeacher(Teacher):
             )
         self.url, self.top, self.api, self.tokens = url, top, api, tokens
         self.batch, self.concurrent, self.served = batch, concurrent, model
-        self.endpoint = Endpoint(url, key_env=key_env, timeout=timeout, tries=tries, wait=wait, max_bytes=max_bytes)
+        self.endpoint = Endpoint(url, **options)
         self.identity = key_digest({"served": model, "top": top})
 
     def __call__(self, inputs: Mapping[str, Tensor], ids: Tensor | None = None) -> Sparse:
