@@ -11,8 +11,8 @@ import pytest
 
 from tempering.cli import bench
 from tempering.cli import main as cli
-from tempering.experiments.compare import plan as arena_plan
-from tempering.experiments.presets import presets_from, method_of
+from tempering.experiments.compare import plan as compare_plan
+from tempering.experiments.presets import method_of, presets_from
 from tempering.experiments.recipe import find
 from tempering.experiments.spec import is_policy, policy_from
 from tempering.methods import METHODS
@@ -67,12 +67,12 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Recorded runs on digits: the student alone and two fixed temperatures, of two seeds."""
     folder, work = tmp_path_factory.mktemp("arena"), tmp_path_factory.mktemp("runs")
     presets = [*presets_from("supervised,kd-matched"), *presets_from("kd-matched", "static(2)")]
-    plan = arena_plan.plan_for(find("digits"), presets, range(2), WORDS)
+    plan = compare_plan.plan_for(find("digits"), presets, range(2), WORDS)
     for cell in plan.cells:
         flags: dict[str, Any] = {"method": cell.method, "temperature": cell.temperature, "seed": cell.seed}
         recipes.run("digits", FLAGS | flags | {"label": cell.label, "out": work / cell.id, "threads": 1, "quiet": True})
-        write_cell(arena_plan.record_of(folder, cell), pack(work / cell.id))
-    arena_plan.write(folder, plan)
+        write_cell(compare_plan.record_of(folder, cell), pack(work / cell.id))
+    compare_plan.write(folder, plan)
     return folder
 
 
@@ -120,7 +120,7 @@ def test_a_method_file_is_placed_among_the_recorded_runs_and_resumes(
 
 
 def test_the_protocol_is_that_of_the_records(arena: Path, mine: Path) -> None:
-    plan, recipe = arena_plan.read(arena), find("digits")
+    plan, recipe = compare_plan.read(arena), find("digits")
     flags = bench.protocol_flags(plan, arena, recipe, ["--keep=1"])
     assert sorted(flags) == ["--epochs=1", "--keep=1", "--no-selfcheck", "--subset=100", "--teacher-epochs=1"]
     with pytest.raises(ValueError, match=r"recorded protocol, where --epochs is 1; got 9\. Leave it out"):
@@ -132,7 +132,7 @@ def test_the_protocol_is_that_of_the_records(arena: Path, mine: Path) -> None:
 def test_a_file_of_the_protocol_is_found_beside_the_records_or_asked_for(arena: Path, tmp_path: Path) -> None:
     grid = tmp_path / "grid"
     flags = {"data": "cifar100", "teacher_weights": "net.safetensors", "size": "16"}
-    plan = arena_plan.Plan("cifar100", flags, None, ())
+    plan = compare_plan.Plan("cifar100", flags, None, ())
     (weights := tmp_path / "teacher" / "net.safetensors").parent.mkdir()
     weights.touch()
     with pytest.raises(ValueError, match=r"a file --data cifar100. Name yours: -- --data PATH"):
@@ -146,8 +146,8 @@ def test_other_data_is_refused_before_anything_is_run(
 ) -> None:
     other = mine.parent / "other"
     (other / "records").mkdir(parents=True)
-    plan = arena_plan.read(arena)
-    arena_plan.write(other, arena_plan.Plan(plan.recipe, plan.flags | {"subset": "50"}, None, plan.cells))
+    plan = compare_plan.read(arena)
+    compare_plan.write(other, compare_plan.Plan(plan.recipe, plan.flags | {"subset": "50"}, None, plan.cells))
     for path in (arena / "records").glob("*.json"):
         (other / "records" / path.name).write_bytes(path.read_bytes())
     assert cli.main(["bench", "mine.py", f"--arena={other}"]) == 1

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import leaderboard as leaderboard_page
-from tempering.experiments.compare import plan as arena_plan
+from tempering.experiments.compare import plan as compare_plan
 from tempering.reports.intervals import difference, holm, pairs_needed
 from tempering.reports.leaderboard import cells, leaderboard, reading
 from tempering.reports.records import RunRecord, load_run
@@ -185,7 +185,7 @@ def test_no_plan_chooses_anything_on_a_test_split() -> None:
     for path in results.rglob("study*.json"):
         assert '"test/' not in path.read_text(encoding="utf-8"), path
     for folder in (path.parent for path in ARENA.rglob("plan.json")):
-        assert int(arena_plan.read(folder).flags["validation"]) > 0, folder
+        assert int(compare_plan.read(folder).flags["validation"]) > 0, folder
 
 
 def test_runs_of_the_arena_are_pairs() -> None:
