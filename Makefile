@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)
 
 .PHONY: all check test demo bench conformance docs pages oldest gpu gpu-self-test gpu-cifar100 gpu-detection gpu-language all-methods wheel clean
+.PHONY: arena16 arena16-pilot arena16-runs
 .PHONY: evidence evidence-teachers evidence-screen evidence-full evidence-ablations evidence-others evidence-resnet20 evidence-short
 all: check test wheel
 
@@ -141,6 +142,32 @@ evidence-short: $(READY)  ## a first look, no part of `make evidence`: 8 epochs,
 	$(COMPARED) --methods dtkd --temperatures 'static(2),sharpness(2),static(8),sharpness(8)' --seeds 1 --no-controls $(FIRST)
 	$(WRITTEN)
 
+# the temperature arena of docs/decisions/arena-16.md: on any machine, seed by seed; what was stopped is resumed
+ARENA16 ?= benchmarks/results/arena16
+SEEDS16 ?= 0 1 2 3 4 5 6 7
+EPOCHS16 ?= 20
+VIEWS16 ?= 8
+STAGE16 ?= grid
+ARMS16 ?= supervised,kd,dtkd-soften,dtkd,dtkd-published,dtkd-max,dtkd-std
+PILOT16 := supervised,dtkd,dtkd-soften,dtkd-published
+# KD with equal weights at these; "own" is 4
+POLICIES16 ?= own,static(1),static(2),static(8),constantratio,standardized(2, scale=tau),curriculum,curriculum(form=instance), \
+	cosine,dts,energy,adaptive(4),instance,instance(form=published),instance(form=bandit)
+NICE ?= --nice
+RUN16 = $(BIN)/python -m tempering compare cifar100 --jobs 1 --threads 1 $(NICE) --no-controls --seeds 1 --first-seed $$seed
+FLAGS16 = --data $(DATA) --size 16 --validation 5000 --student resnet8 --teacher resnet20 --teacher-cache $(VIEWS16) \
+	--teacher-weights $(ARENA16)/teacher/resnet20.safetensors --epochs $(EPOCHS16) --evaluate-every 2
+arena16: arena16-runs  ## does a dynamic temperature beat the best fixed one? 8 seeds of 22 methods, 10 minutes of a core each
+	$(BIN)/python benchmarks/leaderboard.py
+
+arena16-runs: $(READY)
+	@set -e; for seed in $(SEEDS16); do \
+	$(RUN16) --methods kd-matched --temperatures '$(POLICIES16)' --out $(ARENA16)/$(STAGE16) -- $(FLAGS16); \
+	$(RUN16) --methods '$(ARMS16)' --out $(ARENA16)/$(STAGE16) -- $(FLAGS16); done
+
+arena16-pilot:  ## the spread over seeds, in 4 epochs
+	$(MAKE) arena16 STAGE16=pilot EPOCHS16=4 VIEWS16=4 SEEDS16="0 1 2" ARMS16=$(PILOT16) POLICIES16=own
+
 docs: $(READY)  ## the documentation site, in build/site
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[docs]"
 	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
@@ -151,6 +178,7 @@ pages: $(READY)  ## pages made from docstrings, presets and records; the pages o
 	$(BIN)/python docs/tools/conformance_table.py .
 	$(BIN)/python benchmarks/page.py
 	$(BIN)/python benchmarks/evidence.py
+	$(BIN)/python benchmarks/leaderboard.py
 	$(BIN)/python docs/tools/notebooks.py
 
 all-methods:

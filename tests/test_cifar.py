@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from tempering.data import cifar, cifar100
+from tempering.export.load import example_inputs, load_student
 from tests import recipes
 from tests.paths import SHARED, needs_shared
 from tests.runs import left
@@ -101,6 +103,25 @@ def test_the_official_archive_is_read_in_every_form(given: str, tmp_path: Path, 
     few = cifar100(tmp_path / given, subset=200, test_subset=100)
     assert torch.bincount(few.train.labels).tolist() == [2] * 100
     assert torch.bincount(few.test.labels).tolist() == [1] * 100
+
+
+def test_smaller_images_are_means_of_squares_and_another_data_set(tmp_path: Path, monkeypatch) -> None:
+    parts = write_official(tmp_path, monkeypatch)
+    full, half, tiny = (cifar100(tmp_path, size=size, batch_size=10) for size in (32, 16, 8))
+    pixels = parts["train"]["data"].reshape(-1, 3, 32, 32).astype(float)
+    for splits, factor in ((half, 2), (tiny, 4)):
+        means = pixels.reshape(-1, 3, 32 // factor, factor, 32 // factor, factor).mean((3, 5))
+        assert splits.train.images.dtype == torch.uint8
+        assert splits.train.images.numpy().tolist() == np.floor(means + 0.5).tolist(), "half is rounded up"
+    assert [splits.train.crop for splits in (full, half, tiny)] == [4, 2, 1]
+    assert [splits.train.name for splits in (full, half)] == ["cifar100", "cifar100-16"]
+    assert len({splits.train.identity for splits in (full, half, tiny)}) == 3, "keys of teachers and caches"
+    assert torch.equal(half.train.labels, full.train.labels)
+    x, _, _ = next(iter(half.train))
+    assert x.shape == (10, 3, 16, 16)
+    for size in (0, 12, 64, -16):
+        with pytest.raises(ValueError, match=rf"size that divides 32, such as 16; got {size}"):
+            cifar100(tmp_path, size=size)
 
 
 def test_the_published_checksums_are_asked_for_first(tmp_path: Path, monkeypatch) -> None:
@@ -233,21 +254,68 @@ def test_answers_to_augmentations_are_kept_by_the_seed_that_drew_them(tmp_path: 
     assert len(found["temperatures"]["by_difficulty"]) == 5
 
 
+def test_the_size_of_the_images_is_part_of_run_teacher_cache_and_student(tmp_path: Path) -> None:
+    write_packed(tmp_path, train=500)
+    options = {"teacher": "resnet8", "student": "resnet8", "subset": 100, "test_subset": 100, "epochs": 1, "threads": 1}
+    options |= {"teacher_dir": tmp_path / "teachers", "teacher_cache": 1, "quiet": True, "data": tmp_path, "seed": 1}
+    options |= {"selfcheck": False, "method": "kd"}
+    for size in (32, 16):
+        recipes.run("cifar100", options | {"size": size, "out": tmp_path / str(size)})
+    assert len(list(tmp_path.glob("teachers/resnet8-*/facts.json"))) == 2
+    assert len(list(tmp_path.glob("teachers/answers-*/key.json"))) == 2
+    facts = [json.loads((tmp_path / size / "facts.json").read_text()) for size in ("32", "16")]
+    assert [each["data"]["name"] for each in facts] == ["cifar100", "cifar100-16"]
+    assert [each["data"]["augmentation"]["crop"] for each in facts] == [4, 2]
+    with pytest.raises(ValueError, match="data"):
+        recipes.run("cifar100", options | {"size": 16, "out": tmp_path / "32"})
+    config = json.loads((tmp_path / "16" / "config.json").read_text())
+    assert config["inputs"]["shape"] == [3, 16, 16] and config["data"] == "cifar100-16"
+    student, example = load_student(tmp_path / "16"), example_inputs(config)
+    assert example.shape == (2, 3, 16, 16) and student(example).shape == (2, 100)
+    # an eighth of the pixels is a quarter of the multiplications
+    flops = [each["result"]["cost"]["student"]["flops"] for each in facts]
+    assert 3.9 < flops[0] / flops[1] <= 4.0
+
+
+@pytest.mark.parametrize("views", [None, 2], ids=["drawn anew", "cached"])
+def test_runs_of_one_seed_are_pairs(views: int | None, tmp_path: Path) -> None:
+    """Every method of a seed starts at the same weights, and sees the same pixels in the same order."""
+    write_packed(tmp_path, train=500)
+    options = {"data": tmp_path, "teacher": "resnet8", "student": "resnet8", "subset": 200, "test_subset": 100}
+    options |= {"size": 16, "validation": 100, "teacher_cache": views, "batch_size": 32}
+
+    def begins(method: str, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+        experiment = recipes.describe("cifar100", options | {"method": method, "seed": seed})
+        cache: Any = getattr(experiment.teacher, "cache", None)
+        train: Any = experiment.train if cache is None else cache.replayed
+        seen = [x for epoch in range(3) for x in (train.set_epoch(epoch), *(x for x, _, _ in train)) if x is not None]
+        return list(experiment.student.state_dict().values()), seen
+
+    first = begins("supervised", 3)
+    for method in ("kd", "dtkd", "kd(temperature=curriculum)", "dtkd(temperature=ablated(sharpness(4)))"):
+        for one, other in zip(first, begins(method, 3), strict=True):
+            assert len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    weights, seen = begins("kd", 4)
+    assert not torch.equal(weights[0], first[0][0]) and not torch.equal(seen[0], first[1][0])
+
+
 def test_r2kd_has_a_pruned_teacher_and_mixed_views(tmp_path: Path) -> None:
     write_packed(tmp_path, train=500)
     options = {"data": tmp_path, "teacher": "resnet8", "student": "resnet8", "method": "r2kd"}
     options |= {"subset": 100, "test_subset": 100, "epochs": 1, "threads": 1, "quiet": True, "selfcheck": False}
     options |= {"batch_size": 50, "teacher_dir": tmp_path / "teachers"}
     terms: list[dict[str, float]] = []
-    for views, amount in (("one", 0.0), ("cutmix", 0.0), ("cutmix", 0.1)):
-        out = tmp_path / f"{views}-{amount}"
-        recipes.run("cifar100", options | {"views": views, "teacher_pruned": amount, "out": out})
-        terms.append(left(out)["lines"]["steps.jsonl"][-1]["terms"])
+    parts: list[dict[str, Any]] = [{"views": "one", "teacher_pruned": 0.0}, {"teacher_pruned": 0.0}, {}]
+    for i, part in enumerate([*parts, {"views": "cutmix", "teacher_pruned": 0.1}]):
+        recipes.run("cifar100", options | part | {"out": tmp_path / str(i)})
+        terms.append(left(tmp_path / str(i))["lines"]["steps.jsonl"][-1]["terms"])
     assert all(terms[i]["rows"] != terms[i + 1]["rows"] for i in range(2)), terms
+    assert terms[2] == terms[3], "both parts are the method's default"
+    plain = recipes.describe("cifar100", options | {"method": "dist"})
+    assert type(plain.task).__name__ == "Classification"
 
 
 def test_replayed_views_are_what_training_would_have_shown(tmp_path: Path) -> None:
-    """So the student alone, who asks no teacher, sees the same images as every preset of its seed."""
     write_packed(tmp_path, train=500)
     drawn = cifar100(tmp_path, batch_size=100, subset=200, seed=3).train
     for epoch, (own, kept) in enumerate(zip([drawn] * 2, [drawn.replay(2)] * 2, strict=True)):

@@ -136,6 +136,18 @@ def test_a_finished_cell_never_runs_again_and_a_grid_can_grow(fake: Path, tmp_pa
     assert len(compare_plan.read(out).cells) == 3
 
 
+def test_a_grid_that_is_started_again_keeps_its_teachers(fake: Path, tmp_path: Path) -> None:
+    out = tmp_path / "grid"
+    compare(fake, out, "--seeds=1")
+    weights = out / "work" / "teachers" / "resnet14-0123456789" / "student.safetensors"  # where recipes keep them
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    weights.write_bytes(b"hours")
+    (verdict := out / "work" / "verdicts" / "0.json").parent.mkdir(exist_ok=True)
+    verdict.write_text("{}")
+    compare(fake, out, "--seeds=2")
+    assert weights.read_bytes() == b"hours" and not verdict.exists()
+
+
 def test_a_run_that_ended_without_its_record_is_packed_and_not_run_again(fake: Path, tmp_path: Path) -> None:
     out = tmp_path / "grid"
     compare(fake, out)

@@ -118,6 +118,37 @@ def test_all_of_the_vocabulary_is_on_policy_and_one_is_the_teacher() -> None:
         assert whole[0, len(prompt) :].tolist() == ids
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_nucleus_accepts_the_smallest_likeliest_set(dtype: torch.dtype) -> None:
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64).log().to(dtype)
+    proposed = torch.arange(4)[:, None]
+    for nucleus, top_k, accepted in ((0.4, 4, 1), (0.6, 4, 2), (0.7, 4, 2), (0.8, 4, 4), (0.8, 1, 1), (1.0, 4, 4)):
+        found = verify_tokens(logits.expand(4, 1, 4), proposed, top_k, nucleus)
+        assert found.ok[:, 0].tolist() == [i < accepted for i in range(4)], (nucleus, top_k)
+    student, teacher = gpt2(8, 3), gpt2(12, 4)
+    own: dict[str, Any] = {"max_new_tokens": 12, "eos": EOS, "pad": PAD, "seed": 7, "top_k": V}
+    rates = [generate(student, teacher, ragged(), nucleus=p, **own)[1].report()["acceptance"] for p in (0.3, 0.9, 1.0)]
+    assert rates[0] < rates[1] < rates[2] == 1.0
+    (one, _), (said, _) = (
+        generate(student, teacher, ragged(), nucleus=1e-9, resampling=GREEDY, **own),
+        generate(teacher, None, ragged(), sampling=GREEDY, max_new_tokens=12, eos=EOS, pad=PAD),
+    )
+    assert after(one) == after(said), "the likeliest token alone"
+
+
+def test_the_accepted_rank_changes_over_the_epochs() -> None:
+    batches = Speculative(gpt2(8, 3), gpt2(12, 4), [], top_k=(40, 5), epochs=8)
+    ranks = []
+    for epoch in range(9):
+        batches.set_epoch(epoch)
+        ranks.append(batches.top_k)
+    assert ranks == [40, 35, 30, 25, 20, 15, 10, 5, 5], "a longer run keeps the last"
+    assert Speculative(gpt2(8, 3), gpt2(12, 4), [], top_k=(40, 5), epochs=1).top_k == 40
+    for bad in ({"top_k": (40, 5)}, {"top_k": (0, 5), "epochs": 2}, {"nucleus": 0.0}, {"nucleus": 1.5}):
+        with pytest.raises(ValueError, match="Speculative needs"):
+            Speculative(gpt2(8, 3), gpt2(12, 4), [], **bad)  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("sizes", [(V + 15, V), (V, V + 15)])
 def test_a_token_that_one_side_lacks_is_not_written(sizes: tuple[int, int]) -> None:
     student, teacher = gpt2(8, 3, sizes[0]), gpt2(12, 4, sizes[1])
@@ -385,7 +416,7 @@ def test_what_is_refused() -> None:
         OnPolicy(student, [], generated_fraction=1.5)
     with pytest.raises(ValueError, match="iterated again"):
         OnPolicy(student, iter([]))
-    with pytest.raises(ValueError, match="top_k and block >= 1; got 0 and 5"):
+    with pytest.raises(ValueError, match=r"top_k and block >= 1 and nucleus in \(0, 1\]; got 0, 5"):
         Speculative(student, student, [], top_k=0)
     with pytest.raises(TypeError, match="Speculative needs a teacher with a model; got str"):
         Speculative(student, "gpt", [])

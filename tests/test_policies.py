@@ -23,6 +23,7 @@ from tempering.temperature import (
     Ablated,
     Adaptive,
     Capped,
+    ConstantRatio,
     Cosine,
     Curriculum,
     Energy,
@@ -196,6 +197,38 @@ def test_the_engine_trains_it(form: Any) -> None:
     start = 1 + 20 / (1 + math.exp(-1.0))
     assert run.facts["status"] == "done" and float((T - start).abs().mean()) > 0.05
     assert (float(T.std()) > 1e-4) == (form == "instance")
+
+
+# ConstantRatio
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shift", [0.0, 16.0])
+def test_the_largest_logit_over_the_temperature_is_the_same_in_every_row(dtype: torch.dtype, shift: float) -> None:
+    rows = like_cifar()
+    masked = rows.teacher.clone()
+    masked[:, -3:] = -torch.inf  # no class of the mean
+    rows = rows.replace(student=(rows.student + shift).to(dtype), teacher=(masked + shift).to(dtype))
+    T = ConstantRatio(4.0, peak=10.0)(rows)
+    for z, side in ((rows.student.double(), T.student), (rows.teacher[:, :-3].double(), T.teacher)):
+        peaks = z.amax(-1, keepdim=True) - z.mean(-1, keepdim=True)
+        same(peaks / side.double(), torch.full_like(peaks, 2.5), 1e-5 if dtype == torch.bfloat16 else 1e-12)
+    same(T.scale, (T.student * T.teacher).squeeze(1))
+    assert float(T.teacher.std()) > 0.1 and float((T.teacher - T.student).abs().mean()) > 0.1
+    # twice the logits are the same labels
+    twice = ConstantRatio(4.0, peak=10.0)(rows.replace(teacher=2 * rows.teacher, student=4 * rows.student))
+    same(twice.teacher, 2 * T.teacher, 1e-6)
+    same(twice.student, 4 * T.student, 1e-6)
+
+
+def test_constant_ratio_evens_out_the_entropy_and_leaves_flat_rows_at_tau() -> None:
+    rows = like_cifar()
+    entropies = [entropy(rows.teacher / policy(rows).teacher) for policy in (ConstantRatio(), Static())]
+    assert float(entropies[0].std()) < 0.5 * float(entropies[1].std())
+    flat = rows.replace(student=torch.cat((torch.zeros_like(rows.student[:1]), rows.student[1:])))
+    T = ConstantRatio(3.0)(flat)
+    assert float(T.student[0]) == float(T.teacher[0]) == 3.0 and bool((T.student[1:] != 3.0).all())
+    backward(KD(hard=0.0, temperature=ConstantRatio()), flat)
 
 
 # Energy
@@ -498,6 +531,7 @@ def test_every_policy_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (lambda: Curriculum(lambda_last=math.nan), "Curriculum needs lambda_last to be a finite number; got nan"),
         (lambda: Curriculum(weight_decay=-1.0), "Curriculum needs weight_decay >= 0, or None for the optimizer's"),
         (lambda: Curriculum(hidden=0), "Curriculum needs hidden >= 1; got 0"),
+        (lambda: ConstantRatio(peak=0.0), "ConstantRatio needs peak > 0"),
         (lambda: Energy(tail_fraction=0.6), "Energy needs tail_fraction in [0, 0.5]"),
         (lambda: Energy(bounds=(1.0, 0.0)), "Energy needs bounds (lower, upper)"),
         (lambda: Energy(low_energy=0.0), "Energy needs low_energy > 0"),

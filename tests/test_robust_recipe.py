@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -85,3 +86,16 @@ def test_features_are_tapped_inside(tmp_path: Path) -> None:
     own = {"data": data, "method": "fitnet", "teacher_method": "supervised", "out": tmp_path / "fitnet"}
     r = recipes.run("robust", SMALL | own)
     assert r.last["test"]["pgd"] <= r.last["test"]["accuracy"]
+
+
+@needs_shared
+def test_r2kd_has_its_mixed_view_and_its_pruned_teacher(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    given = SMALL | {"data": SHARED / "data" / "cifar100", "teacher_dir": tmp_path / "teachers", "size": 16}
+    whole = recipes.run("robust", given | {"method": "r2kd", "out": tmp_path / "whole"})
+    loss = recipes.run("robust", given | {"method": "r2kd", "views": "one", "teacher_pruned": 0, "out": tmp_path / "a"})
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert config["task"] == "TwoView" and config["inputs"]["shape"] == [3, 16, 16]
+    assert whole.facts["teacher"]["identity"] != loss.facts["teacher"]["identity"]
+    assert whole.last["test"].keys() == loss.last["test"].keys() >= {"accuracy", "fgsm", "pgd"}
+    assert recipes.describe("robust", given | {"method": "kdiga"}).task.__class__.__name__ == "Attacked"

@@ -72,7 +72,7 @@ WEIGHTS = {
     "WTTM": "soft",
 }
 TEMPERATURES = {"Adaptive", "Cosine", "Curriculum", "DTS", "Energy", "Entropy", "Instance", "Sharpness", "Standardized"}
-TEMPERATURES |= {"Static"}
+TEMPERATURES |= {"ConstantRatio", "Static"}
 
 
 def spaces() -> dict[str, list[str]]:

@@ -21,7 +21,7 @@ from tempering.temperature import Sharpness, Static, Temperatures
 from tempering.temperature.base import logsumexp_gap
 from tests.conftest import random_rows
 
-SOLVES = ("exact", "std", "max", "published")
+SOLVES = ("exact", "std", "max", "absmax", "published")
 CENTERED = ("exact", "std", "max")
 
 
@@ -94,7 +94,7 @@ def test_exact_takes_few_steps(tau: float, reach: float, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("solve", SOLVES)
 def test_temperatures_add_up_and_swap(solve: str) -> None:
     u, v = logits(500, 10, seed=5), logits(500, 10, seed=6)
-    if solve == "published":
+    if solve not in CENTERED:
         u, v = u - u.amin(-1, keepdim=True) + 0.1, v - v.amin(-1, keepdim=True) + 0.1
     ours, swapped = Sharpness(4.0, solve=solve), Sharpness(4.0, solve=solve)
     T, back = ours(Rows(v, u)), swapped(Rows(u, v))
@@ -145,7 +145,7 @@ def test_shift_invariance(solve: str) -> None:
             policy = Sharpness(4.0, solve=solve)
             moved = policy(rows.replace(student=rows.student + s, teacher=rows.teacher + t))
         close = torch.allclose(moved.student, T.student, rtol=1e-9)
-        assert close == policy.shift_invariant == (solve != "published")
+        assert close == policy.shift_invariant == (solve in CENTERED)
 
 
 @pytest.mark.parametrize(("tau", "floor"), [(1.0, 1e-6), (4.0, 4e-5), (8.0, 3e-4)])
@@ -311,6 +311,15 @@ def test_a_masked_class_is_left_out(solve: str) -> None:
         assert (float(T.teacher), float(T.student)) == pytest.approx((5.0, 3.0))
 
 
+def test_absmax_is_the_published_ratio_of_the_largest_magnitudes() -> None:
+    u, v = torch.tensor([[3.0, -5.0, -torch.inf]]), torch.tensor([[2.0, 1.0, 0.0]])
+    T = Sharpness(4.0, solve="absmax")(Rows(v, u))
+    assert (float(T.teacher), float(T.student)) == pytest.approx((8 * 5 / 7, 8 * 2 / 7))
+    policy = Sharpness(4.0, solve="absmax")
+    policy(Rows(torch.zeros(1, 2), torch.ones(1, 2)))
+    assert counts(policy)["fallback"] == 1
+
+
 @pytest.mark.parametrize("solve", SOLVES)
 def test_float16_logits_whose_double_overflows(solve: str) -> None:
     u, v = torch.tensor([[4e4, 1e3, 5.0]], dtype=torch.float16), torch.tensor([[6e4, 2e3, 1.0]], dtype=torch.float16)
@@ -338,7 +347,7 @@ def test_messages() -> None:
     for bad in (0.0, -1.0, math.inf):
         with pytest.raises(ValueError, match=r"Sharpness needs tau (> 0 and finite|to be a finite number); got"):
             Sharpness(bad)
-    with pytest.raises(ValueError, match="needs solve 'exact', 'std', 'max' or 'published'; got 'exakt'"):
+    with pytest.raises(ValueError, match="needs solve 'exact', 'std', 'max', 'absmax' or 'published'; got 'exakt'"):
         Sharpness(4.0, solve="exakt")  # pyright: ignore[reportArgumentType]
     for bad in (0.0, 1.5, -0.1):
         with pytest.raises(ValueError, match=r"needs reach in \(0, 1\], the largest \|delta\| / tau; got"):

@@ -29,7 +29,15 @@ PAGES = (
     ("Testing", ("tempering.testing",)),
     ("Experiments", ("tempering.experiments",)),
     ("Registries and search spaces", ("tempering.utils.registry", "tempering.utils.search_space")),
-    ("Reports", ("tempering.reports.records", "tempering.reports.compare", "tempering.reports.table")),
+    (
+        "Reports",
+        (
+            "tempering.reports.records",
+            "tempering.reports.compare",
+            "tempering.reports.leaderboard",
+            "tempering.reports.table",
+        ),
+    ),
 )
 DIRECTIVE = """::: {module}
     options:

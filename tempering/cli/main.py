@@ -327,6 +327,7 @@ COMMANDS: dict[str, Callable[..., int | None] | str] = {
     "new-recipe": "tempering.cli.new_recipe:new_recipe",
     "run": run,
     "compare": compare,
+    "bench": "tempering.cli.bench:bench",
     "tune": tune,
     "report": report,
     "check": check,

@@ -27,6 +27,7 @@ MD5 = {  # as torchvision lists them
     "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
     "meta": "7973b15100ade9c7d40fb424638fde48",
 }
+SIZE = 32  # height and width of an image
 BLOCK = 500  # images in a packed block
 
 
@@ -47,13 +48,14 @@ def cifar100(
     subset: int | None = None,
     validation: int = 0,
     test_subset: int | None = None,
-    crop: int = 4,
+    size: int = SIZE,
+    crop: int | None = None,
     flip: bool = True,
     seed: int = 0,
     channels_last: bool = False,
     pixels: bool = False,
 ) -> Splits[Batches]:
-    """Load CIFAR-100: 50,000 / 0 / 10,000 images (3, 32, 32) of 100 fine classes, augmented by crops and flips.
+    """Load CIFAR-100: 50,000 / 0 / 10,000 images (3, size, size) of 100 fine classes, augmented by crops and flips.
 
     Args:
         folder: with packed blocks (meta.json, labels.npz, train_000.webp ...), the official archive
@@ -62,7 +64,10 @@ def cifar100(
         subset: number of training images to use, stratified by class; only the packed blocks needed are decoded.
         validation: number of these to hold out, always the same ones, stratified by class.
         test_subset: number of test images to use, stratified by class.
-        crop, flip: augmentation of the training images.
+        size: height and width, 32 or a divisor of it: every pixel is the mean of a square of pixels, rounded; computed
+            once, before any augmentation. The mean and std for normalization stay those of 32 x 32.
+        crop: padding of the random crops, in pixels; default: an eighth of ``size``, 4 of 32.
+        flip: whether training images are flipped at random.
         seed: of order and augmentation.
         channels_last: use the channels_last memory format for the inputs.
         pixels: leave inputs as pixels in [0, 1], for models that normalize their inputs (``models.Normalized``).
@@ -74,6 +79,9 @@ def cifar100(
     for name, count in (("subset", subset), ("test_subset", test_subset)):
         if count is not None and count < 1:
             raise ValueError(f"cifar100 needs {name} >= 1, or None for all; got {count}.")
+    if size < 1 or SIZE % size:
+        raise ValueError(f"cifar100 needs a size that divides {SIZE}, such as 16; got {size}.")
+    crop = size // 8 if crop is None else crop
     read, names = _reader(Path(folder))
     settings: dict[str, Any] = {
         "batch_size": batch_size,
@@ -82,10 +90,10 @@ def cifar100(
         "seed": seed,
         "channels_last": channels_last,
         "class_names": names,
-        "name": "cifar100",
+        "name": "cifar100" if size == SIZE else f"cifar100-{size}",
     }
-    train = Batches(*_tensors(read("train", subset)), **settings, shuffle=True, crop=crop, flip=flip)
-    test = Batches(*_tensors(read("test", test_subset)), **settings)
+    train = Batches(*_tensors(read("train", subset), size), **settings, shuffle=True, crop=crop, flip=flip)
+    test = Batches(*_tensors(read("test", test_subset), size), **settings)
     train = train if subset is None else train.subset(subset)
     test = test if test_subset is None else test.subset(test_subset)
     if not validation:
@@ -94,9 +102,18 @@ def cifar100(
     return Splits(train, held_out, test)
 
 
-def _tensors(part: Part) -> tuple[torch.Tensor, torch.Tensor]:
-    images = torch.from_numpy(part.images).permute(0, 3, 1, 2).contiguous()
+def _tensors(part: Part, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.from_numpy(_averaged(part.images, SIZE // size)).permute(0, 3, 1, 2).contiguous()
     return images, torch.from_numpy(part.labels.astype(np.int64))
+
+
+def _averaged(images: np.ndarray, factor: int) -> np.ndarray:
+    """Return the means of ``factor`` x ``factor`` pixels of images (N, H, W, C) uint8, half rounded up."""
+    if factor == 1:
+        return images
+    n, height, width, channels = images.shape
+    squares = images.reshape(n, height // factor, factor, width // factor, factor, channels)
+    return ((squares.sum((2, 4), dtype=np.uint32) + factor**2 // 2) // factor**2).astype(np.uint8)
 
 
 def _reader(folder: Path) -> tuple[Reader, Sequence[str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
-import importlib.util
 import inspect
 import re
 import sys
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from tempering.training.config import TrainConfig
-from tempering.utils.registry import suggest
+from tempering.utils.registry import import_file, suggest
 
 if TYPE_CHECKING:
     from tempering.training.config import Run
@@ -66,7 +65,7 @@ def load(path: Path) -> Callable[..., Any]:
         ValueError: for a file without ``main``.
     """
     flags(path)
-    return _import_file(path).main
+    return import_file(path, f"recipe_{path.stem}").main
 
 
 def load_object(path: str, what: str, example: str) -> Any:
@@ -113,7 +112,9 @@ def _import(module: str) -> Any:
         ImportError: if it is not there, or cannot be imported.
     """
     try:
-        return _import_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+        if module.endswith(".py"):
+            return import_file(Path(module), f"object_{Path(module).stem}")
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise ImportError(f"{module} cannot be imported: {error}.") from None
@@ -123,17 +124,6 @@ def _import(module: str) -> Any:
         ) from None
     except Exception as error:
         raise ImportError(f"{module} cannot be imported: {type(error).__name__}: {error}") from None
-
-
-def _import_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and type hints look up their module
-    if (folder := str(path.resolve().parent)) not in sys.path:
-        sys.path.insert(0, folder)
-    spec.loader.exec_module(module)
-    return module
 
 
 def call(path: Path, argv: Sequence[str], *, prog: str) -> Any:

@@ -8,15 +8,18 @@ import keyword as words
 import math
 import operator
 import re
+import sys
 from collections import ChainMap
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tempering.methods import METHODS
 from tempering.methods.base import Method
 from tempering.temperature import POLICIES
 from tempering.temperature.base import Policy
-from tempering.utils.registry import lookup, suggest
+from tempering.utils.files import sha256_file
+from tempering.utils.registry import Registry, import_file, lookup, suggest
 
 EXAMPLE = "dtkd(soft=0.5, temperature=sharpness(4, solve=published))"
 CONSTANTS = {"true": True, "false": False, "none": None}
@@ -24,6 +27,7 @@ CONSTANTS = {"true": True, "false": False, "none": None}
 KEPT = re.compile(rf"=\s*({'|'.join(w for w in words.kwlist if w.lower() not in CONSTANTS)})\b")
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 DEEPEST = 100  # levels of nesting; a sum of n terms has n
+OWN_FILE = re.compile(r"([^(),:]+\.py)(?::(.+))?", re.DOTALL)
 # arguments whose value must be a policy, so that a typo raises an error
 SLOTS = {"temperature": POLICIES, "policy": POLICIES}
 
@@ -35,12 +39,13 @@ def method_from(text: str, temperature: str | None = None) -> Method:
 
     Args:
         text: names are case-insensitive; a bare word as an argument is a string, or a method or policy of that name.
+            "FILE.py:mine(soft=2)" is a class of your own file, and "FILE.py" the only one there.
         temperature: a policy that replaces the method's own.
 
     Raises:
         ValueError: for an unknown name or argument, or invalid syntax; suggests the closest name.
     """
-    node = _parsed(text)
+    node = _parsed(from_file(text, METHODS))
     if temperature is None:
         return _build(node, METHODS, "method", text)
     kind, call = lookup(_name(node, text), METHODS, "method"), _as_call(node)
@@ -49,8 +54,9 @@ def method_from(text: str, temperature: str | None = None) -> Method:
             f"{kind.__name__} takes no temperature; got temperature={temperature!r}. Pass it to a part, as in "
             "sum(kd(hard=0, temperature=sharpness), dkd), or leave it out."
         )
+    temperature_node = _parsed(from_file(temperature, POLICIES))
     keywords = [keyword for keyword in call.keywords if keyword.arg != "temperature"]
-    replaced = ast.Call(call.func, call.args, [*keywords, ast.keyword("temperature", _parsed(temperature))])
+    replaced = ast.Call(call.func, call.args, [*keywords, ast.keyword("temperature", temperature_node)])
     return _build(replaced, METHODS, "method", text)
 
 
@@ -60,7 +66,47 @@ def policy_from(text: str) -> Policy:
     Raises:
         ValueError: as in ``method_from``.
     """
-    return _build(_parsed(text), POLICIES, "temperature policy", text)
+    return _build(_parsed(from_file(text, POLICIES)), POLICIES, "temperature policy", text)
+
+
+def from_file(text: str, parts: Registry[Any]) -> str:
+    """Return the name or call in "FILE.py:call" after adding the classes of that file; other text is unchanged.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it defines no class of this kind, or several of which ``text`` names none.
+    """
+    if (own := own_file(text)) is None:
+        return text
+    path, call = own
+    names = _classes(path)[parts.package]
+    if call is None and len(names) != 1:
+        kind, found = parts.kind.__name__, f"defines {', '.join(names) or 'none'}"
+        raise ValueError(f"{path} needs one subclass of {kind}; it {found}. Name one: {path}:NAME(argument=value).")
+    return call or names[0]
+
+
+def is_policy(text: str) -> bool:
+    """Return whether a text that ``method_from`` or ``policy_from`` takes is that of a temperature policy."""
+    own = own_file(text)
+    if own is not None and own[1] is None:
+        return not (names := _classes(own[0]))[METHODS.package] and bool(names[POLICIES.package])
+    return POLICIES.find(_name(_parsed(from_file(text, POLICIES)), text)) is not None
+
+
+def own_file(text: str) -> tuple[Path, str | None] | None:
+    """Return the file and the call of "FILE.py:call", the call None if there is none; None for other text."""
+    match = OWN_FILE.fullmatch(text.strip())
+    return None if match is None else (Path(match[1]), match[2])
+
+
+def _classes(path: Path) -> dict[str, list[str]]:
+    """Add the methods and policies of a file to their registries; return their names by package."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}. Write FILE.py, or FILE.py:NAME(argument=value).")
+    name = f"own_{path.stem}_{sha256_file(path)[:8]}"
+    module = sys.modules.get(name) or import_file(path, name)
+    return {parts.package: parts.add_from(module) for parts in (METHODS, POLICIES)}
 
 
 def _parsed(text: str) -> ast.expr:

@@ -38,6 +38,8 @@ class Method(CheckedArguments, nn.Module, ABC):
         needs_double_backward: whether it takes derivatives within its step, and may differentiate them again. Excludes
             torch.compile, FSDP and fp16 with a loss scale.
         needs_live: whether it differentiates through the teacher, so that cached outputs do not suffice.
+        second_view: the recipes' --views of the paper: "one" for no second view, or "cutmix".
+        teacher_pruned: the recipes' --teacher-pruned of the paper; 0: the teacher has no pruned copy.
         trains_teacher: whether its step updates the teacher's weights. ``bind_teacher`` gets the module; the method's
             state_dict then contains the teacher's weights and their optimizer, and no teacher outputs are cached.
         hard_is_cross_entropy: whether its ``hard`` weighs the cross entropy of the labels, which a ``Sum`` needs once.
@@ -53,6 +55,8 @@ class Method(CheckedArguments, nn.Module, ABC):
     owns_step: ClassVar[bool] = False
     needs_double_backward: ClassVar[bool] = False
     needs_live: ClassVar[bool] = False
+    second_view: ClassVar[str] = "one"
+    teacher_pruned: ClassVar[float] = 0.0
     trains_teacher: ClassVar[bool] = False
     hard_is_cross_entropy: ClassVar[bool] = True
     hard: float  # of methods with a hard term: its weight

@@ -1,7 +1,7 @@
 """Distill a student on CIFAR-100 with the standard recipe; the teacher is trained first if it is missing.
 
 Command:  tempering run cifar100 --data DIR --teacher resnet32x4 --student resnet8x4 --method dtkd
-Laptop:   ... --teacher resnet14 --student resnet8 --epochs 6 --subset 5000 --threads 2
+Laptop:   ... --teacher resnet14 --student resnet8 --size 16 --epochs 6 --subset 5000 --threads 2
 
 The standard recipe is mdistiller's: 240 epochs of 64 cropped and flipped images per step; see training/schedules.py.
 """
@@ -38,8 +38,9 @@ def main(
     routing_tree: Path | None = None,
     method: str = "dtkd",
     temperature: str | None = None,
-    views: Literal["one", "strong", "cutmix", "mixup", "cutout"] = "one",
+    views: Literal["one", "strong", "cutmix", "mixup", "cutout"] | None = None,
     label: str | None = None,
+    size: int = 32,
     batch_size: int = 64,
     lr: float | None = None,
     subset: int | None = None,
@@ -50,7 +51,7 @@ def main(
     teacher_subset: int | None = None,
     teacher_dir: Path | None = None,
     teacher_cache: int | None = None,
-    teacher_pruned: float = 0.0,
+    teacher_pruned: float | None = None,
     teacher_precision: Literal["auto", "bf16", "fp32"] = "auto",
     teacher_device: str | None = None,
     channels_last: bool = True,
@@ -68,8 +69,10 @@ def main(
         routing_tree: weights of a finished run of an "explainer" student, whose tree is kept for a second stage.
         method: a preset or a method, such as supervised, kd-matched, "dtkd(soft=0.5, temperature=sharpness(4))".
         temperature: a policy in place of the method's own, such as "sharpness(4, solve=max)" or "static(2)".
-        views: a second, augmented view of every batch: "strong" for two-view methods (MLKD, CSKD), "cutmix" for R2KD.
+        views: a second, augmented view of every batch, or "one"; default: "cutmix" for R2KD, else "one". "strong" is
+            for two-view methods (MLKD, CSKD).
         label: name of this run in tables; default: that of the method.
+        size: height and width of the images; 16 averages 2 x 2 pixels, at a quarter of the time.
         batch_size: images per step.
         lr: initial learning rate; default: 0.05, and 0.01 for MobileNets and ShuffleNets.
         subset: train on this many images, classes in proportion; default: all 50,000.
@@ -79,8 +82,10 @@ def main(
         teacher_epochs: epochs of the teacher's training; default: the student's.
         teacher_subset: train the teacher on this many images, 50,000 for all; default: the student's.
         teacher_dir: where trained teachers are kept; default: "teachers" next to the run's folder.
-        teacher_cache: cache the teacher's logits: 0 of clean images, k of k augmentations of each; default: no cache.
-        teacher_pruned: weights that are 0 in a copy of the teacher, added to it; 0.1 for R2KD as published; 0: no copy.
+        teacher_cache: cache the teacher's logits: 0 of clean images, k of k augmentations of each, which every method
+            then replays; default: no cache.
+        teacher_pruned: share of weights that are 0 in a copy of the teacher, added to it; 0: no copy; default: 0.1 for
+            R2KD, else 0.
         teacher_precision: of the teacher's forward pass; auto is bf16 on hardware that computes in it, else fp32.
         teacher_device: device of the teacher, such as cuda:1; default: the student's.
         channels_last: store images and weights in channels-last format; results differ by rounding.
@@ -90,10 +95,11 @@ def main(
         config: options of training.
     """
     preset, loss = preset_from(method, temperature), method_of(method, temperature)
+    view, pruned = views or loss.second_view, loss.teacher_pruned if teacher_pruned is None else teacher_pruned
     out = out or Path("runs/cifar100", f"{teacher}-{student}", f"{slug(preset.name)}-{config.seed}")
     folder = teacher_dir or out.parent / "teachers"
     config = replace(config, compile="reduce-overhead") if cuda_graphs else config
-    sizes = {"batch_size": batch_size, "test_subset": test_subset, "validation": validation}
+    sizes = {"size": size, "batch_size": batch_size, "test_subset": test_subset, "validation": validation}
     read = partial(cifar100, data, **sizes, channels_last=channels_last)
     splits = read(subset=subset, seed=config.seed)
     build = partial(build_seeded, classes=splits.train.classes, channels_last=channels_last)
@@ -131,17 +137,19 @@ def main(
         folder=folder,
         key=key | {"data": source},
         weights=teacher_weights,
-        wrap=partial(with_pruned, amount=teacher_pruned, wrap=wrap) if teacher_pruned else wrap,
+        wrap=partial(with_pruned, amount=pruned, wrap=wrap) if pruned else wrap,
         cache=None if teacher_cache is None else cache(views=teacher_cache),
         facts={"precision": precision},
     )
+    # methods without a teacher see the same augmentations as those of cached logits
+    train = splits.train.replay(teacher_cache) if teacher_cache and not loss.needs_teacher else splits.train
     label = label or run_label(preset, student, second_stage=routing_tree is not None)
     return Experiment(
         student=network,
         teacher=teacher_recipe if loss.needs_teacher else None,
-        **splits._asdict(),
+        **splits._replace(train=train)._asdict(),
         method=loss,
-        task=classification_of_views(views, features, mean=MEAN, std=STD),
+        task=classification_of_views(view, features, mean=MEAN, std=STD),
         optimizer=optimizer,
         schedule=schedule,
         config=config,

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,9 @@ from tempering.experiments.presets import method_of, preset_from, slug
 from tempering.methods import Method
 from tempering.models import Normalized, build, stages
 from tempering.tasks import Classification
+from tempering.tasks.two_view import VIEWS, CutMix, TwoView
 from tempering.teachers import Live
+from tempering.teachers.ensemble import with_pruned
 from tempering.training.config import TrainConfig
 from tempering.training.experiment import Experiment, TeacherRecipe
 from tempering.training.schedules import cifar_decay, cifar_lr, cifar_sgd
@@ -71,7 +73,9 @@ def main(
     student: str = "resnet8",
     method: str = "kdiga",
     temperature: str | None = None,
+    views: Literal["one", "cutmix"] | None = None,
     label: str | None = None,
+    size: int = 32,
     batch_size: int = 64,
     lr: float | None = None,
     subset: int | None = None,
@@ -80,6 +84,7 @@ def main(
     teacher_epochs: int | None = None,
     teacher_subset: int | None = None,
     teacher_dir: Path | None = None,
+    teacher_pruned: float | None = None,
     eps: float = 8 / 255,
     attack_steps: int = 7,
     test_steps: int = 20,
@@ -95,7 +100,9 @@ def main(
         method: a preset or a method, such as supervised, kd, dtkd, r2kd, kdiga, "kdiga(align=0.3, right=true)"; pgdat
             and trades are the student's own adversarial training.
         temperature: a policy in place of the method's own, such as "sharpness(4, solve=max)".
+        views: "cutmix" for a second, mixed view of every batch; default: "cutmix" for R2KD, else "one".
         label: name of this run in tables; default: that of the method.
+        size: height and width of the images; 16 averages 2 x 2 pixels, at a quarter of the time.
         batch_size: images per step.
         lr: initial learning rate; default: 0.05, and 0.01 for MobileNets and ShuffleNets.
         subset: train on this many images, classes in proportion; default: all 50,000.
@@ -105,6 +112,8 @@ def main(
         teacher_epochs: epochs of the teacher's training; default: the student's.
         teacher_subset: train the teacher on this many images; default: the student's.
         teacher_dir: where trained teachers are kept; default: "teachers" next to the run's folder.
+        teacher_pruned: share of weights that are 0 in a copy of the teacher, added to it; 0: no copy; default: 0.1 for
+            R2KD, else 0.
         eps: strength of the attacks in the teacher's training and on the finished student, in pixels of [0, 1].
         attack_steps: steps of the attacks in the teacher's training; each costs as much as a step of plain training.
         test_steps: steps of the PGD attack on the finished networks.
@@ -112,10 +121,11 @@ def main(
         config: options of training. Evaluations during training are on clean images.
     """
     preset, loss = preset_from(method, temperature), method_of(method, temperature)
+    view, pruned = views or loss.second_view, loss.teacher_pruned if teacher_pruned is None else teacher_pruned
     out = out or Path("runs/robust", f"{teacher}-{student}", f"{slug(preset.name)}-{config.seed}")
     # a third faster, attacks included; but a third slower for second derivatives
     channels_last = not loss.needs_live
-    read = partial(cifar100, data, batch_size=batch_size, test_subset=test_subset, pixels=True)
+    read = partial(cifar100, data, size=size, batch_size=batch_size, test_subset=test_subset, pixels=True)
     splits = read(subset=subset, seed=config.seed, channels_last=channels_last)
     build = partial(_build, classes=splits.train.classes)
     network = build(student, seed=config.seed, channels_last=channels_last)
@@ -144,13 +154,15 @@ def main(
     }
     key |= {"lr": teacher_lr, "seed": 0, "eps": eps, "test_steps": test_steps, "test": splits.test.identity}
     key |= {"train": splits.train.identity if teacher_subset is None else teacher_subset}
+    wrap = partial(Live, channels_last=channels_last)
+    task = Attacked(eps=eps, steps=test_steps, features=features)
     teacher_recipe = TeacherRecipe(
         name=teacher,
         build=partial(build, teacher, seed=0, channels_last=True),
         train=train_teacher,
         folder=teacher_dir or out.parent / "teachers",
         key=key | config.changed("precision"),
-        wrap=partial(Live, channels_last=channels_last),
+        wrap=partial(with_pruned, amount=pruned, wrap=wrap) if pruned else wrap,
         facts={"method": teacher_method},
     )
     return Experiment(
@@ -158,7 +170,7 @@ def main(
         teacher=teacher_recipe if loss.needs_teacher else None,
         **splits._asdict(),
         method=loss,
-        task=Attacked(eps=eps, steps=test_steps, features=features),
+        task=task if view == "one" else TwoView(CutMix(), names=VIEWS, labeled=False, inner=task),
         optimizer=cifar_sgd(lr or cifar_lr(student)),
         schedule=cifar_decay,
         config=config,

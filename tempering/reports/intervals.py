@@ -47,6 +47,15 @@ class Difference:
         """
         return self.half and self.half * _detectable_ratio(self.freedom)
 
+    @property
+    def p(self) -> float | None:
+        """Return the two-sided p-value of the t test that the interval inverts; None without an interval."""
+        if self.half is None:
+            return None
+        from scipy.stats import t
+
+        return float(2.0 * t.sf(abs(self.mean) / self.half * _quantile(self.freedom), self.freedom))
+
 
 def difference(group: Mapping[int, float], control: Mapping[int, float]) -> Difference | None:
     """Return method minus control: paired if two or more seeds are shared, else Welch's; None if one is empty.
@@ -74,6 +83,32 @@ def difference(group: Mapping[int, float], control: Mapping[int, float]) -> Diff
     va, vb = sa**2 / len(a), sb**2 / len(b)
     freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
     return Difference(gap, _quantile(freedom) * math.sqrt(va + vb), n, False, freedom)
+
+
+def pairs_needed(effect: float, spread: float) -> int:
+    """Return the smallest number of pairs with which a paired t test shows a true ``effect`` with a power of 80 %.
+
+    Args:
+        effect: the true difference of the means, not 0.
+        spread: standard deviation of the differences of pairs.
+    """
+    pairs = 2
+    while spread > 0 and _quantile(pairs - 1) * spread / math.sqrt(pairs) * _detectable_ratio(pairs - 1) > abs(effect):
+        pairs += 1
+    return pairs
+
+
+def holm(values: Mapping[str, float]) -> dict[str, float]:
+    """Return p-values corrected for their number, by name.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics, 1979.
+    """
+    corrected: dict[str, float] = {}
+    largest = 0.0
+    for i, name in enumerate(sorted(values, key=lambda name: values[name])):
+        largest = max(largest, min(1.0, (len(values) - i) * values[name]))
+        corrected[name] = largest
+    return corrected
 
 
 def mean(values: Sequence[float]) -> float | None:

@@ -16,7 +16,7 @@ from tempering.data.text import eos_ids, sources_right
 from tempering.rollouts.decoders import Decoder, decoder_start_id, is_encoder_decoder
 from tempering.rollouts.decoding import make_causal_decoder, make_decoder, max_positions
 from tempering.rollouts.generation_config import Sampling, as_sampling
-from tempering.rows import IGNORE_INDEX
+from tempering.rows import IGNORE_INDEX, upcast_to_float32
 from tempering.teachers.outputs import PrecomputedLogits
 from tempering.utils.tensors import eval_mode, on_host, to_device
 
@@ -42,17 +42,23 @@ class Verification(NamedTuple):
     accepted: Int[Tensor, " B"]
 
 
-def verify_tokens(teacher: Float[Tensor, "B G V"], proposed: Int[Tensor, "B G"], top_k: int) -> Verification:
+def verify_tokens(
+    teacher: Float[Tensor, "B G V"], proposed: Int[Tensor, "B G"], top_k: int, nucleus: float = 1.0
+) -> Verification:
     """Accept a token if fewer than ``top_k`` of the teacher's raw logits are larger than its own; ties are accepted.
 
-    A token that the teacher does not have is rejected.
+    With ``nucleus`` below 1 it also has to be in the teacher's nucleus at temperature 1: the tokens of larger logits
+    have less than this probability together. A token that the teacher does not have is rejected.
 
     Reference: Xu et al., "Speculative Knowledge Distillation", ICLR 2025, arXiv:2410.11325, algorithm 1. The released
     code uses the distribution after the teacher's own top-k and top-p, where tokens of probability 0 fill the top K.
     """
     vocabulary = teacher.shape[-1]
-    rank = (teacher > teacher.gather(-1, proposed.clamp_max(vocabulary - 1)[..., None])).sum(-1)
+    above = teacher > teacher.gather(-1, proposed.clamp_max(vocabulary - 1)[..., None])
+    rank = above.sum(-1)
     ok = (rank < top_k) & (proposed < vocabulary)
+    if nucleus < 1.0:
+        ok &= (upcast_to_float32(teacher).softmax(-1) * above).sum(-1) < nucleus
     return Verification(rank, ok, ok.long().cumprod(-1).sum(-1))
 
 
@@ -196,6 +202,7 @@ def generate(
     *,
     max_new_tokens: int,
     top_k: int = 25,
+    nucleus: float = 1.0,
     block: int = 5,
     eos: int | Sequence[int] | None = None,
     pad: int = 0,
@@ -217,7 +224,7 @@ def generate(
         student, teacher: the models.
         prompts: token ids of each prompt.
         max_new_tokens: most tokens to generate.
-        top_k: number of the teacher's largest logits whose tokens are accepted.
+        top_k, nucleus: which of the teacher's likeliest tokens are accepted; see ``verify_tokens``.
         block: tokens proposed at a time.
         eos: end-of-text token id, or several, of which any ends a text; None for none.
         pad: padding token id.
@@ -263,7 +270,7 @@ def generate(
             accepted, stored = None, None
             if teacher is not None:
                 logits = decoders[1].decode(previous, state.positions(0, block), state.block_mask(block))
-                verified = verify_tokens(logits, proposed, top_k)
+                verified = verify_tokens(logits, proposed, top_k, nucleus)
                 index = verified.accepted.clamp_max(block - 1)[:, None]
                 replacement = resampling.draw(
                     logits.gather(1, index[..., None].expand(-1, -1, logits.shape[-1]))[:, 0], generators[1]

@@ -37,6 +37,7 @@ class TwoView(Task):
             not one class; -100 leaves out hard terms.
         max_augmented: number of augmented rows with weight 1, those of the largest teacher entropy (CutMixPick); the
             others have weight 0. None for all. The released code of R2KD uses the entropy of the images before mixing.
+        inner: the task of one view, which scores the student; None: Classification.
 
     Scores and analyses use batches without augmentation.
 
@@ -52,6 +53,7 @@ class TwoView(Task):
         teacher: Literal["same", "first"] | Augment = "same",
         labeled: bool | None = None,
         max_augmented: int | None = None,
+        inner: Classification | None = None,
     ) -> None:
         mixes = bool(getattr(augment, "mixes", False))
         if not callable(augment):
@@ -68,7 +70,7 @@ class TwoView(Task):
             raise ValueError(f"TwoView needs max_augmented >= 1, or None for all; got {max_augmented!r}.")
         self.augment, self.names, self.teacher, self.max_augmented = augment, tuple(names), teacher, max_augmented
         self.labeled = not mixes if labeled is None else labeled
-        self.inner = Classification()
+        self.inner = Classification() if inner is None else inner
 
     def inputs(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         x, _, ids = self.inner.inputs(batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,7 +14,7 @@ from tempering.temperature.base import MASK_AT, Policy, Temperatures, mask_const
 from tempering.utils.registry import OVERRIDES
 from tempering.utils.search_space import Tau
 
-Solve = Literal["exact", "std", "max", "published"]
+Solve = Literal["exact", "std", "max", "absmax", "published"]
 MASKED = -1e30  # replaces minus infinity where 0 * inf would give NaN; its exp is 0 in float32 and float64
 HUGE = 2.0**60  # logits whose square may overflow in float32
 
@@ -30,9 +30,10 @@ class Sharpness(Policy):
       tau -> infinity to "std".
     - "std": T_t / T_s = std(u) / std(v).
     - "max": T_t / T_s = max(u) / max(v), both centered: the paper's closed form without its dependence on shifts.
-    - "published": T_t = 2x / (x + y) tau, x and y the maxima of the logits without centering, as in the released code
-      (the text says the maximum of |logits|). It depends on shifts of the logits. Where the released code divides by
-      zero or gives a negative temperature, the row falls back to tau on both sides.
+    - "published": T_t = 2x / (x + y) tau, x and y the maxima of the logits without centering, as in the released code.
+      It depends on shifts of the logits. Where the released code divides by zero or gives a negative temperature, the
+      row falls back to tau on both sides.
+    - "absmax": as "published", with the maxima of |logits|, as the paper's text has it.
 
     Classes of minus infinity are masked, and so are those that a constant such as -1e4, -1e9 or finfo.min marks (see
     ``mask_constants``): they count neither in the mean nor in the spread.
@@ -45,8 +46,8 @@ class Sharpness(Policy):
     log C up to its last digits and whose temperatures hardly matter.
 
     The temperatures carry no gradient, unless ``differentiable``: then "published" uses the released code's gradient,
-    "max" and "std" the analogous one, and "exact" the implicit derivative d delta / d v = -(softmax(v / T_s) - 1/C) /
-    (T_s (E_p[u] / T_t^2 + E_q[v] / T_s^2)); first order only.
+    "absmax", "max" and "std" the analogous one, and "exact" the implicit derivative d delta / d v = -(softmax(v / T_s)
+    - 1/C) / (T_s (E_p[u] / T_t^2 + E_q[v] / T_s^2)); first order only.
 
     Reference: Wei & Bai, "Dynamic Temperature Knowledge Distillation", 2024, arXiv:2404.12711, equations 2 to 5, and
     the author's erratum to 4 and 5: no single delta solves equation 4 unless u is a multiple of v, so "exact" solves
@@ -59,13 +60,13 @@ class Sharpness(Policy):
         self, tau: Tau = 4.0, *, solve: Solve = "exact", reach: float = 0.9, differentiable: bool = False
     ) -> None:
         super().__init__()
-        if solve not in ("exact", "std", "max", "published"):
-            raise ValueError(f"Sharpness needs solve 'exact', 'std', 'max' or 'published'; got {solve!r}.")
+        if solve not in get_args(Solve):
+            raise ValueError(f"Sharpness needs solve 'exact', 'std', 'max', 'absmax' or 'published'; got {solve!r}.")
         if not 0.0 < reach <= 1.0:
             raise ValueError(f"Sharpness needs reach in (0, 1], the largest |delta| / tau; got {reach!r}.")
         self.tau, self.reach, self.differentiable = tau, reach, differentiable
         self.solve: Solve = solve
-        self.shift_invariant = solve != "published"
+        self.shift_invariant = solve not in ("published", "absmax")
         self.counts: dict[str, Tensor] = {}
         self.warned = False
 
@@ -120,7 +121,9 @@ def solve_delta(
     if not torch.compiler.is_compiling() and (fast := OVERRIDES.get().get("solve_delta")):
         return fast(teacher, student, tau=tau, solve=solve, reach=reach)
     u, v = upcast_to_float32(teacher), upcast_to_float32(student)
-    if solve == "published":
+    if solve in ("published", "absmax"):
+        if solve == "absmax":
+            u, v = (torch.where(torch.isneginf(z), 0.0, z.abs()) for z in (u, v))
         x, y = u.amax(-1, keepdim=True), v.amax(-1, keepdim=True)
         # a maximum below this fraction of the other gives a temperature near zero, NaN in the released code
         floor = 1e-4

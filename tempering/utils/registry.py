@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any, TypeVar, cast
 
 Part = TypeVar("Part")
@@ -78,9 +80,26 @@ class Registry(MutableMapping[str, type[Part]]):
     def _load(self, name: str) -> type[Part] | None:
         if name in self.added:
             return self.added[name]
-        value: Any = getattr(importlib.import_module(self.modules[name]), name, None)
+        return self._concrete(getattr(importlib.import_module(self.modules[name]), name, None))
+
+    def _concrete(self, value: Any) -> type[Part] | None:
         concrete = inspect.isclass(value) and issubclass(value, self.kind) and not inspect.isabstract(value)
         return cast("type[Part]", value) if concrete else None
+
+    def add_from(self, module: ModuleType) -> list[str]:
+        """Add the concrete subclasses of ``kind`` that a module defines; return their names.
+
+        Raises:
+            ValueError: for a name that a class of the package has.
+        """
+        classes = {
+            n: c for n, v in vars(module).items() if (c := self._concrete(v)) and v.__module__ == module.__name__
+        }
+        for name, value in classes.items():
+            if taken := next((key for key in self.modules if key.lower() == name.lower()), None):
+                raise ValueError(f"{module.__file__} defines {name}, and {self.package} has {taken}. Rename the class.")
+            self[name] = value
+        return list(classes)
 
     def __getitem__(self, name: str) -> type[Part]:
         value = self._load(name) if name in self.added or name in self.modules else None
@@ -109,6 +128,18 @@ class Registry(MutableMapping[str, type[Part]]):
         if name in self:
             return self[name]
         raise AttributeError(f"module {self.package!r} has no attribute {name!r}.{suggest(name, self.modules)}")
+
+
+def import_file(path: Path, name: str) -> ModuleType:
+    """Import a Python file as the module ``name``; its folder is added to the path."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and type hints look up their module
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.insert(0, folder)
+    spec.loader.exec_module(module)
+    return module
 
 
 def lookup(name: str, parts: Mapping[str, Part], kind: str) -> Part:

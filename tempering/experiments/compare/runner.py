@@ -103,8 +103,8 @@ class ComparisonRunner:
         for name in ("records", "work"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "work" / ".gitignore").write_text("*\n")
-        # whether a teacher is above chance is decided again in a grid that is started again
-        shutil.rmtree(self.folder / "work" / "teachers", ignore_errors=True)
+        # whether a teacher is above chance is decided again in a grid that is started again; work/teachers has weights
+        shutil.rmtree(self._verdicts, ignore_errors=True)
         compare_plan.write(self.folder, self.plan)
         compare_status.records(self.folder, self.plan)  # fail early if a record was edited
 
@@ -124,6 +124,10 @@ class ComparisonRunner:
             self._launch(cell)
         self.display.show(self.failed, self.jobs)
         return bool(waiting or self.running)
+
+    @property
+    def _verdicts(self) -> Path:
+        return self.folder.absolute() / "work" / "verdicts"
 
     def _done(self, cell: Cell) -> bool:
         return compare_plan.record_of(self.folder, cell).is_file()
@@ -174,7 +178,7 @@ class ComparisonRunner:
     def _environment(self, slot: int) -> dict[str, str]:
         threads = str(self.threads)
         overrides = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
-        overrides[VERDICTS] = str(self.folder.absolute() / "work" / "teachers")  # each teacher is judged once
+        overrides[VERDICTS] = str(self._verdicts)  # each teacher is judged once
         if self.gpus:
             overrides["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         return {**os.environ, **overrides}

@@ -45,8 +45,9 @@ class R2KD(Method):
         temperature: a temperature policy, or a number for Static; None: Static(4.0). It does not affect ranks.
         eps: added to the product of the norms; default: 0. The released code adds 1e-8.
 
-    The paper's teacher is an ensemble with its pruned copy: ``teachers.EnsembleTeacher``. Ranking costs O(N
-    C^2).
+    The paper has two parts beside this loss, which recipes add for this method: a teacher that is an ensemble with its
+    pruned copy (``teachers.EnsembleTeacher``, --teacher-pruned 0.1) and a mixed view (``tasks.TwoView``, --views
+    cutmix). Ranking costs O(N C^2).
 
     Reference: Kim et al., "Robustness-Reinforced Knowledge Distillation With Correlation Distance and Network Pruning",
     IEEE TKDE 2024, arXiv:2311.13934. Soft ranks: Qin et al., "A general approximation framework for direct optimization
@@ -55,6 +56,8 @@ class R2KD(Method):
 
     paper = "arXiv:2311.13934"
     relational = True
+    second_view = "cutmix"
+    teacher_pruned = 0.1
 
     def __init__(
         self,
