@@ -40,6 +40,8 @@ class Method(CheckedArguments, nn.Module, ABC):
         needs_live: whether it differentiates through the teacher, so that cached outputs do not suffice.
         trains_teacher: whether its step updates the teacher's weights. ``bind_teacher`` gets the module; the method's
             state_dict then contains the teacher's weights and their optimizer, and no teacher outputs are cached.
+        of_classes: whether terms read a row's logits as those of classes, which has no meaning for numbers to regress.
+        pairwise: whether a term compares every row with every other, in memory of N^2: too many for rows of pixels.
         hard_is_cross_entropy: whether its ``hard`` weighs the cross entropy of the labels, which a ``Sum`` needs once.
     """
 
@@ -54,6 +56,8 @@ class Method(CheckedArguments, nn.Module, ABC):
     needs_double_backward: ClassVar[bool] = False
     needs_live: ClassVar[bool] = False
     trains_teacher: ClassVar[bool] = False
+    of_classes: ClassVar[bool] = True
+    pairwise: ClassVar[bool] = False
     hard_is_cross_entropy: ClassVar[bool] = True
     hard: float  # of methods with a hard term: its weight
 

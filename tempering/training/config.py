@@ -290,6 +290,7 @@ class Run:
 
 
 CHECKS = (  # names of the self-check's parts, each of which can be turned off
+    "method",
     "row weights",
     "teacher frozen",
     "in eval",
