@@ -218,7 +218,7 @@ def test_the_rows_advised_for_several_labels_have_the_loss_of_each() -> None:
 
 
 def test_multi_hot_labels_are_refused_with_their_rows() -> None:
-    with pytest.raises(ValueError, match=r"Several labels per sample\? Each is a choice of two"):
+    with pytest.raises(ValueError, match=r"Several labels per sample\? Use task=tasks.MultiLabel"):
         Rows(torch.randn(2, 3), torch.randn(2, 3), torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]]))
 
 

@@ -260,7 +260,9 @@ def test_single_checks_are_turned_off_by_name(tmp_path: Path) -> None:
     assert "above chance (turned off)" in done.facts["selfcheck"]["line"]
     for name in CHECKS:
         run(skip_checks=(name,), validation=batches())
-    with pytest.raises(ValueError, match=r"'chance' is no check of the self-check, to be turned off: row weights, "):
+    with pytest.raises(
+        ValueError, match=r"'chance' is no check of the self-check, to be turned off: row weights, method, "
+    ):
         run(skip_checks=["chance"])
 
 

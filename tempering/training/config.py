@@ -290,8 +290,8 @@ class Run:
 
 
 CHECKS = (  # names of the self-check's parts, each of which can be turned off
-    "method",
     "row weights",
+    "method",
     "teacher frozen",
     "in eval",
     "deterministic",
