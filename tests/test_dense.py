@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tempering import methods, teachers, temperature
-from tempering.data import Batches
+from tempering.data import Batches, synthetic_masks, synthetic_shapes
 from tempering.methods import AT, CWD, DKD, DTKD, KD, FitNet, RegressionKD, Sum, Supervised
 from tempering.rows import Rows, binary_logits, total
 from tempering.tasks import Binary, Classification, MultiLabel, Ordinal, Regression, Segmentation
@@ -340,3 +340,23 @@ def test_models_of_transformers() -> None:
         data = [{**batch, "labels": labels}]
         go(data, student=student, teacher=teacher, task=task, steps=2, test=data, method=method,
            skip_checks=("above chance",))  # fmt: skip
+
+
+def test_masks_are_those_of_the_shapes() -> None:
+    """Every shape's pixels are in its box, with its class inside and 255 at its edge; other pixels are background."""
+    data = synthetic_masks(size=32, train=6, test=2, batch_size=6)
+    shapes = synthetic_shapes(size=32, train=6, test=2, batch_size=6, flip=False)
+    images, masks, ids = next(iter(data.train))
+    assert images.shape == (6, 3, 32, 32) and masks.dtype == torch.uint8 and sorted(ids.tolist()) == list(range(6))
+    found = next(iter(shapes.train.clean()))
+    for number, picture, target in zip(found["ids"], found["images"], found["targets"], strict=True):
+        at = int((ids == number).nonzero())
+        mask, here = masks[at], torch.zeros(32, 32, dtype=torch.bool)
+        torch.testing.assert_close(images[at], (picture * 255.0 - 128.0) / 64.0, atol=1e-4, rtol=0.0)
+        for (x0, y0, x1, y1), label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True):
+            box = (slice(int(y0), int(y1) + 1), slice(int(x0), int(x1) + 1))
+            here[box] = True
+            assert (mask[box] == label + 1).any() and (mask[box] == 255).any()
+        assert (mask[~here] == 0).all()
+    with pytest.raises(ValueError, match="synthetic_masks.. needs size >= 16"):
+        synthetic_masks(size=8)
