@@ -10,16 +10,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 IGNORE_INDEX = -100  # torch's ignore_index
+GAUSSIAN = "gaussian"  # name of a block whose columns are the mean and the log variance of a number
 UNLABELED = (IGNORE_INDEX, -1)  # targets of rows without a label
-PER_ROW = ("target", "weight", "ids", "positions", "privacy_score", "task_loss")  # optional fields (N,) of Rows
+# optional fields (N,) of Rows
+PER_ROW = ("target", "weight", "ids", "positions", "privacy_score", "task_loss", "teacher_loss")
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
     """N student predictions with the teacher's predictions for the same inputs.
 
-    Rows are images, selected anchors or valid tokens. Classes that must not be predicted are minus infinity on both
-    sides. Rows of weight 0 are left out of every term and get no gradient.
+    Rows are images, pixels, selected anchors or valid tokens. Of one logit z, as of a label that a sample has or not,
+    rows are ``binary_logits(z)``: the divergences of the methods are then those of Bernoulli distributions, KL at T
+    with the factor T^2 included. Numbers to regress are rows of one column (or of a mean and a log variance, in a block
+    named ``GAUSSIAN``) with a ``task_loss``, for ``methods.RegressionKD`` and methods over features.
+
+    Classes that must not be predicted are minus infinity on both sides. Rows of weight 0 are left out of every term and
+    get no gradient.
 
     Args:
         student: (N, C) logits, with gradient.
@@ -35,6 +42,7 @@ class Rows:
         privacy_score: (N,) how private each row's prediction is, from 0 (public) to 1. None: all rows are public.
         task_loss: (N,) the task's own supervised loss per row, with gradient, for tasks whose loss is not the cross
             entropy of the target, such as detection. Hard terms then use this loss.
+        teacher_loss: (N,) the teacher's own loss in units of ``task_loss``, for methods that it bounds.
         label_smoothing: share of the label's probability that the cross entropy spreads over all classes, in [0, 1].
 
     Raises:
@@ -56,6 +64,7 @@ class Rows:
     positions: Int[Tensor, " N"] | None = None
     privacy_score: Float[Tensor, " N"] | None = None
     task_loss: Float[Tensor, " N"] | None = None
+    teacher_loss: Float[Tensor, " N"] | None = None
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
@@ -140,10 +149,7 @@ class Rows:
 
 
 FIELDS = ("student", "teacher", *PER_ROW)
-SEVERAL_LABELS = (
-    "Each is a choice of two: write a Task whose rows are the labels of all samples, with the two logits (0, z): "
-    "torch.stack((torch.zeros_like(z), z), -1).flatten(0, 1), on both sides, and the target y.flatten().long()."
-)
+SEVERAL_LABELS = "Use task=tasks.MultiLabel(): each label is a choice of two, in a row of its own."
 
 
 def _not_a_tensor(rows: Rows) -> TypeError:
@@ -183,6 +189,16 @@ def _not_computable(rows: Rows) -> ValueError:
         f"Rows(name={rows.name!r}) needs floating point logits; got student {rows.student.dtype} and teacher "
         f"{rows.teacher.dtype}. Stored as integers? Convert with .float() first."
     )
+
+
+def binary_logits(z: Float[Tensor, "*N"]) -> Float[Tensor, "*N 2"]:
+    """Return the logits (-z / 2, z / 2) of the two outcomes "no" and "yes" of a logit z.
+
+    Their softmax at T is (1 - sigmoid(z / T), sigmoid(z / T)). Of all pairs with the difference z this one has the mean
+    0, so temperature policies that look at the size of logits treat "no" and "yes" alike.
+    """
+    half = z / 2
+    return torch.stack((-half, half), -1)
 
 
 def is_soft(target: Tensor) -> bool:

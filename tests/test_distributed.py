@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tempering.training import checkpoint
+from tests import dense_runs
 from tests.cases import each
 from tests.detection_runs import KINDS, go, one_student
 from tests.lazy_modules import needs
@@ -88,6 +89,16 @@ def test_detectors_on_two_processes(name: str, close: float, two: Path, alone: P
     torch.testing.assert_close(flat(a), flat(b), rtol=0.0, atol=close)
     losses = [_column(out / "steps.jsonl", "loss") for out in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 3
+
+
+@pytest.mark.parametrize("name", dense_runs.CASES)
+def test_pixels_labels_and_numbers_on_two_processes(name: str, two: Path, tmp_path: Path) -> None:
+    """Each process has an unequal share of the samples, with another number of labels."""
+    dense_runs.run(name, tmp_path)
+    a, b = (load_file(out / "student.safetensors") for out in (two / "dense" / name, tmp_path))
+    torch.testing.assert_close(flat(a), flat(b), rtol=0.0, atol=1e-11)
+    losses = [_column(out / "steps.jsonl", "loss") for out in (two / "dense" / name, tmp_path)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9) and len(losses[0]) == 8
 
 
 @needs("pycocotools")

@@ -12,5 +12,6 @@ from .protocols import Loader as Loader
 from .protocols import SeekableLoader as SeekableLoader
 from .protocols import ShardableLoader as ShardableLoader
 from .protocols import SplittableLoader as SplittableLoader
+from .synthetic_shapes import synthetic_masks as synthetic_masks
 from .synthetic_shapes import synthetic_shapes as synthetic_shapes
 from .tokens import Tokens as Tokens

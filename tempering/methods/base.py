@@ -42,6 +42,8 @@ class Method(CheckedArguments, nn.Module, ABC):
         teacher_pruned: the recipes' --teacher-pruned of the paper; 0: the teacher has no pruned copy.
         trains_teacher: whether its step updates the teacher's weights. ``bind_teacher`` gets the module; the method's
             state_dict then contains the teacher's weights and their optimizer, and no teacher outputs are cached.
+        of_classes: whether terms read a row's logits as those of classes, which has no meaning for numbers to regress.
+        pairwise: whether a term compares every row with every other, in memory of N^2: too many for rows of pixels.
         hard_is_cross_entropy: whether its ``hard`` weighs the cross entropy of the labels, which a ``Sum`` needs once.
     """
 
@@ -58,6 +60,8 @@ class Method(CheckedArguments, nn.Module, ABC):
     second_view: ClassVar[str] = "one"
     teacher_pruned: ClassVar[float] = 0.0
     trains_teacher: ClassVar[bool] = False
+    of_classes: ClassVar[bool] = True
+    pairwise: ClassVar[bool] = False
     hard_is_cross_entropy: ClassVar[bool] = True
     hard: float  # of methods with a hard term: its weight
 

@@ -5,6 +5,11 @@ from .classification import Classification as Classification
 from .cross_tokenizer import CrossTokenizer as CrossTokenizer
 from .detection import Detection as Detection
 from .language_modeling import LanguageModeling as LanguageModeling
+from .multi_label import Binary as Binary
+from .multi_label import MultiLabel as MultiLabel
+from .multi_label import Ordinal as Ordinal
+from .regression import Regression as Regression
+from .segmentation import Segmentation as Segmentation
 from .seq2seq import Seq2Seq as Seq2Seq
 from .text_classification import TextClassification as TextClassification
 from .tokenizers import shared_vocabulary as shared_vocabulary

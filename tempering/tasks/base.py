@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ class Task(ABC):
     features: Mapping[str, tuple[str, str]] = {}
     comparable: bool = True
     unit: str = "row"  # the word for a row in messages; scores of tokens include the perplexity
+    predicts: Literal["classes", "pixels", "labels", "binary", "numbers"] = "classes"  # see ``training.method_fits``
     remember: bool = True  # whether the teacher's outputs on the scored splits are small enough to be cached
 
     def prepare_model(self, model: nn.Module) -> None:

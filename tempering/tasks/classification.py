@@ -15,10 +15,7 @@ from tempering.utils.device import synchronize
 from tempering.utils.tensors import described, logits_of, map_tensors, on_host
 
 BINS = 15  # bins of the reliability diagram and of the calibration error, of equal width
-ONE_CLASS = (
-    "The logit z of a binary classifier is two classes: torch.cat((torch.zeros_like(z), z), 1), on both sides, with "
-    "labels 0 and 1. Regression has no classes: write a Task whose rows have its loss as task_loss."
-)
+ONE_CLASS = "Of one logit per sample, use tasks.Binary(); of numbers, tasks.Regression()."
 
 
 class Classification(Task):

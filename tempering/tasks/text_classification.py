@@ -22,11 +22,7 @@ class TextClassification(Classification):
     def prepare_model(self, model: nn.Module) -> None:
         """Register a hook that unpacks the mapping for a transformers model; leave one that takes a mapping."""
         super().prepare_model(model)
-        parameters = inspect.signature(model.forward).parameters
-        if "input_ids" in parameters and not any(
-            isinstance(hook, _UnpackInputs) for hook in model._forward_pre_hooks.values()
-        ):
-            model.register_forward_pre_hook(_UnpackInputs(frozenset(parameters)), with_kwargs=True)
+        unpack_inputs(model)
 
     def inputs(self, batch: Any) -> tuple[Any, Any, Tensor | None]:
         inputs, _, ids = super().inputs(batch)
@@ -45,6 +41,15 @@ class TextClassification(Classification):
         if outputs.student.shape[-1] == 2:
             out["f1"] = float(binary_f1_score(outputs.student.argmax(-1), outputs.labels, ignore_index=-100))
         return out
+
+
+def unpack_inputs(model: nn.Module) -> None:
+    """Register a hook that unpacks a mapping to keyword arguments, for a model that takes input_ids, once."""
+    parameters = inspect.signature(model.forward).parameters
+    if "input_ids" in parameters and not any(
+        isinstance(hook, _UnpackInputs) for hook in model._forward_pre_hooks.values()
+    ):
+        model.register_forward_pre_hook(_UnpackInputs(frozenset(parameters)), with_kwargs=True)
 
 
 class _UnpackInputs:

@@ -291,6 +291,7 @@ class Run:
 
 CHECKS = (  # names of the self-check's parts, each of which can be turned off
     "row weights",
+    "method",
     "teacher frozen",
     "in eval",
     "deterministic",

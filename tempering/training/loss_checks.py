@@ -126,6 +126,7 @@ def teacher_matters(method: Method, blocks: Sequence[Rows]) -> bool:
         other = rows.replace(
             teacher=_moved(rows.teacher, 1),
             features={name: (s, _moved(t, 1)) for name, (s, t) in rows.features.items()},
+            teacher_loss=None if rows.teacher_loss is None else torch.full_like(rows.teacher_loss, torch.inf),
         )
         pairs = itertools.zip_longest(_gradients(method, rows), _gradients(method, other))
         if any(a is None or b is None or not torch.equal(a, b) for a, b in pairs):
@@ -168,8 +169,8 @@ def why_nothing_moves(blocks: Sequence[Rows]) -> str:
     if all(rows.student.shape[1] < 2 and rows.task_loss is None for rows in blocks):
         return (
             "The logits have one class, of which every divergence and cross entropy is 0. The logit z of a binary "
-            "classifier is two classes: torch.cat((torch.zeros_like(z), z), 1), on both sides. For regression, give "
-            "the rows its loss as task_loss."
+            "classifier is two classes, see tasks.Binary. For regression, give the rows its loss as task_loss, see "
+            "tasks.Regression."
         )
     if targets and not any(bool(is_labeled(target).any()) for target in targets):
         return (

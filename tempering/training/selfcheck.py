@@ -77,6 +77,11 @@ def selfcheck(
         return () if more is None else more()
 
     with _restored(student) as modes:
+        if task.predicts != "classes" and results.wants("method"):
+            from tempering.training.method_fits import check_method
+
+            check_method(method, task)
+            results["method"] = "ok"
         first = models.run(batch)
         blocks = first.blocks
         for rows in blocks:

@@ -108,7 +108,7 @@ def logits_of(output: Any) -> Any:
 def described(output: Any) -> str:
     """Describe a model's output for an error, with the line that makes it the logits."""
     if isinstance(output, Tensor):
-        dense = ". Rows of pixels need a task of their own" if output.ndim == 4 else ""
+        dense = ". Of pixels, use tasks.Segmentation()" if output.ndim == 4 else ""
         return f"{tuple(output.shape)}{dense}"
     entries = (
         list(output.items())

@@ -33,6 +33,7 @@ class FeatureMethod(Method):
     """
 
     relational = True
+    of_classes = False
     wants = "maps"  # or "vectors": flatten features to (N, D)
     weighs: ClassVar[tuple[str, ...]] = ("feature",)  # terms except "hard", named like their weights
     hint = "Name modules to tap in the task, such as Classification(features={'last': ('stage3', 'stage3')}) " + (

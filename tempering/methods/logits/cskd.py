@@ -59,6 +59,7 @@ class CSKD(Method):
 
     paper = "arXiv:2311.14307"
     relational = True
+    pairwise = True
 
     def __init__(
         self,

@@ -48,6 +48,7 @@ class MLKD(Method):
 
     paper = "none: CVPR 2023, doi 10.1109/CVPR52729.2023.02325, no preprint"
     relational = True
+    pairwise = True
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ class Supervised(Method):
     paper = "arXiv:1503.02531"
     needs_labels = True
     needs_teacher = False
+    of_classes = False
 
     def __init__(self, *, hard: NonNegative = 1.0) -> None:
         super().__init__()
