@@ -40,6 +40,8 @@ class Method(CheckedArguments, nn.Module, ABC):
         needs_live: whether it differentiates through the teacher, so that cached outputs do not suffice.
         trains_teacher: whether its step updates the teacher's weights. ``bind_teacher`` gets the module; the method's
             state_dict then contains the teacher's weights and their optimizer, and no teacher outputs are cached.
+        teacher_is_student: of a method that trains the teacher: whether that is a second student, which the run's
+            optimizer trains. It may be untrained, and the step may be split.
         hard_is_cross_entropy: whether its ``hard`` weighs the cross entropy of the labels, which a ``Sum`` needs once.
     """
 
@@ -54,6 +56,7 @@ class Method(CheckedArguments, nn.Module, ABC):
     needs_double_backward: ClassVar[bool] = False
     needs_live: ClassVar[bool] = False
     trains_teacher: ClassVar[bool] = False
+    teacher_is_student: ClassVar[bool] = False
     hard_is_cross_entropy: ClassVar[bool] = True
     hard: float  # of methods with a hard term: its weight
 

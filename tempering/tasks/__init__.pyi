@@ -7,6 +7,7 @@ from .detection import Detection as Detection
 from .language_modeling import LanguageModeling as LanguageModeling
 from .seq2seq import Seq2Seq as Seq2Seq
 from .text_classification import TextClassification as TextClassification
+from .teacher_weights import validation_weights as validation_weights
 from .tokenizers import shared_vocabulary as shared_vocabulary
 
 GenerationScorer = _rollouts.GenerationScorer

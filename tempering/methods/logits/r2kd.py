@@ -45,8 +45,7 @@ class R2KD(Method):
         temperature: a temperature policy, or a number for Static; None: Static(4.0). It does not affect ranks.
         eps: added to the product of the norms; default: 0. The released code adds 1e-8.
 
-    The paper's teacher is an ensemble with its pruned copy: ``teachers.EnsembleTeacher``. Ranking costs O(N
-    C^2).
+    The paper's teacher is an ensemble with its pruned copy: ``teachers.Ensemble``. Ranking costs O(N C^2).
 
     Reference: Kim et al., "Robustness-Reinforced Knowledge Distillation With Correlation Distance and Network Pruning",
     IEEE TKDE 2024, arXiv:2311.13934. Soft ranks: Qin et al., "A general approximation framework for direct optimization
