@@ -27,7 +27,9 @@ SUBSET, EPOCHS, TEACHER_EPOCHS, TEACHERS = 256, 40, 10, 3
 build = partial(build_seeded, classes=10, channels=1)
 
 
-def train(student: nn.Module, teacher: Any, method: Any, seed: int, *, epochs: int = EPOCHS, subset: bool = True) -> float:
+def train(
+    student: nn.Module, teacher: Any, method: Any, seed: int, *, epochs: int = EPOCHS, subset: bool = True
+) -> float:
     """Return the test accuracy after the last epoch."""
     data = digits(batch_size=64, seed=seed)
     batches = data.train.subset(SUBSET) if subset else data.train

@@ -56,7 +56,10 @@ def test_a_mean_teacher_starts_anew_in_every_run() -> None:
 def test_a_mean_teacher_of_steps_not_of_batches() -> None:
     """Two micro-batches of a step are one update."""
     runs = []
-    for parts, more in ((cut(points(48, dtype=torch.float64), 16), {}), (cut(points(48, dtype=torch.float64), 8), {"accumulate": 2})):
+    for parts, more in (
+        (cut(points(48, dtype=torch.float64), 16), {}),
+        (cut(points(48, dtype=torch.float64), 8), {"accumulate": 2}),
+    ):
         teacher = MeanTeacher(0.9)
         run = go(parts, student=student_net().double(), teacher=teacher, epochs=2, selfcheck=False, **more)
         assert teacher.state is not None and int(teacher.state.steps) == 6  # pyright: ignore
@@ -114,7 +117,11 @@ def test_stopped_and_resumed_bit_for_bit(kind: str, tmp_path: Path) -> None:
 
 def test_mutual_is_its_definition() -> None:
     """Both students, by hand: the two losses, each with the other's logits as constants, and rows without a label."""
-    (x, y), peer, student = points(40, dtype=torch.float64), student_net(norm=True, seed=7).double(), student_net().double()
+    (x, y), peer, student = (
+        points(40, dtype=torch.float64),
+        student_net(norm=True, seed=7).double(),
+        student_net().double(),
+    )
     y[:4] = -100
     by_hand = [copy.deepcopy(student), copy.deepcopy(peer)]
     parts, method = cut((x, y), 20), Mutual(soft=0.7, hard=0.4)

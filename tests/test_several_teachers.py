@@ -76,9 +76,7 @@ def test_an_ensemble_is_its_definition(mean: Any, weights: Any) -> None:
     for net, z in ((ours, said), (student, wanted.detach())):
         rows = Rows(net(x.detach()), z, y)
         total(KD(hard=0.5)(rows), rows).backward()
-    torch.testing.assert_close(
-        *([p.grad for p in net.parameters()] for net in (ours, student)), rtol=1e-9, atol=1e-12
-    )
+    torch.testing.assert_close(*([p.grad for p in net.parameters()] for net in (ours, student)), rtol=1e-9, atol=1e-12)
     turned = torch.randperm(24, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(teacher(x[turned], None), said[turned])
     order = None if weights is None else weights if isinstance(weights, str) else weights[::-1]
@@ -222,7 +220,9 @@ def test_inputs_in_containers_are_divided() -> None:
 def test_what_is_missing_or_wrong_is_named(tmp_path: Path) -> None:
     nets, data = {"a": first_net(), "b": other_net()}, batches("names")
     odd = [{**batch, "domain": ["law" if i == 3 else "a" for i in range(20)]} for batch in data]
-    with pytest.raises(ValueError, match=r"no teacher 'law', which sample 3 of the batch needs; .*'a' \(0\), 'b' \(1\)"):
+    with pytest.raises(
+        ValueError, match=r"no teacher 'law', which sample 3 of the batch needs; .*'a' \(0\), 'b' \(1\)"
+    ):
         go(odd, teacher=Routed(nets, by="domain"), epochs=1)
     with pytest.raises(ValueError, match="reads the column 'topic' of the batch, which it does not have"):
         go(data, teacher=Routed(nets, by="topic"), epochs=1)
@@ -239,7 +239,10 @@ def test_what_is_missing_or_wrong_is_named(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             raise ConnectionError("no route to host")
 
-    for teacher in (Ensemble({"a": first_net(), "served": Broken()}), Routed({"served": Broken()}, by=lambda x, _: [0] * 20)):
+    for teacher in (
+        Ensemble({"a": first_net(), "served": Broken()}),
+        Routed({"served": Broken()}, by=lambda x, _: [0] * 20),
+    ):
         with pytest.raises(ConnectionError) as caught:
             teacher(points(20)[0], None)
         assert "teacher 'served' (Live)" in caught.value.__notes__[0]
@@ -340,7 +343,16 @@ def test_live_and_remote_teachers_are_routed(server: Any) -> None:  # noqa: F811
     with pytest.raises(ValueError, match=r"'remote' \(RemoteTeacher\) returned Sparse"):
         Ensemble({"live": live, "remote": served(server)})(teacher_in.inputs, ids)
     student, method = copy.deepcopy(server.model).requires_grad_(True), KD(temperature=1)
-    checks = kd.distill(student, teacher, [batch], method=method, task=LanguageModeling(), epochs=1, quiet=True, skip_checks=["above chance"])
+    checks = kd.distill(
+        student,
+        teacher,
+        [batch],
+        method=method,
+        task=LanguageModeling(),
+        epochs=1,
+        quiet=True,
+        skip_checks=["above chance"],
+    )
     assert checks.facts["result"]["steps"] == 1
 
 
@@ -352,7 +364,13 @@ def test_stopped_and_resumed_bit_for_bit(kind: str, tmp_path: Path) -> None:
     def run(out: Path, **more: Any) -> Any:
         nets = [flattened(first_net()), flattened(other_net())]
         teacher = Ensemble(nets, weights="confidence") if kind == "ensemble" else Routed(nets, by=domains(60))
-        settings = {"steps": 20, "checkpoint_every": 3, "validation": images().clean(), "out": out, "selfcheck": False} | more
+        settings = {
+            "steps": 20,
+            "checkpoint_every": 3,
+            "validation": images().clean(),
+            "out": out,
+            "selfcheck": False,
+        } | more
         return go(images(), student=flattened(student_net(dropout=0.3)), teacher=teacher, **settings)
 
     run(tmp_path / "whole")
@@ -362,7 +380,13 @@ def test_stopped_and_resumed_bit_for_bit(kind: str, tmp_path: Path) -> None:
     assert identical(left(tmp_path / "whole"), left(tmp_path / "stopped"))
     nets = [flattened(first_net()), flattened(other_net())]
     with pytest.raises(ValueError, match="teacher"):
-        go(images(), student=flattened(student_net(dropout=0.3)), teacher=Ensemble(nets), steps=20, out=tmp_path / "whole")
+        go(
+            images(),
+            student=flattened(student_net(dropout=0.3)),
+            teacher=Ensemble(nets),
+            steps=20,
+            out=tmp_path / "whole",
+        )
 
 
 def test_audits_run_the_ensemble() -> None:

@@ -19,7 +19,11 @@ from tempering.utils.tensors import to_device
 
 @torch.no_grad()
 def validation_weights(
-    teachers: Teachers, batches: Iterable[Any], *, task: Task | None = None, by: Literal["accuracy", "loss"] = "accuracy"
+    teachers: Teachers,
+    batches: Iterable[Any],
+    *,
+    task: Task | None = None,
+    by: Literal["accuracy", "loss"] = "accuracy",
 ) -> list[float]:
     """Return a weight per teacher, in their order, for ``teachers.Ensemble(teachers, weights=...)``; their sum is 1.
 

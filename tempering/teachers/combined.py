@@ -127,7 +127,9 @@ class CombinedTeacher(Teacher):
             yield
         except Exception as error:
             kind = type(self.parts[name]).__name__
-            error.add_note(f"This is of the teacher {name!r} ({kind}), one of {len(self.parts)} of {type(self).__name__}.")
+            error.add_note(
+                f"This is of the teacher {name!r} ({kind}), one of {len(self.parts)} of {type(self).__name__}."
+            )
             raise
 
     def _said(self, name: str, output: Any) -> str:

@@ -67,7 +67,7 @@ class MeanTeacher(Teacher):
             raise self._no_student()
         self.state.steps += 1
         decay = min(self.decay, 1.0 - 1.0 / (int(self.state.steps) + 1)) if self.ramp else self.decay
-        average, own = (list(map(_values, (self.state.model, self._student))))
+        average, own = list(map(_values, (self.state.model, self._student)))
         floats = [(a, w) for a, w in zip(average, own, strict=True) if a.is_floating_point()]
         if floats:
             torch._foreach_lerp_(*map(list, zip(*floats, strict=True)), 1.0 - decay)  # pyright: ignore

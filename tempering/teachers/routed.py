@@ -151,7 +151,9 @@ class Routed(CombinedTeacher):
         padded = [_padded(sparse, width) for sparse in outputs.values()]
         stored = [torch.ones_like(s.tail_logp, dtype=torch.bool) if s.stored is None else s.stored for s in padded]
         index = to_device(order, one.logp.device)
-        fields = (torch.cat([getattr(s, f) for s in padded]).index_select(0, index) for f in ("ids", "logp", "tail_logp"))
+        fields = (
+            torch.cat([getattr(s, f) for s in padded]).index_select(0, index) for f in ("ids", "logp", "tail_logp")
+        )
         whole = all(sparse.stored is None for sparse in padded)
         return Sparse(*fields, stored=None if whole else torch.cat(stored).index_select(0, index))
 

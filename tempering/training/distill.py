@@ -176,8 +176,6 @@ def make_trainer(
         check_gradient_checkpointing(student)
     check_models_are_distinct(student, teacher)
     source = as_teacher(teacher, method, batches)
-    if source is not None:
-        source.follow(student)
     return Trainer(
         student,
         source,

@@ -141,6 +141,8 @@ class Trainer:
         self.model = clone_outputs(forward, config.compile)
         if method.needs_double_backward:
             allow_double_backward(self.model)
+        if teacher is not None:
+            teacher.follow(student)  # in the precision of the run, and equal on all ranks
         method.bind_teacher(None if teacher is None else teacher.model)
         self.features = self._paired_features()
         self.make_rows = smoothed(task.rows, config.label_smoothing)

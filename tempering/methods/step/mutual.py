@@ -13,6 +13,7 @@ from tempering.objectives import cross_entropy, kl
 from tempering.rows import Rows
 from tempering.temperature.base import PolicyLike
 from tempering.utils.search_space import NonNegative, TermWeight
+from tempering.utils.tensors import map_tensors
 
 
 class Mutual(StepMethod):
@@ -76,19 +77,22 @@ class Mutual(StepMethod):
         if peer is None:
             raise RuntimeError("Mutual has no peer: call method.bind_teacher(teacher.model) before the first step.")
         rows = step.rows = only_block(step.make_rows(step.student(step.student_inputs), None, step.batch))
+        dtype = next(p.dtype for p in peer.parameters())
+        inputs = map_tensors(step.teacher_inputs, lambda x: x.to(dtype) if x.is_floating_point() else x)
         peer.train()
         try:
-            with torch.enable_grad():
-                other = step.student_rows(peer(step.teacher_inputs))
+            other = step.student_rows(peer(inputs))
         finally:
             peer.eval()
         rows = step.rows = rows.replace(teacher=other.student.detach())
         other = other.replace(teacher=rows.student.detach())
-        return {**self._terms(rows, step.progress), **{f"peer_{n}": x for n, x in self._terms(other, step.progress).items()}}
+        return {
+            **self._terms(rows, step.progress),
+            **{f"peer_{n}": x for n, x in self._terms(other, step.progress).items()},
+        }
 
     def _terms(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         rows = zero_masked_rows(rows)
         with torch.autocast(rows.student.device.type, enabled=False):
             terms = {"soft": self.soft * kl(rows, self.temperature(rows, progress))}
             return terms | ({"hard": self.hard * cross_entropy(rows)} if self.hard else {})
-
