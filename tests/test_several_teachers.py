@@ -230,7 +230,7 @@ def test_what_is_missing_or_wrong_is_named(tmp_path: Path) -> None:
         Routed(nets, by=domains(60))(points(4)[0], None)
     with pytest.raises(ValueError, match="has no teacher 2"):
         Routed(nets, by=torch.tensor([0, 2]))
-    with pytest.raises(TypeError, match="'b' is NoneType. Is it missing"):
+    with pytest.raises(TypeError, match=r"'b' is NoneType. Is it missing"):
         Ensemble({"a": first_net(), "b": None})  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"teacher 'b' \(Live\) returned \(\d+, 4\)"):
         go(data, teacher=Routed({"a": first_net(), "b": nn.Linear(DIMS, 4)}, by="domain"), epochs=1)
@@ -280,7 +280,7 @@ def test_live_and_cached_teachers_mix(tmp_path: Path) -> None:
     run = go(data, student=flattened(student_net()), teacher=Ensemble([live, cached]), epochs=2)
     other = go(data, student=flattened(student_net()), teacher=Ensemble(nets), epochs=2)
     torch.testing.assert_close(weights_of(run.student), weights_of(other.student))
-    with pytest.raises(ValueError, match="teacher '1': .* contains outputs for other data"):
+    with pytest.raises(ValueError, match=r"teacher '1': .* contains outputs for other data"):
         go(_others(), student=flattened(student_net()), teacher=Ensemble([live, cached]), epochs=1)
     cached.fallback = Live(nets[1])
     on_others = Ensemble([live, cached]).for_batches(_others())
@@ -330,7 +330,7 @@ def test_live_and_remote_teachers_are_routed(server: Any) -> None:  # noqa: F811
     assert "domain" not in student_in
     out, z = teacher(teacher_in, ids), torch.randn(4, batch["input_ids"].shape[1], server.model.config.vocab_size)
     rows = own.rows(z, out, batch)[0]
-    _, shape, fields = task.row_fields(batch)
+    _, shape, _ = task.row_fields(batch)
     alone = {name: part(teacher_in.inputs, ids) for name, part in teacher.parts.items()}
     for name, wanted in alone.items():
         other = task.rows(z, wanted, batch)[0]

@@ -31,7 +31,8 @@ def one(kind: str, out: Path, **more: Any) -> Run:
     settings: dict[str, Any] = {"steps": 12, "precision": "64-true", "selfcheck": False, "method": method} | more
     run = go(images(), student=flattened(student_net()), teacher=teacher, out=out, **settings)
     other = method.peer if isinstance(method, Mutual) else teacher.models[0]
-    torch.save([p.detach() for p in other.parameters()], out / f"teacher-{torch.distributed.get_rank() if more else 0}.pt")
+    rank = torch.distributed.get_rank() if more else 0
+    torch.save([p.detach() for p in other.parameters()], out / f"teacher-{rank}.pt")
     return run
 
 

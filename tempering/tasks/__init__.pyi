@@ -6,8 +6,8 @@ from .cross_tokenizer import CrossTokenizer as CrossTokenizer
 from .detection import Detection as Detection
 from .language_modeling import LanguageModeling as LanguageModeling
 from .seq2seq import Seq2Seq as Seq2Seq
-from .text_classification import TextClassification as TextClassification
 from .teacher_weights import validation_weights as validation_weights
+from .text_classification import TextClassification as TextClassification
 from .tokenizers import shared_vocabulary as shared_vocabulary
 
 GenerationScorer = _rollouts.GenerationScorer

@@ -18,9 +18,8 @@ class MeanTeacher(Teacher):
 
     It starts with the student's weights. After step n = 1, 2, ... every weight and every floating point buffer w of
     the student changes the average to d * average + (1 - d) * w, with d = min(decay, 1 - 1 / (n + 1)), so that the
-    average is the plain mean of all weights at first; other buffers are copied. It runs in eval mode, and its own
-    scores are those of ``run.facts``' agreement only: score it yourself, ``teacher.model``. Checkpoints contain it. With
-    several processes it is equal on all, as the student is.
+    average is the plain mean of all weights at first; other buffers are copied. It runs in eval mode; ``model`` is the
+    averaged network. Checkpoints contain it. With several processes it is equal on all, as the student is.
 
     At first it equals the student, so that a loss without labels has no gradient: give the method a hard term, or the
     two models different views (``tasks.TwoView``), as published.

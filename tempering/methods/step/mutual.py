@@ -58,8 +58,8 @@ class Mutual(StepMethod):
             raise ValueError("Mutual needs a second network: give the model itself as teacher, teachers.Live(model).")
         if isinstance(teacher, fx.GraphModule) or any(p.element_size() < 4 for p in parameters):
             raise ValueError(
-                "Mutual trains the teacher, which is a fused or a half-precision copy. Give teachers.Live(model) without "
-                "precision= and fuse_conv_bn=; in recipes, --teacher-precision fp32 --no-fuse-bn."
+                "Mutual trains the teacher, which is a fused or a half-precision copy. Give teachers.Live(model) "
+                "without precision= and fuse_conv_bn=; in recipes, --teacher-precision fp32 --no-fuse-bn."
             )
         for parameter in parameters:
             parameter.requires_grad_(parameter.is_floating_point())
