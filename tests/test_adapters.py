@@ -759,7 +759,8 @@ def test_several_teachers_in_lightning(pl: Any, kind: str, tmp_path: Path) -> No
         options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
         options |= {"enable_model_summary": False, "enable_checkpointing": False, "accumulate_grad_batches": 2}
         trainer = pl.Trainer(max_epochs=epochs, devices=1, default_root_dir=tmp_path, **options)
-        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None), ckpt_path=checkpoint)
+        loader = torch.utils.data.DataLoader(data, batch_size=None)
+        trainer.fit(module, loader, loader, ckpt_path=checkpoint)
         trainer.save_checkpoint(tmp_path / "last.ckpt")
         return module, teacher
 
