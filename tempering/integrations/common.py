@@ -22,6 +22,7 @@ from tempering.teachers.live import Live
 from tempering.teachers.outputs import Sparse
 from tempering.training.checks import check_models_are_distinct, validate_sampled_teacher
 from tempering.training.config import Checked, Results, SelfCheckError
+from tempering.training.distributed import checked_together
 from tempering.training.evaluator import generators_restored
 from tempering.training.features import PairedFeatures, extracting
 from tempering.training.selfcheck import (
@@ -122,6 +123,7 @@ def forward(
     return Forward(student_output, teacher_output, blocks)
 
 
+@checked_together()
 def check(
     batch: Any,
     later: Callable[[], Iterable[Any]],

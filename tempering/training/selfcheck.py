@@ -20,6 +20,7 @@ from tempering.teachers.base import Teacher
 from tempering.teachers.outputs import Sparse
 from tempering.training.checkpoint import random_state, set_random_state
 from tempering.training.config import Checked, Results, SelfCheckError
+from tempering.training.distributed import from_all_processes, while_all, world_size
 from tempering.utils.tensors import batch_digests, map_tensors
 
 __all__ = [
@@ -186,7 +187,7 @@ def _check_training_mode(
     models: _Models, modes: Mapping[nn.Module, bool], first: _Outputs, single: Any, results: Results
 ) -> None:
     """Check that the student runs in training mode, as it will, and that its outputs have a gradient path."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    distributed = world_size() > 1
     student, task = models.student, models.task
     student.train()
     if modes[student]:  # parts that are in eval mode, such as a frozen norm, stay in it
@@ -374,10 +375,10 @@ def _check_can_learn(
     from tempering.training.loss_checks import moves_student, teacher_matters, why_nothing_moves
 
     tried = 1
-    moves = moves_student(method, blocks)
-    for batch in () if moves else itertools.islice(following(), MOST_TRIED):
+    moves = any(from_all_processes(moves_student(method, blocks)))
+    for batch in () if moves else while_all(itertools.islice(following(), MOST_TRIED)):
         blocks = models.run(batch).blocks
-        moves, tried = moves_student(method, blocks), tried + 1
+        moves, tried = any(from_all_processes(moves_student(method, blocks))), tried + 1
         if moves:
             break
     if not moves:
@@ -389,7 +390,7 @@ def _check_can_learn(
     results["can learn"] = "ok"
     if models.teacher is not None and method.needs_teacher and results.wants("teacher effect"):
         results["teacher effect"] = "ok"
-        if not teacher_matters(method, blocks):
+        if not any(from_all_processes(teacher_matters(method, blocks))):
             results["teacher effect"] = "none"
             warnings.warn(
                 f"the teacher has no effect: with another one, the loss of {type(method).__name__} would have the same "

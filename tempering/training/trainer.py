@@ -27,6 +27,7 @@ from tempering.training.distributed import (
     all_reduce_mean,
     broadcast_parameters,
     check_splittable,
+    checked_together,
     clip_grad_norm,
     global_row_weights,
 )
@@ -259,7 +260,7 @@ class Trainer:
             SelfCheckError: if the first batches show that the run would be wrong.
         """
         skip, batch = self.config.skip_checks, self.loader.first()
-        with self._hooks():
+        with checked_together(self.world), self._hooks():
             checked = selfcheck(
                 self.model,
                 self.teacher,
@@ -272,10 +273,10 @@ class Trainer:
                 workers=independent_workers(self.loader.batches),
                 skip=skip,
             )
-        if self.evaluator.splits:
-            if "scores" not in skip:
-                self.evaluator.check(self.model, self.method)
-            checked.checks["scores"] = "turned off" if "scores" in skip else "ok"
+            if self.evaluator.splits:
+                if "scores" not in skip:
+                    self.evaluator.check(self.model, self.method)
+                checked.checks["scores"] = "turned off" if "scores" in skip else "ok"
         return checked
 
     def run(self, facts: Mapping[str, Any]) -> Run:
