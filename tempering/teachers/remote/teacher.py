@@ -63,7 +63,7 @@ class RemoteTeacher(Teacher):
         concurrent: int = 4,
         **options: Unpack[RequestOptions],
     ) -> None:
-        if api not in get_args(Api) or min(top, batch, concurrent) < 1:
+        if api not in get_args(Api) or not all(isinstance(x, int) and x >= 1 for x in (top, batch, concurrent)):
             raise ValueError(
                 f"RemoteTeacher needs api 'vllm' or 'openai', and top, batch and concurrent >= 1; got {api!r}, {top}, "
                 f"{batch} and {concurrent}."
@@ -74,7 +74,14 @@ class RemoteTeacher(Teacher):
         self.identity = key_digest({"served": model, "top": top})
 
     def __call__(self, inputs: Mapping[str, Tensor], ids: Tensor | None = None) -> Sparse:
-        tokens, mask = inputs["input_ids"], inputs.get("attention_mask")
+        if not isinstance(inputs, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"RemoteTeacher needs the inputs of LanguageModeling; got {type(inputs).__name__}.")
+        tokens, mask, labels = (inputs.get(name) for name in ("input_ids", "attention_mask", "labels"))
+        if tokens is None or tokens.is_floating_point() or (labels is not None and labels.shape != tokens.shape):
+            raise ValueError(
+                "RemoteTeacher needs the inputs of LanguageModeling, with integer input_ids; got "
+                f"{', '.join(f'{n} {tuple(x.shape)}' for n, x in inputs.items())}. Encoder-decoders need Live(model)."
+            )
         if mask is None and inputs.get("position_ids") is not None:
             raise ValueError("RemoteTeacher cannot keep packed texts apart. Pad them: data.text.collate(examples).")
         device, tokens = tokens.device, on_host(tokens).cpu()
@@ -134,7 +141,7 @@ class RemoteTeacher(Teacher):
                 f"{self._source} returns no prompt_logprobs. Is it vLLM? For others: api='openai'."
             )
         self._check_length(len(logprobs), text)
-        steps = [{int(i): float(entry["logprob"]) for i, entry in step.items()} for step in logprobs[1:]]
+        steps = [{_id(i): _logprob(entry["logprob"]) for i, entry in step.items()} for step in logprobs[1:]]
         for i, step in enumerate(steps, 1):
             if text[i] not in step:
                 raise self.endpoint.error(
@@ -157,7 +164,7 @@ class RemoteTeacher(Teacher):
                     f"{self._source} returns log-probabilities of another text: position {i} is token {text[i]}, and "
                     f"in the response it is {tokens[i]!r}. Does it insert a token, or are ``tokens`` of another model?"
                 )
-            step = {self._id(token): float(value) for token, value in likely[i].items()}
+            step = {self._id(token): _logprob(value) for token, value in likely[i].items()}
             if self.tokens is None:
                 if None in step:
                     raise self.endpoint.error(
@@ -165,7 +172,7 @@ class RemoteTeacher(Teacher):
                         "tokens={string: id}, or start it with --return-tokens-as-token-ids."
                     )
                 self._check_top(step)
-            steps.append({k: v for k, v in step.items() if k is not None} | {text[i]: float(own[i])})
+            steps.append({k: v for k, v in step.items() if k is not None} | {text[i]: _logprob(own[i])})
         return steps
 
     def _sparse(self, text: list[int], steps: list[Step]) -> Sparse:
@@ -179,7 +186,7 @@ class RemoteTeacher(Teacher):
             if next_token in possible and all(token != next_token for token, _ in likely):
                 likely.append((next_token, step[next_token]))
             total = math.fsum(math.exp(min(value, 1.0)) for _, value in likely)
-            if not total <= 1.0 + TOLERANCE:  # also for NaN
+            if not 0.0 < total <= 1.0 + TOLERANCE:
                 raise self.endpoint.error(
                     f"{self._source} returns no log-probabilities: at position {i + 1} the probabilities of "
                     f"{len(likely)} tokens add up to {total:g}. Does it return logits?"
@@ -192,7 +199,7 @@ class RemoteTeacher(Teacher):
     def _id(self, token: str) -> int | None:
         """Return the id of a token string; None if it is unknown."""
         if token.startswith(TOKEN):
-            return int(token.removeprefix(TOKEN))
+            return _id(token.removeprefix(TOKEN))
         return None if self.tokens is None else self.tokens.get(token)
 
     def _check_length(self, count: int, text: list[int], *, more: int = 0) -> None:
@@ -213,3 +220,17 @@ class RemoteTeacher(Teacher):
     @property
     def _source(self) -> str:
         return f"{self.endpoint.root} ({self.served!r})"
+
+
+def _id(token: str) -> int:
+    """Return a token id; an error of it is the caller's to name."""
+    if not 0 <= (number := int(token)) < 2**31:
+        raise ValueError(f"{number} is no token id")
+    return number
+
+
+def _logprob(value: Any) -> float:
+    """Return a log-probability; an error of it is the caller's to name."""
+    if math.isnan(number := float(value)):
+        raise ValueError("a log-probability is NaN")
+    return number
