@@ -94,7 +94,7 @@ def all_reduce_gradients(method: nn.Module, fabric: Fabric) -> None:
 
 @torch.no_grad()
 def clip_grad_norm(optimizer: Any, fabric: Fabric, max_norm: float) -> None:
-    """Clip the total norm of all gradients, sharded (FSDP) and unsharded ones together.
+    """Clip the total norm of all gradients, sharded (FSDP), unsharded and sparse ones together.
 
     A norm that is not finite makes them NaN; the loss scaler of fp16 has found the overflow by then and skips the step.
     """
@@ -108,7 +108,8 @@ def clip_grad_norm(optimizer: Any, fabric: Fabric, max_norm: float) -> None:
 
     fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    kinds = ([g for g in grads if isinstance(g, DTensor)], [g for g in grads if not isinstance(g, DTensor)])
+    dense = [g.coalesce().values() if g.layout == torch.sparse_coo else g for g in grads]
+    kinds = ([g for g in dense if isinstance(g, DTensor)], [g for g in dense if not isinstance(g, DTensor)])
     norms = [upcast_to_float32(full(torch.nn.utils.get_total_norm(kind))) for kind in kinds if kind]
     if norms:
         total_norm = cast("Tensor", torch.linalg.vector_norm(torch.stack(norms)))  # pyright: ignore[reportUnknownMemberType]

@@ -390,7 +390,8 @@ class Trainer:
             if self.length.ends_epoch(state):
                 break
         if state.step == start_step and not start_batch:
-            raise ValueError(EMPTY)
+            later = f"Epoch {state.epoch + 1} has none: is it a generator, which can be iterated over once?"
+            raise ValueError(f"{EMPTY} {later}" if state.epoch else EMPTY)
         steps_in_epoch = max(1, math.ceil(state.batch / config.accumulate))
         mean_loss = all_reduce_mean(self._finite(float(loss_sum)) / steps_in_epoch, self.fabric)
         state.epoch, state.batch, state.loss_sum = state.epoch + 1, 0, 0.0

@@ -141,7 +141,7 @@ class RemoteTeacher(Teacher):
                 f"{self._source} returns no prompt_logprobs. Is it vLLM? For others: api='openai'."
             )
         self._check_length(len(logprobs), text)
-        steps = [{_id(i): _logprob(entry["logprob"]) for i, entry in step.items()} for step in logprobs[1:]]
+        steps = [{_id(i): float(entry["logprob"]) for i, entry in step.items()} for step in logprobs[1:]]
         for i, step in enumerate(steps, 1):
             if text[i] not in step:
                 raise self.endpoint.error(
@@ -164,7 +164,7 @@ class RemoteTeacher(Teacher):
                     f"{self._source} returns log-probabilities of another text: position {i} is token {text[i]}, and "
                     f"in the response it is {tokens[i]!r}. Does it insert a token, or are ``tokens`` of another model?"
                 )
-            step = {self._id(token): _logprob(value) for token, value in likely[i].items()}
+            step = {self._id(token): float(value) for token, value in likely[i].items()}
             if self.tokens is None:
                 if None in step:
                     raise self.endpoint.error(
@@ -172,7 +172,7 @@ class RemoteTeacher(Teacher):
                         "tokens={string: id}, or start it with --return-tokens-as-token-ids."
                     )
                 self._check_top(step)
-            steps.append({k: v for k, v in step.items() if k is not None} | {text[i]: _logprob(own[i])})
+            steps.append({k: v for k, v in step.items() if k is not None} | {text[i]: float(own[i])})
         return steps
 
     def _sparse(self, text: list[int], steps: list[Step]) -> Sparse:
@@ -185,7 +185,8 @@ class RemoteTeacher(Teacher):
             likely = sorted(possible.items(), key=lambda pair: (-pair[1], pair[0]))[: self.top]
             if next_token in possible and all(token != next_token for token, _ in likely):
                 likely.append((next_token, step[next_token]))
-            total = math.fsum(math.exp(min(value, 1.0)) for _, value in likely)
+            is_nan = any(map(math.isnan, step.values()))
+            total = math.nan if is_nan else math.fsum(math.exp(min(value, 1.0)) for _, value in likely)
             if not 0.0 < total <= 1.0 + TOLERANCE:
                 raise self.endpoint.error(
                     f"{self._source} returns no log-probabilities: at position {i + 1} the probabilities of "
@@ -226,11 +227,4 @@ def _id(token: str) -> int:
     """Return a token id; an error of it is the caller's to name."""
     if not 0 <= (number := int(token)) < 2**31:
         raise ValueError(f"{number} is no token id")
-    return number
-
-
-def _logprob(value: Any) -> float:
-    """Return a log-probability; an error of it is the caller's to name."""
-    if math.isnan(number := float(value)):
-        raise ValueError("a log-probability is NaN")
     return number
