@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from tempering.teachers import (
     record_sampled,
     record_top_k,
 )
+from tempering.teachers import record as record_logits
 from tempering.teachers.outputs import Hidden
 from tests.test_cache_files import write_shards
 from tests.test_generation import PAD, gpt2, llama, texts
@@ -259,3 +263,121 @@ def test_a_recording_serves_the_trainer_of_transformers(tmp_path: Path) -> None:
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+# faults
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_full_disk_is_named_and_the_recording_resumed(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempering.teachers.cache.shard_recorder.TEXTS", 2)
+    sync, left, tokens = os.fsync, [0], Tokens(texts(), batch_size=2, pad=PAD)
+
+    def full(descriptor: int) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    def recorded(path: Path) -> Any:
+        cached = KINDS[kind](live(gpt2(12, 1)), tokens, path, inputs=TASK.inputs, quiet=True)
+        return rows(cached, tokens.batch(range(5)))
+
+    monkeypatch.setattr(os, "fsync", full)
+    want = recorded(tmp_path / "whole")
+    for where in (1, 2, 5):
+        path, left[0] = tmp_path / str(where), where
+        with pytest.raises(OSError, match=rf"cannot write .* under {path}\.partial: No space left.*record\(\) again"):
+            recorded(path)
+        assert equal(recorded(path), want) and not list(tmp_path.glob("*.partial*"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recording_on_a_read_only_disk_is_reused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples, path = texts(), tmp_path / "c"
+    tokens, few = (Tokens(part, batch_size=2, pad=PAD, length=20) for part in (examples, examples[1:3]))
+    source = counted(gpt2(12, 1))
+    want = rows(KINDS[kind](source, tokens, path, inputs=TASK.inputs, quiet=True), tokens.batch(range(5)))
+    low, high = os.open, builtins.open
+
+    def read_only(name: Any, flags: int, *args: Any, **how: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, "Read-only file system", str(name))
+        return low(name, flags, *args, **how)
+
+    def opened(name: Any, mode: str = "r", *args: Any, **how: Any) -> Any:
+        if set(mode) & set("wax+"):
+            raise OSError(errno.EROFS, "Read-only file system", str(name))
+        return high(name, mode, *args, **how)
+
+    monkeypatch.setattr(os, "open", read_only)
+    monkeypatch.setattr(builtins, "open", opened)
+    count = source.count
+    more = Tokens([*examples, TextExample((1, 2, 3), (True,) * 3)], batch_size=2, pad=PAD)
+    for data in (tokens, few):
+        cached = KINDS[kind](source, data, path, inputs=TASK.inputs, quiet=True)
+        assert equal(rows(cached, tokens.batch(range(5))), want) and source.count == count
+    with pytest.raises(OSError, match=r"cannot write .*Read-only file system\. .*make it writable"):
+        KINDS[kind](source, more, path, inputs=TASK.inputs, quiet=True)
+
+
+def test_what_cannot_be_recorded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, source = Tokens(texts(), batch_size=2, pad=PAD), live(gpt2(12, 1))
+    numbers: Any = [0, 1]
+    for batches in (torch.utils.data.DataLoader(numbers), numbers, None):
+        given: Any = batches
+        for record_texts in KINDS.values():
+            with pytest.raises(TypeError, match=r"does not have\. Use data\.Tokens.* or data\.Pairs"):
+                record_texts(source, given, tmp_path / "c", inputs=TASK.inputs)
+        with pytest.raises(TypeError, match=r"a recording needs samples with ids.*does not have\. Use data\.Batches"):
+            record_logits(source, given, tmp_path / "c")
+    with pytest.raises(ValueError, match=r"only logits \(B, C\).*For texts: record_top_k\(TopKTeacher"):
+        record_logits(source, tokens, tmp_path / "logits", quiet=True)
+    for wrong in (None, TASK, lambda batch: batch):
+        inputs: Any = wrong
+        with pytest.raises(TypeError, match=r"inputs needs a function.*LanguageModeling\(\)\.inputs"):
+            record_top_k(TopKTeacher(source, top=4), tokens, tmp_path / "c", inputs=inputs)
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ValueError, match=r"must be a folder, and .*file is a file"):
+        record_top_k(TopKTeacher(source, top=4), tokens, file / "c", inputs=TASK.inputs)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cached = record_top_k(TopKTeacher(source, top=4), tokens, "~/c", inputs=TASK.inputs, quiet=True)
+    assert cached.path == tmp_path / "c" == CachedTopK("~/c").path
+    batch = collate(texts(), pad=PAD)
+    with pytest.raises(ValueError, match="Only one of the two has the inputs token_type_ids"):
+        rows(cached, {**batch, "token_type_ids": torch.zeros_like(batch["input_ids"])})
+
+
+class Changed(torch.nn.Module):
+    """A model that changes the logit of a token."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.inner, self.value = gpt2(12, 1).float(), value
+        self.config = self.inner.config
+
+    def get_output_embeddings(self) -> Any:
+        return self.inner.get_output_embeddings()
+
+    def forward(self, **inputs: Any) -> Any:
+        output = self.inner(**inputs)
+        output.logits = output.logits.index_fill(-1, torch.tensor([3]), self.value)
+        return output
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_that_cannot_be_stored_are_named(kind: str, value: float, tmp_path: Path) -> None:
+    """A forbidden token can be, except by a head, which would allow it."""
+    source, tokens = Live(Changed(value)), Tokens(texts(), batch_size=2, pad=PAD)
+    if value == float("-inf") and kind != "hidden":
+        cached = KINDS[kind](source, tokens, tmp_path / "c", inputs=TASK.inputs, quiet=True)
+        output: Any = cached(TASK.inputs(tokens.batch(range(5)))[1], None)
+        assert not bool(((output.ids == 3) & (output.logp > -1e3)).any())
+        return
+    message = "head of Changed does not reproduce its logits" if kind == "hidden" else "log-probabilities contain NaN"
+    with pytest.raises(ValueError, match=message):
+        KINDS[kind](source, tokens, tmp_path / "c", inputs=TASK.inputs, quiet=True)

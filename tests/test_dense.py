@@ -358,5 +358,5 @@ def test_masks_are_those_of_the_shapes() -> None:
             here[box] = True
             assert (mask[box] == label + 1).any() and (mask[box] == 255).any()
         assert (mask[~here] == 0).all()
-    with pytest.raises(ValueError, match="synthetic_masks.. needs size >= 16"):
+    with pytest.raises(ValueError, match=r"synthetic_masks\(\) needs size >= 16"):
         synthetic_masks(size=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -379,3 +380,54 @@ def test_pictures_are_of_the_images_whose_boxes_differ_most() -> None:
         out["truth"] += [found() for _ in batch]
         keep_pictures(out, torch.stack([torch.full((3, 2, 2), float(i)) for i in batch]), 3)
     assert {i: float(image.mean()) for i, image in out["images"].items()} == {3: 3.0, 1: 1.0, 2: 2.0}
+
+
+BROKEN = {
+    r"needs tensors, boxes \(M, 4\) .*got {'boxes': \(1, 4\), 'labels': \(2,\)}": {"labels": torch.tensor([0, 1])},
+    r"got {'boxes': \(4,\), 'labels': \(1,\)}": {"boxes": torch.tensor([4.0, 4, 30, 30])},
+    r"got {'boxes': 'list', 'labels': \(1,\)}": {"boxes": [[4.0, 4, 30, 30]]},
+    r"got {'boxes': \(0,\), 'labels': \(0,\)}.*torch\.zeros\(0, 4\)": {
+        "boxes": torch.zeros(0),
+        "labels": torch.zeros(0),
+    },
+    r"got \[30\.0, 30\.0, 10\.0, 10\.0\]\. Boxes as \(x, y, width": {"boxes": torch.tensor([[30.0, 30, 10, 10]])},
+    r"boxes are finite .*got \[nan, 1": {"boxes": torch.tensor([[torch.nan, 1, 5, 5]])},
+    r"boxes are finite .*inf\]": {"boxes": torch.tensor([[1, 1, 5, torch.inf]])},
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_broken_targets_are_named(message: str) -> None:
+    given = batch(2)
+    good = {"boxes": torch.tensor([[4, 4, 30, 30]]), "labels": torch.tensor([1])}
+    given["targets"] = [good, good | BROKEN[message]]
+    with pytest.raises(ValueError, match=message):
+        net()(Detection().inputs(given)[0])
+
+
+def test_boxes_that_cannot_be_in_pixels_are_warned_of() -> None:
+    """Integers, and boxes without area or partly outside, train."""
+    given, student = batch(2), net()
+    labels = torch.tensor([1])
+    for box, message in {
+        (100, 100, 130, 130): "boxes outside of their image of 64 x 64",
+        (0.1, 0.1, 0.5, 0.5): "boxes smaller than a pixel of their image",
+    }.items():
+        given["targets"] = [{"boxes": torch.tensor([box]), "labels": labels}] * 2
+        with pytest.warns(UserWarning, match=message):
+            student(Detection().inputs(given)[0])
+    for box in ((4, 4, 4, 30), (-9, -9, 30, 90)):
+        given["targets"] = [{"boxes": torch.tensor([box]), "labels": labels}] * 2
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            losses = student(Detection().inputs(given)[0]).losses
+        torch.stack([loss.sum() for loss in losses.values()]).sum().backward()
+        assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
+
+
+def test_a_batch_without_images_has_no_rows() -> None:
+    task, given = Detection(keep=5), batch(2)
+    none = {"images": given["images"][:0], "targets": []}
+    student, teacher = net(bins=5, norm="group"), net(seed=2, bins=5, norm="group")
+    blocks = answers(task, student, teacher, none)
+    assert [len(rows) for rows in blocks] == [0, 0, 0] and blocks[1].student.shape == (0, 5)

@@ -164,6 +164,16 @@ def test_every_sample_is_seen_once_or_the_loader_is_refused(name: str, two: Path
     assert (orders[0] == orders[1]) == ordered, "a random order is another in each epoch"
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_self_check_decides_and_fails_in_all_processes(strategy: str, two: Path) -> None:
+    """Though the teacher is right on all samples of one process, and seldom on those of the other."""
+    first, second = json.loads((two / strategy / "checked.json").read_text())
+    assert first[:3] == second[:3] and len(set(first[:3])) == 1 and first[0].startswith("ok (50.0 % on the first 3")
+    assert len(list((two / strategy / "verdicts").glob("*.json"))) == 1
+    label = "label 9 is out of range for 5 classes"
+    assert first[3].startswith(f"process 1 of 2 stopped, SelfCheckError: {label}") and second[3].startswith(label)
+
+
 def _column(path: Path, name: str) -> list[float]:
     from tempering.utils.files import read_json_lines
 

@@ -15,11 +15,11 @@ from tempering.experiments.compare import plan as compare_plan
 from tempering.reports.intervals import difference, holm, pairs_needed
 from tempering.reports.leaderboard import cells, leaderboard, reading
 from tempering.reports.records import RunRecord, load_run
-from tests.later import Later
+from tests.lazy_modules import LazyModule
 from tests.paths import ROOT
 from tests.records_made import make_run
 
-stats = Later("scipy.stats")
+stats = LazyModule("scipy.stats")
 ARENA = ROOT / "benchmarks" / "results" / "arena16"
 
 

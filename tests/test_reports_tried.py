@@ -14,15 +14,18 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from tempering import distill
-from tempering.methods import CRD, KD, FitNet
+from tempering.methods import CRD, KD, FitNet, Supervised
 from tempering.methods.base import Method
 from tempering.rows import Rows
 from tempering.tasks import Classification
 from tempering.teachers import Live
+from tempering.training.checks import check_unsharded
 from tempering.training.config import SelfCheckError
 from tempering.training.loss_checks import check_label_names
+from tempering.utils.state import restored
 from tests.cases import each
 from tests.lazy_modules import LazyModule
+from tests.runs import CLASSES, cut, go, points, student_net, teacher_net
 
 hf = LazyModule("transformers")
 mixin = LazyModule("tempering.integrations.huggingface")
@@ -335,3 +338,107 @@ def test_lightning_tests_predicts_and_trains_in_other_types(precision: str, tmp_
     assert tested == validated and tested.keys() >= {"loss", "accuracy", "agreement"}
     predicted = torch.cat(fit.predict(module, loader))
     assert float((predicted.argmax(1) == Y).float().mean()) == pytest.approx(tested["accuracy"])
+
+
+# other situations
+
+
+class Answering(nn.Module):
+    """A module that has every attribute that it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = student_net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return lambda *_, **__: None
+
+
+def test_a_module_that_has_every_attribute_is_not_sharded() -> None:
+    check_unsharded(Answering())
+    net = Answering()
+    with restored(net):
+        net.register_forward_hook(lambda *_: None)
+    assert not net._forward_hooks
+
+
+def test_an_exported_teacher_is_the_teacher() -> None:
+    x, y = points(24)
+    teacher = teacher_net().eval()
+    sizes = ({0: torch.export.Dim("batch", min=2, max=512)},)
+    exported = torch.export.export(teacher, (x[:8],), dynamic_shapes=sizes).module()
+    runs = [go(cut((x, y), 8), teacher=given, steps=3) for given in (teacher, exported)]
+    for a, b in zip(*(run.student.parameters() for run in runs), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    assert runs[1].facts["selfcheck"]["checks"]["in eval"] == "ok"
+
+
+def test_a_function_and_stored_logits_are_no_teacher_and_told_how_to_be() -> None:
+    x, y = points(8)
+    logits: Any = torch.zeros(8, CLASSES)
+    function: Any = torch.tanh
+    for given, message in ((function, r"forward = staticmethod\(function\)"), (logits, r"return logits\[ids\]")):
+        for use in (Live, lambda given: go([(x, y)], teacher=given, steps=1)):
+            with pytest.raises(TypeError, match=message):
+                use(given)
+
+
+@pytest.mark.parametrize("max_norm", [0.01, 100.0])
+def test_sparse_gradients_are_clipped_as_dense_ones(max_norm: float) -> None:
+    def weights(*, sparse: bool) -> Tensor:
+        torch.manual_seed(0)
+        student = nn.Sequential(nn.EmbeddingBag(10, 8, sparse=sparse), nn.Linear(8, CLASSES))
+        batches = [(torch.randint(10, (8, 3)), torch.randint(CLASSES, (8,))) for _ in range(3)]
+        more: dict[str, Any] = {"teacher": None, "method": Supervised(), "selfcheck": False, "max_grad_norm": max_norm}
+        go(batches, student=student, steps=3, optimizer=partial(torch.optim.SGD, lr=0.5), **more)
+        return torch.cat([p.detach().flatten() for p in student.parameters()])
+
+    torch.testing.assert_close(weights(sparse=True), weights(sparse=False), rtol=0, atol=1e-6)
+
+
+class Ending:
+    """Three batches, in the first passes only."""
+
+    passes = 0
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Any:
+        self.passes += 1
+        return iter(cut(points(24), 8) if self.passes < 6 else [])
+
+
+def test_an_epoch_without_batches_is_named_by_its_number() -> None:
+    with pytest.raises(ValueError, match=r"yields no batches\..* Epoch \d has none: is it a generator"):
+        go(Ending(), epochs=9)
+
+
+def test_ids_that_are_numbers_of_groups_are_warned_of() -> None:
+    x, y = points(24)
+    method, net = CRD(samples=24, negatives=8, size=4), student_net()
+    task = Classification(features={"last": ("0", "0")})
+    with pytest.warns(UserWarning, match=r"a batch of 24 has \d different ids\. Are they numbers of groups"):
+        go([(x, y, y)], student=net, method=method, steps=1, task=task, selfcheck=False)
+
+
+class Answers(nn.Module):
+    """What models for question answering return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = student_net()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"start_logits": self.net(x), "end_logits": self.net(x)}
+
+
+def test_outputs_of_question_answering_are_refused_with_what_they_have() -> None:
+    with pytest.raises(ValueError, match=r"start_logits.*end_logits"):
+        go(cut(points(24), 8), student=Answers(), steps=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import socket
 import threading
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from tempering.teachers import RemoteTeacher
 
@@ -157,3 +159,70 @@ def test_an_address_with_a_key_in_it_is_refused() -> None:
         with pytest.raises(ValueError, match=r"belongs in an environment variable: key_env='NAME'") as caught:
             RemoteTeacher(url, "tiny")
         assert "hunter22" not in str(caught.value)
+
+
+NO_ADDRESSES = [
+    "http://a:1,http://b:2",
+    "http://a:1 http://b:2",
+    "http://",
+    "http://h:port",
+    "http://[::1",
+    "http://h\n",
+]
+
+
+@pytest.mark.parametrize("url", [*NO_ADDRESSES, "localhost:8000", ["http://a", "http://b"], None])
+def test_what_is_no_address_is_refused_at_once(url: Any) -> None:
+    with pytest.raises(ValueError, match=r"RemoteTeacher needs an address like 'http://localhost:8000'; got "):
+        RemoteTeacher(url, "tiny")
+
+
+def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of http.client would quote it; a line end at its end is dropped."""
+    for key in ("secret\nkey", "sécret"):
+        monkeypatch.setenv("SOME_KEY", key)
+        with pytest.raises(ValueError, match=r"SOME_KEY \(key_env\) has characters that no key has") as caught:
+            RemoteTeacher("http://localhost", "tiny", key_env="SOME_KEY")
+        assert key not in str(caught.value)
+    with pytest.raises(ValueError, match=r"variable \*\*\* \(key_env\) is not set"):
+        RemoteTeacher("http://localhost", "tiny", key_env="sk-" + "a1" * 16)
+
+
+def test_redirects_and_proxies_are_named(script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = script(lambda _: [b"HTTP/1.1 308 Moved\r\nLocation: http://other/\r\nContent-Length: 0\r\n\r\n"])
+    with pytest.raises(RuntimeError, match=r"refused the request: 308 Moved.*Give the address that it redirects to"):
+        ask(moved, timeout=20.0)
+    busy = script(lambda _: [head("529 Overloaded")])
+    with pytest.raises(RuntimeError, match="gave no response in 2 tries"):
+        ask(busy, timeout=20.0)
+    assert (moved.requests, busy.requests) == (1, 2)
+    monkeypatch.delenv("no_proxy")
+    monkeypatch.setenv("http_proxy", "http://user:password@127.0.0.1:9")
+    with pytest.raises(RuntimeError, match=r"through the proxy of http_proxy; NO_PROXY=127\.0\.0\.1") as caught:
+        ask(busy, timeout=20.0)
+    assert "password" not in str(caught.value)
+
+
+def test_numbers_that_are_no_log_probabilities_are_refused(script: Callable[..., Script]) -> None:
+    def answer(*steps: dict[str, Any]) -> bytes:
+        logprobs = [None, *({i: {"logprob": x} for i, x in step.items()} for step in steps)]
+        return json.dumps({"choices": [{"prompt_logprobs": logprobs}]}).encode()
+
+    good = {"2": -1.0, "3": -2.0, "4": -9.0}
+    for step, message in {
+        (("4", math.nan),): "no log-probabilities: at position 1 .* add up to nan",
+        (("-5", -3.0),): "-5 is no token id",
+        (("9" * 30, -3.0),): "9 is no token id",
+        (("2", -math.inf), ("3", -math.inf), ("4", -math.inf)): "probabilities of 0 tokens add up to 0",
+    }.items():
+        body = answer(good | dict(step), good)
+        with pytest.raises(RuntimeError, match=message):
+            ask(script(lambda _, body=body: [head(OK, len(body)), body]), timeout=20.0)
+
+
+def test_inputs_of_other_tasks_are_refused() -> None:
+    teacher, tokens = RemoteTeacher("http://localhost", "tiny"), torch.zeros(2, 3, dtype=torch.long)
+    wrong: list[Any] = [tokens, {"input_ids": tokens.float()}, {"x": tokens}]
+    for inputs in (*wrong, {"input_ids": tokens, "labels": tokens[:, :2]}):
+        with pytest.raises(ValueError, match="RemoteTeacher needs the inputs of LanguageModeling"):
+            teacher(inputs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from tempering.rows import Rows
 from tempering.tasks.detection import Detection
 from tempering.temperature import AdaptivePolicy, Temperatures
 from tempering.training import checkpoint
-from tempering.training.config import Run
+from tempering.training.config import VERDICTS, Run, SelfCheckError
 from tempering.training.distributed import all_gather_objects
 from tempering.training.fabric import fabric_for
 from tempering.training.resumable_loader import ResumableLoader, reseed
@@ -38,12 +39,14 @@ from tests.runs import (
     SGD,
     STEPS,
     Learned,
+    Part,
     Shared,
     Weighted,
     cut,
     flattened,
     go,
     images,
+    points,
     resumable,
     stop_at,
     student_net,
@@ -139,6 +142,40 @@ def stopped_and_whole(out: Path, loader: str, **both: Any) -> None:
     except KeyboardInterrupt:
         pass
     resumable(loader, out / "stopped", **both)
+
+
+class Known(Shared):
+    """Batches of which rank 0 gets a teacher's easy samples, and rank 1 those that it decides slowly on."""
+
+    def shard(self, rank: int, world: int) -> Shared:
+        return Known(self.batches, rank, world)
+
+    def __iter__(self) -> Iterator[Part]:
+        for x, y in self.batches:
+            yield (
+                (x[::2], y[::2]) if self.rank == 0 else (x[1::2], torch.where(y[1::2] == 0, 0, (y[1::2] + 1) % CLASSES))
+            )
+
+
+def checked(out: Path, **both: Any) -> None:
+    """Self-checks whose processes alone would take other numbers of batches, fail apart, or wait for a lock."""
+    said: list[Any] = []
+    batches, rank = cut(points(120), 8), torch.distributed.get_rank()
+    for grid in (False, True):
+        os.environ.update({VERDICTS: str(out / "verdicts")} if grid else {})
+        for _ in range(1 + grid):  # the second reads the verdict
+            student = student_net(norm=True)
+            run = go(Known(batches), student=student, steps=2, out=out / f"checked {len(said)}", **both)
+            said.append(run.facts["selfcheck"]["checks"]["above chance"])
+    os.environ.pop(VERDICTS)
+    student, bad = student_net(), [(x, y + CLASSES * (i == 0 and rank)) for i, (x, y) in enumerate(batches)]
+    try:
+        go(Shared(bad), student=student, steps=2, **both)
+    except SelfCheckError as error:
+        said.append(str(error))
+    every = all_gather_objects(said, fabric_for(accelerator="cpu", devices=2, strategy="ddp", precision="32-true"))
+    if not rank:
+        (out / "checked.json").write_text(json.dumps(every))
 
 
 class Numbers(IterableDataset[int]):
@@ -242,6 +279,8 @@ def main(out: Path) -> None:
     said = [refusal(method=DIST(), **ddp), refusal(method=KD(temperature=Grown()), **ddp)]
     said.append(refusal(batches=cut(weighted(24), 8), method=KD(), **ddp))
     sampled(out)
+    for strategy in ("ddp", "fsdp"):
+        checked(out / strategy, **(ddp | {"strategy": strategy}))
     if not rank:
         (out / "refused.txt").write_text("\n".join(said))
 

@@ -18,10 +18,11 @@ from tempering.rows import Rows, total
 from tempering.tasks.base import Task
 from tempering.tasks.row_scores import RowScores
 from tempering.teachers.base import Teacher
-from tempering.teachers.live import Live
+from tempering.teachers.live import Live, no_teacher_error
 from tempering.teachers.outputs import Sparse
 from tempering.training.checks import check_models_are_distinct, validate_sampled_teacher
 from tempering.training.config import Checked, Results, SelfCheckError
+from tempering.training.distributed import checked_together
 from tempering.training.evaluator import generators_restored
 from tempering.training.features import PairedFeatures, extracting
 from tempering.training.selfcheck import (
@@ -61,7 +62,7 @@ def fitting(method: Method, teacher: nn.Module | Teacher | None, student: nn.Mod
             )
         return None
     if not isinstance(teacher, (nn.Module, Teacher)):
-        raise TypeError(f"teacher must be a module, a Teacher or None; got {type(teacher).__name__}.")
+        raise no_teacher_error(teacher, "teacher must be a module, a Teacher or None")
     check_models_are_distinct(student, teacher)
     if isinstance(teacher, nn.Module):
         return Live(teacher).release()
@@ -122,6 +123,7 @@ def forward(
     return Forward(student_output, teacher_output, blocks)
 
 
+@checked_together()
 def check(
     batch: Any,
     later: Callable[[], Iterable[Any]],

@@ -130,7 +130,7 @@ class DistillMixin(Trainer):
         self._prepared = False
         self.task.prepare_model(student)
         if self.teacher is not None:
-            self.teacher.follow(Unpacked(student, without=self._left_out))
+            self.teacher.follow(Unpacked(student, excluded_inputs=self._excluded_inputs))
             for module in self.teacher.models:
                 self.task.prepare_model(module.model if isinstance(module, Unpacked) else module)
             self.teacher.to(self.args.device)

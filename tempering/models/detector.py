@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -71,13 +72,26 @@ class Detector(nn.Module, ABC):
         return self.detect(images, targets)
 
     def _validate_targets(self, images: Tensor, targets: Sequence[Target]) -> None:
-        """Reject targets of other images or classes; labels on an accelerator are not checked, to avoid a sync."""
+        """Reject targets of other images or classes, and broken boxes; values on an accelerator are not read."""
         if len(images) != len(targets):
             raise ValueError(
                 f"a detector needs targets for every image; got {len(images)} images and {len(targets)} targets."
             )
+        for target in targets:
+            boxes, labels = (target.get(n) if isinstance(target, Mapping) else None for n in ("boxes", "labels"))  # pyright: ignore
+            if not isinstance(boxes, Tensor) or not isinstance(labels, Tensor) or boxes.shape != (*labels.shape, 4):
+                got: Any = target
+                if isinstance(target, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+                    got = {n: tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for n, x in target.items()}  # pyright: ignore
+                raise ValueError(
+                    f"a target needs tensors, boxes (M, 4) as xyxy in pixels and labels (M,) from 0; got {got}. "
+                    "Without objects: torch.zeros(0, 4) and torch.zeros(0, dtype=torch.long)."
+                )
+        if not targets or targets[0]["labels"].device.type != "cpu":
+            return
+        _validate_boxes(torch.cat([target["boxes"] for target in targets]), images.shape[2:])
         labels = [target["labels"] for target in targets if len(target["labels"])]
-        values = torch.cat(labels) if labels and labels[0].device.type == "cpu" else torch.zeros(1)
+        values = torch.cat(labels) if labels else torch.zeros(1)
         if not 0 <= int(values.min()) <= int(values.max()) < self.classes:
             raise ValueError(
                 f"this detector has {self.classes} classes, counted from 0, and there are labels from "
@@ -97,6 +111,29 @@ class Detector(nn.Module, ABC):
         """Return the classification loss of ``inputs["images"]``, (B,), differentiable in the images."""
         losses = self.detect(inputs["images"], inputs["targets"]).losses
         return torch.stack([loss for name, loss in losses.items() if name.startswith("class")]).sum(0)
+
+
+def _validate_boxes(boxes: Tensor, size: Sequence[int]) -> None:
+    """Refuse boxes (N, 4) that are no xyxy; warn of those that cannot be of images of this height and width.
+
+    Raises:
+        ValueError: for a box that is not finite, or whose sides are exchanged.
+    """
+    valid = torch.isfinite(boxes).all(1) & (boxes[:, 2:] >= boxes[:, :2]).all(1)
+    if not valid.all():
+        raise ValueError(
+            f"boxes are finite (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2; got {boxes[~valid][0].tolist()}. Boxes as "
+            "(x, y, width, height)? Write torch.cat((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), 1)."
+        )
+    limit = boxes.new_tensor([size[1], size[0]])
+    outside = ((boxes[:, :2] >= limit) | (boxes[:, 2:] <= 0)).any(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+    is_relative = len(boxes) > 0 and float(boxes.max()) <= 1
+    if is_relative or outside.any():
+        warnings.warn(
+            f"there are boxes {'smaller than a pixel' if is_relative else 'outside'} of their image of {size[1]} x "
+            f"{size[0]}. Boxes are in pixels of the images as they are loaded: were these resized without them?",
+            stacklevel=2,
+        )
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tempering.reports.compare import CONTROL, Arm, Comparison, compare, display_name
+from tempering.reports.compare import CONTROL, Comparison, RunGroup, compare, display_name
 from tempering.reports.intervals import deviation, holm, mean, pairs_needed
 from tempering.reports.records import RunRecord
 from tempering.reports.text import PM
@@ -23,9 +23,9 @@ class Leaderboard:
     """A comparison with the best fixed temperature.
 
     Attributes:
-        comparison: of all arms; its main control is ``best``.
-        best: label of the arm that the others are compared with.
-        fixed: label -> mean validation accuracy, of the arms that it was chosen from; empty if there were none.
+        comparison: of all groups; its main control is ``best``.
+        best: label of the group that the others are compared with.
+        fixed: label -> mean validation accuracy, of the groups that it was chosen from; empty if there were none.
         p: label -> p-value of the paired t test on the test scores, corrected by Holm for the number of methods.
     """
 
@@ -42,7 +42,7 @@ class Leaderboard:
         return (sum(n * sd**2 for n, sd in sums) / freedom) ** 0.5 if freedom else None
 
     def _gaps(self) -> list[list[float]]:
-        gaps = [arm.versus.get(self.best) for arm in self.comparison.arms if arm.label in self.p]
+        gaps = [group.versus.get(self.best) for group in self.comparison.groups if group.label in self.p]
         return [list(gap.each.values()) for gap in gaps if gap is not None]
 
     def pairs_needed(self, effect: float) -> int | None:
@@ -76,9 +76,11 @@ def leaderboard(runs: Sequence[RunRecord]) -> Leaderboard:
     comparison = compare(runs, max(fixed, key=lambda label: fixed[label]) if fixed else None)
     if comparison.main is None:
         raise ValueError("a leaderboard needs finished runs of a control: KD with a fixed temperature.")
-    others = [arm for arm in comparison.arms if arm.label not in (*fixed, comparison.main, CONTROL)]
+    others = [group for group in comparison.groups if group.label not in (*fixed, comparison.main, CONTROL)]
     p = {
-        arm.label: value for arm in others if (gap := arm.versus.get(comparison.main)) and (value := gap.p) is not None
+        group.label: value
+        for group in others
+        if (gap := group.versus.get(comparison.main)) and (value := gap.p) is not None
     }
     return Leaderboard(comparison, comparison.main, fixed, holm(p))
 
@@ -96,21 +98,21 @@ def cells(board: Leaderboard, own: Collection[str] = ()) -> list[dict[str, str]]
     """Return the rows of the table, best mean first: heading -> text. ``own`` are labels to mark."""
     metric, unit = board.comparison.metric, " (%)" if board.comparison.metric.fraction else ""
     rows = []
-    for place, arm in enumerate(board.comparison.ranked, 1):
-        row = {"": str(place), "method": arm.name + (" (yours)" if arm.label in own else ""), "seeds": str(arm.n)}
-        row[f"{metric.name.replace('/', ' ')}{unit}"] = metric.show(arm.mean) + _plus_minus(metric.show(arm.sd))
-        rows.append(row | _against(board, arm))
+    for place, group in enumerate(board.comparison.ranked, 1):
+        row = {"": str(place), "method": group.name + (" (yours)" if group.label in own else ""), "seeds": str(group.n)}
+        row[f"{metric.name.replace('/', ' ')}{unit}"] = metric.show(group.mean) + _plus_minus(metric.show(group.sd))
+        rows.append(row | _against(board, group))
     return rows
 
 
-def _against(board: Leaderboard, arm: Arm) -> dict[str, str]:
-    metric, gap = board.comparison.metric, arm.versus.get(board.best)
+def _against(board: Leaderboard, group: RunGroup) -> dict[str, str]:
+    metric, gap = board.comparison.metric, group.versus.get(board.best)
     heads = (f"vs {display_name(board.best)}", "p (Holm)", "verdict")
-    if arm.label == board.best:
+    if group.label == board.best:
         return dict(zip(heads, ("control", "", ""), strict=True))
     if gap is None:
         return dict(zip(heads, ("-", "", "no pairs"), strict=True))
-    p = board.p.get(arm.label)
+    p = board.p.get(group.label)
     better = (gap.mean < 0) == metric.lower
     verdict = "not compared" if p is None else "not decided" if p > LEVEL else "better" if better else "worse"
     shown = metric.show(gap.mean, signed=True) + _plus_minus(metric.show(gap.half))

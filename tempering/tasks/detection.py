@@ -125,7 +125,7 @@ class Detection(Task):
             a, b = (torch.stack((x, torch.zeros_like(x)), -1) for x in (a, b))
         elif s.sigmoid:
             a, b = (torch.cat((x, torch.zeros_like(x[..., :1])), -1) for x in (a, b))
-        weight = a.new_full(a.shape[:-1], 1.0 / max(1, a[0, ..., 0].numel())).flatten()
+        weight = a.new_full(a.shape[:-1], 1.0 / max(1, a.shape[1:-1].numel())).flatten()
         return _block(a, b, weight, "classes")
 
     def _side_rows(self, s: Detected, t: Detected, s_index: Tensor, t_index: Tensor) -> list[Rows]:
@@ -137,9 +137,9 @@ class Detection(Task):
                 "same number."
             )
         score = _gather(t.foreground.amax(-1, keepdim=True), t_index).squeeze(-1).to(s.bins.dtype)
-        weight = (score / score.sum(1, keepdim=True) / 4).unsqueeze(-1).expand(-1, -1, 4)
+        weight = (score / score.sum(1, keepdim=True) / 4).nan_to_num(0.0).unsqueeze(-1).expand(-1, -1, 4)
         pairs = ((s.bins, s_index), (t.bins, t_index))
-        a, b = (_gather(bins.flatten(2), index).view(*index.shape, 4, -1) for bins, index in pairs)
+        a, b = (_gather(bins.flatten(2), index).view(*index.shape, *bins.shape[2:]) for bins, index in pairs)
         return [_block(a, b, weight.flatten(), "sides")]
 
     # scores
@@ -318,6 +318,8 @@ def _padded_boxes(batch: Any) -> Tensor:
     height, width = batch["images"].shape[2:]
     absolute = [target["boxes"] for target in batch["targets"]]
     boxes = [x / numbers_on([width, height, width, height], x) for x in absolute]
+    if not boxes:
+        return batch["images"].new_zeros(0, 1, 4)
     largest = max([1, *map(len, boxes)])
     return torch.stack([nn.functional.pad(x, (0, 0, 0, largest - len(x)), value=-1.0) for x in boxes])
 

@@ -47,11 +47,11 @@ class CombinedTeacher(Teacher):
         self.parts = {str(name): x if isinstance(x, Teacher) else Live(x) for name, x in named.items()}
 
     @property
-    def columns(self) -> tuple[str, ...]:
+    def columns(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return tuple(dict.fromkeys(name for part in self.parts.values() for name in part.columns))
 
     @property
-    def trained(self) -> bool:
+    def trained(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether all of them are trained."""
         return all(part.trained for part in self.parts.values())
 
@@ -61,7 +61,7 @@ class CombinedTeacher(Teacher):
             part.trained = value
 
     @property
-    def samples(self) -> int | None:
+    def samples(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return next((part.samples for part in self.parts.values() if part.samples is not None), None)
 
     def to(self, device: torch.device | str) -> Self:
@@ -83,7 +83,7 @@ class CombinedTeacher(Teacher):
             part.update()
 
     @property
-    def state(self) -> nn.Module | None:
+    def state(self) -> nn.Module | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         states = {str(i): part.state for i, part in enumerate(self.parts.values()) if part.state is not None}
         return nn.ModuleDict(states) if states else None
 

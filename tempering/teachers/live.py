@@ -67,7 +67,7 @@ class Live(Teacher):
         data_normalization: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"Live needs a torch module; got {type(model).__name__}.")
+            raise no_teacher_error(model, "Live needs a torch module")
         if precision is not None and precision not in DTYPES:
             raise ValueError(f"Live needs precision {', '.join(map(repr, DTYPES))} or None; got {precision!r}.")
         self.precision, self.channels_last, self.fuse_conv_bn, self.compile = (
@@ -140,7 +140,7 @@ class Live(Teacher):
         """Freeze the module and put it in eval mode; the first forward after ``release`` does so too."""
         if self._before is None:
             self._before = ModelState(self._model)
-            self._model.eval()
+            _to_eval(self._model)
             for p in self._model.parameters():  # a scripted module does not have requires_grad_() itself
                 p.requires_grad_(False)
             dtypes = {p.dtype for p in self._model.parameters() if p.is_floating_point()}
@@ -205,7 +205,7 @@ class Live(Teacher):
         return x.contiguous(memory_format=torch.channels_last) if self._images_last and x.ndim == 4 else x
 
     def _restore_eval(self) -> None:
-        self._model.eval()
+        _to_eval(self._model)
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -255,3 +255,25 @@ def _fuse_conv_bn(model: nn.Module) -> nn.Module:
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced
+
+
+def _to_eval(model: nn.Module) -> None:
+    """Put a module in eval mode; one of ``torch.export`` has a single mode, and is marked as being in it."""
+    try:
+        model.eval()
+    except NotImplementedError:
+        for module in model.modules():
+            module.training = False
+
+
+def no_teacher_error(given: object, needs: str) -> TypeError:
+    """Return the error for something other than a teacher, with what to write for a function and for stored logits."""
+    advice = ""
+    if hasattr(given, "shape"):
+        advice = (
+            " Logits (samples, classes) in memory are read by the ids of batches: class Stored(teachers.Teacher): "
+            "identity = 'a name of these logits', and def __call__(self, inputs, ids): return logits[ids]."
+        )
+    elif callable(given):
+        advice = " Wrap a function: class Model(nn.Module): forward = staticmethod(function)."
+    return TypeError(f"{needs}; got {type(given).__name__}.{advice}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -139,16 +139,16 @@ class Routed(CombinedTeacher):
         kind = Sparse if isinstance(one, Sparse) else Tensor
         for name, output in others:
             same = isinstance(output, kind) and isinstance(one, kind)
-            if not same or (kind is Tensor and output.shape[1:] != one.shape[1:]):
+            if not same or (kind is Tensor and cast(Tensor, output).shape[1:] != cast(Tensor, one).shape[1:]):
                 raise ValueError(
                     f"Routed joins logits of one shape; {self._said(first, one)} and {self._said(name, output)}. All "
                     "need the same classes in the same order (of a padded vocabulary too). To mix a remote or top-k "
                     "teacher with live ones, wrap these: teachers.TopKTeacher(teacher, top=...)."
                 )
-        if kind is Tensor:
+        if not isinstance(one, Sparse):
             return torch.cat(list(outputs.values())).index_select(0, to_device(order, one.device))
         width = max(sparse.ids.shape[-1] for sparse in outputs.values())
-        padded = [_padded(sparse, width) for sparse in outputs.values()]
+        padded: list[Sparse] = [_padded(sparse, width) for sparse in outputs.values()]
         stored = [torch.ones_like(s.tail_logp, dtype=torch.bool) if s.stored is None else s.stored for s in padded]
         index = to_device(order, one.logp.device)
         fields = (

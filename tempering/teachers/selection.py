@@ -61,14 +61,19 @@ def keep_samples(
     divergences are infinite. The tail is empty. ``besides`` is kept as well, with probability 0 if it was not sampled.
 
     Raises:
-        ValueError: for samples < 1.
+        ValueError: for samples < 1, or logits that are NaN or infinite.
 
     Reference: Anshumann et al., "Sparse Logit Sampling", ACL 2025, arXiv:2503.16870.
     """
     if samples < 1:
         raise ValueError(f"keep_samples needs samples >= 1; got {samples}.")
     p = torch.softmax(upcast_to_float32(logits), -1)
-    ids = torch.multinomial(p.flatten(0, -2), samples, replacement=True, generator=generator)
+    try:
+        ids = torch.multinomial(p.flatten(0, -2), samples, replacement=True, generator=generator)
+    except RuntimeError as error:
+        if "invalid multinomial" in str(error) or "probability tensor contains" in str(error):
+            raise ValueError("the teacher's log-probabilities contain NaN. Is its checkpoint complete?") from error
+        raise
     return count_samples(ids.view(*logits.shape[:-1], samples), besides=besides, dtype=p.dtype)
 
 

@@ -138,7 +138,7 @@ def check_unsharded(student: nn.Module) -> None:
             "the student is wrapped in DistributedDataParallel. A run does so itself: give the plain module, "
             "distill(student.module, ..., devices=N, strategy='ddp')."
         )
-    if kind == "FullyShardedDataParallel" or any(hasattr(m, "_get_fsdp_state") for m in student.modules()):
+    if kind == "FullyShardedDataParallel" or any(hasattr(type(m), "_get_fsdp_state") for m in student.modules()):
         raise ValueError(
             "the student is sharded by FSDP. A run does so itself: give the plain module, distill(model, ..., "
             "devices=N, strategy='fsdp')."

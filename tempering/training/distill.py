@@ -212,7 +212,9 @@ def as_teacher(teacher: nn.Module | Teacher | None, method: Method, batches: Ite
         live.bind_data(batches)
         return live
     if teacher is not None:
-        raise TypeError(f"teacher must be a module, a Teacher or None; got {type(teacher).__name__}.")
+        from tempering.teachers.live import no_teacher_error
+
+        raise no_teacher_error(teacher, "teacher must be a module, a Teacher or None")
     if method.needs_teacher:
         raise ValueError(
             f"{type(method).__name__} needs a teacher, and teacher is None. To train without one, use "

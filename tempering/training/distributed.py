@@ -7,15 +7,18 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from tempering.methods.base import Method
 from tempering.rows import upcast_to_float32
+from tempering.training.config import SelfCheckError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 # sent before a job is ended or suspended: by Slurm (--signal, preemption), Grid Engine (-notify), LSF, a terminal
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 REQUEUE_CODE = 99  # Grid Engine queues a job that exits with 99 again; LSF and Slurm if configured (docs/runs.md)
+
+T = TypeVar("T")
 
 EVERY = 10  # steps between looks for a signal with several GPUs
 
@@ -89,7 +94,7 @@ def all_reduce_gradients(method: nn.Module, fabric: Fabric) -> None:
 
 @torch.no_grad()
 def clip_grad_norm(optimizer: Any, fabric: Fabric, max_norm: float) -> None:
-    """Clip the total norm of all gradients, sharded (FSDP) and unsharded ones together.
+    """Clip the total norm of all gradients, sharded (FSDP), unsharded and sparse ones together.
 
     A norm that is not finite makes them NaN; the loss scaler of fp16 has found the overflow by then and skips the step.
     """
@@ -103,7 +108,8 @@ def clip_grad_norm(optimizer: Any, fabric: Fabric, max_norm: float) -> None:
 
     fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    kinds = ([g for g in grads if isinstance(g, DTensor)], [g for g in grads if not isinstance(g, DTensor)])
+    dense = [g.coalesce().values() if g.layout == torch.sparse_coo else g for g in grads]
+    kinds = ([g for g in dense if isinstance(g, DTensor)], [g for g in dense if not isinstance(g, DTensor)])
     norms = [upcast_to_float32(full(torch.nn.utils.get_total_norm(kind))) for kind in kinds if kind]
     if norms:
         total_norm = cast("Tensor", torch.linalg.vector_norm(torch.stack(norms)))  # pyright: ignore[reportUnknownMemberType]
@@ -128,7 +134,90 @@ def all_gather_objects(value: Any, fabric: Fabric) -> list[Any]:
     """Gather a picklable object from every rank, in the order of ranks."""
     if fabric.world_size == 1:
         return [value]
-    objects: list[Any] = [None] * fabric.world_size
+    return _gather(value)
+
+
+# checks that processes make together
+
+
+class _Failure(NamedTuple):
+    """What ended the checks of a process, for the others."""
+
+    message: str
+
+
+class OtherProcessError(SelfCheckError):
+    """Raised where the self-check of another process of the run failed."""
+
+
+@contextmanager
+def checked_together(world: int | None = None) -> Generator[None]:
+    """Check in ``world`` processes that decide alike, by ``from_all_processes``, and that all stop if one fails.
+
+    None is all processes of the process group.
+
+    Without it a process would wait forever for one that stopped, or that took another number of batches to be sure.
+
+    Raises:
+        OtherProcessError: if another process failed, with its message.
+    """
+    if (world_size() if world is None else world) == 1:
+        yield
+        return
+    token = _TOGETHER.set(True)
+    try:
+        yield
+        from_all_processes(None)
+    except OtherProcessError:
+        raise
+    except Exception as error:
+        _gather(_Failure(f"{type(error).__name__}: {error}"))
+        raise
+    finally:
+        _TOGETHER.reset(token)
+
+
+_TOGETHER: ContextVar[bool] = ContextVar("together", default=False)
+
+
+def world_size() -> int:
+    """Return the number of processes of the process group; 1 where there is none."""
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if is_distributed else 1
+
+
+def is_first_process() -> bool:
+    """Whether this process is the first of those that check together; one outside of ``checked_together`` is."""
+    return not _TOGETHER.get() or torch.distributed.get_rank() == 0
+
+
+def from_all_processes(value: T) -> list[T]:
+    """Return the objects of all processes in the order of ranks; [value] outside of ``checked_together``.
+
+    Raises:
+        OtherProcessError: if another process failed, with its message.
+    """
+    if not _TOGETHER.get():
+        return [value]
+    values = _gather(value)
+    for rank, other in enumerate(values):
+        if isinstance(other, _Failure):
+            raise OtherProcessError(f"process {rank} of {len(values)} stopped, {other.message}")
+    return values
+
+
+def while_all(values: Iterable[T]) -> Iterator[T]:
+    """Iterate as long as every process has a value."""
+    iterator = iter(values)
+    while all(from_all_processes((value := next(iterator, _END)) is not _END)):
+        yield cast("T", value)
+
+
+_END = object()
+
+
+def _gather(value: Any) -> list[Any]:
+    objects: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(objects, value)  # pyright: ignore[reportUnknownMemberType]
     return objects
 

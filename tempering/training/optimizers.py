@@ -95,7 +95,7 @@ def _with_groups(optimizer: torch.optim.Optimizer, groups: Groups) -> torch.opti
 def updating(optimizer: torch.optim.Optimizer, teacher: Teacher | None) -> torch.optim.Optimizer:
     """Let a teacher that follows the student do so after every step of the optimizer; return the optimizer."""
     if teacher is not None and teacher.state is not None:
-        optimizer.register_step_post_hook(lambda *_: teacher.update())
+        optimizer.register_step_post_hook(lambda _optimizer, _args, _kwargs: teacher.update())
     return optimizer
 
 

@@ -24,7 +24,7 @@ from tempering.training.config import Run, TrainConfig, TrainState
 from tempering.training.distributed import all_gather_objects
 from tempering.training.recorder import read_facts, surroundings
 from tempering.training.resumable_loader import loader_settings, settings_of
-from tempering.utils.files import read_json_lines, try_lock, verify_records
+from tempering.utils.files import folder_path, read_json_lines, try_lock, verify_records
 from tempering.utils.tensors import batch_digests, read_weights
 
 if TYPE_CHECKING:
@@ -62,12 +62,7 @@ def run_folder(out: str | Path) -> Path:
     Raises:
         ValueError: if it cannot be a folder.
     """
-    folder = Path(out).expanduser()
-    blocking = next((p for p in (folder, *folder.parents) if p.is_symlink() or p.exists()), folder)
-    if blocking.exists() != blocking.is_dir() or (blocking.is_symlink() and not blocking.exists()):
-        what = "is a file" if blocking.exists() else "is a symbolic link to a path that does not exist"
-        raise ValueError(f"out={str(out)!r} (--out) must be a folder, and {blocking} {what}. Give another out=.")
-    return folder
+    return folder_path(out, f"out={str(out)!r} (--out)", "out=")
 
 
 @contextmanager

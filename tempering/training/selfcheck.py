@@ -21,6 +21,7 @@ from tempering.teachers.base import Teacher
 from tempering.teachers.outputs import Sparse
 from tempering.training.checkpoint import random_state, set_random_state
 from tempering.training.config import Checked, Results, SelfCheckError
+from tempering.training.distributed import from_all_processes, while_all, world_size
 from tempering.utils.files import sha256_text
 from tempering.utils.tensors import batch_digests, map_tensors
 
@@ -196,7 +197,7 @@ def _check_training_mode(
     models: _Models, modes: Mapping[nn.Module, bool], first: _Outputs, single: Any, results: Results
 ) -> None:
     """Check that the student runs in training mode, as it will, and that its outputs have a gradient path."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    distributed = world_size() > 1
     student, task = models.student, models.task
     student.train()
     if modes[student]:  # parts that are in eval mode, such as a frozen norm, stay in it
@@ -247,7 +248,7 @@ def _check_modes(teacher: Teacher, method: Method, results: Results) -> None:
             raise SelfCheckError("the teacher has parameters that require grad. Wrap it in teachers.Live(model).")
         results["teacher frozen"] = "the method trains it" if method.trains_teacher else "ok"
     if results.wants("in eval"):
-        modules = cast("list[tuple[str, nn.Module]]", [pair for model in models for pair in model.named_modules()])
+        modules = [(name, m) for model in models for name, m in model.named_modules()]
         training = [name or "itself" for name, m in modules if m.training]
         if training:
             raise SelfCheckError(
@@ -383,10 +384,10 @@ def _check_can_learn(
     from tempering.training.loss_checks import moves_student, teacher_matters, why_nothing_moves
 
     tried = 1
-    moves = moves_student(method, blocks)
-    for batch in () if moves else itertools.islice(following(), MOST_TRIED):
+    moves = any(from_all_processes(moves_student(method, blocks)))
+    for batch in () if moves else while_all(itertools.islice(following(), MOST_TRIED)):
         blocks = models.run(batch).blocks
-        moves, tried = moves_student(method, blocks), tried + 1
+        moves, tried = any(from_all_processes(moves_student(method, blocks))), tried + 1
         if moves:
             break
     if not moves:
@@ -398,7 +399,7 @@ def _check_can_learn(
     results["can learn"] = "ok"
     if models.teacher is not None and method.needs_teacher and results.wants("teacher effect"):
         results["teacher effect"] = "ok"
-        if not teacher_matters(method, blocks):
+        if not any(from_all_processes(teacher_matters(method, blocks))):
             results["teacher effect"] = "none"
             warnings.warn(
                 f"the teacher has no effect: with another one, the loss of {type(method).__name__} would have the same "

@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tempering.rows import Rows, class_labels, is_labeled
 from tempering.training.config import VERDICTS, SelfCheckError
+from tempering.training.distributed import from_all_processes, is_first_process, while_all
 from tempering.utils.files import file_lock, sha256_text, write_atomic
 
 FALSE_ALARM = 5e-4  # largest probability to refuse a teacher that is at least ``good_accuracy``
@@ -78,16 +80,18 @@ def log_evidence(correct: Tensor, rows: Tensor, classes: int) -> tuple[Tensor, T
 def judge(counts: Iterable[tuple[Rows, Tensor | None]]) -> Verdict:
     """Count hits batch by batch until the teacher is known to be good, or to guess; "open" where batches run out.
 
+    The hits are those of all processes, so that all have the same verdict after the same number of batches.
+
     Args:
         counts: per batch its rows and the teacher's likeliest class of each, as ``Task.scored_rows`` returns them.
     """
     correct = rows = classes = batches = 0
-    for block, top in counts:
+    for block, top in while_all(counts):
         batches, classes = batches + 1, block.student.shape[1]
-        if block.target is None or top is None:
+        found = from_all_processes(_hits(block, top))
+        if any(part is None for part in found):
             return Verdict("open", correct, rows, 0, batches)
-        known = is_labeled(block.target) if block.weight is None else is_labeled(block.target) & (block.weight > 0)
-        correct, rows = correct + int(((top == class_labels(block.target)) & known).sum()), rows + int(known.sum())
+        correct, rows = (total + sum(part[i] for part in found if part) for i, total in enumerate((correct, rows)))
         if classes < 2:
             return Verdict("open", correct, rows, classes, batches)
         no_good, no_guess = log_evidence(torch.tensor(correct), torch.tensor(rows), classes)
@@ -100,6 +104,14 @@ def judge(counts: Iterable[tuple[Rows, Tensor | None]]) -> Verdict:
     return Verdict("open", correct, rows, classes, batches)
 
 
+def _hits(block: Rows, top: Tensor | None) -> tuple[int, int] | None:
+    """Return the numbers of hits and of labeled rows; None without labels or classes."""
+    if block.target is None or top is None:
+        return None
+    known = is_labeled(block.target) if block.weight is None else is_labeled(block.target) & (block.weight > 0)
+    return int(((top == class_labels(block.target)) & known).sum()), int(known.sum())
+
+
 def shared_verdict(teacher: str, decide: Callable[[], Verdict]) -> Verdict:
     """Return the verdict on the teacher of this identity, decided once by all runs that share a folder of verdicts.
 
@@ -109,10 +121,15 @@ def shared_verdict(teacher: str, decide: Callable[[], Verdict]) -> Verdict:
         return decide()
     path = Path(folder) / f"{sha256_text(teacher)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with file_lock(path.with_suffix(".lock")):
-        if not path.is_file():
-            write_atomic(path, json.dumps(decide()._asdict()))
-        return Verdict(**json.loads(path.read_text()))
+    is_first = is_first_process()
+    with file_lock(path.with_suffix(".lock")) if is_first else nullcontext():  # others of its run wait for the first
+        stored = path.read_text() if is_first and path.is_file() else None
+        if (stored := from_all_processes(stored)[0]) is not None:
+            return Verdict(**json.loads(stored))
+        verdict = decide()
+        if is_first:
+            write_atomic(path, json.dumps(verdict._asdict()))
+        return verdict
 
 
 def above_chance(identity: str, counts: Callable[[], Iterable[tuple[Rows, Tensor | None]]], which: str) -> str:

@@ -27,6 +27,7 @@ from tempering.training.distributed import (
     all_reduce_mean,
     broadcast_parameters,
     check_splittable,
+    checked_together,
     clip_grad_norm,
     global_row_weights,
 )
@@ -262,7 +263,7 @@ class Trainer:
             SelfCheckError: if the first batches show that the run would be wrong.
         """
         skip, batch = self.config.skip_checks, self.loader.first()
-        with self._hooks():
+        with checked_together(self.world), self._hooks():
             checked = selfcheck(
                 self.model,
                 self.teacher,
@@ -275,10 +276,10 @@ class Trainer:
                 workers=independent_workers(self.loader.batches),
                 skip=skip,
             )
-        if self.evaluator.splits:
-            if "scores" not in skip:
-                self.evaluator.check(self.model, self.method)
-            checked.checks["scores"] = "turned off" if "scores" in skip else "ok"
+            if self.evaluator.splits:
+                if "scores" not in skip:
+                    self.evaluator.check(self.model, self.method)
+                checked.checks["scores"] = "turned off" if "scores" in skip else "ok"
         return checked
 
     def run(self, facts: Mapping[str, Any]) -> Run:
@@ -392,7 +393,8 @@ class Trainer:
             if self.length.ends_epoch(state):
                 break
         if state.step == start_step and not start_batch:
-            raise ValueError(EMPTY)
+            later = f"Epoch {state.epoch + 1} has none: is it a generator, which can be iterated over once?"
+            raise ValueError(f"{EMPTY} {later}" if state.epoch else EMPTY)
         steps_in_epoch = max(1, math.ceil(state.batch / config.accumulate))
         mean_loss = all_reduce_mean(self._finite(float(loss_sum)) / steps_in_epoch, self.fabric)
         state.epoch, state.batch, state.loss_sum = state.epoch + 1, 0, 0.0

@@ -88,6 +88,25 @@ def parse_line(path: Path, number: int, line: bytes, counter: str | None = None)
     return value
 
 
+def folder_path(path: str | Path, name: str, argument: str) -> Path:
+    """Return the path of a folder that exists or can be made, with ~ for the home directory.
+
+    Args:
+        path: of the folder.
+        name: of it, for error messages.
+        argument: that names another one, for error messages.
+
+    Raises:
+        ValueError: if it cannot be a folder.
+    """
+    folder = Path(path).expanduser()
+    blocking = next((p for p in (folder, *folder.parents) if p.is_symlink() or p.exists()), folder)
+    if blocking.exists() != blocking.is_dir() or (blocking.is_symlink() and not blocking.exists()):
+        what = "is a file" if blocking.exists() else "is a symbolic link to a path that does not exist"
+        raise ValueError(f"{name} must be a folder, and {blocking} {what}. Give another {argument}.")
+    return folder
+
+
 def write_atomic(path: Path, content: str | bytes, *, fsync: bool = False, concurrent: bool = False) -> None:
     """Write a temporary file in the same folder, then rename it, so that ``path`` never has partial ``content``.
 

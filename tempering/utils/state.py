@@ -34,7 +34,7 @@ class ModelState:
             if p.requires_grad != requires_grad:  # a lazy parameter cannot be set at all
                 p.requires_grad_(requires_grad)
         for module, name, before in self.hooks if hooks else ():
-            if not hasattr(module, "_get_fsdp_state"):  # a sharded module cannot run without its hooks
+            if not hasattr(type(module), "_get_fsdp_state"):  # a sharded module cannot run without its hooks
                 registered: dict[int, Any] = getattr(module, name)
                 for added in set(registered) - before:
                     del registered[added]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -73,8 +74,14 @@ class CRD(Projected):
         if rows.ids is None:
             raise ValueError("CRD remembers samples by id: yield (input, label, id) batches.")
         ids = rows.ids if rows.weight is None else rows.ids[rows.weight > 0]
-        # checked on the CPU only, where it needs no synchronization
-        if ids.device.type == "cpu" and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.samples:
+        is_cheap = ids.device.type == "cpu" and len(ids) > 0  # elsewhere it would need a synchronization
+        if is_cheap and 2 * (found := len(set(ids.tolist()))) < len(ids):
+            warnings.warn(
+                f"CRD remembers samples by id, and a batch of {len(ids)} has {found} different ids. Are "
+                "they numbers of groups, such as classes? Yield the number of the sample in the data set.",
+                stacklevel=2,
+            )
+        if is_cheap and not 0 <= int(ids.min()) <= int(ids.max()) < self.samples:
             raise ValueError(
                 f"CRD(samples={self.samples}) remembers the ids 0 to {self.samples - 1}; got {int(ids.min())} to "
                 f"{int(ids.max())}. samples= is the length of the whole data set; of a Subset too, since its ids are "

@@ -51,7 +51,7 @@ class CachedTeacher(Teacher):
     def __init__(
         self, path: str | Path, *, batches: Any = None, teacher: Teacher | None = None, checksum: bool | None = None
     ) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.key = read_key(self.path)
         kind = self.key.get("kind", "logits")
         if kind != self.kind:

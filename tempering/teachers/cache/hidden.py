@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tempering.rows import upcast_to_float32
 from tempering.teachers.cache.base import CorruptCacheError
 from tempering.teachers.cache.lookup import CachedShards, device_like
-from tempering.teachers.cache.recorder import STORED, Recordable, device_of, to_stored_precision
+from tempering.teachers.cache.recorder import STORED, Recordable, device_of, recording_path, to_stored_precision
 from tempering.teachers.cache.shard_recorder import Tensors, record_shards, recording_key
 from tempering.teachers.cache.texts import Inputs
 from tempering.teachers.live import Live
@@ -105,7 +105,7 @@ def record_hidden(
         raise TypeError(
             f"record_hidden needs a live teacher; got {type(teacher).__name__}. Wrap a model: teachers.Live(model)."
         )
-    path, head = Path(path), head or head_of(teacher.model)
+    path, head = recording_path(path), head or head_of(teacher.model)
     tensors = {n: x.detach() for n, x in (("weight", head.weight), ("bias", head.bias)) if x is not None}
     metadata = {"scale": repr(float(head.scale)), "cap": repr(None if head.cap is None else float(head.cap))}
     own = {"precision": precision, "head": _digest(tensors, metadata)}
@@ -181,7 +181,8 @@ def _states(teacher: Live, inputs: Any, ids: Tensor, mask: Tensor, precision: st
 
 def _check_head(head: Head, teacher: Live, states: Tensor, logits: Tensor) -> None:
     got, expected = head(states), upcast_to_float32(logits)
-    error, scale = float((got - expected).abs().max()), float(expected.abs().max())
+    difference = (got - expected).abs().masked_fill(got == expected, 0.0)  # both are -inf for a forbidden token
+    error, scale = float(difference.max()), float(expected.masked_fill(torch.isinf(expected), 0.0).abs().max())
     if not error <= max(1e-4, 8 * torch.finfo(states.dtype).eps) * scale:
         raise ValueError(
             f"the head of {type(teacher.model).__name__} does not reproduce its logits from the hidden states: the "

@@ -20,6 +20,7 @@ from tempering.teachers.cache.recorder import (
     as_recorded,
     device_of,
     query_teacher,
+    recording_path,
 )
 from tempering.utils.tensors import on_host
 
@@ -211,7 +212,7 @@ def record(
             beyond the precision's range; if a row differs from the teacher's current logits.
         OSError: if it cannot be written, naming the space needed; finished rows are kept.
     """
-    path = Path(path)
+    path = recording_path(path)
     if precision not in STORED:
         raise ValueError(f"record needs precision {', '.join(map(repr, STORED))}; got {precision!r}.")
     if not isinstance(teacher, Teacher):

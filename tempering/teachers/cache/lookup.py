@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tempering.teachers.base import key_digest
 from tempering.teachers.cache.base import CachedTeacher, CorruptCacheError, StoredFile, check_file
-from tempering.teachers.cache.texts import BATCH_FIELDS, Text, output_shape, texts_of
+from tempering.teachers.cache.texts import BATCH_FIELDS, NO_CONTENT, Text, output_shape, texts_of
 from tempering.utils.tensors import on_host
 
 BY_TEXT = 2  # format of recordings by text and learned position; 1 is by sample id, with padding
@@ -96,7 +96,7 @@ class CachedShards(CachedTeacher):
                 parts.append((file, row, stored_slice(file, row)))
                 index.append(text.row * L + text.columns[stored_positions(file, row)])
             elif len(texts) == B:  # padding of a packed row is not recorded
-                raise ValueError(self._missing(text, ids))
+                raise ValueError(self._missing(text, ids) + self._other_inputs(inputs))
         flat = torch.cat(index)
         return Found((B, L), parts, flat, torch.zeros(B * L, dtype=torch.bool).index_fill_(0, flat, True).view(B, L))
 
@@ -106,6 +106,12 @@ class CachedShards(CachedTeacher):
             f"{self.path} has {self.rows} texts, and {which}, of {len(text.columns)} tokens, is not one of them. Add "
             f"the texts of other batches: {self.recorded_by}. For generated texts: teachers.Live(model)."
         )
+
+    def _other_inputs(self, inputs: Mapping[str, Any]) -> str:
+        """Name the inputs besides the tokens that only one of recording and batch has; they belong to a text."""
+        names = {n for n, x in inputs.items() if isinstance(x, Tensor) and x.ndim and n not in NO_CONTENT}
+        other = sorted(names ^ set(self.key["inputs"]))
+        return f" Only one of the two has the inputs {', '.join(other)}: give both the same." if other else ""
 
     def _find_by_id(self, ids: Int[Tensor, " B"] | None) -> Found:
         if ids is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -9,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from tempering.teachers.base import Teacher
 from tempering.teachers.cache.base import KEY, CorruptCacheError, check_key, key_check
-from tempering.utils.files import PARTIAL, file_lock, open_synced, write_atomic
+from tempering.utils.files import PARTIAL, file_lock, folder_path, open_synced, write_atomic
 from tempering.utils.tensors import to_device
 
 LOGITS, LOG = "logits.npy", "done.jsonl"
@@ -74,13 +75,30 @@ def as_recorded(batches: Recordable, views: int | None) -> Recordable:
     Raises:
         TypeError: for batches without an identity, whose samples cannot be found again.
     """
-    if not hasattr(batches, "clean"):
+    check_recordable(batches, "data.Batches(images, labels, ...), data.image_folder, data.hugging_face")
+    return batches.clean() if views is None else batches.replay(views)
+
+
+def check_recordable(batches: Any, loaders: str) -> None:
+    """Check that samples can be found again by id, with ``loaders`` to use instead.
+
+    Raises:
+        TypeError: for batches without ids or an identity.
+    """
+    if not all(hasattr(batches, name) for name in ("gather", "clean", "identity")):
         raise TypeError(
             f"a recording needs samples with ids and an identity, which {type(batches).__name__} does not have. Use "
-            "data.Batches(images, labels, ...), data.image_folder, data.hugging_face or a loader of texts, or train "
-            "with the live teacher."
+            f"{loaders}, or train with the live teacher."
         )
-    return batches.clean() if views is None else batches.replay(views)
+
+
+def recording_path(path: str | Path) -> Path:
+    """Return the folder of a recording, with ~ for the home directory.
+
+    Raises:
+        ValueError: if it cannot be a folder.
+    """
+    return folder_path(path, f"the path of a recording, {str(path)!r},", "path")
 
 
 @torch.no_grad()
@@ -97,7 +115,12 @@ def query_teacher(teacher: Teacher, batches: Recordable, ids: Int[Tensor, " B"])
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(ids):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"only logits (B, C) can be recorded, here B = {len(ids)}; the teacher returned {got}.")
+        texts = isinstance(logits, Tensor) and logits.ndim == 3
+        advice = " For texts: record_top_k(TopKTeacher(teacher, top=16), batches, path, inputs=task.inputs), or "
+        raise ValueError(
+            f"only logits (B, C) can be recorded, here B = {len(ids)}; the teacher returned {got}."
+            f"{advice + 'record_hidden(teacher, batches, path, inputs=task.inputs).' if texts else ''}"
+        )
     return logits
 
 
@@ -122,7 +145,14 @@ def partial_folder(path: Path) -> Iterator[Path | None]:
         )
     folder = path.with_name(path.name + PARTIAL)
     lock = folder.with_name(folder.name + ".lock")  # outside, since Windows cannot rename a folder with an open file
-    with file_lock(lock):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(lock))
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM) or not (path / KEY).is_file():
+                raise
+            yield None  # a finished recording, which others may only read
+            return
         if (path / KEY).is_file():
             shutil.rmtree(folder, ignore_errors=True)
             yield None
@@ -131,6 +161,20 @@ def partial_folder(path: Path) -> Iterator[Path | None]:
             yield folder
     if (path / KEY).is_file():
         lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def explain_write_errors(folder: Path, needed: int = 0) -> Iterator[None]:
+    """Name the folder, the space needed in bytes, and what to do, in an error of the file system."""
+    try:
+        yield
+    except OSError as error:
+        size = f" ({needed / 2**20:.1f} MB)" if needed else ""
+        raise OSError(
+            error.errno,
+            f"cannot write the teacher's outputs{size} under {folder}: {error.strerror}. Free some space there, or "
+            "make it writable, and call record() again: it resumes.",
+        ) from error
 
 
 def finish(path: Path, folder: Path, key: Mapping[str, Any], teacher: Teacher, **files: Any) -> None:
@@ -280,17 +324,9 @@ class Recording:
         files = {"classes": self.classes, "bytes": size, "sha256": self._verify()}
         finish(self.path, self.folder, self.key, self.teacher, **files)
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            needed = self.key["rows"] * self.classes * STORED[self.key["precision"]][1].itemsize
-            raise OSError(
-                error.errno,
-                f"cannot write the teacher's outputs ({needed / 2**20:.1f} MB) under {self.folder}: {error.strerror}. "
-                "Free some space there and call record() again: it resumes.",
-            ) from error
+    def _writing(self) -> AbstractContextManager[None]:
+        size = self.key["rows"] * self.classes * STORED[self.key["precision"]][1].itemsize
+        return explain_write_errors(self.folder, size)
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

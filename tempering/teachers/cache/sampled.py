@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tempering.teachers.cache.lookup import CachedShards, from_bytes, to_bytes
-from tempering.teachers.cache.recorder import Recordable
+from tempering.teachers.cache.recorder import Recordable, recording_path
 from tempering.teachers.cache.shard_recorder import Tensors, query_sparse, record_shards, recording_key
 from tempering.teachers.cache.texts import Inputs
 from tempering.teachers.outputs import Sparse
@@ -85,7 +85,7 @@ def record_sampled(
         raise ValueError(
             f"record_sampled needs TopKTeacher(samples=...); got TopKTeacher(top={teacher.top}). See record_top_k."
         )
-    path, samples = Path(path), teacher.samples
+    path, samples = recording_path(path), teacher.samples
     key = recording_key(CachedSampled.kind, batches, teacher, inputs, samples=samples)
 
     def query(given: Any, ids: Tensor, mask: Tensor) -> Tensors:

@@ -22,7 +22,17 @@ from tempering.teachers.cache.lookup import (
     stored_positions,
     to_runs,
 )
-from tempering.teachers.cache.recorder import LOG, Recordable, device_of, finish, partial_folder, progress, read_log
+from tempering.teachers.cache.recorder import (
+    LOG,
+    Recordable,
+    check_recordable,
+    device_of,
+    explain_write_errors,
+    finish,
+    partial_folder,
+    progress,
+    read_log,
+)
 from tempering.teachers.cache.texts import NO_CONTENT, Inputs, learned_positions, texts_of
 from tempering.teachers.outputs import Sparse
 from tempering.utils.files import open_synced, sha256_text, write_atomic
@@ -45,7 +55,14 @@ def recording_key(kind: str, batches: Recordable, teacher: Teacher, inputs: Inpu
             f"a recording of {kind} needs a Teacher; got {type(teacher).__name__}. Wrap a module: "
             "teachers.TopKTeacher(teachers.Live(model), top=16)."
         )
-    given = inputs(batches.gather(torch.tensor([0]))[0])[1]
+    check_recordable(batches, "data.Tokens(examples, ...) or data.Pairs(examples, ...)")
+    wants = "inputs needs a function from a batch to (student's inputs, teacher's inputs, ids): task.inputs"
+    if not callable(inputs):
+        raise TypeError(f"{wants}, such as tasks.LanguageModeling().inputs; got {inputs!r}.")
+    result: Any = inputs(batches.gather(torch.tensor([0]))[0])
+    if not isinstance(result, tuple) or len(result) != 3 or not isinstance(result[1], Mapping):  # pyright: ignore
+        raise TypeError(f"{wants}, such as tasks.LanguageModeling().inputs; it returned {type(result).__name__}.")
+    given = result[1]
     names = sorted(name for name, x in given.items() if isinstance(x, Tensor) and name not in NO_CONTENT)
     return {"format": BY_TEXT, "kind": kind, "teacher": teacher.identity, "inputs": names, **own}
 
@@ -112,7 +129,8 @@ class _Shards:
     ) -> None:
         self.folder, self.key = folder, key
         if not finished and not (folder / KEY).is_file():
-            write_atomic(folder / KEY, json.dumps(dict(key)), fsync=True)
+            with explain_write_errors(folder):
+                write_atomic(folder / KEY, json.dumps(dict(key)), fsync=True)
         names = {entry["file"] for entry in finished}
         self.entries = [*finished, *(entry for entry in self._logged() if entry["file"] not in names)]
         self.stored: dict[int, Tensor] = {}  # key of a text -> its stored positions
@@ -194,10 +212,11 @@ class _Shards:
         from safetensors.torch import save
 
         data = save({n: x.detach().cpu().contiguous() for n, x in tensors.items()}, metadata=metadata)
-        write_atomic(self.folder / name, data, fsync=True)
         entry = {"file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        with open_synced(self.folder / LOG, "ab") as file:
-            file.write(json.dumps(entry).encode() + b"\n")
+        with explain_write_errors(self.folder, len(data)):
+            write_atomic(self.folder / name, data, fsync=True)
+            with open_synced(self.folder / LOG, "ab") as file:
+                file.write(json.dumps(entry).encode() + b"\n")
         self.entries.append(entry)
 
     def finish(self, path: Path, teacher: Teacher, data: list[str]) -> None:
@@ -208,7 +227,8 @@ class _Shards:
         entries = sorted(self.entries, key=lambda entry: entry["file"])
         total = sha256_text("".join(entry["sha256"] for entry in entries))
         rows = len(self.stored)
-        finish(path, self.folder, self.key, teacher, data=data, rows=rows, shards=entries, sha256=total)
+        with explain_write_errors(self.folder):
+            finish(path, self.folder, self.key, teacher, data=data, rows=rows, shards=entries, sha256=total)
 
 
 def query_sparse(teacher: Teacher, inputs: Any, ids: Tensor) -> Sparse:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tempering.teachers.base import Teacher
 from tempering.teachers.cache.lookup import CachedShards, device_like, from_bytes, to_bytes
-from tempering.teachers.cache.recorder import Recordable
+from tempering.teachers.cache.recorder import Recordable, recording_path
 from tempering.teachers.cache.sampled import CachedSampled, record_sampled
 from tempering.teachers.cache.shard_recorder import Tensors, query_sparse, record_shards, recording_key
 from tempering.teachers.cache.texts import Inputs
@@ -87,7 +87,7 @@ def record_top_k(
         return record_sampled(teacher, batches, path, inputs=inputs, quiet=quiet)
     if precision not in PRECISIONS:
         raise ValueError(f"record_top_k needs precision {' or '.join(map(repr, PRECISIONS))}; got {precision!r}.")
-    path, dtype = Path(path), PRECISIONS[precision]
+    path, dtype = recording_path(path), PRECISIONS[precision]
     key = recording_key(CachedTopK.kind, batches, teacher, inputs, precision=precision)
 
     def query(given: Any, ids: Tensor, mask: Tensor) -> Tensors:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from tempering.utils.text import redact
 
-BUSY = {408, 409, 425, 429, 500, 502, 503, 504}
+BUSY = {408, 409, 425, 429, 500, 502, 503, 504, *range(520, 530)}  # of gateways from 520
 SHOWN = 400  # characters of a response in an error message
 LONGEST = 60.0  # most seconds between two tries
 MAX_BYTES = 2**28  # largest response
@@ -47,7 +47,7 @@ class Endpoint:
 
     Raises:
         ValueError: for a scheme other than http and https, an address with credentials or a query, numbers that are not
-            positive, or a missing key.
+            positive, or a key that is missing or cannot be sent.
     """
 
     def __init__(
@@ -60,22 +60,29 @@ class Endpoint:
         wait: float = 1.0,
         max_bytes: int = MAX_BYTES,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or "@" in parts.netloc or parts.query or parts.fragment:
+        if not _is_address(url):
             raise ValueError(
-                f"RemoteTeacher needs an address like 'http://localhost:8000'; got {redact(url)!r}. A key belongs in "
-                "an environment variable: key_env='NAME'."
+                f"RemoteTeacher needs an address like 'http://localhost:8000'; got {redact(str(url))!r}. A key belongs "
+                "in an environment variable: key_env='NAME'."
             )
-        if not 0 < timeout <= threading.TIMEOUT_MAX or tries < 1 or wait < 0 or max_bytes < 1:
+        whole = all(isinstance(x, int) for x in (tries, max_bytes))
+        if not (0 < timeout <= threading.TIMEOUT_MAX and whole and tries >= 1 and wait >= 0 and max_bytes >= 1):
             raise ValueError(
                 "RemoteTeacher needs timeout > 0, tries >= 1, wait >= 0 and max_bytes >= 1; got "
                 f"{timeout}, {tries}, {wait} and {max_bytes}."
             )
         if key_env is not None and not os.environ.get(key_env):
-            raise ValueError(f"the environment variable {key_env} (key_env) is not set. Type: export {key_env}=...")
+            raise ValueError(
+                f"the environment variable {redact(key_env)} (key_env) is not set. Type: export NAME=..., and give "
+                "key_env='NAME'."
+            )
+        if key_env is not None and not (
+            os.environ[key_env].strip().isascii() and os.environ[key_env].strip().isprintable()
+        ):
+            raise ValueError(f"the environment variable {key_env} (key_env) has characters that no key has.")
         self.url, self.key_env, self.timeout, self.tries, self.wait = url, key_env, timeout, tries, wait
         self.max_bytes = max_bytes
-        self.root = url.rstrip("/").removesuffix("/v1")
+        self.root = url.rstrip("/").removesuffix("/completions").removesuffix("/v1")
 
     def post(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
         """Send one request and return the response.
@@ -95,13 +102,15 @@ class Endpoint:
                     return self._parse(url, content)
                 problem = f"{status} {reason}: {self.excerpt(content)}"
                 retry, pause = status in BUSY, _retry_after(header, pause)
+                if 300 <= status < 400:
+                    problem += ". Give the address that it redirects to: no redirect is followed, to send no key there"
             if not retry:
                 raise self.error(f"{url} refused the request: {problem}")
             if number < self.tries:
                 time.sleep(pause)
         raise self.error(
             f"{url} gave no response in {self.tries} tries of at most {self.timeout:g} s each; the last error: "
-            f"{problem}. Is the server running, and the address correct?"
+            f"{problem}. Is the server running, and the address correct?{_proxy(url)}"
         )
 
     def error(self, message: str) -> RuntimeError:
@@ -115,7 +124,7 @@ class Endpoint:
         return text[:SHOWN] + ("..." if len(text) > SHOWN else "")
 
     def _secrets(self) -> list[str]:
-        return [] if self.key_env is None else [os.environ.get(self.key_env, "")]
+        return [] if self.key_env is None else [os.environ.get(self.key_env, "").strip()]
 
     def _send(self, url: str, content: dict[str, Any]) -> tuple[int, str, str | None, bytes]:
         """Return the status, its reason, the header Retry-After and the content of one response.
@@ -126,7 +135,7 @@ class Endpoint:
         """
         headers = {"Content-Type": "application/json"}
         if self.key_env is not None:
-            headers["Authorization"] = f"Bearer {os.environ[self.key_env]}"
+            headers["Authorization"] = f"Bearer {os.environ[self.key_env].strip()}"
         request = urllib.request.Request(url, json.dumps(content).encode(), headers, method="POST")
         with _deadline(self.timeout) as opener:
             try:
@@ -226,6 +235,29 @@ def _read(response: Any, most: int) -> bytes:
     if size < most and response.length:
         raise IncompleteRead(b"".join(parts), response.length)
     return b"".join(parts)
+
+
+def _is_address(url: Any) -> bool:
+    """Whether this is the address of a server, without a key, a query or characters that an address cannot have."""
+    try:
+        parts = urlsplit(url) if isinstance(url, str) and url.isprintable() and " " not in url else None
+        return (
+            parts is not None
+            and parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and (parts.port is None or parts.port > 0)
+            and not ("@" in parts.netloc or parts.query or parts.fragment or "," in parts.netloc)
+        )
+    except ValueError:  # of a port or an IPv6 address
+        return False
+
+
+def _proxy(url: str) -> str:
+    """Name the environment variable of the proxy through which requests go, if they do, for an error message."""
+    parts = urlsplit(url)
+    if parts.scheme not in urllib.request.getproxies() or urllib.request.proxy_bypass(parts.netloc):
+        return ""
+    return f" The request goes through the proxy of {parts.scheme}_proxy; NO_PROXY={parts.hostname} turns it off."
 
 
 def _retry_after(header: str | None, default: float) -> float:

@@ -63,7 +63,7 @@ class RemoteTeacher(Teacher):
         concurrent: int = 4,
         **options: Unpack[RequestOptions],
     ) -> None:
-        if api not in get_args(Api) or min(top, batch, concurrent) < 1:
+        if api not in get_args(Api) or not all(isinstance(x, int) and x >= 1 for x in (top, batch, concurrent)):
             raise ValueError(
                 f"RemoteTeacher needs api 'vllm' or 'openai', and top, batch and concurrent >= 1; got {api!r}, {top}, "
                 f"{batch} and {concurrent}."
@@ -74,7 +74,14 @@ class RemoteTeacher(Teacher):
         self.identity = key_digest({"served": model, "top": top})
 
     def __call__(self, inputs: Mapping[str, Tensor], ids: Tensor | None = None) -> Sparse:
-        tokens, mask = inputs["input_ids"], inputs.get("attention_mask")
+        if not isinstance(inputs, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"RemoteTeacher needs the inputs of LanguageModeling; got {type(inputs).__name__}.")
+        tokens, mask, labels = (inputs.get(name) for name in ("input_ids", "attention_mask", "labels"))
+        if tokens is None or tokens.is_floating_point() or (labels is not None and labels.shape != tokens.shape):
+            raise ValueError(
+                "RemoteTeacher needs the inputs of LanguageModeling, with integer input_ids; got "
+                f"{', '.join(f'{n} {tuple(x.shape)}' for n, x in inputs.items())}. Encoder-decoders need Live(model)."
+            )
         if mask is None and inputs.get("position_ids") is not None:
             raise ValueError("RemoteTeacher cannot keep packed texts apart. Pad them: data.text.collate(examples).")
         device, tokens = tokens.device, on_host(tokens).cpu()
@@ -134,7 +141,7 @@ class RemoteTeacher(Teacher):
                 f"{self._source} returns no prompt_logprobs. Is it vLLM? For others: api='openai'."
             )
         self._check_length(len(logprobs), text)
-        steps = [{int(i): float(entry["logprob"]) for i, entry in step.items()} for step in logprobs[1:]]
+        steps = [{_id(i): float(entry["logprob"]) for i, entry in step.items()} for step in logprobs[1:]]
         for i, step in enumerate(steps, 1):
             if text[i] not in step:
                 raise self.endpoint.error(
@@ -178,8 +185,9 @@ class RemoteTeacher(Teacher):
             likely = sorted(possible.items(), key=lambda pair: (-pair[1], pair[0]))[: self.top]
             if next_token in possible and all(token != next_token for token, _ in likely):
                 likely.append((next_token, step[next_token]))
-            total = math.fsum(math.exp(min(value, 1.0)) for _, value in likely)
-            if not total <= 1.0 + TOLERANCE:  # also for NaN
+            is_nan = any(map(math.isnan, step.values()))
+            total = math.nan if is_nan else math.fsum(math.exp(min(value, 1.0)) for _, value in likely)
+            if not 0.0 < total <= 1.0 + TOLERANCE:
                 raise self.endpoint.error(
                     f"{self._source} returns no log-probabilities: at position {i + 1} the probabilities of "
                     f"{len(likely)} tokens add up to {total:g}. Does it return logits?"
@@ -192,7 +200,7 @@ class RemoteTeacher(Teacher):
     def _id(self, token: str) -> int | None:
         """Return the id of a token string; None if it is unknown."""
         if token.startswith(TOKEN):
-            return int(token.removeprefix(TOKEN))
+            return _id(token.removeprefix(TOKEN))
         return None if self.tokens is None else self.tokens.get(token)
 
     def _check_length(self, count: int, text: list[int], *, more: int = 0) -> None:
@@ -213,3 +221,10 @@ class RemoteTeacher(Teacher):
     @property
     def _source(self) -> str:
         return f"{self.endpoint.root} ({self.served!r})"
+
+
+def _id(token: str) -> int:
+    """Return a token id; an error of it is the caller's to name."""
+    if not 0 <= (number := int(token)) < 2**31:
+        raise ValueError(f"{number} is no token id")
+    return number
