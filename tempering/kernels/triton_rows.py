@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tempering.temperature.sharpness import Solution
+from tempering.temperature.sharpness_solver import Solution
 
 LARGEST = 4096  # maximum block size, in classes
 STEPS = 12  # Newton steps, as in sharpness._exact
