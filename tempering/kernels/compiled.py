@@ -139,8 +139,17 @@ def _finish(first_look: Callable[..., Any], u: Tensor, v: Tensor, tau: float, re
     dtype = torch.promote_types(u.dtype, v.dtype)
     u, v = u.to(dtype), v.to(dtype)
     bounds = Bounds.of(u, tau, reach)
-    of_u, of_v, search = first_look(u, v, *bounds)
+    is_masked = any(bool(torch.isneginf(z.amin())) for z in (u, v))
+    pieces = _pieces(u.shape[1])
+    of_u, of_v, search = first_look(*(z.unflatten(1, pieces) if pieces[0] > 1 else z for z in (u, v)), *bounds, is_masked)
     return finish(Sides(u, v, of_u, of_v), search, bounds)
+
+
+def _pieces(classes: int) -> tuple[int, int]:
+    """Split the classes into pieces of at most 4,096, if they divide into such; see ``over_classes``."""
+    counts = range(-(-classes // 4096), max(classes // 512, 1) + 1)
+    count = next((k for k in counts if not classes % k), 1)
+    return count, classes // count
 
 
 def _without_warnings(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -74,7 +74,8 @@ class Sharpness(Policy):
         with_grad = self.attached and rows.student.requires_grad and torch.is_grad_enabled()
         with torch.autocast(rows.student.device.type, enabled=False), torch.set_grad_enabled(with_grad):
             u, v = upcast_to_float32(rows.teacher), upcast_to_float32(rows.student)
-            if u.device.type != "cpu" or bool((u <= MASK_AT).any() | (v <= MASK_AT).any()):
+            # a minimum is one pass without a copy; NaN compares as no mask, here as there
+            if u.device.type != "cpu" or any(z.numel() and bool(z.detach().amin() <= MASK_AT) for z in (u, v)):
                 u, v = mask_constants(u), mask_constants(v)
             solution = solve_delta(u, v, tau=tau, solve=self.solve, reach=self.reach)
         has_weight = True if rows.weight is None else (rows.weight > 0).unsqueeze(1)
