@@ -141,7 +141,9 @@ def _finish(first_look: Callable[..., Any], u: Tensor, v: Tensor, tau: float, re
     bounds = Bounds.of(u, tau, reach)
     is_masked = any(bool(torch.isneginf(z.amin())) for z in (u, v))
     pieces = _pieces(u.shape[1])
-    of_u, of_v, search = first_look(*(z.unflatten(1, pieces) if pieces[0] > 1 else z for z in (u, v)), *bounds, is_masked)
+    of_u, of_v, search = first_look(
+        *(z.unflatten(1, pieces) if pieces[0] > 1 else z for z in (u, v)), *bounds, is_masked
+    )
     return finish(Sides(u, v, of_u, of_v), search, bounds)
 
 

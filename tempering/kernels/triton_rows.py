@@ -86,7 +86,7 @@ def _label_rows(v, target, value, slope, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _spread(row, n, eps, BLOCK: tl.constexpr):
-    """Over one row's valid classes: their number, mean, maximum minus mean, standard deviation, whether all are equal."""
+    """Over one row's valid classes: number, mean, maximum, standard deviation, whether all are equal."""
     count = 0.0
     top = -float("inf")
     bottom = float("inf")
@@ -111,7 +111,7 @@ def _spread(row, n, eps, BLOCK: tl.constexpr):
         z = tl.load(row + at, mask=at < n, other=-float("inf")).to(tl.float32)
         off = (z - mean) * unit
         square += tl.sum(tl.where(z != -float("inf"), off * off, 0.0), 0)
-    return count, mean, top - mean, tl.sqrt(tl.maximum(square / count, 1.1754944e-38)) / unit, flat
+    return count, mean, top, tl.sqrt(tl.maximum(square / count, 1.1754944e-38)) / unit, flat
 
 
 @triton.jit
@@ -173,7 +173,7 @@ def _fit(count, top, std):
     share = others / count
     wrong_mean = tl.abs(center - sigma * hazard - mean) * share * std
     wrong_variance = tl.abs(sigma * sigma * (1.0 - cut * hazard - hazard * hazard) - variance) * share * std * std
-    return sigma * std, cut, tl.log(count - 1.0) - value, wrong_mean, wrong_variance
+    return sigma * std, cut, tl.log(others) - value, wrong_mean, wrong_variance
 
 
 @triton.jit
@@ -221,8 +221,9 @@ def _exact_rows(u, v, delta_to, flat_to, clamped_to, n, tau, reach, eps, LOOKS: 
     row = tl.program_id(0).to(tl.int64)
     u += row * n
     v += row * n
-    count_u, mean_u, top_u, std_u, flat_u = _spread(u, n, eps, BLOCK)
-    count_v, mean_v, top_v, std_v, flat_v = _spread(v, n, eps, BLOCK)
+    count_u, mean_u, most_u, std_u, flat_u = _spread(u, n, eps, BLOCK)
+    count_v, mean_v, most_v, std_v, flat_v = _spread(v, n, eps, BLOCK)
+    top_u, top_v = most_u - mean_u, most_v - mean_v
     flat = tl.maximum(flat_u, flat_v)
     end = tl.minimum(reach, 1.0 - 16.0 * eps) * tau
     start = _start(count_u, top_u, std_u, count_v, top_v, std_v, tau, end)
@@ -233,8 +234,8 @@ def _exact_rows(u, v, delta_to, flat_to, clamped_to, n, tau, reach, eps, LOOKS: 
     while looks < LOOKS:
         if done == 0:
             T, S = tau + delta, tau - delta
-            log_u, first_u, variance_u, third_u = _look(u, mean_u + top_u, T, n, BLOCK)
-            log_v, first_v, variance_v, third_v = _look(v, mean_v + top_v, S, n, BLOCK)
+            log_u, first_u, variance_u, third_u = _look(u, most_u, T, n, BLOCK)
+            log_v, first_v, variance_v, third_v = _look(v, most_v, S, n, BLOCK)
             lse_u, first_u = log_u + top_u / T, first_u + top_u / T
             lse_v, first_v = log_v + top_v / S, first_v + top_v / S
             f = lse_u - lse_v

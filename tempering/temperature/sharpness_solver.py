@@ -134,8 +134,11 @@ def _of_model(model: Model, inverse: Tensor) -> tuple[Tensor, Tensor]:
     positive = model.cut.clamp_min(0.0)
     shift = torch.minimum(shift, positive)
     bulk = model.offset + value - shift * (positive - 0.5 * shift)
-    lse = model.top * inverse + torch.nn.functional.softplus(bulk)
-    return lse, model.top - bulk.sigmoid() * model.sigma * (x + hazard)
+    # softplus() and sigmoid() of torch round the last rows of a tensor otherwise than the first
+    less = (-bulk.abs()).exp()
+    lse = model.top * inverse + bulk.clamp_min(0.0) + (1.0 + less).log()
+    share = torch.where(bulk > 0, 1.0, less) / (1.0 + less)
+    return lse, model.top - share * model.sigma * (x + hazard)
 
 
 def start_of(u: Statistics, v: Statistics, tau: Tensor, end: Tensor) -> Tensor:
