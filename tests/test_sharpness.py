@@ -123,14 +123,13 @@ ONE_LOOK = [
 def test_one_look_is_nearly_enough(kind: str, classes: int, tau: float, median: float, worst: float) -> None:
     """Its error in float64, and after a second look the root."""
     u, v = kinds(kind, 2000 if classes == 100 else 40, classes)
-    sides = solver.Sides(u, v, solver.statistics(u), solver.statistics(v))
-    bounds = solver.Bounds.of(u, tau, 1.0)
-    first = solver.first_look(sides, bounds)
+    bounds = solver.Bounds(torch.tensor(tau).double(), torch.tensor(tau).double())
+    *rows, first = solver.first_look_of(u, v, *bounds)
     root = bisected(u, v, tau)
     scale = tau - root
     error = (first.delta - root).abs() / scale
     assert float(error.median()) < median and float(error.quantile(0.99)) < worst
-    second = solver.look_again(sides, first, bounds)
+    second = first.advance(solver.Sides(u, v, *rows), bounds)
     assert float(((second.delta - root).abs() / scale).quantile(0.99)) < 1e-13
 
 

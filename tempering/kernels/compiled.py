@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tempering.kernels.analytic import Fast, cross_entropy_and_slope, divergence_and_slope
 from tempering.temperature import sharpness
-from tempering.temperature.sharpness_solver import Bounds, Sides, Solution, finish, first_look_at
+from tempering.temperature.sharpness_solver import Solution, exact, first_look_of
 
 LARGE = {"cpu": 2**24}  # minimum logits of one side to compile for; takes about ten seconds, once per process
 ELSEWHERE = 2**20  # Triton's kernels compile in a second or two
@@ -95,7 +95,7 @@ def _inductor(device: str) -> tuple[Fast, Exception | None]:
     plain: dict[str, Callable[..., Any]] = {
         "kl": divergence_and_slope,
         "cross_entropy": cross_entropy_and_slope,
-        "exact": first_look_at,
+        "exact": first_look_of,
     }
     functions = {name: _without_warnings(torch.compile(function, dynamic=True)) for name, function in plain.items()}
     functions["exact"] = functools.partial(_finish, functions["exact"])
@@ -138,13 +138,14 @@ def _finish(first_look: Callable[..., Any], u: Tensor, v: Tensor, tau: float, re
     """The exact solver with a compiled first look at all rows; the few others are looked at in eager mode."""
     dtype = torch.promote_types(u.dtype, v.dtype)
     u, v = u.to(dtype), v.to(dtype)
-    bounds = Bounds.of(u, tau, reach)
     is_masked = any(bool(torch.isneginf(z.amin())) for z in (u, v))
     pieces = _pieces(u.shape[1])
-    of_u, of_v, search = first_look(
-        *(z.unflatten(1, pieces) if pieces[0] > 1 else z for z in (u, v)), *bounds, is_masked
-    )
-    return finish(Sides(u, v, of_u, of_v), search, bounds)
+
+    def compiled(u: Tensor, v: Tensor, tau: Tensor, end: Tensor) -> Any:
+        sides = (z.unflatten(1, pieces) if pieces[0] > 1 else z for z in (u, v))
+        return first_look(*sides, tau, end, is_masked)
+
+    return exact(u, v, tau, reach, compiled)
 
 
 def _pieces(classes: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import MASK_AT, Policy, Temperatures, mask_constants
-from tempering.temperature.sharpness_solver import Bounds, Sides, Solution, exact, look, statistics
+from tempering.temperature.sharpness_solver import Solution, exact, look, statistics
 from tempering.utils.registry import OVERRIDES
 from tempering.utils.search_space import Tau
 
@@ -124,10 +124,9 @@ def solve_delta(
         flat = a.flat | b.flat
         return _ratio(a.top, b.top, flat, tau, reach) if solve == "max" else _ratio(a.std, b.std, flat, tau, reach)
     with torch.no_grad():
-        sides = Sides(u, v, statistics(u), statistics(v))
-        solution = exact(sides, Bounds.of(u, tau, reach))
+        solution = exact(u, v, tau, reach)
     if v.requires_grad and torch.is_grad_enabled():
-        delta = _implicit(sides, solution.delta, ~solution.fallback & ~solution.clamped, tau)
+        delta = _implicit(u, v, solution.delta, ~solution.fallback & ~solution.clamped, tau)
         solution = solution._replace(delta=delta)
     return solution
 
@@ -139,13 +138,13 @@ def _ratio(x: Tensor, y: Tensor, bad: Tensor, tau: float, reach: float) -> Solut
     return Solution(delta.clamp(-reach * tau, reach * tau), bad, delta.abs() > reach * tau)
 
 
-def _implicit(sides: Sides, delta: Tensor, is_free: Tensor, tau: float) -> Tensor:
+def _implicit(u: Tensor, v: Tensor, delta: Tensor, is_free: Tensor, tau: float) -> Tensor:
     """Add a term of value zero to delta that gives it its implicit derivative in the student's logits."""
-    u, v, of_u, of_v = sides
-    T_t, T_s = tau + delta, tau - delta
-    slope = look(u, T_t, of_u).mean / T_t + look(v.detach(), T_s, of_v).mean / T_s
-    q = torch.softmax(v.detach() / T_s, -1)
-    is_free = is_free & ~torch.isneginf(v.detach())
+    T_t, T_s, fixed = tau + delta, tau - delta, v.detach()
+    of_v = statistics(fixed)
+    slope = look(u, T_t, statistics(u)).mean / T_t + look(fixed, T_s, of_v).mean / T_s
+    q = torch.softmax(fixed / T_s, -1)
+    is_free = is_free & ~torch.isneginf(fixed)
     by_v = torch.where(is_free, -(q - 1.0 / of_v.n) / (T_s * slope), 0.0)
-    shift = torch.where(is_free, v - v.detach(), 0.0)
+    shift = torch.where(is_free, v - fixed, 0.0)
     return delta + (by_v * shift).sum(-1, keepdim=True)

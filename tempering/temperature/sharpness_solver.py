@@ -15,6 +15,7 @@ their number at one in float32:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -25,6 +26,7 @@ from torch import Tensor
 
 HUGE = 2.0**60  # logits whose square may overflow in float32
 LOOKS = 12  # at most, for rows evaluated again; no row of millions took more than six
+FEW = 512  # classes up to which the model of a row takes longer than a look at a few rows on a CPU, in eager mode
 FIXED = 2  # on a device in eager mode, where selecting rows would synchronize; one more in float64
 
 
@@ -34,6 +36,8 @@ class Statistics(NamedTuple):
     n: Tensor
     """number of valid classes, at least 1"""
     mean: Tensor
+    peak: Tensor
+    """maximum"""
     top: Tensor
     """maximum minus mean; the minimum of the type's range if all classes are masked"""
     std: Tensor
@@ -42,38 +46,45 @@ class Statistics(NamedTuple):
     """whether the row is constant"""
 
 
-def statistics(z: Tensor, *, is_masked: bool = True) -> Statistics:
+def statistics(z: Tensor, *, is_masked: bool | None = None) -> Statistics:
     """Return the statistics of each row, with gradient.
 
     Args:
-        z: (N, C), or (N, K, C / K) and then the statistics are (N, 1, 1); see ``over_classes``.
-        is_masked: False if all classes of all rows are known to be valid.
+        z: (N, C), or (N, K, C / K) and then the statistics are (N, 1, 1); see ``in_pieces``.
+        is_masked: False if all classes of all rows are known to be valid; by default a CPU looks for itself.
     """
-    info, whole = torch.finfo(z.dtype), float(z[0].numel()) if len(z) else 1.0
-    valid = ~torch.isneginf(z) if is_masked else None
-    top = over_classes(torch.amax, z)
-    bottom = over_classes(torch.amin, z if valid is None else torch.where(valid, z, torch.inf))
-    flat = ~(top - bottom > 4 * info.eps * torch.maximum(top.abs(), bottom.abs()))
-    if valid is None:
-        n, mean = torch.full_like(top, whole), over_classes(torch.sum, z) / whole
-        off = z - mean
-    else:
-        n = over_classes(torch.sum, valid.to(z.dtype)).clamp_min(1.0)
-        mean = over_classes(torch.sum, torch.where(valid, z, 0.0)) / n
+    info, whole, dims, total = torch.finfo(z.dtype), float(z[0].numel()) if len(z) else 1.0, (-1, -2)[: z.ndim - 1], SUM
+    if z.ndim > 2:
+        total = in_pieces
+    peak, bottom = z.amax(dims, keepdim=True), z.amin(dims, keepdim=True)
+    if is_masked is None:
+        is_masked = z.device.type != "cpu" or bool(torch.isneginf(bottom).any())
+    if is_masked:
+        valid = ~torch.isneginf(z)
+        bottom = torch.where(valid, z, torch.inf).amin(dims, keepdim=True)
+        n = total(valid.to(z.dtype)).clamp_min(1.0)
+        mean = total(torch.where(valid, z, 0.0)) / n
         off = torch.where(valid, z - mean, 0.0)
+    else:
+        n, mean = torch.full_like(peak, whole), total(z) / whole
+        off = z - mean
+    size = torch.maximum(peak.abs(), bottom.abs())
+    flat = ~(peak - bottom > 4 * info.eps * size)
     # an exact power of 2, and 1 for all but enormous logits, whose square is not finite
-    unit = torch.where(torch.maximum(top.abs(), bottom.abs()) > HUGE, 1 / HUGE, 1.0).to(z.dtype)
-    std = (over_classes(torch.sum, (off * unit).square()) / n).clamp_min(info.tiny).sqrt() / unit
-    return Statistics(n, mean, torch.where(torch.isneginf(top), info.min, top - mean), std, flat)
+    unit = torch.where(size > HUGE, 1 / HUGE, 1.0).to(z.dtype)
+    std = (total((off * unit).square()) / n).clamp_min(info.tiny).sqrt() / unit
+    return Statistics(n, mean, peak, torch.where(torch.isneginf(peak), info.min, peak - mean), std, flat)
 
 
-def over_classes(reduce: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """Reduce (N, C) to (N, 1), or (N, K, C / K) to (N, 1, 1) in two steps.
+SUM = functools.partial(torch.sum, dim=-1, keepdim=True)
+
+
+def in_pieces(x: Tensor) -> Tensor:
+    """Sum (N, K, C / K) to (N, 1, 1) in two steps.
 
     Inductor sums up to 4,096 numbers in registers, and more of them through memory, at twice the time of an exp().
     """
-    x = reduce(x, -1, keepdim=True)
-    return x if x.ndim == 2 else reduce(x, -2, keepdim=True)
+    return SUM(x).sum(-2, keepdim=True)
 
 
 class Model(NamedTuple):
@@ -180,37 +191,29 @@ class Look(NamedTuple):
 
 def look(z: Tensor, T: Tensor, row: Statistics) -> Look:
     """Evaluate one side at its temperature; ``z`` are the logits themselves, minus infinity where masked."""
+    total = SUM if z.ndim == 2 else in_pieces
     # exp() is 0 at the bound, which keeps 0 * inf out
-    x = ((z - over_classes(torch.amax, z)) / T).clamp_min(-1000.0)
+    x = ((z - row.peak) / T).clamp_min(-1000.0)
     e = x.exp()
-    mass = over_classes(torch.sum, e)
-    once = e * x
-    twice = once * x
-    first, second, third = (over_classes(torch.sum, y) / mass for y in (once, twice, twice * x))
+    mass, e = total(e), e * x
+    first, e = total(e) / mass, e * x
+    second, e = total(e) / mass, e * x
     variance = second - first.square()
+    third = total(e) / mass - first * (second + 2.0 * variance)
     at = row.top / T
-    return Look(at + mass.log(), at + first, variance, third - first * (second + 2.0 * variance))
+    return Look(at + mass.log(), at + first, variance, third)
 
 
 class Search(NamedTuple):
-    """The rows' search for their roots so far, (N, 1) each."""
+    """The rows' search for their roots so far, (N, 1) each; it begins with the whole range as its bracket."""
 
     delta: Tensor
     low: Tensor
     high: Tensor
-    low_seen: Tensor
-    """whether ``low`` was looked at"""
-    high_seen: Tensor
     done: Tensor
     clamped: Tensor
 
-    @classmethod
-    def from_start(cls, start: Tensor, end: Tensor, flat: Tensor) -> Search:
-        """Return a search that begins at ``start``; it is over on flat rows, which get 0."""
-        low, high, no = torch.zeros_like(start) - end, torch.zeros_like(start) + end, torch.zeros_like(flat)
-        return cls(torch.where(flat, 0.0, start), low, high, no, no, flat, no)
-
-    def advance(self, u: Look, v: Look, tau: Tensor, end: Tensor) -> Search:
+    def advance(self, sides: Sides, bounds: Bounds) -> Search:
         """Return the search after a look at ``delta``: Householder's step of the third order on F = T_t T_s f.
 
         F has the root of f = LSE_t - LSE_s and is nearly linear; f grows like 1 / T at the ends. A row is done where
@@ -219,8 +222,9 @@ class Search(NamedTuple):
 
         A step outside the bracket is replaced by its end, or by its midpoint if the end was looked at.
         """
-        delta, eps = self.delta, torch.finfo(self.delta.dtype).eps
+        delta, eps, (tau, end) = self.delta, torch.finfo(self.delta.dtype).eps, bounds
         T, S = tau + delta, tau - delta
+        u, v = look(sides.u, T, sides.of_u), look(sides.v, S, sides.of_v)
         f, product = u.lse - v.lse, T * S
         slope = u.mean / T + v.mean / S
         noise = 2.0 * eps * (1.0 + u.lse.abs() + v.lse.abs() + tau * slope)
@@ -247,13 +251,11 @@ class Search(NamedTuple):
         allowed = 0.25 * noise / slope + 2.0 * eps * smaller
 
         low, high = torch.where(f > 0, delta, self.low), torch.where(f < 0, delta, self.high)
-        low_seen, high_seen = self.low_seen | (f > 0), self.high_seen | (f < 0)
         to, middle = delta + step, 0.5 * (low + high)
         outside = (to <= low) | (to >= high)
-        to = torch.where(to <= low, torch.where(low_seen, middle, low), to)
-        to = torch.where(to >= high, torch.where(high_seen, middle, high), to)
-        found = Search(torch.where(done, delta, to), low, high, low_seen, high_seen, done, clamped)
-        return found._replace(done=done | (~outside & (error <= allowed)))
+        to = torch.where(to <= low, torch.where(low > -end, middle, low), to)
+        to = torch.where(to >= high, torch.where(high < end, middle, high), to)
+        return Search(torch.where(done, delta, to), low, high, done | (~outside & (error <= allowed)), clamped)
 
 
 class Solution(NamedTuple):
@@ -274,59 +276,61 @@ class Sides(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """tau and the largest |delta|, () each."""
+    """tau and the largest |delta|, () each, in the type and on the device of the logits."""
 
     tau: Tensor
     end: Tensor
 
-    @classmethod
-    def of(cls, like: Tensor, tau: float, reach: float) -> Bounds:
-        """Return the bounds in the type and on the device of ``like``, without a copy."""
-        end = min(reach, 1.0 - 16 * torch.finfo(like.dtype).eps) * tau
-        return cls(like.new_full((), tau), like.new_full((), end))
+
+FirstLook = Callable[..., tuple[Statistics, Statistics, Search]]
 
 
-def exact(sides: Sides, bounds: Bounds) -> Solution:
-    """Return the roots of all rows, without gradient."""
-    return finish(sides, first_look(sides, bounds), bounds)
+def exact(u: Tensor, v: Tensor, tau: float, reach: float, first_look: FirstLook | None = None) -> Solution:
+    """Return the roots of all rows, without gradient; on a CPU only rows that are not done are looked at again.
 
-
-def first_look(sides: Sides, bounds: Bounds) -> Search:
-    """Return the search after the look at the start."""
-    start, flat = start_of(sides.of_u, sides.of_v, *bounds), sides.of_u.flat | sides.of_v.flat
-    return look_again(sides, Search.from_start(start, bounds.end, flat), bounds)
-
-
-def first_look_at(
-    u: Tensor, v: Tensor, tau: Tensor, end: Tensor, is_masked: bool
-) -> tuple[Statistics, Statistics, Search]:
-    """Return the statistics and the search after the first look, in one function to compile; (N, 1) each."""
-    sides = Sides(u, v, *(statistics(z, is_masked=is_masked) for z in (u, v)))
-    search = first_look(sides, Bounds(tau, end))
-    of_u, of_v = (Statistics(*(x.flatten(1) for x in side)) for side in sides[2:])
-    return of_u, of_v, Search(*(x.flatten(1) for x in search))
-
-
-def look_again(sides: Sides, search: Search, bounds: Bounds) -> Search:
-    """Return the search after a look at its delta."""
-    T_t, T_s = bounds.tau + search.delta, bounds.tau - search.delta
-    return search.advance(look(sides.u, T_t, sides.of_u), look(sides.v, T_s, sides.of_v), *bounds)
-
-
-def finish(sides: Sides, search: Search, bounds: Bounds) -> Solution:
-    """Return the roots after a first look: rows that are not done are looked at again, and on a CPU only those."""
-    flat = sides.of_u.flat | sides.of_v.flat
-    if search.delta.device.type != "cpu":
-        for _ in range(FIXED + (search.delta.dtype == torch.float64) - 1):
-            search = look_again(sides, search, bounds)
+    Args:
+        u: the teacher's logits, (N, C), of the type of the student's.
+        v: the student's logits, (N, C).
+        tau: half the sum of the temperatures.
+        reach: the largest |delta| / tau.
+        first_look: does the same as ``first_look_of``, compiled.
+    """
+    is_cpu, is_double = u.device.type == "cpu", u.dtype == torch.float64
+    bounds = Bounds(u.new_full((), tau), u.new_full((), min(reach, 1.0 - 16 * torch.finfo(u.dtype).eps) * tau))
+    if first_look is None and is_cpu and u.shape[1] <= FEW:
+        sides = Sides(u, v, statistics(u), statistics(v))
+        a, b = sides.of_u.std, sides.of_v.std
+        flat = sides.of_u.flat | sides.of_v.flat
+        start = (tau * (a - b) / (a + b)).clamp(-bounds.end, bounds.end)
+        search = Search(torch.where(flat, 0.0, start), -bounds.end, bounds.end, flat, flat & False)
+        search = search.advance(sides, bounds)
+    else:
+        *rows, search = (first_look or first_look_of)(u, v, *bounds)
+        sides = Sides(u, v, *rows)
+        flat = sides.of_u.flat | sides.of_v.flat
+    if not is_cpu:
+        for _ in range(FIXED + is_double - 1):
+            search = search.advance(sides, bounds)
         return Solution(search.delta, flat, search.clamped)
-    delta, clamped, rows = search.delta, search.clamped, torch.arange(len(search.delta))
+    delta, clamped, rows = search.delta, search.clamped, None
     for _ in range(LOOKS - 1):
         is_open = (~search.done).squeeze(1).nonzero().squeeze(1)
         if not len(is_open):
             break
-        rows, search = rows[is_open], Search(*(x[is_open] for x in search))
+        rows, search = is_open if rows is None else rows[is_open], Search(*(x[is_open] for x in search))
         of_u, of_v = (Statistics(*(x[rows] for x in side)) for side in sides[2:])
-        search = look_again(Sides(sides.u[rows], sides.v[rows], of_u, of_v), search, bounds)
+        search = search.advance(Sides(u[rows], v[rows], of_u, of_v), bounds)
         delta, clamped = delta.index_copy(0, rows, search.delta), clamped.index_copy(0, rows, search.clamped)
     return Solution(delta, flat, clamped)
+
+
+def first_look_of(
+    u: Tensor, v: Tensor, tau: Tensor, end: Tensor, is_masked: bool | None = None
+) -> tuple[Statistics, Statistics, Search]:
+    """Return the statistics and the search after a look at the models' root; ``u`` and ``v`` as in ``statistics``."""
+    sides = Sides(u, v, statistics(u, is_masked=is_masked), statistics(v, is_masked=is_masked))
+    flat = sides.of_u.flat | sides.of_v.flat
+    start = torch.where(flat, 0.0, start_of(sides.of_u, sides.of_v, tau, end))
+    search = Search(start, -end, end, flat, flat & False).advance(sides, Bounds(tau, end))
+    of_u, of_v = (Statistics(*(x.flatten(1) for x in side)) for side in sides[2:])
+    return of_u, of_v, Search(*(x.flatten(1) for x in search))
