@@ -1,4 +1,4 @@
-"""How exact the solver of Sharpness is, and how many looks it takes: rows of many kinds against bisection in float64.
+"""How exact the solver of Sharpness is, and how many looks it takes from a row's model: many kinds against bisection.
 
 Usage:
     python benchmarks/roots.py [--rows 24000] [--threads 1] [--tiny]
@@ -12,8 +12,7 @@ import torch
 from timing import FACTS, arguments, machine
 from torch import Tensor
 
-from tempering.temperature import sharpness_solver as solver
-from tempering.temperature.sharpness import solve_delta
+from tempering.temperature import sharpness as solver
 
 KINDS = ("gaussian", "one peak", "gamma", "all spreads")
 FIELDS = ("rows", "classes", "tau", "type", "number", "one look", "two looks", "over rounding", "worst over T")
@@ -52,11 +51,10 @@ def line(kind: str, classes: int, tau: float, dtype: torch.dtype, n: int) -> dic
     smaller temperature.
     """
     u, v = (z.to(dtype) for z in drawn(kind, n, classes, torch.Generator().manual_seed(classes)))
-    sides = solver.Sides(u, v, solver.statistics(u), solver.statistics(v))
-    bounds = solver.Bounds.of(u, tau, 0.9)
-    first = solver.first_look(sides, bounds)
-    second = solver.look_again(sides, first, bounds)
-    found = solve_delta(u, v, tau=tau, solve="exact", reach=0.9).delta.double()
+    bounds = solver.Bounds(u.new_full((), tau), u.new_full((), 0.9 * tau))
+    *rows, first = solver.first_look_of(u, v, *bounds)
+    second = first.advance(solver.Sides(u, v, *rows), bounds)
+    found = solver.solve_delta(u, v, tau=tau, solve="exact", reach=0.9).delta.double()
     u, v = u.double(), v.double()
     root = bisected(u, v, tau).clamp(-0.9 * tau, 0.9 * tau)
     T, S = tau + root, tau - root

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tempering.temperature.sharpness as module
-import tempering.temperature.sharpness_solver as solver
 from tempering.methods import DTKD
 from tempering.objectives import kl
 from tempering.rows import Rows, total
@@ -76,21 +75,25 @@ def test_exact_finds_the_root_of_ten_thousand_rows(tau: float) -> None:
 @pytest.mark.parametrize("tau", [1.0, 4.0, 8.0])
 @pytest.mark.parametrize("reach", [0.9, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_exact_takes_few_looks(tau: float, reach: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("few", [0, 512], ids=["from a model", "from the spread"])
+def test_exact_takes_few_looks(
+    few: int, tau: float, reach: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows of all kinds; only those that are not done are looked at again."""
+    monkeypatch.setattr(module, "FEW", few)
     looked: list[int] = []
 
     def counted(*args: Any) -> Any:
         looked.append(len(args[0]))
         return look(*args)
 
-    look = solver.look
-    monkeypatch.setattr(solver, "look", counted)
+    look = module.look
+    monkeypatch.setattr(module, "look", counted)
     u, v = logits(10_000, 10, seed=3), logits(10_000, 10, seed=4)
     Sharpness(tau, reach=reach)(Rows(v.to(dtype), u.to(dtype)))
     rows = looked[::2]
     assert rows[0] == 10_000 and rows == sorted(rows, reverse=True)
-    assert sum(rows[1:]) < (2_000 if dtype == torch.float32 else 10_000)
+    assert sum(rows[1:]) < (2_000 if dtype == torch.float32 else 10_000) + (10_000 if few else 0)
     assert len(rows) <= 4, "the slowest of ten thousand rows"
 
 
@@ -123,13 +126,13 @@ ONE_LOOK = [
 def test_one_look_is_nearly_enough(kind: str, classes: int, tau: float, median: float, worst: float) -> None:
     """Its error in float64, and after a second look the root."""
     u, v = kinds(kind, 2000 if classes == 100 else 40, classes)
-    bounds = solver.Bounds(torch.tensor(tau).double(), torch.tensor(tau).double())
-    *rows, first = solver.first_look_of(u, v, *bounds)
+    bounds = module.Bounds(torch.tensor(tau).double(), torch.tensor(tau).double())
+    *rows, first = module.first_look_of(u, v, *bounds)
     root = bisected(u, v, tau)
     scale = tau - root
     error = (first.delta - root).abs() / scale
     assert float(error.median()) < median and float(error.quantile(0.99)) < worst
-    second = first.advance(solver.Sides(u, v, *rows), bounds)
+    second = first.advance(module.Sides(u, v, *rows), bounds)
     assert float(((second.delta - root).abs() / scale).quantile(0.99)) < 1e-13
 
 
@@ -144,7 +147,7 @@ def test_the_roots_of_rows_of_all_kinds(tau: float, dtype: torch.dtype) -> None:
         root = bisected(u.double(), v.double(), tau).clamp(-0.9 * tau, 0.9 * tau)
         error = (found.double() - root).abs()
         T, S = tau + root, tau - root
-        sides = [solver.look(z, t, solver.statistics(z)) for z, t in ((u.double(), T), (v.double(), S))]
+        sides = [module.look(z, t, module.statistics(z)) for z, t in ((u.double(), T), (v.double(), S))]
         slope = sides[0].mean / T + sides[1].mean / S
         size = u.abs().amax(-1, keepdim=True) / T + v.abs().amax(-1, keepdim=True) / S  # of which the means are rounded
         noise = torch.finfo(dtype).eps * (1.0 + size + tau * slope) / slope

@@ -11,7 +11,7 @@ from tempering.kernels import chunked
 from tempering.kernels import compiled as compiling
 from tempering.methods import DTKD, KD
 from tempering.rows import total
-from tempering.temperature.sharpness_solver import LOOKS
+from tempering.temperature.sharpness import LOOKS
 from tests.binaries import Needs, needs
 from tests.conftest import random_rows
 from tests.contract import same

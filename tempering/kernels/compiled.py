@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tempering.kernels.analytic import Fast, cross_entropy_and_slope, divergence_and_slope
 from tempering.temperature import sharpness
-from tempering.temperature.sharpness_solver import Solution, exact, first_look_of
+from tempering.temperature.sharpness import HUGE, Solution, exact, first_look_of
 
 LARGE = {"cpu": 2**24}  # minimum logits of one side to compile for; takes about ten seconds, once per process
 ELSEWHERE = 2**20  # Triton's kernels compile in a second or two
@@ -138,12 +138,12 @@ def _finish(first_look: Callable[..., Any], u: Tensor, v: Tensor, tau: float, re
     """The exact solver with a compiled first look at all rows; the few others are looked at in eager mode."""
     dtype = torch.promote_types(u.dtype, v.dtype)
     u, v = u.to(dtype), v.to(dtype)
-    is_masked = any(bool(torch.isneginf(z.amin())) for z in (u, v))
+    is_tame = all(bool(torch.stack(z.aminmax()).abs().amax() <= HUGE) for z in (u, v))
     pieces = _pieces(u.shape[1])
 
     def compiled(u: Tensor, v: Tensor, tau: Tensor, end: Tensor) -> Any:
         sides = (z.unflatten(1, pieces) if pieces[0] > 1 else z for z in (u, v))
-        return first_look(*sides, tau, end, is_masked)
+        return first_look(*sides, tau, end, is_tame)
 
     return exact(u, v, tau, reach, compiled)
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tempering.temperature.sharpness_solver import LOOKS, Solution
+from tempering.temperature.sharpness import LOOKS, Solution
 
 LARGEST = 4096  # maximum block size, in classes
 
@@ -116,7 +116,7 @@ def _spread(row, n, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _look(row, top, T, n, BLOCK: tl.constexpr):
-    """``sharpness_solver.look``, of logits with this maximum; ``top / T`` is not added to the first two results."""
+    """``sharpness.look``, of logits with this maximum; ``top / T`` is not added to the first two results."""
     mass, first, second, third = 0.0, 0.0, 0.0, 0.0
     for start in range(0, n, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -137,7 +137,7 @@ def _look(row, top, T, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _tail(x):
-    """``sharpness_solver._tail``; erfcx by Chebyshev's polynomial, relative error 1.2e-7 (Numerical Recipes, 6.2)."""
+    """``row_model._tail``; erfcx by Chebyshev's polynomial, relative error 1.2e-7 (Numerical Recipes, 6.2)."""
     y = tl.abs(x) * 0.7071067811865476
     t = 1.0 / (1.0 + 0.5 * y)
     p = -0.82215223 + t * 0.17087277
@@ -157,7 +157,7 @@ def _tail(x):
 
 @triton.jit
 def _fit(count, top, std):
-    """``sharpness_solver.fit``."""
+    """``row_model.fit``."""
     others = tl.maximum(count - 1.0, 1.0)
     ratio = top / std
     mean = -ratio / others
@@ -178,7 +178,7 @@ def _fit(count, top, std):
 
 @triton.jit
 def _of_model(top, sigma, cut, offset, inverse):
-    """``sharpness_solver._of_model``."""
+    """``row_model._of_model``."""
     shift = sigma * inverse
     x = cut - shift
     value, hazard = _tail(x)
@@ -193,7 +193,7 @@ def _of_model(top, sigma, cut, offset, inverse):
 
 @triton.jit
 def _start(count_u, top_u, std_u, count_v, top_v, std_v, tau, end):
-    """``sharpness_solver.start_of``."""
+    """``row_model.start_of``."""
     by_spread = tl.minimum(tl.maximum(tau * (std_u - std_v) / (std_u + std_v), -end), end)
     low = tl.maximum(0.5 * (by_spread - tau), -end)
     high = tl.minimum(0.5 * (by_spread + tau), end)
@@ -217,7 +217,7 @@ def _start(count_u, top_u, std_u, count_v, top_v, std_v, tau, end):
 
 @triton.jit
 def _exact_rows(u, v, delta_to, flat_to, clamped_to, n, tau, reach, eps, LOOKS: tl.constexpr, BLOCK: tl.constexpr):
-    """``sharpness_solver.exact``: all of a row before the next, which stays in cache; most rows take one look."""
+    """``sharpness.exact``: all of a row before the next, which stays in cache; most rows take one look."""
     row = tl.program_id(0).to(tl.int64)
     u += row * n
     v += row * n

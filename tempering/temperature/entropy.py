@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import Policy, Temperatures
-from tempering.temperature.sharpness_solver import statistics
+from tempering.temperature.sharpness import statistics
 from tempering.temperature.standardized import spread
 from tempering.utils.search_space import Tau
 
