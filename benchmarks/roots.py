@@ -85,7 +85,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "roots.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, (*FIELDS, *FACTS), lineterminator="\n")
+        writer: csv.DictWriter[str] = csv.DictWriter(file, (*FIELDS, *FACTS), lineterminator="\n")
         writer.writeheader()
         for kind in KINDS:
             for classes in sizes:

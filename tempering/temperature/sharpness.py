@@ -32,7 +32,7 @@ from tempering.utils.search_space import Tau
 Solve = Literal["exact", "std", "max", "published"]
 HUGE = 2.0**60  # logits whose square may overflow in float32
 LOOKS = 12  # at most, for rows evaluated again; no row of millions took more than six
-ROUNDING = 0.1  # the error that a step may have, in units of the equation's noise and twice the temperature's
+ROUNDING = 0.25  # the error that a step may have, in units of the equation's noise and twice the temperature's
 FEW = 512  # classes up to which the model of a row takes longer than a look at a few rows on a CPU, in eager mode
 FIXED = 2  # on a device in eager mode, where selecting rows would synchronize; one more in float64
 
