@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)
 
-.PHONY: all check test demo bench conformance docs pages oldest gpu gpu-self-test gpu-cifar100 gpu-detection gpu-language arena-arms wheel clean
+.PHONY: all check test demo bench conformance docs pages oldest gpu gpu-self-test gpu-cifar100 gpu-detection gpu-language all-methods wheel clean
 .PHONY: evidence evidence-teachers evidence-screen evidence-full evidence-ablations evidence-others evidence-resnet20 evidence-short
 all: check test wheel
 
@@ -41,15 +41,15 @@ gpu-self-test: $(READY)  ## ten minutes: numbers, waits, kernels, steps; one rec
 
 # the field's recipe: teacher and students at full size, images augmented on the device
 DATA ?= ../shared/data/cifar100
-ARMS ?= supervised,kd,kd-matched,dkd,dtkd-published,dtkd
-# the whole arena: make gpu-cifar100 ARMS="$(make -s arena-arms)"
-ARENA := $(ARMS),dtkd-max,dtkd-std,entropy,ctkd,cosine,normkd,energy,itkd,dist,ttm,wttm,nkd,lskd,rld,erkd,cskd,r2kd,ats,sp,pkt
+METHODS ?= supervised,kd,kd-matched,dkd,dtkd-published,dtkd
+# every method: make gpu-cifar100 METHODS="$(make -s all-methods)"
+ALL_METHODS := $(METHODS),dtkd-max,dtkd-std,entropy,ctkd,cosine,normkd,energy,itkd,dist,ttm,wttm,nkd,lskd,rld,erkd,cskd,r2kd,ats,sp,pkt
 SEEDS ?= 3
 EPOCHS ?= 240
 FULL ?= benchmarks/results/cifar100-resnet32x4-resnet8x4
 gpu-cifar100: $(READY)  ## CIFAR-100: resnet32x4 -> resnet8x4
 	$(cuda)
-	$(BIN)/python -m tempering compare cifar100 --methods $(ARMS) --seeds $(SEEDS) --out $(FULL) -- --data $(DATA) \
+	$(BIN)/python -m tempering compare cifar100 --methods $(METHODS) --seeds $(SEEDS) --out $(FULL) -- --data $(DATA) \
 	--teacher resnet32x4 --student resnet8x4 --epochs $(EPOCHS) --precision bf16-mixed --accelerator cuda
 
 # the table of benchmarks/results/detection-bccd with wider nets, larger images and six times as many epochs; the weights
@@ -153,8 +153,8 @@ pages: $(READY)  ## pages made from docstrings, presets and records; the pages o
 	$(BIN)/python benchmarks/evidence.py
 	$(BIN)/python docs/tools/notebooks.py
 
-arena-arms:
-	@echo $(ARENA)
+all-methods:
+	@echo $(ALL_METHODS)
 
 # environments with pinned versions are made below it; a library whose record is current is skipped
 ENVIRONMENTS ?= $(HOME)/.cache/tempering/conformance

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timing import Arm, Sheet, arguments, in_turn, installed
+from timing import Sheet, Variant, arguments, in_turn, installed
 from torch import Tensor
 
 from tempering.data import Batches
@@ -43,7 +43,7 @@ def transform() -> tuple[Callable[[Image.Image], Tensor], str]:
     return by_hand, "re-stated"
 
 
-def pil(pixels: np.ndarray, change: Callable[[Image.Image], Tensor]) -> Arm:
+def pil(pixels: np.ndarray, change: Callable[[Image.Image], Tensor]) -> Variant:
     """Every image changed by itself, and stacked by batches."""
 
     def run() -> None:
@@ -53,7 +53,7 @@ def pil(pixels: np.ndarray, change: Callable[[Image.Image], Tensor]) -> Arm:
     return run
 
 
-def ours(pixels: np.ndarray, *, channels_last: bool) -> Arm:
+def ours(pixels: np.ndarray, *, channels_last: bool) -> Variant:
     """An epoch of our batches."""
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
     labels = torch.zeros(len(images), dtype=torch.int64)
@@ -68,18 +68,18 @@ def ours(pixels: np.ndarray, *, channels_last: bool) -> Arm:
 
 
 def main() -> None:
-    """Time the arms; the milliseconds are those of a batch of 64."""
+    """Time the variants; the milliseconds are those of a batch of 64."""
     args = arguments(__doc__, rounds=9, images=4096).parse_args()
     sheet = Sheet("augment", args)
     n = 128 if args.tiny else args.images
     pixels = np.random.default_rng(0).integers(256, size=(n, 32, 32, 3), dtype=np.uint8)
     change, which = transform()
     first = "PIL, an image at a time"
-    arms = {first: pil(pixels, change)}
-    arms |= {
+    variants = {first: pil(pixels, change)}
+    variants |= {
         f"ours, {name}": ours(pixels, channels_last=name == "channels-last") for name in ("planes", "channels-last")
     }
-    taken = in_turn(arms, rounds=args.rounds)
+    taken = in_turn(variants, rounds=args.rounds)
     sheet.add("crop 4, flip, normalise, batch of 64", taken, notes={first: which}, per=n // BATCH)
     print(sheet.write())
 

@@ -56,7 +56,7 @@ def commands(args: argparse.Namespace) -> list[list[str]]:
 
 
 def curves(folder: Path) -> tuple[dict[str, Curve], list[str]]:
-    """Arm -> its curve, from the records of every grid under ``folder``; and what is open.
+    """Method -> its curve, from the records of every grid under ``folder``; and what is open.
 
     Raises:
         FileNotFoundError: where there is no grid.
@@ -79,9 +79,9 @@ def curves(folder: Path) -> tuple[dict[str, Curve], list[str]]:
 
 
 def table(found: dict[str, Curve], missing: Sequence[str]) -> str:
-    """Accuracy of every arm at every number of images, and the differences to KD at the same total weights."""
+    """Accuracy of every method at every number of images, and the differences to KD at the same total weights."""
     images = sorted({n for curve in found.values() for n in curve})
-    head = ["arm", *(f"{n:,} images (%)" for n in images)]
+    head = ["method", *(f"{n:,} images (%)" for n in images)]
     parts = [
         "# A teacher that is asked about n images",
         "Made from the records beside it by `python benchmarks/budget.py`; the figure is [curve.svg](curve.svg). Test "
@@ -167,8 +167,8 @@ def _spread(scores: dict[int, float]) -> str:
     return f"{middle:.2f}" if spread is None else f"{middle:.2f} ± {spread:.2f}"
 
 
-def _gap(arm: dict[int, float], control: dict[int, float]) -> str:
-    gap = difference(arm, control)
+def _gap(group: dict[int, float], control: dict[int, float]) -> str:
+    gap = difference(group, control)
     if gap is None:
         return "-"
     said = f"{100 * gap.mean:+.2f} " + ("(no interval)" if gap.half is None else f"± {100 * gap.half:.2f}")
@@ -187,7 +187,9 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=None, help="of CIFAR-100; without it nothing is run")
     parser.add_argument("--images", default="500,1000,2000,5000", help="how many the teacher is asked about, in turn")
-    parser.add_argument("--methods", default="supervised,kd,kd-matched,ckd", help="arms, as `tempering list` has them")
+    parser.add_argument(
+        "--methods", default="supervised,kd,kd-matched,ckd", help="methods, as `tempering list` has them"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1600, help="of every student, to the nearest epoch")
     parser.add_argument("--jobs", type=int, default=1, help="cells at once")

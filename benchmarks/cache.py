@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from timing import Arm, Sheet, arguments, in_turn
+from timing import Sheet, Variant, arguments, in_turn
 from torch import nn
 
 from tempering.data import Batches
@@ -19,7 +19,7 @@ from tempering.teachers import Cached, Live, record
 CLASSES, BATCH, READS = 100, 64, 20
 
 
-def files(folder: Path, count: int) -> Arm:
+def files(folder: Path, count: int) -> Variant:
     """One file a sample, read and stacked: a batch a call."""
     folder.mkdir()
     for i in range(count):
@@ -34,7 +34,7 @@ def files(folder: Path, count: int) -> Arm:
     return read
 
 
-def ours(folder: Path, rows: int) -> Arm:
+def ours(folder: Path, rows: int) -> Variant:
     """The cache that ``record`` writes, by sample id."""
     images = torch.randint(256, (rows, 1, 2, 2), dtype=torch.uint8)
     batches = Batches(images, torch.zeros(rows, dtype=torch.int64), batch_size=4096, mean=[0.5], std=[0.5])
@@ -61,11 +61,11 @@ def main() -> None:
     torch.manual_seed(0)
     rows, count = (256, 64) if args.tiny else (args.rows, args.files)
     with tempfile.TemporaryDirectory() as folder:
-        arms = {
+        variants = {
             "one torch file a sample": files(Path(folder, "files"), count),
             "ours, memory-mapped": ours(Path(folder, "cache"), rows),
         }
-        taken = in_turn(arms, rounds=args.rounds, warm=2)
+        taken = in_turn(variants, rounds=args.rounds, warm=2)
     notes = {"one torch file a sample": f"torchdistill's way, re-stated; {count} files"}
     sheet.add(f"{rows} x {CLASSES}, 64 rows at random", taken, notes=notes, per=READS)
     print(sheet.write())

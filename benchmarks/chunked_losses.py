@@ -1,9 +1,10 @@
 """From hidden states to the loss and back: the chunked losses that people use today, beside ours, at the same work.
 
-Every arm computes one divergence at temperature 1, the mean over rows, and its gradient in the student's hidden states
-and, unless it is frozen, in its head. Peers are imported from where ``make bench`` puts them, or left out; torchtune's
-needs the logits of both sides. Notes have versions, and the relative error of the gradient in the hidden states. An arm
-that would take minutes, in half precision on a CPU without instructions for it, runs at the smallest size only.
+Every variant computes one divergence at temperature 1, the mean over rows, and its gradient in the student's hidden
+states and, unless it is frozen, in its head. Peers are imported from where ``make bench`` puts them, or left out;
+torchtune's needs the logits of both sides. Notes have versions, and the relative error of the gradient in the hidden
+states. A variant that would take minutes, in half precision on a CPU without instructions for it, runs at the
+smallest size only.
 
 Usage:
     python benchmarks/chunked_losses.py [--rounds 3] [--threads 1] [--width 256] [--tiny]
@@ -107,8 +108,8 @@ def torchtune(objective: str) -> Run:
 PEERS = {"TRL": ("trl", trl), "Liger": ("liger-kernel", liger), "torchtune": ("torchtune", torchtune)}
 
 
-def arms(objective: str, *, compile: bool) -> tuple[dict[str, Run], dict[str, str]]:
-    """Return every arm that is installed by name, and its version."""
+def variants(objective: str, *, compile: bool) -> tuple[dict[str, Run], dict[str, str]]:
+    """Return every variant that is installed by name, and its version."""
     made: dict[str, Run] = {}
     versions: dict[str, str] = {}
     for name, (package, make) in PEERS.items():
@@ -131,7 +132,7 @@ def made_for(case: Case, width: int) -> Sides:
 
 
 def slow(name: str, case: Case) -> bool:
-    """Whether an arm multiplies in half precision where the device has no instructions for it."""
+    """Whether a variant multiplies in half precision where the device has no instructions for it."""
     emulated = case.dtype == torch.bfloat16 and not has_native_bf16("cuda" if torch.cuda.is_available() else "cpu")
     return emulated and name in ("Liger", "torchtune") and case.n * case.V > 512 * 32_000
 
@@ -155,18 +156,18 @@ def error(run: Run, method: Method, x: Sides) -> float:
 
 
 def main() -> None:
-    """Time every arm in every case, then ask for its peak in a process of its own."""
+    """Time every variant in every case, then ask for its peak in a process of its own."""
     args: Any = arguments(__doc__, rounds=3, width=256).parse_args()
     sheet = Sheet("chunked_losses", args)
     cases = {str(case): case for case in (TINY if args.tiny else CASES)}
     if args.peak:
         title, name = args.peak.split("|")
-        run, case = arms(cases[title].objective, compile=not args.tiny)[0][name], cases[title]
+        run, case = variants(cases[title].objective, compile=not args.tiny)[0][name], cases[title]
         small = made_for(case._replace(n=8, V=64), args.width)
         print(grown(partial(step, run, made_for(case, args.width)), partial(step, run, small)))
         return
     for title, case in cases.items():
-        made, notes = arms(case.objective, compile=not args.tiny)
+        made, notes = variants(case.objective, compile=not args.tiny)
         made = {name: run for name, run in made.items() if not slow(name, case)}
         x = made_for(case, args.width)
         for name, run in made.items():

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from timing import RESULTS, ROOT, Arm, in_turn, machine
+from timing import RESULTS, ROOT, Variant, in_turn, machine
 from torch import Tensor, nn
 
 sys.path.insert(0, str(ROOT))
@@ -200,21 +200,21 @@ def losses(device: torch.device, tiny: bool) -> dict[str, Any]:
             "tuple[Tensor, Tensor, Tensor]", tuple(x[:64].cpu() for x in made)
         )  # float64 is slow on most devices
         few = (few[0].double(), few[1].double(), few[2])
-        arms: dict[str, Arm] = {}
+        variants: dict[str, Variant] = {}
         errors: dict[str, float] = {}
         failed: dict[str, str] = {}
         for name, method in methods.items():
             wanted = gradient(method, few, "plain") * len(few[2]) / n
             for kind in ("plain", "chunks") if tiny else ("plain", "chunks", "compiled"):
-                arm = partial(gradient, method, made, kind)
+                variant = partial(gradient, method, made, kind)
                 try:
-                    error = (arm()[:64].double().cpu() - wanted).norm() / wanted.norm()
+                    error = (variant()[:64].double().cpu() - wanted).norm() / wanted.norm()
                 except Exception as raised:
                     failed[f"{name}, {kind}"] = f"{type(raised).__name__}: {raised}"[:500]
                 else:
-                    arms[f"{name}, {kind}"], errors[f"{name}, {kind}"] = arm, float(error)
+                    variants[f"{name}, {kind}"], errors[f"{name}, {kind}"] = variant, float(error)
         ideal = 3 * made[0].numel() * made[0].element_size() / speed
-        taken = {name: min(x) for name, x in in_turn(arms, rounds=2 if tiny else 7, warm=2).items()}
+        taken = {name: min(x) for name, x in in_turn(variants, rounds=2 if tiny else 7, warm=2).items()}
         found[case] = {"ms_of_copy": 1e3 * ideal, "failed": failed} | {
             name: {"ms": 1e3 * x, "over_copy": x / ideal, "gradient_error": errors[name]} for name, x in taken.items()
         }
@@ -240,17 +240,17 @@ def heads(device: torch.device, tiny: bool) -> dict[str, Any]:
         leaf = h.detach().requires_grad_()
         linear_loss(method, leaf, heads[0], taught, heads[1], target=y, compile=compile).loss.backward()
 
-    arms: dict[str, Callable[[], None]] = {"stored logits": stored, "linear_loss": partial(fused, False)}
-    arms |= {} if tiny else {"linear_loss, compiled": partial(fused, True)}
+    variants: dict[str, Callable[[], None]] = {"stored logits": stored, "linear_loss": partial(fused, False)}
+    variants |= {} if tiny else {"linear_loss, compiled": partial(fused, True)}
     found: dict[str, Any] = {}
-    for name, run in arms.items():
+    for name, run in variants.items():
         run()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             run()
             found[name] = {"peak_bytes": torch.cuda.max_memory_allocated() - before}
-    for name, x in in_turn(arms, rounds=2 if tiny else 5).items():
+    for name, x in in_turn(variants, rounds=2 if tiny else 5).items():
         found.setdefault(name, {})["ms"] = 1e3 * min(x)
     return found
 
@@ -266,22 +266,23 @@ def steps(device: torch.device, tiny: bool) -> dict[str, Any]:
         build(name, classes=100).to(device)
         for name in (("resnet8", "resnet14") if tiny else ("resnet8x4", "resnet32x4"))
     )
-    arms = {
+    variants = {
         "mdistiller, KD": mdistiller(student, teacher, (x, y), name="KD", checkout=None),
         "ours, fp32": ours(student, Live(teacher, channels_last=True, fuse_conv_bn=True), (x, y), bf16=False),
         "ours, bf16": ours(student, Live(teacher, precision="bf16", fuse_conv_bn=True), (x, y), bf16=True),
     }
-    arms |= {} if tiny else compiled(student, teacher, (x, y))
+    variants |= {} if tiny else compiled(student, teacher, (x, y))
     return {
-        name: {"images_per_second": n / min(t)} for name, t in in_turn(arms, rounds=2 if tiny else 7, warm=2).items()
+        name: {"images_per_second": n / min(t)}
+        for name, t in in_turn(variants, rounds=2 if tiny else 7, warm=2).items()
     }
 
 
 def transfers(device: torch.device, tiny: bool) -> dict[str, Any]:
     """Return milliseconds in which the host hands a batch of images to the device, by ``to_device`` and plainly."""
     batch = torch.randn(8 if tiny else 512, 3, 224, 224 if not tiny else 8)
-    arms = {"plain": lambda: batch.to(device), "to_device": lambda: to_device(batch, device)}
-    return {name: 1e3 * min(x) for name, x in in_turn(arms, rounds=5).items()}
+    variants = {"plain": lambda: batch.to(device), "to_device": lambda: to_device(batch, device)}
+    return {name: 1e3 * min(x) for name, x in in_turn(variants, rounds=5).items()}
 
 
 STAGES: dict[str, Stage] = {

@@ -113,7 +113,7 @@ def headline(grids: Sequence[Grid]) -> str:
             said = f"{' and '.join(better)} beat{'s' * (len(better) == 1)} KD at DTKD's own total weights"
         said += f"; {below}" * bool(below)
         return f"{said} ({grid.title}{so_far})."
-    return f"Not decided yet: no DTKD arm shares two finished seeds with {MATCHED}."
+    return f"Not decided yet: no DTKD method shares two finished seeds with {MATCHED}."
 
 
 def learned(grid: Grid) -> Iterator[str]:

@@ -14,7 +14,7 @@ from tempering.experiments.compare.plan import Plan
 from tempering.experiments.presets import MATCHED, method_of
 from tempering.methods import DTKD, KD
 from tempering.reports import figures, figures_temperature
-from tempering.reports.compare import CONTROL, Arm, Comparison, compare
+from tempering.reports.compare import CONTROL, Comparison, RunGroup, compare
 from tempering.reports.intervals import Difference, difference, mean
 from tempering.reports.paper_results import published
 from tempering.reports.records import RunRecord, load_run, number
@@ -65,18 +65,18 @@ class Grid:
     @property
     def runs(self) -> list[RunRecord]:
         """All cells."""
-        return [run for arm in self.found.arms for run in arm.runs]
+        return [run for group in self.found.groups for run in group.runs]
 
     def gap(self, label: str, control: str, seeds: Collection[int] | None = None) -> Difference | None:
         """Method minus control over the seeds (of ``seeds``) that both have finished; None if there are none."""
-        arms = {arm.label: arm.last for arm in self.found.arms}
-        a, b = arms.get(label, {}), arms.get(control, {})
+        groups = {group.label: group.last for group in self.found.groups}
+        a, b = groups.get(label, {}), groups.get(control, {})
         common = a.keys() & b.keys() & set(a if seeds is None else seeds)
         return difference({s: a[s] for s in common}, {s: b[s] for s in common})
 
     def has(self, *labels: str) -> bool:
         """Whether all these methods are planned."""
-        return set(labels) <= {arm.label for arm in self.found.arms}
+        return set(labels) <= {group.label for group in self.found.groups}
 
 
 def grid_in(folder: Path) -> Grid | None:
@@ -100,11 +100,11 @@ def points(grid: Grid, gap: Difference) -> str:
 
 def planned(grid: Grid) -> str:
     """The planned comparisons, with the smallest difference that these seeds could have shown."""
-    arms, rows = {arm.label: arm for arm in grid.found.arms}, []
+    groups, rows = {group.label: group for group in grid.found.groups}, []
     for label, control, question in PLANNED:
         if not grid.has(label, control):
             continue
-        gap, theirs = grid.gap(label, control), _theirs(arms[label], arms[control])
+        gap, theirs = grid.gap(label, control), _theirs(groups[label], groups[control])
         show = grid.found.metric.show
         value = "open" if gap is None else points(grid, gap).removesuffix(" points")
         least = show(gap.half) if gap and gap.half is not None else "-"
@@ -115,9 +115,9 @@ def planned(grid: Grid) -> str:
     return markdown(head, rows, left=2) if rows else ""
 
 
-def _theirs(arm: Arm, control: Arm) -> float | None:
+def _theirs(group: RunGroup, control: RunGroup) -> float | None:
     """The authors' difference, with 240 epochs."""
-    return arm.reported[0] - control.reported[0] if arm.reported and control.reported else None
+    return group.reported[0] - control.reported[0] if group.reported and control.reported else None
 
 
 def fixed_and_exact(grid: Grid) -> str:
@@ -127,10 +127,10 @@ def fixed_and_exact(grid: Grid) -> str:
     """
     show, rows, said = grid.found.metric.show, [], []
     for weights, exact, fixed in _places(grid):
-        arms = [*exact.values(), *fixed.values()]
-        seeds = sorted(set.intersection(*done)) if (done := [set(arm.last) for arm in arms if arm.n]) else []
-        score = {arm.label: mean([arm.last[seed] for seed in seeds]) if arm.n else None for arm in arms}
-        whole = all(score[arm.label] is not None for arm in fixed.values())
+        groups = [*exact.values(), *fixed.values()]
+        seeds = sorted(set.intersection(*done)) if (done := [set(group.last) for group in groups if group.n]) else []
+        score = {group.label: mean([group.last[seed] for seed in seeds]) if group.n else None for group in groups}
+        whole = all(score[group.label] is not None for group in fixed.values())
         best = max(fixed, key=lambda tau: score[fixed[tau].label] or 0.0) if whole else None
         above = []
         for tau in sorted(set(fixed) & set(exact)):
@@ -138,10 +138,10 @@ def fixed_and_exact(grid: Grid) -> str:
             gaps = [grid.gap(exact[tau].label, other.label, seeds) for other in others]
             above += [f"{tau:g}"] if best is not None and gaps[1] and gaps[1].mean > 0 else []
             texts = ["open" if gap is None else points(grid, gap).removesuffix(" points") for gap in gaps]
-            scores = [score[arm.label] for arm in (exact[tau], fixed[tau])]
+            scores = [score[group.label] for group in (exact[tau], fixed[tau])]
             texts = [*("open" if value is None else show(value) for value in scores), *texts]
             rows.append([weights, f"{tau:g}", *texts, *["open"] * (4 - len(texts))])
-        if best is not None and any(score[arm.label] is not None for arm in exact.values()):
+        if best is not None and any(score[group.label] is not None for group in exact.values()):
             where = f"at tau {', '.join(above)}" if above else "nowhere"
             said.append(
                 f"- With weights {weights} the best fixed temperature is {best:g} ({show(score[fixed[best].label])} %, "
@@ -153,46 +153,46 @@ def fixed_and_exact(grid: Grid) -> str:
     return "\n\n".join([markdown(head, rows), *(["\n".join(said)] if said else [])])
 
 
-def _places(grid: Grid) -> list[tuple[str, dict[float, Arm], dict[float, Arm]]]:
+def _places(grid: Grid) -> list[tuple[str, dict[float, RunGroup], dict[float, RunGroup]]]:
     """DTKD's weights, and its methods with exact and with fixed temperatures by tau, at least two fixed ones."""
-    found: dict[tuple[float, float, float, float], tuple[dict[float, Arm], dict[float, Arm]]] = {}
-    plain: list[tuple[KD, Arm]] = []
+    found: dict[tuple[float, float, float, float], tuple[dict[float, RunGroup], dict[float, RunGroup]]] = {}
+    plain: list[tuple[KD, RunGroup]] = []
     for cell in grid.plan.cells:
-        method, arm = method_of(cell.method, cell.temperature), grid.found.arm(cell.label)
+        method, group = method_of(cell.method, cell.temperature), grid.found.group(cell.label)
         if not isinstance(method, DTKD | KD):
             continue
         policy = method.temperature
         if isinstance(method, KD):
-            plain += [(method, arm)] if isinstance(policy, Static) else []
+            plain += [(method, group)] if isinstance(policy, Static) else []
         elif isinstance(policy, Static) or (isinstance(policy, Sharpness) and policy.solve == "exact"):
             place = found.setdefault((method.dynamic, method.soft, method.hard, method.warmup), ({}, {}))
-            place[isinstance(policy, Static)][policy.tau] = arm
+            place[isinstance(policy, Static)][policy.tau] = group
     for (dynamic, soft, hard, warmup), (_, fixed) in found.items():
-        for method, arm in plain:
+        for method, group in plain:
             if (method.soft, method.hard, method.warmup) == (dynamic + soft, hard, warmup):
-                fixed.setdefault(method.temperature.tau, arm)
-    return [(f"{d:g}, {s:g}, {h:g}", *arms) for (d, s, h, _), arms in found.items() if len(arms[1]) > 1]
+                fixed.setdefault(method.temperature.tau, group)
+    return [(f"{d:g}, {s:g}, {h:g}", *groups) for (d, s, h, _), groups in found.items() if len(groups[1]) > 1]
 
 
 def temperatures(grid: Grid) -> str:
     """First and last temperatures of both models, and those of the hardest and the easiest fifth of the test images."""
     rows = []
-    for arm in grid.found.arms:
-        if not arm.n or not figures_temperature.is_dynamic(arm.counted):
+    for group in grid.found.groups:
+        if not group.n or not figures_temperature.is_dynamic(group.counted):
             continue
         moved = []
         for side in ("T_teacher", "T_student"):
             parts = ("mean", "p5", "p95")
-            lines = [figures.curve(arm.counted, "steps", "step", figures.inside(side, part)) for part in parts]
+            lines = [figures.curve(group.counted, "steps", "step", figures.inside(side, part)) for part in parts]
             ends = [f"{line.y[-1]:.2f}" for line in lines if line is not None]
             moved.append("-" if lines[0] is None else f"{lines[0].y[0]:.2f}, {ends[0]} ({' to '.join(ends[1:])})")
-        rows.append([arm.label, *moved, *(_of_fifth(arm, i) for i in (0, -1))])
-    head = ["arm", "T_t first, last (5 to 95 %)", "T_s", "T_t, T_s of the hardest fifth", "of the easiest"]
+        rows.append([group.label, *moved, *(_of_fifth(group, i) for i in (0, -1))])
+    head = ["method", "T_t first, last (5 to 95 %)", "T_s", "T_t, T_s of the hardest fifth", "of the easiest"]
     return markdown(head, rows) if rows else ""
 
 
-def _of_fifth(arm: Arm, i: int) -> str:
-    found = [((run.analysis or {}).get("temperatures") or {}).get("by_difficulty") for run in arm.counted]
+def _of_fifth(group: RunGroup, i: int) -> str:
+    found = [((run.analysis or {}).get("temperatures") or {}).get("by_difficulty") for run in group.counted]
     bins = [part[i] for part in found if part]
     sides = [mean([v for b in bins if (v := number(b.get(side))) is not None]) for side in ("T_teacher", "T_student")]
     return ", ".join("-" if value is None else f"{value:.2f}" for value in sides)

@@ -29,7 +29,7 @@ from tempering.models.explainer import adam, rate
 from tempering.reports.intervals import Difference, difference
 from tempering.reports.trees import write_figures
 
-ARMS: dict[str, dict[str, float]] = {
+VARIANTS: dict[str, dict[str, float]] = {
     "hard labels": {"soft": 0.0, "hard": 1.0},
     "label smoothing": {"soft": 0.0, "hard": 1.0, "smoothing": 0.1},
     "KD": {},
@@ -39,9 +39,9 @@ KEYS = {"entropy": "at the temperature the run ended with", "entropy_unannealed"
 
 
 def train(seed: int, epochs: int, teacher: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, float]]:
-    """Arm -> its trained explainer and test accuracy; weights and order are the same in every arm."""
+    """Variant -> its trained explainer and test accuracy; weights and order are the same in every variant."""
     out = {}
-    for name, how in ARMS.items():
+    for name, how in VARIANTS.items():
         data = digits(batch_size=64, seed=seed)
         torch.manual_seed(seed)
         net = build("explainer_digits", classes=10, channels=1)
@@ -97,24 +97,24 @@ def page(folder: Path) -> str:
     ]
     for key, said in KEYS.items():
         levels = list(first["found"][key]["KD"])
-        out += [f"**Routing entropy {said}**", markdown(["arm", *levels], _rows(seeds, key, levels))]
+        out += [f"**Routing entropy {said}**", markdown(["method", *levels], _rows(seeds, key, levels))]
     most = ", ".join(f"{name} {value:.2f}" for name, value in first["found"]["most"].items())
-    scores = {name: [100 * seed["accuracy"][name] for seed in seeds] for name in ARMS}
+    scores = {name: [100 * seed["accuracy"][name] for seed in seeds] for name in VARIANTS}
     out += [
         f"A row that takes all its parents evenly has: {most}.",
-        markdown(["arm", "test accuracy (%)"], [[name, _spread(values)] for name, values in scores.items()]),
+        markdown(["method", "test accuracy (%)"], [[name, _spread(values)] for name, values in scores.items()]),
         "**How alike the groupings of classes are** (adjusted Rand index, 1 for the same, 0 for chance)",
         markdown(["pair", *first["found"]["alike"]], _alike(seeds)),
         "![entropies](routing-unannealed.svg)",
         "Trees of seed 0: " + ", ".join(f"[{p.stem}]({p.name})" for p in sorted(folder.glob("tree-*.svg"))) + ".",
         "What it does not show: anything of CIFAR, of larger explainers or of 300 epochs. The schedule of the "
-        "routing's temperature lowers entropies by itself, alike in every arm, which is why both are shown.",
+        "routing's temperature lowers entropies by itself, alike in every variant, which is why both are shown.",
     ]
     return "\n\n".join(out) + "\n"
 
 
 def _rows(seeds: list[dict[str, Any]], key: str, levels: list[str]) -> list[list[str]]:
-    values = {name: {level: [s["found"][key][name][level] for s in seeds] for level in levels} for name in ARMS}
+    values = {name: {level: [s["found"][key][name][level] for s in seeds] for level in levels} for name in VARIANTS}
     rows = []
     for name, own in values.items():
         rows.append([name, *(_spread(own[level]) for level in levels)])

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peers import dtkd_term, trl_jsd
-from timing import Arm, Sheet, arguments, device, grown, in_turn, installed, peaks_of
+from timing import Sheet, Variant, arguments, device, grown, in_turn, installed, peaks_of
 from torch import Tensor
 
 from tempering.kernels import linear_loss
@@ -97,8 +97,8 @@ def liger(compiled: bool) -> Callable[[Sides], None]:
     return run
 
 
-def arms(*, compile: bool) -> tuple[dict[str, Callable[[Sides], None]], dict[str, str]]:
-    """Every arm by name, the products first, and what to say of some."""
+def variants(*, compile: bool) -> tuple[dict[str, Callable[[Sides], None]], dict[str, str]]:
+    """Every variant by name, the products first, and what to say of some."""
     trl, which = trl_jsd()
     published, exact = (
         DTKD(dynamic=1.0, soft=0.0, hard=0.0, warmup=0.0, temperature=Sharpness(4.0, solve=solve))
@@ -124,13 +124,13 @@ def arms(*, compile: bool) -> tuple[dict[str, Callable[[Sides], None]], dict[str
 
 
 def main() -> None:
-    """Time every arm in every case, then ask for its peak in a process of its own."""
+    """Time every variant in every case, then ask for its peak in a process of its own."""
     args = arguments(__doc__, rounds=5).parse_args()
     sheet = Sheet("fused_linear", args)
-    made, notes = arms(compile=not args.tiny)
+    made, notes = variants(compile=not args.tiny)
     cases = TINY if args.tiny else CASES
 
-    def bound(name: str, x: Sides) -> Arm:
+    def bound(name: str, x: Sides) -> Variant:
         def run() -> None:
             x.hs.grad = x.ws.grad = None
             made[name](x)

@@ -21,7 +21,7 @@ class Goal(NamedTuple):
     work: str
     of: str
     case: str
-    arm: str
+    variant: str
     against: str
     measure: Measure
     wanted: float
@@ -177,7 +177,7 @@ GOALS = (
 
 def reached(goal: Goal, lines: Mapping[tuple[str, str], Line]) -> tuple[float, bool] | None:
     """The value, and whether it meets the goal; None if a candidate was not measured."""
-    ours, theirs = lines.get((goal.case, goal.arm)), lines.get((goal.case, goal.against))
+    ours, theirs = lines.get((goal.case, goal.variant)), lines.get((goal.case, goal.against))
     if ours is None or (goal.against and theirs is None):
         return None
     if goal.measure == "logits tensors" or theirs is None:

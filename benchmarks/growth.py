@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from timing import Arm, Sheet, arguments, device, in_turn
+from timing import Sheet, Variant, arguments, device, in_turn
 
 from tempering import distill
 from tempering.kernels import chunked
@@ -31,7 +31,7 @@ SIZES = {"rows": (64, 256, 1024, 4096), "classes": (10, 100, 1000, 10_000), "bat
 TINY = {"rows": (4, 8), "classes": (5, 10), "batch": (2, 4)}
 
 
-def loss_of(method: Method, rows: int, classes: int, *, chunks: bool) -> Arm:
+def loss_of(method: Method, rows: int, classes: int, *, chunks: bool) -> Variant:
     """Forward and backward of one loss on fixed logits."""
     g = torch.Generator().manual_seed(0)
     u, v = (torch.randn(rows, classes, generator=g).mul_(by).to(device()) for by in (3.0, 2.0))
@@ -44,7 +44,7 @@ def loss_of(method: Method, rows: int, classes: int, *, chunks: bool) -> Arm:
     return run
 
 
-def step_of(batch: int) -> Arm:
+def step_of(batch: int) -> Variant:
     """resnet14 -> resnet8 with a live teacher, to updated weights, in float32."""
     torch.manual_seed(0)
     x, y = torch.randn(batch, 3, 32, 32, device=device()), torch.randint(100, (batch,), device=device())
@@ -60,8 +60,8 @@ def step_of(batch: int) -> Arm:
     return run
 
 
-def arms(sizes: dict[str, Any]) -> Iterator[tuple[str, dict[str, Arm]]]:
-    """Every curve with its arms, named "what: size"."""
+def variants(sizes: dict[str, Any]) -> Iterator[tuple[str, dict[str, Variant]]]:
+    """Every curve with its variants, named "what: size"."""
     for name, method in LOSSES.items():
         for chunks in (False, True):
             said, how = f"{name}{', in chunks' if chunks else ''}", {"chunks": chunks}
@@ -128,7 +128,7 @@ def main() -> None:
     """Time every curve; processes by the clock, since they wait for each other."""
     args = arguments(__doc__, rounds=5).parse_args()
     sheet = Sheet("growth", args)
-    for case, made in arms(TINY if args.tiny else SIZES):
+    for case, made in variants(TINY if args.tiny else SIZES):
         sheet.add(case, in_turn(made, rounds=args.rounds))
     if not args.tiny and isinstance(device(), torch.device) and device().type == "cpu":
         taken = {f"{world}": [ranks(world, 4 + 4 * args.rounds, 29511 + world) / 1000.0] for world in (1, 2)}

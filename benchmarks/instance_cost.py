@@ -66,12 +66,12 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, y = torch.randn(args.batch, 3, 32, 32, device=device), torch.randint(100, (args.batch,), device=device)
     teacher = build(args.teacher, classes=100).eval().to(device)
-    arms: dict[str, tuple[Method, float]] = {"KD": (KD(temperature=Static(4.0)), 0.5)}
+    variants: dict[str, tuple[Method, float]] = {"KD": (KD(temperature=Static(4.0)), 0.5)}
     for form in ("ppo", "bandit", "published"):
         for where, progress in (("outside a span", 30 / 240), ("in a span", 40 / 240)):
-            arms[f"Instance({form}), {where}"] = (KD(temperature=Instance(form=form)), progress)
+            variants[f"Instance({form}), {where}"] = (KD(temperature=Instance(form=form)), progress)
     parts = {}
-    for name, (method, progress) in arms.items():
+    for name, (method, progress) in variants.items():
         student = build(args.student, classes=100).to(device)
         optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
         parts[name] = (method.to(device), student, optimizer, progress)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from peers import RESTATED, dtkd_term, kd_term, trl_jsd
-from timing import Arm, Sheet, arguments, device, grown, in_turn, peaks_of
+from timing import Sheet, Variant, arguments, device, grown, in_turn, peaks_of
 from torch import Tensor
 
 from tempering.kernels import chunked
@@ -56,14 +56,14 @@ def ours(method: Method, *, chunks: bool, compile: bool | None = False) -> Loss:
 
 
 def losses(*, compile: bool) -> tuple[dict[str, Loss], dict[str, str]]:
-    """Every arm by name, the baseline first, and what to say of some."""
+    """Every variant by name, the baseline first, and what to say of some."""
     trl, which = trl_jsd()
     exact, published = (
         DTKD(dynamic=1.0, soft=0.0, hard=0.0, warmup=0.0, temperature=Sharpness(4.0, solve=solve))
         for solve in ("exact", "published")
     )
     whole = DTKD(warmup=0.0)
-    arms: dict[str, Loss] = {
+    variants: dict[str, Loss] = {
         "DTKD repository, dynamic term": lambda v, u, y: dtkd_term(v, u),
         "mdistiller KD term": lambda v, u, y: kd_term(v, u),
         "TRL generalised JSD": lambda v, u, y: trl(v, u),
@@ -75,7 +75,7 @@ def losses(*, compile: bool) -> tuple[dict[str, Loss], dict[str, str]]:
         "ours, chunks: all three DTKD terms, exact": ours(whole, chunks=True),
     }
     if compile:
-        arms |= {
+        variants |= {
             "ours, compiled: dynamic term, published": ours(published, chunks=True, compile=True),
             "ours, compiled: dynamic term, exact": ours(exact, chunks=True, compile=True),
             "ours, compiled: all three DTKD terms, exact": ours(whole, chunks=True, compile=True),
@@ -83,10 +83,10 @@ def losses(*, compile: bool) -> tuple[dict[str, Loss], dict[str, str]]:
             "of it: exact temperatures alone": ours(Temperatures("exact"), chunks=True, compile=True),
         }
     notes = {"DTKD repository, dynamic term": RESTATED, "mdistiller KD term": RESTATED, "TRL generalised JSD": which}
-    return arms, notes
+    return variants, notes
 
 
-def arm(loss: Loss, n: int, classes: int, dtype: torch.dtype) -> Arm:
+def variant(loss: Loss, n: int, classes: int, dtype: torch.dtype) -> Variant:
     """One forward and backward on fixed logits; the DTKD expressions get positive maxima, which they need."""
     generator = torch.Generator().manual_seed(0)
     u, v = (torch.randn(n, classes, generator=generator).mul_(by).to(device(), dtype) for by in (3.0, 2.0))
@@ -100,7 +100,7 @@ def arm(loss: Loss, n: int, classes: int, dtype: torch.dtype) -> Arm:
 
 
 def main() -> None:
-    """Time every arm in every case, then ask for its peak in a process of its own."""
+    """Time every variant in every case, then ask for its peak in a process of its own."""
     args = arguments(__doc__, rounds=7).parse_args()
     sheet = Sheet("loss", args)
     made, notes = losses(compile=not args.tiny)
@@ -108,10 +108,10 @@ def main() -> None:
     if args.peak:
         case, name = args.peak.split("|")
         n, classes, dtype = cases[case]
-        print(grown(arm(made[name], n, classes, dtype), arm(made[name], 4, classes, dtype)))
+        print(grown(variant(made[name], n, classes, dtype), variant(made[name], 4, classes, dtype)))
         return
     for case, (n, classes, dtype) in cases.items():
-        taken = in_turn({name: arm(loss, n, classes, dtype) for name, loss in made.items()}, rounds=args.rounds)
+        taken = in_turn({name: variant(loss, n, classes, dtype) for name, loss in made.items()}, rounds=args.rounds)
         one = n * classes * torch.empty(0, dtype=dtype).element_size()
         asked = made if classes > 10_000 and n < 2000 else {}
         peaks = peaks_of("loss.py", case, asked, args=args, one=one)

@@ -1,8 +1,8 @@
 """What a process takes at most from hidden states to the loss and back, at a real vocabulary: in chunks or held whole.
 
-Every arm runs in a process of its own, whose peak is that of the whole process: torch, both heads and the gradients
+Every variant runs in a process of its own, whose peak is that of the whole process: torch, both heads and the gradients
 counted. Milliseconds are of CPU time, as elsewhere. TRL's and Liger's losses take part where they are installed; the
-first arm of each case is the loss of logits that are held whole. In float32 that one needs about 20 GB.
+first variant of each case is the loss of logits that are held whole. In float32 that one needs about 20 GB.
 
 Usage:
     python benchmarks/memory.py [--rounds 1] [--threads 1] [--tiny]
@@ -43,8 +43,8 @@ def plain(method: Method) -> Run:
     return dense(loss)
 
 
-def arms() -> tuple[dict[str, dict[str, Run]], dict[str, str]]:
-    """Every arm of every case by name, the dense one first, and what to say of some."""
+def variants() -> tuple[dict[str, dict[str, Run]], dict[str, str]]:
+    """Every variant of every case by name, the dense one first, and what to say of some."""
     kl, jsd = KD(soft=1.0, hard=0.0), Divergence(objective="jsd")
     trl, which = trl_jsd()
     made: dict[str, dict[str, Run]] = {
@@ -87,10 +87,10 @@ def apart(what: str, *flags: str) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Ask about every arm of every case."""
+    """Ask about every variant of every case."""
     args = arguments(__doc__, rounds=1).parse_args()
     sheet = Sheet("memory", args)
-    made, notes = arms()
+    made, notes = variants()
     sizes = SMALL if args.tiny else LARGE
     if args.peak:
         case, name = args.peak.split("|")

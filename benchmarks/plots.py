@@ -30,7 +30,7 @@ def alone(parts: Sequence[str], width: float, height: float, told: str) -> str:
 
 
 def bars(title: str, values: Sequence[tuple[str, float]]) -> str:
-    """Speeds as horizontal bars from 0, with their numbers; arms of our own are told by their names."""
+    """Speeds as horizontal bars from 0, with their numbers; variants of our own are told by their names."""
     most = max(value for _, value in values)
     room = WIDE - LEFT - 60
     parts = []

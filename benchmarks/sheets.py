@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tempering.reports import charts, page
 from tempering.reports.charts import Svg, tag
 from tempering.reports.compare import Comparison
-from tempering.reports.figures import SMALL, arms_in_charts, curve, inside, overlay, percent, styles
+from tempering.reports.figures import SMALL, curve, groups_in_charts, inside, overlay, percent, styles
 
 COLUMNS, PITCH, HEAD, AIR, LINE = 3, 384, 20, 22, 18  # panels in a row; widths and heights in pixels
 OWN = "svg { overflow: visible } text { font-size: 11.5px; fill: var(--muted) } .teacher { --c: var(--ink) }"
@@ -16,19 +16,21 @@ Panel = tuple[str, Svg]
 
 
 def learning(found: Comparison) -> list[Panel]:
-    """The scored metric over epochs: all arms together, then the second half of each beside the control's."""
+    """The scored metric over epochs: all methods together, then the second half of each beside the control's."""
     metric, css = found.metric, styles(found)
     get = inside(*metric.name.split("/"))
     get = percent(get) if metric.fraction else get
     label = metric.key + (f",{metric.unit}" if metric.unit else "")
-    said = (("score", "All arms", 0.0), ("score-late", "All arms, second half", 0.5))
+    said = (("score", "All methods", 0.0), ("score-late", "All methods, second half", 0.5))
     panels = [
         (f.title, f.svg)
         for key, title, begin in said
         if (f := overlay(found, key, title, get, y_label=label, begin=begin, size=SMALL)) is not None
     ]
     curves = {
-        arm.label: c for arm in arms_in_charts(found) if arm.n and (c := curve(arm.counted, "epochs", "epoch", get))
+        group.label: c
+        for group in groups_in_charts(found)
+        if group.n and (c := curve(group.counted, "epochs", "epoch", get))
     }
     middle = max((c.x[-1] for c in curves.values()), default=0.0) / 2
     curves = {name: late for name, c in curves.items() if (late := c.since(middle)).x}
@@ -53,7 +55,7 @@ def learning(found: Comparison) -> list[Panel]:
 
 
 def sheet(title: str, panels: Sequence[Panel], found: Comparison) -> str:
-    """The panels under their titles, and below them which arm is which."""
+    """The panels under their titles, and below them which method is which."""
     css, parts, y = styles(found), [], 4.0
     for first in range(0, len(panels), COLUMNS):
         row = [(head, svg, *_size(svg)) for head, svg in panels[first : first + COLUMNS]]
@@ -62,7 +64,7 @@ def sheet(title: str, panels: Sequence[Panel], found: Comparison) -> str:
             place = f'<svg x="{PITCH * i}" y="{y + HEAD:g}" width="{width:g}" height="{height:g}"'
             parts.append(Svg(svg.replace("<svg", place, 1)))
         y += HEAD + max(height for *_, height in row) + AIR
-    shown = [arm.label for arm in arms_in_charts(found) if arm.n]
+    shown = [group.label for group in groups_in_charts(found) if group.n]
     for i, label in enumerate(shown):
         x, at = PITCH * (i % COLUMNS), y + LINE * (i // COLUMNS) + 12
         line = tag("line", class_="line", x1=x, x2=x + 26, y1=at - 4, y2=at - 4)
@@ -90,7 +92,7 @@ def _rules() -> str:
 
 
 def _look(css: str) -> str:
-    """Color and dashes of an arm, as the report has them."""
+    """Color and dashes of a method, as the report has them."""
     turn, color = divmod(int(css[1:]) - 1, page.COLORS)
     if css == "a0":
         return ".a0 { --c: var(--c0) }"

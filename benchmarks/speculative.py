@@ -14,7 +14,7 @@ import statistics
 from typing import Any
 
 import torch
-from timing import Arm, Sheet, arguments, device, in_turn
+from timing import Sheet, Variant, arguments, device, in_turn
 from torch import nn
 
 from tempering.rollouts.sampling import GenerationStats, generate
@@ -36,7 +36,7 @@ def gpt(width: int, layers: int, *, seed: int) -> nn.Module:
 
 
 class Written:
-    """One arm: texts of exactly ``length`` tokens, and the teacher's logits of every one of them."""
+    """One variant: texts of exactly ``length`` tokens, and the teacher's logits of every one of them."""
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module, prompts: list[list[int]], length: int, **how: Any
@@ -69,13 +69,13 @@ def main() -> None:
     alone = {"sampling": Sampling(temperature=0.5, top_p=0.5)}
     for top_k in (25, VOCABULARY // 2, VOCABULARY):
         both = {**alone, "top_k": top_k, "resampling": Sampling(temperature=0.2, top_p=0.5)}
-        arms: dict[str, Arm] = {
+        variants: dict[str, Variant] = {
             "on-policy": Written(student, teacher, prompts, length, **alone),
             "speculative, teacher asked again": Written(student, teacher, prompts, length, **both),
             "speculative, logits reused": Written(student, teacher, prompts, length, **both, reuse=True),
         }
-        taken = in_turn(arms, rounds=args.rounds)
-        notes = {n: made.note(statistics.median(taken[n])) for n, made in arms.items() if isinstance(made, Written)}
+        taken = in_turn(variants, rounds=args.rounds)
+        notes = {n: made.note(statistics.median(taken[n])) for n, made in variants.items() if isinstance(made, Written)}
         sheet.add(f"{rows} x {length} tokens, top {top_k} of {VOCABULARY}", taken, notes=notes, per=rows * length)
     print(sheet.write())
 

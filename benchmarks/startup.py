@@ -12,7 +12,7 @@ import sys
 
 from timing import Sheet, arguments
 
-ARMS = {
+VARIANTS = {
     "import torch": ["-c", "import torch"],
     "python alone": ["-c", "pass"],
     "import tempering": ["-c", "import tempering"],
@@ -34,13 +34,13 @@ def spent(command: list[str]) -> float:
 
 
 def main() -> None:
-    """Time the arms in turn."""
+    """Time the variants in turn."""
     args = arguments(__doc__, rounds=7).parse_args()
     sheet = Sheet("startup", args)
-    arms = {k: v for k, v in ARMS.items() if not args.tiny or k in ("python alone", "import tempering")}
-    taken: dict[str, list[float]] = {name: [] for name in arms}
+    variants = {k: v for k, v in VARIANTS.items() if not args.tiny or k in ("python alone", "import tempering")}
+    taken: dict[str, list[float]] = {name: [] for name in variants}
     for round_ in range((0 if args.tiny else 1) + args.rounds):
-        for name, command in arms.items():
+        for name, command in variants.items():
             took = spent(command)
             if round_ or args.tiny:
                 taken[name].append(took)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from peers import CHECKOUT, CONFIG, RESTATED, Answering, Meters, distiller, mdistiller_step, torchdistill_step
-from timing import Arm, Sheet, arguments, device, in_turn
+from timing import Sheet, Variant, arguments, device, in_turn
 from torch import Tensor, nn
 
 from tempering.methods import DTKD
@@ -32,7 +32,7 @@ def sgd(net: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
 
 
-def mdistiller(student: nn.Module, teacher: nn.Module, batch: Batch, *, name: str, checkout: Path | None) -> Arm:
+def mdistiller(student: nn.Module, teacher: nn.Module, batch: Batch, *, name: str, checkout: Path | None) -> Variant:
     """A step of its loop."""
     made = distiller(name, checkout)
     whole = made(Answering(copy.deepcopy(student)), Answering(copy.deepcopy(teacher)), CONFIG).train()
@@ -40,13 +40,13 @@ def mdistiller(student: nn.Module, teacher: nn.Module, batch: Batch, *, name: st
     return partial(mdistiller_step, whole, sgd(whole.get_submodule("student")), Meters(), batch)
 
 
-def torchdistill(student: nn.Module, teacher: nn.Module, batch: Batch) -> Arm:
+def torchdistill(student: nn.Module, teacher: nn.Module, batch: Batch) -> Variant:
     """A step of its box."""
     student, teacher = copy.deepcopy(student), copy.deepcopy(teacher).eval()
     return partial(torchdistill_step, student, teacher, sgd(student), batch)
 
 
-def ours(student: nn.Module, teacher: Teacher | Tensor, batch: Batch, *, bf16: bool, compile: bool = False) -> Arm:
+def ours(student: nn.Module, teacher: Teacher | Tensor, batch: Batch, *, bf16: bool, compile: bool = False) -> Variant:
     """Channels-last, DTKD, the mean loss kept where it is; a tensor for a teacher is a cache that holds its answers."""
     student = copy.deepcopy(student).to(memory_format=torch.channels_last)  # pyright: ignore
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, foreach=True)
@@ -69,7 +69,7 @@ def ours(student: nn.Module, teacher: Teacher | Tensor, batch: Batch, *, bf16: b
     return run
 
 
-def compiled(student: nn.Module, teacher: nn.Module, batch: Batch) -> dict[str, Arm]:
+def compiled(student: nn.Module, teacher: nn.Module, batch: Batch) -> dict[str, Variant]:
     """Both nets compiled, the teacher folded."""
     plain = Live(copy.deepcopy(teacher), channels_last=True, fuse_conv_bn=True, compile=True)
     half = Live(teacher, precision="bf16", fuse_conv_bn=True, compile=True)
@@ -80,7 +80,7 @@ def compiled(student: nn.Module, teacher: nn.Module, batch: Batch) -> dict[str, 
 
 
 def main() -> None:
-    """Time the arms of every pair."""
+    """Time the variants of every pair."""
     parser = arguments(__doc__, rounds=7)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--mdistiller", type=Path, default=None, help="root of a checkout of mdistiller")
@@ -99,7 +99,7 @@ def main() -> None:
         theirs = {"mdistiller, KD": mdistiller(student, teacher, (x, y), name="KD", checkout=args.mdistiller)}
         if args.dtkd is not None:
             theirs["DTKD repository"] = mdistiller(student, teacher, (x, y), name="DTKD", checkout=args.dtkd)
-        arms = {
+        variants = {
             **theirs,
             "torchdistill, KDLoss": torchdistill(student, teacher, (x, y)),
             "ours, fp32": ours(student, Live(copy.deepcopy(teacher), channels_last=True), (x, y), bf16=False),
@@ -109,8 +109,8 @@ def main() -> None:
             "ours, fp32, teacher cached": ours(student, kept, (x, y), bf16=False),
             "ours, bf16, teacher cached": ours(student, kept, (x, y), bf16=True),
         }
-        taken = in_turn(arms, rounds=args.rounds, warm=2)
-        notes = dict.fromkeys(arms, "") | {"torchdistill, KDLoss": RESTATED, "DTKD repository": CHECKOUT}
+        taken = in_turn(variants, rounds=args.rounds, warm=2)
+        notes = dict.fromkeys(variants, "") | {"torchdistill, KDLoss": RESTATED, "DTKD repository": CHECKOUT}
         notes["mdistiller, KD"] = RESTATED if args.mdistiller is None else CHECKOUT
         sheet.add(f"{case}, batch {n}", taken, notes=notes)
     print(sheet.write())

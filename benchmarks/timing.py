@@ -1,4 +1,4 @@
-"""What the benchmarks share: arms timed in turn in one process, peaks in one of their own, and the CSV they write."""
+"""What the benchmarks share: variants timed in turn, peaks in processes of their own, and the CSV they write."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "speed"
 FIELDS = ("case", "arm", "ms", "speed", "low", "high", "peak", "unit", "rounds", "note")
 FACTS = ("host", "device", "threads", "torch", "python", "commit")
-Arm = Callable[[], object]
+Variant = Callable[[], object]
 
 
 def arguments(doc: str | None, *, rounds: int, **numbers: int) -> argparse.ArgumentParser:
     """The flags that every benchmark has, and ``numbers``, a whole number each, with their defaults."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes: shows that it runs, times nothing")
-    parser.add_argument("--rounds", type=int, default=rounds, help="times that every arm is run")
+    parser.add_argument("--rounds", type=int, default=rounds, help="times that every variant is run")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
     parser.add_argument("--peak", default=None, help=argparse.SUPPRESS)  # CASE|ARM: what peak_of() asks for
@@ -42,25 +42,25 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def seconds(arm: Arm) -> float:
+def seconds(variant: Variant) -> float:
     """CPU seconds of one call on a CPU, seconds of the clock where a device is waited for."""
     if not torch.cuda.is_available():
         begun = time.process_time()
-        arm()
+        variant()
         return time.process_time() - begun
     torch.cuda.synchronize()
     begun = time.perf_counter()
-    arm()
+    variant()
     torch.cuda.synchronize()
     return time.perf_counter() - begun
 
 
-def in_turn(arms: Mapping[str, Arm], *, rounds: int, warm: int = 1) -> dict[str, list[float]]:
-    """Seconds of every arm in every round; a round runs each of them once, so that a busy machine slows all alike."""
-    taken: dict[str, list[float]] = {name: [] for name in arms}
+def in_turn(variants: Mapping[str, Variant], *, rounds: int, warm: int = 1) -> dict[str, list[float]]:
+    """Seconds of every variant in every round; a round runs each once, so that a busy machine slows all alike."""
+    taken: dict[str, list[float]] = {name: [] for name in variants}
     for round_ in range(warm + rounds):
-        for name, arm in arms.items():
-            took = seconds(arm)
+        for name, variant in variants.items():
+            took = seconds(variant)
             if round_ >= warm:
                 taken[name].append(took)
     return taken
@@ -76,27 +76,27 @@ def peak_of(script: str, what: str, *, tiny: bool, threads: int) -> float:
 
 
 def peaks_of(script: str, case: str, names: Iterable[str], *, args: argparse.Namespace, one: float) -> dict[str, float]:
-    """The peak of every named arm in a case, in units of ``one`` bytes."""
+    """The peak of every named variant in a case, in units of ``one`` bytes."""
     peaks = {name: peak_of(script, f"{case}|{name}", tiny=args.tiny, threads=args.threads) for name in names}
     return {name: peak / one for name, peak in peaks.items()}
 
 
-def grown(arm: Arm, small: Arm) -> float:
-    """Bytes by which the process, or the device's allocator, grows at most during ``arm``; ``small`` is run before."""
+def grown(variant: Variant, small: Variant) -> float:
+    """Bytes by which the process, or the device's allocator, grows at most in ``variant``; ``small`` runs before."""
     small()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        arm()
+        variant()
         return float(torch.cuda.max_memory_allocated() - before)
-    try:  # Linux: the high-water mark set back to what is held now, so that nothing earlier hides what the arm takes
+    try:  # Linux: the high-water mark set back to what is held now, so that nothing earlier hides what it takes
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        arm()
+        variant()
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024.0
     before = _held("VmRSS")
-    arm()
+    variant()
     return _held("VmHWM") - before
 
 
@@ -129,27 +129,27 @@ class Sheet:
         per: int = 1,
         unit: str = "",
     ) -> None:
-        """A line an arm: median milliseconds of one of ``per``, and how many times as fast as the first arm.
+        """A line a variant: median milliseconds of one of ``per``, and how many times as fast as the first variant.
 
         ``low`` and ``high`` are the quartiles of that ratio over the rounds.
         """
         first = taken[next(iter(taken))]
-        for arm, values in taken.items():
+        for variant, values in taken.items():
             ratios = sorted(a / max(b, 1e-9) for a, b in zip(first, values, strict=True))
             line = {
                 "case": case,
-                "arm": arm,
+                "arm": variant,
                 "ms": f"{1e3 * statistics.median(values) / per:.4g}",
                 "speed": f"{statistics.median(ratios):.4g}",
                 "low": f"{ratios[len(ratios) // 4]:.4g}",
                 "high": f"{ratios[-1 - len(ratios) // 4]:.4g}",
-                "peak": "" if peaks is None or arm not in peaks else f"{peaks[arm]:.3g}",
+                "peak": "" if peaks is None or variant not in peaks else f"{peaks[variant]:.3g}",
                 "unit": unit,
                 "rounds": len(values),
-                "note": (notes or {}).get(arm, ""),
+                "note": (notes or {}).get(variant, ""),
             }
             self.lines.append(line)
-            print(f"{case:34s} {arm:44s} {line['ms']:>9} ms {line['speed']:>7} x  {line['peak']:>6}", flush=True)
+            print(f"{case:34s} {variant:44s} {line['ms']:>9} ms {line['speed']:>7} x  {line['peak']:>6}", flush=True)
 
     def write(self) -> Path:
         """The CSV, with the facts of the machine on every line."""

@@ -29,7 +29,7 @@ from tests.contract import block, copied
 
 Loss = tuple[Callable[..., Any], Kind, Promises]
 
-ROWS = Promises(reduction="mean", ignored_rows=True, low_precision=True, masked_classes=True)
+ROWS = Promises(reduction="mean", ignored_rows=True, low_precision=True, masked_classes=True, shift_invariant=True)
 # not the gradient of the value: temperatures and weights are constants (docs/decisions/004-detached-temperatures.md)
 DETACHED = {"detached_scale": True}
 # 0 for other students than the teacher's: correlations, ranks, differences of rows

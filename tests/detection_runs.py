@@ -35,7 +35,12 @@ ADAMW = partial(torch.optim.AdamW, lr=1e-3)
 
 def necks() -> Method:
     """Every method over a detector's neck and sides at once, and class logits."""
-    rest = [CWD(hard=0.0), Imitation(hard=0.0), Imitation(hard=0.0, scored=True), PKD(hard=0.0, over="image")]
+    rest = [
+        CWD(hard=0.0),
+        Imitation(hard=0.0),
+        Imitation(hard=0.0, scored=True),
+        PKD(hard=0.0, standardize_over="image"),
+    ]
     return Sum(FGD(), MGD(hard=0.0, feature=1e-3), *rest, LD(hard=0.0), OnBlocks(DTKD(hard=0.0), blocks=["classes"]))
 
 

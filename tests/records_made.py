@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-ARMS = {
+RECORDED = {
     "student alone": {"method": {"name": "Supervised"}, "end": 0.928, "agreement": None},
     "KD": {
         "method": {"name": "KD", "soft": 0.9, "hard": 0.1, "temperature": {"name": "Static", "tau": 4.0}},
@@ -36,10 +36,10 @@ TEACHER = 0.978
 
 
 def make_set(root: Path, *, seeds: int = 3, classes: int = 10, epochs: int = 20) -> list[Path]:
-    """Five arms of ``seeds`` runs each under ``root``; their folders."""
+    """Five methods of ``seeds`` runs each under ``root``; their folders."""
     return [
         make_run(root / f"{i}-{seed}", label, seed, order=i, classes=classes, epochs=epochs)
-        for i, label in enumerate(ARMS)
+        for i, label in enumerate(RECORDED)
         for seed in range(seeds)
     ]
 
@@ -49,7 +49,7 @@ def make_run(
     label: str,
     seed: int,
     *,
-    arm: str | None = None,
+    like: str | None = None,
     order: int = 0,
     end: float | None = None,
     classes: int = 10,
@@ -57,8 +57,8 @@ def make_run(
     status: str = "done",
     **facts: Any,
 ) -> Path:
-    """One run's folder; ``arm`` names the entry of ARMS it is made after, where the label is another."""
-    spec = ARMS[arm or label]
+    """One run's folder; ``like`` names the entry of RECORDED it is made after, where the label is another."""
+    spec = RECORDED[like or label]
     rng = np.random.default_rng([seed, order, classes])
     end = (
         spec["end"] + 0.004 * float(np.random.default_rng(seed).normal()) + 0.002 * float(rng.normal())

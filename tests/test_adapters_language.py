@@ -18,8 +18,8 @@ from tempering.methods import CKD, DTKD, KD, FitNet, OnBlocks, Sum, Supervised
 from tempering.rows import total
 from tempering.tasks import LanguageModeling, Seq2Seq
 from tests.cases import each
-from tests.lanes import LANES, Data, V, agree, expected, hf, joined, language, models, padded, texts
-from tests.later import needs
+from tests.lazy_modules import needs
+from tests.trainers import TRAINERS, Data, V, agree, expected, hf, joined, language, models, padded, texts
 
 pytestmark = [needs("transformers"), needs("accelerate")]
 
@@ -58,7 +58,7 @@ def tiny(name: str, **options: Any) -> nn.Module:
 def adapters() -> dict[str, Any]:
     """Each adapter as a function of the models, a method and a task."""
     from tempering.integrations.lightning import DistillModule
-    from tests.lanes import transformers_trainer
+    from tests.trainers import transformers_trainer
 
     data = Data([], [], padded, 1)
     return {
@@ -169,11 +169,11 @@ def test_auxiliary_losses_of_experts_are_added(name: str, options: dict[str, Any
             loss = total(method(rows), rows) + coefficient * out.aux_loss
             (loss * weight / sum(weights)).backward()
         want = torch.cat([p.grad.flatten() for p in plain.parameters() if p.grad is not None])
-        for lane, run in LANES.items():
-            if layout == "micro-batches" and lane == "transformers":
+        for trainer, run in TRAINERS.items():
+            if layout == "micro-batches" and trainer == "transformers":
                 continue  # its micro-batches hold other texts, whose auxiliary losses differ
             got = run(student(), copy.deepcopy(teacher), data, LanguageModeling())
-            torch.testing.assert_close(torch.tensor(got.gradient), want.float(), rtol=1e-5, atol=1e-6, msg=lane)
+            torch.testing.assert_close(torch.tensor(got.gradient), want.float(), rtol=1e-5, atol=1e-6, msg=trainer)
 
 
 def test_experts_whose_auxiliary_loss_stays_inside_the_model_are_refused() -> None:
@@ -192,7 +192,7 @@ def test_experts_whose_auxiliary_loss_stays_inside_the_model_are_refused() -> No
 
 @needs("lightning")
 @each(
-    "lane, layout, family, more, own",
+    "trainer, layout, family, more, own",
     [
         ("transformers", "micro-batches", "llama", 8, {"linear": True}),
         ("transformers", "left", "gpt2", 0, {"linear": True}),
@@ -202,10 +202,10 @@ def test_experts_whose_auxiliary_loss_stays_inside_the_model_are_refused() -> No
         ("lightning", "micro-batches", "llama", 8, {"chunks": True}),
     ],
 )
-def test_kernels_compute_the_loss_in_the_adapters(lane: str, layout: str, family: str, more: int, own: Any) -> None:
+def test_kernels_compute_the_loss_in_the_adapters(trainer: str, layout: str, family: str, more: int, own: Any) -> None:
     """From hidden states, or in chunks of rows: the loss and the gradient of the head included."""
-    options: dict[str, Any] = own if lane == "transformers" else {"own": own}
-    got = LANES[lane](*models(family, more=more), language(layout), LanguageModeling(), **options)
+    options: dict[str, Any] = own if trainer == "transformers" else {"own": own}
+    got = TRAINERS[trainer](*models(family, more=more), language(layout), LanguageModeling(), **options)
     agree(got, expected(*models(family, more=more), texts(6, 0), texts(9, 1)))
 
 

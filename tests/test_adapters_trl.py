@@ -14,15 +14,15 @@ from tempering.integrations.huggingface import DistillMixin
 from tempering.methods import KD
 from tempering.tasks import LanguageModeling
 from tests.cases import each
-from tests.later import Later, needs
+from tests.lazy_modules import LazyModule, needs
 from tests.test_adapters_language import EXPERTS, tiny
 
 pytestmark = [needs("trl", "needs trl: pip install 'tempering[trl]'"), needs("datasets")]
 # TRL's own defaults
 pytestmark.append(pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning"))
 pytestmark.append(pytest.mark.filterwarnings("ignore:.return_outputs=True.:FutureWarning"))
-peft_tests = Later("tests.test_peft")  # its tokenizer
-trl, datasets = Later("trl"), Later("datasets")
+peft_tests = LazyModule("tests.test_peft")  # its tokenizer
+trl, datasets = LazyModule("trl"), LazyModule("datasets")
 V = 257
 
 

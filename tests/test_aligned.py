@@ -27,7 +27,7 @@ from tempering.tasks import CrossTokenizer, LanguageModeling
 from tempering.teachers import Live
 from tempering.temperature import Sharpness, Static
 from tests.conftest import random_rows
-from tests.later import needs
+from tests.lazy_modules import needs
 from tests.paths import needs_shared
 from tests.test_generation import gpt2
 from tests.test_golden import Case, case, cases  # noqa: F401

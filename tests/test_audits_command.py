@@ -44,7 +44,7 @@ def main(*, method: str = "dtkd", shift: int = 0, out: Path = Path("runs/striped
     """Distil.
 
     Args:
-        method: an arm.
+        method: a preset.
         shift: of the labels.
         out: the run's folder.
         config: options of training.
@@ -233,6 +233,15 @@ def test_a_recorded_command_with_former_names_is_understood(
     words = ["--method=interactive(held=5, course_lr=1, temperature=energy(sure=6))"]
     assert present_flags(words, known) == [
         "--method=interactive(holdout=5, virtual_lr=1, temperature=energy(low_energy=6))"
+    ]
+    words = ["--method=pkd(over=image)", "--temperature=scheduled(energy(sure=2), end=1, over=0.5)"]
+    assert present_flags(words, known) == [
+        "--method=pkd(standardize_over=image)",
+        "--temperature=scheduled(energy(low_energy=2), end=1, run_fraction=0.5)",
+    ]
+    words = ['--method=sum(pkd(over="batch"), kd(temperature=curriculum(over=1, attached=True)))']
+    assert present_flags(words, known) == [
+        '--method=sum(pkd(standardize_over="batch"), kd(temperature=curriculum(run_fraction=1, differentiable=True)))'
     ]
     recipe, folder = made
     cases = {

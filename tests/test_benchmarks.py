@@ -142,8 +142,8 @@ def test_goals_are_held_to_what_was_written(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.syspath_prepend(FOLDER)
     import goals  # pyright: ignore[reportMissingImports]
 
-    def line(arm: str, **own: str) -> tuple[tuple[str, str], dict[str, str]]:
-        return ("c", arm), {"ms": "2", "speed": "1", "peak": "", **own}
+    def line(variant: str, **own: str) -> tuple[tuple[str, str], dict[str, str]]:
+        return ("c", variant), {"ms": "2", "speed": "1", "peak": "", **own}
 
     lines = dict([line("peer", peak="8"), line("ours", ms="5", speed="3", peak="1.5")])
     for measure, wanted, value in (
@@ -157,7 +157,7 @@ def test_goals_are_held_to_what_was_written(monkeypatch: pytest.MonkeyPatch) -> 
         assert goals.reached(goal, lines) == (pytest.approx(value), True)
         worse = wanted * (1.1 if measure == "times as fast" else 0.9)
         assert goals.reached(goal._replace(wanted=worse), lines)[1] is False
-        assert goals.reached(goal._replace(arm="nobody"), lines) is None
+        assert goals.reached(goal._replace(variant="nobody"), lines) is None
     text = "\n".join(goals.table({}))
     assert text.count("not measured") == len(goals.GOALS) and "Reasons" not in text
 

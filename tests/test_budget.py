@@ -16,7 +16,7 @@ from tempering.reports.records import pack, write_cell
 from tests.paths import ROOT
 from tests.records_made import make_run
 
-ARMS = {"supervised": "student alone", "kd": "KD", "kd-matched": "KD, weight-matched"}
+LABELS = {"supervised": "student alone", "kd": "KD", "kd-matched": "KD, weight-matched"}
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -30,15 +30,17 @@ def budget(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
-    """Two grids of three arms and two seeds; one cell of the second is open."""
+    """Two grids of three presets and two seeds; one cell of the second is open."""
     for n, gain in ((500, 0.0), (2000, 0.1)):
         folder = tmp_path / "results" / f"n-{n}"
-        arms = presets_from(",".join(ARMS))
-        plan = compare_plan.plan_for(ROOT / "tempering" / "recipes" / "cifar100.py", arms, range(2), [f"--subset={n}"])
+        presets = presets_from(",".join(LABELS))
+        plan = compare_plan.plan_for(
+            ROOT / "tempering" / "recipes" / "cifar100.py", presets, range(2), [f"--subset={n}"]
+        )
         folder.mkdir(parents=True)
         compare_plan.write(folder, plan)
         for i, cell in enumerate(plan.cells):
-            end = 0.2 + gain + 0.02 * list(ARMS.values()).index(cell.label) + 0.01 * cell.seed
+            end = 0.2 + gain + 0.02 * list(LABELS.values()).index(cell.label) + 0.01 * cell.seed
             run = make_run(tmp_path / "runs" / f"{n}-{i}", cell.label, cell.seed, end=end, order=i, epochs=4)
             if (n, i) != (2000, 5):
                 write_cell(compare_plan.record_of(folder, cell), pack(run))
@@ -57,7 +59,7 @@ def test_table_and_figure_are_made_from_the_records_byte_for_byte(budget: Module
     assert said.endswith("Open: KD, weight-matched, 2000 images, seed 1.\n")
     drawn = ElementTree.fromstring(first[1])
     assert len(drawn.findall(f".//{SVG}path[@class='line']")) == len(drawn.findall(f".//{SVG}path[@class='band']")) == 3
-    assert [t.text for t in drawn.findall(f"{SVG}g/{SVG}text")] == list(ARMS.values())
+    assert [t.text for t in drawn.findall(f"{SVG}g/{SVG}text")] == list(LABELS.values())
     assert len(drawn.findall(f".//{SVG}circle")) == 6
 
 

@@ -25,11 +25,11 @@ from tempering.reports.records import load_run
 from tempering.reports.table import markdown
 from tempering.tasks import LanguageModeling
 from tests import recipes
-from tests.later import Later, needs
+from tests.lazy_modules import LazyModule, needs
 from tests.paths import ROOT
 
 pytestmark = needs("transformers")
-transformers = Later("transformers")
+transformers = LazyModule("transformers")
 
 
 def gpt(width: int = 32, layers: int = 1, seed: int = 0) -> nn.Module:

@@ -13,7 +13,7 @@ from tempering.rollouts import OnPolicy, Speculative
 from tempering.rollouts.decoding import causal_strategy
 from tempering.tasks import LanguageModeling
 from tests.cases import each
-from tests.later import needs
+from tests.lazy_modules import needs
 
 pytestmark = needs("transformers")
 

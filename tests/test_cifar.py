@@ -212,7 +212,7 @@ def test_packed_blocks_that_were_changed_are_refused(tmp_path: Path) -> None:
 
 
 def test_answers_to_augmentations_are_kept_by_the_seed_that_drew_them(tmp_path: Path) -> None:
-    """Two arms of a seed share one recording; another seed draws other augmentations, and makes its own."""
+    """Two presets of a seed share one recording; another seed draws other augmentations, and makes its own."""
     write_packed(tmp_path, train=500)
     options = {"teacher": "resnet8", "student": "resnet8", "subset": 100, "test_subset": 100, "epochs": 2, "threads": 1}
     options |= {"teacher_epochs": 1, "teacher_cache": 2, "teacher_dir": tmp_path / "teachers", "quiet": True}
@@ -247,7 +247,7 @@ def test_r2kd_has_a_pruned_teacher_and_mixed_views(tmp_path: Path) -> None:
 
 
 def test_replayed_views_are_what_training_would_have_shown(tmp_path: Path) -> None:
-    """So the student alone, who asks no teacher, sees the same images as every arm of its seed."""
+    """So the student alone, who asks no teacher, sees the same images as every preset of its seed."""
     write_packed(tmp_path, train=500)
     drawn = cifar100(tmp_path, batch_size=100, subset=200, seed=3).train
     for epoch, (own, kept) in enumerate(zip([drawn] * 2, [drawn.replay(2)] * 2, strict=True)):

@@ -26,7 +26,7 @@ from tempering.training.pretrained import train_or_load
 from tempering.training.schedules import cifar_decay, cifar_lr
 from tests import recipes
 from tests.paths import ROOT, SHARED, needs_shared
-from tests.records_made import ARMS as MADE
+from tests.records_made import RECORDED as MADE
 from tests.records_made import make_run, make_set
 from tests.test_cifar import write_packed
 
@@ -47,7 +47,7 @@ def main(*, method: str = "kd", flip: bool = False, out: Path | None = None,
     """Distil a linear student.
 
     Args:
-        method: an arm, or a method with its arguments.
+        method: a preset, or a method with its arguments.
         flip: turn the teacher's classes round, so that it knows nothing.
         out: the run's folder.
         config: options of training.

@@ -248,6 +248,11 @@ def divided_by_absolute_sums(student: Tensor, teacher: Tensor) -> Tensor:
     return (similarities(student, 1.0) - similarities(teacher.detach(), 1.0)).square().sum()
 
 
+class DefaultKLDiv(torch.nn.Module):
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return torch.nn.KLDivLoss()(log_probs(student, 1.0), teacher.detach().softmax(-1))
+
+
 SIMILAR = Promises(definition=similarity_preserving, batch_dependent=True)
 FAULTS: dict[str, Fault] = {
     "mean over padded rows": (mean_over_padded_rows, "tokens", KL, "padding"),
@@ -263,6 +268,63 @@ FAULTS: dict[str, Fault] = {
     "attached teacher": (attached_teacher, "tokens", KL, "no gradient into the teacher"),
     "divided by classes": (divided_by_classes, "tokens", KL, "reduction"),
     "inf minus inf": (right, "tokens", replace(KL, masked_classes=True), "classes masked on both sides"),
+    # in other containers, without promises, by other divergences
+    "kl_div by its default": (
+        lambda s, t: F.kl_div(log_probs(s, 1.0), t.detach().softmax(-1)),
+        "logits",
+        Promises(),
+        "reduction",
+    ),
+    "the same of a module": (DefaultKLDiv(), "tokens", Promises(), "reduction"),
+    "the same with a weight": (lambda s, t: 0.3 * DefaultKLDiv()(s, t), "logits", Promises(), "reduction"),
+    "probabilities, nothing declared": (
+        lambda s, t: F.kl_div(s.softmax(-1), t.detach().softmax(-1), reduction="batchmean"),
+        "logits",
+        Promises(),
+        "definition",
+    ),
+    "the teacher in place": (
+        lambda s, t: per_row_attached(s, t.detach().sub_(1.0)).mean(),
+        "tokens",
+        Promises(),
+        "inputs untouched",
+    ),
+    "the student in place": (
+        lambda s, t: per_row_attached(s.sub_(1.0), t.detach()).mean(),
+        "logits",
+        Promises(),
+        "inputs untouched",
+    ),
+    "noise": (
+        lambda s, t: per_row_attached(s, t.detach()).mean() * (1 + 0.1 * torch.rand(())),
+        "tokens",
+        Promises(),
+        "deterministic",
+    ),
+    "T in the student alone": (
+        lambda s, t, T=1.0: per_row_attached(s / T, t.detach()).mean(),
+        "logits",
+        Promises(definition="kl"),
+        "temperature",
+    ),
+    "reverse KL attached": (
+        lambda s, t: per_row_attached(t, s).mean(),
+        "tokens",
+        Promises(),
+        "no gradient into the teacher",
+    ),
+    "batchmean of tokens": (
+        lambda s, t: per_row_attached(s, t.detach()).sum() / len(s),
+        "tokens",
+        Promises(definition="kl", reduction="mean"),
+        "reduction",
+    ),
+    "rows of features moved": (
+        lambda s, t: F.mse_loss(s, t.detach().roll(1, 0)),
+        "features",
+        Promises(),
+        "zero at agreement",
+    ),
     # of our own
     "mean of chunks": (mean_of_chunks, "tokens", KL, "chunk size"),
     "NaN of an ignored chunk": (nan_of_an_ignored_chunk, "tokens", KL, "ignored chunks"),
@@ -321,7 +383,82 @@ def by_einsum(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
     return torch.einsum("nc,nc->", p.exp(), p - q) * (temperature**2 / len(student))
 
 
+def returned(student: Tensor, teacher: Tensor) -> dict[str, Any]:
+    return {"loss": (by_torch(student, teacher), "of a tuple"), "rows": len(student)}
+
+
+def in_double(student: Tensor, teacher: Tensor, *, T: float = 2.0) -> Tensor:
+    q, p = (F.log_softmax(x.double() / T, -1) for x in (student, teacher.detach()))
+    return (F.kl_div(q, p, log_target=True, reduction="batchmean") * T**2).to(student.dtype)
+
+
+class _KL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        ctx.save_for_backward(student, teacher)
+        return per_row(student, teacher, 1.0).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        student, teacher = ctx.saved_tensors
+        return grads[0] * (student.softmax(-1) - teacher.softmax(-1)) / len(student), None
+
+
+def by_masked_select(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Reverse KL."""
+    sides = (x.masked_select(mask.unsqueeze(-1)).view(-1, x.shape[-1]) for x in (teacher.detach(), student))
+    return per_row_attached(*sides).sum() / mask.sum().clamp(min=1)
+
+
+def per_row_attached(student: Tensor, teacher: Tensor) -> Tensor:
+    q, p = log_probs(student, 1.0), log_probs(teacher, 1.0)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def with_labels(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    return 0.9 * by_torch(student, teacher) + 0.1 * F.cross_entropy(student, labels)
+
+
+def on_a_copy(student: Tensor, teacher: Tensor) -> Tensor:
+    return 4.0 * by_torch(student.clone().div_(2.0), teacher.clone().div_(2.0))
+
+
+class AtFour(torch.nn.Module):
+    """T^2 and a weight, neither of which is declared."""
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return 0.7 * in_double(student, teacher, T=4.0)
+
+
+def margin_to_the_first(student: Tensor, teacher: Tensor) -> Tensor:
+    q, p = (x[:, :1] - x for x in (student, teacher.detach()))
+    return (q - p).square().mean()
+
+
+def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.cross_entropy(student, teacher.detach().softmax(-1))
+
+
+MEAN = Promises(reduction="mean")
 RIGHT: dict[str, tuple[Callable[..., Any], Kind, Promises, int]] = {
+    "dict of a tuple": (returned, "logits", MEAN, 18),
+    "float64 inside": (in_double, "logits", MEAN, 20),
+    "autograd.Function": (_KL.apply, "logits", Promises(), 15),
+    "masked_select": (by_masked_select, "tokens", Promises(reduction="mean", ignored_rows=True), 24),
+    "labels in it": (with_labels, "logits", Promises(), 11),
+    "in place on a copy": (on_a_copy, "logits", MEAN, 18),
+    "a module at T = 4": (AtFour(), "logits", MEAN, 18),
+    "margin to the first": (margin_to_the_first, "scores", Promises(), 10),
+    "ListNet": (soft_cross_entropy, "scores", Promises(), 9),
+    "L1": (lambda student, teacher: F.l1_loss(student, teacher.detach()), "logits", MEAN, 15),
+    "smooth L1": (lambda student, teacher: F.smooth_l1_loss(student, teacher.detach()), "logits", MEAN, 15),
+    "cosine of logits": (cosine, "logits", MEAN, 15),
+    "squared, summed over classes": (
+        lambda student, teacher: (student - teacher.detach()).square().sum(-1).mean(),
+        "logits",
+        MEAN,
+        15,
+    ),
     "right": (right, "tokens", KL, 28),
     "masked": (masks, "tokens", replace(KL, masked_classes=True), 28),
     "in bits": (in_bits, "tokens", KL, 28),
@@ -361,13 +498,17 @@ def loss(student, teacher):
 
 loss.promises = Promises(reduction="elements")
 
+def per_integer(student, teacher):
+    return loss(student.long(), teacher.long())
+
 class Needs:
     def __init__(self, weight): ...
 """)
+    (tmp_path / "broken_here.py").write_text("def loss(:")
     monkeypatch.chdir(tmp_path)
-    assert main(["conformance", "losses_here:loss", "--examples", "2"]) == 0
+    assert main(["conformance", "losses_here:loss", "--examples", "2", "--compile", "no"]) == 0
     assert "pass           reduction" in capsys.readouterr().out
-    flags = ["--definition", "kl", "--reduction", "mean", "--out", "found", "--examples", "2"]
+    flags = ["--definition", "kl", "--reduction", "mean", "--out", "found", "--examples", "2", "--compile", "no"]
     assert main(["conformance", "losses_here:loss", *flags]) == 1, "a flag is stronger than the attribute"
     assert "the sum is divided by rows times classes" in capsys.readouterr().out
     record = json.loads((tmp_path / "found" / "report.json").read_text())
@@ -376,12 +517,53 @@ class Needs:
     inputs = load_file(tmp_path / "found" / failed[0]["counterexample"])
     assert set(inputs) == {"student", "teacher", "labels"}
     assert "<b>reduction</b>" in (tmp_path / "found" / "report.html").read_text()
+    assert {p.name for p in tmp_path.iterdir()} <= {
+        "losses_here.py",
+        "broken_here.py",
+        "found",
+        "__pycache__",
+    }, "nothing else is written"
     for name, message in (
         ("losses_here", "MODULE:NAME"),
-        ("losses_here:no", "has no 'no'"),
-        ("losses_here:Needs", "req"),
+        ("losses_here:no", "has no 'no'. Functions and classes there: loss, per_integer, Needs"),
+        ("losses_here:Needs", "a class with required arguments"),
+        ("losses_there:loss", f"there is no module 'losses_there', neither installed nor in {tmp_path}"),
+        ("broken_here:loss", "broken_here cannot be imported: SyntaxError"),
     ):
-        assert main(["conformance", name]) == 1 and message in capsys.readouterr().err
+        assert main(["conformance", name]) == 2 and message in capsys.readouterr().err
+    assert main(["conformance", "losses_here:per_integer", "--compile", "no"]) == 2, "it raises at once"
+    assert "raises RuntimeError" in capsys.readouterr().out
+    assert main(["conformance", "losses_here:loss", "--badge", "badge.png"]) == 1
+    assert "ends in .svg or .json; got badge.png" in capsys.readouterr().err
+
+
+def test_a_badge_says_what_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tempering.cli.main import main
+    from tempering.conformance.badge import badge
+
+    (tmp_path / "losses_shown.py").write_text("""
+import torch
+
+def right(student, teacher):
+    q, p = student.log_softmax(-1), teacher.detach().softmax(-1)
+    return torch.nn.functional.kl_div(q, p, reduction="batchmean")
+
+def wrong(student, teacher):
+    return right(student, teacher) / student.shape[-1]
+""")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--examples", "2", "--compile", "no", "--badge"]
+    assert main(["conformance", "losses_shown:right", *flags, "shown/right.svg"]) == 0
+    assert main(["conformance", "losses_shown:wrong", *flags, "wrong.json"]) == 1
+    assert re.search(r"<title>distillation loss: \d\d invariants hold</title>", Path("shown/right.svg").read_text())
+    shown = json.loads(Path("wrong.json").read_text())
+    assert shown["schemaVersion"] == 1 and re.fullmatch(r"1 of \d\d invariants fail", shown["message"])
+    late = check(by_torch, seconds=0.0)
+    assert late.ok and {r.status for r in late.results} == {Status.NOT_APPLICABLE}
+    assert badge([late.record()])["message"] == "not checked to the end"
+    capsys.readouterr()
 
 
 def test_losses_that_cannot_be_called_are_explained() -> None:
@@ -454,8 +636,9 @@ def test_compile_is_checked_when_it_is_asked_for() -> None:
         return by_torch(student, teacher) * (2.0 if torch.compiler.is_compiling() else 1.0)
 
     for loss, status in ((by_torch, Status.PASS), (other_when_compiled, Status.FAIL)):
-        report = check(loss, only=("compile",), compile="eager", measure=False)
+        report = check(loss, only=("compile",), compile="aot_eager", measure=False)
         assert report["compile"].status is status, report.table()
+    assert check(by_torch, only=("compile",), compile="aot_eager", measure=False)["compile"].message == "by aot_eager"
     assert check(by_torch, only=("compile",), measure=False)["compile"].status is Status.NOT_APPLICABLE
 
 

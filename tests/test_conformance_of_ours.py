@@ -30,7 +30,10 @@ def test_our_losses_conform(name: str) -> None:
     at_least = {"logits": 17, "tokens": 26, "top_k": 8, "features": 9, "scores": 8}[kind]
     assert sum(r.status is Status.PASS for r in report.results) >= at_least, report.table()
     taken_back = [WITHDRAWN[key] for key in METHOD_PROMISES.get(name, {}) if key in WITHDRAWN]
-    holds = [exception for exception in taken_back if report[exception].status is Status.PASS]
+    holds = [broken for broken in taken_back if report[broken].status is Status.PASS]
+    if holds:  # three examples may miss it
+        report = check(loss, kind=kind, promises=promises, name=name, measure=False, only=tuple(holds))
+        holds = [broken for broken in holds if report[broken].status is Status.PASS]
     assert not holds, f"these promises hold, and are not to be taken back: {holds}"
     refused = {r.name for r in report.results if r.status is Status.NOT_APPLICABLE and "refused" in r.message}
     assert not refused - {"(B, T, V) as (N, V)", "padded vocabulary"}, report.table()

@@ -29,7 +29,7 @@ BOXES = torch.tensor(
     ],
     dtype=torch.float64,
 )
-FEATURES = [FGD, MGD, PKD, partial(PKD, over="image"), CWD, Imitation, partial(Imitation, scored=True)]
+FEATURES = [FGD, MGD, PKD, partial(PKD, standardize_over="image"), CWD, Imitation, partial(Imitation, scored=True)]
 BY_IMAGE = [make for make in FEATURES if make is not PKD]
 
 
@@ -225,7 +225,7 @@ def test_a_step_s_number() -> None:
 
 @pytest.mark.parametrize("over", ["batch", "image"])
 def test_pkd_is_one_minus_pearson(over: str) -> None:
-    rows, method = images(), ready(PKD, over=over, feature=3.0)
+    rows, method = images(), ready(PKD, standardize_over=over, feature=3.0)
     found, gradients = backward(method, rows)
     want = torch.zeros(3, dtype=torch.float64)
     for name in SIZES:
@@ -248,7 +248,7 @@ def test_pkd_of_dead_channels() -> None:
     features = {n: (s.clone(), t.clone()) for n, (s, t) in images().features.items()}
     features["p0"][0][:, 1], features["p1"][1][:, 2] = 3.7, 0.0
     for over in ("batch", "image"):
-        _, gradients = backward(ready(PKD, over=over), images(features=features))
+        _, gradients = backward(ready(PKD, standardize_over=over), images(features=features))
         assert all(float(g.abs().max()) < 100 for g in gradients.values())
 
 
@@ -470,7 +470,7 @@ def test_messages() -> None:
         (lambda: FGD(attention=-1.0), "FGD needs attention >= 0"),
         (lambda: FGD(tau=0.0), "FGD needs tau > 0"),
         (lambda: MGD(masked=1.5), r"MGD needs masked in \[0, 1\].*got 1.5"),
-        (lambda: PKD(over="channel"), "PKD needs over 'batch' or 'image'; got 'channel'"),  # pyright: ignore
+        (lambda: PKD(standardize_over="channel"), "PKD needs standardize_over 'batch' or 'image'; got 'channel'"),  # pyright: ignore
         (lambda: CWD(tau=-1.0), "CWD needs tau > 0"),
     ):
         with pytest.raises(ValueError, match=said):

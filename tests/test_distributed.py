@@ -16,7 +16,7 @@ from torch import Tensor
 from tempering.training import checkpoint
 from tests.cases import each
 from tests.detection_runs import KINDS, go, one_student
-from tests.later import needs
+from tests.lazy_modules import needs
 from tests.paths import ROOT
 from tests.runs import STEPS, identical, left, student_net
 from tests.two_ranks import RUNS, SAMPLED, aligned, attending, detecting, one, pictures

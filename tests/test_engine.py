@@ -54,13 +54,13 @@ def same_start(method: type[Method]) -> Method:
 
 
 def after(split: tuple[int, ...], dtype: torch.dtype, method: type[Method], **more: Any) -> Tensor:
-    """The student's and the method's parameters after 12 steps of 64 weighted rows, split like that."""
+    """The student's and the method's parameters after 8 steps of 64 weighted rows, split like that."""
     made = same_start(method)
     precision = "64-true" if dtype == torch.float64 else "32-true"
     wanted = {"task": Weighted(), "precision": precision, "accumulate": len(split), "selfcheck": False} | more
     batches = cut(weighted(256, dtype=dtype), *split)
-    run = go(batches, teacher=teacher_net(dtype), method=made, epochs=3, **wanted)
-    assert run.facts["result"]["steps"] == 12
+    run = go(batches, teacher=teacher_net(dtype), method=made, epochs=2, **wanted)
+    assert run.facts["result"]["steps"] == 8
     return torch.cat((weights(run.student), weights(made) if any(True for _ in made.parameters()) else torch.zeros(0)))
 
 
@@ -95,7 +95,7 @@ def test_chunks_train_as_the_plain_loss(
     method: type[Method], split: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = after(split, torch.float64, method, chunks=False)
-    monkeypatch.setitem(MEMORY, "cpu", 8 * 8 * CLASSES * 3)  # three rows a chunk
+    monkeypatch.setitem(MEMORY, "cpu", 8 * 8 * CLASSES * 9)  # nine rows per chunk
     torch.testing.assert_close(after(split, torch.float64, method, chunks=True), plain, rtol=0.0, atol=1e-12)
 
 

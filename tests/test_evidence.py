@@ -20,11 +20,11 @@ from tempering.experiments.compare import plan as compare_plan
 from tempering.experiments.presets import presets_from, with_controls
 from tempering.reports.records import pack, write_cell
 from tempering.utils.files import sealed
-from tests.later import Later
+from tests.lazy_modules import LazyModule
 from tests.paths import ROOT
-from tests.records_made import ARMS, make_run
+from tests.records_made import RECORDED, make_run
 
-stats = Later("scipy.stats")
+stats = LazyModule("scipy.stats")
 
 RECIPE = ROOT / "tempering" / "recipes" / "cifar100.py"
 CORE = "supervised,kd,kd-matched,dtkd-published,dtkd"
@@ -56,18 +56,18 @@ def evidence(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def grid(root: Path, scores: dict[str, tuple[float | None, ...]], methods: str = CORE, **options: Any) -> Path:
     """The folder of a comparison at that many seeds; a score of None leaves its cell open."""
     folder = root / options.get("name", "evidence-screen")
-    arms = presets_from(methods, options.get("temperatures"))
-    plan = compare_plan.plan_for(RECIPE, arms, range(options.get("seeds", 3)), FLAGS, options.get("control"))
+    presets = presets_from(methods, options.get("temperatures"))
+    plan = compare_plan.plan_for(RECIPE, presets, range(options.get("seeds", 3)), FLAGS, options.get("control"))
     folder.mkdir(parents=True)
     compare_plan.write(folder, plan)
     for i, cell in enumerate(plan.cells):
         end = dict(enumerate(scores.get(cell.label, ()))).get(cell.seed)
         if end is None:
             continue
-        arm = cell.label if cell.label in ARMS else "DTKD exact"
+        like = cell.label if cell.label in RECORDED else "DTKD exact"
         nets = NETS | ({"teacher": None} if cell.label == "student alone" else {})
         made = root / "runs" / f"{folder.name}-{i}"
-        make_run(made, cell.label, cell.seed, arm=arm, order=i, end=end, epochs=4, best_by="test/accuracy", **nets)
+        make_run(made, cell.label, cell.seed, like=like, order=i, end=end, epochs=4, best_by="test/accuracy", **nets)
         write_cell(compare_plan.record_of(folder, cell), pack(made))
     return folder
 
@@ -188,7 +188,7 @@ def test_before_anything_is_finished(evidence: ModuleType, tmp_path: Path) -> No
         (
             (0.62, None, None),
             (None, None, None),
-            "Not decided yet: no DTKD arm shares two finished seeds with KD, weight",
+            "Not decided yet: no DTKD method shares two finished seeds with KD, weight",
         ),
     ],
 )
@@ -253,7 +253,7 @@ def test_teachers_are_packed_once_they_are_done(
     trained = {"student": {"name": "resnet20"}, "teacher": None, "data": NETS["data"]}
     for name, status in (("resnet20-aa", "done"), ("resnet56-bb", "running")):
         folder = tmp_path / "teachers" / name
-        make_run(folder, f"teacher {name}", 0, arm="student alone", end=0.69, epochs=4, status=status, **trained)
+        make_run(folder, f"teacher {name}", 0, like="student alone", end=0.69, epochs=4, status=status, **trained)
     assert evidence.main(["--teachers", str(tmp_path / "teachers"), "--out", str(tmp_path / "page.md")]) == 0
     records = sorted((tmp_path / "results" / "evidence-teachers" / "records").iterdir())
     assert [path.name for path in records] == ["resnet20-aa.json"]
@@ -281,12 +281,12 @@ def test_the_committed_page_is_up_to_date(evidence: ModuleType) -> None:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_every_stage_can_be_run(evidence: ModuleType) -> None:
-    """Flags and arms of the Makefile's commands are read as `compare` reads them; nothing is trained."""
+    """Flags and presets of the Makefile's commands are read as `compare` reads them; nothing is trained."""
     import evidence_tables as tables  # pyright: ignore[reportMissingImports]
 
     asked = [f"evidence-{stage}" for stage in STAGES]
     done = subprocess.run(["make", "-n", *asked, "DATA=DIR"], capture_output=True, text=True, cwd=ROOT, check=True)
-    arms: dict[str, dict[str, set[int]]] = {}
+    presets: dict[str, dict[str, set[int]]] = {}
     for line in done.stdout.replace("\\\n", "").splitlines():
         words = shlex.split(line) if " -m tempering " in line else []
         if "run" in words:
@@ -301,18 +301,18 @@ def test_every_stage_can_be_run(evidence: ModuleType) -> None:
         plan = compare_plan.plan_for(RECIPE, found, range(int(given["--seeds"])), flags)
         taught, epochs = plan.flags["teacher_epochs"], plan.flags["epochs"]
         assert (taught, epochs) in (("240", "60"), ("240", "240"), ("12", "8"))
-        cells = arms.setdefault(Path(given["--out"]).name, {})
+        cells = presets.setdefault(Path(given["--out"]).name, {})
         for cell in plan.cells:
             cells.setdefault(cell.label, set()).add(cell.seed)
         assert given.get("--control") in (None, *cells)
-    assert set(arms) == set(evidence.FOLDERS)
+    assert set(presets) == set(evidence.FOLDERS)
     wanted = {label for pair in tables.PLANNED for label in pair[:2]}
-    assert wanted <= set(arms["evidence-screen"]) and len(arms["evidence-screen"]) == 19
-    one = {name: {label for label, seeds in found.items() if len(seeds) == 1} for name, found in arms.items()}
-    assert {len(seeds) for found in arms.values() for seeds in found.values()} == {1, 3}
+    assert wanted <= set(presets["evidence-screen"]) and len(presets["evidence-screen"]) == 19
+    one = {name: {label for label, seeds in found.items() if len(seeds) == 1} for name, found in presets.items()}
+    assert {len(seeds) for found in presets.values() for seeds in found.values()} == {1, 3}
     taus = {f"dtkd @ {kind}({tau})" for kind in ("static", "sharpness") for tau in (2, 8)}
     assert {name: found for name, found in one.items() if found} == {
-        "evidence-ablations": set(arms["evidence-ablations"]),
+        "evidence-ablations": set(presets["evidence-ablations"]),
         "evidence-short": taus,
     }
-    assert len(arms["evidence-ablations"]) == 18
+    assert len(presets["evidence-ablations"]) == 18

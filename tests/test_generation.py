@@ -19,7 +19,7 @@ from tempering.rows import IGNORE_INDEX, Rows, total
 from tempering.tasks import LanguageModeling, shared_vocabulary
 from tempering.teachers import Live
 from tempering.temperature import Sharpness
-from tests.later import needs
+from tests.lazy_modules import needs
 
 pytestmark = needs("transformers")
 

@@ -22,8 +22,10 @@ LAYERS = {"w1": "net.0.weight", "b1": "net.0.bias", "w2": "net.2.weight", "b2": 
 def curriculum(c: dict, **options) -> Curriculum:
     low, span = c["t_start"], c["t_end"]
     first, last = c["lambda_max"], c["lambda_min"]
-    over = c["lambda_loops"] / 240
-    return Curriculum(low=low, high=low + span, lambda_first=first, lambda_last=last, over=over, **options).double()
+    run_fraction = c["lambda_loops"] / 240
+    return Curriculum(
+        low=low, high=low + span, lambda_first=first, lambda_last=last, run_fraction=run_fraction, **options
+    ).double()
 
 
 def test_every_case_is_read() -> None:
@@ -35,7 +37,7 @@ def test_every_case_is_read() -> None:
 @cases("ctkd", "schedule0", "schedule1", "schedule2")
 def test_the_curriculum_of_lambda(case: Case) -> None:
     c = case.config
-    policy = Curriculum(lambda_first=c["max"], lambda_last=c["min"], over=c["loops"] / 240)
+    policy = Curriculum(lambda_first=c["max"], lambda_last=c["min"], run_fraction=c["loops"] / 240)
     found = [policy.lambda_at(max(epoch, 0) / 240) for epoch in case.values["epochs"].tolist()]
     case.agree("cosine", torch.tensor(found, dtype=torch.float64))
 

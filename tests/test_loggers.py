@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning_fabric.loggers.logger import Logger
 
 from tempering.training.loggers import LOGGERS, flat
 from tests.runs import cut, go, points, stop_at
@@ -17,33 +16,37 @@ from tests.runs import cut, go, points, stop_at
 SECRET = "hf_abcdefghijklmnop"
 
 
-class Recorded(Logger):
+def recorded(*, fails: str = "", at: int = 0) -> Any:
     """A logger that keeps what it gets, and fails where it is told to."""
+    from lightning_fabric.loggers.logger import Logger  # not at collection: it imports torchmetrics
 
-    def __init__(self, *, fails: str = "", at: int = 0) -> None:
-        self.fails, self.at = fails, at
-        self.metrics: list[tuple[int | None, dict[str, float]]] = []
-        self.params: dict[str, Any] = {}
-        self.status = ""
+    class Recorded(Logger):
+        def __init__(self) -> None:
+            self.fails, self.at = fails, at
+            self.metrics: list[tuple[int | None, dict[str, float]]] = []
+            self.params: dict[str, Any] = {}
+            self.status = ""
 
-    name = property(lambda self: "recorded")
-    version = property(lambda self: "0")
+        name = property(lambda self: "recorded")
+        version = property(lambda self: "0")
 
-    def _fail(self, where: str, step: int = 1000) -> None:
-        if where == self.fails and step >= self.at:
-            raise OSError(f"no route to https://me:{SECRET}@tracker.example")
+        def _fail(self, where: str, step: int = 1000) -> None:
+            if where == self.fails and step >= self.at:
+                raise OSError(f"no route to https://me:{SECRET}@tracker.example")
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self._fail("metrics", step or 0)
-        self.metrics.append((step, metrics))
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            self._fail("metrics", step or 0)
+            self.metrics.append((step, metrics))
 
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        self._fail("params")
-        self.params = params
+        def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+            self._fail("params")
+            self.params = params
 
-    def finalize(self, status: str) -> None:
-        self._fail("end")
-        self.status = status
+        def finalize(self, status: str) -> None:
+            self._fail("end")
+            self.status = status
+
+    return Recorded()
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -56,7 +59,7 @@ def run(tmp_path: Path, logger: Any, **more: Any) -> Any:
 
 
 def test_a_logger_gets_scalars_and_the_description_of_the_run_without_secrets(tmp_path: Path) -> None:
-    logger = Recorded()
+    logger = recorded()
     run(
         tmp_path, logger, facts={"label": "KD", "data": {"name": "points", "api_key": SECRET}, "command": ["x", SECRET]}
     )
@@ -74,7 +77,7 @@ def test_logs_of_a_run_that_ends_early_are_completed(tmp_path: Path, error: type
         if step == 2:
             raise error
 
-    logger = Recorded()
+    logger = recorded()
     with pytest.raises(error):
         run(tmp_path, logger, on_step=stop)
     assert logger.status == status
@@ -82,13 +85,13 @@ def test_logs_of_a_run_that_ends_early_are_completed(tmp_path: Path, error: type
 
 @pytest.mark.parametrize(("fails", "where"), [("metrics", "at step 3"), ("end", "at the end")])
 def test_a_logger_that_fails_is_named_and_the_run_goes_to_its_end(tmp_path: Path, fails: str, where: str) -> None:
-    whole = Recorded()
+    whole = recorded()
     with pytest.warns(
         UserWarning, match=rf"the logger Recorded failed {where}: OSError: .*The run continues"
     ) as caught:
         go(
             cut(points(32), 8),
-            loggers=[Recorded(fails=fails, at=3), whole],
+            loggers=[recorded(fails=fails, at=3), whole],
             steps=4,
             out=tmp_path / "run",
             validation=cut(points(8), 8),
@@ -108,7 +111,7 @@ def test_a_logger_that_cannot_start_ends_the_run_before_training(tmp_path: Path)
     with pytest.raises(
         ConnectionError, match=r"the logger Recorded cannot start: OSError: .* leave it out of loggers="
     ):
-        run(tmp_path, Recorded(fails="params"), on_step=trained)
+        run(tmp_path, recorded(fails="params"), on_step=trained)
     assert facts(tmp_path / "run")["status"] == "failed"
 
 

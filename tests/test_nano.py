@@ -16,7 +16,7 @@ import torch
 
 import tempering as kd
 from tempering.rows import Rows
-from tests.later import needs
+from tests.lazy_modules import needs
 from tests.paths import ROOT
 
 pytestmark = needs("sklearn", "the recipe is on scikit-learn's digits")

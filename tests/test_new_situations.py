@@ -21,14 +21,14 @@ from tempering.tasks.classification import _confusions
 from tempering.training.config import Run, SelfCheckError, TrainState
 from tempering.training.evaluator import CachedTeacherOutputs, Evaluator
 from tests.cases import each
-from tests.later import Later
+from tests.lazy_modules import LazyModule
 from tests.runs import stop_at
 from tests.test_seq2seq import t5
 
-hf = Later("transformers")
-mixin = Later("tempering.integrations.huggingface")
-pl = Later("lightning.pytorch")
-adapter = Later("tempering.integrations.lightning")
+hf = LazyModule("transformers")
+mixin = LazyModule("tempering.integrations.huggingface")
+pl = LazyModule("lightning.pytorch")
+adapter = LazyModule("tempering.integrations.lightning")
 
 torch.manual_seed(0)
 Y = torch.arange(32) % 4
@@ -64,16 +64,18 @@ def by_part(student: nn.Sequential, teacher: nn.Sequential) -> None:
 
 
 @each("take", [by_data, by_assignment, by_part])
-@each("lane", ["engine", "huggingface", "lightning"])
-def test_weights_in_the_memory_of_the_teacher_are_refused(lane: str, take: Callable[..., None], tmp_path: Path) -> None:
+@each("trainer", ["engine", "huggingface", "lightning"])
+def test_weights_in_the_memory_of_the_teacher_are_refused(
+    trainer: str, take: Callable[..., None], tmp_path: Path
+) -> None:
     """Training the student would change the teacher, whose parameters are other objects."""
     student, teacher = net(), net(1)
     take(student, teacher)
     before = copy.deepcopy(teacher.state_dict())
     with pytest.raises(ValueError, match=r"in the memory of the teacher's.*copy.deepcopy\(model\)"):
-        if lane == "engine":
+        if trainer == "engine":
             run(student, teacher=teacher)
-        elif lane == "lightning":
+        elif trainer == "lightning":
             pytest.importorskip("lightning.pytorch")
             adapter.DistillModule(student, teacher, method=KD())
         else:

@@ -117,7 +117,7 @@ def test_every_value_of_every_preset_can_be_typed(name: str) -> None:
 def test_presets_of_temperatures() -> None:
     ctkd = papers.ctkd("resnet34", "resnet18", data="imagenet")
     assert (ctkd.soft, ctkd.hard) == (1.0, 1.0)
-    assert isinstance(ctkd.temperature, Curriculum) and ctkd.temperature.over == 5 / 120
+    assert isinstance(ctkd.temperature, Curriculum) and ctkd.temperature.run_fraction == 5 / 120
     assert papers.ctkd("vgg13", "vgg8").hyperparameters()["soft"] == 0.9
     with pytest.raises(papers.UnknownPair, match=r"published.ctkd has no values for resnet32x4 -> resnet8x4"):
         papers.ctkd("resnet32x4", "resnet8x4")

@@ -20,10 +20,10 @@ from tempering.kernels import linear_loss
 from tempering.methods import DTKD, Divergence  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.rows import Rows, total
 from tempering.tasks import LanguageModeling
-from tests.later import Later, needs
+from tests.lazy_modules import LazyModule, needs
 from tests.test_generation import PAD, gpt2, llama, loss_of, texts
 
-peft = Later("peft")
+peft = LazyModule("peft")
 # peft asks transformers by an old name
 pytestmark = [
     needs("peft", "needs peft: pip install 'tempering[peft]'"),

@@ -74,7 +74,9 @@ def test_the_temperature_climbs_the_loss_and_without_reversal_descends_it(form: 
     rows = random_rows(16, 12, labels=False)
     for lam, sign in ((-1.0, 1), (1.0, -1)):
         torch.manual_seed(1)
-        method = KD(soft=1.0, hard=0.0, temperature=Curriculum(form=form, initial=initial, lambda_last=lam, over=0.0))
+        method = KD(
+            soft=1.0, hard=0.0, temperature=Curriculum(form=form, initial=initial, lambda_last=lam, run_fraction=0.0)
+        )
         method.setup(rows)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the descent ends at a bound
@@ -85,7 +87,7 @@ def test_the_temperature_climbs_the_loss_and_without_reversal_descends_it(form: 
 
 def test_the_adversary_stops_where_the_loss_is_largest() -> None:
     rows = like_cifar()
-    method = KD(soft=1.0, hard=0.0, temperature=Curriculum(initial=-1.5, over=0.0))
+    method = KD(soft=1.0, hard=0.0, temperature=Curriculum(initial=-1.5, run_fraction=0.0))
     trained(method, rows, steps=40)
     found = float(reference(method.temperature, rows)[0])
     losses = [float(kl(rows, Static(T)(rows)).mean()) for T in (0.95 * found, found, 1.05 * found)]
@@ -94,11 +96,11 @@ def test_the_adversary_stops_where_the_loss_is_largest() -> None:
 
 def test_nothing_moves_while_lambda_is_zero() -> None:
     rows = random_rows(8, 5)
-    method = KD(temperature=Curriculum(over=0.5))
+    method = KD(temperature=Curriculum(run_fraction=0.5))
     losses = trained(method, rows, progress=0.0)
     assert losses[0] == losses[-1]
     assert float(reference(method.temperature, rows)[0]) == pytest.approx(1 + 20 / (1 + math.exp(-1.0)), rel=1e-6)
-    policy = Curriculum(over=0.5)
+    policy = Curriculum(run_fraction=0.5)
     assert [policy.lambda_at(p) for p in (0.0, 0.25, 0.5, 0.9)] == pytest.approx([0.0, -0.5, -1.0, -1.0])
 
 
@@ -108,7 +110,7 @@ def test_reversal_multiplies_the_gradient_and_leaves_the_value(form: Any) -> Non
     found = []
     for lam in (1.0, -0.25):
         torch.manual_seed(2)
-        policy = Curriculum(form=form, lambda_last=lam, over=0.0).double()
+        policy = Curriculum(form=form, lambda_last=lam, run_fraction=0.0).double()
         policy.setup(rows)
         T = policy(rows).student
         found.append((T.detach(), torch.autograd.grad(T.sum(), list(policy.parameters()))))
@@ -119,7 +121,7 @@ def test_reversal_multiplies_the_gradient_and_leaves_the_value(form: Any) -> Non
 
 def test_on_standardized_logits_it_falls_to_the_floor_and_says_so_once() -> None:
     rows = like_cifar()
-    policy = Curriculum(low=2.0, high=22.0, initial=-2.0, over=0.0)
+    policy = Curriculum(low=2.0, high=22.0, initial=-2.0, run_fraction=0.0)
     method = LSKD(KD(soft=9.0, hard=0.0, temperature=policy), hard=0.0)
     with pytest.warns(UserWarning, match=r"is at a bound, T = 2\.\d+ of \[2, 22\], where it is constant") as said:
         trained(method, rows, steps=50, lr=0.5)
@@ -188,7 +190,7 @@ def test_the_engine_trains_it(form: Any) -> None:
         labels = teacher(x).argmax(-1)
         teacher.weight.mul_(5.0)
     batches = [(x[i : i + 16], labels[i : i + 16]) for i in range(0, 64, 16)]
-    policy = Curriculum(form=form, over=0.5, weight_decay=0.0)
+    policy = Curriculum(form=form, run_fraction=0.5, weight_decay=0.0)
     run = distill(student, teacher, batches, method=KD(temperature=policy), epochs=6, quiet=True)
     T = reference(policy, Rows(student(x).detach(), teacher(x).detach()))
     start = 1 + 20 / (1 + math.exp(-1.0))
@@ -263,13 +265,13 @@ def test_adaptive_where_most_rows_agree() -> None:
 @pytest.mark.parametrize("shape", ["cosine", "linear"])
 def test_a_schedule_goes_from_start_to_end(shape: Any) -> None:
     rows = block()
-    policy = Scheduled(Static(4.0), shape=shape, end=2.0, over=0.8)
+    policy = Scheduled(Static(4.0), shape=shape, end=2.0, run_fraction=0.8)
     middle = 3.0
     quarter = 3.5 if shape == "linear" else 2.0 + 2.0 * 0.5 * (1 + math.cos(math.pi / 4))
     for progress, want in ((0.0, 4.0), (0.2, quarter), (0.4, middle), (0.8, 2.0), (1.0, 2.0)):
         assert float(policy(rows, progress).student) == pytest.approx(want) == policy.reference_at(progress)
     assert Scheduled(Static(4.0), start=8.0, end=1.0).reference_at(0.0) == 8.0
-    assert Scheduled(end=1.0, over=0.0).reference_at(0.0) == 1.0
+    assert Scheduled(end=1.0, run_fraction=0.0).reference_at(0.0) == 1.0
 
 
 @pytest.mark.parametrize("solved", [Sharpness, Entropy])
@@ -492,7 +494,7 @@ def test_every_policy_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (lambda: Curriculum(form="local"), "Curriculum needs form 'global' or 'instance'; got 'local'"),  # pyright: ignore
         (lambda: Curriculum(low=5.0, high=5.0), "Curriculum needs low < high, the bounds of T; got low=5.0"),
-        (lambda: Curriculum(over=10), "Curriculum needs over in [0, 1], the share of the run"),
+        (lambda: Curriculum(run_fraction=10), "Curriculum needs run_fraction in [0, 1], the share of the run"),
         (lambda: Curriculum(lambda_last=math.nan), "Curriculum needs lambda_last to be a finite number; got nan"),
         (lambda: Curriculum(weight_decay=-1.0), "Curriculum needs weight_decay >= 0, or None for the optimizer's"),
         (lambda: Curriculum(hidden=0), "Curriculum needs hidden >= 1; got 0"),
@@ -503,7 +505,7 @@ def test_every_policy_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (lambda: Adaptive(strength=math.inf), "Adaptive needs strength to be a finite number; got inf"),
         (lambda: Entropy(reach=0.0), "Entropy needs reach in (0, 1]"),
         (lambda: Scheduled(end=0.0), "Scheduled needs end > 0"),
-        (lambda: Scheduled(over=20), "Scheduled needs over in [0, 1]"),
+        (lambda: Scheduled(run_fraction=20), "Scheduled needs run_fraction in [0, 1]"),
         (lambda: Scheduled(shape="step"), "Scheduled needs shape 'cosine' or 'linear'; got 'step'"),  # pyright: ignore
         (lambda: Ablated(keep="half"), "Ablated needs keep 'temperatures' or 'scale'; got 'half'"),
         (lambda: Capped(low=5.0, high=2.0), "Capped needs low <= high; got low=5.0 and high=2.0"),

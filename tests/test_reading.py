@@ -16,7 +16,7 @@ from tests.records_made import make_run, make_set
 
 
 def one(folder: Path) -> RunRecord:
-    return load_run(make_run(folder, "KD", 0, arm="DTKD exact", epochs=4))
+    return load_run(make_run(folder, "KD", 0, like="DTKD exact", epochs=4))
 
 
 def test_a_packed_run_says_what_the_run_said(tmp_path: Path) -> None:

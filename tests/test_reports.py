@@ -24,7 +24,7 @@ from tempering.reports.records import RunRecord, find_runs, load_run
 from tempering.reports.table import cells
 from tempering.utils.text import printable
 from tests.cases import each
-from tests.records_made import ARMS, make_run, make_set
+from tests.records_made import RECORDED, make_run, make_set
 
 SECTIONS = ("result", "table", "learning", "temperatures", "terms", "agreement", "calibration", "classes")
 SECTIONS += ("confusions", "runs")
@@ -78,7 +78,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five arms of three seeds."""
+    """Five methods of three seeds."""
     root = tmp_path_factory.mktemp("reports") / "made"
     make_set(root)
     return root
@@ -100,7 +100,7 @@ def read(html: str) -> Page:
 
 
 def one(folder: Path, label: str = "KD", **facts: Any) -> RunRecord:
-    return load_run(make_run(folder, label, 0, arm="DTKD exact", epochs=4, **facts))
+    return load_run(make_run(folder, label, 0, like="DTKD exact", epochs=4, **facts))
 
 
 # the page as a file
@@ -155,16 +155,16 @@ def test_the_same_records_give_the_same_bytes_in_any_order(runs: list[RunRecord]
 
 def test_the_table_on_the_page_is_the_comparisons(runs: list[RunRecord], read: Page) -> None:
     found = compare(runs)
-    own = [[text for text, _ in cells(found, arm).values()] for arm in found.arms]
-    assert read.rows["table"] == [list(cells(found, found.arms[0])), *own]
-    strong = sum(bold for arm in found.arms for _, bold in cells(found, arm).values())
+    own = [[text for text, _ in cells(found, group).values()] for group in found.groups]
+    assert read.rows["table"] == [list(cells(found, found.groups[0])), *own]
+    strong = sum(bold for group in found.groups for _, bold in cells(found, group).values())
     assert sum(name == "strong" for name, _ in read.elements) == strong > 0
 
 
 def test_curves_end_where_the_records_end(folder: Path, read: Page) -> None:
     """Computed again from the raw lines."""
-    for label in ARMS:
-        order, name = list(ARMS).index(label), display_name(label)
+    for label in RECORDED:
+        order, name = list(RECORDED).index(label), display_name(label)
         epochs = [_lines(folder / f"{order}-{seed}" / "epochs.jsonl") for seed in range(3)]
         accuracy = 100 * np.mean([lines[-1]["test"]["accuracy"] for lines in epochs])
         assert f"{name} ends at {accuracy:.4g}" in read.told("score")
@@ -242,7 +242,7 @@ def test_control_characters_of_records_do_not_reach_the_terminal(
     sign: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for label in ("student alone", f"KD{sign}done"):
-        folder = make_run(tmp_path / str(len(label)), label, 0, arm="KD")
+        folder = make_run(tmp_path / str(len(label)), label, 0, like="KD")
         (folder / "facts.json").write_text(
             (folder / "facts.json").read_text().replace('"digits"', json.dumps(f"d{sign}"))
         )
@@ -255,14 +255,14 @@ def test_control_characters_of_records_do_not_reach_the_terminal(
 
 
 def test_an_arm_that_differs_in_everything_keeps_a_color_and_a_switch(tmp_path: Path) -> None:
-    many = [one(tmp_path / str(i), f"arm {i}") for i in range(20)]
+    many = [one(tmp_path / str(i), f"method {i}") for i in range(20)]
     html = render(many)
     said = re.findall(r"\.(a\d+) { --c: var\(--c(\d)\); --dashes: ([\d ]+|none) }", html)
     assert len(said) == len({name for name, *_ in said}) == len({(color, dashes) for _, color, dashes in said}) == 20
 
 
 def test_charts_leave_out_another_network(tmp_path: Path) -> None:
-    runs = [one(tmp_path / str(i), f"arm {i}") for i in range(2)]
+    runs = [one(tmp_path / str(i), f"method {i}") for i in range(2)]
     read = Page(render([*runs, one(tmp_path / "big", "large one", student={"name": "large"})]))
     assert "large one" in read.texts["table"] and "large one" not in read.told("score")
 
@@ -314,10 +314,10 @@ def test_charts_need_no_plotting_library(runs: list[RunRecord], html: str, monke
 
 
 def test_a_page_of_many_runs_is_a_summary_with_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = list(ARMS)
+    names = list(RECORDED)
     labels = [*names, *(f"{names[i % 5]} v{i}" for i in range(5, 20))]
     folders = [
-        make_run(tmp_path / "runs" / f"{i} #{seed}", label, seed, arm=names[i % 5], order=i, epochs=4)
+        make_run(tmp_path / "runs" / f"{i} #{seed}", label, seed, like=names[i % 5], order=i, epochs=4)
         for i, label in enumerate(labels)
         for seed in range(2)
     ]
@@ -404,7 +404,7 @@ def test_a_tag_escapes_what_is_no_markup() -> None:
 def test_what_is_not_recorded_is_not_said_to_be_shared(
     unknown: dict[str, Any], said: list[str], tmp_path: Path
 ) -> None:
-    runs = [load_run(make_run(tmp_path / label, label, 0, **unknown)) for label in list(ARMS)[:2]]
+    runs = [load_run(make_run(tmp_path / label, label, 0, **unknown)) for label in list(RECORDED)[:2]]
     notes = compare(runs).notes
     for sentence in said:
         assert sentence in notes

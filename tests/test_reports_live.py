@@ -78,7 +78,7 @@ def test_two_methods_are_paired_by_seed(tmp_path: Path) -> None:
         for order, (label, end) in enumerate((("KD", low), ("DTKD exact", high))):
             runs.append(load_run(make_run(tmp_path / f"{label}-{seed}", label, seed, order=order, end=end)))
     comparison = compare(runs)
-    found = pair(comparison, {arm.label: "a1" for arm in comparison.arms})
+    found = pair(comparison, {group.label: "a1" for group in comparison.groups})
     assert found is not None
     assert [name for name, _ in found.names] == ["KD", "DTKD exact"]
     row = next(row for row in found.scores if row[0] == "test accuracy")
@@ -96,8 +96,8 @@ def test_other_numbers_of_methods_have_no_such_section(tmp_path: Path) -> None:
 
 def test_names_and_settings_of_a_pair_are_escaped(tmp_path: Path) -> None:
     bad = "<script>alert(1)</script>"
-    a = make_run(tmp_path / "a", bad, 0, arm="KD", settings={"x": bad})
-    b = make_run(tmp_path / "b", bad, 0, arm="KD", settings={"x": 1, bad: 2})
+    a = make_run(tmp_path / "a", bad, 0, like="KD", settings={"x": bad})
+    b = make_run(tmp_path / "b", bad, 0, like="KD", settings={"x": 1, bad: 2})
     html = render([load_run(a), load_run(b)])
     assert "<script" not in html and "&lt;script&gt;" in html
 

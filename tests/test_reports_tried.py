@@ -22,10 +22,10 @@ from tempering.teachers import Live
 from tempering.training.config import SelfCheckError
 from tempering.training.loss_checks import check_label_names
 from tests.cases import each
-from tests.later import Later
+from tests.lazy_modules import LazyModule
 
-hf = Later("transformers")
-mixin = Later("tempering.integrations.huggingface")
+hf = LazyModule("transformers")
+mixin = LazyModule("tempering.integrations.huggingface")
 
 torch.manual_seed(0)
 Y = torch.arange(32) % 4

@@ -22,7 +22,7 @@ from tempering.training.distributed import RunInterrupted
 from tempering.training.fabric import fabric_for
 from tempering.training.resumable_loader import ResumableLoader
 from tempering.training.run_dir import _to_text
-from tests.killed import KILLS
+from tests.killed_runs import KILLS
 from tests.paths import ROOT
 from tests.runs import ADAMW, LOADERS, SGD, STEPS, Noisy, identical, left, resumable, stop_at
 
@@ -109,9 +109,9 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, whole: dict[str, dict[s
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the runs of tests/killed.py left behind."""
+    """A folder with what the runs of tests/killed_runs.py left behind."""
     folder = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, "-m", "tests.killed", str(folder)]
+    command = [sys.executable, "-m", "tests.killed_runs", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder

@@ -73,7 +73,7 @@ def test_a_table_of_students_of_one_robust_teacher(tmp_path: Path) -> None:
     assert set(runs[1].facts["teacher"]["scores"]["test"]) >= {"accuracy", "fgsm", "pgd"}
     assert "pgd" not in left(tmp_path / "kd")["lines"]["epochs.jsonl"][-1]["test"], "the attack comes once, at the end"
     found = compare([load_run(tmp_path / m) for m in ("kd", "kdiga")])
-    row = cells(found, found.arm("KD"))
+    row = cells(found, found.group("KD"))
     assert found.metric.name == "test/accuracy" and {"test fgsm (%)", "test pgd (%)"} <= set(row)
     assert row["test pgd (%)"][0] == f"{100 * runs[0].last['test']['pgd']:.2f}" and "test pgd (%)" in markdown(found)
 

@@ -22,9 +22,9 @@ from tempering.experiments.tune import study as tune_study
 from tempering.models import load
 from tempering.reports.records import load_run
 from tests.runs import cut, go, identical, left, points, stop_at, student_net, timeless
-from tests.test_arena import FAKE as CELL
-from tests.test_arena import TINY
 from tests.test_cache_faults import DAMAGES, damage
+from tests.test_comparison import FAKE as CELL
+from tests.test_comparison import TINY
 from tests.test_tune import FAKE as TRIAL
 
 Way = Callable[[Path], Any]

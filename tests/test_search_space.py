@@ -76,10 +76,10 @@ TEMPERATURES |= {"Static"}
 
 
 def spaces() -> dict[str, list[str]]:
-    """The default search space of every method, of every policy in KD, and of every arm."""
+    """The default search space of every method, of every policy in KD, and of every preset."""
     texts = [format_call(kind.example()) for kind in METHODS.values()]
     texts += [f"kd(temperature={format_call(kind.example())})" for kind in POLICIES.values()]
-    texts += [arm.spec for arm in PRESETS.values()]
+    texts += [preset.spec for preset in PRESETS.values()]
     return {text: _dimensions(text) for text in texts}
 
 

@@ -22,7 +22,7 @@ from tempering.rollouts.scoring import exact_match, rouge_l
 from tempering.rows import IGNORE_INDEX
 from tempering.tasks import GenerationScorer, LanguageModeling, OnPolicy, Sampling, Seq2Seq, Speculative
 from tempering.teachers import Live, TopKTeacher
-from tests.later import needs
+from tests.lazy_modules import needs
 from tests.paths import SHARED, needs_shared
 from tests.test_generation import gpt2, loss_of
 

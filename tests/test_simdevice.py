@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.forked import run_parts
-from tests.later import needs
+from tests.lazy_modules import needs
 from tests.paths import ROOT
 
 pytestmark = [

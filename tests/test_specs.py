@@ -1,4 +1,4 @@
-"""Methods and policies from text: what can be written, what is refused, and what an arm is."""
+"""Methods and policies from text: what can be written, what is refused, and what a preset is."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_any_value_of_any_argument_is_used_or_refused() -> None:
 def test_damaged_text_is_read_or_refused() -> None:
     rng, alphabet = random.Random(0), "()[],=+-*/.'\"0123456789eE_abcKDk \n\0\u00e9\u202e"
     for _ in range(600):
-        text = list(rng.choice([arm.spec for arm in PRESETS.values()]))
+        text = list(rng.choice([preset.spec for preset in PRESETS.values()]))
         for _ in range(rng.randint(1, 4)):
             place = rng.randrange(len(text) + 1)
             text[place : place + rng.randint(0, 3)] = rng.choices(alphabet, k=rng.randint(0, 3))
@@ -169,7 +169,7 @@ def test_a_method_without_a_temperature_refuses_another() -> None:
         method_from("sum(kd, dkd)", "static(4)")
 
 
-# arms
+# presets
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -202,7 +202,7 @@ def test_a_list_of_arms_times_temperatures() -> None:
         "dtkd(soft=1, temperature=sharpness(4, solve=std))",
         "dkd",
     ]
-    labels = [arm.label for arm in presets_from("kd,dtkd,dtkd-exact,supervised", "own, static(2)")]
+    labels = [preset.label for preset in presets_from("kd,dtkd,dtkd-exact,supervised", "own, static(2)")]
     assert labels == [
         "KD",
         "kd @ static(2)",
@@ -230,9 +230,9 @@ def test_a_mistyped_arm_names_the_nearest() -> None:
     ],
 )
 def test_the_matched_control_has_the_total_weights(methods: str, spec: str) -> None:
-    arms, added = with_controls(presets_from(methods))
-    assert [arm.label for arm in added] == ["student alone", "KD, weight-matched"]
-    assert [arm.label for arm in arms[:2]] == ["student alone", "KD, weight-matched"]
+    presets, added = with_controls(presets_from(methods))
+    assert [preset.label for preset in added] == ["student alone", "KD, weight-matched"]
+    assert [preset.label for preset in presets[:2]] == ["student alone", "KD, weight-matched"]
     assert added[1].spec == spec
     dtkd = next((m for m in map(method_of, split(methods)) if isinstance(m, DTKD)), None)
     if dtkd is not None:
@@ -241,8 +241,8 @@ def test_the_matched_control_has_the_total_weights(methods: str, spec: str) -> N
 
 
 def test_controls_that_are_there_are_not_added() -> None:
-    arms = presets_from("supervised,kd-matched,dtkd")
-    assert with_controls(arms) == (arms, [])
+    presets = presets_from("supervised,kd-matched,dtkd")
+    assert with_controls(presets) == (presets, [])
 
 
 def test_slugs_are_names_of_folders() -> None:

@@ -122,6 +122,43 @@ def test_rows_without_a_label(method: StepMethod) -> None:
     lesson.backward(method)
 
 
+@on_each("method", [(name, part) for name, part in STEP_CASES if "-" not in name], lambda method: method)
+def test_gradient_is_the_slope_of_the_value(method: StepMethod) -> None:
+    """At fixed temperatures, since those of a policy are constants."""
+    lesson = Lesson()
+    _, gradients = lesson.backward(method)
+    generator = torch.Generator().manual_seed(3)
+    direction = [torch.randn(g.shape, generator=generator, dtype=torch.float64) for g in gradients]
+
+    def value(h: float) -> float:
+        moved = Lesson()
+        with torch.no_grad():
+            for p, x in zip(moved.student.parameters(), direction, strict=True):
+                p.add_(h * x)
+        return moved.loss(copy.deepcopy(method))[0].item()
+
+    slope = sum(float((g * x).sum()) for g, x in zip(gradients, direction, strict=True))
+    assert slope == pytest.approx((value(1e-5) - value(-1e-5)) / 2e-5, rel=1e-4)
+
+
+@every_method
+def test_zero_and_stationary_at_agreement(method: StepMethod) -> None:
+    lesson = Lesson()
+    elsewhere = max(float(g.abs().max()) for g in lesson.backward(method)[1])
+    lesson.student = copy.deepcopy(lesson.teacher.model).requires_grad_()
+    _, terms, rows = lesson.loss(copy.deepcopy(method))
+    soft = {name: term for name, term in terms.items() if name != "hard"}
+    if method.trains_teacher:  # which has moved before the student is compared with it
+        return
+    if not method.zero_when_equal:
+        found = any(bool((term.abs() > 1e-6).any()) for term in soft.values())
+        assert found or not soft, "it says it is not zero at agreement"
+        return
+    assert all(bool((term.abs() <= 1e-9).all()) for term in soft.values())
+    gradients = torch.autograd.grad(total(soft, rows), list(lesson.student.parameters()), allow_unused=True)
+    assert all(g is None or float(g.abs().max()) <= 1e-5 * (1.0 + elsewhere) for g in gradients)
+
+
 @pytest.mark.parametrize("kind", STEP_METHODS)
 def test_what_a_record_says_of_it(kind: type[StepMethod]) -> None:
     made = kind.example()

@@ -15,24 +15,24 @@ from tempering.reports.intervals import difference
 from tempering.reports.records import RunRecord, load_run, pack, read_cell, write_cell
 from tempering.reports.table import cells, markdown, rich_table
 from tempering.reports.text import headline, reading
-from tests.later import Later
-from tests.records_made import ARMS, make_run, make_set
+from tests.lazy_modules import LazyModule
+from tests.records_made import RECORDED, make_run, make_set
 
-stats = Later("scipy.stats")
+stats = LazyModule("scipy.stats")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunRecord]:
-    """Five arms of three seeds."""
+    """Five methods of three seeds."""
     return [load_run(folder) for folder in make_set(tmp_path_factory.mktemp("made"), epochs=6)]
 
 
-def made(root: Path, label: str, ends: dict[int, float], *, arm: str = "KD", status: str = "done", **facts) -> list:
-    """Runs of one arm whose last test accuracies are ``ends``, by seed."""
+def made(root: Path, label: str, ends: dict[int, float], *, like: str = "KD", status: str = "done", **facts) -> list:
+    """Runs of one method whose last test accuracies are ``ends``, by seed."""
     order = sum(1 for _ in root.iterdir()) if root.exists() else 0
     folders = [root / f"{order}-{seed}" for seed in ends]
     return [
-        load_run(make_run(folder, label, seed, arm=arm, order=order, end=end, epochs=3, status=status, **facts))
+        load_run(make_run(folder, label, seed, like=like, order=order, end=end, epochs=3, status=status, **facts))
         for folder, (seed, end) in zip(folders, ends.items(), strict=True)
     ]
 
@@ -89,8 +89,8 @@ def test_seeds_that_agree_to_the_last_digit_give_no_interval(gap: float) -> None
 
 def test_one_seed_beside_more_is_taken_with_its_own() -> None:
     """A grid that goes on: without an interval either way, the pair says more than two means of different seeds."""
-    for arm, control, sign in (({1: 0.5}, {0: 0.1, 1: 0.2, 2: 0.9}, 1), ({0: 0.1, 1: 0.2, 2: 0.9}, {1: 0.5}, -1)):
-        found = difference(arm, control)
+    for group, control, sign in (({1: 0.5}, {0: 0.1, 1: 0.2, 2: 0.9}, 1), ({0: 0.1, 1: 0.2, 2: 0.9}, {1: 0.5}, -1)):
+        found = difference(group, control)
         assert found is not None and found.paired and found.half is None and found.n == 1
         assert found.mean == pytest.approx(sign * 0.3)
 
@@ -109,13 +109,13 @@ def test_the_tables_numbers_are_those_of_the_records(runs: list[RunRecord]) -> N
     for run in runs:
         raw.setdefault(run.label, []).append(run.facts["result"])
     last = {label: np.array([r["last"]["test"]["accuracy"] for r in results]) for label, results in raw.items()}
-    assert [arm.label for arm in found.arms] == list(ARMS)
+    assert [group.label for group in found.groups] == list(RECORDED)
     assert (found.controls, found.main) == (("student alone", "KD, weight-matched"), "KD, weight-matched")
-    for arm in found.arms:
-        own, results = 100 * last[arm.label], raw[arm.label]
+    for group in found.groups:
+        own, results = 100 * last[group.label], raw[group.label]
         best = 100 * np.array([r["best"]["test"]["accuracy"] for r in results])
-        row = {head: text for head, (text, _) in cells(found, arm).items()}
-        assert row["method"] == display_name(arm.label) and row["seeds"] == "3"
+        row = {head: text for head, (text, _) in cells(found, group).items()}
+        assert row["method"] == display_name(group.label) and row["seeds"] == "3"
         assert row["test accuracy, last (%)"] == f"{own.mean():.2f} ± {own.std(ddof=1):.2f}"
         assert row["best (%)"] == f"{best.mean():.2f} ± {best.std(ddof=1):.2f}"
         epochs = [r["best"]["epoch"] for r in results]
@@ -125,11 +125,11 @@ def test_the_tables_numbers_are_those_of_the_records(runs: list[RunRecord]) -> N
         assert row["train min"] == f"{np.mean([r['seconds'] for r in results]) / 60:.3g}"
         assert row["peak MB"] == f"{np.mean([r['peak_mb'] for r in results]):.0f}"
         for control in found.controls:
-            text, strong = cells(found, arm)[f"vs {display_name(control)} (points)"]
-            if control == arm.label:
+            text, strong = cells(found, group)[f"vs {display_name(control)} (points)"]
+            if control == group.label:
                 assert (text, strong) == ("control", False)
                 continue
-            gaps = 100 * (last[arm.label] - last[control])
+            gaps = 100 * (last[group.label] - last[control])
             test = stats.ttest_1samp(gaps, 0.0)
             half = (test.confidence_interval().high - test.confidence_interval().low) / 2
             assert text == f"{gaps.mean():+.2f} ± {half:.2f}"
@@ -156,7 +156,7 @@ def test_a_terminal_of_80_columns_is_wide_enough(runs: list[RunRecord]) -> None:
     file, found = StringIO(), compare(runs)
     Console(width=80, file=file).print(rich_table(found))
     text = file.getvalue()
-    assert "equal weights" in text and "DTKD published" in text and found.metric.show(found.arms[0].mean) in text
+    assert "equal weights" in text and "DTKD published" in text and found.metric.show(found.groups[0].mean) in text
 
 
 # what is missing
@@ -165,12 +165,12 @@ def test_a_terminal_of_80_columns_is_wide_enough(runs: list[RunRecord]) -> None:
 def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
     found = compare(
         [
-            *made(tmp_path, "student alone", scores(0.9), arm="student alone"),
+            *made(tmp_path, "student alone", scores(0.9), like="student alone"),
             *made(tmp_path, "KD", scores(0.92)),
         ]
     )
-    assert cells(found, found.arm("KD"))["vs student alone (points)"] == ("+2.00 (no interval)", False)
-    assert cells(found, found.arm("KD"))["detectable (points)"] == ("-", False)
+    assert cells(found, found.group("KD"))["vs student alone (points)"] == ("+2.00 (no interval)", False)
+    assert cells(found, found.group("KD"))["detectable (points)"] == ("-", False)
     assert headline(found)[0] == "KD is 2.00 points better than student alone, on one seed."
     assert "With one seed there is no interval, so this may be chance." in said(found)
     assert "One seed gives no spread and no interval" in said(found)
@@ -179,7 +179,7 @@ def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
 def test_a_comparison_without_a_control_takes_no_difference(tmp_path: Path) -> None:
     found = compare([*made(tmp_path, "A", scores(0.9, 0.91)), *made(tmp_path, "B", scores(0.8, 0.83))])
     assert found.controls == () and found.main is None
-    assert not [head for head in cells(found, found.arms[0]) if head.startswith(("vs", "detectable"))]
+    assert not [head for head in cells(found, found.groups[0]) if head.startswith(("vs", "detectable"))]
     assert headline(found) == [
         "A has the highest mean, 90.50 % test accuracy.",
         "No method is named as the control, so there are no differences.",
@@ -188,7 +188,7 @@ def test_a_comparison_without_a_control_takes_no_difference(tmp_path: Path) -> N
 
 def test_a_control_may_be_named_and_then_decides(runs: list[RunRecord]) -> None:
     found = compare(runs, "kd")
-    assert (found.controls, found.main, found.arms[0].label) == (("KD", "KD, weight-matched"), "KD", "KD")
+    assert (found.controls, found.main, found.groups[0].label) == (("KD", "KD, weight-matched"), "KD", "KD")
     with pytest.raises(ValueError, match=r"no method is called 'DTKD exakt'. Did you mean 'dtkd exact'\?"):
         compare(runs, "DTKD exakt")
 
@@ -196,36 +196,36 @@ def test_a_control_may_be_named_and_then_decides(runs: list[RunRecord]) -> None:
 def test_only_common_seeds_are_paired(tmp_path: Path) -> None:
     found = compare(
         [
-            *made(tmp_path, "student alone", scores(0.90, 0.91, 0.93), arm="student alone"),
+            *made(tmp_path, "student alone", scores(0.90, 0.91, 0.93), like="student alone"),
             *made(tmp_path, "KD", {1: 0.92, 2: 0.95, 7: 0.2}),
             *made(tmp_path, "apart", {8: 0.90, 9: 0.95}),
         ]
     )
-    alone = found.arm("student alone").last
-    text, _ = cells(found, found.arm("KD"))["vs student alone (points)"]
+    alone = found.group("student alone").last
+    text, _ = cells(found, found.group("KD"))["vs student alone (points)"]
     gaps = 100 * np.array([0.92 - alone[1], 0.95 - alone[2]])
     half = stats.t.ppf(0.975, 1) * gaps.std(ddof=1) / np.sqrt(2)
     assert text == f"{gaps.mean():+.2f} ± {half:.2f} (2 pairs)"
     welch = stats.ttest_ind([0.90, 0.95], list(alone.values()), equal_var=False).confidence_interval()
-    text, _ = cells(found, found.arm("apart"))["vs student alone (points)"]
+    text, _ = cells(found, found.group("apart"))["vs student alone (points)"]
     assert text == f"{50 * (welch.low + welch.high):+.2f} ± {50 * (welch.high - welch.low):.2f} (u)"
-    assert cells(found, found.arm("KD"))["seeds"][0] == "3 of 6; not run: 0, 8, 9"
+    assert cells(found, found.group("KD"))["seeds"][0] == "3 of 6; not run: 0, 8, 9"
     assert "(u): unpaired seeds, so Welch's interval" in said(found)
 
 
 def test_open_cells_are_shown_as_open(tmp_path: Path) -> None:
     found = compare(
         [
-            *made(tmp_path, "student alone", scores(0.90, 0.91, 0.93), arm="student alone"),
+            *made(tmp_path, "student alone", scores(0.90, 0.91, 0.93), like="student alone"),
             *made(tmp_path, "KD", {0: 0.92, 1: 0.94}),
             *made(tmp_path, "KD", {2: 0.92}, status="failed"),
             *made(tmp_path, "later", scores(0.5, 0.5, 0.5), status="open"),
         ]
     )
-    row = cells(found, found.arm("later"))
+    row = cells(found, found.group("later"))
     assert row["seeds"][0] == "0 of 3; open: 0, 1, 2"
     assert {text for head, (text, _) in row.items() if head not in ("method", "seeds")} == {"-"}
-    assert cells(found, found.arm("KD"))["seeds"][0] == "2 of 3; failed: 2"
+    assert cells(found, found.group("KD"))["seeds"][0] == "2 of 3; failed: 2"
     assert "Unfinished runs: 1 failed, 3 open." in said(found)
 
 
@@ -236,11 +236,11 @@ def test_nothing_finished_is_said(tmp_path: Path) -> None:
 
 
 def test_a_published_number_stands_beside_ours_with_its_source(runs: list[RunRecord], tmp_path: Path) -> None:
-    assert not [head for head in cells(compare(runs), compare(runs).arms[0]) if head.startswith("reported")]
+    assert not [head for head in cells(compare(runs), compare(runs).groups[0]) if head.startswith("reported")]
     own = made(tmp_path, "X", scores(0.9, 0.91), reported={"value": 0.6288, "source": "arXiv:2404.12711"})
     found = compare([*own, *made(tmp_path, "Y", scores(0.9, 0.91))])
-    assert cells(found, found.arm("X"))["reported (%)"] == ("62.88", False)
-    assert cells(found, found.arm("Y"))["reported (%)"] == ("-", False)
+    assert cells(found, found.group("X"))["reported (%)"] == ("62.88", False)
+    assert cells(found, found.group("Y"))["reported (%)"] == ("-", False)
     assert "Reported: published values for full-length training, not measured here; X: arXiv:2404.12711." in said(found)
 
 
@@ -251,15 +251,15 @@ def test_a_known_pair_of_nets_has_its_published_number(tmp_path: Path) -> None:
         "data": {"name": "cifar100", "identity": "ab" * 32},
     }
     runs = [
-        *made(tmp_path, "student alone", scores(0.5), arm="student alone", **{**pair, "teacher": None}),
+        *made(tmp_path, "student alone", scores(0.5), like="student alone", **{**pair, "teacher": None}),
         *made(tmp_path, "DTKD published", scores(0.6), **pair),
         *made(tmp_path, "DTKD exact", scores(0.6), **pair),
     ]
     found = compare(runs)
-    shown = {arm.label: cells(found, arm)["reported (%)"][0] for arm in found.arms}
+    shown = {group.label: cells(found, group)["reported (%)"][0] for group in found.groups}
     assert shown == {"student alone": "59.87", "DTKD published": "62.88", "DTKD exact": "-"}
     assert "student alone, DTKD published: " in said(found)
-    assert not [arm for arm in compare(runs, metric="test/loss").arms if arm.reported]
+    assert not [group for group in compare(runs, metric="test/loss").groups if group.reported]
 
 
 # what is refused, and what is kept apart
@@ -292,19 +292,19 @@ def test_an_arm_of_two_nets_is_refused(tmp_path: Path, part: str, value: dict[st
 def test_another_student_is_kept_out_of_the_differences(tmp_path: Path) -> None:
     found = compare(
         [
-            *made(tmp_path, "student alone", scores(0.90, 0.92), arm="student alone"),
+            *made(tmp_path, "student alone", scores(0.90, 0.92), like="student alone"),
             *made(tmp_path, "KD", scores(0.91, 0.94)),
-            *made(tmp_path, "teacher", scores(0.99, 0.99), arm="student alone", student={"name": "large"}),
+            *made(tmp_path, "teacher", scores(0.99, 0.99), like="student alone", student={"name": "large"}),
         ]
     )
-    assert cells(found, found.arm("teacher"))["vs student alone (points)"] == ("-", False)
-    assert [arm.label for arm in found.ranked] == ["KD", "student alone"]
+    assert cells(found, found.group("teacher"))["vs student alone (points)"] == ("-", False)
+    assert [group.label for group in found.ranked] == ["KD", "student alone"]
     assert "teacher trains another network" in said(found)
 
 
 def test_a_seed_that_was_run_twice_is_counted_once(tmp_path: Path) -> None:
     first, again = made(tmp_path, "KD", {0: 0.9}), made(tmp_path, "KD", {0: 0.8})
-    assert compare([*first, *again]).arm("KD").last == {0: 0.8}
+    assert compare([*first, *again]).group("KD").last == {0: 0.8}
     assert "KD, seed 0, was run more than once; the one started last (" in said(compare([*again, *first]))
     cell = read_cell(write_cell(tmp_path / "cell.json", pack(first[0].source)))
     assert "more than once" not in said(compare([*first, cell])), "a run and its packed cell are one"
@@ -314,7 +314,7 @@ def test_a_seed_that_was_run_twice_is_counted_once(tmp_path: Path) -> None:
 
 
 def verdict(root: Path, matched: tuple[float, ...], best: tuple[float, ...]) -> str:
-    alone = made(root, "student alone", scores(0.80, 0.81, 0.82), arm="student alone")
+    alone = made(root, "student alone", scores(0.80, 0.81, 0.82), like="student alone")
     found = compare([*alone, *made(root, "KD, weight-matched", scores(*matched)), *made(root, "DTKD", scores(*best))])
     return " ".join(headline(found))
 
@@ -346,12 +346,12 @@ def test_a_victory_gives_its_interval(tmp_path: Path) -> None:
 
 def test_less_is_better_where_it_is(tmp_path: Path) -> None:
     runs = [
-        *made(tmp_path, "student alone", scores(0.80, 0.81, 0.82), arm="student alone"),
+        *made(tmp_path, "student alone", scores(0.80, 0.81, 0.82), like="student alone"),
         *made(tmp_path, "KD", scores(0.90, 0.912, 0.92)),
     ]
     found = compare(runs, metric="test/loss")
     assert found.ranked[0].label == "KD"
-    assert cells(found, found.arm("KD"))["test loss, last"][0] == "0.2323 ± 0.0262"
+    assert cells(found, found.group("KD"))["test loss, last"][0] == "0.2323 ± 0.0262"
     assert headline(found)[0] == "KD beats student alone by 0.2617."
 
 

@@ -73,14 +73,14 @@ def test_the_teacher_may_see_other_views() -> None:
 
 def test_picked_rows_are_the_unsure_ones() -> None:
     x, y, _ = batch()
-    task = TwoView(CutMix(), names=("clean", "augmented"), pick=2)
+    task = TwoView(CutMix(), names=("clean", "augmented"), max_augmented=2)
     teacher = torch.randn(12, 4) * torch.arange(1.0, 13.0)[:, None]
     teacher[8:10] = torch.tensor([0.0, 0.1, 0.0, 0.0])
     clean, augmented = task.rows(torch.randn(12, 4), teacher, (x, y))
     assert clean.weight is None and augmented.weight is not None
     assert augmented.weight.tolist() == [0, 0, 1, 1, 0, 0]
     assert task.row_weights((x, y)) == {"clean": 6.0, "augmented": 2.0}
-    assert TwoView(doubled, pick=64).row_weights((x, y))["strong"] == 6.0
+    assert TwoView(doubled, max_augmented=64).row_weights((x, y))["strong"] == 6.0
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_picked_rows_are_the_unsure_ones() -> None:
         (lambda: TwoView(doubled, teacher="none"), "teacher 'same', 'first' or a callable; got 'none'"),  # pyright: ignore
         (lambda: TwoView(CutMix(), teacher="first"), "mixes images, so a teacher needs the same mixed images"),
         (lambda: TwoView(MixUp(), labeled=True), "mixes images, whose label is not one class"),
-        (lambda: TwoView(doubled, pick=0), "needs pick >= 1"),
+        (lambda: TwoView(doubled, max_augmented=0), "needs max_augmented >= 1"),
         (lambda: TwoView(lambda x: x[:2]).inputs(batch()), r"must keep the shape \(6, 3, 8, 8\); got \(2, 3, 8, 8\)"),
         (lambda: TwoView(doubled).inputs(([1], torch.tensor([0]))), "augments one tensor of inputs; got list"),
         (lambda: CutMix(0.0), "CutMix needs alpha > 0"),
@@ -109,7 +109,7 @@ def test_what_does_not_fit(make: Any, words: str) -> None:
     [
         (TwoView(CutOut(4)), MLKD()),
         (TwoView(CutMix(), names=("clean", "augmented")), R2KD()),
-        (TwoView(doubled, teacher="first", pick=3), KD()),
+        (TwoView(doubled, teacher="first", max_augmented=3), KD()),
     ],
     ids=["mlkd", "r2kd", "kd"],
 )

@@ -29,8 +29,14 @@ adapters, a few lines each, and what is promised.
 
 A loss that differs from its definition by intention fails nothing if its documentation says so; if a sentence here is
 unfair to a library, its file in `benchmarks/conformance/peers` is the place to mend it. Reports with reproductions of a
-few lines are in `docs/upstream`. A library of which no loss fails may show
-`![conformance](https://img.shields.io/badge/distillation%20losses-conform-2a8a3a)`.
+few lines are in `docs/upstream`. `tempering conformance MODULE:LOSS --badge FILE.svg` (or `.json`, for
+shields.io/endpoint) writes a badge from a record: green with the number of invariants if none fails.
+"""
+SHARED = """
+## Faults that libraries share
+
+Current releases of other libraries: in how many of them a loss fails the invariant, which it promises, and in how many
+more it is broken without a promise.
 """
 
 
@@ -45,7 +51,28 @@ def page(results: Path) -> str:
     lines = [HEAD, f"{len(current)} libraries with {losses} losses, this one first; then older releases.", ""]
     lines += [_row("library", "version", "losses", *COLUMNS), _row("---", "---", *["---:"] * (1 + len(COLUMNS)))]
     lines += [_summary(r) for r in records]
-    return "\n".join([*lines, *(line for r in records for line in _library(r))]) + "\n"
+    return "\n".join([*lines, *shared(current), *(line for r in records for line in _library(r))]) + "\n"
+
+
+def shared(records: list[dict[str, Any]]) -> list[str]:
+    """The section on the invariants that libraries fail, most shared first."""
+    failed: dict[str, set[str]] = {}
+    broken: dict[str, set[str]] = {}
+    for r in records:
+        for result in (x for loss in r["losses"] for x in loss.get("results", ())):
+            if result["status"] in ("fail", "error"):
+                failed.setdefault(result["name"], set()).add(r["library"])
+            elif result["status"] == "not promised":
+                broken.setdefault(result["name"], set()).add(r["library"])
+    lines = [SHARED, _row("invariant", "fails in", "not promised, in"), _row("---", "---", "---")]
+    for name in sorted({*failed, *broken}, key=lambda n: (-len(failed.get(n, ())), -len(broken.get(n, ())), n)):
+        both = failed.get(name, set()), broken.get(name, set()) - failed.get(name, set())
+        lines.append(_row(name, *(_named(libraries) for libraries in both)))
+    return lines
+
+
+def _named(libraries: set[str]) -> str:
+    return f"{len(libraries)}: {', '.join(sorted(libraries, key=str.lower))}" if libraries else "none"
 
 
 def _summary(record: dict[str, Any]) -> str:

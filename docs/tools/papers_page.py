@@ -214,15 +214,15 @@ def _measured(name: str, comparisons: list[tuple[str, Comparison]]) -> str:
     lines = []
     for folder, comparison in comparisons:
         metric = comparison.metric
-        for arm in comparison.arms:
-            if arm.mean is None or not any(name in _names(run.of("method")) for run in arm.runs):
+        for group in comparison.groups:
+            if group.mean is None or not any(name in _names(run.of("method")) for run in group.runs):
                 continue
-            spread = "" if arm.sd is None else f" ± {metric.show(arm.sd)}"
-            best = mean(list(arm.best.values()))
-            gaps = [f"{metric.show(g.mean, signed=True)} to {c}" for c, g in arm.versus.items() if g is not None]
-            score = f"{metric.show(arm.mean)}{spread}{metric.unit}, best epoch {metric.show(best)}"
+            spread = "" if group.sd is None else f" ± {metric.show(group.sd)}"
+            best = mean(list(group.best.values()))
+            gaps = [f"{metric.show(g.mean, signed=True)} to {c}" for c, g in group.versus.items() if g is not None]
+            score = f"{metric.show(group.mean)}{spread}{metric.unit}, best epoch {metric.show(best)}"
             lines.append(
-                f"- {arm.label}: {metric.name.replace('/', ' ')} {score}, {arm.n} seed{'s' * (arm.n != 1)}"
+                f"- {group.label}: {metric.name.replace('/', ' ')} {score}, {group.n} seed{'s' * (group.n != 1)}"
                 f"{'; ' + ', '.join(gaps) if gaps else ''} (`benchmarks/results/{folder}`)"
             )
     return "\n\n" + "\n".join(lines) if lines else " Not measured."

@@ -124,12 +124,12 @@ def compare(
         )
     file = find(str(recipe))
     check_flags(file, recipe_args)
-    arms = presets_from(methods, temperatures)
+    presets = presets_from(methods, temperatures)
     if controls:
-        arms, added = with_controls(arms)
-        for arm in added:
-            say(f"added as a control: {arm.label} = {arm.spec} (--no-controls leaves it out)", quiet=quiet)
-    grid = plan_for(file, arms, range(first_seed, first_seed + seeds), recipe_args, control)
+        presets, added = with_controls(presets)
+        for preset in added:
+            say(f"added as a control: {preset.label} = {preset.spec} (--no-controls leaves it out)", quiet=quiet)
+    grid = plan_for(file, presets, range(first_seed, first_seed + seeds), recipe_args, control)
     grid = merged(out, grid)
     if control is not None:  # before anything is run
         lookup(control, {cell.label: cell for cell in grid.cells}, "method")
@@ -290,10 +290,10 @@ def list_parts() -> None:
             empty.add_column(head, overflow="fold")
         return empty
 
-    arms = table("Presets", "name", "label", "method")
+    presets = table("Presets", "name", "label", "method")
     for preset in PRESETS.values():
-        arms.add_row(preset.name, preset.label, preset.spec)
-    tables = [arms]
+        presets.add_row(preset.name, preset.label, preset.spec)
+    tables = [presets]
     for title, parts in (("Methods", METHODS), ("Temperature policies", POLICIES), ("Audits", AUDITS)):
         listed = table(title, "name", "paper", "description")
         for name, part in parts.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tempering.conformance.promises import Definition
@@ -60,6 +61,21 @@ def total_variation(student: Tensor, teacher: Tensor, temperature: float) -> Ten
     return (q - p).abs().sum(-1) / 2
 
 
+def l1(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Mean over classes of the absolute difference of the logits over T, (N,)."""
+    return ((student - teacher) / temperature).abs().mean(-1)
+
+
+def smooth_l1(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Mean over classes of the smooth absolute difference of the logits over T, quadratic below 1, (N,)."""
+    return F.smooth_l1_loss(student / temperature, teacher / temperature, reduction="none").mean(-1)
+
+
+def cosine(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """1 minus the cosine similarity of the logits, (N,); 1 for a row of zeros."""
+    return 1 - F.cosine_similarity(student, teacher, dim=-1)
+
+
 DEFINITIONS: dict[str, Definition] = {
     "kl": kl,
     "reverse_kl": reverse_kl,
@@ -70,7 +86,14 @@ DEFINITIONS: dict[str, Definition] = {
     "mse": mse,
     "mse_of_probabilities": mse_of_probabilities,
     "total_variation": total_variation,
+    "l1": l1,
+    "smooth_l1": smooth_l1,
+    "cosine": cosine,
 }
+MEANS_OVER_CLASSES = ("mse", "mse_of_probabilities", "l1", "smooth_l1")
+"""Definitions that are divided by the number of classes."""
+EXPECTATIONS = ("kl", "reverse_kl", "cross_entropy", "jsd", "jsd(0.1)", "jsd(0.9)")
+"""Definitions that are sums over classes, weighted by probabilities."""
 
 
 def _of_probabilities(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -88,8 +111,7 @@ def _student_at_one(student: Tensor, teacher: Tensor, temperature: float) -> Ten
 
 
 MISTAKES: dict[str, Definition] = {
-    **{f"the definition {name}": function for name, function in DEFINITIONS.items()},
     "probabilities of the student where log-probabilities are due": _of_probabilities,
     "softmax of the teacher's probabilities": _twice_normalized,
-    "the temperature applied to the teacher alone": _student_at_one,  # at T = 1 this is kl, which is found first
+    "the temperature applied to the teacher alone": _student_at_one,  # at T = 1 this is kl, which is looked for first
 }

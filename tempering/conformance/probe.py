@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -25,14 +27,27 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 class Violation(AssertionError):
     """A broken invariant, with the value that was expected and the one that was found."""
 
-    def __init__(self, message: str, *, expected: Any = None, found: Any = None, **tensors: Tensor | None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        expected: Any = None,
+        found: Any = None,
+        promised: bool | None = None,
+        **tensors: Tensor | None,
+    ) -> None:
+        """``promised``: whether it is a failure whatever the invariant's own condition says; None: as that says."""
         super().__init__(message)
-        self.expected, self.found = expected, found
+        self.expected, self.found, self.promised = expected, found, promised
         self.tensors = {name: x.detach() for name, x in tensors.items() if x is not None}
 
 
 class NotApplicable(Exception):
     """The loss has no such input, or refuses it; the message says which."""
+
+
+class OutOfTime(NotApplicable):
+    """The time of the whole check is used up."""
 
 
 class Probe:
@@ -53,6 +68,9 @@ class Probe:
         self.temperature, self.normalizer = takes(named, *TEMPERATURES), takes(named, *NORMALIZERS)
         self.chunk_size = takes(named, *CHUNK_SIZES)
         self.compile: bool | str = False
+        self.copies = True
+        """Whether the loss gets copies, so that one that modifies them spoils no other invariant."""
+        self.deadline = math.inf
         self.last_call = ""
         self.on_rows = kind in ("logits", "tokens", "top_k")
         self.ignores = self.labels is not None or self.mask is not None
@@ -102,9 +120,7 @@ class Probe:
         """Return the loss of logits in the loss's own shape, (B, T, V) or (N, C), with labels of the same shape."""
         if self.kind == "top_k":
             return self.call_top_k(student, teacher, teacher.shape[-1], target, temperature, extra)
-        return self._scalar(
-            self._loss((student, teacher), {**self._arguments(target, temperature), **extra}), self._count(target)
-        )
+        return self.call_sides((student, teacher), target, temperature, extra)
 
     def call_top_k(
         self,
@@ -120,23 +136,19 @@ class Probe:
         values, indices = top_k_of(teacher, k, self.promises.top_k_values)
         if order is not None:
             values, indices = values[..., order], indices[..., order]
-        return self.call_list(student, values, indices, target, temperature, extra)
+        return self.call_sides((student, values, indices), target, temperature, extra)
 
-    def call_list(
+    def call_sides(
         self,
-        student: Tensor,
-        values: Tensor,
-        indices: Tensor,
+        sides: tuple[Tensor, ...],
         target: Tensor | None = None,
         temperature: float | None = None,
         extra: Mapping[str, Any] = NOTHING,
     ) -> Tensor:
-        """Return the loss of a list of classes, (N, K) values and indices."""
-        target = torch.zeros(len(student), dtype=torch.long) if target is None else target
-        return self._scalar(
-            self._loss((student, values, indices), {**self._arguments(target, temperature), **extra}),
-            self._count(target),
-        )
+        """Return the loss of the tensors that it takes: student and teacher, or (N, K) values and indices of a list."""
+        target = torch.zeros(len(sides[0]), dtype=torch.long) if target is None else target
+        arguments = {**self._arguments(target, temperature), **extra}
+        return self._scalar(self._loss(sides, arguments), self._count(target))
 
     def _arguments(self, target: Tensor, temperature: float | None) -> dict[str, Any]:
         arguments: dict[str, Any] = {}
@@ -154,7 +166,9 @@ class Probe:
     def _loss(self, sides: tuple[Tensor, ...], arguments: Mapping[str, Any]) -> Any:
         shown = [_shape(x) for x in sides] + [f"{name}={_shape(value)}" for name, value in arguments.items()]
         self.last_call = f"loss({', '.join(shown)})"
-        return self.loss(*sides, **arguments)
+        if time.perf_counter() > self.deadline:
+            raise OutOfTime("not checked: the time is used up")
+        return self.loss(*(x.clone() if self.copies else x for x in sides), **arguments)
 
     def gradient(
         self, student: Tensor, teacher: Tensor, target: Tensor | None = None, temperature: float | None = None
@@ -185,17 +199,12 @@ class Probe:
         labels = {"target": target} if takes(function, "target") else {}
         return function(student.double(), teacher.double(), temperature, **labels)
 
-    def defined(self, *, divergence: bool, definition: str | None = None) -> Probe:
+    def having(self, **promises: Any) -> Probe:
         """Return the probe with promises that were inferred."""
-        definition = definition or self.promises.definition  # pyright: ignore[reportAssignmentType]
-        promises = replace(self.promises, divergence=divergence, definition=definition)
-        return Probe(self.loss, self.kind, promises)
+        return Probe(self.loss, self.kind, replace(self.promises, **promises))
 
     def _scalar(self, value: Any, valid: int) -> Tensor:
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"the loss must return a tensor; got {type(value).__name__}. Wrap it: lambda *a, **k: loss(*a, **k)[0]."
-            )
+        value = _tensor_of(value)
         return value if value.ndim == 0 else value.sum() / max(valid, 1)
 
 
@@ -204,6 +213,27 @@ def top_k_of(teacher: Tensor, k: int, values: str = "log_probs") -> tuple[Tensor
     logits, indices = teacher.topk(k, -1)
     log_probs = torch.log_softmax(teacher, -1).gather(-1, indices)
     return {"log_probs": log_probs, "probs": log_probs.exp(), "logits": logits}[values], indices
+
+
+def _tensor_of(returned: Any) -> Tensor:
+    """The loss of what was returned: a tensor, the first of a tuple or list, or what is named loss.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    value = returned
+    if isinstance(value, Mapping):
+        value = value["loss"] if "loss" in value else next(iter(value.values())) if len(value) == 1 else value
+    elif not isinstance(value, Tensor) and hasattr(value, "loss"):
+        value = value.loss
+    if isinstance(value, tuple | list) and value:
+        value = value[0]
+    if isinstance(value, Tensor):
+        return value
+    raise TypeError(
+        f"the loss must return a tensor, a tuple whose first element it is, or a dict or object that names it loss; "
+        f"got {type(returned).__name__}. Convert it: lambda *a, **k: loss(*a, **k)['kd']."
+    )
 
 
 def _shape(value: Any) -> str:

@@ -21,6 +21,9 @@ DEFINITION_NAMES = (
     "mse",
     "mse_of_probabilities",
     "total_variation",
+    "l1",
+    "smooth_l1",
+    "cosine",
 )
 """Keys of ``definitions.DEFINITIONS``; this module imports no torch, so that the command's help does not."""
 Reduction = Literal["mean", "sum", "batch", "elements", "none"]
@@ -53,6 +56,7 @@ class Promises:
         padded_vocabulary: whether a teacher with more columns than the student, or the reverse, is allowed.
         low_precision: whether logits may be bfloat16, with the arithmetic in float32.
         shift_invariant: whether a constant added to a row's logits has no effect (unless the definition depends on it).
+            None: yes, if the definition is known.
         class_order: whether the order of the classes has no effect.
         row_order: whether the order of the rows has no effect.
         tail: for top-k: the teacher's mass outside its list is "truncated" (left out), the list is "renormalized", or
@@ -79,7 +83,7 @@ class Promises:
     masked_teacher: bool | None = None
     padded_vocabulary: bool | None = None
     low_precision: bool | None = None
-    shift_invariant: bool = True
+    shift_invariant: bool | None = None
     class_order: bool = True
     row_order: bool = True
     tail: Tail | None = None

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import copy
+import functools
+import math
 import re
+import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Generator
@@ -30,6 +36,7 @@ def check(
     examples: int | None = None,
     measure: bool = True,
     compile: bool | str = False,
+    seconds: float | None = None,
 ) -> Report:
     """Check a distillation loss for the invariants of its kind.
 
@@ -46,7 +53,8 @@ def check(
     "scores"   loss(student (B, K), teacher (B, K)), scores of K candidates
     ========== =======================================================================================
 
-    It returns a scalar, or a value per row. ``tempering.conformance.adapters`` converts other signatures.
+    It returns a scalar, or a value per row; or a tuple whose first element that is, or a dict or object that names it
+    loss. ``tempering.conformance.adapters`` converts other signatures.
 
     Args:
         loss: the loss.
@@ -56,20 +64,27 @@ def check(
         only: names of invariants to check; (): all.
         examples: number of inputs per invariant, at most; None: as each sets it (1 to 12).
         measure: whether to measure memory and time.
-        compile: whether to check torch.compile too, which takes about a minute; a name of a backend uses that one.
+        compile: whether to check torch.compile too. "aot_eager" compares the traced loss and its derived gradient, in
+            seconds; True, the code that Inductor generates for it, in a minute.
+        seconds: limit of the whole check; invariants that are left are reported as not checked. None: no limit. A
+            single call of the loss is not interrupted.
 
     Raises:
         ValueError: for an unknown kind or invariant.
         ImportError: if hypothesis is not installed.
     """
+    started, results = time.perf_counter(), {}
     probe, chosen = _prepare(loss, kind, promises, only)
     probe.compile = compile
-    started, results = time.perf_counter(), {}
+    probe.deadline = started + seconds if seconds is not None else math.inf
     for invariant in chosen:
         results[invariant.name] = _result(invariant, probe, results, examples)
     with _quiet():
         runs = "runs" not in results or results["runs"].status is Status.PASS
-        facts = _describe(probe, measure) if runs else {}
+        late = time.perf_counter() > probe.deadline
+        facts = _describe(probe, measure) if runs and not late else {}
+    if late:
+        facts["stopped after seconds"] = seconds
     return Report(
         name=name or name_of(loss),
         kind=kind,
@@ -94,7 +109,7 @@ def invariants(
     probe, chosen = _prepare(loss, kind, promises, only)
     tests: list[Callable[[], None]] = []
     for invariant in chosen:
-        if not _is_promised(invariant, probe):
+        if not _is_promised(invariant, probe) and not invariant.recognizes:
             continue
 
         def test(invariant: Any = invariant) -> None:
@@ -140,31 +155,51 @@ def _prepare(loss: Any, kind: Kind, promises: Promises | None, only: tuple[str, 
     return probe, [i for i in ordered if not only or i.name in only]
 
 
-def infer(probe: Probe) -> Probe:
-    """Return the probe with the known definition that the loss computes, if none is declared."""
-    if probe.promises.sampled:
-        return probe
-    if probe.promises.definition is None and probe.on_rows:
-        from tempering.conformance.checks import fits
+TEMPERATURES = (2.0, 3.0, 4.0, 5.0, 8.0, 10.0, 20.0, 0.5)
+"""Looked for in a loss that has no argument for T and declares none, after 1."""
 
-        for name, function in DEFINITIONS.items():
-            try:
-                if fits(probe, function, probe.temperatures[0]) is not None:
-                    return probe.defined(definition=name, divergence=_is_divergence(name, probe.promises))
-            except Exception:  # "runs" reports it
-                return probe
+
+def infer(probe: Probe) -> Probe:
+    """Return the probe with what its loss computes, where that is not declared: definition, T, divergence."""
+    promises = probe.promises
+    if promises.sampled:
         return probe
-    if isinstance(probe.promises.definition, str):
-        return probe.defined(divergence=_is_divergence(probe.promises.definition, probe.promises))
-    if probe.promises.definition is not None and probe.on_rows and probe.promises.divergence is None:
+    if isinstance(promises.definition, str):
+        return probe.having(**_of_definition(promises.definition, promises))
+    if promises.definition is not None and probe.on_rows and promises.divergence is None:
         row = torch.tensor([[0.5, -1.0, 0.25]], dtype=torch.float64)
         value = probe.reference(row, row, torch.tensor([0]), probe.temperatures[0])
-        return probe.defined(divergence=bool(value.abs().max() < 1e-9))
+        return probe.having(divergence=bool(value.abs().max() < 1e-9))
+    if promises.definition is not None or not probe.on_rows:
+        return probe
+    try:
+        return _recognized(probe)
+    except Exception:  # "runs" reports it
+        return probe
+
+
+def _recognized(probe: Probe) -> Probe:
+    """The probe with the known definition that fits single rows, or with the fact that labels matter."""
+    from tempering.conformance.checks import fits
+
+    others = () if probe.temperature or probe.promises.temperature != 1.0 else TEMPERATURES
+    for t in (probe.temperatures[0], *others):
+        for name, function in DEFINITIONS.items():
+            if fits(probe, function, t) is not None:
+                return probe.having(definition=name, temperature=t, **_of_definition(name, probe.promises))
+    if probe.labels and probe.promises.divergence is None:
+        student, teacher = torch.tensor([[[0.5, -1.0, 0.25]], [[0.0, 1.0, 0.5]]], dtype=torch.float64)
+        values = [float(probe(student, teacher, torch.tensor([label]))) for label in (0, 1)]
+        if values[0] != values[1]:  # a term on labels is in it
+            return probe.having(divergence=False)
     return probe
 
 
-def _is_divergence(name: str, promises: Promises) -> bool:
-    return promises.divergence if promises.divergence is not None else name != "cross_entropy"
+def _of_definition(name: str, promises: Promises) -> dict[str, Any]:
+    """Whether a known definition is a divergence, and its minimum the teacher alone, unless that is declared."""
+    divergence = promises.divergence if promises.divergence is not None else name != "cross_entropy"
+    identifies = promises.identifies_teacher
+    return {"divergence": divergence, "identifies_teacher": False if name == "cosine" else identifies}
 
 
 def _is_promised(invariant: Any, probe: Probe) -> bool:
@@ -186,7 +221,10 @@ def _result(invariant: Any, probe: Probe, before: dict[str, Result], examples: i
         origin = cause.message if cause.status is Status.EXPLAINED else f"see {blocking!r}"
         return Result(invariant.name, invariant.sentence, Status.EXPLAINED, origin)
     status, message, violation = _run(invariant, probe, min(examples or invariant.examples, invariant.examples))
-    if status is Status.FAIL and not _is_promised(invariant, probe):
+    promised = _is_promised(invariant, probe)
+    if violation is not None and violation.promised is not None:
+        promised = violation.promised
+    if status is Status.FAIL and not promised:
         status = Status.NOT_PROMISED
     result = Result(invariant.name, invariant.sentence, status, message)
     if violation is not None:
@@ -198,9 +236,11 @@ def _run(invariant: Any, probe: Probe, examples: int) -> tuple[Status, str, Viol
     from hypothesis import HealthCheck, Phase, given, settings, strategies
     from hypothesis.errors import Flaky, Unsatisfiable
 
+    from tempering.conformance.checks.reductions import backend_of
     from tempering.conformance.draws import Draw
 
     refused: list[str] = []
+    found: list[Violation] = []
 
     @settings(
         max_examples=examples,
@@ -217,6 +257,9 @@ def _run(invariant: Any, probe: Probe, examples: int) -> tuple[Status, str, Viol
             invariant.test(probe, Draw(data, probe))
         except NotApplicable as error:  # not raised: hypothesis would shrink it
             refused.append(str(error))
+        except Violation as error:
+            found.append(error)
+            raise
 
     try:
         with _quiet(SHRINKING_SECONDS if _is_promised(invariant, probe) else SHRINKING_SECONDS / 25):
@@ -224,10 +267,14 @@ def _run(invariant: Any, probe: Probe, examples: int) -> tuple[Status, str, Viol
     except Violation as error:
         return Status.FAIL, str(error), error
     except (Flaky, Unsatisfiable) as error:
+        if found:  # it did not come back: time ran out, or the loss is not deterministic
+            return Status.FAIL, str(found[-1]), found[-1]
         return Status.ERROR, f"{type(error).__name__}: {str(error).splitlines()[0]}", None
     except Exception as error:
         return Status.ERROR, explain(error, probe), None
-    return (Status.NOT_APPLICABLE, refused[0], None) if refused else (Status.PASS, "", None)
+    if refused:
+        return Status.NOT_APPLICABLE, refused[-1], None
+    return Status.PASS, f"by {backend_of(probe)}" if invariant.name == "compile" else "", None
 
 
 def explain(error: Exception, probe: Probe) -> str:
@@ -246,20 +293,31 @@ def explain(error: Exception, probe: Probe) -> str:
     return text
 
 
+@functools.cache
+def _own_folder() -> str:
+    """A folder for what hypothesis stores, until Python ends."""
+    folder = tempfile.mkdtemp(prefix="tempering-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 @contextmanager
 def _quiet(shrinking: float = SHRINKING_SECONDS) -> Generator[None]:
     """Keep warnings, and the examples that hypothesis prints, off the terminal, and torch's random state as it was."""
-    from hypothesis import reporting
+    from hypothesis import configuration, reporting
     from hypothesis.internal.conjecture import engine
 
     state, limit = torch.random.get_rng_state(), engine.MAX_SHRINKING_SECONDS
+    home = vars(configuration)["__hypothesis_home_directory"]
     try:
         with warnings.catch_warnings(), reporting.with_reporter(lambda text: None):
             warnings.simplefilter("ignore")
+            configuration.set_hypothesis_home_dir(_own_folder())  # not .hypothesis in the working folder
             engine.MAX_SHRINKING_SECONDS = shrinking  # pyright: ignore  # 5 minutes otherwise, and no setting
             yield
     finally:
         engine.MAX_SHRINKING_SECONDS = limit
+        configuration.set_hypothesis_home_dir(home)
         torch.random.set_rng_state(state)
 
 
@@ -289,6 +347,8 @@ def _cost(probe: Probe) -> dict[str, Any]:
     """Peak memory in logits tensors, and time over a plain KL divergence, for (128, 8192) float32 logits or smaller."""
     from tempering.conformance.memory import peak_bytes
 
+    probe = copy.copy(probe)
+    probe.copies = False
     generator = torch.Generator().manual_seed(0)
     # hidden states need a head of V x V, and lists are of all classes
     shape = (64, 512) if probe.kind == "top_k" or hasattr(probe.loss, "signature_of") else (128, 8192)

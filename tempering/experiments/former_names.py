@@ -1,4 +1,4 @@
-"""Former names of flags and of words of the arms language: records and plans written with them stay usable."""
+"""Former names of flags and of words of methods and policies: records and plans written with them stay usable."""
 
 from __future__ import annotations
 
@@ -31,11 +31,24 @@ FORMER_WORDS |= {"holdout": "held", "exam_fraction": "exam_share", "virtual_lr":
 FORMER_WORDS |= {"low_energy": "sure", "high_energy": "unsure", "tail_fraction": "share"}
 FORMER_WORDS |= {"differentiable": "attached"}
 PRESENT_WORDS = {former: word for word, former in FORMER_WORDS.items()}
+# `over` had two meanings: the fraction of the run of a policy, and what PKD standardizes over
+FORMER_WORDS |= {"run_fraction": "over", "standardize_over": "over"}
 
 
 def replace_words(text: str, words: Mapping[str, str]) -> str:
     """Replace whole words: ``words`` maps each to its new one."""
     return re.sub(r"\w+", lambda word: words.get(word[0], word[0]), text)
+
+
+def former_spec(text: str) -> str:
+    """Return a method or policy with its former words, under which ids are made."""
+    return replace_words(text, FORMER_WORDS)
+
+
+def present_spec(text: str) -> str:
+    """Return a recorded method or policy with its present words."""
+    text = re.sub(r"\bover(?=\s*=\s*['\"]?(batch|image)\b)", "standardize_over", replace_words(text, PRESENT_WORDS))
+    return re.sub(r"\bover(?=\s*=)", "run_fraction", text)
 
 
 def present_flags(argv: Sequence[str], known: Collection[str]) -> list[str]:
@@ -49,14 +62,12 @@ def present_flags(argv: Sequence[str], known: Collection[str]) -> list[str]:
     name = ""
     for word in argv:
         if not word.startswith("--"):
-            out.append(replace_words(word, PRESENT_WORDS) if name in ("method", "temperature") else word)
+            out.append(present_spec(word) if name in ("method", "temperature") else word)
             continue
         flag, equals, value = word[2:].partition("=")
         name = flag.replace("-", "_")
         present = PRESENT.get(name, name)
         if name not in known and present.removeprefix("no_") in known:
             flag = present.replace("_", "-")
-        out.append(
-            f"--{flag}{equals}{replace_words(value, PRESENT_WORDS) if name in ('method', 'temperature') else value}"
-        )
+        out.append(f"--{flag}{equals}{present_spec(value) if name in ('method', 'temperature') else value}")
     return out

@@ -116,8 +116,8 @@ def ctkd(teacher: str, student: str, *, data: Data = "cifar100") -> KD:
     """KD with a curriculum temperature (arXiv:2211.16231), global form, as released."""
     cifar = _all((*(pair for pair in SAME if pair[1] != "resnet8x4"), *OTHER), (0.9, 0.1, 10 / 240))
     known = {"cifar100": cifar, "imagenet": {IMAGENET[0]: (1.0, 1.0, 5 / 120)}}
-    soft, hard, over = _find("ctkd", known, teacher, student, data)
-    return KD(soft=soft, hard=hard, temperature=Curriculum(over=over))
+    soft, hard, run_fraction = _find("ctkd", known, teacher, student, data)
+    return KD(soft=soft, hard=hard, temperature=Curriculum(run_fraction=run_fraction))
 
 
 def itkd(teacher: str, student: str, *, data: Data = "cifar100", published: bool = False) -> KD:

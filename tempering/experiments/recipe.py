@@ -89,10 +89,11 @@ def load_object(path: str, what: str, example: str) -> Any:
         raise FileNotFoundError(f"there is no file {module}. Give {what} as FILE.py:NAME, such as {example}.")
     if (folder := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, folder)
-    value: Any = _import_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+    value = _import(module)
     for part in name.split("."):
         if not hasattr(value, part):
-            raise ValueError(f"{module} has no {name!r}.{suggest(part, [n for n in dir(value) if n[0] != '_'])}")
+            there = ", ".join(n for n, v in vars(value).items() if callable(v) and not n.startswith("_")) or "none"
+            raise ValueError(f"{module} has no {name!r}. Functions and classes there: {there}.")
         value = getattr(value, part)
     if isinstance(value, type):
         try:
@@ -103,6 +104,25 @@ def load_object(path: str, what: str, example: str) -> Any:
                 f"{name.rpartition('.')[2].lower()} = {value.__name__}(...), and give its name."
             ) from None
     return value
+
+
+def _import(module: str) -> Any:
+    """Import a file, or a module of the working folder or of those installed; errors name it.
+
+    Raises:
+        ImportError: if it is not there, or cannot be imported.
+    """
+    try:
+        return _import_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise ImportError(f"{module} cannot be imported: {error}.") from None
+        raise ImportError(
+            f"there is no module {error.name!r}, neither installed nor in {Path.cwd()}. A file losses.py there is "
+            "given as losses:NAME."
+        ) from None
+    except Exception as error:
+        raise ImportError(f"{module} cannot be imported: {type(error).__name__}: {error}") from None
 
 
 def _import_file(path: Path) -> Any:

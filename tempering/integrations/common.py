@@ -94,7 +94,7 @@ def arguments_of(model: nn.Module) -> tuple[dict[str, None], bool]:
     return named, any(p.kind == p.VAR_KEYWORD for p in parameters)
 
 
-def left_out(model: nn.Module, other: nn.Module) -> frozenset[str]:
+def excluded_inputs(model: nn.Module, other: nn.Module) -> frozenset[str]:
     """Return the inputs that the other model names and this one cannot take."""
     own, takes_any = arguments_of(model)
     return frozenset() if takes_any else frozenset(arguments_of(other)[0].keys() - own.keys())

@@ -17,10 +17,10 @@ from tempering.integrations.common import (
     arguments_of,
     batches_again,
     check,
+    excluded_inputs,
     first_samples,
     fitting,
     forward,
-    left_out,
     step_means,
     whole_batches,
 )
@@ -99,10 +99,10 @@ class DistillMixin(Trainer):
         self.teacher = fitting(method, teacher, self._module())
         teacher_module = None if self.teacher is None else self.teacher.model
         self._unpacked_teacher = teacher_module if isinstance(teacher_module, Unpacked) else None
-        self._left_out: frozenset[str] = frozenset()
+        self._excluded_inputs: frozenset[str] = frozenset()
         if self._unpacked_teacher is not None:
-            self._left_out = left_out(self._module(), self._unpacked_teacher.model)
-            self._unpacked_teacher.without = self._unpacked_teacher.without or left_out(
+            self._excluded_inputs = excluded_inputs(self._module(), self._unpacked_teacher.model)
+            self._unpacked_teacher.excluded_inputs = self._unpacked_teacher.excluded_inputs or excluded_inputs(
                 self._unpacked_teacher.model, self._module()
             )
         accumulate, processes = self.args.gradient_accumulation_steps, self.accelerator.num_processes
@@ -342,7 +342,7 @@ class DistillMixin(Trainer):
 
     def _unpacked(self, model: nn.Module) -> Unpacked:
         options = {"output_router_logits": True} if self._asks_for_router_logits() else {}
-        return Unpacked(model, without=self._left_out, **options)
+        return Unpacked(model, excluded_inputs=self._excluded_inputs, **options)
 
     def _forward(self, model: nn.Module, inputs: Any) -> Forward:
         return forward(inputs, self._unpacked(model), self.teacher, self.task, self._features)
@@ -387,7 +387,7 @@ class DistillMixin(Trainer):
             self._prepare_inputs(batch),
             lambda: again(self.get_train_dataloader(), 1) if alone else (),
             {name: partial(evaluated, key) for name, key in splits.items()},
-            student=Unpacked(model, without=self._left_out),
+            student=Unpacked(model, excluded_inputs=self._excluded_inputs),
             teacher=self.teacher,
             method=self.method,
             task=self.task,
@@ -420,14 +420,14 @@ class Unpacked(nn.Module):
 
     Args:
         model: of transformers.
-        without: names of inputs that its forward does not take.
+        excluded_inputs: names of inputs that its forward does not take.
         options: more keyword arguments of its forward.
     """
 
-    def __init__(self, model: nn.Module, *, without: Collection[str] = (), **options: Any) -> None:
+    def __init__(self, model: nn.Module, *, excluded_inputs: Collection[str] = (), **options: Any) -> None:
         super().__init__()
-        self.model, self.without, self.options = model, without, options
+        self.model, self.excluded_inputs, self.options = model, excluded_inputs, options
 
     def forward(self, inputs: Mapping[str, Any]) -> Any:
-        taken = {name: x for name, x in inputs.items() if name not in self.without} if self.without else inputs
+        taken = {name: x for name, x in inputs.items() if name not in self.excluded_inputs}
         return self.model(**taken, **self.options)

@@ -46,8 +46,8 @@ class Audited:
 def audits(comparison: Comparison) -> list[Audited]:
     """Return every audited run, in the order of the comparison."""
     css, out = styles(comparison), []
-    for arm in comparison.arms:
-        for run in arm.runs:
+    for group in comparison.groups:
+        for run in group.runs:
             content = (run.audits or {}).get("audits") or {}
             parts = [
                 (title, [finding_text(f) for f in content[k]["findings"]])
@@ -55,8 +55,8 @@ def audits(comparison: Comparison) -> list[Audited]:
                 if content.get(k)
             ]
             if parts:
-                color = css[arm.label]
-                out.append(Audited(arm.name, color, run.seed, parts, _figures(content, color, len(out))))
+                color = css[group.label]
+                out.append(Audited(group.name, color, run.seed, parts, _figures(content, color, len(out))))
     return out
 
 

@@ -73,7 +73,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Arm:
+class RunGroup:
     """The runs of one label, usually one method over several seeds.
 
     Attributes:
@@ -137,12 +137,12 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arms in order: the control first, then by start time.
+    """Groups of runs in order: the control first, then by start time.
 
     Attributes:
         metric: the metric to compare.
-        arms: see ``Arm``.
-        controls: labels of the arms that differences are taken to, at most two.
+        groups: see ``RunGroup``.
+        controls: labels of the methods that differences are taken to, at most two.
         main: the decisive control: the requested one, else KD with equal total weights if it has a value, since beating
             the student alone does not mean beating plain distillation; None if no control has a value.
         notes: caveats, in sentences.
@@ -150,7 +150,7 @@ class Comparison:
     """
 
     metric: Metric
-    arms: tuple[Arm, ...]
+    groups: tuple[RunGroup, ...]
     controls: tuple[str, ...]
     main: str | None
     notes: tuple[str, ...]
@@ -158,36 +158,36 @@ class Comparison:
 
     @property
     def seeds(self) -> list[int]:
-        """Return all seeds of all arms."""
-        return sorted({run.seed for arm in self.arms for run in arm.runs})
+        """Return all seeds of all methods."""
+        return sorted({run.seed for group in self.groups for run in group.runs})
 
-    def arm(self, label: str) -> Arm:
-        """Return the arm with that label."""
-        return next(arm for arm in self.arms if arm.label == label)
+    def group(self, label: str) -> RunGroup:
+        """Return the group with that label."""
+        return next(group for group in self.groups if group.label == label)
 
     @property
-    def ranked(self) -> list[Arm]:
-        """Return arms with a value that train the control's network, best mean first."""
-        scored = [arm for arm in self.arms if arm.mean is not None and arm.same_student]
-        return sorted(scored, key=lambda arm: (arm.mean or 0.0) * (1 if self.metric.lower else -1))
+    def ranked(self) -> list[RunGroup]:
+        """Return methods with a value that train the control's network, best mean first."""
+        scored = [group for group in self.groups if group.mean is not None and group.same_student]
+        return sorted(scored, key=lambda group: (group.mean or 0.0) * (1 if self.metric.lower else -1))
 
 
 def display_name(label: str) -> str:
-    """Return the label of an arm as shown to readers."""
+    """Return the label of a method as shown to readers."""
     return DISPLAY_NAMES.get(label, printable(label))
 
 
 def compare(runs: Sequence[RunRecord], control: str | None = None, *, metric: str | None = None) -> Comparison:
-    """Group runs into arms by their label, and compare each to the controls.
+    """Group runs into methods by their label, and compare each to the controls.
 
     Args:
-        control: label of the arm to subtract; None uses "student alone" if present. An arm labeled "KD,
+        control: label of the method to subtract; None uses "student alone" if present. A method labeled "KD,
             weight-matched" is a second control if present.
         metric: such as "test/accuracy"; None uses the first of the records' own ``columns``, else the test accuracy, or
             the metric they have instead.
 
     Raises:
-        ValueError: if there are no runs, they use different data, an arm has two students or two teachers, or the
+        ValueError: if there are no runs, they use different data, a method has two students or two teachers, or the
             control does not exist.
     """
     if not runs:
@@ -197,21 +197,21 @@ def compare(runs: Sequence[RunRecord], control: str | None = None, *, metric: st
     _check_one_student(runs)
     measure = Metric(metric or _metric_of(runs))
     notes: list[str] = []
-    groups: dict[str, list[RunRecord]] = {}
+    by_label: dict[str, list[RunRecord]] = {}
     for run in runs:
-        groups.setdefault(run.label, []).append(run)
-    controls = _controls(groups, control)
+        by_label.setdefault(run.label, []).append(run)
+    controls = _controls(by_label, control)
     chosen = {
-        label: _one_run_per_seed(groups[label], notes)
-        for label in sorted(groups, key=lambda name: (name != (controls or ("",))[0], list(groups).index(name)))
+        label: _one_run_per_seed(by_label[label], notes)
+        for label in sorted(by_label, key=lambda name: (name != (controls or ("",))[0], list(by_label).index(name)))
     }
-    arms = _arms(chosen, controls, measure)
-    counted = [run for arm in arms if arm.same_student for run in arm.counted]
-    numbered = [arm.label for arm in arms if arm.label in controls and arm.mean is not None]
+    groups = _groups(chosen, controls, measure)
+    counted = [run for group in groups if group.same_student for run in group.counted]
+    numbered = [group.label for group in groups if group.label in controls and group.mean is not None]
     main = controls[0] if control is not None else next((c for c in reversed(controls) if c in numbered), None)
-    notes += [*_mixed_arms(arms), *_fairness(counted), *_choice_of_best(counted)]
+    notes += [*_mixed_groups(groups), *_fairness(counted), *_choice_of_best(counted)]
     columns = tuple(Metric(name) for name in _columns(runs) if name != measure.name)
-    return Comparison(measure, arms, controls, main, tuple(notes), columns)
+    return Comparison(measure, groups, controls, main, tuple(notes), columns)
 
 
 def _check_one_data_set(runs: Sequence[RunRecord]) -> None:
@@ -228,7 +228,7 @@ def _check_one_data_set(runs: Sequence[RunRecord]) -> None:
 
 
 def _check_one_student(runs: Sequence[RunRecord]) -> None:
-    """Check that an arm has one student, and each of its seeds one teacher."""
+    """Check that a method has one student, and each of its seeds one teacher."""
     first_values: dict[tuple[object, ...], tuple[str, RunRecord]] = {}
     for run in runs:
         for part, key, seed in (("student", "name", None), ("teacher", "identity", run.seed)):
@@ -270,9 +270,9 @@ def _columns(runs: Sequence[RunRecord]) -> list[str]:
     return list(dict.fromkeys(str(name) for run in runs for name in run.facts.get("columns") or ()))
 
 
-def _controls(groups: Mapping[str, object], control: str | None) -> tuple[str, ...]:
-    by_name = {label: label for label in groups}
-    by_lower = {label.lower(): label for label in groups}
+def _controls(by_label: Mapping[str, object], control: str | None) -> tuple[str, ...]:
+    by_name = {label: label for label in by_label}
+    by_lower = {label.lower(): label for label in by_label}
     first = by_lower.get(CONTROL) if control is None else lookup(control, by_name, "method")
     labels = (first, by_lower.get(MATCHED.lower()))
     return tuple(dict.fromkeys(label for label in labels if label is not None))
@@ -293,7 +293,9 @@ def _one_run_per_seed(runs: Sequence[RunRecord], notes: list[str]) -> tuple[RunR
     return tuple(by_seed[seed] for seed in sorted(by_seed))
 
 
-def _arms(chosen: Mapping[str, tuple[RunRecord, ...]], controls: tuple[str, ...], metric: Metric) -> tuple[Arm, ...]:
+def _groups(
+    chosen: Mapping[str, tuple[RunRecord, ...]], controls: tuple[str, ...], metric: Metric
+) -> tuple[RunGroup, ...]:
     def values(runs: Sequence[RunRecord], which: str) -> dict[int, float]:
         scores = {run.seed: run.score(metric.name, which) for run in runs if run.done}
         return {seed: value for seed, value in scores.items() if value is not None}
@@ -305,7 +307,7 @@ def _arms(chosen: Mapping[str, tuple[RunRecord, ...]], controls: tuple[str, ...]
     student_name = net(chosen[controls[0]]) if controls else max(nets, key=nets.count)
     own_runs = [run for runs in chosen.values() if net(runs) == student_name for run in runs]
     seeds = {run.seed for run in own_runs}
-    arms = []
+    groups = []
     for label, runs in chosen.items():
         last, same = values(runs, "last"), net(runs) == student_name
         reasons = {run.seed: f"no {metric.name}" if run.status == "done" else run.status for run in runs}
@@ -313,8 +315,8 @@ def _arms(chosen: Mapping[str, tuple[RunRecord, ...]], controls: tuple[str, ...]
         missing = {seed: reasons.get(seed, NOT_RUN) for seed in expected if seed not in last}
         versus = {c: difference(last, values(chosen[c], "last")) for c in controls if c != label and same}
         reported = _reported(runs, _teachers(runs) or _teachers(own_runs), metric)
-        arms.append(Arm(label, runs, last, values(runs, "best"), missing, versus, same, reported))
-    return tuple(arms)
+        groups.append(RunGroup(label, runs, last, values(runs, "best"), missing, versus, same, reported))
+    return tuple(groups)
 
 
 def _teachers(runs: Sequence[RunRecord]) -> list[str]:
@@ -333,13 +335,13 @@ def _reported(runs: Sequence[RunRecord], teachers: Sequence[str], metric: Metric
     return published(runs[0].label, teachers[0], student, data)
 
 
-def _mixed_arms(arms: Sequence[Arm]) -> list[str]:
+def _mixed_groups(groups: Sequence[RunGroup]) -> list[str]:
     sentences = []
-    for arm in arms:
-        if len({str(run.facts.get("method")) for run in arm.runs}) > 1:
-            sentences.append(f"Runs labeled {arm.name} do not share one method; their mean is not meaningful.")
-        if not arm.same_student:
-            sentences.append(f"{arm.name} trains another network: it is in the table only, without differences.")
+    for group in groups:
+        if len({str(run.facts.get("method")) for run in group.runs}) > 1:
+            sentences.append(f"Runs labeled {group.name} do not share one method; their mean is not meaningful.")
+        if not group.same_student:
+            sentences.append(f"{group.name} trains another network: it is in the table only, without differences.")
     return sentences
 
 

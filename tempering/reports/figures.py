@@ -9,23 +9,23 @@ from typing import Any
 
 from tempering.reports import charts
 from tempering.reports.charts import Mark, Series, Strip, Svg
-from tempering.reports.compare import Arm, Comparison, display_name
+from tempering.reports.compare import Comparison, RunGroup, display_name
 from tempering.reports.records import RunRecord, number
 
 POINTS = 120  # maximum points of a line; a chart of this width cannot show more
-BANDED = 8  # maximum number of arms with bands in a chart; more bands would overlap
+BANDED = 8  # maximum number of methods with bands in a chart; more bands would overlap
 SMALL = (360, 240)  # size of a chart in a grid of many
-TEACHER = "teacher"  # CSS class: the teacher has the text color everywhere, arms have colors
+TEACHER = "teacher"  # CSS class: the teacher has the text color everywhere, methods have colors
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with title and caption; ``arm`` is the CSS class of the arm, if it shows only one."""
+    """A chart with title and caption; ``group`` is the CSS class of its runs, if it shows one method only."""
 
     title: str
     svg: Svg
     caption: str = ""
-    arm: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Section:
     lead: str
     figures: Sequence[Figure] = ()
     missing: str = ""
-    many: bool = False  # many small figures, one per arm
+    many: bool = False  # many small figures, one per method
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,20 @@ class Curve:
         return Series(css, name, self.x, self.y, self.low if band else (), self.high if band else (), dots)
 
 
-def arms_in_charts(comparison: Comparison) -> list[Arm]:
-    """Return the arms shown in charts; one that trains another network would distort their scale."""
-    return [arm for arm in comparison.arms if arm.same_student]
+def groups_in_charts(comparison: Comparison) -> list[RunGroup]:
+    """Return the methods shown in charts; one that trains another network would distort their scale."""
+    return [group for group in comparison.groups if group.same_student]
 
 
 def styles(comparison: Comparison) -> dict[str, str]:
-    """Return arm's label -> CSS class; the control is a0, which is gray."""
-    first, last = 0 if comparison.controls else 1, [arm for arm in comparison.arms if not arm.same_student]
-    return {arm.label: f"a{i + first}" for i, arm in enumerate([*arms_in_charts(comparison), *last])}
+    """Return method's label -> CSS class; the control is a0, which is gray."""
+    first, last = 0 if comparison.controls else 1, [group for group in comparison.groups if not group.same_student]
+    return {group.label: f"a{i + first}" for i, group in enumerate([*groups_in_charts(comparison), *last])}
 
 
-def shown(arm: Arm) -> tuple[RunRecord, ...]:
+def shown(group: RunGroup) -> tuple[RunRecord, ...]:
     """Return the runs that curves are drawn from: the finished ones, or all if none has finished."""
-    return arm.counted or arm.runs
+    return group.counted or group.runs
 
 
 def curve(runs: Sequence[RunRecord], stream: str, key: str, get: Callable[[Mapping[str, Any]], object]) -> Curve | None:
@@ -140,10 +140,12 @@ def overlay(
     begin: float = 0.0,
     size: tuple[int, int] = (480, 270),
 ) -> Figure | None:
-    """Return a chart with one line per arm, from fraction ``begin`` of the longest run; None if no arm has it."""
+    """Return a chart with one line per method, from fraction ``begin`` of the longest run; None if no method has it."""
     css, x = styles(comparison), "epoch" if stream == "epochs" else "step"
     curves = {
-        arm.label: c for arm in arms_in_charts(comparison) if (c := curve(shown(arm), stream, x, get)) is not None
+        group.label: c
+        for group in groups_in_charts(comparison)
+        if (c := curve(shown(group), stream, x, get)) is not None
     }
     end = max((c.x[-1] for c in curves.values()), default=0.0)
     curves = {label: c for label, full in curves.items() if (c := full.since(begin * end)).x}
@@ -162,18 +164,18 @@ def overlay(
 
 
 def result(comparison: Comparison) -> Section:
-    """Return the first section: every seed of every arm, and the differences with their intervals."""
+    """Return the first section: every seed of every method, and the differences with their intervals."""
     metric, css = comparison.metric, styles(comparison)
     factor = 100.0 if metric.fraction else 1.0
     rows = []
-    for arm in arms_in_charts(comparison):
-        if arm.mean is not None:
+    for group in groups_in_charts(comparison):
+        if group.mean is not None:
             marks = [
-                Mark(factor * v, "", f"seed {seed}: {metric.show(v)}{metric.unit}") for seed, v in arm.last.items()
+                Mark(factor * v, "", f"seed {seed}: {metric.show(v)}{metric.unit}") for seed, v in group.last.items()
             ]
-            mean_mark = Mark(factor * arm.mean, "", f"mean {metric.show(arm.mean)}{metric.unit}", "tick")
+            mean_mark = Mark(factor * group.mean, "", f"mean {metric.show(group.mean)}{metric.unit}", "tick")
             rows.append(
-                Strip(arm.name, css[arm.label], [*marks, mean_mark], figure=metric.show(arm.mean) + metric.unit)
+                Strip(group.name, css[group.label], [*marks, mean_mark], figure=metric.show(group.mean) + metric.unit)
             )
     name = metric.name.replace("/", " ")
     figures = []
@@ -196,8 +198,8 @@ def result(comparison: Comparison) -> Section:
 
 def _differences(comparison: Comparison, control: str, factor: float) -> Figure | None:
     metric, css, rows = comparison.metric, styles(comparison), []
-    for arm in comparison.arms:
-        gap = arm.versus.get(control)
+    for group in comparison.groups:
+        gap = group.versus.get(control)
         if gap is None:
             continue
         text = metric.show(gap.mean, signed=True)
@@ -207,7 +209,7 @@ def _differences(comparison: Comparison, control: str, factor: float) -> Figure 
             text += f" \u00b1 {metric.show(gap.half)}"
         marks = [Mark(factor * v, "", f"seed {seed}: {metric.show(v, signed=True)}") for seed, v in gap.each.items()]
         mean_mark = Mark(factor * gap.mean, "" if gap.shown else "hollow", f"mean {text}{metric.step}", "mean")
-        rows.append(Strip(arm.name, css[arm.label], [*marks, mean_mark], span, text))
+        rows.append(Strip(group.name, css[group.label], [*marks, mean_mark], span, text))
     if not rows:
         return None
     title = f"Difference to {display_name(control)}"
@@ -261,7 +263,7 @@ def _scored_split(comparison: Comparison) -> str:
     """Return the split on which epochs were evaluated, preferably that of the comparison."""
     split_of_metric = comparison.metric.name.partition("/")[0]
     for split in (split_of_metric, "test", "validation"):
-        if any(split in line for arm in comparison.arms for run in shown(arm) for line in run.epochs):
+        if any(split in line for group in comparison.groups for run in shown(group) for line in run.epochs):
             return split
     return split_of_metric
 
@@ -287,8 +289,8 @@ def agreement(comparison: Comparison) -> Section:
 def terms(comparison: Comparison) -> Section:
     """Return each named loss term over steps."""
     names: dict[str, None] = {}
-    for arm in arms_in_charts(comparison):
-        for run in shown(arm):
+    for group in groups_in_charts(comparison):
+        for run in shown(group):
             for line in run.steps:
                 names |= dict.fromkeys(line.get("terms") or {})
     figures = []
@@ -299,7 +301,9 @@ def terms(comparison: Comparison) -> Section:
         figures.append(
             overlay(comparison, f"term-{i}", title, get, stream="steps", y_label=label, log=True, size=SMALL)
         )
-    figures += [_terms_by_epoch(arm, styles(comparison)[arm.label], list(names)) for arm in arms_in_charts(comparison)]
+    figures += [
+        _terms_by_epoch(group, styles(comparison)[group.label], list(names)) for group in groups_in_charts(comparison)
+    ]
     return Section(
         "terms",
         "Loss terms",
@@ -311,17 +315,17 @@ def terms(comparison: Comparison) -> Section:
     )
 
 
-def _terms_by_epoch(arm: Arm, css: str, names: Sequence[str]) -> Figure | None:
-    """Return the terms of one arm, averaged over the logged steps of each epoch; None for fewer than two terms."""
+def _terms_by_epoch(group: RunGroup, css: str, names: Sequence[str]) -> Figure | None:
+    """Return the terms of one method, averaged over the logged steps of each epoch; None for fewer than two terms."""
     series = []
     for i, name in enumerate(names):
-        runs = [replace(run, steps=_epoch_means(run, name)) for run in shown(arm)]
+        runs = [replace(run, steps=_epoch_means(run, name)) for run in shown(group)]
         line = curve(runs, "steps", "epoch", inside("mean"))
         if line is not None and any(line.y):
             series.append(line.series(f"{css} d{i % 4}", name, dots=len(line.x) <= 60, band=False))
     if len(series) < 2 or max(len(s.x) for s in series) < 2:
         return None
-    title, key = f"{arm.name}: terms per epoch", f"{css}-terms"
+    title, key = f"{group.name}: terms per epoch", f"{css}-terms"
     texts = [replace(s, text=s.name) for s in series]
     svg = charts.lines(
         key, title, ", ".join(s.name for s in series), texts, x_label="epoch", y_label="mean", size=SMALL
@@ -340,8 +344,8 @@ def _epoch_means(run: RunRecord, name: str) -> list[dict[str, Any]]:
 def teacher_accuracy(comparison: Comparison) -> float | None:
     """Return the teacher's score on the analyzed split; None if no record has it."""
     key = comparison.metric.key
-    for arm in comparison.arms:
-        for run in shown(arm):
+    for group in comparison.groups:
+        for run in shown(group):
             analysis = run.analysis or {}
             part = analysis.get("accuracy") if key == "accuracy" else (analysis.get("detection") or {}).get(key)
             value = number((part if isinstance(part, dict) else {}).get("teacher"))

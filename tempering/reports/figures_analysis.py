@@ -9,32 +9,32 @@ from typing import Any
 
 from tempering.reports import charts
 from tempering.reports.charts import Bins, Mark, Strip
-from tempering.reports.compare import Arm, Comparison, display_name
-from tempering.reports.figures import TEACHER, Figure, Section, arms_in_charts, shown, styles
+from tempering.reports.compare import Comparison, RunGroup, display_name
+from tempering.reports.figures import TEACHER, Figure, Section, groups_in_charts, shown, styles
 from tempering.reports.intervals import mean
 from tempering.reports.records import RunRecord, number
 
 MOST = 20  # maximum number of classes shown
-PAIRS = 8  # confusions shown per arm
+PAIRS = 8  # confusions shown per method
 
 
 def calibration(comparison: Comparison) -> Section:
-    """Return a reliability diagram per arm, with student, teacher and both calibration errors."""
+    """Return a reliability diagram per method, with student, teacher and both calibration errors."""
     figures = []
-    for i, arm in enumerate(arms_in_charts(comparison)):
-        color = styles(comparison)[arm.label]
+    for i, group in enumerate(groups_in_charts(comparison)):
+        color = styles(comparison)[group.label]
         sides = [
-            Bins(css, f"{arm.name}: {side}", points)
-            for side, css, runs in (("teacher", TEACHER, _teachers(shown(arm))), ("student", color, shown(arm)))
+            Bins(css, f"{group.name}: {side}", points)
+            for side, css, runs in (("teacher", TEACHER, _teachers(shown(group))), ("student", color, shown(group)))
             if (points := _pooled(runs, side))
         ]
         if not sides:
             continue
-        errors = {side: _mean(shown(arm), "ece", side) for side in ("student", "teacher")}
+        errors = {side: _mean(shown(group), "ece", side) for side in ("student", "teacher")}
         errors_text = ", ".join(f"{side} {100 * e:.2f} %" for side, e in errors.items() if e is not None)
-        title = f"{arm.name}: calibration"
+        title = f"{group.name}: calibration"
         svg = charts.reliability(f"calibration-{i}", title, f"Expected calibration error: {errors_text}", sides)
-        figures.append(Figure(arm.name, svg, f"ECE: {errors_text}." if errors_text else "", color))
+        figures.append(Figure(group.name, svg, f"ECE: {errors_text}." if errors_text else "", color))
     return Section(
         "calibration",
         "Calibration",
@@ -48,13 +48,17 @@ def calibration(comparison: Comparison) -> Section:
 
 
 def classes(comparison: Comparison) -> Section:
-    """Return accuracy per class for arms and teacher, and the changes; of many classes those that changed most."""
-    means = {arm.label: values for arm in arms_in_charts(comparison) if (values := _per_class(shown(arm), "student"))}
-    teacher_values = next((v for arm in arms_in_charts(comparison) if (v := _per_class(shown(arm), "teacher"))), [])
+    """Return accuracy per class for methods and teacher, and the changes; of many classes those that changed most."""
+    means = {
+        group.label: values for group in groups_in_charts(comparison) if (values := _per_class(shown(group), "student"))
+    }
+    teacher_values = next(
+        (v for group in groups_in_charts(comparison) if (v := _per_class(shown(group), "teacher"))), []
+    )
     if not means:
         return Section("classes", "Classes", "", missing="No run wrote an analysis.")
     main, base = _pair(comparison, means)
-    changes = _changes(comparison.arm(main), None if base is None else comparison.arm(base))
+    changes = _changes(comparison.group(main), None if base is None else comparison.group(base))
     count = min(map(len, means.values()))
     magnitude = [abs(mean(list(changes[k].values())) or 0.0) if k < len(changes) else 0.0 for k in range(count)]
     selected = sorted(sorted(range(count), key=lambda k: (-magnitude[k], k))[:MOST])
@@ -95,27 +99,27 @@ def classes(comparison: Comparison) -> Section:
 
 
 def _pair(comparison: Comparison, means: Mapping[str, object]) -> tuple[str, str | None]:
-    """Return the arm to show and the arm to compare it with; None if that is the teacher."""
+    """Return the method to show and the method to compare it with; None if that is the teacher."""
     control = next((label for label in comparison.controls if label in means), None)
-    main = next((arm.label for arm in comparison.ranked if arm.label in means and arm.label != control), None)
+    main = next((group.label for group in comparison.ranked if group.label in means and group.label != control), None)
     return (next(iter(means)), None) if main is None else (main, control)
 
 
-def _changes(arm: Arm, base: Arm | None) -> list[dict[int, float]]:
-    """Return class -> seed -> accuracy of the arm minus that of ``base`` for the same seed, or minus the teacher's."""
+def _changes(group: RunGroup, base: RunGroup | None) -> list[dict[int, float]]:
+    """Return class -> seed -> accuracy of the group minus that of ``base`` for the seed, or minus the teacher's."""
 
     def lists(runs: Sequence[RunRecord], side: str) -> dict[int, list[Any]]:
         return {run.seed: values[0] for run in runs if (values := _analyses([run], "per_class", side))}
 
-    arm_values = lists(shown(arm), "student")
-    base_values = lists(shown(arm), "teacher") if base is None else lists(shown(base), "student")
-    common = sorted(set(arm_values) & set(base_values))
-    width = min((min(len(arm_values[s]), len(base_values[s])) for s in common), default=0)
+    group_values = lists(shown(group), "student")
+    base_values = lists(shown(group), "teacher") if base is None else lists(shown(base), "student")
+    common = sorted(set(group_values) & set(base_values))
+    width = min((min(len(group_values[s]), len(base_values[s])) for s in common), default=0)
     return [
         {
-            s: arm_values[s][k] - base_values[s][k]
+            s: group_values[s][k] - base_values[s][k]
             for s in common
-            if number(arm_values[s][k]) is not None and number(base_values[s][k]) is not None
+            if number(group_values[s][k]) is not None and number(base_values[s][k]) is not None
         }
         for k in range(width)
     ]
@@ -123,7 +127,7 @@ def _changes(arm: Arm, base: Arm | None) -> list[dict[int, float]]:
 
 @dataclass(frozen=True)
 class Confusions:
-    """One arm's pairs of classes on which the confusions of student and teacher differ most."""
+    """One method's pairs of classes on which the confusions of student and teacher differ most."""
 
     label: str
     css: str
@@ -137,11 +141,11 @@ class Confusions:
 
 
 def confusions(comparison: Comparison) -> list[Confusions]:
-    """Return each arm's pairs (true, predicted) whose counts differ most, as means over the seeds that list them."""
+    """Return each method's pairs (true, predicted) whose counts differ most, as means over the seeds that list them."""
     names, css, out = _names(comparison), styles(comparison), []
-    for arm in arms_in_charts(comparison):
+    for group in groups_in_charts(comparison):
         listed: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
-        runs = [run for run in shown(arm) if (run.analysis or {}).get("confusions")]
+        runs = [run for run in shown(group) if (run.analysis or {}).get("confusions")]
         for run in runs:
             for pair in (run.analysis or {})["confusions"]:
                 listed[pair["true"], pair["predicted"]].append((float(pair["student"]), float(pair["teacher"])))
@@ -162,7 +166,7 @@ def confusions(comparison: Comparison) -> list[Confusions]:
             )
         if rows:
             rows.sort(key=lambda row: row["order"])
-            out.append(Confusions(arm.name, css[arm.label], len(runs), rows[:PAIRS]))
+            out.append(Confusions(group.name, css[group.label], len(runs), rows[:PAIRS]))
     return out
 
 
@@ -203,8 +207,8 @@ def _per_class(runs: Sequence[RunRecord], side: str) -> list[float | None]:
 
 
 def _names(comparison: Comparison) -> list[str]:
-    for arm in comparison.arms:
-        for run in arm.runs:
+    for group in comparison.groups:
+        for run in group.runs:
             if names := (run.analysis or {}).get("class_names"):
                 return [str(name) for name in names]
     return []

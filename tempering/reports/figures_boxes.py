@@ -7,8 +7,8 @@ from typing import Any
 
 from tempering.reports import charts
 from tempering.reports.charts import Mark, Strip, Svg, join, tag
-from tempering.reports.compare import Arm, Comparison, display_name
-from tempering.reports.figures import TEACHER, Figure, Section, arms_in_charts, shown, styles
+from tempering.reports.compare import Comparison, RunGroup, display_name
+from tempering.reports.figures import TEACHER, Figure, Section, groups_in_charts, shown, styles
 from tempering.reports.intervals import mean
 from tempering.reports.records import RunRecord, number
 
@@ -20,18 +20,18 @@ ORDER = ("truth", "teacher", "student")
 def boxes(comparison: Comparison) -> list[Section]:
     """Return one section if some run has detections, else none."""
     runs = {
-        arm.label: detected
-        for arm in arms_in_charts(comparison)
-        if (detected := [run for run in shown(arm) if _detection(run)])
+        group.label: detected
+        for group in groups_in_charts(comparison)
+        if (detected := [run for run in shown(group) if _detection(run)])
     }
     if not runs:
         return []
     figures = [f for f in (_by_class(comparison, runs),) if f is not None]
     figures += [
         f
-        for arm in arms_in_charts(comparison)
-        if arm.label in runs
-        for f in _pictures(arm, runs[arm.label][0], comparison)
+        for group in groups_in_charts(comparison)
+        if group.label in runs
+        for f in _pictures(group, runs[group.label][0], comparison)
     ]
     budget, fitting = ROOM, []
     for figure in figures:
@@ -70,7 +70,7 @@ def _min_score(runs: Mapping[str, Sequence[RunRecord]]) -> float:
 
 
 def _found_shares(runs: Mapping[str, Sequence[RunRecord]]) -> str:
-    """Return a sentence on the fraction of the teacher's boxes that each arm finds."""
+    """Return a sentence on the fraction of the teacher's boxes that each method finds."""
     shares = []
     for label, label_runs in runs.items():
         if (
@@ -87,7 +87,7 @@ def _names(run: RunRecord) -> list[str]:
 
 
 def _by_class(comparison: Comparison, runs: Mapping[str, Sequence[RunRecord]]) -> Figure | None:
-    """Return one strip per class: each arm's mean over its seeds, and the teacher."""
+    """Return one strip per class: each method's mean over its seeds, and the teacher."""
     css, first = styles(comparison), next(iter(runs.values()))[0]
     sides = [(label, css[label], "student", color) for label, color in runs.items()]
     sides += [
@@ -124,12 +124,12 @@ def _class_scores(run: RunRecord, side: str) -> Sequence[Any]:
     return (_detection(run).get("map_by_class") or {}).get(side) or []
 
 
-def _pictures(arm: Arm, run: RunRecord, comparison: Comparison) -> list[Figure]:
-    css, names, out = styles(comparison)[arm.label], _names(run), []
+def _pictures(group: RunGroup, run: RunRecord, comparison: Comparison) -> list[Figure]:
+    css, names, out = styles(comparison)[group.label], _names(run), []
     for i, picture in enumerate(_detection(run).get("pictures") or []):
         by_side = picture["boxes"]
         counts = [f"{side} {len(by_side[side])}" for side in ORDER if side in by_side]
-        title, description = f"{arm.name}: image {i + 1}", f"Boxes: {', '.join(counts)}"
+        title, description = f"{group.name}: image {i + 1}", f"Boxes: {', '.join(counts)}"
         out.append(
             Figure(
                 title,

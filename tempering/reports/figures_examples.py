@@ -9,7 +9,7 @@ from typing import Any
 from tempering.reports import charts
 from tempering.reports.charts import Svg, tag
 from tempering.reports.compare import Comparison
-from tempering.reports.figures import arms_in_charts, shown, styles
+from tempering.reports.figures import groups_in_charts, shown, styles
 from tempering.reports.records import RunRecord, number
 
 ROOM = 600_000  # maximum bytes of pictures on a page
@@ -49,26 +49,26 @@ class Example:
 
 
 def examples(comparison: Comparison) -> list[Example]:
-    """Return the examples of the first run of each arm that has some, as many as there is room for."""
+    """Return the examples of the first run of each method that has some, as many as there is room for."""
     css, found, room = styles(comparison), list[Example](), ROOM
-    for arm in arms_in_charts(comparison):
-        run = next((run for run in shown(arm) if _items(run)), None)
+    for group in groups_in_charts(comparison):
+        run = next((run for run in shown(group) if _items(run)), None)
         for i, item in enumerate(_items(run) if run is not None else ()):
             room -= len(str(item.get("png") or "")) + len(str(item.get("tokens") or ""))
             if room > 0:
-                color = css[arm.label]
-                found.append(_example(item, color, f"{color}-example-{i}", arm.name, _names(run)))
+                color = css[group.label]
+                found.append(_example(item, color, f"{color}-example-{i}", group.name, _names(run)))
     return found
 
 
 def failures(comparison: Comparison) -> list[str]:
-    """Return why examples of an arm could not be made."""
+    """Return why examples of a method could not be made."""
     keys = {"examples_error": "Examples", "teacher_scores_error": "Scores of the teacher"}
     return [
-        f"{text} of {arm.name} could not be made: {reason}"
-        for arm in arms_in_charts(comparison)
+        f"{text} of {group.name} could not be made: {reason}"
+        for group in groups_in_charts(comparison)
         for key, text in keys.items()
-        if (reason := next((str(r.analysis[key]) for r in arm.runs if r.analysis and r.analysis.get(key)), None))
+        if (reason := next((str(r.analysis[key]) for r in group.runs if r.analysis and r.analysis.get(key)), None))
     ]
 
 
@@ -80,8 +80,8 @@ def _names(run: RunRecord | None) -> list[str]:
     return [] if run is None else [str(name) for name in (run.analysis or {}).get("class_names") or []]
 
 
-def _example(item: Mapping[str, Any], css: str, key: str, arm: str, names: Sequence[str]) -> Example:
-    title = f"{arm}: KL {_figure(item.get('kl'))} nats"
+def _example(item: Mapping[str, Any], css: str, key: str, group: str, names: Sequence[str]) -> Example:
+    title = f"{group}: KL {_figure(item.get('kl'))} nats"
     if item.get("tokens"):
         return Example(css, title, _token_rows(item), text=str(item.get("prompt") or ""), tokens=_tokens(item))
     label = item.get("label")
@@ -90,7 +90,7 @@ def _example(item: Mapping[str, Any], css: str, key: str, arm: str, names: Seque
     ]
     picture = None
     if item.get("png"):
-        picture = _picture(item, key, f"{arm}: example", f"label {_class(names, label)}" if label is not None else "")
+        picture = _picture(item, key, f"{group}: example", f"label {_class(names, label)}" if label is not None else "")
     return Example(css, title, rows, picture, str(item.get("text") or ""))
 
 

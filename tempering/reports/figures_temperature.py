@@ -8,15 +8,15 @@ from typing import Any
 
 from tempering.reports import charts
 from tempering.reports.charts import Series
-from tempering.reports.compare import Arm, Comparison
+from tempering.reports.compare import Comparison, RunGroup
 from tempering.reports.figures import (
     SMALL,
     TEACHER,
     Curve,
     Figure,
     Section,
-    arms_in_charts,
     curve,
+    groups_in_charts,
     inside,
     overlay,
     shown,
@@ -33,11 +33,13 @@ SIDES = (("T_teacher", TEACHER, "teacher"), ("T_student", "", "student"))
 
 
 def temperatures(comparison: Comparison) -> Section:
-    """Return both temperatures of every arm with a dynamic policy, and the sharpness gap to be closed."""
-    dynamic = [arm for arm in arms_in_charts(comparison) if is_dynamic(shown(arm))]
-    bands = [_bands(arm) for arm in dynamic]
+    """Return both temperatures of every method with a dynamic policy, and the sharpness gap to be closed."""
+    dynamic = [group for group in groups_in_charts(comparison) if is_dynamic(shown(group))]
+    bands = [_bands(group) for group in dynamic]
     limits = _limits(bands)
-    figures = [_over_steps(comparison, arm, arm_bands, limits) for arm, arm_bands in zip(dynamic, bands, strict=True)]
+    figures = [
+        _over_steps(comparison, group, group_bands, limits) for group, group_bands in zip(dynamic, bands, strict=True)
+    ]
     gap = overlay(
         comparison,
         "gap",
@@ -52,16 +54,18 @@ def temperatures(comparison: Comparison) -> Section:
     )
     figures += [] if gap is None else [gap]
     for name, (title, explanation) in COUNTS.items():
-        if any(number(inside("policy", name)(line)) for arm in dynamic for run in shown(arm) for line in run.steps):
+        if any(number(inside("policy", name)(line)) for group in dynamic for run in shown(group) for line in run.steps):
             share = partial(_share, name)
             label = "% of a batch"
             figure = overlay(
                 comparison, name, title, share, stream="steps", y_label=label, caption=explanation, size=SMALL
             )
             figures += [] if figure is None else [figure]
-    figures += [f for arm in dynamic if (f := _by_difficulty(comparison, arm)) is not None]
+    figures += [f for group in dynamic if (f := _by_difficulty(comparison, group)) is not None]
     constant = [
-        f"{arm.name} at {value:g}" for arm in arms_in_charts(comparison) if (value := _constant(shown(arm))) is not None
+        f"{group.name} at {value:g}"
+        for group in groups_in_charts(comparison)
+        if (value := _constant(shown(group))) is not None
     ]
     lead = "Temperatures of each side. Line: mean over rows; band: 5 to 95 % of the rows of a batch."
     return Section(
@@ -108,21 +112,21 @@ def _numbers(side: object) -> list[float]:
     return [v for x in side.values() if (v := number(x)) is not None] if isinstance(side, dict) else []
 
 
-def _bands(arm: Arm) -> Bands:
+def _bands(group: RunGroup) -> Bands:
     """Return (class, name, mean, 5 %, 95 %) of each side over steps, all means over seeds."""
     out = []
     for side, css, name in SIDES:
-        mean, low, high = (curve(shown(arm), "steps", "step", inside(side, part)) for part in ("mean", "p5", "p95"))
+        mean, low, high = (curve(shown(group), "steps", "step", inside(side, part)) for part in ("mean", "p5", "p95"))
         if mean is not None:
             out.append((css, name, mean, low, high))
     return out
 
 
-def _limits(arms: Sequence[Bands]) -> tuple[float, float] | None:
-    """Return one y range for all arms, so that the charts are comparable."""
+def _limits(groups: Sequence[Bands]) -> tuple[float, float] | None:
+    """Return one y range for all methods, so that the charts are comparable."""
     values = [
         v
-        for bands in arms
+        for bands in groups
         for _, _, *curves in bands
         for curve_ in curves
         if curve_ is not None
@@ -135,19 +139,19 @@ def _limits(arms: Sequence[Bands]) -> tuple[float, float] | None:
     return max(0.0, min(values) - margin), max(values) + margin
 
 
-def _over_steps(comparison: Comparison, arm: Arm, bands: Bands, limits: tuple[float, float] | None) -> Figure:
-    color, series, descriptions = styles(comparison)[arm.label], [], []
+def _over_steps(comparison: Comparison, group: RunGroup, bands: Bands, limits: tuple[float, float] | None) -> Figure:
+    color, series, descriptions = styles(comparison)[group.label], [], []
     for css, name, mean, low, high in bands:
         banded = low is not None and high is not None and low.x == mean.x == high.x
         band = (low.y, high.y) if banded and low is not None and high is not None else ((), ())
-        series.append(Series(css or color, f"{arm.name}: {name}", mean.x, mean.y, *band, text=name))
+        series.append(Series(css or color, f"{group.name}: {name}", mean.x, mean.y, *band, text=name))
         descriptions.append(f"{name} from {mean.y[0]:.2f} to {mean.y[-1]:.2f}")
-    key = f"temperature-{comparison.arms.index(arm)}"
-    title = f"{arm.name}: temperatures over the run"
+    key = f"temperature-{comparison.groups.index(group)}"
+    title = f"{group.name}: temperatures over the run"
     svg = charts.lines(
         key, title, "; ".join(descriptions), series, x_label="step", y_label="temperature", size=SMALL, y_range=limits
     )
-    return Figure(arm.name, svg, _fallbacks(shown(arm)), color)
+    return Figure(group.name, svg, _fallbacks(shown(group)), color)
 
 
 def _fallbacks(runs: Sequence[RunRecord]) -> str:
@@ -171,15 +175,15 @@ def _fallbacks(runs: Sequence[RunRecord]) -> str:
     return "; ".join(parts).capitalize() + "." if parts else ""
 
 
-def _by_difficulty(comparison: Comparison, arm: Arm) -> Figure | None:
+def _by_difficulty(comparison: Comparison, group: RunGroup) -> Figure | None:
     """Return mean temperatures in the five bins of the analysis, hardest examples first."""
     tables = [
-        bins for run in shown(arm) if (bins := ((run.analysis or {}).get("temperatures") or {}).get("by_difficulty"))
+        bins for run in shown(group) if (bins := ((run.analysis or {}).get("temperatures") or {}).get("by_difficulty"))
     ]
     if not tables:
         return None
     length = min(len(bins) for bins in tables)
-    color, series, descriptions = styles(comparison)[arm.label], [], []
+    color, series, descriptions = styles(comparison)[group.label], [], []
     for side, css, name in SIDES:
         y = []
         for i in range(length):
@@ -187,17 +191,17 @@ def _by_difficulty(comparison: Comparison, arm: Arm) -> Figure | None:
             y.append(sum(values) / len(values) if values else None)
         if any(v is not None for v in y):
             series.append(
-                Series(css or color, f"{arm.name}: {name}", list(map(float, range(length))), y, dots=True, text=name)
+                Series(css or color, f"{group.name}: {name}", list(map(float, range(length))), y, dots=True, text=name)
             )
             descriptions.append(f"{name} " + ", ".join("-" if v is None else f"{v:.2f}" for v in y))
     if not series:
         return None
     ticks = [(float(i), "hardest" if i == 0 else "easiest" if i == length - 1 else "") for i in range(length)]
-    key = f"difficulty-{comparison.arms.index(arm)}"
-    title = f"{arm.name}: temperature by difficulty"
+    key = f"difficulty-{comparison.groups.index(group)}"
+    title = f"{group.name}: temperature by difficulty"
     svg = charts.lines(
         key, title, "; ".join(descriptions), series, x_label="", y_label="temperature", size=SMALL, x_ticks=ticks
     )
     return Figure(
-        f"{arm.name}, by difficulty", svg, "Test examples in bins of the teacher's margin for the label.", color
+        f"{group.name}, by difficulty", svg, "Test examples in bins of the teacher's margin for the label.", color
     )

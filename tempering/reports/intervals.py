@@ -14,14 +14,14 @@ POWER = 0.8  # of ``Difference.detectable``
 
 @dataclass(frozen=True)
 class Difference:
-    """Arm minus control.
+    """Method minus control.
 
     Attributes:
         mean: the difference.
         half: half-width of its 95 % t interval, the smallest significant difference at this spread; None if there are
             too few seeds, or all differences are equal: scores are counts on a test set, so equality is a coincidence
             and an interval of zero width would be misleading.
-        n: number of pairs, or runs of the smaller arm if unpaired.
+        n: number of pairs, or runs of the smaller method if unpaired.
         paired: whether runs with the same seed were subtracted; else it is Welch's interval of two independent means.
         freedom: degrees of freedom of the interval, 0 without one.
         each: seed -> its difference, if paired.
@@ -48,22 +48,22 @@ class Difference:
         return self.half and self.half * _detectable_ratio(self.freedom)
 
 
-def difference(arm: Mapping[int, float], control: Mapping[int, float]) -> Difference | None:
-    """Return arm minus control: paired if two or more seeds are shared, else Welch's; None if one is empty.
+def difference(group: Mapping[int, float], control: Mapping[int, float]) -> Difference | None:
+    """Return method minus control: paired if two or more seeds are shared, else Welch's; None if one is empty.
 
-    An arm with one seed has no interval in either case; it is paired with the same seed of the other arm.
+    A method with one seed has no interval in either case; it is paired with the same seed of the other method.
 
     Source: Welch (1947), "The generalization of Student's problem when several different population variances are
     involved", for the interval of unpaired seeds.
     """
-    common = sorted(set(arm) & set(control))
-    if len(common) >= 2 or (common and min(len(arm), len(control)) == 1):
-        gap_by_seed = {seed: arm[seed] - control[seed] for seed in common}
+    common = sorted(set(group) & set(control))
+    if len(common) >= 2 or (common and min(len(group), len(control)) == 1):
+        gap_by_seed = {seed: group[seed] - control[seed] for seed in common}
         gaps = list(gap_by_seed.values())
         spread, freedom = deviation(gaps), len(gaps) - 1
         half = _quantile(freedom) * spread / math.sqrt(len(gaps)) if spread else None
         return Difference(math.fsum(gaps) / len(gaps), half, len(gaps), True, freedom if half else 0.0, gap_by_seed)
-    a, b = list(arm.values()), list(control.values())
+    a, b = list(group.values()), list(control.values())
     if not a or not b:
         return None
     gap = math.fsum(a) / len(a) - math.fsum(b) / len(b)

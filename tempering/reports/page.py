@@ -14,7 +14,7 @@ from urllib.parse import quote
 from tempering.reports import audit_section as audited
 from tempering.reports import figures, figures_analysis, figures_boxes, figures_examples, figures_temperature, table
 from tempering.reports import text as words
-from tempering.reports.compare import Arm, Comparison, compare, display_name
+from tempering.reports.compare import Comparison, RunGroup, compare, display_name
 from tempering.reports.pair import pair, side_by_side
 from tempering.reports.records import RunRecord, number
 from tempering.utils.files import write_atomic
@@ -28,7 +28,7 @@ DASHES = ("none", "8 3", "8 3 2 3", "2 3")
 
 
 class Extent(NamedTuple):
-    """What a page shows: how many arms in its charts and in its table, and of each run its facts or a link to them."""
+    """What a page shows: number of methods in its charts and in its table, and each run's facts or a link to them."""
 
     charts: int | None = None
     rows: int | None = None
@@ -89,7 +89,7 @@ def render(
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    charted = replace(comparison, arms=_best(comparison, extent.charts))
+    charted = replace(comparison, groups=_best(comparison, extent.charts))
     listed = _best(comparison, extent.rows)
     css = figures.styles(charted)
     sections = [
@@ -102,7 +102,7 @@ def render(
         figures_analysis.classes(charted),
         *figures_boxes.boxes(charted),
     ]
-    quoted = [run for arm in comparison.arms for run in arm.runs] if extent.runs == "facts" else []
+    quoted = [run for group in comparison.groups for run in group.runs] if extent.runs == "facts" else []
     text = environment.get_template("page.html").render(
         title=title or _title(comparison),
         subtitle=_subtitle(comparison),
@@ -112,10 +112,10 @@ def render(
         verdict=sentences[0],
         more=sentences[1:],
         cards=_cards(comparison),
-        arms=[(css[arm.label], arm.name, arm.n == 0) for arm in figures.arms_in_charts(charted)],
+        groups=[(css[group.label], group.name, group.n == 0) for group in figures.groups_in_charts(charted)],
         colors=[_color(name) for name in css.values()],
-        columns=list(table.cells(comparison, comparison.arms[0])),
-        rows=[(css.get(arm.label, "other"), list(table.cells(comparison, arm).values())) for arm in listed],
+        columns=list(table.cells(comparison, comparison.groups[0])),
+        rows=[(css.get(group.label, "other"), list(table.cells(comparison, group).values())) for group in listed],
         reading=words.reading(comparison),
         sections={section.key: section for section in sections},
         confusions=figures_analysis.confusions(charted),
@@ -131,18 +131,18 @@ def render(
     return text + "\n"
 
 
-def _best(comparison: Comparison, limit: int | None) -> tuple[Arm, ...]:
-    """Return at most that many arms, in their order: the controls, then those with the best means."""
-    if limit is None or len(comparison.arms) <= limit:
-        return comparison.arms
-    by_rank = [*comparison.controls, *(arm.label for arm in (*comparison.ranked, *comparison.arms))]
+def _best(comparison: Comparison, limit: int | None) -> tuple[RunGroup, ...]:
+    """Return at most that many methods, in their order: the controls, then those with the best means."""
+    if limit is None or len(comparison.groups) <= limit:
+        return comparison.groups
+    by_rank = [*comparison.controls, *(group.label for group in (*comparison.ranked, *comparison.groups))]
     kept = set(list(dict.fromkeys(by_rank))[:limit])
-    return tuple(arm for arm in comparison.arms if arm.label in kept)
+    return tuple(group for group in comparison.groups if group.label in kept)
 
 
 def _links(comparison: Comparison, extent: Extent, folder: Path) -> list[tuple[str, str, str]]:
     """Return (address relative to ``folder``, text, note) of every run's record, or of the folders that hold them."""
-    runs = [run for arm in comparison.arms for run in arm.runs]
+    runs = [run for group in comparison.groups for run in group.runs]
     if extent.runs == "links":
         return [(_address(r.source, folder), f"{display_name(r.label)}, seed {r.seed}", r.status) for r in runs]
     if extent.runs == "facts":
@@ -159,41 +159,42 @@ def _address(path: Path, folder: Path) -> str:
         return path.absolute().as_uri()
 
 
-def _summary(comparison: Comparison, charted: Comparison, listed: Sequence[Arm], extent: Extent) -> str:
+def _summary(comparison: Comparison, charted: Comparison, listed: Sequence[RunGroup], extent: Extent) -> str:
     """Return what a summary leaves out, in sentences; "" for a full page."""
     if extent.runs == "facts":
         return ""
-    arms = len(comparison.arms)
+    groups = len(comparison.groups)
     sentences = [f"This page is a summary of at most {LIMIT / 1e6:g} MB: records are linked, not quoted."]
-    if len(charted.arms) < arms:
-        sentences.append(f"Charts show the controls and the best methods, {len(charted.arms)} of {arms}.")
-    if len(listed) < arms:
-        sentences.append(f"The table shows {len(listed)} of {arms}.")
+    if len(charted.groups) < groups:
+        sentences.append(f"Charts show the controls and the best methods, {len(charted.groups)} of {groups}.")
+    if len(listed) < groups:
+        sentences.append(f"The table shows {len(listed)} of {groups}.")
     return " ".join(sentences)
 
 
 def _color(css: str) -> tuple[str, int, str]:
-    """Return (class, color, dashes) of an arm: the first is gray, then six colors, repeated with dashes."""
+    """Return (class, color, dashes) of a method: the first is gray, then six colors, repeated with dashes."""
     turn, color = divmod(int(css[1:]) - 1, COLORS) if css != "a0" else (0, -1)
     return css, color + 1, DASHES[min(turn, len(DASHES) - 1)]
 
 
 def _title(comparison: Comparison) -> str:
     data = next(
-        (run.of("data").get("name") for arm in comparison.arms for run in arm.runs if run.of("data").get("name")), None
+        (run.of("data").get("name") for group in comparison.groups for run in group.runs if run.of("data").get("name")),
+        None,
     )
     return f"Distillation on {data}" if data else "Distillation"
 
 
 def _subtitle(comparison: Comparison) -> str:
     """Return networks, number of methods and seeds in one line."""
-    runs = [run for arm in comparison.arms if arm.same_student for run in arm.runs]
+    runs = [run for group in comparison.groups if group.same_student for run in group.runs]
     students = dict.fromkeys(str(run.of("student").get("name")) for run in runs if run.of("student").get("name"))
     teachers = dict.fromkeys(str(run.of("teacher").get("name")) for run in runs if run.of("teacher").get("name"))
     nets = " and ".join(students) + (f" taught by {' and '.join(teachers)}" if teachers else "")
     seeds = comparison.seeds
     counts = [
-        f"{len(comparison.arms)} method{'s' * (len(comparison.arms) != 1)}",
+        f"{len(comparison.groups)} method{'s' * (len(comparison.groups) != 1)}",
         f"{len(seeds)} seed{'s' * (len(seeds) != 1)} ({', '.join(map(str, seeds[:8]))}{', ...' * (len(seeds) > 8)})",
     ]
     return ", ".join([part for part in (nets, *counts) if part])
@@ -202,19 +203,19 @@ def _subtitle(comparison: Comparison) -> str:
 def _cards(comparison: Comparison) -> list[dict[str, str]]:
     """Return the main numbers: teacher, controls, best method, and how much of the gap to the teacher it closed."""
     metric, cards = comparison.metric, []
-    controls = [arm for arm in comparison.arms if arm.label in comparison.controls and arm.mean is not None]
-    best = next((arm for arm in comparison.ranked if arm not in controls), None)
+    controls = [group for group in comparison.groups if group.label in comparison.controls and group.mean is not None]
+    best = next((group for group in comparison.ranked if group not in controls), None)
     teacher_score = figures.teacher_accuracy(comparison)
     name = metric.name.replace("/", " ")
-    for arm in [*controls, *([] if best is None else [best])]:
-        role = "best method" if arm is comparison.ranked[0] else "best of the others" if controls else "highest mean"
-        value = f"{metric.show(arm.mean)}{metric.unit}"
-        note = f"{name}, {'control' if arm in controls else role}"
-        cards.append({"value": value, "what": arm.name, "note": note})
+    for group in [*controls, *([] if best is None else [best])]:
+        role = "best method" if group is comparison.ranked[0] else "best of the others" if controls else "highest mean"
+        value = f"{metric.show(group.mean)}{metric.unit}"
+        note = f"{name}, {'control' if group in controls else role}"
+        cards.append({"value": value, "what": group.name, "note": note})
     if teacher_score is not None:
         cards.append({"value": f"{metric.show(teacher_score)}{metric.unit}", "what": "teacher", "note": name})
-    control = next((arm for arm in controls if arm.label == comparison.controls[0]), None)
-    low, high = (None if arm is None else arm.mean for arm in (control, best))
+    control = next((group for group in controls if group.label == comparison.controls[0]), None)
+    low, high = (None if group is None else group.mean for group in (control, best))
     if (
         control
         and teacher_score is not None
@@ -234,7 +235,7 @@ def _cards(comparison: Comparison) -> list[dict[str, str]]:
 
 def _sizes(comparison: Comparison) -> tuple[float | None, float | None]:
     """Return the number of parameters of student and teacher."""
-    runs = [run for arm in comparison.arms if arm.same_student for run in arm.runs]
+    runs = [run for group in comparison.groups if group.same_student for run in group.runs]
     sizes = []
     for part in ("student", "teacher"):
         sizes.append(next((v for run in runs if (v := number(run.of(part).get("parameters")))), None))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tempering.reports.compare import NO_DIFFERENCE, Arm, Comparison, Metric
+from tempering.reports.compare import NO_DIFFERENCE, Comparison, Metric, RunGroup
 from tempering.reports.intervals import difference, mean
 from tempering.reports.records import RunRecord, number
 
@@ -17,7 +17,7 @@ LONGEST = 160  # characters of a value
 
 @dataclass(frozen=True)
 class Pair:
-    """What the page shows of two arms.
+    """What the page shows of two methods.
 
     Attributes:
         names: of the two, with their CSS classes.
@@ -31,7 +31,7 @@ class Pair:
 
 
 def side_by_side(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Return the runs; two runs of one label get labels with their folders' names, so that they are told apart."""
+    """Return the runs; two runs of one label get labels with their folders' names, so that they are distinguished."""
     if len(runs) != 2 or runs[0].label != runs[1].label:
         return list(runs)
     folders = [run.source.absolute() for run in runs]
@@ -42,11 +42,11 @@ def side_by_side(runs: Sequence[RunRecord]) -> list[RunRecord]:
 
 
 def pair(comparison: Comparison, css: Mapping[str, str]) -> Pair | None:
-    """Return the comparison of two arms; None for another number."""
-    if len(comparison.arms) != 2:
+    """Return the comparison of two methods; None for another number."""
+    if len(comparison.groups) != 2:
         return None
-    first, second = comparison.arms
-    facts = [_flat({part: arm.runs[0].facts.get(part) for part in PARTS}) for arm in (first, second)]
+    first, second = comparison.groups
+    facts = [_flat({part: group.runs[0].facts.get(part) for part in PARTS}) for group in (first, second)]
     settings = [
         (name.replace("_", " "), _text(facts[0].get(name)), _text(facts[1].get(name)))
         for name in dict.fromkeys([*facts[0], *facts[1]])
@@ -56,12 +56,12 @@ def pair(comparison: Comparison, css: Mapping[str, str]) -> Pair | None:
     return Pair(names, settings, _scores(first, second))
 
 
-def _scores(first: Arm, second: Arm) -> list[tuple[str, str, str, str, bool]]:
-    """Return every score of the last epoch, and the second arm's minus the first's over the same seeds."""
+def _scores(first: RunGroup, second: RunGroup) -> list[tuple[str, str, str, str, bool]]:
+    """Return every score of the last epoch, and the second method's minus the first's over the same seeds."""
     rows = []
     for name in dict.fromkeys([*_metrics(first), *_metrics(second)]):
         metric = Metric(name)
-        sides = [{r.seed: v for r in arm.counted if (v := r.score(name)) is not None} for arm in (first, second)]
+        sides = [{r.seed: v for r in group.counted if (v := r.score(name)) is not None} for group in (first, second)]
         gap, text = difference(sides[1], sides[0]), "-"
         if gap is not None:
             text = metric.show(gap.mean, signed=True) + metric.step
@@ -72,8 +72,8 @@ def _scores(first: Arm, second: Arm) -> list[tuple[str, str, str, str, bool]]:
     return rows
 
 
-def _metrics(arm: Arm) -> list[str]:
-    last = [run.of("result").get("last") or {} for run in arm.counted]
+def _metrics(group: RunGroup) -> list[str]:
+    last = [run.of("result").get("last") or {} for run in group.counted]
     splits = [(split, scores) for result in last for split, scores in result.items() if isinstance(scores, dict)]
     return [f"{split}/{key}" for split, scores in splits for key, v in scores.items() if number(v) is not None]
 

@@ -86,7 +86,7 @@ _ON_IMAGENET = (
     ("wttm", _IMAGENET, "72.19 73.09", "D"),
 )
 # label in tables -> the method above; methods with other arguments are not those of the papers
-ARMS = {
+METHOD_OF_LABEL = {
     "student alone": "student",
     "kd": "kd",
     "dkd": "dkd",
@@ -122,7 +122,7 @@ def published(label: str, teacher: str, student: str, data: str) -> Reported | N
         student: likewise.
         data: "cifar100" or "imagenet".
     """
-    method = ARMS.get(" ".join(label.lower().split()))
+    method = METHOD_OF_LABEL.get(" ".join(label.lower().split()))
     return PUBLISHED.get(data.lower(), {}).get((method or "", plain_net(teacher), plain_net(student)))
 
 

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from typing import Any
 
-from tempering.reports.compare import NOT_RUN, Arm, Comparison, display_name
+from tempering.reports.compare import NOT_RUN, Comparison, RunGroup, display_name
 from tempering.reports.intervals import Difference
 from tempering.reports.records import RunRecord, number
 
@@ -18,12 +18,12 @@ def headline(comparison: Comparison) -> list[str]:
     best = next(iter(comparison.ranked), None)
     if best is None:
         return ["No run has finished, so there is nothing to compare yet.", *_open(comparison)]
-    rivals = [arm for arm in comparison.ranked if arm.label not in comparison.controls]
+    rivals = [group for group in comparison.ranked if group.label not in comparison.controls]
     return [*_first(comparison, best, rivals), *_counted(comparison, rivals), *_open(comparison)]
 
 
-def _first(comparison: Comparison, best: Arm, rivals: list[Arm]) -> list[str]:
-    """Compare the best arm that is not a control with the main control, then with the other."""
+def _first(comparison: Comparison, best: RunGroup, rivals: list[RunGroup]) -> list[str]:
+    """Compare the best method that is not a control with the main control, then with the other."""
     main, score = comparison.main, _score_text(comparison, best)
     if not comparison.controls:
         if len(comparison.ranked) == 1:
@@ -37,13 +37,13 @@ def _first(comparison: Comparison, best: Arm, rivals: list[Arm]) -> list[str]:
             ),
             "No method is named as the control, so there are no differences.",
         ]
-    if main is None or comparison.arm(main).mean is None:
+    if main is None or comparison.group(main).mean is None:
         return [
             f"{best.name} leads with {score}.",
             f"{display_name(main or comparison.controls[0])}, the control, has no finished run yet.",
         ]
     if not rivals:  # only controls
-        rivals = [arm for arm in comparison.ranked if arm.label in comparison.controls[1:]]
+        rivals = [group for group in comparison.ranked if group.label in comparison.controls[1:]]
         main = comparison.controls[0]
     gap = rivals[0].versus.get(main) if rivals else None
     if gap is None:
@@ -51,8 +51,8 @@ def _first(comparison: Comparison, best: Arm, rivals: list[Arm]) -> list[str]:
     return [*_verdict(comparison, rivals[0], main, gap), *_against_other_controls(comparison, rivals[0], main)]
 
 
-def _verdict(comparison: Comparison, arm: Arm, control: str, gap: Difference) -> list[str]:
-    """Compare the best arm that is not the control with the control."""
+def _verdict(comparison: Comparison, group: RunGroup, control: str, gap: Difference) -> list[str]:
+    """Compare the best method that is not the control with the control."""
     metric, control = comparison.metric, display_name(control)
     better = gap.mean != 0 and (gap.mean < 0) == metric.lower
     by = f"{metric.show(abs(gap.mean))}{metric.step}"
@@ -62,37 +62,37 @@ def _verdict(comparison: Comparison, arm: Arm, control: str, gap: Difference) ->
         if gap.n > 1:
             reason = "The seeds do not differ, so there is no interval; with so few of them this may be chance."
         over = "on one seed" if gap.n == 1 else f"over {_pairs_text(gap)}"
-        return [f"{arm.name} {relation} {control}, {over}.", f"It reaches {_score_text(comparison, arm)}. {reason}"]
+        return [f"{group.name} {relation} {control}, {over}.", f"It reaches {_score_text(comparison, group)}. {reason}"]
     if gap.shown and better:
         interval = _interval_text(comparison, gap)
         return [
-            f"{arm.name} beats {control} by {by}.",
-            f"It reaches {_score_text(comparison, arm)}; the 95 % interval of the gain, {interval}, excludes zero.",
+            f"{group.name} beats {control} by {by}.",
+            f"It reaches {_score_text(comparison, group)}; the 95 % interval of the gain, {interval}, excludes zero.",
         ]
     if gap.shown:
         interval = _interval_text(comparison, gap)
         return [
             f"Nothing here beats {control}.",
-            f"The closest, {arm.name}, is worse by {by}; the 95 % interval, {interval}, excludes zero.",
+            f"The closest, {group.name}, is worse by {by}; the 95 % interval, {interval}, excludes zero.",
         ]
     observed = (
-        f"{arm.name} against {control}: {_difference_text(comparison, gap)} over {_pairs_text(gap)}, an interval that "
-        "includes zero."
+        f"{group.name} against {control}: {_difference_text(comparison, gap)} over {_pairs_text(gap)}, an interval "
+        "that includes zero."
     )
     need = (
         f"A difference had to reach {metric.show(gap.half)}{metric.step} to show; a true one of "
         f"{metric.show(gap.detectable)}{metric.step} would show in four of five such experiments."
     )
     if better:
-        return [f"{arm.name} has the best mean, but is not shown to differ from {control}.", observed, need]
+        return [f"{group.name} has the best mean, but is not shown to differ from {control}.", observed, need]
     return [f"Nothing here beats {control}.", observed, need]
 
 
-def _against_other_controls(comparison: Comparison, arm: Arm, main: str) -> list[str]:
-    """Compare the arm with the other control."""
+def _against_other_controls(comparison: Comparison, group: RunGroup, main: str) -> list[str]:
+    """Compare the method with the other control."""
     sentences = []
     for control in comparison.controls:
-        gap = arm.versus.get(control)
+        gap = group.versus.get(control)
         if control != main and gap is not None and gap.half is not None:
             zero = "excludes" if gap.shown else "includes"
             sentences.append(
@@ -102,10 +102,12 @@ def _against_other_controls(comparison: Comparison, arm: Arm, main: str) -> list
     return sentences
 
 
-def _counted(comparison: Comparison, rivals: list[Arm]) -> list[str]:
-    """Count the arms shown to be better or worse than the main control, and warn about picking the best."""
+def _counted(comparison: Comparison, rivals: list[RunGroup]) -> list[str]:
+    """Count the methods shown to be better or worse than the main control, and warn about picking the best."""
     gaps = [
-        gap for arm in rivals if comparison.main and (gap := arm.versus.get(comparison.main)) and gap.half is not None
+        gap
+        for group in rivals
+        if comparison.main and (gap := group.versus.get(comparison.main)) and gap.half is not None
     ]
     if len(gaps) < 2:
         return []
@@ -124,14 +126,18 @@ def _counted(comparison: Comparison, rivals: list[Arm]) -> list[str]:
 
 
 def _open(comparison: Comparison) -> list[str]:
-    begun = [(arm, seed, reason) for arm in comparison.arms for seed, reason in arm.open.items() if reason != NOT_RUN]
-    missing = sum(reason == NOT_RUN for arm in comparison.arms for reason in arm.open.values())
+    begun = [
+        (group, seed, reason) for group in comparison.groups for seed, reason in group.open.items() if reason != NOT_RUN
+    ]
+    missing = sum(reason == NOT_RUN for group in comparison.groups for reason in group.open.values())
     sentences = []
     if len(begun) > 3:
         counts = Counter(reason for _, _, reason in begun)
         sentences = [f"Unfinished runs: {', '.join(f'{count} {reason}' for reason, count in counts.items())}."]
     elif begun:
-        sentences = [f"Unfinished: {', '.join(f'{arm.name} seed {seed} ({reason})' for arm, seed, reason in begun)}."]
+        sentences = [
+            f"Unfinished: {', '.join(f'{group.name} seed {seed} ({reason})' for group, seed, reason in begun)}."
+        ]
     if missing:
         sentences.append(f"{_seeds_text(missing)} of other methods {'was' if missing == 1 else 'were'} not run here.")
     return sentences
@@ -139,7 +145,7 @@ def _open(comparison: Comparison) -> list[str]:
 
 def state(comparison: Comparison) -> tuple[str, str]:
     """Return the state of all runs, "running", "interrupted", "failed" or "done", and a sentence on it."""
-    runs = [run for arm in comparison.arms for run in arm.runs]
+    runs = [run for group in comparison.groups for run in group.runs]
     counts = Counter("done" if run.done else run.status for run in runs)
     main = next((name for name in ("running", "failed", "interrupted") if counts[name]), "done")
     names = {"done": "finished"}
@@ -165,7 +171,7 @@ def reading(comparison: Comparison) -> list[str]:
     sentences = [
         f"{_metric_text(metric.name).capitalize()} at the last epoch, mean {PM} sample standard deviation over seeds."
     ]
-    gaps = [gap for arm in comparison.arms for gap in arm.versus.values() if gap is not None]
+    gaps = [gap for group in comparison.groups for gap in group.versus.values() if gap is not None]
     if any(gap.half is not None for gap in gaps):
         sentences.append(
             f"Differences are method minus control, {'paired by seed, ' if any(g.paired for g in gaps) else ''}with "
@@ -177,7 +183,7 @@ def reading(comparison: Comparison) -> list[str]:
         )
     if any(gap.half is not None and not gap.paired for gap in gaps):
         sentences.append("(u): unpaired seeds, so Welch's interval of two independent means.")
-    if any(arm.n == 1 for arm in comparison.arms):
+    if any(group.n == 1 for group in comparison.groups):
         sentences.append("One seed gives no spread and no interval: run more seeds before relying on such a number.")
     size = _test_size(comparison)
     if any(gap.half is not None for gap in gaps):
@@ -197,8 +203,8 @@ def reading(comparison: Comparison) -> list[str]:
 
 
 def _costs(comparison: Comparison) -> list[str]:
-    """Say what the student of the first arm that recorded it and its teacher cost; [] if no run did."""
-    runs = (run for arm in comparison.arms if arm.same_student for run in arm.counted)
+    """Say what the student of the first method that recorded it and its teacher cost; [] if no run did."""
+    runs = (run for group in comparison.groups if group.same_student for run in group.counted)
     costs: list[Any] = [run.of("result").get("cost") for run in runs]
     cost: dict[str, Any] = next((found for found in costs if isinstance(found, dict)), {})
     parts = [f"{who} {_cost(cost[who])}" for who in ("student", "teacher") if isinstance(cost.get(who), dict)]
@@ -233,26 +239,26 @@ def _cost(one: dict[str, Any]) -> str:
 
 
 def _sources(comparison: Comparison) -> dict[str, list[str]]:
-    """Return source of published values -> names of the arms."""
+    """Return source of published values -> names of the methods."""
     sources: dict[str, list[str]] = {}
-    for arm in comparison.arms:
-        if arm.reported is not None:
-            sources.setdefault(arm.reported[1], []).append(arm.name)
+    for group in comparison.groups:
+        if group.reported is not None:
+            sources.setdefault(group.reported[1], []).append(group.name)
     return sources
 
 
-def cell(comparison: Comparison, arm: Arm, control: str) -> tuple[str, bool]:
-    """Format the difference of an arm to a control, and return whether its interval excludes zero."""
-    if arm.label == control:
+def cell(comparison: Comparison, group: RunGroup, control: str) -> tuple[str, bool]:
+    """Format the difference of a method to a control, and return whether its interval excludes zero."""
+    if group.label == control:
         return "control", False
-    gap = arm.versus.get(control)
+    gap = group.versus.get(control)
     if gap is None:
         return "-", False
     text = comparison.metric.show(gap.mean, signed=True)
     text += " (no interval)" if gap.half is None else f" {PM} {comparison.metric.show(gap.half)}"
     if gap.half is not None and not gap.paired:
         text += " (u)"
-    elif gap.paired and gap.n < arm.n:
+    elif gap.paired and gap.n < group.n:
         text += f" ({gap.n} pairs)"
     return text, gap.shown
 
@@ -264,9 +270,9 @@ def spread(comparison: Comparison, values: tuple[float | None, float | None]) ->
     return text if sd is None else f"{text} {PM} {comparison.metric.show(sd)}"
 
 
-def epochs(arm: Arm) -> str:
+def epochs(group: RunGroup) -> str:
     """Format the range of best epochs and of last epochs over seeds, as in "16-19 of 20"."""
-    best, last = (_range_text(arm.epochs(which)) for which in ("best", "last"))
+    best, last = (_range_text(group.epochs(which)) for which in ("best", "last"))
     return f"{best} of {last}" if best and last else last or "-"
 
 
@@ -275,19 +281,19 @@ def _range_text(values: list[int]) -> str:
     return "" if not values else f"{low}" if low == high else f"{low}\u2013{high}"
 
 
-def seeds(arm: Arm) -> str:
+def seeds(group: RunGroup) -> str:
     """Return how many seeds finished, and why the others did not."""
-    if not arm.open:
-        return str(arm.n)
+    if not group.open:
+        return str(group.n)
     reasons: dict[str, list[str]] = {}
-    for seed, reason in arm.open.items():
+    for seed, reason in group.open.items():
         reasons.setdefault(reason, []).append(str(seed))
     parts = [f"{reason}: {', '.join(which)}" for reason, which in reasons.items()]
-    return "; ".join([f"{arm.n} of {arm.n + len(arm.open)}", *parts])
+    return "; ".join([f"{group.n} of {group.n + len(group.open)}", *parts])
 
 
-def _score_text(comparison: Comparison, arm: Arm) -> str:
-    return f"{comparison.metric.show(arm.mean)}{comparison.metric.unit} {_metric_text(comparison.metric.name)}"
+def _score_text(comparison: Comparison, group: RunGroup) -> str:
+    return f"{comparison.metric.show(group.mean)}{comparison.metric.unit} {_metric_text(comparison.metric.name)}"
 
 
 def _difference_text(comparison: Comparison, gap: Difference) -> str:
@@ -305,8 +311,8 @@ def _pairs_text(gap: Difference) -> str:
     return _seeds_text(gap.n).replace(" ", " paired " if gap.paired else " unpaired ")
 
 
-def _seeds_suffix(arm: Arm) -> str:
-    return f" over {_seeds_text(arm.n)}" if arm.n > 1 else " with one seed"
+def _seeds_suffix(group: RunGroup) -> str:
+    return f" over {_seeds_text(group.n)}" if group.n > 1 else " with one seed"
 
 
 def _seeds_text(n: int) -> str:
@@ -324,8 +330,8 @@ def _listed(names: list[str], most: int = 6) -> str:
 
 def _test_size(comparison: Comparison) -> int | None:
     split = comparison.metric.name.partition("/")[0]
-    for arm in comparison.arms:
-        for run in arm.runs:
+    for group in comparison.groups:
+        for run in group.runs:
             size = run.of("data").get(split)
             if isinstance(size, int) and size > 0 and math.isfinite(size):
                 return size

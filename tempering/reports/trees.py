@@ -103,9 +103,9 @@ def write_figures(comparison: Mapping[str, Any], folder: str | Path, *, names: S
 
 def standalone(picture: Svg) -> Svg:
     """Embed the page's styles in a chart, for a standalone file."""
-    arms = "".join(f".a{i} {{ --c: var(--c{i}) }} " for i in range(7))
-    arms += ":root { font-size: 11.5px }"  # overrides the page's font size
-    style = tag("style", Svg((HERE / "page.css").read_text(encoding="utf-8").replace("&", "&amp;") + arms))
+    groups = "".join(f".a{i} {{ --c: var(--c{i}) }} " for i in range(7))
+    groups += ":root { font-size: 11.5px }"  # overrides the page's font size
+    style = tag("style", Svg((HERE / "page.css").read_text(encoding="utf-8").replace("&", "&amp;") + groups))
     opening, remainder = picture.split(">", 1)
     return join([f'{opening} xmlns="http://www.w3.org/2000/svg">', style, remainder, "\n"])
 

@@ -35,8 +35,8 @@ class TwoView(Task):
             second view.
         labeled: whether the augmented rows keep their labels. None: unless ``augment`` mixes images, whose labels are
             not one class; -100 leaves out hard terms.
-        pick: number of augmented rows with weight 1, those of the largest teacher entropy (CutMixPick); the others
-            have weight 0. None for all. The released code of R2KD uses the entropy of the images before mixing.
+        max_augmented: number of augmented rows with weight 1, those of the largest teacher entropy (CutMixPick); the
+            others have weight 0. None for all. The released code of R2KD uses the entropy of the images before mixing.
 
     Scores and analyses use batches without augmentation.
 
@@ -51,7 +51,7 @@ class TwoView(Task):
         names: Sequence[str] = ("weak", "strong"),
         teacher: Literal["same", "first"] | Augment = "same",
         labeled: bool | None = None,
-        pick: int | None = None,
+        max_augmented: int | None = None,
     ) -> None:
         mixes = bool(getattr(augment, "mixes", False))
         if not callable(augment):
@@ -64,9 +64,9 @@ class TwoView(Task):
             raise ValueError(f"{augment!r} mixes images, so a teacher needs the same mixed images. Use teacher='same'.")
         if mixes and labeled:
             raise ValueError(f"{augment!r} mixes images, whose label is not one class. Leave labeled=None.")
-        if pick is not None and pick < 1:
-            raise ValueError(f"TwoView needs pick >= 1, or None for all; got {pick!r}.")
-        self.augment, self.names, self.teacher, self.pick = augment, tuple(names), teacher, pick
+        if max_augmented is not None and max_augmented < 1:
+            raise ValueError(f"TwoView needs max_augmented >= 1, or None for all; got {max_augmented!r}.")
+        self.augment, self.names, self.teacher, self.max_augmented = augment, tuple(names), teacher, max_augmented
         self.labeled = not mixes if labeled is None else labeled
         self.inner = Classification()
 
@@ -107,20 +107,21 @@ class TwoView(Task):
         if not self.labeled:
             assert blocks[1].target is not None
             blocks[1] = blocks[1].replace(target=without_labels(blocks[1].target))
-        if self.pick is not None:
-            blocks[1] = blocks[1].replace(weight=self._pick_weights(blocks[1].teacher))
+        if self.max_augmented is not None:
+            blocks[1] = blocks[1].replace(weight=self._weights_by_entropy(blocks[1].teacher))
         return blocks
 
-    def _pick_weights(self, logits: Tensor) -> Tensor:
+    def _weights_by_entropy(self, logits: Tensor) -> Tensor:
         """Return 1 for the rows of the largest entropy and 0 for the others, (N,)."""
         logp = upcast_to_float32(logits).log_softmax(-1)
         entropy = -(logp.exp() * logp.masked_fill(torch.isneginf(logp), 0.0)).sum(-1)
         weight = torch.zeros_like(entropy)
-        return weight.index_fill(0, entropy.topk(min(self.pick or 0, len(entropy))).indices, 1.0)
+        return weight.index_fill(0, entropy.topk(min(self.max_augmented or 0, len(entropy))).indices, 1.0)
 
     def row_weights(self, batch: Any) -> dict[str, float]:
         n = float(len(labeled_batch(batch).labels))
-        return {self.names[0]: n, self.names[1]: n if self.pick is None else min(float(self.pick), n)}
+        augmented = n if self.max_augmented is None else min(float(self.max_augmented), n)
+        return {self.names[0]: n, self.names[1]: augmented}
 
     def score(self, student: nn.Module, batches: Iterable[Any], *, teacher: Any = None) -> dict[str, float]:
         return self.inner.score(student, batches, teacher=teacher)

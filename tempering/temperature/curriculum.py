@@ -25,9 +25,9 @@ class Curriculum(Policy):
     """T = low + (high - low) sigmoid(raw), equal for both sides: (1, 1) if global, (N, 1) if per instance.
 
     Trained by the loss: its gradient is multiplied by lambda, which goes from ``lambda_first`` to ``lambda_last`` along
-    half a cosine over the first ``over`` of the run. With a negative lambda the temperature maximizes the loss that the
-    student minimizes; ``lambda_last=1.0`` makes it minimize the loss too. The optimizer must include ``raw`` (or the
-    net): use ``method.param_groups()``, as the trainer does.
+    half a cosine over the first ``run_fraction`` of the run. With a negative lambda the temperature maximizes the loss
+    that the student minimizes; ``lambda_last=1.0`` makes it minimize the loss too. The optimizer must include ``raw``
+    (or the net): use ``method.param_groups()``, as the trainer does.
 
     Args:
         tau: reference temperature for methods with a plain softened term; the learned temperature does not start there.
@@ -37,7 +37,8 @@ class Curriculum(Policy):
         initial: initial ``raw``, or initial bias of the net's last layer. The released 1.0 is T = 15.6.
         lambda_first: factor of the gradient at the start.
         lambda_last: factor of the gradient at the end of the curriculum.
-        over: length of the curriculum as a fraction of the run; published: 10 of 240 epochs (5 of 120 on ImageNet).
+        run_fraction: length of the curriculum as a fraction of the run; published: 10 of 240 epochs (5 of 120 on
+            ImageNet).
         weight_decay: weight decay of ``raw`` or the net only. None uses the optimizer's, as the released code does
             (5e-4), which pulls ``raw`` to 0 and thus T to the middle of the range; 0.0 for none.
         hidden: width of the instance net; the published width is not known.
@@ -63,7 +64,7 @@ class Curriculum(Policy):
         initial: float = 1.0,
         lambda_first: float = 0.0,
         lambda_last: float = -1.0,
-        over: Annotated[float, RUN_FRACTION] = 10 / 240,
+        run_fraction: Annotated[float, RUN_FRACTION] = 10 / 240,
         weight_decay: float | None = None,
         hidden: int = 64,
         centered: bool = True,
@@ -80,7 +81,7 @@ class Curriculum(Policy):
             raise ValueError(f"Curriculum needs hidden >= 1; got {hidden!r}.")
         self.form: Form = form
         self.tau, self.low, self.high, self.initial = tau, low, high, initial
-        self.lambda_first, self.lambda_last, self.over = lambda_first, lambda_last, over
+        self.lambda_first, self.lambda_last, self.run_fraction = lambda_first, lambda_last, run_fraction
         self.weight_decay, self.hidden, self.centered = weight_decay, hidden, centered
         self.by_class = form == "instance"
         self.differentiable = differentiable
@@ -102,7 +103,7 @@ class Curriculum(Policy):
 
     def lambda_at(self, progress: float) -> float:
         """The factor of the temperature's gradient at this fraction of the run."""
-        fraction = 1.0 if self.over <= 0.0 else min(progress / self.over, 1.0)
+        fraction = 1.0 if self.run_fraction <= 0.0 else min(progress / self.run_fraction, 1.0)
         return self.lambda_last + (self.lambda_first - self.lambda_last) * 0.5 * (1.0 + math.cos(math.pi * fraction))
 
     def forward(self, rows: Rows, progress: float) -> Temperatures:

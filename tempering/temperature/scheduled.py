@@ -29,8 +29,8 @@ class Scheduled(Policy):
         policy: any policy. None: Static(4.0).
         shape: "cosine", half a period, flat at both ends; or "linear".
         start: the reference at the start. None: the policy's own tau.
-        end: the reference from ``over`` on.
-        over: the fraction of the run over which the reference moves.
+        end: the reference from ``run_fraction`` on.
+        run_fraction: the fraction of the run over which the reference moves.
 
     Reference: no publication of this policy; for annealing see Jafari et al., "Annealing Knowledge Distillation", EACL
     2021.
@@ -45,7 +45,7 @@ class Scheduled(Policy):
         shape: Shape = "cosine",
         start: Positive | None = None,
         end: Positive = 1.0,
-        over: Annotated[float, RUN_FRACTION] = 1.0,
+        run_fraction: Annotated[float, RUN_FRACTION] = 1.0,
     ) -> None:
         super().__init__()
         self.policy = check_inner_policy("Scheduled", Static(4.0) if policy is None else policy)
@@ -53,7 +53,7 @@ class Scheduled(Policy):
         if shape not in ("cosine", "linear"):
             raise ValueError(f"Scheduled needs shape 'cosine' or 'linear'; got {shape!r}.")
         self.shape: Shape = shape
-        self.start, self.end, self.over = start, end, over
+        self.start, self.end, self.run_fraction = start, end, run_fraction
         self.shift_invariant, self.by_class = self.policy.shift_invariant, self.policy.by_class
         self.relational = self.policy.relational
 
@@ -62,7 +62,7 @@ class Scheduled(Policy):
         return cls(Sharpness(4.0), end=2.0)
 
     def reference_at(self, progress: float) -> float:
-        done = 1.0 if self.over <= 0.0 else min(progress / self.over, 1.0)
+        done = 1.0 if self.run_fraction <= 0.0 else min(progress / self.run_fraction, 1.0)
         remaining = 1.0 - done if self.shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
         return self.end + (self.tau - self.end) * remaining
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 from tempering.utils.text import redact, without_secrets
 
 LOGGERS = ("tensorboard", "csv", "wandb", "mlflow", "trackio")
+LOGGED_AS = {"done": "success", "interrupted": "aborted", "failed": "failed"}
 DESCRIBED = ("label", "seed", "method", "student", "teacher", "data", "settings", "optimizer", "versions", "command")
 
 
@@ -52,13 +53,25 @@ class Loggers:
                     "reachable, and are you logged in? Or leave it out of loggers=."
                 ) from error
 
-    def log(self, scalars: Mapping[str, float], step: int) -> None:
-        """Log scalars of a step."""
-        self._each(lambda logger: logger.log_metrics(dict(scalars), step=step), f"at step {step}")
+    def step(self, line: Mapping[str, Any]) -> None:
+        """Log the loss, its terms, the learning rate, the time and the mean temperatures of a step's record."""
+        scalars: dict[str, float] = {f"train/{name}": line[name] for name in ("loss", "lr", "step_ms")}
+        scalars |= {f"train/{name}": value for name, value in line["terms"].items()}
+        scalars |= {f"train/{side}": line[side]["mean"] for side in ("T_teacher", "T_student") if side in line}
+        self._log(scalars, line["step"])
+
+    def scores(self, scores: Mapping[str, Mapping[str, float]], step: int) -> None:
+        """Log the scores of every split."""
+        self._log(
+            {f"{split}/{name}": value for split, values in scores.items() for name, value in values.items()}, step
+        )
 
     def end(self, status: str) -> None:
-        """Complete the logs: "success", "failed" or "aborted"."""
-        self._each(lambda logger: logger.finalize(status), "at the end")
+        """Complete the logs of a run that is "done", "interrupted" or "failed"."""
+        self._each(lambda logger: logger.finalize(LOGGED_AS[status]), "at the end")
+
+    def _log(self, scalars: dict[str, float], step: int) -> None:
+        self._each(lambda logger: logger.log_metrics(dict(scalars), step=step), f"at step {step}")
 
     def _each(self, call: Callable[[Any], object], when: str) -> None:
         for logger in list(self.active):

@@ -63,8 +63,6 @@ if TYPE_CHECKING:
     from tempering.training.features import PairedFeatures
     from tempering.training.loggers import Loggers
 
-LOGGED_AS = {"done": "success", "interrupted": "aborted", "failed": "failed"}
-
 
 class Trainer:
     """Train a student with a method and a teacher.
@@ -326,7 +324,7 @@ class Trainer:
         """Complete the records, then the logs."""
         self.recorder.end(status, **(facts or {}))
         if self.loggers is not None:
-            self.loggers.end(LOGGED_AS[status])
+            self.loggers.end(status)
 
     def _resume(self, facts: Mapping[str, Any]) -> None:
         """Load the newest checkpoint, if there is one, and start the records; those of a finished run stay."""
@@ -495,12 +493,8 @@ class Trainer:
         }
         self.recorder.step(line)
         self.progress_bar.update(step, epoch=line["epoch"], loss=line["loss"], lr=line["lr"])
-        if self.loggers is None:
-            return
-        scalars: dict[str, float] = {f"train/{name}": line[name] for name in ("loss", "lr", "step_ms")}
-        scalars |= {f"train/{name}": value for name, value in line["terms"].items()}
-        scalars |= {f"train/{side}": line[side]["mean"] for side in ("T_teacher", "T_student") if side in line}
-        self.loggers.log(scalars, step)
+        if self.loggers is not None:
+            self.loggers.step(line)
 
     def _finite(self, loss_sum: float) -> float:
         """Return ``loss_sum``; raise if it is not finite, which detects steps that were not logged on a GPU."""
@@ -522,8 +516,7 @@ class Trainer:
             self.recorder.epoch(line | rollout_metrics(self.loader.batches))
             state.last = {"epoch": state.epoch, **scores}
             if self.loggers is not None:
-                flat = {f"{name}/{metric}": v for name, values in scores.items() for metric, v in values.items()}
-                self.loggers.log(flat, state.step)
+                self.loggers.scores(scores, state.step)
             if best_by is not None:
                 split, metric = best_by.split("/")
                 value = self.fabric.broadcast(scores[split][metric])  # all ranks stop together

@@ -292,7 +292,7 @@ def inheritable_descriptors(lock: BaseFileLock) -> tuple[int, ...]:
     """
     from filelock import UnixFileLock
 
-    # filelock 3.12 to 4.3 have no public name for it; test_a_lock_outlives_its_arena_with_the_cell covers it
+    # filelock 3.12 to 4.3 have no public name for it; test_a_lock_outlives_its_comparison_with_the_cell covers it
     descriptor = lock._context.lock_file_fd if isinstance(lock, UnixFileLock) else None
     return () if descriptor is None else (descriptor,)
 

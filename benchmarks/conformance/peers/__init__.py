@@ -49,6 +49,13 @@ class Loss:
         return name in self.said or not message.startswith(UNSAID.get(name, "\0"))
 
 
+def of_generalized_jsd(definition: str) -> Promises:
+    """Of fused losses of language models: a mean over valid tokens, without T^2; vocabularies are aligned."""
+    return Promises(
+        definition=definition, temperature_squared=False, reduction="mean", ignored_rows=True, padded_vocabulary=True
+    )
+
+
 # what a function is not blamed for unless its documentation says it: callers run the teacher without gradients, and
 # torch's own cross entropy leaves a gradient of NaN in an ignored row that holds NaN
 UNSAID = {
@@ -77,13 +84,14 @@ class Library:
     losses: list[Loss] = field(default_factory=list[Loss])
 
     def loss(
-        self, path: str, *, kind: Kind, documented: str, promises: Promises | None = None, **names: tuple[str, ...]
+        self, path: str, *, kind: Kind, documented: str = "", promises: Promises | None = None, **names: tuple[str, ...]
     ) -> Callable[[Maker], Maker]:
-        """Register the decorated maker; ``names`` are ``said`` and ``unsaid``."""
+        """Register the decorated maker, whose docstring says what is documented; ``names``: ``said`` and ``unsaid``."""
 
         def register(make: Maker) -> Maker:
+            said = documented or " ".join((make.__doc__ or "").split())
             kept = promises or Promises()
-            self.losses.append(Loss(path=path, kind=kind, promises=kept, documented=documented, make=make, **names))
+            self.losses.append(Loss(path=path, kind=kind, promises=kept, documented=said, make=make, **names))
             return make
 
         return register

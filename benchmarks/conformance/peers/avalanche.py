@@ -15,9 +15,9 @@ LIBRARY = Library("avalanche-lib", "0.6.0")
     "training.regularization.LearningWithoutForgetting._distillation_loss",
     kind="logits",
     promises=Promises(definition="kl", reduction="mean"),
-    documented="KL divergence at a softmax temperature to the previous model, on the classes that are active.",
 )
 def forgetting() -> Any:
+    """KL divergence at a softmax temperature to the previous model, on the classes that are active."""
     bare("avalanche", "avalanche.training")
     stand_in("avalanche.models", MultiTaskModule=object, avalanche_forward=None)
     from avalanche.training.regularization import LearningWithoutForgetting

@@ -11,13 +11,11 @@ LIBRARY = Library("FlagEmbedding", "1.4.2")
 
 
 @LIBRARY.loss(
-    "abc.finetune.embedder.AbsEmbedderModel.distill_loss, kl_div",
-    kind="scores",
-    promises=Promises(divergence=False),
-    documented="Distillation loss of the kind kl_div, of the student's scores and the teacher's targets, which its "
-    "callers make by a softmax.",
+    "abc.finetune.embedder.AbsEmbedderModel.distill_loss, kl_div", kind="scores", promises=Promises(divergence=False)
 )
 def scores() -> Any:
+    """Distillation loss of the kind kl_div, of the student's scores and the teacher's targets, which its callers
+    make by a softmax."""
     bare("FlagEmbedding", "FlagEmbedding.abc", "FlagEmbedding.abc.finetune", "FlagEmbedding.abc.finetune.embedder")
     from FlagEmbedding.abc.finetune.embedder.AbsModeling import AbsEmbedderModel
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from peers import Library
+from peers import Library, of_generalized_jsd
 from tempering.conformance import Promises
 
 LIBRARY = Library("liger-kernel", "0.8.5")
@@ -21,13 +21,7 @@ def register(beta: float, definition: str) -> None:
     @LIBRARY.loss(
         f"chunked_loss.LigerFusedLinearJSDLoss, weight_hard_loss=0, weight_soft_loss=1, beta={beta:g}",
         kind="logits",
-        promises=Promises(
-            definition=definition,
-            temperature_squared=False,
-            reduction="mean",
-            ignored_rows=True,
-            padded_vocabulary=True,
-        ),
+        promises=of_generalized_jsd(definition),
         documented="Generalized JSD from hidden states and heads, a mean over tokens that are not ignored; where the "
         "teacher's vocabulary is padded, the student's logits are padded to match.",
     )
@@ -67,10 +61,10 @@ def cosine_distance(student: Any, teacher: Any, temperature: float) -> Any:
         ignored_rows=True,
         padded_vocabulary=True,
     ),
-    documented="Cosine distance of the logits, a mean over tokens not ignored; of rows of zeros nothing is said.",
     unsaid=("constant added to the logits", "temperature squared", "zero at agreement"),
 )
 def cosine() -> Any:
+    """Cosine distance of the logits, a mean over tokens not ignored; of rows of zeros nothing is said."""
     from liger_kernel.chunked_loss.cosine_similarity_loss import LigerFusedLinearCosineSimilarityLoss
 
     loss = LigerFusedLinearCosineSimilarityLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False)
@@ -88,9 +82,9 @@ def interpreted(name: str) -> Any:
     "transformers.LigerJSD, beta=0.5 (interpreted)",
     kind="logits",
     promises=Promises(definition="jsd", reduction="mean", ignored_rows=True),
-    documented="Generalized JSD of log-probabilities, a mean over tokens whose label is not ignored.",
 )
 def jsd() -> Any:
+    """Generalized JSD of log-probabilities, a mean over tokens whose label is not ignored."""
     loss = interpreted("LigerJSD")(beta=0.5)
     return lambda student, teacher, labels: loss(
         student.float().log_softmax(-1), teacher.float().log_softmax(-1), labels

@@ -14,12 +14,10 @@ LIBRARY = Library("lightly-train", "0.18.0")
 
 
 @LIBRARY.loss(
-    "_methods.distillation.DistillationLoss",
-    kind="logits",
-    promises=Promises(definition="kl", reduction="mean"),
-    documented="KL divergence between softmaxes over similarities to a queue, at a temperature.",
+    "_methods.distillation.DistillationLoss", kind="logits", promises=Promises(definition="kl", reduction="mean")
 )
 def queue() -> Any:
+    """KL divergence between softmaxes over similarities to a queue, at a temperature."""
     made = file_of("lightly_train", "_methods/distillation/distillation_loss.py").DistillationLoss
 
     def loss(student: Any, teacher: Any, temperature: float = 1.0) -> Any:
@@ -29,13 +27,9 @@ def queue() -> Any:
     return loss
 
 
-@LIBRARY.loss(
-    "_methods.distillationv2.DistillationV2Loss",
-    kind="features",
-    promises=Promises(definition=F.mse_loss),
-    documented="Mean squared error of the features.",
-)
+@LIBRARY.loss("_methods.distillationv2.DistillationV2Loss", kind="features", promises=Promises(definition=F.mse_loss))
 def squared() -> Any:
+    """Mean squared error of the features."""
     loss = file_of("lightly_train", "_methods/distillationv2/distillationv2_loss.py").DistillationV2Loss()
     return lambda student, teacher: loss(teacher, student)
 

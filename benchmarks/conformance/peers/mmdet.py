@@ -14,10 +14,10 @@ LIBRARY = Library("mmdet", "3.3.0")
     "models.losses.KnowledgeDistillationKLDivLoss",
     kind="logits",
     promises=Promises(definition="kl", temperature_squared=True),
-    documented="Loss for knowledge distillation with KL divergence at a temperature; a value per row, then a mean.",
     said=("no gradient into the teacher",),
 )
 def divergence() -> Any:
+    """Loss for knowledge distillation with KL divergence at a temperature; a value per row, then a mean."""
     bare("mmdet", "mmdet.models", "mmdet.models.losses")
     stand_in("mmdet.registry", MODELS=Unregistered())
     from mmdet.models.losses.kd_loss import KnowledgeDistillationKLDivLoss

@@ -25,10 +25,10 @@ def module(name: str) -> Any:
     "models.losses.KLDivergence",
     kind="logits",
     promises=Promises(definition="kl", reduction="mean", temperature_squared=True),
-    documented="KL divergence at a temperature; by default the sum is divided by the batch size; (N, C) or maps.",
     said=("no gradient into the teacher",),
 )
 def divergence() -> Any:
+    """KL divergence at a temperature; by default the sum is divided by the batch size; (N, C) or maps."""
     made = module("kl_divergence").KLDivergence
     return lambda student, teacher, temperature=1.0: made(tau=temperature)(student, teacher)
 
@@ -48,10 +48,10 @@ def decoupled(student: Tensor, teacher: Tensor, temperature: float, *, target: T
     "models.losses.DKDLoss, alpha=1, beta=1",
     kind="logits",
     promises=Promises(definition=decoupled, reduction="mean", temperature_squared=True, identifies_teacher=False),
-    documented="Target and non-target parts of the divergence, of 2203.08679; the reduction is 'batchmean' by default: "
-    "the sum of the output is divided by the batch size.",
 )
 def dkd() -> Any:
+    """Target and non-target parts of the divergence, of 2203.08679; the reduction is 'batchmean' by default: the
+    sum of the output is divided by the batch size."""
     made = module("decoupled_kd").DKDLoss
 
     def loss(student: Any, teacher: Any, labels: Any, temperature: float = 1.0) -> Any:
@@ -64,11 +64,11 @@ def dkd() -> Any:
     "models.losses.DISTLoss",
     kind="logits",
     promises=Promises(divergence=True, batch_dependent=True, identifies_teacher=False),
-    documented="Nothing is said; the name is that of the Pearson distances of DIST; a correlation with something "
-    "constant is undefined, and nearly so at the largest temperatures.",
     unsaid=("slope", "zero at agreement", "stationary at agreement"),
 )
 def dist() -> Any:
+    """Nothing is said; the name is that of the Pearson distances of DIST; a correlation with something constant is
+    undefined, and nearly so at the largest temperatures."""
     made = module("dist_loss").DISTLoss
     return lambda student, teacher, temperature=1.0: made(tau=temperature)(student, teacher)
 
@@ -77,9 +77,9 @@ def dist() -> Any:
     "models.losses.PKDLoss",
     kind="features",
     promises=Promises(feature_shape=(3, 2, 2), batch_dependent=True, identifies_teacher=False),
-    documented="Mean squared error of features that are normalized per channel over the batch.",
 )
 def pearson() -> Any:
+    """Mean squared error of features that are normalized per channel over the batch."""
     made = module("pkd_loss").PKDLoss()
     return lambda student, teacher: made(student, teacher)
 
@@ -88,8 +88,8 @@ def pearson() -> Any:
     "models.losses.ChannelWiseDivergence",
     kind="features",
     promises=Promises(feature_shape=(3, 2, 2), identifies_teacher=False),
-    documented="Divergence of the softmaxes over positions of every channel, times T^2 over the number of channels.",
 )
 def channels() -> Any:
+    """Divergence of the softmaxes over positions of every channel, times T^2 over the number of channels."""
     made = module("cwd").ChannelWiseDivergence()
     return lambda student, teacher: made(student, teacher)

@@ -38,10 +38,10 @@ register("none", "none")
     "torch.distill.MFTLoss",
     kind="logits",
     promises=Promises(temperature_squared=True, divergence=False, reduction=None),
-    documented="KL divergence to the teacher's distribution, corrected so that the label leads by a threshold; which "
-    "class leads changes where probabilities are equal.",
     unsaid=("order of the classes",),
 )
 def minifinetuning() -> Any:
+    """KL divergence to the teacher's distribution, corrected so that the label leads by a threshold; which class
+    leads changes where probabilities are equal."""
     made = losses().MFTLoss
     return lambda student, teacher, labels, temperature=1.0: made(temperature)(student, teacher, labels.clamp(min=0))

@@ -16,10 +16,10 @@ LIBRARY = Library(
     "torch.distill.LogitsDistillationLoss (its default, reduction=batchmean)",
     kind="logits",
     promises=Promises(definition="kl", temperature_squared=True, reduction="mean"),
-    documented="Implements the loss of 1503.02531, KL divergence on output logits, times T^2.",
     said=("no gradient into the teacher",),
     unsaid=("(B, T, V) as (N, V)",),
 )
 def default() -> Any:
+    """Implements the loss of 1503.02531, KL divergence on output logits, times T^2."""
     made = file_of("modelopt", "torch/distill/losses.py").LogitsDistillationLoss
     return lambda student, teacher, temperature=1.0: made(temperature)(student, teacher)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peers import Library, file_of
+from peers import Library, file_of, of_generalized_jsd
 from tempering.conformance import Promises
 
 LIBRARY = Library("ms-swift", "4.6.0")
@@ -18,13 +18,7 @@ def register(beta: float, definition: str) -> None:
     @LIBRARY.loss(
         f"rlhf_trainers.gkd_loss.gkd_loss, beta={beta:g}",
         kind="tokens",
-        promises=Promises(
-            definition=definition,
-            temperature_squared=False,
-            reduction="mean",
-            ignored_rows=True,
-            padded_vocabulary=True,
-        ),
+        promises=of_generalized_jsd(definition),
         documented="Generalized JSD of active positions, to be divided by their number; vocabularies of unequal size "
         "are aligned.",
     )
@@ -47,9 +41,9 @@ for beta, definition in {0.0: "kl", 0.5: "jsd", 1.0: "reverse_kl"}.items():
     "rlhf_trainers.gkd_loss.gkd_loss, beta=0, top-k of a teacher API",
     kind="top_k",
     promises=Promises(definition="kl", tail="renormalized", identifies_teacher=False),
-    documented="Divergence on the teacher's top-k log-probabilities; both sides are renormalized over the list.",
 )
 def top_k() -> Any:
+    """Divergence on the teacher's top-k log-probabilities; both sides are renormalized over the list."""
     module = losses()
 
     def loss(student: Any, values: Any, indices: Any, labels: Any) -> Any:

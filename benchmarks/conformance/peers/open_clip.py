@@ -11,11 +11,9 @@ LIBRARY = Library("open-clip-torch", "3.3.0")
 
 
 @LIBRARY.loss(
-    "DistillClipLoss.dist_loss",
-    kind="logits",
-    promises=Promises(definition="cross_entropy", reduction="mean"),
-    documented="Nothing is said; the name and arguments are those of a cross entropy with the teacher's probabilities.",
+    "DistillClipLoss.dist_loss", kind="logits", promises=Promises(definition="cross_entropy", reduction="mean")
 )
 def distance() -> Any:
+    """Nothing is said; the name and arguments are those of a cross entropy with the teacher's probabilities."""
     made = file_of("open_clip", "loss.py").DistillClipLoss()
     return lambda student, teacher: made.dist_loss(teacher, student)

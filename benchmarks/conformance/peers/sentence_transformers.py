@@ -30,10 +30,10 @@ def kl_of_scores(student: Tensor, teacher: Tensor) -> Tensor:
     "sentence_transformer.losses.DistillKLDivLoss",
     kind="scores",
     promises=Promises(definition=kl_of_scores),
-    documented="KL divergence between softmaxes of the teacher's and the student's scores, times T^2.",
     said=("no gradient into the teacher",),
 )
 def divergence() -> Any:
+    """KL divergence between softmaxes of the teacher's and the student's scores, times T^2."""
     from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss
 
     loss = DistillKLDivLoss(nn.Identity())
@@ -46,14 +46,11 @@ def margins(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @LIBRARY.loss(
-    "sentence_transformer.losses.MarginMSELoss",
-    kind="scores",
-    promises=Promises(definition=margins),
-    documented="Mean squared difference between the student's and the teacher's margins of the positive over each "
-    "negative; labels may be scores.",
-    unsaid=("ties",),
+    "sentence_transformer.losses.MarginMSELoss", kind="scores", promises=Promises(definition=margins), unsaid=("ties",)
 )
 def margin() -> Any:
+    """Mean squared difference between the student's and the teacher's margins of the positive over each negative;
+    labels may be scores."""
     from sentence_transformers.sentence_transformer.losses import MarginMSELoss
 
     loss = MarginMSELoss(nn.Identity())
@@ -88,14 +85,10 @@ class GivenScores(nn.Module):
 
 
 @LIBRARY.loss(
-    "cross_encoder.losses.MarginMSELoss",
-    kind="scores",
-    promises=Promises(definition=margins),
-    documented="Mean squared difference between the student's and the teacher's margins of the positive over each "
-    "negative.",
-    unsaid=("ties",),
+    "cross_encoder.losses.MarginMSELoss", kind="scores", promises=Promises(definition=margins), unsaid=("ties",)
 )
 def cross_encoder_margin() -> Any:
+    """Mean squared difference between the student's and the teacher's margins of the positive over each negative."""
     from sentence_transformers.cross_encoder.losses import MarginMSELoss
 
     def loss(student: Tensor, teacher: Tensor) -> Any:

@@ -21,9 +21,9 @@ class Modifier:
     "pytorch.sparsification.distillation.kl_logsoftmax",
     kind="logits",
     promises=Promises(definition="kl", temperature_squared=True, reduction="mean", sequences=True),
-    documented="Nothing is said; its callers give it the logits and the temperature of distillation.",
 )
 def divergence() -> Any:
+    """Nothing is said; its callers give it the logits and the temperature of distillation."""
     bare(
         "sparseml",
         "sparseml.pytorch",

@@ -29,14 +29,10 @@ def mask_of(lengths: Any, max_len: int, dtype: Any, device: Any) -> Any:
     return (torch.arange(max_len) < lengths[:, None]).to(dtype)
 
 
-@LIBRARY.loss(
-    "nnet.losses.nll_loss_kd",
-    kind="tokens",
-    promises=Promises(definition="cross_entropy", reduction="mean"),
-    documented="Distillation by negative log-likelihood; the arguments are documented as the probabilities of both "
-    "sides, and are probabilities in the example.",
-)
+@LIBRARY.loss("nnet.losses.nll_loss_kd", kind="tokens", promises=Promises(definition="cross_entropy", reduction="mean"))
 def of_probabilities() -> Any:
+    """Distillation by negative log-likelihood; the arguments are documented as the probabilities of both sides,
+    and are probabilities in the example."""
     made = likelihood()
     return lambda student, teacher: made(student.softmax(-1), teacher.softmax(-1), torch.ones(len(student)))
 
@@ -45,8 +41,8 @@ def of_probabilities() -> Any:
     "nnet.losses.nll_loss_kd, given log-probabilities of the student",
     kind="tokens",
     promises=Promises(definition="cross_entropy", reduction="mean"),
-    documented="As above, with the log-probabilities that its recipes give it.",
 )
 def of_log_probabilities() -> Any:
+    """As above, with the log-probabilities that its recipes give it."""
     made = likelihood()
     return lambda student, teacher: made(student.log_softmax(-1), teacher.softmax(-1), torch.ones(len(student)))

@@ -11,13 +11,9 @@ LIBRARY = Library("super-gradients", "3.7.1")
 PACKAGES = "super_gradients", "super_gradients.training", "super_gradients.training.losses", "super_gradients.common"
 
 
-@LIBRARY.loss(
-    "training.losses.KDklDivLoss",
-    kind="logits",
-    promises=Promises(definition="kl", reduction="mean"),
-    documented="KL divergence for knowledge distillation.",
-)
+@LIBRARY.loss("training.losses.KDklDivLoss", kind="logits", promises=Promises(definition="kl", reduction="mean"))
 def divergence() -> Any:
+    """KL divergence for knowledge distillation."""
     bare(*PACKAGES)
     for name, given in {
         "decorators.factory_decorator": {"resolve_param": lambda *a: lambda f: f},

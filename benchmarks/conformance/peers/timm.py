@@ -43,9 +43,10 @@ def task(name: str, student: Any, teacher: Any, **fields: Any) -> Any:
     "task.LogitDistillationTask, kd_loss",
     kind="logits",
     promises=Promises(definition="kl", temperature_squared=True, reduction="mean"),
-    documented="Logit distillation by KL divergence with temperature scaling; the teacher runs without gradients.",
 )
 def logits() -> Any:
+    """Logit distillation by KL divergence with temperature scaling; the teacher runs without gradients."""
+
     def loss(student: Any, teacher: Any, temperature: float = 1.0) -> Any:
         return task("LogitDistillationTask", student, teacher, temperature=temperature)
 
@@ -53,10 +54,8 @@ def logits() -> Any:
 
 
 @LIBRARY.loss(
-    "task.FeatureDistillationTask, kd_loss",
-    kind="features",
-    promises=Promises(definition=nn.functional.mse_loss),
-    documented="Mean squared error of the pooled features before the classifier.",
+    "task.FeatureDistillationTask, kd_loss", kind="features", promises=Promises(definition=nn.functional.mse_loss)
 )
 def features() -> Any:
+    """Mean squared error of the pooled features before the classifier."""
     return lambda student, teacher: task("FeatureDistillationTask", (student, student), teacher)

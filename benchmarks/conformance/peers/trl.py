@@ -48,11 +48,11 @@ for trainer, module in TRAINERS.items():
     "IWOPDTrainer.generalized_jsd_loss, beta=0, top_k of all classes but one",
     kind="tokens",
     promises=promises("kl", reduction="mean", ignored_rows=True),
-    documented="The teacher's top k with one bucket for the remaining mass; with k of all classes but one it is the "
-    "whole divergence. Nothing is said of tails below 1e-7, which T = 0.05 makes.",
     unsaid=("temperature", "confident rows", "gradient"),
 )
 def bucket() -> Any:
+    """The teacher's top k with one bucket for the remaining mass; with k of all classes but one it is the whole
+    divergence. Nothing is said of tails below 1e-7, which T = 0.05 makes."""
     from trl.experimental.iw_opd.iw_opd_trainer import IWOPDTrainer
 
     return lambda student, teacher, labels, temperature=1.0: IWOPDTrainer.generalized_jsd_loss(
@@ -125,9 +125,9 @@ for tail in (True, False):
     "experimental.async_distillation._jsd_loss_chunk, beta=0, add_tail_bucket=True",
     kind="top_k",
     promises=Promises(definition="kl", tail="bucket", reduction="sum"),
-    documented="Forward KL on the teacher's top k and one bucket for the rest, so that both are distributions; summed.",
 )
 def asynchronous() -> Any:
+    """Forward KL on the teacher's top k and one bucket for the rest, so that both are distributions; summed."""
     return _asynchronous(True)
 
 
@@ -135,9 +135,9 @@ def asynchronous() -> Any:
     "experimental.async_distillation._jsd_loss_chunk, beta=0, add_tail_bucket=False",
     kind="top_k",
     promises=Promises(definition="kl", tail="renormalized", reduction="sum", identifies_teacher=False),
-    documented="Forward KL on the teacher's top k, both sides renormalized; summed.",
 )
 def asynchronous_renormalized() -> Any:
+    """Forward KL on the teacher's top k, both sides renormalized; summed."""
     return _asynchronous(False)
 
 
@@ -158,9 +158,9 @@ def _asynchronous(tail: bool) -> Any:
     "experimental.gold.ULDLoss (one vocabulary, every token matched)",
     kind="logits",
     promises=Promises(definition="jsd", divergence=True),
-    documented="Tokens that both vocabularies have are compared by generalized JSD of their probabilities.",
 )
 def hybrid() -> Any:
+    """Tokens that both vocabularies have are compared by generalized JSD of their probabilities."""
     from trl.experimental.gold.gold_trainer import ULDLoss
 
     def loss(student: Any, teacher: Any) -> Any:

@@ -18,9 +18,9 @@ LIBRARY = Library("ultralytics", "8.4.190")
     "nn.distill_model.DistillationModel.loss_sl2",
     kind="features",
     promises=Promises(definition=F.mse_loss, feature_shape=(2, 2, 2)),
-    documented="Squared difference of features, weighted by the teacher's scores of the positions.",
 )
 def squared() -> Any:
+    """Squared difference of features, weighted by the teacher's scores of the positions."""
     bare("ultralytics", "ultralytics.nn")
     unused = {"nn.modules.head": "Detect", "utils.torch_utils": "copy_attr", "nn.tasks": "load_checkpoint"}
     for module, name in unused.items():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tempering.conformance.checks.base import ALL, check_close, invariant, plain, scale_of
+from tempering.conformance.checks.base import ALL, check_close, invariant, plain, scale_of, sequences
 from tempering.conformance.draws import Draw
-from tempering.conformance.probe import Probe, Violation
+from tempering.conformance.probe import Probe, Violation, top_k_of
 from tempering.conformance.tolerances import FORMULA, SLOPE, rounding
 from tempering.rows import IGNORE_INDEX
 
@@ -25,6 +25,8 @@ def runs(probe: Probe, draw: Draw) -> None:
 def _has_gradient(probe: Probe, *shape: int) -> bool:
     """Whether there is a gradient for other inputs, since a loss may be stationary for some."""
     generator = torch.Generator().manual_seed(0)
+    if probe.kind == "scores":  # what is left of two after they are normalized is constant
+        shape = (*shape[:-1], 4)
     pairs = torch.randn(3, 2, *shape, generator=generator, dtype=torch.float64)
     return any(bool(probe.gradient(student, teacher)[1].any()) for student, teacher in pairs)
 
@@ -32,18 +34,27 @@ def _has_gradient(probe: Probe, *shape: int) -> bool:
 @invariant("inputs untouched", ALL, after=("runs",), examples=5, of_draws=True)
 def inputs_untouched(probe: Probe, draw: Draw) -> None:
     """The inputs are not modified."""
-    student, teacher = draw.pair(2)
-    before = student.clone(), teacher.clone()
-    leaf = student.clone().requires_grad_()
-    value = probe(leaf * 1.0, teacher)
-    if value.requires_grad:
-        value.backward()
-    held = student.clone()
-    with torch.no_grad():
-        probe(held, teacher)
-    for side, x, y in (("student", held, before[0]), ("teacher", teacher, before[1])):
+    target = None
+    if probe.on_rows:
+        student, teacher, target, _ = sequences(probe, draw, ignored=False)
+    else:
+        student, teacher = draw.pair(2)
+    given = student, teacher
+    if probe.kind == "top_k":
+        given = student, *top_k_of(teacher, 2, probe.promises.top_k_values)
+    held = tuple(x.clone() for x in given)
+    held = held[0].requires_grad_() * 1.0, *held[1:]
+    probe.copies = False
+    try:
+        if target is None:
+            probe(held[0], held[1])
+        else:
+            probe.call_sides(held, target)
+    finally:
+        probe.copies = True
+    for side, x, y in zip(("student", "teacher", "list"), held, given, strict=False):
         if not torch.equal(x, y):
-            raise Violation(f"the {side}'s tensor is modified in place", student=before[0], teacher=before[1])
+            raise Violation(f"the {side}'s tensor is modified in place", student=student, teacher=teacher)
 
 
 @invariant("deterministic", ALL, after=("runs",), examples=5, of_draws=True)

@@ -67,12 +67,12 @@ def one_candidate(probe: Probe, draw: Draw) -> None:
 def ties(probe: Probe, draw: Draw) -> None:
     """Equal scores give a finite loss and gradient, and candidates that are equal on both sides get equal gradients."""
     student, teacher = draw.pair(n=1, c=4)
-    student[:, 1], teacher[:, 1] = student[:, 0], teacher[:, 0]
+    student[:, 1], teacher[:, 1] = student[:, 2], teacher[:, 2]  # the first and last may have a role
     check_finite_or_refused(probe, student, teacher)
     gradient = probe.gradient(student, teacher)[1]
     check_close(
         gradient[:, 1],
-        gradient[:, 0],
+        gradient[:, 2],
         "equal candidates get different gradients",
         tol=rounding(student.dtype, 1.0),
         student=student,
@@ -118,8 +118,7 @@ def masked_features(probe: Probe, draw: Draw) -> None:
     hidden = ~mask.unsqueeze(-1)
     sides = [torch.where(hidden, draw.array(*x.shape) + x, x) for x in (student, teacher)]
     want, got = (probe.gradient(s, t, mask) for s, t in ((student, teacher), sides))
-    tol = rounding(student.dtype, 4.0)
-    check_close(got[0], want[0], "the contents of masked positions change the loss", tol=tol, tensors=tensors)
+    check_close(got[0], want[0], "the contents of masked positions change the loss", tensors=tensors)
     check_close(want[1][~mask], torch.zeros(()), "masked positions get a gradient", tol=0.0, tensors=tensors)
 
 
@@ -139,7 +138,6 @@ def padded_features(probe: Probe, draw: Draw) -> None:
         probe(s, t, longer),
         probe(student, teacher, mask),
         "appended masked positions change the loss",
-        tol=rounding(student.dtype, 4.0),
         student=s,
         teacher=t,
         mask=longer,

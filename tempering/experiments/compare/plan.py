@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tempering.experiments.former_names import FORMER, FORMER_WORDS, PRESENT, PRESENT_WORDS, replace_words
+from tempering.experiments.former_names import FORMER, PRESENT, former_spec, present_spec
 from tempering.experiments.presets import Preset, slug
 from tempering.utils.files import read_sealed, sealed, sha256_text, write_atomic
 from tempering.utils.text import without_private_paths
@@ -25,10 +25,10 @@ class Cell:
 
     Attributes:
         id: readable name with a hash of the run's settings; the name of its record.
-        label: label of the arm in records.
+        label: label of the preset in records.
         method: value of the recipe's --method.
         temperature: value of its --temperature; None for the method's own.
-        seed: seed of the run, by which runs of two arms are paired.
+        seed: seed of the run, by which runs of two presets are paired.
     """
 
     id: str
@@ -45,8 +45,8 @@ class Plan:
     Attributes:
         recipe: the recipe's name.
         flags: its flags, shared by all runs; absolute paths are cut to their last component.
-        control: label of the arm that differences are taken to; None lets the report choose.
-        cells: sorted by arm, then by seed.
+        control: label of the preset that differences are taken to; None lets the report choose.
+        cells: sorted by preset, then by seed.
     """
 
     recipe: str
@@ -56,17 +56,17 @@ class Plan:
 
 
 def plan_for(
-    recipe: Path, arms: Sequence[Preset], seeds: Sequence[int], flags: Sequence[str], control: str | None = None
+    recipe: Path, presets: Sequence[Preset], seeds: Sequence[int], flags: Sequence[str], control: str | None = None
 ) -> Plan:
-    """Return the grid of arms times seeds.
+    """Return the grid of presets times seeds.
 
     Raises:
         ValueError: if flags cannot be parsed, or are set by the grid.
     """
     flags_by_name = shared_flags(flags, OWN, "compare")
     cells = [
-        Cell(_id(recipe.stem, arm, seed, flags_by_name), arm.label, arm.spec, arm.temperature, seed)
-        for arm in arms
+        Cell(_id(recipe.stem, preset, seed, flags_by_name), preset.label, preset.spec, preset.temperature, seed)
+        for preset in presets
         for seed in seeds
     ]
     return Plan(recipe.stem, flags_by_name, control, tuple(cells))
@@ -123,7 +123,8 @@ def read(folder: Path) -> Plan:
     try:
         content = read_sealed(path, required=FORMAT)
         cells = tuple(
-            Cell(**cell | {"method": replace_words(cell["method"], PRESENT_WORDS)}) for cell in content["cells"]
+            Cell(**cell | {name: cell[name] and present_spec(cell[name]) for name in ("method", "temperature")})
+            for cell in content["cells"]
         )
         flags: dict[str, str] = content["flags"]
         if content["format"] == 1:
@@ -172,13 +173,13 @@ def _pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield name.replace("-", "_"), without_private_paths([f"--{name}", value])[1]
 
 
-def _id(recipe: str, arm: Preset, seed: int, flags: dict[str, str]) -> str:
+def _id(recipe: str, preset: Preset, seed: int, flags: dict[str, str]) -> str:
     former = {FORMER.get(name, name): value for name, value in flags.items()}
     what: dict[str, Any] = {
         "recipe": recipe,
-        "method": replace_words(arm.spec, FORMER_WORDS),
-        "temperature": None if arm.temperature is None else replace_words(arm.temperature, FORMER_WORDS),
+        "method": former_spec(preset.spec),
+        "temperature": preset.temperature and former_spec(preset.temperature),
         "flags": former,
     }
     digest = sha256_text(json.dumps([what, seed], sort_keys=True))
-    return f"{slug(arm.label)}-s{seed}-{digest[:8]}"
+    return f"{slug(preset.label)}-s{seed}-{digest[:8]}"

@@ -118,7 +118,7 @@ class ComparisonRunner:
         waiting = [c for c in self.plan.cells if not self._done(c) and c.id not in self.failed and c.id not in busy]
         for cell in sorted(
             waiting, key=lambda c: c.seed
-        ):  # seed by seed, so that a stopped grid has some seeds of all arms
+        ):  # seed by seed, so that a stopped grid has some seeds of all presets
             if len(self.running) >= self.jobs:
                 break
             self._launch(cell)

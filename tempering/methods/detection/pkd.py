@@ -27,8 +27,8 @@ class PKD(NeckMethod):
     Args:
         feature: weight; released for RetinaNet: 10 per level.
         hard: weight of the task's own loss.
-        over: "batch", as published: standardize a channel over all images, so that the loss depends on the batch;
-            "image": over each image separately.
+        standardize_over: "batch", as published: standardize a channel over all images, so that the loss depends on
+            the batch; "image": over each image separately.
         names: feature names; () for the levels "p0", "p1", ....
 
     Reference: Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson Correlation
@@ -42,22 +42,22 @@ class PKD(NeckMethod):
         *,
         feature: TermWeight = 10.0,
         hard: NonNegative = 1.0,
-        over: Literal["batch", "image"] = "batch",
+        standardize_over: Literal["batch", "image"] = "batch",
         names: Sequence[str] = (),
     ) -> None:
         super().__init__(feature=feature, hard=hard, names=names)
-        if over not in ("batch", "image"):
-            raise ValueError(f"PKD needs over 'batch' or 'image'; got {over!r}.")
-        self.over = over
-        self.relational = over == "batch"  # pyright: ignore[reportAttributeAccessIssue]
+        if standardize_over not in ("batch", "image"):
+            raise ValueError(f"PKD needs standardize_over 'batch' or 'image'; got {standardize_over!r}.")
+        self.standardize_over = standardize_over
+        self.relational = standardize_over == "batch"  # pyright: ignore[reportAttributeAccessIssue]
 
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:
-        dims = (0, 2, 3) if self.over == "batch" else (2, 3)
+        dims = (0, 2, 3) if self.standardize_over == "batch" else (2, 3)
         return over_levels([self._distance(s, t, dims) for s, t in self.aligned(pairs)])
 
     def _distance(self, s: Tensor, t: Tensor, dims: tuple[int, ...]) -> Tensor:
         error = (standardized(s, dims) - standardized(t, dims)).square() / 2
-        return error.mean() if self.over == "batch" else error.mean((1, 2, 3))
+        return error.mean() if self.standardize_over == "batch" else error.mean((1, 2, 3))
 
 
 def standardized(x: Tensor, dims: tuple[int, ...]) -> Tensor:

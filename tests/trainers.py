@@ -1,6 +1,6 @@
 """One step and one evaluation of the same data by the engine, the Trainer of transformers and Lightning.
 
-``python -m tests.lanes OUT``, started twice with the variables of torchrun, runs them on two gloo processes.
+``python -m tests.trainers OUT``, started twice with the variables of torchrun, runs them on two gloo processes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from tempering import distill
@@ -26,10 +24,11 @@ from tempering.data.text import TextExample, collate, pack
 from tempering.methods import KD
 from tempering.tasks import LanguageModeling
 from tempering.tasks.base import Task
-from tests.later import Later
+from tests.lazy_modules import LazyModule
 
-gen = Later("tests.test_generation")  # its models
-hf = Later("transformers")
+fsdp = LazyModule("torch.distributed.fsdp")
+gen = LazyModule("tests.test_generation")  # its models
+hf = LazyModule("transformers")
 LR, PAD, V, CLASSES = 0.1, 11, 12, 4
 
 
@@ -49,7 +48,7 @@ class Data(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a lane computed: the loss of the step, its gradient, and the evaluation after the step."""
+    """What a trainer computed: the loss of the step, its gradient, and the evaluation after the step."""
 
     loss: float
     gradient: list[float]
@@ -128,7 +127,7 @@ def expected(
 
 
 def flat(model: nn.Module) -> Tensor:
-    whole: list[Any] = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    whole: list[Any] = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
     return torch.cat([p.detach().flatten() for p in whole])
 
 
@@ -214,10 +213,10 @@ def lightning(
     class Sharded(DistillModule):
         def configure_model(self) -> None:
             """Shard the student, where a strategy with a mesh of devices asks for it."""
-            if self.device_mesh is not None and not isinstance(self.student, FSDPModule):
+            if self.device_mesh is not None and not isinstance(self.student, fsdp.FSDPModule):
                 for block in self.student.model.layers:
-                    fully_shard(block, mesh=self.device_mesh["data_parallel"])
-                fully_shard(self.student, mesh=self.device_mesh["data_parallel"])
+                    fsdp.fully_shard(block, mesh=self.device_mesh["data_parallel"])
+                fsdp.fully_shard(self.student, mesh=self.device_mesh["data_parallel"])
 
     module = Sharded(
         student,
@@ -240,7 +239,7 @@ def lightning(
     return Result(logged["train_soft"] + logged["train_hard"], moved(before, student), scores)
 
 
-LANES: dict[str, Callable[..., Result]] = {
+TRAINERS: dict[str, Callable[..., Result]] = {
     "engine": engine,
     "transformers": transformers_trainer,
     "lightning": lightning,
@@ -289,13 +288,13 @@ def main(out: Path) -> None:
     for name in ("transformers", "lightning"):
         student, teacher = models("llama")
         two: dict[str, Any] = {} if name == "transformers" else {"devices": 2, "strategy": "ddp"}
-        results[name] = LANES[name](student, teacher, half, LanguageModeling(), **two)._asdict()
+        results[name] = TRAINERS[name](student, teacher, half, LanguageModeling(), **two)._asdict()
     from lightning.pytorch.strategies import ModelParallelStrategy
 
     sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     student, teacher = models("llama")
     result = lightning(student, teacher, half, LanguageModeling(), devices=2, strategy=sharded)
-    assert isinstance(student, FSDPModule) and any(isinstance(p, DTensor) for p in student.parameters())
+    assert isinstance(student, fsdp.FSDPModule) and any(hasattr(p, "full_tensor") for p in student.parameters())
     results["lightning, sharded"] = result._asdict()
     if not torch.distributed.get_rank():
         out.write_text(json.dumps(results))

@@ -1,9 +1,10 @@
-"""The arena: cells run once, resume, fail alone, and are shown from their records. Most cells here train nothing."""
+"""Comparisons: cells run once, resume, fail alone, and are shown from their records. Most cells here train nothing."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from tempering.experiments import recipe as recipe_file
 from tempering.experiments.compare import plan as compare_plan
 from tempering.experiments.compare import runner as compare_runner
 from tempering.experiments.compare import status as compare_status
-from tempering.experiments.presets import presets_from
+from tempering.experiments.former_names import former_spec, present_spec
+from tempering.experiments.presets import method_of, presets_from
 from tempering.training.checkpoint import list_steps
 from tests import recipes
 from tests.paths import ROOT, SHARED, needs_shared
@@ -40,7 +42,7 @@ def main(*, method: str, seed: int = 0, out: Path, label: str = "", temperature:
     """Write records.
 
     Args:
-        method: the arm.
+        method: the preset.
         fail: the method that fails, as a run does.
         crash: the method that ends before there is a record.
         wait: the method that never ends.
@@ -49,7 +51,7 @@ def main(*, method: str, seed: int = 0, out: Path, label: str = "", temperature:
     with open(out.parent / "begun.txt", "a") as begun:
         begun.write(out.name + "\\n")
     if method == crash:
-        raise ValueError("this arm was asked to crash")
+        raise ValueError("this preset was asked to crash")
     out.mkdir(parents=True, exist_ok=True)
     facts = {"format": 1, "status": "running", "label": label, "seed": seed,
              "started": f"2026-03-01T10:00:0{seed}+00:00", "finished": None, "method": {"name": method}, "result": None,
@@ -178,7 +180,7 @@ def test_a_failed_cell_is_shown_and_stops_no_other(
     assert "KD, seed 0: failed: FloatingPointError: the loss is nan at step 3" in said
     assert "DKD, seed 0: failed: exit code 1: " in said and "log.txt" in said
     assert cell_of(out, "nkd").is_file() and not cell_of(out, "KD").is_file()
-    assert "this arm was asked to crash" in (out / "work" / cell_of(out, "DKD").stem / "log.txt").read_text()
+    assert "this preset was asked to crash" in (out / "work" / cell_of(out, "DKD").stem / "log.txt").read_text()
     table = (out / "table.md").read_text()
     assert "| KD | 0 of 1; failed: 0 |" in table
     assert "| DKD | 0 of 1; open: 0 |" in table
@@ -199,8 +201,8 @@ def test_open_cells_are_shown_as_open_and_status_says_so(
 ) -> None:
     out = tmp_path / "grid"
     compare(fake, out, "--seeds=1")
-    arms = presets_from("kd,dkd,dtkd")
-    plan = compare_plan.plan_for(fake, arms, range(2), [])
+    presets = presets_from("kd,dkd,dtkd")
+    plan = compare_plan.plan_for(fake, presets, range(2), [])
     compare_plan.write(out, plan)
     compare_status.render(out, plan)
     table = (out / "table.md").read_text()
@@ -227,7 +229,7 @@ def test_what_runs_is_seen_from_outside_and_a_stop_reaches_it(
         assert "2 runs: 1 running, 1 open" in said
         assert " 25 %" in said
 
-        # a second arena does not take the cell that the first one runs: it does the rest, then waits
+        # a second comparison does not take the cell that the first one runs: it does the rest, then waits
         plan = compare_plan.read(out)
         second = compare_runner.ComparisonRunner(out, plan, fake, ["--wait=kd"], quiet=True)
         second._set_up()
@@ -258,8 +260,8 @@ child.wait()
 """
 
 
-def test_a_lock_outlives_its_arena_with_the_cell(tmp_path: Path) -> None:
-    """An arena that is killed leaves its cells running; nobody may start them a second time."""
+def test_a_lock_outlives_its_comparison_with_the_cell(tmp_path: Path) -> None:
+    """A comparison that is killed leaves its cells running; nobody may start them a second time."""
     place = tmp_path / "work" / "cell"
     path = compare_plan.lock_path(place)
     command = [sys.executable, "-c", LAUNCHER, str(path)]
@@ -324,6 +326,36 @@ def test_a_renamed_flag_is_the_same_cell(name: str, recipe: str, tmp_path: Path)
     assert (again.cells[0].id.rpartition("-")[2], again.flags) == (cell.id.rpartition("-")[2], plan.flags)
     compare_plan.write(tmp_path, plan)
     assert compare_plan.read(tmp_path) == plan
+
+
+def test_recorded_cells_with_former_arguments_have_methods_and_keep_their_ids() -> None:
+    """``attached``, for one: the method is made with the present words, and a new comparison has the same cells."""
+    renamed = set[str]()
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*/plan.json")):
+        former, plan = json.loads(path.read_text()), compare_plan.read(path.parent)
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in plan.flags.items()]
+        for old, cell in zip(former["cells"], plan.cells, strict=True):
+            if (old["method"], old["temperature"]) == (cell.method, cell.temperature):
+                continue
+            method_of(cell.method, cell.temperature)
+            presets = presets_from(cell.method, cell.temperature)
+            again = compare_plan.plan_for(Path(plan.recipe), presets, [cell.seed], flags).cells[0]
+            assert again.id.rpartition("-")[2] == cell.id.rpartition("-")[2], (path, cell)
+            renamed |= set(re.findall(r"\w+", old["method"])) - set(re.findall(r"\w+", cell.method))
+    assert "attached" in renamed
+
+
+@pytest.mark.parametrize(
+    ("present", "former"),
+    [
+        ("pkd(standardize_over=image)", "pkd(over=image)"),
+        ("kd(temperature=curriculum(run_fraction=0.5))", "kd(temperature=curriculum(over=0.5))"),
+        ("sum(pkd(standardize_over='batch'), kd(temperature=scheduled(run_fraction=1)))", None),
+    ],
+)
+def test_over_had_two_meanings(present: str, former: str | None) -> None:
+    assert former_spec(present) == (former or former_spec(present)) != present
+    assert present_spec(former_spec(present)) == present
 
 
 def test_a_new_flag_with_the_former_name_of_another_is_itself(fake: Path, tmp_path: Path) -> None:
@@ -482,8 +514,8 @@ def test_damage_that_stops_a_cell_or_a_report_is_named(
 ) -> None:
     out = tmp_path / "grid"
     compare(fake, out, "--methods=kd,dkd", "--no-controls", "--seeds=1")
-    plan = arena_plan.read(out)
-    record, place = arena_plan.record_of(out, plan.cells[0]), arena_plan.work_of(out, plan.cells[0])
+    plan = compare_plan.read(out)
+    record, place = compare_plan.record_of(out, plan.cells[0]), compare_plan.work_of(out, plan.cells[0])
     record.unlink()
     capsys.readouterr()
     assert cli.main(["compare", "report", str(out)]) == 0
@@ -493,4 +525,4 @@ def test_damage_that_stops_a_cell_or_a_report_is_named(
         assert cli.main(["compare", *command]) == 1
         assert f"{place / 'facts.json'}, line 1, is not JSON" in capsys.readouterr().err
     (place / "log.txt").write_text("error: weights.safetensors is damaged\n(--traceback shows where)\n")
-    assert "exit code 1: error: weights.safetensors is damaged (full" in arena.failure_reason(place, {}, 1)
+    assert "exit code 1: error: weights.safetensors is damaged (full" in compare_runner.failure_reason(place, {}, 1)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 
-class Later:
+class LazyModule:
     """A module that is imported when somebody asks for something in it."""
 
     def __init__(self, name: str) -> None:

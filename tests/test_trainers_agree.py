@@ -21,9 +21,11 @@ from tempering.rows import Rows, total
 from tempering.tasks import Classification, LanguageModeling
 from tempering.tasks.base import Task
 from tests.cases import each
-from tests.lanes import (
-    LANES,
+from tests.lazy_modules import needs
+from tests.paths import ROOT
+from tests.trainers import (
     LR,
+    TRAINERS,
     Classifier,
     Data,
     Result,
@@ -37,8 +39,6 @@ from tests.lanes import (
     stacked,
     texts,
 )
-from tests.later import needs
-from tests.paths import ROOT
 
 pytestmark = [needs("transformers"), needs("accelerate"), needs("lightning")]
 
@@ -64,21 +64,21 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("trainer", TRAINERS)
 @each("layout, family, more", LAYOUTS)
-def test_texts_have_one_loss_gradient_and_scores(lane: str, layout: str, family: str, more: int) -> None:
+def test_texts_have_one_loss_gradient_and_scores(trainer: str, layout: str, family: str, more: int) -> None:
     """Labels are copied from the tokens, padding included, if the layout is unmasked."""
-    got = LANES[lane](*models(family, more=more), language(layout), LanguageModeling())
+    got = TRAINERS[trainer](*models(family, more=more), language(layout), LanguageModeling())
     agree(got, by_hand(family, more, "unmasked" in layout))
 
 
 @each(
-    "lane, batch, accumulate, evaluate",
-    [(lane, *size) for lane in LANES for size in ((12, 1, 10), (5, 3, 4), (4, 3, 1))],
+    "trainer, batch, accumulate, evaluate",
+    [(trainer, *size) for trainer in TRAINERS for size in ((12, 1, 10), (5, 3, 4), (4, 3, 1))],
 )
-def test_images_have_one_loss_gradient_and_scores(lane: str, batch: int, accumulate: int, evaluate: int) -> None:
+def test_images_have_one_loss_gradient_and_scores(trainer: str, batch: int, accumulate: int, evaluate: int) -> None:
     """A third has no label and learns from the teacher alone; the last batches are smaller."""
-    train, test, mapping = points(12, 0), points(10, 1), lane == "transformers"
+    train, test, mapping = points(12, 0), points(10, 1), trainer == "transformers"
     student, teacher = (Classifier(*sizes, mapping=mapping) for sizes in ((5, 0), (7, 2)))
     plain = Classifier(5, 0, mapping=False)
     method = KD(soft=1.0, hard=1.0, temperature=4.0)
@@ -101,7 +101,7 @@ def test_images_have_one_loss_gradient_and_scores(lane: str, batch: int, accumul
     scores["agreement"] = float((top == scored.teacher.argmax(-1))[y >= 0].double().mean())
 
     data = Data(train, test, stacked if mapping else paired, batch, accumulate, evaluate)
-    got = LANES[lane](student, teacher, data, Labeled() if mapping else Classification())
+    got = TRAINERS[trainer](student, teacher, data, Labeled() if mapping else Classification())
     agree(got, Result(float(loss.detach()), gradient.tolist(), scores))
 
 
@@ -111,8 +111,8 @@ def test_two_processes_have_one_loss_gradient_and_scores(tmp_path: Path) -> None
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    common |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "lanes"}
-    command = [sys.executable, "-m", "tests.lanes", str(tmp_path / "out.json")]
+    common |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "trainers"}
+    command = [sys.executable, "-m", "tests.trainers", str(tmp_path / "out.json")]
     both = [
         subprocess.Popen(
             command,

@@ -1,4 +1,4 @@
-"""Runs that kill themselves with SIGKILL, each in a process of its own: ``python -m tests.killed OUT``, see KILLS."""
+"""Runs that kill themselves with SIGKILL, each in its own process: ``python -m tests.killed_runs OUT``, see KILLS."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Killer:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def arm(what: str, count: int) -> dict[str, Any]:
+def set_killer(what: str, count: int) -> dict[str, Any]:
     """Put a killer in its place; what the run has to be told for it."""
     kill = Killer(count)
     if what == "step":
@@ -85,7 +85,7 @@ def main(out: Path) -> None:
     for name, (loader, what, count) in KILLS.items():
         child = os.fork()
         if not child:
-            resumable(loader, out / name, **arm(what, count))
+            resumable(loader, out / name, **set_killer(what, count))
             os._exit(0)
         status = os.waitpid(child, 0)[1]
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"{name}: not killed, {status}"
