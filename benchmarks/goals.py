@@ -29,8 +29,8 @@ class Goal(NamedTuple):
 
 
 SOLVER = (
-    "Evaluating both sides takes two exp() per entry. The closed form needs none in addition to the loss; the root "
-    'needs two evaluations, after one pass for mean and spread: see the lines "of it".'
+    "One look at both sides takes two exp() per entry, after a pass for mean, spread and maximum; the loss takes two "
+    'more, and the closed form needs none: see the lines "of it".'
 )
 SHARED = "Repeated runs on this shared machine were between 8.6 and 9.0."
 GOALS = (

@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 import goals
+import roofline
 from plots import bars, curves
 from timing import FACTS, RESULTS, ROOT
 
@@ -86,6 +87,7 @@ def page(results: Path, figures: Path | None = None) -> str:
         for case, found in groupby(lines, key=lambda line: line["case"]):
             out += table(case, list(found))
         out.append(", ".join(f"{fact} {lines[0][fact]}" for fact in FACTS) + f", {lines[0]['rounds']} rounds.\n")
+    out += roofline.table()
     if missing:
         out.append(f"Not measured here yet: {', '.join(missing)}.\n")
     return "\n".join(out)

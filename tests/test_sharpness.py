@@ -74,21 +74,90 @@ def test_exact_finds_the_root_of_ten_thousand_rows(tau: float) -> None:
 
 @pytest.mark.parametrize("tau", [1.0, 4.0, 8.0])
 @pytest.mark.parametrize("reach", [0.9, 1.0])
-def test_exact_takes_few_steps(tau: float, reach: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Tensor] = []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("few", [0, 512], ids=["from a model", "from the spread"])
+def test_exact_takes_few_looks(
+    few: int, tau: float, reach: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of all kinds; only those that are not done are looked at again."""
+    monkeypatch.setattr(module, "FEW", few)
+    looked: list[int] = []
 
-    def counted(*args: Tensor) -> Any:
-        asked.append(args[1].squeeze(-1))
-        return sharpness(*args)
+    def counted(*args: Any) -> Any:
+        looked.append(len(args[0]))
+        return look(*args)
 
-    sharpness = module.logsumexp_and_slope
-    monkeypatch.setattr(module, "logsumexp_and_slope", counted)
+    look = module.look
+    monkeypatch.setattr(module, "look", counted)
     u, v = logits(10_000, 10, seed=3), logits(10_000, 10, seed=4)
-    Sharpness(tau, reach=reach)(Rows(v, u))
-    T = torch.stack(asked[::2])  # the teacher's temperature at each look
-    steps = (T[1:] != T[:-1]).sum(0)
-    assert float((steps <= 5).double().mean()) > 0.99
-    assert len(T) <= 9, "the slowest of ten thousand rows"
+    Sharpness(tau, reach=reach)(Rows(v.to(dtype), u.to(dtype)))
+    rows = looked[::2]
+    assert rows[0] == 10_000 and rows == sorted(rows, reverse=True)
+    assert sum(rows[1:]) < (2_000 if dtype == torch.float32 else 10_000) + (10_000 if few else 0)
+    assert len(rows) <= 4, "the slowest of ten thousand rows"
+
+
+def kinds(kind: str, n: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Teacher and student: Gaussian rows, rows with one peak, rows with heavy tails."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, n, classes, generator=generator, dtype=torch.float64)
+    if kind == "gaussian":
+        return 2.0 * z[0], 1.5 * z[1]
+    if kind == "gamma":  # a sum of two exponentials
+        draws = torch.rand(4, n, classes, generator=generator, dtype=torch.float64).clamp_min(1e-300).log()
+        return -6.0 * (draws[0] + draws[1]), -5.0 * (draws[2] + draws[3])
+    z[:, torch.arange(n), torch.randint(classes, (n,), generator=generator)] += float(kind.removeprefix("peak "))
+    return z[0], 0.7 * z[1]
+
+
+# kind of rows, classes, tau, the error of one look over T_s: median and of the worst 1 % of rows
+ONE_LOOK = [
+    ("gaussian", 100, 1.0, 6e-9, 5e-6),
+    ("gaussian", 100, 4.0, 5e-9, 2e-6),
+    ("peak 12", 100, 1.0, 3e-11, 1e-7),
+    ("peak 12", 100, 2.0, 4e-9, 2e-6),
+    ("peak 15", 32_000, 1.0, 1e-11, 1e-8),
+    ("gamma", 32_000, 1.0, 2e-8, 2e-5),
+    ("gamma", 32_000, 4.0, 5e-6, 2e-5),
+]
+
+
+@pytest.mark.parametrize(("kind", "classes", "tau", "median", "worst"), ONE_LOOK)
+def test_one_look_is_nearly_enough(kind: str, classes: int, tau: float, median: float, worst: float) -> None:
+    """Its error in float64, and after a second look the root."""
+    u, v = kinds(kind, 2000 if classes == 100 else 40, classes)
+    bounds = module.Bounds(torch.tensor(tau).double(), torch.tensor(tau).double())
+    *rows, first = module.first_look_of(u, v, *bounds)
+    root = bisected(u, v, tau)
+    scale = tau - root
+    error = (first.delta - root).abs() / scale
+    assert float(error.median()) < median and float(error.quantile(0.99)) < worst
+    second = first.advance(module.Sides(u, v, *rows), bounds)
+    assert float(((second.delta - root).abs() / scale).quantile(0.99)) < 1e-13
+
+
+@pytest.mark.parametrize("tau", [1.0, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_roots_of_rows_of_all_kinds(tau: float, dtype: torch.dtype) -> None:
+    """To 1e-12 of T in float64 and to the rounding of the equation in float32, and bit-equal in chunks."""
+    pairs = [kinds(kind, 10_000, classes) for kind in ("gaussian", "peak 12", "gamma") for classes in (2, 3, 10)]
+    pairs += [(logits(10_000, classes, seed=7), logits(10_000, classes, seed=8)) for classes in (2, 10)]
+    for u, v in ((u.to(dtype), v.to(dtype)) for u, v in pairs):
+        found = solver_of(u, v, tau)
+        root = bisected(u.double(), v.double(), tau).clamp(-0.9 * tau, 0.9 * tau)
+        error = (found.double() - root).abs()
+        T, S = tau + root, tau - root
+        sides = [module.look(z, t, module.statistics(z)) for z, t in ((u.double(), T), (v.double(), S))]
+        slope = sides[0].mean / T + sides[1].mean / S
+        size = u.abs().amax(-1, keepdim=True) / T + v.abs().amax(-1, keepdim=True) / S  # of which the means are rounded
+        noise = torch.finfo(dtype).eps * (1.0 + size + tau * slope) / slope
+        assert (error <= 8.0 * noise + 1e-12 * torch.minimum(T, S)).all()
+        chunks = [solver_of(a, b, tau) for a, b in zip(u.split(3_001), v.split(3_001), strict=True)]
+        assert torch.equal(torch.cat(chunks), found)
+
+
+def solver_of(u: Tensor, v: Tensor, tau: float) -> Tensor:
+    return module.solve_delta(u, v, tau=tau, solve="exact", reach=0.9).delta
 
 
 @pytest.mark.parametrize("solve", SOLVES)

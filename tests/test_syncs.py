@@ -25,6 +25,8 @@ PACKAGE = Path(tempering.__file__).parent
 CPU_ONLY = {
     "_log",
     "_exact",
+    "exact",
+    "statistics",
     "_warn_once",
     "_count_at_bound",
     "__post_init__",

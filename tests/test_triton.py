@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -9,9 +11,12 @@ from tempering.kernels import chunked
 from tempering.kernels import compiled as compiling
 from tempering.methods import DTKD, KD
 from tempering.rows import total
+from tempering.temperature.sharpness import LOOKS
+from tests.binaries import Needs, needs
 from tests.conftest import random_rows
 from tests.contract import same
 from tests.forked import run_parts
+from tests.paths import ROOT
 
 # run by the interpreter
 
@@ -111,27 +116,39 @@ def test_the_solver_itself(interpreted: dict[str, tuple[int, str, str]]) -> None
     assert said(interpreted["solver"]) == "equal"
 
 
+# compiled for devices that need not be here
+
+BUDGET = json.loads((ROOT / "tests" / "kernel_budget.json").read_text(encoding="utf-8"))
+TYPES = {
+    "_kl_rows": ["*z", "*z", "*fp32", "*fp32", "*fp32", "*fp32", "*fp32", "i32"],
+    "_label_rows": ["*z", "*i64", "*fp32", "*fp32", "i32"],
+    "_exact_rows": ["*z", "*z", "*fp32", "*i8", "*i8", "i32", "fp32", "fp32", "fp32"],
+}
+# NVIDIA's compute capability or AMD's architecture, and the type of the logits
+TARGETS = [("80", "bf16"), ("90", "bf16"), ("90", "fp32"), ("100", "bf16"), ("gfx942", "bf16")]
+
+
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
-def test_it_compiles_for_cuda() -> None:
-    """To a cubin for compute capability 9.0, which needs no device."""
+@pytest.mark.parametrize(("target", "logits"), TARGETS, ids=lambda x: x)
+@pytest.mark.parametrize("name", TYPES)
+def test_registers_and_memory_of_a_kernel(name: str, target: str, logits: str) -> None:
+    """Its binary stays within tests/kernel_budget.json: registers, bytes in local memory, bytes of shared memory."""
     pytest.importorskip("triton", reason="triton is not installed; pip install triton runs these")
     from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
     from triton.compiler import ASTSource, compile  # pyright: ignore[reportMissingImports]
 
     from tempering.kernels import triton_rows
 
-    for logits in ("*fp32", "*bf16"):
-        for name, types in {
-            "_kl_rows": [logits, logits, "*fp32", "*fp32", "*fp32", "*fp32", "*fp32", "i32"],
-            "_label_rows": [logits, "*i64", "*fp32", "*fp32", "i32"],
-            "_exact_rows": [logits, logits, "*fp32", "*i8", "*i8", "i32", "fp32", "fp32", "fp32", "fp32"],
-        }.items():
-            kernel = getattr(triton_rows, name)
-            fixed = {"STEPS": 12, "BLOCK": 1024}
-            fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
-            signature = dict(zip(kernel.arg_names, [*types, *["constexpr"] * len(fixed)], strict=True))
-            made = compile(ASTSource(kernel, signature, fixed), target=GPUTarget("cuda", 90, 32))
-            assert made.asm["cubin"]
+    kernel = getattr(triton_rows, name)
+    types = [kind.replace("*z", f"*{logits}") for kind in TYPES[name]]
+    fixed = {"LOOKS": LOOKS, "BLOCK": triton_rows.LARGEST}
+    fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
+    signature = dict(zip(kernel.arg_names, [*types, *["constexpr"] * len(fixed)], strict=True))
+    device = GPUTarget("cuda", int(target), 32) if target.isdigit() else GPUTarget("hip", target, 64)
+    made = compile(ASTSource(kernel, signature, fixed), target=device, options={"num_warps": 8})
+    found, allowed = needs(made), Needs(*BUDGET[name][target])
+    assert all(a <= b for a, b in zip(found, allowed, strict=True)), f"{found} is above {allowed}"
+    assert found.registers > 16, "read from the wrong place"
 
 
 def test_a_path_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

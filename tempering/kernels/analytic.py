@@ -89,9 +89,7 @@ class FastFunctions:
 
     def functions(self) -> Fast:
         """The functions for ``override_with``."""
-        solvers = {name: self._solver(name) for name in ("centered", "logsumexp_and_slope") if name in self.compiled}
-        if "exact" in self.compiled:
-            solvers["solve_delta"] = self._solve_delta
+        solvers = {"solve_delta": self._solve_delta} if "exact" in self.compiled else {}
         return {"kl": self._kl, "cross_entropy": self._cross_entropy, **solvers}
 
     def _kl(self, rows: Rows, T: Temperatures) -> Tensor:
@@ -120,19 +118,10 @@ class FastFunctions:
     def _fast(self, name: str, plain: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
         return plain if dtype == torch.float64 and not self.double else self.compiled.get(name, plain)
 
-    def _solver(self, name: str) -> Callable[..., Any]:
-        def solve(*args: Tensor) -> Any:
-            if not len(args[0]) or (torch.is_grad_enabled() and any(x.requires_grad for x in args)):
-                with override_with({}):
-                    return getattr(sharpness, name)(*args)
-            self.used.add("temperature")
-            return self.compiled[name](*args)
-
-        return solve
-
     def _solve_delta(self, u: Tensor, v: Tensor, *, tau: float, solve: sharpness.Solve, reach: float) -> Any:
         with_grad = v.requires_grad and torch.is_grad_enabled()
-        if solve != "exact" or not v.numel() or with_grad or torch.float64 in (u.dtype, v.dtype):
+        is_wide = not self.double and torch.float64 in (u.dtype, v.dtype)
+        if solve != "exact" or not v.numel() or with_grad or is_wide:
             with override_with({}):
                 return sharpness.solve_delta(u, v, tau=tau, solve=solve, reach=reach)
         self.used.add("temperature")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tempering.kernels.analytic import Fast, cross_entropy_and_slope, divergence_and_slope
 from tempering.temperature import sharpness
+from tempering.temperature.sharpness import HUGE, Solution, exact, first_look_of
 
 LARGE = {"cpu": 2**24}  # minimum logits of one side to compile for; takes about ten seconds, once per process
 ELSEWHERE = 2**20  # Triton's kernels compile in a second or two
@@ -94,10 +95,10 @@ def _inductor(device: str) -> tuple[Fast, Exception | None]:
     plain: dict[str, Callable[..., Any]] = {
         "kl": divergence_and_slope,
         "cross_entropy": cross_entropy_and_slope,
-        "centered": sharpness.centered,
-        "logsumexp_and_slope": sharpness.logsumexp_and_slope,
+        "exact": first_look_of,
     }
     functions = {name: _without_warnings(torch.compile(function, dynamic=True)) for name, function in plain.items()}
+    functions["exact"] = functools.partial(_finish, functions["exact"])
     try:
         _verify({"kl": functions["kl"]}, device)
     except (TorchDynamoException, InvalidCxxCompiler, ArithmeticError) as error:
@@ -129,8 +130,29 @@ def _verify(functions: Fast, device: str) -> None:
                 raise ArithmeticError(f"{name} differs by {error:.3g} on {device!r}")
 
 
-def _exact(u: Tensor, v: Tensor, tau: float, reach: float) -> sharpness.Solution:
+def _exact(u: Tensor, v: Tensor, tau: float, reach: float) -> Solution:
     return sharpness.solve_delta(u, v, tau=tau, solve="exact", reach=reach)
+
+
+def _finish(first_look: Callable[..., Any], u: Tensor, v: Tensor, tau: float, reach: float) -> Solution:
+    """The exact solver with a compiled first look at all rows; the few others are looked at in eager mode."""
+    dtype = torch.promote_types(u.dtype, v.dtype)
+    u, v = u.to(dtype), v.to(dtype)
+    is_tame = all(bool(torch.stack(z.aminmax()).abs().amax() <= HUGE) for z in (u, v))
+    pieces = _pieces(u.shape[1])
+
+    def compiled(u: Tensor, v: Tensor, tau: Tensor, end: Tensor) -> Any:
+        sides = (z.unflatten(1, pieces) if pieces[0] > 1 else z for z in (u, v))
+        return first_look(*sides, tau, end, is_tame)
+
+    return exact(u, v, tau, reach, compiled)
+
+
+def _pieces(classes: int) -> tuple[int, int]:
+    """Split the classes into pieces of at most 4,096, if they divide into such; see ``over_classes``."""
+    counts = range(-(-classes // 4096), max(classes // 512, 1) + 1)
+    count = next((k for k in counts if not classes % k), 1)
+    return count, classes // count
 
 
 def _without_warnings(function: Callable[..., Any]) -> Callable[..., Any]:

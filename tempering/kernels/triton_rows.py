@@ -15,10 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tempering.temperature.sharpness import Solution
+from tempering.temperature.sharpness import LOOKS, Solution
 
 LARGEST = 4096  # maximum block size, in classes
-STEPS = 12  # Newton steps, as in sharpness._exact
 
 
 @triton.jit
@@ -87,7 +86,7 @@ def _label_rows(v, target, value, slope, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _spread(row, n, eps, BLOCK: tl.constexpr):
-    """Over one row's valid classes: mean, maximum minus mean, standard deviation, whether all are equal."""
+    """Over one row's valid classes: number, mean, maximum, standard deviation, whether all are equal."""
     count = 0.0
     top = -float("inf")
     bottom = float("inf")
@@ -112,67 +111,170 @@ def _spread(row, n, eps, BLOCK: tl.constexpr):
         z = tl.load(row + at, mask=at < n, other=-float("inf")).to(tl.float32)
         off = (z - mean) * unit
         square += tl.sum(tl.where(z != -float("inf"), off * off, 0.0), 0)
-    return mean, top - mean, tl.sqrt(tl.maximum(square / count, 1.1754944e-38)) / unit, flat
+    return count, mean, top, tl.sqrt(tl.maximum(square / count, 1.1754944e-38)) / unit, flat
 
 
 @triton.jit
-def _logsumexp_and_slope(row, mean, top, T, n, BLOCK: tl.constexpr):
-    """logsumexp((z - mean) / T) and its negative derivative in T."""
-    mass = 0.0
-    first = 0.0
+def _look(row, top, T, n, BLOCK: tl.constexpr):
+    """``sharpness.look``, of logits with this maximum; ``top / T`` is not added to the first two results."""
+    mass, first, second, third = 0.0, 0.0, 0.0, 0.0
     for start in range(0, n, BLOCK):
         at = start + tl.arange(0, BLOCK)
         z = tl.load(row + at, mask=at < n, other=-float("inf")).to(tl.float32)
-        valid = z != -float("inf")
-        e = tl.where(valid, tl.exp((z - mean - top) / T), 0.0)
+        # exp() is 0 at the bound, which keeps 0 * inf out
+        x = tl.maximum((z - top) / T, -1000.0)
+        e = tl.exp(x)
+        once = e * x
+        twice = once * x
         mass += tl.sum(e, 0)
-        first += tl.sum(tl.where(valid, e * (z - mean), 0.0), 0)
-    return top / T + tl.log(mass), first / (mass * T * T)
+        first += tl.sum(once, 0)
+        second += tl.sum(twice, 0)
+        third += tl.sum(twice * x, 0)
+    first, second, third = first / mass, second / mass, third / mass
+    variance = second - first * first
+    return tl.log(mass), first, variance, third - first * (second + 2.0 * variance)
 
 
 @triton.jit
-def _exact_rows(
-    u, v, delta_to, flat_to, clamped_to, n, tau, reach, eps, close, STEPS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _tail(x):
+    """``row_model._tail``; erfcx by Chebyshev's polynomial, relative error 1.2e-7 (Numerical Recipes, 6.2)."""
+    y = tl.abs(x) * 0.7071067811865476
+    t = 1.0 / (1.0 + 0.5 * y)
+    p = -0.82215223 + t * 0.17087277
+    p = 1.48851587 + t * p
+    p = -1.13520398 + t * p
+    p = 0.27886807 + t * p
+    p = -0.18628806 + t * p
+    p = 0.09678418 + t * p
+    p = 0.37409196 + t * p
+    p = 1.00002368 + t * p
+    erfcx = t * tl.exp(-1.26551223 + t * p)
+    bell = tl.exp(-0.5 * x * x)
+    phi = 1.0 - 0.5 * erfcx * bell
+    value = tl.log(tl.where(x < 0, 0.5 * erfcx, phi))
+    return value, tl.where(x < 0, 0.7978845608028654 / erfcx, 0.3989422804014327 * bell / phi)
+
+
+@triton.jit
+def _fit(count, top, std):
+    """``row_model.fit``."""
+    others = tl.maximum(count - 1.0, 1.0)
+    ratio = top / std
+    mean = -ratio / others
+    variance = tl.maximum((count - ratio * ratio) / others - mean * mean, 1e-6)
+    center, sigma = mean, tl.sqrt(variance)
+    for _ in tl.static_range(2):
+        cut = (ratio - center) / sigma
+        value, hazard = _tail(cut)
+        sigma = tl.sqrt(variance / tl.maximum(1.0 - cut * hazard - hazard * hazard, 0.3))
+        center = mean + sigma * hazard
+    cut = (ratio - center) / sigma
+    value, hazard = _tail(cut)
+    share = others / count
+    wrong_mean = tl.abs(center - sigma * hazard - mean) * share * std
+    wrong_variance = tl.abs(sigma * sigma * (1.0 - cut * hazard - hazard * hazard) - variance) * share * std * std
+    return sigma * std, cut, tl.log(others) - value, wrong_mean, wrong_variance
+
+
+@triton.jit
+def _of_model(top, sigma, cut, offset, inverse):
+    """``row_model._of_model``."""
+    shift = sigma * inverse
+    x = cut - shift
+    value, hazard = _tail(x)
+    positive = tl.maximum(cut, 0.0)
+    shift = tl.minimum(shift, positive)
+    bulk = offset + value - shift * (positive - 0.5 * shift)
+    small = tl.exp(-tl.abs(bulk))
+    lse = top * inverse + tl.maximum(bulk, 0.0) + tl.log(1.0 + small)
+    share = tl.where(bulk > 0, 1.0, small) / (1.0 + small)
+    return lse, top - share * sigma * (x + hazard)
+
+
+@triton.jit
+def _start(count_u, top_u, std_u, count_v, top_v, std_v, tau, end):
+    """``row_model.start_of``."""
+    by_spread = tl.minimum(tl.maximum(tau * (std_u - std_v) / (std_u + std_v), -end), end)
+    low = tl.maximum(0.5 * (by_spread - tau), -end)
+    high = tl.minimum(0.5 * (by_spread + tau), end)
+    sigma_u, cut_u, offset_u, mean_u, variance_u = _fit(count_u, top_u, std_u)
+    sigma_v, cut_v, offset_v, mean_v, variance_v = _fit(count_v, top_v, std_v)
+    delta, wrong, added = by_spread, 0.0, 0.0
+    for step in tl.static_range(2):
+        a, b = 1.0 / (tau + delta), 1.0 / (tau - delta)
+        lse_u, by_u = _of_model(top_u, sigma_u, cut_u, offset_u, a)
+        lse_v, by_v = _of_model(top_v, sigma_v, cut_v, offset_v, b)
+        if step == 0:
+            wrong = mean_u * a + 0.5 * variance_u * a * a + mean_v * b + 0.5 * variance_v * b * b
+            added = tl.abs(lse_u - tl.log(count_u) - 0.5 * (std_u * a) * (std_u * a))
+            added += tl.abs(lse_v - tl.log(count_v) - 0.5 * (std_v * b) * (std_v * b))
+        f = lse_u - lse_v
+        slope = by_u * a * a + by_v * b * b
+        newton = slope + 2.0 * delta * f * a * b
+        delta = tl.minimum(tl.maximum(delta + f / tl.where(newton > 0, newton, slope), low), high)
+    return tl.where(wrong < 0.3 * added, delta, by_spread)
+
+
+@triton.jit
+def _exact_rows(u, v, delta_to, flat_to, clamped_to, n, tau, reach, eps, LOOKS: tl.constexpr, BLOCK: tl.constexpr):
+    """``sharpness.exact``: all of a row before the next, which stays in cache; most rows take one look."""
     row = tl.program_id(0).to(tl.int64)
     u += row * n
     v += row * n
-    mean_u, top_u, std_u, flat_u = _spread(u, n, eps, BLOCK)
-    mean_v, top_v, std_v, flat_v = _spread(v, n, eps, BLOCK)
+    count_u, mean_u, most_u, std_u, flat_u = _spread(u, n, eps, BLOCK)
+    count_v, mean_v, most_v, std_v, flat_v = _spread(v, n, eps, BLOCK)
+    top_u, top_v = most_u - mean_u, most_v - mean_v
     flat = tl.maximum(flat_u, flat_v)
     end = tl.minimum(reach, 1.0 - 16.0 * eps) * tau
-    start = tl.where(flat == 1, 0.0, tau * (std_u - std_v) / (std_u + std_v))
-    delta = tl.minimum(tl.maximum(start, -end), end)
+    start = _start(count_u, top_u, std_u, count_v, top_v, std_v, tau, end)
+    delta = tl.where(flat == 1, 0.0, start)
     low, high = -end, end
     # flags are integers, 0 or 1
-    low_done, high_done, clamped, done, step = 0, 0, 0, flat, 0
-    while step < STEPS:
+    low_seen, high_seen, clamped, done, looks = 0, 0, 0, flat, 0
+    while looks < LOOKS:
         if done == 0:
-            f_u, slope_u = _logsumexp_and_slope(u, mean_u, top_u, tau + delta, n, BLOCK)
-            f_v, slope_v = _logsumexp_and_slope(v, mean_v, top_v, tau - delta, n, BLOCK)
-            f = f_u - f_v
-            slope = slope_u + slope_v
-            noise = 2.0 * eps * (1.0 + tl.abs(f_u) + tl.abs(f_v) + tau * slope)
+            T, S = tau + delta, tau - delta
+            log_u, first_u, variance_u, third_u = _look(u, most_u, T, n, BLOCK)
+            log_v, first_v, variance_v, third_v = _look(v, most_v, S, n, BLOCK)
+            lse_u, first_u = log_u + top_u / T, first_u + top_u / T
+            lse_v, first_v = log_v + top_v / S, first_v + top_v / S
+            f = lse_u - lse_v
+            slope = first_u / T + first_v / S
+            noise = 2.0 * eps * (1.0 + tl.abs(lse_u) + tl.abs(lse_v) + tau * slope)
+            bend = (variance_u + 2.0 * first_u) / (T * T) - (variance_v + 2.0 * first_v) / (S * S)
+            twist = -(third_u + 6.0 * (variance_u + first_u)) / (T * T * T)
+            twist -= (third_v + 6.0 * (variance_v + first_v)) / (S * S * S)
             at_end = tl.where(delta <= -end, tl.where(f < 0, 1, 0), 0)
             at_end = tl.where(delta >= end, tl.where(f > 0, 1, 0), at_end)
-            done = tl.where(tl.abs(f) <= noise, 1, 0)
-            clamped = tl.where(done == 1, 0, at_end)
+            is_root = tl.where(tl.abs(f) <= noise, 1, 0)
+            clamped = tl.where(is_root == 1, 0, at_end)
+
+            by_one = -slope - 2.0 * delta * f / (T * S)
+            by_one = tl.where(by_one < 0, by_one, -slope)
+            by_two = bend + (4.0 * delta * slope - 2.0 * f) / (T * S)
+            by_three = twist + 6.0 * (slope - delta * bend) / (T * S)
+            h = -f / by_one
+            a2, a3 = 0.5 * h * by_two / by_one, h * h * by_three / (6.0 * by_one)
+            above, below = 1.0 + a2, 1.0 + 2.0 * a2 + a3
+            step = h * tl.where(above > 0, tl.where(below > 0, above / below, 1.0), 1.0)
+            smaller = tl.minimum(T, S)
+            size = tl.maximum(tl.maximum(tl.abs(a2), tl.sqrt(tl.abs(a3))), 0.3 * tl.abs(h) / smaller)
+            error = tl.abs(h) * size * size * size
+            allowed = 0.25 * noise / slope + 2.0 * eps * smaller
+
             low = tl.where(f > 0, delta, low)
             high = tl.where(f < 0, delta, high)
-            low_done = tl.where(f > 0, 1, low_done)
-            high_done = tl.where(f < 0, 1, high_done)
-            newton_slope = slope + 2.0 * delta * f / ((tau + delta) * (tau - delta))
-            newton_slope = tl.where(newton_slope > 0, newton_slope, slope)
-            raw = delta + f / newton_slope
-            midpoint = 0.5 * (low + high)
-            moved = tl.where(raw <= low, tl.where(low_done == 1, midpoint, low), raw)
-            moved = tl.where(raw >= high, tl.where(high_done == 1, midpoint, high), moved)
-            done = tl.maximum(done, clamped)
-            moved = tl.where(done == 1, delta, moved)
-            change = tl.where(tl.abs(moved) < end, tl.abs(moved - delta), tau)
-            done = tl.where(change <= close * (tau - tl.abs(delta)), 1, done)
-            delta = moved
-        step += 1
+            low_seen = tl.where(f > 0, 1, low_seen)
+            high_seen = tl.where(f < 0, 1, high_seen)
+            raw = delta + step
+            middle = 0.5 * (low + high)
+            to = tl.where(raw <= low, tl.where(low_seen == 1, middle, low), raw)
+            to = tl.where(raw >= high, tl.where(high_seen == 1, middle, high), to)
+            done = tl.maximum(is_root, clamped)
+            delta = tl.where(done == 1, delta, to)
+            is_inside = tl.where(raw > low, tl.where(raw < high, 1, 0), 0)
+            done = tl.where(error <= allowed, tl.maximum(done, is_inside), done)
+        looks += 1
     tl.store(delta_to + row, delta)
     tl.store(flat_to + row, flat)
     tl.store(clamped_to + row, clamped)
@@ -209,9 +311,8 @@ def exact(teacher: Tensor, student: Tensor, tau: float, reach: float) -> Solutio
         tau,
         reach,
         eps,
-        0.25 * eps**0.5,
     )
-    _exact_rows[(n,)](*inputs, STEPS=STEPS, **_sizes(student))
+    _exact_rows[(n,)](*inputs, LOOKS=LOOKS, **_sizes(student))
     return Solution(delta, flat.bool(), clamped.bool())
 
 

@@ -51,7 +51,7 @@ class CombinedTeacher(Teacher):
         return tuple(dict.fromkeys(name for part in self.parts.values() for name in part.columns))
 
     @property
-    def trained(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def trained(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
         """Whether all of them are trained."""
         return all(part.trained for part in self.parts.values())
 

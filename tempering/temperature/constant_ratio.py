@@ -6,7 +6,7 @@ import torch
 
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import Policy, Temperatures, mask_constants
-from tempering.temperature.sharpness import centered
+from tempering.temperature.sharpness import statistics
 from tempering.utils.search_space import Positive, Tau
 
 
@@ -37,7 +37,7 @@ class ConstantRatio(Policy):
 
     @torch.no_grad()
     def forward(self, rows: Rows, progress: float) -> Temperatures:
-        student, teacher = (centered(mask_constants(upcast_to_float32(z))) for z in (rows.student, rows.teacher))
+        student, teacher = (statistics(mask_constants(upcast_to_float32(z))) for z in (rows.student, rows.teacher))
         is_constant = student.flat | teacher.flat
         sides = (torch.where(is_constant, self.tau, self.tau * side.top / self.peak) for side in (student, teacher))
         return Temperatures(*sides)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import Policy, Temperatures
-from tempering.temperature.sharpness import centered
+from tempering.temperature.sharpness import statistics
 from tempering.temperature.standardized import spread
 from tempering.utils.search_space import Tau
 
@@ -45,7 +45,7 @@ class Entropy(Policy):
         dtype = torch.promote_types(u.dtype, v.dtype)
         u, v = u.to(dtype), v.to(dtype)
         std = spread(u, ddof=0), spread(v, ddof=0)
-        is_constant = centered(u).flat | centered(v).flat
+        is_constant = statistics(u).flat | statistics(v).flat
         start = torch.where(is_constant, 0.0, tau * (std[0] - std[1]) / (std[0] + std[1]))
         delta, clamped = _solve(u, v, start, is_constant, tau, self.reach)
         has_weight = True if rows.weight is None else (rows.weight > 0).unsqueeze(1)

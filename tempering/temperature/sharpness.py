@@ -1,8 +1,22 @@
-"""DTKD's cooperative temperatures: T_t + T_s = 2 tau such that both sides are equally sharp."""
+"""DTKD's cooperative temperatures: T_t + T_s = 2 tau such that both sides are equally sharp.
+
+A *look* of the exact solver evaluates both sides at one delta, with two exp() per entry, and is what the solver costs:
+
+- It starts at the root of a model of each row (``row_model``) or, where that takes longer than a look, at the ratio of
+  the standard deviations.
+- A look also gives the second and third cumulants of the logits under the softmax, and so three derivatives. The step
+  is Householder's of the third order, whose error is of the fourth.
+- The same numbers bound the step's error. Rows for which it may exceed the rounding error of the equation are looked at
+  again, inside a bracket.
+
+``docs/decisions/017-one-look.md`` has the reasons and the measurements.
+"""
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -11,12 +25,16 @@ from torch import Tensor
 
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import MASK_AT, Policy, Temperatures, mask_constants
+from tempering.temperature.row_model import start_of
 from tempering.utils.registry import OVERRIDES
 from tempering.utils.search_space import Tau
 
 Solve = Literal["exact", "std", "max", "absmax", "published"]
-MASKED = -1e30  # replaces minus infinity where 0 * inf would give NaN; its exp is 0 in float32 and float64
 HUGE = 2.0**60  # logits whose square may overflow in float32
+LOOKS = 12  # at most, for rows evaluated again; no row of millions took more than six
+ROUNDING = 0.25  # the error that a step may have, in units of the equation's noise and twice the temperature's
+FEW = 512  # classes up to which the model of a row takes longer than a look at a few rows on a CPU, in eager mode
+FIXED = 2  # on a device in eager mode, where selecting rows would synchronize; one more in float64
 
 
 class Sharpness(Policy):
@@ -77,7 +95,8 @@ class Sharpness(Policy):
         with_grad = self.differentiable and rows.student.requires_grad and torch.is_grad_enabled()
         with torch.autocast(rows.student.device.type, enabled=False), torch.set_grad_enabled(with_grad):
             u, v = upcast_to_float32(rows.teacher), upcast_to_float32(rows.student)
-            if u.device.type != "cpu" or bool((u <= MASK_AT).any() | (v <= MASK_AT).any()):
+            # a minimum is one pass without a copy; NaN compares as no mask, here as there
+            if u.device.type != "cpu" or any(z.numel() and bool(z.detach().amin() <= MASK_AT) for z in (u, v)):
                 u, v = mask_constants(u), mask_constants(v)
             solution = solve_delta(u, v, tau=tau, solve=self.solve, reach=self.reach)
         has_weight = True if rows.weight is None else (rows.weight > 0).unsqueeze(1)
@@ -130,49 +149,16 @@ def solve_delta(
         bad = (x <= floor * y.abs().clamp_min(1.0)) | (y <= floor * x.abs().clamp_min(1.0))
         return _ratio(x, y, bad, tau, reach)
     u, v = u.to(torch.promote_types(u.dtype, v.dtype)), v.to(torch.promote_types(u.dtype, v.dtype))
-    a, b = centered(u), centered(v)
-    flat = a.flat | b.flat
-    if solve == "max":
-        return _ratio(a.top, b.top, flat, tau, reach)
-    start = _ratio(a.std, b.std, flat, tau, reach)
-    if solve == "std":
-        return start
-    return _exact(a, b, start.delta, flat, tau, reach)
-
-
-class Centered(NamedTuple):
-    """Logits minus their mean over the valid classes, with statistics per row, (N, 1) each."""
-
-    z: Float[Tensor, "N C"]
-    """centered logits; masked classes are MASKED"""
-    n: Tensor
-    """number of valid classes, at least 1"""
-    top: Tensor
-    """maximum"""
-    std: Tensor
-    """standard deviation over the valid classes, bounded away from zero so that its gradient is finite"""
-    flat: Tensor
-    """whether the row is constant"""
-
-
-def centered(z: Float[Tensor, "N C"]) -> Centered:
-    """Subtract the mean of each row's valid logits; classes of minus infinity are not valid."""
-    if not torch.compiler.is_compiling() and (fast := OVERRIDES.get().get("centered")):
-        return fast(z)
-    valid = ~torch.isneginf(z)
-    n = valid.to(z.dtype).sum(-1, keepdim=True).clamp_min(1.0)
-    finite = torch.where(valid, z, 0.0)
-    top = z.amax(-1, keepdim=True)
-    bottom = torch.where(valid, z, torch.inf).amin(-1, keepdim=True)
-    info = torch.finfo(z.dtype)
-    flat = ~(top - bottom > 4 * info.eps * torch.maximum(top.abs(), bottom.abs()))
-    mean = finite.sum(-1, keepdim=True) / n
-    off = torch.where(valid, z - mean, 0.0)
-    # an exact power of 2, and 1 for all but enormous logits, whose square is not finite
-    unit = torch.where(torch.maximum(top.abs(), bottom.abs()) > HUGE, 1 / HUGE, 1.0).to(z.dtype)
-    std = ((off * unit).square().sum(-1, keepdim=True) / n).clamp_min(info.tiny).sqrt() / unit
-    top = torch.where(torch.isneginf(top), MASKED, top - mean)
-    return Centered(torch.where(valid, off, MASKED), n, top, std, flat)
+    if solve != "exact":
+        a, b = statistics(u), statistics(v)
+        flat = a.flat | b.flat
+        return _ratio(a.top, b.top, flat, tau, reach) if solve == "max" else _ratio(a.std, b.std, flat, tau, reach)
+    with torch.no_grad():
+        solution = exact(u, v, tau, reach)
+    if v.requires_grad and torch.is_grad_enabled():
+        delta = _implicit(u, v, solution.delta, ~solution.fallback & ~solution.clamped, tau)
+        solution = solution._replace(delta=delta)
+    return solution
 
 
 def _ratio(x: Tensor, y: Tensor, bad: Tensor, tau: float, reach: float) -> Solution:
@@ -182,69 +168,227 @@ def _ratio(x: Tensor, y: Tensor, bad: Tensor, tau: float, reach: float) -> Solut
     return Solution(delta.clamp(-reach * tau, reach * tau), bad, delta.abs() > reach * tau)
 
 
-def _exact(
-    teacher: Centered, student: Centered, start: Tensor, flat: Tensor, tau: float, reach: float, steps: int = 12
-) -> Solution:
-    """Safeguarded Newton for f(delta) = LSE(u / (tau + delta)) - LSE(v / (tau - delta)), strictly decreasing.
+def _implicit(u: Tensor, v: Tensor, delta: Tensor, is_free: Tensor, tau: float) -> Tensor:
+    """Add a term of value zero to delta that gives it its implicit derivative in the student's logits."""
+    T_t, T_s, fixed = tau + delta, tau - delta, v.detach()
+    of_v = statistics(fixed)
+    slope = look(u, T_t, statistics(u)).mean / T_t + look(fixed, T_s, of_v).mean / T_s
+    q = torch.softmax(fixed / T_s, -1)
+    is_free = is_free & ~torch.isneginf(fixed)
+    by_v = torch.where(is_free, -(q - 1.0 / of_v.n) / (T_s * slope), 0.0)
+    shift = torch.where(is_free, v - fixed, 0.0)
+    return delta + (by_v * shift).sum(-1, keepdim=True)
 
-    Newton's step is computed for T_t T_s f, which has the same root and is nearly linear: f itself grows like 1 / T at
-    the ends, where its Newton step only doubles T. Two to four steps are typical; no row of millions took more than
-    eight.
 
-    Rows are frozen once |f| or the change of delta is at rounding error: otherwise noise flips the bracket's sign and
-    the next step bisects away from the root. A step outside the bracket is replaced by the bracket's end the first time
-    and by its midpoint after that.
+class Statistics(NamedTuple):
+    """What a pass without exp() says of each row's valid classes (those above minus infinity), (N, 1) each."""
+
+    n: Tensor
+    """number of valid classes, at least 1"""
+    mean: Tensor
+    peak: Tensor
+    """maximum"""
+    top: Tensor
+    """maximum minus mean; the minimum of the type's range if all classes are masked"""
+    std: Tensor
+    """standard deviation, bounded away from zero so that its gradient is finite"""
+    flat: Tensor
+    """whether the row is constant"""
+
+
+def statistics(z: Tensor, *, is_tame: bool | None = None) -> Statistics:
+    """Return the statistics of each row, with gradient.
+
+    Args:
+        z: (N, C), or (N, K, C / K) and then the statistics are (N, 1, 1); see ``in_pieces``.
+        is_tame: whether no |logit| is known to be above ``HUGE``, and so none masked; by default a CPU finds out.
     """
-    v, eps = student.z, torch.finfo(student.z.dtype).eps
-    end, close = min(reach, 1.0 - 16 * eps) * tau, 0.25 * eps**0.5
-    with torch.no_grad():
-        a, b, top_a, top_b = teacher.z.detach(), v.detach(), teacher.top.detach(), student.top.detach()
-        low, high = torch.full_like(start, -end), torch.full_like(start, end)
-        low_done, high_done = torch.zeros_like(flat), torch.zeros_like(flat)
-        delta, done, clamped = start.detach().clamp(-end, end), flat.clone(), torch.zeros_like(flat)
-        for _ in range(steps):
-            f_u, slope_u = logsumexp_and_slope(a, tau + delta, top_a)
-            f_v, slope_v = logsumexp_and_slope(b, tau - delta, top_b)
-            f, slope = f_u - f_v, slope_u + slope_v
-            noise = 2.0 * eps * (1.0 + f_u.abs() + f_v.abs() + tau * slope)
-            done = done | (f.abs() <= noise)
-            at_low, at_high = delta <= -end, delta >= end
-            clamped = clamped | (~done & ((at_low & (f < 0)) | (at_high & (f > 0))))
-            done = done | clamped
-            if v.device.type == "cpu" and bool(done.all()):
-                break
-            low, high = torch.where(f > 0, delta, low), torch.where(f < 0, delta, high)
-            low_done, high_done = low_done | (f > 0), high_done | (f < 0)
-            newton_slope = slope + 2.0 * delta * f / ((tau + delta) * (tau - delta))
-            step = delta + f / torch.where(newton_slope > 0, newton_slope, slope)
-            midpoint = 0.5 * (low + high)
-            below, above = step <= low, step >= high
-            step = torch.where(below, torch.where(low_done, midpoint, low), step)
-            step = torch.where(above, torch.where(high_done, midpoint, high), step)
-            step = torch.where(done, delta, step)
-            # Newton squares the error: after such a small step only rounding error is left
-            done = done | (((step - delta).abs() <= close * (tau - delta.abs())) & (step.abs() < end))
-            delta = step
-    if v.requires_grad and torch.is_grad_enabled():
-        delta = _implicit(a, student, delta, ~flat & ~clamped, tau, top_a)
+    info, dims, total = torch.finfo(z.dtype), (-1, -2)[: z.ndim - 1], SUM if z.ndim == 2 else in_pieces
+    peak, bottom = z.amax(dims, keepdim=True), z.amin(dims, keepdim=True)
+    size = torch.maximum(peak.abs(), bottom.abs())
+    if is_tame is None:
+        is_tame = z.device.type == "cpu" and bool((size <= HUGE).all())
+    if is_tame:
+        n = torch.full_like(peak, z[:1].numel() if len(z) else 1)
+        mean = total(z) / n
+        std = (total((z - mean).square()) / n).clamp_min(info.tiny).sqrt()
+        return Statistics(n, mean, peak, peak - mean, std, ~(peak - bottom > 4 * info.eps * size))
+    valid = ~torch.isneginf(z)
+    bottom = torch.where(valid, z, torch.inf).amin(dims, keepdim=True)
+    size = torch.maximum(peak.abs(), bottom.abs())
+    n = total(valid.to(z.dtype)).clamp_min(1.0)
+    mean = total(torch.where(valid, z, 0.0)) / n
+    # an exact power of 2, and 1 for all but enormous logits, whose square is not finite
+    unit = torch.where(size > HUGE, 1 / HUGE, 1.0).to(z.dtype)
+    off = torch.where(valid, z - mean, 0.0) * unit
+    std = (total(off.square()) / n).clamp_min(info.tiny).sqrt() / unit
+    top = torch.where(torch.isneginf(peak), info.min, peak - mean)
+    return Statistics(n, mean, peak, top, std, ~(peak - bottom > 4 * info.eps * size))
+
+
+SUM = functools.partial(torch.sum, dim=-1, keepdim=True)
+
+
+def in_pieces(x: Tensor) -> Tensor:
+    """Sum (N, K, C / K) to (N, 1, 1) in two steps.
+
+    Inductor sums up to 4,096 numbers in registers, and more of them through memory, at twice the time of an exp().
+    """
+    return SUM(x).sum(-2, keepdim=True)
+
+
+class Look(NamedTuple):
+    """LSE of a side's centered logits over T, and mean and cumulants of these under the softmax, (N, 1) each."""
+
+    lse: Tensor
+    mean: Tensor
+    variance: Tensor
+    third: Tensor
+
+
+def look(z: Tensor, T: Tensor, row: Statistics) -> Look:
+    """Evaluate one side at its temperature; ``z`` are the logits themselves, minus infinity where masked."""
+    total = SUM if z.ndim == 2 else in_pieces
+    # exp() is 0 at the bound, which keeps 0 * inf out
+    x = ((z - row.peak) / T).clamp_min(-1000.0)
+    e = x.exp()
+    mass, e = total(e), e * x
+    first, e = total(e) / mass, e * x
+    second, e = total(e) / mass, e * x
+    variance = second - first.square()
+    third = total(e) / mass - first * (second + 2.0 * variance)
+    at = row.top / T
+    return Look(at + mass.log(), at + first, variance, third)
+
+
+class Search(NamedTuple):
+    """The rows' search for their roots so far, (N, 1) each; it begins with the whole range as its bracket."""
+
+    delta: Tensor
+    low: Tensor
+    high: Tensor
+    done: Tensor
+    clamped: Tensor
+
+    def advance(self, sides: Sides, bounds: Bounds) -> Search:
+        """Return the search after a look at ``delta``: Householder's step of the third order on F = T_t T_s f.
+
+        F has the root of f = LSE_t - LSE_s and is nearly linear; f grows like 1 / T at the ends. A row is done where
+        |f| is at rounding error, and after a step whose error is. With h Newton's step, a2 = h F2 / (2 F1) and a3 = h^2
+        F3 / (6 F1), this error is h (-a2^3 + 2 a2 a3 - a4); a4 is taken to be at most of the size of the others.
+
+        A step outside the bracket is replaced by its end, or by its midpoint if the end was looked at.
+        """
+        delta, eps, (tau, end) = self.delta, torch.finfo(self.delta.dtype).eps, bounds
+        T, S = tau + delta, tau - delta
+        u, v = look(sides.u, T, sides.of_u), look(sides.v, S, sides.of_v)
+        f, slope = u.lse - v.lse, u.mean / T + v.mean / S  # slope is -f', both logsumexps are at least log n
+        noise = 2.0 * eps * (1.0 + u.lse + v.lse + tau * slope)
+        is_root = f.abs() <= noise
+        done = self.done | is_root
+        ended = (delta.abs() >= end) & (f * delta > 0) & ~done
+        clamped, done = self.clamped | ended, done | ended
+
+        T2, S2 = T.square(), S.square()
+        bend = torch.add(u.variance, u.mean, alpha=2) / T2 - torch.add(v.variance, v.mean, alpha=2) / S2
+        twist = torch.add(u.third, u.variance + u.mean, alpha=6) / (T2 * T)
+        twist = twist + torch.add(v.third, v.variance + v.mean, alpha=6) / (S2 * S)
+        # minus the first, and the second and minus the third derivative of F, over T_t T_s; -F' > 0 near the root
+        weight = 2.0 / (T * S)
+        lean = weight * delta
+        by_one = slope + lean * f
+        by_one = torch.where(by_one > 0, by_one, slope)
+        by_two = torch.add(bend - weight * f, lean * slope, alpha=2)
+        by_three = torch.sub(twist, weight * (slope - delta * bend), alpha=3)
+        h = f / by_one
+        by_h = h / by_one
+        a2, a3 = -0.5 * by_h * by_two, by_h * h * by_three / 6.0
+        above, below = 1.0 + a2, 1.0 + 2.0 * a2 + a3
+        to = delta + h * torch.where((above > 0) & (below > 0), above / below, 1.0)
+        smaller, h = torch.minimum(T, S), h.abs()
+        size = torch.maximum(torch.maximum(a2.abs(), a3.abs().sqrt()), 0.3 * h / smaller)
+        error = h * size * size.square()
+        allowed = ROUNDING * noise / slope + 2.0 * ROUNDING * eps * smaller
+
+        low, high = torch.where(f > 0, delta, self.low), torch.where(f < 0, delta, self.high)
+        is_below, is_above, middle = to <= low, to >= high, 0.5 * (low + high)
+        to = torch.where(is_below, torch.where(low > -end, middle, low), to)
+        to = torch.where(is_above, torch.where(high < end, middle, high), to)
+        outside = is_below | is_above
+        # a root by its noise moves once more, since f is known no better than here
+        to = torch.where(self.done | ended | (is_root & outside), delta, to)
+        return Search(to, low, high, done | (~outside & (error <= allowed)), clamped)
+
+
+class Sides(NamedTuple):
+    """Both sides' logits, (N, C), and their statistics."""
+
+    u: Tensor
+    v: Tensor
+    of_u: Statistics
+    of_v: Statistics
+
+
+class Bounds(NamedTuple):
+    """tau and the largest |delta|, () each, in the type and on the device of the logits."""
+
+    tau: Tensor
+    end: Tensor
+
+
+FirstLook = Callable[..., tuple[Statistics, Statistics, Search]]
+
+
+def exact(u: Tensor, v: Tensor, tau: float, reach: float, first_look: FirstLook | None = None) -> Solution:
+    """Return the roots of all rows, without gradient; on a CPU only rows that are not done are looked at again.
+
+    Args:
+        u: the teacher's logits, (N, C), of the type of the student's.
+        v: the student's logits, (N, C).
+        tau: half the sum of the temperatures.
+        reach: the largest |delta| / tau.
+        first_look: does the same as ``first_look_of``, compiled.
+    """
+    is_cpu, is_double = u.device.type == "cpu", u.dtype == torch.float64
+    bounds = Bounds(u.new_full((), tau), u.new_full((), min(reach, 1.0 - 16 * torch.finfo(u.dtype).eps) * tau))
+    if first_look is None and is_cpu and u.shape[1] <= FEW:
+        sides = Sides(u, v, statistics(u), statistics(v))
+        a, b = sides.of_u.std, sides.of_v.std
+        flat = sides.of_u.flat | sides.of_v.flat
+        start = (tau * (a - b) / (a + b)).clamp(-bounds.end, bounds.end)
+        search = Search(torch.where(flat, 0.0, start), -bounds.end, bounds.end, flat, flat & False)
+        search = search.advance(sides, bounds)
+    else:
+        *rows, search = (first_look or first_look_of)(u, v, *bounds)
+        sides = Sides(u, v, *rows)
+        flat = sides.of_u.flat | sides.of_v.flat
+    if not is_cpu:
+        for _ in range(FIXED + is_double - 1):
+            search = search.advance(sides, bounds)
+        return Solution(search.delta, flat, search.clamped)
+    delta, clamped, rows = search.delta, search.clamped, None
+    for _ in range(LOOKS - 1):
+        is_open = (~search.done).squeeze(1).nonzero().squeeze(1)
+        if not len(is_open):
+            break
+        rows, search = is_open if rows is None else rows[is_open], Search(*(x.index_select(0, is_open) for x in search))
+        # a look needs no more of the statistics
+        of_u, of_v = (
+            side._replace(peak=side.peak.index_select(0, rows), top=side.top.index_select(0, rows))
+            for side in sides[2:]
+        )
+        search = search.advance(Sides(u.index_select(0, rows), v.index_select(0, rows), of_u, of_v), bounds)
+        delta, clamped = delta.index_copy(0, rows, search.delta), clamped.index_copy(0, rows, search.clamped)
     return Solution(delta, flat, clamped)
 
 
-def logsumexp_and_slope(z: Tensor, T: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-    """logsumexp(z / T) and its negative derivative in T, E_p[z] / T^2, (N, 1) each; ``top`` is the maximum of z."""
-    if not torch.compiler.is_compiling() and (fast := OVERRIDES.get().get("logsumexp_and_slope")):
-        return fast(z, T, top)
-    e = ((z - top) / T).exp()
-    mass = e.sum(-1, keepdim=True)
-    return top / T + mass.log(), (e * z).sum(-1, keepdim=True) / (mass * T.square())
-
-
-def _implicit(a: Tensor, student: Centered, delta: Tensor, is_free: Tensor, tau: float, top: Tensor) -> Tensor:
-    """Add a term of value zero to delta that gives it its implicit derivative in the student's logits."""
-    T_s, v = tau - delta, student.z
-    b, valid = v.detach(), v > MASKED
-    slope = logsumexp_and_slope(a, tau + delta, top)[1] + logsumexp_and_slope(b, T_s, student.top.detach())[1]
-    q = torch.softmax(b / T_s, -1)
-    by_v = torch.where(is_free & valid, -(q - 1.0 / student.n) / (T_s * slope), 0.0)
-    shift = torch.where(valid, v - b, 0.0)
-    return delta + (by_v * shift).sum(-1, keepdim=True)
+def first_look_of(
+    u: Tensor, v: Tensor, tau: Tensor, end: Tensor, is_tame: bool | None = None
+) -> tuple[Statistics, Statistics, Search]:
+    """Return the statistics and the search after a look at the models' root; ``u`` and ``v`` as in ``statistics``."""
+    sides = Sides(u, v, statistics(u, is_tame=is_tame), statistics(v, is_tame=is_tame))
+    flat = sides.of_u.flat | sides.of_v.flat
+    start = torch.where(flat, 0.0, start_of(sides.of_u, sides.of_v, tau, end))
+    search = Search(start, -end, end, flat, flat & False).advance(sides, Bounds(tau, end))
+    of_u, of_v = (Statistics(*(x.flatten(1) for x in side)) for side in sides[2:])
+    return of_u, of_v, Search(*(x.flatten(1) for x in search))

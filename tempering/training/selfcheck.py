@@ -248,7 +248,7 @@ def _check_modes(teacher: Teacher, method: Method, results: Results) -> None:
             raise SelfCheckError("the teacher has parameters that require grad. Wrap it in teachers.Live(model).")
         results["teacher frozen"] = "the method trains it" if method.trains_teacher else "ok"
     if results.wants("in eval"):
-        modules = [(name, m) for model in models for name, m in model.named_modules()]
+        modules = [pair for model in models for pair in cast("list[tuple[str, nn.Module]]", [*model.named_modules()])]
         training = [name or "itself" for name, m in modules if m.training]
         if training:
             raise SelfCheckError(
