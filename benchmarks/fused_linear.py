@@ -52,13 +52,13 @@ def sides(n: int, V: int, H: int, H_t: int, dtype: torch.dtype) -> Sides:
     return Sides(hs, ws, normal(n, H_t, 1.0), normal(V, H_t, 3.0 * H_t**-0.5), y)
 
 
-def products(x: Sides, *, wide: bool = False) -> None:
+def products(x: Sides, *, upcast: bool = False) -> None:
     """Both sides' logits and the two products of the way back, over rows in fours, so that no logits are held.
 
-    ``wide`` makes the logits in float32, as DTKD's gradient needs them, also of inputs of half precision.
+    ``upcast`` makes the logits in float32, as DTKD's gradient needs them, also of inputs of half precision.
     """
     by_head, own = torch.zeros_like(x.ws), x.ws.dtype
-    dtype = torch.float32 if wide else own
+    dtype = torch.float32 if upcast else own
     with torch.no_grad():
         for part in torch.arange(len(x.hs)).split(max(1, len(x.hs) // 4)):
             v = (x.hs[part].to(dtype) @ x.ws.to(dtype).T).to(own)

@@ -116,7 +116,7 @@ GOALS = (
         1.1,
         "Logits rounded to bf16 change DTKD's gradient by up to 28 %, so ours have float32 precision. torch has no "
         "matrix product with bf16 inputs and float32 output on a CPU: the second line of the table is its cost with "
-        "float32 inputs. wide=False rounds the logits.",
+        "float32 inputs. upcast=False rounds the logits.",
     ),
     Goal(
         "the same, logits rounded to bf16",

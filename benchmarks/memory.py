@@ -56,7 +56,7 @@ def variants() -> tuple[dict[str, dict[str, Run]], dict[str, str]]:
         HALF: {
             "logits, TRL": dense(trl),
             "ours, chunks of 256 MiB": ours(jsd, compile=False, memory=BUDGET),
-            "ours, chunks of 256 MiB, logits in bf16": ours(jsd, compile=False, memory=BUDGET, wide=False),
+            "ours, chunks of 256 MiB, logits in bf16": ours(jsd, compile=False, memory=BUDGET, upcast=False),
         },
     }
     notes = {"logits, TRL": which}

@@ -56,7 +56,7 @@ class CombinedTeacher(Teacher):
         return all(part.trained for part in self.parts.values())
 
     @trained.setter
-    def trained(self, value: bool) -> None:
+    def trained(self, value: bool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         for part in self.parts.values():
             part.trained = value
 

@@ -75,7 +75,7 @@ class CRD(Projected):
             raise ValueError("CRD remembers samples by id: yield (input, label, id) batches.")
         ids = rows.ids if rows.weight is None else rows.ids[rows.weight > 0]
         is_cheap = ids.device.type == "cpu" and len(ids) > 0  # elsewhere it would need a synchronization
-        if is_cheap and 2 * (found := int(torch.unique(ids).numel())) < len(ids):
+        if is_cheap and 2 * (found := len(set(map(int, ids)))) < len(ids):
             warnings.warn(
                 f"CRD remembers samples by id, and a batch of {len(ids)} has {found} different ids. Are "
                 "they numbers of groups, such as classes? Yield the number of the sample in the data set.",
