@@ -135,10 +135,12 @@ def test_unseen_canaries_have_the_mean_of_chance() -> None:
 
 
 def test_slips_are_named() -> None:
-    with pytest.raises(ValueError, match="Canaries needs canaries, asked >= 20, and most and batch >= 1; got 0, 1000"):
+    with pytest.raises(
+        ValueError, match="Canaries needs canaries, sampled >= 20, and max_candidates and batch >= 1; got 0, 1000"
+    ):
         Canaries([])
     with pytest.raises(ValueError, match="got 1, 5"):
-        Canaries([Canary("x", "1", 1)], asked=5)
+        Canaries([Canary("x", "1", 1)], sampled=5)
 
 
 # the recipe

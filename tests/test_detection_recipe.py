@@ -40,7 +40,8 @@ def test_from_arguments_to_the_page(tmp_path: Path) -> None:
     page = render(runs)
     assert page.count("data:image/jpeg;base64,") == 6 and "img-src data:" in page
     assert 'id="boxes"' in page and "Average precision per class" in page and "rectangle" in page
-    assert page.count('class="box truth"') == 2 * sum(len(p["boxes"]["truth"]) for p in pictures(tmp_path / "alone"))
+    shown = [picture for name in ("alone", "both") for picture in pictures(tmp_path / name)]
+    assert page.count('class="box truth"') == sum(len(picture["boxes"]["truth"]) for picture in shown)
 
 
 def pictures(out: Path) -> list[dict[str, Any]]:

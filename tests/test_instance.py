@@ -396,7 +396,7 @@ def test_nothing_to_learn_from(form: Any) -> None:
     [
         ({"form": "sac"}, r"needs form 'ppo', 'bandit' or 'published'; got 'sac'"),
         ({"low": 5.0, "high": 5.0}, r"needs 0 <= low < high; got low=5.0 and high=5.0"),
-        ({"warmup": 20}, r"needs warmup in \[0, 1\]; got 20"),
+        ({"warmup": 20}, r"needs warmup in \[0, 1\], the share of the run .*; got 20"),
         ({"mix": 0.5}, r"needs mix in \[0, 0.2\]; got 0.5"),
         ({"span": 1.0}, r"0 < span <= period <= 1, fractions of the run .*got span=1.0"),
         ({"rounds": 0}, r"needs rounds >= 1, an integer; got 0"),

@@ -191,7 +191,7 @@ def test_the_best_is_found_cut_ones_are_cut_and_the_page_shows_it(
     assert len(begun(out)) == 6
     typed = capsys.readouterr().out.strip()
     assert typed.startswith(f"tempering run {fake} --method 'kd(soft=")
-    assert typed.endswith("temperature=static(tau=4), warmup=0)'")
+    assert typed.endswith("warmup=0, temperature=static(tau=4))'")
     first = begun(out)
     assert search(fake, out, *how, "--trials=6") == 0
     assert begun(out) == first, "finished trials do not run again"

@@ -197,7 +197,7 @@ def speculative(student: nn.Module, teacher: nn.Module) -> float:
     data = [collate(examples(), pad=PAD)]
     options = _options() | {"resampling": GREEDY, "top_k": 20, "block": 3, "reuse": True}
     batch = next(iter(Speculative(student, teacher, data, **options)))
-    return _difference(batch["taught"].logits, torch.stack([z for z, _ in _generated(teacher, batch)]))
+    return _difference(batch["teacher_outputs"].logits, torch.stack([z for z, _ in _generated(teacher, batch)]))
 
 
 def _options() -> dict[str, Any]:
