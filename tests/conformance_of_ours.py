@@ -80,7 +80,8 @@ def methods() -> dict[str, Loss]:
     """Every method of rows of logits or of feature maps."""
     found: dict[str, Loss] = {}
     for name, kind in METHODS.items():
-        if issubclass(kind, StepMethod) or name == "Supervised":  # they run the models; it has no teacher
+        # they run the models; it has no teacher; its rows are numbers
+        if issubclass(kind, StepMethod) or name in ("Supervised", "RegressionKD"):
             continue
         method = kind.example()
         own: dict[str, Any] = {"batch_dependent": method.is_batch_dependent(), "divergence": method.zero_when_equal}

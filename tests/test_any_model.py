@@ -175,7 +175,7 @@ def test_outputs_in_containers(name: str, mode: str) -> None:
     [
         (lambda z: (z, z), r"tuple with 0: \(32, 4\), 1: \(32, 4\).*register_forward_hook\(lambda .*output\[0\]"),
         (lambda z: {"a": z, "b": z}, r"dict with 'a': \(32, 4\).*output\['a'\]"),
-        (lambda z: {"out": z[..., None, None]}, r"\(32, 4, 1, 1\)\. Rows of pixels need a task of their own"),
+        (lambda z: {"out": z[..., None, None]}, r"\(32, 4, 1, 1\)\. Of pixels, use tasks.Segmentation"),
         (lambda z: None, "got NoneType"),
     ],
 )

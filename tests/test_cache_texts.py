@@ -372,7 +372,7 @@ class Changed(torch.nn.Module):
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_that_cannot_be_stored_are_named(kind: str, value: float, tmp_path: Path) -> None:
     """A forbidden token can be, except by a head, which would allow it."""
-    source, tokens = Live(Changed(value)), Tokens(texts(), batch_size=2, pad=PAD)
+    source, tokens = live(Changed(value)), Tokens(texts(), batch_size=2, pad=PAD)
     if value == float("-inf") and kind != "hidden":
         cached = KINDS[kind](source, tokens, tmp_path / "c", inputs=TASK.inputs, quiet=True)
         output: Any = cached(TASK.inputs(tokens.batch(range(5)))[1], None)

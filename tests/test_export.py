@@ -262,7 +262,7 @@ def test_a_net_of_the_users_own_is_exported_from_its_file(tmp_path: Path, capsys
     for model, said in {
         "net.py": "is given as MODULE:NAME or FILE.py:NAME",
         "nte.py:net": "there is no file nte.py",
-        f"{tmp_path / 'net.py'}:nett": "Did you mean 'net'",
+        f"{tmp_path / 'net.py'}:nett": "Functions and classes there: net",
         f"{tmp_path / 'net.py'}:number": "gives int, and a torch.nn.Module is needed",
     }.items():
         assert main([*argv, "--model", model]) == 1

@@ -109,7 +109,7 @@ def test_a_run_learns_the_same_from_it(tmp_path: Path) -> None:
         sgd = partial(torch.optim.SGD, lr=0.1)
         run = distill(student, source, tokens, method=DTKD(), optimizer=sgd, test=data(), **options)
         losses.append([*seen, run.best["test"]["loss"], run.best["test"]["agreement"]])
-    assert len(losses[0]) == 8 and losses[0] == pytest.approx(losses[1], rel=1e-6, abs=1e-6)
+    assert len(losses[0]) == 8 and losses[0] == pytest.approx(losses[1], rel=3e-6)
 
 
 @pytest.mark.parametrize("family", ["capped", "scaled"])

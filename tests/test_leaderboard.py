@@ -33,7 +33,7 @@ def runs_of(
 ) -> list[RunRecord]:
     found = []
     for seed, end in enumerate(test):
-        run = load_run(make_run(root / f"{label}-{seed}", label, seed, arm="KD", end=end, epochs=2, method=method))
+        run = load_run(make_run(root / f"{label}-{seed}", label, seed, like="KD", end=end, epochs=2, method=method))
         run.facts["result"]["last"]["validation"]["accuracy"] = validation + 0.001 * seed
         run.facts["result"]["last"]["test"]["accuracy"] = end
         found.append(run)

@@ -64,18 +64,16 @@ def by_part(student: nn.Sequential, teacher: nn.Sequential) -> None:
 
 
 @each("take", [by_data, by_assignment, by_part])
-@each("trainer", ["engine", "huggingface", "lightning"])
-def test_weights_in_the_memory_of_the_teacher_are_refused(
-    trainer: str, take: Callable[..., None], tmp_path: Path
-) -> None:
+@each("by", ["engine", "huggingface", "lightning"])
+def test_weights_in_the_memory_of_the_teacher_are_refused(by: str, take: Callable[..., None], tmp_path: Path) -> None:
     """Training the student would change the teacher, whose parameters are other objects."""
     student, teacher = net(), net(1)
     take(student, teacher)
     before = copy.deepcopy(teacher.state_dict())
     with pytest.raises(ValueError, match=r"in the memory of the teacher's.*copy.deepcopy\(model\)"):
-        if trainer == "engine":
+        if by == "engine":
             run(student, teacher=teacher)
-        elif trainer == "lightning":
+        elif by == "lightning":
             pytest.importorskip("lightning.pytorch")
             adapter.DistillModule(student, teacher, method=KD())
         else:

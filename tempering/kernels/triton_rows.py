@@ -137,7 +137,7 @@ def _look(row, top, T, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _tail(x):
-    """``row_model._tail``; erfcx by Chebyshev's polynomial, relative error 1.2e-7 (Numerical Recipes, 6.2)."""
+    """``sharpness._tail``; erfcx by Chebyshev's polynomial, relative error 1.2e-7 (Numerical Recipes, 6.2)."""
     y = tl.abs(x) * 0.7071067811865476
     t = 1.0 / (1.0 + 0.5 * y)
     p = -0.82215223 + t * 0.17087277
@@ -157,7 +157,7 @@ def _tail(x):
 
 @triton.jit
 def _fit(count, top, std):
-    """``row_model.fit``."""
+    """``sharpness.fit``."""
     others = tl.maximum(count - 1.0, 1.0)
     ratio = top / std
     mean = -ratio / others
@@ -178,7 +178,7 @@ def _fit(count, top, std):
 
 @triton.jit
 def _of_model(top, sigma, cut, offset, inverse):
-    """``row_model._of_model``."""
+    """``sharpness._of_model``."""
     shift = sigma * inverse
     x = cut - shift
     value, hazard = _tail(x)
@@ -193,7 +193,7 @@ def _of_model(top, sigma, cut, offset, inverse):
 
 @triton.jit
 def _start(count_u, top_u, std_u, count_v, top_v, std_v, tau, end):
-    """``row_model.start_of``."""
+    """``sharpness.start_of``."""
     by_spread = tl.minimum(tl.maximum(tau * (std_u - std_v) / (std_u + std_v), -end), end)
     low = tl.maximum(0.5 * (by_spread - tau), -end)
     high = tl.minimum(0.5 * (by_spread + tau), end)
