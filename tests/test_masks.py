@@ -36,6 +36,21 @@ METHODS = {
 }
 
 
+@each("side", ["student", "teacher"])
+@each("solve", ["exact", "std", "max"])
+def test_constants_mask_beside_a_row_of_nan(solve: str, side: str) -> None:
+    """NaN in a row that is left out does not hide the masks of the others."""
+    v, u, masked, y = logits()
+    (v if side == "student" else u)[0] = torch.nan
+    weight = torch.ones(16).index_fill(0, torch.tensor([0]), 0.0)
+    policy = Sharpness(4.0, solve=solve)  # pyright: ignore
+    want, got = (
+        policy(Rows(v.masked_fill(masked, mask), u.masked_fill(masked, mask), y, weight), 1.0)
+        for mask in (-torch.inf, -1e9)
+    )
+    assert torch.equal(got.student[1:], want.student[1:]) and torch.equal(got.teacher[1:], want.teacher[1:])
+
+
 @each("name", list(METHODS))
 @pytest.mark.parametrize("additive", [False, True])
 def test_constants_mask_as_minus_infinity_does(name: str, additive: bool) -> None:

@@ -95,9 +95,9 @@ class Sharpness(Policy):
         with_grad = self.differentiable and rows.student.requires_grad and torch.is_grad_enabled()
         with torch.autocast(rows.student.device.type, enabled=False), torch.set_grad_enabled(with_grad):
             u, v = upcast_to_float32(rows.teacher), upcast_to_float32(rows.student)
-            # a minimum is one pass without a copy; NaN compares as no mask, here as there
+            # a minimum is one pass without a copy; it is NaN where any logit is, and then says nothing of the others
             if u.device.type != "cpu" or (
-                u.numel() and bool(torch.minimum(u.detach().amin(), v.detach().amin()) <= MASK_AT)
+                u.numel() and not bool(torch.minimum(u.detach().amin(), v.detach().amin()) > MASK_AT)
             ):
                 u, v = mask_constants(u), mask_constants(v)
             solution = solve_delta(u, v, tau=tau, solve=self.solve, reach=self.reach)
