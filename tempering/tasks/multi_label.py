@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tempering.data.batches import LabeledBatch, labeled_batch
 from tempering.rows import IGNORE_INDEX, Rows, binary_logits, is_labeled, upcast_to_float32
-from tempering.tasks.base import NothingToScoreError, Task, TeacherForward, evaluating
+from tempering.tasks.base import NothingToScoreError, TeacherForward, evaluating
+from tempering.tasks.parts import PartsTask, Unlabeled
 from tempering.tasks.text_classification import unpack_inputs
 from tempering.utils.tensors import described, logits_of
 
 
-class MultiLabel(Task):
+class MultiLabel(PartsTask):
     """Task with labels (N, C) in {0, 1} and models that return (N, C) logits, one per label.
 
     Each (sample, label) is a row of two classes, ``rows.binary_logits(z)``, in the order of the samples. So KD is the
@@ -24,9 +25,8 @@ class MultiLabel(Task):
     arXiv:2308.06453, equation 4 (a sum there).
 
     -1, -100 and, among floating point labels, NaN mark pairs without a label. Labels between 0 and 1 are soft. Batches
-    are those of ``Classification``. Scores: map (mean of the average precision over
-    the labels that occur), f1 (mean over labels, at
-    probability 0.5), loss, and agreement with the teacher, at 0.5.
+    are those of ``Classification``. Scores: map (mean of the average precision over the labels that occur), f1 (mean
+    over labels, at probability 0.5), loss, and agreement with the teacher, at 0.5.
 
     Of two classes a policy sees one number, |z|. Temperatures that give both sides the same sharpness, such as those of
     DTKD, give them the same probabilities wherever both have the same sign, so a divergence at them is 0 there. Methods
@@ -46,19 +46,13 @@ class MultiLabel(Task):
     def __init__(
         self,
         *,
-        unlabeled: Literal["ignore", "teach"] = "ignore",
+        unlabeled: Unlabeled = "ignore",
         features: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
-        if unlabeled not in ("ignore", "teach"):
-            raise ValueError(f"{type(self).__name__} needs unlabeled 'ignore' or 'teach'; got {unlabeled!r}.")
-        self.unlabeled, self.features = unlabeled, dict(features or {})
+        super().__init__(unlabeled, features)
 
     def prepare_model(self, model: nn.Module) -> None:
         unpack_inputs(model)
-
-    def inputs(self, batch: Any) -> tuple[Any, Any, Tensor | None]:
-        parts = labeled_batch(batch, type(self).__name__)
-        return parts.inputs, parts.inputs, parts.ids
 
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
         parts = labeled_batch(batch, type(self).__name__)
@@ -180,7 +174,7 @@ class Ordinal(MultiLabel):
         self,
         thresholds: int,
         *,
-        unlabeled: Literal["ignore", "teach"] = "ignore",
+        unlabeled: Unlabeled = "ignore",
         features: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
         super().__init__(unlabeled=unlabeled, features=features)

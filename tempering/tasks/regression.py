@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tempering.data.batches import LabeledBatch, labeled_batch
 from tempering.rows import GAUSSIAN, Rows, upcast_to_float32
-from tempering.tasks.base import NothingToScoreError, Task, TeacherForward, evaluating
+from tempering.tasks.base import NothingToScoreError, TeacherForward, evaluating
+from tempering.tasks.parts import PartsTask, Unlabeled
 from tempering.tasks.segmentation import at_size
 from tempering.tasks.text_classification import unpack_inputs
 from tempering.utils.tensors import described, logits_of
 
 
-class Regression(Task):
+class Regression(PartsTask):
     """Task with numbers as labels, (N,), (N, D) or maps (N, H, W) such as depth, and models that return as many.
 
     Each number is a row of one column, in the order of the samples; its ``task_loss`` is the squared error, and its
@@ -49,20 +50,14 @@ class Regression(Task):
         *,
         uncertainty: bool = False,
         ignore: float | None = None,
-        unlabeled: Literal["ignore", "teach"] = "ignore",
+        unlabeled: Unlabeled = "ignore",
         features: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
-        if unlabeled not in ("ignore", "teach"):
-            raise ValueError(f"Regression needs unlabeled 'ignore' or 'teach'; got {unlabeled!r}.")
-        self.uncertainty, self.ignore, self.unlabeled = uncertainty, ignore, unlabeled
-        self.features = dict(features or {})
+        super().__init__(unlabeled, features)
+        self.uncertainty, self.ignore = uncertainty, ignore
 
     def prepare_model(self, model: nn.Module) -> None:
         unpack_inputs(model)
-
-    def inputs(self, batch: Any) -> tuple[Any, Any, Tensor | None]:
-        parts = labeled_batch(batch, "Regression")
-        return parts.inputs, parts.inputs, parts.ids
 
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
         parts = labeled_batch(batch, "Regression")
@@ -144,8 +139,8 @@ class Regression(Task):
                 student_in, teacher_in, ids = self.inputs(batch)
                 output, answer = student(student_in), None if teacher is None else teacher(teacher_in, ids)
                 (rows,) = self.rows(output, answer, batch)
-                known = self._labels(labeled_batch(batch))[1].flatten()
-                y = self._labels(labeled_batch(batch))[0].flatten()[known].float().cpu()
+                y, known = (part.flatten() for part in self._labels(labeled_batch(batch)))
+                y = y[known].float().cpu()
                 s, t = (side[known, 0].float().cpu() for side in (rows.student, rows.teacher))
                 if not len(y):
                     continue

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tempering.data.batches import LabeledBatch, labeled_batch
 from tempering.rows import IGNORE_INDEX, Rows, class_indices, is_labeled, upcast_to_float32
-from tempering.tasks.base import NothingToScoreError, Task, TeacherForward, evaluating
+from tempering.tasks.base import NothingToScoreError, TeacherForward, evaluating
+from tempering.tasks.parts import PartsTask, Unlabeled
 from tempering.utils.tensors import described, logits_of, on_host
 
 
-class Segmentation(Task):
+class Segmentation(PartsTask):
     """Task with batches of (images, labels) or (images, labels, ids), labels (N, H, W), and models of dense logits.
 
     Models return (N, C, h, w): a tensor, a mapping with "out" as those of torchvision, or an object with ``.logits`` as
@@ -48,24 +49,17 @@ class Segmentation(Task):
         *,
         ignore_index: int = 255,
         stride: int = 1,
-        unlabeled: Literal["ignore", "teach"] = "ignore",
+        unlabeled: Unlabeled = "ignore",
         features: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
-        if stride < 1 or unlabeled not in ("ignore", "teach"):
-            raise ValueError(
-                f"Segmentation needs stride >= 1 and unlabeled 'ignore' or 'teach'; got stride={stride!r} and "
-                f"unlabeled={unlabeled!r}."
-            )
-        self.ignore_index, self.stride, self.unlabeled = ignore_index, stride, unlabeled
-        self.features = dict(features or {})
-
-    def inputs(self, batch: Any) -> tuple[Any, Any, Tensor | None]:
-        parts = labeled_batch(batch, "Segmentation")
-        return parts.inputs, parts.inputs, parts.ids
+        super().__init__(unlabeled, features)
+        if stride < 1:
+            raise ValueError(f"Segmentation needs stride >= 1; got {stride!r}.")
+        self.ignore_index, self.stride = ignore_index, stride
 
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
         parts = labeled_batch(batch, "Segmentation")
-        labels = self._labels(parts)
+        labels = self._labels(parts.labels)
         size = (parts.labels.shape[1], parts.labels.shape[2])
         s = dense_logits(student, size, "student")
         t = s.detach() if teacher is None else dense_logits(teacher, size, "teacher")
@@ -80,7 +74,7 @@ class Segmentation(Task):
 
     def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
         parts = labeled_batch(batch, "Segmentation")
-        labels = self._labels(parts)
+        labels = self._labels(parts.labels)
         weight = self._weight(parts, labels)
         return {"logits": float(labels.numel()) if weight is None else weight.sum()}
 
@@ -92,19 +86,20 @@ class Segmentation(Task):
         k = self.stride
         return x if k == 1 else x[..., k // 2 :: k, k // 2 :: k]
 
-    def _labels(self, parts: LabeledBatch) -> Tensor:
+    def _labels(self, labels: Tensor) -> Tensor:
         """Return the labels of the pixels that are rows, (N, h, w), in int64, -100 where there is none."""
-        return self._pixels(checked_labels(parts.labels, self.ignore_index))
+        return self._pixels(checked_labels(labels, self.ignore_index))
 
     def _weight(self, parts: LabeledBatch, labels: Tensor) -> Tensor | None:
         """Return the weight of each pixel; None if all have weight 1."""
         weight = None if parts.weight is None else parts.weight[:, None, None].expand(labels.shape)
-        given = on_host(parts.labels)
-        if self.unlabeled == "teach" or (
-            given.device.type == "cpu" and bool(is_labeled(checked_labels(given, self.ignore_index)).all())
-        ):
+        if self.unlabeled == "teach":
             return weight
-        known = is_labeled(labels)
+        known, given = is_labeled(labels), on_host(parts.labels)
+        if given.device.type == "cpu":
+            on_cpu = known if given is parts.labels else is_labeled(self._labels(given))
+            if bool(on_cpu.all()):
+                return weight
         return known.float() if weight is None else weight * known
 
     def score(
