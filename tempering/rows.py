@@ -236,6 +236,11 @@ def without_labels(target: Tensor, where: Bool[Tensor, " N"] | None = None) -> T
     return target.masked_fill(where.unsqueeze(-1) if is_soft(target) else where, value)
 
 
+def is_scored(target: Tensor, weight: Tensor | None) -> Bool[Tensor, " N"]:
+    """Return which rows have a label and a weight above 0: those that scores are of."""
+    return is_labeled(target) if weight is None else is_labeled(target) & (weight > 0)
+
+
 def is_labeled(target: Tensor) -> Bool[Tensor, ...]:
     """Return which targets are labels: all class indices but -100 and -1; of soft labels the rows that are not 0."""
     if is_soft(target):

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tempering.data.batches import labeled_batch
-from tempering.rows import Rows, class_indices, class_labels, is_labeled, upcast_to_float32
+from tempering.rows import Rows, class_indices, class_labels, is_scored, upcast_to_float32
 from tempering.utils.search_space import CheckedArguments
 from tempering.utils.state import restored
 from tempering.utils.tensors import to_device
@@ -215,7 +215,7 @@ def collect_rows(
         rows, _ = task.scored_rows(output, None if teacher is None else teacher(teacher_inputs), batch)
         if rows.target is None:
             raise ValueError(f"an audit needs labels, and the rows of {type(task).__name__} have none.")
-        kept = is_labeled(rows.target) if rows.weight is None else is_labeled(rows.target) & (rows.weight > 0)
+        kept = is_scored(rows.target, rows.weight)
         index = kept.nonzero().flatten()[: None if samples is None else samples - count]
         count += len(index)
         for side, z in zip(("student", "teacher"), (rows.student, rows.teacher), strict=True):

@@ -32,6 +32,7 @@ from tempering.teachers.base import Teacher
 from tempering.teachers.live import Live
 from tempering.training.checks import as_method, chunking_for
 from tempering.training.distill import SGD
+from tempering.training.distributed import gather_objects
 from tempering.training.features import PairedFeatures
 from tempering.training.optimizers import Optimizer, Schedule, make_optimizer, make_schedule
 from tempering.utils.state import borrowed, random_state, set_random_state
@@ -284,11 +285,8 @@ class DistillModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the random state, of every process, so that a resumed run draws what the run would have drawn."""
-        states = [random_state()]
-        if self.trainer.world_size > 1:
-            states = [{} for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(states, random_state())
-        checkpoint[RANDOM] = states
+        state = random_state()
+        checkpoint[RANDOM] = [state] if self.trainer.world_size == 1 else gather_objects(state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._random_states = checkpoint.get(RANDOM, [])

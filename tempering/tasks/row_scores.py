@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tempering.rows import Rows, class_labels, is_labeled, upcast_to_float32
+from tempering.rows import Rows, class_labels, is_scored, upcast_to_float32
 from tempering.tasks.base import NothingToScoreError, Task, TeacherForward, evaluating
 from tempering.utils.tensors import on_host, to_device
 
@@ -35,7 +35,7 @@ class RowScores:
         if rows.target is None:
             raise ValueError("scoring needs labels: the batches have none.")
         target, weight = on_host((rows.target, rows.weight))
-        kept = is_labeled(target) if weight is None else is_labeled(target) & (weight > 0)
+        kept = is_scored(target, weight)
         z, y = upcast_to_float32(rows.student), class_labels(rows.target)
         if not bool(kept.all()):
             index = to_device(kept.nonzero().squeeze(1), z.device)

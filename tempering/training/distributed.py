@@ -134,7 +134,7 @@ def all_gather_objects(value: Any, fabric: Fabric) -> list[Any]:
     """Gather a picklable object from every rank, in the order of ranks."""
     if fabric.world_size == 1:
         return [value]
-    return _gather(value)
+    return gather_objects(value)
 
 
 # checks that processes make together
@@ -171,7 +171,7 @@ def checked_together(world: int | None = None) -> Generator[None]:
     except OtherProcessError:
         raise
     except Exception as error:
-        _gather(_Failure(f"{type(error).__name__}: {error}"))
+        gather_objects(_Failure(f"{type(error).__name__}: {error}"))
         raise
     finally:
         _TOGETHER.reset(token)
@@ -199,7 +199,7 @@ def from_all_processes(value: T) -> list[T]:
     """
     if not _TOGETHER.get():
         return [value]
-    values = _gather(value)
+    values = gather_objects(value)
     for rank, other in enumerate(values):
         if isinstance(other, _Failure):
             raise OtherProcessError(f"process {rank} of {len(values)} stopped, {other.message}")
@@ -216,7 +216,8 @@ def while_all(values: Iterable[T]) -> Iterator[T]:
 _END = object()
 
 
-def _gather(value: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
+    """Gather a picklable object from every process of the process group, in the order of ranks."""
     objects: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(objects, value)  # pyright: ignore[reportUnknownMemberType]
     return objects

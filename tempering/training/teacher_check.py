@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tempering.rows import Rows, class_labels, is_labeled
+from tempering.rows import Rows, class_labels, is_scored
 from tempering.training.config import VERDICTS
 from tempering.training.distributed import from_all_processes, is_first_process, while_all
 from tempering.utils.files import file_lock, sha256_text, write_atomic
@@ -107,7 +107,7 @@ def _hits(block: Rows, top: Tensor | None) -> tuple[int, int] | None:
     """Return the numbers of hits and of labeled rows; None without labels or classes."""
     if block.target is None or top is None:
         return None
-    known = is_labeled(block.target) if block.weight is None else is_labeled(block.target) & (block.weight > 0)
+    known = is_scored(block.target, block.weight)
     return int(((top == class_labels(block.target)) & known).sum()), int(known.sum())
 
 
