@@ -247,11 +247,9 @@ class RunDirectory:
             progress=asdict(state),
             ranks=all_gather_objects([checkpoint.random_state(), state.loss_sum], self.fabric),
             precision=self.fabric.strategy.precision.state_dict(),
+            average=self.average,
+            buffers=self._changed_buffers(),
         )
-        if buffers := self._changed_buffers():
-            content["buffers"] = buffers
-        if self.average is not None:
-            content["ema"] = self.average.state_dict()
         if self.fabric.is_global_zero:
             checkpoint.save(self.folder / "checkpoints", state.step, content, keep=keep, records=records)
         self.fabric.barrier()
