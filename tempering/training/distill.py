@@ -46,6 +46,7 @@ def distill(
     precision: Precision = "32-true",
     accelerator: str = "auto",
     devices: int | str = 1,
+    num_nodes: int | str = "auto",
     strategy: str = "auto",
     compile: bool | str = False,
     warmup: float = 0.0,
@@ -78,10 +79,10 @@ def distill(
 
     ``tempering.training.experiment.Experiment`` describes the same run without starting it.
 
-    Options of ``TrainConfig`` with the same name: accumulate, max_grad_norm, precision, accelerator, devices, strategy,
-    compile, warmup, decay_norms, ema, label_smoothing, mixup, cutmix, class_weights, gradient_checkpointing, chunks,
-    evaluate_every, log_every, examples, checkpoint_every, keep, patience, resume, extend, requeue, selfcheck,
-    skip_checks, quiet.
+    Options of ``TrainConfig`` with the same name: accumulate, max_grad_norm, precision, accelerator, devices,
+    num_nodes, strategy, compile, warmup, decay_norms, ema, label_smoothing, mixup, cutmix, class_weights,
+    gradient_checkpointing, chunks, evaluate_every, log_every, examples, checkpoint_every, keep, patience, resume,
+    extend, requeue, selfcheck, skip_checks, quiet.
     With strategy="fsdp" the student is left sharded. With several devices the script runs once per device; the
     parameters equal those of one device with the same batch. A run killed at any moment resumes from the last
     checkpoint, with bit-identical results.

@@ -109,6 +109,7 @@ class Trainer:
         self.fabric = fabric_for(
             accelerator=config.accelerator,
             devices=config.devices,
+            num_nodes=config.num_nodes,
             strategy=config.strategy,
             precision=config.precision,
         )
