@@ -18,7 +18,7 @@ from tempering.objectives import cross_entropy, kl
 from tempering.rows import IGNORE_INDEX, Rows, total
 from tempering.tasks.two_view import MixUp, TwoView
 from tempering.teachers import Live, record
-from tempering.teachers.ensemble import EnsembleTeacher
+from tempering.teachers.ensemble import Ensemble
 from tempering.temperature import Sharpness, Static
 from tests.cases import each
 from tests.contract import PLAIN_STEP_METHODS, STEP_CASES, STEP_METHODS, Lesson, arguments, on_each, remade, same
@@ -226,7 +226,7 @@ def mlp(case: Case, who: str) -> nn.Sequential:
     return net
 
 
-def lesson_of(student: nn.Module, teacher: nn.Module | Live | EnsembleTeacher, x: Tensor, y: Tensor) -> Lesson:
+def lesson_of(student: nn.Module, teacher: nn.Module | Live | Ensemble, x: Tensor, y: Tensor) -> Lesson:
     made = Lesson()
     made.student, made.images, made.labels = student, x, y
     made.teacher = Live(teacher) if isinstance(teacher, nn.Module) else teacher  # pyright: ignore
@@ -328,7 +328,7 @@ def test_kdiga_with_other_teachers() -> None:
     plain = lesson_of(student, Live(model), x, y).backward(method)
     half = lesson_of(student, Live(model, precision="bf16"), x, y).backward(method)
     assert 0 < abs(float(half[0] - plain[0])) < 0.1 * float(plain[0])
-    same(lesson_of(student, EnsembleTeacher(model, copy.deepcopy(model)), x, y).backward(method), plain, 1e-5, 1e-6)
+    same(lesson_of(student, Ensemble([model, copy.deepcopy(model)]), x, y).backward(method), plain, 1e-5, 1e-6)
 
 
 @pytest.mark.parametrize(

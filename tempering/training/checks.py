@@ -61,9 +61,8 @@ def check_models_are_distinct(student: nn.Module, teacher: nn.Module | Teacher |
         ValueError: for trained parameters, buffers or dropout modules that are the teacher's too, or in its memory, for
             lazy modules that never ran, or a student in which nothing requires grad.
     """
-    model = teacher if isinstance(teacher, nn.Module) else getattr(teacher, "model", None)
     _check_initialized("student", student)
-    if isinstance(model, nn.Module):
+    for model in (teacher,) if isinstance(teacher, nn.Module) else () if teacher is None else teacher.models:
         _check_initialized("teacher", model)
         theirs = [*model.parameters(), *model.buffers()]
         # a frozen part of the teacher may be reused, as SimKD reuses its classifier
@@ -162,6 +161,10 @@ def validate_step_method(method: Method, teacher: Teacher | None, config: TrainC
         raise ValueError(
             f"{owner} differentiates through the teacher, and {'None' if teacher is None else type(teacher).__name__} "
             "has no gradient. Give the model itself: teachers.Live(model)."
+        )
+    if teacher is not None and teacher.state is not None and config.strategy == "fsdp":
+        raise ValueError(
+            f"{type(teacher).__name__} follows the student's weights, which strategy='fsdp' shards. Use strategy='ddp'."
         )
     if method.needs_double_backward:
         options = {
