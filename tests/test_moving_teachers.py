@@ -85,6 +85,9 @@ def test_what_a_mean_teacher_refuses() -> None:
         MeanTeacher()(X64[0][0])
     with pytest.raises(ValueError, match="would be lost to rounding"):
         go(X64, student=student_net().bfloat16(), teacher=MeanTeacher(), epochs=1)
+    for teacher in (MeanTeacher(), Ensemble([MeanTeacher(), teacher_net(torch.float64)])):
+        with pytest.raises(ValueError, match="strategy='fsdp' shards"):
+            go(X64, student=student_net().double(), teacher=teacher, epochs=1, strategy="fsdp")
 
 
 def moving(kind: str) -> tuple[Any, Any]:

@@ -230,7 +230,7 @@ def test_what_is_missing_or_wrong_is_named(tmp_path: Path) -> None:
         Routed(nets, by=domains(60))(points(4)[0], None)
     with pytest.raises(ValueError, match="has no teacher 2"):
         Routed(nets, by=torch.tensor([0, 2]))
-    with pytest.raises(TypeError, match=r"'b' is NoneType. Is it missing"):
+    with pytest.raises(TypeError, match="Ensemble needs a module or a teacher for 'b'; got NoneType"):
         Ensemble({"a": first_net(), "b": None})  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"teacher 'b' \(Live\) returned \(\d+, 4\)"):
         go(data, teacher=Routed({"a": first_net(), "b": nn.Linear(DIMS, 4)}, by="domain"), epochs=1)

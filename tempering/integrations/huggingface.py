@@ -127,7 +127,7 @@ class DistillMixin(Trainer):
 
     def _bind(self, student: nn.Module) -> None:
         """Take this student: its features, its head and the method's device."""
-        self._prepared = False
+        self._prepared, self._followed = False, None
         self.task.prepare_model(student)
         if self.teacher is not None:
             self.teacher.follow(Unpacked(student, excluded_inputs=self._excluded_inputs))
@@ -294,39 +294,66 @@ class DistillMixin(Trainer):
             optimizer.add_param_group({"weight_decay": 0.0, **group})
         if groups:
             optimizer.register_step_pre_hook(self._share_method_gradients)
-        return updating(optimizer, self.teacher)
+        plain = getattr(optimizer, "optimizer", optimizer)  # accelerate's wraps it
+        if self._followed is not plain:  # a second train() has the same one
+            self._followed = updating(plain, self.teacher, sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        return optimizer
+
+    def _saved(self) -> Iterator[tuple[str, str, nn.Module]]:
+        """Yield what is saved beside the student: the file, the owner's name and the module."""
+        if self.method.state_dict():
+            yield METHOD, type(self.method).__name__, self.method
+        if self.teacher is not None and (state := self.teacher.state) is not None:
+            yield TEACHER, type(self.teacher).__name__, state
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.method.state_dict():
-            save_weights(Path(output_dir or self.args.output_dir or ".") / METHOD, self.method.state_dict())
-        if self.teacher is not None and self.teacher.state is not None:
-            save_weights(Path(output_dir or self.args.output_dir or ".") / TEACHER, self.teacher.state.state_dict())
+        for name, _, module in self._saved():
+            save_weights(Path(output_dir or self.args.output_dir or ".") / name, module.state_dict())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._loaded_from = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        self._load_method(checkpoint)
+        self._load_saved(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
+        self._loaded_from = self.state.best_model_checkpoint
         super()._load_best_model()
-        self._load_method(self.state.best_model_checkpoint)
+        self._load_saved(self.state.best_model_checkpoint)
 
-    def _load_method(self, checkpoint: str | None) -> None:
-        """Load the method's own parameters from the student's checkpoint."""
-        if checkpoint is not None and self.method.state_dict():
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Load weights that ``save_pretrained`` wrote under the names of earlier versions.
+
+        ``from_pretrained`` renames them back, and the Trainer does not, which leaves such weights as they are
+        (transformers issue 48805).
+
+        Raises:
+            ValueError: for a checkpoint without some of the student's weights.
+        """
+        student: Any = self._module()
+        if not (load_result.missing_keys and load_result.unexpected_keys and hasattr(student, "from_pretrained")):
+            super()._issue_warnings_after_load(load_result)
+            return
+        saved, found = type(student).from_pretrained(self._loaded_from, output_loading_info=True)
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(f"{self._loaded_from} is not of this student: it has no weights {', '.join(missing)}.")
+        student.load_state_dict(saved.state_dict())
+
+    def _load_saved(self, checkpoint: str | None) -> None:
+        """Load what is saved beside the student from its checkpoint."""
+        for name, owner, module in () if checkpoint is None else self._saved():
             from safetensors.torch import load_file
 
-            path = Path(checkpoint) / METHOD
+            path = Path(checkpoint) / name
             if not path.is_file():
                 raise ValueError(
-                    f"{path} does not exist, so {type(self.method).__name__} cannot resume its own parameters. Was the "
-                    "checkpoint written with another method? Start without resume_from_checkpoint."
+                    f"{path} does not exist, so {owner} cannot resume its own parameters. Was the checkpoint written "
+                    "with another method or teacher? Start without resume_from_checkpoint."
                 )
-            self.method.load_state_dict(load_file(path))
-        if checkpoint is not None and self.teacher is not None and self.teacher.state is not None:
-            from safetensors.torch import load_file
-
-            self.teacher.state.load_state_dict(load_file(Path(checkpoint) / TEACHER))
+            module.load_state_dict(load_file(path))
 
     def _module(self) -> nn.Module:
         assert isinstance(self.model, nn.Module)

@@ -40,6 +40,7 @@ from tempering.utils.tensors import remember_sources
 
 try:
     import lightning.pytorch as pl
+    from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
     from lightning.pytorch.utilities import rank_zero_info
 except ImportError as error:
     raise ImportError('DistillModule needs Lightning: pip install "tempering[lightning]"') from error
@@ -244,7 +245,8 @@ class DistillModule(pl.LightningModule):
         whole_batches(self.method, accumulate_grad_batches=accumulate, devices=devices)
         trained = [p for p in self.student.parameters() if p.requires_grad]
         optimizer = make_optimizer(self.optimizer, [{"params": trained}, *self.method.param_groups()])
-        optimizer = updating(optimizer, self.teacher)
+        sharded = isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy)
+        optimizer = updating(optimizer, self.teacher, sharded=sharded)
         if self.schedule is None:
             return optimizer
         steps = self._steps()
@@ -293,6 +295,11 @@ class DistillModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._random_states = checkpoint.get(RANDOM, [])
         if self.teacher is not None and self.teacher.state is not None:
+            if TEACHER not in checkpoint:
+                raise ValueError(
+                    f"the checkpoint has no weights of {type(self.teacher).__name__}. Was it written with another "
+                    "teacher? Start without ckpt_path."
+                )
             self.teacher.state.load_state_dict(checkpoint[TEACHER])
 
     def on_fit_start(self) -> None:

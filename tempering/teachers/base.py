@@ -31,6 +31,7 @@ class Teacher(ABC):
         parts: name -> teacher, of a teacher made of several.
         columns: columns of the batch that it reads beside its inputs; the student does not see them.
         state: the module that changes during a run and belongs in checkpoints; None: nothing changes.
+        follows_student: whether it is made of the student, by ``follow``.
     """
 
     identity: str  # sha256 of the weights and options, or of a cache's key
@@ -40,6 +41,7 @@ class Teacher(ABC):
     parts: Mapping[str, Teacher] = MappingProxyType({})
     columns: tuple[str, ...] = ()
     state: nn.Module | None = None
+    follows_student: bool = False
 
     @abstractmethod
     def __call__(self, inputs: Any, ids: Tensor | None) -> Any:

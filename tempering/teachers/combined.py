@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.teachers.base import Columns, Teacher
-from tempering.teachers.live import Live
+from tempering.teachers.live import Live, no_teacher_error
 from tempering.teachers.outputs import Hidden
 from tempering.utils.tensors import logits_of
 
@@ -41,9 +41,7 @@ class CombinedTeacher(Teacher):
         if not named:
             raise ValueError(f"{owner} needs at least one teacher; got none.")
         if wrong := [name for name, x in named.items() if not isinstance(x, nn.Module | Teacher)]:
-            raise TypeError(
-                f"{owner} needs modules or teachers; {wrong[0]!r} is {type(named[wrong[0]]).__name__}. Is it missing?"
-            )
+            raise no_teacher_error(named[wrong[0]], f"{owner} needs a module or a teacher for {wrong[0]!r}")
         self.parts = {str(name): x if isinstance(x, Teacher) else Live(x) for name, x in named.items()}
 
     @property
@@ -86,6 +84,10 @@ class CombinedTeacher(Teacher):
     def state(self) -> nn.Module | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         states = {str(i): part.state for i, part in enumerate(self.parts.values()) if part.state is not None}
         return nn.ModuleDict(states) if states else None
+
+    @property
+    def follows_student(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return any(part.follows_student for part in self.parts.values())
 
     def incompatibility(self, batches: Any) -> str | None:
         reasons = {name: part.incompatibility(batches) for name, part in self.parts.items()}

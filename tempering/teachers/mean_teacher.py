@@ -36,6 +36,7 @@ class MeanTeacher(Teacher):
     """
 
     trained = False  # its first weights are the student's
+    follows_student = True
 
     def __init__(self, decay: float = 0.999, *, ramp: bool = True) -> None:
         if not 0.0 <= decay < 1.0:

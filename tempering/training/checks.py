@@ -62,7 +62,8 @@ def check_models_are_distinct(student: nn.Module, teacher: nn.Module | Teacher |
             lazy modules that never ran, or a student in which nothing requires grad.
     """
     _check_initialized("student", student)
-    for model in (teacher,) if isinstance(teacher, nn.Module) else () if teacher is None else teacher.models:
+    models = teacher.models if isinstance(teacher, Teacher) else (teacher,)
+    for model in (model for model in models if isinstance(model, nn.Module)):
         _check_initialized("teacher", model)
         theirs = [*model.parameters(), *model.buffers()]
         # a frozen part of the teacher may be reused, as SimKD reuses its classifier
@@ -162,7 +163,7 @@ def validate_step_method(method: Method, teacher: Teacher | None, config: TrainC
             f"{owner} differentiates through the teacher, and {'None' if teacher is None else type(teacher).__name__} "
             "has no gradient. Give the model itself: teachers.Live(model)."
         )
-    if teacher is not None and teacher.state is not None and config.strategy == "fsdp":
+    if teacher is not None and teacher.follows_student and config.strategy == "fsdp":
         raise ValueError(
             f"{type(teacher).__name__} follows the student's weights, which strategy='fsdp' shards. Use strategy='ddp'."
         )

@@ -92,9 +92,22 @@ def _with_groups(optimizer: torch.optim.Optimizer, groups: Groups) -> torch.opti
     return optimizer
 
 
-def updating(optimizer: torch.optim.Optimizer, teacher: Teacher | None) -> torch.optim.Optimizer:
-    """Let a teacher that follows the student do so after every step of the optimizer; return the optimizer."""
+def updating(
+    optimizer: torch.optim.Optimizer, teacher: Teacher | None, *, sharded: bool = False
+) -> torch.optim.Optimizer:
+    """Let a teacher that follows the student do so after every step of the optimizer; return the optimizer.
+
+    Args:
+        sharded: whether the student's weights are divided among processes.
+
+    Raises:
+        ValueError: for such a teacher of a sharded student.
+    """
     if teacher is not None and teacher.state is not None:
+        if sharded:
+            raise ValueError(
+                f"{type(teacher).__name__} follows the student's weights, which FSDP and DeepSpeed shard. Use DDP."
+            )
         optimizer.register_step_post_hook(lambda _optimizer, _args, _kwargs: teacher.update())
     return optimizer
 
