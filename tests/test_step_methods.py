@@ -143,7 +143,7 @@ def test_gradient_is_the_slope_of_the_value(method: StepMethod) -> None:
             for p, x in zip(moved.student.parameters(), direction, strict=True):
                 p.add_(h * x)
         _, terms, rows = moved.loss(copy.deepcopy(method))
-        return float(total({name: term for name, term in terms.items() if own(name) == name}, rows))
+        return total({name: term for name, term in terms.items() if own(name) == name}, rows).item()
 
     slope = sum(float((g * x).sum()) for g, x in zip(gradients, direction, strict=True))
     assert slope == pytest.approx((value(1e-5) - value(-1e-5)) / 2e-5, rel=1e-4)

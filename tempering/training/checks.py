@@ -12,11 +12,11 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 from tempering.rows import Rows, total
+from tempering.teachers.base import Teacher
 from tempering.utils.tensors import overlap
 
 if TYPE_CHECKING:
     from tempering.methods.base import BlockLoss, Chunking, Method
-    from tempering.teachers.base import Teacher
     from tempering.training.config import TrainConfig
 
 
