@@ -16,7 +16,7 @@ import tempering as kd
 from tempering.data.text import collate
 from tempering.methods import KD, FitNet
 from tempering.rows import Rows, total
-from tempering.tasks import Classification, LanguageModeling, validation_weights
+from tempering.tasks import Binary, Classification, LanguageModeling, MultiLabel, Regression, validation_weights
 from tempering.teachers import Ensemble, Live, Routed, Teacher, TopKTeacher, record
 from tempering.teachers.combined import AsModule
 from tempering.training.selfcheck import SelfCheckError
@@ -81,6 +81,25 @@ def test_an_ensemble_is_its_definition(mean: Any, weights: Any) -> None:
     torch.testing.assert_close(teacher(x[turned], None), said[turned])
     order = None if weights is None else weights if isinstance(weights, str) else weights[::-1]
     torch.testing.assert_close(Ensemble(nets[::-1], weights=order, mean=mean)(x, None), said)
+
+
+@pytest.mark.parametrize("weights", [[3.0, 1.0], "confidence"], ids=str)
+@pytest.mark.parametrize("mean", MEANS)
+def test_an_ensemble_of_pixels_is_that_of_its_rows(mean: Any, weights: Any) -> None:
+    outputs = list(torch.randn(2, 3, 5, 4, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
+    said = Ensemble([Fixed(z) for z in outputs], weights=weights, mean=mean)(outputs[0], None)
+    wanted = plain([z.permute(0, 2, 3, 1).flatten(0, 2) for z in outputs], weights, mean)
+    torch.testing.assert_close(said.permute(0, 2, 3, 1).flatten(0, 2), wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("task", [MultiLabel(), Binary(), Regression()], ids=lambda task: type(task).__name__)
+def test_a_mean_over_classes_is_refused_where_there_are_none(task: Any) -> None:
+    nets = [nn.Linear(DIMS, 1), nn.Linear(DIMS, 1)]
+    for options in ({"mean": "probabilities"}, {"weights": "confidence"}):
+        for teacher in (Ensemble(nets, **options), Routed([Ensemble(nets, **options), nets[0]], by=domains(60))):
+            with pytest.raises(ValueError, match=f"softmax over classes, and the task predicts {task.predicts}"):
+                go(cut(points(20), 10), student=nn.Linear(DIMS, 1), teacher=teacher, task=task, epochs=1)
+        kd.tasks.base.with_columns(task, Ensemble(nets, weights=[1, 0], mean="probabilities"))
 
 
 @pytest.mark.parametrize("mean", MEANS)

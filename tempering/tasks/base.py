@@ -116,8 +116,15 @@ def prepare_task(task: Task, student: nn.Module, teacher: Teacher | None) -> Tas
 
 
 def with_columns(task: Task, teacher: Teacher | None) -> Task:
-    """Return the task, or a copy whose ``inputs`` hands the columns that the teacher reads to it alone."""
-    if teacher is None or not teacher.columns:
+    """Return the task, or a copy whose ``inputs`` hands the columns that the teacher reads to it alone.
+
+    Raises:
+        ValueError: for a teacher whose outputs have no meaning for what the task predicts.
+    """
+    if teacher is None:
+        return task
+    teacher.check_predicts(task.predicts)
+    if not teacher.columns:
         return task
     own, names = copy.copy(task), teacher.columns
 

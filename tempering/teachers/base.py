@@ -95,6 +95,15 @@ class Teacher(ABC):
         """Return the output with every value replaced by the number of the part that made it."""
         raise TypeError(f"{type(self).__name__} has no parts that answer some samples each.")
 
+    def check_predicts(self, predicts: str) -> None:
+        """Check that the outputs have a meaning for what a task predicts, ``Task.predicts``.
+
+        Raises:
+            ValueError: for outputs that are combined in a way that has none.
+        """
+        for part in self.parts.values():
+            part.check_predicts(predicts)
+
     def follow(self, student: nn.Module) -> None:
         """Receive the student before a run, if the teacher is made of it."""
         return

@@ -18,7 +18,7 @@ Mean = Literal["logits", "probabilities", "log_probabilities"]
 
 
 class Ensemble(CombinedTeacher):
-    """Weighted mean of several teachers' outputs, (..., C) logits.
+    """Weighted mean of several teachers' outputs, (..., C) logits, or (N, C, H, W) of pixels.
 
     ``Ensemble([a, b], weights=[0.9, 0.6])`` weighs by validation scores, such as those of
     ``tasks.validation_weights``. A teacher of weight 0 does not run, and one that has all the weight answers alone: its
@@ -33,8 +33,9 @@ class Ensemble(CombinedTeacher):
             see a difference.
 
     Raises:
-        ValueError: for another number of weights, weights < 0 or all 0, or an unknown mean. While running: for outputs
-            that are no logits of one shape, naming the teachers.
+        ValueError: for another number of weights, weights < 0 or all 0, or an unknown mean. For a task of labels, one
+            logit or numbers: for weights or a mean by the softmax over classes. While running: for outputs that are no
+            logits of one shape, naming the teachers.
 
     Reference: Hinton et al., 2015, arXiv:1503.02531, for both means of probabilities; Kwon et al., "Adaptive Knowledge
     Distillation Based on Entropy", ICASSP 2020, for weights by entropy.
@@ -74,6 +75,16 @@ class Ensemble(CombinedTeacher):
             }
         )
 
+    def check_predicts(self, predicts: str) -> None:
+        super().check_predicts(predicts)
+        softmax = self.mean != "logits" or self.weights is None
+        if softmax and len(self.active) > 1 and predicts not in ("classes", "pixels"):
+            what = "weights='confidence'" if self.mean == "logits" else f"mean={self.mean!r}"
+            raise ValueError(
+                f"Ensemble with {what} takes the softmax over classes, and the task predicts {predicts}. Use "
+                "mean='logits' and fixed weights."
+            )
+
     def alone(self, name: str) -> Teacher:
         """Return the ensemble in which the teacher ``name`` has all the weight."""
         other = copy.copy(self)
@@ -101,9 +112,10 @@ class Ensemble(CombinedTeacher):
                     f"{self._said(name, z)}. All need the same classes in the same order, and the logits of all of "
                     "them: not the likeliest tokens only, as of a remote or top-k teacher."
                 )
+        dim = 1 if first.ndim == 4 else -1  # of the classes
         if self.mean != "logits":
-            logits = {name: z.log_softmax(-1) for name, z in logits.items()}
-        weights: dict[str, Any] = self.weights or _by_confidence(logits)
+            logits = {name: z.log_softmax(dim) for name, z in logits.items()}
+        weights: dict[str, Any] = self.weights or _by_confidence(logits, dim)
         if self.mean == "probabilities":
             logs = [z + (w.log() if isinstance(w, Tensor) else math.log(w)) for z, w in _paired(logits, weights)]
             return torch.logsumexp(torch.stack(logs), 0)
@@ -115,11 +127,10 @@ def _paired(logits: dict[str, Tensor], weights: dict[str, Any]) -> list[tuple[Te
     return [(z, weights[name]) for name, z in logits.items()]
 
 
-def _by_confidence(logits: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights (..., 1) in (0, 1], inverse to the entropies: one row's add up to 1."""
-    p = torch.stack([z.softmax(-1) for z in logits.values()])
-    entropy = torch.special.entr(p).sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).eps)
-    inverse = 1.0 / entropy
+def _by_confidence(logits: dict[str, Tensor], dim: int) -> dict[str, Tensor]:
+    """Return weights in (0, 1] of size 1 at ``dim``, inverse to the entropies: one row's add up to 1."""
+    entropy = torch.stack([torch.special.entr(z.softmax(dim)).sum(dim, keepdim=True) for z in logits.values()])
+    inverse = 1.0 / entropy.clamp_min(torch.finfo(entropy.dtype).eps)
     return dict(zip(logits, inverse / inverse.sum(0), strict=True))
 
 
