@@ -91,7 +91,7 @@ class RunDirectory:
         folder: None saves nothing.
         parts: student, method and optimizer, whose state is saved in checkpoints.
         key: of the run, from ``run_key``; a run with another key is not resumed.
-        others: modules by name that are saved in checkpoints as well: averages of the student's weights.
+        others: modules that follow the student's weights, by name, saved in checkpoints as well.
 
     Attributes:
         how: "new", "resumed", "extended" (a finished run, to more steps) or "finished" (nothing is left to train).
@@ -247,10 +247,9 @@ class RunDirectory:
             progress=asdict(state),
             ranks=all_gather_objects([checkpoint.random_state(), state.loss_sum], self.fabric),
             precision=self.fabric.strategy.precision.state_dict(),
+            others=self.others,
+            buffers=self._changed_buffers(),
         )
-        if buffers := self._changed_buffers():
-            content["buffers"] = buffers
-        content |= {name: module.state_dict() for name, module in self.others.items()}
         if self.fabric.is_global_zero:
             checkpoint.save(self.folder / "checkpoints", state.step, content, keep=keep, records=records)
         self.fabric.barrier()
