@@ -344,9 +344,11 @@ class DistillMixin(Trainer):
 
     def _load_saved(self, checkpoint: str | None) -> None:
         """Load what is saved beside the student from its checkpoint."""
-        for name, owner, module in () if checkpoint is None else self._saved():
-            from safetensors.torch import load_file
+        if checkpoint is None:
+            return
+        from safetensors.torch import load_file
 
+        for name, owner, module in self._saved():
             path = Path(checkpoint) / name
             if not path.is_file():
                 raise ValueError(
