@@ -151,7 +151,7 @@ def collect(
     progress: Mapping[str, Any],
     ranks: Sequence[Any],
     precision: Mapping[str, Any],
-    average: nn.Module | None = None,
+    others: Mapping[str, nn.Module] | None = None,
     buffers: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Return the content of a checkpoint, which resuming reads.
@@ -162,12 +162,11 @@ def collect(
         progress: fields of TrainState.
         ranks: (random state, sum of losses of the epoch) of each rank.
         precision: state of Fabric's precision plugin, such as a loss scale.
-        average: of the student's weights.
+        others: modules that follow the student's weights, by name.
         buffers: of the student that its state dict leaves out and that have changed.
     """
     content: dict[str, Any] = {"key": key, "at": progress, "ranks": ranks, "precision": precision}
-    if average is not None:
-        content["ema"] = average.state_dict()
+    content |= {name: module.state_dict() for name, module in (others or {}).items()}
     if buffers:
         content["buffers"] = dict(buffers)
     return content | gather(student, method, optimizer)

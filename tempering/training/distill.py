@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.methods.base import Method
-from tempering.tasks.base import Task
+from tempering.tasks.base import Task, prepare_task
 from tempering.teachers.base import Teacher
 from tempering.training.checks import as_method, check_models_are_distinct, check_unsharded
 from tempering.training.config import Precision, Run, TrainConfig
@@ -225,12 +225,9 @@ def as_teacher(teacher: nn.Module | Teacher | None, method: Method, batches: Ite
 
 
 def _prepare_task(task: Task | None, student: nn.Module, teacher: Teacher | None) -> Task:
-    """Let the task prepare both models, and return it; None is Classification()."""
+    """Let the task prepare the models, and return it; None is Classification()."""
     if task is None:
         from tempering.tasks.classification import Classification
 
         task = Classification()
-    for model in (student, None if teacher is None else teacher.model):
-        if model is not None:
-            task.prepare_model(model)
-    return task
+    return prepare_task(task, student, teacher)
