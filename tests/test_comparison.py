@@ -233,7 +233,7 @@ def test_what_runs_is_seen_from_outside_and_a_stop_reaches_it(
 ) -> None:
     out = tmp_path / "grid"
     args = ["compare", str(fake), "--methods=kd,dkd", "--seeds=1", "--no-controls", f"--out={out}", "--", "--wait=kd"]
-    process = subprocess.Popen([sys.executable, "-m", "tempering", *args], cwd=ROOT, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-m", "tempering", *args], cwd=ROOT, stderr=subprocess.PIPE)
     try:
         _until(lambda: out.is_dir() and any((out / "work").glob("*/steps.jsonl")))
         cli.main(["compare", "status", str(out)])
@@ -252,9 +252,9 @@ def test_what_runs_is_seen_from_outside_and_a_stop_reaches_it(
         assert len(begun(out)) == 2
     finally:
         process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=30)[0].decode()
+        said = process.communicate(timeout=30)[1].decode()
     assert process.returncode == 130
-    assert "stopped; the same command resumes: 1 runs left" in said
+    assert "stopped by SIGTERM; the same command resumes: 1 runs left" in said
     place = out / "work" / cell_of(out, "KD").stem
     assert json.loads((place / "facts.json").read_text())["status"] == "interrupted"
     assert not compare_status.is_running(place)
