@@ -59,7 +59,7 @@ class DistillModule(pl.LightningModule):
     short last group do not change the loss: Lightning divides every micro-batch by their number, and before the
     optimizer step (and before clipping) the gradient is rescaled to the mean over the rows of the whole step. A
     subclass that overrides ``on_before_optimizer_step`` or a hook of the validation must call this class's first. The
-    teacher is not a submodule, so checkpoints do not contain it.
+    teacher is not a submodule, so checkpoints do not contain it. ``torch.compile`` of this module compiles the student.
 
     Args:
         student: the network to train.
@@ -127,12 +127,25 @@ class DistillModule(pl.LightningModule):
         if self._lent and isinstance(self.teacher, Live):
             self.teacher.release()
 
+    def compile_student(self) -> None:
+        """Compile the student as ``torch.compile(DistillModule(...))`` asks for; the loss round it stays as it is."""
+        context: Any = getattr(self, "_compiler_ctx", None)  # of Lightning
+        if context is None or self.student._compiled_call_impl is not None:
+            return
+        call = self.student._call_impl
+
+        def compiled(*args: Any, **kwargs: Any) -> Any:  # of this file, as torch leaves its own containers as they are
+            return call(*args, **kwargs)
+
+        self.student._compiled_call_impl = context["dynamo_ctx"](compiled)
+
     def configure_callbacks(self) -> list[pl.Callback]:
         return [_GiveBack()]
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return remember_sources(batch, super().transfer_batch_to_device(batch, device, dataloader_idx))
 
+    @torch.compiler.disable
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if self.selfcheck:
             self.selfcheck = False
@@ -193,6 +206,7 @@ class DistillModule(pl.LightningModule):
     def on_test_epoch_start(self) -> None:
         self._evaluations = {}
 
+    @torch.compiler.disable
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate(batch, batch_idx, dataloader_idx, self.trainer.test_dataloaders)
 
@@ -200,10 +214,12 @@ class DistillModule(pl.LightningModule):
         """Log the means over all rows of each test loader."""
         self._log_evaluations("test")
 
+    @torch.compiler.disable
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Return the student's output."""
         return self.student(self.task.inputs(batch)[0])
 
+    @torch.compiler.disable
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate(batch, batch_idx, dataloader_idx, self.trainer.val_dataloaders)
 
@@ -315,7 +331,11 @@ class DistillModule(pl.LightningModule):
 
 
 class _GiveBack(pl.Callback):
-    """Give the teacher back at the end of ``fit``, also after an exception."""
+    """Give the teacher back at the end of ``fit``, also after an exception; compile the student of a compiled module."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if isinstance(pl_module, DistillModule):
+            pl_module.compile_student()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if isinstance(pl_module, DistillModule):

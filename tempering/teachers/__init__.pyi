@@ -10,6 +10,7 @@ from .cache.top_k import CachedTopK as CachedTopK
 from .cache.top_k import record_top_k as record_top_k
 from .ensemble import EnsembleTeacher as EnsembleTeacher
 from .ensemble import prune as prune
+from .in_batch import InBatch as InBatch
 from .live import Live as Live
 from .remote.teacher import RemoteTeacher as RemoteTeacher
 from .remote.verify import TeacherMismatchError as TeacherMismatchError

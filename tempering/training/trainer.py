@@ -33,7 +33,7 @@ from tempering.training.distributed import (
     global_row_weights,
 )
 from tempering.training.evaluator import Evaluator
-from tempering.training.fabric import allow_double_backward, fabric_for, peak_mb
+from tempering.training.fabric import allow_double_backward, fabric_for, peak_mb, unknown_to_fabric
 from tempering.training.metrics import ProgressBar, nonfinite_loss_error, rollout_metrics, step_metrics
 from tempering.training.optimizers import (
     Optimizer,
@@ -137,7 +137,8 @@ class Trainer:
         self.given = ModelState(student)
         forward = maybe_compile(student, config.compile) if config.compile else wrapped
         # Fabric compiles again what was compiled since it was imported, but cannot what its user compiled
-        forward = self.fabric.setup_module(forward, _reapply_compile=bool(config.compile))
+        with unknown_to_fabric(student):
+            forward = self.fabric.setup_module(forward, _reapply_compile=bool(config.compile))
         self.model = clone_outputs(forward, config.compile)
         if method.needs_double_backward:
             allow_double_backward(self.model)
