@@ -711,7 +711,7 @@ def test_the_teachers_outputs_are_a_column_in_lightning_and_the_engine(pl: Any) 
         trainer.fit(DistillModule(students[-1], source, **settings), loader, loader)
     alike(students[0], students[2], 0.0)
     alike(students[1], students[3], 0.0)
-    with pytest.raises(ValueError, match=r'a live teacher as well.*teachers.InBatch\(\)'):
+    with pytest.raises(ValueError, match=r"a live teacher as well.*teachers.InBatch\(\)"):
         kd.distill(mlp(8, 1), teacher, batches, epochs=1, quiet=True, accelerator="cpu", **settings)
     with pytest.raises(ValueError, match=r"InBatch needs batches that are mappings"):
         kd.distill(mlp(8, 1), InBatch(), pairs, epochs=1, quiet=True, accelerator="cpu", **settings)

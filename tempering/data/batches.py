@@ -81,7 +81,8 @@ def labeled_batch(batch: Any, owner: str = "Classification") -> LabeledBatch:
             raise ValueError(
                 f"{owner} needs batches of (inputs, labels), then ids (N,) of integers and weights (N,) of floats; "
                 f"got {tuple(part.shape)} {part.dtype} as part {i}. Make them a mapping with 'labels' and the names "
-                "of the inputs, or leave the part out. A teacher's logits are 'teacher_outputs', for teachers.InBatch()."
+                "of the inputs, or leave the part out. A teacher's logits are 'teacher_outputs', for "
+                "teachers.InBatch()."
             )
         parts[name] = part
     return _checked(LabeledBatch(batch[0], batch[1], parts.get("ids"), parts.get("weight")), owner)

@@ -331,7 +331,7 @@ class DistillModule(pl.LightningModule):
 
 
 class _GiveBack(pl.Callback):
-    """Give the teacher back at the end of ``fit``, also after an exception; compile the student of a compiled module."""
+    """Compile the student of a compiled module; give the teacher back at the end of ``fit``, or after an exception."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if isinstance(pl_module, DistillModule):
