@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,9 @@ except ImportError as error:
 
 
 RANDOM = "tempering_random_states"  # in a checkpoint
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class DistillModule(pl.LightningModule):
@@ -130,14 +133,8 @@ class DistillModule(pl.LightningModule):
     def compile_student(self) -> None:
         """Compile the student as ``torch.compile(DistillModule(...))`` asks for; the loss round it stays as it is."""
         context: Any = getattr(self, "_compiler_ctx", None)  # of Lightning
-        if context is None or self.student._compiled_call_impl is not None:
-            return
-        call = self.student._call_impl
-
-        def compiled(*args: Any, **kwargs: Any) -> Any:  # of this file, as torch leaves its own containers as they are
-            return call(*args, **kwargs)
-
-        self.student._compiled_call_impl = context["dynamo_ctx"](compiled)
+        if context is not None and self.student._compiled_call_impl is None:
+            self.student._compiled_call_impl = context["dynamo_ctx"](_of_this_file(self.student._call_impl))
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return [_GiveBack()]
@@ -328,6 +325,15 @@ class DistillModule(pl.LightningModule):
         if self.trainer.state.fn != "fit":
             return 1.0
         return min(1.0, (self.trainer.global_step + 1) / self._steps())
+
+
+def _of_this_file(call: Callable[P, T]) -> Callable[P, T]:
+    """Return a function that is compiled; the calls of torch's own containers are not."""
+
+    def function(*args: P.args, **kwargs: P.kwargs) -> T:
+        return call(*args, **kwargs)
+
+    return function
 
 
 class _GiveBack(pl.Callback):
