@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import Positional, Suppress, arg
 
 from tempering._version import __version__
-from tempering.utils import signals
+from tempering.utils.files import BATCH_SIGNALS, handle_signals
 from tempering.utils.text import printable
 
 if TYPE_CHECKING:
@@ -348,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     args, recipe_args = split_argv([a for a in args if a != "--traceback"])
     try:
-        with signals.handled(_interrupt, signals.BATCH):
+        with handle_signals(_interrupt, BATCH_SIGNALS):
             return _dispatch(split_equals(args), recipe_args)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)

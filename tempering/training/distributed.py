@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tempering.methods.base import Method
 from tempering.rows import upcast_to_float32
 from tempering.training.config import SelfCheckError
-from tempering.utils.signals import BATCH
+from tempering.utils.files import BATCH_SIGNALS
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -260,7 +260,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if self.folder is not None and threading.current_thread() is threading.main_thread():
             self.received, StopSignals.late = StopSignals.late, None
-            for number in BATCH:
+            for number in BATCH_SIGNALS:
                 handler = signal.getsignal(number)
                 ours = getattr(handler, "__module__", "").startswith("tempering.")  # of the command line
                 if handler in (signal.SIG_DFL, signal.default_int_handler) or ours:

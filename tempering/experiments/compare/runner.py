@@ -19,8 +19,7 @@ from tempering.experiments.compare import status as compare_status
 from tempering.experiments.compare.plan import Cell, Plan, lock_path
 from tempering.reports.records import pack, read_cell, write_cell
 from tempering.training.config import VERDICTS
-from tempering.utils import signals
-from tempering.utils.files import inheritable_descriptors, try_lock
+from tempering.utils.files import handle_signals, inheritable_descriptors, try_lock
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -85,7 +84,7 @@ class ComparisonRunner:
             ValueError: if a record was edited.
         """
         self._set_up()
-        with signals.handled(self._stop):
+        with handle_signals(self._stop):
             try:
                 with compare_status.Display(self.folder, self.plan, quiet=self.quiet) as self.display:
                     while self.stopped is None and self._poll():

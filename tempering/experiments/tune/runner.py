@@ -24,8 +24,8 @@ from tempering.experiments.tune.space import Space
 from tempering.experiments.tune.study import JOURNAL, SEAL, finished, parameter, seal, shown, study_of, suggest
 from tempering.reports.compare import Metric
 from tempering.reports.records import load_run, number
-from tempering.utils import signals
 from tempering.utils.files import (
+    handle_signals,
     inheritable_descriptors,
     read_json_lines,
     read_sealed,
@@ -107,7 +107,7 @@ class SearchRunner:
             ValueError: if the folder contains another search, or a trial fails to run.
         """
         (self.folder / "trials").mkdir(parents=True, exist_ok=True)
-        with self._lock(), signals.handled(self._stop):
+        with self._lock(), handle_signals(self._stop):
             self._write_settings()
             self.study = study_of(self.folder, self.seed, prune=self.prune)
             self._recover()
