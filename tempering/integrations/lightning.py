@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,11 @@ RANDOM = "tempering_random_states"  # in a checkpoint
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def _not_compiled(step: Callable[P, T]) -> Callable[P, T]:
+    """Return the step as ``torch.compile`` of the module leaves it; see ``compile_student``."""
+    return cast("Callable[P, T]", torch.compiler.disable(step))  # pyright: ignore[reportUnknownMemberType]
 
 
 class DistillModule(pl.LightningModule):
@@ -142,7 +147,7 @@ class DistillModule(pl.LightningModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return remember_sources(batch, super().transfer_batch_to_device(batch, device, dataloader_idx))
 
-    @torch.compiler.disable
+    @_not_compiled
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if self.selfcheck:
             self.selfcheck = False
@@ -203,7 +208,7 @@ class DistillModule(pl.LightningModule):
     def on_test_epoch_start(self) -> None:
         self._evaluations = {}
 
-    @torch.compiler.disable
+    @_not_compiled
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate(batch, batch_idx, dataloader_idx, self.trainer.test_dataloaders)
 
@@ -211,12 +216,12 @@ class DistillModule(pl.LightningModule):
         """Log the means over all rows of each test loader."""
         self._log_evaluations("test")
 
-    @torch.compiler.disable
+    @_not_compiled
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Return the student's output."""
         return self.student(self.task.inputs(batch)[0])
 
-    @torch.compiler.disable
+    @_not_compiled
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate(batch, batch_idx, dataloader_idx, self.trainer.val_dataloaders)
 

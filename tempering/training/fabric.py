@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
@@ -171,7 +171,7 @@ def peak_mb(device: torch.device) -> float:
 
 
 @contextmanager
-def unknown_to_fabric(model: nn.Module) -> Iterator[None]:
+def unknown_to_fabric(model: nn.Module) -> Generator[None]:
     """Let Fabric wrap a model that answers to every attribute: the wrapper asks it for its own ones meanwhile."""
     own = {"_fabric_module_initialized": False, "_forward_methods": frozenset[str]()}
     model.__dict__.update(own)
