@@ -28,6 +28,7 @@ LoaderT = TypeVar("LoaderT", bound="SplittableLoader[Any]")
 LABELS = ("labels", "label", "targets", "target", "y")
 IDS = ("ids", "id", "index", "indices", "idx")
 WEIGHTS = ("weights", "weight", "sample_weight")
+TEACHER_OUTPUTS = "teacher_outputs"
 
 
 class LabeledBatch(NamedTuple):
@@ -51,8 +52,8 @@ def labeled_batch(batch: Any, owner: str = "Classification") -> LabeledBatch:
 
     A tuple is (inputs, labels), and further parts, known by their type: integers (N,) are ids, numbers
     (N,) are weights of the samples, as in Keras, and paths or other texts are left out. Parts of a mapping or a named
-    tuple are known by name: ``LABELS``, ``IDS``, ``WEIGHTS``, and all other tensors are inputs. With labels of None no
-    sample has one.
+    tuple are known by name: ``LABELS``, ``IDS``, ``WEIGHTS``, ``TEACHER_OUTPUTS`` (no input of the models), and all
+    other tensors are inputs. With labels of None no sample has one.
 
     Raises:
         ValueError: for anything else, with the line that makes such a batch.
@@ -80,10 +81,19 @@ def labeled_batch(batch: Any, owner: str = "Classification") -> LabeledBatch:
             raise ValueError(
                 f"{owner} needs batches of (inputs, labels), then ids (N,) of integers and weights (N,) of floats; "
                 f"got {tuple(part.shape)} {part.dtype} as part {i}. Make them a mapping with 'labels' and the names "
-                "of the inputs, or leave the part out."
+                "of the inputs, or leave the part out. A teacher's logits are 'teacher_outputs', for "
+                "teachers.InBatch()."
             )
         parts[name] = part
     return _checked(LabeledBatch(batch[0], batch[1], parts.get("ids"), parts.get("weight")), owner)
+
+
+def with_teacher_outputs(inputs: Any, batch: Any) -> Any:
+    """Return the teacher's inputs: a mapping with its outputs too, if the batch has them, so that it is not run."""
+    if not (isinstance(batch, Mapping) and TEACHER_OUTPUTS in batch):
+        return inputs
+    named = inputs if isinstance(inputs, Mapping) else {"inputs": inputs}
+    return {**named, TEACHER_OUTPUTS: batch[TEACHER_OUTPUTS]}
 
 
 def _is_nested(labels: Any) -> bool:
@@ -115,7 +125,7 @@ def _checked(batch: LabeledBatch, owner: str) -> LabeledBatch:
 
 def _from_names(named: Mapping[str, Any], label: str, owner: str) -> LabeledBatch:
     ids, weight = (next((named[name] for name in names if name in named), None) for names in (IDS, WEIGHTS))
-    known = {label, *IDS, *WEIGHTS}
+    known = {label, *IDS, *WEIGHTS, TEACHER_OUTPUTS}
     inputs = {name: x for name, x in named.items() if name not in known and isinstance(x, (Tensor, Mapping))}
     if not inputs:
         raise ValueError(

@@ -168,3 +168,15 @@ def peak_mb(device: torch.device) -> float:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@contextmanager
+def unknown_to_fabric(model: nn.Module) -> Generator[None]:
+    """Let Fabric wrap a model that answers to every attribute: the wrapper asks it for its own ones meanwhile."""
+    own = {"_fabric_module_initialized": False, "_forward_methods": frozenset[str]()}
+    model.__dict__.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            del model.__dict__[name]
