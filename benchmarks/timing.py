@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -151,6 +151,13 @@ class Sheet:
             self.lines.append(line)
             print(f"{case:34s} {variant:44s} {line['ms']:>9} ms {line['speed']:>7} x  {line['peak']:>6}", flush=True)
 
+    def keep(self, cases: Container[str]) -> None:
+        """Keep what the CSV has of cases beside these."""
+        path = self.args.out / f"{self.name}.csv"
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                self.lines += [dict(line) for line in csv.DictReader(file) if line["case"] not in cases]
+
     def write(self) -> Path:
         """The CSV, with the facts of the machine on every line."""
         facts = machine(self.args.threads)
@@ -159,7 +166,7 @@ class Sheet:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, (*FIELDS, *FACTS), lineterminator="\n")
             writer.writeheader()
-            writer.writerows({**line, **facts} for line in self.lines)
+            writer.writerows({**facts, **line} for line in self.lines)
         return path
 
 

@@ -32,6 +32,7 @@ SCRIPTS = (
     "augment",
     "startup",
     "growth",
+    "roofline",
 )
 
 
