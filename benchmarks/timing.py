@@ -42,17 +42,19 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def seconds(variant: Variant) -> float:
-    """CPU seconds of one call on a CPU, seconds of the clock where a device is waited for."""
+def now() -> float:
+    """CPU seconds of this process on a CPU, seconds of the clock where a device is waited for."""
     if not torch.cuda.is_available():
-        begun = time.process_time()
-        variant()
-        return time.process_time() - begun
+        return time.process_time()
     torch.cuda.synchronize()
-    begun = time.perf_counter()
+    return time.perf_counter()
+
+
+def seconds(variant: Variant) -> float:
+    """Seconds of one call."""
+    begun = now()
     variant()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return now() - begun
 
 
 def in_turn(variants: Mapping[str, Variant], *, rounds: int, warm: int = 1) -> dict[str, list[float]]:
@@ -61,6 +63,34 @@ def in_turn(variants: Mapping[str, Variant], *, rounds: int, warm: int = 1) -> d
     for round_ in range(warm + rounds):
         for name, variant in variants.items():
             took = seconds(variant)
+            if round_ >= warm:
+                taken[name].append(took)
+    return taken
+
+
+class Marks:
+    """The seconds between the end of a leg's first step, which warms up, and that of its last."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.at = steps, dict[int, float]()
+
+    def __call__(self, step: int, *_: object) -> None:
+        if step in (0, self.steps):
+            self.at[step] = now()
+
+    @property
+    def seconds(self) -> float:
+        return self.at[self.steps] - self.at[0]
+
+
+def legs_in_turn(
+    legs: Mapping[str, Callable[[int], float]], *, steps: int, rounds: int, warm: int = 1
+) -> dict[str, list[float]]:
+    """What every leg returns in every round, its seconds for so many steps, as ``in_turn``."""
+    taken: dict[str, list[float]] = {name: [] for name in legs}
+    for round_ in range(warm + rounds):
+        for name, leg in legs.items():
+            took = leg(steps)
             if round_ >= warm:
                 taken[name].append(took)
     return taken
