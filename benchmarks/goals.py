@@ -40,6 +40,23 @@ SOLVER = (
 )
 TWICE = "The solver and the divergence are two kernels, so both sides are read from memory twice."
 MEASURED: dict[str, Measure] = {"the worst case": "times as fast", "memory": "share of its peak"}
+TRAINERS = "TRL, GKDTrainer|TRL, DistillationTrainer, completions given"
+# work, case, ours, peers
+WHOLE = (
+    ("a step of a language model, Trainer", "a step, Llama*", "ours, Trainer", TRAINERS),
+    ("the same, distill", "a step, Llama*", "ours, distill", TRAINERS),
+    ("its evaluation, Trainer", "evaluation of * texts", "ours, Trainer", "TRL, GKDTrainer"),
+    (
+        "on-policy tokens",
+        "on-policy*",
+        "ours, distill, OnPolicy",
+        "TRL, GKDTrainer, lmbda=1|TRL, DistillationTrainer",
+    ),
+    ("a step on images, distill", "a step, resnet*", "ours, distill", "timm, train.py with logit distillation"),
+    ("its evaluation", "evaluation of * images", "ours, Evaluator", "timm, validate"),
+    ("start to first step", "a fresh interpreter*", "ours, distill, self-check", "TRL, GKDTrainer"),
+    ("the same, Trainer", "a fresh interpreter*", "ours, Trainer, self-check", "TRL, GKDTrainer"),
+)
 SHARED = "Repeated runs on this shared machine were between 8.6 and 9.0."
 GOALS = (
     Goal(
@@ -133,6 +150,7 @@ GOALS = (
         for dtype in ("fp32", "bf16")
         for what, measure in MEASURED.items()
     ),
+    *(Goal(*whole[:1], "whole_steps", *whole[1:], "times as fast", 1.0) for whole in WHOLE),
     Goal(
         "fused linear DTKD, published, fp32",
         "fused_linear",
