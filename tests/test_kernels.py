@@ -6,7 +6,6 @@ import copy
 import os
 import subprocess
 import sys
-from functools import partial
 from typing import Any
 
 import pytest
@@ -15,13 +14,11 @@ from torch import Tensor, nn
 
 from tempering.kernels import chunked, linear, linear_loss
 from tempering.kernels import compiled as compiling
-from tempering.kernels.analytic import divergence_and_slope
 from tempering.methods import DIST, DKD, DTKD, KD, KDIGA, LSKD, MGD, Method, Sum, Swing
 from tempering.objectives import kl
 from tempering.rows import Rows, total
 from tempering.teachers.outputs import Head
 from tempering.temperature import Capped, Cosine, Curriculum, Entropy, Sharpness, Standardized, Static
-from tempering.temperature.sharpness import first_look_of
 from tests.cases import each
 from tests.conftest import random_rows
 from tests.contract import CASES, block, leaves, on_each, same
@@ -240,25 +237,6 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     same(result.loss, total(KD()(rows), rows))
     with pytest.raises(RuntimeError, match=r"compile=True, but inductor cannot compile for 'cpu'"):
         chunked(KD(), rows, compile=True)
-
-
-def test_rows_by_blocks_are_those_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit, for the divergence and for the solver's first look; no block has fewer rows than a vector."""
-    u, v = random_rows(37, 20).teacher.float(), 2.0 * random_rows(37, 20, seed=1).student.float()
-    T_t, T_s = 3.0 + torch.rand(37, 1), torch.full((1, 1), 4.0)
-    sizes: list[int] = []
-
-    def counted(*args: Tensor) -> tuple[Tensor, ...]:
-        sizes.append(len(args[0]))
-        return divergence_and_slope(*args)
-
-    looked = partial(compiling._finish, first_look_of, u, v, 4.0, 0.9)
-    want, solved = divergence_and_slope(u, v, T_t, T_s, T_t.squeeze(1)), looked()
-    monkeypatch.setattr(compiling, "CACHED", 100)
-    got = compiling._by_blocks(counted, u, v, T_t, T_s, T_t.squeeze(1))
-    assert sizes == [10, 9, 9, 9]
-    for a, b in zip((*want, *solved), (*got, *looked()), strict=True):
-        assert torch.equal(a, b)
 
 
 LOSS = """

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from tempering.kernels.analytic import Fast, cross_entropy_and_slope, divergence_and_slope
 from tempering.temperature import sharpness
-from tempering.temperature.sharpness import HUGE, Search, Solution, Statistics, exact, first_look_of
+from tempering.temperature.sharpness import HUGE, Solution, exact, first_look_of
 
 LARGE = {"cpu": 2**24}  # minimum logits of one side to compile for; takes about ten seconds, once per process
 ELSEWHERE = 2**20  # Triton's kernels compile in a second or two
-CACHED = 2**17  # logits of one side that stay in cache beside the other's; a call costs as much as a tenth of them
 Wanted = bool | Literal["triton", "inductor"] | None
 
 
@@ -100,7 +99,6 @@ def _inductor(device: str) -> tuple[Fast, Exception | None]:
     }
     functions = {name: _without_warnings(torch.compile(function, dynamic=True)) for name, function in plain.items()}
     functions["exact"] = functools.partial(_finish, functions["exact"])
-    functions |= {name: functools.partial(_by_blocks, functions[name]) for name in ("kl", "cross_entropy")}
     try:
         _verify({"kl": functions["kl"]}, device)
     except (TorchDynamoException, InvalidCxxCompiler, ArithmeticError) as error:
@@ -144,40 +142,10 @@ def _finish(first_look: Callable[..., Any], u: Tensor, v: Tensor, tau: float, re
     pieces = _pieces(u.shape[1])
 
     def compiled(u: Tensor, v: Tensor, tau: Tensor, end: Tensor) -> Any:
-        def one(*sides: Tensor) -> tuple[Tensor, ...]:
-            looked = first_look(*(z.unflatten(1, pieces) if pieces[0] > 1 else z for z in sides), tau, end, is_tame)
-            return tuple(x for part in looked for x in part)
-
-        found, n = _by_blocks(one, u, v), len(Statistics._fields)
-        return Statistics(*found[:n]), Statistics(*found[n : 2 * n]), Search(*found[2 * n :])
+        sides = (z.unflatten(1, pieces) if pieces[0] > 1 else z for z in (u, v))
+        return first_look(*sides, tau, end, is_tame)
 
     return exact(u, v, tau, reach, compiled)
-
-
-def _by_blocks(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Call a function of rows for a few rows at a time, whose logits stay in a CPU's cache from pass to pass.
-
-    Inductor makes every pass over all rows before the next: five over each side for a first look, three for a
-    divergence and its slope.
-
-    Args:
-        function: returns tensors with a row for each of the inputs' rows.
-        inputs: the first are logits, (N, C); what has fewer than N rows is handed to every call.
-    """
-    n, classes = inputs[0].shape
-    # eight rows are a vector; Inductor would compile a single row anew
-    count = min(-(-n * classes // CACHED), n // 8)
-    if count <= 1 or inputs[0].device.type != "cpu":
-        return function(*inputs)
-    outputs: tuple[Tensor, ...] = ()
-    at = 0
-    for block in zip(*(x.tensor_split(count) if len(x) == n else (x,) * count for x in inputs), strict=True):
-        made = function(*block)
-        outputs = outputs or tuple(x.new_empty((n, *x.shape[1:])) for x in made)
-        for whole, part in zip(outputs, made, strict=True):
-            whole[at : at + len(part)] = part
-        at += len(block[0])
-    return outputs
 
 
 def _pieces(classes: int) -> tuple[int, int]:
