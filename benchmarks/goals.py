@@ -43,7 +43,7 @@ MEASURED: dict[str, Measure] = {"the worst case": "times as fast", "memory": "sh
 TRAINERS = "TRL, GKDTrainer|TRL, DistillationTrainer, completions given"
 WRITERS = "TRL, GKDTrainer, lmbda=1|TRL, DistillationTrainer"
 CONVOLUTIONS = (
-    "torch.conv2d is 87 % of the profile of an evaluation, which takes as long as the bare forward (2.44 and 2.49 s for "
+    "torch.conv2d is 87 % of the profile of an evaluation, which takes as long as a bare forward (2.44 and 2.49 s for "
     "256 images); a step is convolutions on both sides too, and the quartiles of the two overlap."
 )
 FIRST = "a fresh interpreter*"

@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import metadata
@@ -24,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from startup import spent
 from timing import ROOT, Marks, Sheet, Variant, arguments, in_turn, installed, legs_in_turn
 from torch import Tensor, nn
 
@@ -378,7 +378,7 @@ def _count() -> None:
 
 
 def _leave() -> None:
-    print(f"\n{calls}", flush=True)
+    print(f"\n{time.process_time():.3f} {calls}", flush=True)
     os._exit(0)
 
 
@@ -387,14 +387,16 @@ def starting(sheet: Sheet, args: Any) -> None:
     names = [name for name in FIRST if installed("trl") or not name.startswith("TRL")]
     names = names[-2:-1] if args.tiny else names
     taken: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(args.rounds):
-        for name in names:
-            taken[name].append(spent([__file__, "--first", name]))
     notes = versions(taken)
-    for name in names:
-        done = subprocess.run([sys.executable, __file__, "--first", name], capture_output=True, text=True, check=True)
-        found = int(done.stdout.split()[-1])
-        notes[name] = "; ".join(filter(None, [notes[name], f"{found} calls of the method" if found else ""]))
+    for round_ in range(args.rounds):
+        for name in names:
+            done = subprocess.run(
+                [sys.executable, __file__, "--first", name], capture_output=True, text=True, check=True
+            )
+            took, found = done.stdout.split()[-2:]
+            taken[name].append(float(took))
+            if not round_ and found != "0":
+                notes[name] = "; ".join(filter(None, [notes[name], f"{found} calls of the method"]))
     sheet.add("a fresh interpreter to its first step", taken, notes=notes)
 
 
