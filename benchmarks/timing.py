@@ -186,7 +186,7 @@ class Sheet:
         path = self.args.out / f"{self.name}.csv"
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
-                self.lines += [dict(line) for line in csv.DictReader(file) if line["case"] not in cases]
+                self.lines.extend({**line} for line in csv.DictReader(file) if line["case"] not in cases)
 
     def write(self) -> Path:
         """The CSV, with the facts of the machine on every line."""

@@ -140,7 +140,7 @@ def gkd(texts: Texts, steps: int, *, on_policy: bool) -> Any:
 
 def stable(texts: Texts, steps: int, *, on_policy: bool) -> Any:
     """TRL's DistillationTrainer; it always writes, so without it the completions are handed to it."""
-    from trl import DistillationConfig, DistillationTrainer  # pyright: ignore[reportMissingImports]
+    from trl import DistillationConfig, DistillationTrainer  # pyright: ignore
 
     class Given(DistillationTrainer):
         def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
@@ -162,7 +162,7 @@ def adapter(texts: Texts, steps: int, *, linear: bool = False, selfcheck: bool =
     from tempering.methods import Divergence
     from tempering.tasks import LanguageModeling
 
-    class Ours(DistillMixin, Trainer):
+    class Ours(DistillMixin, Trainer):  # pyright: ignore[reportIncompatibleMethodOverride]
         pass
 
     own: dict[str, Any] = {"teacher": texts.teacher, "method": Divergence(objective="jsd"), "task": LanguageModeling()}
