@@ -70,6 +70,15 @@ def plain_table(lines: list[Line]) -> Iterator[str]:
     yield ""
 
 
+def facts(lines: list[Line]) -> str:
+    """What the numbers depend on beside the code; parts of a file may be of different commits."""
+    return ", ".join(f"{fact} {_different(lines, fact)}" for fact in FACTS)
+
+
+def _different(lines: list[Line], column: str) -> str:
+    return " and ".join(dict.fromkeys(line[column] for line in lines))
+
+
 def plots(name: str, lines: list[Line]) -> dict[str, tuple[str, str]]:
     """Title -> (file name, SVG): bars of speed per case, or curves for all cases with the same kind of size."""
     cases = [(case, list(found)) for case, found in groupby(lines, key=lambda line: line["case"])]
@@ -93,7 +102,7 @@ def page(results: Path, figures: Path | None = None) -> str:
         out.append(f"## {title}\n")
         out.append(f"`python benchmarks/{name}.py`\n")
         if "arm" not in lines[0]:
-            out += [*plain_table(lines), ", ".join(f"{fact} {lines[0][fact]}" for fact in FACTS) + ".\n"]
+            out += [*plain_table(lines), facts(lines) + ".\n"]
             continue
         for title, (file_name, svg) in plots(name, lines).items() if figures is not None else ():
             figures.mkdir(parents=True, exist_ok=True)
@@ -101,7 +110,7 @@ def page(results: Path, figures: Path | None = None) -> str:
             out.append(f"![{title}]({figures.parent.name}/{figures.name}/{file_name})\n")
         for case, found in groupby(lines, key=lambda line: line["case"]):
             out += table(case, list(found))
-        out.append(", ".join(f"{fact} {lines[0][fact]}" for fact in FACTS) + f", {lines[0]['rounds']} rounds.\n")
+        out.append(f"{facts(lines)}, rounds {_different(lines, 'rounds')}.\n")
     if missing:
         out.append(f"Not measured here yet: {', '.join(missing)}.\n")
     return "\n".join(out)
