@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tempering as kd
-from tempering.integrations.huggingface import METHOD, DistillMixin, Labeled, Unpacked
+from tempering.integrations.huggingface import METHOD, TEACHER, DistillMixin, Labeled, Unpacked
 from tempering.methods import DIST, DTKD, KD, FitNet, StepMethod, Sum, Supervised
 from tempering.rows import Rows, total
 from tempering.tasks import Classification
+from tempering.teachers import Ensemble, MeanTeacher, Routed, Teacher
 from tempering.temperature import AdaptivePolicy, Static, Temperatures
 from tempering.training import checks
 from tempering.training.selfcheck import SelfCheckError
@@ -654,3 +656,146 @@ def test_lightning_resumes_to_the_same_bits(pl: Any, tmp_path: Path) -> None:
     resumed = fitted(seed=99, ckpt_path=tmp_path / "before.ckpt")
     alike(resumed, straight, atol=0.0)
     assert torch.equal(resumed[1].running_mean, straight[1].running_mean)
+
+
+# several teachers, and an average of the student
+
+
+def domains_of(data: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    return [{**sample, "domain": torch.tensor(i % 2)} for i, sample in enumerate(data)]
+
+
+def several(kind: str, teachers: list[nn.Module]) -> Teacher:
+    if kind == "routed":
+        return Routed(teachers, by="domain")
+    return Ensemble(teachers, mean="probabilities") if kind == "ensemble" else MeanTeacher(0.8)
+
+
+class Several(nn.Module):
+    """The same by hand."""
+
+    def __init__(self, kind: str, teachers: list[nn.Module], student: nn.Module) -> None:
+        super().__init__()
+        self.kind, self.teachers, self.student = kind, nn.ModuleList(teachers), student
+        self.average, self.steps = copy.deepcopy(student), 0
+
+    @torch.no_grad()
+    def forward(self, domain: Tensor, **inputs: Any) -> Any:
+        z = [net(**inputs) for net in self.teachers]
+        z = [getattr(x, "logits", x) for x in z]
+        if self.kind == "routed":
+            z = torch.where(domain.view(-1, *[1] * (z[0].ndim - 1)) == 0, z[0], z[1])
+        elif self.kind == "ensemble":
+            z = ((z[0].softmax(-1) + z[1].softmax(-1)) / 2).log()
+        else:
+            d = min(0.8, 1 - 1 / (self.steps + 1)) if self.steps else 1.0
+            for a, w in zip(self.average.parameters(), self.student.parameters(), strict=True):
+                a.copy_(d * a + (1 - d) * w)
+            self.steps += 1
+            z = self.average.eval()(**inputs)
+            z = getattr(z, "logits", z)
+        return type("Output", (), {"logits": z})()
+
+
+@pytest.mark.parametrize("tokens", [False, True], ids=["images", "tokens"])
+@pytest.mark.parametrize("kind", ["ensemble", "routed", "mean"])
+def test_several_teachers_in_the_trainer_of_transformers(hf: Any, kind: str, tokens: bool) -> None:
+    """Also in two micro-batches a step; the column of the batch reaches no model."""
+    make = gpt if tokens else vit
+    nets, student, method = [make(16, 0), make(16, 2)], make(8, 1), KD(hard=0.5)
+    plain = copy.deepcopy(student)
+    data = domains_of(sentences(48) if tokens else images(48))
+    own: dict[str, Any] = {"method": method, "task": Labeled(shift=tokens), "selfcheck": False}
+    teacher = several(kind, nets if tokens else [Unpacked(net) for net in nets])
+    trainer = hf(student, data, batch=8, accumulate=2, teacher=teacher, **own)
+    trainer.train()
+    steps = trainer.steps()
+    if kind != "routed":
+        steps = [[{**part, "domain": torch.zeros(8)} for part in parts] for parts in steps]
+    by_hand = Student(plain)
+    want = hand_written(by_hand, Several(kind, [net.eval() for net in nets], plain), KD(hard=0.5), steps, 0.05)
+    torch.testing.assert_close([trainer.losses[i] for i in range(3)], want, rtol=1e-5, atol=1e-6)
+    alike(student, plain, atol=1e-5)
+
+
+class Student(nn.Module):
+    """Takes the column and leaves it out."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, domain: Tensor, **inputs: Any) -> Any:
+        return self.net(**inputs)
+
+
+@pytest.mark.parametrize("tokens", [False, True], ids=["images", "tokens"])
+def test_an_average_of_the_student_is_resumed_by_the_trainer_of_transformers(
+    hf: Any, tokens: bool, tmp_path: Path
+) -> None:
+    """Both to the same bits, with weights that transformers saves under other names, or tied ones."""
+    make, data = (gpt, sentences()) if tokens else (vit, images())
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    own: dict[str, Any] = {"method": KD(hard=0.5), "task": Labeled(shift=tokens), "options": options}
+
+    def trained(seed: int, checkpoint: Path | None = None) -> tuple[Any, MeanTeacher]:
+        teacher = MeanTeacher(0.8)
+        trainer = hf(make(8, seed), data, teacher=teacher, selfcheck=False, **own)
+        trainer.train(checkpoint and str(checkpoint))
+        return trainer, teacher
+
+    (_, whole), (trainer, again) = trained(1), trained(5, tmp_path / "checkpoint-2")
+    assert whole.state is not None and again.state is not None
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
+    assert int(again.state.steps) == 4  # pyright: ignore[reportArgumentType]
+    trainer.train()  # the optimizer is the same, and a step is still one update
+    assert int(again.state.steps) == 8  # pyright: ignore[reportArgumentType]
+    (tmp_path / "checkpoint-2" / TEACHER).unlink()
+    with pytest.raises(ValueError, match=rf"{TEACHER} does not exist, so MeanTeacher cannot resume"):
+        trained(1, tmp_path / "checkpoint-2")
+
+
+def weights(teacher: MeanTeacher) -> list[Tensor]:
+    """Of the average and of the student that it follows."""
+    return [*teacher.models[0].parameters(), *teacher._student.parameters()]
+
+
+@LIGHTNING
+@pytest.mark.parametrize("kind", ["ensemble", "routed", "mean"])
+def test_several_teachers_in_lightning(pl: Any, kind: str, tmp_path: Path) -> None:
+    """Equal to a loop by hand, also resumed after the first epoch, in two micro-batches a step."""
+    from tempering.integrations.lightning import DistillModule
+
+    (x, y), nets = flat(), [mlp(16, 0), mlp(16, 2)]
+    parts = list(zip(x.split(8), y.split(8), (torch.arange(IMAGES) % 2).split(8), strict=True))[:6]
+    data = [{"x": x, "labels": y, "domain": domain} for x, y, domain in parts]
+    seen = data if kind == "routed" else [{"x": part["x"], "labels": part["labels"]} for part in data]
+
+    def fitted(seed: int, epochs: int, checkpoint: Path | None = None) -> Any:
+        teacher = several(kind, copy.deepcopy(nets))
+        optimizer = functools.partial(torch.optim.SGD, lr=0.1)
+        module = DistillModule(mlp(8, seed), teacher, method=KD(hard=0.5), optimizer=optimizer, selfcheck=False)
+        options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+        options |= {"enable_model_summary": False, "enable_checkpointing": False, "accumulate_grad_batches": 2}
+        trainer = pl.Trainer(max_epochs=epochs, devices=1, default_root_dir=tmp_path, **options)
+        loader = torch.utils.data.DataLoader(seen, batch_size=None)
+        trainer.fit(module, loader, loader, ckpt_path=checkpoint)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return module, teacher
+
+    whole, _ = fitted(1, 2)
+    first, _ = fitted(1, 1)
+    again, teacher = fitted(3, 2, tmp_path / "last.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(whole.student.parameters(), again.student.parameters(), strict=True))
+    plain = mlp(8, 1)
+    by_hand, optimizer = Several(kind, [net.eval() for net in nets], plain), torch.optim.SGD(plain.parameters(), lr=0.1)
+    for step in range(6):
+        pair = data[2 * (step % 3) : 2 * (step % 3) + 2]
+        x, y, domain = (torch.cat([part[name] for part in pair]) for name in ("x", "labels", "domain"))
+        rows = Rows(plain(x), by_hand(domain, input=x).logits, y)
+        optimizer.zero_grad()
+        total(KD(hard=0.5)(rows, (step + 1) / 6), rows).backward()
+        optimizer.step()
+    alike(again.student, plain)
+    if kind == "mean":
+        assert int(teacher.state.steps) == 6 and first is not None

@@ -24,7 +24,8 @@ from tempering.methods import DTKD, KD, ULD, Divergence, HybridULD, Supervised  
 from tempering.objectives import cross_entropy, jsd
 from tempering.rows import Rows, total
 from tempering.tasks import CrossTokenizer, LanguageModeling
-from tempering.teachers import Live
+from tempering.tasks.base import prepare_task
+from tempering.teachers import Ensemble, Live, Routed
 from tempering.temperature import Sharpness, Static
 from tests.conftest import random_rows
 from tests.lazy_modules import needs
@@ -239,6 +240,27 @@ def test_rows_are_the_merged_distributions(merge: Any) -> None:
             assert not got[258:-1].any() and int(rows.target[number]) == token and int(rows.ids[number]) == text
             number += 1
     assert number == len(rows) and float((torch.softmax(rows.student, -1)[:, -1] > 0.1).double().mean()) > 0.1
+
+
+def test_several_teachers_of_another_vocabulary() -> None:
+    """Rows of the mean of their outputs, and of the one that each text has; the column reaches no model."""
+    student, teacher, made = *models(), texts()
+    other, narrow, task = gpt2(12, 5, 302), gpt2(12, 5, 258), CrossTokenizer()
+    for model in (student, teacher, other, narrow):
+        task.prepare_model(model)
+    batch = collate_spans(made, pad=(256, 256), ids=list(range(len(made)))) | {"domain": [0, 1] * (len(made) // 2)}
+    batch["domain"] += [0] * (len(made) - len(batch["domain"]))
+    alone = [Live(net)(task.inputs(batch)[1]).logits for net in (teacher, other)]
+    ours, first = torch.tensor(batch["domain"])[:, None, None], student(task.inputs(batch)[0])
+    wanted = {"mean": (alone[0] + alone[1]) / 2, "routed": torch.where(ours == 0, *alone)}
+    made_of = {"mean": Ensemble([teacher, other]), "routed": Routed([teacher, other], by="domain")}
+    for name, several in made_of.items():
+        own = prepare_task(task, student, several)
+        _, inputs, ids = own.inputs(batch)
+        rows, plain = own.rows(first, several(inputs, ids), batch)[0], task.rows(first, wanted[name], batch)[0]
+        torch.testing.assert_close(rows.teacher, plain.teacher, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match=r"'0' \(Live\) returned .*302\) and teacher '1' \(Live\) returned .*258\)"):
+        Ensemble([teacher, narrow])(task.inputs(batch | {"teacher": batch["student"]})[1], None)
 
 
 @pytest.mark.parametrize("merge", ["bayesian", "observed"])

@@ -20,7 +20,7 @@ from tempering.methods import AT, CWD, DKD, DTKD, KD, FitNet, Sum, Supervised
 from tempering.methods.base import Method
 from tempering.rows import Rows, total
 from tempering.tasks import Classification
-from tempering.teachers import EnsembleTeacher, Live
+from tempering.teachers import Ensemble, Live
 from tempering.temperature import Sharpness, Static
 from tests.cases import each
 
@@ -166,7 +166,7 @@ def test_outputs_in_containers(name: str, mode: str) -> None:
     teacher.net = trained()  # pyright: ignore[reportAttributeAccessIssue]
     distill(student, teacher, [(X, Y)], method=KD(), epochs=2, test=[(X, Y)], quiet=True)
     assert all(torch.equal(a, b) for a, b in zip(student.net.state_dict().values(), run([(X, Y)]), strict=True))
-    source = EnsembleTeacher(teacher, trained())
+    source = Ensemble([teacher, trained()])
     torch.testing.assert_close(source(X), teacher.net.eval()(X))
 
 

@@ -16,7 +16,7 @@ from tempering.methods import KD, MLKD, R2KD
 from tempering.rows import IGNORE_INDEX
 from tempering.tasks.two_view import AutoAugment, CutMix, CutOut, MixUp, RandAugment, TwoView
 from tempering.teachers import Live
-from tempering.teachers.ensemble import EnsembleTeacher, prune
+from tempering.teachers.ensemble import Ensemble, prune, with_pruned
 from tests.paths import SHARED, needs_shared
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -117,7 +117,7 @@ def test_a_run(task: TwoView, method: Any, tmp_path: Any) -> None:
     model = net(seed=1).eval()
     x = batch(16)[0]
     batches = [(part, model(part).argmax(1)) for part in x.split(8)]
-    teacher = EnsembleTeacher(model, prune(model))
+    teacher = with_pruned(model, amount=0.1)
 
     def run(out: Any) -> Any:
         optimizer = functools.partial(torch.optim.SGD, lr=0.01)
@@ -202,7 +202,7 @@ def test_without_kornia(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_blended() -> None:
     one, other = net(seed=1), net(seed=2)
-    teacher = EnsembleTeacher(one, other, share=0.7)
+    teacher = Ensemble([one, other], weights=[0.7, 0.3])
     x = batch()[0]
     answer = teacher(x, None)
     torch.testing.assert_close(answer, 0.7 * one(x) + 0.3 * other(x))
@@ -211,17 +211,17 @@ def test_blended() -> None:
     assert (
         len(
             {
-                EnsembleTeacher(a, b, share=s).identity
+                Ensemble([a, b], weights=[s, 1 - s]).identity
                 for a, b, s in ((one, other, 0.7), (other, one, 0.7), (one, other, 0.6))
             }
         )
         == 3
     )
-    assert EnsembleTeacher(Live(one), other).identity == teacher.identity
-    with pytest.raises(ValueError, match=r"needs share in \[0, 1\]"):
-        EnsembleTeacher(one, other, share=1.5)
-    with pytest.raises(ValueError, match=r"first teacher returned \(6, 4\) and the second \(6, 5\)"):
-        EnsembleTeacher(one, net(5))(x)
+    assert Ensemble([Live(one), other], weights=[0.7, 0.3]).identity == teacher.identity
+    with pytest.raises(ValueError, match=r"needs a weight >= 0 for each of the 2 teachers"):
+        Ensemble([one, other], weights=[1.5, -0.5])
+    with pytest.raises(ValueError, match=r"'0' \(Live\) returned \(6, 4\) and teacher '1' \(Live\) returned \(6, 5\)"):
+        Ensemble([one, net(5)])(x)
 
 
 def test_pruned() -> None:
@@ -254,5 +254,5 @@ def test_pruned_as_released() -> None:
     for net_, key in ((model, "logits_full"), (out, "logits_pruned")):
         torch.testing.assert_close(net_(x).detach(), torch.tensor(g[key]), rtol=1e-9, atol=1e-11)
     assert int((out[0].weight == 0).sum()) == int(g["pruned_count_conv"])  # pyright: ignore
-    blended = EnsembleTeacher(model, out)(x)
+    blended = Ensemble([model, out], weights=[0.7, 0.3])(x)
     torch.testing.assert_close(blended, 0.7 * torch.tensor(g["logits_full"]) + 0.3 * torch.tensor(g["logits_pruned"]))

@@ -36,7 +36,9 @@ SHARED = """
 ## Faults that libraries share
 
 Current releases of other libraries: in how many of them a loss fails the invariant, which it promises, and in how many
-more it is broken without a promise.
+more it is broken without a promise. Two are shared most and are no fault by a broken promise, yet give silent wrong
+numbers: [classes masked on both sides](upstream/shared-masked-classes.md) make the value NaN, and
+[bfloat16 logits near agreement](upstream/shared-bfloat16-near-agreement.md) give a value of the wrong size or sign.
 """
 
 

@@ -183,7 +183,11 @@ def _resolve_device(name: str) -> str:
 def _teacher_model(teacher: Teacher) -> nn.Module:
     """Return the teacher's network, in float32 or float64."""
     model = teacher.model
-    if model is None:
+    if teacher.parts and len(teacher.models) == len(teacher.parts):
+        from tempering.teachers.combined import AsModule
+
+        return AsModule(teacher)
+    if model is None or teacher.parts:
         raise ValueError(
             f"the teacher is a {type(teacher).__name__}, which has logits of the cached samples only; an "
             "audit needs the network. Omit the flag of the cache."

@@ -32,15 +32,31 @@ FlagFile = Annotated[Path | None, arg(name="from", metavar="FILE", help=FROM)]
 RecipeArgs = Annotated[tuple[str, ...], Suppress]  # the recipe's flags, which main() separates from the command's
 
 
-def run(recipe: OptionalRecipe = None, *, flag_file: FlagFile = None, recipe_args: RecipeArgs = ()) -> int:
+def run(
+    recipe: OptionalRecipe = None,
+    *,
+    generations: int | None = None,
+    flag_file: FlagFile = None,
+    recipe_args: RecipeArgs = (),
+) -> int:
     """Run a recipe, a Python file whose main(*, ...) has its flags as arguments.
 
     `tempering run cifar100 --help` explains the flags of that recipe; `tempering run --from RUN/facts.json --seed 1`
     repeats a run with another seed.
+
+    Args:
+        generations: number of students, each the teacher of the next, in OUT/generation-1, OUT/generation-2, ...; the
+            recipe's teacher teaches the first. The same command resumes.
     """
     from tempering.experiments.recipe import call, finish
 
     file, argv = _recipe_and_flags(recipe, flag_file, recipe_args)
+    if generations is not None:
+        from tempering.experiments.generations import run_recipe_generations
+
+        for one in run_recipe_generations(file, argv, generations, prog=f"tempering run {recipe or file}"):
+            _print_result(one)
+        return 0
     with _recorded_as("run", file, argv) if flag_file else nullcontext():
         finished = finish(call(file, argv, prog=f"tempering run {recipe or file}"))
     if finished is not None and finished.facts.get("result"):
@@ -361,9 +377,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if traceback or not is_user_error(error):
             raise
-        print(
-            f"error: {message(error, split_equals([*args, *recipe_args]))}\n(--traceback shows where)", file=sys.stderr
-        )
+        notes = map(printable, getattr(error, "__notes__", ()))
+        said = "\n".join((message(error, split_equals([*args, *recipe_args])), *notes))
+        print(f"error: {said}\n(--traceback shows where)", file=sys.stderr)
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -407,10 +423,12 @@ def split_argv(args: list[str]) -> tuple[list[str], tuple[str, ...]]:
     """Split into the command's and the recipe's arguments: after RECIPE for run and check, after -- for the others."""
     if args[:1] in (["run"], ["check"]) and len(args) > 1:
         words = split_equals([a for a in args[1:] if a != "--"])
-        start = words.index("--from") if "--from" in words else len(words)
-        given, words = words[start : start + 2], words[:start] + words[start + 2 :]
+        given = list[str]()
+        for own in ("--from", "--generations") if args[0] == "run" else ("--from",):
+            start = words.index(own) if own in words else len(words)
+            given, words = given + words[start : start + 2], words[:start] + words[start + 2 :]
         recipe = words[:1] if words and not words[0].startswith("-") else []
-        if recipe or len(given) == 2:
+        if recipe or (given[:1] == ["--from"] and len(given) % 2 == 0):
             return [args[0], *recipe, *given], tuple(words[len(recipe) :])
     if "--" in args:
         index = args.index("--")

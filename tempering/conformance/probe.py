@@ -70,6 +70,8 @@ class Probe:
         self.compile: bool | str = False
         self.copies = True
         """Whether the loss gets copies, so that one that modifies them spoils no other invariant."""
+        self.values_of_rows: dict[tuple[int, float | None], float] = {}
+        """Of the rows that known definitions are compared on, by number and temperature."""
         self.deadline = math.inf
         self.last_call = ""
         self.on_rows = kind in ("logits", "tokens", "top_k")

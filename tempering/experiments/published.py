@@ -268,8 +268,8 @@ def mlkd(teacher: str, student: str, *, data: Data = "cifar100", published: bool
 def r2kd(teacher: str, student: str, *, data: Data = "tiny_imagenet", published: bool = False) -> R2KD:
     """R2KD (arXiv:2311.13934), from its released configurations, which are of Tiny-ImageNet alone.
 
-    ``published`` uses the rank term that has no gradient. The paper's teacher is ``EnsembleTeacher(model,
-    prune(model))``.
+    ``published`` uses the rank term that has no gradient. The paper's teacher is ``Ensemble([model, prune(model)],
+    weights=[0.7, 0.3])``.
     """
     tiny = (
         ("resnet32x4", "resnet8x4"),

@@ -29,12 +29,13 @@ from tempering.integrations.linear import HiddenForward
 from tempering.integrations.sft import record_sft_metrics
 from tempering.methods.auxiliary import auxiliary_loss
 from tempering.methods.base import Method, add_auxiliary
-from tempering.tasks.base import Task
+from tempering.tasks.base import Task, with_columns
 from tempering.teachers.base import Teacher
 from tempering.teachers.live import Live
 from tempering.training.checkpoint import save_weights
 from tempering.training.checks import as_method, chunking_for
 from tempering.training.features import PairedFeatures
+from tempering.training.optimizers import updating
 from tempering.utils.state import borrowed
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ else:
     Trainer = object  # the user's Trainer follows the mixin in the MRO; this module does not import transformers
 
 METHOD = "distill_method.safetensors"  # the method's own parameters, in the same checkpoint as the student
+TEACHER = "distill_teacher.safetensors"  # the weights of a teacher that follows the student
 
 
 class DistillMixin(Trainer):
@@ -109,11 +111,7 @@ class DistillMixin(Trainer):
         whole_batches(method, gradient_accumulation_steps=accumulate, num_processes=processes)
         self._check_arguments()
         if self.teacher is not None:
-            if teacher_module is not None:
-                self.task.prepare_model(
-                    teacher_module.model if isinstance(teacher_module, Unpacked) else teacher_module
-                )
-            self.teacher.to(self.args.device)
+            self.task = with_columns(self.task, self.teacher)
         self._chunks, self._wants_linear = chunks, linear
         self._bind(self._module())
         self._row_weights: dict[str, Tensor] = {}
@@ -129,8 +127,13 @@ class DistillMixin(Trainer):
 
     def _bind(self, student: nn.Module) -> None:
         """Take this student: its features, its head and the method's device."""
-        self._prepared = False
+        self._prepared, self._followed = False, None
         self.task.prepare_model(student)
+        if self.teacher is not None:
+            self.teacher.follow(Unpacked(student, excluded_inputs=self._excluded_inputs))
+            for module in self.teacher.models:
+                self.task.prepare_model(module.model if isinstance(module, Unpacked) else module)
+            self.teacher.to(self.args.device)
         self.method.to(self.args.device)
         names = {n: (s, f"model.{t}" if self._bare else t) for n, (s, t) in self.task.features.items()}
         self._features = PairedFeatures.from_models(student, self.teacher, names)
@@ -149,9 +152,9 @@ class DistillMixin(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that only the teacher takes, too."""
         super()._set_signature_columns_if_needed()
-        if self._unpacked_teacher is not None:
-            names = arguments_of(self._unpacked_teacher.model)[0]
-            self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *names]))
+        names = () if self._unpacked_teacher is None else arguments_of(self._unpacked_teacher.model)[0]
+        columns = () if self.teacher is None else self.teacher.columns
+        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *names, *columns]))
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
@@ -291,33 +294,68 @@ class DistillMixin(Trainer):
             optimizer.add_param_group({"weight_decay": 0.0, **group})
         if groups:
             optimizer.register_step_pre_hook(self._share_method_gradients)
+        plain = getattr(optimizer, "optimizer", optimizer)  # accelerate's wraps it
+        if self._followed is not plain:  # a second train() has the same one
+            self._followed = updating(plain, self.teacher, sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled)
         return optimizer
+
+    def _saved(self) -> Iterator[tuple[str, str, nn.Module]]:
+        """Yield what is saved beside the student: the file, the owner's name and the module."""
+        if self.method.state_dict():
+            yield METHOD, type(self.method).__name__, self.method
+        if self.teacher is not None and (state := self.teacher.state) is not None:
+            yield TEACHER, type(self.teacher).__name__, state
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.method.state_dict():
-            save_weights(Path(output_dir or self.args.output_dir or ".") / METHOD, self.method.state_dict())
+        for name, _, module in self._saved():
+            save_weights(Path(output_dir or self.args.output_dir or ".") / name, module.state_dict())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._loaded_from = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        self._load_method(checkpoint)
+        self._load_saved(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
+        self._loaded_from = self.state.best_model_checkpoint
         super()._load_best_model()
-        self._load_method(self.state.best_model_checkpoint)
+        self._load_saved(self.state.best_model_checkpoint)
 
-    def _load_method(self, checkpoint: str | None) -> None:
-        """Load the method's own parameters from the student's checkpoint."""
-        if checkpoint is not None and self.method.state_dict():
-            from safetensors.torch import load_file
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Load weights that ``save_pretrained`` wrote under the names of earlier versions.
 
-            path = Path(checkpoint) / METHOD
+        ``from_pretrained`` renames them back, and the Trainer does not, which leaves such weights as they are
+        (transformers issue 48805).
+
+        Raises:
+            ValueError: for a checkpoint without some of the student's weights.
+        """
+        student: Any = self._module()
+        if not (load_result.missing_keys and load_result.unexpected_keys and hasattr(student, "from_pretrained")):
+            super()._issue_warnings_after_load(load_result)
+            return
+        saved, found = type(student).from_pretrained(self._loaded_from, output_loading_info=True)
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(f"{self._loaded_from} is not of this student: it has no weights {', '.join(missing)}.")
+        student.load_state_dict(saved.state_dict())
+
+    def _load_saved(self, checkpoint: str | None) -> None:
+        """Load what is saved beside the student from its checkpoint."""
+        if checkpoint is None:
+            return
+        from safetensors.torch import load_file
+
+        for name, owner, module in self._saved():
+            path = Path(checkpoint) / name
             if not path.is_file():
                 raise ValueError(
-                    f"{path} does not exist, so {type(self.method).__name__} cannot resume its own parameters. Was the "
-                    "checkpoint written with another method? Start without resume_from_checkpoint."
+                    f"{path} does not exist, so {owner} cannot resume its own parameters. Was the checkpoint written "
+                    "with another method or teacher? Start without resume_from_checkpoint."
                 )
-            self.method.load_state_dict(load_file(path))
+            module.load_state_dict(load_file(path))
 
     def _module(self) -> nn.Module:
         assert isinstance(self.model, nn.Module)

@@ -26,7 +26,7 @@ from tempering.integrations.common import (
 from tempering.integrations.linear import HiddenForward
 from tempering.methods.auxiliary import auxiliary_loss
 from tempering.methods.base import BlockLoss, Method, add_auxiliary
-from tempering.tasks.base import Task
+from tempering.tasks.base import Task, prepare_task
 from tempering.tasks.classification import Classification
 from tempering.teachers.base import Teacher
 from tempering.teachers.live import Live
@@ -34,18 +34,19 @@ from tempering.training.checks import as_method, chunking_for
 from tempering.training.distill import SGD
 from tempering.training.distributed import gather_objects
 from tempering.training.features import PairedFeatures
-from tempering.training.optimizers import Optimizer, Schedule, make_optimizer, make_schedule
+from tempering.training.optimizers import Optimizer, Schedule, make_optimizer, make_schedule, updating
 from tempering.utils.state import borrowed, random_state, set_random_state
 from tempering.utils.tensors import remember_sources
 
 try:
     import lightning.pytorch as pl
+    from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
     from lightning.pytorch.utilities import rank_zero_info
 except ImportError as error:
     raise ImportError('DistillModule needs Lightning: pip install "tempering[lightning]"') from error
 
 
-RANDOM = "tempering_random_states"  # in a checkpoint
+RANDOM, TEACHER = "tempering_random_states", "tempering_teacher"  # in a checkpoint
 
 
 class DistillModule(pl.LightningModule):
@@ -96,10 +97,9 @@ class DistillModule(pl.LightningModule):
         self.student, self.method = student, (method := as_method(method))
         self._lent = isinstance(teacher, nn.Module)
         self.teacher = fitting(method, teacher, student)
-        self.task = Classification() if task is None else task
-        for model in (student, None if self.teacher is None else self.teacher.model):
-            if model is not None:
-                self.task.prepare_model(model)
+        if self.teacher is not None:
+            self.teacher.follow(student)
+        self.task = prepare_task(Classification() if task is None else task, student, self.teacher)
         self.optimizer, self.schedule, self.selfcheck = optimizer, schedule, selfcheck
         self._features = PairedFeatures.from_models(student, self.teacher, self.task.features)
         self._chunking = chunking_for(method, chunks)
@@ -245,6 +245,8 @@ class DistillModule(pl.LightningModule):
         whole_batches(self.method, accumulate_grad_batches=accumulate, devices=devices)
         trained = [p for p in self.student.parameters() if p.requires_grad]
         optimizer = make_optimizer(self.optimizer, [{"params": trained}, *self.method.param_groups()])
+        sharded = isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy)
+        optimizer = updating(optimizer, self.teacher, sharded=sharded)
         if self.schedule is None:
             return optimizer
         steps = self._steps()
@@ -287,9 +289,18 @@ class DistillModule(pl.LightningModule):
         """Add the random state, of every process, so that a resumed run draws what the run would have drawn."""
         state = random_state()
         checkpoint[RANDOM] = [state] if self.trainer.world_size == 1 else gather_objects(state)
+        if self.teacher is not None and self.teacher.state is not None:
+            checkpoint[TEACHER] = self.teacher.state.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._random_states = checkpoint.get(RANDOM, [])
+        if self.teacher is not None and self.teacher.state is not None:
+            if TEACHER not in checkpoint:
+                raise ValueError(
+                    f"the checkpoint has no weights of {type(self.teacher).__name__}. Was it written with another "
+                    "teacher? Start without ckpt_path."
+                )
+            self.teacher.state.load_state_dict(checkpoint[TEACHER])
 
     def on_fit_start(self) -> None:
         """Restore the random state of a checkpoint; one of another number of processes is not restored."""

@@ -68,6 +68,11 @@ class HiddenForward:
             output = run(inputs)
         hidden, head = self._states(self.student, output, captured, index)
         teacher_hidden, teacher_head = hidden.detach(), head
+        if teacher is not None and teacher.parts:
+            raise TypeError(
+                f"linear=True needs the hidden states of one teacher; {type(teacher).__name__} combines the logits of "
+                f"{len(teacher.parts)}. Use linear=False."
+            )
         if teacher is not None:
             with _up_to_head(teacher.model) as captured:
                 teacher_output = teacher(inputs, ids)

@@ -44,6 +44,8 @@ class Method(CheckedArguments, nn.Module, ABC):
             state_dict then contains the teacher's weights and their optimizer, and no teacher outputs are cached.
         of_classes: whether terms read a row's logits as those of classes, which has no meaning for numbers to regress.
         pairwise: whether a term compares every row with every other, in memory of N^2: too many for rows of pixels.
+        teacher_is_student: of a method that trains the teacher: whether that is a second student, which the run's
+            optimizer trains. It may be untrained, and the step may be split. Its terms have names "peer_...".
         hard_is_cross_entropy: whether its ``hard`` weighs the cross entropy of the labels, which a ``Sum`` needs once.
     """
 
@@ -62,6 +64,7 @@ class Method(CheckedArguments, nn.Module, ABC):
     trains_teacher: ClassVar[bool] = False
     of_classes: ClassVar[bool] = True
     pairwise: ClassVar[bool] = False
+    teacher_is_student: ClassVar[bool] = False
     hard_is_cross_entropy: ClassVar[bool] = True
     hard: float  # of methods with a hard term: its weight
 

@@ -11,6 +11,7 @@ from .multi_label import Ordinal as Ordinal
 from .regression import Regression as Regression
 from .segmentation import Segmentation as Segmentation
 from .seq2seq import Seq2Seq as Seq2Seq
+from .teacher_weights import validation_weights as validation_weights
 from .text_classification import TextClassification as TextClassification
 from .tokenizers import shared_vocabulary as shared_vocabulary
 

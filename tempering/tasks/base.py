@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.rows import Rows
+from tempering.teachers.base import Columns, Teacher
 from tempering.utils.tensors import eval_mode, to_device
 
 TeacherForward = Callable[[Any, Tensor | None], Any]  # (inputs, sample ids) -> the teacher's output
@@ -101,6 +103,45 @@ class Task(ABC):
             student_in, teacher_in, _ = self.inputs(batch)
             return self.score(teacher, batches) if student_in is teacher_in else {}
         return {}
+
+
+def prepare_task(task: Task, student: nn.Module, teacher: Teacher | None) -> Task:
+    """Let the task prepare all models, and return it; for a teacher that reads columns of the batch, a copy.
+
+    Its ``inputs`` hands these columns to the teacher, in ``teachers.combined.Columns``, and to no model.
+    """
+    for model in (student, *(() if teacher is None else teacher.models)):
+        task.prepare_model(model)
+    return with_columns(task, teacher)
+
+
+def with_columns(task: Task, teacher: Teacher | None) -> Task:
+    """Return the task, or a copy whose ``inputs`` hands the columns that the teacher reads to it alone.
+
+    Raises:
+        ValueError: for a teacher whose outputs have no meaning for what the task predicts.
+    """
+    if teacher is None:
+        return task
+    teacher.check_predicts(task.predicts)
+    if not teacher.columns:
+        return task
+    own, names = copy.copy(task), teacher.columns
+
+    def inputs(batch: Any) -> tuple[Any, Any, Tensor | None]:
+        columns = {name: batch[name] for name in names if isinstance(batch, Mapping) and name in batch}
+        if len(columns) < len(names):
+            missing = next(name for name in names if name not in columns)
+            raise ValueError(
+                f"the teacher reads the column {missing!r} of the batch, which it does not have. Batches are then "
+                f"mappings with {missing!r}, one value per sample; keep it in the collator."
+            )
+        rest = {name: value for name, value in batch.items() if name not in names}
+        student_in, teacher_in, ids = task.inputs(rest)
+        return student_in, Columns(teacher_in, columns), ids
+
+    own.inputs = inputs  # pyright: ignore[reportAttributeAccessIssue]
+    return own
 
 
 def tokenizer_of(data: Any) -> Any:

@@ -8,10 +8,12 @@ from .cache.sampled import CachedSampled as CachedSampled
 from .cache.sampled import record_sampled as record_sampled
 from .cache.top_k import CachedTopK as CachedTopK
 from .cache.top_k import record_top_k as record_top_k
-from .ensemble import EnsembleTeacher as EnsembleTeacher
+from .ensemble import Ensemble as Ensemble
 from .ensemble import prune as prune
 from .live import Live as Live
+from .mean_teacher import MeanTeacher as MeanTeacher
 from .remote.teacher import RemoteTeacher as RemoteTeacher
 from .remote.verify import TeacherMismatchError as TeacherMismatchError
 from .remote.verify import verify_remote as verify_remote
+from .routed import Routed as Routed
 from .selection import TopKTeacher as TopKTeacher

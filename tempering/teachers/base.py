@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from typing import Any, Self
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +17,31 @@ from tempering.utils.state import unwrapped
 from tempering.utils.tensors import tensor_bytes
 
 
+class Columns(NamedTuple):
+    """A teacher's inputs, and the columns of the batch that it reads beside them (``Teacher.columns``)."""
+
+    inputs: Any
+    columns: dict[str, Any]
+
+
 class Teacher(ABC):
-    """Source of the teacher's outputs. Not an ``nn.Module``, so it is never part of the trained parameters."""
+    """Source of the teacher's outputs. Not an ``nn.Module``, so it is never part of the trained parameters.
+
+    Attributes:
+        parts: name -> teacher, of a teacher made of several.
+        columns: columns of the batch that it reads beside its inputs; the student does not see them.
+        state: the module that changes during a run and belongs in checkpoints; None: nothing changes.
+        follows_student: whether it is made of the student, by ``follow``.
+    """
 
     identity: str  # sha256 of the weights and options, or of a cache's key
     trained: bool = True  # False for random weights, which `tempering check` uses before the teacher is trained
     samples: int | None = None  # number of tokens sampled per position, of teachers with sampled outputs
     fallback: Teacher | None = None  # teacher for data that a cache does not contain, such as the test split
+    parts: Mapping[str, Teacher] = MappingProxyType({})
+    columns: tuple[str, ...] = ()
+    state: nn.Module | None = None
+    follows_student: bool = False
 
     @abstractmethod
     def __call__(self, inputs: Any, ids: Tensor | None) -> Any:
@@ -54,6 +74,43 @@ class Teacher(ABC):
     def model(self) -> nn.Module | None:
         """The live module, or None."""
         return None
+
+    @property
+    def models(self) -> tuple[nn.Module, ...]:
+        """The live modules, of all parts."""
+        if self.parts:
+            return tuple(dict.fromkeys(model for part in self.parts.values() for model in part.models))
+        return () if self.model is None else (self.model,)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The names of the parts that run."""
+        return tuple(self.parts)
+
+    def alone(self, name: str) -> Teacher | None:
+        """Return a teacher that answers as the part ``name`` does; None if that answers only some samples."""
+        return None
+
+    def owners(self, inputs: Any, ids: Tensor | None, output: Any) -> Any:
+        """Return the output with every value replaced by the number of the part that made it."""
+        raise TypeError(f"{type(self).__name__} has no parts that answer some samples each.")
+
+    def check_predicts(self, predicts: str) -> None:
+        """Check that the outputs have a meaning for what a task predicts, ``Task.predicts``.
+
+        Raises:
+            ValueError: for outputs that are combined in a way that has none.
+        """
+        for part in self.parts.values():
+            part.check_predicts(predicts)
+
+    def follow(self, student: nn.Module) -> None:
+        """Receive the student before a run, if the teacher is made of it."""
+        return
+
+    def update(self) -> None:
+        """Follow the student after a step of the optimizer."""
+        return
 
     def incompatibility(self, batches: Any) -> str | None:
         """Return why the outputs do not belong to these batches and what to do; None if they do, as for a live one."""

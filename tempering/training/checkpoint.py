@@ -151,6 +151,8 @@ def collect(
     progress: Mapping[str, Any],
     ranks: Sequence[Any],
     precision: Mapping[str, Any],
+    others: Mapping[str, nn.Module] | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Return the content of a checkpoint, which resuming reads.
 
@@ -160,8 +162,13 @@ def collect(
         progress: fields of TrainState.
         ranks: (random state, sum of losses of the epoch) of each rank.
         precision: state of Fabric's precision plugin, such as a loss scale.
+        others: modules that follow the student's weights, by name.
+        buffers: of the student that its state dict leaves out and that have changed.
     """
-    content = {"key": key, "at": progress, "ranks": ranks, "precision": precision}
+    content: dict[str, Any] = {"key": key, "at": progress, "ranks": ranks, "precision": precision}
+    content |= {name: module.state_dict() for name, module in (others or {}).items()}
+    if buffers:
+        content["buffers"] = dict(buffers)
     return content | gather(student, method, optimizer)
 
 

@@ -12,11 +12,11 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 from tempering.rows import Rows, total
+from tempering.teachers.base import Teacher
 from tempering.utils.tensors import overlap
 
 if TYPE_CHECKING:
     from tempering.methods.base import BlockLoss, Chunking, Method
-    from tempering.teachers.base import Teacher
     from tempering.training.config import TrainConfig
 
 
@@ -61,9 +61,9 @@ def check_models_are_distinct(student: nn.Module, teacher: nn.Module | Teacher |
         ValueError: for trained parameters, buffers or dropout modules that are the teacher's too, or in its memory, for
             lazy modules that never ran, or a student in which nothing requires grad.
     """
-    model = teacher if isinstance(teacher, nn.Module) else getattr(teacher, "model", None)
     _check_initialized("student", student)
-    if isinstance(model, nn.Module):
+    models = teacher.models if isinstance(teacher, Teacher) else (teacher,)
+    for model in (model for model in models if isinstance(model, nn.Module)):
         _check_initialized("teacher", model)
         theirs = [*model.parameters(), *model.buffers()]
         # a frozen part of the teacher may be reused, as SimKD reuses its classifier
@@ -162,6 +162,10 @@ def validate_step_method(method: Method, teacher: Teacher | None, config: TrainC
         raise ValueError(
             f"{owner} differentiates through the teacher, and {'None' if teacher is None else type(teacher).__name__} "
             "has no gradient. Give the model itself: teachers.Live(model)."
+        )
+    if teacher is not None and teacher.follows_student and config.strategy == "fsdp":
+        raise ValueError(
+            f"{type(teacher).__name__} follows the student's weights, which strategy='fsdp' shards. Use strategy='ddp'."
         )
     if method.needs_double_backward:
         options = {

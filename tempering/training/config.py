@@ -57,7 +57,9 @@ class TrainConfig:
     accelerator: str = "auto"
     """auto, cpu, cuda or mps."""
     devices: int | str = 1
-    """Number of devices, or auto."""
+    """Number of devices of each machine, or auto."""
+    num_nodes: int | str = "auto"
+    """Number of machines; auto takes it from torchrun, srun or mpirun, and is 1 without them."""
     strategy: str = "auto"
     """auto, ddp or fsdp (FSDP2), for more than one device."""
     schedule: Schedule | None = None

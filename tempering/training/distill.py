@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.methods.base import Method
-from tempering.tasks.base import Task
+from tempering.tasks.base import Task, prepare_task
 from tempering.teachers.base import Teacher
 from tempering.training.checks import as_method, check_models_are_distinct, check_unsharded
 from tempering.training.config import Precision, Run, TrainConfig
@@ -46,6 +46,7 @@ def distill(
     precision: Precision = "32-true",
     accelerator: str = "auto",
     devices: int | str = 1,
+    num_nodes: int | str = "auto",
     strategy: str = "auto",
     compile: bool | str = False,
     warmup: float = 0.0,
@@ -78,10 +79,10 @@ def distill(
 
     ``tempering.training.experiment.Experiment`` describes the same run without starting it.
 
-    Options of ``TrainConfig`` with the same name: accumulate, max_grad_norm, precision, accelerator, devices, strategy,
-    compile, warmup, decay_norms, ema, label_smoothing, mixup, cutmix, class_weights, gradient_checkpointing, chunks,
-    evaluate_every, log_every, examples, checkpoint_every, keep, patience, resume, extend, requeue, selfcheck,
-    skip_checks, quiet.
+    Options of ``TrainConfig`` with the same name: accumulate, max_grad_norm, precision, accelerator, devices,
+    num_nodes, strategy, compile, warmup, decay_norms, ema, label_smoothing, mixup, cutmix, class_weights,
+    gradient_checkpointing, chunks, evaluate_every, log_every, examples, checkpoint_every, keep, patience, resume,
+    extend, requeue, selfcheck, skip_checks, quiet.
     With strategy="fsdp" the student is left sharded. With several devices the script runs once per device; the
     parameters equal those of one device with the same batch. A run killed at any moment resumes from the last
     checkpoint, with bit-identical results.
@@ -224,12 +225,9 @@ def as_teacher(teacher: nn.Module | Teacher | None, method: Method, batches: Ite
 
 
 def _prepare_task(task: Task | None, student: nn.Module, teacher: Teacher | None) -> Task:
-    """Let the task prepare both models, and return it; None is Classification()."""
+    """Let the task prepare the models, and return it; None is Classification()."""
     if task is None:
         from tempering.tasks.classification import Classification
 
         task = Classification()
-    for model in (student, None if teacher is None else teacher.model):
-        if model is not None:
-            task.prepare_model(model)
-    return task
+    return prepare_task(task, student, teacher)

@@ -40,7 +40,7 @@ def check_splittable(method: Method, *, accumulate: int = 1, world: int = 1) -> 
             for an adaptive policy in several processes.
     """
     split, parts = ("accumulate", accumulate) if accumulate > 1 else ("devices", world)
-    if method.trains_teacher and parts > 1:
+    if method.trains_teacher and not method.teacher_is_student and parts > 1:
         raise ValueError(
             f"{type(method).__name__} trains the teacher on each batch before the student, which {split}="
             f"{parts} would change. Use {split}=1."

@@ -150,7 +150,7 @@ class Evaluator:
         if name is None or name not in self.teachers:
             return analysis
         teacher, task, batches = self.teachers[name].teacher, self.task, self.splits[name]
-        network = getattr(teacher, "model", None)
+        network = None if getattr(teacher, "parts", None) else getattr(teacher, "model", None)
         more: dict[str, Callable[[], Any]] = {"examples": lambda: task.examples(model, batches, teacher, most)}
         if isinstance(network, nn.Module):
             more["teacher_scores"] = lambda: task.score_teacher(network, batches)

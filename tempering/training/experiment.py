@@ -245,7 +245,7 @@ class TeacherRecipe:
             facts |= self._load(network)
         live = self.wrap(network)
         trained_here = self.train is not None and self.weights is None
-        for part in (live, *vars(live).values()) if trained_here else ():  # an ensemble's parts too
+        for part in (live, *live.parts.values()) if trained_here else ():  # an ensemble's parts too
             if isinstance(part, Live) and part.normalization is None:
                 part.normalization = "data"  # it was trained on these batches
         live.trained = ready

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +23,66 @@ if TYPE_CHECKING:
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true")
 
 
-def fabric_for(*, accelerator: str, devices: int | str, strategy: str, precision: str) -> Fabric:
+# what tells that a launcher started a process, and its numbers of all processes and of this machine's
+LAUNCHERS = {
+    "torchrun": ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+}
+
+
+def launched_processes() -> tuple[str, int, int] | None:
+    """Return which launcher started this process, on how many machines, and with how many processes on each.
+
+    None without one. torchrun, SLURM's srun and Open MPI's mpirun are known.
+
+    Raises:
+        ValueError: if machines have different numbers of processes, or mpi4py is missing.
+    """
+    environ = os.environ
+    if "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        machines, total = int(environ.get("SLURM_NNODES", "1")), int(environ["SLURM_NTASKS"])
+        name, each = "srun", total // machines
+    else:
+        found = next((x for x in LAUNCHERS.items() if all(key in environ for key in x[1])), None)
+        if found is None:
+            return None
+        name, (_, total, each) = found[0], (int(environ[key]) if "SIZE" in key else 0 for key in found[1])
+        machines = total // each
+    if name == "mpirun" and total > 1 and find_spec("mpi4py") is None:
+        raise ValueError("mpirun needs mpi4py: pip install mpi4py. Or start the processes by torchrun.")
+    if machines * each != total:
+        raise ValueError(f"{name} started {total} processes, {each} on this machine; each needs the same number.")
+    return name, machines, each
+
+
+def resolve_devices(devices: int | str, num_nodes: int | str) -> tuple[int | str, int]:
+    """Return the devices of this machine and the number of machines, from the launcher where they are "auto".
+
+    Raises:
+        ValueError: if the launcher started other numbers than are given, with what to type.
+    """
+    launched = launched_processes()
+    if launched is None:
+        return devices, 1 if num_nodes == "auto" else int(num_nodes)
+    name, machines, each = launched
+    given = {"devices": (devices, each), "num_nodes": (num_nodes, machines)}
+    for option, (value, started) in given.items():
+        if value != "auto" and int(value) not in (started, -1):
+            what = "processes on this machine" if option == "devices" else "machines"
+            raise ValueError(
+                f"{name} started {started} {what}, and {option} is {value}. "
+                f'Give {option}="auto" or {option}={started} (--{option.replace("_", "-")} {started}).'
+            )
+    return each, machines
+
+
+def fabric_for(
+    *, accelerator: str, devices: int | str, strategy: str, precision: str, num_nodes: int | str = "auto"
+) -> Fabric:
     """Launch Fabric; ``strategy="fsdp"`` is torch's FSDP2, which also runs on the CPU.
 
     Raises:
-        ValueError: for an unknown precision.
+        ValueError: for an unknown precision, or if a launcher has started other numbers of processes.
     """
     with _without_torchmetrics():
         from lightning_fabric import Fabric
@@ -39,14 +96,16 @@ def fabric_for(*, accelerator: str, devices: int | str, strategy: str, precision
     fabric_strategy: Any = strategy
     double = DoublePrecision()
     double.convert_output = _identity  # Fabric casts outputs to float32, and the loss would be computed in it
+    devices, machines = resolve_devices(devices, num_nodes)
     if strategy == "fsdp":
-        count = devices if isinstance(devices, int) and devices > 0 else "auto"
+        count = devices * machines if isinstance(devices, int) and devices > 0 else "auto"
         fabric_strategy = ModelParallelStrategy(
             parallelize_fn=_fully_shard, data_parallel_size=count, tensor_parallel_size=1
         )
     fabric = Fabric(
         accelerator=accelerator,
         devices=devices,
+        num_nodes=machines,
         strategy=fabric_strategy,
         precision=None if precision == "64-true" else precision,  # pyright: ignore[reportArgumentType]
         plugins=[double] if precision == "64-true" else [],

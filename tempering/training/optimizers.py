@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from tempering.teachers.base import Teacher
+
 Groups = list[dict[str, Any]]
 Optimizer = Callable[[Groups], torch.optim.Optimizer] | torch.optim.Optimizer | str
 Schedule = Callable[[float], float]
@@ -87,6 +89,26 @@ def _with_groups(optimizer: torch.optim.Optimizer, groups: Groups) -> torch.opti
     for group in groups[1:]:
         if new := [p for p in group["params"] if id(p) not in known]:
             optimizer.add_param_group({**group, "params": new})
+    return optimizer
+
+
+def updating(
+    optimizer: torch.optim.Optimizer, teacher: Teacher | None, *, sharded: bool = False
+) -> torch.optim.Optimizer:
+    """Let a teacher that follows the student do so after every step of the optimizer; return the optimizer.
+
+    Args:
+        sharded: whether the student's weights are divided among processes.
+
+    Raises:
+        ValueError: for such a teacher of a sharded student.
+    """
+    if teacher is not None and teacher.state is not None:
+        if sharded:
+            raise ValueError(
+                f"{type(teacher).__name__} follows the student's weights, which FSDP and DeepSpeed shard. Use DDP."
+            )
+        optimizer.register_step_post_hook(lambda _optimizer, _args, _kwargs: teacher.update())
     return optimizer
 
 

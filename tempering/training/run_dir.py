@@ -91,7 +91,7 @@ class RunDirectory:
         folder: None saves nothing.
         parts: student, method and optimizer, whose state is saved in checkpoints.
         key: of the run, from ``run_key``; a run with another key is not resumed.
-        average: of the student's weights, saved in checkpoints as well.
+        others: modules that follow the student's weights, by name, saved in checkpoints as well.
 
     Attributes:
         how: "new", "resumed", "extended" (a finished run, to more steps) or "finished" (nothing is left to train).
@@ -105,11 +105,11 @@ class RunDirectory:
         fabric: Fabric,
         parts: tuple[nn.Module, Method, Any],
         key: Mapping[str, Any],
-        average: nn.Module | None = None,
+        others: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.folder, self.fabric = folder, fabric
         self.student, self.method, self.optimizer = parts
-        self.average = average
+        self.others = others or {}
         self.key: dict[str, Any] = json.loads(json.dumps(key, default=_to_text))
         self.how: How = "new"
         self.extended: tuple[int, int] | None = None
@@ -166,8 +166,8 @@ class RunDirectory:
         self._check_same(saved_key, state["student"], is_finished=is_finished, extend=extend, again=again or {})
         checkpoint.scatter(state, self.student, self.method, self.optimizer)
         checkpoint.load_buffers(self.student, state.get("buffers", {}))
-        if self.average is not None:
-            self.average.load_state_dict(state["ema"])
+        for name, module in self.others.items():
+            module.load_state_dict(state[name])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.positions = checkpoint.load_records(path)
         random_state, loss_sum = state["ranks"][self.fabric.global_rank]
@@ -247,11 +247,9 @@ class RunDirectory:
             progress=asdict(state),
             ranks=all_gather_objects([checkpoint.random_state(), state.loss_sum], self.fabric),
             precision=self.fabric.strategy.precision.state_dict(),
+            others=self.others,
+            buffers=self._changed_buffers(),
         )
-        if buffers := self._changed_buffers():
-            content["buffers"] = buffers
-        if self.average is not None:
-            content["ema"] = self.average.state_dict()
         if self.fabric.is_global_zero:
             checkpoint.save(self.folder / "checkpoints", state.step, content, keep=keep, records=records)
         self.fabric.barrier()
@@ -329,9 +327,9 @@ def run_metadata(
     """Return the content of facts.json at the start of a run; ``facts`` are the caller's and override the rest."""
     teacher_facts: dict[str, Any] | None = None
     if teacher is not None:
-        model = teacher.model
-        count = None if model is None else sum(p.numel() for p in model.parameters())
-        name = type(teacher if model is None else model).__name__
+        models = teacher.models
+        count = sum(p.numel() for model in models for p in model.parameters()) if models else None
+        name = type(teacher if teacher.parts or not models else models[0]).__name__
         teacher_facts = {
             "name": name,
             "parameters": count,

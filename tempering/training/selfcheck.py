@@ -6,6 +6,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,13 +15,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 from tempering.methods.base import Method
-from tempering.rows import Rows, class_indices, class_labels, is_labeled
+from tempering.rows import Rows, class_indices, class_labels, is_labeled, without_labels
 from tempering.tasks.base import Task
 from tempering.teachers.base import Teacher
 from tempering.teachers.outputs import Sparse
 from tempering.training.checkpoint import random_state, set_random_state
 from tempering.training.config import Checked, Results, SelfCheckError
 from tempering.training.distributed import from_all_processes, while_all, world_size
+from tempering.utils.files import sha256_text
 from tempering.utils.tensors import batch_digests, map_tensors
 
 __all__ = [
@@ -90,11 +92,14 @@ def selfcheck(
         if teacher is not None:
             _check_modes(teacher, method, results)
             if results.wants("label names"):
-                check_label_names(student, teacher.model)
+                for model in teacher.models:
+                    check_label_names(student, model)
             _check_teacher_logits(task, first, results)
             if results.wants("logits"):
                 check_logits(blocks)
-            if results.wants("above chance"):
+            if method.teacher_is_student:
+                results["above chance"] = "the teacher is a second student"
+            elif results.wants("above chance"):
                 _check_above_chance(models, first, following, results)
         if results.wants("row weights"):
             _check_row_weights(task, batch, blocks)
@@ -236,15 +241,14 @@ def _batch_norm_error(which: str) -> SelfCheckError:
 
 def _check_modes(teacher: Teacher, method: Method, results: Results) -> None:
     """Check that a live teacher is frozen and in eval mode."""
-    model = teacher.model
-    if model is None:
+    if not (models := teacher.models):
         return
     if results.wants("teacher frozen"):
-        if any(p.requires_grad for p in model.parameters()):
+        if not method.teacher_is_student and any(p.requires_grad for model in models for p in model.parameters()):
             raise SelfCheckError("the teacher has parameters that require grad. Wrap it in teachers.Live(model).")
         results["teacher frozen"] = "the method trains it" if method.trains_teacher else "ok"
     if results.wants("in eval"):
-        modules = cast("Iterator[tuple[str, nn.Module]]", model.named_modules())
+        modules = [pair for model in models for pair in cast("list[tuple[str, nn.Module]]", [*model.named_modules()])]
         training = [name or "itself" for name, m in modules if m.training]
         if training:
             raise SelfCheckError(
@@ -304,41 +308,41 @@ def _close(a: Tensor, b: Tensor) -> bool:
 def _check_above_chance(
     models: _Models, first: _Outputs, following: Callable[[], Iterable[Any]], results: Results
 ) -> None:
-    """Check that the teacher's accuracy is above chance; it is not for shuffled classes or broken weights."""
-    from tempering.training.teacher_check import judge, shared_verdict
+    """Check that the accuracy of every teacher is above chance; it is not for shuffled classes or broken weights."""
+    from tempering.training.teacher_check import above_chance
 
     teacher, task = models.teacher, models.task
     assert teacher is not None
-    if not teacher.trained or not task.comparable:
+    if not task.comparable or not teacher.trained:
         results["above chance"] = (
-            "the teacher is not trained yet" if task.comparable else ("the two have classes of their own")
+            "the teacher is not trained yet" if task.comparable else "the two have classes of their own"
         )
         return
 
-    def counts() -> Iterator[tuple[Rows, Tensor | None]]:
-        for outputs in itertools.chain([first], map(models.run, following())):
-            yield task.scored_rows(outputs.student, outputs.teacher, outputs.batch)
+    def counts(models: _Models, first: Callable[[], _Outputs]) -> Iterator[tuple[Rows, Tensor | None, Any]]:
+        for outputs in itertools.chain([first()], map(models.run, following())):
+            yield *task.scored_rows(outputs.student, outputs.teacher, outputs.batch), outputs
 
-    verdict = shared_verdict(teacher.identity, lambda: judge(counts()))
-    told = f"right on {verdict.correct} of {verdict.rows} rows, as a guess among {verdict.classes} classes would be"
-    if verdict.result == "guess":
-        raise SelfCheckError(
-            f"the teacher is {told}. Are its classes in the labels' order, its weights loaded, its inputs normalized "
-            "as in its training? skip_checks=['above chance'] (--skip-checks 'above chance') skips this check, and "
-            "selfcheck=False (--no-selfcheck) all of them."
-        )
-    if verdict.result == "good" or verdict.is_likely_good:
-        where = "the first batch" if verdict.batches == 1 else f"the first {verdict.batches} batches"
-        results["above chance"] = f"ok ({verdict.share} on {where})"
-    elif not verdict.classes:
-        results["above chance"] = "no labels"
-    else:
-        results["above chance"] = f"only {verdict.rows} labeled rows of {verdict.classes} classes"
-        if verdict.rows >= 8 and verdict.classes > 1:
-            warnings.warn(
-                f"the teacher may be no better than a guess: it is {told}, and there are too few rows to be sure.",
-                stacklevel=2,
-            )
+    def of_all() -> Iterator[tuple[Rows, Tensor | None]]:
+        return ((rows, top) for rows, top, _ in counts(models, lambda: first))
+
+    def of(name: str) -> Iterator[tuple[Rows, Tensor | None]]:
+        """Count the hits of one of several teachers, on the samples that it answers."""
+        alone, answers = teacher.alone(name), models
+        if alone is not None:
+            answers = _Models(models.student, alone, task, None)
+        for rows, top, outputs in counts(answers, lambda: first if alone is None else answers.run(first.batch)):
+            if alone is None and rows.target is not None:
+                _, inputs, ids = task.inputs(outputs.batch)
+                owners = task.rows(outputs.student, teacher.owners(inputs, ids, outputs.teacher), outputs.batch)[-1]
+                others = owners.teacher[:, 0] != list(teacher.parts).index(name)
+                rows = rows.replace(target=without_labels(rows.target, others))
+            yield rows, top
+
+    results["above chance"] = above_chance(teacher.identity, of_all, "the teacher")
+    for name in teacher.active if len(teacher.active) > 1 else ():
+        identity = sha256_text(f"{teacher.identity} {name}")
+        results["above chance"] += f"; {name}: {above_chance(identity, partial(of, name), f'the teacher {name!r}')}"
 
 
 def _check_row_weights(task: Task, batch: Any, blocks: list[Rows]) -> None:

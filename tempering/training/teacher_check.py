@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tempering.rows import Rows, class_labels, is_scored
-from tempering.training.config import VERDICTS
+from tempering.training.config import VERDICTS, SelfCheckError
 from tempering.training.distributed import from_all_processes, is_first_process, while_all
 from tempering.utils.files import file_lock, sha256_text, write_atomic
 
@@ -129,3 +130,33 @@ def shared_verdict(teacher: str, decide: Callable[[], Verdict]) -> Verdict:
         if is_first:
             write_atomic(path, json.dumps(verdict._asdict()))
         return verdict
+
+
+def above_chance(identity: str, counts: Callable[[], Iterable[tuple[Rows, Tensor | None]]], which: str) -> str:
+    """Return the result of the test of one teacher: "ok (...)", or why it is not decided.
+
+    Args:
+        which: the teacher, for messages.
+
+    Raises:
+        SelfCheckError: for a teacher that guesses.
+    """
+    verdict = shared_verdict(identity, lambda: judge(counts()))
+    told = f"right on {verdict.correct} of {verdict.rows} rows, as a guess among {verdict.classes} classes would be"
+    if verdict.result == "guess":
+        raise SelfCheckError(
+            f"{which} is {told}. Are its classes in the labels' order, its weights loaded, its inputs normalized "
+            "as in its training? skip_checks=['above chance'] (--skip-checks 'above chance') skips this check, and "
+            "selfcheck=False (--no-selfcheck) all of them."
+        )
+    if verdict.result == "good" or verdict.is_likely_good:
+        where = "the first batch" if verdict.batches == 1 else f"the first {verdict.batches} batches"
+        return f"ok ({verdict.share} on {where})"
+    if not verdict.classes:
+        return "no labels"
+    if verdict.rows >= 8 and verdict.classes > 1:
+        warnings.warn(
+            f"{which} may be no better than a guess: it is {told}, and there are too few rows to be sure.",
+            stacklevel=4,
+        )
+    return f"only {verdict.rows} labeled rows of {verdict.classes} classes"

@@ -41,6 +41,7 @@ from tempering.training.optimizers import (
     make_optimizer,
     make_schedule,
     optimizer_without_decay,
+    updating,
 )
 from tempering.training.recorder import Recorder
 from tempering.training.resumable_loader import EMPTY, ResumableLoader, micro_batches, reseed
@@ -109,6 +110,7 @@ class Trainer:
         self.fabric = fabric_for(
             accelerator=config.accelerator,
             devices=config.devices,
+            num_nodes=config.num_nodes,
             strategy=config.strategy,
             precision=config.precision,
         )
@@ -139,6 +141,8 @@ class Trainer:
         self.model = clone_outputs(forward, config.compile)
         if method.needs_double_backward:
             allow_double_backward(self.model)
+        if teacher is not None:
+            teacher.follow(student)  # in the precision of the run, and equal on all ranks
         method.bind_teacher(None if teacher is None else teacher.model)
         self.features = self._paired_features()
         self.make_rows = smoothed(task.rows, config.label_smoothing)
@@ -146,7 +150,8 @@ class Trainer:
         self.uses_cuda_graphs = isinstance(config.compile, str)  # some modes of torch.compile do
         self._set_up_method()
         broadcast_parameters(method, self.fabric)
-        self.optimizer: Any = self.fabric.setup_optimizers(self._make_optimizer(optimizer))
+        moving = None if teacher is None else teacher.state
+        self.optimizer: Any = self.fabric.setup_optimizers(updating(self._make_optimizer(optimizer), teacher))
         self.base_lrs = base_learning_rates(self.optimizer)
         self.schedule = make_schedule(
             config.schedule or schedule, self.optimizer, self.length.total, warmup=config.warmup
@@ -159,7 +164,7 @@ class Trainer:
             evaluations,
             teacher,
             device=self.device,
-            cache_teacher=task.remember and not method.trains_teacher,
+            cache_teacher=task.remember and not method.trains_teacher and moving is None,
             patience=config.patience,
         )
         self.recorder = Recorder(self.folder if self.is_rank_zero else None)
@@ -177,8 +182,9 @@ class Trainer:
             total_steps=self.length.total,
             world=self.world,
         )
-        average = None if self.average is None else self.average.state
-        self.run_dir = RunDirectory(self.folder, self.fabric, (student, method, self.optimizer), key, average)
+        others = {"ema": None if self.average is None else self.average.state, "teacher": moving}
+        others = {name: module for name, module in others.items() if module is not None}
+        self.run_dir = RunDirectory(self.folder, self.fabric, (student, method, self.optimizer), key, others)
 
         # progress
         self.state = TrainState()

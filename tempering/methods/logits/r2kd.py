@@ -46,8 +46,8 @@ class R2KD(Method):
         eps: added to the product of the norms; default: 0. The released code adds 1e-8.
 
     The paper has two parts beside this loss, which recipes add for this method: a teacher that is an ensemble with its
-    pruned copy (``teachers.EnsembleTeacher``, --teacher-pruned 0.1) and a mixed view (``tasks.TwoView``, --views
-    cutmix). Ranking costs O(N C^2).
+    pruned copy (``teachers.Ensemble``, --teacher-pruned 0.1) and a mixed view (``tasks.TwoView``, --views cutmix).
+    Ranking costs O(N C^2).
 
     Reference: Kim et al., "Robustness-Reinforced Knowledge Distillation With Correlation Distance and Network Pruning",
     IEEE TKDE 2024, arXiv:2311.13934. Soft ranks: Qin et al., "A general approximation framework for direct optimization

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from tempering.rows import upcast_to_float32
 from tempering.teachers.cache.base import CorruptCacheError
-from tempering.teachers.cache.lookup import CachedShards, device_like
 from tempering.teachers.cache.recorder import STORED, Recordable, device_of, recording_path, to_stored_precision
 from tempering.teachers.cache.shard_recorder import Tensors, record_shards, recording_key
+from tempering.teachers.cache.text_lookup import CachedShards, device_like
 from tempering.teachers.cache.texts import Inputs
 from tempering.teachers.live import Live
 from tempering.teachers.outputs import Head, Hidden

@@ -126,8 +126,7 @@ def query_teacher(teacher: Teacher, batches: Recordable, ids: Int[Tensor, " B"])
 
 def device_of(teacher: Teacher) -> torch.device:
     """Return the device of the teacher's weights; the CPU if it has none."""
-    parameters = () if teacher.model is None else teacher.model.parameters()
-    return next((p.device for p in parameters), torch.device("cpu"))
+    return next((p.device for model in teacher.models for p in model.parameters()), torch.device("cpu"))
 
 
 @contextmanager

@@ -14,14 +14,6 @@ from torch import Tensor
 
 from tempering.teachers.base import Teacher
 from tempering.teachers.cache.base import FORMAT, KEY, CorruptCacheError, StoredFile, check_file, check_key, read_key
-from tempering.teachers.cache.lookup import (
-    BY_TEXT,
-    is_shard,
-    open_shard,
-    shard_name,
-    stored_positions,
-    to_runs,
-)
 from tempering.teachers.cache.recorder import (
     LOG,
     Recordable,
@@ -32,6 +24,14 @@ from tempering.teachers.cache.recorder import (
     partial_folder,
     progress,
     read_log,
+)
+from tempering.teachers.cache.text_lookup import (
+    BY_TEXT,
+    is_shard,
+    open_shard,
+    shard_name,
+    stored_positions,
+    to_runs,
 )
 from tempering.teachers.cache.texts import NO_CONTENT, Inputs, learned_positions, texts_of
 from tempering.teachers.outputs import Sparse

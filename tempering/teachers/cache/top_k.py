@@ -10,10 +10,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tempering.teachers.base import Teacher
-from tempering.teachers.cache.lookup import CachedShards, device_like, from_bytes, to_bytes
 from tempering.teachers.cache.recorder import Recordable, recording_path
 from tempering.teachers.cache.sampled import CachedSampled, record_sampled
 from tempering.teachers.cache.shard_recorder import Tensors, query_sparse, record_shards, recording_key
+from tempering.teachers.cache.text_lookup import CachedShards, device_like, from_bytes, to_bytes
 from tempering.teachers.cache.texts import Inputs
 from tempering.teachers.outputs import Sparse
 from tempering.teachers.selection import TopKTeacher
