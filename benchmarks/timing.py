@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,12 +58,14 @@ def seconds(variant: Variant) -> float:
     return now() - begun
 
 
-def in_turn(variants: Mapping[str, Variant], *, rounds: int, warm: int = 1) -> dict[str, list[float]]:
+def in_turn(
+    variants: Mapping[str, Any], *, rounds: int, warm: int = 1, measure: Callable[[Any], float] = seconds
+) -> dict[str, list[float]]:
     """Seconds of every variant in every round; a round runs each once, so that a busy machine slows all alike."""
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for round_ in range(warm + rounds):
         for name, variant in variants.items():
-            took = seconds(variant)
+            took = measure(variant)
             if round_ >= warm:
                 taken[name].append(took)
     return taken
@@ -83,17 +86,9 @@ class Marks:
         return self.at[self.steps] - self.at[0]
 
 
-def legs_in_turn(
-    legs: Mapping[str, Callable[[int], float]], *, steps: int, rounds: int, warm: int = 1
-) -> dict[str, list[float]]:
-    """What every leg returns in every round, its seconds for so many steps, as ``in_turn``."""
-    taken: dict[str, list[float]] = {name: [] for name in legs}
-    for round_ in range(warm + rounds):
-        for name, leg in legs.items():
-            took = leg(steps)
-            if round_ >= warm:
-                taken[name].append(took)
-    return taken
+def legs_in_turn(legs: Mapping[str, Any], *, steps: int, rounds: int, warm: int = 1) -> dict[str, list[float]]:
+    """What every leg returns in every round, its seconds for so many steps."""
+    return in_turn(legs, rounds=rounds, warm=warm, measure=lambda leg: leg(steps))
 
 
 def peak_of(script: str, what: str, *, tiny: bool, threads: int) -> float:

@@ -108,8 +108,8 @@ def test_a_run_learns_the_same_from_it(tmp_path: Path) -> None:
         options: dict[str, Any] = {"task": TASK, "epochs": 2, "quiet": True, "skip_checks": ["above chance"]}
         options["on_step"] = lambda step, loss, seen=seen: seen.append(float(loss.detach()))
         sgd = partial(torch.optim.SGD, lr=0.1)
-        # in float32 the root of "exact" is known to 1e-5, and so a loss to 1e-6: of the teacher asked, of the cache, and
-        # both are as near to a run in float64 as to one another; the closed form shows what the cache itself changes
+        # in float32 the root of "exact" is known to 1e-5 and so a loss to 1e-6: either source is as near to a run in
+        # float64 as to the other; temperatures in closed form show what the cache itself changes
         method = DTKD(temperature=Sharpness(4.0, solve="std"))
         run = distill(student, source, tokens, method=method, optimizer=sgd, test=data(), **options)
         losses.append([*seen, run.best["test"]["loss"], run.best["test"]["agreement"]])
