@@ -216,8 +216,8 @@ def describe(net: Any) -> dict[str, Any] | None:
     if isinstance(built := getattr(net, "built", None), Mapping):
         return dict(cast("Mapping[str, Any]", built))
     own: Any = getattr(net, "pretrained_cfg", None)
-    if isinstance(own, Mapping) and own.get("architecture"):
-        return {"kind": "timm", "name": own["architecture"], "arguments": timm_arguments(net)}
+    if isinstance(own, Mapping) and (name := cast("Mapping[str, Any]", own).get("architecture")):
+        return {"kind": "timm", "name": name, "arguments": timm_arguments(net)}
     return None
 
 
