@@ -20,6 +20,7 @@ from tempering.experiments.compare.plan import Cell, Plan, lock_path
 from tempering.reports.records import pack, read_cell, write_cell
 from tempering.training.config import VERDICTS
 from tempering.utils.files import inheritable_descriptors, try_lock
+from tempering.utils.text import counted
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -95,7 +96,8 @@ class ComparisonRunner:
                 signal.signal(number, handler)
         compare_status.render(self.folder, self.plan)
         if self.stopped is not None:
-            compare_status.say(f"stopped; the same command resumes: {self._remaining()} runs left", quiet=self.quiet)
+            left = counted(self._remaining(), "run")
+            compare_status.say(f"stopped; the same command resumes: {left} left", quiet=self.quiet)
             return 130
         return 1 if self.failed else 0
 
