@@ -164,3 +164,12 @@ def test_reference_has_every_public_name() -> None:
     ]
     undocumented = [name for name, value in names if callable(value) and not value.__doc__]
     assert len(names) > 120 and not absent and not undocumented, (absent, undocumented)
+
+
+def test_the_reference_has_one_entry_per_name() -> None:
+    pytest.importorskip("griffe")
+    from docs.tools.split_names import split_names
+
+    text = 'Crop, flip: both.\n\nAttributes:\n    y, x: offsets,\n        in pixels.\n    flip: whether.\n\nReturns:\n    "a", b: both.'
+    entries = "    y: offsets,\n        in pixels.\n    x: offsets,\n        in pixels.\n    flip: whether."
+    assert split_names(text) == text.replace(text.split("\n", 3)[3].split("\n\n")[0], entries)

@@ -44,8 +44,8 @@ def split_names(text: str) -> str:
 
 
 class SplitNames(griffe.Extension):
-    """Split the docstrings of all objects when they are loaded."""
+    """Split the docstrings of all objects as they are read."""
 
-    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
             obj.docstring.value = split_names(obj.docstring.value)
