@@ -255,7 +255,7 @@ def test_what_runs_is_seen_from_outside_and_a_stop_reaches_it(
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=120)[1].decode()
     assert process.returncode == 130
-    assert "stopped by SIGTERM; the same command resumes: 1 runs left" in said
+    assert "stopped by SIGTERM; the same command resumes: 1 run left" in said
     place = out / "work" / cell_of(out, "KD").stem
     assert json.loads((place / "facts.json").read_text())["status"] == "interrupted"
     assert not compare_status.is_running(place)

@@ -400,7 +400,7 @@ def test_a_stop_reaches_the_trial(fake: Path, tmp_path: Path) -> None:
     _until(lambda: any((out / "trials").glob("*/epochs.jsonl")))
     process.send_signal(signal.SIGUSR1)
     said = process.communicate(timeout=120)[1].decode()
-    assert process.returncode == 130 and "stopped by SIGUSR1; the same command resumes: 1 trials left" in said
+    assert process.returncode == 130 and "stopped by SIGUSR1; the same command resumes: 1 trial left" in said
     (facts,) = (json.loads(p.read_text()) for p in (out / "trials").glob("*/facts.json"))
     assert facts["status"] == "interrupted"
 

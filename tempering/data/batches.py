@@ -155,8 +155,15 @@ class ShardedLoader:
 
     things: ClassVar[str] = "images"
     batch_size: int
+    shuffle: bool
+    seed: int
     rank: int
     world: int
+    sample_weights: Float[Tensor, " N"] | None = None
+
+    def weighted(self, weights: Float[Tensor, " N"]) -> Self:
+        """Return a loader that draws an epoch's samples with replacement, with these relative probabilities."""
+        return self._replace(sample_weights=weights.detach().cpu().double())
 
     def shard(self, rank: int, world: int) -> Self:
         """Return a loader of this rank's contiguous part of every batch; the parts of all ranks make up the batch.
@@ -172,6 +179,14 @@ class ShardedLoader:
                 f"{rank}). Use a multiple, such as batch_size={max(1, round(self.batch_size / world)) * world}."
             )
         return self._replace(rank=rank, world=world)
+
+    def _order(self, size: int, epoch: int) -> Int[Tensor, " size"]:
+        """Return the samples of an epoch, in its order."""
+        if self.sample_weights is not None:
+            share = (random_bits(size, self.seed, "draw", epoch) >> 1 & (1 << 53) - 1).double() / (1 << 53)
+            ends = self.sample_weights.cumsum(0)
+            return torch.searchsorted(ends, share * ends[-1], right=True).clamp_max(size - 1)
+        return epoch_order(size, self.seed, epoch) if self.shuffle else torch.arange(size)
 
     def _num_batches(self, size: int) -> int:
         """Return the number of batches in an epoch of ``size`` samples."""
@@ -340,8 +355,7 @@ class Batches(ShardedLoader):
 
     def _iterate_epoch(self, start: int, epoch: int) -> Iterator[Batch]:
         device, n = self.images.device, self.size
-        order = epoch_order(n, self.seed, epoch) if self.shuffle else torch.arange(n)
-        order, view = order.to(device), epoch % self.views if self.views else epoch
+        order, view = self._order(n, epoch).to(device), epoch % self.views if self.views else epoch
         bits = self._random_bits(view).to(device) if self.augmented else None
         for step in range(start, len(self)):
             index = order[self._shard_slice(step, n)]

@@ -124,6 +124,10 @@ class Trainer:
         self.adaptive_policies = method.adaptive_policies()
         for part in (method, *self.adaptive_policies):
             batches = part.wrap_batches(batches, teacher)
+        if config.balanced_sampling:
+            from tempering.training.balanced_sampling import balanced
+
+            batches = balanced(batches)
         self.loader = ResumableLoader(batches, self.fabric, seed=config.seed)
         self.length = RunLength(config, self.loader)
         if not self.length.total:

@@ -20,6 +20,7 @@ from tempering.experiments.compare.plan import Cell, Plan, lock_path
 from tempering.reports.records import pack, read_cell, write_cell
 from tempering.training.config import VERDICTS
 from tempering.utils.files import handle_signals, inheritable_descriptors, try_lock
+from tempering.utils.text import counted
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -93,7 +94,7 @@ class ComparisonRunner:
                 self._end_all()
         compare_status.render(self.folder, self.plan)
         if self.stopped is not None:
-            say_stopped(self.stopped, self._remaining(), "runs")
+            say_stopped(self.stopped, counted(self._remaining(), "run"))
             return 130
         return 1 if self.failed else 0
 
@@ -219,9 +220,9 @@ class ComparisonRunner:
         self.running = []
 
 
-def say_stopped(by: signal.Signals, left: int, what: str) -> None:
-    """Print that a signal stopped a grid or a search, also a quiet one."""
-    print(f"stopped by {by.name}; the same command resumes: {left} {what} left", file=sys.stderr, flush=True)
+def say_stopped(by: signal.Signals, left: str) -> None:
+    """Print that a signal stopped a grid or a search, also a quiet one; ``left`` is as "1 run"."""
+    print(f"stopped by {by.name}; the same command resumes: {left} left", file=sys.stderr, flush=True)
 
 
 def renice() -> None:

@@ -34,6 +34,7 @@ from tempering.utils.files import (
     try_lock,
     write_atomic,
 )
+from tempering.utils.text import counted
 
 if TYPE_CHECKING:
     import optuna
@@ -118,9 +119,9 @@ class SearchRunner:
             finally:
                 self._end_all()
                 seal(self.folder)
-        remaining = self.trials - len(finished(self.study))
+        remaining = counted(max(0, self.trials - len(finished(self.study))), "trial")
         if self.stopped is not None:
-            compare_runner.say_stopped(self.stopped, max(0, remaining), "trials")
+            compare_runner.say_stopped(self.stopped, remaining)
             return 130
         return 0
 
@@ -201,7 +202,7 @@ class SearchRunner:
         for content in sorted(lost, key=lambda content: content["number"]):
             self.study.enqueue_trial(content["params"])
         if lost:
-            text = f"the journal lacks {len(lost)} trials that have folders; they are read or run again"
+            text = f"{counted(len(lost), 'trial')} with a folder, absent from the journal: read or run again"
             compare_status.say(text, quiet=self.quiet)
 
     # trials
