@@ -33,21 +33,23 @@ def balanced(loader: Iterable[Any]) -> Iterable[Any]:
     weights = balanced_weights(labels)
     if isinstance(loader, ShardedLoader):
         return loader.weighted(weights)
-    if not isinstance(loader, DataLoader) or loader.batch_size is None:
+    plain: Any = loader
+    if not isinstance(plain, DataLoader) or plain.batch_size is None:
         raise ValueError(
             "balanced_sampling= (--balanced-sampling) changes the order of a DataLoader with a batch size or of a "
             f"loader of tempering.data; got {type(loader).__name__}. Draw the samples in the loader."
         )
     from lightning_fabric.utilities import data as of_fabric
 
-    sampler = WeightedRandomSampler(weights.tolist(), len(weights))
-    return cast("Any", of_fabric)._update_dataloader(loader, sampler)
+    sampler = WeightedRandomSampler([float(weight) for weight in weights], len(weights))
+    return cast("Any", of_fabric)._update_dataloader(plain, sampler)
 
 
 def balanced_weights(labels: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
     """Return the relative probability of every sample, 1 on average: the same sum for every class that occurs."""
     known = is_labeled(labels)
     weights = torch.ones(len(labels), dtype=torch.float64)
-    _, place, counts = labels[known].unique(return_inverse=True, return_counts=True)
-    weights[known] = (len(place) / (len(counts) * counts.double()))[place]
+    classes = labels[known]
+    counts = torch.bincount(classes)
+    weights[known] = len(classes) / (int((counts > 0).sum()) * counts.double())[classes]
     return weights
