@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat pyproject.toml $(CONSTRAINTS) | cksum | cut -d' ' -f1)
 
-.PHONY: all check test demo bench conformance docs pages oldest gpu gpu-self-test gpu-cifar100 gpu-detection gpu-language all-methods wheel clean
+.PHONY: all environment check test demo bench conformance docs pages oldest gpu gpu-self-test gpu-cifar100 gpu-detection gpu-language all-methods wheel clean
 .PHONY: arena16 arena16-pilot arena16-runs
 .PHONY: evidence evidence-teachers evidence-screen evidence-full evidence-ablations evidence-others evidence-resnet20 evidence-short
 all: check test wheel
@@ -18,6 +18,8 @@ $(READY):
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) torch numpy
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[dev]"
 	@rm -f $(VENV)/.ready-*; touch $@
+
+environment: $(READY)  ## the packages of development
 
 check: $(READY)  ## lint, format, types
 	$(BIN)/python -m ruff check .
