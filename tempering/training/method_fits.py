@@ -41,8 +41,8 @@ def _why_not(part: Method, task: Task) -> str | None:
     if task.predicts == "vectors" and not hasattr(part, "wants"):  # an attribute of methods over features
         return (
             "it compares logits or numbers, and these are embeddings. Use methods.EmbeddingKD(), or another method "
-            "over features that are vectors, such as methods.RKD(); similarities are numbers in tasks.Similarity(), and "
-            "logits in tasks.Ranking()."
+            "over features that are vectors, such as methods.RKD(). Similarities are numbers in tasks.Similarity(), "
+            "and logits in tasks.Ranking()."
         )
     several = task.predicts in ("pixels", "labels")
     if task.predicts == "numbers" and (part.of_classes or part.owns_step):
