@@ -171,8 +171,8 @@ class DistillLoss(nn.Module):
 def as_sentence_transformer(encoder: Encoder, tokenizer: Any, path: str | Path) -> SentenceTransformer:
     """Save an encoder of transformers so that ``SentenceTransformer(path)`` loads it, and return that model.
 
-    Its modules are a Transformer, a Pooling and, if the encoder normalizes, a Normalize: parts for a ``Router`` too, such
-    as ``Router.for_query_document([*student], [*teacher])`` of a student of the teacher's embeddings. The default
+    Its modules are a Transformer, a Pooling and, if the encoder normalizes, a Normalize: parts for a ``Router`` too,
+    such as ``Router.for_query_document([*student], [*teacher])`` of a student of the teacher's embeddings. The default
     settings of the tokenizer are saved with it; "cls" needs padding on the right.
 
     Args:

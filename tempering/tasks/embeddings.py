@@ -106,7 +106,7 @@ class Embeddings(PairScored):
 
     A row is a text. Its embeddings are the feature "embedding", of which the teacher's may have another size:
     ``methods.EmbeddingKD`` compares them one by one, and RKD, SP, PKT and others over vectors by their relations.
-    Methods over logits are refused. The logits of a row are no more than the length of the embedding.
+    Methods over logits are refused. A row's logits are no more than the first number of its embedding.
 
     Multilingual by translated pairs: where the teacher has fewer texts than the student, its embeddings are repeated.
     With inputs {"student": N sources, then their N translations, "teacher": the N sources}, both are drawn to the
@@ -129,14 +129,18 @@ class Embeddings(PairScored):
                 f"got {len(s)} of the student for {count} texts, and {len(t)} of the teacher."
             )
         t = t.repeat(len(s) // len(t), 1)
-        lengths = [x.norm(dim=1, keepdim=True) for x in (s.detach(), t)]
         ids = None if parts.ids is None or len(s) % len(parts.ids) else parts.ids.repeat(len(s) // len(parts.ids))
         return [
             Rows(
-                *lengths, weight=self._weight(parts, count), name="embeddings", ids=ids, features={"embedding": (s, t)},
+                s[:, :1],
+                t[:, :1],
+                weight=self._weight(parts, count),
+                name="embeddings",
+                ids=ids,
+                features={"embedding": (s, t)},
                 task_loss=s.new_zeros(len(s)),
             )
-        ]  # fmt: skip
+        ]
 
     def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
         parts = self.parts(batch)

@@ -63,7 +63,11 @@ class Ranking(EncoderTask):
 
     def parts(self, batch: Any) -> LabeledBatch:
         named = isinstance(batch, Mapping) and "mask" in batch
-        return super().parts({name: x for name, x in batch.items() if name != "mask"} if named else batch)
+        parts = super().parts({name: x for name, x in batch.items() if name != "mask"} if named else batch)
+        none = any(x is None for x in batch.values()) if isinstance(batch, Mapping) else batch[1] is None
+        if none or len(parts.labels) == 0:
+            raise ValueError("Ranking needs labels, one per query, since they count the queries; -100 where unknown.")
+        return parts
 
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
         parts = self.parts(batch)
@@ -120,8 +124,7 @@ class Ranking(EncoderTask):
         wanted = "any number of" if self.candidates == "batch" else "K >= 2 for each, query by query, in all Q K"
         raise ValueError(
             f"Ranking(candidates={self.candidates!r}) needs embeddings of Q = {queries} queries (there are as many as "
-            f"labels), then of the documents, {wanted}; or scores (Q, K). The {side} returns {tuple(x.shape)}. "
-            "Labels are needed, -100 where unknown."
+            f"labels), then of the documents, {wanted}; or scores (Q, K). The {side} returns {tuple(x.shape)}."
         )
 
     def score(
