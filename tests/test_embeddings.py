@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tempering import teachers
+from tempering.data import TextColumns
 from tempering.data.glue import Labeled, TextPairLoader
 from tempering.methods import DKD, DTKD, KD, RKD, SP, EmbeddingKD, MarginMSE, Method, RegressionKD, Sum, Supervised
 from tempering.models import Encoder
@@ -395,3 +396,38 @@ def test_other_candidates_sizes_and_options_are_named() -> None:
     for task, batches in ((Embeddings(), [(X, None)]), (Ranking(), [(X, torch.full((2,), -100))])):
         with pytest.raises(ValueError, match="nothing to score"):
             task.score(nn.Identity(), batches)
+
+
+class Padded(Letters):
+    """Letters, as tensors."""
+
+    def __call__(self, texts: list[str], *pairs: Any, **options: Any) -> dict[str, Any]:
+        words = [a + "|" + b for a, b in zip(texts, pairs[0], strict=True)] if pairs else texts
+        ids = [torch.tensor(i, dtype=torch.long) for i in super().__call__(words)["input_ids"]]
+        return {"input_ids": nn.utils.rnn.pad_sequence(ids, batch_first=True)}
+
+
+def test_columns_of_texts_are_batches() -> None:
+    lists = [(("a", "b", "c", "d"), 2, [1.0, 2.0, 3.0]), (("e", "f", "g"), -1, [4.0, 5.0])]
+
+    def words(*texts: str) -> Tensor:
+        return Padded()([*texts])["input_ids"]
+
+    plain = [sample[:2] for sample in lists]
+    got = TextColumns(Padded(), teacher_sees="pairs")(plain)
+    assert torch.equal(got["student"]["input_ids"], words("a", "e", "b", "c", "d", "f", "g", ""))
+    assert torch.equal(got["teacher"]["input_ids"], words("a|b", "a|c", "a|d", "e|f", "e|g", "e|"))
+    assert got["labels"].tolist() == [2, -1] and got["mask"].tolist() == [[True] * 3, [True, True, False]]
+    got = TextColumns(Padded())(lists)
+    assert got["teacher"].tolist() == [[1.0, 2.0, 3.0], [4.0, 5.0, 0.0]]
+    got = TextColumns(Padded(), candidates="batch")([*plain, (("h", "i"), 0)])
+    assert torch.equal(got["student"]["input_ids"], words("a", "e", "h", "b", "c", "d", "f", "g", "i"))
+    assert got["labels"].tolist() == [2, -1, 5] and "mask" not in got
+    got = TextColumns(Padded(), teacher_sees="first")([("a", "b"), ("c", "d")])
+    assert torch.equal(got["teacher"]["input_ids"], words("a", "c")) and got["labels"] is None
+    student, teacher, _ = Embeddings().inputs(got)
+    assert torch.equal(student["input_ids"], words("a", "c", "b", "d")) and len(teacher["input_ids"]) == 2
+    with pytest.raises(ValueError, match="all of one form"):
+        TextColumns(Padded())([plain[0], ("e", "f")])
+    with pytest.raises(ValueError, match="teacher_sees 'texts', 'first' or 'pairs'"):
+        TextColumns(Padded(), teacher_sees="all")  # type: ignore

@@ -169,7 +169,7 @@ def test_what_it_cannot_do_is_named(tools: Any, models: Path) -> None:
         tools.DistillLoss(student, Mutual())
     with pytest.raises(TypeError, match="needs a task of encoders"):
         tools.DistillLoss(student, KD(), task=Classification())
-    with pytest.raises(SelfCheckError, match="KD does not suit tasks.Embeddings"):
+    with pytest.raises(SelfCheckError, match=r"KD does not suit tasks.Embeddings"):
         tools.DistillLoss(student, KD(), task=Embeddings())
     with pytest.raises(ValueError, match=r"needs a teacher=, or its \(N, K\) scores as labels; got none"):
         tools.DistillLoss(student, KD())(columns(student, *[TEXTS[:2]] * 3))
