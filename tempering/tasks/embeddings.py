@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tempering.data.batches import LabeledBatch, labeled_batch
+from tempering.data.batches import LabeledBatch, labeled_batch, with_teacher_outputs
 from tempering.rows import Rows, upcast_to_float32
 from tempering.tasks.base import NothingToScoreError, Task, TeacherForward, evaluating
 from tempering.tasks.parts import Unlabeled, check_unlabeled
@@ -35,7 +35,7 @@ class EncoderTask(Task):
     def inputs(self, batch: Any) -> tuple[Any, Any, Tensor | None]:
         parts = self.parts(batch)
         student, teacher = (_of_side(parts.inputs, side) for side in ("student", "teacher"))
-        return student, teacher, parts.ids
+        return student, with_teacher_outputs(teacher, batch), parts.ids
 
     def output(self, output: Any, side: str) -> Tensor:
         """Return a model's output in at least float32, (M, D), (M,) or (M, 1)."""
