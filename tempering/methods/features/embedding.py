@@ -51,6 +51,11 @@ class EmbeddingKD(Projected):
         self.mse, self.cosine, self.similarity, self.projection = mse, cosine, similarity, projection
         self.relational = similarity > 0  # pyright: ignore[reportAttributeAccessIssue]
 
+    @property
+    def zero_when_equal(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the terms are 0 for a student equal to the teacher: not with a projection."""
+        return self.projection is not True and not any(isinstance(m, nn.Linear) for m in self.projectors)
+
     def build(self, pairs: list[tuple[Tensor, Tensor]]) -> list[nn.Module]:
         sizes = sorted({(s.shape[1], t.shape[1]) for s, t in pairs})
         differ = any(s != t for s, t in sizes)
