@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tempering.training import checkpoint
-from tests import dense_runs
+from tests import dense_runs, embedding_runs
 from tests.cases import each
 from tests.detection_runs import KINDS, go, one_student
 from tests.lazy_modules import needs
@@ -91,14 +92,17 @@ def test_detectors_on_two_processes(name: str, close: float, two: Path, alone: P
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 3
 
 
-@pytest.mark.parametrize("name", dense_runs.CASES)
-def test_pixels_labels_and_numbers_on_two_processes(name: str, two: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "runs", "name"),
+    [(kind, runs, n) for kind, runs in (("dense", dense_runs), ("embeddings", embedding_runs)) for n in runs.CASES],
+)
+def test_tasks_on_two_processes(kind: str, runs: Any, name: str, two: Path, tmp_path: Path) -> None:
     """Each process has an unequal share of the samples, with another number of labels."""
-    dense_runs.run(name, tmp_path)
-    a, b = (load_file(out / "student.safetensors") for out in (two / "dense" / name, tmp_path))
+    runs.run(name, tmp_path)
+    a, b = (load_file(out / "student.safetensors") for out in (two / kind / name, tmp_path))
     torch.testing.assert_close(flat(a), flat(b), rtol=0.0, atol=1e-11)
-    losses = [_column(out / "steps.jsonl", "loss") for out in (two / "dense" / name, tmp_path)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-9) and len(losses[0]) == 8
+    losses = [_column(out / "steps.jsonl", "loss") for out in (two / kind / name, tmp_path)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9) and len(losses[0]) == (8 if kind == "dense" else 6)
 
 
 @needs("pycocotools")

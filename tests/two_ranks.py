@@ -32,7 +32,7 @@ from tempering.training.config import VERDICTS, Run, SelfCheckError
 from tempering.training.distributed import all_gather_objects
 from tempering.training.fabric import fabric_for
 from tempering.training.resumable_loader import ResumableLoader, reseed
-from tests import dense_runs, detection_runs
+from tests import dense_runs, detection_runs, embedding_runs
 from tests.runs import (
     ADAMW,
     CLASSES,
@@ -265,6 +265,8 @@ def main(out: Path) -> None:
             detection_runs.go(out / "boxes" / kind, kind, precision="64-true", **ddp)
     for kind in dense_runs.CASES:
         dense_runs.run(kind, out / "dense" / kind, **ddp)
+    for kind in embedding_runs.CASES:
+        embedding_runs.run(kind, out / "embeddings" / kind, **ddp)
     stopped_and_whole(out / "shuffled", "shuffled", **ddp)
     stopped_and_whole(out / "sharded", "batches", **(ddp | {"strategy": "fsdp", "optimizer": SGD}))
     # each process begins with weights of its own, and both end with the first one's

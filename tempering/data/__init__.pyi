@@ -14,4 +14,5 @@ from .protocols import ShardableLoader as ShardableLoader
 from .protocols import SplittableLoader as SplittableLoader
 from .synthetic_shapes import synthetic_masks as synthetic_masks
 from .synthetic_shapes import synthetic_shapes as synthetic_shapes
+from .text_columns import TextColumns as TextColumns
 from .tokens import Tokens as Tokens

@@ -1,4 +1,4 @@
-"""Distillation in other libraries' trainers: ``integrations.huggingface`` and ``integrations.lightning``.
+"""Distillation in other libraries' trainers: ``integrations.huggingface``, ``lightning`` and ``sentence_transformers``.
 
-Both are imported explicitly: ``from tempering.integrations.huggingface import DistillMixin``.
+They are imported explicitly: ``from tempering.integrations.huggingface import DistillMixin``.
 """

@@ -22,7 +22,7 @@ from tempering.teachers.live import Live, no_teacher_error
 from tempering.teachers.outputs import Sparse
 from tempering.training.checks import check_models_are_distinct, validate_sampled_teacher
 from tempering.training.config import Checked, Results, SelfCheckError
-from tempering.training.distributed import checked_together
+from tempering.training.distributed import checked_together, whole_rows
 from tempering.training.evaluator import generators_restored
 from tempering.training.features import PairedFeatures, extracting
 from tempering.training.selfcheck import (
@@ -70,8 +70,8 @@ def fitting(method: Method, teacher: nn.Module | Teacher | None, student: nn.Mod
     return teacher
 
 
-def whole_batches(method: Method, **splits: int) -> None:
-    """Reject a method that compares rows with each other if a step is split.
+def whole_batches(method: Method, task: Task, **splits: int) -> None:
+    """Reject a method that compares rows with each other, or a task whose rows depend on the batch, if a step is split.
 
     Args:
         splits: the trainer's options that split a step -> number of parts.
@@ -80,6 +80,8 @@ def whole_batches(method: Method, **splits: int) -> None:
         ValueError: if one of them is not 1; names the first.
     """
     for flag, parts in splits.items():
+        if parts > 1 and not task.splittable:
+            raise ValueError(whole_rows(task, f"{flag}={parts}"))
         if parts > 1 and method.is_batch_dependent():
             raise ValueError(
                 f"{type(method).__name__} compares rows with each other, so its loss depends on how a step is split: "

@@ -110,7 +110,7 @@ class DistillMixin(Trainer):
                 self._unpacked_teacher.model, self._module()
             )
         accumulate, processes = self.args.gradient_accumulation_steps, self.accelerator.num_processes
-        whole_batches(method, gradient_accumulation_steps=accumulate, num_processes=processes)
+        whole_batches(method, self.task, gradient_accumulation_steps=accumulate, num_processes=processes)
         self._check_arguments()
         if self.teacher is not None:
             self.task = with_columns(self.task, self.teacher)

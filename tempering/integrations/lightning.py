@@ -260,7 +260,7 @@ class DistillModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         accumulate, devices = self.trainer.accumulate_grad_batches, self.trainer.world_size
-        whole_batches(self.method, accumulate_grad_batches=accumulate, devices=devices)
+        whole_batches(self.method, self.task, accumulate_grad_batches=accumulate, devices=devices)
         trained = [p for p in self.student.parameters() if p.requires_grad]
         optimizer = make_optimizer(self.optimizer, [{"params": trained}, *self.method.param_groups()])
         sharded = isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy)

@@ -1,3 +1,4 @@
+from .encoder import Encoder as Encoder
 from .factory import Loaded as Loaded
 from .factory import build as build
 from .factory import build_seeded as build_seeded

@@ -4,10 +4,13 @@ from .base import Task as Task
 from .classification import Classification as Classification
 from .cross_tokenizer import CrossTokenizer as CrossTokenizer
 from .detection import Detection as Detection
+from .embeddings import Embeddings as Embeddings
+from .embeddings import Similarity as Similarity
 from .language_modeling import LanguageModeling as LanguageModeling
 from .multi_label import Binary as Binary
 from .multi_label import MultiLabel as MultiLabel
 from .multi_label import Ordinal as Ordinal
+from .ranking import Ranking as Ranking
 from .regression import Regression as Regression
 from .segmentation import Segmentation as Segmentation
 from .seq2seq import Seq2Seq as Seq2Seq

@@ -33,7 +33,9 @@ class Task(ABC):
     features: Mapping[str, tuple[str, str]] = {}
     comparable: bool = True
     unit: str = "row"  # the word for a row in messages; scores of tokens include the perplexity
-    predicts: Literal["classes", "pixels", "labels", "binary", "numbers"] = "classes"  # see ``training.method_fits``
+    # see ``training.method_fits``; "vectors" are embeddings, in the features of the rows
+    predicts: Literal["classes", "pixels", "labels", "binary", "numbers", "vectors"] = "classes"
+    splittable: bool = True  # whether rows are the same however a step is split; not with candidates of the batch
     remember: bool = True  # whether the teacher's outputs on the scored splits are small enough to be cached
 
     def prepare_model(self, model: nn.Module) -> None:

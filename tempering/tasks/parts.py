@@ -25,10 +25,19 @@ class PartsTask(Task):
     """
 
     def __init__(self, unlabeled: Unlabeled, features: Mapping[str, tuple[str, str]] | None) -> None:
-        if unlabeled not in get_args(Unlabeled):
-            raise ValueError(f"{type(self).__name__} needs unlabeled 'ignore' or 'teach'; got {unlabeled!r}.")
-        self.unlabeled, self.features = unlabeled, dict(features or {})
+        self.unlabeled, self.features = check_unlabeled(type(self).__name__, unlabeled), dict(features or {})
 
     def inputs(self, batch: Any) -> tuple[Any, Any, Tensor | None]:
         parts = labeled_batch(batch, type(self).__name__)
         return parts.inputs, with_teacher_outputs(parts.inputs, batch), parts.ids
+
+
+def check_unlabeled(owner: str, unlabeled: Unlabeled) -> Unlabeled:
+    """Return the option ``unlabeled`` of a task.
+
+    Raises:
+        ValueError: for another value; ``owner`` names the task.
+    """
+    if unlabeled not in get_args(Unlabeled):
+        raise ValueError(f"{owner} needs unlabeled 'ignore' or 'teach'; got {unlabeled!r}.")
+    return unlabeled

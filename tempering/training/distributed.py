@@ -25,6 +25,8 @@ from tempering.utils.files import BATCH_SIGNALS
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+    from tempering.tasks.base import Task
+
 REQUEUE_CODE = 99  # Grid Engine queues a job that exits with 99 again; LSF and Slurm if configured (docs/runs.md)
 
 T = TypeVar("T")
@@ -33,12 +35,12 @@ EVERY = 10  # steps between looks for a signal with several GPUs
 GRACE = 0.5  # seconds in which the processes of a job get the same signal
 
 
-def check_splittable(method: Method, *, accumulate: int = 1, world: int = 1) -> None:
+def check_splittable(method: Method, task: Task, *, accumulate: int = 1, world: int = 1) -> None:
     """Check that splitting a step into micro-batches or over processes does not change the loss or what is learned.
 
     Raises:
-        ValueError: for a method that compares rows or trains the teacher, in several micro-batches or processes; or
-            for an adaptive policy in several processes.
+        ValueError: for a task whose rows depend on the batch, or a method that compares rows or trains the teacher, in
+            several micro-batches or processes; or for an adaptive policy in several processes.
     """
     split, parts = ("accumulate", accumulate) if accumulate > 1 else ("devices", world)
     if method.trains_teacher and not method.teacher_is_student and parts > 1:
@@ -46,6 +48,8 @@ def check_splittable(method: Method, *, accumulate: int = 1, world: int = 1) -> 
             f"{type(method).__name__} trains the teacher on each batch before the student, which {split}="
             f"{parts} would change. Use {split}=1."
         )
+    if parts > 1 and not task.splittable:
+        raise ValueError(whole_rows(task, f"{split}={parts}"))
     if parts > 1 and method.is_batch_dependent():
         raise ValueError(
             f"{type(method).__name__} compares rows with each other, so its loss depends on how a step is split: "
@@ -57,6 +61,14 @@ def check_splittable(method: Method, *, accumulate: int = 1, world: int = 1) -> 
             f"process, so {world} processes would learn {world} different temperatures. Use devices=1, or another "
             "policy."
         )
+
+
+def whole_rows(task: Task, split: str) -> str:
+    """Return the error for a step that is split, such as by "accumulate=2", with a task that does not allow it."""
+    return (
+        f"the rows of tasks.{type(task).__name__} depend on the whole batch, as with candidates='batch', so {split} "
+        f"would change the loss. Use {split.partition('=')[0]}=1, or give each query its own candidates."
+    )
 
 
 @torch.no_grad()

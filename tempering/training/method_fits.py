@@ -1,4 +1,4 @@
-"""Check that a method has a meaning for what a task predicts: pixels, labels, one logit, or numbers."""
+"""Check that a method has a meaning for what a task predicts: pixels, labels, one logit, numbers, or embeddings."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ def _why_not(part: Method, task: Task) -> str | None:
     binary = task.predicts in ("labels", "binary")
     if any(inner is not part and isinstance(inner, Method) for inner in part.modules()):
         return ONLY_SIGNS if binary and sees_only_signs(part) else None  # flags are those of its parts
+    if task.predicts == "vectors" and not hasattr(part, "wants"):  # an attribute of methods over features
+        return (
+            "it compares logits or numbers, and these are embeddings. Use methods.EmbeddingKD(), or another method "
+            "over features that are vectors, such as methods.RKD(). Similarities are numbers in tasks.Similarity(), "
+            "and logits in tasks.Ranking()."
+        )
     several = task.predicts in ("pixels", "labels")
     if task.predicts == "numbers" and (part.of_classes or part.owns_step):
         return (

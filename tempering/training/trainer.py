@@ -107,7 +107,7 @@ class Trainer:
         self.folder = None if folder is None else run_folder(folder)
         validate_step_method(method, teacher, config)
         validate_sampled_teacher(method, teacher)
-        check_splittable(method, accumulate=config.accumulate)
+        check_splittable(method, task, accumulate=config.accumulate)
         self.fabric = fabric_for(
             accelerator=config.accelerator,
             devices=config.devices,
@@ -118,7 +118,7 @@ class Trainer:
         self.loggers = self._make_loggers(loggers) if loggers else None
         self.device, self.world = self.fabric.device, self.fabric.world_size
         self.is_rank_zero = self.fabric.is_global_zero
-        check_splittable(method, world=self.world)
+        check_splittable(method, task, world=self.world)
 
         # data
         self.adaptive_policies = method.adaptive_policies()
