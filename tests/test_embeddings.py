@@ -267,7 +267,7 @@ def test_encoders_pool_without_padding() -> None:
     with pytest.raises(ValueError, match="'mean' or 'cls'; got 'max'"):
         Encoder(model, pooling="max")  # type: ignore
     with pytest.raises(ValueError, match=r"takes input_ids, or a SentenceTransformer"):
-        Encoder(nn.Module.__call__ and Wrapped(teacher))(inputs)
+        Encoder(Wrapped(teacher))(inputs)
 
 
 class Wrapped(nn.Module):
