@@ -360,3 +360,12 @@ def test_masks_are_those_of_the_shapes() -> None:
         assert (mask[~here] == 0).all()
     with pytest.raises(ValueError, match=r"synthetic_masks\(\) needs size >= 16"):
         synthetic_masks(size=8)
+
+
+def test_numbers_of_unlabeled_samples_are_not_learned() -> None:
+    """Labels of None are no numbers, and -100 is one."""
+    task, x = Regression(), torch.randn(3, 1)
+    (rows,) = task.rows(x, x + 1, (x, None))
+    assert rows.weight is not None and rows.weight.tolist() == [0, 0, 0]
+    (rows,) = task.rows(x, x + 1, (x, torch.tensor([-100, 0, 2])))
+    assert rows.weight is not None and rows.weight.tolist() == [1, 1, 1]

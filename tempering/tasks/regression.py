@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.data.batches import LabeledBatch, labeled_batch
-from tempering.rows import GAUSSIAN, Rows, upcast_to_float32
+from tempering.rows import GAUSSIAN, IGNORE_INDEX, Rows, upcast_to_float32
 from tempering.tasks.base import NothingToScoreError, TeacherForward, evaluating
 from tempering.tasks.parts import PartsTask, Unlabeled
 from tempering.tasks.segmentation import at_size
@@ -89,6 +89,8 @@ class Regression(PartsTask):
         """Return the labels and which of them are measurements."""
         y = parts.labels if parts.labels.is_floating_point() else parts.labels.float()
         known = ~torch.isnan(y)
+        if not parts.labels.is_floating_point():  # labels of None are all -100
+            known = known & ~(parts.labels == IGNORE_INDEX).all()
         return y, known if self.ignore is None else known & (y != self.ignore)
 
     def _weight(self, parts: LabeledBatch, known: Tensor) -> Tensor:
