@@ -19,7 +19,7 @@ from tempering.teachers.outputs import Hidden, PrecomputedLogits, Sparse, to_top
 from tempering.utils.state import unwrapped
 from tempering.utils.tensors import on_host, to_device
 
-NO_INPUTS = {"labels", "ids", "learn", "replaced", "privacy_score", "teacher_outputs"}
+NO_INPUTS = {"labels", "ids", "learn", "replaced", "privacy_score", "teacher_outputs", "rollout_log_prob"}
 OPTIONAL = ("use_cache", "position_ids")  # left out for models whose forward does not have them
 
 
@@ -106,7 +106,13 @@ class LanguageModeling(Task):
         index, shape, fields = self.row_fields(batch)
         z = _logits(student, "student", shape).flatten(0, 1).index_select(0, index)[:, : self.vocabulary]
         if isinstance(teacher, Sparse):
-            z, t, target = to_top_k_plus_tail(z, teacher.gather_positions(index, shape), fields["target"])
+            entries = teacher.gather_positions(index, shape)
+            if (sampled := fields["sampled_id"]) is not None:
+                matches = (entries.ids == sampled[:, None]) & ~torch.isneginf(entries.logp)
+                found = matches.int().argmax(-1)
+                fields["sampled_id"] = torch.where(matches.any(-1), found, entries.ids.shape[1])  # else the tail
+                fields["rollout_log_prob"] = None  # of a token, not of the tail
+            z, t, target = to_top_k_plus_tail(z, entries, fields["target"])
             fields["target"] = target
             return [Rows(z, t, **fields)]
         if teacher is None:
@@ -121,7 +127,11 @@ class LanguageModeling(Task):
         index, target, weight = self._positions(batch)
         ids = batch["ids"].index_select(0, index // shape[1]) if "ids" in batch else None
         fields = {"target": target, "weight": weight, "ids": ids, "positions": index % shape[1]}
-        return index, shape, fields | {"privacy_score": _privacy_score(batch, index)}
+        fields["privacy_score"] = _of_predicted(batch.get("privacy_score"), index)
+        log_prob = _of_predicted(batch.get("rollout_log_prob"), index)
+        sampled = None if log_prob is None else _of_predicted(self._generated(batch), index)
+        text = None if log_prob is None else index // shape[1]
+        return index, shape, fields | {"sampled_id": sampled, "rollout_log_prob": log_prob, "text": text}
 
     def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
         return {"logits": prediction_mask(batch).sum()}
@@ -185,6 +195,10 @@ class LanguageModeling(Task):
         for z in map(upcast_to_float32, logits.split(256)):
             cut += float((z[:, columns:].logsumexp(-1) - z.logsumexp(-1)).exp().sum())
         return cut / len(index)
+
+    def _generated(self, batch: Any) -> Tensor:
+        """Return the tokens of a generated batch, (B, L)."""
+        return batch["input_ids"]
 
     def _shape(self, batch: Any) -> tuple[int, int]:
         """Return (B, L) of the models' logits."""
@@ -255,12 +269,9 @@ def _labels(batch: Mapping[str, Any]) -> Tensor:
     return batch["input_ids"] if batch.get("labels") is None else batch["labels"]
 
 
-def _privacy_score(batch: Mapping[str, Any], index: Tensor) -> Tensor | None:
-    """Return the privacy scores of the tokens predicted at these of the B * L positions; None if there are none."""
-    scores = batch.get("privacy_score")
-    if scores is None:
-        return None
-    return scores.roll(-1, 1).flatten().index_select(0, index)  # a text's last position predicts nothing
+def _of_predicted(values: Tensor | None, index: Tensor) -> Tensor | None:
+    """Return the values, (B, L), of the tokens predicted at these of the B * L positions; None if there are none."""
+    return None if values is None else values.roll(-1, 1).flatten().index_select(0, index)  # the last predicts nothing
 
 
 class UnpackInputs:
