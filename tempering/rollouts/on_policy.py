@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tempering.rollouts.decoders import is_encoder_decoder
 from tempering.rollouts.decoding import causal_strategy
 from tempering.rollouts.generation_config import as_sampling, generation_limits
-from tempering.rollouts.sampling import TURNS, GenerationStats, generate, prompts_and_source
+from tempering.rollouts.sampling import TEACHER_PROMPT, TURNS, GenerationStats, generate, prompts_and_source
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -181,6 +181,7 @@ class OnPolicy:
             **verification,
         )
         self.stats.add(stats)
+        out |= {name: batch[name] for name in TEACHER_PROMPT if name in batch}
         if batch.get("privacy_score") is not None:
             out["privacy_score"] = _privacy_score(batch, prompts, out)
         return out

@@ -20,6 +20,7 @@ from tempering.rows import IGNORE_INDEX, upcast_to_float32
 from tempering.teachers.outputs import PrecomputedLogits
 from tempering.utils.tensors import eval_mode, on_host, to_device
 
+TEACHER_PROMPT = ("teacher_prompt", "teacher_prompt_mask")  # of a batch, for ``tasks.PrivilegedContext``
 CARRIED = {
     "input_ids",
     "attention_mask",
@@ -31,6 +32,7 @@ CARRIED = {
     "ids",
     "privacy_score",
     "teacher_outputs",
+    *TEACHER_PROMPT,
 }
 TURNS = {"last": -1, "first": 0, "random": None}  # index among the learned turns of a text
 

@@ -5,6 +5,7 @@ from .classification import Classification as Classification
 from .cross_tokenizer import CrossTokenizer as CrossTokenizer
 from .detection import Detection as Detection
 from .language_modeling import LanguageModeling as LanguageModeling
+from .privileged_context import PrivilegedContext as PrivilegedContext
 from .multi_label import Binary as Binary
 from .multi_label import MultiLabel as MultiLabel
 from .multi_label import Ordinal as Ordinal

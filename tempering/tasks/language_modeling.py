@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.rollouts.decoders import is_encoder_decoder
+from tempering.rollouts.sampling import TEACHER_PROMPT
 from tempering.rollouts.scoring import GenerationScorer
 from tempering.rows import IGNORE_INDEX, Rows, is_labeled, upcast_to_float32
 from tempering.tasks.base import Task, TeacherForward
@@ -20,6 +21,7 @@ from tempering.utils.state import unwrapped
 from tempering.utils.tensors import on_host, to_device
 
 NO_INPUTS = {"labels", "ids", "learn", "replaced", "privacy_score", "teacher_outputs", "rollout_log_prob"}
+NO_INPUTS |= {*TEACHER_PROMPT}
 OPTIONAL = ("use_cache", "position_ids")  # left out for models whose forward does not have them
 
 
@@ -106,7 +108,7 @@ class LanguageModeling(Task):
         index, shape, fields = self.row_fields(batch)
         z = _logits(student, "student", shape).flatten(0, 1).index_select(0, index)[:, : self.vocabulary]
         if isinstance(teacher, Sparse):
-            entries = teacher.gather_positions(index, shape)
+            entries = teacher.gather_positions(*self.teacher_index(batch, index, shape))
             if (sampled := fields["sampled_id"]) is not None:
                 matches = (entries.ids == sampled[:, None]) & ~torch.isneginf(entries.logp)
                 found = matches.int().argmax(-1)
@@ -117,7 +119,7 @@ class LanguageModeling(Task):
             return [Rows(z, t, **fields)]
         if teacher is None:
             return [Rows(z, z.detach(), **fields)]
-        t = _teacher_logits(teacher, index, shape)
+        t = _teacher_logits(teacher, *self.teacher_index(batch, index, shape))
         columns = min(z.shape[1], t.shape[1])
         return [Rows(z[:, :columns], t[:, :columns], **fields)]
 
@@ -133,12 +135,17 @@ class LanguageModeling(Task):
         text = None if log_prob is None else index // shape[1]
         return index, shape, fields | {"sampled_id": sampled, "rollout_log_prob": log_prob, "text": text}
 
+    def teacher_index(self, batch: Any, index: Tensor, shape: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """Return the rows' indices among the positions of the teacher's output, and the number of those, (B, L)."""
+        return index, shape
+
     def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
         return {"logits": prediction_mask(batch).sum()}
 
     def learned(self, batch: Any) -> Tensor:
-        """Return which positions of the models' logits are rows, (B, L), as caches of the teacher's outputs store."""
-        shape, (index, _, weight) = self._shape(batch), self._positions(batch)
+        """Return which positions of the teacher's logits are rows, (B, L), as caches of its outputs store."""
+        index, _, weight = self._positions(batch)
+        index, shape = self.teacher_index(batch, index, self._shape(batch))
         mask = torch.zeros(shape, dtype=torch.bool, device=index.device).flatten()
         return mask.index_fill(0, index if weight is None else index[:0], True).view(shape)
 
@@ -147,7 +154,7 @@ class LanguageModeling(Task):
             return super().scored_rows(student, teacher, batch)
         # the student is scored on its whole vocabulary, not on the teacher's most likely tokens
         index, shape, _ = self.row_fields(batch)
-        teacher_top = teacher.gather_positions(index, shape).ids[:, 0]
+        teacher_top = teacher.gather_positions(*self.teacher_index(batch, index, shape)).ids[:, 0]
         return self.rows(student, None, batch)[-1], teacher_top
 
     @torch.no_grad()
@@ -188,7 +195,7 @@ class LanguageModeling(Task):
         columns = _logits(student, "student", shape)[..., : self.vocabulary].shape[-1]
         if isinstance(teacher, Sparse) or weight is not None or not len(index):  # no row
             return None
-        logits = _teacher_logits(teacher, index, shape)
+        logits = _teacher_logits(teacher, *self.teacher_index(batch, index, shape))
         if logits.shape[1] <= columns:
             return None
         cut = 0.0
@@ -220,7 +227,7 @@ class LanguageModeling(Task):
 
 def host_fields(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return the batch with what determines its rows on the CPU, if it is known there: see ``on_host``."""
-    names = ("input_ids", "labels", "learn", "attention_mask", "position_ids", "generated")
+    names = ("input_ids", "labels", "learn", "attention_mask", "position_ids", "generated", "teacher_prompt_mask")
     return {**batch, **on_host({name: batch[name] for name in names if batch.get(name) is not None})}
 
 
