@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tempering.data.text import TextExample, collate
+from tempering.data.text import collate
 from tempering.integrations.huggingface import DistillMixin
 from tempering.methods import Divergence, Supervised  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.rollouts import OnPolicy, Sampling, SequenceLevel, Speculative

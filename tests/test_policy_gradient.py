@@ -117,7 +117,9 @@ def test_terms_and_slopes_are_those_of_the_definition(clip: float) -> None:
     def value(z: Tensor) -> Tensor:
         own = z.log_softmax(-1).gather(1, rows.sampled_id[:, None])[:, 0]
         ratio, advantage = (own - rows.rollout_log_prob).exp(), logp - logq
-        return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip if clip else 0.0, 1 + clip if clip else 1e9) * advantage)
+        return -torch.minimum(
+            ratio * advantage, ratio.clamp(1 - clip if clip else 0.0, 1 + clip if clip else 1e9) * advantage
+        )
 
     leaf = z.clone().requires_grad_()
     terms = PolicyGradient(importance=True, clip=clip, soft=2.0)(rows.replace(student=leaf))["soft"]
@@ -194,6 +196,9 @@ def test_kernels_and_top_k_teachers_compute_the_same() -> None:
 def test_what_is_refused_and_what_is_split() -> None:
     with pytest.raises(ValueError, match=r"clips importance weights: with clip=0.2 write importance=True"):
         PolicyGradient(clip=0.2)
+    for wrong in ({"discount": 1.5}, {"discount": -0.1}, {"clip": 1.0, "importance": True}):
+        with pytest.raises(ValueError, match=r"needs discount in \[0, 1\] and clip in \[0, 1\)"):
+            PolicyGradient(**wrong)
     rows = random_rows(4, 5).replace(sampled_id=torch.arange(4))
     with pytest.raises(ValueError, match="its rows need text and positions"):
         PolicyGradient(discount=0.5)(rows)

@@ -28,7 +28,12 @@ from tests.trainers import models as small
 
 KL = Divergence(objective="kl")
 # prompts, hints and completions, of all lengths
-PARTS = [([5], [7, 8, 9, 1], [3, 4]), ([1, 2, 3, 4], [6], [8, 8, 2]), ([4, 4], [4, 4, 1], [9]), ([2, 6, 1], [3], [5, 1])]
+PARTS = [
+    ([5], [7, 8, 9, 1], [3, 4]),
+    ([1, 2, 3, 4], [6], [8, 8, 2]),
+    ([4, 4], [4, 4, 1], [9]),
+    ([2, 6, 1], [3], [5, 1]),
+]
 
 
 def examples(size: int = len(PARTS), eos: int | None = EOS) -> list[TextExample]:

@@ -121,7 +121,9 @@ def with_privileged_context(example: TextExample, teacher_example: TextExample) 
                 f"{side}'s text has {len(starts)}."
             )
         begins.append(starts[0])
-    rest = [(*zip(x.ids[b:], x.learn[b:], strict=True),) for x, b in zip((example, teacher_example), begins, strict=True)]
+    rest = [
+        (*zip(x.ids[b:], x.learn[b:], strict=True),) for x, b in zip((example, teacher_example), begins, strict=True)
+    ]
     if rest[0] != rest[1] or not begins[1]:
         n = next((i for i, (a, b) in enumerate(zip(*rest, strict=False)) if a != b), min(map(len, rest)))
         what = "has no prompt" if rest[0] == rest[1] else f"differs from the student's in token {n} of the completion"

@@ -5,10 +5,10 @@ from .classification import Classification as Classification
 from .cross_tokenizer import CrossTokenizer as CrossTokenizer
 from .detection import Detection as Detection
 from .language_modeling import LanguageModeling as LanguageModeling
-from .privileged_context import PrivilegedContext as PrivilegedContext
 from .multi_label import Binary as Binary
 from .multi_label import MultiLabel as MultiLabel
 from .multi_label import Ordinal as Ordinal
+from .privileged_context import PrivilegedContext as PrivilegedContext
 from .regression import Regression as Regression
 from .segmentation import Segmentation as Segmentation
 from .seq2seq import Seq2Seq as Seq2Seq

@@ -16,5 +16,5 @@ from .remote.teacher import RemoteTeacher as RemoteTeacher
 from .remote.verify import TeacherMismatchError as TeacherMismatchError
 from .remote.verify import verify_remote as verify_remote
 from .routed import Routed as Routed
-from .self_teacher import SelfTeacher as SelfTeacher
 from .selection import TopKTeacher as TopKTeacher
+from .self_teacher import SelfTeacher as SelfTeacher

@@ -10,17 +10,17 @@ from tempering import objectives
 from tempering.methods.base import Method
 from tempering.rows import Rows, upcast_to_float32
 from tempering.temperature.base import Temperatures
-from tempering.utils.search_space import NonNegative, TermWeight, UnitInterval
+from tempering.utils.search_space import NonNegative, TermWeight
 
 
 class PolicyGradient(Method):
-    """On-policy distillation as reinforcement learning: a sampled token's advantage is how much likelier the teacher
-    finds it than the student, so only log-probabilities of sampled tokens are compared.
+    """On-policy distillation as reinforcement learning: -soft * w_t * A_t of a sampled token y_t, with the advantage
+    A_t = sum over u >= t of discount^(u - t) (log p(y_u) - log q(y_u)), a constant, and the weight w_t = q(y_t) / m(y_t);
+    p is the teacher's softmax, q the student's, and m what y_t was sampled from.
 
-    With the reward r_t = log p(y_t) - log q(y_t) of token y_t, teacher p, student q, and the advantage A_t = sum over
-    u >= t of discount^(u - t) r_u, a constant, the term is -soft * w_t * A_t with w_t = q(y_t) / m(y_t). Its gradient
-    is that of REINFORCE: w_t * A_t * grad log q(y_t). m is the student itself, as a constant, or with ``importance``
-    what the token was sampled from, in ``Rows.rollout_log_prob``: other weights, a temperature or a cut.
+    The gradient is that of REINFORCE, -soft * w_t * A_t * grad log q(y_t), and only log-probabilities of sampled tokens
+    are compared. Without ``importance`` m is q itself, as a constant; with it m is ``Rows.rollout_log_prob``, that of
+    other weights, a temperature or a cut.
 
     Texts sampled from q itself with ``discount=1`` have the gradient of the sequences' reverse KL, in expectation. With
     0 it is that of the sum over tokens of the reverse KL given the text before, less noisy, and what is used in
@@ -38,7 +38,7 @@ class PolicyGradient(Method):
         clip: with importance, keep w_t from leaving [1 - clip, 1 + clip] in favor of the term, as PPO does; 0 never.
 
     Raises:
-        ValueError: for clip without importance; while it runs, for sampled rows without rollout_log_prob.
+        ValueError: for a discount outside [0, 1], a clip outside [0, 1) or without importance; while it runs, for sampled rows without rollout_log_prob.
 
     Reference: Lu, "On-Policy Distillation", Thinking Machines Lab, 2025, doi:10.64434/tml.20251026; the gradient of
     sequences: Gu et al., "MiniLLM", ICLR 2024, arXiv:2306.08543, equation 2; the clip: Schulman et al., "Proximal Policy
@@ -53,11 +53,13 @@ class PolicyGradient(Method):
         *,
         soft: TermWeight = 1.0,
         hard: NonNegative = 0.0,
-        discount: UnitInterval = 0.0,
+        discount: float = 0.0,
         importance: bool = False,
-        clip: NonNegative = 0.0,
+        clip: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0.0 <= discount <= 1.0 or not 0.0 <= clip < 1.0:
+            raise ValueError(f"PolicyGradient needs discount in [0, 1] and clip in [0, 1); got {discount} and {clip}.")
         if clip and not importance:
             raise ValueError(f"PolicyGradient clips importance weights: with clip={clip} write importance=True.")
         self.soft, self.hard, self.discount, self.importance, self.clip = soft, hard, discount, importance, clip
@@ -89,7 +91,9 @@ class PolicyGradient(Method):
         if not self.discount:
             return reward
         if rows.text is None or rows.positions is None:
-            raise ValueError("PolicyGradient(discount>0) adds up the rewards of texts: its rows need text and positions.")
+            raise ValueError(
+                "PolicyGradient(discount>0) adds up the rewards of texts: its rows need text and positions."
+            )
         reward = reward if rows.weight is None else reward.masked_fill(rows.weight == 0, 0.0)
         shape = (int(rows.text.max()) + 1, int(rows.positions.max()) + 1)
         table = reward.new_zeros(shape).index_put((rows.text, rows.positions), reward, accumulate=True)
