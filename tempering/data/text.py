@@ -121,9 +121,8 @@ def with_privileged_context(example: TextExample, teacher_example: TextExample) 
                 f"{side}'s text has {len(starts)}."
             )
         begins.append(starts[0])
-    rest = [
-        (*zip(x.ids[b:], x.learn[b:], strict=True),) for x, b in zip((example, teacher_example), begins, strict=True)
-    ]
+    pairs = zip((example, teacher_example), begins, strict=True)
+    rest = [(*zip(text.ids[b:], text.learn[b:], strict=True),) for text, b in pairs]
     if rest[0] != rest[1] or not begins[1]:
         n = next((i for i, (a, b) in enumerate(zip(*rest, strict=False)) if a != b), min(map(len, rest)))
         what = "has no prompt" if rest[0] == rest[1] else f"differs from the student's in token {n} of the completion"

@@ -351,7 +351,10 @@ def _propose(
     sampling: Sampling,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a block of the student's tokens, (B, block), the decoder's inputs for it, shifted by one, and log-probs."""
+    """Return a block of the student's tokens, the decoder's inputs for it, shifted by one, and log-probabilities.
+
+    Each is (B, block).
+    """
     inputs, tokens, log_probs = [state.last], [], []
     for i in range(block):
         logits = decoder.decode(inputs[-1][:, None], state.positions(i, 1), state.block_mask(i + 1))[:, -1]

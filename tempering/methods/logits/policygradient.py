@@ -15,8 +15,8 @@ from tempering.utils.search_space import NonNegative, TermWeight
 
 class PolicyGradient(Method):
     """On-policy distillation as reinforcement learning: -soft * w_t * A_t of a sampled token y_t, with the advantage
-    A_t = sum over u >= t of discount^(u - t) (log p(y_u) - log q(y_u)), a constant, and the weight w_t = q(y_t) / m(y_t);
-    p is the teacher's softmax, q the student's, and m what y_t was sampled from.
+    A_t = sum over u >= t of discount^(u - t) (log p(y_u) - log q(y_u)), a constant, and w_t = q(y_t) / m(y_t); p is the
+    teacher's softmax, q the student's, and m what y_t was sampled from.
 
     The gradient is that of REINFORCE, -soft * w_t * A_t * grad log q(y_t), and only log-probabilities of sampled tokens
     are compared. Without ``importance`` m is q itself, as a constant; with it m is ``Rows.rollout_log_prob``, that of
@@ -38,11 +38,12 @@ class PolicyGradient(Method):
         clip: with importance, keep w_t from leaving [1 - clip, 1 + clip] in favor of the term, as PPO does; 0 never.
 
     Raises:
-        ValueError: for a discount outside [0, 1], a clip outside [0, 1) or without importance; while it runs, for sampled rows without rollout_log_prob.
+        ValueError: for a discount outside [0, 1], a clip outside [0, 1) or without importance; while it runs, for rows
+            without what these need: rollout_log_prob, or text and positions.
 
-    Reference: Lu, "On-Policy Distillation", Thinking Machines Lab, 2025, doi:10.64434/tml.20251026; the gradient of
-    sequences: Gu et al., "MiniLLM", ICLR 2024, arXiv:2306.08543, equation 2; the clip: Schulman et al., "Proximal Policy
-    Optimization Algorithms", arXiv:1707.06347.
+    Reference: Gu et al., "MiniLLM", ICLR 2024, arXiv:2306.08543, equation 2, for texts; Lu, "On-Policy Distillation",
+    Thinking Machines Lab, 2025, for tokens; the clip: Schulman et al., "Proximal Policy Optimization Algorithms",
+    arXiv:1707.06347.
     """
 
     paper = "arXiv:2306.08543"
