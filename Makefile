@@ -190,11 +190,12 @@ conformance: $(READY)  ## the invariants on the losses of other libraries, one r
 	$(BIN)/python benchmarks/conformance/run.py --environments $(ENVIRONMENTS)
 	$(BIN)/python docs/tools/conformance_table.py .
 
-BENCH ?= step loss fused_linear chunked_losses overhead cache speculative augment startup growth
+BENCH ?= step loss fused_linear chunked_losses whole_steps overhead cache speculative augment startup growth roots roofline
 # peers without what they depend on, apart from the environment
 PEERS ?= build/peers
 bench: $(READY)  ## every benchmark, side by side with peers; CSVs under benchmarks/results/speed and docs/performance.md
 	@test -d $(PEERS) || $(BIN)/python -m pip install --quiet --no-deps --target $(PEERS) liger-kernel torchtune
+	@test -d $(PEERS)/images || $(BIN)/python -m pip install --quiet --no-deps --target $(PEERS)/images timm "torchvision<0.29"
 	@set -e; for name in $(BENCH); do PYTHONPATH=$(PEERS) $(BIN)/python benchmarks/$$name.py; done
 	$(BIN)/python benchmarks/page.py
 

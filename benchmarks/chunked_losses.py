@@ -7,13 +7,14 @@ states. A variant that would take minutes, in half precision on a CPU without in
 smallest size only.
 
 Usage:
-    python benchmarks/chunked_losses.py [--rounds 3] [--threads 1] [--width 256] [--tiny]
+    python benchmarks/chunked_losses.py [--rounds 3] [--threads 1] [--width 256] [--cases "N=512 *"] [--tiny]
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -157,15 +158,18 @@ def error(run: Run, method: Method, x: Sides) -> float:
 
 def main() -> None:
     """Time every variant in every case, then ask for its peak in a process of its own."""
-    args: Any = arguments(__doc__, rounds=3, width=256).parse_args()
+    parser = arguments(__doc__, rounds=3, width=256)
+    parser.add_argument("--cases", default="*", help="pattern of the cases to run; others stay as they were")
+    args: Any = parser.parse_args()
     sheet = Sheet("chunked_losses", args)
-    cases = {str(case): case for case in (TINY if args.tiny else CASES)}
+    cases = {str(case): case for case in (TINY if args.tiny else CASES) if fnmatchcase(str(case), args.cases)}
     if args.peak:
         title, name = args.peak.split("|")
         run, case = variants(cases[title].objective, compile=not args.tiny)[0][name], cases[title]
         small = made_for(case._replace(n=8, V=64), args.width)
         print(grown(partial(step, run, made_for(case, args.width)), partial(step, run, small)))
         return
+    sheet.keep(cases)
     for title, case in cases.items():
         made, notes = variants(case.objective, compile=not args.tiny)
         made = {name: run for name, run in made.items() if not slow(name, case)}

@@ -8,12 +8,10 @@ Usage:
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import partial
 
 import torch
-from timing import Sheet, arguments
+from timing import Marks, Sheet, arguments, legs_in_turn
 from torch import Tensor, nn
 
 from tempering import distill
@@ -28,10 +26,8 @@ def bare(batch: tuple[Tensor, Tensor], steps: int) -> float:
     """CPU seconds of the loop that one writes by hand, the check that the loss is a number included."""
     student, teacher, method = nn.Linear(8, 10), Live(nn.Linear(8, 10)), KD()
     optimizer = SGD(student.parameters())
-    begun = 0.0
+    marks = Marks(steps)
     for step in range(steps + 1):
-        if step == 1:  # the first step warms up
-            begun = time.process_time()
         rows = Rows(student(batch[0]), teacher(batch[0]), batch[1])
         loss = total(method(rows, step / steps), rows)
         optimizer.zero_grad()
@@ -39,17 +35,13 @@ def bare(batch: tuple[Tensor, Tensor], steps: int) -> float:
         optimizer.step()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {float(loss)}")
-    return time.process_time() - begun
+        marks(step)
+    return marks.seconds
 
 
 def engine(batch: tuple[Tensor, Tensor], steps: int) -> float:
     """CPU seconds of the same steps by ``distill``."""
-    at: dict[int, float] = {}
-
-    def look(step: int, loss: Tensor) -> None:
-        if step in (0, steps):
-            at[step] = time.process_time()
-
+    marks = Marks(steps)
     distill(
         nn.Linear(8, 10),
         nn.Linear(8, 10),
@@ -60,9 +52,9 @@ def engine(batch: tuple[Tensor, Tensor], steps: int) -> float:
         accelerator="cpu",
         selfcheck=False,
         quiet=True,
-        on_step=look,
+        on_step=marks,
     )
-    return at[steps] - at[0]
+    return marks.seconds
 
 
 def main() -> None:
@@ -72,13 +64,8 @@ def main() -> None:
     steps = 5 if args.tiny else args.steps
     torch.manual_seed(0)
     batch = torch.randn(8, 8), torch.randint(10, (8,))
-    legs: dict[str, Callable[[tuple[Tensor, Tensor], int], float]] = {"bare loop": bare, "tempering.distill": engine}
-    taken: dict[str, list[float]] = {name: [] for name in legs}
-    for round_ in range(1 + args.rounds):
-        for name, leg in legs.items():
-            took = leg(batch, steps)
-            if round_:
-                taken[name].append(took)
+    legs = {"bare loop": partial(bare, batch), "tempering.distill": partial(engine, batch)}
+    taken = legs_in_turn(legs, steps=steps, rounds=args.rounds)
     added = sorted(1e3 * (b - a) / steps for a, b in zip(*taken.values(), strict=True))[args.rounds // 2]
     notes = {"tempering.distill": f"{added:.3f} ms a step on top, the median of the rounds"}
     sheet.add("null model, a step", taken, notes=notes, per=steps)

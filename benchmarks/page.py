@@ -13,7 +13,6 @@ from itertools import groupby
 from pathlib import Path
 
 import goals
-import roofline
 from plots import bars, curves
 from timing import FACTS, RESULTS, ROOT
 
@@ -31,6 +30,7 @@ PARTS = {
     "loss": "The loss alone, forward and backward",
     "fused_linear": "From hidden states to the loss",
     "chunked_losses": "Chunked losses of today",
+    "whole_steps": "Whole steps beside the trainers of today",
     "memory": "Peak memory at a real vocabulary",
     "overhead": "Overhead of the trainer per step",
     "cache": "Reading cached teacher logits",
@@ -38,6 +38,8 @@ PARTS = {
     "startup": "Start-up time",
     "speculative": "Speculative generation",
     "growth": "How cost grows",
+    "roots": "How exact the solver is",
+    "roofline": "Triton's kernels on paper",
 }
 Line = dict[str, str]
 
@@ -56,6 +58,25 @@ def table(case: str, lines: list[Line]) -> Iterator[str]:
         cells += ([line["peak"]] if peaks else []) + ([line["note"]] if notes else [])
         yield "| " + " | ".join(cells) + " |"
     yield ""
+
+
+def plain_table(lines: list[Line]) -> Iterator[str]:
+    """A file with columns of its own."""
+    columns = [name for name in lines[0] if name not in FACTS]
+    yield "| " + " | ".join(columns) + " |"
+    yield "|---" * len(columns) + "|"
+    for line in lines:
+        yield "| " + " | ".join(line[name] for name in columns) + " |"
+    yield ""
+
+
+def facts(lines: list[Line]) -> str:
+    """What the numbers depend on beside the code; parts of a file may be of different commits."""
+    return ", ".join(f"{fact} {_different(lines, fact)}" for fact in FACTS)
+
+
+def _different(lines: list[Line], column: str) -> str:
+    return " and ".join(dict.fromkeys(line[column] for line in lines))
 
 
 def plots(name: str, lines: list[Line]) -> dict[str, tuple[str, str]]:
@@ -80,14 +101,16 @@ def page(results: Path, figures: Path | None = None) -> str:
         title = PARTS[name]
         out.append(f"## {title}\n")
         out.append(f"`python benchmarks/{name}.py`\n")
+        if "arm" not in lines[0]:
+            out += [*plain_table(lines), facts(lines) + ".\n"]
+            continue
         for title, (file_name, svg) in plots(name, lines).items() if figures is not None else ():
             figures.mkdir(parents=True, exist_ok=True)
             (figures / file_name).write_text(svg + "\n", encoding="utf-8")
             out.append(f"![{title}]({figures.parent.name}/{figures.name}/{file_name})\n")
         for case, found in groupby(lines, key=lambda line: line["case"]):
             out += table(case, list(found))
-        out.append(", ".join(f"{fact} {lines[0][fact]}" for fact in FACTS) + f", {lines[0]['rounds']} rounds.\n")
-    out += roofline.table()
+        out.append(f"{facts(lines)}, rounds {_different(lines, 'rounds')}.\n")
     if missing:
         out.append(f"Not measured here yet: {', '.join(missing)}.\n")
     return "\n".join(out)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tempering.models.external_detectors import torchvision
+
 RESTATED = "re-stated"
 CHECKOUT = "its own distiller, in its step re-stated"
 # what the repositories' configurations of CIFAR-100 say, as their distillers ask for it
@@ -157,3 +159,67 @@ def torchdistill_step(
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+
+
+def timm_step(student: nn.Module, teacher: nn.Module, optimizer: Any) -> Callable[[Tensor, Tensor], None]:
+    """The step of timm's train.py, which its package does not have, round its own task of logit distillation."""
+    torchvision()
+    from timm.task.distillation import DistillationTeacher, LogitDistillationTask  # pyright: ignore
+
+    for net in (student, teacher):  # what timm's own nets have
+        net.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.25,) * 3}  # pyright: ignore
+    weights = {"task_loss_weight": 0.1, "distill_loss_weight": 0.9, "temperature": 4.0, "verbose": False}
+    task = LogitDistillationTask(student, DistillationTeacher(teacher), criterion=nn.CrossEntropyLoss(), **weights)
+
+    def step(image: Tensor, target: Tensor) -> None:
+        task(image, target)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Images as PIL's, as timm's data sets give them."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor) -> None:
+        self.pixels, self.labels, self.transform = pixels.permute(0, 2, 3, 1).numpy(), labels.tolist(), None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        image: Any = Image.fromarray(self.pixels[index])
+        return image if self.transform is None else self.transform(image), self.labels[index]
+
+
+def timm_loader(pixels: Tensor, labels: Tensor, *, mean: Any, std: Any, batch_size: int, training: bool) -> Any:
+    """timm's loader in this process: crop of 4, flip and normalization, and nothing else that it can do."""
+    torchvision()
+    from timm.data import create_loader  # pyright: ignore[reportMissingImports]
+
+    own: dict[str, Any] = {"num_workers": 0, "persistent_workers": False, "use_prefetcher": False, "color_jitter": 0.0}
+    if training:
+        own["train_crop_mode"] = "rkrc"
+    sizes = {"input_size": (3, *pixels.shape[2:]), "batch_size": batch_size, "crop_pct": 1.0}
+    device = torch.device("cpu")
+    return create_loader(
+        Pictures(pixels, labels), **sizes, is_training=training, mean=mean, std=std, device=device, **own
+    )
+
+
+def timm_validate(net: nn.Module, loader: Any) -> float:
+    """The loop of timm's train.py over a split: loss and two accuracies, each fetched every batch."""
+    from timm.utils import AverageMeter, accuracy  # pyright: ignore[reportMissingImports]
+
+    meters = [AverageMeter() for _ in range(3)]
+    net.eval()
+    with torch.no_grad():
+        for image, target in loader:
+            output = net(image)
+            found = F.cross_entropy(output, target), *accuracy(output, target, topk=(1, 5))
+            for meter, value in zip(meters, found, strict=True):
+                meter.update(value.item(), len(target))
+    return meters[1].avg

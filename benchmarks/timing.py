@@ -12,8 +12,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,28 +43,52 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def seconds(variant: Variant) -> float:
-    """CPU seconds of one call on a CPU, seconds of the clock where a device is waited for."""
+def now() -> float:
+    """CPU seconds of this process on a CPU, seconds of the clock where a device is waited for."""
     if not torch.cuda.is_available():
-        begun = time.process_time()
-        variant()
-        return time.process_time() - begun
+        return time.process_time()
     torch.cuda.synchronize()
-    begun = time.perf_counter()
+    return time.perf_counter()
+
+
+def seconds(variant: Variant) -> float:
+    """Seconds of one call."""
+    begun = now()
     variant()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return now() - begun
 
 
-def in_turn(variants: Mapping[str, Variant], *, rounds: int, warm: int = 1) -> dict[str, list[float]]:
+def in_turn(
+    variants: Mapping[str, Any], *, rounds: int, warm: int = 1, measure: Callable[[Any], float] = seconds
+) -> dict[str, list[float]]:
     """Seconds of every variant in every round; a round runs each once, so that a busy machine slows all alike."""
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for round_ in range(warm + rounds):
         for name, variant in variants.items():
-            took = seconds(variant)
+            took = measure(variant)
             if round_ >= warm:
                 taken[name].append(took)
     return taken
+
+
+class Marks:
+    """The seconds between the end of a leg's first step, which warms up, and that of its last."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.at = steps, dict[int, float]()
+
+    def __call__(self, step: int, *_: object) -> None:
+        if step in (0, self.steps):
+            self.at[step] = now()
+
+    @property
+    def seconds(self) -> float:
+        return self.at[self.steps] - self.at[0]
+
+
+def legs_in_turn(legs: Mapping[str, Any], *, steps: int, rounds: int, warm: int = 1) -> dict[str, list[float]]:
+    """What every leg returns in every round, its seconds for so many steps."""
+    return in_turn(legs, rounds=rounds, warm=warm, measure=lambda leg: leg(steps))
 
 
 def peak_of(script: str, what: str, *, tiny: bool, threads: int) -> float:
@@ -151,6 +176,13 @@ class Sheet:
             self.lines.append(line)
             print(f"{case:34s} {variant:44s} {line['ms']:>9} ms {line['speed']:>7} x  {line['peak']:>6}", flush=True)
 
+    def keep(self, cases: Container[str]) -> None:
+        """Keep what the CSV has of cases beside these."""
+        path = self.args.out / f"{self.name}.csv"
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                self.lines.extend({**line} for line in csv.DictReader(file) if line["case"] not in cases)
+
     def write(self) -> Path:
         """The CSV, with the facts of the machine on every line."""
         facts = machine(self.args.threads)
@@ -159,7 +191,7 @@ class Sheet:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, (*FIELDS, *FACTS), lineterminator="\n")
             writer.writeheader()
-            writer.writerows({**line, **facts} for line in self.lines)
+            writer.writerows({**facts, **line} for line in self.lines)
         return path
 
 

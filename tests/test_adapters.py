@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tempering as kd
+from tempering import tasks
 from tempering.integrations.huggingface import METHOD, TEACHER, DistillMixin, Labeled, Unpacked
-from tempering.methods import DIST, DTKD, KD, FitNet, StepMethod, Sum, Supervised
+from tempering.methods import DIST, DTKD, KD, PKT, FitNet, StepMethod, Sum, Supervised
 from tempering.rows import Rows, total
 from tempering.tasks import Classification
-from tempering.teachers import Ensemble, MeanTeacher, Routed, Teacher
+from tempering.teachers import Ensemble, InBatch, MeanTeacher, Routed, Teacher
 from tempering.temperature import AdaptivePolicy, Static, Temperatures
 from tempering.training import checks
 from tempering.training.selfcheck import SelfCheckError
@@ -773,7 +774,7 @@ def test_several_teachers_in_lightning(pl: Any, kind: str, tmp_path: Path) -> No
 
     def fitted(seed: int, epochs: int, checkpoint: Path | None = None) -> Any:
         teacher = several(kind, copy.deepcopy(nets))
-        optimizer = functools.partial(torch.optim.SGD, lr=0.1)
+        optimizer = partial(torch.optim.SGD, lr=0.1)
         module = DistillModule(mlp(8, seed), teacher, method=KD(hard=0.5), optimizer=optimizer, selfcheck=False)
         options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
         options |= {"enable_model_summary": False, "enable_checkpointing": False, "accumulate_grad_batches": 2}
@@ -799,3 +800,90 @@ def test_several_teachers_in_lightning(pl: Any, kind: str, tmp_path: Path) -> No
     alike(again.student, plain)
     if kind == "mean":
         assert int(teacher.state.steps) == 6 and first is not None
+
+
+# the teacher's outputs as a column of the data
+
+
+def with_column(teacher: nn.Module, data: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    batch = {name: torch.stack([x[name] for x in data]) for name in data[0] if name != "labels"}
+    with torch.no_grad():
+        logits = teacher.eval()(**batch).logits
+    return [{**x, "teacher_outputs": z} for x, z in zip(data, logits, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["images", "texts"])
+def test_the_teachers_outputs_are_a_column_in_the_trainer(hf: Any, kind: str) -> None:
+    net, data, task = (vit, images(), None) if kind == "images" else (gpt, sentences(), tasks.LanguageModeling())
+    teacher, found = net(16, 0), []
+    options = {"eval_strategy": "no", "per_device_eval_batch_size": 10}
+    stored = with_column(teacher, data)
+    for source, rows in ((teacher, data), (InBatch(), stored)):
+        student = net(8, 1)
+        trainer = hf(
+            student, rows, options=options, eval_dataset=rows, teacher=source, method=KD(), task=task, selfcheck=False
+        )
+        trainer.train()
+        found.append((student, trainer.losses, trainer.evaluate()["eval_loss"]))
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-6) and found[0][2] == pytest.approx(found[1][2], rel=1e-6)
+    alike(found[0][0], found[1][0])
+    with pytest.raises(ValueError, match='"teacher_outputs", also those of scored splits'):
+        hf(net(8, 1), stored, options=options, eval_dataset=data, teacher=InBatch(), method=KD(), task=task).evaluate()
+
+
+@LIGHTNING
+def test_the_teachers_outputs_are_a_column_in_lightning_and_the_engine(pl: Any) -> None:
+    from tempering.integrations.lightning import DistillModule
+
+    x, y = flat()
+    teacher = mlp(16, 0)
+    with torch.no_grad():
+        batch = {"inputs": x, "labels": y, "teacher_outputs": teacher(x)}
+    batches = [{name: value[i : i + 24] for name, value in batch.items()} for i in range(0, len(x), 24)]
+    pairs = [(b["inputs"], b["labels"]) for b in batches]
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    settings = {"method": "dtkd", "optimizer": sgd, "selfcheck": False}
+    students = []
+    for source, data in ((teacher, pairs), (InBatch(), batches)):
+        students.append(mlp(8, 1))
+        kd.distill(students[-1], source, data, epochs=1, validation=data, quiet=True, accelerator="cpu", **settings)
+        students.append(mlp(8, 1))
+        loader = torch.utils.data.DataLoader(data, batch_size=None)
+        options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = pl.Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **options)
+        trainer.fit(DistillModule(students[-1], source, **settings), loader, loader)
+    alike(students[0], students[2], 0.0)
+    alike(students[1], students[3], 0.0)
+    with pytest.raises(ValueError, match=r"a live teacher as well.*teachers.InBatch\(\)"):
+        kd.distill(mlp(8, 1), teacher, batches, epochs=1, quiet=True, accelerator="cpu", **settings)
+    with pytest.raises(ValueError, match=r"InBatch needs batches that are mappings"):
+        kd.distill(mlp(8, 1), InBatch(), pairs, epochs=1, quiet=True, accelerator="cpu", **settings)
+    with pytest.raises(ValueError, match=r"A teacher's logits are 'teacher_outputs'"):
+        Classification().inputs((x, y, batch["teacher_outputs"]))
+    with pytest.raises(TypeError, match=r"'teacher_outputs' of the data they are teachers.InBatch"):
+        kd.distill(mlp(8, 1), batch["teacher_outputs"], pairs, epochs=1, quiet=True, accelerator="cpu", **settings)
+
+
+# torch.compile of the whole module
+
+
+@LIGHTNING
+@pytest.mark.parametrize("method", [KD, PKT])
+def test_a_compiled_module_of_lightning_compiles_the_student(pl: Any, method: Any) -> None:
+    from tempering.integrations.lightning import DistillModule
+
+    graphs: list[Any] = []
+
+    def backend(graph: Any, examples: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    found = []
+    for compiled in (False, True):
+        task = Classification(features={"hidden": ("0", "0")} if method is PKT else None)
+        module = DistillModule(mlp(8, 1), mlp(16, 0), method=method(), task=task, selfcheck=False)
+        trainer = fit(pl, torch.compile(module, backend=backend) if compiled else module, flat(), batch=36, epochs=1)
+        found.append((module.student, dict(trainer.callback_metrics)))
+        assert bool(graphs) == compiled
+    alike(found[0][0], found[1][0], 0.0)
+    assert found[0][1] == found[1][1] and "val_accuracy" in found[0][1]

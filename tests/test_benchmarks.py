@@ -32,7 +32,10 @@ SCRIPTS = (
     "augment",
     "startup",
     "growth",
+    "roofline",
+    "whole_steps",
 )
+SHORTER = {"whole_steps": ("--parts", "images", "--images", "none")}  # the trainers' own steps take seconds
 
 
 def script(name: str, *arguments: object) -> str:
@@ -54,7 +57,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def done(folder: Path) -> dict[str, str]:
     """What is printed by all scripts, by a peak, and by the page of one script's lines."""
     parts = {
-        "scripts": "".join(script(f"{name}.py", "--tiny", "--rounds", 2, "--out", folder) for name in SCRIPTS),
+        "scripts": "".join(
+            script(f"{name}.py", "--tiny", "--rounds", 2, "--out", folder, *SHORTER.get(name, ())) for name in SCRIPTS
+        ),
         "device": script("device.py", "--device", "cpu", "--tiny", "--out", folder),
         "peak": script("loss.py", "--tiny", "--peak", "N=8 C=50 fp32|TRL generalised JSD"),
         "page": f"""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -473,6 +475,25 @@ def test_a_missing_package_says_what_to_type(
     tiny.write_text(TINY.replace("    x = torch", "    import not_a_package_of_ours\n\n    x = torch"))
     assert run("check", tiny) == 1
     assert "No module named 'not_a_package_of_ours'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_a_signal_outside_of_a_run_ends_the_command_in_words(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    monkeypatch.setitem(cli.COMMANDS, "list", lambda: os.kill(os.getpid(), number))
+    assert cli.main(["list"]) == 130 and "interrupted; the same command resumes" in capsys.readouterr().err
+    assert signal.getsignal(number) is before
+
+
+def test_no_error_is_without_words(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise TimeoutError
+
+    monkeypatch.setitem(cli.COMMANDS, "list", fail)
+    assert cli.main(["list"]) == 1 and "error: TimeoutError" in capsys.readouterr().err
 
 
 def test_a_missing_file_is_named_with_its_flag(capsys: pytest.CaptureFixture[str]) -> None:

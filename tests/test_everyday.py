@@ -22,6 +22,7 @@ from tempering.data import Batches
 from tempering.methods import DKD, DTKD, KD, Supervised
 from tempering.models import build
 from tempering.tasks.two_view import MixUp, TwoView
+from tempering.training.balanced_sampling import balanced
 from tempering.training.batch_changes import BatchChanges, soft_labels
 from tempering.training.config import TrainConfig
 from tempering.training.schedules import SCHEDULES, with_warmup
@@ -289,6 +290,7 @@ def test_what_does_not_go_together_is_refused_with_what_to_type() -> None:
 RESUMED = {
     "ema": {"ema": 0.7},
     "mixed": {"mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1, "method": KD(), "ema": 0.9},
+    "balanced": {"balanced_sampling": True},
     "weights": {"class_weights": (1.0, 2.0, 0.5, 1.0, 3.0), "schedule": "cosine", "warmup": 0.1, "decay_norms": False},
 }
 
@@ -361,6 +363,28 @@ def test_a_weighted_sampler_is_seeded_and_resumes_to_the_same_bits(generator: in
     assert identical(left(tmp_path / "whole"), left(tmp_path / "parts")) and identical(seen["whole"], seen["again"])
     share = (points(60)[1][torch.stack(seen["whole"])] == 0).double().mean()
     assert share > 2 * (points(60)[1] == 0).double().mean()
+
+
+def test_balanced_sampling_draws_every_class_equally_often(tmp_path: Path) -> None:
+    x, y = points(90)
+    y = torch.where(torch.arange(90) < 81, 0, torch.arange(90) % 2 + 1)
+    y[:9] = -100
+    pixels = torch.randint(256, (90, 1, 2, 2), dtype=torch.uint8)
+    own = Batches(pixels, y, batch_size=8, mean=(0.5,), std=(0.25,))
+    for loader in (own, own.shard(0, 1).subset(90), DataLoader(TensorDataset(x, y), batch_size=8)):
+        drawn = balanced(loader)
+        seen = []
+        for epoch in range(20):
+            if isinstance(drawn, Batches):
+                drawn.set_epoch(epoch)
+            seen += [batch[1] for batch in drawn]
+        counts = torch.bincount(torch.cat(seen) + 100, minlength=103)[[0, 100, 101, 102]] / 20
+        assert len(drawn) == len(loader) and len(torch.cat(seen)) == 20 * 90
+        assert torch.allclose(counts, torch.tensor([9.0, 27.0, 27.0, 27.0]), atol=4.0), counts
+    parts = [list(balanced(own).shard(rank, 2)) for rank in (0, 1)]
+    assert identical([torch.cat([a[2], b[2]]) for a, b in zip(*parts, strict=True)], [b[2] for b in balanced(own)])
+    with pytest.raises(ValueError, match=r"balanced_sampling= .*no class index .*WeightedRandomSampler"):
+        go(cut(points(8), 8), balanced_sampling=True, steps=1)
 
 
 # gradient checkpointing

@@ -23,6 +23,7 @@ from tempering.teachers import CachedHidden, Live, record_hidden
 from tempering.teachers.cache.base import CorruptCacheError
 from tempering.teachers.cache.hidden import head_of
 from tempering.teachers.outputs import Head, Hidden
+from tempering.temperature import Sharpness
 from tests.test_generation import PAD, V, gpt2, llama, texts
 from tests.test_seq2seq import bart, pairs, t5
 
@@ -107,9 +108,12 @@ def test_a_run_learns_the_same_from_it(tmp_path: Path) -> None:
         options: dict[str, Any] = {"task": TASK, "epochs": 2, "quiet": True, "skip_checks": ["above chance"]}
         options["on_step"] = lambda step, loss, seen=seen: seen.append(float(loss.detach()))
         sgd = partial(torch.optim.SGD, lr=0.1)
-        run = distill(student, source, tokens, method=DTKD(), optimizer=sgd, test=data(), **options)
+        # in float32 the root of "exact" is known to 1e-5 and so a loss to 1e-6: either source is as near to a run in
+        # float64 as to the other; temperatures in closed form show what the cache itself changes
+        method = DTKD(temperature=Sharpness(4.0, solve="std"))
+        run = distill(student, source, tokens, method=method, optimizer=sgd, test=data(), **options)
         losses.append([*seen, run.best["test"]["loss"], run.best["test"]["agreement"]])
-    assert len(losses[0]) == 8 and losses[0] == pytest.approx(losses[1], rel=3e-6)
+    assert len(losses[0]) == 8 and losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("family", ["capped", "scaled"])

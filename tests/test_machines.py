@@ -36,6 +36,7 @@ def test_launchers_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     started_by(monkeypatch, **TORCHRUN)
     assert launched_processes() == ("torchrun", 2, 2)
     assert resolve_devices("auto", "auto") == resolve_devices(2, 2) == resolve_devices(-1, "auto") == (2, 2)
+    assert resolve_devices("0,1", "auto") == ("0,1", 2)
     started_by(monkeypatch, **SRUN)
     assert launched_processes() == ("srun", 3, 2)
     started_by(monkeypatch, **SRUN | {"SLURM_JOB_NAME": "bash"})

@@ -164,3 +164,12 @@ def test_reference_has_every_public_name() -> None:
     ]
     undocumented = [name for name, value in names if callable(value) and not value.__doc__]
     assert len(names) > 120 and not absent and not undocumented, (absent, undocumented)
+
+
+def test_the_reference_has_one_entry_per_name() -> None:
+    pytest.importorskip("griffe")
+    from docs.tools.split_names import split_names
+
+    head, end = "Crop, flip: both.\n\nAttributes:\n    ", '    flip: whether.\n\nReturns:\n    "a", b: both.'
+    lines = "offsets,\n        in pixels.\n"
+    assert split_names(f"{head}y, x: {lines}{end}") == f"{head}y: {lines}    x: {lines}{end}"

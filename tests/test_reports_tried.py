@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from tempering.training.loss_checks import check_label_names
 from tempering.utils.state import restored
 from tests.cases import each
 from tests.lazy_modules import LazyModule
-from tests.runs import CLASSES, cut, go, points, student_net, teacher_net
+from tests.runs import CLASSES, cut, go, identical, points, student_net, teacher_net
 
 hf = LazyModule("transformers")
 mixin = LazyModule("tempering.integrations.huggingface")
@@ -360,12 +361,15 @@ class Answering(nn.Module):
             return lambda *_, **__: None
 
 
-def test_a_module_that_has_every_attribute_is_not_sharded() -> None:
+def test_a_module_that_has_every_attribute_is_not_sharded_and_trains(tmp_path: Path) -> None:
     check_unsharded(Answering())
     net = Answering()
     with restored(net):
         net.register_forward_hook(lambda *_: None)
     assert not net._forward_hooks
+    trained = go(cut(points(24), 8), student=net, epochs=1, out=tmp_path).student
+    plain = go(cut(points(24), 8), epochs=1).student
+    assert identical([*trained.parameters()], [*plain.parameters()]) and "_forward_methods" not in vars(trained)
 
 
 def test_an_exported_teacher_is_the_teacher() -> None:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from rich.progress import Progress
 from torch import nn
 
 from tempering.methods import KD
-from tempering.training import checkpoint
+from tempering.training import checkpoint, distributed
 from tempering.training.distributed import RunInterrupted
 from tempering.training.fabric import fabric_for
 from tempering.training.resumable_loader import ResumableLoader
 from tempering.training.run_dir import _to_text
+from tempering.training.trainer import Trainer
 from tests.killed_runs import KILLS
 from tests.paths import ROOT
 from tests.runs import ADAMW, LOADERS, SGD, STEPS, Noisy, identical, left, resumable, stop_at
@@ -230,6 +232,107 @@ def test_a_signal_in_the_last_step_or_in_an_evaluation(tmp_path: Path, whole: di
             resumable("shuffled", tmp_path / name, on_step=sent("SIGTERM", step))
         assert resumable("shuffled", tmp_path / name).facts["resumed"] == [step + 1]
         same(tmp_path / name, whole["shuffled"])
+
+
+def test_a_signal_that_comes_too_late_for_a_run_ends_the_next(
+    tmp_path: Path, whole: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher's last evaluation, say, before its student is trained."""
+    finish = Trainer._finish
+
+    def sends(self: Trainer) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return finish(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_finish", sends)
+        assert resumable("list", tmp_path / "first", steps=4).facts["status"] == "done"
+    with pytest.raises(RunInterrupted):
+        resumable("shuffled", tmp_path / "next")
+    assert resumable("shuffled", tmp_path / "next").facts["resumed"] == [1]
+    same(tmp_path / "next", whole["shuffled"])
+
+
+class Ended:
+    """A loader whose workers get the signal too, before their fourth batch."""
+
+    def __init__(self, batches: list[Any], where: str) -> None:
+        self.batches, self.where = batches, where
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for i, batch in enumerate(self.batches):
+            if i == 3 and self.where:
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly")
+            yield batch
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_workers_that_the_signal_ends_too_leave_a_checkpoint(
+    accumulate: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOADERS, "ended", lambda: Ended(LOADERS["list"](), where))
+    settings = {"accumulate": accumulate, "steps": 4, "checkpoint_every": None}
+    where = ""
+    resumable("ended", tmp_path / "whole", **settings)
+    where = "fetch"
+    with pytest.raises(RunInterrupted) as ended:
+        resumable("ended", tmp_path / "run", **settings)
+    step = 3 // accumulate
+    assert ended.value.code == 99 and f"by SIGTERM at step {step}, checkpoint written" in capsys.readouterr().err
+    where = ""
+    assert resumable("ended", tmp_path / "run", **settings).facts["resumed"] == [step]
+    same(tmp_path / "run", left(tmp_path / "whole"))
+
+
+def test_workers_that_end_by_themselves_are_a_failure_and_those_before_the_first_step_no(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(name: str) -> Callable[..., None]:
+        def fail(*_: Any) -> None:
+            if name:
+                os.kill(os.getpid(), getattr(signal, name))
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+        return fail
+
+    monkeypatch.setattr(distributed, "GRACE", 0.0)
+    with pytest.raises(RuntimeError, match="Terminated"):
+        resumable("list", tmp_path / "alone", on_step=fails(""))
+    assert json.loads((tmp_path / "alone" / "facts.json").read_text())["status"] == "failed"
+    with pytest.raises(RunInterrupted) as ended:
+        resumable("list", tmp_path / "both", on_step=fails("SIGTERM"))  # in a step, which is not done then
+    assert ended.value.code == 99 and "at step 0, together with the loader's workers" in capsys.readouterr().err
+    assert json.loads((tmp_path / "both" / "facts.json").read_text())["status"] == "interrupted"
+
+
+def test_workers_that_end_do_not_break_off_the_step(tmp_path: Path, whole: dict[str, dict[str, Any]]) -> None:
+    """torch raises in a handler of SIGCHLD, whatever is being done."""
+
+    ended: list[int] = []
+
+    def raises(number: int, frame: object) -> None:
+        if ended:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+    def both(step: int, loss: torch.Tensor) -> None:
+        if step == 5:
+            ended.append(7)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGCHLD)
+
+    before = signal.signal(signal.SIGCHLD, raises)
+    try:
+        with pytest.raises(RunInterrupted):
+            resumable("list", tmp_path, on_step=both)
+        assert ended and signal.getsignal(signal.SIGCHLD) is raises
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert resumable("list", tmp_path).facts["resumed"] == [6]
+    same(tmp_path, whole["list"])
 
 
 @pytest.mark.parametrize("array", [False, True])

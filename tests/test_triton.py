@@ -74,6 +74,17 @@ for classes, by in ((2, 1.0), (11, 3.0), (5000, 2.0)):
     torch.testing.assert_close(got.delta[ordinary].double(), wide.delta[ordinary], rtol=0.0, atol=1e-3)
     assert torch.equal(got.fallback, want.fallback) and torch.equal(got.clamped, want.clamped)
     assert got.clamped.any() or classes == 2
+# logits whose sharpness is log C up to its last digits: a good start is a root by its noise, and its step still counts
+u, v = torch.randn(2, 8, 11) * 0.1
+got, want, wide = (
+    solution.delta.double()
+    for solution in (
+        exact(u, v, 4.0, 0.9),
+        solve_delta(u, v, tau=4.0, solve="exact", reach=0.9),
+        solve_delta(u.double(), v.double(), tau=4.0, solve="exact", reach=0.9),
+    )
+)
+assert (got - wide).abs().max() <= 2.5 * (want - wide).abs().max(), (got - wide, want - wide)
 print("equal")
 """
 

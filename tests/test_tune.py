@@ -396,11 +396,11 @@ def test_a_stop_reaches_the_trial(fake: Path, tmp_path: Path) -> None:
     (out / "trials").mkdir(parents=True)
     (out / "trials" / "begun.txt").write_text("-\n" * 6)
     args = ["tune", str(fake), "--method=kd", "--trials=1", f"--out={out}", "--"]
-    process = subprocess.Popen([sys.executable, "-m", "tempering", *args], cwd=ROOT, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-m", "tempering", *args], cwd=ROOT, stderr=subprocess.PIPE)
     _until(lambda: any((out / "trials").glob("*/epochs.jsonl")))
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=30)[0].decode()
-    assert process.returncode == 130 and "stopped; the same command resumes: 1 trials left" in said
+    process.send_signal(signal.SIGUSR1)
+    said = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == 130 and "stopped by SIGUSR1; the same command resumes: 1 trial left" in said
     (facts,) = (json.loads(p.read_text()) for p in (out / "trials").glob("*/facts.json"))
     assert facts["status"] == "interrupted"
 

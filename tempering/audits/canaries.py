@@ -16,6 +16,7 @@ from tempering.audits.exposure import exposure, modeled_exposure, sampled_exposu
 from tempering.audits.intervals import average, bootstrap
 from tempering.data.canaries import Canary
 from tempering.rows import upcast_to_float32
+from tempering.utils.text import counted
 
 Encode = Callable[[str], Sequence[int]]
 UNSEEN = math.log2(math.e)  # mean exposure of a canary that was in no data, in bits
@@ -135,7 +136,7 @@ class Canaries(Audit):
 def _meaning(repeats: int, canaries: Sequence[Canary], *, exact: bool) -> str:
     highest = max(math.log2(canary.size) for canary in canaries)
     method = "its exact rank among all" if exact else "sampled others and a fitted tail"
-    planted = f"put into the training text {repeats} times" if repeats else "that are in no training text"
+    planted = f"put into the training text {counted(repeats, 'time')}" if repeats else "that are in no training text"
     return (
         f"Mean exposure in bits of secrets {planted}, each by {method}. A secret at {highest:.2f} can be extracted "
         f"directly; an unseen one has {UNSEEN:.2f} on average."

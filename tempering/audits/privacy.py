@@ -13,6 +13,7 @@ from tempering.audits.base import Audit, Finding, check_positive, collect_logits
 from tempering.audits.intervals import Z, share
 from tempering.audits.membership import Separation, confidence, found_at, lira, separation, separations_apart
 from tempering.audits.shadows import shadow_confidence
+from tempering.utils.text import counted
 
 
 class Privacy(Audit):
@@ -89,7 +90,7 @@ class Privacy(Audit):
         ratio = lira(torch.cat(scores), shadow_scores, out)
         member_ratio, other_ratio = ratio[: len(scores[0])], ratio[len(scores[0]) :]
         return self._attack(
-            "lira", "student", member_ratio, other_ratio, f"LiRA, offline, with {self.shadows} shadow models"
+            "lira", "student", member_ratio, other_ratio, f"LiRA, offline, with {counted(self.shadows, 'shadow model')}"
         )
 
     def _attack(self, name: str, side: str, members: Tensor, others: Tensor, attack: str) -> list[Finding]:

@@ -14,6 +14,7 @@ from tempering.audits.base import Answer, Audit, Finding, as_function, check_pos
 from tempering.audits.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from tempering.audits.intervals import average, share
 from tempering.audits.smoothing import certify
+from tempering.utils.text import counted
 
 Attack = Callable[[Answer, Tensor, Tensor], Attacked]
 
@@ -109,7 +110,9 @@ class Robustness(Audit):
         ball = f"{self.norm} {self.eps:.4g}"
         clean = self._predicted(answer, p) == y
         single = self._run(partial(fgsm, eps=self.eps, norm=self.norm), answer, p, y)
-        setup = f"{self.steps} steps, {self.restarts} random starts, cross-entropy and margin in turn"
+        setup = (
+            f"{counted(self.steps, 'step')}, {counted(self.restarts, 'random start')}, cross-entropy and margin in turn"
+        )
         results = [
             share("clean", side, clean, "Accuracy on the same images, not attacked."),
             share("fgsm", side, ~single.fooled, f"Accuracy under FGSM, {ball}: one step, a weak attack."),
@@ -240,9 +243,8 @@ class Robustness(Audit):
             )
             for r in self.radii
         ]
-        meaning = (
-            f"Mean certified l2 radius, 0 if wrong or abstaining; sigma {self.sigma:g}, {self.votes} noisy samples."
-        )
+        votes = counted(self.votes, "noisy sample")
+        meaning = f"Mean certified l2 radius, 0 if wrong or abstaining; sigma {self.sigma:g}, {votes}."
         results.append(average("certified_radius", side, torch.where(right, radius, 0.0), meaning))
         return results
 

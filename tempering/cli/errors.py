@@ -37,7 +37,7 @@ def message(error: Exception, argv: Sequence[str] = ()) -> str:
     elif isinstance(error, OSError) and text.startswith("[Errno") and error.filename is not None:
         flag = next((a for a, b in pairwise(argv) if b == str(error.filename) and a.startswith("-")), "")
         text = f"{error.strerror}: {error.filename}{f', given as {flag}' if flag else ''}"
-    return printable(text)
+    return printable(text or type(error).__name__)
 
 
 def extra_of(package: str) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-import signal
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,6 +17,7 @@ import tyro
 from tyro.conf import Positional, Suppress, arg
 
 from tempering._version import __version__
+from tempering.utils.files import BATCH_SIGNALS, handle_signals
 from tempering.utils.text import printable
 
 if TYPE_CHECKING:
@@ -363,9 +363,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tempering {__version__}")
         return 0
     args, recipe_args = split_argv([a for a in args if a != "--traceback"])
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return _dispatch(split_equals(args), recipe_args)
+        with handle_signals(_interrupt, BATCH_SIGNALS):
+            return _dispatch(split_equals(args), recipe_args)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
@@ -381,8 +381,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = "\n".join((message(error, split_equals([*args, *recipe_args])), *notes))
         print(f"error: {said}\n(--traceback shows where)", file=sys.stderr)
         return 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _dispatch(args: list[str], recipe_args: tuple[str, ...]) -> int:

@@ -28,6 +28,7 @@ LoaderT = TypeVar("LoaderT", bound="SplittableLoader[Any]")
 LABELS = ("labels", "label", "targets", "target", "y")
 IDS = ("ids", "id", "index", "indices", "idx")
 WEIGHTS = ("weights", "weight", "sample_weight")
+TEACHER_OUTPUTS = "teacher_outputs"
 
 
 class LabeledBatch(NamedTuple):
@@ -51,8 +52,8 @@ def labeled_batch(batch: Any, owner: str = "Classification") -> LabeledBatch:
 
     A tuple is (inputs, labels), and further parts, known by their type: integers (N,) are ids, numbers
     (N,) are weights of the samples, as in Keras, and paths or other texts are left out. Parts of a mapping or a named
-    tuple are known by name: ``LABELS``, ``IDS``, ``WEIGHTS``, and all other tensors are inputs. With labels of None no
-    sample has one.
+    tuple are known by name: ``LABELS``, ``IDS``, ``WEIGHTS``, ``TEACHER_OUTPUTS`` (no input of the models), and all
+    other tensors are inputs. With labels of None no sample has one.
 
     Raises:
         ValueError: for anything else, with the line that makes such a batch.
@@ -80,10 +81,19 @@ def labeled_batch(batch: Any, owner: str = "Classification") -> LabeledBatch:
             raise ValueError(
                 f"{owner} needs batches of (inputs, labels), then ids (N,) of integers and weights (N,) of floats; "
                 f"got {tuple(part.shape)} {part.dtype} as part {i}. Make them a mapping with 'labels' and the names "
-                "of the inputs, or leave the part out."
+                "of the inputs, or leave the part out. A teacher's logits are 'teacher_outputs', for "
+                "teachers.InBatch()."
             )
         parts[name] = part
     return _checked(LabeledBatch(batch[0], batch[1], parts.get("ids"), parts.get("weight")), owner)
+
+
+def with_teacher_outputs(inputs: Any, batch: Any) -> Any:
+    """Return the teacher's inputs: a mapping with its outputs too, if the batch has them, so that it is not run."""
+    if not (isinstance(batch, Mapping) and TEACHER_OUTPUTS in batch):
+        return inputs
+    named = inputs if isinstance(inputs, Mapping) else {"inputs": inputs}
+    return {**named, TEACHER_OUTPUTS: batch[TEACHER_OUTPUTS]}
 
 
 def _is_nested(labels: Any) -> bool:
@@ -115,7 +125,7 @@ def _checked(batch: LabeledBatch, owner: str) -> LabeledBatch:
 
 def _from_names(named: Mapping[str, Any], label: str, owner: str) -> LabeledBatch:
     ids, weight = (next((named[name] for name in names if name in named), None) for names in (IDS, WEIGHTS))
-    known = {label, *IDS, *WEIGHTS}
+    known = {label, *IDS, *WEIGHTS, TEACHER_OUTPUTS}
     inputs = {name: x for name, x in named.items() if name not in known and isinstance(x, (Tensor, Mapping))}
     if not inputs:
         raise ValueError(
@@ -145,8 +155,15 @@ class ShardedLoader:
 
     things: ClassVar[str] = "images"
     batch_size: int
+    shuffle: bool
+    seed: int
     rank: int
     world: int
+    sample_weights: Float[Tensor, " N"] | None = None
+
+    def weighted(self, weights: Float[Tensor, " N"]) -> Self:
+        """Return a loader that draws an epoch's samples with replacement, with these relative probabilities."""
+        return self._replace(sample_weights=weights.detach().cpu().double())
 
     def shard(self, rank: int, world: int) -> Self:
         """Return a loader of this rank's contiguous part of every batch; the parts of all ranks make up the batch.
@@ -162,6 +179,14 @@ class ShardedLoader:
                 f"{rank}). Use a multiple, such as batch_size={max(1, round(self.batch_size / world)) * world}."
             )
         return self._replace(rank=rank, world=world)
+
+    def _order(self, size: int, epoch: int) -> Int[Tensor, " size"]:
+        """Return the samples of an epoch, in its order."""
+        if self.sample_weights is not None:
+            share = (random_bits(size, self.seed, "draw", epoch) >> 1 & (1 << 53) - 1).double() / (1 << 53)
+            ends = self.sample_weights.cumsum(0)
+            return torch.searchsorted(ends, share * ends[-1], right=True).clamp_max(size - 1)
+        return epoch_order(size, self.seed, epoch) if self.shuffle else torch.arange(size)
 
     def _num_batches(self, size: int) -> int:
         """Return the number of batches in an epoch of ``size`` samples."""
@@ -330,8 +355,7 @@ class Batches(ShardedLoader):
 
     def _iterate_epoch(self, start: int, epoch: int) -> Iterator[Batch]:
         device, n = self.images.device, self.size
-        order = epoch_order(n, self.seed, epoch) if self.shuffle else torch.arange(n)
-        order, view = order.to(device), epoch % self.views if self.views else epoch
+        order, view = self._order(n, epoch).to(device), epoch % self.views if self.views else epoch
         bits = self._random_bits(view).to(device) if self.augmented else None
         for step in range(start, len(self)):
             index = order[self._shard_slice(step, n)]

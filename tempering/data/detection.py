@@ -181,7 +181,7 @@ class DetectionLoader(ShardedLoader):
         return self._iterate_epoch(start, self.epoch)
 
     def _iterate_epoch(self, start: int, epoch: int) -> Iterator[dict[str, Any]]:
-        order = epoch_order(self.size, self.seed, epoch) if self.shuffle else torch.arange(self.size)
+        order = self._order(self.size, epoch)
         bits = random_bits(self.size, self.seed, "augment", epoch) if self.augmented else None
         for step in range(start, len(self)):
             index = order[self._shard_slice(step, self.size)]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tempering.data.batches import ShardedLoader, check_held_out, epoch_order, random_bits, stratified_order
+from tempering.data.batches import ShardedLoader, check_held_out, random_bits, stratified_order
 from tempering.data.folders import SPLITS
 
 KEYS = (
@@ -233,7 +233,7 @@ class TextPairLoader(ShardedLoader):
 
     def iterate(self, start: int = 0) -> Iterator[tuple[Inputs, Tensor, Tensor]]:
         """Iterate over the epoch from batch ``start``."""
-        order = epoch_order(self.size, self.seed, self.epoch) if self.shuffle else torch.arange(self.size)
+        order = self._order(self.size, self.epoch)
         for step in range(start, len(self)):
             yield self.gather(order[self._shard_slice(step, self.size)])
 

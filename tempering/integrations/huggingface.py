@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tempering.data.batches import TEACHER_OUTPUTS
 from tempering.integrations.common import (
     Evaluation,
     Forward,
@@ -33,6 +34,7 @@ from tempering.rollouts.on_policy import OnPolicy
 from tempering.rollouts.sampling import GenerationStats
 from tempering.tasks.base import Task, with_columns
 from tempering.teachers.base import Teacher
+from tempering.teachers.in_batch import InBatch
 from tempering.teachers.live import Live
 from tempering.teachers.outputs import PrecomputedLogits
 from tempering.training.checkpoint import save_weights
@@ -182,11 +184,12 @@ class DistillMixin(Trainer):
         return student
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Keep the columns that only the teacher takes, too."""
+        """Keep the columns that only the teacher takes, or that hold its outputs, too."""
         super()._set_signature_columns_if_needed()
         names = () if self._unpacked_teacher is None else arguments_of(self._unpacked_teacher.model)[0]
         columns = () if self.teacher is None else self.teacher.columns
-        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *names, *columns]))
+        stored = (TEACHER_OUTPUTS,) if isinstance(self.teacher, InBatch) else ()
+        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *names, *columns, *stored]))
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None

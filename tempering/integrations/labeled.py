@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from tempering.data.batches import LABELS
+from tempering.data.batches import LABELS, TEACHER_OUTPUTS, with_teacher_outputs
 from tempering.rows import Rows, is_labeled
 from tempering.tasks.base import Task, TeacherForward
 from tempering.tasks.classification import check_has_classes
@@ -82,9 +82,9 @@ class Labeled(Task):
                 f"Labeled needs batches that are mappings, as collators of transformers return; got "
                 f"{type(batch).__name__}. For (inputs, labels) use tasks.Classification()."
             )
-        dropped = {"ids"} if self.keep_labels else {"ids", *LABELS}
+        dropped = {"ids", TEACHER_OUTPUTS} if self.keep_labels else {"ids", TEACHER_OUTPUTS, *LABELS}
         inputs = {name: value for name, value in batch.items() if name not in dropped}
-        return inputs, inputs, batch.get("ids")
+        return inputs, with_teacher_outputs(inputs, batch), batch.get("ids")
 
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
         logits = _logits(student, "student")

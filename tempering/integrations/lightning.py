@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,14 @@ except ImportError as error:
 
 RANDOM, TEACHER = "tempering_random_states", "tempering_teacher"  # in a checkpoint
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _not_compiled(step: Callable[P, T]) -> Callable[P, T]:
+    """Return the step as ``torch.compile`` of the module leaves it; see ``compile_student``."""
+    return cast("Callable[P, T]", torch.compiler.disable(step))  # pyright: ignore[reportUnknownMemberType]
+
 
 class DistillModule(pl.LightningModule):
     """Train a student with a distillation method in Lightning's Trainer.
@@ -60,7 +68,7 @@ class DistillModule(pl.LightningModule):
     short last group do not change the loss: Lightning divides every micro-batch by their number, and before the
     optimizer step (and before clipping) the gradient is rescaled to the mean over the rows of the whole step. A
     subclass that overrides ``on_before_optimizer_step`` or a hook of the validation must call this class's first. The
-    teacher is not a submodule, so checkpoints do not contain it.
+    teacher is not a submodule, so checkpoints do not contain it. ``torch.compile`` of this module compiles the student.
 
     Args:
         student: the network to train.
@@ -127,12 +135,19 @@ class DistillModule(pl.LightningModule):
         if self._lent and isinstance(self.teacher, Live):
             self.teacher.release()
 
+    def compile_student(self) -> None:
+        """Compile the student as ``torch.compile(DistillModule(...))`` asks for; the loss round it stays as it is."""
+        context: Any = getattr(self, "_compiler_ctx", None)  # of Lightning
+        if context is not None and self.student._compiled_call_impl is None:
+            self.student._compiled_call_impl = context["dynamo_ctx"](_of_this_file(self.student._call_impl))
+
     def configure_callbacks(self) -> list[pl.Callback]:
         return [_GiveBack()]
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return remember_sources(batch, super().transfer_batch_to_device(batch, device, dataloader_idx))
 
+    @_not_compiled
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if self.selfcheck:
             self.selfcheck = False
@@ -193,6 +208,7 @@ class DistillModule(pl.LightningModule):
     def on_test_epoch_start(self) -> None:
         self._evaluations = {}
 
+    @_not_compiled
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate(batch, batch_idx, dataloader_idx, self.trainer.test_dataloaders)
 
@@ -200,10 +216,12 @@ class DistillModule(pl.LightningModule):
         """Log the means over all rows of each test loader."""
         self._log_evaluations("test")
 
+    @_not_compiled
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Return the student's output."""
         return self.student(self.task.inputs(batch)[0])
 
+    @_not_compiled
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate(batch, batch_idx, dataloader_idx, self.trainer.val_dataloaders)
 
@@ -325,8 +343,21 @@ class DistillModule(pl.LightningModule):
         return min(1.0, (self.trainer.global_step + 1) / self._steps())
 
 
+def _of_this_file(call: Callable[P, T]) -> Callable[P, T]:
+    """Return a function that is compiled; the calls of torch's own containers are not."""
+
+    def function(*args: P.args, **kwargs: P.kwargs) -> T:
+        return call(*args, **kwargs)
+
+    return function
+
+
 class _GiveBack(pl.Callback):
-    """Give the teacher back at the end of ``fit``, also after an exception."""
+    """Compile the student of a compiled module; give the teacher back at the end of ``fit``, or after an exception."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if isinstance(pl_module, DistillModule):
+            pl_module.compile_student()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if isinstance(pl_module, DistillModule):

@@ -230,7 +230,7 @@ def _exact_rows(u, v, delta_to, flat_to, clamped_to, n, tau, reach, eps, LOOKS: 
     delta = tl.where(flat == 1, 0.0, start)
     low, high = -end, end
     # flags are integers, 0 or 1
-    low_seen, high_seen, clamped, done, looks = 0, 0, 0, flat, 0
+    clamped, done, looks = 0, flat, 0
     while looks < LOOKS:
         if done == 0:
             T, S = tau + delta, tau - delta
@@ -264,16 +264,16 @@ def _exact_rows(u, v, delta_to, flat_to, clamped_to, n, tau, reach, eps, LOOKS: 
 
             low = tl.where(f > 0, delta, low)
             high = tl.where(f < 0, delta, high)
-            low_seen = tl.where(f > 0, 1, low_seen)
-            high_seen = tl.where(f < 0, 1, high_seen)
             raw = delta + step
             middle = 0.5 * (low + high)
-            to = tl.where(raw <= low, tl.where(low_seen == 1, middle, low), raw)
-            to = tl.where(raw >= high, tl.where(high_seen == 1, middle, high), to)
+            to = tl.where(raw <= low, tl.where(low > -end, middle, low), raw)
+            to = tl.where(raw >= high, tl.where(high < end, middle, high), to)
+            outside = tl.where(raw > low, tl.where(raw < high, 0, 1), 1)
+            # a root by its noise moves once more, since f is known no better than here
+            stays = tl.maximum(clamped, is_root * outside)
+            delta = tl.where(stays == 1, delta, to)
             done = tl.maximum(is_root, clamped)
-            delta = tl.where(done == 1, delta, to)
-            is_inside = tl.where(raw > low, tl.where(raw < high, 1, 0), 0)
-            done = tl.where(error <= allowed, tl.maximum(done, is_inside), done)
+            done = tl.where(error <= allowed, tl.maximum(done, 1 - outside), done)
         looks += 1
     tl.store(delta_to + row, delta)
     tl.store(flat_to + row, flat)

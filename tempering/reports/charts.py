@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from tempering.utils.text import counted
+
 Value = float | None
 LINE = 13  # distance of two labels
 MOST_ENLARGED = 1.25  # a chart alone in a wide row would have letters larger than the page's
@@ -267,9 +269,8 @@ def reliability(
         d = _path([100 * c for c, _, _ in full], [100 * a for _, a, _ in full], frame)
         inside = [tag("path", class_="line", d=d)]
         for confidence, accuracy, count in side.points:
-            text = (
-                f"{side.name}: confidence {100 * confidence:.1f} %, accuracy {100 * accuracy:.1f} %, {count:.0f} rows"
-            )
+            shares = f"confidence {100 * confidence:.1f} %, accuracy {100 * accuracy:.1f} %"
+            text = f"{side.name}: {shares}, {counted(count, 'row')}"
             r = 2 + 6 * math.sqrt(count / total)
             inside.append(
                 tag("circle", tag("title", text), class_="dot", cx=x(100 * confidence), cy=y(100 * accuracy), r=r)

@@ -9,7 +9,7 @@ from tempering.reports.intervals import Difference, deviation, difference, mean
 from tempering.reports.paper_results import published
 from tempering.reports.records import RunRecord, number
 from tempering.utils.registry import lookup
-from tempering.utils.text import printable
+from tempering.utils.text import counted, printable
 
 CONTROL = "student alone"
 MATCHED = "KD, weight-matched"
@@ -383,7 +383,7 @@ def _fairness(runs: Sequence[RunRecord]) -> list[str]:
     if len(runs) > 1 and missing:
         sentences.append(f"Not recorded in all runs, so not compared: {', '.join(missing)}.")
     if dirty := sum(bool(run.facts.get("dirty")) for run in runs):
-        sentences.append(f"{dirty} of {len(runs)} runs were made with uncommitted changes.")
+        sentences.append(f"Made with uncommitted changes: {dirty} of {counted(len(runs), 'run')}.")
     return sentences
 
 

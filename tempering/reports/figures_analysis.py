@@ -13,6 +13,7 @@ from tempering.reports.compare import Comparison, RunGroup, display_name
 from tempering.reports.figures import TEACHER, Figure, Section, groups_in_charts, shown, styles
 from tempering.reports.intervals import mean
 from tempering.reports.records import RunRecord, number
+from tempering.utils.text import counted
 
 MOST = 20  # maximum number of classes shown
 PAIRS = 8  # confusions shown per method
@@ -82,7 +83,7 @@ def classes(comparison: Comparison) -> Section:
         change.append(Strip(name, css[main], seeds))
     selection = f" The {len(selected)} of {count} classes that changed most." if count > len(selected) else ""
     margin = min(130, 16 + 6 * max(len(row.label) for row in accuracy))
-    description = f"{len(selected)} classes, {len(means)} methods"
+    description = f"{counted(len(selected), 'class')}, {counted(len(means), 'method')}"
     title = f"{display_name(main)} minus {display_name(base or 'the teacher')}"
     figures = []
     if any(row.marks for row in accuracy):

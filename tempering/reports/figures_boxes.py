@@ -11,6 +11,7 @@ from tempering.reports.compare import Comparison, RunGroup, display_name
 from tempering.reports.figures import TEACHER, Figure, Section, groups_in_charts, shown, styles
 from tempering.reports.intervals import mean
 from tempering.reports.records import RunRecord, number
+from tempering.utils.text import counted
 
 ROOM = 800_000  # maximum bytes of pictures on a page
 SCALE = 300  # width of a picture, in units of its drawing
@@ -37,9 +38,8 @@ def boxes(comparison: Comparison) -> list[Section]:
     for figure in figures:
         budget -= len(figure.svg)
         fitting += [figure] if budget > 0 else []
-    omitted = (
-        "" if len(fitting) == len(figures) else f" {len(figures) - len(fitting)} pictures are left out for their size."
-    )
+    large = len(figures) - len(fitting)
+    omitted = f" Left out for their size: {counted(large, 'picture')}." if large else ""
     return [
         Section(
             "boxes",
@@ -113,7 +113,7 @@ def _by_class(comparison: Comparison, runs: Mapping[str, Sequence[RunRecord]]) -
         rows.append(Strip(name, "", marks))
     if not any(row.marks for row in rows):
         return None
-    description = f"{len(rows)} classes, {len(runs)} methods"
+    description = f"{counted(len(rows), 'class')}, {counted(len(runs), 'method')}"
     svg = charts.strips(
         "boxes-classes", "Average precision per class", description, rows, x_label="average precision, %", width=360
     )

@@ -23,6 +23,7 @@ from tempering.reports.figures import (
     styles,
 )
 from tempering.reports.records import RunRecord, number
+from tempering.utils.text import counted
 
 COUNTS = {
     "fallback": ("Rows with fallback", "Their equation has no usable solution, so both sides use the reference."),
@@ -171,7 +172,8 @@ def _fallbacks(runs: Sequence[RunRecord]) -> str:
         if counts:
             total = sum(counts)
             share = f" ({100 * total / rows:.2g} % of the rows logged)" if rows and total else ""
-            parts.append(f"{total:.0f} rows {verb}{share}" if total else f"no row {verb.replace('were', 'was')}")
+            verb = verb if total > 1 else verb.replace("were", "was")
+            parts.append(f"{counted(total, 'row') if total else 'no row'} {verb}{share}")
     return "; ".join(parts).capitalize() + "." if parts else ""
 
 

@@ -10,6 +10,7 @@ from tempering.reports.compare import CONTROL, Comparison, RunGroup, compare, di
 from tempering.reports.intervals import deviation, holm, mean, pairs_needed
 from tempering.reports.records import RunRecord
 from tempering.reports.text import PM
+from tempering.utils.text import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -133,8 +134,8 @@ def reading(board: Leaderboard) -> list[str]:
     lines += [
         "Scores are those after the last epoch, mean and standard deviation over seeds; differences are paired by "
         "seed, with the half-width of their 95 % interval.",
-        f"p is that of the paired t test, corrected by Holm for {len(board.p)} methods; above {LEVEL} nothing is "
-        "decided.",
+        f"p is that of the paired t test, corrected by Holm for {counted(len(board.p), 'method')}; above {LEVEL} "
+        "nothing is decided.",
     ]
     return lines + list(board.comparison.notes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -18,12 +19,14 @@ from tempering.reports.compare import Comparison, RunGroup, compare, display_nam
 from tempering.reports.pair import pair, side_by_side
 from tempering.reports.records import RunRecord, number
 from tempering.utils.files import write_atomic
+from tempering.utils.text import counted
 
 HERE = Path(__file__).parent
 LIMIT = 1_500_000  # bytes; small enough for a mail and to open quickly in a browser
 MOST_FOLDERS = 200  # lines of a summary's list of folders
 REFRESH = 15  # seconds between reloads of the page of a run in progress
 COLORS = 6  # in page.css, besides the control's gray
+UNIT = re.compile(r"(?<=\d) (?=[%\u00b1])|(?<=\u00b1) (?=\d)")
 DASHES = ("none", "8 3", "8 3 2 3", "2 3")
 
 
@@ -87,7 +90,12 @@ def render(
     state, status = words.state(comparison)
     sentences = words.headline(comparison)
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_unbroken,
     )
     charted = replace(comparison, groups=_best(comparison, extent.charts))
     listed = _best(comparison, extent.rows)
@@ -131,6 +139,11 @@ def render(
     return text + "\n"
 
 
+def _unbroken(value: object) -> object:
+    """Return a text with no line break between a number and its "%", or around "±"."""
+    return UNIT.sub("\u00a0", value) if type(value) is str else value
+
+
 def _best(comparison: Comparison, limit: int | None) -> tuple[RunGroup, ...]:
     """Return at most that many methods, in their order: the controls, then those with the best means."""
     if limit is None or len(comparison.groups) <= limit:
@@ -149,7 +162,7 @@ def _links(comparison: Comparison, extent: Extent, folder: Path) -> list[tuple[s
         return []
     counts = Counter(run.source.absolute().parent for run in runs)
     parents = sorted(counts)[:MOST_FOLDERS]
-    return [(_address(parent, folder), f"{parent.name}/", f"{counts[parent]} records") for parent in parents]
+    return [(_address(parent, folder), f"{parent.name}/", counted(counts[parent], "record")) for parent in parents]
 
 
 def _address(path: Path, folder: Path) -> str:
@@ -194,8 +207,8 @@ def _subtitle(comparison: Comparison) -> str:
     nets = " and ".join(students) + (f" taught by {' and '.join(teachers)}" if teachers else "")
     seeds = comparison.seeds
     counts = [
-        f"{len(comparison.groups)} method{'s' * (len(comparison.groups) != 1)}",
-        f"{len(seeds)} seed{'s' * (len(seeds) != 1)} ({', '.join(map(str, seeds[:8]))}{', ...' * (len(seeds) > 8)})",
+        counted(len(comparison.groups), "method"),
+        f"{counted(len(seeds), 'seed')} ({', '.join(map(str, seeds[:8]))}{', ...' * (len(seeds) > 8)})",
     ]
     return ", ".join([part for part in (nets, *counts) if part])
 

@@ -9,6 +9,7 @@ from typing import Any
 from tempering.reports.compare import NOT_RUN, Comparison, RunGroup, display_name
 from tempering.reports.intervals import Difference
 from tempering.reports.records import RunRecord, number
+from tempering.utils.text import counted
 
 PM = "\u00b1"
 
@@ -139,7 +140,7 @@ def _open(comparison: Comparison) -> list[str]:
             f"Unfinished: {', '.join(f'{group.name} seed {seed} ({reason})' for group, seed, reason in begun)}."
         ]
     if missing:
-        sentences.append(f"{_seeds_text(missing)} of other methods {'was' if missing == 1 else 'were'} not run here.")
+        sentences.append(f"Not run here: {counted(missing, 'seed')} of other methods.")
     return sentences
 
 
@@ -218,13 +219,13 @@ def _times(cost: dict[str, Any]) -> list[str]:
         return []
     under: dict[str, Any] = cost.get("measured") or {}
     said = ["MB are of the weights. Latency is the median of three forward passes at the end of the run"]
-    said += [f"on {under['device']} with {under.get('threads')} CPU threads"] if under.get("device") else []
+    said += [f"on {under['device']} with {counted(under['threads'], 'CPU thread')}"] if under.get("threads") else []
     sentences = [f"{' '.join(said)}; ms / step is the wall time of training, with the loading of data, over its steps."]
     load, cores = number(under.get("load")), number(under.get("cores"))
     if load is not None and cores is not None and load > max(1.5, cores):
         sentences.append(
-            f"Other processes ran meanwhile (load {load:.1f} on {cores:.0f} cores), so these times are too long: "
-            "repeat them on an idle machine before comparing them."
+            f"Other processes ran meanwhile (load {load:.1f} on {counted(cores, 'core')}), so these times are too "
+            "long: repeat them on an idle machine before comparing them."
         )
     return sentences
 
@@ -259,7 +260,7 @@ def cell(comparison: Comparison, group: RunGroup, control: str) -> tuple[str, bo
     if gap.half is not None and not gap.paired:
         text += " (u)"
     elif gap.paired and gap.n < group.n:
-        text += f" ({gap.n} pairs)"
+        text += f" ({counted(gap.n, 'pair')})"
     return text, gap.shown
 
 
@@ -308,15 +309,11 @@ def _interval_text(comparison: Comparison, gap: Difference) -> str:
 
 
 def _pairs_text(gap: Difference) -> str:
-    return _seeds_text(gap.n).replace(" ", " paired " if gap.paired else " unpaired ")
+    return counted(gap.n, "seed").replace(" ", " paired " if gap.paired else " unpaired ")
 
 
 def _seeds_suffix(group: RunGroup) -> str:
-    return f" over {_seeds_text(group.n)}" if group.n > 1 else " with one seed"
-
-
-def _seeds_text(n: int) -> str:
-    return "1 seed" if n == 1 else f"{n} seeds"
+    return f" over {counted(group.n, 'seed')}" if group.n > 1 else " with one seed"
 
 
 def _metric_text(metric: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tempering.reports.charts import Mark, Strip, Svg, join, strips, svg, tag
+from tempering.utils.text import counted
 
 HERE = Path(__file__).parent
 PITCH, TOP, LEFT, RIGHT = 13, 26, 20, 120  # of a drawn tree: height per class, heading, margins
@@ -60,7 +61,7 @@ def tree_figure(key: str, tree: Tree, names: Sequence[str] = (), *, css: str = "
         if node[0] == last
     ]
     used = len({path[-2] for path in paths})
-    description = f"{len(paths)} classes on {used} of {tree[-1]['parents']} last experts."
+    description = f"{counted(len(paths), 'class')} on {used} of {tree[-1]['parents']} last experts."
     inside = [*texts, tag("g", *lines, *dots, class_=css)]
     return svg(key, "Concept tree", description, inside, width, TOP + PITCH * len(paths) + 8)
 

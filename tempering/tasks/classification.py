@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tempering.data.batches import LabeledBatch, labeled_batch
+from tempering.data.batches import LabeledBatch, labeled_batch, with_teacher_outputs
 from tempering.rows import SEVERAL_LABELS, Rows, class_indices, class_labels, is_labeled, upcast_to_float32
 from tempering.tasks.base import NothingToScoreError, PolicyForward, Task, TeacherForward, evaluating
 from tempering.utils.device import synchronize
@@ -44,8 +44,10 @@ class Classification(Task):
 
     def inputs(self, batch: Any) -> tuple[Any, Any, Tensor | None]:
         plain = type(batch) is tuple and len(batch) == 3 and getattr(batch[2], "dtype", None) is torch.int64
-        parts = LabeledBatch(*batch) if plain else labeled_batch(batch, type(self).__name__)
-        return parts.inputs, parts.inputs, parts.ids
+        if plain:
+            return batch[0], batch[0], batch[2]
+        parts = labeled_batch(batch, type(self).__name__)
+        return parts.inputs, with_teacher_outputs(parts.inputs, batch), parts.ids
 
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
         student, teacher = _logits(student, "student"), None if teacher is None else _logits(teacher, "teacher")

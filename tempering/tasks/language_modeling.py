@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tempering.data.batches import with_teacher_outputs
 from tempering.rollouts.decoders import is_encoder_decoder
 from tempering.rollouts.sampling import TEACHER_PROMPT
 from tempering.rollouts.scoring import GenerationScorer
@@ -249,11 +250,6 @@ def prediction_mask(batch: Mapping[str, Any]) -> Tensor:
     if positions is not None:
         keep = keep & (positions[:, 1:] > 0)
     return keep
-
-
-def with_teacher_outputs(inputs: dict[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the teacher's inputs: with its precomputed logits, if the batch has them, so that it is not run again."""
-    return inputs | {"teacher_outputs": batch["teacher_outputs"]} if "teacher_outputs" in batch else inputs
 
 
 def text_model_kind(model: nn.Module) -> str:

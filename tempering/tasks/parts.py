@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from tempering.data.batches import labeled_batch
+from tempering.data.batches import labeled_batch, with_teacher_outputs
 from tempering.tasks.base import Task
 
 Unlabeled = Literal["ignore", "teach"]
@@ -31,4 +31,4 @@ class PartsTask(Task):
 
     def inputs(self, batch: Any) -> tuple[Any, Any, Tensor | None]:
         parts = labeled_batch(batch, type(self).__name__)
-        return parts.inputs, parts.inputs, parts.ids
+        return parts.inputs, with_teacher_outputs(parts.inputs, batch), parts.ids

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tempering.data.batches import with_teacher_outputs
 from tempering.data.text import sources_right
 from tempering.rollouts.decoders import is_encoder_decoder, unwrap_model
 from tempering.rows import IGNORE_INDEX, is_labeled
@@ -17,7 +18,6 @@ from tempering.tasks.language_modeling import (
     LanguageModeling,
     UnpackInputs,
     host_fields,
-    with_teacher_outputs,
 )
 from tempering.utils.tensors import on_host, to_device
 

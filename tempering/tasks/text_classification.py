@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tempering.data.batches import with_teacher_outputs
 from tempering.tasks.classification import Classification, Outputs
 
 
@@ -31,7 +32,7 @@ class TextClassification(Classification):
                 "TextClassification needs inputs that are a mapping, with input_ids (B, L); got "
                 f"{type(inputs).__name__}. data.TextPairLoader makes them."
             )
-        return inputs.get("student", inputs), inputs.get("teacher", inputs), ids
+        return inputs.get("student", inputs), with_teacher_outputs(inputs.get("teacher", inputs), batch), ids
 
     def scores(self, outputs: Outputs) -> dict[str, float]:
         """Return the metrics of Classification, and f1 of class 1 in [0, 1] for two classes."""

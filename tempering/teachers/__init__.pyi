@@ -10,6 +10,7 @@ from .cache.top_k import CachedTopK as CachedTopK
 from .cache.top_k import record_top_k as record_top_k
 from .ensemble import Ensemble as Ensemble
 from .ensemble import prune as prune
+from .in_batch import InBatch as InBatch
 from .live import Live as Live
 from .mean_teacher import MeanTeacher as MeanTeacher
 from .remote.teacher import RemoteTeacher as RemoteTeacher

@@ -170,6 +170,11 @@ class Live(Teacher):
         precomputed = inputs.get("teacher_outputs") if isinstance(inputs, Mapping) else None
         if precomputed is not None and getattr(precomputed, "producer", None) in (self._model, self.model):
             return precomputed
+        if isinstance(precomputed, Tensor):
+            raise ValueError(
+                'the batch has "teacher_outputs", and a live teacher as well. Learn from them with '
+                "teacher=teachers.InBatch(), or leave them out of the batches."
+            )
         return self.forward_with_grad(inputs, ids)
 
     def forward_with_grad(self, inputs: Any, ids: Tensor | None = None) -> Any:
@@ -272,7 +277,8 @@ def no_teacher_error(given: object, needs: str) -> TypeError:
     if hasattr(given, "shape"):
         advice = (
             " Logits (samples, classes) in memory are read by the ids of batches: class Stored(teachers.Teacher): "
-            "identity = 'a name of these logits', and def __call__(self, inputs, ids): return logits[ids]."
+            "identity = 'a name of these logits', and def __call__(self, inputs, ids): return logits[ids]. As a column "
+            "'teacher_outputs' of the data they are teachers.InBatch()."
         )
     elif callable(given):
         advice = " Wrap a function: class Model(nn.Module): forward = staticmethod(function)."

@@ -94,7 +94,7 @@ def batch_changes(
             f"{names} mix images, and {type(teacher).__name__} has the teacher's outputs for the images as they are. "
             "Give the model itself: teachers.Live(model)."
         )
-    return BatchChanges(config, classes, rank=rank, labels=_labels(loader))
+    return BatchChanges(config, classes, rank=rank, labels=dataset_labels(loader))
 
 
 def soft_labels(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
@@ -113,10 +113,10 @@ def soft_labels(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     return zeros.scatter_(1, index, known.unsqueeze(1).to(dtype))
 
 
-def _labels(loader: Any) -> Tensor | None:
+def dataset_labels(loader: Any) -> Tensor | None:
     """Return the labels of a loader's data set, where it has them without loading the samples."""
     dataset = getattr(loader, "dataset", loader)
-    indices = getattr(dataset, "indices", None)  # of a torch Subset
+    indices = getattr(dataset, "indices", getattr(dataset, "index", None))  # of a torch Subset, a TextPairLoader
     dataset = getattr(dataset, "dataset", dataset) if indices is not None else dataset
     found = getattr(dataset, "labels", getattr(dataset, "targets", None))
     tensors = getattr(dataset, "tensors", ())

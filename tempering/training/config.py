@@ -78,6 +78,8 @@ class TrainConfig:
     """Alpha of CutMix, such as 1.0; 0 for none."""
     class_weights: tuple[float, ...] | Literal["balanced"] | None = None
     """Weights of the samples by class, one per class, or balanced: inverse to the count of the class."""
+    balanced_sampling: bool = False
+    """Draw the training samples with replacement, every class equally often; an epoch has as many as before."""
     gradient_checkpointing: bool = False
     """Recompute the student's activations in the backward pass, to save memory; of models that have it."""
     compile: Annotated[bool | str, CompileFlag] = False

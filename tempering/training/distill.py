@@ -56,6 +56,7 @@ def distill(
     mixup: float = 0.0,
     cutmix: float = 0.0,
     class_weights: Sequence[float] | Literal["balanced"] | None = None,
+    balanced_sampling: bool = False,
     gradient_checkpointing: bool = False,
     chunks: bool | None = None,
     log_every: int = 50,
@@ -81,8 +82,8 @@ def distill(
 
     Options of ``TrainConfig`` with the same name: accumulate, max_grad_norm, precision, accelerator, devices,
     num_nodes, strategy, compile, warmup, decay_norms, ema, label_smoothing, mixup, cutmix, class_weights,
-    gradient_checkpointing, chunks, evaluate_every, log_every, examples, checkpoint_every, keep, patience, resume,
-    extend, requeue, selfcheck, skip_checks, quiet.
+    balanced_sampling, gradient_checkpointing, chunks, evaluate_every, log_every, examples, checkpoint_every, keep,
+    patience, resume, extend, requeue, selfcheck, skip_checks, quiet.
     With strategy="fsdp" the student is left sharded. With several devices the script runs once per device; the
     parameters equal those of one device with the same batch. A run killed at any moment resumes from the last
     checkpoint, with bit-identical results.

@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,17 @@ from torch import Tensor, nn
 from tempering.methods.base import Method
 from tempering.rows import upcast_to_float32
 from tempering.training.config import SelfCheckError
+from tempering.utils.files import BATCH_SIGNALS
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-# sent before a job is ended or suspended: by Slurm (--signal, preemption), Grid Engine (-notify), LSF, a terminal
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 REQUEUE_CODE = 99  # Grid Engine queues a job that exits with 99 again; LSF and Slurm if configured (docs/runs.md)
 
 T = TypeVar("T")
 
 EVERY = 10  # steps between looks for a signal with several GPUs
+GRACE = 0.5  # seconds in which the processes of a job get the same signal
 
 
 def check_splittable(method: Method, *, accumulate: int = 1, world: int = 1) -> None:
@@ -230,18 +231,26 @@ class RunInterrupted(SystemExit):
     """A signal ended the run after a checkpoint; the process exits with code 99, and the same command resumes."""
 
 
+class WorkersEndedError(RuntimeError):
+    """The workers of a DataLoader were ended by a signal that this process has received too."""
+
+
 class StopSignals:
     """Note the first of the signals that ask for an end, in a context; a second one acts as it did before.
 
     Handlers of the caller, and signals that are ignored (nohup), stay as they are; so does everything outside the main
-    thread.
+    thread. A signal that comes too late for a run, which then finishes, is the first of the next run in this process,
+    such as of the student after its teacher's.
 
     Args:
         folder: of the run; None, without which there is no checkpoint, changes nothing.
 
     Attributes:
         received: the signal's name; None: there was none.
+        late: one that came too late for an earlier run.
     """
+
+    late: ClassVar[str | None] = None
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
@@ -250,21 +259,27 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if self.folder is not None and threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            self.received, StopSignals.late = StopSignals.late, None
+            for number in BATCH_SIGNALS:
                 handler = signal.getsignal(number)
                 ours = getattr(handler, "__module__", "").startswith("tempering.")  # of the command line
                 if handler in (signal.SIG_DFL, signal.default_int_handler) or ours:
                     self.before[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.before and kind is None:
+            StopSignals.late = self.received
         self.before = {}
 
     def _receive(self, number: int, _: object) -> None:
         self.received = signal.Signals(number).name
         signal.signal(number, self.before[number])
+        child = getattr(signal, "SIGCHLD", None)
+        if child and callable(signal.getsignal(child)):  # torch's, which would break off the step as workers end
+            self.before.setdefault(child, signal.signal(child, _pass))
 
     def requested(self, fabric: Fabric, step: int) -> str | None:
         """Return the name of a signal that a rank has received, the same on all ranks; None: train on.
@@ -277,12 +292,38 @@ class StopSignals:
             return None
         return next((name for name in all_gather_objects(self.received, fabric) if name), None)
 
-    def interrupted(self, name: str, step: int, *, requeued: bool) -> RunInterrupted:
+    def batches(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Iterate over batches.
+
+        Raises:
+            WorkersEndedError: in place of a batch whose workers got the signal, as those of a job's every process do.
+        """
+        try:
+            yield from batches
+        except RuntimeError as error:
+            if not self.ended_workers(error):
+                raise
+            raise WorkersEndedError(str(error)) from error
+
+    def ended_workers(self, error: BaseException) -> bool:
+        """Return whether the error is that workers of a DataLoader ended by a signal that this process gets too."""
+        if not (self.before and isinstance(error, RuntimeError) and "DataLoader worker" in str(error)):
+            return False
+        if self.received is None:
+            time.sleep(GRACE)
+        return self.received is not None
+
+    def interrupted(self, name: str, step: int, *, requeued: bool, saved: bool = True) -> RunInterrupted:
         """Print that the run was interrupted and how it resumes; return the error to raise."""
-        lines = [f"interrupted by {name} at step {step}, checkpoint written to {self.folder}; the same command resumes"]
+        written = f"checkpoint written to {self.folder}" if saved else "together with the loader's workers"
+        lines = [f"interrupted by {name} at step {step}, {written}; the same command resumes"]
         lines += [requeue()] if requeued else []
         print(*lines, sep="\n", file=sys.stderr, flush=True)
         return RunInterrupted(REQUEUE_CODE)
+
+
+def _pass(number: int, _: object) -> None:
+    return
 
 
 def requeue() -> str:

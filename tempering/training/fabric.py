@@ -16,6 +16,7 @@ from packaging.version import Version
 from torch import nn
 
 from tempering.utils.device import warn_if_bf16_emulated
+from tempering.utils.text import counted
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -65,15 +66,23 @@ def resolve_devices(devices: int | str, num_nodes: int | str) -> tuple[int | str
     if launched is None:
         return devices, 1 if num_nodes == "auto" else int(num_nodes)
     name, machines, each = launched
-    given = {"devices": (devices, each), "num_nodes": (num_nodes, machines)}
-    for option, (value, started) in given.items():
-        if value != "auto" and int(value) not in (started, -1):
-            what = "processes on this machine" if option == "devices" else "machines"
+    for option, value, started, said in (
+        ("devices", devices, each, f"{counted(each, 'process')} on this machine"),
+        ("num_nodes", num_nodes, machines, counted(machines, "machine")),
+    ):
+        if _count(value) not in (None, started):
             raise ValueError(
-                f"{name} started {started} {what}, and {option} is {value}. "
+                f"{name} started {said}, and {option} is {value}. "
                 f'Give {option}="auto" or {option}={started} (--{option.replace("_", "-")} {started}).'
             )
-    return each, machines
+    return (devices if "," in str(devices) else each), machines
+
+
+def _count(value: int | str) -> int | None:
+    """Return how many devices or machines a value asks for, such as 2, "2" or "0,1"; None: all that there are."""
+    if str(value) in ("auto", "-1"):
+        return None
+    return len(str(value).strip(",").split(",")) if "," in str(value) else int(value)
 
 
 def fabric_for(
@@ -168,3 +177,15 @@ def peak_mb(device: torch.device) -> float:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@contextmanager
+def unknown_to_fabric(model: nn.Module) -> Generator[None]:
+    """Let Fabric wrap a model that answers to every attribute: the wrapper asks it for its own ones meanwhile."""
+    own = {"_fabric_module_initialized": False, "_forward_methods": frozenset[str]()}
+    model.__dict__.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            del model.__dict__[name]

@@ -213,11 +213,11 @@ def describe(net: Any) -> dict[str, Any] | None:
     if callable(getattr(model, "save_pretrained", None)) and hasattr(getattr(model, "config", None), "to_json_string"):
         config = json.loads(model.config.to_json_string())
         return {"kind": "transformers", "class": type(model).__name__, "logits": wrapped, "config": config}
-    if (built := getattr(net, "built", None)) is not None:
-        return dict(built)
+    if isinstance(built := getattr(net, "built", None), Mapping):
+        return dict(cast("Mapping[str, Any]", built))
     own: Any = getattr(net, "pretrained_cfg", None)
-    if own and own.get("architecture"):
-        return {"kind": "timm", "name": own["architecture"], "arguments": timm_arguments(net)}
+    if isinstance(own, Mapping) and (name := cast("Mapping[str, Any]", own).get("architecture")):
+        return {"kind": "timm", "name": name, "arguments": timm_arguments(net)}
     return None
 
 

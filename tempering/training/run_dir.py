@@ -51,7 +51,10 @@ HINTS = {
     "the same one; one with the weights of the newest checkpoint is accepted too.",
 }
 # options of a run's key that earlier versions did not have
-ADDED: dict[str, Any] = {"ema": None, "label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "class_weights": None}
+ADDED: dict[str, Any] = {
+    **{"ema": None, "label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "class_weights": None},
+    "balanced_sampling": False,
+}
 WEIGHTS = ("student.safetensors", "best.safetensors", "ema.safetensors")
 How = Literal["new", "resumed", "extended", "finished"]
 

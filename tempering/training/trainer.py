@@ -23,6 +23,7 @@ from tempering.training.config import BEFORE_END, Run, RunLength, TrainConfig, T
 from tempering.training.distributed import (
     RunInterrupted,
     StopSignals,
+    WorkersEndedError,
     all_reduce_gradients,
     all_reduce_mean,
     broadcast_parameters,
@@ -32,7 +33,7 @@ from tempering.training.distributed import (
     global_row_weights,
 )
 from tempering.training.evaluator import Evaluator
-from tempering.training.fabric import allow_double_backward, fabric_for, peak_mb
+from tempering.training.fabric import allow_double_backward, fabric_for, peak_mb, unknown_to_fabric
 from tempering.training.metrics import ProgressBar, nonfinite_loss_error, rollout_metrics, step_metrics
 from tempering.training.optimizers import (
     Optimizer,
@@ -123,6 +124,10 @@ class Trainer:
         self.adaptive_policies = method.adaptive_policies()
         for part in (method, *self.adaptive_policies):
             batches = part.wrap_batches(batches, teacher)
+        if config.balanced_sampling:
+            from tempering.training.balanced_sampling import balanced
+
+            batches = balanced(batches)
         self.loader = ResumableLoader(batches, self.fabric, seed=config.seed)
         self.length = RunLength(config, self.loader)
         if not self.length.total:
@@ -137,7 +142,8 @@ class Trainer:
         self.given = ModelState(student)
         forward = maybe_compile(student, config.compile) if config.compile else wrapped
         # Fabric compiles again what was compiled since it was imported, but cannot what its user compiled
-        forward = self.fabric.setup_module(forward, _reapply_compile=bool(config.compile))
+        with unknown_to_fabric(student):
+            forward = self.fabric.setup_module(forward, _reapply_compile=bool(config.compile))
         self.model = clone_outputs(forward, config.compile)
         if method.needs_double_backward:
             allow_double_backward(self.model)
@@ -324,6 +330,9 @@ class Trainer:
             self._end("interrupted")
             raise
         except BaseException as error:
+            if self.stop.ended_workers(error):
+                self._end("interrupted")
+                raise self._interrupted(str(self.stop.received), saved=False) from error
             self._end("failed", {"error": f"{type(error).__name__}: {error}"})
             raise
 
@@ -381,18 +390,25 @@ class Trainer:
         self.last_log = (start, state.step)
         if self.length.ends_epoch(state):  # resumed after the last step
             batches = iter(())
-        for group in micro_batches(batches, config.accumulate):
-            loss_sum, self.sample = loss_sum + self._step(group), group[-1]
-            state.step, state.batch = state.step + 1, state.batch + len(group)
-            state.seconds = seconds + time.perf_counter() - start
-            stop = self.stop.requested(self.fabric, state.step)
-            if stop or (config.checkpoint_every and state.step % config.checkpoint_every == 0):
-                state.loss_sum = self._finite(float(loss_sum))
-                self._save()
-            if stop:
-                raise self.stop.interrupted(stop, state.step, requeued=config.requeue and self.is_rank_zero)
-            if self.length.ends_epoch(state):
-                break
+        try:
+            for group in micro_batches(self.stop.batches(batches), config.accumulate):
+                loss_sum, self.sample = loss_sum + self._step(group), group[-1]
+                state.step, state.batch = state.step + 1, state.batch + len(group)
+                state.seconds = seconds + time.perf_counter() - start
+                stop = self.stop.requested(self.fabric, state.step)
+                if stop or (config.checkpoint_every and state.step % config.checkpoint_every == 0):
+                    state.loss_sum = self._finite(float(loss_sum))
+                    self._save()
+                if stop:
+                    raise self._interrupted(stop)
+                if self.length.ends_epoch(state):
+                    break
+        except WorkersEndedError as error:
+            if self.world > 1 or not state.step:  # other processes may be in a step
+                raise
+            state.loss_sum = self._finite(float(loss_sum))
+            self._save()
+            raise self._interrupted(str(self.stop.received)) from error
         if state.step == start_step and not start_batch:
             later = f"Epoch {state.epoch + 1} has none: is it a generator, which can be iterated over once?"
             raise ValueError(f"{EMPTY} {later}" if state.epoch else EMPTY)
@@ -404,7 +420,11 @@ class Trainer:
         self._save()
         stop = self.stop.requested(self.fabric, 0)  # in the evaluation
         if stop and not self.length.is_done(state):
-            raise self.stop.interrupted(stop, state.step, requeued=config.requeue and self.is_rank_zero)
+            raise self._interrupted(stop)
+
+    def _interrupted(self, by: str, *, saved: bool = True) -> RunInterrupted:
+        requeued = self.config.requeue and self.is_rank_zero
+        return self.stop.interrupted(by, self.state.step, requeued=requeued, saved=saved)
 
     def _save(self) -> None:
         """Write a checkpoint, and the size and hash of the records at this step."""

@@ -1,4 +1,4 @@
-"""Atomic writes, checksums, records that are verified, and file locks."""
+"""Atomic writes, checksums, records that are verified, file locks; signals, after which files stay whole."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 COUNTERS = {"steps.jsonl": "step", "epochs.jsonl": "epoch"}  # of the lines of a run's records, by file
 CHUNK = 1 << 20  # bytes
 PARTIAL = ".partial"  # suffix of a file or folder that is being written
+# sent before a job is ended or suspended: by Slurm (--signal, preemption), Grid Engine (-notify), LSF, a terminal
+BATCH_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
+STOP_SIGNALS = (signal.SIGINT, *BATCH_SIGNALS)
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
@@ -381,3 +386,19 @@ def _unsupported(path: Path, number: int | None) -> LockUnsupportedError:
         f"cannot lock {path}: its file system has no file locks ({os.strerror(number or errno.ENOLCK)}). Write to a "
         "folder on a local disk, or mount the file system with locks (Lustre: -o flock; NFS: a lock service).",
     )
+
+
+# signals
+
+
+@contextmanager
+def handle_signals(
+    handler: Callable[[int, FrameType | None], object], numbers: Sequence[signal.Signals] = STOP_SIGNALS
+) -> Iterator[None]:
+    """Handle signals in a context; those that are ignored, as under nohup, stay ignored."""
+    before = {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

@@ -45,6 +45,12 @@ def number(value: object) -> float | None:
     return float(value)
 
 
+def counted(n: float, noun: str) -> str:
+    """Return a number with its noun: "1 seed", "3 classes", "1,000 rows"."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{n:,.0f} {noun}{plural if n != 1 else ''}"
+
+
 def scores(line: Mapping[str, Any]) -> str:
     """Format the accuracies (a detector's mAP) of an evaluation, else its losses."""
     names = ("validation", "test", "validation_ema", "test_ema")  # of the student, and of the average of its weights

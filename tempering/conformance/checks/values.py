@@ -57,13 +57,11 @@ def _opposite(got: list[float], want: list[float], tol: float) -> bool:
 def _single_rows() -> list[tuple[Tensor, Tensor, Tensor]]:
     """Six rows of five classes: student, teacher, label."""
     generator = torch.Generator().manual_seed(0)
-    return [
-        (
-            *(torch.randint(-8, 9, (1, 5), generator=generator).double() * STEP for _ in "st"),
-            torch.randint(5, (1,), generator=generator),
-        )
-        for _ in range(6)
-    ]
+
+    def logits() -> Tensor:
+        return torch.randint(-8, 9, (1, 5), generator=generator).double() * STEP
+
+    return [(logits(), logits(), torch.randint(5, (1,), generator=generator)) for _ in range(6)]
 
 
 def fits(probe: Probe, function: Callable[..., Tensor], temperature: float) -> float | None:

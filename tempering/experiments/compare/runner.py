@@ -19,7 +19,8 @@ from tempering.experiments.compare import status as compare_status
 from tempering.experiments.compare.plan import Cell, Plan, lock_path
 from tempering.reports.records import pack, read_cell, write_cell
 from tempering.training.config import VERDICTS
-from tempering.utils.files import inheritable_descriptors, try_lock
+from tempering.utils.files import handle_signals, inheritable_descriptors, try_lock
+from tempering.utils.text import counted
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -75,7 +76,7 @@ class ComparisonRunner:
         self.jobs, self.threads, self.gpus, self.quiet = jobs, threads, list(gpus), quiet
         self.running: list[Running] = []
         self.failed: dict[str, str] = {}
-        self.stopped: int | None = None
+        self.stopped: signal.Signals | None = None
 
     def run(self) -> int:
         """Run unfinished cells; return 0 if all are done, 1 if one failed, 130 if stopped.
@@ -84,18 +85,16 @@ class ComparisonRunner:
             ValueError: if a record was edited.
         """
         self._set_up()
-        before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            with compare_status.Display(self.folder, self.plan, quiet=self.quiet) as self.display:
-                while self.stopped is None and self._poll():
-                    time.sleep(POLL_SECONDS)
-        finally:
-            self._end_all()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with handle_signals(self._stop):
+            try:
+                with compare_status.Display(self.folder, self.plan, quiet=self.quiet) as self.display:
+                    while self.stopped is None and self._poll():
+                        time.sleep(POLL_SECONDS)
+            finally:
+                self._end_all()
         compare_status.render(self.folder, self.plan)
         if self.stopped is not None:
-            compare_status.say(f"stopped; the same command resumes: {self._remaining()} runs left", quiet=self.quiet)
+            say_stopped(self.stopped, counted(self._remaining(), "run"))
             return 130
         return 1 if self.failed else 0
 
@@ -204,7 +203,7 @@ class ComparisonRunner:
     # stopping
 
     def _stop(self, number: int, _: object) -> None:
-        self.stopped = number
+        self.stopped = signal.Signals(number)
 
     def _end_all(self) -> None:
         """Let running processes close their records, then kill the remaining ones."""
@@ -219,6 +218,11 @@ class ComparisonRunner:
                 running.process.wait()
             running.lock.release()
         self.running = []
+
+
+def say_stopped(by: signal.Signals, left: str) -> None:
+    """Print that a signal stopped a grid or a search, also a quiet one; ``left`` is as "1 run"."""
+    print(f"stopped by {by.name}; the same command resumes: {left} left", file=sys.stderr, flush=True)
 
 
 def renice() -> None:

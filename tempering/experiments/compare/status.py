@@ -15,7 +15,7 @@ from tempering.experiments.compare.plan import Cell, Plan, lock_path, record_of,
 from tempering.reports.compare import display_name
 from tempering.reports.records import RunRecord, number, read_cell
 from tempering.utils.files import is_locked, read_json, write_atomic
-from tempering.utils.text import duration, printable, scores
+from tempering.utils.text import counted, duration, printable, scores
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -129,12 +129,12 @@ def summary(statuses: list[CellStatus], jobs: int) -> str:
     counts_text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     seconds_left = remaining(statuses, jobs)
     if counts["open"] + counts["interrupted"] + counts["running"] == 0:
-        return f"{len(statuses)} runs: {counts_text}"
+        return f"{counted(len(statuses), 'run')}: {counts_text}"
     if seconds_left is None:
-        return f"{len(statuses)} runs: {counts_text}; the remaining time is not known yet"
+        return f"{counted(len(statuses), 'run')}: {counts_text}; the remaining time is not known yet"
     end = datetime.now() + timedelta(seconds=seconds_left)
     time_left = f"about {duration(seconds_left)} left, until {end:%a %d %b %H:%M}"
-    return f"{len(statuses)} runs: {counts_text}; {jobs} at once: {time_left}"
+    return f"{counted(len(statuses), 'run')}: {counts_text}; {jobs} at once: {time_left}"
 
 
 def status_table(statuses: list[CellStatus], *, max_rows: int | None = None) -> Table:
@@ -215,7 +215,7 @@ def render(folder: Path, plan: Plan) -> tuple[Path, Path | None]:
     flags = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in plan.flags.items())
     done = sum(run.done for run in runs)
     lines = [
-        f"# {plan.recipe}: {done} of {len(runs)} runs",
+        f"# {plan.recipe}: {done} of {counted(len(runs), 'run')}",
         "",
         f"Made from the records in this folder by `tempering compare report`. Flags of every run: `{flags or 'none'}`.",
         "",

@@ -13,6 +13,7 @@ from tempering.reports import charts
 from tempering.reports.charts import Frame, Mark, Scale, Strip, Svg, figure, join, sized, strips, tag
 from tempering.reports.compare import Metric
 from tempering.utils.files import read_sealed, write_atomic
+from tempering.utils.text import counted
 
 if TYPE_CHECKING:
     import optuna
@@ -48,7 +49,7 @@ def words(study: optuna.Study, space: Space) -> list[str]:
     pruned = sum(t.state.name == "PRUNED" for t in done)
     sentences = [
         f"{shown(metric, best_trial.value)} by {best_trial.user_attrs['method']}",
-        f"{len(done)} trials, {pruned} of them pruned.",
+        f"{counted(len(done), 'trial')}, {pruned} of them pruned.",
     ]
     default_trial = _default_trial(done, space)
     if default_trial is not None and default_trial.number == best_trial.number:

@@ -25,6 +25,7 @@ from tempering.experiments.tune.study import JOURNAL, SEAL, finished, parameter,
 from tempering.reports.compare import Metric
 from tempering.reports.records import load_run, number
 from tempering.utils.files import (
+    handle_signals,
     inheritable_descriptors,
     read_json_lines,
     read_sealed,
@@ -33,6 +34,7 @@ from tempering.utils.files import (
     try_lock,
     write_atomic,
 )
+from tempering.utils.text import counted
 
 if TYPE_CHECKING:
     import optuna
@@ -97,7 +99,7 @@ class SearchRunner:
         self.prune, self.quiet = prune, quiet
         self.running: list[Running] = []
         self.metric: Metric | None = None
-        self.stopped: int | None = None
+        self.stopped: signal.Signals | None = None
 
     def run(self) -> int:
         """Run the remaining trials; return 0, or 130 if stopped.
@@ -106,7 +108,7 @@ class SearchRunner:
             ValueError: if the folder contains another search, or a trial fails to run.
         """
         (self.folder / "trials").mkdir(parents=True, exist_ok=True)
-        with self._lock(), _signals(self._stop):
+        with self._lock(), handle_signals(self._stop):
             self._write_settings()
             self.study = study_of(self.folder, self.seed, prune=self.prune)
             self._recover()
@@ -117,9 +119,9 @@ class SearchRunner:
             finally:
                 self._end_all()
                 seal(self.folder)
-        remaining = self.trials - len(finished(self.study))
+        remaining = counted(max(0, self.trials - len(finished(self.study))), "trial")
         if self.stopped is not None:
-            compare_status.say(f"stopped; the same command resumes: {max(0, remaining)} trials left", quiet=self.quiet)
+            compare_runner.say_stopped(self.stopped, remaining)
             return 130
         return 0
 
@@ -200,7 +202,7 @@ class SearchRunner:
         for content in sorted(lost, key=lambda content: content["number"]):
             self.study.enqueue_trial(content["params"])
         if lost:
-            text = f"the journal lacks {len(lost)} trials that have folders; they are read or run again"
+            text = f"{counted(len(lost), 'trial')} with a folder, absent from the journal: read or run again"
             compare_status.say(text, quiet=self.quiet)
 
     # trials
@@ -340,7 +342,7 @@ class SearchRunner:
     # stopping
 
     def _stop(self, number: int, _: object) -> None:
-        self.stopped = number
+        self.stopped = signal.Signals(number)
 
     def _end_all(self) -> None:
         """Let the running trials close their records; the next call resumes them."""
@@ -380,13 +382,3 @@ def _has_scores(run_dir: Path) -> bool:
 
 def _name(method: str, flags: Sequence[str]) -> str:
     return sha256_text(json.dumps([method, *flags]))[:10]
-
-
-@contextmanager
-def _signals(stop: Any) -> Iterator[None]:
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number_, handler in before.items():
-            signal.signal(number_, handler)
