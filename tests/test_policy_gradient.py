@@ -111,12 +111,13 @@ def test_terms_and_slopes_are_those_of_the_definition(clip: float) -> None:
     student, teacher, other = (Language(3, seed) for seed in range(3))
     rows = made(student, teacher, other)
     z = rows.student.detach()
-    logq, logp = (x.log_softmax(-1).gather(1, rows.sampled_id[:, None])[:, 0] for x in (z, rows.teacher))
-    assert rows.rollout_log_prob is not None
+    assert rows.rollout_log_prob is not None and rows.sampled_id is not None
+    ids, sampled_from = rows.sampled_id[:, None], rows.rollout_log_prob
+    logq, logp = (x.log_softmax(-1).gather(1, ids)[:, 0] for x in (z, rows.teacher))
 
     def value(z: Tensor) -> Tensor:
-        own = z.log_softmax(-1).gather(1, rows.sampled_id[:, None])[:, 0]
-        ratio, advantage = (own - rows.rollout_log_prob).exp(), logp - logq
+        own = z.log_softmax(-1).gather(1, ids)[:, 0]
+        ratio, advantage = (own - sampled_from).exp(), logp - logq
         return -torch.minimum(
             ratio * advantage, ratio.clamp(1 - clip if clip else 0.0, 1 + clip if clip else 1e9) * advantage
         )
@@ -129,7 +130,7 @@ def test_terms_and_slopes_are_those_of_the_definition(clip: float) -> None:
     numbers = (value(z + 1e-6 * direction) - value(z - 1e-6 * direction)) / 2e-6
     torch.testing.assert_close((slope * direction).sum(-1), 2 * numbers, rtol=1e-6, atol=1e-8)
     flat = (slope == 0).all(-1)
-    ratio, advantage = (logq - rows.rollout_log_prob).exp(), logp - logq
+    ratio, advantage = (logq - sampled_from).exp(), logp - logq
     out = ((ratio > 1 + clip) & (advantage > 0)) | ((ratio < 1 - clip) & (advantage < 0))
     assert torch.equal(flat, out if clip else torch.zeros_like(out)) and bool(out.any())
 
@@ -149,6 +150,7 @@ def test_generated_rows_have_the_log_probability_they_were_sampled_with(sampling
     for batch in OnPolicy(student, loader(), sampling=sampling, **own):
         (rows,) = task.rows(student(task.inputs(batch)[0]), teacher(task.inputs(batch)[0]).logits.detach(), batch)
         index = batch["learn"].nonzero()
+        assert rows.sampled_id is not None
         assert torch.equal(rows.sampled_id, batch["input_ids"][batch["learn"]]) and torch.equal(rows.text, index[:, 0])
         assert torch.equal(rows.positions, index[:, 1] - 1)
         z = rows.student.detach() / (sampling.temperature or 1.0)
