@@ -14,6 +14,7 @@ GAUSSIAN = "gaussian"  # name of a block whose columns are the mean and the log 
 UNLABELED = (IGNORE_INDEX, -1)  # targets of rows without a label
 # optional fields (N,) of Rows
 PER_ROW = ("target", "weight", "ids", "positions", "privacy_score", "task_loss", "teacher_loss")
+PER_ROW += ("sampled_id", "rollout_log_prob", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,9 @@ class Rows:
         task_loss: (N,) the task's own supervised loss per row, with gradient, for tasks whose loss is not the cross
             entropy of the target, such as detection. Hard terms then use this loss.
         teacher_loss: (N,) the teacher's own loss in units of ``task_loss``, for methods that it bounds.
+        sampled_id: (N,) the class that was sampled, of rows of generated texts; None: the rows are not sampled.
+        rollout_log_prob: (N,) its log-probability where it was sampled, in nats, after temperature and cuts.
+        text: (N,) the index of each row's text in the micro-batch.
         label_smoothing: share of the label's probability that the cross entropy spreads over all classes, in [0, 1].
 
     Raises:
@@ -65,6 +69,9 @@ class Rows:
     privacy_score: Float[Tensor, " N"] | None = None
     task_loss: Float[Tensor, " N"] | None = None
     teacher_loss: Float[Tensor, " N"] | None = None
+    sampled_id: Int[Tensor, " N"] | None = None
+    rollout_log_prob: Float[Tensor, " N"] | None = None
+    text: Int[Tensor, " N"] | None = None
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:

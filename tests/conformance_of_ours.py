@@ -36,6 +36,8 @@ DETACHED = {"detached_scale": True}
 NOT_UNIQUE = {"identifies_teacher": False}
 METHOD_PROMISES: dict[str, dict[str, Any]] = {
     "Divergence": {"definition": "jsd"},
+    # of rows that were not sampled
+    "PolicyGradient": {"definition": "reverse_kl"},
     "CKD": {"shift_invariant": False} | NOT_UNIQUE,
     # its normalizer is a constant, and the negatives of an image are those of its place in the batch
     "CRD": {"row_order": False} | DETACHED,

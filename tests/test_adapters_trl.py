@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from tempering.integrations.huggingface import DistillMixin
 from tempering.methods import KD
+from tempering.rollouts import OnPolicy
 from tempering.tasks import LanguageModeling
 from tests.cases import each
 from tests.lazy_modules import LazyModule, needs
@@ -26,7 +28,9 @@ trl, datasets = LazyModule("trl"), LazyModule("datasets")
 V = 257
 
 
-def sft(path: Path, student: nn.Module, teacher: nn.Module, *, accumulate: int = 1, **options: Any) -> Any:
+def sft(
+    path: Path, student: nn.Module, teacher: nn.Module, *, accumulate: int = 1, rollouts: Any = None, **options: Any
+) -> Any:
     """A trainer of one step on eight texts, and the class that it derives from."""
 
     class KDTrainer(DistillMixin, trl.SFTTrainer):
@@ -45,7 +49,7 @@ def sft(path: Path, student: nn.Module, teacher: nn.Module, *, accumulate: int =
     plain = trl.SFTTrainer(copy.deepcopy(student), copy.deepcopy(args), processing_class=tokenizer, **sets)
     task = LanguageModeling()
     method = KD(soft=1.0, hard=1.0, temperature=2.0)
-    own = {"teacher": teacher, "method": method, "task": task, "selfcheck": False}
+    own = {"teacher": teacher, "method": method, "task": task, "selfcheck": False, "rollouts": rollouts}
     return plain, KDTrainer(student, args, processing_class=tokenizer, **sets, **own)
 
 
@@ -90,3 +94,17 @@ def test_another_loss_type_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"loss_type='dft' would have no effect. Leave it out"):
         sft(tmp_path, student, teacher, loss_type="dft")
     sft(tmp_path, student, teacher, loss_type="nll")
+
+
+def test_texts_are_generated_in_trl(tmp_path: Path) -> None:
+    """Their tokens have no labels: the soft term is the whole loss, and TRL's scores of labels are not logged."""
+    student, teacher = (tiny("LlamaForCausalLM", vocab_size=V, seed=i).float() for i in (0, 1))
+    own = partial(OnPolicy, generated_fraction=1.0, max_new_tokens=4, prompt_length=2, vocabulary=V)
+    trainer = sft(tmp_path, student, teacher, accumulate=2, rollouts=own)[1]
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(log["soft"], rel=1e-6) and log["loss"] > 0 and log["hard"] == 0
+    assert log["rollout_length"] == 4 and log["num_tokens"] == 8 * (2 + 4)
+    assert not {"entropy", "mean_token_accuracy"} & log.keys()
+    with pytest.raises(ValueError, match="rollouts need padded texts: set packing=False and padding_free=False"):
+        sft(tmp_path, student, teacher, rollouts=own, padding_free=True, max_length=None)

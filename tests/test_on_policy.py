@@ -194,7 +194,7 @@ def test_sampling_cuts_and_sharpens() -> None:
     z, generator = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, -1), torch.Generator().manual_seed(0)
 
     def shares(sampling: Sampling) -> Tensor:
-        return torch.bincount(sampling.draw(z, generator), minlength=4) / 4000
+        return torch.bincount(sampling.draw(z, generator)[0], minlength=4) / 4000
 
     near = partial(torch.testing.assert_close, rtol=0.0, atol=0.03)
     near(shares(Sampling()), torch.tensor([0.5, 0.3, 0.15, 0.05]))
@@ -343,7 +343,7 @@ def test_settings_of_transformers_are_those_of_sampling() -> None:
     assert OnPolicy(gpt2(8, 3), loader(), sampling=config, max_new_tokens=3, eos=1).max_new_tokens == 3
     z, generator = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, -1), torch.Generator().manual_seed(0)
     for sampling, kept in ((Sampling(top_k=2), 2), (Sampling(top_k=9), 4), (Sampling(min_p=0.25), 3)):
-        shares = torch.bincount(sampling.draw(z, generator), minlength=4) / 4000
+        shares = torch.bincount(sampling.draw(z, generator)[0], minlength=4) / 4000
         want = torch.tensor([0.5, 0.3, 0.15, 0.05]) * (torch.arange(4) < kept)
         torch.testing.assert_close(shares, want / want.sum(), rtol=0.0, atol=0.03)
     for bad, why in (

@@ -57,6 +57,7 @@ WEIGHTS = {
     "NST": "feature",
     "PKD": "feature",
     "PKT": "feature",
+    "PolicyGradient": "soft",
     "R2KD": "value order",
     "RKD": "feature",
     "RLD": "sample masked",

@@ -31,6 +31,7 @@ from tests.trainers import (
     Result,
     agree,
     expected,
+    generated,
     language,
     loader,
     models,
@@ -126,8 +127,10 @@ def test_two_processes_have_one_loss_gradient_and_scores(tmp_path: Path) -> None
     ]
     errors = [process.communicate(timeout=600)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors[0][-3000:]
-    for result in json.loads((tmp_path / "out.json").read_text()).values():
-        agree(Result(**result), by_hand("llama", 0, False))
+    results = {name: Result(**result) for name, result in json.loads((tmp_path / "out.json").read_text()).items()}
+    agree(results.pop("generated"), generated(*models("llama"), language("left")))
+    for result in results.values():
+        agree(result, by_hand("llama", 0, False))
 
 
 # the audits

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from tempering import distill
 from tempering.data.text import TextExample, collate, pack
 from tempering.methods import KD
+from tempering.rollouts import OnPolicy, Sampling
 from tempering.tasks import LanguageModeling
 from tempering.tasks.base import Task
 from tests.lazy_modules import LazyModule
@@ -280,6 +281,13 @@ def paired(samples: list[dict[str, Tensor]]) -> tuple[Tensor, ...]:
     return tuple(stacked(samples).values())
 
 
+def generated(student: nn.Module, teacher: nn.Module, data: Data) -> Result:
+    """The Trainer on the likeliest texts of the student, which are the same however they are split."""
+    own = {"max_new_tokens": 4, "pad": PAD, "vocabulary": V, "sampling": Sampling(temperature=0.0)}
+    rollouts = partial(OnPolicy, generated_fraction=1.0, **own)
+    return transformers_trainer(student, teacher, data, LanguageModeling(), rollouts=rollouts)
+
+
 def main(out: Path) -> None:
     """Run the adapters on two processes; of nine texts to score, one process gets one twice."""
     torch.set_num_threads(1)
@@ -289,6 +297,7 @@ def main(out: Path) -> None:
         student, teacher = models("llama")
         two: dict[str, Any] = {} if name == "transformers" else {"devices": 2, "strategy": "ddp"}
         results[name] = TRAINERS[name](student, teacher, half, LanguageModeling(), **two)._asdict()
+    results["generated"] = generated(*models("llama"), half)._asdict()
     from lightning.pytorch.strategies import ModelParallelStrategy
 
     sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tempering.rows import IGNORE_INDEX
 
@@ -20,6 +21,8 @@ class TextExample:
         ids: token ids.
         learn: whether each token is a training target.
         privacy_score: how private each token is, in [0, 1]; None: no token is private.
+        teacher_prompt: what the teacher sees in place of the tokens before the learned ones, as
+            ``with_privileged_context`` sets it; None: the same.
 
     Raises:
         ValueError: for fields of different lengths.
@@ -28,6 +31,7 @@ class TextExample:
     ids: tuple[int, ...]
     learn: tuple[bool, ...]
     privacy_score: tuple[float, ...] | None = None
+    teacher_prompt: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.learn):
@@ -96,6 +100,37 @@ def make_prompt_example(
         )
     scores = [*privacy_score[0][len(prompt) - len(context) :], *privacy_score[1], 0.0][: len(flags)]
     return TextExample((*context, *learned), flags, tuple(scores))
+
+
+def with_privileged_context(example: TextExample, teacher_example: TextExample) -> TextExample:
+    """Return the student's example with the prompt of the teacher's, such as one with a hint, for
+    ``tasks.PrivilegedContext``.
+
+    Make both by ``make_prompt_example`` or ``chat``, with equal completions.
+
+    Raises:
+        ValueError: for texts that differ from the first learned token on, or have learned tokens in several places, or
+            in none, or a teacher's text without a prompt.
+    """
+    begins = []
+    for side, text in (("student", example), ("teacher", teacher_example)):
+        starts = [i for i, flag in enumerate(text.learn) if flag and not (i and text.learn[i - 1])]
+        if len(starts) != 1:
+            raise ValueError(
+                f"with_privileged_context needs learned tokens in one place, such as the last answer of a chat; the "
+                f"{side}'s text has {len(starts)}."
+            )
+        begins.append(starts[0])
+    pairs = zip((example, teacher_example), begins, strict=True)
+    rest = [(*zip(text.ids[b:], text.learn[b:], strict=True),) for text, b in pairs]
+    if rest[0] != rest[1] or not begins[1]:
+        n = next((i for i, (a, b) in enumerate(zip(*rest, strict=False)) if a != b), min(map(len, rest)))
+        what = "has no prompt" if rest[0] == rest[1] else f"differs from the student's in token {n} of the completion"
+        raise ValueError(
+            f"with_privileged_context needs a teacher's text with a prompt and the student's completion; it {what}. "
+            "Truncated, or another chat template? Tokenize prompt and completion separately."
+        )
+    return replace(example, teacher_prompt=teacher_example.ids[: begins[1]])
 
 
 def chat(
@@ -198,7 +233,8 @@ def collate(
 ) -> dict[str, Tensor]:
     """Collate examples into a padded batch: input_ids, attention_mask and labels (-100: not learned), each (B, L).
 
-    If an example has a privacy score, the batch also has "privacy_score" (B, L), 0 for all other tokens. Use it as
+    If an example has a privacy score, the batch also has "privacy_score" (B, L), 0 for all other tokens; if all have a
+    teacher's prompt, "teacher_prompt" and "teacher_prompt_mask" (B, P), padded on the right. Use it as
     ``DataLoader(examples, collate_fn=partial(collate, pad=tokenizer.pad_token_id))``.
 
     Args:
@@ -232,6 +268,11 @@ def collate(
         batch["labels"][row, part] = _labels(example)
         if example.privacy_score is not None:
             batch["privacy_score"][row, part] = torch.tensor(example.privacy_score)
+    if all(example.teacher_prompt is not None for example in examples):
+        prompts = [torch.tensor(example.teacher_prompt) for example in examples]
+        batch["teacher_prompt"] = pad_sequence(prompts, batch_first=True, padding_value=pad)
+        ones = [torch.ones_like(prompt) for prompt in prompts]
+        batch["teacher_prompt_mask"] = pad_sequence(ones, batch_first=True)
     return batch if ids is None else batch | {"ids": torch.tensor(list(ids))}
 
 

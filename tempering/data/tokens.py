@@ -63,6 +63,8 @@ class Tokens(ShardedLoader):
             digest.update(np.asarray([len(example), *example.ids, *example.learn], dtype=np.int64).tobytes())
             if example.privacy_score is not None:
                 digest.update(np.asarray(example.privacy_score, dtype=np.float64).tobytes())
+            if example.teacher_prompt is not None:
+                digest.update(repr(example.teacher_prompt).encode())
         self.identity = digest.hexdigest()
 
     def __len__(self) -> int:

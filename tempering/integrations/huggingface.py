@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +30,13 @@ from tempering.integrations.linear import HiddenForward
 from tempering.integrations.sft import record_sft_metrics
 from tempering.methods.auxiliary import auxiliary_loss
 from tempering.methods.base import Method, add_auxiliary
+from tempering.rollouts.on_policy import OnPolicy
+from tempering.rollouts.sampling import GenerationStats
 from tempering.tasks.base import Task, with_columns
 from tempering.teachers.base import Teacher
 from tempering.teachers.in_batch import InBatch
 from tempering.teachers.live import Live
+from tempering.teachers.outputs import PrecomputedLogits
 from tempering.training.checkpoint import save_weights
 from tempering.training.checks import as_method, chunking_for
 from tempering.training.features import PairedFeatures
@@ -59,6 +62,10 @@ class DistillMixin(Trainer):
     The log has the terms of the loss, the temperatures and the agreement with the teacher, all means over the rows
     since the last log; TRL's own metrics stay. ``eval_loss`` is the method's loss too, the mean over all rows of the
     data set, with ``eval_accuracy``, ``eval_agreement``, ``eval_cross_entropy`` and, of tokens, ``eval_perplexity``.
+    With ``rollouts`` the completions of training batches are generated, each process from its own prompts, right before
+    their step, by the student without its wrappers, in eval mode, where gradient checkpointing is off and the cache is
+    used. They depend on the seed, the epoch, the step and the micro-batch alone, so a resumed run generates the same
+    texts; the log has their statistics since the last log, as "rollout_length" and so on.
     The auxiliary loss that a mixture of experts computes itself is added in training. Columns of the data that only one
     of the two models takes, such as ``token_type_ids``, reach that model. With ``model_init`` every run starts with a
     new student and with the method as it was given.
@@ -70,6 +77,9 @@ class DistillMixin(Trainer):
         method: the loss, with its temperature policy.
         task: converts batches to rows; None is ``Labeled()``. Causal language models need ``tasks.LanguageModeling()``,
             encoder-decoders ``tasks.Seq2Seq()``.
+        rollouts: makes the generated texts to train on from the student and the batches, both of which this trainer
+            gives: ``partial(rollouts.OnPolicy, max_new_tokens=64, eos=2)``, or ``lambda student, batches:
+            Speculative(student, teacher, batches)``; None trains on the data.
         chunks: whether to compute losses in chunks of rows (``kernels.chunked``); None: blocks of 2^22 logits or more.
         linear: train language models by ``kernels.linear_loss``, from hidden states, which stores no (N, C) logits. The
             log then has no agreement, nor TRL's own metrics; evaluation is unchanged.
@@ -86,11 +96,13 @@ class DistillMixin(Trainer):
         teacher: nn.Module | Teacher | None,
         method: Method | str,
         task: Task | None = None,
+        rollouts: Callable[[nn.Module, Iterable[Any]], OnPolicy] | None = None,
         chunks: bool | None = None,
         linear: bool = False,
         selfcheck: bool = True,
         **kwargs: Any,
     ) -> None:
+        _check_rollouts(rollouts, task, kwargs.get("train_dataset"))
         super().__init__(*args, **kwargs)
         self.method: Method = (method := as_method(method))
         self._given_method = None if getattr(self, "model_init", None) is None else copy.deepcopy(method)
@@ -114,7 +126,7 @@ class DistillMixin(Trainer):
         self._check_arguments()
         if self.teacher is not None:
             self.task = with_columns(self.task, self.teacher)
-        self._chunks, self._wants_linear = chunks, linear
+        self._chunks, self._wants_linear, self._make_rollouts = chunks, linear, rollouts
         self._bind(self._module())
         self._row_weights: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}  # of the metrics since the last log
@@ -141,6 +153,26 @@ class DistillMixin(Trainer):
         self._features = PairedFeatures.from_models(student, self.teacher, names)
         self._chunking = chunking_for(self.method, self._chunks)
         self._linear = HiddenForward(self.method, self.task, student) if self._wants_linear else None
+        self._rollouts = None if self._make_rollouts is None else self._bind_rollouts(self._make_rollouts, student)
+
+    def _bind_rollouts(self, make: Callable[..., OnPolicy], student: nn.Module) -> OnPolicy:
+        """Return the loader that generates with this student, after trying how its models are decoded."""
+        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        if self.is_fsdp_enabled or zero3:
+            raise ValueError(
+                f"rollouts need the whole weights on every process, and {'ZeRO-3' if zero3 else 'FSDP'} shards them. "
+                "Use DistributedDataParallel (torchrun without fsdp=), with PEFT if memory is short."
+            )
+        if getattr(self.args, "packing", False) or getattr(self.args, "padding_free", False):
+            raise ValueError("rollouts need padded texts: set packing=False and padding_free=False.")
+        rollouts = make(self.accelerator.unwrap_model(student), ())
+        if not isinstance(rollouts, OnPolicy):
+            raise TypeError(
+                f"rollouts must return an OnPolicy, Speculative or SequenceLevel; got {type(rollouts).__name__}."
+            )
+        rollouts.rank = self.accelerator.process_index
+        rollouts.try_models()
+        return rollouts
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a new student of ``model_init``, and take it with the method as it was given."""
@@ -216,6 +248,12 @@ class DistillMixin(Trainer):
             means = {name: value / self._summed_steps for name, value in zip(names, sums, strict=True)}
             logs.update({name: value for name, value in means.items() if name not in logs})
             self._sums, self._summed_steps = {}, 0
+            if self._rollouts is not None:
+                counts = vars(self._rollouts.stats)
+                summed = self._all_reduce(torch.tensor([*counts.values()], device=self.args.device)).tolist()
+                stats = GenerationStats(**dict(zip(counts, summed, strict=True)))
+                logs.update({f"rollout_{name}": x for name, x in stats.report().items()} if stats.texts else {})
+                self._rollouts.stats = GenerationStats()
         super().log(logs, start_time)
 
     def evaluation_loop(
@@ -270,6 +308,10 @@ class DistillMixin(Trainer):
     def get_batch_samples(self, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the micro-batches of one step, and the total weight of their rows on all processes."""
         batches, _ = super().get_batch_samples(*args)
+        if (rollouts := self._rollouts) is not None:
+            first = self.state.global_step * self.args.gradient_accumulation_steps
+            rollouts.epoch = int(self.state.epoch or 0)
+            batches = [self._own_teacher(rollouts.mixed(batch, first + i)) for i, batch in enumerate(batches)]
         self.method.zero_grad(set_to_none=True)  # the Trainer only resets the gradients of its model
         self._row_weights = {}
         if self._summed_state is not self.state:  # the Trainer started anew, such as with smaller batches
@@ -284,6 +326,14 @@ class DistillMixin(Trainer):
             self.selfcheck = False
             self._check(batches[0])
         return batches, sum(self._row_weights.values())
+
+    def _own_teacher(self, batch: Any) -> Any:
+        """Return a generated batch whose stored logits, if they are this trainer's teacher's, are known as such."""
+        stored = batch.get("teacher_outputs")
+        own = self._unpacked_teacher
+        if stored is None or own is None or stored.producer is not own.model:
+            return batch
+        return {**batch, "teacher_outputs": PrecomputedLogits(stored.logits, own)}
 
     def create_optimizer(self, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the Trainer's optimizer, with a parameter group for the method."""
@@ -454,6 +504,25 @@ class DistillMixin(Trainer):
                 loader.end()  # accelerate's, which still counts a pass that is left
             model.eval()
             self.method.setup(self._forward(model, batch).blocks[-1])
+
+
+def _check_rollouts(rollouts: Any, *places: Any) -> None:
+    """Reject generated texts that are given as a loader, which this trainer would not bind to its student.
+
+    Args:
+        rollouts: the argument.
+        places: other arguments in which a loader may be given by mistake.
+    """
+    loader = next((x for x in (rollouts, *places) if isinstance(x, OnPolicy)), None)
+    if loader is not None or not (rollouts is None or callable(rollouts)):
+        name = "OnPolicy" if loader is None else type(loader).__name__
+        call = f"partial({name}, max_new_tokens=64, eos=2)"
+        if name != "OnPolicy":
+            call = f"lambda student, batches: {name}({'student, ' * (name == 'Speculative')}teacher, batches)"
+        raise TypeError(
+            f"this trainer makes its own batches, and gives them and the student to what generates: rollouts={call}, "
+            f"with train_dataset=the data and task=tasks.LanguageModeling(); got {type(loader or rollouts).__name__}."
+        )
 
 
 class Unpacked(nn.Module):

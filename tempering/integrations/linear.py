@@ -62,7 +62,7 @@ class HiddenForward:
         Raises:
             TypeError: for a teacher without hidden states, or logits that its head does not compute.
         """
-        inputs, _, ids = self.task.inputs(batch)
+        inputs, teacher_inputs, ids = self.task.inputs(batch)
         index, shape, fields = self.task.row_fields(batch)
         with _up_to_head(self.student) as captured:
             output = run(inputs)
@@ -75,7 +75,8 @@ class HiddenForward:
             )
         if teacher is not None:
             with _up_to_head(teacher.model) as captured:
-                teacher_output = teacher(inputs, ids)
+                teacher_output = teacher(teacher_inputs, ids)
+            index, shape = self.task.teacher_index(batch, index, shape)
             if isinstance(teacher_output, Hidden):
                 teacher_hidden, teacher_head = teacher_output.rows(index, shape), teacher_output.head
             elif teacher.model is None:

@@ -34,8 +34,9 @@ def record_sft_metrics(trainer: Any, inputs: Any, out: Forward, *, training: boo
         torch.stack([entropy.float(), torch.as_tensor(hits).to(entropy).float(), kept.new_tensor(len(kept)).float()])
     )
     entropy_sum, hit_sum, count = sums.tolist()
-    metrics[mode]["entropy"].append(entropy_sum / count if count else 0.0)
-    metrics[mode]["mean_token_accuracy"].append(hit_sum / count if count else 0.0)
+    if count:  # generated tokens have no labels
+        metrics[mode]["entropy"].append(entropy_sum / count)
+        metrics[mode]["mean_token_accuracy"].append(hit_sum / count)
     if training:
         trainer._total_train_tokens += int(reduce(tokens))
     metrics[mode]["num_tokens"] = [trainer._total_train_tokens]

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from tempering.kernels.analytic import FastFunctions
 from tempering.kernels.compiled import Versions, Wanted, fast_versions
 from tempering.methods.base import Method
-from tempering.rows import Rows, total, upcast_to_float32
+from tempering.rows import PER_ROW, Rows, total, upcast_to_float32
 from tempering.temperature.base import Policy, Temperatures
 from tempering.utils.registry import override_with
 
@@ -256,11 +256,7 @@ def _slice_rows(rows: Rows, part: slice, student: Tensor, features: dict[str, Te
     return rows.replace(
         student=student,
         teacher=upcast_to_float32(rows.teacher[part]),
-        target=cut(rows.target),
-        weight=cut(rows.weight),
-        ids=cut(rows.ids),
-        positions=cut(rows.positions),
-        privacy_score=cut(rows.privacy_score),
+        **{name: cut(getattr(rows, name)) for name in PER_ROW},
         features={name: (features[name], t[part]) for name, (_, t) in rows.features.items()},
     )
 

@@ -33,6 +33,9 @@ def linear_loss(
     ids: Tensor | None = None,
     positions: Tensor | None = None,
     privacy_score: Tensor | None = None,
+    sampled_id: Tensor | None = None,
+    rollout_log_prob: Tensor | None = None,
+    text: Tensor | None = None,
     progress: float = 1.0,
     normalizer: Tensor | float | None = None,
     classes: int | None = None,
@@ -57,7 +60,8 @@ def linear_loss(
         head_teacher: the same for the teacher; it is never trained.
         target: (N,) class indices, negative for none.
         weight: (N,), non-negative.
-        ids, positions, privacy_score: (N,) each, as in ``Rows``, for methods that need them.
+        ids, positions, privacy_score, sampled_id, rollout_log_prob, text: (N,) each, as in ``Rows``, for methods that
+            need them.
         progress: the fraction of the run that is done.
         normalizer: as for ``total``.
         classes: number of classes of each head to use, from the first, if a vocabulary is padded.
@@ -82,6 +86,9 @@ def linear_loss(
         "ids": ids,
         "positions": positions,
         "privacy_score": privacy_score,
+        "sampled_id": sampled_id,
+        "rollout_log_prob": rollout_log_prob,
+        "text": text,
     }
     _check_shapes(student, teacher, name, row_fields, allowed=allowed)
     if hidden_teacher.requires_grad:

@@ -49,10 +49,13 @@ class Sampling:
                 f"Sampling needs top_k >= 1 or None, and min_p in [0, 1]; got {self.top_k} and {self.min_p}."
             )
 
-    def draw(self, logits: Float[Tensor, "B V"], generator: torch.Generator) -> Int[Tensor, " B"]:
-        """Return one sampled token per row."""
+    def draw(
+        self, logits: Float[Tensor, "B V"], generator: torch.Generator
+    ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+        """Return one sampled token per row, and its log-probability among those that could be sampled."""
         if self.temperature == 0.0:
-            return logits.argmax(-1)
+            ids = logits.argmax(-1)
+            return ids, torch.zeros_like(upcast_to_float32(logits[:, 0]))
         z = upcast_to_float32(logits) / self.temperature
         if self.top_k is not None and self.top_k < z.shape[-1]:
             z = z.masked_fill(z < z.topk(self.top_k).values[..., -1:], -torch.inf)
@@ -65,7 +68,8 @@ class Sampling:
             p = p.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)
         if self.min_p > 0.0:
             p = p.masked_fill(p < self.min_p * p.amax(-1, keepdim=True), 0.0)
-        return torch.multinomial(p, 1, generator=generator).squeeze(-1)
+        ids = torch.multinomial(p, 1, generator=generator)
+        return ids.squeeze(-1), (p.gather(-1, ids).squeeze(-1) / p.sum(-1)).log()
 
 
 def as_sampling(value: Any) -> Sampling | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tempering.rollouts.decoders import is_encoder_decoder
 from tempering.rollouts.decoding import causal_strategy
 from tempering.rollouts.generation_config import as_sampling, generation_limits
-from tempering.rollouts.sampling import TURNS, GenerationStats, generate, prompts_and_source
+from tempering.rollouts.sampling import TEACHER_PROMPT, TURNS, GenerationStats, generate, prompts_and_source
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -124,13 +124,16 @@ class OnPolicy:
 
     def iterate(self, start: int) -> Iterator[Any]:
         """Yield the epoch's batches from batch ``start`` on; nothing is generated for those before."""
-        if self.generated_fraction > 0.0:
-            self._try_models()
+        self.try_models()
         iterate: Any = getattr(self.batches, "iterate", None)
         rest = iterate(start) if iterate is not None else itertools.islice(iter(self.batches), start, None)
         for index, batch in enumerate(rest, start):
-            seed = self._seed(index)
-            yield self.generate(batch, seed) if random.Random(seed).random() < self.generated_fraction else batch
+            yield self.mixed(batch, index)
+
+    def mixed(self, batch: Any, index: int) -> Any:
+        """Return the epoch's batch ``index`` as it is, or, as often as ``generated_fraction`` says, generated."""
+        seed = self._seed(index)
+        return self.generate(batch, seed) if random.Random(seed).random() < self.generated_fraction else batch
 
     def generate(self, batch: Any, seed: int) -> dict[str, Any]:
         """Return the batch with completions of the student."""
@@ -178,12 +181,19 @@ class OnPolicy:
             **verification,
         )
         self.stats.add(stats)
+        out |= {name: batch[name] for name in TEACHER_PROMPT if name in batch}
         if batch.get("privacy_score") is not None:
             out["privacy_score"] = _privacy_score(batch, prompts, out)
         return out
 
-    def _try_models(self) -> None:
-        """Find how the models are decoded before anything is generated, so that none fails later in an epoch."""
+    def try_models(self) -> None:
+        """Find how the models are decoded before anything is generated, so that none fails later in an epoch.
+
+        Raises:
+            TypeError: for a model that is decoded exactly in no way: see ``rollouts.decoding.causal_strategy``.
+        """
+        if self.generated_fraction == 0.0:
+            return
         for model in (self.student, self.teacher):
             if model is not None and not is_encoder_decoder(model):
                 causal_strategy(model, rejects=self.teacher is not None)

@@ -20,16 +20,19 @@ from tempering.rows import IGNORE_INDEX, upcast_to_float32
 from tempering.teachers.outputs import PrecomputedLogits
 from tempering.utils.tensors import eval_mode, on_host, to_device
 
+TEACHER_PROMPT = ("teacher_prompt", "teacher_prompt_mask")  # of a batch, for ``tasks.PrivilegedContext``
 CARRIED = {
     "input_ids",
     "attention_mask",
     "labels",
     "learn",
     "replaced",
+    "rollout_log_prob",
     "generated",
     "ids",
     "privacy_score",
     "teacher_outputs",
+    *TEACHER_PROMPT,
 }
 TURNS = {"last": -1, "first": 0, "random": None}  # index among the learned turns of a text
 
@@ -107,6 +110,7 @@ class GenerationState:
         self.generated: list[list[int]] = [[] for _ in prompts]
         self.replaced: list[list[bool]] = [[] for _ in prompts]
         self.logits: list[list[Tensor]] = [[] for _ in prompts]
+        self.log_probs: list[Tensor] = []  # of the blocks' tokens, of which a row has the first ones
         self.done = [max_new_tokens < 1] * len(prompts)
         width = max(map(len, prompts)) - 1  # the last token of a prompt is decoded with the first block
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -136,6 +140,7 @@ class GenerationState:
         block: Int[Tensor, "B G"],
         accepted: Int[Tensor, " B"] | None = None,
         logits: Float[Tensor, "B G V"] | None = None,
+        log_probs: Float[Tensor, "B G"] | None = None,
     ) -> None:
         """Append a block's accepted tokens and, if it is longer, the one that replaces the next.
 
@@ -143,6 +148,7 @@ class GenerationState:
             block: the proposed tokens, with replacements.
             accepted: number of accepted tokens of each row; None: all.
             logits: logits before each token of the block, to be stored for the appended ones.
+            log_probs: log-probability of each token where it was sampled, if the student generates alone.
         """
         width = block.shape[1]
         counts = torch.full_like(block[:, :1], width) if accepted is None else accepted[:, None]
@@ -158,6 +164,7 @@ class GenerationState:
             kept[row] = len(ids)
             if logits is not None:
                 self.logits[row].append(logits[row, : len(ids)].clone())
+        self.log_probs += [] if log_probs is None else [log_probs]
         kept, self.active = to_device((kept, ~torch.tensor(self.done)), block.device)
         self.position = self.position + kept
         self.last = torch.where(kept > 0, block.gather(1, (kept - 1).clamp_min(0)[:, None])[:, 0], self.last)
@@ -172,8 +179,13 @@ class GenerationState:
         out["input_ids"].fill_(pad)
         out["labels"] = torch.full(shape, IGNORE_INDEX)
         out |= {name: torch.zeros(shape, dtype=torch.bool) for name in ("learn", "replaced")}
+        log_probs = torch.cat(self.log_probs, 1).to("cpu") if self.log_probs else None
+        if log_probs is not None:
+            out["rollout_log_prob"] = log_probs.new_zeros(shape)
         for i, row in enumerate(rows):
             begin = len(self.prompts[i])
+            if log_probs is not None:
+                out["rollout_log_prob"][i, begin : len(row)] = log_probs[i, : len(row) - begin]
             out["input_ids"][i, : len(row)] = torch.tensor(row)
             out["attention_mask"][i, : len(row)] = 1
             out["learn"][i, begin : len(row)] = True
@@ -183,7 +195,8 @@ class GenerationState:
     def seq2seq_batch(self, pad: int, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the source with the tokens generated after the decoder's start: a batch for ``Seq2Seq``."""
         batch = {name: x[:, 1:] for name, x in on_host(self.batch(pad)).items()}
-        targets = {"generated": batch["input_ids"]} | {name: batch[name] for name in ("labels", "learn", "replaced")}
+        names = [name for name in ("labels", "learn", "replaced", "rollout_log_prob") if name in batch]
+        targets = {"generated": batch["input_ids"]} | {name: batch[name] for name in names}
         return {**source, **to_device(targets, self.last.device)}
 
     def stats(self) -> GenerationStats:
@@ -266,19 +279,20 @@ def generate(
             for decoder in decoders:
                 decoder.decode(state.start, positions, state.mask)
         while not all(state.done):
-            proposed, previous = _propose(decoders[0], state, block, sampling, generators[0])
+            proposed, previous, log_probs = _propose(decoders[0], state, block, sampling, generators[0])
             accepted, stored = None, None
             if teacher is not None:
                 logits = decoders[1].decode(previous, state.positions(0, block), state.block_mask(block))
                 verified = verify_tokens(logits, proposed, top_k, nucleus)
                 index = verified.accepted.clamp_max(block - 1)[:, None]
-                replacement = resampling.draw(
+                log_probs = None  # of a text that both models generate there is none
+                replacement, _ = resampling.draw(
                     logits.gather(1, index[..., None].expand(-1, -1, logits.shape[-1]))[:, 0], generators[1]
                 )
                 replace = (verified.accepted < block)[:, None] & (torch.arange(block, device=device) == index)
                 proposed = torch.where(replace, replacement[:, None], proposed)
                 accepted, stored = verified.accepted, logits if reuse else None
-            state.append(proposed, accepted, stored)
+            state.append(proposed, accepted, stored, log_probs)
     stats = state.stats()
     stats.student_forwards = decoders[0].forwards
     stats.teacher_forwards = decoders[1].forwards if teacher is not None else 0
@@ -336,14 +350,19 @@ def _propose(
     block: int,
     sampling: Sampling,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Return a block of the student's tokens, (B, block), and the decoder's inputs for it, shifted by one."""
-    inputs, tokens = [state.last], []
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a block of the student's tokens, the decoder's inputs for it, shifted by one, and log-probabilities.
+
+    Each is (B, block).
+    """
+    inputs, tokens, log_probs = [state.last], [], []
     for i in range(block):
         logits = decoder.decode(inputs[-1][:, None], state.positions(i, 1), state.block_mask(i + 1))[:, -1]
-        tokens.append(sampling.draw(logits, generator))
+        token, log_prob = sampling.draw(logits, generator)
+        tokens.append(token)
+        log_probs.append(log_prob)
         inputs.append(tokens[-1])
-    return torch.stack(tokens, 1), torch.stack(inputs[:-1], 1)
+    return torch.stack(tokens, 1), torch.stack(inputs[:-1], 1), torch.stack(log_probs, 1)
 
 
 def learned_turns(learn: Sequence[bool]) -> list[tuple[int, int]]:

@@ -48,4 +48,5 @@ class SequenceLevel(OnPolicy):
         """Return the batch with the teacher's completions as labels."""
         out = super().generate(batch, seed)
         ids = out.pop("generated", out["input_ids"])
+        out.pop("rollout_log_prob", None)  # the teacher's
         return {**out, "labels": torch.where(out.pop("learn"), ids, IGNORE_INDEX)}

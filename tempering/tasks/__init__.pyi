@@ -10,6 +10,7 @@ from .language_modeling import LanguageModeling as LanguageModeling
 from .multi_label import Binary as Binary
 from .multi_label import MultiLabel as MultiLabel
 from .multi_label import Ordinal as Ordinal
+from .privileged_context import PrivilegedContext as PrivilegedContext
 from .ranking import Ranking as Ranking
 from .regression import Regression as Regression
 from .segmentation import Segmentation as Segmentation

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tempering.data.batches import with_teacher_outputs
 from tempering.rollouts.decoders import is_encoder_decoder
+from tempering.rollouts.sampling import TEACHER_PROMPT
 from tempering.rollouts.scoring import GenerationScorer
 from tempering.rows import IGNORE_INDEX, Rows, is_labeled, upcast_to_float32
 from tempering.tasks.base import Task, TeacherForward
@@ -20,7 +21,8 @@ from tempering.teachers.outputs import Hidden, PrecomputedLogits, Sparse, to_top
 from tempering.utils.state import unwrapped
 from tempering.utils.tensors import on_host, to_device
 
-NO_INPUTS = {"labels", "ids", "learn", "replaced", "privacy_score", "teacher_outputs"}
+NO_INPUTS = {"labels", "ids", "learn", "replaced", "privacy_score", "teacher_outputs", "rollout_log_prob"}
+NO_INPUTS |= {*TEACHER_PROMPT}
 OPTIONAL = ("use_cache", "position_ids")  # left out for models whose forward does not have them
 
 
@@ -107,12 +109,18 @@ class LanguageModeling(Task):
         index, shape, fields = self.row_fields(batch)
         z = _logits(student, "student", shape).flatten(0, 1).index_select(0, index)[:, : self.vocabulary]
         if isinstance(teacher, Sparse):
-            z, t, target = to_top_k_plus_tail(z, teacher.gather_positions(index, shape), fields["target"])
+            entries = teacher.gather_positions(*self.teacher_index(batch, index, shape))
+            if (sampled := fields["sampled_id"]) is not None:
+                matches = (entries.ids == sampled[:, None]) & ~torch.isneginf(entries.logp)
+                found = matches.int().argmax(-1)
+                fields["sampled_id"] = torch.where(matches.any(-1), found, entries.ids.shape[1])  # else the tail
+                fields["rollout_log_prob"] = None  # of a token, not of the tail
+            z, t, target = to_top_k_plus_tail(z, entries, fields["target"])
             fields["target"] = target
             return [Rows(z, t, **fields)]
         if teacher is None:
             return [Rows(z, z.detach(), **fields)]
-        t = _teacher_logits(teacher, index, shape)
+        t = _teacher_logits(teacher, *self.teacher_index(batch, index, shape))
         columns = min(z.shape[1], t.shape[1])
         return [Rows(z[:, :columns], t[:, :columns], **fields)]
 
@@ -122,14 +130,23 @@ class LanguageModeling(Task):
         index, target, weight = self._positions(batch)
         ids = batch["ids"].index_select(0, index // shape[1]) if "ids" in batch else None
         fields = {"target": target, "weight": weight, "ids": ids, "positions": index % shape[1]}
-        return index, shape, fields | {"privacy_score": _privacy_score(batch, index)}
+        fields["privacy_score"] = _of_predicted(batch.get("privacy_score"), index)
+        log_prob = _of_predicted(batch.get("rollout_log_prob"), index)
+        sampled = None if log_prob is None else _of_predicted(self._generated(batch), index)
+        text = None if log_prob is None else index // shape[1]
+        return index, shape, fields | {"sampled_id": sampled, "rollout_log_prob": log_prob, "text": text}
+
+    def teacher_index(self, batch: Any, index: Tensor, shape: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """Return the rows' indices among the positions of the teacher's output, and the number of those, (B, L)."""
+        return index, shape
 
     def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
         return {"logits": prediction_mask(batch).sum()}
 
     def learned(self, batch: Any) -> Tensor:
-        """Return which positions of the models' logits are rows, (B, L), as caches of the teacher's outputs store."""
-        shape, (index, _, weight) = self._shape(batch), self._positions(batch)
+        """Return which positions of the teacher's logits are rows, (B, L), as caches of its outputs store."""
+        index, _, weight = self._positions(batch)
+        index, shape = self.teacher_index(batch, index, self._shape(batch))
         mask = torch.zeros(shape, dtype=torch.bool, device=index.device).flatten()
         return mask.index_fill(0, index if weight is None else index[:0], True).view(shape)
 
@@ -138,7 +155,7 @@ class LanguageModeling(Task):
             return super().scored_rows(student, teacher, batch)
         # the student is scored on its whole vocabulary, not on the teacher's most likely tokens
         index, shape, _ = self.row_fields(batch)
-        teacher_top = teacher.gather_positions(index, shape).ids[:, 0]
+        teacher_top = teacher.gather_positions(*self.teacher_index(batch, index, shape)).ids[:, 0]
         return self.rows(student, None, batch)[-1], teacher_top
 
     @torch.no_grad()
@@ -179,13 +196,17 @@ class LanguageModeling(Task):
         columns = _logits(student, "student", shape)[..., : self.vocabulary].shape[-1]
         if isinstance(teacher, Sparse) or weight is not None or not len(index):  # no row
             return None
-        logits = _teacher_logits(teacher, index, shape)
+        logits = _teacher_logits(teacher, *self.teacher_index(batch, index, shape))
         if logits.shape[1] <= columns:
             return None
         cut = 0.0
         for z in map(upcast_to_float32, logits.split(256)):
             cut += float((z[:, columns:].logsumexp(-1) - z.logsumexp(-1)).exp().sum())
         return cut / len(index)
+
+    def _generated(self, batch: Any) -> Tensor:
+        """Return the tokens of a generated batch, (B, L)."""
+        return batch["input_ids"]
 
     def _shape(self, batch: Any) -> tuple[int, int]:
         """Return (B, L) of the models' logits."""
@@ -207,7 +228,7 @@ class LanguageModeling(Task):
 
 def host_fields(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return the batch with what determines its rows on the CPU, if it is known there: see ``on_host``."""
-    names = ("input_ids", "labels", "learn", "attention_mask", "position_ids", "generated")
+    names = ("input_ids", "labels", "learn", "attention_mask", "position_ids", "generated", "teacher_prompt_mask")
     return {**batch, **on_host({name: batch[name] for name in names if batch.get(name) is not None})}
 
 
@@ -251,12 +272,9 @@ def _labels(batch: Mapping[str, Any]) -> Tensor:
     return batch["input_ids"] if batch.get("labels") is None else batch["labels"]
 
 
-def _privacy_score(batch: Mapping[str, Any], index: Tensor) -> Tensor | None:
-    """Return the privacy scores of the tokens predicted at these of the B * L positions; None if there are none."""
-    scores = batch.get("privacy_score")
-    if scores is None:
-        return None
-    return scores.roll(-1, 1).flatten().index_select(0, index)  # a text's last position predicts nothing
+def _of_predicted(values: Tensor | None, index: Tensor) -> Tensor | None:
+    """Return the values, (B, L), of the tokens predicted at these of the B * L positions; None if there are none."""
+    return None if values is None else values.roll(-1, 1).flatten().index_select(0, index)  # the last predicts nothing
 
 
 class UnpackInputs:

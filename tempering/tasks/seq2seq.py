@@ -59,9 +59,13 @@ class Seq2Seq(LanguageModeling):
         return inputs, with_teacher_outputs(inputs, batch), batch.get("ids")
 
     def row_fields(self, batch: Any) -> tuple[Tensor, tuple[int, int], dict[str, Any]]:
-        if isinstance(batch, Mapping) and "privacy_score" in batch:  # the base class reads the score of the next token
-            batch = {**batch, "privacy_score": batch["privacy_score"].roll(1, 1)}
+        if isinstance(batch, Mapping):  # the base class reads the values of the next token
+            names = [name for name in ("privacy_score", "rollout_log_prob") if name in batch]
+            batch = {**batch, **{name: batch[name].roll(1, 1) for name in names}}
         return super().row_fields(batch)
+
+    def _generated(self, batch: Any) -> Tensor:
+        return batch["generated"].roll(1, 1)
 
     def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
         _check(batch)

@@ -18,3 +18,4 @@ from .remote.verify import TeacherMismatchError as TeacherMismatchError
 from .remote.verify import verify_remote as verify_remote
 from .routed import Routed as Routed
 from .selection import TopKTeacher as TopKTeacher
+from .self_teacher import SelfTeacher as SelfTeacher

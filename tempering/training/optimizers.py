@@ -103,11 +103,11 @@ def updating(
     Raises:
         ValueError: for such a teacher of a sharded student.
     """
+    if teacher is not None and teacher.follows_student and sharded:
+        raise ValueError(
+            f"{type(teacher).__name__} follows the student's weights, which FSDP and DeepSpeed shard. Use DDP."
+        )
     if teacher is not None and teacher.state is not None:
-        if sharded:
-            raise ValueError(
-                f"{type(teacher).__name__} follows the student's weights, which FSDP and DeepSpeed shard. Use DDP."
-            )
         optimizer.register_step_post_hook(lambda _optimizer, _args, _kwargs: teacher.update())
     return optimizer
 
