@@ -32,6 +32,9 @@ def started_by(monkeypatch: pytest.MonkeyPatch, **environ: str) -> None:
 def test_launchers_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     started_by(monkeypatch)
     assert launched_processes() is None and resolve_devices("auto", "auto") == ("auto", 1)
+    with pytest.raises(ValueError, match="num_nodes=3 needs a launcher .* torchrun --nnodes 3"):
+        resolve_devices(2, 3)  # it would wait for the others
+    monkeypatch.setenv("MASTER_ADDR", "first.machine")
     assert resolve_devices(2, 3) == (2, 3), "without a launcher, Fabric starts the processes of this machine"
     started_by(monkeypatch, **TORCHRUN)
     assert launched_processes() == ("torchrun", 2, 2)
