@@ -486,7 +486,8 @@ def test_stored_outputs_among_several_are_not_mixed(tmp_path: Path) -> None:
             teacher = Ensemble([flattened(first_net()), part])
             go(data, student=flattened(student_net()), teacher=teacher, mixup=0.4, epochs=1)
     with pytest.raises(ValueError, match="Routed reads the column 'of' of one sample"):
-        go(cut(points(40), 20), teacher=Routed({"a": first_net()}, by="of"), mixup=0.4, epochs=1)
+        named = [{"inputs": x, "labels": y, "of": ["a"] * len(x)} for x, y in cut(points(40), 20)]
+        go(named, teacher=Routed({"a": first_net()}, by="of"), mixup=0.4, epochs=1)
 
 
 def test_stored_outputs_of_another_number_of_rows_are_named() -> None:
