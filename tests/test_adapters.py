@@ -818,7 +818,8 @@ def test_the_teachers_outputs_are_a_column_in_the_trainer(hf: Any, kind: str) ->
     teacher, found = net(16, 0), []
     options = {"eval_strategy": "no", "per_device_eval_batch_size": 10}
     stored = with_column(teacher, data)
-    for source, rows in ((teacher, data), (InBatch(), stored)):
+    column = InBatch() if kind == "images" else Ensemble([InBatch()])
+    for source, rows in ((teacher, data), (column, stored)):
         student = net(8, 1)
         trainer = hf(
             student, rows, options=options, eval_dataset=rows, teacher=source, method=KD(), task=task, selfcheck=False

@@ -169,3 +169,19 @@ def test_a_bit_that_flips_in_a_half_done_recording_is_not_sealed(name: str, tmp_
     with pytest.raises(RuntimeError, match=rf"{file.name} .*changed since it was .*Remove"):
         kind.record(kind.live(), path)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["logits", "hidden"])
+def test_a_folder_in_place_of_a_file_is_named(name: str, tmp_path: Path) -> None:
+    kind = KINDS[name]
+    stopped = Interrupted(kind.live().model)
+    stopped.calls = kind.calls
+    with pytest.raises(Stopped):
+        kind.record(stopped, tmp_path / "half")
+    for file in sorted((tmp_path / "half.partial").iterdir()):
+        path = tmp_path / file.stem
+        shutil.copytree(file.parent, folder := path.with_name(path.name + ".partial"))
+        (folder / file.name).unlink()
+        (folder / file.name).mkdir()
+        with pytest.raises(OSError, match=rf"{file.name} is a folder, and must be a file. Remove it"):
+            kind.record(kind.live(), path)

@@ -385,6 +385,24 @@ def test_balanced_sampling_draws_every_class_equally_often(tmp_path: Path) -> No
     assert identical([torch.cat([a[2], b[2]]) for a, b in zip(*parts, strict=True)], [b[2] for b in balanced(own)])
     with pytest.raises(ValueError, match=r"balanced_sampling= .*no class index .*WeightedRandomSampler"):
         go(cut(points(8), 8), balanced_sampling=True, steps=1)
+    noisy: Any = Noisy(60)
+    noisy.targets = noisy.y[:50]
+    with pytest.raises(ValueError, match=r"50 labels or targets and 60 samples"):
+        balanced(DataLoader(noisy, batch_size=8))
+    with pytest.raises(ValueError, match="the training loader yields no batches"):
+        go(DataLoader(TensorDataset(*points(0)), batch_size=8), balanced_sampling=True, steps=1)
+
+
+def test_balanced_sampling_reads_the_labels_of_a_dataset_of_datasets() -> None:
+    datasets = pytest.importorskip("datasets", reason="needs datasets, the extra 'text'")
+    rows = {"inputs": points(40)[0].tolist(), "label": [0] * 36 + [1] * 4, "text": ["a"] * 40}
+    data = datasets.Dataset.from_dict(rows).with_format("torch", columns=["inputs"], output_all_columns=True)
+    drawn = balanced(DataLoader(data, batch_size=8, collate_fn=lambda rows: [row["label"] for row in rows]))
+    seen = [label for _ in range(20) for batch in drawn for label in batch]
+    assert len(seen) == 800 and abs(sum(seen) - 400) < 80
+    texts = DataLoader(data.remove_columns("label").rename_column("text", "label"))
+    with pytest.raises(ValueError, match="no class index"):
+        balanced(texts)
 
 
 # gradient checkpointing

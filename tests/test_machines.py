@@ -23,7 +23,7 @@ SRUN = {"SLURM_NTASKS": "6", "SLURM_NNODES": "3", "SLURM_JOB_NAME": "train"}
 
 
 def started_by(monkeypatch: pytest.MonkeyPatch, **environ: str) -> None:
-    for name in {*SET, *(n for n in os.environ if n.startswith("OMPI_"))}:
+    for name in {*SET, "MASTER_ADDR", "LSB_JOBID", *(n for n in os.environ if n.startswith("OMPI_"))}:
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
@@ -32,6 +32,9 @@ def started_by(monkeypatch: pytest.MonkeyPatch, **environ: str) -> None:
 def test_launchers_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     started_by(monkeypatch)
     assert launched_processes() is None and resolve_devices("auto", "auto") == ("auto", 1)
+    with pytest.raises(ValueError, match=r"num_nodes=3 needs a launcher .* torchrun --nnodes 3"):
+        resolve_devices(2, 3)  # it would wait for the others
+    monkeypatch.setenv("MASTER_ADDR", "first.machine")
     assert resolve_devices(2, 3) == (2, 3), "without a launcher, Fabric starts the processes of this machine"
     started_by(monkeypatch, **TORCHRUN)
     assert launched_processes() == ("torchrun", 2, 2)

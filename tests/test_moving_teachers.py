@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tempering.experiments.generations import run_generations
-from tempering.methods import KD, Mutual
+from tempering.methods import KD, Interactive, Mutual
 from tempering.rows import Rows, total
 from tempering.teachers import Ensemble, Live, MeanTeacher
 from tempering.training.config import TrainConfig
@@ -215,3 +215,25 @@ def test_generations_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "seed 5" in said and "seed 6" in said
     assert (tmp_path / "born" / "generation-2" / "student.safetensors").is_file()
     assert main(["run", "digits", "--method", "supervised", "--generations", "2", f"--out={tmp_path}/none"]) == 1
+
+
+def test_a_mean_teacher_that_is_there_twice_is_updated_once() -> None:
+    runs = []
+    for make in (lambda t: t, lambda t: Ensemble([t, Ensemble([t, t])])):
+        teacher = MeanTeacher(0.9)
+        run = go(X64, student=student_net().double(), teacher=make(teacher), epochs=2, selfcheck=False)
+        runs.append((weights_of(run.student), weights_of(teacher.model)))  # pyright: ignore[reportArgumentType]
+    for one, twice in zip(*runs, strict=True):
+        torch.testing.assert_close(one, twice, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [Mutual(), Interactive()])
+def test_one_of_several_teachers_is_not_trained_alone(method: Any) -> None:
+    with pytest.raises(ValueError, match="trains one network as the teacher, and Ensemble has 2"):
+        go(
+            X64,
+            student=student_net().double(),
+            teacher=Ensemble([student_net(), student_net()]),
+            method=method,
+            epochs=1,
+        )

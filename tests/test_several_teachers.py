@@ -17,7 +17,8 @@ from tempering.data.text import collate
 from tempering.methods import KD, FitNet
 from tempering.rows import Rows, total
 from tempering.tasks import Binary, Classification, LanguageModeling, MultiLabel, Regression, validation_weights
-from tempering.teachers import Ensemble, Live, Routed, Teacher, TopKTeacher, record
+from tempering.teachers import Ensemble, InBatch, Live, Routed, Teacher, TopKTeacher, record
+from tempering.teachers.base import Columns
 from tempering.teachers.combined import AsModule
 from tempering.training.selfcheck import SelfCheckError
 from tests.runs import CLASSES, DIMS, cut, flattened, go, identical, images, left, points, stop_at, student_net
@@ -421,3 +422,75 @@ def test_a_student_that_is_one_of_the_teachers_is_refused() -> None:
     student = first_net()
     with pytest.raises(ValueError, match="shares weights with the student"):
         go([points(20)], student=student, teacher=Ensemble([other_net(), student]), epochs=1)
+
+
+@pytest.mark.parametrize("weights", [["a", "b"], {"a": 1.0, "b": 1.0}, 0.7, [1.0], [math.nan, 1.0]])
+def test_what_is_no_weight_per_teacher_is_named(weights: Any) -> None:
+    with pytest.raises(ValueError, match=r"needs weights=\[...\], a number >= 0 for each of the 2 teachers"):
+        Ensemble({"a": first_net(), "b": other_net()}, weights=weights)
+
+
+def test_numbers_that_are_not_places_are_no_names() -> None:
+    with pytest.raises(ValueError, match=r"needs texts as the names of teachers; got 1. .*give a list"):
+        Routed({1: first_net(), 2: other_net()}, by="domain")  # pyright: ignore[reportArgumentType]
+    x = points(4)[0]
+    for by, number in ((0, 0), (1, 1)):
+        routed = Routed({0: first_net(), 1: other_net()}, by=lambda x, _, by=by: [by] * len(x))  # pyright: ignore
+        assert torch.equal(routed(x, None), Live([first_net(), other_net()][number])(x))
+
+
+def test_a_route_has_one_teacher_per_sample() -> None:
+    nets, (x, _) = [first_net(), other_net()], points(6)
+    for number in (3, 7):
+        routed = Routed(nets, by=lambda x, _, n=number: torch.zeros(n, dtype=torch.long))
+        for inputs in (x, {"x": x}, Columns(x, {})):
+            with pytest.raises(ValueError, match=rf"by= gives {number} for a batch of 6 samples"):
+                routed(inputs, None)
+    assert Routed(nets, by=lambda x, _: x[:, 0].long())(x[:0], None).shape == (0, CLASSES)
+
+
+@pytest.mark.parametrize("kind", ["ensemble", "routed", "columns"])
+def test_stored_and_live_teachers_mix(kind: str) -> None:
+    nets = [first_net(), other_net()]
+
+    def make(first: Any) -> Any:
+        parts = [first, nets[1]]
+        return Ensemble(parts) if kind == "ensemble" else Routed(parts, by=by)
+
+    by: Any = (
+        (lambda x, _: (next(iter(x.values())) if isinstance(x, dict) else x)[:, 0] > 0) if kind == "routed" else "of"
+    )
+    batches = [{"inputs": x, "labels": y, "of": torch.arange(len(x)) % 2} for x, y in cut(points(60), 20)]
+    if kind != "columns":
+        batches = [{name: x for name, x in batch.items() if name != "of"} for batch in batches]
+    stored = [{**batch, "teacher_outputs": Live(nets[0])(batch["inputs"])} for batch in batches]
+    runs = [go(data, teacher=make(t), epochs=2) for data, t in ((stored, InBatch()), (batches, nets[0]))]
+    torch.testing.assert_close(*(weights_of(run.student) for run in runs), rtol=1e-6, atol=1e-7)
+
+
+def test_class_weights_leave_the_columns_of_a_teacher() -> None:
+    weights = {"class_weights": (1.0, 2.0, 3.0, 1.0, 0.5), "method": KD(hard=0.5), "selfcheck": False, "epochs": 2}
+    plain = cut(points(60), 20)
+    stored = [{"inputs": x, "labels": y, "teacher_outputs": Live(first_net())(x)} for x, y in plain]
+    named = [{"inputs": x, "labels": y, "of": ["a"] * len(x)} for x, y in plain]
+    teachers = [(plain, first_net()), (stored, InBatch()), (named, Routed({"a": first_net()}, by="of"))]
+    want, *others = [weights_of(go(data, teacher=teacher, **weights).student) for data, teacher in teachers]
+    assert all(torch.equal(want, other) for other in others)
+    assert not torch.equal(want, weights_of(go(plain, **{**weights, "class_weights": None}).student))
+
+
+def test_stored_outputs_among_several_are_not_mixed(tmp_path: Path) -> None:
+    stored = [{"inputs": x, "labels": y, "teacher_outputs": Live(first_net())(x)} for x, y in cut(points(40), 20)]
+    for data, part, name in ((images(), cached_pair(tmp_path)[2], "Cached"), (stored, InBatch(), "InBatch")):
+        with pytest.raises(ValueError, match=f"mixup= mix images, and {name} has the teacher's outputs"):
+            teacher = Ensemble([flattened(first_net()), part])
+            go(data, student=flattened(student_net()), teacher=teacher, mixup=0.4, epochs=1)
+    with pytest.raises(ValueError, match="Routed reads the column 'of' of one sample"):
+        named = [{"inputs": x, "labels": y, "of": ["a"] * len(x)} for x, y in cut(points(40), 20)]
+        go(named, teacher=Routed({"a": first_net()}, by="of"), mixup=0.4, epochs=1)
+
+
+def test_stored_outputs_of_another_number_of_rows_are_named() -> None:
+    stored = [{"inputs": x, "labels": y, "teacher_outputs": torch.zeros(5, CLASSES)} for x, y in cut(points(40), 20)]
+    with pytest.raises(ValueError, match="logits of 20 samples and the teacher of 5"):
+        go(stored, teacher=InBatch(), epochs=1)

@@ -218,7 +218,7 @@ def test_blended() -> None:
         == 3
     )
     assert Ensemble([Live(one), other], weights=[0.7, 0.3]).identity == teacher.identity
-    with pytest.raises(ValueError, match=r"needs a weight >= 0 for each of the 2 teachers"):
+    with pytest.raises(ValueError, match=r"a number >= 0 for each of the 2 teachers"):
         Ensemble([one, other], weights=[1.5, -0.5])
     with pytest.raises(ValueError, match=r"'0' \(Live\) returned \(6, 4\) and teacher '1' \(Live\) returned \(6, 5\)"):
         Ensemble([one, net(5)])(x)

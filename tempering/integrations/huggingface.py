@@ -34,7 +34,6 @@ from tempering.rollouts.on_policy import OnPolicy
 from tempering.rollouts.sampling import GenerationStats
 from tempering.tasks.base import Task, with_columns
 from tempering.teachers.base import Teacher
-from tempering.teachers.in_batch import InBatch
 from tempering.teachers.live import Live
 from tempering.teachers.outputs import PrecomputedLogits
 from tempering.training.checkpoint import save_weights
@@ -188,7 +187,7 @@ class DistillMixin(Trainer):
         super()._set_signature_columns_if_needed()
         names = () if self._unpacked_teacher is None else arguments_of(self._unpacked_teacher.model)[0]
         columns = () if self.teacher is None else self.teacher.columns
-        stored = (TEACHER_OUTPUTS,) if isinstance(self.teacher, InBatch) else ()
+        stored = (TEACHER_OUTPUTS,) if self.teacher is not None and self.teacher.reads_outputs else ()
         self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *names, *columns, *stored]))
 
     def train(

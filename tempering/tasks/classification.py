@@ -53,6 +53,11 @@ class Classification(Task):
         student, teacher = _logits(student, "student"), None if teacher is None else _logits(teacher, "teacher")
         if teacher is None:
             teacher = student.detach()
+        if len(student) != len(teacher):
+            raise ValueError(
+                f"the student has logits of {len(student)} samples and the teacher of {len(teacher)}. Does the data "
+                'set\'s "teacher_outputs", or the model, have one row per sample?'
+            )
         if student.shape != teacher.shape:
             raise ValueError(
                 f"the student has {student.shape[-1]} classes and the teacher {teacher.shape[-1]}. Give both heads "

@@ -32,6 +32,7 @@ class Teacher(ABC):
         columns: columns of the batch that it reads beside its inputs; the student does not see them.
         state: the module that changes during a run and belongs in checkpoints; None: nothing changes.
         follows_student: whether it is made of the student, by ``follow``.
+        reads_outputs: whether it reads "teacher_outputs" of the batch.
     """
 
     identity: str  # sha256 of the weights and options, or of a cache's key
@@ -42,6 +43,7 @@ class Teacher(ABC):
     columns: tuple[str, ...] = ()
     state: nn.Module | None = None
     follows_student: bool = False
+    reads_outputs: bool = False
 
     @abstractmethod
     def __call__(self, inputs: Any, ids: Tensor | None) -> Any:
@@ -81,6 +83,13 @@ class Teacher(ABC):
         if self.parts:
             return tuple(dict.fromkeys(model for part in self.parts.values() for model in part.models))
         return () if self.model is None else (self.model,)
+
+    @property
+    def leaves(self) -> tuple[Teacher, ...]:
+        """The teachers that it is made of, each once; itself if it has no parts."""
+        if not self.parts:
+            return (self,)
+        return tuple(dict.fromkeys(leaf for part in self.parts.values() for leaf in part.leaves))
 
     @property
     def active(self) -> tuple[str, ...]:

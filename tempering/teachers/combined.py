@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from tempering.data.batches import TEACHER_OUTPUTS
 from tempering.teachers.base import Columns, Teacher
 from tempering.teachers.live import Live, no_teacher_error
 from tempering.teachers.outputs import Hidden
@@ -42,6 +43,11 @@ class CombinedTeacher(Teacher):
             raise ValueError(f"{owner} needs at least one teacher; got none.")
         if wrong := [name for name, x in named.items() if not isinstance(x, nn.Module | Teacher)]:
             raise no_teacher_error(named[wrong[0]], f"{owner} needs a module or a teacher for {wrong[0]!r}")
+        if numbers := [name for place, name in enumerate(named) if not isinstance(name, str) and name != place]:
+            raise ValueError(
+                f"{owner} needs texts as the names of teachers; got {numbers[0]!r}. Numbers are the places of the "
+                "teachers, from 0: give a list."
+            )
         self.parts = {str(name): x if isinstance(x, Teacher) else Live(x) for name, x in named.items()}
 
     @property
@@ -77,7 +83,7 @@ class CombinedTeacher(Teacher):
             part.follow(student)
 
     def update(self) -> None:
-        for part in self.parts.values():
+        for part in self.leaves:  # one that is there twice is updated once
             part.update()
 
     @property
@@ -88,6 +94,10 @@ class CombinedTeacher(Teacher):
     @property
     def follows_student(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return any(part.follows_student for part in self.parts.values())
+
+    @property
+    def reads_outputs(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return any(part.reads_outputs for part in self.parts.values())
 
     def incompatibility(self, batches: Any) -> str | None:
         reasons = {name: part.incompatibility(batches) for name, part in self.parts.items()}
@@ -119,9 +129,19 @@ class CombinedTeacher(Teacher):
         part = self.parts[name]
         if isinstance(inputs, Columns):
             columns = {key: inputs.columns[key] for key in part.columns}
-            inputs = Columns(inputs.inputs, columns) if columns else inputs.inputs
+            own = self._own_inputs(part, inputs.inputs)
+            inputs = Columns(own, columns) if columns else own
+        else:
+            inputs = self._own_inputs(part, inputs)
         with self._named(name):
             return part.forward_with_grad(inputs, ids) if grad else part(inputs, ids)
+
+    def _own_inputs(self, part: Teacher, inputs: Any) -> Any:
+        """Return the inputs without "teacher_outputs" of the data set that another part reads."""
+        if not isinstance(inputs, Mapping) or part.reads_outputs or not self.reads_outputs:
+            return inputs
+        rest = {name: x for name, x in inputs.items() if name != TEACHER_OUTPUTS}
+        return rest["inputs"] if list(rest) == ["inputs"] else rest  # as with_teacher_outputs() got them
 
     @contextmanager
     def _named(self, name: str) -> Iterator[None]:
@@ -136,7 +156,7 @@ class CombinedTeacher(Teacher):
 
     def _said(self, name: str, output: Any) -> str:
         """Describe a teacher and its output for an error."""
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        shape = f"{tuple(output.shape)} {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
         return f"teacher {name!r} ({type(self.parts[name]).__name__}) returned {shape}"
 
 

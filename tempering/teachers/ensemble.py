@@ -59,11 +59,15 @@ class Ensemble(CombinedTeacher):
                 raise ValueError(f"Ensemble needs weights=[...], one per teacher, or 'confidence'; got {weights!r}.")
             self.weights = None
         else:
-            values = [float(w) for w in weights]
+            try:
+                values = [float(w) for w in weights]
+            except (TypeError, ValueError):  # names, a mapping, a single number
+                values = []
             valid = all(math.isfinite(w) and w >= 0 for w in values) and sum(values) > 0
             if len(values) != count or not valid:
                 raise ValueError(
-                    f"Ensemble needs a weight >= 0 for each of the {count} teachers, and one > 0; got {given!r}."
+                    f"Ensemble needs weights=[...], a number >= 0 for each of the {count} teachers in their order, and "
+                    f"one > 0; got {given!r}."
                 )
             self.weights = {name: w / sum(values) for name, w in zip(self.parts, values, strict=True)}
         self.mean = mean

@@ -23,6 +23,8 @@ class InBatch(Teacher):
         name: of the teacher, in the identity of a run; what the column holds is compared with the data.
     """
 
+    reads_outputs = True
+
     def __init__(self, name: str = "in the batch") -> None:
         self.name = name
         self.identity = key_digest({"teacher": name})

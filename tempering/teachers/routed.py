@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from tempering.teachers.base import Columns, key_digest
 from tempering.teachers.combined import CombinedTeacher, Teachers, dense_logits
@@ -120,11 +121,12 @@ class Routed(CombinedTeacher):
         if isinstance(inputs, Mapping) and self.by in inputs:
             inputs = {name: x for name, x in inputs.items() if name != self.by}
         names = list(self.parts)
-        used = route.unique().tolist()
+        _check_length(route, inputs, ids)
+        used = route.unique().tolist() or [0]  # of an empty batch
         if len(used) == 1:
             return self._query(names[used[0]], inputs, ids, grad=grad)
         if isinstance(inputs, Mapping):  # logits of a generated batch are of the whole batch
-            inputs = {name: x for name, x in inputs.items() if name != "teacher_outputs"}
+            inputs = {name: x for name, x in inputs.items() if name != "teacher_outputs" or self.reads_outputs}
         outputs, order = dict[str, Any](), list[Tensor]()
         for number in used:
             index = (route == number).nonzero().flatten()
@@ -163,6 +165,21 @@ def _padded(sparse: Sparse, width: int) -> Sparse:
     more = (0, width - sparse.ids.shape[-1])
     pad = torch.nn.functional.pad
     return dataclasses.replace(sparse, ids=pad(sparse.ids, more), logp=pad(sparse.logp, more, value=-torch.inf))
+
+
+def _check_length(route: Tensor, inputs: Any, ids: Tensor | None) -> None:
+    """Check that there is a teacher per sample, so far as the number of samples is known.
+
+    Raises:
+        ValueError: for another number.
+    """
+    given = inputs.inputs if isinstance(inputs, Columns) else inputs
+    sizes = [len(x) for x in tree_leaves(given if ids is None else ids) if isinstance(x, Tensor) and x.ndim]
+    if sizes and len(route) not in sizes:
+        raise ValueError(
+            f"Routed needs a teacher per sample; by= gives {len(route)} for a batch of {sizes[0]} samples. Cut the "
+            "column as the batch is cut; a function returns one name or number per sample."
+        )
 
 
 def _select(value: Any, index: Tensor, size: int) -> Any:

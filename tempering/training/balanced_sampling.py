@@ -24,6 +24,8 @@ def balanced(loader: Iterable[Any]) -> Iterable[Any]:
         ValueError: for a loader whose labels are not known, or that has no order of its own.
     """
     labels = dataset_labels(loader)
+    if labels is not None and not len(labels):
+        return loader  # the run says that there is nothing to learn from
     if labels is None or labels.ndim != 1 or labels.is_floating_point():
         raise ValueError(
             "balanced_sampling= (--balanced-sampling) draws samples by their class, and the loader has no class index "
@@ -38,6 +40,12 @@ def balanced(loader: Iterable[Any]) -> Iterable[Any]:
         raise ValueError(
             "balanced_sampling= (--balanced-sampling) changes the order of a DataLoader with a batch size or of a "
             f"loader of tempering.data; got {type(loader).__name__}. Draw the samples in the loader."
+        )
+    size = len(cast("Any", loader.dataset))
+    if len(labels) != size:
+        raise ValueError(
+            f"balanced_sampling= (--balanced-sampling) needs a label per sample; the data set has {len(labels)} labels "
+            f"or targets and {size} samples."
         )
     from lightning_fabric.utilities import data as of_fabric
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tempering.data.batches import LabeledBatch, labeled_batch
+from tempering.data.batches import LABELS, WEIGHTS, LabeledBatch, labeled_batch
 from tempering.rows import class_labels, is_labeled, is_soft
 from tempering.tasks.base import Task
 from tempering.tasks.classification import Classification
@@ -41,13 +41,15 @@ class BatchChanges:
         given = config.class_weights
         self.class_weights = None if given is None else _class_weights(given, classes, labels)
 
-    def __call__(self, batch: Any, epoch: int, number: int) -> LabeledBatch:
+    def __call__(self, batch: Any, epoch: int, number: int) -> LabeledBatch | dict[str, Any]:
         """Return the batch of this number in the epoch, changed."""
         parts = labeled_batch(batch)
         if self.class_weights is not None:
             weight = self.class_weights.to(parts.labels.device)[class_labels(parts.labels).clamp_min(0).long()]
             weight = torch.where(is_labeled(class_labels(parts.labels)), weight, 1.0)
             parts = parts._replace(weight=weight if parts.weight is None else weight * parts.weight)
+            if not self.mixes and isinstance(batch, Mapping):  # which may have columns for the teacher
+                return {**batch, WEIGHTS[0]: parts.weight}
         return self._mixed(parts, epoch, number) if self.mixes else parts
 
     def _mixed(self, parts: LabeledBatch, epoch: int, number: int) -> LabeledBatch:
@@ -89,11 +91,18 @@ def batch_changes(
             f"{names} change batches of inputs and labels, those of tasks.Classification; got {type(task).__name__}. "
             "Change the batches in the loader or in the task."
         )
-    if isinstance(teacher, CachedTeacher) and (config.mixup or config.cutmix):
-        raise ValueError(
-            f"{names} mix images, and {type(teacher).__name__} has the teacher's outputs for the images as they are. "
-            "Give the model itself: teachers.Live(model)."
-        )
+    if teacher is not None and (config.mixup or config.cutmix):
+        for part in teacher.leaves:
+            if isinstance(part, CachedTeacher) or part.reads_outputs:
+                raise ValueError(
+                    f"{names} mix images, and {type(part).__name__} has the teacher's outputs for the images as they "
+                    "are. Give the model itself: teachers.Live(model)."
+                )
+        if teacher.columns:
+            raise ValueError(
+                f"{names} mix images of two samples, and {type(teacher).__name__} reads the column "
+                f"{teacher.columns[0]!r} of one sample. Leave {names} out."
+            )
     return BatchChanges(config, classes, rank=rank, labels=dataset_labels(loader))
 
 
@@ -122,9 +131,15 @@ def dataset_labels(loader: Any) -> Tensor | None:
     tensors = getattr(dataset, "tensors", ())
     if found is None and len(tensors) > 1:
         found = tensors[1]
-    if found is None:
+    column = next((name for name in LABELS if name in (getattr(dataset, "column_names", None) or ())), None)
+    if found is None and column is not None and hasattr(dataset, "select_columns"):  # of datasets
+        found = dataset.with_format("numpy").select_columns(column)[:][column]
+    try:
+        labels = None if found is None else torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError):  # texts, or boxes of unequal numbers
+        labels = None
+    if labels is None:
         return None
-    labels = torch.as_tensor(found)
     return labels if indices is None else labels[torch.as_tensor(indices)]
 
 

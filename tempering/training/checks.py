@@ -163,6 +163,11 @@ def validate_step_method(method: Method, teacher: Teacher | None, config: TrainC
             f"{owner} differentiates through the teacher, and {'None' if teacher is None else type(teacher).__name__} "
             "has no gradient. Give the model itself: teachers.Live(model)."
         )
+    if teacher is not None and method.trains_teacher and teacher.parts:
+        raise ValueError(
+            f"{owner} trains one network as the teacher, and {type(teacher).__name__} has {len(teacher.parts)}, of "
+            "which it would train the first alone. Give the model itself: teachers.Live(model)."
+        )
     if teacher is not None and teacher.follows_student and config.strategy == "fsdp":
         raise ValueError(
             f"{type(teacher).__name__} follows the student's weights, which strategy='fsdp' shards. Use strategy='ddp'."

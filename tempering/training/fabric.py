@@ -64,7 +64,13 @@ def resolve_devices(devices: int | str, num_nodes: int | str) -> tuple[int | str
     """
     launched = launched_processes()
     if launched is None:
-        return devices, 1 if num_nodes == "auto" else int(num_nodes)
+        machines = 1 if num_nodes == "auto" else int(num_nodes)
+        if machines > 1 and not {"MASTER_ADDR", "LSB_JOBID"} & os.environ.keys():  # it would wait for the others
+            raise ValueError(
+                f"num_nodes={machines} needs a launcher that starts the script on every machine, and there is none: "
+                f"torchrun --nnodes {machines} --nproc-per-node GPUS --rdzv-endpoint HOST:PORT SCRIPT, or srun."
+            )
+        return devices, machines
     name, machines, each = launched
     for option, value, started, said in (
         ("devices", devices, each, f"{counted(each, 'process')} on this machine"),

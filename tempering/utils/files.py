@@ -134,6 +134,12 @@ def write_atomic(path: Path, content: str | bytes, *, fsync: bool = False, concu
         raise
 
 
+def blocking_folder(error: OSError) -> Path | None:
+    """Return the folder that is where a file was to be written, as the error names it; None if there is none."""
+    named = (name for name in (error.filename, error.filename2) if name is not None)
+    return next((Path(os.fsdecode(name)) for name in named if os.path.isdir(name)), None)
+
+
 def write_file(path: Path, data: bytes, *, fsync: bool = True) -> None:
     """Write bytes; return when they are on the disk. For files in a folder that is renamed as a whole."""
     if fsync:

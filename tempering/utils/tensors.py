@@ -203,8 +203,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             metadata = dict(file.metadata() or {})
     except (SafetensorError, ValueError) as error:
         raise ValueError(
-            f"{path} is not a valid safetensors file: {error}. A file of torch.save needs the suffix .pth, .pt, "
-            ".bin, .ckpt or .tar."
+            f"{path} is not a valid safetensors file: {error}. If it was one, it was cut or damaged: copy or "
+            "make it again. A file of torch.save needs the suffix .pth, .pt, .bin, .ckpt or .tar."
         ) from error
     written = metadata.pop("sha256", None)
     metadata.pop("format", None)

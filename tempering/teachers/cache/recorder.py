@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tempering.teachers.base import Teacher
 from tempering.teachers.cache.base import KEY, CorruptCacheError, check_key, key_check
-from tempering.utils.files import PARTIAL, file_lock, folder_path, open_synced, write_atomic
+from tempering.utils.files import PARTIAL, blocking_folder, file_lock, folder_path, open_synced, write_atomic
 from tempering.utils.tensors import to_device
 
 LOGITS, LOG = "logits.npy", "done.jsonl"
@@ -170,6 +170,13 @@ def explain_write_errors(folder: Path, needed: int = 0) -> Iterator[None]:
         yield
     except OSError as error:
         size = f" ({needed / 2**20:.1f} MB)" if needed else ""
+        blocking = blocking_folder(error)
+        if blocking is not None:
+            raise OSError(
+                error.errno,
+                f"cannot write the teacher's outputs: {blocking} is a folder, and must be a file. Remove it and call "
+                "record() again: it resumes.",
+            ) from error
         raise OSError(
             error.errno,
             f"cannot write the teacher's outputs{size} under {folder}: {error.strerror}. Free some space there, or "
