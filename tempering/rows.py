@@ -13,8 +13,10 @@ IGNORE_INDEX = -100  # torch's ignore_index
 GAUSSIAN = "gaussian"  # name of a block whose columns are the mean and the log variance of a number
 UNLABELED = (IGNORE_INDEX, -1)  # targets of rows without a label
 # optional fields (N,) of Rows
-PER_ROW = ("target", "weight", "ids", "positions", "privacy_score", "task_loss", "teacher_loss")
-PER_ROW += ("sampled_id", "rollout_log_prob", "text")
+PER_ROW = (
+    *("target", "weight", "ids", "positions", "privacy_score", "task_loss", "teacher_loss"),
+    *("sampled_id", "rollout_log_prob", "text"),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,9 +55,9 @@ class TextColumns:
         Raises:
             ValueError: for samples that are none of texts, or without a common form.
         """
-        parts = [sample if isinstance(sample[0], (tuple, list)) else (sample,) for sample in samples]
+        parts: list[Sequence[Any]] = [s if isinstance(s[0], (tuple, list)) else (s,) for s in samples]
         sizes = sorted({len(part) for part in parts})
-        if len(sizes) > 1 or not all(isinstance(text, str) for texts, *_ in parts for text in texts):
+        if len(sizes) > 1 or not all(isinstance(text, str) for part in parts for text in part[0]):
             raise ValueError(
                 "TextColumns needs samples that are tuples of texts, (texts, label) or (texts, label, scores), all of "
                 f"one form; got {samples[0]!r}, of {' and '.join(map(str, sizes))} parts."

@@ -156,7 +156,8 @@ class DistillMixin(Trainer):
 
     def _bind_rollouts(self, make: Callable[..., OnPolicy], student: nn.Module) -> OnPolicy:
         """Return the loader that generates with this student, after trying how its models are decoded."""
-        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        plugin: Any = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        zero3 = plugin is not None and plugin.zero_stage == 3
         if self.is_fsdp_enabled or zero3:
             raise ValueError(
                 f"rollouts need the whole weights on every process, and {'ZeRO-3' if zero3 else 'FSDP'} shards them. "

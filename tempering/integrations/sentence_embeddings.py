@@ -20,7 +20,7 @@ from tempering.training.checks import as_method
 from tempering.training.method_fits import check_method
 
 try:
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import SentenceTransformer  # pyright: ignore[reportMissingImports]
 except ImportError as error:
     raise ImportError("this integration needs sentence-transformers: pip install 'tempering[sentence]'") from error
 
@@ -183,7 +183,7 @@ def as_sentence_transformer(encoder: Encoder, tokenizer: Any, path: str | Path) 
     Raises:
         ValueError: for a model that is none of transformers.
     """
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+    from sentence_transformers.sentence_transformer import modules as parts  # pyright: ignore[reportMissingImports]
 
     if isinstance(encoder.model, SentenceTransformer):
         encoder.model.save_pretrained(str(path))
@@ -195,9 +195,9 @@ def as_sentence_transformer(encoder: Encoder, tokenizer: Any, path: str | Path) 
     with tempfile.TemporaryDirectory() as folder:
         encoder.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        transformer = Transformer(folder)
-        modules = [transformer, Pooling(transformer.get_embedding_dimension(), encoder.pooling)]
-        modules += [Normalize()] if encoder.normalize else []
+        transformer = parts.Transformer(folder)
+        modules = [transformer, parts.Pooling(transformer.get_embedding_dimension(), encoder.pooling)]
+        modules += [parts.Normalize()] if encoder.normalize else []
         SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(path))
     return SentenceTransformer(str(path), device="cpu")
 
