@@ -185,15 +185,16 @@ def as_sentence_transformer(encoder: Encoder, tokenizer: Any, path: str | Path) 
     """
     from sentence_transformers.sentence_transformer import modules as parts  # pyright: ignore[reportMissingImports]
 
-    if isinstance(encoder.model, SentenceTransformer):
-        encoder.model.save_pretrained(str(path))
+    model: Any = encoder.model
+    if isinstance(model, SentenceTransformer):
+        model.save_pretrained(str(path))
         return SentenceTransformer(str(path), device="cpu")
-    if not hasattr(encoder.model, "save_pretrained"):
+    if not hasattr(model, "save_pretrained"):
         raise ValueError(
-            f"as_sentence_transformer needs a model of transformers in the encoder; got {type(encoder.model).__name__}."
+            f"as_sentence_transformer needs a model of transformers in the encoder; got {type(model).__name__}."
         )
     with tempfile.TemporaryDirectory() as folder:
-        encoder.model.save_pretrained(folder)
+        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         transformer = parts.Transformer(folder)
         modules = [transformer, parts.Pooling(transformer.get_embedding_dimension(), encoder.pooling)]

@@ -41,7 +41,7 @@ def balanced(loader: Iterable[Any]) -> Iterable[Any]:
             "balanced_sampling= (--balanced-sampling) changes the order of a DataLoader with a batch size or of a "
             f"loader of tempering.data; got {type(loader).__name__}. Draw the samples in the loader."
         )
-    size = len(plain.dataset)
+    size = len(cast("Any", plain).dataset)
     if len(labels) != size:
         raise ValueError(
             f"balanced_sampling= (--balanced-sampling) needs a label per sample; the data set has {len(labels)} labels "
