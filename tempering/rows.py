@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 IGNORE_INDEX = -100  # torch's ignore_index
+TEACHER_OUTPUTS = "teacher_outputs"  # column of a batch with the teacher's outputs
 GAUSSIAN = "gaussian"  # name of a block whose columns are the mean and the log variance of a number
 UNLABELED = (IGNORE_INDEX, -1)  # targets of rows without a label
 # optional fields (N,) of Rows

@@ -266,7 +266,7 @@ def test_the_report_shows_findings_and_packs_them(tmp_path: Path) -> None:
     content = {"format": 1, "of": {}, "audits": {"calibration": {"findings": [finding, finding | {"value": None}]}}}
     (folders[0] / "audits.json").write_text(json.dumps(content))
     audited = load_run(folders[0])
-    page = render([audited, *runs[1:]])
+    page = render([audited, *runs[1:]]).replace("\u00a0", " ")
     assert 'id="audits"' in page and "ece tempered" in page and "1.2 %" in page and "1.0 to 2.0 %" in page
     assert "A &lt;b&gt;number&lt;/b&gt;." in page
     cell = write_cell(tmp_path / "cell.json", pack(folders[0]))

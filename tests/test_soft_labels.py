@@ -21,6 +21,7 @@ INDICES = (
     "ATS",
     "CKD",
     "DKD",
+    "MarginMSE",
     "NKD",
     "RLD",
     "USKD",

@@ -220,7 +220,9 @@ def test_blended() -> None:
     assert Ensemble([Live(one), other], weights=[0.7, 0.3]).identity == teacher.identity
     with pytest.raises(ValueError, match=r"a number >= 0 for each of the 2 teachers"):
         Ensemble([one, other], weights=[1.5, -0.5])
-    with pytest.raises(ValueError, match=r"'0' \(Live\) returned \(6, 4\) and teacher '1' \(Live\) returned \(6, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"'0' \(Live\) returned \(6, 4\) torch.float32 and teacher '1' \(Live\) returned \(6, 5\)"
+    ):
         Ensemble([one, net(5)])(x)
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from tempering.rows import IGNORE_INDEX
+from tempering.rows import IGNORE_INDEX, TEACHER_OUTPUTS
 
 if TYPE_CHECKING:
     from tempering.data.protocols import SplittableLoader
@@ -28,7 +28,6 @@ LoaderT = TypeVar("LoaderT", bound="SplittableLoader[Any]")
 LABELS = ("labels", "label", "targets", "target", "y")
 IDS = ("ids", "id", "index", "indices", "idx")
 WEIGHTS = ("weights", "weight", "sample_weight")
-TEACHER_OUTPUTS = "teacher_outputs"
 
 
 class LabeledBatch(NamedTuple):

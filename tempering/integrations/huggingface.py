@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tempering.data.batches import TEACHER_OUTPUTS
 from tempering.integrations.common import (
     Evaluation,
     Forward,
@@ -32,6 +31,7 @@ from tempering.methods.auxiliary import auxiliary_loss
 from tempering.methods.base import Method, add_auxiliary
 from tempering.rollouts.on_policy import OnPolicy
 from tempering.rollouts.sampling import GenerationStats
+from tempering.rows import TEACHER_OUTPUTS
 from tempering.tasks.base import Task, with_columns
 from tempering.teachers.base import Teacher
 from tempering.teachers.live import Live

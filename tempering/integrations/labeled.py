@@ -7,8 +7,8 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from tempering.data.batches import LABELS, TEACHER_OUTPUTS, with_teacher_outputs
-from tempering.rows import Rows, is_labeled
+from tempering.data.batches import LABELS, with_teacher_outputs
+from tempering.rows import TEACHER_OUTPUTS, Rows, is_labeled
 from tempering.tasks.base import Task, TeacherForward
 from tempering.tasks.classification import check_has_classes
 from tempering.tasks.language_modeling import LanguageModeling, text_model_kind

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from tempering.data.batches import TEACHER_OUTPUTS
+from tempering.rows import TEACHER_OUTPUTS
 from tempering.teachers.base import Columns, Teacher
 from tempering.teachers.live import Live, no_teacher_error
 from tempering.teachers.outputs import Hidden

@@ -49,6 +49,8 @@ class EmbeddingKD(Projected):
     ) -> None:
         super().__init__(feature=mse, hard=hard, names=names)
         self.mse, self.cosine, self.similarity, self.projection = mse, cosine, similarity, projection
+        # terms of weight 0 are left out
+        self.weighs = tuple(n for n in type(self).weighs if getattr(self, n))  # pyright: ignore[reportAttributeAccessIssue]
         self.relational = similarity > 0  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
