@@ -318,9 +318,11 @@ def test_a_run_with_everyday_options_resumes_to_the_same_bits(name: str, tmp_pat
     if "ema" in RESUMED[name]:
         assert (whole / "ema.safetensors").read_bytes() == (parts / "ema.safetensors").read_bytes()
     with pytest.raises(
-        ValueError, match=r"holds another run: .*its (ema|mixup|label_smoothing|class_weights|schedule)"
+        ValueError,
+        match=r"holds another run: .*its (ema|mixup|label_smoothing|class_weights|schedule|balanced_sampling)",
     ):
-        train(parts, ema=None, label_smoothing=0.0, mixup=0.0, cutmix=0.0, class_weights=None, schedule=None)
+        other = {"label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "class_weights": None, "schedule": None}
+        train(parts, ema=None, balanced_sampling=False, **other)
 
 
 @each("generator", [None, 5])
