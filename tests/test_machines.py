@@ -42,6 +42,8 @@ def test_launchers_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_devices("0,1", "auto") == ("0,1", 2)
     started_by(monkeypatch, **SRUN)
     assert launched_processes() == ("srun", 3, 2)
+    started_by(monkeypatch, **SRUN, **TORCHRUN)
+    assert launched_processes() == ("torchrun", 2, 2), "in a job of SLURM, whose tasks are torchrun's agents"
     started_by(monkeypatch, **SRUN | {"SLURM_JOB_NAME": "bash"})
     assert launched_processes() is None, "a shell on a cluster's machine"
     started_by(monkeypatch, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")

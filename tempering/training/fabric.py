@@ -24,33 +24,33 @@ if TYPE_CHECKING:
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true")
 
 
-# what tells that a launcher started a process, and its numbers of all processes and of this machine's
-LAUNCHERS = {
-    "torchrun": ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
-    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-}
-
-
 def launched_processes() -> tuple[str, int, int] | None:
     """Return which launcher started this process, on how many machines, and with how many processes on each.
 
-    None without one. torchrun, SLURM's srun and Open MPI's mpirun are known.
+    None without one. torchrun, SLURM's srun and Open MPI's mpirun are known, in Fabric's order: torchrun may run in a
+    job of SLURM.
 
     Raises:
         ValueError: if machines have different numbers of processes, or mpi4py is missing.
     """
+    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
     environ = os.environ
-    if "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        machines, total = int(environ.get("SLURM_NNODES", "1")), int(environ["SLURM_NTASKS"])
-        name, each = "srun", total // machines
-    else:
-        found = next((x for x in LAUNCHERS.items() if all(key in environ for key in x[1])), None)
-        if found is None:
-            return None
-        name, (_, total, each) = found[0], (int(environ[key]) if "SIZE" in key else 0 for key in found[1])
+    if TorchElasticEnvironment.detect():
+        name, total = "torchrun", int(environ["WORLD_SIZE"])
+        each = int(environ.get("LOCAL_WORLD_SIZE", total))
         machines = total // each
-    if name == "mpirun" and total > 1 and find_spec("mpi4py") is None:
-        raise ValueError("mpirun needs mpi4py: pip install mpi4py. Or start the processes by torchrun.")
+    elif SLURMEnvironment.detect():
+        name, total, machines = "srun", int(environ["SLURM_NTASKS"]), int(environ.get("SLURM_NNODES", "1"))
+        each = total // machines
+    elif "OMPI_COMM_WORLD_SIZE" in environ:
+        name, total, each = "mpirun", int(environ["OMPI_COMM_WORLD_SIZE"]), int(environ["OMPI_COMM_WORLD_LOCAL_SIZE"])
+        machines = total // each
+        if total > 1 and find_spec("mpi4py") is None:
+            raise ValueError("mpirun needs mpi4py: pip install mpi4py. Or start the processes by torchrun.")
+    else:
+        return None
     if machines * each != total:
         raise ValueError(f"{name} started {total} processes, {each} on this machine; each needs the same number.")
     return name, machines, each
