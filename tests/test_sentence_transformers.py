@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("sentence_transformers") is None, reason="sentence-transformers is not installed"
-)
+from tests.lazy_modules import needs
+
+pytestmark = needs("sentence_transformers", "sentence-transformers is not installed")
 
 TEXTS = ["red fish", "blue bird", "a red bird", "two blue fish", "green tree", "one tall tree"]
 
 
 @pytest.fixture(scope="module")
 def tools() -> Any:
-    from tempering.integrations import sentence_transformers
+    from tempering.integrations import sentence_embeddings
 
-    return sentence_transformers
+    return sentence_embeddings
 
 
 def encoder(width: int, seed: int, **more: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Distillation in other libraries' trainers: ``integrations.huggingface``, ``lightning`` and ``sentence_transformers``.
+"""Distillation in other libraries' trainers: ``integrations.huggingface``, ``lightning`` and ``sentence_embeddings``.
 
 They are imported explicitly: ``from tempering.integrations.huggingface import DistillMixin``.
 """
