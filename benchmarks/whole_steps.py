@@ -208,11 +208,25 @@ def versions(legs: Mapping[str, Any]) -> dict[str, str]:
     return notes | {first: said(notes[first])}
 
 
+def paces(taken: Mapping[str, list[float]], count: int, what: str) -> dict[str, str]:
+    """What to say of every arm, with its median pace first; ``count`` things were done in each time."""
+    notes = versions(taken)
+    for name, values in taken.items():
+        pace = f"{count / sorted(values)[len(values) // 2]:.0f} {what}"
+        notes[name] = "; ".join(filter(None, [pace, notes[name]]))
+    return notes
+
+
+def texts_of(args: Any, *, batch: int, tiny: tuple[int, int], full: tuple[int, int]) -> Texts:
+    """Texts of these lengths of prompt and completion, and models to match."""
+    prompt, completion = tiny if args.tiny else full
+    sizes, V = ((16, 32), 300) if args.tiny else ((128, 256), 32_000)
+    return Texts(vocabulary=V, prompt=prompt, completion=completion, batch=batch, sizes=sizes)
+
+
 def language(sheet: Sheet, args: Any) -> None:
     """Texts of 512 tokens of which 448 are learned; the divergence of every one over 32,000 classes."""
-    sizes = (16, 32) if args.tiny else (128, 256)
-    batch, prompt, completion, V = (1, 4, 8, 300) if args.tiny else (1, 64, 448, 32_000)
-    texts = Texts(vocabulary=V, prompt=prompt, completion=completion, batch=batch, sizes=sizes)
+    texts = texts_of(args, batch=1, tiny=(4, 8), full=(64, 448))
     legs: dict[str, Leg] = {}
     if installed("trl"):
         legs["TRL, GKDTrainer"] = of_trainer(gkd, texts, on_policy=False)
@@ -222,7 +236,7 @@ def language(sheet: Sheet, args: Any) -> None:
     legs["ours, distill"] = partial(engine, texts)
     taken = legs_in_turn(legs, steps=args.steps, rounds=args.rounds, warm=0)
     sheet.add(
-        f"a step, Llama, JSD: {batch} x {prompt + completion} tokens, V={V}",
+        f"a step, Llama, JSD: {texts.batch} x {texts.prompt + texts.completion} tokens, V={texts.vocabulary}",
         taken,
         notes=versions(legs),
         per=args.steps,
@@ -235,7 +249,9 @@ def language(sheet: Sheet, args: Any) -> None:
     evaluated["ours, Evaluator"] = scored(texts, args.steps)
     notes = versions(evaluated)
     notes["ours, Trainer"] = notes["ours, Evaluator"] = "accuracy, agreement, cross entropy and perplexity too"
-    sheet.add(f"evaluation of {(args.steps + 1) * batch} texts", in_turn(evaluated, rounds=args.rounds), notes=notes)
+    sheet.add(
+        f"evaluation of {(args.steps + 1) * texts.batch} texts", in_turn(evaluated, rounds=args.rounds), notes=notes
+    )
 
 
 def scored(texts: Texts, steps: int) -> Variant:
@@ -253,21 +269,16 @@ def scored(texts: Texts, steps: int) -> Variant:
 
 def writing(sheet: Sheet, args: Any) -> None:
     """Completions that the student writes, and the step on them."""
-    sizes = (16, 32) if args.tiny else (128, 256)
-    batch, prompt, completion, V = (2, 4, 6, 300) if args.tiny else (4, 32, 64, 32_000)
-    texts = Texts(vocabulary=V, prompt=prompt, completion=completion, batch=batch, sizes=sizes)
+    texts = texts_of(args, batch=2 if args.tiny else 4, tiny=(4, 6), full=(32, 64))
     legs: dict[str, Leg] = {}
     if installed("trl"):
         legs["TRL, GKDTrainer, lmbda=1"] = of_trainer(gkd, texts, on_policy=True)
         legs["TRL, DistillationTrainer"] = of_trainer(stable, texts, on_policy=True)
     legs["ours, distill, OnPolicy"] = partial(engine, texts, on_policy=True)
     taken = legs_in_turn(legs, steps=args.steps, rounds=args.rounds, warm=0)
-    per = args.steps * batch * completion
-    notes = versions(legs)
-    for name, values in taken.items():
-        pace = f"{per / sorted(values)[len(values) // 2]:.0f} tokens/s"
-        notes[name] = "; ".join(filter(None, [pace, notes[name]]))
-    sheet.add(f"on-policy, a token: {batch} x {completion}, V={V}", taken, notes=notes, per=per)
+    per = args.steps * texts.batch * texts.completion
+    title = f"on-policy, a token: {texts.batch} x {texts.completion}, V={texts.vocabulary}"
+    sheet.add(title, taken, notes=paces(taken, per, "tokens/s"), per=per)
 
 
 def images(sheet: Sheet, args: Any) -> None:
@@ -320,10 +331,7 @@ def images(sheet: Sheet, args: Any) -> None:
         ours, taught=Live(copy.deepcopy(teacher), channels_last=True, fuse_conv_bn=True)
     )
     taken = legs_in_turn(legs, steps=args.steps, rounds=args.rounds, warm=0)
-    notes = versions(legs)
-    for name, values in taken.items():
-        pace = f"{args.steps * n / sorted(values)[len(values) // 2]:.0f} images/s"
-        notes[name] = "; ".join(filter(None, [pace, notes[name]]))
+    notes = paces(taken, args.steps * n, "images/s")
     sheet.add(f"a step, {names[1]} -> {names[0]}, KD: {n} images", taken, notes=notes, per=args.steps)
     split = Batches(pixels, labels, **own)
     how: dict[str, Any] = {"device": torch.device("cpu"), "cache_teacher": False, "patience": None}

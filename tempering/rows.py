@@ -15,8 +15,16 @@ GAUSSIAN = "gaussian"  # name of a block whose columns are the mean and the log 
 UNLABELED = (IGNORE_INDEX, -1)  # targets of rows without a label
 # optional fields (N,) of Rows
 PER_ROW = (
-    *("target", "weight", "ids", "positions", "privacy_score", "task_loss", "teacher_loss"),
-    *("sampled_id", "rollout_log_prob", "text"),
+    "target",
+    "weight",
+    "ids",
+    "positions",
+    "privacy_score",
+    "task_loss",
+    "teacher_loss",
+    "sampled_id",
+    "rollout_log_prob",
+    "text",
 )
 
 

@@ -329,11 +329,11 @@ class DistillMixin(Trainer):
 
     def _own_teacher(self, batch: Any) -> Any:
         """Return a generated batch whose stored logits, if they are this trainer's teacher's, are known as such."""
-        stored = batch.get("teacher_outputs")
+        stored = batch.get(TEACHER_OUTPUTS)
         own = self._unpacked_teacher
         if stored is None or own is None or stored.producer is not own.model:
             return batch
-        return {**batch, "teacher_outputs": PrecomputedLogits(stored.logits, own)}
+        return {**batch, TEACHER_OUTPUTS: PrecomputedLogits(stored.logits, own)}
 
     def create_optimizer(self, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the Trainer's optimizer, with a parameter group for the method."""

@@ -16,7 +16,7 @@ from tempering.data.text import eos_ids, sources_right
 from tempering.rollouts.decoders import Decoder, decoder_start_id, is_encoder_decoder
 from tempering.rollouts.decoding import make_causal_decoder, make_decoder, max_positions
 from tempering.rollouts.generation_config import Sampling, as_sampling
-from tempering.rows import IGNORE_INDEX, upcast_to_float32
+from tempering.rows import IGNORE_INDEX, TEACHER_OUTPUTS, upcast_to_float32
 from tempering.teachers.outputs import PrecomputedLogits
 from tempering.utils.tensors import eval_mode, on_host, to_device
 
@@ -31,7 +31,7 @@ CARRIED = {
     "generated",
     "ids",
     "privacy_score",
-    "teacher_outputs",
+    TEACHER_OUTPUTS,
     *TEACHER_PROMPT,
 }
 TURNS = {"last": -1, "first": 0, "random": None}  # index among the learned turns of a text
@@ -298,7 +298,7 @@ def generate(
     stats.teacher_forwards = decoders[1].forwards if teacher is not None else 0
     batch: dict[str, Any] = state.batch(pad) if source is None else state.seq2seq_batch(pad, source)
     if reuse and teacher is not None:
-        batch["teacher_outputs"] = PrecomputedLogits(torch.cat([part for row in state.logits for part in row]), teacher)
+        batch[TEACHER_OUTPUTS] = PrecomputedLogits(torch.cat([part for row in state.logits for part in row]), teacher)
     return batch, stats
 
 

@@ -50,12 +50,6 @@ class EncoderTask(Task):
             got = described(output)
         raise ValueError(f"{type(self).__name__} needs embeddings (M, D), or scores, of the {side}; got {got}.")
 
-    def score_teacher(self, teacher: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
-        for batch in batches:
-            same = not isinstance(self.parts(batch).inputs, Mapping) or "teacher" not in self.parts(batch).inputs
-            return self.score(teacher, batches) if same else {}
-        return {}
-
 
 class PairScored(EncoderTask):
     """Base of tasks that are scored by the similarities of pairs of texts."""
@@ -203,8 +197,9 @@ class Similarity(PairScored):
         student, teacher = (self.similarities(x, len(y), side) for x, side in ((s, "student"), (t, "teacher")))
         label = torch.where(known, y, 0.0).to(student.dtype)
         losses = [torch.where(known, (z - label).square(), 0.0) for z in (student, teacher.to(student.dtype))]
-        both = len(s) == len(t) == 2 * len(y)
-        features = {name: (s[at], t[at]) for name, at in _halves(len(y)).items()} if both else {}
+        n, features = len(y), {}
+        if len(s) == len(t) == 2 * n:
+            features = {"first": (s[:n], t[:n]), "second": (s[n:], t[n:])}
         return [
             Rows(
                 student.unsqueeze(1), teacher.unsqueeze(1), weight=self._weight(parts), name="similarities",
@@ -237,10 +232,6 @@ def cosine_of_halves(vectors: Tensor, pairs: int, side: str) -> Tensor:
             f"{tuple(vectors.shape)}."
         )
     return F.cosine_similarity(vectors[:pairs], vectors[pairs:])
-
-
-def _halves(pairs: int) -> dict[str, slice]:
-    return {"first": slice(pairs), "second": slice(pairs, None)}
 
 
 def _of_side(inputs: Any, side: str) -> Any:

@@ -13,7 +13,7 @@ from tempering.data.batches import with_teacher_outputs
 from tempering.rollouts.decoders import is_encoder_decoder
 from tempering.rollouts.sampling import TEACHER_PROMPT
 from tempering.rollouts.scoring import GenerationScorer
-from tempering.rows import IGNORE_INDEX, Rows, is_labeled, upcast_to_float32
+from tempering.rows import IGNORE_INDEX, TEACHER_OUTPUTS, Rows, is_labeled, upcast_to_float32
 from tempering.tasks.base import Task, TeacherForward
 from tempering.tasks.padding_checks import check_layout, try_layouts
 from tempering.tasks.row_scores import score_rows
@@ -21,8 +21,16 @@ from tempering.teachers.outputs import Hidden, PrecomputedLogits, Sparse, to_top
 from tempering.utils.state import unwrapped
 from tempering.utils.tensors import on_host, to_device
 
-NO_INPUTS = {"labels", "ids", "learn", "replaced", "privacy_score", "teacher_outputs", "rollout_log_prob"}
-NO_INPUTS |= {*TEACHER_PROMPT}
+NO_INPUTS = {
+    "labels",
+    "ids",
+    "learn",
+    "replaced",
+    "privacy_score",
+    TEACHER_OUTPUTS,
+    "rollout_log_prob",
+    *TEACHER_PROMPT,
+}
 OPTIONAL = ("use_cache", "position_ids")  # left out for models whose forward does not have them
 
 
@@ -293,9 +301,7 @@ class UnpackInputs:
             )
         if self.inexact:
             check_layout(model, self.inexact, kwargs)
-        return args, {
-            name: value for name, value in kwargs.items() if name not in (*self.unsupported, "teacher_outputs")
-        }
+        return args, {name: value for name, value in kwargs.items() if name not in (*self.unsupported, TEACHER_OUTPUTS)}
 
 
 def _check(batch: Any) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tempering.data.batches import LabeledBatch
-from tempering.rows import Rows, class_labels, is_labeled, is_soft
+from tempering.rows import Rows, class_labels, is_labeled, is_scored, is_soft
 from tempering.tasks.base import NothingToScoreError, TeacherForward, evaluating
 from tempering.tasks.embeddings import EncoderTask
 
@@ -143,8 +143,7 @@ class Ranking(EncoderTask):
                 answer = None if teacher is None else teacher(teacher_in, ids)
                 (rows,) = self.rows(student(student_in), answer, batch)
                 assert rows.target is not None
-                kept = is_labeled(rows.target) & (True if rows.weight is None else rows.weight > 0)
-                rows = rows.select(kept)
+                rows = rows.select(is_scored(rows.target, rows.weight))
                 s, y, n = rows.student, rows.target, len(rows)
                 if not n or y is None:
                     continue

@@ -87,10 +87,11 @@ class Regression(PartsTask):
 
     def _labels(self, parts: LabeledBatch) -> tuple[Tensor, Tensor]:
         """Return the labels and which of them are measurements."""
-        y = parts.labels if parts.labels.is_floating_point() else parts.labels.float()
-        known = ~torch.isnan(y)
-        if not parts.labels.is_floating_point():  # labels of None are all -100
-            known = known & ~(parts.labels == IGNORE_INDEX).all()
+        y = parts.labels
+        if y.is_floating_point():
+            known = ~torch.isnan(y)
+        else:  # labels of None are all -100
+            known, y = (y != IGNORE_INDEX).any().expand(y.shape), y.float()
         return y, known if self.ignore is None else known & (y != self.ignore)
 
     def _weight(self, parts: LabeledBatch, known: Tensor) -> Tensor:

@@ -127,12 +127,11 @@ class CombinedTeacher(Teacher):
     def _query(self, name: str, inputs: Any, ids: Tensor | None, *, grad: bool) -> Any:
         """Return one teacher's outputs; an error names the teacher."""
         part = self.parts[name]
+        columns: dict[str, Any] = {}
         if isinstance(inputs, Columns):
-            columns = {key: inputs.columns[key] for key in part.columns}
-            own = self._own_inputs(part, inputs.inputs)
-            inputs = Columns(own, columns) if columns else own
-        else:
-            inputs = self._own_inputs(part, inputs)
+            inputs, columns = inputs.inputs, {key: inputs.columns[key] for key in part.columns}
+        inputs = self._own_inputs(part, inputs)
+        inputs = Columns(inputs, columns) if columns else inputs
         with self._named(name):
             return part.forward_with_grad(inputs, ids) if grad else part(inputs, ids)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tempering.rows import upcast_to_float32
+from tempering.rows import TEACHER_OUTPUTS, upcast_to_float32
 from tempering.teachers.base import Teacher, key_digest
 from tempering.utils.tensors import map_tensors
 
@@ -30,7 +30,7 @@ class InBatch(Teacher):
         self.identity = key_digest({"teacher": name})
 
     def __call__(self, inputs: Any, ids: Tensor | None) -> Any:
-        outputs = inputs.get("teacher_outputs") if isinstance(inputs, Mapping) else None
+        outputs = inputs.get(TEACHER_OUTPUTS) if isinstance(inputs, Mapping) else None
         if outputs is None:
             raise ValueError(
                 'InBatch needs batches that are mappings with "teacher_outputs", also those of scored splits; this one '

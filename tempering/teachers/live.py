@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tempering.rows import upcast_to_float32
+from tempering.rows import TEACHER_OUTPUTS, upcast_to_float32
 from tempering.teachers.base import Teacher, fingerprint, key_digest
 from tempering.utils.device import clone_outputs, maybe_compile
 from tempering.utils.state import ModelState, unwrapped
@@ -167,7 +167,7 @@ class Live(Teacher):
 
     @torch.no_grad()
     def __call__(self, inputs: Any, ids: Tensor | None = None) -> Any:
-        precomputed = inputs.get("teacher_outputs") if isinstance(inputs, Mapping) else None
+        precomputed = inputs.get(TEACHER_OUTPUTS) if isinstance(inputs, Mapping) else None
         if precomputed is not None and getattr(precomputed, "producer", None) in (self._model, self.model):
             return precomputed
         if isinstance(precomputed, Tensor):

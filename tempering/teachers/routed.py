@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from tempering.rows import TEACHER_OUTPUTS
 from tempering.teachers.base import Columns, key_digest
 from tempering.teachers.combined import CombinedTeacher, Teachers, dense_logits
 from tempering.teachers.outputs import Sparse
@@ -126,7 +127,7 @@ class Routed(CombinedTeacher):
         if len(used) == 1:
             return self._query(names[used[0]], inputs, ids, grad=grad)
         if isinstance(inputs, Mapping):  # logits of a generated batch are of the whole batch
-            inputs = {name: x for name, x in inputs.items() if name != "teacher_outputs" or self.reads_outputs}
+            inputs = {name: x for name, x in inputs.items() if name != TEACHER_OUTPUTS or self.reads_outputs}
         outputs, order = dict[str, Any](), list[Tensor]()
         for number in used:
             index = (route == number).nonzero().flatten()

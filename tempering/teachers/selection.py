@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tempering.rows import upcast_to_float32
+from tempering.rows import TEACHER_OUTPUTS, upcast_to_float32
 from tempering.teachers.base import Teacher, key_digest
 from tempering.teachers.outputs import Sparse
 
@@ -158,7 +158,7 @@ class TopKTeacher(Teacher):
         return self
 
     def __call__(self, inputs: Any, ids: Tensor | None) -> Sparse:
-        output = self.teacher({name: x for name, x in inputs.items() if name != "teacher_outputs"}, ids)
+        output = self.teacher({name: x for name, x in inputs.items() if name != TEACHER_OUTPUTS}, ids)
         logits, label = getattr(output, "logits", output), next_tokens(inputs)
         if self.top is not None:
             return keep_top_k(logits, self.top, besides=label)

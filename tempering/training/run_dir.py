@@ -52,7 +52,11 @@ HINTS = {
 }
 # options of a run's key that earlier versions did not have
 ADDED: dict[str, Any] = {
-    **{"ema": None, "label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "class_weights": None},
+    "ema": None,
+    "label_smoothing": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "class_weights": None,
     "balanced_sampling": False,
 }
 WEIGHTS = ("student.safetensors", "best.safetensors", "ema.safetensors")

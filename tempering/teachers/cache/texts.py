@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tempering.rows import IGNORE_INDEX
+from tempering.rows import IGNORE_INDEX, TEACHER_OUTPUTS
 from tempering.utils.tensors import on_host
 
 Inputs = Callable[[Any], tuple[Any, Any, Any]]  # a batch -> (student's inputs, teacher's inputs, ids), as tasks do
@@ -18,7 +18,7 @@ NO_CONTENT = {
     "attention_mask",
     "position_ids",
     "use_cache",
-    "teacher_outputs",
+    TEACHER_OUTPUTS,
 }  # inputs that do not belong to the text itself
 BATCH_FIELDS = {"labels", "generated", "learn", "ids", "replaced", "privacy_score"}  # of batches; rarely model inputs
 
