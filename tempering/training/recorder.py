@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, cast
@@ -285,6 +286,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+@cache
 def _version(name: str) -> str | None:
     try:
         return version(name)
@@ -292,6 +294,7 @@ def _version(name: str) -> str | None:
         return None
 
 
+@cache
 def _cpu() -> str:
     try:
         names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
@@ -302,12 +305,14 @@ def _cpu() -> str:
 
 def _git() -> tuple[str | None, bool | None]:
     """Return the commit of the package's git repository and whether it has uncommitted changes; None outside one."""
+    command = ["git", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     here = Path(__file__).resolve().parent
     try:
-        commands = [["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]]
-        results = [subprocess.run(["git", *c], cwd=here, capture_output=True, text=True, timeout=10) for c in commands]
+        result = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None, None
-    if any(p.returncode for p in results):
+    first, *rest = result.stdout.splitlines() or [""]
+    commit = first.removeprefix("# branch.oid ")
+    if result.returncode or not commit.isalnum():  # before the first commit it is "(initial)"
         return None, None
-    return results[0].stdout.strip(), bool(results[1].stdout.strip())
+    return commit, not all(line.startswith("# ") for line in rest)

@@ -125,6 +125,8 @@ def check_values(cls: type[Any], args: Sequence[object], kwargs: Mapping[str, ob
     Raises:
         ValueError: for a value of another type, or outside the limits of its annotation.
     """
+    if not args and not kwargs:  # as copies are made
+        return
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     hints = _hints(cls.__init__)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
@@ -153,10 +154,17 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     known = {x for secret in secrets if secret for x in (secret, quote(secret, safe=""), json.dumps(secret)[1:-1])}
     for secret in sorted(known, key=len, reverse=True):
         text = text.replace(secret, REDACTED)
+    return _redact_short(text) if len(text) <= LONG else _redact(text)
+
+
+def _redact(text: str) -> str:
     text = _BARE.sub(REDACTED, text)
     for pattern in _PATTERNS:
         text = pattern.sub(rf"\g<1>{REDACTED}", text)
     return text
+
+
+_redact_short = lru_cache(4096)(_redact)  # a run writes the same facts several times
 
 
 def without_secrets(value: Any) -> Any:
