@@ -10,6 +10,7 @@ Random numbers are the CPU's. Not covered: kernels, streams and memory of its ow
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -69,8 +70,7 @@ class SimulatedTensor(Tensor):
     @staticmethod
     def __new__(cls, raw: Tensor) -> SimulatedTensor:
         make: Any = Tensor._make_wrapper_subclass
-        options = {"strides": raw.stride(), "storage_offset": raw.storage_offset(), "dtype": raw.dtype}
-        return make(cls, raw.shape, device="sim:0", **options)
+        return make(cls, raw.shape, raw.stride(), raw.storage_offset(), dtype=raw.dtype, device=_device())
 
     def __init__(self, raw: Tensor) -> None:
         self.raw = raw
@@ -95,6 +95,11 @@ class SimulatedTensor(Tensor):
         return _run(func, args, kwargs or {})
 
 
+@functools.cache
+def _device() -> torch.device:
+    return torch.device("sim:0")
+
+
 def _place() -> str:
     """The innermost frame of the code under test, "file:line"."""
     within = _counters[-1][1] if _counters else ""
@@ -116,18 +121,19 @@ def _count(what: str) -> None:
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operation on the CPU tensors inside, after the checks of a device; wrap its results."""
     tensors: list[Tensor] = []
-    inner_args, inner_kwargs = _unwrapped(args, tensors), _unwrapped(kwargs, tensors)
+    inner_args = _unwrapped(args, tensors)
+    inner_kwargs = _unwrapped(kwargs, tensors) if kwargs else {}
     device = kwargs.get("device")
     to = None if device is None else torch.device(device).type
-    ours = [x for x in tensors if isinstance(x, SimulatedTensor)]
-    if not ours and to != "sim":
-        return func(*args, **kwargs)
     theirs = [x for x in tensors if not isinstance(x, SimulatedTensor)]
-    full = func.name().removeprefix("aten::")
-    name = full.partition(".")[0]
-    if ours:
-        _check_devices(name, args, theirs)
-        _count_reads(name, full, args, kwargs, to)
+    if len(theirs) == len(tensors) and to != "sim":
+        return func(*args, **kwargs)
+    full, name, waits = _named(func)
+    if len(theirs) < len(tensors):
+        if theirs:
+            _check_devices(name, args, theirs)
+        if waits:
+            _count_reads(name, full, args, kwargs, to)
     elif theirs and not kwargs.get("non_blocking"):
         _count("copy to the device")
     if to is not None:
@@ -135,8 +141,15 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     out = func(*inner_args, **inner_kwargs)
     if name == "_to_copy" and to not in (None, "sim"):
         return out
-    # in-place operations return what they got, copy_ perhaps a tensor on the CPU
-    return _wrapped(out, {id(x.raw): x for x in ours} | {id(x): x for x in theirs})
+    return _wrapped(out, tensors)
+
+
+@functools.cache
+def _named(func: Any) -> tuple[str, str, bool]:
+    """The name of an operation with and without its overload, and whether the host may wait for it."""
+    full = func.name().removeprefix("aten::")
+    name = full.partition(".")[0]
+    return full, name, bool({full, name} & (READS | COPIES | INDEXING))
 
 
 def _unwrapped(value: Any, tensors: list[Tensor]) -> Any:
@@ -149,10 +162,13 @@ def _unwrapped(value: Any, tensors: list[Tensor]) -> Any:
     return {k: _unwrapped(x, tensors) for k, x in value.items()} if isinstance(value, dict) else value
 
 
-def _wrapped(out: Any, known: dict[int, Tensor]) -> Any:
+def _wrapped(out: Any, known: list[Tensor]) -> Any:
+    """The results as tensors of the device; in-place operations return what they got, copy_ perhaps one on the CPU."""
     if isinstance(out, Tensor):
-        found = known.get(id(out))
-        return SimulatedTensor(out) if found is None else found
+        for x in known:
+            if _inside(x) is out:
+                return x
+        return SimulatedTensor(out)
     return type(out)([_wrapped(x, known) for x in out]) if isinstance(out, (tuple, list)) else out
 
 
@@ -194,6 +210,10 @@ def _non_blocking(args: Any, kwargs: dict[str, Any]) -> bool:
 
 class _Factories(TorchDispatchMode):
     """Within it functions that make tensors, such as ``torch.zeros``, take ``device="sim"``."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what switches it off at each operation takes longer than the operation
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
