@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from _pytest import unraisableexception
+from torch.testing import _comparison
 
 from tempering.rows import Rows
 from tests import shapes
 from tests.cases import seed
 
 torch.set_num_threads(1)
-
+if not torch.accelerator.is_available():
+    # it notes the caller's traceback for each kind of device that may be there later: a millisecond
+    torch.manual_seed = torch.default_generator.manual_seed  # pyright: ignore
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)  # Fabric reads them for each run
+_comparison._HAS_DTENSOR = False  # assert_close imports DTensor, and so sympy and Dynamo, to see that it got none
 
 # rows.py is left out: Rows and total() look at shapes themselves, and their errors are tested. Dynamo cannot trace the
 # checks: a test that compiles a loss (not a model) does so in a process of its own.
@@ -26,6 +34,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadFileScheduling
 
     return LoadFileScheduling(config, log) if config.getvalue("dist") == "load" else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect garbage once at the end and not five times, each time through all that was ever imported."""
+    if iterations := getattr(unraisableexception, "gc_collect_iterations_key", None):  # from pytest 8.4 on
+        config.stash[iterations] = 1
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +73,14 @@ def fake(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     path = tmp_path / "fake.py"
     path.write_text(request.module.FAKE)
     return path
+
+
+@pytest.fixture
+def forked_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of grids and searches are forked, see ``tests/forked_jobs.py``."""
+    from tests import forked_jobs
+
+    forked_jobs.install(monkeypatch)
 
 
 @pytest.fixture

@@ -26,7 +26,10 @@ from tempering.training.checkpoint import list_steps
 from tests import recipes
 from tests.paths import ROOT, SHARED, needs_shared
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="cells are locked by flock, which is POSIX")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="cells are locked by flock, which is POSIX"),
+    pytest.mark.usefixtures("forked_jobs"),
+]
 Words = tuple[str, ...]
 
 # a recipe that writes what a run writes and imports no torch, so that a cell takes a fraction of a second

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,6 @@ from typing import Any
 import pytest
 
 from tempering.cli import main as cli
-from tempering.experiments.compare import runner
 from tempering.experiments.tune import study as tune_study
 from tempering.models import load
 from tempering.reports.records import load_run
@@ -33,47 +29,6 @@ IDLE = (".lock", ".gitignore", "begun.txt")  # without content, or written by th
 
 class NamedError(ValueError):
     """A command's message."""
-
-
-class Forked:
-    """A run's process as ``Popen`` starts it, but forked from one that has imported everything once."""
-
-    def __init__(self, command: Sequence[str], *, env: Mapping[str, str], stdout: Any, **_: Any) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tempering.cli.main", "tempering.training.distill", __name__])
-        self.process = context.Process(target=run_command, args=(command[3:], dict(env), stdout.name))
-        self.process.start()
-        self.pid, self.terminate, self.kill = self.process.pid, self.process.terminate, self.process.kill
-
-    @property
-    def returncode(self) -> int | None:
-        return self.process.exitcode
-
-    def poll(self) -> int | None:
-        return self.process.exitcode
-
-    def wait(self, timeout: float | None = None) -> int | None:
-        self.process.join(timeout)
-        return self.process.exitcode
-
-
-def run_command(words: Sequence[str], env: Mapping[str, str], log: str) -> None:
-    os.environ.update(env)
-    with open(log, "a") as sys.stdout:
-        sys.stderr = sys.stdout
-        sys.exit(cli.main(list(words)))
-
-
-@pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    popen: Any = subprocess.Popen
-
-    def start(command: Sequence[str], **how: Any) -> Any:
-        return Forked(command, **how) if list(command[2:4]) == ["tempering", "run"] else popen(command, **how)
-
-    monkeypatch.setattr(runner.subprocess, "Popen", start)
-    monkeypatch.setattr(runner, "_as_nice", lambda pid: None)  # of a session of its own, which a fork has not
-    monkeypatch.setattr(runner, "POLL_SECONDS", 0.02)
 
 
 def check_damage(origin: Path, folder: Path, ways: list[Way], *, times: int) -> None:
@@ -150,7 +105,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="cells and trials are lock
 
 
 @posix
-@pytest.mark.usefixtures("forked")
+@pytest.mark.usefixtures("forked_jobs")
 def test_damage_of_a_grid_is_harmless_or_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, whole = tmp_path / "fake.py", tmp_path / "whole"
     recipe.write_text(CELL)
@@ -173,7 +128,7 @@ def test_damage_of_a_grid_is_harmless_or_named(tmp_path: Path, capsys: pytest.Ca
 
 
 @posix
-@pytest.mark.usefixtures("forked")
+@pytest.mark.usefixtures("forked_jobs")
 def test_damage_of_a_half_done_grid_is_harmless_or_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One run is recorded; the other was killed in its second epoch, and goes on from its checkpoint."""
     recipe, whole = tmp_path / "tiny.py", tmp_path / "whole"
@@ -202,6 +157,7 @@ def test_damage_of_a_half_done_grid_is_harmless_or_named(tmp_path: Path, capsys:
 
 
 @posix
+@pytest.mark.usefixtures("forked_jobs")
 def test_damage_of_a_search_is_harmless_or_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("optuna", reason="needs optuna, the extra 'tune'")
     recipe, whole = tmp_path / "fake.py", tmp_path / "whole"

@@ -25,7 +25,10 @@ from tempering.methods import METHODS
 from tempering.utils.files import try_lock
 from tests.paths import ROOT
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="trials are locked by flock, which is POSIX")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="trials are locked by flock, which is POSIX"),
+    pytest.mark.usefixtures("forked_jobs"),
+]
 optuna = pytest.importorskip("optuna", reason="needs optuna, the extra 'tune'")
 Words = tuple[str, ...]
 
