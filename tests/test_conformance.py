@@ -19,6 +19,7 @@ from torch import Tensor
 
 pytest.importorskip("hypothesis")
 
+import tests.quick_hypothesis  # noqa: F401
 from tempering.conformance import Promises, Status, adapters, check, invariants
 from tempering.conformance.promises import Kind
 from tests.paths import ROOT

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("hypothesis")
 
+import tests.quick_hypothesis  # noqa: F401
 from tempering.conformance import Status, check
 from tempering.conformance.adapters import of_method
 from tempering.methods import METHODS, StepMethod
