@@ -24,7 +24,8 @@ from tests.paths import ROOT
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"(<!-- no test: [^>]+-->\n+)?```python\n(.*?)```", re.DOTALL)
 ELSEWHERE = {"conformance.md": "test_conformance"}  # at fewer examples
-SLOW = ("torch", "lightning_fabric", "sklearn.datasets", "transformers", "torchmetrics", "matplotlib.pyplot")
+SLOW = ("lightning_fabric", "sklearn.datasets", "matplotlib.pyplot", "torchmetrics.functional.classification")
+SLOW += ("transformers.models.llama.modeling_llama", "transformers.trainer", "tempering.training.trainer")
 OPTIONAL = ("transformers", "sklearn", "matplotlib", "pycocotools", "hypothesis", "scipy", "timm", "kornia")
 
 

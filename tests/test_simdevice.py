@@ -24,8 +24,9 @@ PATHS = ("contract", "classification", "language", "generation", "detection", "t
 def parts() -> dict[str, tuple[int, str, str]]:
     """Every part in a process of its own: the device is registered before the first backward pass."""
     code = {name: f"from tests.simulated import main; main({name!r})" for name in (*PATHS, "planted", "rules")}
-    preload = ["tests.simulated", "transformers", "lightning.pytorch", "torchmetrics.functional.classification"]
-    return run_parts(code, preload)
+    models = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "gpt2", "t5")]
+    slow = ["tests.simulated", *models, "lightning.pytorch", "lightning_fabric"]
+    return run_parts(code, [*slow, "torchmetrics.functional.classification"])
 
 
 def result(parts: dict[str, tuple[int, str, str]], name: str) -> Any:
