@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
@@ -103,6 +104,17 @@ def on_each(argument: str, cases: list[tuple[str, Any]], ready: Callable[[Any], 
 
 def block(n: int = 6, classes: int = 7, **options: Any) -> Rows:
     """Random rows that also carry ids, a feature map, (n, 4, 3, 3) on both sides, and boxes and scores beside it."""
+    made = _block(n, classes, **options)
+    fields = {
+        name: x.clone()
+        for name in ("student", "teacher", "target", "weight", "ids")
+        if (x := getattr(made, name)) is not None
+    }
+    return Rows(**fields, features={name: (s.clone(), t.clone()) for name, (s, t) in made.features.items()})  # pyright: ignore
+
+
+@functools.cache
+def _block(n: int, classes: int, **options: Any) -> Rows:
     rows = random_rows(n, classes, **options)
     generator = torch.Generator().manual_seed(options.get("seed", 0) + 1)
     s, t = (torch.randn(n, 4, 3, 3, generator=generator, dtype=torch.float64).to(rows.student.dtype) for _ in "st")
@@ -113,6 +125,19 @@ def block(n: int = 6, classes: int = 7, **options: Any) -> Rows:
     scores = torch.rand(n, 9, generator=generator).to(rows.student.dtype)
     beside = {name: (x, x.clone()) for name, x in (("boxes", boxes), ("scores", scores))}
     return rows.replace(features={"map": (s, t)} | beside, ids=torch.arange(n))
+
+
+def in_one_pass(method: Method, situations: list[Rows]) -> list[Rows]:
+    """All rows in one block where the method looks at each row by itself; else the blocks as they are."""
+    if method.is_batch_dependent():
+        return situations
+    fields = {name: [getattr(rows, name) for rows in situations] for name in ("student", "teacher", "target", "weight")}
+    joined = {name: torch.cat(values) for name, values in fields.items() if values[0] is not None}
+    features = {
+        name: tuple(torch.cat([rows.features[name][side] for rows in situations]) for side in (0, 1))
+        for name in situations[0].features
+    }
+    return [Rows(**joined, features=features, ids=torch.arange(len(joined["student"])))]  # pyright: ignore
 
 
 def leaves(rows: Rows) -> tuple[Rows, list[Tensor]]:

@@ -133,12 +133,20 @@ def one_call(method: Any, rows: Rows, reads: Counter[str], device: str) -> tuple
 
 
 def contract() -> dict[str, Reads]:
-    """Every case of the contract: the CPU's loss and gradients."""
+    """Every case of the contract: the CPU's loss and gradients.
+
+    A method's first case is run without weights and with them, its others (with other arguments or policies) in turn.
+    """
     found: dict[str, Reads] = {}
     scored = block(weighted=True)
     scored = scored.replace(positions=scored.ids, privacy_score=torch.linspace(0.0, 1.0, len(scored)))
-    kinds = {"": block(), "weighted ": block(weighted=True)}
-    cases = [(how + name, rows, part) for how, rows in kinds.items() for name, part in CASES]
+    first = {type(part): name for name, part in reversed(CASES)}
+    cases = [
+        (how + name, block(weighted=bool(how)), part)
+        for number, (name, part) in enumerate(CASES)
+        for turn, how in enumerate(("", "weighted "))
+        if turn == number % 2 or first[type(part)] == name
+    ]
     for name, rows, part in [*cases, ("private Swing", scored, Swing(hide=0.8))]:
         method = copy.deepcopy(part)
         method.setup(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from tests.contract import (
     arguments,
     backward,
     block,
+    in_one_pass,
     leaves,
     on_each,
     ran,
@@ -109,11 +111,12 @@ def test_zero_at_agreement(method: Method) -> None:
 
 
 @on_each("method", NON_NEGATIVE, prepared)
-@each("scale", [1e-6, 1e-2, 3.0, 50.0])
-def test_never_negative(method: Method, scale: float) -> None:
-    rows = block(16, scale=scale)
-    near = rows.replace(student=rows.teacher + 1e-7 * rows.student)
-    for made in (rows, near, block(16, scale=scale, dtype=torch.float32)):
+def test_never_negative(method: Method) -> None:
+    scales = (1e-6, 1e-2, 3.0, 50.0)
+    double = [block(16, scale=scale) for scale in scales]
+    double += [rows.replace(student=rows.teacher + 1e-7 * rows.student) for rows in double]
+    single = [block(16, scale=scale, dtype=torch.float32) for scale in scales]
+    for made in (*in_one_pass(method, double), *in_one_pass(method, single)):
         backward(method, made, at_least=0.0)
 
 
@@ -136,8 +139,7 @@ def test_batch_split(method: Method, weighted: bool) -> None:
     def whole_and_parts(seed: int) -> tuple[Any, Any]:
         rows = block(8, weighted=weighted, seed=seed)
         parts = [
-            backward(method, rows.select(p), 0.3, normalizer=rows.total_weight)
-            for p in (slice(0, 3), slice(3, 4), slice(4, 8))
+            backward(method, rows.select(p), 0.3, normalizer=rows.total_weight) for p in (slice(0, 1), slice(1, 8))
         ]
         together = sum(part[0] for part in parts), [torch.cat(g) for g in zip(*(p[1] for p in parts), strict=True)]
         return backward(method, rows, 0.3), together
@@ -194,6 +196,7 @@ def test_rows_of_weight_zero_take_no_part(method: Method) -> None:
 def test_logits_of_ten_thousand(method: Method, dtype: torch.dtype) -> None:
     rows = block(dtype=torch.float64)
     hot = 1e4 * torch.eye(7, dtype=torch.float64)[torch.arange(6)]
+    situations = []
     for student, teacher in (
         (1e4 * rows.student.sign(), 1e4 * rows.teacher.sign()),
         (hot, -hot),
@@ -203,24 +206,25 @@ def test_logits_of_ten_thousand(method: Method, dtype: torch.dtype) -> None:
         (rows.student, hot),
     ):
         features = {n: (100 * s.to(dtype), -100 * t.to(dtype)) for n, (s, t) in rows.features.items()}
-        made = rows.replace(student=student.to(dtype), teacher=teacher.to(dtype), features=features)
+        situations.append(rows.replace(student=student.to(dtype), teacher=teacher.to(dtype), features=features))
+    for made in in_one_pass(method, situations):
         # a gradient in float16 needs a loss scaler, here one that scales down: T^2 of such logits is 1e8
         backward(method, made, **({"normalizer": 1e7} if dtype == torch.float16 else {}))
 
 
 @every_method
-@each("value", [0.0, 5.0, -3e3])
-@each("who", ["student", "teacher", "both"])
-def test_constant_rows(method: Method, who: str, value: float) -> None:
-    rows = block()
-    flat = torch.full_like(rows.student, value)
-    sides = ("student", "teacher") if who == "both" else (who,)
-    s, t = rows.features["map"]
-    still = torch.full_like(s, value / 1e3)
-    maps = {"map": (still if "student" in sides else s, still if "teacher" in sides else t)}
-    features = {**rows.features, **maps}
-    backward(method, rows.replace(**dict.fromkeys(sides, flat), features=features))
-    assert all(p.last is None or bool((p.last.student > 0).all()) for p in method.policies().values())
+def test_constant_rows(method: Method) -> None:
+    situations = []
+    for sides, value in itertools.product((("student",), ("teacher",), ("student", "teacher")), (0.0, 5.0, -3e3)):
+        rows = block()
+        flat = torch.full_like(rows.student, value)
+        s, t = rows.features["map"]
+        still = torch.full_like(s, value / 1e3)
+        maps = {"map": (still if "student" in sides else s, still if "teacher" in sides else t)}
+        situations.append(rows.replace(**dict.fromkeys(sides, flat), features={**rows.features, **maps}))
+    for made in in_one_pass(method, situations):
+        backward(method, made)
+        assert all(p.last is None or bool((p.last.student > 0).all()) for p in method.policies().values())
 
 
 @every_method
