@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import tests.quick_hypothesis  # noqa: F401
 from tempering.objectives import (
     adaptive_kl,
     cross_entropy,

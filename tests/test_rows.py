@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tempering
+import tests.quick_hypothesis  # noqa: F401
 from tempering.methods import KD
 from tempering.rows import IGNORE_INDEX, Rows, expand_to_rows, is_labeled, total, upcast_to_float32
 from tests.cases import each
