@@ -351,6 +351,7 @@ COMMANDS: dict[str, Callable[..., int | None] | str] = {
     "list": list_parts,
     "export": "tempering.cli.export:export",
     "conformance": "tempering.cli.conformance:conformance",
+    "plan": "tempering.cli.plan:plan",
 }
 COMPARE_COMMANDS = {"status": compare_status, "report": compare_report}
 
