@@ -31,6 +31,7 @@ CARRIED = {
     "generated",
     "ids",
     "privacy_score",
+    "reward",
     TEACHER_OUTPUTS,
     *TEACHER_PROMPT,
 }
@@ -76,6 +77,9 @@ class GenerationStats:
     repeated: int = 0
     student_forwards: int = 0
     teacher_forwards: int = 0
+    batches: int = 0
+    stale: int = 0  # batches since the engine's weights were refreshed, summed
+    reward: float = 0.0
 
     def add(self, other: GenerationStats) -> None:
         """Add the counts of another batch."""
@@ -204,7 +208,7 @@ class GenerationState:
         repeated = sum(a == b for w in self.generated for a, b in pairwise(w))
         ended = sum(bool(self.eos.intersection(w[-1:])) for w in self.generated)
         tokens, replaced = sum(map(len, self.generated)), sum(map(sum, self.replaced))
-        return GenerationStats(len(self.prompts), ended, tokens, replaced, repeated)
+        return GenerationStats(len(self.prompts), ended, tokens, replaced, repeated, batches=1)
 
 
 @torch.no_grad()
@@ -225,6 +229,7 @@ def generate(
     seed: int = 0,
     source: Mapping[str, Tensor] | None = None,
     reuse: bool = False,
+    mixture: float | None = None,
 ) -> tuple[dict[str, Any], GenerationStats]:
     """Generate completions of prompts with the student, verified by the teacher; return the batch and its statistics.
 
@@ -247,6 +252,8 @@ def generate(
         seed: seed of the sampling.
         source: inputs of an encoder-decoder; the prompts are then its start, and the batch is for ``Seq2Seq``.
         reuse: store the teacher's logits of generated tokens as "teacher_outputs" of the batch: 4 V bytes per token.
+        mixture: sample every token from mixture * teacher + (1 - mixture) * student, both by ``sampling``, and reject
+            none; None: the teacher verifies.
 
     Raises:
         TypeError: for a causal model without a cache, an encoder-decoder without a source, or one of each.
@@ -265,11 +272,11 @@ def generate(
     sampling, resampling = as_sampling(sampling) or Sampling(), as_sampling(resampling) or Sampling()
     with eval_mode(student, teacher):
         models = [model for model in (student, teacher) if model is not None]
-        size, longest = _vocabulary_size(models, vocabulary), max(map(len, prompts))
+        size, longest = vocabulary_size(models, vocabulary), max(map(len, prompts))
         for model in models:
-            _check_positions(model, longest if source is None else 0, max_new_tokens)
+            check_positions(model, longest if source is None else 0, max_new_tokens)
         decoders = [
-            make_causal_decoder(m, size, rejects=teacher is not None, max_length=longest + max_new_tokens)
+            make_causal_decoder(m, size, rejects=teacher is not None and mixture is None, max_length=longest + max_new_tokens)
             if source is None
             else make_decoder(m, size, source, max_length=max_new_tokens)
             for m in models
@@ -279,9 +286,10 @@ def generate(
             for decoder in decoders:
                 decoder.decode(state.start, positions, state.mask)
         while not all(state.done):
-            proposed, previous, log_probs = _propose(decoders[0], state, block, sampling, generators[0])
+            both = decoders if mixture is not None else decoders[:1]
+            proposed, previous, log_probs = _propose(both, state, block, sampling, generators[0], mixture or 0.0)
             accepted, stored = None, None
-            if teacher is not None:
+            if teacher is not None and mixture is None:
                 logits = decoders[1].decode(previous, state.positions(0, block), state.block_mask(block))
                 verified = verify_tokens(logits, proposed, top_k, nucleus)
                 index = verified.accepted.clamp_max(block - 1)[:, None]
@@ -327,14 +335,15 @@ def prompts_and_source(
     return [[decoder_start_id(model)] for _ in batch["input_ids"]], sources_right(source)
 
 
-def _vocabulary_size(models: list[nn.Module], vocabulary: int | None) -> int | None:
+def vocabulary_size(models: list[nn.Module], vocabulary: int | None) -> int | None:
     """Return the number of tokens that all models have; None if no model has an input embedding."""
     tables = [model.get_input_embeddings() for model in models if hasattr(model, "get_input_embeddings")]  # pyright: ignore
     sizes = [len(table.weight) for table in tables if isinstance(table, nn.Embedding)]
     return min([*sizes, *([] if vocabulary is None else [vocabulary])], default=None)
 
 
-def _check_positions(model: nn.Module, prompt: int, max_new_tokens: int) -> None:
+def check_positions(model: nn.Module, prompt: int, max_new_tokens: int) -> None:
+    """Raise ValueError if a prompt with its completion is longer than the model's positions."""
     limit = max_positions(model)
     if limit is not None and prompt + max_new_tokens > limit:
         raise ValueError(
@@ -345,20 +354,22 @@ def _check_positions(model: nn.Module, prompt: int, max_new_tokens: int) -> None
 
 
 def _propose(
-    decoder: Decoder,
+    decoders: Sequence[Decoder],
     state: GenerationState,
     block: int,
     sampling: Sampling,
     generator: torch.Generator,
+    mixture: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a block of the student's tokens, the decoder's inputs for it, shifted by one, and log-probabilities.
+    """Return a block of tokens, the decoders' inputs for it, shifted by one, and log-probabilities.
 
-    Each is (B, block).
+    Each is (B, block). With two decoders tokens are of the mixture of both.
     """
     inputs, tokens, log_probs = [state.last], [], []
     for i in range(block):
-        logits = decoder.decode(inputs[-1][:, None], state.positions(i, 1), state.block_mask(i + 1))[:, -1]
-        token, log_prob = sampling.draw(logits, generator)
+        where = (inputs[-1][:, None], state.positions(i, 1), state.block_mask(i + 1))
+        logits, *others = (decoder.decode(*where)[:, -1] for decoder in decoders)
+        token, log_prob = sampling.draw(logits, generator, *((others[0], mixture) if others else ()))
         tokens.append(token)
         log_probs.append(log_prob)
         inputs.append(tokens[-1])
