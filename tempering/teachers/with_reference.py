@@ -27,6 +27,14 @@ class WithReference(CombinedTeacher):
         super().__init__({"teacher": teacher, "reference": reference})
         self.identity = key_digest({"reference": {name: part.identity for name, part in self.parts.items()}})
 
+    @property
+    def model(self) -> nn.Module | None:
+        return self.parts["teacher"].model
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        return ("teacher",)
+
     def _answer(self, inputs: Any, ids: Tensor | None, *, grad: bool) -> Referenced:
         output = self._query("teacher", inputs, ids, grad=grad)
         if isinstance(inputs, dict) and not self.reads_outputs:  # stored logits of a generated batch are the teacher's
