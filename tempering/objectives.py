@@ -127,9 +127,9 @@ def on_student_top_k(rows: Rows, T: Temperatures, k: int) -> tuple[Rows, Tempera
         raise ValueError(f"on_student_top_k needs k >= 1; got {k}.")
     student, teacher = softened(rows, T)
     kept = student.detach().topk(min(k, student.shape[-1])).indices
-    sides = [torch.cat((x.gather(1, kept), _logsumexp_of_others(x, kept)), 1) for x in (student, teacher)]
+    v, u = (torch.cat((x.gather(1, kept), _logsumexp_of_others(x, kept)), 1) for x in (student, teacher))
     one = torch.ones_like(T.student[:1])
-    return Rows(*sides, name=rows.name), Temperatures(one, one, T.scale[:, None])
+    return Rows(v, u, name=rows.name), Temperatures(one, one, T.scale[:, None])
 
 
 def _logsumexp_of_others(logp: Float[Tensor, "N C"], kept: Tensor) -> Float[Tensor, "N 1"]:

@@ -159,7 +159,9 @@ def test_generation_ahead_is_bounded_and_in_order(server: StudentServer, tmp_pat
         prompts = [sorted(prompt for prompt, _ in server.prompts[i : i + 3]) for i in range(0, 18, 3)]
         assert prompts[:3] == prompts[3:] and run.epochs[-1]["rollout"]["staleness"] == (1.0 if stale else 0.0)
     assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(weights[2], weights[3], strict=True)), "the order is not a matter of time"
+    assert all(torch.equal(a, b) for a, b in zip(weights[2], weights[3], strict=True)), (
+        "the order is not a matter of time"
+    )
     assert not all(torch.equal(a, b) for a, b in zip(weights[0], weights[2], strict=True))
     assert not [t for t in threading.enumerate() if t.name.startswith("rollouts") and t.is_alive()]
 

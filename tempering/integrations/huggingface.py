@@ -172,8 +172,8 @@ class DistillMixin(Trainer):
             )
         if rollouts.engine is not None and rollouts.engine.staleness:
             raise ValueError(
-                f"this trainer reads no batches ahead, so {type(rollouts.engine).__name__} cannot generate ahead in it: "
-                "write staleness=0, or run it with tempering.distill."
+                f"this trainer reads no batches ahead, and {type(rollouts.engine).__name__} would generate them: write "
+                "staleness=0, or run it with tempering.distill."
             )
         rollouts.rank = self.accelerator.process_index
         rollouts.try_models()
@@ -257,7 +257,9 @@ class DistillMixin(Trainer):
                 counts = vars(self._rollouts.stats)
                 summed = self._all_reduce(torch.tensor([*counts.values()], device=self.args.device)).tolist()
                 stats = GenerationStats(**dict(zip(counts, summed, strict=True)))
-                logs.update({f"rollout_{name}": x for name, x in self._rollouts.describe(stats).items()} if stats.texts else {})
+                logs.update(
+                    {f"rollout_{name}": x for name, x in self._rollouts.describe(stats).items()} if stats.texts else {}
+                )
                 self._rollouts.stats = GenerationStats()
         super().log(logs, start_time)
 

@@ -16,7 +16,7 @@ from tempering.rollouts.on_policy import GenerationRequest, OnPolicy
 class _Ahead(NamedTuple):
     """A batch to come: generated (``request``, ``answer``) or of the data; ``pushed``: of its weights, at ``since``."""
 
-    index: int
+    number: int
     batch: Any
     request: GenerationRequest | None
     answer: Future[Any] | None
@@ -75,5 +75,5 @@ def _collect(rollouts: OnPolicy, ahead: _Ahead) -> Any:
     if ahead.request is None or ahead.answer is None:
         return ahead.batch
     batch = rollouts.complete(ahead.request, ahead.answer.result())
-    rollouts.stats.stale += ahead.index - ahead.since
+    rollouts.stats.stale += ahead.number - ahead.since
     return batch

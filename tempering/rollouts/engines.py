@@ -85,9 +85,11 @@ class RolloutEngine(ABC):
 
     def push(self, snapshot: Any) -> None:
         """Generate with these weights from now on."""
+        return
 
     def verify(self, prompts: Prompts, completions: Sequence[Completion], sampling: Sampling) -> None:
         """Compare the log-probabilities of a first batch to the student's; an engine of its weights need not."""
+        return
 
     def report(self) -> dict[str, float]:
         """Return further statistics."""

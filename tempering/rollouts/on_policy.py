@@ -218,9 +218,7 @@ class OnPolicy:
         out.batches, out.rank, out.stats = self.batches.shard(rank, world), rank, GenerationStats()  # pyright: ignore
         return out
 
-    def _generate(
-        self, batch: Any, seed: int, teacher: nn.Module | None, options: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _generate(self, batch: Any, seed: int, teacher: nn.Module | None, options: dict[str, Any]) -> dict[str, Any]:
         if self.engine is not None:
             request = self.request(batch, seed)
             return self.complete(request, request.ask())
@@ -252,7 +250,9 @@ class OnPolicy:
         options |= {"vocabulary": self.vocabulary, "seed": seed}
         sampling, n = self.sampling or Sampling(), self.num_generations
         return GenerationRequest(
-            batch, prompts, lambda: self.engine.generate(prompts[::n], n, sampling, **options)  # pyright: ignore
+            batch,
+            prompts,
+            lambda: self.engine.generate(prompts[::n], n, sampling, **options),  # pyright: ignore
         )
 
     def complete(self, request: GenerationRequest, completions: Sequence[Completion]) -> dict[str, Any]:

@@ -276,7 +276,9 @@ def generate(
         for model in models:
             check_positions(model, longest if source is None else 0, max_new_tokens)
         decoders = [
-            make_causal_decoder(m, size, rejects=teacher is not None and mixture is None, max_length=longest + max_new_tokens)
+            make_causal_decoder(
+                m, size, rejects=teacher is not None and mixture is None, max_length=longest + max_new_tokens
+            )
             if source is None
             else make_decoder(m, size, source, max_length=max_new_tokens)
             for m in models
@@ -369,7 +371,7 @@ def _propose(
     for i in range(block):
         where = (inputs[-1][:, None], state.positions(i, 1), state.block_mask(i + 1))
         logits, *others = (decoder.decode(*where)[:, -1] for decoder in decoders)
-        token, log_prob = sampling.draw(logits, generator, *((others[0], mixture) if others else ()))
+        token, log_prob = sampling.draw(logits, generator, others[0] if others else None, mixture)
         tokens.append(token)
         log_probs.append(log_prob)
         inputs.append(tokens[-1])

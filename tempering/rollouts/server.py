@@ -58,10 +58,10 @@ class RolloutServer(RolloutEngine):
     each batch, on the log-probabilities of a short text, and in the first batch on those of the sampled tokens. A
     server that restarted with other weights gets the current ones, and the batch is generated again.
 
-    With ``staleness`` a thread generates up to that many batches ahead: batch j has the weights after batch
-    j - staleness - refresh_every + 1 or later. ``methods.PolicyGradient(importance=True, truncate=2.0)`` and
-    ``methods.TruncatedImportance`` correct for it. A resumed run generates its first batches anew, by the weights of the
-    checkpoint. With 0 nothing is generated ahead.
+    With ``staleness`` a thread generates up to that many batches ahead: batch j has the weights from before batch
+    j - staleness - refresh_every + 1, or later ones. ``methods.PolicyGradient(importance=True, truncate=2.0)`` and
+    ``methods.TruncatedImportance`` correct for it. A resumed run generates its first batches anew, by the weights of
+    the checkpoint. With 0 nothing is generated ahead.
 
     Args:
         url: the server's root, such as "http://localhost:8000".

@@ -188,11 +188,12 @@ class LanguageModeling(Task):
         _, inverse, counts = text.unique_consecutive(return_inverse=True, return_counts=True)
         begins = counts.cumsum(0) - counts
         place, length = torch.arange(len(index), device=index.device) - begins[inverse], counts[inverse]
-        weights = 1.0 / length if self.token_weights == "texts" else self.token_weights(place, length)  # pyright: ignore
-        if not isinstance(weights, Tensor) or weights.shape != index.shape:  # pyright: ignore[reportUnnecessaryIsInstance]
+        weigh: Callable[[Tensor, Tensor], Any] | str = self.token_weights
+        weights = 1.0 / length if isinstance(weigh, str) else weigh(place, length)
+        if not isinstance(weights, Tensor) or weights.shape != index.shape:
             raise ValueError(
-                f"{type(self).__name__} needs token_weights that return one weight per token, {tuple(index.shape)}; got "
-                f"{tuple(getattr(weights, 'shape', ())) or weights}."
+                f"{type(self).__name__} needs token_weights that return one weight per token, {tuple(index.shape)}; "
+                f"got {tuple(getattr(weights, 'shape', ())) or weights}."
             )
         return weights.float()
 

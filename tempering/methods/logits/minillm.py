@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,10 @@ class MiniLLM(Method):
         self.soft, self.future, self.hard, self.clip = soft, future, hard, clip
         self.length_normalization = length_normalization
         self.relational = future > 0.0  # pyright: ignore[reportAttributeAccessIssue]
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(future=0.0)  # rows that were not sampled have no texts to compare
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         if rows.sampled_id is None:
