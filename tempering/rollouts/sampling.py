@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,10 +47,22 @@ class Verification(NamedTuple):
     accepted: Int[Tensor, " B"]
 
 
+def scheduled_top_k(top_k: int, expected_length: int, verified: int) -> int:
+    """Return the accepted rank after this many verified blocks: it falls from ``top_k`` to 1 over a text.
+
+    Reference: the released code of Xu et al., "Speculative Knowledge Distillation", ICLR 2025, arXiv:2410.11325: every
+    max(expected_length // top_k, 1) blocks, the first among them, max(ceil(top_k / expected_length), 1) less.
+    """
+    every, less = max(expected_length // top_k, 1), max(-(-top_k // expected_length), 1)
+    return max(top_k - less * -(-verified // every), 1)
+
+
 def verify_tokens(
-    teacher: Float[Tensor, "B G V"], proposed: Int[Tensor, "B G"], top_k: int, nucleus: float = 1.0
+    teacher: Float[Tensor, "B G V"], proposed: Int[Tensor, "B G"], top_k: int | None, nucleus: float = 1.0
 ) -> Verification:
     """Accept a token if fewer than ``top_k`` of the teacher's raw logits are larger than its own; ties are accepted.
+
+    None accepts every rank.
 
     With ``nucleus`` below 1 it also has to be in the teacher's nucleus at temperature 1: the tokens of larger logits
     have less than this probability together. A token that the teacher does not have is rejected.
@@ -60,7 +73,7 @@ def verify_tokens(
     vocabulary = teacher.shape[-1]
     above = teacher > teacher.gather(-1, proposed.clamp_max(vocabulary - 1)[..., None])
     rank = above.sum(-1)
-    ok = (rank < top_k) & (proposed < vocabulary)
+    ok = (rank < (vocabulary if top_k is None else top_k)) & (proposed < vocabulary)
     if nucleus < 1.0:
         ok &= (upcast_to_float32(teacher).softmax(-1) * above).sum(-1) < nucleus
     return Verification(rank, ok, ok.long().cumprod(-1).sum(-1))
@@ -218,8 +231,9 @@ def generate(
     prompts: list[list[int]],
     *,
     max_new_tokens: int,
-    top_k: int = 25,
+    top_k: int | None = 25,
     nucleus: float = 1.0,
+    expected_length: int | None = None,
     block: int = 5,
     eos: int | Sequence[int] | None = None,
     pad: int = 0,
@@ -243,6 +257,7 @@ def generate(
         prompts: token ids of each prompt.
         max_new_tokens: most tokens to generate.
         top_k, nucleus: which of the teacher's likeliest tokens are accepted; see ``verify_tokens``.
+        expected_length: let ``top_k`` fall over a text of this many tokens; see ``scheduled_top_k``. None: it is fixed.
         block: tokens proposed at a time.
         eos: end-of-text token id, or several, of which any ends a text; None for none.
         pad: padding token id.
@@ -259,7 +274,7 @@ def generate(
         TypeError: for a causal model without a cache, an encoder-decoder without a source, or one of each.
         ValueError: for no prompts, an empty one, or top_k, block or max_new_tokens below 1.
     """
-    if not prompts or not all(prompts) or min(top_k, block, max_new_tokens) < 1:
+    if not prompts or not all(prompts) or min(1 if top_k is None else top_k, block, max_new_tokens) < 1:
         raise ValueError(
             f"generate needs prompts of at least one token, and top_k, block and max_new_tokens >= 1; got "
             f"{len(prompts)} prompts, the shortest of {min(map(len, prompts), default=0)} tokens, {top_k}, {block} and "
@@ -287,13 +302,18 @@ def generate(
             positions = (state.mask.cumsum(-1) - 1).clamp_min(0)
             for decoder in decoders:
                 decoder.decode(state.start, positions, state.mask)
-        while not all(state.done):
+        for verified_blocks in itertools.count():
+            if all(state.done):
+                break
             both = decoders if mixture is not None else decoders[:1]
             proposed, previous, log_probs = _propose(both, state, block, sampling, generators[0], mixture or 0.0)
             accepted, stored = None, None
             if teacher is not None and mixture is None:
                 logits = decoders[1].decode(previous, state.positions(0, block), state.block_mask(block))
-                verified = verify_tokens(logits, proposed, top_k, nucleus)
+                k = top_k
+                if k is not None and expected_length is not None:
+                    k = scheduled_top_k(k, expected_length, verified_blocks)
+                verified = verify_tokens(logits, proposed, k, nucleus)
                 index = verified.accepted.clamp_max(block - 1)[:, None]
                 log_probs = None  # of a text that both models generate there is none
                 replacement, _ = resampling.draw(
