@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tempering.rollouts.on_policy import GenerationRequest, OnPolicy
+from tempering.rollouts.engines import GenerationRequest
 
 
 class _Ahead(NamedTuple):
@@ -24,7 +24,7 @@ class _Ahead(NamedTuple):
     since: int
 
 
-def generate_ahead(rollouts: OnPolicy, batches: Iterator[tuple[int, Any]], start: int) -> Iterator[Any]:
+def generate_ahead(rollouts: Any, batches: Iterator[tuple[int, Any]], start: int) -> Iterator[Any]:
     """Yield the batches in their order, generated in a thread while those before are trained on.
 
     One thread pushes weights and generates, in the order of the calls, so which weights a batch has depends on its
@@ -32,7 +32,7 @@ def generate_ahead(rollouts: OnPolicy, batches: Iterator[tuple[int, Any]], start
     processes weights are pushed in between, on all together.
 
     Args:
-        rollouts: with an engine.
+        rollouts: an ``OnPolicy`` with an engine.
         batches: (index, batch) from ``start`` on.
         start: the first index.
     """
@@ -47,18 +47,18 @@ def generate_ahead(rollouts: OnPolicy, batches: Iterator[tuple[int, Any]], start
         for used in itertools.count(start):
             coming = list(itertools.islice(batches, engine.staleness + 1 - len(waiting)))
             if coming and rollouts.is_refresh_due(used):
-                rollouts._refreshed = used  # pyright: ignore[reportPrivateUsage]
+                rollouts.refreshed = used
                 snapshot = engine.snapshot()
                 if several:
                     wait([ahead.answer for ahead in waiting if ahead.answer is not None])
                     engine.push(snapshot)
                 else:
                     pushed = pool.submit(engine.push, snapshot)
-            since = rollouts._refreshed  # pyright: ignore[reportPrivateUsage]
+            since = rollouts.refreshed
             for index, batch in coming:
                 request = answer = None
                 if rollouts.is_generated(index):
-                    request = rollouts.request(batch, rollouts._seed(index))  # pyright: ignore[reportPrivateUsage]
+                    request = rollouts.request(batch, rollouts.batch_seed(index))
                     answer = pool.submit(request.ask)
                 waiting.append(_Ahead(index, batch, request, answer, pushed, index if since is None else since))
             if not waiting:
@@ -68,7 +68,7 @@ def generate_ahead(rollouts: OnPolicy, batches: Iterator[tuple[int, Any]], start
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _collect(rollouts: OnPolicy, ahead: _Ahead) -> Any:
+def _collect(rollouts: Any, ahead: _Ahead) -> Any:
     """Wait for a batch, and return it."""
     if ahead.pushed is not None:
         ahead.pushed.result()  # its error is the cause of what follows

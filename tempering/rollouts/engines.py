@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,14 @@ class Completion(NamedTuple):
 
     ids: list[int]
     log_probs: list[float] | None = None
+
+
+class GenerationRequest(NamedTuple):
+    """A batch that an engine generates: the batch, the prompt of each of its texts, and the call."""
+
+    batch: Any
+    prompts: list[list[int]]
+    ask: Callable[[], list[Completion]]
 
 
 class RolloutEngine(ABC):

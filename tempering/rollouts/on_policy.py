@@ -20,7 +20,7 @@ from tempering.rollouts.sampling import TEACHER_PROMPT, TURNS, GenerationStats, 
 from tempering.utils.tensors import map_tensors
 
 if TYPE_CHECKING:
-    from tempering.rollouts.engines import Completion, RolloutEngine
+    from tempering.rollouts.engines import Completion, GenerationRequest, RolloutEngine
 
 
 class GeneratedText(NamedTuple):
@@ -130,7 +130,7 @@ class OnPolicy:
         self.prompt_length, self.vocabulary, self.seed = prompt_length, vocabulary, seed
         self.epoch, self.stats, self.rank = 0, GenerationStats(), 0
         self.num_generations, self.reward, self.decode, self.engine = num_generations, reward, decode, engine
-        self._refreshed: int | None = None  # the batch before which the engine's weights were refreshed
+        self.refreshed: int | None = None  # the batch before which the engine's weights were refreshed
         self._verified = False
         if engine is not None:
             engine.bind(student)
@@ -155,7 +155,7 @@ class OnPolicy:
         self.try_models()
         iterate: Any = getattr(self.batches, "iterate", None)
         rest = iterate(start) if iterate is not None else itertools.islice(iter(self.batches), start, None)
-        self._refreshed = None
+        self.refreshed = None
         if self.engine is not None and self.engine.staleness:
             from tempering.rollouts.ahead import generate_ahead
 
@@ -167,21 +167,21 @@ class OnPolicy:
     def mixed(self, batch: Any, index: int) -> Any:
         """Return the epoch's batch ``index`` as it is, or, as often as ``generated_fraction`` says, generated."""
         if self.engine is not None and self.is_refresh_due(index):
-            self._refreshed = index
+            self.refreshed = index
             self.engine.push(self.engine.snapshot())
         if not self.is_generated(index):
             return batch
-        self.stats.stale += 0 if self._refreshed is None else index - self._refreshed
-        return self.generate(batch, self._seed(index))
+        self.stats.stale += 0 if self.refreshed is None else index - self.refreshed
+        return self.generate(batch, self.batch_seed(index))
 
     def is_generated(self, index: int) -> bool:
         """Return whether the epoch's batch ``index`` is generated."""
-        return random.Random(self._seed(index)).random() < self.generated_fraction
+        return random.Random(self.batch_seed(index)).random() < self.generated_fraction
 
     def is_refresh_due(self, index: int) -> bool:
         """Return whether the engine's weights are refreshed before batch ``index``."""
         every = None if self.engine is None else self.engine.refresh_every
-        return every is not None and self.generated_fraction > 0 and (self._refreshed is None or index % every == 0)
+        return every is not None and self.generated_fraction > 0 and (self.refreshed is None or index % every == 0)
 
     def generate(self, batch: Any, seed: int) -> dict[str, Any]:
         """Return the batch with completions of the student."""
@@ -241,6 +241,8 @@ class OnPolicy:
 
     def request(self, batch: Any, seed: int) -> GenerationRequest:
         """Return what the engine is asked for a batch; asking it touches neither the student nor the batch."""
+        from tempering.rollouts.engines import GenerationRequest
+
         assert self.engine is not None
         seed += self.rank
         batch, prompts, source = self._prompts(batch, seed)
@@ -323,17 +325,10 @@ class OnPolicy:
             if model is not None and not is_encoder_decoder(model):
                 causal_strategy(model, rejects=self.teacher is not None)
 
-    def _seed(self, index: int) -> int:
+    def batch_seed(self, index: int) -> int:
+        """Return the seed of the epoch's batch ``index``, [0, 2^48)."""
         digest = hashlib.sha256(f"{self.seed}/{self.epoch}/{index}".encode()).digest()
         return int.from_bytes(digest[:6], "little")
-
-
-class GenerationRequest(NamedTuple):
-    """A batch that an engine generates: the batch, the prompt of each of its texts, and the call."""
-
-    batch: Any
-    prompts: list[list[int]]
-    ask: Callable[[], list[Completion]]
 
 
 def without_mean_of_others(rewards: Tensor, n: int) -> Tensor:

@@ -29,6 +29,7 @@ Api = Literal["vllm", "sglang"]
 LIKELY = math.log(1e-3)  # smallest log-probability that is compared; below it the server's rounding dominates
 PROBE = 16  # tokens of the text whose log-probabilities tell which weights are served
 RESTARTS = 3  # most times that a batch is generated again
+NEXT = ".next-"  # of a folder with weights that are not served yet
 COMPARED = 8  # completions of the first batch that are compared
 
 
@@ -37,10 +38,11 @@ class ServerMismatchError(RuntimeError):
 
 
 class Snapshot(NamedTuple):
-    """The student's weights between two steps: their folder (None: another process writes it), and a text with its
-    log-probabilities, by which served weights are recognized.
+    """The student's weights between two steps: their number and folder (None: another process writes it), and a text
+    with its log-probabilities, by which served weights are recognized.
     """
 
+    number: int
     folder: Path | None
     text: list[int]
     log_probs: list[float]
@@ -139,12 +141,12 @@ class RolloutServer(RolloutEngine):
         log_probs = self._log_probs(text, 1, Sampling())
         folder = None
         if _rank() == 0:
-            folder = self.weights / f".next-{self.refreshes}"
+            folder = self.weights / f"{NEXT}{self.refreshes}"
             shutil.rmtree(folder, ignore_errors=True)
             with _quiet():
                 student.save_pretrained(folder, max_shard_size="10000GB")  # one file, which one rename replaces
         self.refreshes += 1
-        return Snapshot(folder, text, log_probs)
+        return Snapshot(self.refreshes - 1, folder, text, log_probs)
 
     def push(self, snapshot: Snapshot) -> None:
         """Rename the saved files into place, and let the server load them.
@@ -154,13 +156,15 @@ class RolloutServer(RolloutEngine):
             RuntimeError: if it refuses.
         """
         with self._lock:
+            _barrier()  # no process generates with the weights before any more
             if snapshot.folder is not None:
                 for file in sorted(snapshot.folder.iterdir()):
                     os.replace(file, self.weights / file.name)
-                snapshot.folder.rmdir()
+                for left in self.weights.glob(f"{NEXT}*"):  # this one, and those of runs that were interrupted
+                    if left == snapshot.folder or int(left.name.removeprefix(NEXT)) < snapshot.number:
+                        shutil.rmtree(left)
                 self._load()
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.barrier()
+            _barrier()
             self._current = snapshot
             self._check_weights("after loading its weights")
 
@@ -399,5 +403,13 @@ def _quiet() -> Iterator[None]:
 
 
 def _rank() -> int:
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if ready else 0
+    return torch.distributed.get_rank() if _several() else 0
+
+
+def _barrier() -> None:
+    if _several():
+        torch.distributed.barrier()
+
+
+def _several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
