@@ -448,7 +448,7 @@ def test_what_is_refused() -> None:
         OnPolicy(student, [], generated_fraction=1.5)
     with pytest.raises(ValueError, match="iterated again"):
         OnPolicy(student, iter([]))
-    with pytest.raises(ValueError, match=r"top_k and block >= 1 and nucleus in \(0, 1\]; got 0, 5"):
+    with pytest.raises(ValueError, match=r"top_k, block and expected_length >= 1 and nucleus in \(0, 1\], .* got 0, 5"):
         Speculative(student, student, [], top_k=0)
     with pytest.raises(TypeError, match="Speculative needs a teacher with a model; got str"):
         Speculative(student, "gpt", [])

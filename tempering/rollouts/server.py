@@ -52,7 +52,7 @@ class RolloutServer(RolloutEngine):
     """Generates with the student on a server, vLLM or SGLang, whose weights are refreshed by file.
 
     Before the first batch, and then every ``refresh_every`` batches, the student is saved to ``weights``, each file
-    written beside and renamed, and the server is told to load it. Start the server from this folder, so that it has the
+    written beside and renamed, and the server loads it. Start the server from this folder, so that it has the
     newest weights after a restart. vLLM needs VLLM_SERVER_DEV_MODE=1, and ``--logprobs-mode processed_logprobs`` if the
     sampling has a temperature or cuts.
 
