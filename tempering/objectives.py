@@ -114,6 +114,31 @@ def adaptive_kl(rows: Rows, T: Temperatures, *, head: float = 0.5) -> Float[Tens
     return T.scale * (w * divergence(teacher, student) + (1.0 - w) * divergence(student, teacher))
 
 
+def on_student_top_k(rows: Rows, T: Temperatures, k: int) -> tuple[Rows, Temperatures]:
+    """Return rows over the student's k likeliest classes and one of all others, with both sides softened before.
+
+    A divergence of them is at most that over all classes, and 0 if both sides are equal; its scale is that of T. Which
+    classes are the likeliest is a constant.
+
+    Raises:
+        ValueError: for k below 1.
+    """
+    if k < 1:
+        raise ValueError(f"on_student_top_k needs k >= 1; got {k}.")
+    student, teacher = softened(rows, T)
+    kept = student.detach().topk(min(k, student.shape[-1])).indices
+    v, u = (torch.cat((x.gather(1, kept), _logsumexp_of_others(x, kept)), 1) for x in (student, teacher))
+    one = torch.ones_like(T.student[:1])
+    return Rows(v, u, name=rows.name), Temperatures(one, one, T.scale[:, None])
+
+
+def _logsumexp_of_others(logp: Float[Tensor, "N C"], kept: Tensor) -> Float[Tensor, "N 1"]:
+    """Return log of the sum over all classes but ``kept``, (N, 1), without the cancellation of 1 - sum."""
+    others = logp.scatter(1, kept, -torch.inf)
+    empty = torch.isneginf(others.amax(-1, keepdim=True))
+    return torch.logsumexp(others.masked_fill(empty, 0.0), -1, keepdim=True).masked_fill(empty, -torch.inf)
+
+
 def head_share(p: Float[Tensor, "N C"], q: Float[Tensor, "N C"], head: float) -> Float[Tensor, " N"]:
     """The fraction of sum |p - q| over the head of p, its likely classes up to mass ``head``, (N,), in [0, 1]."""
     if not p.shape[-1]:

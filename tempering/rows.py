@@ -25,6 +25,7 @@ PER_ROW = (
     "sampled_id",
     "rollout_log_prob",
     "text",
+    "reward",
 )
 
 
@@ -58,6 +59,8 @@ class Rows:
         sampled_id: (N,) the class that was sampled, of rows of generated texts; None: the rows are not sampled.
         rollout_log_prob: (N,) its log-probability where it was sampled, in nats, after temperature and cuts.
         text: (N,) the index of each row's text in the micro-batch.
+        reward: (N,) the reward of each row's text, less a baseline if there is one.
+        reference: (N, C) logits of a reference model, such as the initial student, without gradient.
         label_smoothing: share of the label's probability that the cross entropy spreads over all classes, in [0, 1].
 
     Raises:
@@ -83,6 +86,8 @@ class Rows:
     sampled_id: Int[Tensor, " N"] | None = None
     rollout_log_prob: Float[Tensor, " N"] | None = None
     text: Int[Tensor, " N"] | None = None
+    reward: Float[Tensor, " N"] | None = None
+    reference: Float[Tensor, "N C"] | None = None
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
@@ -96,6 +101,11 @@ class Rows:
                 f"Rows(name={self.name!r}) needs student and teacher of one shape (N, C); got {tuple(s.shape)} and "
                 f"{tuple(t.shape)}. Other classes or a padded vocabulary? Cut, map or mask them (minus infinity on "
                 "both sides) in the task, not in the loss. More dimensions? Flatten them: logits.flatten(0, -2)."
+            )
+        if self.reference is not None and (self.reference.shape != s.shape or self.reference.requires_grad):
+            raise ValueError(
+                f"Rows(name={self.name!r}) needs reference of shape {tuple(s.shape)} without gradient; got "
+                f"{tuple(self.reference.shape)}."
             )
         if t.requires_grad:
             raise ValueError(
@@ -166,7 +176,7 @@ class Rows:
         )
 
 
-FIELDS = ("student", "teacher", *PER_ROW)
+FIELDS = ("student", "teacher", "reference", *PER_ROW)
 SEVERAL_LABELS = "Use task=tasks.MultiLabel(): each label is a choice of two, in a row of its own."
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from tempering.data.text import collate
 from tempering.integrations.huggingface import DistillMixin
-from tempering.methods import Divergence, Supervised  # pyright: ignore[reportAttributeAccessIssue]
-from tempering.rollouts import OnPolicy, Sampling, SequenceLevel, Speculative
+from tempering.methods import Divergence, MiniLLM, PolicyGradient, Supervised  # pyright: ignore[reportAttributeAccessIssue]
+from tempering.rollouts import OnPolicy, RolloutServer, Sampling, SequenceLevel, Speculative, TeacherMixed
 from tempering.rows import total
 from tempering.tasks import LanguageModeling
-from tempering.teachers import SelfTeacher
+from tempering.teachers import SelfTeacher, WithReference
 from tests.cases import each
 from tests.lazy_modules import LazyModule, needs
 from tests.trainers import LR, PAD, V, models, texts
@@ -236,3 +236,50 @@ def from_mixin(path: Path, student: nn.Module, teacher: nn.Module, **own: Any) -
 
     args = hf.TrainingArguments(str(path), report_to=[], use_cpu=True)
     return KDTrainer(student, args, teacher=teacher, method=Divergence(), **{"train_dataset": texts(6, 0), **own})
+
+
+@each("refresh_every", [1, 2])
+def test_a_served_student_writes_in_the_trainer(
+    tmp_path: Path, refresh_every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the weights of each step, or of every second; greedy texts are those that the trainer writes itself."""
+    servers = LazyModule("tests.rollout_servers")
+    monkeypatch.setenv("no_proxy", "*")
+    student, teacher = (model.float() for model in models("llama"))
+    with servers.serving(student) as server:
+        engine = RolloutServer(server.url, "tiny", weights=tmp_path / "served", refresh_every=refresh_every)
+        made = trainer(
+            tmp_path, student, teacher, partial(OnPolicy, **OWN, sampling=GREEDY, engine=engine), max_steps=4
+        )
+        made.train()
+    assert server.loads == 4 // refresh_every
+    for step, batch, _ in made.seen:
+        plain, _ = (model.float() for model in models("llama"))
+        plain.load_state_dict(made.seen[step - step % refresh_every][2])
+        prompts = {name: batch[name] for name in ("input_ids", "attention_mask", "learn")}
+        want = OnPolicy(plain, [], **OWN, sampling=GREEDY).mixed(prompts, step)
+        assert torch.equal(want["input_ids"], batch["input_ids"])
+    log = made.state.log_history
+    assert [line["rollout_staleness"] for line in log[:4]] == [step % refresh_every for step in range(4)]
+    assert 0.0 <= log[3]["rollout_parity"] < 1e-3
+    with pytest.raises(ValueError, match="this trainer reads no batches ahead, and RolloutServer would generate them"):
+        ahead = RolloutServer("http://localhost:1", "tiny", weights=tmp_path, staleness=1)
+        trainer(tmp_path, student, teacher, partial(OnPolicy, **OWN, engine=ahead))
+
+
+def test_objectives_of_sampled_tokens_run_in_the_trainer(tmp_path: Path) -> None:
+    """MiniLLM on teacher-mixed texts, and a reward with a reference: the terms are logged, the reward too."""
+    for method, rollouts, names in (
+        (MiniLLM(), lambda s, b: TeacherMixed(s, models("llama")[1], b, **OWN), {"soft", "future"}),
+        (
+            PolicyGradient(reward=1.0, reference=0.1),
+            partial(OnPolicy, **OWN, num_generations=2, reward=lambda texts: [float(len(t.completion)) for t in texts]),
+            {"soft", "reference", "rollout_reward"},
+        ),
+    ):
+        student, teacher = models("llama")
+        wrapped = teacher if isinstance(method, MiniLLM) else WithReference(teacher, copy.deepcopy(student))
+        made = trainer(tmp_path, student, wrapped, rollouts, method=method)
+        made.train()
+        assert names <= made.state.log_history[0].keys()
+        assert len(made.seen[0][1]["input_ids"]) == (3 if isinstance(method, MiniLLM) else 6)

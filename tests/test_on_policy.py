@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from tempering.data.text import TextExample, collate, make_prompt_example
 from tempering.data.token_alignment import Pieces
 from tempering.methods import Divergence, Supervised  # pyright: ignore[reportAttributeAccessIssue]
 from tempering.rollouts.generation_config import as_sampling
-from tempering.rollouts.sampling import generate, prompts_of, verify_tokens
+from tempering.rollouts.sampling import generate, prompts_of, scheduled_top_k, verify_tokens
 from tempering.rows import IGNORE_INDEX, total
 from tempering.tasks import GenerationScorer, LanguageModeling, OnPolicy, Sampling, SequenceLevel, Speculative
 from tempering.teachers import Live
@@ -147,6 +148,37 @@ def test_the_accepted_rank_changes_over_the_epochs() -> None:
     for bad in ({"top_k": (40, 5)}, {"top_k": (0, 5), "epochs": 2}, {"nucleus": 0.0}, {"nucleus": 1.5}):
         with pytest.raises(ValueError, match="Speculative needs"):
             Speculative(gpt2(8, 3), gpt2(12, 4), [], **bad)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_accepted_rank_falls_over_a_text_as_in_the_released_code() -> None:
+    """By the released loop: a counter of verified blocks, which takes effect after the first; batched as one by one."""
+    for top_k, expected in ((25, 128), (25, 10), (5, 5), (40, 7), (1, 9)):
+        every, dec, k, want = max(int(expected / top_k), 1), max(math.ceil(top_k / expected), 1), top_k, list[int]()
+        for counter in range(60):
+            want.append(k)
+            k = max(k - dec, 1) if counter % every == 0 else k
+        assert [scheduled_top_k(top_k, expected, verified) for verified in range(60)] == want
+    student, teacher = gpt2(8, 3).eval(), gpt2(12, 4).eval()
+    own: dict[str, Any] = {"max_new_tokens": 12, "sampling": GREEDY, "resampling": GREEDY, "top_k": 200, "block": 2}
+    fixed, _ = generate(student, teacher, ragged(), **own)
+    falling, _ = generate(student, teacher, ragged(), expected_length=4, **own)
+    assert after(fixed) != after(falling)
+    alone = [after(generate(student, teacher, [p], expected_length=4, **own)[0])[0] for p in ragged()]
+    assert after(falling) == alone
+    source = Speculative(student, teacher, loader(1), top_k=200, expected_length=4, block=2, max_new_tokens=12, pad=PAD)
+    assert next(iter(source))["replaced"].sum() > 0
+
+
+def test_a_nucleus_accepts_without_a_rank() -> None:
+    """The fewest likeliest tokens that have the probability together; always the likeliest one."""
+    z = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(1, 4, 4)
+    tokens = torch.arange(4)[None]
+    for p, accepted in ((0.1, 1), (0.5, 1), (0.51, 2), (0.8, 2), (0.9, 3), (0.96, 4), (1.0, 4)):
+        assert verify_tokens(z, tokens, None, p).ok.tolist() == [[i < accepted for i in range(4)]]
+    source = Speculative(gpt2(8, 3), gpt2(12, 4), loader(1), top_k=None, nucleus=0.5, max_new_tokens=4, pad=PAD)
+    assert source.top_k is None and bool(next(iter(source))["learn"].any())
+    with pytest.raises(ValueError, match=r"and a top_k for an expected_length; got None, 5, 9 and 1\.0"):
+        Speculative(gpt2(8, 3), gpt2(12, 4), [], top_k=None, expected_length=9)
 
 
 @pytest.mark.parametrize("sizes", [(V + 15, V), (V, V + 15)])
@@ -416,7 +448,7 @@ def test_what_is_refused() -> None:
         OnPolicy(student, [], generated_fraction=1.5)
     with pytest.raises(ValueError, match="iterated again"):
         OnPolicy(student, iter([]))
-    with pytest.raises(ValueError, match=r"top_k and block >= 1 and nucleus in \(0, 1\]; got 0, 5"):
+    with pytest.raises(ValueError, match=r"top_k, block and expected_length >= 1 and nucleus in \(0, 1\], .* got 0, 5"):
         Speculative(student, student, [], top_k=0)
     with pytest.raises(TypeError, match="Speculative needs a teacher with a model; got str"):
         Speculative(student, "gpt", [])

@@ -11,7 +11,15 @@ ROOT = Path(__file__).parents[2]
 PAGES = (
     ("Training", ("tempering.training.distill", "tempering.training.config", "tempering.training.experiment")),
     ("Rows and objectives", ("tempering.rows", "tempering.objectives")),
-    ("Methods over logits", ("tempering.methods.base", "tempering.methods.combine", "tempering.methods.logits")),
+    (
+        "Methods over logits",
+        (
+            "tempering.methods.base",
+            "tempering.methods.combine",
+            "tempering.methods.importance",
+            "tempering.methods.logits",
+        ),
+    ),
     ("Methods over features", ("tempering.methods.features", "tempering.utils.hooks")),
     ("Methods for detection", ("tempering.methods.detection",)),
     ("Methods that control the step", ("tempering.methods.step", "tempering.methods.auxiliary")),

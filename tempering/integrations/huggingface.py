@@ -170,6 +170,11 @@ class DistillMixin(Trainer):
             raise TypeError(
                 f"rollouts must return an OnPolicy, Speculative or SequenceLevel; got {type(rollouts).__name__}."
             )
+        if rollouts.engine is not None and rollouts.engine.staleness:
+            raise ValueError(
+                f"this trainer reads no batches ahead, and {type(rollouts.engine).__name__} would generate them: write "
+                "staleness=0, or run it with tempering.distill."
+            )
         rollouts.rank = self.accelerator.process_index
         rollouts.try_models()
         return rollouts
@@ -252,7 +257,9 @@ class DistillMixin(Trainer):
                 counts = vars(self._rollouts.stats)
                 summed = self._all_reduce(torch.tensor([*counts.values()], device=self.args.device)).tolist()
                 stats = GenerationStats(**dict(zip(counts, summed, strict=True)))
-                logs.update({f"rollout_{name}": x for name, x in stats.report().items()} if stats.texts else {})
+                logs.update(
+                    {f"rollout_{name}": x for name, x in self._rollouts.describe(stats).items()} if stats.texts else {}
+                )
                 self._rollouts.stats = GenerationStats()
         super().log(logs, start_time)
 

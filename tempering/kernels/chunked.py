@@ -256,6 +256,7 @@ def _slice_rows(rows: Rows, part: slice, student: Tensor, features: dict[str, Te
     return rows.replace(
         student=student,
         teacher=upcast_to_float32(rows.teacher[part]),
+        reference=cut(rows.reference),
         **{name: cut(getattr(rows, name)) for name in PER_ROW},
         features={name: (features[name], t[part]) for name, (_, t) in rows.features.items()},
     )

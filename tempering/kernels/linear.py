@@ -36,6 +36,7 @@ def linear_loss(
     sampled_id: Tensor | None = None,
     rollout_log_prob: Tensor | None = None,
     text: Tensor | None = None,
+    reward: Tensor | None = None,
     progress: float = 1.0,
     normalizer: Tensor | float | None = None,
     classes: int | None = None,
@@ -60,8 +61,8 @@ def linear_loss(
         head_teacher: the same for the teacher; it is never trained.
         target: (N,) class indices, negative for none.
         weight: (N,), non-negative.
-        ids, positions, privacy_score, sampled_id, rollout_log_prob, text: (N,) each, as in ``Rows``, for methods that
-            need them.
+        ids, positions, privacy_score, sampled_id, rollout_log_prob, text, reward: (N,) each, as in ``Rows``, for
+            methods that need them.
         progress: the fraction of the run that is done.
         normalizer: as for ``total``.
         classes: number of classes of each head to use, from the first, if a vocabulary is padded.
@@ -89,6 +90,7 @@ def linear_loss(
         "sampled_id": sampled_id,
         "rollout_log_prob": rollout_log_prob,
         "text": text,
+        "reward": reward,
     }
     _check_shapes(student, teacher, name, row_fields, allowed=allowed)
     if hidden_teacher.requires_grad:

@@ -311,7 +311,8 @@ def zero_masked_rows(rows: Rows) -> Rows:
     kept = (rows.weight > 0).unsqueeze(1)
     task_loss = None if rows.task_loss is None else torch.where(rows.weight > 0, rows.task_loss, 0.0)
     student, teacher = (torch.where(kept, side, 0.0) for side in (rows.student, rows.teacher))
-    return rows.replace(student=student, teacher=teacher, task_loss=task_loss)
+    reference = None if rows.reference is None else torch.where(kept, rows.reference, 0.0)
+    return rows.replace(student=student, teacher=teacher, task_loss=task_loss, reference=reference)
 
 
 @contextmanager

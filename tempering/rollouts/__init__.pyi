@@ -1,5 +1,10 @@
+from .engines import DecoderEngine as DecoderEngine
+from .engines import RolloutEngine as RolloutEngine
+from .engines import TransformersEngine as TransformersEngine
 from .generation_config import Sampling as Sampling
 from .on_policy import OnPolicy as OnPolicy
 from .scoring import GenerationScorer as GenerationScorer
 from .sequence_level import SequenceLevel as SequenceLevel
+from .server import RolloutServer as RolloutServer
 from .speculative import Speculative as Speculative
+from .teacher_mixed import TeacherMixed as TeacherMixed

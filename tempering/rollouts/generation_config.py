@@ -50,12 +50,37 @@ class Sampling:
             )
 
     def draw(
-        self, logits: Float[Tensor, "B V"], generator: torch.Generator
+        self,
+        logits: Float[Tensor, "B V"],
+        generator: torch.Generator,
+        other: Float[Tensor, "B V"] | None = None,
+        share: float = 0.0,
     ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-        """Return one sampled token per row, and its log-probability among those that could be sampled."""
+        """Return one sampled token per row, and its log-probability among those that could be sampled.
+
+        With ``other`` logits tokens are of the mixture of both distributions, in which they have this share.
+        """
+        if other is not None:
+            p, r = (x / x.sum(-1, keepdim=True) for x in map(self._probabilities, (logits, other)))
+            p = (1.0 - share) * p + share * r
+            ids = torch.multinomial(p, 1, generator=generator)
+            return ids.squeeze(-1), p.gather(-1, ids).squeeze(-1).log()
         if self.temperature == 0.0:
             ids = logits.argmax(-1)
             return ids, torch.zeros_like(upcast_to_float32(logits[:, 0]))
+        p = self._probabilities(logits)
+        ids = torch.multinomial(p, 1, generator=generator)
+        return ids.squeeze(-1), (p.gather(-1, ids).squeeze(-1) / p.sum(-1)).log()
+
+    def log_prob(self, logits: Float[Tensor, "B V"], ids: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """Return the log-probability of tokens among those that could be sampled; 0 if greedy, as ``draw`` does."""
+        if self.temperature == 0.0:
+            return torch.zeros_like(upcast_to_float32(logits[:, 0]))
+        p = self._probabilities(logits)
+        return (p.gather(-1, ids[:, None]).squeeze(-1) / p.sum(-1)).log()
+
+    def _probabilities(self, logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        """Return the probabilities, those of tokens that are cut 0; their sum may be below 1."""
         z = upcast_to_float32(logits) / self.temperature
         if self.top_k is not None and self.top_k < z.shape[-1]:
             z = z.masked_fill(z < z.topk(self.top_k).values[..., -1:], -torch.inf)
@@ -68,8 +93,7 @@ class Sampling:
             p = p.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)
         if self.min_p > 0.0:
             p = p.masked_fill(p < self.min_p * p.amax(-1, keepdim=True), 0.0)
-        ids = torch.multinomial(p, 1, generator=generator)
-        return ids.squeeze(-1), (p.gather(-1, ids).squeeze(-1) / p.sum(-1)).log()
+        return p
 
 
 def as_sampling(value: Any) -> Sampling | None:

@@ -5,17 +5,29 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self, TypedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from tempering.rollouts.decoders import is_encoder_decoder
 from tempering.rollouts.decoding import causal_strategy
-from tempering.rollouts.generation_config import as_sampling, generation_limits
+from tempering.rollouts.generation_config import Sampling, as_sampling, generation_limits
 from tempering.rollouts.sampling import TEACHER_PROMPT, TURNS, GenerationStats, generate, prompts_and_source
+from tempering.utils.tensors import map_tensors
+
+if TYPE_CHECKING:
+    from tempering.rollouts.engines import Completion, GenerationRequest, RolloutEngine
+
+
+class GeneratedText(NamedTuple):
+    """A prompt with its completion, as a reward gets them: the results of ``decode``, or lists of token ids."""
+
+    prompt: Any
+    completion: Any
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -61,10 +73,16 @@ class OnPolicy:
         seed: seed of the choice of batches and of the sampling.
         turn: which turn of a chat is generated, with those before it as the prompt: "last", "first", or "random", drawn
             for each text.
+        num_generations: completions of each prompt, one after the other in the batch.
+        reward: (list of ``GeneratedText``) -> one number per text, for ``PolicyGradient(reward=...)``: "reward" of the
+            batch, (B,). With several completions of a prompt it is less the mean reward of the prompt's others.
+        decode: maps token ids to the texts that ``reward`` gets, such as ``tokenizer.decode``; None passes the ids.
+        engine: what generates; None: the decoders of this library. See ``rollouts.engines``.
 
     Raises:
-        ValueError: for a generated_fraction outside [0, 1], max_new_tokens or prompt_length below 1, or another turn;
-            while it iterates, for batches with inputs that generated texts cannot have, or too few positions.
+        ValueError: for a generated_fraction outside [0, 1], max_new_tokens, prompt_length or num_generations below 1,
+            or another turn; while it iterates, for batches with inputs that generated texts cannot have, too few
+            positions, or rewards that are not finite.
         TypeError: while it iterates, for a model whose cached logits are not those of a plain forward.
 
     Reference: Agarwal et al., "On-Policy Distillation of Language Models", ICLR 2024, arXiv:2306.13649, algorithm 1.
@@ -84,6 +102,10 @@ class OnPolicy:
         vocabulary: int | None = None,
         seed: int = 0,
         turn: str = "last",
+        num_generations: int = 1,
+        reward: Callable[[list[GeneratedText]], Sequence[float]] | None = None,
+        decode: Callable[[list[int]], Any] | None = None,
+        engine: RolloutEngine | None = None,
     ) -> None:
         limits = generation_limits(sampling)
         max_new_tokens = int(limits.get("max_new_tokens", 128)) if max_new_tokens is None else max_new_tokens
@@ -91,12 +113,13 @@ class OnPolicy:
         if (
             not 0.0 <= generated_fraction <= 1.0
             or max_new_tokens < 1
-            or prompt_length < 1
+            or min(prompt_length, num_generations) < 1
             or isinstance(batches, Iterator)
         ):
             raise ValueError(
-                f"{type(self).__name__} needs generated_fraction in [0, 1], max_new_tokens and prompt_length >= 1, and "
-                f"batches that can be iterated again; got {generated_fraction}, {max_new_tokens}, {prompt_length} and "
+                f"{type(self).__name__} needs generated_fraction in [0, 1], max_new_tokens, prompt_length and "
+                "num_generations >= 1, and batches that can be iterated again; got "
+                f"{generated_fraction}, {max_new_tokens}, {prompt_length}, {num_generations} and "
                 f"{type(batches).__name__}."
             )
         self.student, self.batches, self.generated_fraction = student, batches, generated_fraction
@@ -106,6 +129,11 @@ class OnPolicy:
         self.turn, self.sampling = turn, as_sampling(sampling)
         self.prompt_length, self.vocabulary, self.seed = prompt_length, vocabulary, seed
         self.epoch, self.stats, self.rank = 0, GenerationStats(), 0
+        self.num_generations, self.reward, self.decode, self.engine = num_generations, reward, decode, engine
+        self.refreshed: int | None = None  # the batch before which the engine's weights were refreshed
+        self._verified = False
+        if engine is not None:
+            engine.bind(student)
 
     teacher: nn.Module | None = None  # that verifies
 
@@ -127,21 +155,53 @@ class OnPolicy:
         self.try_models()
         iterate: Any = getattr(self.batches, "iterate", None)
         rest = iterate(start) if iterate is not None else itertools.islice(iter(self.batches), start, None)
+        self.refreshed = None
+        if self.engine is not None and self.engine.staleness:
+            from tempering.rollouts.ahead import generate_ahead
+
+            yield from generate_ahead(self, enumerate(rest, start), start)
+            return
         for index, batch in enumerate(rest, start):
             yield self.mixed(batch, index)
 
     def mixed(self, batch: Any, index: int) -> Any:
         """Return the epoch's batch ``index`` as it is, or, as often as ``generated_fraction`` says, generated."""
-        seed = self._seed(index)
-        return self.generate(batch, seed) if random.Random(seed).random() < self.generated_fraction else batch
+        if self.engine is not None and self.is_refresh_due(index):
+            self.refreshed = index
+            self.engine.push(self.engine.snapshot())
+        if not self.is_generated(index):
+            return batch
+        self.stats.stale += 0 if self.refreshed is None else index - self.refreshed
+        return self.generate(batch, self.batch_seed(index))
+
+    def is_generated(self, index: int) -> bool:
+        """Return whether the epoch's batch ``index`` is generated."""
+        return random.Random(self.batch_seed(index)).random() < self.generated_fraction
+
+    def is_refresh_due(self, index: int) -> bool:
+        """Return whether the engine's weights are refreshed before batch ``index``."""
+        every = None if self.engine is None else self.engine.refresh_every
+        return every is not None and self.generated_fraction > 0 and (self.refreshed is None or index % every == 0)
 
     def generate(self, batch: Any, seed: int) -> dict[str, Any]:
         """Return the batch with completions of the student."""
         return self._generate(batch, seed, None, {})
 
     def report(self) -> dict[str, float]:
-        """Return the statistics of this epoch: see ``GenerationStats.report``."""
-        return self.stats.report()
+        """Return the statistics of this epoch: see ``GenerationStats.report``.
+
+        With a reward its mean, and with an engine how many batches old its weights were, and what it reports.
+        """
+        return self.describe(self.stats)
+
+    def describe(self, stats: GenerationStats) -> dict[str, float]:
+        """Return the report of these statistics."""
+        out = stats.report()
+        if self.reward is not None:
+            out["reward"] = stats.reward / max(1, stats.texts)
+        if self.engine is not None:
+            out |= {"staleness": stats.stale / max(1, stats.batches), **self.engine.report()}
+        return out
 
     def shard(self, rank: int, world: int) -> Self:
         """Return this rank's shard of every batch, with its own sampling; all ranks generate for the same batches.
@@ -158,15 +218,12 @@ class OnPolicy:
         out.batches, out.rank, out.stats = self.batches.shard(rank, world), rank, GenerationStats()  # pyright: ignore
         return out
 
-    def _generate(
-        self, batch: Any, seed: int, teacher: nn.Module | None, verification: dict[str, Any]
-    ) -> dict[str, Any]:
-        if "position_ids" in batch:
-            raise ValueError(
-                f"{type(self).__name__} needs padded texts, and this batch is packed. See data.text.collate."
-            )
+    def _generate(self, batch: Any, seed: int, teacher: nn.Module | None, options: dict[str, Any]) -> dict[str, Any]:
+        if self.engine is not None:
+            request = self.request(batch, seed)
+            return self.complete(request, request.ask())
         seed += self.rank
-        prompts, source = prompts_and_source(self.student, batch, self.prompt_length, self.turn, random.Random(seed))
+        batch, prompts, source = self._prompts(batch, seed)
         out, stats = generate(
             self.student,
             teacher,
@@ -178,13 +235,83 @@ class OnPolicy:
             vocabulary=self.vocabulary,
             seed=seed,
             source=source,
-            **verification,
+            **options,
         )
-        self.stats.add(stats)
+        return self._finish(batch, prompts, out, stats)
+
+    def request(self, batch: Any, seed: int) -> GenerationRequest:
+        """Return what the engine is asked for a batch; asking it touches neither the student nor the batch."""
+        from tempering.rollouts.engines import GenerationRequest
+
+        assert self.engine is not None
+        seed += self.rank
+        batch, prompts, source = self._prompts(batch, seed)
+        if source is not None:
+            raise ValueError(f"{type(self.engine).__name__} generates with causal models; leave out engine= here.")
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "eos": self.eos}
+        options |= {"vocabulary": self.vocabulary, "seed": seed}
+        sampling, n = self.sampling or Sampling(), self.num_generations
+        return GenerationRequest(
+            batch,
+            prompts,
+            lambda: self.engine.generate(prompts[::n], n, sampling, **options),  # pyright: ignore
+        )
+
+    def complete(self, request: GenerationRequest, completions: Sequence[Completion]) -> dict[str, Any]:
+        """Return the batch with the engine's completions; those of the first batch are verified."""
+        from tempering.rollouts.engines import completed_state
+
+        assert self.engine is not None
+        if not self._verified:
+            self._verified = True
+            self.engine.verify(request.prompts, completions, self.sampling or Sampling())
+        limits: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "eos": self.eos}
+        state = completed_state(request.prompts, completions, **limits, student=self.student)
+        return self._finish(request.batch, request.prompts, state.batch(self.pad), state.stats())
+
+    def _prompts(self, batch: Any, seed: int) -> tuple[Any, list[list[int]], dict[str, Tensor] | None]:
+        """Return the batch with every text ``num_generations`` times, its prompts, and an encoder's source."""
+        if "position_ids" in batch:
+            raise ValueError(
+                f"{type(self).__name__} needs padded texts, and this batch is packed. See data.text.collate."
+            )
+        generator, n = random.Random(seed), self.num_generations
+        prompts, source = prompts_and_source(self.student, batch, self.prompt_length, self.turn, generator)
+        if n > 1:
+            batch, source = map_tensors((batch, source), lambda x: x.repeat_interleave(n, 0) if x.ndim else x)
+            prompts = [prompt for prompt in prompts for _ in range(n)]
+        return batch, prompts, source
+
+    def _finish(
+        self, batch: Any, prompts: list[list[int]], out: dict[str, Any], stats: GenerationStats
+    ) -> dict[str, Any]:
+        """Return a generated batch with what it keeps of the given one, and its rewards."""
         out |= {name: batch[name] for name in TEACHER_PROMPT if name in batch}
         if batch.get("privacy_score") is not None:
             out["privacy_score"] = _privacy_score(batch, prompts, out)
+        if self.reward is not None:
+            rewards = self._rewards(prompts, out)
+            stats.reward = sum(rewards)
+            device = out["input_ids"].device
+            out["reward"] = without_mean_of_others(torch.tensor(rewards), self.num_generations).to(device)
+        self.stats.add(stats)
         return out
+
+    def _rewards(self, prompts: list[list[int]], out: Mapping[str, Tensor]) -> list[float]:
+        assert self.reward is not None
+        decode: Callable[[list[int]], Any] = self.decode or list
+        ids, learn = out.get("generated", out["input_ids"]).cpu(), out["learn"].cpu()
+        texts = [
+            GeneratedText(decode(prompt), decode(row[kept].tolist()))
+            for prompt, row, kept in zip(prompts, ids, learn, strict=True)
+        ]
+        rewards = [float(x) for x in self.reward(texts)]
+        if len(rewards) != len(texts) or not all(map(math.isfinite, rewards)):
+            raise ValueError(
+                f"reward must return one finite number per text; got {len(rewards)} for {len(texts)} texts, the first "
+                f"{rewards[:3]}."
+            )
+        return rewards
 
     def try_models(self) -> None:
         """Find how the models are decoded before anything is generated, so that none fails later in an epoch.
@@ -192,15 +319,27 @@ class OnPolicy:
         Raises:
             TypeError: for a model that is decoded exactly in no way: see ``rollouts.decoding.causal_strategy``.
         """
-        if self.generated_fraction == 0.0:
+        if self.generated_fraction == 0.0 or self.engine is not None:
             return
         for model in (self.student, self.teacher):
             if model is not None and not is_encoder_decoder(model):
                 causal_strategy(model, rejects=self.teacher is not None)
 
-    def _seed(self, index: int) -> int:
+    def batch_seed(self, index: int) -> int:
+        """Return the seed of the epoch's batch ``index``, [0, 2^48)."""
         digest = hashlib.sha256(f"{self.seed}/{self.epoch}/{index}".encode()).digest()
         return int.from_bytes(digest[:6], "little")
+
+
+def without_mean_of_others(rewards: Tensor, n: int) -> Tensor:
+    """Return rewards, (B,), less the mean of the n - 1 others of the same prompt, which leaves gradients unbiased.
+
+    Reference: Kool et al., "Buy 4 REINFORCE Samples, Get a Baseline for Free!", 2019; n = 1 has no baseline.
+    """
+    if n == 1:
+        return rewards
+    groups = rewards.view(-1, n)
+    return (groups - (groups.sum(1, keepdim=True) - groups) / (n - 1)).flatten()
 
 
 def _privacy_score(batch: Mapping[str, Any], prompts: list[list[int]], out: Mapping[str, Tensor]) -> Tensor:

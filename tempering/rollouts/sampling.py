@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ CARRIED = {
     "generated",
     "ids",
     "privacy_score",
+    "reward",
     TEACHER_OUTPUTS,
     *TEACHER_PROMPT,
 }
@@ -45,10 +47,22 @@ class Verification(NamedTuple):
     accepted: Int[Tensor, " B"]
 
 
+def scheduled_top_k(top_k: int, expected_length: int, verified: int) -> int:
+    """Return the accepted rank after this many verified blocks: it falls from ``top_k`` to 1 over a text.
+
+    Reference: the released code of Xu et al., "Speculative Knowledge Distillation", ICLR 2025, arXiv:2410.11325: every
+    max(expected_length // top_k, 1) blocks, the first among them, max(ceil(top_k / expected_length), 1) less.
+    """
+    every, less = max(expected_length // top_k, 1), max(-(-top_k // expected_length), 1)
+    return max(top_k - less * -(-verified // every), 1)
+
+
 def verify_tokens(
-    teacher: Float[Tensor, "B G V"], proposed: Int[Tensor, "B G"], top_k: int, nucleus: float = 1.0
+    teacher: Float[Tensor, "B G V"], proposed: Int[Tensor, "B G"], top_k: int | None, nucleus: float = 1.0
 ) -> Verification:
     """Accept a token if fewer than ``top_k`` of the teacher's raw logits are larger than its own; ties are accepted.
+
+    None accepts every rank.
 
     With ``nucleus`` below 1 it also has to be in the teacher's nucleus at temperature 1: the tokens of larger logits
     have less than this probability together. A token that the teacher does not have is rejected.
@@ -59,7 +73,7 @@ def verify_tokens(
     vocabulary = teacher.shape[-1]
     above = teacher > teacher.gather(-1, proposed.clamp_max(vocabulary - 1)[..., None])
     rank = above.sum(-1)
-    ok = (rank < top_k) & (proposed < vocabulary)
+    ok = (rank < (vocabulary if top_k is None else top_k)) & (proposed < vocabulary)
     if nucleus < 1.0:
         ok &= (upcast_to_float32(teacher).softmax(-1) * above).sum(-1) < nucleus
     return Verification(rank, ok, ok.long().cumprod(-1).sum(-1))
@@ -76,6 +90,9 @@ class GenerationStats:
     repeated: int = 0
     student_forwards: int = 0
     teacher_forwards: int = 0
+    batches: int = 0
+    stale: int = 0  # batches since the engine's weights were refreshed, summed
+    reward: float = 0.0
 
     def add(self, other: GenerationStats) -> None:
         """Add the counts of another batch."""
@@ -204,7 +221,7 @@ class GenerationState:
         repeated = sum(a == b for w in self.generated for a, b in pairwise(w))
         ended = sum(bool(self.eos.intersection(w[-1:])) for w in self.generated)
         tokens, replaced = sum(map(len, self.generated)), sum(map(sum, self.replaced))
-        return GenerationStats(len(self.prompts), ended, tokens, replaced, repeated)
+        return GenerationStats(len(self.prompts), ended, tokens, replaced, repeated, batches=1)
 
 
 @torch.no_grad()
@@ -214,8 +231,9 @@ def generate(
     prompts: list[list[int]],
     *,
     max_new_tokens: int,
-    top_k: int = 25,
+    top_k: int | None = 25,
     nucleus: float = 1.0,
+    expected_length: int | None = None,
     block: int = 5,
     eos: int | Sequence[int] | None = None,
     pad: int = 0,
@@ -225,6 +243,7 @@ def generate(
     seed: int = 0,
     source: Mapping[str, Tensor] | None = None,
     reuse: bool = False,
+    mixture: float | None = None,
 ) -> tuple[dict[str, Any], GenerationStats]:
     """Generate completions of prompts with the student, verified by the teacher; return the batch and its statistics.
 
@@ -238,6 +257,7 @@ def generate(
         prompts: token ids of each prompt.
         max_new_tokens: most tokens to generate.
         top_k, nucleus: which of the teacher's likeliest tokens are accepted; see ``verify_tokens``.
+        expected_length: let ``top_k`` fall over a text of this many tokens; see ``scheduled_top_k``. None: it is fixed.
         block: tokens proposed at a time.
         eos: end-of-text token id, or several, of which any ends a text; None for none.
         pad: padding token id.
@@ -247,12 +267,14 @@ def generate(
         seed: seed of the sampling.
         source: inputs of an encoder-decoder; the prompts are then its start, and the batch is for ``Seq2Seq``.
         reuse: store the teacher's logits of generated tokens as "teacher_outputs" of the batch: 4 V bytes per token.
+        mixture: sample every token from mixture * teacher + (1 - mixture) * student, both by ``sampling``, and reject
+            none; None: the teacher verifies.
 
     Raises:
         TypeError: for a causal model without a cache, an encoder-decoder without a source, or one of each.
         ValueError: for no prompts, an empty one, or top_k, block or max_new_tokens below 1.
     """
-    if not prompts or not all(prompts) or min(top_k, block, max_new_tokens) < 1:
+    if not prompts or not all(prompts) or min(1 if top_k is None else top_k, block, max_new_tokens) < 1:
         raise ValueError(
             f"generate needs prompts of at least one token, and top_k, block and max_new_tokens >= 1; got "
             f"{len(prompts)} prompts, the shortest of {min(map(len, prompts), default=0)} tokens, {top_k}, {block} and "
@@ -265,11 +287,13 @@ def generate(
     sampling, resampling = as_sampling(sampling) or Sampling(), as_sampling(resampling) or Sampling()
     with eval_mode(student, teacher):
         models = [model for model in (student, teacher) if model is not None]
-        size, longest = _vocabulary_size(models, vocabulary), max(map(len, prompts))
+        size, longest = vocabulary_size(models, vocabulary), max(map(len, prompts))
         for model in models:
-            _check_positions(model, longest if source is None else 0, max_new_tokens)
+            check_positions(model, longest if source is None else 0, max_new_tokens)
         decoders = [
-            make_causal_decoder(m, size, rejects=teacher is not None, max_length=longest + max_new_tokens)
+            make_causal_decoder(
+                m, size, rejects=teacher is not None and mixture is None, max_length=longest + max_new_tokens
+            )
             if source is None
             else make_decoder(m, size, source, max_length=max_new_tokens)
             for m in models
@@ -278,12 +302,18 @@ def generate(
             positions = (state.mask.cumsum(-1) - 1).clamp_min(0)
             for decoder in decoders:
                 decoder.decode(state.start, positions, state.mask)
-        while not all(state.done):
-            proposed, previous, log_probs = _propose(decoders[0], state, block, sampling, generators[0])
+        for verified_blocks in itertools.count():
+            if all(state.done):
+                break
+            both = decoders if mixture is not None else decoders[:1]
+            proposed, previous, log_probs = _propose(both, state, block, sampling, generators[0], mixture or 0.0)
             accepted, stored = None, None
-            if teacher is not None:
+            if teacher is not None and mixture is None:
                 logits = decoders[1].decode(previous, state.positions(0, block), state.block_mask(block))
-                verified = verify_tokens(logits, proposed, top_k, nucleus)
+                k = top_k
+                if k is not None and expected_length is not None:
+                    k = scheduled_top_k(k, expected_length, verified_blocks)
+                verified = verify_tokens(logits, proposed, k, nucleus)
                 index = verified.accepted.clamp_max(block - 1)[:, None]
                 log_probs = None  # of a text that both models generate there is none
                 replacement, _ = resampling.draw(
@@ -327,14 +357,15 @@ def prompts_and_source(
     return [[decoder_start_id(model)] for _ in batch["input_ids"]], sources_right(source)
 
 
-def _vocabulary_size(models: list[nn.Module], vocabulary: int | None) -> int | None:
+def vocabulary_size(models: list[nn.Module], vocabulary: int | None) -> int | None:
     """Return the number of tokens that all models have; None if no model has an input embedding."""
     tables = [model.get_input_embeddings() for model in models if hasattr(model, "get_input_embeddings")]  # pyright: ignore
     sizes = [len(table.weight) for table in tables if isinstance(table, nn.Embedding)]
     return min([*sizes, *([] if vocabulary is None else [vocabulary])], default=None)
 
 
-def _check_positions(model: nn.Module, prompt: int, max_new_tokens: int) -> None:
+def check_positions(model: nn.Module, prompt: int, max_new_tokens: int) -> None:
+    """Raise ValueError if a prompt with its completion is longer than the model's positions."""
     limit = max_positions(model)
     if limit is not None and prompt + max_new_tokens > limit:
         raise ValueError(
@@ -345,20 +376,22 @@ def _check_positions(model: nn.Module, prompt: int, max_new_tokens: int) -> None
 
 
 def _propose(
-    decoder: Decoder,
+    decoders: Sequence[Decoder],
     state: GenerationState,
     block: int,
     sampling: Sampling,
     generator: torch.Generator,
+    mixture: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a block of the student's tokens, the decoder's inputs for it, shifted by one, and log-probabilities.
+    """Return a block of tokens, the decoders' inputs for it, shifted by one, and log-probabilities.
 
-    Each is (B, block).
+    Each is (B, block). With two decoders tokens are of the mixture of both.
     """
     inputs, tokens, log_probs = [state.last], [], []
     for i in range(block):
-        logits = decoder.decode(inputs[-1][:, None], state.positions(i, 1), state.block_mask(i + 1))[:, -1]
-        token, log_prob = sampling.draw(logits, generator)
+        where = (inputs[-1][:, None], state.positions(i, 1), state.block_mask(i + 1))
+        logits, *others = (decoder.decode(*where)[:, -1] for decoder in decoders)
+        token, log_prob = sampling.draw(logits, generator, others[0] if others else None, mixture)
         tokens.append(token)
         log_probs.append(log_prob)
         inputs.append(tokens[-1])

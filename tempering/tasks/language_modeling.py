@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from tempering.rows import IGNORE_INDEX, TEACHER_OUTPUTS, Rows, is_labeled, upca
 from tempering.tasks.base import Task, TeacherForward
 from tempering.tasks.padding_checks import check_layout, try_layouts
 from tempering.tasks.row_scores import score_rows
-from tempering.teachers.outputs import Hidden, PrecomputedLogits, Sparse, to_top_k_plus_tail
+from tempering.teachers.outputs import Hidden, PrecomputedLogits, Referenced, Sparse, to_top_k_plus_tail
 from tempering.utils.state import unwrapped
 from tempering.utils.tensors import on_host, to_device
 
@@ -29,6 +29,7 @@ NO_INPUTS = {
     "privacy_score",
     TEACHER_OUTPUTS,
     "rollout_log_prob",
+    "reward",
     *TEACHER_PROMPT,
 }
 OPTIONAL = ("use_cache", "position_ids")  # left out for models whose forward does not have them
@@ -60,12 +61,16 @@ class LanguageModeling(Task):
             two heads (the student's without a teacher).
         features: features for feature methods, name -> (student's module, teacher's module), shallow to deep.
         scorer: a score of texts that the student generates, in addition to those of single tokens.
+        token_weights: (place, length) -> weights >= 0 of tokens, (N,) each: the number of learned tokens before it in
+            its text, and of all of them. "texts" is 1 / length: each text counts the same, whatever its length. None:
+            every token counts the same. Scores are not weighted.
 
     Raises:
-        ValueError: for a vocabulary below 1.
+        ValueError: for a vocabulary below 1, or other token_weights; while it runs, for weights of another shape.
     """
 
     unit = "token"
+    reads_same_texts = True  # whether the teacher's inputs are the student's
 
     def __init__(
         self,
@@ -73,7 +78,14 @@ class LanguageModeling(Task):
         vocabulary: int | None = None,
         features: Mapping[str, tuple[str, str]] | None = None,
         scorer: GenerationScorer | None = None,
+        token_weights: Callable[[Tensor, Tensor], Tensor] | Literal["texts"] | None = None,
     ) -> None:
+        if not (token_weights is None or token_weights == "texts" or callable(token_weights)):
+            raise ValueError(
+                f"{type(self).__name__} needs token_weights 'texts', a function (place, length) -> weights, or None; "
+                f"got {token_weights!r}."
+            )
+        self.token_weights = token_weights
         if vocabulary is not None and vocabulary < 1:
             raise ValueError(f"{type(self).__name__} needs vocabulary >= 1 or None; got {vocabulary!r}.")
         self.vocabulary, self.features, self.scorer = vocabulary, dict(features or {}), scorer
@@ -114,6 +126,8 @@ class LanguageModeling(Task):
         return inputs, with_teacher_outputs(inputs, batch), batch.get("ids")
 
     def rows(self, student: Any, teacher: Any, batch: Any) -> list[Rows]:
+        if isinstance(teacher, Referenced):
+            return self._with_reference(student, teacher, batch)
         index, shape, fields = self.row_fields(batch)
         z = _logits(student, "student", shape).flatten(0, 1).index_select(0, index)[:, : self.vocabulary]
         if isinstance(teacher, Sparse):
@@ -132,23 +146,66 @@ class LanguageModeling(Task):
         columns = min(z.shape[1], t.shape[1])
         return [Rows(z[:, :columns], t[:, :columns], **fields)]
 
+    def _with_reference(self, student: Any, teacher: Referenced, batch: Any) -> list[Rows]:
+        """Return the rows with the logits of the reference model, over the same classes as the teacher's."""
+        if not self.reads_same_texts:
+            raise ValueError(
+                f"WithReference: in {type(self).__name__} the reference model would read the teacher's texts, not the "
+                "student's."
+            )
+        (rows,) = self.rows(student, teacher.output, batch)
+        index, shape, _ = self.row_fields(batch)
+        r = _teacher_logits(teacher.reference, index, shape)[:, : self.vocabulary]
+        if isinstance(teacher.output, Sparse):
+            r = to_top_k_plus_tail(r, teacher.output.gather_positions(index, shape))[0]
+        return [rows.replace(reference=r[:, : rows.student.shape[1]])]
+
     def row_fields(self, batch: Any) -> tuple[Tensor, tuple[int, int], dict[str, Any]]:
         """Return the rows' indices (N,) among B * L positions, (B, L), and the fields of ``Rows`` beside logits."""
         shape = self._shape(batch)
         index, target, weight = self._positions(batch)
+        weight = self._token_weights(batch, index, shape) if weight is None else weight
         ids = batch["ids"].index_select(0, index // shape[1]) if "ids" in batch else None
         fields = {"target": target, "weight": weight, "ids": ids, "positions": index % shape[1]}
         fields["privacy_score"] = _of_predicted(batch.get("privacy_score"), index)
         log_prob = _of_predicted(batch.get("rollout_log_prob"), index)
         sampled = None if log_prob is None else _of_predicted(self._generated(batch), index)
         text = None if log_prob is None else index // shape[1]
-        return index, shape, fields | {"sampled_id": sampled, "rollout_log_prob": log_prob, "text": text}
+        fields |= {"sampled_id": sampled, "rollout_log_prob": log_prob, "text": text}
+        if batch.get("reward") is not None:
+            fields["reward"] = batch["reward"].index_select(0, index // shape[1])
+        return index, shape, fields
+
+    def _token_weights(self, batch: Any, index: Tensor, shape: tuple[int, int]) -> Tensor | None:
+        """Return the weights of the rows at these of the B * L positions; None without ``token_weights``."""
+        if self.token_weights is None:
+            return None
+        first = torch.zeros(shape, dtype=torch.long, device=index.device)
+        first[:, 0] = 1
+        if batch.get("position_ids") is not None:  # packed
+            first |= (batch["position_ids"] == 0).long()
+        text = first.flatten().cumsum(0).index_select(0, index)
+        _, inverse, counts = text.unique_consecutive(return_inverse=True, return_counts=True)
+        begins = counts.cumsum(0) - counts
+        place, length = torch.arange(len(index), device=index.device) - begins[inverse], counts[inverse]
+        weigh: Callable[[Tensor, Tensor], Any] | str = self.token_weights
+        weights = 1.0 / length if isinstance(weigh, str) else weigh(place, length)
+        if not isinstance(weights, Tensor) or weights.shape != index.shape:
+            raise ValueError(
+                f"{type(self).__name__} needs token_weights that return one weight per token, {tuple(index.shape)}; "
+                f"got {tuple(getattr(weights, 'shape', ())) or weights}."
+            )
+        return weights.float()
 
     def teacher_index(self, batch: Any, index: Tensor, shape: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         """Return the rows' indices among the positions of the teacher's output, and the number of those, (B, L)."""
         return index, shape
 
     def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
+        if self.token_weights is not None:
+            index, _, weight = self._positions(batch)
+            weight = self._token_weights(batch, index, self._shape(batch)) if weight is None else weight
+            return {"logits": weight.sum()}  # pyright: ignore[reportOptionalMemberAccess]
         return {"logits": prediction_mask(batch).sum()}
 
     def learned(self, batch: Any) -> Tensor:
@@ -159,6 +216,7 @@ class LanguageModeling(Task):
         return mask.index_fill(0, index if weight is None else index[:0], True).view(shape)
 
     def scored_rows(self, student: Any, teacher: Any, batch: Any) -> tuple[Rows, Tensor | None]:
+        teacher = teacher.output if isinstance(teacher, Referenced) else teacher
         if not isinstance(teacher, Sparse):
             return super().scored_rows(student, teacher, batch)
         # the student is scored on its whole vocabulary, not on the teacher's most likely tokens
@@ -199,6 +257,7 @@ class LanguageModeling(Task):
         return "loss", False
 
     def probability_cut(self, student: Any, teacher: Any, batch: Any) -> float | None:
+        teacher = teacher.output if isinstance(teacher, Referenced) else teacher
         index, _, weight = self._positions(batch)
         shape = self._shape(batch)
         columns = _logits(student, "student", shape)[..., : self.vocabulary].shape[-1]

@@ -33,6 +33,8 @@ class PrivilegedContext(LanguageModeling):
     al., "Self-Distillation Enables Continual Learning", arXiv:2601.19897.
     """
 
+    reads_same_texts = False
+
     def inputs(self, batch: Any) -> tuple[dict[str, Any], dict[str, Any], Tensor | None]:
         order, kept = _order(batch)
         student, _, ids = super().inputs(batch)

@@ -69,7 +69,7 @@ class Seq2Seq(LanguageModeling):
 
     def row_weights(self, batch: Any) -> dict[str, Tensor | float]:
         _check(batch)
-        return {"logits": _row_mask(batch).sum()}
+        return super().row_weights(batch) if self.token_weights is not None else {"logits": _row_mask(batch).sum()}
 
     def _shape(self, batch: Any) -> tuple[int, int]:
         _check(batch)

@@ -19,3 +19,4 @@ from .remote.verify import verify_remote as verify_remote
 from .routed import Routed as Routed
 from .selection import TopKTeacher as TopKTeacher
 from .self_teacher import SelfTeacher as SelfTeacher
+from .with_reference import WithReference as WithReference

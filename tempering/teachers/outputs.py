@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -157,6 +158,19 @@ class Sparse:
     def to(self, device: torch.device | str) -> Sparse:
         """Return a copy on ``device``."""
         return Sparse(*to_device((self.ids, self.logp, self.tail_logp, self.stored), device))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Referenced:
+    """A teacher's output with the logits of a reference model for the same inputs."""
+
+    output: Any
+    reference: Any
+
+    @property
+    def logits(self) -> Any:
+        """The teacher's logits."""
+        return getattr(self.output, "logits", self.output)
 
 
 def to_top_k_plus_tail(

@@ -200,9 +200,12 @@ def _terms(method: Method, rows: Rows, progress: float = 1.0) -> dict[str, Tenso
 def _check_zero_when_equal(method: Method, rows: Rows) -> None:
     """Check that the soft terms of a student equal to the teacher are 0."""
     features = {name: (t, t) for name, (_, t) in rows.features.items()}
+    # without privacy scores, since private rows may have other targets, and without rewards; the reference agrees too
+    others: dict[str, Any] = {"features": features, "privacy_score": None}
+    others |= {} if rows.reward is None else {"reward": torch.zeros_like(rows.reward)}
+    others |= {} if rows.reference is None else {"reference": rows.teacher}
     with torch.no_grad():
-        # without privacy scores: private rows may have other targets
-        terms = _terms(copy.deepcopy(method), rows.replace(student=rows.teacher, features=features, privacy_score=None))
+        terms = _terms(copy.deepcopy(method), rows.replace(student=rows.teacher, **others))
     kept = slice(None) if rows.weight is None else rows.weight > 0
     soft = {k: v[kept].abs().max().item() for k, v in terms.items() if not k.endswith("hard") and len(v[kept])}
     if not all(v <= LOSS_TOLERANCE for v in soft.values()):

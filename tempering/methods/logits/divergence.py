@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tempering import objectives
 from tempering.methods.base import Method, check_policy, linear_warmup
+from tempering.methods.logits._sampled import reference_kl
 from tempering.objectives import check_skew
 from tempering.rows import Rows
 from tempering.temperature.base import PolicyLike
@@ -28,6 +29,9 @@ class Divergence(Method):
         skew: parameter of "skew_kl" and "skew_reverse_kl".
         head: parameter of "adaptive_kl".
         warmup: fraction of the run over which ``soft`` rises linearly from 0; default: none, as published.
+        student_top: compare the student's likeliest classes alone, this many, with all others as one; 0: all classes.
+        reference: weight of the term "reference", KL(student || reference) at temperature 1, with
+            ``teachers.WithReference``, such as the initial student.
         temperature: a temperature policy, or a number for Static; None: Static(1.0), as in the sources.
 
     Unlike in the released trainers (GKD, DistiLLM), the divergence is multiplied by T_s T_t, which is 1 with their
@@ -49,9 +53,13 @@ class Divergence(Method):
         skew: float = 0.1,
         head: UnitInterval = 0.5,
         warmup: RunFraction = 0.0,
+        student_top: int = 0,
+        reference: NonNegative = 0.0,
         temperature: PolicyLike = None,
     ) -> None:
         super().__init__()
+        if student_top < 0:
+            raise ValueError(f"Divergence needs student_top >= 0; got {student_top!r}.")
         if objective not in get_args(Objective):
             raise ValueError(
                 f"Divergence needs objective {', '.join(map(repr, get_args(Objective)))}; got {objective!r}."
@@ -59,6 +67,7 @@ class Divergence(Method):
         check_skew("Divergence", skew)
         self.objective, self.soft, self.hard, self.warmup = objective, soft, hard, warmup
         self.beta, self.skew, self.head = beta, skew, head
+        self.student_top, self.reference = student_top, reference
         self.temperature = check_policy("Divergence", temperature, default=1.0)
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
@@ -69,6 +78,9 @@ class Divergence(Method):
             "skew_reverse_kl": {"skew": self.skew},
             "adaptive_kl": {"head": self.head},
         }
-        value = getattr(objectives, self.objective)(rows, T, **parameters.get(self.objective, {}))
+        compared = objectives.on_student_top_k(rows, T, self.student_top) if self.student_top else (rows, T)
+        value = getattr(objectives, self.objective)(*compared, **parameters.get(self.objective, {}))
         terms = {"soft": self.soft * linear_warmup(progress, self.warmup) * value}
+        if self.reference and (rows.reference is not None or rows.sampled_id is not None):
+            terms["reference"] = self.reference * reference_kl(rows, f"Divergence(reference={self.reference:g})")
         return self.with_hard(terms, rows)

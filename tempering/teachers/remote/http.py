@@ -39,6 +39,7 @@ class Endpoint:
 
     Args:
         url: the server's root, with or without "/v1".
+        owner: the class that error messages name.
         key_env: name of the environment variable with the key, which is sent as a bearer token; None for no key.
         timeout: most seconds per try, from the connection to the last byte of the response.
         tries: most tries per request, if the server is busy or unreachable.
@@ -54,6 +55,7 @@ class Endpoint:
         self,
         url: str,
         *,
+        owner: str = "RemoteTeacher",
         key_env: str | None = None,
         timeout: float = 120.0,
         tries: int = 5,
@@ -62,13 +64,13 @@ class Endpoint:
     ) -> None:
         if not _is_address(url):
             raise ValueError(
-                f"RemoteTeacher needs an address like 'http://localhost:8000'; got {redact(str(url))!r}. A key belongs "
+                f"{owner} needs an address like 'http://localhost:8000'; got {redact(str(url))!r}. A key belongs "
                 "in an environment variable: key_env='NAME'."
             )
         whole = all(isinstance(x, int) for x in (tries, max_bytes))
         if not (0 < timeout <= threading.TIMEOUT_MAX and whole and tries >= 1 and wait >= 0 and max_bytes >= 1):
             raise ValueError(
-                "RemoteTeacher needs timeout > 0, tries >= 1, wait >= 0 and max_bytes >= 1; got "
+                f"{owner} needs timeout > 0, tries >= 1, wait >= 0 and max_bytes >= 1; got "
                 f"{timeout}, {tries}, {wait} and {max_bytes}."
             )
         if key_env is not None and not os.environ.get(key_env):
@@ -84,8 +86,13 @@ class Endpoint:
         self.max_bytes = max_bytes
         self.root = url.rstrip("/").removesuffix("/completions").removesuffix("/v1")
 
-    def post(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
-        """Send one request and return the response.
+    def post(self, path: str, request: dict[str, Any], *, empty: bool = False) -> Any:
+        """Send one request and return the response, a JSON object.
+
+        Args:
+            path: of the address, from the root.
+            request: the JSON object that is sent.
+            empty: the response is an acknowledgment: it may have no content, which returns {}.
 
         Raises:
             RuntimeError: if there is no response or the request is refused, with the address and the last error.
@@ -99,7 +106,7 @@ class Endpoint:
                 problem = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
             else:
                 if status < 300:
-                    return self._parse(url, content)
+                    return {} if empty and not content.strip() else self._parse(url, content)
                 problem = f"{status} {reason}: {self.excerpt(content)}"
                 retry, pause = status in BUSY, _retry_after(header, pause)
                 if 300 <= status < 400:
