@@ -88,7 +88,7 @@ class RolloutServer(RolloutEngine):
         ServerMismatchError: while it runs, if the server's log-probabilities are not the student's.
         RuntimeError: for a server without a response, or with an unexpected one; with its address and its message.
 
-    Reference: the protocols as of vLLM 0.18 and SGLang 0.5, read from their sources and not tried against them.
+    Reference: the protocols of vLLM and SGLang as their sources have them in 2026, not tried against them.
     """
 
     def __init__(
