@@ -27,10 +27,10 @@ from tempering.training.evaluator import generators_restored
 from tempering.training.features import PairedFeatures, extracting
 from tempering.training.selfcheck import (
     MOST_TRIED,
+    batch_of_one,
+    batch_of_one_named,
     check_student,
     independent_workers,
-    last_batch_size,
-    one_sample,
     selfcheck,
 )
 from tempering.utils.state import random_state, restored, set_random_state
@@ -117,7 +117,8 @@ def forward(
     """Run both models on a batch; the teacher's output is None without a teacher."""
     student_in, teacher_in, ids = task.inputs(batch)
     with extracting(features):
-        student_output = student(student_in)
+        with batch_of_one_named():
+            student_output = student(student_in)
         teacher_output = None if teacher is None else teacher(teacher_in, ids)
         blocks = task.rows(student_output, teacher_output, batch)
         if features is not None:
@@ -157,7 +158,7 @@ def check(
             task=task,
             features=None if features is None else features.features,
             more=later,
-            single=one_sample(batch) if last_batch_size(loader) == 1 else None,
+            single=batch_of_one(loader),
             workers=independent_workers(loader),
         )
     saved, method = random_state(), copy.deepcopy(method).eval()

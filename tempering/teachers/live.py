@@ -141,8 +141,7 @@ class Live(Teacher):
         if self._before is None:
             self._before = ModelState(self._model)
             _to_eval(self._model)
-            for p in self._model.parameters():  # a scripted module does not have requires_grad_() itself
-                p.requires_grad_(False)
+            self._before.freeze()
             dtypes = {p.dtype for p in self._model.parameters() if p.is_floating_point()}
             self._own_dtype = dtypes.pop() if len(dtypes) == 1 else None
 

@@ -55,7 +55,14 @@ from tempering.training.run_dir import (
     run_key,
     run_metadata,
 )
-from tempering.training.selfcheck import Checked, independent_workers, last_batch_size, one_sample, selfcheck
+from tempering.training.selfcheck import (
+    Checked,
+    batch_of_one,
+    batch_of_one_named,
+    independent_workers,
+    selfcheck,
+    whose_logits,
+)
 from tempering.utils.device import clone_outputs, maybe_compile
 from tempering.utils.files import write_atomic
 from tempering.utils.state import ModelState, unwrapped
@@ -279,7 +286,7 @@ class Trainer:
                 task=self.task,
                 features=None if self.features is None else self.features.features,
                 more=self.loader.later,
-                single=one_sample(batch) if last_batch_size(self.loader.batches) == 1 else None,
+                single=batch_of_one(self.loader.batches),
                 workers=independent_workers(self.loader.batches),
                 skip=skip,
             )
@@ -449,7 +456,7 @@ class Trainer:
             if self.uses_cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()
             sync = self.fabric.no_backward_sync(self.model, enabled=i < len(batches))  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-            with sync, step_rng(config.seed, number):
+            with sync, step_rng(config.seed, number), batch_of_one_named(f"the batch of step {number + 1}"):
                 blocks = self.method.compute(self._make_step(batch, progress, normalizer))
                 loss = blocks[0].loss if len(blocks) == 1 else torch.stack([block.loss for block in blocks]).sum()
                 if self.world > 1:  # gradients are averaged over ranks, but each rank has its part of the sum
@@ -465,7 +472,7 @@ class Trainer:
             self.average.update()
         self.optimizer.zero_grad(set_to_none=True)
         loss = functools.reduce(torch.add, step_losses)
-        self._log(loss, blocks, progress)
+        self._log(loss, blocks, progress, batches[-1])
         return loss
 
     def _make_step(self, batch: Any, progress: float, normalizer: Mapping[str, Tensor | float]) -> Step:
@@ -494,12 +501,13 @@ class Trainer:
 
         return adapting(self.adaptive_policies, self.model, self.task, batch)
 
-    def _log(self, loss: Tensor, blocks: list[BlockLoss], progress: float) -> None:
+    def _log(self, loss: Tensor, blocks: list[BlockLoss], progress: float, batch: Any) -> None:
         """Log the step every ``log_every`` steps; other steps do not synchronize with a GPU."""
         config, step = self.config, self.state.step + 1
         due = self.state.step % config.log_every == 0 or step == self.length.total
         if (due or loss.device.type == "cpu") and not math.isfinite(value := float(loss)):
-            raise nonfinite_loss_error(value, step, self.folder, blocks)
+            whose = whose_logits(self.teacher, self.task, batch)
+            raise nonfinite_loss_error(value, step, self.folder, blocks, whose)
         if self.on_step is not None:
             self.on_step(self.state.step, loss)
         if not due:
