@@ -119,7 +119,7 @@ def compare(
     """
     from tempering.experiments.compare.plan import merged, plan_for
     from tempering.experiments.compare.runner import ComparisonRunner, renice
-    from tempering.experiments.compare.status import say, show
+    from tempering.experiments.compare.status import damaged, say, show
     from tempering.experiments.presets import presets_from, with_controls
     from tempering.experiments.recipe import check_flags, find
     from tempering.utils.registry import lookup
@@ -147,16 +147,19 @@ def compare(
     code = runner.run()
     if not quiet:
         show(out, grid, runner.failed)
+    _warn_of(damaged(out, grid))
     return code
 
 
 def compare_status(folder: Folder) -> int:
     """Show finished and running runs of a comparison, and the remaining time."""
     from tempering.experiments.compare.plan import read
-    from tempering.experiments.compare.status import cell_statuses, status_table, summary
+    from tempering.experiments.compare.status import cell_statuses, damaged, status_table, summary
 
-    statuses = cell_statuses(folder, read(folder))
+    plan = read(folder)
+    statuses = cell_statuses(folder, plan)
     _print(status_table(statuses), summary(statuses, max(1, sum(s.state == "running" for s in statuses))))
+    _warn_of(damaged(folder, plan))
     return 0
 
 
@@ -168,13 +171,19 @@ def compare_report(folder: Folder, *, control: str | None = None) -> int:
         control: the method that the others are compared with; default: that of the comparison.
     """
     from tempering.experiments.compare.plan import read
-    from tempering.experiments.compare.status import render, unrecorded
+    from tempering.experiments.compare.status import damaged, render, unrecorded
 
     plan = read(folder)
     print("written: {} and {}".format(*render(folder, replace(plan, control=control or plan.control))))
     for path in unrecorded(folder, plan):
         print(f"{path} is missing, though its run is finished: the command of the comparison writes it again")
+    _warn_of(damaged(folder, plan))
     return 0
+
+
+def _warn_of(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def tune(

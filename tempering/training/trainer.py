@@ -47,6 +47,7 @@ from tempering.training.optimizers import (
 from tempering.training.recorder import Recorder
 from tempering.training.resumable_loader import EMPTY, ResumableLoader, micro_batches, reseed
 from tempering.training.run_dir import (
+    WEIGHT_FILES,
     RunDirectory,
     initial_weights,
     lock_run_dir,
@@ -64,7 +65,7 @@ from tempering.training.selfcheck import (
     whose_logits,
 )
 from tempering.utils.device import clone_outputs, maybe_compile
-from tempering.utils.files import write_atomic
+from tempering.utils.files import describe_files, write_atomic
 from tempering.utils.state import ModelState, unwrapped
 from tempering.utils.tensors import eval_mode, to_device
 
@@ -585,10 +586,19 @@ class Trainer:
             "peak_mb": peak_mb(self.device),
             **({"cost": cost} if cost else {}),
         }
-        self._end("done", {"result": result})
+        self._end("done", {"result": result, "files": self._written_files()})
         self.fabric.barrier()
         ema = None if self.average is None else self.average.model
         return Run(self.student, self.folder, self.recorder.facts, self.recorder.epochs, self.run_dir.how, ema)
+
+    def _written_files(self) -> dict[str, Any]:
+        """Return size and hash of what the run leaves beside its records, by which damage is noticed later."""
+        if self.folder is None or not self.is_rank_zero:
+            return {}
+        from tempering.training.pretrained import CONFIG, TOKENIZER
+
+        paths = [self.folder / CONFIG, *(self.folder / TOKENIZER).glob("*"), *map(self.folder.joinpath, WEIGHT_FILES)]
+        return describe_files(self.folder, filter(Path.is_file, paths))
 
     def _write_student(self) -> dict[str, Any]:
         """Write the student's weights and config, and return what both models cost; {} without a folder."""
