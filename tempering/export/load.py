@@ -91,7 +91,8 @@ def _metadata(weights: Path) -> dict[str, Any] | None:
 def _difference(config: Mapping[str, Any], stored: Mapping[str, Any]) -> str | None:
     """Return the first part of a config that the metadata have otherwise; they do not have the best scores."""
     sides = [{**part, "scores": (part.get("scores") or {}).get("last")} for part in (config, stored)]
-    texts = [{name: json.dumps(value, sort_keys=True) for name, value in side.items()} for side in sides]  # in which NaN equals NaN
+    # as text, in which NaN equals NaN
+    texts = [{name: json.dumps(value, sort_keys=True) for name, value in side.items()} for side in sides]
     return next((name for name in {**texts[0], **texts[1]} if texts[0].get(name) != texts[1].get(name)), None)
 
 
