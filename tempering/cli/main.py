@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import Positional, Suppress, arg
 
 from tempering._version import __version__
-from tempering.utils.files import BATCH_SIGNALS, handle_signals
+from tempering.utils.files import forget_interrupts, handle_signals, interrupt
 from tempering.utils.text import printable
 
 if TYPE_CHECKING:
@@ -373,9 +373,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     args, recipe_args = split_argv([a for a in args if a != "--traceback"])
     try:
-        with handle_signals(_interrupt, BATCH_SIGNALS):
+        with handle_signals(interrupt):
             return _dispatch(split_equals(args), recipe_args)
     except KeyboardInterrupt:
+        forget_interrupts()
         print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
     except BrokenPipeError:  # as in `tempering list | head`
@@ -467,10 +468,6 @@ def _recorded_as(command: str, recipe: Path, argv: tuple[str, ...]) -> Generator
         yield
     finally:
         sys.argv = before
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _print_result(run: Run) -> None:

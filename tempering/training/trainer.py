@@ -306,7 +306,7 @@ class Trainer:
         Raises:
             RunInterrupted: after a signal that asks for an end; a checkpoint is written.
         """
-        with lock_run_dir(self.folder if self.is_rank_zero else None), self.stop:
+        with self.stop, lock_run_dir(self.folder if self.is_rank_zero else None):
             try:
                 self._resume(facts)
                 if self.run_dir.how == "finished":

@@ -450,3 +450,25 @@ def handle_signals(
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+_INTERRUPTED: list[int] = []  # signals whose KeyboardInterrupt is not known to have ended anything
+
+
+def interrupt(number: int, _: object) -> None:
+    """Handle a signal by a KeyboardInterrupt, and note it: an import may catch that and go on."""
+    _INTERRUPTED.append(number)
+    raise KeyboardInterrupt
+
+
+def raise_lost_interrupt() -> None:
+    """Raise KeyboardInterrupt if an earlier one was caught on its way; called before anything is begun."""
+    if forget_interrupts():
+        raise KeyboardInterrupt
+
+
+def forget_interrupts() -> bool:
+    """Forget the signals that were noted, since they have ended what they should; return whether there were any."""
+    found = bool(_INTERRUPTED)
+    _INTERRUPTED.clear()
+    return found
