@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import time
@@ -194,7 +193,9 @@ def _teacher_model(teacher: Teacher) -> nn.Module:
             "audit needs the network. Omit the flag of the cache."
         )
     if any(p.dtype.itemsize < 4 for p in model.parameters() if p.is_floating_point()):
-        return copy.deepcopy(model).float()
+        from tempering.utils.tensors import copy_model
+
+        return copy_model(model).float()
     return model
 
 

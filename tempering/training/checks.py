@@ -130,9 +130,13 @@ def explain_inputs(error: Exception, model: nn.Module, inputs: object) -> None:
             "for one that takes a tensor, let them be (x, labels)."
         )
     elif len(own) == 1 and wrong:
+        weights = own.pop()
+        convert = "x.float(), and scale pixels to the range that the model was trained with"
+        if weights.itemsize == 2:
+            convert = f"x.to({weights}); or train float32 weights, student.float(), with precision='bf16-mixed'"
         error.add_note(
-            f"The inputs are {', '.join(wrong)} and the student's weights are {own.pop()}: convert the inputs "
-            "in the data set, x.float(), and scale pixels to the range that the model was trained with."
+            f"The inputs are {', '.join(wrong)} and the student's weights are {weights}: convert the inputs in the "
+            f"data set, {convert}."
         )
     elif tensors and "dtype" in str(error) and not any(x.is_floating_point() for x in tensors):
         shapes = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)

@@ -320,8 +320,15 @@ def _check_teacher_logits(teacher: Teacher, task: Task, first: _Outputs, results
 
 
 def whose_logits(teacher: Teacher | None, task: Task, batch: Any) -> str:
-    """Return ", those of the teacher 'b'" if logits of one of several are NaN or infinite on a batch, else ""."""
-    names = [] if teacher is None else teacher.nonfinite_parts(*task.inputs(batch)[1:])
+    """Return where NaN or infinity in logits come from, as text that follows: the inputs, or one of several teachers.
+
+    "" if neither is known.
+    """
+    student_inputs, *theirs = task.inputs(batch)
+    floats = [x for x in tree_leaves([student_inputs, theirs[0]]) if isinstance(x, Tensor) and x.is_floating_point()]
+    if not all(bool(torch.isfinite(x).all()) for x in floats):
+        return ", and so do the inputs of the batch"
+    names = [] if teacher is None else teacher.nonfinite_parts(*theirs)
     return f", those of the teacher {', '.join(map(repr, names))}" if names else ""
 
 
