@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,18 +12,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from tempering import distill
 from tempering.methods import KD
 from tempering.rows import Rows, total
 from tempering.tasks import Seq2Seq
 from tempering.tasks.classification import _confusions
+from tempering.teachers import Live, MeanTeacher
 from tempering.training.config import Run, SelfCheckError, TrainState
 from tempering.training.evaluator import CachedTeacherOutputs, Evaluator
+from tempering.utils.tensors import copy_model
 from tests.cases import each
 from tests.lazy_modules import LazyModule
-from tests.runs import stop_at
+from tests.runs import cut, go, points, stop_at, student_net
 from tests.test_seq2seq import t5
 
 hf = LazyModule("transformers")
@@ -136,6 +139,65 @@ class Counting(nn.Module):
             self.scale = self.scale * 0.9
             self.changed += 1
         return self.net(x) * self.scale * self.mask
+
+
+def computed(*, seed: int = 1) -> nn.Module:
+    """A student whose weights have a graph after a forward, which copy.deepcopy refuses."""
+    net = student_net(seed=seed)
+    net[0] = torch.nn.utils.weight_norm(net[0])
+    net(points(4)[0])
+    return net
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+def test_computed_weights_are_averaged_and_copied() -> None:
+    """As by torch.nn.utils.weight_norm, after a forward."""
+    batches, x = cut(points(16), 8), points(4)[0]
+    net, copied = computed(), copy_model(computed())
+    assert torch.equal(copied(x), net(x)) and copied[0].weight is not net[0].weight
+    before = net[0].weight_v.clone()
+    run = go(batches, student=net, epochs=1, ema=0.5, skip_checks=["above chance"])
+    assert run.ema is not None and not torch.equal(run.ema[0].weight_v, before)
+    go(batches, student=computed(), teacher=MeanTeacher(), method=KD(hard=1.0), epochs=1)
+    low = Live(computed(), precision="bf16")
+    torch.testing.assert_close(low(x), computed().eval()(x), rtol=0.05, atol=0.05)
+
+
+class Samples(Dataset[Any]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> Any:
+        return points(4)[0][i], 0
+
+
+def test_what_is_no_loader_is_refused_with_what_to_write() -> None:
+    batches, samples = cut(points(16), 8), Samples()
+    for split in ({"validation": {"clean": batches, "noisy": batches}}, {"test": {"a": batches}}):
+        with pytest.raises(ValueError, match=r"must be a loader of batches, .*got a dict with .*one loader for each"):
+            go(batches, epochs=1, **split)
+    with pytest.raises(ValueError, match=r"got the data set Samples, whose items .*DataLoader\(dataset, batch_size=64"):
+        go(samples, epochs=1)
+    with pytest.raises(ValueError, match=r"got Tensor \(16, 6\) \(one batch as the loader is \[\(inputs, labels\)\]\)"):
+        go(points(16), epochs=1)
+    go(DataLoader(batches, batch_size=None), epochs=1, skip_checks=["above chance"])  # pyright: ignore
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_inputs_that_are_not_finite_are_named(value: float) -> None:
+    """Not the teacher, in the first batch and in a later one."""
+    x, y = points(32)
+    late = r"hold NaN or infinity, and so do the inputs of the batch"
+    for row, error, text in ((0, SelfCheckError, r"Are the inputs finite"), (20, FloatingPointError, late)):
+        spoiled = x.index_fill(0, torch.tensor([row]), value)
+        with pytest.raises(error, match=text):
+            go(cut((spoiled, y), 8), epochs=1, skip_checks=["above chance"])
+
+
+def test_weights_of_half_precision_are_named_with_inputs_of_another() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        go(cut(points(16), 8), student=student_net().bfloat16(), epochs=1, skip_checks=["above chance"])
+    assert "x.to(torch.bfloat16); or train float32 weights, student.float(), with" in caught.value.__notes__[0]
 
 
 def test_buffers_outside_of_the_state_dict_survive_an_interruption(tmp_path: Path) -> None:

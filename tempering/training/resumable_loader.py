@@ -401,13 +401,13 @@ def require_reiterable(name: str, batches: Iterable[Any]) -> None:
     kind = type(cast("Any", batches)).__name__
     if isinstance(batches, Mapping):
         raise ValueError(
-            f"{name} must be batches, such as a DataLoader; got a {kind} with "
+            f"{name} must be a loader of batches, such as a DataLoader; got a {kind} with "
             f"{', '.join(map(repr, [*cast('Mapping[str, Any]', batches)][:4]))}. Give one loader for each split."
         )
     if isinstance(batches, Dataset) and not hasattr(type(batches), "__iter__"):
         raise ValueError(
-            f"{name} must be batches; got the data set {kind}, whose items are samples. Write DataLoader(dataset, "
-            "batch_size=64), or batch_size=None if its items are batches."
+            f"{name} must be a loader of batches; got the data set {kind}, whose items are samples. Write "
+            "DataLoader(dataset, batch_size=64), or batch_size=None if its items are batches."
         )
     if isinstance(batches, Iterator):
         raise ValueError(
