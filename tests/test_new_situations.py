@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -489,3 +490,44 @@ def test_lightning_validates_several_loaders(tmp_path: Path) -> None:
         alone = fit.validate(module, loader, verbose=False)[0]
         for name in ("val_loss", "val_accuracy"):
             assert together[f"{name}/dataloader_idx_{i}"] == pytest.approx(alone[name], rel=1e-6)
+    module = adapter.DistillModule(net(), net(1), method=KD())
+    fit = pl.Trainer(max_epochs=1, enable_model_summary=False, default_root_dir=tmp_path, **quiet)
+    fit.fit(module, loaders[0], {"clean": loaders[0], "noisy": loaders[1]})
+    named = {name: float(value) for name, value in fit.callback_metrics.items() if name.startswith("val_")}
+    assert named == pytest.approx({name: value for name, value in together.items() if name.startswith("val_")})
+
+
+def test_other_trainers_warn_of_a_loss_that_is_nan(tmp_path: Path) -> None:
+    """They go on; transformers' log even shows 0."""
+    pytest.importorskip("lightning.pytorch")
+    x = X.index_fill(0, torch.tensor([20]), math.nan)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    fit = pl.Trainer(max_epochs=1, enable_model_summary=False, default_root_dir=tmp_path, **quiet)
+    module = adapter.DistillModule(net(), net(1), method=KD())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit.fit(module, DataLoader(TensorDataset(x, Y), batch_size=8), DataLoader(TensorDataset(X, Y), batch_size=8))
+    rows = [{"inputs": a, "labels": int(b)} for a, b in zip(x, Y, strict=True)]
+    trainer = type("KDTrainer", (mixin.DistillMixin, hf.Trainer), {})(
+        Named(net()),
+        hf.TrainingArguments(str(tmp_path), per_device_train_batch_size=8, max_steps=4, logging_steps=1, report_to=[]),
+        teacher=Named(net(1)),
+        method=KD(),
+        train_dataset=rows,
+    )
+    with warnings.catch_warnings(record=True) as caught_too:
+        warnings.simplefilter("always")
+        trainer.train()
+    texts = [str(x.message) for x in (*caught, *caught_too) if "the loss is NaN or infinite by step" in str(x.message)]
+    assert len(texts) == 2 and "step 4: {'loss': nan}. The trainer goes on" in texts[0] and "'soft': nan" in texts[1]
+
+
+class Named(nn.Module):
+    """A model as transformers calls it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        return {"logits": self.net(inputs)}

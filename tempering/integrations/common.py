@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -240,6 +242,19 @@ def step_means(
     if out is not None and not isinstance(out, Sparse):
         add("agreement", rows.student.argmax(-1) == rows.teacher.argmax(-1), rows)
     return means
+
+
+def warn_if_not_finite(metrics: Mapping[str, float], step: int) -> bool:
+    """Warn of means over training steps that are NaN or infinite, since the trainer goes on; return whether one is."""
+    wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+    if wrong:
+        warnings.warn(
+            f"the loss is NaN or infinite by step {step}: {wrong}. The trainer goes on, and the student's weights may "
+            "be NaN. Are inputs and teacher's logits finite in every batch? Try a lower learning rate, clipped "
+            "gradients or float32.",
+            stacklevel=4,
+        )
+    return bool(wrong)
 
 
 class Evaluation:
