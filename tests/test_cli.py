@@ -504,6 +504,10 @@ def test_a_signal_that_an_import_swallows_still_ends_the_command(
     tiny.write_text(TINY.replace("    x = torch", f"{swallow}\n    x = torch"))
     assert run("run", tiny, "--quiet", "--out", tmp_path / "r") == 130
     assert "interrupted; the same command resumes" in capsys.readouterr().err and not any((tmp_path / "r").glob("*"))
+    failing = swallow.replace("pass", 'raise ImportError("cannot load module more than once per process") from None')
+    tiny.write_text(TINY.replace("    x = torch", f"{failing}\n    x = torch"))
+    assert run("run", tiny, "--quiet", "--out", tmp_path / "r") == 130
+    assert "interrupted; the same command resumes" in capsys.readouterr().err
     tiny.write_text(TINY)
     assert run("run", tiny, "--quiet", "--out", tmp_path / "r") == 0
 

@@ -199,9 +199,7 @@ def test_a_sigmoid_teaches_a_softmax() -> None:
     """One logit beside two: refused, and as two logits the same probabilities."""
     x, y = points(16)
     student, one = nn.Linear(6, 2), nn.Linear(6, 1)
-    with pytest.raises(
-        ValueError, match=r"the teacher's logits \(8, 1\) .*torch.cat\(\(torch.zeros_like\(z\), z"
-    ):
+    with pytest.raises(ValueError, match=r"the teacher's logits \(8, 1\) .*torch.cat\(\(torch.zeros_like\(z\), z"):
         go(cut((x, y % 2), 8), student=student, teacher=one, epochs=1)
     z = one(x)
     torch.testing.assert_close(torch.cat((torch.zeros_like(z), z), 1).softmax(1)[:, 1:], z.sigmoid())

@@ -376,13 +376,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with handle_signals(interrupt):
             return _dispatch(split_equals(args), recipe_args)
     except KeyboardInterrupt:
-        forget_interrupts()
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
-        return 130
+        return _interrupted()
     except BrokenPipeError:  # as in `tempering list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if forget_interrupts():  # an import that was broken off fails with another error
+            return _interrupted()
         from tempering.cli.errors import is_user_error, message
 
         if traceback or not is_user_error(error):
@@ -391,6 +391,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = "\n".join((message(error, split_equals([*args, *recipe_args])), *notes))
         print(f"error: {said}\n(--traceback shows where)", file=sys.stderr)
         return 1
+
+
+def _interrupted() -> int:
+    """Say so, and return the exit code."""
+    forget_interrupts()
+    print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+    return 130
 
 
 def _dispatch(args: list[str], recipe_args: tuple[str, ...]) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tempering.experiments.recipe import describe
-from tempering.utils.files import interrupt
+from tempering.utils.files import forget_interrupts, interrupt
 
 
 def main(argv: Sequence[str]) -> int:
@@ -18,6 +18,10 @@ def main(argv: Sequence[str]) -> int:
         describe(Path(argv[0]), argv[1:], prog=f"tempering run {argv[0]}").without_test().run()
     except KeyboardInterrupt:
         return 130
+    except Exception:
+        if forget_interrupts():  # an import that was broken off fails with another error
+            return 130
+        raise
     return 0
 
 
