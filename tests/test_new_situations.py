@@ -529,7 +529,7 @@ def test_other_trainers_warn_of_a_loss_that_is_nan(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         trainer.train()
     texts = [str(x.message) for x in (*caught, *caught_too) if "the loss is NaN or infinite by step" in str(x.message)]
-    assert len(texts) == 2 and "step 4: {'loss': nan}. The trainer goes on" in texts[0] and "'soft': nan" in texts[1]
+    assert len(texts) == 2 and "step 4: {'loss': nan}. The trainer continues" in texts[0] and "'soft': nan" in texts[1]
 
 
 class Named(nn.Module):

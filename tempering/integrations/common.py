@@ -30,8 +30,8 @@ from tempering.training.features import PairedFeatures, extracting
 from tempering.training.selfcheck import (
     MOST_TRIED,
     batch_of_one,
-    batch_of_one_named,
     check_student,
+    explain_batch_of_one,
     independent_workers,
     selfcheck,
 )
@@ -119,8 +119,11 @@ def forward(
     """Run both models on a batch; the teacher's output is None without a teacher."""
     student_in, teacher_in, ids = task.inputs(batch)
     with extracting(features):
-        with batch_of_one_named():
+        try:
             student_output = student(student_in)
+        except ValueError as error:
+            explain_batch_of_one(error, "this batch")
+            raise
         teacher_output = None if teacher is None else teacher(teacher_in, ids)
         blocks = task.rows(student_output, teacher_output, batch)
         if features is not None:
@@ -245,12 +248,12 @@ def step_means(
 
 
 def warn_if_not_finite(metrics: Mapping[str, float], step: int) -> bool:
-    """Warn of means over training steps that are NaN or infinite, since the trainer goes on; return whether one is."""
+    """Warn of means over training steps that are not finite, since the trainer continues; return whether one is."""
     wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
     if wrong:
         warnings.warn(
-            f"the loss is NaN or infinite by step {step}: {wrong}. The trainer goes on, and the student's weights may "
-            "be NaN. Are inputs and teacher's logits finite in every batch? Try a lower learning rate, clipped "
+            f"the loss is NaN or infinite by step {step}: {wrong}. The trainer continues, and the student's weights "
+            "may be NaN. Are inputs and teacher's logits finite in every batch? Try a lower learning rate, clipped "
             "gradients or float32.",
             stacklevel=4,
         )

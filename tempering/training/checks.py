@@ -70,8 +70,8 @@ def check_models_are_distinct(student: nn.Module, teacher: nn.Module | Teacher |
         _check_initialized("teacher", model)
         theirs = [*model.parameters(), *model.buffers()]
         # a part of the teacher that its user has frozen may be reused, as SimKD reuses its classifier
-        ours = [(n, p) for n, p in student.named_parameters() if p.requires_grad or n in frozen]
-        ours += student.named_buffers()
+        trained = [(n, p) for n, p in student.named_parameters() if p.requires_grad or n in frozen]
+        ours: list[tuple[str, Tensor]] = [*trained, *student.named_buffers()]
         objects = {id(x) for x in theirs}
         shared = [n for n, x in ours if id(x) in objects]
         modes = {id(m) for m in model.modules() if isinstance(m, DROPOUT)}

@@ -29,8 +29,8 @@ __all__ = [
     "Checked",
     "SelfCheckError",
     "batch_of_one",
-    "batch_of_one_named",
     "check_student",
+    "explain_batch_of_one",
     "independent_workers",
     "last_batch_size",
     "one_sample",
@@ -246,19 +246,14 @@ def batch_norm_text(which: str) -> str:
     )
 
 
-@contextmanager
-def batch_of_one_named(which: str = "this batch") -> Generator[None]:
-    """Say what to do where a training step fails on a batch of one sample, which the loader did not tell of.
+def explain_batch_of_one(error: ValueError, which: str) -> None:
+    """Raise what to do in place of torch's error for a batch of one sample; pass over any other error.
 
     Raises:
-        ValueError: in place of torch's, naming the batch.
+        ValueError: naming the batch.
     """
-    try:
-        yield
-    except ValueError as error:
-        if NORM_OF_ONE in str(error):
-            raise ValueError(batch_norm_text(which)) from error
-        raise
+    if NORM_OF_ONE in str(error):
+        raise ValueError(batch_norm_text(which)) from error
 
 
 def _check_modes(teacher: Teacher, method: Method, results: Results) -> None:
@@ -467,7 +462,8 @@ def last_batch_size(batches: Any) -> int | None:
     """Return the number of samples in the last batch of an epoch; None if the loader does not tell."""
     size, batch_size = getattr(batches, "size", None), getattr(batches, "batch_size", None)
     if isinstance(batches, DataLoader):
-        part: Any = batches.batch_sampler if type(batches.batch_sampler) is BatchSampler else batches
+        loader, inner = cast("Any", batches), cast("Any", batches).batch_sampler
+        part: Any = inner if type(inner) is BatchSampler else loader
         size = len(part.sampler) if not part.drop_last and hasattr(part.sampler, "__len__") else None
         batch_size = part.batch_size
     world: int = getattr(batches, "world", 1)  # pyright: ignore[reportUnknownArgumentType]

@@ -59,7 +59,7 @@ from tempering.training.run_dir import (
 from tempering.training.selfcheck import (
     Checked,
     batch_of_one,
-    batch_of_one_named,
+    explain_batch_of_one,
     independent_workers,
     selfcheck,
     whose_logits,
@@ -417,6 +417,9 @@ class Trainer:
             state.loss_sum = self._finite(float(loss_sum))
             self._save()
             raise self._interrupted(str(self.stop.received)) from error
+        except ValueError as error:
+            explain_batch_of_one(error, f"the batch of step {state.step + 1}")
+            raise
         if state.step == start_step and not start_batch:
             later = f"Epoch {state.epoch + 1} has none: is it a generator, which can be iterated over once?"
             raise ValueError(f"{EMPTY} {later}" if state.epoch else EMPTY)
@@ -457,7 +460,7 @@ class Trainer:
             if self.uses_cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()
             sync = self.fabric.no_backward_sync(self.model, enabled=i < len(batches))  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-            with sync, step_rng(config.seed, number), batch_of_one_named(f"the batch of step {number + 1}"):
+            with sync, step_rng(config.seed, number):
                 blocks = self.method.compute(self._make_step(batch, progress, normalizer))
                 loss = blocks[0].loss if len(blocks) == 1 else torch.stack([block.loss for block in blocks]).sum()
                 if self.world > 1:  # gradients are averaged over ranks, but each rank has its part of the sum

@@ -456,7 +456,7 @@ _INTERRUPTED: list[int] = []  # signals whose KeyboardInterrupt is not known to 
 
 
 def interrupt(number: int, _: object) -> None:
-    """Handle a signal by a KeyboardInterrupt, and note it: an import may catch that and go on."""
+    """Handle a signal by a KeyboardInterrupt, and note it: an import may catch that and continue."""
     _INTERRUPTED.append(number)
     raise KeyboardInterrupt
 
