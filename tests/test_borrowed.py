@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from tempering import distill
+from tempering.integrations.common import fitting
 from tempering.methods import AT, KD, FitNet, Supervised
 from tempering.tasks import Classification
-from tempering.teachers import Live
+from tempering.teachers import Ensemble, Live, Routed, TopKTeacher
 from tempering.teachers.base import fingerprint
 from tempering.training.features import PairedFeatures
 from tempering.utils.hooks import FeatureExtractor
@@ -151,6 +152,44 @@ def test_a_teacher_that_shares_with_the_student_is_refused_untouched(name: str) 
     with pytest.raises(ValueError, match=r"shares weights with the student.*copy\.deepcopy"):
         distill(student, teacher, DATA, method=KD(), epochs=1, quiet=True)
     assert [state(student), state(teacher)] == before
+
+
+WRAPPED: dict[str, Any] = {
+    "live": Live,
+    "ensemble": lambda teacher: Ensemble([net(seed=3), teacher]),
+    "routed": lambda teacher: Routed({"a": net(seed=3), "b": Live(teacher)}, by=torch.zeros(64, dtype=torch.long)),
+    "reduced": lambda teacher: TopKTeacher(Ensemble([net(seed=3), teacher]), top=2),
+}
+
+
+@each("name", WRAPPED)
+def test_layers_that_a_teacher_has_frozen_are_not_silently_left_untrained(name: str) -> None:
+    for how in ("backbone", "a part", "tied weight"):
+        student, teacher = sharing()[how]
+        source = WRAPPED[name](teacher)
+        before = [state(student), state(teacher)]
+        with pytest.raises(ValueError, match=r"shares weights with the student.*part\.requires_grad_\(False\) before"):
+            distill(student, source, DATA, method=KD(), epochs=1, quiet=True)
+        assert [state(student), state(teacher)] == before
+        with pytest.raises(ValueError, match="shares weights with the student"):
+            fitting(KD(), source, student)
+
+
+def test_layers_of_a_teacher_that_does_not_teach_here() -> None:
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
+    live = Live(Headed(backbone))
+    student = Headed(backbone)
+    with pytest.raises(ValueError, match=r"'backbone.1.weight', would not be trained: .*live\.release\(\)"):
+        distill(student, None, DATA, method=Supervised(), epochs=1, quiet=True)
+    with pytest.raises(ValueError, match=r"student\.requires_grad_\(True\) trains it"):
+        distill(copy.deepcopy(live.model), None, DATA, method=Supervised(), epochs=1, quiet=True)
+    live.release()
+    weight = backbone[1].weight.clone()
+    distill(student, None, DATA, method=Supervised(), epochs=1, quiet=True)
+    assert not torch.equal(backbone[1].weight, weight)
+    backbone.requires_grad_(False)  # by its user, so it may be shared
+    run = distill(student, live.model, DATA, method=KD(), epochs=1, quiet=True, skip_checks=["above chance"])
+    assert run.facts["selfcheck"]["checks"]["trained parameters"] == "ok (20 of 88)"
 
 
 def test_a_frozen_head_of_the_teacher_may_be_reused() -> None:

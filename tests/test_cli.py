@@ -172,6 +172,9 @@ def test_a_recipe_that_is_not_there_names_the_near_ones(tiny: Path, capsys: pyte
     tiny.write_text("def main(:\n")
     assert run("run", tiny) == 1
     assert f"{tiny} is not Python" in capsys.readouterr().err
+    tiny.write_text("def main(*, seed: int = 0, config: TrainConfig = TrainConfig()):\n    pass\n")
+    assert run("check", tiny) == 1
+    assert "main() has an argument seed, and so has its TrainConfig" in capsys.readouterr().err
 
 
 def test_errors_that_say_what_to_do_come_without_a_traceback(
@@ -486,6 +489,27 @@ def test_a_signal_outside_of_a_run_ends_the_command_in_words(
     monkeypatch.setitem(cli.COMMANDS, "list", lambda: os.kill(os.getpid(), number))
     assert cli.main(["list"]) == 130 and "interrupted; the same command resumes" in capsys.readouterr().err
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_an_import_swallows_still_ends_the_command(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swallow = """
+    import os, signal
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        pass
+"""
+    tiny.write_text(TINY.replace("    x = torch", f"{swallow}\n    x = torch"))
+    assert run("run", tiny, "--quiet", "--out", tmp_path / "r") == 130
+    assert "interrupted; the same command resumes" in capsys.readouterr().err and not any((tmp_path / "r").glob("*"))
+    failing = swallow.replace("pass", 'raise ImportError("cannot load module more than once per process") from None')
+    tiny.write_text(TINY.replace("    x = torch", f"{failing}\n    x = torch"))
+    assert run("run", tiny, "--quiet", "--out", tmp_path / "r") == 130
+    assert "interrupted; the same command resumes" in capsys.readouterr().err
+    tiny.write_text(TINY)
+    assert run("run", tiny, "--quiet", "--out", tmp_path / "r") == 0
 
 
 def test_no_error_is_without_words(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

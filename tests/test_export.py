@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +18,11 @@ from torch import nn
 
 import tempering as kd
 from tempering.cli.main import main
+from tempering.experiments.compare.plan import Cell, Plan, record_of, work_of
+from tempering.experiments.compare.status import damaged
 from tempering.models import rebuild
 from tempering.reports.compare import compare
-from tempering.reports.records import load_run
+from tempering.reports.records import load_run, pack, write_cell
 from tempering.reports.table import markdown
 from tempering.training.pretrained import describe
 from tests.cases import each
@@ -84,6 +87,33 @@ def test_load_student_gives_the_trained_net_in_eval_mode(run: Path, tmp_path: Pa
     assert torch.equal(kd.load_student(tmp_path / "a", model=small())(x), done(x))
     with pytest.raises(FileNotFoundError, match="no description of a student in"):
         kd.load_student(tmp_path)
+
+
+def test_damaged_files_of_a_student_are_named(run: Path, tmp_path: Path) -> None:
+    """By load_student, and by the comparison whose run they are of."""
+    cell = Cell("kd-s0-1", "KD", "kd", None, 0)
+    plan = Plan("tiny", {}, None, (cell,))
+    work = work_of(tmp_path, cell)
+    shutil.copytree(run, work)
+    write_cell(record_of(tmp_path, cell), pack(work))
+    assert {"student.safetensors", "config.json"} <= json.loads((work / "facts.json").read_text())["files"].keys()
+    assert damaged(tmp_path, plan) == []
+    config, weights = work / "config.json", work / "student.safetensors"
+    config.write_text(config.read_text().replace('"classes": 4', '"classes": 5', 1))
+    with pytest.raises(ValueError, match=r"config.json is not as it was written: '\w+' differs from the metadata"):
+        kd.load_student(work)
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 8
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"student.safetensors is damaged"):
+        kd.load_student(work, model=small())
+    config_text, weights_text = damaged(tmp_path, plan)
+    assert config_text.startswith(f"{config} is not as it was written, though its run is recorded")
+    assert weights_text.startswith(f"{weights} is not as it was written") and f"remove {work} and" in weights_text
+    weights.unlink()
+    assert damaged(tmp_path, plan)[1].startswith(f"{weights} is missing")
+    shutil.rmtree(work)  # as in a grid that was copied without it
+    assert damaged(tmp_path, plan) == []
 
 
 def test_a_module_of_the_users_own_is_asked_for_by_name(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,18 +13,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from tempering import distill
 from tempering.methods import KD
 from tempering.rows import Rows, total
 from tempering.tasks import Seq2Seq
 from tempering.tasks.classification import _confusions
+from tempering.teachers import Live, MeanTeacher
 from tempering.training.config import Run, SelfCheckError, TrainState
 from tempering.training.evaluator import CachedTeacherOutputs, Evaluator
+from tempering.utils.tensors import copy_model
 from tests.cases import each
 from tests.lazy_modules import LazyModule
-from tests.runs import stop_at
+from tests.runs import cut, go, points, stop_at, student_net
 from tests.test_seq2seq import t5
 
 hf = LazyModule("transformers")
@@ -136,6 +140,75 @@ class Counting(nn.Module):
             self.scale = self.scale * 0.9
             self.changed += 1
         return self.net(x) * self.scale * self.mask
+
+
+def computed(*, seed: int = 1) -> nn.Module:
+    """A student whose weights have a graph after a forward, which copy.deepcopy refuses."""
+    net = student_net(seed=seed)
+    net[0] = torch.nn.utils.weight_norm(net[0])
+    net(points(4)[0])
+    return net
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+def test_computed_weights_are_averaged_and_copied() -> None:
+    """As by torch.nn.utils.weight_norm, after a forward."""
+    batches, x = cut(points(16), 8), points(4)[0]
+    net, copied = computed(), copy_model(computed())
+    assert torch.equal(copied(x), net(x)) and copied[0].weight is not net[0].weight
+    before = net[0].weight_v.clone()
+    run = go(batches, student=net, epochs=1, ema=0.5, skip_checks=["above chance"])
+    assert run.ema is not None and not torch.equal(run.ema[0].weight_v, before)
+    go(batches, student=computed(), teacher=MeanTeacher(), method=KD(hard=1.0), epochs=1)
+    low = Live(computed(), precision="bf16")
+    torch.testing.assert_close(low(x), computed().eval()(x), rtol=0.05, atol=0.05)
+
+
+class Samples(Dataset[Any]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> Any:
+        return points(4)[0][i], 0
+
+
+def test_what_is_no_loader_is_refused_with_what_to_write() -> None:
+    batches, samples = cut(points(16), 8), Samples()
+    for split in ({"validation": {"clean": batches, "noisy": batches}}, {"test": {"a": batches}}):
+        with pytest.raises(ValueError, match=r"must be a loader of batches, .*got a dict with .*one loader for each"):
+            go(batches, epochs=1, **split)
+    with pytest.raises(ValueError, match=r"got the data set Samples, whose items .*DataLoader\(dataset, batch_size=64"):
+        go(samples, epochs=1)
+    with pytest.raises(ValueError, match=r"got Tensor \(16, 6\) \(one batch as the loader is \[\(inputs, labels\)\]\)"):
+        go(points(16), epochs=1)
+    go(DataLoader(batches, batch_size=None), epochs=1, skip_checks=["above chance"])  # pyright: ignore
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_inputs_that_are_not_finite_are_named(value: float) -> None:
+    """Not the teacher, in the first batch and in a later one."""
+    x, y = points(32)
+    late = r"hold NaN or infinity, and so do the inputs of the batch"
+    for row, error, text in ((0, SelfCheckError, r"Are the inputs finite"), (20, FloatingPointError, late)):
+        spoiled = x.index_fill(0, torch.tensor([row]), value)
+        with pytest.raises(error, match=text):
+            go(cut((spoiled, y), 8), epochs=1, skip_checks=["above chance"])
+
+
+def test_a_sigmoid_teaches_a_softmax() -> None:
+    """One logit beside two: refused, and as two logits the same probabilities."""
+    x, y = points(16)
+    student, one = nn.Linear(6, 2), nn.Linear(6, 1)
+    with pytest.raises(ValueError, match=r"the teacher's logits \(8, 1\) .*torch.cat\(\(torch.zeros_like\(z\), z"):
+        go(cut((x, y % 2), 8), student=student, teacher=one, epochs=1)
+    z = one(x)
+    torch.testing.assert_close(torch.cat((torch.zeros_like(z), z), 1).softmax(1)[:, 1:], z.sigmoid())
+
+
+def test_weights_of_half_precision_are_named_with_inputs_of_another() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        go(cut(points(16), 8), student=student_net().bfloat16(), epochs=1, skip_checks=["above chance"])
+    assert "x.to(torch.bfloat16); or train float32 weights, student.float(), with" in caught.value.__notes__[0]
 
 
 def test_buffers_outside_of_the_state_dict_survive_an_interruption(tmp_path: Path) -> None:
@@ -427,3 +500,44 @@ def test_lightning_validates_several_loaders(tmp_path: Path) -> None:
         alone = fit.validate(module, loader, verbose=False)[0]
         for name in ("val_loss", "val_accuracy"):
             assert together[f"{name}/dataloader_idx_{i}"] == pytest.approx(alone[name], rel=1e-6)
+    module = adapter.DistillModule(net(), net(1), method=KD())
+    fit = pl.Trainer(max_epochs=1, enable_model_summary=False, default_root_dir=tmp_path, **quiet)
+    fit.fit(module, loaders[0], {"clean": loaders[0], "noisy": loaders[1]})
+    named = {name: float(value) for name, value in fit.callback_metrics.items() if name.startswith("val_")}
+    assert named == pytest.approx({name: value for name, value in together.items() if name.startswith("val_")})
+
+
+def test_other_trainers_warn_of_a_loss_that_is_nan(tmp_path: Path) -> None:
+    """They go on; transformers' log even shows 0."""
+    pytest.importorskip("lightning.pytorch")
+    x = X.index_fill(0, torch.tensor([20]), math.nan)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    fit = pl.Trainer(max_epochs=1, enable_model_summary=False, default_root_dir=tmp_path, **quiet)
+    module = adapter.DistillModule(net(), net(1), method=KD())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit.fit(module, DataLoader(TensorDataset(x, Y), batch_size=8), DataLoader(TensorDataset(X, Y), batch_size=8))
+    rows = [{"inputs": a, "labels": int(b)} for a, b in zip(x, Y, strict=True)]
+    trainer = type("KDTrainer", (mixin.DistillMixin, hf.Trainer), {})(
+        Named(net()),
+        hf.TrainingArguments(str(tmp_path), per_device_train_batch_size=8, max_steps=4, logging_steps=1, report_to=[]),
+        teacher=Named(net(1)),
+        method=KD(),
+        train_dataset=rows,
+    )
+    with warnings.catch_warnings(record=True) as caught_too:
+        warnings.simplefilter("always")
+        trainer.train()
+    texts = [str(x.message) for x in (*caught, *caught_too) if "the loss is NaN or infinite by step" in str(x.message)]
+    assert len(texts) == 2 and "step 4: {'loss': nan}. The trainer continues" in texts[0] and "'soft': nan" in texts[1]
+
+
+class Named(nn.Module):
+    """A model as transformers calls it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        return {"logits": self.net(inputs)}

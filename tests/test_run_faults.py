@@ -50,7 +50,7 @@ def check_damage(origin: Path, folder: Path, ways: list[Way], *, times: int) -> 
             done = damage(path, again)
             try:
                 got = way(folder)
-            except (RuntimeError, ValueError, OSError) as error:
+            except (RuntimeError, ValueError, OSError, UserWarning) as error:
                 shown = str(error)
                 assert path.name in shown or str(path.parent) in shown, f"{done}: {type(error).__name__}: {error}"
                 named += 1
@@ -94,8 +94,8 @@ def command(*words: object, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     code = cli.main(list(map(str, words)))
     shown = capsys.readouterr()
-    if " is missing, though its run is finished" in shown.out:
-        raise NamedError(shown.out)
+    if " is missing, though its run is finished" in shown.out or "though its run is recorded" in shown.err:
+        raise NamedError(shown.out + shown.err)
     if code:
         failures = [line for line in shown.out.splitlines() if "failed: " in line]
         raise NamedError("\n".join([*failures, shown.err]))

@@ -162,7 +162,7 @@ def test_what_it_cannot_do_is_named(tools: Any, models: Path) -> None:
     from tempering.training.config import SelfCheckError
 
     student = load(models / "student")
-    with pytest.raises(ValueError, match="teacher and student are one model"):
+    with pytest.raises(ValueError, match="shares weights with the student"):
         tools.DistillLoss(student, "kd", teacher=student)
     with pytest.raises(TypeError, match="Mutual owns its step"):
         tools.DistillLoss(student, Mutual())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import tempering as kd
 from tempering.data.text import collate
+from tempering.integrations.common import check
 from tempering.methods import KD, FitNet
 from tempering.rows import Rows, total
 from tempering.tasks import Binary, Classification, LanguageModeling, MultiLabel, Regression, validation_weights
@@ -494,3 +495,48 @@ def test_stored_outputs_of_another_number_of_rows_are_named() -> None:
     stored = [{"inputs": x, "labels": y, "teacher_outputs": torch.zeros(5, CLASSES)} for x, y in cut(points(40), 20)]
     with pytest.raises(ValueError, match="logits of 20 samples and the teacher of 5"):
         go(stored, teacher=InBatch(), epochs=1)
+
+
+class Spoiled(nn.Module):
+    """A teacher with NaN in the rows whose first value is above a bound, such as one of half precision."""
+
+    def __init__(self, bound: float, net: nn.Module) -> None:
+        super().__init__()
+        self.bound, self.net = bound, net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).masked_fill(x[:, :1] > self.bound, math.nan)
+
+
+def test_the_teacher_whose_logits_are_nan_is_named() -> None:
+    """By the self-check of the engine and of other trainers, and in a later step."""
+    (x, y), sound = points(40), first_net()
+    x, y = x[order := x[:, 0].argsort()], y[order]
+    batches, late = cut((x, y), 20), float(x[30, 0])
+    for bound, error, when in ((-9.0, SelfCheckError, "of the first batch"), (late, FloatingPointError, "at step 2")):
+        spoiled = Spoiled(bound, other_net())
+        inner = Ensemble([sound, spoiled])
+        for teacher, name in (
+            (Ensemble({"math": sound, "code": spoiled}), "'code'"),
+            (Ensemble([spoiled, spoiled]), "'0', '1'"),
+            (Routed([sound, spoiled], by=lambda x, _: torch.arange(len(x)) % 2), "'1'"),
+            (
+                Routed({"math": sound, "code": inner}, by=lambda x, _: ["math"] * 5 + ["code"] * (len(x) - 5)),
+                "'code/1'",
+            ),
+        ):
+            text = f"hold NaN or infinity.*those of the teacher {name}"
+            with pytest.raises(error, match=text) as caught:
+                go(batches, teacher=teacher, epochs=1, skip_checks=["above chance"])
+            assert when in str(caught.value)
+    teacher, (student, texts_) = Ensemble([sound, Spoiled(-9.0, other_net())]), (student_net(), batches[0])
+    parts = {"student": student, "teacher": teacher, "method": KD(), "task": Classification(), "features": None}
+    with pytest.raises(SelfCheckError, match="those of the teacher '1'"):
+        check(texts_, tuple, {}, loader=batches, **parts)
+    assert Ensemble([sound, other_net()]).nonfinite_parts(x, None) == sound_only(sound, x) == []
+
+
+def sound_only(model: nn.Module, x: Tensor) -> list[str]:
+    """Minus infinity masks, and a cache has NaN where it stores nothing."""
+    masked = Live(Fixed(torch.zeros(len(x), CLASSES).index_fill(1, torch.tensor([0]), -math.inf)))
+    return Ensemble([Live(model), masked]).nonfinite_parts(x, None)

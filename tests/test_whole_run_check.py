@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, get_worker_info
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+    TensorDataset,
+    get_worker_info,
+)
 
 import tempering as kd
 from tempering.data.batches import Batches
@@ -24,7 +31,7 @@ from tempering.tasks.base import NothingToScoreError
 from tempering.teachers import Live, Teacher
 from tempering.teachers.selection import keep_top_k
 from tempering.training.config import CHECKS, VERDICTS
-from tempering.training.selfcheck import SelfCheckError, last_batch_size, selfcheck
+from tempering.training.selfcheck import SelfCheckError, batch_of_one, last_batch_size, selfcheck
 from tempering.training.teacher_check import (
     FALSE_ALARM,
     MISSED,
@@ -178,6 +185,19 @@ def test_outputs_without_a_gradient_path_are_refused() -> None:
 # training mode
 
 
+class Again:
+    """A loader that tells nothing but its batches."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.stored = batches
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.stored)
+
+
 def test_batch_norm_with_a_batch_of_one_is_refused_unless_it_is_frozen() -> None:
     with pytest.raises(SelfCheckError, match=r"the first batch has one sample, .*drop_last=True"):
         run(batches(size=1), skip_checks=["above chance"])
@@ -189,7 +209,18 @@ def test_batch_norm_with_a_batch_of_one_is_refused_unless_it_is_frozen() -> None
     flat = nn.Sequential(nn.Flatten(), net())
     with pytest.raises(SelfCheckError, match="the last batch of an epoch has one sample"):
         run(images, student=flat, teacher=None, method=Supervised())
-    run(DataLoader(TensorDataset(X[:33], Y[:33]), batch_size=16, drop_last=True))
+    data = TensorDataset(X[:33], Y[:33])
+    sampled = DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 16, drop_last=False))
+    with pytest.raises(SelfCheckError, match="the last batch of an epoch has one sample"):
+        run(sampled)
+    stored = [(X[:16], Y[:16]), (X[:1], Y[:1]), (X[:16], Y[:16])]
+    for known in (stored, tuple(stored), DataLoader(data, batch_sampler=[[*range(16)], [1], [2, 3]])):
+        with pytest.raises(SelfCheckError, match=r"batch 2 of 3 of an epoch has one sample, .*drop_last=True"):
+            run(known)
+    with pytest.raises(ValueError, match=r"the batch of step 2 has one sample, .*drop_last=True"):
+        run(Again(stored))
+    run(DataLoader(data, batch_size=16, drop_last=True))
+    assert batch_of_one([{"ids": [1]}]) is None
     run(loader, student=net(norm=False))
 
 

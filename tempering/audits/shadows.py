@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tempering.audits.base import as_function, frozen_eval_mode
 from tempering.audits.membership import confidence
+from tempering.utils.tensors import copy_model
 
 
 def fresh(model: nn.Module, seed: int) -> nn.Module:
@@ -18,7 +17,7 @@ def fresh(model: nn.Module, seed: int) -> nn.Module:
     Raises:
         ValueError: if some module with parameters has no ``reset_parameters``.
     """
-    shadow = copy.deepcopy(model).requires_grad_(True).train()
+    shadow = copy_model(model).requires_grad_(True).train()
     for name, module in shadow.named_modules():
         parameters = [n for n, _ in module.named_parameters(recurse=False)]
         if parameters and not callable(getattr(module, "reset_parameters", None)):

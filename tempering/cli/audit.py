@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import time
@@ -136,11 +135,12 @@ def _target(run: Path) -> tuple[Path | None, Path, Path]:
 def _describe_run(run: Path, folder: Path | None, recipe: str | None, recipe_args: Sequence[str]) -> Experiment:
     """Return the run's Experiment with its trained teacher."""
     from tempering.training.experiment import UntrainedTeacherError
+    from tempering.utils.files import read_verified
 
     recorded: Sequence[str] = ()
     if recipe is None:
         try:
-            facts = {} if folder is None else json.loads((folder / "facts.json").read_text())
+            facts = {} if folder is None else read_verified(folder / "facts.json")
             recipe, recorded = recorded_command(facts, run)
         except ValueError as error:
             raise ValueError(
@@ -193,7 +193,9 @@ def _teacher_model(teacher: Teacher) -> nn.Module:
             "audit needs the network. Omit the flag of the cache."
         )
     if any(p.dtype.itemsize < 4 for p in model.parameters() if p.is_floating_point()):
-        return copy.deepcopy(model).float()
+        from tempering.utils.tensors import copy_model
+
+        return copy_model(model).float()
     return model
 
 
@@ -312,7 +314,10 @@ class _AuditRecord:
         self.path, self.overwrite = path, overwrite or subject["data"] is None
         self.content: dict[str, Any] = {"format": FORMAT, "of": dict(subject), "audits": {}}
         if path.is_file():
-            previous = json.loads(path.read_text())
+            from tempering.utils.files import read_verified
+
+            previous = read_verified(path)
+            previous.pop("sha256", None)
             if previous.get("format") == FORMAT and previous.get("of") == self.content["of"]:
                 self.content = previous
 
@@ -321,7 +326,7 @@ class _AuditRecord:
     ) -> list[dict[str, Any]]:
         """Return the recorded findings if the settings are equal; otherwise run the audit and record its findings."""
         from tempering.training.recorder import surroundings
-        from tempering.utils.files import write_atomic
+        from tempering.utils.files import sealed, write_atomic
 
         settings = json.loads(json.dumps(_plain(vars(audit)), default=dataclasses.asdict))
         previous = self.content["audits"].get(kind)
@@ -334,7 +339,7 @@ class _AuditRecord:
             result["drawn"] = report_data
         environment = {k: v for k, v in surroundings().items() if k != "host"}
         self.content["audits"][kind] = {**result, **environment}
-        write_atomic(self.path, json.dumps(self.content, indent=1, allow_nan=False))
+        write_atomic(self.path, sealed(json.loads(json.dumps(self.content, allow_nan=False))))
         return findings
 
 

@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import Positional, Suppress, arg
 
 from tempering._version import __version__
-from tempering.utils.files import BATCH_SIGNALS, handle_signals
+from tempering.utils.files import forget_interrupts, handle_signals, interrupt
 from tempering.utils.text import printable
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def compare(
     """
     from tempering.experiments.compare.plan import merged, plan_for
     from tempering.experiments.compare.runner import ComparisonRunner, renice
-    from tempering.experiments.compare.status import say, show
+    from tempering.experiments.compare.status import damaged, say, show
     from tempering.experiments.presets import presets_from, with_controls
     from tempering.experiments.recipe import check_flags, find
     from tempering.utils.registry import lookup
@@ -147,16 +147,19 @@ def compare(
     code = runner.run()
     if not quiet:
         show(out, grid, runner.failed)
+    _warn_of(damaged(out, grid))
     return code
 
 
 def compare_status(folder: Folder) -> int:
     """Show finished and running runs of a comparison, and the remaining time."""
     from tempering.experiments.compare.plan import read
-    from tempering.experiments.compare.status import cell_statuses, status_table, summary
+    from tempering.experiments.compare.status import cell_statuses, damaged, status_table, summary
 
-    statuses = cell_statuses(folder, read(folder))
+    plan = read(folder)
+    statuses = cell_statuses(folder, plan)
     _print(status_table(statuses), summary(statuses, max(1, sum(s.state == "running" for s in statuses))))
+    _warn_of(damaged(folder, plan))
     return 0
 
 
@@ -168,13 +171,19 @@ def compare_report(folder: Folder, *, control: str | None = None) -> int:
         control: the method that the others are compared with; default: that of the comparison.
     """
     from tempering.experiments.compare.plan import read
-    from tempering.experiments.compare.status import render, unrecorded
+    from tempering.experiments.compare.status import damaged, render, unrecorded
 
     plan = read(folder)
     print("written: {} and {}".format(*render(folder, replace(plan, control=control or plan.control))))
     for path in unrecorded(folder, plan):
         print(f"{path} is missing, though its run is finished: the command of the comparison writes it again")
+    _warn_of(damaged(folder, plan))
     return 0
+
+
+def _warn_of(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def tune(
@@ -365,15 +374,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     args, recipe_args = split_argv([a for a in args if a != "--traceback"])
     try:
-        with handle_signals(_interrupt, BATCH_SIGNALS):
+        with handle_signals(interrupt):
             return _dispatch(split_equals(args), recipe_args)
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
-        return 130
+        return _interrupted()
     except BrokenPipeError:  # as in `tempering list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if forget_interrupts():  # an import that was broken off fails with another error
+            return _interrupted()
         from tempering.cli.errors import is_user_error, message
 
         if traceback or not is_user_error(error):
@@ -382,6 +392,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = "\n".join((message(error, split_equals([*args, *recipe_args])), *notes))
         print(f"error: {said}\n(--traceback shows where)", file=sys.stderr)
         return 1
+
+
+def _interrupted() -> int:
+    """Say so, and return the exit code."""
+    forget_interrupts()
+    print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+    return 130
 
 
 def _dispatch(args: list[str], recipe_args: tuple[str, ...]) -> int:
@@ -459,10 +476,6 @@ def _recorded_as(command: str, recipe: Path, argv: tuple[str, ...]) -> Generator
         yield
     finally:
         sys.argv = before
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _print_result(run: Run) -> None:

@@ -65,6 +65,8 @@ def labeled_batch(batch: Any, owner: str = "Classification") -> LabeledBatch:
         keys = f" with {', '.join(map(repr, named))}" if named else ""
         if isinstance(batch, (tuple, list)) and len(batch) > 1:
             got = f"{type(batch).__name__} of {', '.join(type(part).__name__ for part in batch[:3])}"
+        if isinstance(batch, Tensor):
+            got += f" {tuple(batch.shape)} (one batch as the loader is [(inputs, labels)])"
         raise ValueError(
             f"{owner} needs batches of (inputs, labels) or (inputs, labels, ids), or mappings with one of "
             f"{', '.join(LABELS)}; got {got}{keys}. For a DataLoader: loader.collate_fn = lambda samples: "

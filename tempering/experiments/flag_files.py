@@ -12,6 +12,7 @@ from typing import Any
 
 from tempering.experiments.former_names import present_flags
 from tempering.experiments.recipe import annotated_flags, check_flags, find
+from tempering.utils.files import verify_object
 from tempering.utils.text import REDACTED
 
 
@@ -31,6 +32,7 @@ def flags_from(path: Path, recipe: str | None, argv: Sequence[str]) -> tuple[Pat
     content = _read(path)
     recorded: list[str] | None = None
     if "command" in content and "versions" in content:  # facts of a run
+        verify_object(path, content)
         named, recorded = recorded_command(content, path)
     else:
         named = content.pop("recipe", None)

@@ -196,14 +196,20 @@ def annotated_flags(path: Path) -> dict[str, str]:
     """Return the flags of ``main`` with their annotations, read from the source without importing it.
 
     Raises:
-        ValueError: for a file that is not Python, or has no ``main``.
+        ValueError: for a file that is not Python, or has no ``main``, or a ``main`` with two flags of one name.
     """
     found: dict[str, str] = {}
     arguments = _main(path).args
     for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
         annotation = "" if argument.annotation is None else ast.unparse(argument.annotation)
-        training = {f.name: str(f.type) for f in fields(TrainConfig)}
-        found |= training if re.search(r"\bTrainConfig\b", annotation) else {argument.arg: annotation}
+        is_config = re.search(r"\bTrainConfig\b", annotation)
+        new = {f.name: str(f.type) for f in fields(TrainConfig)} if is_config else {argument.arg: annotation}
+        if twice := sorted(found.keys() & new.keys()):
+            raise ValueError(
+                f"{path}: main() has an argument {twice[0]}, and so has its TrainConfig, whose options are flags too. "
+                f"Leave it out, and use config.{twice[0]}."
+            )
+        found |= new
     return found
 
 

@@ -16,7 +16,7 @@ from tempering.export.quantization import quantize, save_quantized
 from tempering.models.external import Logits
 from tempering.training.checkpoint import save_weights
 from tempering.training.pretrained import CONFIG, METADATA, TOKENIZER, timm_arguments
-from tempering.utils.files import PARTIAL, read_json, write_atomic
+from tempering.utils.files import PARTIAL, read_verified, write_atomic
 
 
 def hub_folder(
@@ -55,7 +55,7 @@ def hub_folder(
     library = _save(net, config, part)
     if (run / TOKENIZER).is_dir():
         shutil.copytree(run / TOKENIZER, part, dirs_exist_ok=True)
-    cost = (read_json(run / "facts.json").get("result") or {}).get("cost") or {}
+    cost = (read_verified(run / "facts.json").get("result") or {}).get("cost") or {}
     table = _comparison(run, comparison)
     card = model_card(config, library=library, cost=cost, comparison=table, quantized=quantized)
     write_atomic(part / "README.md", card)

@@ -33,7 +33,7 @@ def load_student(run: str | Path, *, model: nn.Module | None = None, best: bool 
     Raises:
         FileNotFoundError: if there are no weights.
         ImportError: for int8 and int4 without torchao.
-        ValueError: for a network that cannot be built, or weights of another network.
+        ValueError: for a network that cannot be built, weights of another network, or damaged files.
     """
     run = Path(run)
     weights = run if run.is_file() else _weights(run, "best.safetensors" if best else WEIGHTS)
@@ -56,21 +56,44 @@ def read_config(run: str | Path) -> dict[str, Any]:
     """
     run = Path(run)
     names = () if run.is_file() else (HUB_CONFIG, CONFIG)
-    found = next((config for name in names if "network" in (config := read_json(run / name))), None)
-    if found is not None:
-        return found
-    weights = run if run.is_file() else run / WEIGHTS
-    if weights.is_file():
-        from safetensors import safe_open
-
-        with safe_open(weights, framework="pt") as file:
-            metadata = file.metadata() or {}
-        if METADATA in metadata:
-            return json.loads(metadata[METADATA])
+    path = next((run / name for name in names if "network" in read_json(run / name)), None)
+    weights = run if run.is_file() else run / (HUB_WEIGHTS if path == run / HUB_CONFIG else WEIGHTS)
+    stored = _metadata(weights)
+    if path is not None:
+        config = read_json(path)
+        if stored is not None and (other := _difference(config, stored)) is not None:
+            raise ValueError(
+                f"{path} is not as it was written: {other!r} differs from the metadata of {weights.name}. Restore one "
+                f"of the two; without {path.name}, the metadata are read."
+            )
+        return config
+    if stored is not None:
+        return stored
     raise FileNotFoundError(
         f"there is no description of a student in {run}: a run writes config.json when it ends, since version 0.2. "
         "Give the network: tempering.load_student(run, model=net)."
     )
+
+
+def _metadata(weights: Path) -> dict[str, Any] | None:
+    """Return the description in the metadata of a file of weights; None without one."""
+    if not weights.is_file():
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get(METADATA, "null"))
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{weights} is damaged: {error}. Restore the file, or train again.") from error
+
+
+def _difference(config: Mapping[str, Any], stored: Mapping[str, Any]) -> str | None:
+    """Return the first part of a config that the metadata have otherwise; they do not have the best scores."""
+    sides = [{**part, "scores": (part.get("scores") or {}).get("last")} for part in (config, stored)]
+    # as text, in which NaN equals NaN
+    texts = [{name: json.dumps(value, sort_keys=True) for name, value in side.items()} for side in sides]
+    return next((name for name in {**texts[0], **texts[1]} if texts[0].get(name) != texts[1].get(name)), None)
 
 
 def experiment_of(run: Path) -> Experiment:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from tempering.tasks.base import Task
 from tempering.training.checkpoint import save_weights
 from tempering.training.pretrained import cost, first_inputs
-from tempering.utils.tensors import read_weights
+from tempering.utils.tensors import copy_model, read_weights
 
 Bits = Literal["int8", "int4"]
 GROUP = 32  # weights of a row that share a scale in int4, where the row is a multiple of it
@@ -34,7 +33,7 @@ def quantize(net: nn.Module, to: Bits = "int8") -> nn.Module:
         raise ValueError(f"weights are quantized to int8 or int4; got {to!r}.")
     if not any(isinstance(module, nn.Linear) for module in net.modules()):
         raise ValueError(f"{to} is for linear layers, and this {type(net).__name__} has none.")
-    copied = copy.deepcopy(net).cpu().eval()
+    copied = copy_model(net).cpu().eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,10 +29,10 @@ from tempering.training.evaluator import generators_restored
 from tempering.training.features import PairedFeatures, extracting
 from tempering.training.selfcheck import (
     MOST_TRIED,
+    batch_of_one,
     check_student,
+    explain_batch_of_one,
     independent_workers,
-    last_batch_size,
-    one_sample,
     selfcheck,
 )
 from tempering.utils.state import random_state, restored, set_random_state
@@ -117,7 +119,11 @@ def forward(
     """Run both models on a batch; the teacher's output is None without a teacher."""
     student_in, teacher_in, ids = task.inputs(batch)
     with extracting(features):
-        student_output = student(student_in)
+        try:
+            student_output = student(student_in)
+        except ValueError as error:
+            explain_batch_of_one(error, "this batch")
+            raise
         teacher_output = None if teacher is None else teacher(teacher_in, ids)
         blocks = task.rows(student_output, teacher_output, batch)
         if features is not None:
@@ -157,7 +163,7 @@ def check(
             task=task,
             features=None if features is None else features.features,
             more=later,
-            single=one_sample(batch) if last_batch_size(loader) == 1 else None,
+            single=batch_of_one(loader),
             workers=independent_workers(loader),
         )
     saved, method = random_state(), copy.deepcopy(method).eval()
@@ -239,6 +245,19 @@ def step_means(
     if out is not None and not isinstance(out, Sparse):
         add("agreement", rows.student.argmax(-1) == rows.teacher.argmax(-1), rows)
     return means
+
+
+def warn_if_not_finite(metrics: Mapping[str, float], step: int) -> bool:
+    """Warn of means over training steps that are not finite, since the trainer continues; return whether one is."""
+    wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+    if wrong:
+        warnings.warn(
+            f"the loss is NaN or infinite by step {step}: {wrong}. The trainer continues, and the student's weights "
+            "may be NaN. Are inputs and teacher's logits finite in every batch? Try a lower learning rate, clipped "
+            "gradients or float32.",
+            stacklevel=4,
+        )
+    return bool(wrong)
 
 
 class Evaluation:

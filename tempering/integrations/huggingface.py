@@ -22,6 +22,7 @@ from tempering.integrations.common import (
     fitting,
     forward,
     step_means,
+    warn_if_not_finite,
     whole_batches,
 )
 from tempering.integrations.labeled import Labeled as Labeled
@@ -131,6 +132,7 @@ class DistillMixin(Trainer):
         self._sums: dict[str, Tensor] = {}  # of the metrics since the last log
         self._summed_steps, self._summed_state = 0, self.state
         self._evaluation: Evaluation | None = None
+        self._warned = False  # of a loss that is not finite
         self.label_names = self.label_names or [
             "labels"
         ]  # otherwise the Trainer removes columns that forward() does not take
@@ -252,6 +254,7 @@ class DistillMixin(Trainer):
             sums = self._all_reduce(torch.stack([self._sums[name] for name in names])).tolist()
             means = {name: value / self._summed_steps for name, value in zip(names, sums, strict=True)}
             logs.update({name: value for name, value in means.items() if name not in logs})
+            self._warned = self._warned or warn_if_not_finite(means, self.state.global_step)
             self._sums, self._summed_steps = {}, 0
             if self._rollouts is not None:
                 counts = vars(self._rollouts.stats)

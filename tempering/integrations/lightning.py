@@ -21,6 +21,7 @@ from tempering.integrations.common import (
     fitting,
     forward,
     step_means,
+    warn_if_not_finite,
     whole_batches,
 )
 from tempering.integrations.linear import HiddenForward
@@ -202,6 +203,11 @@ class DistillModule(pl.LightningModule):
                 if p.grad is not None:
                     p.grad.mul_(factor)
 
+    def on_train_epoch_end(self) -> None:
+        """Warn of a loss that is NaN or infinite."""
+        if (loss := self.trainer.callback_metrics.get("train_loss")) is not None:
+            warn_if_not_finite({"loss": float(loss)}, self.trainer.global_step)
+
     def on_validation_epoch_start(self) -> None:
         self._evaluations = {}
 
@@ -228,7 +234,7 @@ class DistillModule(pl.LightningModule):
     def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int, loaders: Any) -> None:
         """Add a batch to the evaluation of its loader; a sample that another process has too does not count."""
         evaluation = self._evaluations.setdefault(dataloader_idx, Evaluation(self.task, self.method))
-        if self._repeats_sample(batch_idx, loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders):
+        if self._repeats_sample(batch_idx, list(_by_name(loaders).values())[dataloader_idx]):
             size = next(len(x) for x in tree_leaves(batch) if isinstance(x, Tensor))
             batch = first_samples(batch, max(1, size - 1))
             if size == 1:  # this process has nothing of its own in the last batch
@@ -283,9 +289,7 @@ class DistillModule(pl.LightningModule):
     def _check(self, batch: Any) -> None:
         self._move_teacher()
         trainer, alone = self.trainer, self.trainer.world_size == 1
-        train, loaders = trainer.train_dataloader, trainer.val_dataloaders or []
-        loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
-        names = [f"validation loader {i}" if len(loaders) > 1 else "the validation loader" for i in range(len(loaders))]
+        train, loaders = trainer.train_dataloader, _by_name(trainer.val_dataloaders or [])
 
         def again(loader: Any, skip: int = 0) -> Iterator[Any]:
             return map(trainer.strategy.batch_to_device, batches_again(loader, skip=skip))
@@ -293,7 +297,7 @@ class DistillModule(pl.LightningModule):
         report = check(
             batch,
             lambda: again(train, 1) if alone and isinstance(train, DataLoader) else (),
-            {name: partial(again, part) for name, part in zip(names, loaders, strict=True) if alone},
+            {name: partial(again, part) for name, part in loaders.items() if alone},
             student=self.student,
             teacher=self.teacher,
             method=self.method,
@@ -341,6 +345,14 @@ class DistillModule(pl.LightningModule):
         if self.trainer.state.fn != "fit":
             return 1.0
         return min(1.0, (self.trainer.global_step + 1) / self._steps())
+
+
+def _by_name(loaders: Any) -> dict[str, Any]:
+    """Return the loaders of an evaluation in their order, with names for messages; Lightning takes one, or several."""
+    if isinstance(loaders, Mapping):
+        return {f"validation loader {name!r}": loader for name, loader in cast("Mapping[str, Any]", loaders).items()}
+    several = list(cast("list[Any]", loaders)) if isinstance(loaders, list | tuple) else [loaders]
+    return {f"validation loader {i}" if len(several) > 1 else "the validation loader": x for i, x in enumerate(several)}
 
 
 def _of_this_file(call: Callable[P, T]) -> Callable[P, T]:

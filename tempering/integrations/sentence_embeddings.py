@@ -16,7 +16,7 @@ from tempering.rows import IGNORE_INDEX, Rows
 from tempering.tasks.embeddings import Embeddings, EncoderTask, Similarity
 from tempering.tasks.ranking import Ranking
 from tempering.teachers.live import Live
-from tempering.training.checks import as_method
+from tempering.training.checks import as_method, check_models_are_distinct
 from tempering.training.method_fits import check_method
 
 try:
@@ -75,8 +75,7 @@ class DistillLoss(nn.Module):
             raise ValueError(f"{name} has a policy that learns from every step. Run it with tempering.distill.")
         if not isinstance(self.task, EncoderTask):
             raise TypeError(f"DistillLoss needs a task of encoders, such as tasks.Ranking(); got {self.task!r}.")
-        if teacher is model:
-            raise ValueError("DistillLoss: teacher and student are one model. Load the teacher separately.")
+        check_models_are_distinct(model, teacher)
         check_method(self.method, self.task)
         self.teacher, self.teacher_columns, self.progress = None, teacher_columns, 1.0
         if teacher is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tempering.reports.schema import misfit
-from tempering.utils.files import is_locked, sha256_text, verify_records, write_atomic
+from tempering.utils.files import is_locked, read_verified, sha256_text, verify_records, write_atomic
 from tempering.utils.text import number as number
 from tempering.utils.text import printable_texts, without_private_paths
 
@@ -97,7 +97,7 @@ def load_run(path: str | Path) -> RunRecord:
         "epochs": _lines(path / "epochs.jsonl"),
         "steps": _lines(path / "steps.jsonl"),
         "analysis": _object(analysis) if analysis.is_file() else None,
-        "audits": _object(audits) if audits.is_file() else None,
+        "audits": _without_hash(read_verified(audits)) if audits.is_file() else None,
     }
     run = _record(path, content, path / "facts.json")
     return replace(run, facts={**run.facts, "status": "interrupted"}) if _was_killed(path, run.status) else run
@@ -181,6 +181,10 @@ def _without_examples(analysis: dict[str, Any] | None) -> dict[str, Any] | None:
     return analysis and {key: value for key, value in analysis.items() if key != "examples"}
 
 
+def _without_hash(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key != "sha256"}
+
+
 def _without_host(facts: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(facts.get("host"), Mapping):
         return dict(facts)
@@ -232,8 +236,7 @@ def _record(source: Path, content: Mapping[str, Any], path: Path) -> RunRecord:
 
 
 def _hash(content: Mapping[str, Any]) -> str:
-    unsealed = {key: value for key, value in content.items() if key != "sha256"}
-    return sha256_text(canonical(unsealed))
+    return sha256_text(canonical(_without_hash(content)))
 
 
 def _check_seal(cell: Mapping[str, Any], path: Path) -> None:

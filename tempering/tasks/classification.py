@@ -15,7 +15,10 @@ from tempering.utils.device import synchronize
 from tempering.utils.tensors import described, logits_of, map_tensors, on_host
 
 BINS = 15  # bins of the reliability diagram and of the calibration error, of equal width
-ONE_CLASS = "Of one logit per sample, use tasks.Binary(); of numbers, tasks.Regression()."
+ONE_CLASS = (
+    "Of one logit per sample, use tasks.Binary(), or return torch.cat((torch.zeros_like(z), z), 1) where the other "
+    "model has two classes; of numbers, tasks.Regression()."
+)
 
 
 class Classification(Task):

@@ -104,6 +104,10 @@ class Teacher(ABC):
         """Return the output with every value replaced by the number of the part that made it."""
         raise TypeError(f"{type(self).__name__} has no parts that answer some samples each.")
 
+    def nonfinite_parts(self, inputs: Any, ids: Tensor | None) -> list[str]:
+        """Return the names of the parts, if there are several, whose outputs for these inputs hold NaN or infinity."""
+        return []
+
     def check_predicts(self, predicts: str) -> None:
         """Check that the outputs have a meaning for what a task predicts, ``Task.predicts``.
 

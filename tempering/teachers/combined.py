@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tempering.rows import TEACHER_OUTPUTS
 from tempering.teachers.base import Columns, Teacher
 from tempering.teachers.live import Live, no_teacher_error
-from tempering.teachers.outputs import Hidden
+from tempering.teachers.outputs import Hidden, Sparse
 from tempering.utils.tensors import logits_of
 
 Teachers = Mapping[str, nn.Module | Teacher] | Sequence[nn.Module | Teacher]
@@ -49,6 +49,7 @@ class CombinedTeacher(Teacher):
                 "teachers, from 0: give a list."
             )
         self.parts = {str(name): x if isinstance(x, Teacher) else Live(x) for name, x in named.items()}
+        self._nonfinite: list[str] | None = None  # the parts whose outputs are not finite, while they are looked for
 
     @property
     def columns(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -133,7 +134,20 @@ class CombinedTeacher(Teacher):
         inputs = self._own_inputs(part, inputs)
         inputs = Columns(inputs, columns) if columns else inputs
         with self._named(name):
-            return part.forward_with_grad(inputs, ids) if grad else part(inputs, ids)
+            output = part.forward_with_grad(inputs, ids) if grad else part(inputs, ids)
+        if self._nonfinite is not None and _has_nonfinite(dense_logits(output)):
+            inner = part.nonfinite_parts(inputs, ids)
+            self._nonfinite += [f"{name}/{other}" for other in inner] or [name]
+        return output
+
+    def nonfinite_parts(self, inputs: Any, ids: Tensor | None) -> list[str]:
+        found = self._nonfinite = []
+        try:
+            with suppress(Exception):  # it explains an error, and must not hide it
+                self(inputs, ids)
+        finally:
+            self._nonfinite = None
+        return found
 
     def _own_inputs(self, part: Teacher, inputs: Any) -> Any:
         """Return the inputs without "teacher_outputs" of the data set that another part reads."""
@@ -168,6 +182,13 @@ class AsModule(nn.Module):
 
     def forward(self, inputs: Any) -> Any:
         return self.teacher.forward_with_grad(inputs, None)
+
+
+def _has_nonfinite(output: Any) -> bool:
+    """Whether logits are NaN or infinite, but for minus infinity, which masks, and what a cache has not stored."""
+    if isinstance(output, Sparse):
+        output = output.logp if output.stored is None else output.logp[output.stored]
+    return isinstance(output, Tensor) and bool((torch.isnan(output) | torch.isposinf(output)).any())
 
 
 def dense_logits(output: Any) -> Any:

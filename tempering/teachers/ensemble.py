@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tempering.teachers.base import Teacher, key_digest
 from tempering.teachers.combined import CombinedTeacher, Teachers, dense_logits
 from tempering.teachers.live import Live
+from tempering.utils.tensors import copy_model
 
 Mean = Literal["logits", "probabilities", "log_probabilities"]
 
@@ -148,7 +149,7 @@ def prune(model: nn.Module, *, amount: float = 0.1) -> nn.Module:
     """
     if not 0.0 <= amount < 1.0:
         raise ValueError(f"prune needs amount in [0, 1), the share of weights set to 0; got {amount!r}.")
-    out = copy.deepcopy(model)
+    out = copy_model(model)
     layers = [m for m in out.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))]
     if not layers:
         raise ValueError(f"prune found no convolution or linear layer in {type(model).__name__}.")

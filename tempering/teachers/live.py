@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from tempering.rows import TEACHER_OUTPUTS, upcast_to_float32
 from tempering.teachers.base import Teacher, fingerprint, key_digest
 from tempering.utils.device import clone_outputs, maybe_compile
 from tempering.utils.state import ModelState, unwrapped
-from tempering.utils.tensors import map_tensors
+from tempering.utils.tensors import copy_model, map_tensors
 
 FUSABLE = ((nn.Conv1d, nn.BatchNorm1d), (nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -85,7 +84,7 @@ class Live(Teacher):
         if fuse_conv_bn:
             model = _fuse_conv_bn(model)
         if precision is not None:
-            model = (model if fuse_conv_bn else copy.deepcopy(model)).to(DTYPES[precision])
+            model = (model if fuse_conv_bn else copy_model(model)).to(DTYPES[precision])
         self._dtype = None if precision is None else DTYPES[precision]
         self._images_last = channels_last or (self._dtype in (torch.bfloat16, torch.float16) and _has_conv2d(model))
         if self._images_last:
@@ -141,8 +140,7 @@ class Live(Teacher):
         if self._before is None:
             self._before = ModelState(self._model)
             _to_eval(self._model)
-            for p in self._model.parameters():  # a scripted module does not have requires_grad_() itself
-                p.requires_grad_(False)
+            self._before.freeze()
             dtypes = {p.dtype for p in self._model.parameters() if p.is_floating_point()}
             self._own_dtype = dtypes.pop() if len(dtypes) == 1 else None
 
@@ -234,7 +232,7 @@ def _fuse_conv_bn(model: nn.Module) -> nn.Module:
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     try:
-        traced = fx.symbolic_trace(copy.deepcopy(model).eval())
+        traced = fx.symbolic_trace(copy_model(model).eval())
     except Exception as error:  # tracing runs the model's own code, which may raise any exception
         raise ValueError(
             f"torch.fx cannot trace {type(model).__name__}, so it cannot be fused: {error}. Leave out "

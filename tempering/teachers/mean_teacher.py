@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Self, cast
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from tempering.teachers.base import Teacher, key_digest
 from tempering.teachers.live import Live
 from tempering.utils.state import unwrapped
+from tempering.utils.tensors import copy_model
 
 
 class MeanTeacher(Teacher):
@@ -58,7 +58,7 @@ class MeanTeacher(Teacher):
                 "precision='bf16-mixed' (--precision bf16-mixed), student.float()."
             )
         self._student = student
-        self._live = Live(copy.deepcopy(student), normalization="data")
+        self._live = Live(copy_model(student), normalization="data")
         self.state = _Average(self._live.model)
 
     @torch.no_grad()

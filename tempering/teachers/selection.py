@@ -153,12 +153,19 @@ class TopKTeacher(Teacher):
     def model(self) -> nn.Module | None:
         return self.teacher.model
 
+    @property
+    def models(self) -> tuple[nn.Module, ...]:
+        return self.teacher.models
+
     def to(self, device: torch.device | str) -> Self:
         self.teacher.to(device)
         return self
 
+    def nonfinite_parts(self, inputs: Any, ids: Tensor | None) -> list[str]:
+        return self.teacher.nonfinite_parts(_without_outputs(inputs), ids)
+
     def __call__(self, inputs: Any, ids: Tensor | None) -> Sparse:
-        output = self.teacher({name: x for name, x in inputs.items() if name != TEACHER_OUTPUTS}, ids)
+        output = self.teacher(_without_outputs(inputs), ids)
         logits, label = getattr(output, "logits", output), next_tokens(inputs)
         if self.top is not None:
             return keep_top_k(logits, self.top, besides=label)
@@ -170,6 +177,10 @@ class TopKTeacher(Teacher):
             parts.append(keep_samples(z, self.samples, besides=label[row].cpu(), generator=generator))
         stacked = (torch.stack([getattr(part, name) for part in parts]) for name in ("ids", "logp", "tail_logp"))
         return Sparse(*stacked).to(logits.device)
+
+
+def _without_outputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in inputs.items() if name != TEACHER_OUTPUTS}
 
 
 def next_tokens(inputs: Mapping[str, Any]) -> Int[Tensor, "B L"]:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from tempering.rows import Rows, total
 from tempering.teachers.base import Teacher
+from tempering.utils.state import frozen_by_teacher
 from tempering.utils.tensors import overlap
 
 if TYPE_CHECKING:
@@ -59,15 +60,18 @@ def check_models_are_distinct(student: nn.Module, teacher: nn.Module | Teacher |
 
     Raises:
         ValueError: for trained parameters, buffers or dropout modules that are the teacher's too, or in its memory, for
-            lazy modules that never ran, or a student in which nothing requires grad.
+            parameters that another teacher has frozen, lazy modules that never ran, or a student in which nothing
+            requires grad.
     """
     _check_initialized("student", student)
+    frozen = [name for name, p in student.named_parameters() if frozen_by_teacher(p)]
     models = teacher.models if isinstance(teacher, Teacher) else (teacher,)
     for model in (model for model in models if isinstance(model, nn.Module)):
         _check_initialized("teacher", model)
         theirs = [*model.parameters(), *model.buffers()]
-        # a frozen part of the teacher may be reused, as SimKD reuses its classifier
-        ours = [(n, p) for n, p in student.named_parameters() if p.requires_grad] + list(student.named_buffers())
+        # a part of the teacher that its user has frozen may be reused, as SimKD reuses its classifier
+        trained = [(n, p) for n, p in student.named_parameters() if p.requires_grad or n in frozen]
+        ours: list[tuple[str, Tensor]] = [*trained, *student.named_buffers()]
         objects = {id(x) for x in theirs}
         shared = [n for n, x in ours if id(x) in objects]
         modes = {id(m) for m in model.modules() if isinstance(m, DROPOUT)}
@@ -77,7 +81,8 @@ def check_models_are_distinct(student: nn.Module, teacher: nn.Module | Teacher |
             first = f"{shared[0]!r} and {len(shared) - 1} more" if len(shared) > 1 else repr((shared or ["itself"])[0])
             raise ValueError(
                 "the teacher is a part of the student, or shares weights with the student: frozen, they would not be "
-                f"trained. Of the student these are {first}. Pass copy.deepcopy(model) as teacher."
+                f"trained. Of the student these are {first}. Pass copy.deepcopy(model) as teacher. To share a frozen "
+                "part on purpose, call part.requires_grad_(False) before a teacher has the model."
             )
         in_theirs = overlap([x for _, x in ours], theirs)
         if common := [name for (name, _), is_shared in zip(ours, in_theirs, strict=True) if is_shared]:
@@ -86,8 +91,17 @@ def check_models_are_distinct(student: nn.Module, teacher: nn.Module | Teacher |
                 "training the student would change the teacher. Were they taken over by .data, or by "
                 "load_state_dict(assign=True)? Pass copy.deepcopy(model) as teacher, or copy the weights with .clone()."
             )
+    if frozen:
+        raise ValueError(
+            f"{len(frozen)} parameters of the student, such as {frozen[0]!r}, would not be trained: teachers.Live has "
+            "frozen them, in a model with the same layers. Give one of the two a copy, made before Live, or call "
+            "live.release() first. To leave them frozen on purpose, give the student copy.deepcopy(part)."
+        )
     if not any(p.requires_grad for p in student.parameters()):
-        raise ValueError("the student has no parameter that requires grad: there is nothing to train.")
+        raise ValueError(
+            "the student has no parameter that requires grad: there is nothing to train. A copy of a model that "
+            "teachers.Live has frozen is frozen too; student.requires_grad_(True) trains it."
+        )
 
 
 def _check_initialized(side: str, model: nn.Module) -> None:
@@ -116,9 +130,13 @@ def explain_inputs(error: Exception, model: nn.Module, inputs: object) -> None:
             "for one that takes a tensor, let them be (x, labels)."
         )
     elif len(own) == 1 and wrong:
+        weights = own.pop()
+        convert = "x.float(), and scale pixels to the range that the model was trained with"
+        if weights.itemsize == 2:
+            convert = f"x.to({weights}); or train float32 weights, student.float(), with precision='bf16-mixed'"
         error.add_note(
-            f"The inputs are {', '.join(wrong)} and the student's weights are {own.pop()}: convert the inputs "
-            "in the data set, x.float(), and scale pixels to the range that the model was trained with."
+            f"The inputs are {', '.join(wrong)} and the student's weights are {weights}: convert the inputs in the "
+            f"data set, {convert}."
         )
     elif tensors and "dtype" in str(error) and not any(x.is_floating_point() for x in tensors):
         shapes = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)

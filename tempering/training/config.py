@@ -320,6 +320,10 @@ class SelfCheckError(RuntimeError):
     """The first batches show that the run would be wrong; the message names the problem and what to do."""
 
 
+# results whose numbers are for the reader, not only for the record: what is cut off, frozen or has no label
+SHOWN = ("vocabulary", "labels", "samples", "trained parameters")
+
+
 class Checked(NamedTuple):
     """The result of the self-check.
 
@@ -333,8 +337,7 @@ class Checked(NamedTuple):
     def line(self) -> str:
         """The result in one line, for the terminal and the record."""
         passed = [
-            # what is cut off or has no label is for the reader, not only for the record
-            f"{name} {result.removeprefix('ok ')}" if name in ("vocabulary", "labels", "samples") else name
+            f"{name} {result.removeprefix('ok ')}" if name in SHOWN else name
             for name, result in self.checks.items()
             if result.startswith("ok")
         ]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tempering.methods.base import Method
 from tempering.rows import upcast_to_float32
 from tempering.training.config import SelfCheckError
-from tempering.utils.files import BATCH_SIGNALS
+from tempering.utils.files import BATCH_SIGNALS, forget_interrupts, raise_lost_interrupt
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -270,6 +270,7 @@ class StopSignals:
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
+        raise_lost_interrupt()
         if self.folder is not None and threading.current_thread() is threading.main_thread():
             self.received, StopSignals.late = StopSignals.late, None
             for number in BATCH_SIGNALS:
@@ -282,6 +283,8 @@ class StopSignals:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if kind is KeyboardInterrupt:
+            forget_interrupts()
         if self.before and kind is None:
             StopSignals.late = self.received
         self.before = {}

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tempering.training.evaluator import Evaluator
+from tempering.utils.tensors import copy_model
 
 
 class WeightAverage:
@@ -35,7 +36,9 @@ class WeightAverage:
                 "precision='bf16-mixed' (--precision bf16-mixed), student.float()."
             )
         self.student = student
-        self.state = AveragedModel(student, multi_avg_fn=cast("Any", get_ema_multi_avg_fn(decay)), use_buffers=True)
+        self.state = AveragedModel(
+            copy_model(student), multi_avg_fn=cast("Any", get_ema_multi_avg_fn(decay)), use_buffers=True
+        )
         self.state.requires_grad_(False).eval()
         self.model: nn.Module = self.state.module
 

@@ -52,16 +52,22 @@ def rollout_metrics(batches: Any) -> dict[str, Any]:
 
 
 def nonfinite_loss_error(
-    loss: float, step: int, folder: Path | None, losses: Sequence[BlockLoss] = ()
+    loss: float, step: int, folder: Path | None, losses: Sequence[BlockLoss] = (), whose: str = ""
 ) -> FloatingPointError:
-    """Return the error for a loss that is NaN or infinite: names the logits that are not finite, and remedies."""
+    """Return the error for a loss that is NaN or infinite: names the logits that are not finite, and remedies.
+
+    Args:
+        whose: which of several teachers has them, as text that follows.
+    """
     if losses:
         rows = losses[-1].rows
         logits = {"student": rows.student, "teacher": rows.teacher}
         bad = [side for side, z in logits.items() if (torch.isnan(z) | torch.isposinf(z)).any()]
         terms = {name: float(term.detach().sum()) for block in losses for name, term in block.terms.items()}
         where = (
-            f"the {' and the '.join(bad)}'s logits hold NaN or infinity" if bad else "both models' logits are finite"
+            f"the {' and the '.join(bad)}'s logits hold NaN or infinity{whose}"
+            if bad
+            else "both models' logits are finite"
         )
         text = f"the loss is {loss} at step {step}: {where}; terms {terms}."
     else:

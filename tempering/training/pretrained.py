@@ -20,7 +20,7 @@ from tempering.teachers.base import Teacher
 from tempering.teachers.live import Live
 from tempering.training.config import TrainState
 from tempering.training.selfcheck import one_sample
-from tempering.utils.files import file_lock, read_json, sha256_text
+from tempering.utils.files import file_lock, read_verified, sha256_text
 from tempering.utils.tensors import eval_mode
 
 CONFIG = "config.json"
@@ -74,7 +74,7 @@ def load_trained(model: nn.Module, path: Path) -> dict[str, Any]:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    return read_json(path / "facts.json") if (path / "student.safetensors").is_file() else {}
+    return read_verified(path / "facts.json") if (path / "student.safetensors").is_file() else {}
 
 
 # the description of a student

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
@@ -392,11 +393,22 @@ def reseed(seed: int, epoch: int, rank: int) -> None:
 
 
 def require_reiterable(name: str, batches: Iterable[Any]) -> None:
-    """Reject one-shot iterators.
+    """Reject what is no loader of batches: one-shot iterators, data sets, and splits by name.
 
     Raises:
-        ValueError: for an iterator, naming the argument.
+        ValueError: naming the argument, with what to write.
     """
+    kind = type(cast("Any", batches)).__name__
+    if isinstance(batches, Mapping):
+        raise ValueError(
+            f"{name} must be a loader of batches, such as a DataLoader; got a {kind} with "
+            f"{', '.join(map(repr, [*cast('Mapping[str, Any]', batches)][:4]))}. Give one loader for each split."
+        )
+    if isinstance(batches, Dataset) and not hasattr(type(batches), "__iter__"):
+        raise ValueError(
+            f"{name} must be a loader of batches; got the data set {kind}, whose items are samples. Write "
+            "DataLoader(dataset, batch_size=64), or batch_size=None if its items are batches."
+        )
     if isinstance(batches, Iterator):
         raise ValueError(
             f"{name} is an iterator, which can be iterated over only once and not resumed. Pass an iterable that "

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -24,7 +25,7 @@ from tempering.training.config import Run, TrainConfig, TrainState
 from tempering.training.distributed import all_gather_objects
 from tempering.training.recorder import read_facts, surroundings
 from tempering.training.resumable_loader import loader_settings, settings_of
-from tempering.utils.files import folder_path, read_json_lines, try_lock, verify_records
+from tempering.utils.files import damaged_files, folder_path, read_json_lines, try_lock, verify_records
 from tempering.utils.tensors import batch_digests, read_weights
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ ADDED: dict[str, Any] = {
     "class_weights": None,
     "balanced_sampling": False,
 }
-WEIGHTS = ("student.safetensors", "best.safetensors", "ema.safetensors")
+WEIGHT_FILES = ("student.safetensors", "best.safetensors", "ema.safetensors")
 How = Literal["new", "resumed", "extended", "finished"]
 
 
@@ -150,7 +151,7 @@ class RunDirectory:
             self.fabric.barrier()
             if self.fabric.is_global_zero:
                 shutil.rmtree(path, ignore_errors=True)
-                for name in WEIGHTS:
+                for name in WEIGHT_FILES:
                     (self.folder / name).unlink(missing_ok=True)
             self.fabric.barrier()
         state = checkpoint.load(path)
@@ -236,9 +237,11 @@ class RunDirectory:
         assert self.folder is not None
         facts = read_facts(self.folder)
         verify_records(self.folder, facts)
-        for name in WEIGHTS:
+        for name in WEIGHT_FILES:
             if (self.folder / name).is_file():
                 read_weights(self.folder / name)
+        if damaged := damaged_files(self.folder, facts.get("files", {}), sizes_only=True):
+            warnings.warn(f"{'; '.join(damaged)}, though the run is finished.", stacklevel=2)
         epochs = read_json_lines(self.folder / "epochs.jsonl", "epoch")
         return Run(self.student, self.folder, facts, epochs, "finished")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from tempering.methods.base import Method
 from tempering.rows import Rows, class_indices, class_labels, is_labeled, without_labels
@@ -28,11 +28,14 @@ from tempering.utils.tensors import batch_digests, map_tensors
 __all__ = [
     "Checked",
     "SelfCheckError",
+    "batch_of_one",
     "check_student",
+    "explain_batch_of_one",
     "independent_workers",
     "last_batch_size",
     "one_sample",
     "selfcheck",
+    "whose_logits",
 ]
 
 REPEAT_TOLERANCE = (
@@ -55,7 +58,7 @@ def selfcheck(
     task: Task,
     features: Features | None = None,
     more: Callable[[], Iterable[Any]] | None = None,
-    single: Any = None,
+    single: str | None = None,
     workers: int = 0,
     skip: Collection[str] = (),
 ) -> Checked:
@@ -64,7 +67,7 @@ def selfcheck(
     Args:
         features: the paired features of the last forward passes, for methods that compare them.
         more: returns the batches after this one, for checks that one batch does not decide; None: there are none.
-        single: a batch of one sample, if an epoch has one: batch norm cannot be trained on it.
+        single: the batch of one sample, in words, if an epoch has one: batch norm cannot be trained on it.
         workers: number of processes that iterate over a data set on their own, see ``independent_workers``.
         skip: names of checks that are turned off.
 
@@ -85,6 +88,9 @@ def selfcheck(
 
             check_method(method, task)
             results["method"] = "ok"
+        sizes = [(p.numel(), p.requires_grad) for p in student.parameters()]
+        if (trained := sum(n for n, trains in sizes if trains)) < (count := sum(n for n, _ in sizes)):
+            results["trained parameters"] = f"ok ({trained:,} of {count:,})"
         first = models.run(batch)
         blocks = first.blocks
         for rows in blocks:
@@ -94,7 +100,7 @@ def selfcheck(
             if results.wants("label names"):
                 for model in teacher.models:
                     check_label_names(student, model)
-            _check_teacher_logits(task, first, results)
+            _check_teacher_logits(teacher, task, first, results)
             if results.wants("logits"):
                 check_logits(blocks)
             if method.teacher_is_student:
@@ -194,7 +200,7 @@ def _restored(student: nn.Module) -> Generator[dict[nn.Module, bool]]:
 
 
 def _check_training_mode(
-    models: _Models, modes: Mapping[nn.Module, bool], first: _Outputs, single: Any, results: Results
+    models: _Models, modes: Mapping[nn.Module, bool], first: _Outputs, single: str | None, results: Results
 ) -> None:
     """Check that the student runs in training mode, as it will, and that its outputs have a gradient path."""
     distributed = world_size() > 1
@@ -207,14 +213,14 @@ def _check_training_mode(
         with torch.set_grad_enabled(not distributed):  # a wrapper would wait for the backward pass
             blocks = task.rows(student(task.inputs(first.batch)[0]), first.teacher, first.batch)
     except ValueError as error:
-        raise (_batch_norm_error("the first batch") if NORM_OF_ONE in str(error) else error) from error
+        raise (SelfCheckError(batch_norm_text("the first batch")) if NORM_OF_ONE in str(error) else error) from error
     if single is not None and any(isinstance(m, BATCH_NORMS) and m.training for m in student.modules()):
         with torch.no_grad():
             try:
-                student(task.inputs(single)[0])
+                student(task.inputs(one_sample(first.batch))[0])
             except Exception as error:  # a sample cut out of a batch of another structure may not fit the model
                 if NORM_OF_ONE in str(error):
-                    raise _batch_norm_error("the last batch of an epoch") from error
+                    raise SelfCheckError(batch_norm_text(single)) from error
     sources = [x for rows in blocks for x in (rows.student, rows.task_loss) if x is not None]
     if models.features is None and not distributed and not any(x.requires_grad for x in sources):
         raise SelfCheckError(
@@ -232,11 +238,22 @@ def _check_training_mode(
     results["training mode"] = "ok"
 
 
-def _batch_norm_error(which: str) -> SelfCheckError:
-    return SelfCheckError(
+def batch_norm_text(which: str) -> str:
+    """Say that batch norm cannot be trained on a batch of one sample, and what to do."""
+    return (
         f"{which} has one sample, and batch norm in training mode needs two. Give the loader drop_last=True or another "
         "batch size, or freeze the norm."
     )
+
+
+def explain_batch_of_one(error: ValueError, which: str) -> None:
+    """Raise what to do in place of torch's error for a batch of one sample; pass over any other error.
+
+    Raises:
+        ValueError: naming the batch.
+    """
+    if NORM_OF_ONE in str(error):
+        raise ValueError(batch_norm_text(which)) from error
 
 
 def _check_modes(teacher: Teacher, method: Method, results: Results) -> None:
@@ -259,15 +276,16 @@ def _check_modes(teacher: Teacher, method: Method, results: Results) -> None:
 
 
 @torch.no_grad()
-def _check_teacher_logits(task: Task, first: _Outputs, results: Results) -> None:
+def _check_teacher_logits(teacher: Teacher, task: Task, first: _Outputs, results: Results) -> None:
     """Check that the teacher's logits are finite, equal in a second forward pass, and of the student's classes."""
     blocks = first.blocks
     for rows in blocks:
         if torch.isnan(rows.teacher).any() or torch.isposinf(rows.teacher).any():
             row = int((torch.isnan(rows.teacher) | torch.isposinf(rows.teacher)).any(-1).nonzero()[0])
             raise SelfCheckError(
-                f"the teacher's logits hold NaN or infinity (first in row {row} of the first batch). Is its checkpoint "
-                "complete? Are its inputs normalized as in its training? Is its precision enough? Try precision='fp32'."
+                f"the teacher's logits hold NaN or infinity (first in row {row} of the first batch)"
+                f"{whose_logits(teacher, task, first.batch)}. Is its checkpoint complete? Are its inputs normalized as "
+                "in its training? Is its precision enough? Try precision='fp32'."
             )
     if results.wants("deterministic"):
         repeated = task.rows(first.student, first.repeat(), first.batch)
@@ -294,6 +312,19 @@ def _check_teacher_logits(task: Task, first: _Outputs, results: Results) -> None
                 "student the teacher's tokens, or use tasks.CrossTokenizer(). skip_checks=['vocabulary'] skips this."
             )
         results["vocabulary"] = f"ok ({100 * cut:.2g} % of the teacher's probability is cut off)"
+
+
+def whose_logits(teacher: Teacher | None, task: Task, batch: Any) -> str:
+    """Return where NaN or infinity in logits come from, as text that follows: the inputs, or one of several teachers.
+
+    "" if neither is known.
+    """
+    student_inputs, *theirs = task.inputs(batch)
+    floats = [x for x in tree_leaves([student_inputs, theirs[0]]) if isinstance(x, Tensor) and x.is_floating_point()]
+    if not all(bool(torch.isfinite(x).all()) for x in floats):
+        return ", and so do the inputs of the batch"
+    names = [] if teacher is None else teacher.nonfinite_parts(*theirs)
+    return f", those of the teacher {', '.join(map(repr, names))}" if names else ""
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -430,15 +461,33 @@ def independent_workers(batches: Any) -> int:
 def last_batch_size(batches: Any) -> int | None:
     """Return the number of samples in the last batch of an epoch; None if the loader does not tell."""
     size, batch_size = getattr(batches, "size", None), getattr(batches, "batch_size", None)
-    if isinstance(batches, DataLoader) and not batches.drop_last:
-        sampler: Any = cast("Any", batches).sampler
-        size = len(sampler) if hasattr(sampler, "__len__") else None
+    if isinstance(batches, DataLoader):
+        loader, inner = cast("Any", batches), cast("Any", batches).batch_sampler
+        part: Any = inner if type(inner) is BatchSampler else loader
+        size = len(part.sampler) if not part.drop_last and hasattr(part.sampler, "__len__") else None
+        batch_size = part.batch_size
     world: int = getattr(batches, "world", 1)  # pyright: ignore[reportUnknownArgumentType]
     if not isinstance(size, int) or not isinstance(batch_size, int) or size < world:
         return None
     last = size % batch_size
     # fewer samples than processes are dropped
     return batch_size // world if last < world else last // world
+
+
+def batch_of_one(batches: Any) -> str | None:
+    """Return which batch of an epoch has one sample, in words; None if there is none, or the loader does not tell."""
+    stored: Any = getattr(batches, "batch_sampler", batches)
+    if not isinstance(stored, Sequence):
+        return "the last batch of an epoch" if last_batch_size(batches) == 1 else None
+    parts = cast("Sequence[Any]", stored)
+    sizes = map(samples_of, parts) if stored is batches else map(len, parts)
+    number = next((i for i, size in enumerate(sizes, 1) if size == 1), None)
+    return None if number is None else f"batch {number} of {len(parts)} of an epoch"
+
+
+def samples_of(batch: Any) -> int | None:
+    """Return the number of samples of a batch, that of its first tensor; None without one."""
+    return next((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), None)
 
 
 def one_sample(batch: Any) -> Any:

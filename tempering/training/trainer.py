@@ -47,6 +47,7 @@ from tempering.training.optimizers import (
 from tempering.training.recorder import Recorder
 from tempering.training.resumable_loader import EMPTY, ResumableLoader, micro_batches, reseed
 from tempering.training.run_dir import (
+    WEIGHT_FILES,
     RunDirectory,
     initial_weights,
     lock_run_dir,
@@ -55,9 +56,16 @@ from tempering.training.run_dir import (
     run_key,
     run_metadata,
 )
-from tempering.training.selfcheck import Checked, independent_workers, last_batch_size, one_sample, selfcheck
+from tempering.training.selfcheck import (
+    Checked,
+    batch_of_one,
+    explain_batch_of_one,
+    independent_workers,
+    selfcheck,
+    whose_logits,
+)
 from tempering.utils.device import clone_outputs, maybe_compile
-from tempering.utils.files import write_atomic
+from tempering.utils.files import describe_files, write_atomic
 from tempering.utils.state import ModelState, unwrapped
 from tempering.utils.tensors import eval_mode, to_device
 
@@ -279,7 +287,7 @@ class Trainer:
                 task=self.task,
                 features=None if self.features is None else self.features.features,
                 more=self.loader.later,
-                single=one_sample(batch) if last_batch_size(self.loader.batches) == 1 else None,
+                single=batch_of_one(self.loader.batches),
                 workers=independent_workers(self.loader.batches),
                 skip=skip,
             )
@@ -298,7 +306,7 @@ class Trainer:
         Raises:
             RunInterrupted: after a signal that asks for an end; a checkpoint is written.
         """
-        with lock_run_dir(self.folder if self.is_rank_zero else None), self.stop:
+        with self.stop, lock_run_dir(self.folder if self.is_rank_zero else None):
             try:
                 self._resume(facts)
                 if self.run_dir.how == "finished":
@@ -409,6 +417,9 @@ class Trainer:
             state.loss_sum = self._finite(float(loss_sum))
             self._save()
             raise self._interrupted(str(self.stop.received)) from error
+        except ValueError as error:
+            explain_batch_of_one(error, f"the batch of step {state.step + 1}")
+            raise
         if state.step == start_step and not start_batch:
             later = f"Epoch {state.epoch + 1} has none: is it a generator, which can be iterated over once?"
             raise ValueError(f"{EMPTY} {later}" if state.epoch else EMPTY)
@@ -465,7 +476,7 @@ class Trainer:
             self.average.update()
         self.optimizer.zero_grad(set_to_none=True)
         loss = functools.reduce(torch.add, step_losses)
-        self._log(loss, blocks, progress)
+        self._log(loss, blocks, progress, batches[-1])
         return loss
 
     def _make_step(self, batch: Any, progress: float, normalizer: Mapping[str, Tensor | float]) -> Step:
@@ -494,12 +505,13 @@ class Trainer:
 
         return adapting(self.adaptive_policies, self.model, self.task, batch)
 
-    def _log(self, loss: Tensor, blocks: list[BlockLoss], progress: float) -> None:
+    def _log(self, loss: Tensor, blocks: list[BlockLoss], progress: float, batch: Any) -> None:
         """Log the step every ``log_every`` steps; other steps do not synchronize with a GPU."""
         config, step = self.config, self.state.step + 1
         due = self.state.step % config.log_every == 0 or step == self.length.total
         if (due or loss.device.type == "cpu") and not math.isfinite(value := float(loss)):
-            raise nonfinite_loss_error(value, step, self.folder, blocks)
+            whose = whose_logits(self.teacher, self.task, batch)
+            raise nonfinite_loss_error(value, step, self.folder, blocks, whose)
         if self.on_step is not None:
             self.on_step(self.state.step, loss)
         if not due:
@@ -577,10 +589,19 @@ class Trainer:
             "peak_mb": peak_mb(self.device),
             **({"cost": cost} if cost else {}),
         }
-        self._end("done", {"result": result})
+        self._end("done", {"result": result, "files": self._written_files()})
         self.fabric.barrier()
         ema = None if self.average is None else self.average.model
         return Run(self.student, self.folder, self.recorder.facts, self.recorder.epochs, self.run_dir.how, ema)
+
+    def _written_files(self) -> dict[str, Any]:
+        """Return size and hash of what the run leaves beside its records, by which damage is noticed later."""
+        if self.folder is None or not self.is_rank_zero:
+            return {}
+        from tempering.training.pretrained import CONFIG, TOKENIZER
+
+        paths = [self.folder / CONFIG, *(self.folder / TOKENIZER).glob("*"), *map(self.folder.joinpath, WEIGHT_FILES)]
+        return describe_files(self.folder, filter(Path.is_file, paths))
 
     def _write_student(self) -> dict[str, Any]:
         """Write the student's weights and config, and return what both models cost; {} without a folder."""

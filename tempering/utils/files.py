@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -214,18 +214,60 @@ def verify_records(folder: Path, facts: Mapping[str, Any]) -> None:
     Raises:
         DamagedRecordError: if lines are missing or were changed, or were added to a finished run.
     """
-    last = next(iter([*facts.values()][-1:]), None)  # the hash, whose name may be damaged
-    written = facts.get("sha256", last if isinstance(last, str) and len(last) == 64 else None)
-    if written is not None and written != facts_digest(facts):
-        raise DamagedRecordError(
-            f"{folder / 'facts.json'} is not as it was written: a value was changed. Restore the file."
-        )
+    verify_object(folder / "facts.json", facts)
     positions = facts.get("records")
     for name, position in positions.items() if isinstance(positions, Mapping) else ():
         if name in COUNTERS:
             verify(folder / name, position, COUNTERS[name], whole=facts.get("status") == "done")
         elif not (folder / name).is_file() or sha256_file(folder / name) != position["sha256"]:
             raise DamagedRecordError(f"{folder / name} is missing or not as it was written. Restore the file.")
+
+
+def verify_object(path: Path, content: Mapping[str, Any]) -> None:
+    """Compare the content of a file, such as facts.json, with its own hash, if it has one.
+
+    Raises:
+        DamagedRecordError: if it is not as it was written.
+    """
+    last = next(iter([*content.values()][-1:]), None)  # the hash, whose name may be damaged
+    written = content.get("sha256", last if isinstance(last, str) and len(last) == 64 else None)
+    if written is not None and written != facts_digest(content):
+        raise DamagedRecordError(f"{path} is not as it was written: a value was changed. Restore the file.")
+
+
+def read_verified(path: Path) -> dict[str, Any]:
+    """Read a JSON object that may have its hash; {} if there is no file.
+
+    Raises:
+        DamagedRecordError: if it is no JSON object, or not as it was written.
+    """
+    content = read_json(path)
+    verify_object(path, content)
+    return content
+
+
+def describe_files(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Return size and hash of files in a folder, by their path in it: {"bytes": ..., "sha256": ...}."""
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(paths)
+    }
+
+
+def damaged_files(folder: Path, described: Mapping[str, Any], *, sizes_only: bool = False) -> list[str]:
+    """Compare files with what ``describe_files`` returned: "PATH is missing" or "PATH is not as it was written".
+
+    Args:
+        sizes_only: whether to leave out the hashes, which take the time to read the files.
+    """
+    out: list[str] = []
+    for name, position in described.items():
+        path = folder / name
+        if not path.is_file():
+            out.append(f"{path} is missing")
+        elif path.stat().st_size != position["bytes"] or not (sizes_only or sha256_file(path) == position["sha256"]):
+            out.append(f"{path} is not as it was written")
+    return out
 
 
 def sealed(content: Mapping[str, Any]) -> str:
@@ -408,3 +450,25 @@ def handle_signals(
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+_INTERRUPTED: list[int] = []  # signals whose KeyboardInterrupt is not known to have ended anything
+
+
+def interrupt(number: int, _: object) -> None:
+    """Handle a signal by a KeyboardInterrupt, and note it: an import may catch that and continue."""
+    _INTERRUPTED.append(number)
+    raise KeyboardInterrupt
+
+
+def raise_lost_interrupt() -> None:
+    """Raise KeyboardInterrupt if an earlier one was caught on its way; called before anything is begun."""
+    if forget_interrupts():
+        raise KeyboardInterrupt
+
+
+def forget_interrupts() -> bool:
+    """Forget the signals that were noted, since they have ended what they should; return whether there were any."""
+    found = bool(_INTERRUPTED)
+    _INTERRUPTED.clear()
+    return found

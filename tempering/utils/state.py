@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # attribute, package of the wrapper
 WRAPPERS = (("_orig_mod", "torch._dynamo"), ("module", "torch.nn.parallel"), ("_original_module", "lightning_fabric"))
+
+_FROZEN: MutableMapping[Tensor, None] = WeakTensorKeyDictionary()  # parameters that a teacher has frozen
 
 
 class ModelState:
@@ -26,6 +29,13 @@ class ModelState:
         self.requires_grad = [(p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None]
         self.hooks = [(module, name, frozenset(getattr(module, name))) for module in modules for name in HOOKS]
 
+    def freeze(self) -> None:
+        """Freeze the parameters; ``frozen_by_teacher`` tells those that required grad before, until ``restore``."""
+        for p, requires_grad in self.requires_grad:
+            p.requires_grad_(False)
+            if requires_grad:
+                _FROZEN[p] = None
+
     def restore(self, *, hooks: bool = True) -> None:
         """Give the models back as they were; hooks that were registered since are removed, unless ``hooks=False``."""
         for module, training in self.modes.items():
@@ -33,6 +43,8 @@ class ModelState:
         for p, requires_grad in self.requires_grad:
             if p.requires_grad != requires_grad:  # a lazy parameter cannot be set at all
                 p.requires_grad_(requires_grad)
+            if requires_grad:
+                _FROZEN.pop(p, None)
         for module, name, before in self.hooks if hooks else ():
             if not hasattr(type(module), "_get_fsdp_state"):  # a sharded module cannot run without its hooks
                 registered: dict[int, Any] = getattr(module, name)
@@ -50,6 +62,11 @@ class ModelState:
         if root is not None and self.modes[root]:
             for module, training in self.modes.items():
                 module.training = module.training and training
+
+
+def frozen_by_teacher(p: nn.Parameter) -> bool:
+    """Whether a parameter does not require grad because a teacher has frozen it, not its user."""
+    return not p.requires_grad and p in _FROZEN
 
 
 @contextmanager

@@ -155,6 +155,15 @@ def tensor_bytes(x: Tensor) -> memoryview:
     return x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
+def copy_model(model: nn.Module) -> Any:
+    """Return a copy, also of a model with weights that are computed, as by ``torch.nn.utils.weight_norm``.
+
+    These are attributes with a graph, which ``copy.deepcopy`` refuses; the copy computes them in its next forward.
+    """
+    computed = (x for module in model.modules() for x in vars(module).values() if isinstance(x, Tensor))
+    return copy.deepcopy(model, {id(x): x.detach().clone() for x in computed if not x.is_leaf})
+
+
 @contextmanager
 def eval_mode(*models: nn.Module | None) -> Iterator[None]:
     """Context manager that puts the models in eval mode and afterwards restores the mode of every module."""

@@ -19,7 +19,7 @@ from tempering.experiments.compare import status as compare_status
 from tempering.experiments.compare.plan import Cell, Plan, lock_path
 from tempering.reports.records import pack, read_cell, write_cell
 from tempering.training.config import VERDICTS
-from tempering.utils.files import handle_signals, inheritable_descriptors, try_lock
+from tempering.utils.files import handle_signals, inheritable_descriptors, raise_lost_interrupt, try_lock
 from tempering.utils.text import counted
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class ComparisonRunner:
         Raises:
             ValueError: if a record was edited.
         """
+        raise_lost_interrupt()
         self._set_up()
         with handle_signals(self._stop):
             try:

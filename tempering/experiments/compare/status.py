@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tempering.experiments.compare.plan import Cell, Plan, lock_path, record_of, work_of
 from tempering.reports.compare import display_name
 from tempering.reports.records import RunRecord, number, read_cell
-from tempering.utils.files import is_locked, read_json, write_atomic
+from tempering.utils.files import damaged_files, is_locked, read_verified, write_atomic
 from tempering.utils.text import counted, duration, printable, scores
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 STATES = ("done", "running", "failed", "interrupted", "open")
 RECENT = 40  # lines of steps.jsonl used to estimate the speed
+MOST_HASHED = 1 << 32  # bytes of a grid's weights
 OVERHEAD = 1.15  # estimated ratio of a run's time to its training steps: evaluation, startup, analysis
 
 
@@ -194,6 +195,23 @@ def unrecorded(folder: Path, plan: Plan) -> list[Path]:
     return [path for path, run in paths.items() if not path.is_file() and read_facts(run).get("status") == "done"]
 
 
+def damaged(folder: Path, plan: Plan) -> list[str]:
+    """Say which files of recorded runs, such as weights, are missing or not as they were written.
+
+    Runs without a folder, such as those of a grid that was copied without work/, have no such files. In grids of more
+    than ``MOST_HASHED`` bytes, sizes alone are compared.
+    """
+    kept = [(cell, work_of(folder, cell), record_of(folder, cell)) for cell in plan.cells]
+    kept = [(work, record, read_cell(record).facts.get("files") or {}) for _, work, record in kept if record.is_file()]
+    total = sum(part["bytes"] for _, _, files in kept for part in files.values())
+    return [
+        f"{text}, though its run is recorded. The record is whole; to train the run again, remove {work} and {record}"
+        for work, record, files in kept
+        if work.is_dir()
+        for text in damaged_files(work, files, sizes_only=total > MOST_HASHED)
+    ]
+
+
 def _open(folder: Path, cell: Cell, done: list[RunRecord]) -> RunRecord:
     """Return a placeholder record for a run without one, with the student and method of the others."""
     student = next((run.facts.get("student") for run in done), None)
@@ -313,7 +331,7 @@ def _clock() -> str:
 
 def read_facts(run_dir: Path) -> dict[str, Any]:
     """Read facts.json of a run, which may be in progress; {} if it does not exist."""
-    return read_json(run_dir / "facts.json")
+    return read_verified(run_dir / "facts.json")
 
 
 def is_running(run_dir: Path) -> bool:

@@ -27,6 +27,7 @@ from tempering.reports.records import load_run, number
 from tempering.utils.files import (
     handle_signals,
     inheritable_descriptors,
+    raise_lost_interrupt,
     read_json_lines,
     read_sealed,
     sealed,
@@ -107,6 +108,7 @@ class SearchRunner:
         Raises:
             ValueError: if the folder contains another search, or a trial fails to run.
         """
+        raise_lost_interrupt()
         (self.folder / "trials").mkdir(parents=True, exist_ok=True)
         with self._lock(), handle_signals(self._stop):
             self._write_settings()
