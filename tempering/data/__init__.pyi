@@ -7,12 +7,17 @@ from .digits import digits as digits
 from .folders import image_folder as image_folder
 from .glue import TextPairLoader as TextPairLoader
 from .huggingface import hugging_face as hugging_face
+from .huggingface import lazy_hugging_face as lazy_hugging_face
+from .lazy_images import LazyBatches as LazyBatches
+from .lazy_images import lazy_image_folder as lazy_image_folder
 from .pairs import Pairs as Pairs
 from .protocols import Loader as Loader
 from .protocols import SeekableLoader as SeekableLoader
 from .protocols import ShardableLoader as ShardableLoader
 from .protocols import SplittableLoader as SplittableLoader
+from .streamed_images import StreamedImages as StreamedImages
 from .synthetic_shapes import synthetic_masks as synthetic_masks
 from .synthetic_shapes import synthetic_shapes as synthetic_shapes
 from .text_columns import TextColumns as TextColumns
 from .tokens import Tokens as Tokens
+from .web_shards import webdataset as webdataset

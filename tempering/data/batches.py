@@ -260,8 +260,7 @@ class ImageLoader(ShardedLoader):
                 raise ValueError(f"{kind} needs {name} >= {low}; got {value!r}.")
 
     def _scale_on(self, device: torch.device | str) -> None:
-        mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (self.mean, self.std))
-        self._scale = mean[:, None, None], std[:, None, None]
+        self._scale = statistics_on(device, self.mean, self.std)
 
     # properties
 
@@ -349,11 +348,7 @@ class ImageLoader(ShardedLoader):
         raise NotImplementedError
 
     def _normalized(self, pixels: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        mean, std = self._scale
-        # torchvision's operations in torchvision's order, so that the floats are equal to the bit
-        inputs = pixels.float().div_(255).sub_(mean).div_(std)
-        # last: changing the memory format of uint8 is slower than of float32
-        return inputs.contiguous(memory_format=torch.channels_last) if self.channels_last else inputs
+        return normalized(pixels, *self._scale, channels_last=self.channels_last)
 
     # copies that share the images
 
@@ -501,6 +496,22 @@ class Batches(ImageLoader):
     def _select(self, index: np.ndarray) -> Self:
         kept = torch.from_numpy(np.sort(index)).to(self.images.device)
         return self._replace(images=self.images.index_select(0, kept), labels=self.labels[kept], _hash_cache={})
+
+
+def statistics_on(device: torch.device | str, *statistics: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Return mean and std as float32 tensors (C, 1, 1) on a device."""
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=device)[:, None, None] for v in statistics)
+    return mean, std
+
+
+def normalized(
+    pixels: UInt8[Tensor, "B C H W"], mean: Tensor, std: Tensor, *, channels_last: bool
+) -> Float[Tensor, "B C H W"]:
+    """Return (pixels / 255 - mean) / std in the memory format that is asked for."""
+    # torchvision's operations in torchvision's order, so that the floats are equal to the bit
+    inputs = pixels.float().div_(255).sub_(mean).div_(std)
+    # last: changing the memory format of uint8 is slower than of float32
+    return inputs.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def check_statistics(owner: str, mean: Sequence[float], std: Sequence[float], channels: int) -> None:
