@@ -72,7 +72,7 @@ class Decoding:
         (width, height), short = image.size, self.resize
         # the longer side is rounded down, as torchvision does
         size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-        left, top = (int(round((side - self.size) / 2.0)) for side in size)
+        left, top = (round((side - self.size) / 2) for side in size)
         resized = image.resize(size, pillow().Resampling.BILINEAR)
         return resized.crop((left, top, left + self.size, top + self.size))
 

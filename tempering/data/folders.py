@@ -40,8 +40,8 @@ def image_folder(
 ) -> Splits[Batches]:
     """Load images (3, size, size) from FOLDER/CLASS/*.jpg or FOLDER/{train,val,test}/CLASS/*.jpg, classes by name.
 
-    All images are decoded once and kept in memory: 3 * size * size bytes per image, 1.5 GB for 10,000 of 224 pixels. For
-    more, ``lazy_image_folder`` decodes each when it is needed, in worker processes. An image is resized so that its
+    All images are decoded once and kept in memory: 3 * size * size bytes per image, 1.5 GB for 10,000 of 224 pixels.
+    For more, ``lazy_image_folder`` decodes each when it is needed, in worker processes. An image is resized so that its
     shorter side is ``size``, and center cropped. Files and folders whose names begin with a dot, and __MACOSX, are
     skipped.
 

@@ -80,11 +80,11 @@ def lazy_hugging_face(
     if any(hasattr(part, "__getitem__") for part in found.splits.values()):
         from tempering.data.lazy_images import assembled_lazily
 
-        parts = {split: (HuggingFaceRows(part, found.image), part) for split, part in found.splits.items()}
-        labeled = {
-            split: (rows, torch.tensor([int(y) for y in part[found.label]])) for split, (rows, part) in parts.items()
+        parts = {
+            split: (HuggingFaceRows(part, found.image), torch.tensor([int(y) for y in part[found.label]]))
+            for split, part in found.splits.items()
         }
-        return assembled_lazily(labeled, names, found.name, size=size, **options)
+        return assembled_lazily(parts, names, found.name, size=size, **options)
     from tempering.data.streamed_images import HuggingFaceStream, assembled_streams
 
     if names is None:

@@ -375,9 +375,9 @@ class LazyOptions(TypedDict, total=False):
 def lazy_image_folder(folder: str | Path, *, size: int, **options: Unpack[LazyOptions]) -> Splits[LazyBatches]:
     """Load images (3, size, size) from FOLDER/CLASS/*.jpg or FOLDER/{train,val,test}/CLASS/*.jpg as they are needed.
 
-    For folders that do not fit in memory, such as ImageNet's; ``image_folder`` is faster for those that do, whose images
-    it decodes once. Training images are cropped at random, resized and flipped, as torchvision and timm do; others are
-    resized and center cropped.
+    For folders that do not fit in memory, such as ImageNet's; ``image_folder`` decodes the images of others only once.
+    Training images are cropped at random, resized and flipped, as torchvision and timm do; others are resized and
+    center cropped.
 
     Args:
         folder: as for ``image_folder``, with the same rules for splits and classes.
@@ -386,7 +386,7 @@ def lazy_image_folder(folder: str | Path, *, size: int, **options: Unpack[LazyOp
             workers, on_error, seed, channels_last; and validation and test as in ``image_folder``.
 
     Raises:
-        FileNotFoundError, ValueError: as ``image_folder`` does; an image that cannot be read is named when it is needed.
+        FileNotFoundError, ValueError: as ``image_folder`` does; an image that cannot be read is named when it is used.
     """
     names, folders = class_folders(folder)
     parts = {}

@@ -57,10 +57,10 @@ class SampleStream(Protocol):
 class StreamedImages(ShardedLoader):
     """Load batches of (inputs (B, 3, size, size) float32 normalized, labels (B,)) from a stream, decoded by workers.
 
-    An epoch of training has length // batch_size batches of full size. Each worker of each rank reads its own shards, in
-    an order drawn for the epoch, and begins again if they end before the epoch does: with shards of unequal sizes some
-    images come twice in an epoch, and others in a later one. A split that is not shuffled is read once; its batches may
-    be short, and have no number known in advance.
+    An epoch of training has length // batch_size batches of full size. Each worker of each rank reads its own shards,
+    in an order drawn for the epoch, and begins again if they end before the epoch does: with shards of unequal sizes
+    some images come twice in an epoch, and others in a later one. A split that is not shuffled is read once; its
+    batches may be short, and their number is not known in advance.
 
     Everything drawn depends on (seed, epoch, number of workers). ``iterate(start)`` reads the batches before ``start``
     without decoding them, and continues with the same bits. Samples have no ids, so a teacher's logits are not cached.

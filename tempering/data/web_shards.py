@@ -36,10 +36,10 @@ def webdataset(
 ) -> Splits[Any]:
     """Load images (3, size, size) and labels from tar shards of webdataset, decoded by worker processes.
 
-    Augmented as by ``lazy_image_folder``. Without ``length`` the headers of the shards are read once, and samples then at
-    random, by their place in their shard (``LazyBatches``): for shards on a local disk. Samples have ids, in the order of
-    the shards, for cached teachers, and splits can be held out. With ``length`` shards are streamed by the package
-    webdataset, from addresses and pipes too, each worker its own (``StreamedImages``).
+    Augmented as by ``lazy_image_folder``. Without ``length`` the headers of the shards are read once, and samples then
+    at random, by their place in their shard (``LazyBatches``): for shards on a local disk. Samples have ids, in the
+    order of the shards, for cached teachers, and splits can be held out. With ``length`` shards are streamed by the
+    package webdataset, from addresses and pipes too, each worker its own (``StreamedImages``).
 
     Args:
         shards: patterns such as "train-{000000..000146}.tar" or "pipe:curl -s URL-{000..146}.tar", a list of shards, or
@@ -47,7 +47,7 @@ def webdataset(
         size: height and width of the inputs in pixels.
         image, label: names of a sample's members; of several, separated by ";", the first that it has. The label is
             the number of a class, as text.
-        classes: names of the classes, or their number; None: the largest label plus one, of shards that are not streamed.
+        classes: names of the classes, or their number; None: the largest label plus one, if they are not streamed.
         length: samples per epoch of the training split, which is then streamed.
         options: as ``lazy_image_folder`` has them.
 
