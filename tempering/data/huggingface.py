@@ -77,7 +77,7 @@ def lazy_hugging_face(
     """
     found = open_splits(source, image, label)
     names = found.class_names if classes is None else class_names_of(classes)
-    if any(hasattr(part, "__getitem__") for part in found.splits.values()):
+    if any(hasattr(part, "__len__") for part in found.splits.values()):
         from tempering.data.lazy_images import assembled_lazily
 
         parts = {
