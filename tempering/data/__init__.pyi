@@ -10,6 +10,7 @@ from .huggingface import hugging_face as hugging_face
 from .huggingface import lazy_hugging_face as lazy_hugging_face
 from .lazy_images import LazyBatches as LazyBatches
 from .lazy_images import lazy_image_folder as lazy_image_folder
+from .open_images import open_images as open_images
 from .pairs import Pairs as Pairs
 from .protocols import Loader as Loader
 from .protocols import SeekableLoader as SeekableLoader

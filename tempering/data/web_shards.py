@@ -163,6 +163,8 @@ def _expanded(pattern: str | Path | Sequence[str]) -> list[str]:
     """
     if isinstance(pattern, (str, Path)) and Path(pattern).is_dir():
         found = sorted(map(str, Path(pattern).glob("*.tar")))
+    elif not isinstance(pattern, (str, Path)) and all(isinstance(each, Path) for each in pattern):
+        found = [str(each) for each in pattern]
     else:
         try:
             from webdataset.shardlists import expand_urls  # pyright: ignore[reportMissingImports]
