@@ -4,7 +4,7 @@ An epoch of each, in turn, with the same number of workers; CPU time is that of 
 torchvision draws them, resized bilinearly, and batches are normalized floats.
 
 Usage:
-    python benchmarks/images.py [--rounds 5] [--images 2000] [--size 224] [--batch 64] [--workers 2] [--tiny]
+    python benchmarks/images.py [--rounds 5] [--images 2000] [--size 224] [--batch 50] [--workers 2] [--tiny]
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ def spent() -> float:
 
 def main() -> None:
     """Time an epoch of every loader, training and clean images."""
-    parser = arguments(__doc__, rounds=5, images=2000, size=224, batch=64, workers=2)
+    parser = arguments(__doc__, rounds=5, images=2000, size=224, batch=50, workers=2)
     args = parser.parse_args()
     sheet = Sheet("images", args)
     count, size, batch = (40, 32, 8) if args.tiny else (args.images, args.size, args.batch)
@@ -116,9 +117,7 @@ def main() -> None:
                 loaders["ours, draft=False"] = ours(folder, **how, draft=False)
             walls: dict[str, list[float]] = {name: [] for name in loaders}
 
-            def measure(
-                name: str, loaders: dict[str, Loader] = loaders, walls: dict[str, list[float]] = walls
-            ) -> float:
+            def measure(name: str, loaders: dict[str, Loader] = loaders, walls: dict[str, Any] = walls) -> float:
                 begun, cpu = time.perf_counter(), spent()
                 for _ in loaders[name]():
                     pass

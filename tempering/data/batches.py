@@ -25,6 +25,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 LoaderT = TypeVar("LoaderT", bound="SplittableLoader[Any]")
 
 
+CACHED = 1 << 18  # floats
 LABELS = ("labels", "label", "targets", "target", "y")
 IDS = ("ids", "id", "index", "indices", "idx")
 WEIGHTS = ("weights", "weight", "sample_weight")
@@ -508,8 +509,12 @@ def normalized(
     pixels: UInt8[Tensor, "B C H W"], mean: Tensor, std: Tensor, *, channels_last: bool
 ) -> Float[Tensor, "B C H W"]:
     """Return (pixels / 255 - mean) / std in the memory format that is asked for."""
-    # torchvision's operations in torchvision's order, so that the floats are equal to the bit
-    inputs = pixels.float().div_(255).sub_(mean).div_(std)
+    inputs = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
+    # on a CPU in parts that stay in its cache
+    part = max(1, CACHED // pixels[0].numel()) if pixels.device.type == "cpu" and len(pixels) else max(1, len(pixels))
+    for out, of in zip(inputs.split(part), pixels.split(part), strict=True):
+        # torchvision's operations in torchvision's order, so that the floats are equal to the bit
+        out.copy_(of).div_(255).sub_(mean).div_(std)
     # last: changing the memory format of uint8 is slower than of float32
     return inputs.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 

@@ -188,7 +188,7 @@ class LazyBatches(ImageLoader):
         for (index, _, ids), read in zip(plan, loaded(reader, asked, self.processes, self.device), strict=True):
             pixels, kept = lost.without(*read)
             batch = self.labels[index[kept]], ids[kept]
-            yield self._normalized(planes(pixels, self.device)), *to_device(batch, self.device)
+            yield self._normalized(to_device(pixels, self.device)), *to_device(batch, self.device)
         lost.report(self.name)
 
     def _inputs(self, index: Tensor, bits: Tensor | None) -> Float[Tensor, "B C H W"]:
@@ -198,7 +198,7 @@ class LazyBatches(ImageLoader):
             pixels, failed = reader.read(_asked(self.index, index.cpu(), bits), pool.map)
         if failed:
             raise ValueError(failed[0][1])
-        return self._normalized(planes(pixels, self.device))
+        return self._normalized(to_device(pixels, self.device))
 
     def to(self, device: torch.device | str) -> Self:
         """Return a loader of the same data that normalizes on ``device``; pixels are moved there as uint8."""
@@ -230,7 +230,7 @@ class _Reader:
             return self.read(asked, pool.map)
 
     def read(self, asked: list[tuple[int, int | None]], each: Any = map) -> tuple[Tensor, Failed]:
-        """Return the images (B, size, size, 3) uint8, and the positions of those that cannot be read."""
+        """Return the images (B, 3, size, size) uint8, and the positions of those that cannot be read."""
 
         def decode(i: int, bits: int | None) -> np.ndarray:
             name = self.source.name(i)
@@ -253,14 +253,14 @@ def decoded(
         each: such as ``map``.
 
     Returns:
-        (B, size, size, 3) uint8, and the positions of those that cannot be read, with the reason.
+        (B, 3, size, size) uint8, and the positions of those that cannot be read, with the reason.
     """
     failed: Failed = []
-    out = np.empty((len(asked), size, size, 3), np.uint8)
+    out = np.empty((len(asked), 3, size, size), np.uint8)
 
     def fill(position: int) -> None:
         try:
-            out[position] = decode(*asked[position])
+            out[position] = decode(*asked[position]).transpose(2, 0, 1)
         except ValueError as error:
             failed.append((position, str(error)))
 
@@ -303,11 +303,6 @@ class Lost:
                 f"{self.first}",
                 stacklevel=3,
             )
-
-
-def planes(pixels: Tensor, device: torch.device) -> Tensor:
-    """Return pixels (B, H, W, 3) as (B, 3, H, W) on a device; their memory stays in channels-last order."""
-    return to_device(pixels, device).permute(0, 3, 1, 2)
 
 
 def loaded(dataset: Any, asked: Any, workers: int, device: torch.device) -> Iterable[Any]:

@@ -23,7 +23,6 @@ from tempering.data.lazy_images import (
     check_decoding,
     decoded,
     loaded,
-    planes,
     with_defaults,
     worker_count,
 )
@@ -189,7 +188,7 @@ class StreamedImages(ShardedLoader):
         for read in itertools.islice(loaded(reader, None, self.workers, self.device), start % turns, None):
             pixels, failed, labels = read
             pixels, kept = lost.without(pixels, failed)
-            inputs = normalized(planes(pixels, self.device), mean, std, channels_last=self.channels_last)
+            inputs = normalized(to_device(pixels, self.device), mean, std, channels_last=self.channels_last)
             yield inputs, to_device(labels[kept], self.device)
         lost.report(self.name)
 
