@@ -9,6 +9,7 @@ Usage:
 
 from __future__ import annotations
 
+import os
 import resource
 import statistics
 import time
@@ -128,6 +129,8 @@ def main() -> None:
             case = f"{'random crops' if train else 'clean images'} of {pixels} pixels to {size}, {args.workers} workers"
             for clock, times in (("CPU", taken), ("wall", {k: v[-args.rounds :] for k, v in walls.items()})):
                 rates = {k: f"{n / statistics.median(v):.0f} images per second" for k, v in times.items()}
+                first = next(iter(loaders))
+                rates[first] += f"; load average {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
                 sheet.add(f"{case}, {clock}", times, notes=rates, per=n)
     print(sheet.write())
 
