@@ -7,7 +7,7 @@ from .digits import digits as digits
 from .folders import image_folder as image_folder
 from .glue import TextPairLoader as TextPairLoader
 from .huggingface import hugging_face as hugging_face
-from .huggingface import lazy_hugging_face as lazy_hugging_face
+from .lazy_huggingface import lazy_hugging_face as lazy_hugging_face
 from .lazy_images import LazyBatches as LazyBatches
 from .lazy_images import lazy_image_folder as lazy_image_folder
 from .open_images import open_images as open_images

@@ -153,7 +153,8 @@ class LazyBatches(ImageLoader):
         )
         self.source, self.side, self.resize = source, size, round(size / 0.875) if resize is None else resize
         self.scale, self.ratio = None if scale is None else [*map(float, scale)], [*map(float, ratio)]
-        self.draft, self.on_error = draft, on_error
+        self.draft = draft
+        self.on_error: OnError = on_error
         self.processes = worker_count(workers)  # no setting of a run: any number gives the same batches
         self.index = np.arange(len(source))
         self._validate(len(source), 3, side=1)
@@ -307,9 +308,10 @@ class Lost:
 
 def loaded(dataset: Any, asked: Any, workers: int, device: torch.device) -> Iterable[Any]:
     """Return a DataLoader that draws no global random number; with ``asked`` of None, of an iterable data set."""
+    how: dict[str, Any] = {"batch_size": None} if asked is None else {"batch_sampler": asked}
     return DataLoader(
         dataset,
-        **({"batch_size": None} if asked is None else {"batch_sampler": asked}),
+        **how,
         num_workers=workers,
         collate_fn=_unchanged,
         pin_memory=device.type == "cuda",
@@ -408,6 +410,11 @@ def assembled_lazily(
     others = {split: LazyBatches(*part, **settings) for split, part in parts.items() if split != "train"}
     train = LazyBatches(*parts["train"], **settings, **augmentation, shuffle=True)
     return train_val_split(train, others, **held_out)
+
+
+def class_names_of(classes: Sequence[str] | int) -> Sequence[str]:
+    """Return names of classes; of a number of classes their numbers."""
+    return [str(i) for i in range(classes)] if isinstance(classes, int) else classes
 
 
 def with_defaults(options: Any, **more: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

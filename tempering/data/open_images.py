@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 from tempering.data.batches import Splits
-from tempering.data.huggingface import lazy_hugging_face
+from tempering.data.lazy_huggingface import lazy_hugging_face
 from tempering.data.lazy_images import LazyOptions, lazy_image_folder
 from tempering.data.web_shards import webdataset
 

@@ -15,7 +15,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 from tempering.data.batches import ShardedLoader, Splits, check_statistics, normalized, random_bits, statistics_on
 from tempering.data.decoding import RATIO, Decoding
 from tempering.data.folders import MEAN, STD
-from tempering.data.huggingface import encoded_bytes
 from tempering.data.lazy_images import (
     Failed,
     Lost,
@@ -108,7 +107,8 @@ class StreamedImages(ShardedLoader):
         self.class_names = None if isinstance(classes, int) else tuple(classes)
         self.classes = classes if isinstance(classes, int) else len(classes)
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
-        self.shuffle, self.flip, self.draft, self.on_error = shuffle, flip, draft, on_error
+        self.shuffle, self.flip, self.draft = shuffle, flip, draft
+        self.on_error: OnError = on_error
         self.scale, self.ratio = None if scale is None else [*map(float, scale)], [*map(float, ratio)]
         self.seed, self.channels_last, self.name = seed, channels_last, name
         self.epoch, self.rank, self.world, self.device = 0, 0, 1, torch.device("cpu")
@@ -260,41 +260,6 @@ class WebShards:
             place = f"{sample['__url__']}: {sample['__key__']}"
             image, label = (member(sample, names, place) for names in (self.image, self.label))
             yield place, image, class_number(label, place)
-
-
-class HuggingFaceStream:
-    """A streamed data set of Hugging Face.
-
-    Args:
-        dataset: an IterableDataset.
-        image, label: names of its columns.
-    """
-
-    def __init__(self, dataset: Any, *, image: str, label: str) -> None:
-        from datasets import Image  # pyright: ignore[reportMissingImports]
-
-        self.dataset = dataset.select_columns([image, label]).cast_column(image, Image(decode=False))
-        self.image, self.label = image, label
-        self.shards: int = getattr(dataset, "num_shards", None) or dataset.n_shards
-        facts = (dataset.info.dataset_name, dataset.info.config_name, str(dataset.split), dataset.features, self.shards)
-        self.identity = hashlib.sha256(repr(facts).encode()).hexdigest()
-
-    def samples(self, part: int, parts: int, order: tuple[int, int] | None) -> Iterator[Sample]:
-        """Iterate over the samples of this part of the shards."""
-        from datasets.distributed import split_dataset_by_node  # pyright: ignore[reportMissingImports]
-
-        info = get_worker_info()
-        workers = 1 if info is None else info.num_workers
-        read = self.dataset
-        if order is not None:
-            read = read.shuffle(seed=order[0], buffer_size=BUFFER)
-            read.set_epoch(order[1])
-        # the data set splits itself over the workers of a process
-        if parts > workers:
-            read = split_dataset_by_node(read, rank=part // workers, world_size=parts // workers)
-        for number, row in enumerate(read):
-            name = (row[self.image] or {}).get("path") or f"sample {number} of part {part} of {parts}"
-            yield name, encoded_bytes(row[self.image], name), int(row[self.label])
 
 
 def member(sample: Mapping[str, Any], names: str, place: str) -> Any:

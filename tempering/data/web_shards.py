@@ -16,8 +16,7 @@ from torch import Tensor
 
 from tempering.data.batches import Splits
 from tempering.data.folders import SPLITS
-from tempering.data.huggingface import class_names_of
-from tempering.data.lazy_images import LazyOptions, assembled_lazily
+from tempering.data.lazy_images import LazyOptions, assembled_lazily, class_names_of
 from tempering.data.streamed_images import WebShards, assembled_streams, class_number, member
 
 IMAGES = "jpg;jpeg;png;webp"
