@@ -191,6 +191,10 @@ GOALS = (
         10.0,
         "The peer is re-stated without torchvision's classes and loader, which are about three times as slow.",
     ),
+    *(
+        Goal(f"{what} from disk", "images", f"{what} of *, CPU", "ours", "timm, create_loader", "times as fast", 1.0)
+        for what in ("random crops", "clean images")
+    ),
     Goal(
         "a batch of 64 cached logits",
         "cache",

@@ -35,6 +35,7 @@ PARTS = {
     "overhead": "Overhead of the trainer per step",
     "cache": "Reading cached teacher logits",
     "augment": "Augmentation",
+    "images": "Images from disk",
     "startup": "Start-up time",
     "speculative": "Speculative generation",
     "growth": "How cost grows",

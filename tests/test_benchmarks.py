@@ -30,6 +30,7 @@ SCRIPTS = (
     "cache",
     "speculative",
     "augment",
+    "images",
     "startup",
     "growth",
     "roofline",

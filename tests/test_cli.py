@@ -436,7 +436,7 @@ def test_list_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     for name in (*METHODS, *POLICIES, *PRESETS):
         assert f" {name.lower()} " in said
-    assert "resnet8x4" in said
+    assert "resnet8x4" in said and "imagenet" in said.partition("Recipes: ")[2]
 
 
 def test_demo_shows_five_arms_and_goes_on_where_it_stopped(

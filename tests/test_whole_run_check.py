@@ -204,6 +204,7 @@ def test_batch_norm_with_a_batch_of_one_is_refused_unless_it_is_frozen() -> None
     loader = DataLoader(TensorDataset(X[:33], Y[:33]), batch_size=16)
     images = Batches(torch.randint(256, (33, 1, 2, 3), dtype=torch.uint8), Y[:33], mean=[0.5], std=[0.5], batch_size=16)
     assert last_batch_size(loader) == last_batch_size(images) == 1
+    assert last_batch_size(images._replace(drop_last=True)) is None, "all of its batches are full"
     with pytest.raises(SelfCheckError, match="the last batch of an epoch has one sample"):
         run(loader)
     flat = nn.Sequential(nn.Flatten(), net())

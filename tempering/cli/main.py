@@ -291,11 +291,12 @@ def _serve(page: Callable[[], str], port: int) -> None:
 
 
 def list_parts() -> None:
-    """List presets, methods, temperature policies, audits and networks."""
+    """List presets, methods, temperature policies, audits, networks and recipes."""
     from rich.table import Table
 
     from tempering.audits import AUDITS
     from tempering.experiments.presets import PRESETS
+    from tempering.experiments.recipe import bundled_recipes
     from tempering.methods import METHODS
     from tempering.models import MODELS
     from tempering.temperature import POLICIES
@@ -315,7 +316,8 @@ def list_parts() -> None:
         for name, part in parts.items():
             listed.add_row(name.lower(), getattr(part, "paper", ""), (part.__doc__ or "").strip().partition("\n")[0])
         tables.append(listed)
-    _print(*tables, f"Networks: {', '.join(sorted(MODELS))}", markup=False)
+    recipes = ", ".join(path.stem for path in bundled_recipes())
+    _print(*tables, f"Networks: {', '.join(sorted(MODELS))}", f"Recipes: {recipes}", markup=False)
 
 
 def demo(*, out: Path = Path("runs/demo"), seeds: int = 3) -> int:

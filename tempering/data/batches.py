@@ -25,6 +25,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 LoaderT = TypeVar("LoaderT", bound="SplittableLoader[Any]")
 
 
+CACHED = 1 << 18  # floats
 LABELS = ("labels", "label", "targets", "target", "y")
 IDS = ("ids", "id", "index", "indices", "idx")
 WEIGHTS = ("weights", "weight", "sample_weight")
@@ -208,7 +209,188 @@ class ShardedLoader:
         return result
 
 
-class Batches(ShardedLoader):
+class ImageLoader(ShardedLoader):
+    """Base of loaders of images with one label each: order, views, ids and splits; subclasses have the pixels.
+
+    A subclass keeps its options of augmentation as attributes, with the values that turn them off in ``CLEAN``, and
+    has ``_inputs``, ``_select`` and ``to``.
+    """
+
+    CLEAN: ClassVar[Mapping[str, Any]] = {}
+    drop_last: bool
+    channels_last: bool
+
+    def __init__(
+        self,
+        labels: Int[Tensor, " N"],
+        *,
+        batch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        shuffle: bool = False,
+        flip: bool = False,
+        seed: int = 0,
+        views: int | None = None,
+        drop_last: bool = False,
+        channels_last: bool = False,
+        class_names: Sequence[str] | None = None,
+        name: str = "data",
+    ) -> None:
+        self.labels = labels
+        self.batch_size, self.shuffle, self.drop_last = batch_size, shuffle, drop_last
+        self.channels_last = channels_last
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self.flip, self.seed, self.views = flip, seed, views
+        self.class_names = None if class_names is None else tuple(class_names)
+        self.name = name
+        self.epoch, self.rank, self.world = 0, 0, 1
+        self._hash_cache: dict[str, str] = {}  # shared by all copies of the same data
+
+    def _validate(self, n: int, channels: int, **lowest: int) -> None:
+        """Check labels of ``n`` images, statistics of ``channels``, and options that are whole numbers."""
+        labels, kind = self.labels, type(self).__name__
+        if labels.shape != (n,) or labels.dtype != torch.int64:
+            raise ValueError(
+                f"{kind} needs labels (N,) = ({n},) in int64; got {tuple(labels.shape)} {labels.dtype}. "
+                "Other integers: labels.long()."
+            )
+        if self.class_names is not None and int(labels.max()) >= len(self.class_names):
+            raise ValueError(f"label {int(labels.max())} has no name: there are {len(self.class_names)} class_names.")
+        check_statistics(kind, self.mean, self.std, channels)
+        for name, low in {"batch_size": 1, **lowest, "views": 1}.items():
+            value = getattr(self, name)
+            if not (name == "views" and value is None) and (not isinstance(value, int) or value < low):
+                raise ValueError(f"{kind} needs {name} >= {low}; got {value!r}.")
+
+    def _scale_on(self, device: torch.device | str) -> None:
+        self._scale = statistics_on(device, self.mean, self.std)
+
+    # properties
+
+    @property
+    def size(self) -> int:
+        """Number of images in the data set."""
+        return len(self.labels)
+
+    @property
+    def rows(self) -> int:
+        """Number of different ids: the number of images, times the number of views where there are views."""
+        return self.size * (self.views or 1)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes: that of ``class_names``, else the largest label plus one."""
+        return int(self.labels.max()) + 1 if self.class_names is None else len(self.class_names)
+
+    @property
+    def augmented(self) -> bool:
+        """Whether the images are augmented."""
+        return any(getattr(self, name) != value for name, value in self.CLEAN.items())
+
+    @property
+    def augmentation(self) -> dict[str, Any]:
+        """Description of the augmentation, JSON-able; ``seed`` is None where nothing is random."""
+        seed = self.seed if self.augmented else None
+        return {**{name: getattr(self, name) for name in self.CLEAN}, "seed": seed, "views": self.views}
+
+    # iteration
+
+    def __len__(self) -> int:
+        return self.size // self.batch_size if self.drop_last else self._num_batches(self.size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Select the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.iterate(0)
+
+    def iterate(self, start: int = 0) -> Iterator[Batch]:
+        """Iterate over the epoch from batch ``start``; the pixels equal those of an iteration from 0."""
+        if start < 0:
+            raise ValueError(f"iterate() needs start >= 0; got {start}.")
+        return self._iterate_epoch(start, self.epoch)
+
+    def _iterate_epoch(self, start: int, epoch: int) -> Iterator[Batch]:
+        for index, bits, ids in self._plan(start, epoch, self.labels.device):
+            yield self._inputs(index, bits), self.labels[index], ids
+
+    def _plan(
+        self, start: int, epoch: int, device: torch.device | str
+    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        """Yield the images of every batch from ``start`` on, their random bits (None: clean images), and their ids."""
+        n, view = self.size, epoch % self.views if self.views else epoch
+        order = self._order(n, epoch).to(device)
+        bits = self._random_bits(view).to(device) if self.augmented else None
+        for step in range(start, len(self)):
+            index = order[self._shard_slice(step, n)]
+            yield index, None if bits is None else bits[index], index + view * n if self.views else index
+
+    def gather(self, ids: Int[Tensor, " B"]) -> Batch:
+        """Return the batch of these ids, in their order; without ``views``, with the current epoch's augmentation.
+
+        Raises:
+            ValueError: for an id outside [0, rows).
+        """
+        ids = ids.to(self.labels.device)
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.rows:
+            raise ValueError(f"ids must be in [0, {self.rows}); got {int(ids.min())} to {int(ids.max())}.")
+        index = ids % self.size
+        bits: Tensor | None = None
+        if self.augmented:
+            view = ids // self.size if self.views else torch.full_like(ids, self.epoch)
+            bits = torch.empty_like(ids)
+            for v in view.unique().tolist():
+                bits = torch.where(view == v, self._random_bits(v).to(ids.device)[index], bits)
+        return self._inputs(index, bits), self.labels[index], ids
+
+    def _random_bits(self, view: int) -> Int[Tensor, " N"]:
+        return random_bits(self.size, self.seed, "augment", view)
+
+    def _inputs(self, index: Tensor, bits: Tensor | None) -> Float[Tensor, "B C H W"]:
+        raise NotImplementedError
+
+    def _normalized(self, pixels: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        return normalized(pixels, *self._scale, channels_last=self.channels_last)
+
+    # copies that share the images
+
+    def clean(self) -> Self:
+        """Return a loader of the same data in its stored order, without augmentation or dropped samples."""
+        return self._replace(shuffle=False, views=None, drop_last=False, **self.CLEAN)
+
+    def replay(self, views: int) -> Self:
+        """Return a loader of the same data with this many fixed augmentations.
+
+        Raises:
+            ValueError: for a number below 1.
+        """
+        if not isinstance(views, int) or views < 1:
+            raise ValueError(f"{type(self).__name__} needs views >= 1; got {views!r}.")
+        return self._replace(views=views)
+
+    def subset(self, n: int) -> Self:
+        """Return a loader of ``n`` images, stratified by class, in their stored order."""
+        if not 0 < n <= self.size:
+            raise ValueError(f"cannot take {n} of {self.size} images.")
+        if n == self.size:
+            return self
+        return self._select(stratified_order(self._labels(), np.arange(self.size))[:n])
+
+    def split(self, n_validation: int, seed: int = 0) -> tuple[Self, Self]:
+        """Return (the remaining images, a clean held-out split of ``n_validation`` images), stratified by class."""
+        check_held_out(n_validation, self.size, "images")
+        order = stratified_order(self._labels(), random_bits(self.size, seed, "split", n_validation).numpy())
+        return self._select(order[n_validation:]), self._select(order[:n_validation]).clean()
+
+    def _labels(self) -> np.ndarray:
+        return self.labels.cpu().numpy()
+
+    def _select(self, index: np.ndarray) -> Self:
+        raise NotImplementedError
+
+
+class Batches(ImageLoader):
     """Load batches of (inputs (B, C, H, W) float32 normalized, labels (B,), ids (B,)) from images in memory.
 
     The order and the augmentation of an epoch depend on (seed, epoch, sample) alone: no global random number is drawn,
@@ -235,6 +417,8 @@ class Batches(ShardedLoader):
         ValueError: for an invalid argument, stating what is accepted.
     """
 
+    CLEAN = {"crop": 0, "flip": False}
+
     def __init__(
         self,
         images: UInt8[Tensor, "N C H W"],
@@ -253,78 +437,32 @@ class Batches(ShardedLoader):
         class_names: Sequence[str] | None = None,
         name: str = "data",
     ) -> None:
-        self.images, self.labels = images, labels
-        self.batch_size, self.shuffle, self.drop_last = batch_size, shuffle, drop_last
-        self.channels_last = channels_last
-        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
-        self.crop, self.flip, self.seed, self.views = crop, flip, seed, views
-        self.class_names = None if class_names is None else tuple(class_names)
-        self.name = name
-        self.epoch, self.rank, self.world = 0, 0, 1
-        self._hash_cache: dict[str, str] = {}  # shared by all copies of the same data
-        self._validate()
-        self._set_scale()
-
-    def _validate(self) -> None:
-        images, labels = self.images, self.labels
+        super().__init__(
+            labels,
+            batch_size=batch_size,
+            mean=mean,
+            std=std,
+            shuffle=shuffle,
+            flip=flip,
+            seed=seed,
+            views=views,
+            drop_last=drop_last,
+            channels_last=channels_last,
+            class_names=class_names,
+            name=name,
+        )
+        self.images, self.crop = images, crop
         if images.ndim != 4 or images.dtype != torch.uint8 or not len(images):
             raise ValueError(
                 f"Batches needs images (N, C, H, W) in uint8, N > 0; got {tuple(images.shape)} {images.dtype}. From "
                 "floats in [0, 1]: (255 * x).round().to(torch.uint8); from (N, H, W, C): x.permute(0, 3, 1, 2)."
             )
-        if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
-            raise ValueError(
-                f"Batches needs labels (N,) = ({len(images)},) in int64; got {tuple(labels.shape)} {labels.dtype}. "
-                "Other integers: labels.long()."
-            )
-        if self.class_names is not None and int(labels.max()) >= len(self.class_names):
-            raise ValueError(f"label {int(labels.max())} has no name: there are {len(self.class_names)} class_names.")
-        if not len(self.mean) == len(self.std) == images.shape[1] or min(self.std) <= 0:
-            raise ValueError(
-                f"Batches needs a mean and a std > 0 for each of {images.shape[1]} channels, of pixels in [0, 1]; got "
-                f"mean {self.mean} and std {self.std}."
-            )
-        for name, low in (("batch_size", 1), ("crop", 0), ("views", 1)):
-            value = getattr(self, name)
-            if not (name == "views" and value is None) and (not isinstance(value, int) or value < low):
-                raise ValueError(f"Batches needs {name} >= {low}; got {value!r}.")
-
-    def _set_scale(self) -> None:
-        device = self.images.device
-        mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (self.mean, self.std))
-        self._scale = mean[:, None, None], std[:, None, None]
+        self._validate(len(images), images.shape[1], crop=0)
+        self._scale_on(images.device)
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.images.shape[1:]))
         return f"Batches({self.name}: {self.size} images {shape}, {self.classes} classes, batch_size={self.batch_size})"
-
-    # properties
-
-    @property
-    def size(self) -> int:
-        """Number of images in the data set."""
-        return len(self.images)
-
-    @property
-    def rows(self) -> int:
-        """Number of different ids: the number of images, times the number of views where there are views."""
-        return self.size * (self.views or 1)
-
-    @property
-    def classes(self) -> int:
-        """Number of classes: that of ``class_names``, else the largest label plus one."""
-        return int(self.labels.max()) + 1 if self.class_names is None else len(self.class_names)
-
-    @property
-    def augmented(self) -> bool:
-        """Whether the images are augmented."""
-        return self.crop > 0 or self.flip
-
-    @property
-    def augmentation(self) -> dict[str, Any]:
-        """Description of the augmentation, JSON-able; ``seed`` is None where nothing is random."""
-        seed = self.seed if self.augmented else None
-        return {"crop": self.crop, "flip": self.flip, "seed": seed, "views": self.views}
 
     @property
     def identity(self) -> str:
@@ -336,57 +474,9 @@ class Batches(ShardedLoader):
             self._hash_cache["identity"] = digest.hexdigest()
         return self._hash_cache["identity"]
 
-    # iteration
-
-    def __len__(self) -> int:
-        return self.size // self.batch_size if self.drop_last else self._num_batches(self.size)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Select the epoch of the next iteration."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.iterate(0)
-
-    def iterate(self, start: int = 0) -> Iterator[Batch]:
-        """Iterate over the epoch from batch ``start``; the pixels equal those of an iteration from 0."""
-        if start < 0:
-            raise ValueError(f"iterate() needs start >= 0; got {start}.")
-        return self._iterate_epoch(start, self.epoch)
-
-    def _iterate_epoch(self, start: int, epoch: int) -> Iterator[Batch]:
-        device, n = self.images.device, self.size
-        order, view = self._order(n, epoch).to(device), epoch % self.views if self.views else epoch
-        bits = self._random_bits(view).to(device) if self.augmented else None
-        for step in range(start, len(self)):
-            index = order[self._shard_slice(step, n)]
-            inputs = self._inputs(index, None if bits is None else bits[index])
-            yield inputs, self.labels[index], index + view * n if self.views else index
-
-    def gather(self, ids: Int[Tensor, " B"]) -> Batch:
-        """Return the batch of these ids, in their order; without ``views``, with the current epoch's augmentation.
-
-        Raises:
-            ValueError: for an id outside [0, rows).
-        """
-        ids = ids.to(self.images.device)
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.rows:
-            raise ValueError(f"ids must be in [0, {self.rows}); got {int(ids.min())} to {int(ids.max())}.")
-        index = ids % self.size
-        bits: Tensor | None = None
-        if self.augmented:
-            view = ids // self.size if self.views else torch.full_like(ids, self.epoch)
-            bits = torch.empty_like(ids)
-            for v in view.unique().tolist():
-                bits = torch.where(view == v, self._random_bits(v).to(ids.device)[index], bits)
-        return self._inputs(index, bits), self.labels[index], ids
-
     def augmentation_params(self, view: int) -> AugmentationParams:
         """Return the augmentation parameters of every image in this view (in this epoch, without ``views``)."""
         return self._params_from_bits(self._random_bits(view))
-
-    def _random_bits(self, view: int) -> Int[Tensor, " N"]:
-        return random_bits(self.size, self.seed, "augment", view)
 
     def _params_from_bits(self, bits: Tensor) -> AugmentationParams:
         span = 2 * self.crop + 1
@@ -398,50 +488,46 @@ class Batches(ShardedLoader):
         pixels = self.images.index_select(0, index)
         if bits is not None:
             pixels = augmented(pixels, self._params_from_bits(bits), self.crop)
-        mean, std = self._scale
-        # torchvision's operations in torchvision's order, so that the floats are equal to the bit
-        inputs = pixels.float().div_(255).sub_(mean).div_(std)
-        # last: changing the memory format of uint8 is slower than of float32
-        return inputs.contiguous(memory_format=torch.channels_last) if self.channels_last else inputs
-
-    # copies that share the images
-
-    def clean(self) -> Batches:
-        """Return a loader of the same data in its stored order, without augmentation or dropped samples."""
-        return self._replace(shuffle=False, crop=0, flip=False, views=None, drop_last=False)
-
-    def replay(self, views: int) -> Batches:
-        """Return a loader of the same data with this many fixed augmentations."""
-        result = self._replace(views=views)
-        result._validate()
-        return result
+        return self._normalized(pixels)
 
     def to(self, device: torch.device | str) -> Batches:
         """Return a loader of the same data on ``device``; augmentation runs there too."""
         result = self._replace(images=self.images.to(device), labels=self.labels.to(device))
-        result._set_scale()
+        result._scale_on(device)
         return result
 
-    def subset(self, n: int) -> Batches:
-        """Return a loader of ``n`` images, stratified by class, in their stored order."""
-        if not 0 < n <= self.size:
-            raise ValueError(f"cannot take {n} of {self.size} images.")
-        if n == self.size:
-            return self
-        return self._select(stratified_order(self._labels(), np.arange(self.size))[:n])
-
-    def split(self, n_validation: int, seed: int = 0) -> tuple[Batches, Batches]:
-        """Return (the remaining images, a clean held-out split of ``n_validation`` images), stratified by class."""
-        check_held_out(n_validation, self.size, "images")
-        order = stratified_order(self._labels(), random_bits(self.size, seed, "split", n_validation).numpy())
-        return self._select(order[n_validation:]), self._select(order[:n_validation]).clean()
-
-    def _labels(self) -> np.ndarray:
-        return self.labels.cpu().numpy()
-
-    def _select(self, index: np.ndarray) -> Batches:
+    def _select(self, index: np.ndarray) -> Self:
         kept = torch.from_numpy(np.sort(index)).to(self.images.device)
         return self._replace(images=self.images.index_select(0, kept), labels=self.labels[kept], _hash_cache={})
+
+
+def statistics_on(device: torch.device | str, *statistics: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Return mean and std as float32 tensors (C, 1, 1) on a device."""
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=device)[:, None, None] for v in statistics)
+    return mean, std
+
+
+def normalized(
+    pixels: UInt8[Tensor, "B C H W"], mean: Tensor, std: Tensor, *, channels_last: bool
+) -> Float[Tensor, "B C H W"]:
+    """Return (pixels / 255 - mean) / std in the memory format that is asked for."""
+    inputs = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
+    # on a CPU in parts that stay in its cache
+    part = max(1, CACHED // pixels[0].numel()) if pixels.device.type == "cpu" and len(pixels) else max(1, len(pixels))
+    for out, of in zip(inputs.split(part), pixels.split(part), strict=True):
+        # torchvision's operations in torchvision's order, so that the floats are equal to the bit
+        out.copy_(of).div_(255).sub_(mean).div_(std)
+    # last: changing the memory format of uint8 is slower than of float32
+    return inputs.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def check_statistics(owner: str, mean: Sequence[float], std: Sequence[float], channels: int) -> None:
+    """Raise a ValueError unless there are a mean and a std > 0 for each channel."""
+    if not len(mean) == len(std) == channels or min(std) <= 0:
+        raise ValueError(
+            f"{owner} needs a mean and a std > 0 for each of {channels} channels, of pixels in [0, 1]; got "
+            f"mean {mean} and std {std}."
+        )
 
 
 class Splits(NamedTuple, Generic[LoaderT]):

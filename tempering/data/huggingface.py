@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tempering.data.batches import Batches, Splits
-from tempering.data.folders import SPLITS, ImageOptions, assembled, pixels
+from tempering.data.folders import SPLITS, ImageOptions, assembled, memory_for, pixels
 
 
 def hugging_face(
@@ -23,6 +22,8 @@ def hugging_face(
     **options: Unpack[ImageOptions],
 ) -> Splits[Batches]:
     """Load images (3, size, size) and labels of a Dataset or DatasetDict, resized and cropped as ``image_folder`` does.
+
+    All images are kept in memory; for more, and for streamed data sets, use ``lazy_hugging_face``.
 
     Args:
         source: a ``datasets`` object, or the folder of one (``save_to_disk``). For a name on the hub, pass
@@ -36,6 +37,27 @@ def hugging_face(
         ImportError: for a folder without ``datasets`` installed.
         ValueError: for columns or splits that do not exist.
     """
+    found = open_splits(source, image, label)
+    tensors = {split: _read(part, found.image, found.label, size) for split, part in found.splits.items()}
+    return assembled(tensors, found.class_names, found.name, **options)
+
+
+class Found(NamedTuple):
+    """A data set of Hugging Face: its splits by their names here, its columns, the names of its classes, its name."""
+
+    splits: dict[str, Any]
+    image: str
+    label: str
+    class_names: Sequence[str] | None
+    name: str
+
+
+def open_splits(source: Any, image: str | None, label: str | None) -> Found:
+    """Find splits and columns of a ``datasets`` object, or of the folder of one.
+
+    Raises:
+        ImportError, ValueError: as ``hugging_face`` does.
+    """
     name = "data"
     if isinstance(source, (str, Path)):
         name, source = Path(source).name, _load(Path(source))
@@ -43,12 +65,10 @@ def hugging_face(
     splits = {split: parts[n] for split, names in SPLITS.items() for n in names if n in parts}
     if "train" not in splits:
         raise ValueError(f"the data set has the splits {', '.join(parts)}; one must be called train.")
-    features = splits["train"].features
+    features = splits["train"].features or {}
     image = _column(features, image, "Image", "image")
     label = _column(features, label, "ClassLabel", "label")
-    names = getattr(features[label], "names", None)
-    tensors = {split: _read(part, image, label, size) for split, part in splits.items()}
-    return assembled(tensors, names, name, **options)
+    return Found(splits, image, label, getattr(features[label], "names", None), name)
 
 
 def _load(folder: Path) -> Any:
@@ -72,7 +92,7 @@ def _column(features: Mapping[str, Any], name: str | None, kind: str, argument: 
 
 
 def _read(part: Any, image: str, label: str, size: int) -> tuple[Tensor, Tensor]:
-    images = np.empty((len(part), 3, size, size), np.uint8)
+    images = memory_for(len(part), size)
     for index, row in enumerate(part):
         images[index] = pixels(row[image], size)
     return torch.from_numpy(images), torch.tensor([int(y) for y in part[label]])

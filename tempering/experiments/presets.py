@@ -28,7 +28,13 @@ PRESETS = {
         ("supervised", "student alone", "supervised"),
         ("kd", "KD", "kd"),
         ("kd-matched", MATCHED, "kd(soft=4, hard=1, warmup=20/240)"),
+        ("kd-imagenet", "KD, ImageNet weights", "kd(soft=0.5, hard=0.5, temperature=static(1))"),
         ("dkd", "DKD", "dkd"),
+        (
+            "dkd-imagenet",
+            "DKD, ImageNet weights",
+            "dkd(target=1, non_target=0.5, warmup=1/100, temperature=static(1))",
+        ),
         ("dtkd", "DTKD exact", "dtkd"),
         ("dtkd-exact", "DTKD exact", "dtkd"),
         ("dtkd-published", "DTKD published", "dtkd(temperature=sharpness(4, solve=published, differentiable=True))"),

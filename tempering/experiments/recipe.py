@@ -31,6 +31,11 @@ EXAMPLE = (
 )
 
 
+def bundled_recipes() -> list[Path]:
+    """Return the paths of the recipes that come with the package."""
+    return sorted(p for p in BUNDLED.glob("*.py") if p.stem != "__init__" and p != TEMPLATE)
+
+
 def find(name: str) -> Path:
     """Return the path of a recipe.
 
@@ -44,7 +49,7 @@ def find(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    bundled = sorted(p for p in BUNDLED.glob("*.py") if p.stem != "__init__" and p != TEMPLATE)
+    bundled = bundled_recipes()
     shipped = path.parts[-3:-1] == ("tempering", "recipes") or path.parts[:-1] == ("recipes",)
     for file in bundled:
         if name in (file.stem, file.name) or (shipped and path.name == file.name):

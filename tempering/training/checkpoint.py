@@ -160,7 +160,7 @@ def collect(
         student, method, optimizer: their full state is included.
         key: identity of the run, JSON.
         progress: fields of TrainState.
-        ranks: (random state, sum of losses of the epoch) of each rank.
+        ranks: (random state, sum of losses of the epoch, state of the loader or None) of each rank.
         precision: state of Fabric's precision plugin, such as a loss scale.
         others: modules that follow the student's weights, by name.
         buffers: of the student that its state dict leaves out and that have changed.
@@ -249,6 +249,15 @@ def _extract_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"a checkpoint holds tensors and plain values; got {type(value).__name__} at {path or '/'}")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a checkpoint can hold a value: nested tensors and plain values."""
+    try:
+        json.dumps(_extract_tensors(value, "", {}))
+    except TypeError:
+        return False
+    return True
 
 
 def _insert_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:

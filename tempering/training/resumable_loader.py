@@ -25,7 +25,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from tempering.training.checkpoint import random_state, set_random_state
+from tempering.training.checkpoint import is_plain, random_state, set_random_state
 from tempering.training.distributed import all_gather_objects
 from tempering.utils.tensors import batch_digests, tensor_bytes, to_device
 
@@ -66,15 +66,29 @@ class MovableLoader(Protocol):
         ...
 
 
+class StatefulLoader(Protocol):
+    """A loader that can continue where it was, such as torchdata's StatefulDataLoader."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the present iteration is."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Let the next iteration continue there."""
+        ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
 class ResumableLoader:
     """The training batches of this rank, by epoch, starting at any batch.
 
     Uses the methods of the protocols in ``tempering.data.protocols`` that the loader has: ``iterate(start)``,
     ``set_epoch(epoch)`` and ``shard(rank, world)``. With several processes, a DataLoader's samples are split over them,
     each in one process. Generators of the loader, its samplers, data set and transforms are seeded by epoch: those of
-    torch with their initial seed plus the epoch. ``restore`` gives them back as they were. Any other iterable is
-    iterated from the beginning, and batches before the start are dropped. After resuming, only augmentation in
-    persistent workers differs: their random state is not restored.
+    torch with their initial seed plus the epoch. ``restore`` gives them back as they were. A stateful loader continues
+    from its state (``state``). Any other iterable is iterated from the beginning, and batches before the start are
+    dropped. After resuming, only augmentation in persistent workers differs: their random state is not restored.
 
     Raises:
         ValueError: for an iterator, or with several processes for a loader that cannot be sharded, or not evenly.
@@ -113,21 +127,36 @@ class ResumableLoader:
                 f"{type(self.batches).__name__} has no length, so an epoch has none. Give steps= instead of epochs=."
             ) from None
 
-    def epoch(self, number: int, start: int) -> Iterator[Any]:
-        """Iterate over the batches of an epoch, beginning with batch ``start``."""
-        batches, change = self._from(number, start), self.change
+    def epoch(self, number: int, start: int, state: Mapping[str, Any] | None = None) -> Iterator[Any]:
+        """Iterate over the batches of an epoch, beginning with batch ``start``, where ``state`` is the loader's."""
+        batches, change = self._from(number, start, state), self.change
         if change is None:
             return batches
         return (change(batch, number, i) for i, batch in enumerate(batches, start))
 
-    def _from(self, number: int, start: int) -> Iterator[Any]:
+    def _from(self, number: int, start: int, state: Mapping[str, Any] | None) -> Iterator[Any]:
         self.set_epoch(number)
         if _is_seekable(self.batches):
             return iter(self.batches.iterate(start))
+        if start and state is not None and _is_stateful(self.batches):
+            self.batches.load_state_dict(dict(state))
+            return iter(self.batches)
         iterator = iter(self.batches)
         for _ in range(start):
             next(iterator, None)
         return iterator
+
+    def state(self) -> dict[str, Any] | None:
+        """Return the state of a stateful loader after the batches that were taken; None of others.
+
+        torchdata's StatefulDataLoader is one if its data set has a state, which workers then continue from. With any
+        other data set it would continue without the random state of its workers, and with a shuffled one of Hugging
+        Face without the samples in its buffer, so batches are dropped instead.
+        """
+        if _is_seekable(self.batches) or not _is_stateful(self.batches):
+            return None
+        state = self.batches.state_dict()
+        return state if is_plain(state) else None
 
     def set_epoch(self, number: int, *, torch_only: bool = False) -> None:
         """Select the epoch of every part, and seed the generators, or only those of torch, by it."""
@@ -422,6 +451,13 @@ def _is_shardable(batches: Iterable[Any]) -> TypeGuard[ShardableLoader[Any]]:
 
 def _is_seekable(batches: Iterable[Any]) -> TypeGuard[SeekableLoader[Any]]:
     return hasattr(batches, "iterate")
+
+
+def _is_stateful(batches: Any) -> TypeGuard[StatefulLoader]:
+    parts = (batches, getattr(batches, "dataset", None))
+    if type(parts[1]).__module__.startswith("datasets."):  # the state of a shuffled one leaves out its buffer
+        return False
+    return all(hasattr(part, name) for part in parts for name in ("state_dict", "load_state_dict"))
 
 
 def _is_movable(batches: Iterable[Any]) -> TypeGuard[MovableLoader]:

@@ -105,6 +105,7 @@ class RunDirectory:
         how: "new", "resumed", "extended" (a finished run, to more steps) or "finished" (nothing is left to train).
         extended: (steps before, steps now) of an extended run; None of another.
         positions: size and hash of the records at the checkpoint that was loaded; None if they are not known.
+        loader_state: of the training loader at that checkpoint; None of a loader without one.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class RunDirectory:
         self.how: How = "new"
         self.extended: tuple[int, int] | None = None
         self.positions: dict[str, Any] | None = None
+        self.loader_state: Any = None
         # most buffers outside of the state dict are constants, such as masks; those that change are saved
         self.constants = {} if folder is None else batch_digests(checkpoint.unsaved_buffers(self.student))
 
@@ -178,7 +180,8 @@ class RunDirectory:
             module.load_state_dict(state[name])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.positions = checkpoint.load_records(path)
-        random_state, loss_sum = state["ranks"][self.fabric.global_rank]
+        random_state, loss_sum, *loader = state["ranks"][self.fabric.global_rank]
+        self.loader_state = next(iter(loader), None)
         at = replace(at, loss_sum=loss_sum)
         self.how = "resumed"
         if extend and is_finished and self.key["total_steps"] > saved_key["total_steps"]:
@@ -245,8 +248,13 @@ class RunDirectory:
         epochs = read_json_lines(self.folder / "epochs.jsonl", "epoch")
         return Run(self.student, self.folder, facts, epochs, "finished")
 
-    def save(self, state: TrainState, *, keep: int, records: Mapping[str, Any] | None = None) -> None:
-        """Write a checkpoint of the run, and remove all but the newest ``keep``; for ``records`` see ``checkpoint``."""
+    def save(
+        self, state: TrainState, *, keep: int, records: Mapping[str, Any] | None = None, loader: Any = None
+    ) -> None:
+        """Write a checkpoint of the run, and remove all but the newest ``keep``; for ``records`` see ``checkpoint``.
+
+        ``loader`` is the state of a stateful training loader.
+        """
         if self.folder is None:
             return
         content = checkpoint.collect(
@@ -255,7 +263,7 @@ class RunDirectory:
             self.optimizer,
             key=json.dumps(self.key),
             progress=asdict(state),
-            ranks=all_gather_objects([checkpoint.random_state(), state.loss_sum], self.fabric),
+            ranks=all_gather_objects([checkpoint.random_state(), state.loss_sum, loader], self.fabric),
             precision=self.fabric.strategy.precision.state_dict(),
             others=self.others,
             buffers=self._changed_buffers(),

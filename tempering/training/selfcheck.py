@@ -459,7 +459,9 @@ def independent_workers(batches: Any) -> int:
 
 
 def last_batch_size(batches: Any) -> int | None:
-    """Return the number of samples in the last batch of an epoch; None if the loader does not tell."""
+    """Return the number of samples in the last batch of an epoch; None if that is full, or the loader does not tell."""
+    if getattr(batches, "drop_last", False):
+        return None
     size, batch_size = getattr(batches, "size", None), getattr(batches, "batch_size", None)
     if isinstance(batches, DataLoader):
         loader, inner = cast("Any", batches), cast("Any", batches).batch_sampler

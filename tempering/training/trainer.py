@@ -386,7 +386,8 @@ class Trainer:
         config, state = self.config, self.state
         self.length.begin_epoch(state.epoch)
         reseed(config.seed, state.epoch, self.fabric.global_rank)
-        batches = self.loader.epoch(state.epoch, state.batch)
+        batches = self.loader.epoch(state.epoch, state.batch, self.run_dir.loader_state)
+        self.run_dir.loader_state = None
         if self.resumed_random_state is not None and state.batch:
             # after epoch(), in which the seed above gives a DataLoader the order that it had before the interruption
             set_random_state(self.resumed_random_state)
@@ -439,7 +440,8 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint, and the size and hash of the records at this step."""
-        self.run_dir.save(self.state, keep=self.config.keep, records=self.recorder.positions)
+        loader = self.loader.state() if self.folder is not None and self.state.batch else None
+        self.run_dir.save(self.state, keep=self.config.keep, records=self.recorder.positions, loader=loader)
         self.recorder.save_positions()
 
     def _step(self, batches: list[Any]) -> Tensor:
