@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MATCH_COSTS = {"classes": 2.0, "l1": 5.0, "giou": 2.0}  # of Deformable DETR, arXiv:2010.04159, and its successors
-
 from tempering.utils.tensors import numbers_on
+
+MATCH_COSTS = {"classes": 2.0, "l1": 5.0, "giou": 2.0}  # of Deformable DETR, arXiv:2010.04159, and its successors
 
 
 def areas(boxes: Tensor) -> Tensor:

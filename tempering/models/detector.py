@@ -64,12 +64,16 @@ class Detector(nn.Module, ABC):
     Attributes:
         classes: number of classes, without the background.
         shared: names of the modules, neck and head, that ``inherit`` copies from a teacher.
+        family: which method ``distill_detector`` chooses: "anchor-free", "anchor-based", "two-stage" or "queries".
+        image_size: height and width of the images, of a detector that is built for one size; None: any.
         needs: names of what a target needs beside boxes and labels: "masks" (M, H, W) or "keypoints" (M, K, 3).
     """
 
     classes: int
     shared: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    family: str | None = None
+    image_size: int | None = None
 
     def forward(self, inputs: Mapping[str, Any]) -> Any:
         images, targets = inputs["images"], inputs.get("targets")

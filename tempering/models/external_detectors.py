@@ -129,8 +129,11 @@ class TorchvisionDetector(ExternalDetector):
                 "models.external_detectors.wrap(model) chooses the class for a model."
             )
         self.is_ssd = "SSD" in kinds
+        self.family = "anchor-free" if "FCOS" in kinds else "anchor-based"
         head: Any = model.head.classification_head  # pyright: ignore
         super().__init__(model, head.num_columns - 1 if self.is_ssd else head.num_classes)
+        fixed: Any = getattr(getattr(model, "transform", None), "fixed_size", None)
+        self.image_size = None if fixed is None else int(fixed[0])
 
     def levels_of(self, images: Tensor) -> list[Tensor]:
         maps: Any = self.model.backbone(self.normalized(images))  # pyright: ignore
@@ -256,6 +259,7 @@ class TransformersDetector(ExternalDetector):
         TypeError: for another model.
     """
 
+    family = "queries"
     shared = (
         "model.model.encoder_input_proj",
         "model.model.encoder",

@@ -38,6 +38,7 @@ class TwoStageDetector(ExternalDetector):
         TypeError: for another model.
     """
 
+    family = "two-stage"
     shared = ("model.backbone.fpn", "model.rpn", "model.roi_heads")
 
     def __init__(self, model: nn.Module) -> None:

@@ -214,7 +214,8 @@ def collect_detections(
             if s.found is not None:  # logits are those of proposals
                 out["classes"] = student.classes
             for name, output in (("student", s), ("teacher", t)):
-                out[name] += [] if output is None else to_device(detections(output, size), "cpu")
+                found = [] if output is None else detections(output, size)
+                out[name] += [to_device({n: one[n] for n in ("boxes", "scores", "labels")}, "cpu") for one in found]
             out["truth"] += to_device(list(batch["targets"]), "cpu")
             if pictures:
                 keep_pictures(out, batch["images"], pictures)
