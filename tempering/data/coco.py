@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -249,7 +250,7 @@ def _keypoints(
                 f"{path}: the annotation {annotation.get('id')} needs keypoints [x, y, visible, ...], as many as the "
                 f"others; got {one!r}. Without keypoints, leave out parts=."
             )
-    found = torch.tensor(points, dtype=torch.float32).view(len(points), -1, 3)
+    found = torch.tensor(points, dtype=torch.float32).view(len(points), len(points[0]) // 3 if points else 0, 3)
     x, y, dx, dy = transform
     moved = found * found.new_tensor([x, y, 1.0]) + found.new_tensor([dx, dy, 0.0])
     return torch.where(found[..., 2:] > 0, moved, found)
@@ -277,7 +278,7 @@ def _mask(
     outline = annotation.get("segmentation")
     if isinstance(outline, list) and outline and all(isinstance(p, list) and len(p) >= 6 for p in outline):
         moved = [[v * (x, y)[i % 2] + (dx, dy)[i % 2] for i, v in enumerate(polygon)] for polygon in outline]
-        return coder.decode(coder.merge(coder.frPyObjects(moved, size, size))).astype(bool)  # pyright: ignore
+        return _decoded(coder, coder.merge(coder.frPyObjects(moved, size, size)))
     if not isinstance(outline, Mapping):
         raise ValueError(
             f"{path}: the annotation {annotation.get('id')} needs a segmentation, polygons [[x, y, ...], ...] or run "
@@ -287,12 +288,18 @@ def _mask(
 
     height, width = int(entry["height"]), int(entry["width"])
     lengths = coder.frPyObjects(outline, height, width) if isinstance(outline["counts"], list) else outline  # pyright: ignore
-    whole = Image.fromarray(coder.decode(lengths) * 255)  # pyright: ignore[reportArgumentType]
+    whole = Image.fromarray(_decoded(coder, lengths))
     fitted, corner = np.zeros((size, size), bool), (round(dx), round(dy))
     resized = np.asarray(whole.resize((round(width * x), round(height * y)), Image.Resampling.NEAREST)) > 0
     part = fitted[corner[1] : corner[1] + resized.shape[0], corner[0] : corner[0] + resized.shape[1]]
     part |= resized[: part.shape[0], : part.shape[1]]
     return fitted
+
+
+def _decoded(coder: Any, lengths: Any) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # pycocotools' array has an interface of numpy 1
+        return coder.decode(lengths).astype(bool)
 
 
 def _target(

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tempering.methods.base import zero_term
-from tempering.methods.detection.base import BLOCKS_WITHOUT_MAPS, over_levels
+from tempering.methods.detection.base import BLOCKS_WITHOUT_MAPS
 from tempering.methods.features.base import FeatureMethod, samples_kept
 from tempering.models.boxes import cornered, giou, match_costs, match_one_to_one
 from tempering.objectives import divergence
@@ -106,18 +106,16 @@ class QueryKD(FeatureMethod):
         return pairs
 
     def compare(self, pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> dict[str, Tensor]:
-        (s_logits, t_logits), (s_boxes, t_boxes) = pairs
-        count = 1 if self.layers == "last" else min(s_logits.shape[1], t_logits.shape[1])
-        found = [
-            self._layer(self.chosen(rows)[0], (s_logits[:, i], s_boxes[:, i]), (t_logits[:, i], t_boxes[:, i]))
-            for i in range(-count, 0)
-        ]
-        return {name: over_levels([terms[name] for terms in found]) for name in self.weighs}
+        count = 1 if self.layers == "last" else min(x.shape[1] for x in pairs[0])
+        last = [[x[:, -count:].flatten(0, 1) for x in pair] for pair in pairs]  # a layer of an image is one of N * L
+        (s_logits, t_logits), (s_boxes, t_boxes) = last
+        values = self._of_layers(self.chosen(rows)[0], (s_logits, s_boxes), (t_logits, t_boxes))
+        return {name: value.view(-1, count).sum(1) for name, value in values.items()}
 
-    def _layer(
+    def _of_layers(
         self, head: str, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]
     ) -> dict[str, Float[Tensor, " N"]]:
-        """Return the unweighted terms of one decoder layer, (N,), of logits (N, Q, C) and boxes (N, Q, 4) each."""
+        """Return the unweighted terms of decoder layers, (N,), of logits (N, Q, C) and boxes (N, Q, 4) each."""
         score = _foreground(teacher[0], head).amax(-1)
         weight, best = score.topk(min(self.keep, score.shape[1], student[0].shape[1]))
         t_logits, t_boxes = (_take(x, best) for x in teacher)
