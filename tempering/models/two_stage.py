@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tempering.models.detector import Detected, Target
-from tempering.models.external_detectors import ExternalDetector, image_list, proper
+from tempering.models.external_base import ExternalDetector, image_list, proper
 
 NAMES = {
     "loss_objectness": "class_proposals",
