@@ -119,6 +119,8 @@ def test_a_model_of_no_family_is_told_what_to_write() -> None:
         distill_detector(nn.Linear(1, 1), net(), shapes())
     with pytest.raises(TypeError, match=r"the student Own is of no family .* Write method= .*kd\.distill\(student"):
         distill_detector(Own(), net(), shapes())
+    with pytest.raises(ValueError, match="FGD needs a teacher, and teacher is None"):
+        distill_detector(net(), None, shapes())  # pyright: ignore
     run = distill_detector(Own(), net(seed=2), shapes().train, method=FGD(), **HOW)
     assert run.facts["family"] is None
     assert isinstance(distill_detector(net(), None, [*shapes().train], method=Supervised(), **HOW), Run)  # pyright: ignore

@@ -129,8 +129,8 @@ def distill_detector(
         "optimizer": partial(torch.optim.AdamW, lr=lr, weight_decay=1e-4),
         "schedule": "cosine",
         "warmup": 0.05,
-        "facts": {"family": getattr(student, "family", None)},
     }
+    facts = {"family": getattr(student, "family", None), **(overrides.pop("facts", None) or {})}
     return distill(
         student,
         source,
@@ -141,6 +141,7 @@ def distill_detector(
         steps=steps,
         seed=seed,
         out=out,
+        facts=facts,
         **defaults | overrides,
     )
 
@@ -174,14 +175,14 @@ def _family_of(student: Any, teacher: Any) -> Family:
     models = [getattr(model, "model", model) if isinstance(model, Teacher) else model for model in (student, teacher)]
     kinds = [getattr(model, "family", None) for model in models]
     for side, kind, model in zip(("student", "teacher"), kinds, models, strict=True):
-        if kind not in FAMILIES:
+        if kind not in FAMILIES and model is not None:
             known = "; ".join(family.models for family in FAMILIES.values())
             raise TypeError(
                 f"the {side} {type(model).__name__} is of no family with a default method: {known}. Set family= of the "
                 f"class to one of {', '.join(FAMILIES)}, or choose yourself. {WRITE}"
             )
     first, second = kinds
-    if first != second and not {first, second} <= ONE_STAGE:
+    if second is not None and first != second and not {first, second} <= ONE_STAGE:
         raise ValueError(
             f"the student is {first} ({FAMILIES[str(first)].models}) and the teacher {second} "
             f"({FAMILIES[str(second)].models}): their outputs do not correspond. Use a teacher of the student's "
