@@ -95,6 +95,8 @@ def tiny(kind: str) -> Any:
         stages = ["stage2", "stage3", "stage4"] if kind == "deformable_detr" else ["stage4"]
         backbone = transformers.ResNetConfig(**sizes, out_features=stages)
         own = {"use_timm_backbone": False, "backbone": None, "encoder_layers": 1, "auxiliary_loss": True}
+        if kind == "deformable_detr":
+            heads["d_model"] = 64  # its 32 groups of channels normalize maps of one position
         name = {"detr": "Detr", "conditional_detr": "ConditionalDetr", "deformable_detr": "DeformableDetr"}[kind]
         config = getattr(transformers, f"{name}Config")(backbone_config=backbone, **own, **heads)
         return getattr(transformers, f"{name}ForObjectDetection")(config)

@@ -90,7 +90,7 @@ def coco(
     if unknown := set(parts) - {"masks", "keypoints"}:
         raise ValueError(f"coco() knows the parts 'masks' and 'keypoints'; got {', '.join(sorted(unknown))}.")
     settings |= {"parts": tuple(parts), "mirrored": _mirrored(files["train"]) if "keypoints" in parts else None}
-    loaders = {split: _load(file, list(names), size, fit, settings) for split, file in files.items()}
+    loaders = {split: _load(file, list(names), size, fit, dict(settings)) for split, file in files.items()}
     splits = train_val_split(loaders.pop("train"), loaders, validation=validation, test=test)
     train = splits.train if subset is None else splits.train.subset(subset)
     train.shuffle, train.flip, train.augment = True, flip, tuple(augment)
@@ -221,7 +221,7 @@ def _load(file: _Split, ids: list[int], size: int, fit: Fit, settings: dict[str,
         )
     ]
     readers = {"masks": _masks, "keypoints": _keypoints}
-    parts = {
+    settings["parts"] = {
         name: [
             readers[name](annotations, transform, entry, size, file.path)
             for annotations, transform, entry in zip(of_image, transforms.tolist(), entries, strict=True)
@@ -235,7 +235,7 @@ def _load(file: _Split, ids: list[int], size: int, fit: Fit, settings: dict[str,
         scales=transforms[:, :2].prod(1).sqrt(),
         dropped={reason: count for reason, count in dropped.items() if count},
         scored=[target["scored"] for target in targets],
-        **settings | {"parts": parts},
+        **settings,
     )
 
 
@@ -250,7 +250,7 @@ def _keypoints(
                 f"{path}: the annotation {annotation.get('id')} needs keypoints [x, y, visible, ...], as many as the "
                 f"others; got {one!r}. Without keypoints, leave out parts=."
             )
-    found = torch.tensor(points, dtype=torch.float32).view(len(points), len(points[0]) // 3 if points else 0, 3)
+    found = torch.tensor(points, dtype=torch.float32).view(len(points), len(points[0] or ()) // 3 if points else 0, 3)
     x, y, dx, dy = transform
     moved = found * found.new_tensor([x, y, 1.0]) + found.new_tensor([dx, dy, 0.0])
     return torch.where(found[..., 2:] > 0, moved, found)

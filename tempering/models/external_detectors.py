@@ -176,7 +176,7 @@ def torchvision() -> Any:
     import torchvision as library  # pyright: ignore[reportMissingImports]
     from torchvision import extension  # pyright: ignore[reportMissingImports]
 
-    roi_align = sys.modules["torchvision.ops.roi_align"]
+    roi_align: Any = sys.modules["torchvision.ops.roi_align"]
     operators.impl("nms", _nms, "CompositeImplicitAutograd")
     operators.impl("roi_align", roi_align._roi_align.__wrapped__, "CompositeImplicitAutograd")
     extension._has_ops = roi_align._has_ops = lambda: True

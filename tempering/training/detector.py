@@ -130,7 +130,8 @@ def distill_detector(
         "schedule": "cosine",
         "warmup": 0.05,
     }
-    facts = {"family": getattr(student, "family", None), **(overrides.pop("facts", None) or {})}
+    facts: dict[str, Any] = {"family": getattr(student, "family", None)}
+    facts |= overrides.pop("facts", None) or {}
     return distill(
         student,
         source,
