@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tempering.rows import total as total
     from tempering.training.config import Run as Run
     from tempering.training.config import TrainConfig as TrainConfig
+    from tempering.training.detector import distill_detector as distill_detector
     from tempering.training.distill import distill as distill
     from tempering.training.experiment import Experiment as Experiment
     from tempering.training.experiment import TeacherRecipe as TeacherRecipe
@@ -38,6 +39,7 @@ _EXPORTS = {
     "Rows": "tempering.rows",
     "total": "tempering.rows",
     "distill": "tempering.training.distill",
+    "distill_detector": "tempering.training.detector",
     "Run": "tempering.training.config",
     "TrainConfig": "tempering.training.config",
     "Experiment": "tempering.training.experiment",

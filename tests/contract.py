@@ -103,7 +103,7 @@ def on_each(argument: str, cases: list[tuple[str, Any]], ready: Callable[[Any], 
 
 
 def block(n: int = 6, classes: int = 7, **options: Any) -> Rows:
-    """Random rows that also carry ids, a feature map, (n, 4, 3, 3) on both sides, and boxes and scores beside it."""
+    """Random rows that also carry ids, a feature map, (n, 4, 3, 3) on both sides, and boxes, scores and queries beside it."""
     made = _block(n, classes, **options)
     fields = {
         name: x.clone()
@@ -124,6 +124,13 @@ def _block(n: int, classes: int, **options: Any) -> Rows:
     boxes[1::3] = -1.0  # an image without any
     scores = torch.rand(n, 9, generator=generator).to(rows.student.dtype)
     beside = {name: (x, x.clone()) for name, x in (("boxes", boxes), ("scores", scores))}
+    # six queries of two decoder layers on one side, five on the other
+    logits = [torch.randn(n, 2, q, 3, generator=generator, dtype=torch.float64).to(rows.student.dtype) for q in (6, 5)]
+    centers = [
+        (0.1 + 0.8 * torch.rand(n, 2, q, 4, generator=generator, dtype=torch.float64)).to(rows.student.dtype)
+        for q in (6, 5)
+    ]
+    beside |= {"query_sigmoid": (logits[0], logits[1]), "query_boxes": (centers[0], centers[1])}
     return rows.replace(features={"map": (s, t)} | beside, ids=torch.arange(n))
 
 

@@ -396,3 +396,99 @@ def test_shapes_are_drawn_where_they_say() -> None:
     assert found > 0.9 * sum(counts)
     with pytest.raises(ValueError, match="size >= 16"):
         synthetic_shapes(size=8)
+
+
+# masks and keypoints
+
+
+def outlined(root: Path) -> Path:
+    """The wide image with a box drawn as a polygon and one as run lengths, both with three keypoints, and one crowd."""
+    coder = pytest.importorskip("pycocotools.mask")
+    whole = np.zeros((20, 40), np.uint8, order="F")
+    whole[0:10, 0:20] = 1
+    lengths = coder.encode(whole)
+    lengths["counts"] = lengths["counts"].decode()
+    polygon = [[20, 0, 40, 0, 40, 10, 20, 10]]
+    points = [30, 5, 2, 20, 5, 1, 0, 0, 0]
+    boxes = [
+        box(10, 20, 0, 20, 10, segmentation=polygon, keypoints=points),
+        box(10, 0, 0, 20, 10, segmentation=lengths, keypoints=points),
+        box(10, 0, 0, 9, 9, iscrowd=1, segmentation=lengths),
+    ]
+    names = ["nose", "left_eye", "right_eye"]
+    return folder(root, boxes, categories=[{"id": 3, "name": "a", "keypoints": names}])
+
+
+def test_masks_and_keypoints_follow_their_image(tmp_path: Path) -> None:
+    train, _, test = coco(outlined(tmp_path), size=64, parts=["masks", "keypoints"], batch_size=3)
+    target = next(iter(test))["targets"][0]
+    assert target["masks"].shape == (2, 64, 64) and target["masks"].dtype == torch.bool
+    for mask, (x0, y0, x1, y1) in zip(target["masks"], target["boxes"].int().tolist(), strict=True):
+        inside = torch.zeros(64, 64, dtype=torch.bool)
+        inside[y0:y1, x0:x1] = True
+        assert torch.equal(mask, inside)
+    assert target["keypoints"][0].tolist() == [[48, 24, 2], [32, 24, 1], [0, 0, 0]]
+    assert [t["masks"].shape[0] for t in next(iter(test))["targets"]] == [2, 0, 0]
+    flipped = train._flipped(target)
+    assert torch.equal(flipped["masks"], target["masks"].flip(-1))
+    assert flipped["keypoints"][0].tolist() == [[16, 24, 2], [0, 0, 0], [32, 24, 1]], "left is right, unlabeled stays"
+    assert train.subset(2).parts["masks"][0].shape[1:] == (64, 64) and train.identity != test.subset(2).identity
+
+
+def test_boxes_that_are_dropped_take_their_parts_with_them() -> None:
+    boxes = [torch.tensor([[40.0, 0, 50, 9], [2, 2, 9, 9]])]
+    masks = torch.stack([torch.zeros(32, 32), torch.ones(32, 32)]).bool()
+    points = torch.tensor([[[1.0, 1, 1]], [[5, 5, 1]]])
+    given: dict[str, Any] = {"batch_size": 1, "class_names": "a", "parts": {"masks": [masks], "keypoints": [points]}}
+    images, labels = torch.zeros(1, 3, 32, 32, dtype=torch.uint8), [torch.zeros(2, dtype=torch.long)]
+    target = next(iter(DetectionLoader(images, boxes, labels, **given)))["targets"][0]
+    assert target["masks"].all() and target["keypoints"].tolist() == [[[5, 5, 1]]]
+    for message, change in {
+        r"image 0 needs masks \(2, 32, 32\), one for each box; got \(1, 32, 32\)": {"parts": {"masks": [masks[:1]]}},
+        r"parts 'masks' and 'keypoints', of 1 images each; got 'mask' of 1": {"parts": {"mask": [masks]}},
+        "a flip exchanges left and right keypoints: give mirrored=": {"flip": True},
+        "augment= changes images and boxes, not masks and keypoints": {"augment": [lambda *x: x[:2]]},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            DetectionLoader(images, boxes, labels, **given | change)
+
+
+def test_annotations_without_the_parts_are_named(tmp_path: Path) -> None:
+    pytest.importorskip("pycocotools")
+    root = folder(tmp_path, [box(10, 20, 0, 20, 10)])
+    with pytest.raises(
+        ValueError, match=r"the annotation 0 needs a segmentation, .*got None. Without masks, leave out"
+    ):
+        coco(root, size=64, parts=["masks"])
+    with pytest.raises(ValueError, match=r"the annotation 0 needs keypoints \[x, y, visible, ...\], .* got None"):
+        coco(root, size=64, parts=["keypoints"])
+    with pytest.raises(ValueError, match="knows the parts 'masks' and 'keypoints'; got boxes"):
+        coco(root, size=64, parts=["boxes"])
+
+
+def test_faster_coco_eval_agrees_with_pycocotools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On crowds, images without boxes or detections, equal scores, and more than 100 detections."""
+    pytest.importorskip("faster_coco_eval")
+    pytest.importorskip("pycocotools")
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    from tempering.tasks import average_precision as module
+
+    found, truth, generator = [], [], torch.Generator().manual_seed(1)
+    for i, count in enumerate((3, 0, 5, 4, 1)):
+        corner = torch.rand(count, 2, generator=generator) * 50
+        boxes = torch.cat((corner, corner + 3 + 30 * torch.rand(count, 2, generator=generator)), 1)
+        labels = torch.randint(3, (count,), generator=generator)
+        truth.append({"boxes": boxes, "labels": labels, "crowd": torch.arange(count) == 2})
+        times = 0 if i == 3 else 40
+        noisy = boxes.repeat(times, 1) + torch.randn(count * times, 4, generator=generator)
+        noisy[:, 2:] = torch.maximum(noisy[:, 2:], noisy[:, :2] + 0.5)
+        scores = (torch.rand(count * times, generator=generator) * 10).round() / 10
+        found.append({"boxes": noisy, "labels": labels.repeat(times), "scores": scores})
+    fast = module.average_precision(found, truth, 4)
+    monkeypatch.setattr(module, "_library", lambda: (COCO, COCOeval))
+    slow = module.average_precision(found, truth, 4)
+    assert fast["by_class"] == pytest.approx(slow["by_class"], abs=1e-9) and fast["by_class"][3] is None
+    assert all(fast[name] == pytest.approx(slow[name], abs=1e-9) for name in ("map", "map50", "map75"))
+    assert 0.1 < fast["map"] < 1

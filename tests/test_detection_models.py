@@ -14,9 +14,10 @@ from docs.tools import detectors as detectors_tool
 from tempering.models import build
 from tempering.models.boxes import areas, centered, cornered, giou, iou, nms
 from tempering.models.detector import Detected, Detector, detections, inherit
-from tempering.models.external_detectors import TorchvisionDetector, TransformersDetector, detector, torchvision
+from tempering.models.external_detectors import TorchvisionDetector, TransformersDetector, detector, torchvision, wrap
 from tempering.models.fcos import FCOS, STRIDES, assign, grid
 from tempering.teachers import Live
+from tempering.training.detector import distill_detector
 
 SIZE = (64, 96)
 
@@ -243,13 +244,13 @@ def tiny(kind: str) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:there are boxes outside of their image")
-@pytest.mark.parametrize("kind", ["d_fine", "rt_detr", "rt_detr_v2", "detr"])
+@pytest.mark.parametrize("kind", ["d_fine", "rt_detr", "rt_detr_v2", "detr", "conditional_detr", "deformable_detr"])
 def test_transformers_detectors(kind: str) -> None:
     net = TransformersDetector(tiny(kind)).eval()
     said = net({"images": images(), "targets": targets()})
     assert said.queries and said.sigmoid == (kind != "detr") and said.foreground.shape == (3, 20, 3)
-    strides = [32] if kind == "detr" else STRIDES
-    assert [x.shape[2:] for x in said.levels] == [(SIZE[0] // s, SIZE[1] // s) for s in strides]
+    strides = {"detr": [32], "conditional_detr": [32], "deformable_detr": [*STRIDES, 64]}.get(kind, STRIDES)
+    assert [x.shape[2:] for x in said.levels] == [(-(-SIZE[0] // s), -(-SIZE[1] // s)) for s in strides]
     assert said.boxes.shape == (3, 20, 4) and 1.0 < said.boxes.amax() < 1.5 * max(SIZE)
     assert (said.bins is not None) == (kind == "d_fine")
     for i in range(3):
@@ -275,7 +276,7 @@ def labels(truth: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 def test_other_transformers_are_refused() -> None:
     transformers = needs_transformers()
     config = transformers.YolosConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16)
-    with pytest.raises(TypeError, match="wraps d_fine, rt_detr, rt_detr_v2, detr; got yolos"):
+    with pytest.raises(TypeError, match=r"wraps d_fine, rt_detr, .* got yolos"):
         TransformersDetector(transformers.YolosForObjectDetection(config))
 
 
@@ -301,6 +302,7 @@ class Pyramid(torch.nn.Module):
         return {"0": first, "1": self.fpn[1](first)}
 
 
+@pytest.mark.filterwarnings("ignore:there are boxes outside of their image")
 @pytest.mark.parametrize("kind", ["FCOS", "RetinaNet"])
 def test_torchvision_detectors(kind: str, library: Any) -> None:
     from torchvision.models import detection  # pyright: ignore[reportMissingImports]
@@ -321,8 +323,116 @@ def test_torchvision_detectors(kind: str, library: Any) -> None:
     odd(net)
 
 
-def test_two_stage_detectors_are_refused() -> None:
-    with pytest.raises(ValueError, match="torchvision:fasterrcnn_resnet50_fpn is not supported"):
-        detector("torchvision:fasterrcnn_resnet50_fpn", classes=3)
-    with pytest.raises(TypeError, match="wraps FCOS and RetinaNet; got Linear"):
+def two_stage(kind: str) -> Any:
+    """A tiny Faster, Mask or Keypoint R-CNN of three classes; the last with five keypoints."""
+    from torchvision.models import detection  # pyright: ignore[reportMissingImports]
+    from torchvision.ops import MultiScaleRoIAlign  # pyright: ignore[reportMissingImports]
+
+    torch.manual_seed(0)
+
+    def pool(size: int) -> Any:
+        return MultiScaleRoIAlign(["0", "1"], size, 1)
+
+    parts: dict[str, Any] = {
+        "rpn_anchor_generator": detection.anchor_utils.AnchorGenerator(((16,), (32,)), ((1.0,),) * 2),
+        "box_roi_pool": pool(3),
+        "box_head": detection.faster_rcnn.TwoMLPHead(32 * 9, 16),
+        "box_predictor": detection.faster_rcnn.FastRCNNPredictor(16, 4),
+        **{f"rpn_{when}_nms_top_n_{mode}": 20 for when in ("pre", "post") for mode in ("train", "test")},
+        "rpn_batch_size_per_image": 16,
+        "box_batch_size_per_image": 16,
+    }
+    if kind == "MaskRCNN":
+        parts |= {"mask_roi_pool": pool(4), "mask_head": detection.mask_rcnn.MaskRCNNHeads(32, (8,), 1)}
+        parts["mask_predictor"] = detection.mask_rcnn.MaskRCNNPredictor(8, 8, 4)
+    if kind == "KeypointRCNN":
+        parts |= {"keypoint_roi_pool": pool(4), "keypoint_head": detection.keypoint_rcnn.KeypointRCNNHeads(32, (8,))}
+        parts["keypoint_predictor"] = detection.keypoint_rcnn.KeypointRCNNPredictor(8, 5)
+    return getattr(detection, kind)(Pyramid(), **parts)
+
+
+def with_parts(net: Detector) -> list[dict[str, Tensor]]:
+    """The targets, with the masks or keypoints that the detector needs."""
+    made, generator = targets(), torch.Generator().manual_seed(2)
+    for target in made:
+        count = len(target["labels"])
+        if "masks" in net.needs:
+            target["masks"] = torch.rand(count, *SIZE, generator=generator) > 0.5
+        if "keypoints" in net.needs:
+            points = torch.rand(count, 5, 2, generator=generator) * 60
+            target["keypoints"] = torch.cat((points, torch.ones(count, 5, 1)), -1)
+    return made
+
+
+@pytest.mark.parametrize(("kind", "extra"), [("FasterRCNN", None), ("MaskRCNN", "mask"), ("KeypointRCNN", "keypoint")])
+def test_two_stage_detectors_train_with_their_own_losses(kind: str, extra: str | None, library: Any) -> None:
+    net = wrap(two_stage(kind)).eval()
+    truth, state = with_parts(net), torch.get_rng_state()
+    said = net({"images": images(), "targets": truth})
+    assert torch.equal(state, torch.get_rng_state()) and net.classes == 3 and net.family == "two-stage"
+    names = {"class", "box", "class_proposals", "box_proposals"} | ({extra} if extra else set())
+    assert set(said.losses) == names and said.logits.shape == (3, 120, 1) and len(said.levels) == 2
+    own: Any = net.model
+    own.transform.min_size, own.transform.max_size = (SIZE[0],), SIZE[1]
+    for i in range(3):
+        own.training = own.rpn.training = own.roi_heads.training = True
+        torch.manual_seed(0)
+        want = own([images()[i]], [{n: x + 1 if n == "labels" else x.clone() for n, x in truth[i].items()}])
+        torch.testing.assert_close(added(said)[i], torch.stack(list(want.values())).sum(), rtol=1e-5, atol=1e-6)
+        own.training = own.rpn.training = own.roi_heads.training = False
+    (found, *_), (want, *_) = detections(said, SIZE, score=0.0), own([images()[0]])
+    torch.testing.assert_close(found["boxes"], want["boxes"], rtol=1e-4, atol=1e-4)
+    assert torch.equal(found["labels"], want["labels"] - 1) and len(found["labels"]) > 5
+    if extra == "mask":
+        torch.testing.assert_close(found["masks"], want["masks"][:, 0] >= 0.5)
+    if extra:
+        bare = [{name: target[name] for name in ("boxes", "labels")} for target in truth]
+        with pytest.raises(
+            ValueError, match=rf"trained on {extra}s: each target needs '{extra}s' \(2, .* got {{'boxes'"
+        ):
+            net({"images": images(), "targets": bare})
+    added(net.train()({"images": images(), "targets": truth})).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_two_stage_detectors_are_distilled(library: Any) -> None:
+    """FGD over the necks, on images of which one has no box, and scores of the model's own detections."""
+    pytest.importorskip("pycocotools")
+    student, teacher = two_stage("MaskRCNN"), two_stage("MaskRCNN")
+    batch = {"images": images(), "targets": with_parts(wrap(student))}
+    run = distill_detector(student, teacher, [batch], test=[batch], steps=1, quiet=True, skip_checks=["above chance"])
+    assert run.facts["method"]["foreground"] == 5e-5 and 0 <= run.last["test"]["map"] <= 1
+    assert run.student.model is student  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.filterwarnings("ignore:there are boxes outside of their image")
+def test_ssd_trains_with_its_own_losses(library: Any) -> None:
+    from torchvision.models import detection  # pyright: ignore[reportMissingImports]
+
+    torch.manual_seed(0)
+    anchors = detection.anchor_utils.DefaultBoxGenerator([[2], [2]], scales=[0.2, 0.5, 0.8])
+    head = detection.ssd.SSDHead([32, 32], [4, 4], 4)
+    net = wrap(detection.ssd.SSD(Pyramid(), anchors, SIZE, 4, head=head)).eval()
+    assert net.classes == 3 and net.family == "anchor-based" and net.image_size == SIZE[0]
+    said = net({"images": images(), "targets": targets()})
+    assert not said.sigmoid and said.foreground.shape[-1] == 3
+    own: Any = net.model
+    own.transform.fixed_size = (SIZE[1], SIZE[0])
+    for i in range(3):
+        own.training = True
+        want = own([images()[i]], [{n: x + 1 if n == "labels" else x.clone() for n, x in targets()[i].items()}])
+        torch.testing.assert_close(added(said)[i], want["classification"] + want["bbox_regression"])
+    own.training = False
+    (found, *_), (want, *_) = detections(said, SIZE, score=0.01, overlap=own.nms_thresh), own([images()[0]])
+    torch.testing.assert_close(found["scores"][:20], want["scores"][:20])
+    assert torch.equal(found["labels"][:20], want["labels"][:20] - 1)
+    odd(net)
+
+
+def test_what_is_no_detector_is_refused(library: Any) -> None:
+    with pytest.raises(TypeError, match=r"Linear is no detector that is supported: those are .* needs a subclass of"):
+        wrap(torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="wraps FCOS, RetinaNet and SSD; got Linear"):
         TorchvisionDetector(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="has no detector 'resnet18'; it has fasterrcnn"):
+        detector("torchvision:resnet18", classes=3)

@@ -66,5 +66,3 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path: Path) -> None:
 def test_names_that_there_are_not(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="resnet8 is not a detector"):
         run(tmp_path, "supervised", student="resnet8")
-    with pytest.raises(ValueError, match="two-stage detectors have no"):
-        run(tmp_path, "supervised", student="torchvision:maskrcnn_resnet50_fpn")

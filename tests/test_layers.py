@@ -45,7 +45,7 @@ FLOORS = {
 HEAVY = {"lightning_fabric", "torchvision", "timm", "transformers", "datasets", "sklearn", "PIL", "matplotlib", "scipy"}
 HEAVY |= {"mlflow", "trackio"}
 HEAVY |= {"torchmetrics", "tensorboard", "wandb", "jinja2", "lightning", "optuna", "kornia", "pyautoattack", "captum"}
-HEAVY |= {"pycocotools", "onnxscript", "onnxruntime", "torchao", "executorch", "huggingface_hub"}
+HEAVY |= {"pycocotools", "faster_coco_eval", "onnxscript", "onnxruntime", "torchao", "executorch", "huggingface_hub"}
 # they subclass Fabric's logger and Lightning's module, and are imported where those are asked for
 HEAVY_BASES = re.compile(r"training\.trackers|integrations\.lightning")
 

@@ -58,6 +58,7 @@ WEIGHTS = {
     "PKD": "feature",
     "PKT": "feature",
     "PolicyGradient": "soft",
+    "QueryKD": "classes l1 giou",
     "R2KD": "value order",
     "RKD": "feature",
     "RLD": "sample masked",

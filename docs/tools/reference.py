@@ -9,7 +9,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # (title, packages or modules): one page each, in this order
 PAGES = (
-    ("Training", ("tempering.training.distill", "tempering.training.config", "tempering.training.experiment")),
+    (
+        "Training",
+        (
+            "tempering.training.distill",
+            "tempering.training.detector",
+            "tempering.training.config",
+            "tempering.training.experiment",
+        ),
+    ),
     ("Rows and objectives", ("tempering.rows", "tempering.objectives")),
     (
         "Methods over logits",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,7 @@ def coco(
     validation: float = 0,
     test: float = 0,
     subset: int | None = None,
+    parts: Sequence[str] = (),
     flip: bool = True,
     augment: Sequence[Augment] = (),
     epochs: int = 1,
@@ -64,6 +66,8 @@ def coco(
         fit: "letterbox" keeps the aspect ratio and pads with gray; "stretch" does not keep it.
         validation, test: number of training images to hold out if there is no such split; always the same ones.
         subset: number of training images to use.
+        parts: of targets, beside boxes and labels: "masks", the polygons or run lengths of annotations as masks
+            (M, size, size), and "keypoints", (M, K, 3) as x, y and visibility.
         flip, augment, epochs, seed: of the training split, as in ``DetectionLoader``.
 
     Raises:
@@ -83,7 +87,10 @@ def coco(
     names = _classes(files)
     settings = {"batch_size": batch_size, "class_names": list(names.values()), "epochs": epochs, "seed": seed}
     settings["name"] = folder.resolve().name
-    loaders = {split: _load(file, list(names), size, fit, settings) for split, file in files.items()}
+    if unknown := set(parts) - {"masks", "keypoints"}:
+        raise ValueError(f"coco() knows the parts 'masks' and 'keypoints'; got {', '.join(sorted(unknown))}.")
+    settings |= {"parts": tuple(parts), "mirrored": _mirrored(files["train"]) if "keypoints" in parts else None}
+    loaders = {split: _load(file, list(names), size, fit, dict(settings)) for split, file in files.items()}
     splits = train_val_split(loaders.pop("train"), loaders, validation=validation, test=test)
     train = splits.train if subset is None else splits.train.subset(subset)
     train.shuffle, train.flip, train.augment = True, flip, tuple(augment)
@@ -159,6 +166,20 @@ def _to_text(names: Mapping[int, str]) -> str:
     return ", ".join(f"{i}={name}" for i, name in list(names.items())[:6]) or "none"
 
 
+def _mirrored(file: _Split) -> list[int] | None:
+    """Return the number of each keypoint's mirror image, by names that begin with left and right; None without names.
+
+    Raises:
+        ValueError: for categories of several keypoints each.
+    """
+    listed = {tuple(c["keypoints"]) for c in file.content["categories"] if c.get("keypoints")}
+    if len(listed) > 1:
+        raise ValueError(f"{file.path} has categories of different keypoints; a detector predicts the same for all.")
+    names: tuple[str, ...] = next(iter(listed), ())
+    mirror = {n: n.replace("left", "right") if "left" in n else n.replace("right", "left") for n in names}
+    return [names.index(mirror[n]) if mirror[n] in names else i for i, n in enumerate(names)] or None
+
+
 def _load(file: _Split, ids: list[int], size: int, fit: Fit, settings: dict[str, Any]) -> DetectionLoader:
     entries = file.content["images"]
     if not entries:
@@ -169,6 +190,7 @@ def _load(file: _Split, ids: list[int], size: int, fit: Fit, settings: dict[str,
     boxes: list[list[list[float]]] = [[] for _ in entries]
     labels: list[list[int]] = [[] for _ in entries]
     crowds: list[list[bool]] = [[] for _ in entries]
+    of_image: list[list[dict[str, Any]]] = [[] for _ in entries]  # annotations that are trained on
     dropped = {"crowd": 0}
     for annotation in file.content["annotations"]:
         if annotation.get("image_id") not in index or annotation.get("category_id") not in label:
@@ -181,6 +203,7 @@ def _load(file: _Split, ids: list[int], size: int, fit: Fit, settings: dict[str,
         labels[i].append(label[annotation["category_id"]])
         crowds[i].append(bool(annotation.get("iscrowd")))
         dropped["crowd"] += crowds[i][-1]
+        of_image[i] += [] if crowds[i][-1] else [annotation]
     images = np.empty((len(entries), 3, size, size), np.uint8)
     transforms = torch.zeros(len(entries), 4)  # x and y scale, x and y offset
 
@@ -197,6 +220,14 @@ def _load(file: _Split, ids: list[int], size: int, fit: Fit, settings: dict[str,
             boxes, labels, crowds, entries, transforms.double(), strict=True
         )
     ]
+    readers = {"masks": _masks, "keypoints": _keypoints}
+    settings["parts"] = {
+        name: [
+            readers[name](annotations, transform, entry, size, file.path)
+            for annotations, transform, entry in zip(of_image, transforms.tolist(), entries, strict=True)
+        ]
+        for name in settings["parts"]
+    }
     return DetectionLoader(
         torch.from_numpy(images),
         [target["boxes"] for target in targets],
@@ -206,6 +237,69 @@ def _load(file: _Split, ids: list[int], size: int, fit: Fit, settings: dict[str,
         scored=[target["scored"] for target in targets],
         **settings,
     )
+
+
+def _keypoints(
+    annotations: Sequence[dict[str, Any]], transform: list[float], entry: Mapping[str, Any], size: int, path: Path
+) -> Tensor:
+    """Return the keypoints (M, K, 3) of annotations in the resized image; those that are not labeled stay 0."""
+    points = [a.get("keypoints") for a in annotations]
+    for annotation, one in zip(annotations, points, strict=True):
+        if not isinstance(one, list) or len(one) % 3 or len(one) != len(points[0] or ()):
+            raise ValueError(
+                f"{path}: the annotation {annotation.get('id')} needs keypoints [x, y, visible, ...], as many as the "
+                f"others; got {one!r}. Without keypoints, leave out parts=."
+            )
+    found = torch.tensor(points, dtype=torch.float32).view(len(points), len(points[0] or ()) // 3 if points else 0, 3)
+    x, y, dx, dy = transform
+    moved = found * found.new_tensor([x, y, 1.0]) + found.new_tensor([dx, dy, 0.0])
+    return torch.where(found[..., 2:] > 0, moved, found)
+
+
+def _masks(
+    annotations: Sequence[dict[str, Any]], transform: list[float], entry: Mapping[str, Any], size: int, path: Path
+) -> Tensor:
+    """Return the masks (M, size, size) of annotations in the resized image."""
+    return torch.from_numpy(
+        np.stack([_mask(a, transform, entry, size, path) for a in annotations])
+        if annotations
+        else np.zeros((0, size, size), bool)
+    )
+
+
+def _mask(
+    annotation: dict[str, Any], transform: list[float], entry: Mapping[str, Any], size: int, path: Path
+) -> np.ndarray:
+    try:
+        from pycocotools import mask as coder
+    except ImportError as error:
+        raise ImportError("masks are read by pycocotools: pip install 'tempering[detection]'") from error
+    x, y, dx, dy = transform
+    outline = annotation.get("segmentation")
+    if isinstance(outline, list) and outline and all(isinstance(p, list) and len(p) >= 6 for p in outline):
+        moved = [[v * (x, y)[i % 2] + (dx, dy)[i % 2] for i, v in enumerate(polygon)] for polygon in outline]
+        return _decoded(coder, coder.merge(coder.frPyObjects(moved, size, size)))
+    if not isinstance(outline, Mapping):
+        raise ValueError(
+            f"{path}: the annotation {annotation.get('id')} needs a segmentation, polygons [[x, y, ...], ...] or run "
+            f"lengths; got {outline!r}. Without masks, leave out parts=."
+        )
+    from PIL import Image
+
+    height, width = int(entry["height"]), int(entry["width"])
+    lengths = coder.frPyObjects(outline, height, width) if isinstance(outline["counts"], list) else outline  # pyright: ignore
+    whole = Image.fromarray(_decoded(coder, lengths))
+    fitted, corner = np.zeros((size, size), bool), (round(dx), round(dy))
+    resized = np.asarray(whole.resize((round(width * x), round(height * y)), Image.Resampling.NEAREST)) > 0
+    part = fitted[corner[1] : corner[1] + resized.shape[0], corner[0] : corner[0] + resized.shape[1]]
+    part |= resized[: part.shape[0], : part.shape[1]]
+    return fitted
+
+
+def _decoded(coder: Any, lengths: Any) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # pycocotools' array has an interface of numpy 1
+        return coder.decode(lengths).astype(bool)
 
 
 def _target(

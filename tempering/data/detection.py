@@ -45,6 +45,9 @@ class DetectionLoader(ShardedLoader):
         scored: per image None, or what scores compare detections with in place of its boxes: {"boxes" (K, 4), "labels"
             (K,), "crowd" (K,) bool}, as boxes that leave their image, and crowds, in which detections are not counted.
             A target of a batch that is not augmented has it as "scored".
+        parts: what targets have beside boxes and labels, per image: "masks" (M, H, W) bool, and "keypoints" (M, K, 3)
+            float32, x and y in pixels and whether it is labeled (> 0).
+        mirrored: number of the keypoint that each one is after a horizontal flip, (K,), such as right eye for left eye.
 
     Raises:
         ValueError: for an invalid argument, stating what is accepted.
@@ -67,6 +70,8 @@ class DetectionLoader(ShardedLoader):
         name: str = "data",
         dropped: Mapping[str, int] | None = None,
         scored: Sequence[Mapping[str, Tensor] | None] | None = None,
+        parts: Mapping[str, Sequence[Tensor]] | None = None,
+        mirrored: Sequence[int] | None = None,
     ) -> None:
         self.images, self.batch_size, self.class_names = images, batch_size, tuple(class_names)
         self.shuffle, self.flip, self.augment, self.epochs = shuffle, flip, tuple(augment), epochs
@@ -76,9 +81,14 @@ class DetectionLoader(ShardedLoader):
         self._hash_cache: dict[str, str] = {}
         self.boxes, self.labels = list(boxes), list(labels)
         self.scored = [None] * len(images) if scored is None else list(scored)
+        self.parts = {name: list(part) for name, part in (parts or {}).items()}
+        self.mirrored = None if mirrored is None else list(mirrored)
         self._validate()
         for i, (image_boxes, image_labels) in enumerate(zip(self.boxes, self.labels, strict=True)):
-            self.boxes[i], self.labels[i], removed = inside(image_boxes.float(), image_labels, self.shape)
+            clipped, kept, removed = _inside(image_boxes.float(), self.shape)
+            self.boxes[i], self.labels[i] = clipped[kept], image_labels[kept]
+            for part in self.parts.values():
+                part[i] = part[i][kept]
             for reason, count in removed.items():
                 self.dropped[reason] = self.dropped.get(reason, 0) + count
 
@@ -110,9 +120,31 @@ class DetectionLoader(ShardedLoader):
                     f"image {i} has the label {int(labels.max())} or {int(labels.min())}, and there are "
                     f"{len(self.class_names)} classes, counted from 0: {', '.join(self.class_names[:5])}."
                 )
+        self._validate_parts()
         for name in ("batch_size", "epochs"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"DetectionLoader needs {name} >= 1; got {getattr(self, name)!r}.")
+
+    def _validate_parts(self) -> None:
+        sizes = {"masks": self.shape, "keypoints": (-1, 3)}
+        for name, part in self.parts.items():
+            if name not in sizes or len(part) != len(self.images):
+                raise ValueError(
+                    f"DetectionLoader needs parts 'masks' and 'keypoints', of {len(self.images)} images each; got "
+                    f"{name!r} of {len(part)}."
+                )
+            for i, (one, labels) in enumerate(zip(part, self.labels, strict=True)):
+                wanted = (len(labels), *sizes[name])
+                if one.ndim != 3 or any(w not in (-1, n) for w, n in zip(wanted, one.shape, strict=True)):
+                    shape = str(wanted).replace("-1", "K")
+                    raise ValueError(f"image {i} needs {name} {shape}, one for each box; got {tuple(one.shape)}.")
+        if self.parts and self.augment:
+            raise ValueError(f"augment= changes images and boxes, not {' and '.join(self.parts)}. Use flip alone.")
+        if "keypoints" in self.parts and self.flip and self.mirrored is None:
+            raise ValueError(
+                "a flip exchanges left and right keypoints: give mirrored=, the number of each one's mirror image, "
+                "such as [0, 2, 1] for nose, left eye and right eye; or flip=False."
+            )
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.images.shape[1:]))
@@ -156,7 +188,8 @@ class DetectionLoader(ShardedLoader):
         if "identity" not in self._hash_cache:
             digest = hashlib.sha256(json.dumps([list(self.images.shape), self.class_names]).encode())
             scored = [x for one in self.scored if one is not None for x in one.values()]
-            for part in (self.images, *self.boxes, *self.labels, *scored):
+            parts = [x for part in self.parts.values() for x in part]
+            for part in (self.images, *self.boxes, *self.labels, *scored, *parts):
                 digest.update(json.dumps(list(part.shape)).encode())
                 digest.update(part.cpu().contiguous().numpy().data)
             self._hash_cache["identity"] = digest.hexdigest()
@@ -191,7 +224,8 @@ class DetectionLoader(ShardedLoader):
         device = self.images.device
         ids = to_device(index, device)
         pixels = self.images.index_select(0, ids)
-        targets: list[Target] = [{"boxes": self.boxes[i], "labels": self.labels[i]} for i in index.tolist()]
+        of_boxes = {"boxes": self.boxes, "labels": self.labels} | self.parts
+        targets: list[Target] = [{name: part[i] for name, part in of_boxes.items()} for i in index.tolist()]
         if bits is None:
             for i, target in zip(index.tolist(), targets, strict=True):
                 target |= {} if self.scored[i] is None else {"scored": self.scored[i]}
@@ -200,7 +234,7 @@ class DetectionLoader(ShardedLoader):
             for i, seed in enumerate(bits.tolist()) if self.augment else ():
                 pixels[i], targets[i] = self._augment_image(pixels[i], targets[i], int(index[i]), seed, epoch)
             pixels = torch.where(to_device(flips, device)[:, None, None, None], pixels.flip(3), pixels)
-            targets = [_flipped(t, self.shape[1]) if f else t for t, f in zip(targets, flips.tolist(), strict=True)]
+            targets = [self._flipped(t) if f else t for t, f in zip(targets, flips.tolist(), strict=True)]
         return {"images": pixels.float().div_(255), "targets": targets, "ids": ids}
 
     def _augment_image(self, image: Tensor, target: Target, i: int, seed: int, epoch: int) -> tuple[Tensor, Target]:
@@ -214,6 +248,18 @@ class DetectionLoader(ShardedLoader):
                 )
         boxes, labels, _ = inside(target["boxes"], target["labels"], self.shape)
         return image, {"boxes": boxes, "labels": labels}
+
+    def _flipped(self, target: Target) -> Target:
+        boxes, width = target["boxes"], self.shape[1]
+        flipped = torch.stack((width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]), 1)
+        result = {**target, "boxes": flipped}
+        if "masks" in target:
+            result["masks"] = target["masks"].flip(-1)
+        if "keypoints" in target:
+            points = target["keypoints"][:, self.mirrored]
+            x = torch.where(points[..., 2] > 0, width - points[..., 0], points[..., 0])
+            result["keypoints"] = torch.cat((x.unsqueeze(-1), points[..., 1:]), -1)
+        return result
 
     def gather(self, ids: Tensor) -> Any:
         """Raise, since detector outputs cannot be cached.
@@ -243,8 +289,9 @@ class DetectionLoader(ShardedLoader):
     def to(self, device: torch.device | str) -> DetectionLoader:
         """Return a loader of the same data on ``device``; augmentations of single images run there too."""
         boxes, labels = ([x.to(device) for x in parts] for parts in (self.boxes, self.labels))
-        scored = to_device(self.scored, device)
-        return self._replace(images=self.images.to(device), boxes=boxes, labels=labels, scored=scored)
+        scored, beside = to_device(self.scored, device), to_device(self.parts, device)
+        images = self.images.to(device)
+        return self._replace(images=images, boxes=boxes, labels=labels, scored=scored, parts=beside)
 
     def subset(self, n: int) -> DetectionLoader:
         """Return a loader of the first ``n`` images of a fixed random order, in their stored order."""
@@ -261,7 +308,8 @@ class DetectionLoader(ShardedLoader):
     def _select(self, index: Tensor) -> DetectionLoader:
         kept = np.sort(index.numpy()).tolist()
         boxes, labels, scored = ([parts[i] for i in kept] for parts in (self.boxes, self.labels, self.scored))
-        parts = {"boxes": boxes, "labels": labels, "scored": scored, "scales": self.scales[kept]}
+        beside = {name: [part[i] for i in kept] for name, part in self.parts.items()}
+        parts = {"boxes": boxes, "labels": labels, "scored": scored, "parts": beside, "scales": self.scales[kept]}
         return self._replace(images=self.images[kept], **parts, dropped={}, _hash_cache={})
 
 
@@ -271,15 +319,15 @@ def inside(boxes: Tensor, labels: Tensor, size: tuple[int, int]) -> tuple[Tensor
     Returns:
         The boxes, their labels, and reason -> number of dropped boxes.
     """
+    clipped, kept, dropped = _inside(boxes, size)
+    return clipped[kept], labels[kept], dropped
+
+
+def _inside(boxes: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """Return the clipped boxes, which of them are kept, and reason -> number of the others."""
     limit = boxes.new_tensor([size[1], size[0], size[1], size[0]])
     clipped = torch.minimum(boxes.clamp_min(0), limit)
     empty = (boxes[:, 2:] <= boxes[:, :2]).any(1)
     kept = (clipped[:, 2:] > clipped[:, :2]).all(1)
     dropped = {"zero size": int(empty.sum()), "outside the image": int((~kept & ~empty).sum())}
-    return clipped[kept], labels[kept], {reason: count for reason, count in dropped.items() if count}
-
-
-def _flipped(target: Target, width: int) -> Target:
-    boxes = target["boxes"]
-    flipped = torch.stack((width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]), 1)
-    return {**target, "boxes": flipped}
+    return clipped, kept, {reason: count for reason, count in dropped.items() if count}

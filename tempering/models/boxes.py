@@ -1,4 +1,4 @@
-"""Compute IoU, non-maximum suppression and conversions of boxes, as xyxy in pixels."""
+"""Compute IoU, non-maximum suppression, matches and conversions of boxes, as xyxy in pixels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from tempering.utils.tensors import numbers_on
+
+MATCH_COSTS = {"classes": 2.0, "l1": 5.0, "giou": 2.0}  # of Deformable DETR, arXiv:2010.04159, and its successors
 
 
 def areas(boxes: Tensor) -> Tensor:
@@ -73,3 +75,28 @@ def nms(boxes: Tensor, scores: Tensor, labels: Tensor, *, overlap: float) -> Ten
         if torch.equal(updated, kept):
             return order[kept]
         kept = updated
+
+
+def match_costs(q: Tensor, t_boxes: Tensor, p: Tensor, s_boxes: Tensor) -> Tensor:
+    """Return the costs (N, K, Q) of matching K queries to Q, by their class probabilities (N, *, C) and boxes.
+
+    Boxes (N, *, 4) are center, width and height in [0, 1].
+    """
+    corners, others = cornered(t_boxes).unsqueeze(-2), cornered(s_boxes).unsqueeze(-3)
+    cost = MATCH_COSTS["classes"] * (q.unsqueeze(-2) - p.unsqueeze(-3)).abs().sum(-1)
+    cost = cost + MATCH_COSTS["l1"] * (t_boxes.unsqueeze(-2) - s_boxes.unsqueeze(-3)).abs().sum(-1)
+    return cost + MATCH_COSTS["giou"] * (1.0 - giou(corners, others))
+
+
+def match_one_to_one(cost: Tensor) -> Tensor:
+    """Return the column of each row, (K,), of the smallest total of costs (K, Q), by the Hungarian algorithm; K <= Q.
+
+    Raises:
+        ImportError: without scipy.
+    """
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise ImportError("queries are matched by scipy: pip install 'tempering[detection]'") from error
+    _, columns = linear_sum_assignment(torch.nan_to_num(cost, nan=1e6, posinf=1e6).cpu().numpy())
+    return torch.from_numpy(columns)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,10 @@ class Detected(NamedTuple):
         quality: (B, A) logits of a factor of the score, such as centerness; None for none.
         queries: whether every object has one prediction, so that non-maximum suppression is not needed and predictions
             of two models have to be matched.
+        layers: class logits (B, L, A, K) and boxes (B, L, A, 4), as those above, of the decoder's last L layers, of
+            models whose layers predict; None: the last layer only.
+        found: for models that select and refine their boxes, such as two-stage ones: returns the detections of each
+            image, as ``detections`` does. ``logits`` and ``boxes`` are then those of the proposals.
     """
 
     levels: list[Tensor]
@@ -39,6 +43,8 @@ class Detected(NamedTuple):
     sigmoid: bool
     quality: Tensor | None = None
     queries: bool = False
+    layers: tuple[Tensor, Tensor] | None = None
+    found: Callable[[], list[dict[str, Tensor]]] | None = None
 
     @property
     def foreground(self) -> Tensor:
@@ -58,10 +64,16 @@ class Detector(nn.Module, ABC):
     Attributes:
         classes: number of classes, without the background.
         shared: names of the modules, neck and head, that ``inherit`` copies from a teacher.
+        family: which method ``distill_detector`` chooses: "anchor-free", "anchor-based", "two-stage" or "queries".
+        image_size: height and width of the images, of a detector that is built for one size; None: any.
+        needs: names of what a target needs beside boxes and labels: "masks" (M, H, W) or "keypoints" (M, K, 3).
     """
 
     classes: int
     shared: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    family: str | None = None
+    image_size: int | None = None
 
     def forward(self, inputs: Mapping[str, Any]) -> Any:
         images, targets = inputs["images"], inputs.get("targets")
@@ -87,6 +99,11 @@ class Detector(nn.Module, ABC):
                     f"a target needs tensors, boxes (M, 4) as xyxy in pixels and labels (M,) from 0; got {got}. "
                     "Without objects: torch.zeros(0, 4) and torch.zeros(0, dtype=torch.long)."
                 )
+            for name in self.needs:
+                part = target.get(name)
+                size = tuple(images.shape[2:]) if name == "masks" else None  # of keypoints: their number, any
+                if not isinstance(part, Tensor) or len(part) != len(labels) or (size and part.shape[1:] != size):
+                    raise _lacks(name, len(labels), images, target)
         if not targets or targets[0]["labels"].device.type != "cpu":
             return
         _validate_boxes(torch.cat([target["boxes"] for target in targets]), images.shape[2:])
@@ -111,6 +128,16 @@ class Detector(nn.Module, ABC):
         """Return the classification loss of ``inputs["images"]``, (B,), differentiable in the images."""
         losses = self.detect(inputs["images"], inputs["targets"]).losses
         return torch.stack([loss for name, loss in losses.items() if name.startswith("class")]).sum(0)
+
+
+def _lacks(name: str, count: int, images: Tensor, target: Target) -> ValueError:
+    got = {n: tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for n, x in target.items()}  # pyright: ignore
+    size = tuple(images.shape[2:])
+    shape = (count, *size) if name == "masks" else f"({count}, K, 3) as x, y, visible"
+    return ValueError(
+        f"this detector is trained on {name}: each target needs {name!r} {shape} beside its boxes and labels; got "
+        f"{got}. data.coco(..., parts=[{name!r}]) loads them; without them, use Faster R-CNN."
+    )
 
 
 def _validate_boxes(boxes: Tensor, size: Sequence[int]) -> None:
@@ -149,6 +176,8 @@ def detections(
         overlap: IoU threshold of non-maximum suppression by class; not used for queries.
         max_detections: maximal number of boxes per image; three times as many candidates are considered.
     """
+    if output.found is not None:
+        return [_best(found, score, max_detections) for found in output.found()]
     scores, results = output.foreground.float(), []
     if output.quality is not None:
         scores = (scores * output.quality.float().sigmoid().unsqueeze(-1)).sqrt()
@@ -161,6 +190,13 @@ def detections(
         candidates, best, labels = (x[kept][:max_detections] for x in (candidates, best, labels))
         results.append({"boxes": candidates, "scores": best, "labels": labels})
     return results
+
+
+def _best(found: Mapping[str, Tensor], score: float, most: int) -> dict[str, Tensor]:
+    """Return the detections of at least this score, best first."""
+    order = found["scores"].argsort(descending=True, stable=True)
+    kept = order[found["scores"][order] > score][:most]
+    return {name: value[kept] for name, value in found.items()}
 
 
 def inherit(student: Detector, teacher: Detector) -> list[str]:

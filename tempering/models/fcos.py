@@ -53,6 +53,7 @@ class FCOS(Detector):
 
     mean: Tensor
     std: Tensor
+    family = "anchor-free"
     shared = ("outputs", "class_tower", "box_tower", "class_head", "box_head", "quality_head", "scales", "laterals")
 
     def __init__(

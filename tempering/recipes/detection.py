@@ -22,15 +22,13 @@ from tempering.data import Splits
 from tempering.data.coco import coco
 from tempering.data.synthetic_shapes import synthetic_shapes
 from tempering.experiments.presets import method_of, preset_from, slug
-from tempering.methods.base import Method
-from tempering.methods.combine import Sum
-from tempering.methods.features.base import FeatureMethod
 from tempering.methods.logits.supervised import Supervised
 from tempering.models.detector import Detector, inherit
 from tempering.models.external_detectors import detector
 from tempering.tasks.detection import Detection
 from tempering.teachers import Teacher
 from tempering.training.config import TrainConfig
+from tempering.training.detector import uses_class_rows
 from tempering.training.experiment import Experiment, TeacherRecipe
 
 COLUMNS = ["test/map", "test/map50", "test/map75"]  # of the table
@@ -125,7 +123,7 @@ def main(
         teacher=teacher_recipe if loss.needs_teacher else None,
         **splits._asdict(),
         method=loss,
-        task=Detection(classes=class_rows, class_rows=_uses_logits(loss), keep=anchors_per_image),
+        task=Detection(classes=class_rows, class_rows=uses_class_rows(loss), keep=anchors_per_image),
         optimizer=optimizer,
         schedule=schedule,
         config=config,
@@ -174,12 +172,6 @@ def _facts(splits: Splits) -> dict[str, Any]:
     """Return the facts of the data for records, with counts of dropped boxes."""
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     return splits.facts() | {"dropped": {name: getattr(part, "dropped", {}) for name, part in parts.items()}}
-
-
-def _uses_logits(loss: Method) -> bool:
-    """Return whether a part of the method uses class logits, unlike feature methods and methods that own their step."""
-    parts = [m for m in loss.modules() if isinstance(m, Method) and not isinstance(m, Sum | FeatureMethod | Supervised)]
-    return bool(parts) and not loss.owns_step
 
 
 def _build(name: str, *, classes: int, seed: int) -> Detector:

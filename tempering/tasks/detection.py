@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tempering.models.boxes import centered, giou, iou
+from tempering.models.boxes import centered, iou, match_costs, match_one_to_one
 from tempering.models.detector import Detected, Detector, detections
 from tempering.rows import IGNORE_INDEX, Rows, upcast_to_float32
 from tempering.tasks.average_precision import average_precision
@@ -31,8 +31,12 @@ class Detection(Task):
       teacher's scores in the image. This replaces the positives, whose number is not known before the forward.
     - "images", the last one: one row per image, with the student's own losses as ``task_loss``. Its features are the
       neck's maps "p0", "p1", ..., shallow to deep, and "boxes": the true boxes (B, M, 4) as xyxy in [0, 1], padded with
-      -1, and, except for queries, "scores": the teacher's largest score of each anchor (B, A). Its logits are zeros of
-      one class, at which divergences vanish.
+      -1, and, except for queries, "scores": the teacher's largest score of each anchor (B, A). Those of queries, of the
+      last L decoder layers, are "query_sigmoid" or, with a softmax, "query_softmax": their logits (B, L, Q, K), and
+      "query_boxes" (B, L, Q, 4) as center, width and height in [0, 1]. Its logits are zeros of one class, at which
+      divergences vanish.
+
+    Detectors with two stages have rows of the anchors of their first stage, of one logit: whether there is an object.
 
     Without a teacher there is only the last block.
 
@@ -71,7 +75,7 @@ class Detection(Task):
         if not isinstance(model, Detector):
             raise TypeError(
                 f"Detection needs a Detector; got {type(model).__name__}. models.build('fcos_tiny', classes=...) is "
-                "one, and models.detectors_elsewhere wraps those of torchvision and transformers."
+                "one, and models.external_detectors.wrap(model) makes one of a detector of torchvision or transformers."
             )
 
     def inputs(self, batch: Any) -> tuple[Any, Any, Tensor | None]:
@@ -207,8 +211,11 @@ def collect_detections(
             total_loss += float(sum(loss.double().sum() for loss in s.losses.values()))
             t = None if teacher is None else _detected(teacher(teacher_in, ids), "teacher")
             out["classes"] = s.logits.shape[-1] - (not s.sigmoid)
+            if s.found is not None:  # logits are those of proposals
+                out["classes"] = student.classes
             for name, output in (("student", s), ("teacher", t)):
-                out[name] += [] if output is None else to_device(detections(output, size), "cpu")
+                found = [] if output is None else detections(output, size)
+                out[name] += [to_device({n: one[n] for n in ("boxes", "scores", "labels")}, "cpu") for one in found]
             out["truth"] += to_device(list(batch["targets"]), "cpu")
             if pictures:
                 keep_pictures(out, batch["images"], pictures)
@@ -307,10 +314,21 @@ def _image_rows(s: Detected, t: Detected | None, batch: Any) -> Rows:
     if t is not None:
         features = {f"p{i}": pair for i, pair in enumerate(zip(s.levels, t.levels, strict=True))}
         features["boxes"] = (truth := _padded_boxes(batch), truth)
-        if not t.queries:
+        if t.queries and s.queries:
+            features |= _query_features(s, t, batch["images"].shape[2:])
+        elif not t.queries:
             features["scores"] = (best := t.foreground.amax(-1).detach(), best)
     zeros = torch.zeros_like(logits).detach()
     return Rows(logits, zeros, target, features=features, name="images", ids=batch.get("ids"), task_loss=task_loss)
+
+
+def _query_features(s: Detected, t: Detected, size: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the logits (B, L, Q, K) and boxes (B, L, Q, 4), relative to the image, of both sides' decoder layers."""
+    scale = numbers_on([size[1], size[0]] * 2, t.boxes)
+    layers = [side.layers or (side.logits.unsqueeze(1), side.boxes.unsqueeze(1)) for side in (s, t)]
+    logits, boxes = zip(*layers, strict=True)
+    relative = tuple(centered(x) / scale for x in boxes)
+    return {"query_sigmoid" if s.sigmoid else "query_softmax": logits, "query_boxes": relative}  # pyright: ignore
 
 
 def _padded_boxes(batch: Any) -> Tensor:
@@ -325,21 +343,8 @@ def _padded_boxes(batch: Any) -> Tensor:
 
 
 def _match_queries(s: Detected, t: Detected, t_index: Tensor, size: Sequence[int]) -> Tensor:
-    """Match the student's queries one to one to the teacher's ``t_index`` (B, k), by the smallest total distance.
-
-    The distance is 2 * L1 of the class probabilities + 5 * L1 of the boxes as shares of the image + 2 * (1 - GIoU).
-    """
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise ImportError("queries are matched by scipy: pip install 'tempering[detection]'") from error
-    indices, scale = [], numbers_on([size[1], size[0]] * 2, t.boxes)
-    for i, chosen in enumerate(t_index):
-        p, q = (side.foreground[i] for side in (s, t))
-        q, boxes = q[chosen], t.boxes[i][chosen]
-        distance = 2.0 * (q[:, None] - p[None]).abs().sum(-1)
-        distance += 5.0 * ((centered(boxes)[:, None] - centered(s.boxes[i])[None]).abs() / scale).sum(-1)
-        distance += 2.0 * (1.0 - giou(boxes[:, None], s.boxes[i][None]))
-        _, columns = linear_sum_assignment(torch.nan_to_num(distance, nan=1e6, posinf=1e6).cpu().numpy())
-        indices.append(torch.from_numpy(columns).to(t_index.device))
-    return torch.stack(indices)
+    """Match the student's queries one to one to the teacher's ``t_index`` (B, k), by ``match_costs``."""
+    scale = numbers_on([size[1], size[0]] * 2, t.boxes)
+    boxes, theirs = (centered(side.boxes) / scale for side in (s, t))
+    costs = match_costs(_gather(t.foreground, t_index), _gather(theirs, t_index), s.foreground, boxes)
+    return torch.stack([match_one_to_one(cost) for cost in costs.cpu()]).to(t_index.device)

@@ -15,7 +15,8 @@ from tempering.methods.base import Method, zero_term
 from tempering.rows import Rows, expand_to_rows, rows_per_sample, upcast_to_float32
 from tempering.utils.search_space import NonNegative
 
-NOT_COMPARED = ("boxes", "scores")  # detection features that are no maps: inputs of some methods
+# detection features that are no maps: inputs of some methods
+NOT_COMPARED = ("boxes", "scores", "query_sigmoid", "query_softmax", "query_boxes")
 
 
 class FeatureMethod(Method):
@@ -24,7 +25,7 @@ class FeatureMethod(Method):
     Args:
         feature: weight of the feature term.
         hard: weight of the cross entropy; usually 0 in a ``Sum`` with another method.
-        names: keys of ``rows.features``, in order; () for all except a detector's boxes and scores.
+        names: keys of ``rows.features``, in order; () for all except a detector's boxes, scores and queries.
 
     Only rows of weight > 0 are compared. Features are maps (N, C, H, W) or vectors (N, D), depending on the method.
     Where every sample has several rows, such as the pixels of an image in segmentation, features are those of the
