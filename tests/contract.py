@@ -103,7 +103,7 @@ def on_each(argument: str, cases: list[tuple[str, Any]], ready: Callable[[Any], 
 
 
 def block(n: int = 6, classes: int = 7, **options: Any) -> Rows:
-    """Random rows that also carry ids, a feature map, (n, 4, 3, 3) on both sides, and boxes, scores and queries beside it."""
+    """Random rows that also carry ids, a feature map, (n, 4, 3, 3) on both sides, and boxes, scores and queries."""
     made = _block(n, classes, **options)
     fields = {
         name: x.clone()

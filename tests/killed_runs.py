@@ -59,7 +59,7 @@ def set_killer(what: str, count: int) -> dict[str, Any]:
         # an epoch's end is at step 8, where a checkpoint lies already
         return {"checkpoint_every": 4, "keep": 1} if what == "replace" else {}
     if what == "scores":
-        from tempering.training.recorder import Recorder
+        from tempering.training.run_records import Recorder
 
         epoch = Recorder.epoch
         Recorder.epoch = lambda self, line: (epoch(self, line), kill())[0]

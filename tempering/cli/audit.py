@@ -325,7 +325,7 @@ class _AuditRecord:
         self, kind: str, audit: Audit, student: nn.Module, teacher: nn.Module | None, data: Any
     ) -> list[dict[str, Any]]:
         """Return the recorded findings if the settings are equal; otherwise run the audit and record its findings."""
-        from tempering.training.recorder import surroundings
+        from tempering.training.run_records import surroundings
         from tempering.utils.files import sealed, write_atomic
 
         settings = json.loads(json.dumps(_plain(vars(audit)), default=dataclasses.asdict))

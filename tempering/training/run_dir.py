@@ -23,8 +23,8 @@ from tempering.teachers.base import Teacher, fingerprint
 from tempering.training import checkpoint
 from tempering.training.config import Run, TrainConfig, TrainState
 from tempering.training.distributed import all_gather_objects
-from tempering.training.recorder import read_facts, surroundings
 from tempering.training.resumable_loader import loader_settings, settings_of
+from tempering.training.run_records import read_facts, surroundings
 from tempering.utils.files import damaged_files, folder_path, read_json_lines, try_lock, verify_records
 from tempering.utils.tensors import batch_digests, read_weights
 

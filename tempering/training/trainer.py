@@ -44,7 +44,6 @@ from tempering.training.optimizers import (
     optimizer_without_decay,
     updating,
 )
-from tempering.training.recorder import Recorder
 from tempering.training.resumable_loader import EMPTY, ResumableLoader, micro_batches, reseed
 from tempering.training.run_dir import (
     WEIGHT_FILES,
@@ -56,6 +55,7 @@ from tempering.training.run_dir import (
     run_key,
     run_metadata,
 )
+from tempering.training.run_records import Recorder
 from tempering.training.selfcheck import (
     Checked,
     batch_of_one,
