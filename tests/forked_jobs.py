@@ -53,11 +53,10 @@ def run_command(command: Sequence[str], env: Mapping[str, str], log: str) -> Non
     """What ``python -m MODULE ARGUMENTS`` does, for the two modules that jobs are."""
     module, *words = command
     os.environ.update(env)
-    with open(log, "a") as sys.stdout:
-        sys.stderr = sys.stdout
-        sys.argv = [module, *words]
-        main: Any = importlib.import_module("tempering.cli.main" if module == "tempering" else module).main
-        sys.exit(main(words))
+    sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115  open to the end, for a traceback
+    sys.argv = [module, *words]
+    main: Any = importlib.import_module("tempering.cli.main" if module == "tempering" else module).main
+    sys.exit(main(words))
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:

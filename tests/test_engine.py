@@ -485,7 +485,9 @@ def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError) as caught:
         go(batches, steps=8, out=tmp_path, checkpoint_every=2)
     said = str(caught.value)
-    assert said.startswith("the loss is nan at step 6: the student and the teacher's logits hold NaN or infinity; ")
+    assert said.startswith(
+        "the loss is nan at step 6: the student and the teacher's logits hold NaN or infinity, and so do the inputs of "
+    )
     assert "Try a lower learning rate, max_grad_norm=1.0, or precision='32-true'." in said
     assert said.endswith(f"The last checkpoint under {tmp_path} is from before.")
     facts = json.loads((tmp_path / "facts.json").read_text())

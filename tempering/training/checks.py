@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from tempering.rows import Rows, total
 from tempering.teachers.base import Teacher
-from tempering.utils.state import frozen_by_teacher
+from tempering.utils.state import frozen_by_teachers
 from tempering.utils.tensors import overlap
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def check_models_are_distinct(student: nn.Module, teacher: nn.Module | Teacher |
             requires grad.
     """
     _check_initialized("student", student)
-    frozen = [name for name, p in student.named_parameters() if frozen_by_teacher(p)]
+    frozen = frozen_by_teachers(student)
     models = teacher.models if isinstance(teacher, Teacher) else (teacher,)
     for model in (model for model in models if isinstance(model, nn.Module)):
         _check_initialized("teacher", model)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import nn
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # attribute, package of the wrapper
 WRAPPERS = (("_orig_mod", "torch._dynamo"), ("module", "torch.nn.parallel"), ("_original_module", "lightning_fabric"))
 
-_FROZEN: MutableMapping[Tensor, None] = WeakTensorKeyDictionary()  # parameters that a teacher has frozen
+# names of the parameters that a teacher has frozen; a parameter with a weak reference cannot be moved by swapping
+_FROZEN: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 class ModelState:
@@ -30,21 +31,22 @@ class ModelState:
         self.hooks = [(module, name, frozenset(getattr(module, name))) for module in modules for name in HOOKS]
 
     def freeze(self) -> None:
-        """Freeze the parameters; ``frozen_by_teacher`` tells those that required grad before, until ``restore``."""
-        for p, requires_grad in self.requires_grad:
+        """Freeze the parameters; ``frozen_by_teachers`` tells those that required grad before, until ``restore``."""
+        required = {id(p) for p, requires_grad in self.requires_grad if requires_grad}
+        for module in self.modes:
+            if names := {name for name, p in module._parameters.items() if id(p) in required}:
+                _FROZEN[module] = names
+        for p, _ in self.requires_grad:
             p.requires_grad_(False)
-            if requires_grad:
-                _FROZEN[p] = None
 
     def restore(self, *, hooks: bool = True) -> None:
         """Give the models back as they were; hooks that were registered since are removed, unless ``hooks=False``."""
         for module, training in self.modes.items():
+            _FROZEN.pop(module, None)
             module.training = training
         for p, requires_grad in self.requires_grad:
             if p.requires_grad != requires_grad:  # a lazy parameter cannot be set at all
                 p.requires_grad_(requires_grad)
-            if requires_grad:
-                _FROZEN.pop(p, None)
         for module, name, before in self.hooks if hooks else ():
             if not hasattr(type(module), "_get_fsdp_state"):  # a sharded module cannot run without its hooks
                 registered: dict[int, Any] = getattr(module, name)
@@ -64,9 +66,10 @@ class ModelState:
                 module.training = module.training and training
 
 
-def frozen_by_teacher(p: nn.Parameter) -> bool:
-    """Whether a parameter does not require grad because a teacher has frozen it, not its user."""
-    return not p.requires_grad and p in _FROZEN
+def frozen_by_teachers(model: nn.Module) -> list[str]:
+    """Return the parameters that do not require grad because a teacher has frozen them, not their user."""
+    frozen = {id(module._parameters.get(name)) for module, names in _FROZEN.items() for name in names}
+    return [name for name, p in model.named_parameters() if not p.requires_grad and id(p) in frozen]
 
 
 @contextmanager
