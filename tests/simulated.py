@@ -185,7 +185,7 @@ def trained(name: str, options: dict[str, Any]) -> tuple[list[Tensor], list[Coun
     return losses, marks, run
 
 
-def both(make: Callable[[], dict[str, Any]], steps: int = 4, rtol: float = 1e-4) -> Reads:
+def both(make: Callable[[], dict[str, Any]], steps: int = 5, rtol: float = 1e-4) -> Reads:
     """Train on both devices, and compare losses, scores and weights; the reads per step, where nothing is logged."""
     results = []
     per_step: Counter[str] = Counter()
@@ -207,7 +207,7 @@ def both(make: Callable[[], dict[str, Any]], steps: int = 4, rtol: float = 1e-4)
     return {place: count / (steps - 3) for place, count in sorted(per_step.items())}
 
 
-def images(n: int = 4, rows: int = 8) -> tuple[nn.Module, list[Any]]:
+def images(n: int = 5, rows: int = 8) -> tuple[nn.Module, list[Any]]:
     teacher = nn.Linear(6, 5)
     batches = [torch.randn(rows, 6) for _ in range(n)]
     with torch.no_grad():
@@ -229,13 +229,15 @@ def classified(method: Method, **options: Any) -> dict[str, Any]:
 def classification() -> dict[str, Reads]:
     names = ("Supervised", "KD", "DKD", "DTKD", "DIST", "LSKD", "NKD")
     found = {name: both(lambda name=name: classified(getattr(methods, name)())) for name in names}
-    found["accumulated"] = both(lambda: classified(KD(), accumulate=2, steps=4, epochs=None, max_grad_norm=1.0))
+    found["accumulated"] = both(
+        lambda: classified(KD(), accumulate=2, steps=4, epochs=None, max_grad_norm=1.0), steps=4
+    )
     with tempfile.TemporaryDirectory() as folder:
         found["records"] = both(lambda: classified(DTKD(), out=Path(folder, str(len(list(Path(folder).iterdir()))))))
     return found
 
 
-def tokens(n: int = 4, **options: Any) -> list[Any]:
+def tokens(n: int = 5, **options: Any) -> list[Any]:
     """Batches of texts of unequal lengths."""
     from tempering.data.text import collate
 
@@ -263,13 +265,13 @@ class Embedded(nn.Module):
 def language() -> dict[str, Reads]:
     from tempering.data.text import pack
 
-    packed = [*pack(texts(), 32, pad=PAD)] * 4
+    packed = [*pack(texts(), 32, pad=PAD)] * 5
     return {
         "padded": both(written),
         "a model of its own": both(lambda: written(student=Embedded(8), teacher=Embedded(12))),
         "left": both(lambda: written(batches=tokens(side="left"), teacher=gpt2(12, 1).float())),
         "packed": both(lambda: written(batches=packed)),
-        "accumulated": both(lambda: written(accumulate=2, steps=4)),
+        "accumulated": both(lambda: written(accumulate=2, steps=4), steps=4),
         "top-k": both(lambda: written(teacher=TopKTeacher(Live(llama(12, 1).float()), top=5))),
         "encoder-decoder": both(translated, rtol=1e-3),
         "other tokenizer": both(aligned),
@@ -279,7 +281,7 @@ def language() -> dict[str, Reads]:
 def translated() -> dict[str, Any]:
     from tempering.data.pairs import Pairs
 
-    data = Pairs(test_seq2seq.pairs() * 4, batch_size=4)
+    data = Pairs(test_seq2seq.pairs() * 5, batch_size=4)
     student, teacher = test_seq2seq.t5(8, 0).float(), test_seq2seq.t5(16, 1).float()
     return written(student=student, teacher=teacher, task=Seq2Seq(), batches=data, test=data)
 
@@ -289,7 +291,7 @@ def aligned() -> dict[str, Any]:
     shared = shared_tokens(test_aligned.letters(bos=True), test_aligned.words(bos=True))
     task = tasks.CrossTokenizer(shared=shared)
     student, teacher = (model.float() for model in test_aligned.models())
-    batches = [collate_spans(made[:4], pad=(256, test_aligned.END))] * 4
+    batches = [collate_spans(made[:4], pad=(256, test_aligned.END))] * 5
     method = methods.HybridULD(matched=task.matched)
     return written(student=student, teacher=teacher, task=task, batches=batches, test=batches[:1], method=method)
 
@@ -315,7 +317,7 @@ def generation() -> dict[str, Reads]:
 
 def detection() -> dict[str, Reads]:
     def made(kind: str) -> dict[str, Any]:
-        data = synthetic_shapes(size=32, train=16, test=4, batch_size=4)
+        data = synthetic_shapes(size=32, train=20, test=4, batch_size=4)
         student, teacher = (detection_runs.net(seed=i, bins=5, norm="group") for i in (1, 2))
         task = Detection(keep=20, class_rows=kind != "inconsistent")
         how = {"batches": data.train, "test": data.test, "optimizer": partial(torch.optim.SGD, lr=1e-3)}
@@ -436,7 +438,7 @@ def trained_by(train: Callable[..., None]) -> Reads:
                 assert all(p.device.type == where for p in student.parameters()), "it ran elsewhere"
                 marks.append(Counter(reads))
 
-            train(where, student, teacher, tokens(5), mark)
+            train(where, student, teacher, tokens(), mark)
         found = marks[3] - marks[2]
         results.append([raw(p.detach()) for p in student.parameters()])
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
