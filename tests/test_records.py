@@ -15,7 +15,7 @@ import tempering as kd
 from tempering.cli.main import main
 from tempering.reports.records import load_run, pack, without_private
 from tempering.training import checkpoint
-from tempering.training import recorder as records
+from tempering.training import run_records as records
 from tempering.training.run_records import Recorder, surroundings
 from tempering.utils.files import read_json_lines, write_atomic
 from tests.cases import each

@@ -32,21 +32,25 @@ class ModelState:
 
     def freeze(self) -> None:
         """Freeze the parameters; ``frozen_by_teachers`` tells those that required grad before, until ``restore``."""
-        required = {id(p) for p, requires_grad in self.requires_grad if requires_grad}
-        for module in self.modes:
-            if names := {name for name, p in module._parameters.items() if id(p) in required}:
-                _FROZEN[module] = names
+        _FROZEN.update(self._requiring_grad())
         for p, _ in self.requires_grad:
             p.requires_grad_(False)
+
+    def _requiring_grad(self) -> dict[nn.Module, set[str]]:
+        """Return the names of the parameters that required grad, by module."""
+        required = {id(p) for p, requires_grad in self.requires_grad if requires_grad}
+        named = ((module, {n for n, p in module._parameters.items() if id(p) in required}) for module in self.modes)
+        return {module: names for module, names in named if names}
 
     def restore(self, *, hooks: bool = True) -> None:
         """Give the models back as they were; hooks that were registered since are removed, unless ``hooks=False``."""
         for module, training in self.modes.items():
-            _FROZEN.pop(module, None)
             module.training = training
         for p, requires_grad in self.requires_grad:
             if p.requires_grad != requires_grad:  # a lazy parameter cannot be set at all
                 p.requires_grad_(requires_grad)
+        for module in self._requiring_grad():
+            _FROZEN.pop(module, None)
         for module, name, before in self.hooks if hooks else ():
             if not hasattr(type(module), "_get_fsdp_state"):  # a sharded module cannot run without its hooks
                 registered: dict[int, Any] = getattr(module, name)
