@@ -82,8 +82,8 @@ def methods() -> dict[str, Loss]:
     """Every method of rows of logits or of feature maps."""
     found: dict[str, Loss] = {}
     for name, kind in METHODS.items():
-        # they run the models; it has no teacher; its rows are numbers
-        if issubclass(kind, StepMethod) or name in ("Supervised", "RegressionKD"):
+        # they run the models; it has no teacher; its rows are numbers; it matches queries, not maps
+        if issubclass(kind, StepMethod) or name in ("Supervised", "RegressionKD", "QueryKD"):
             continue
         method = kind.example()
         own: dict[str, Any] = {"batch_dependent": method.is_batch_dependent(), "divergence": method.zero_when_equal}
