@@ -247,7 +247,7 @@ class WebShards:
 
     def samples(self, part: int, parts: int, order: tuple[int, int] | None) -> Iterator[Sample]:
         """Iterate over the samples of this part of the shards."""
-        from webdataset import WebDataset  # pyright: ignore[reportMissingImports]
+        from webdataset import WebDataset  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
         urls, drawn = list(self.urls), random.Random(repr(order))
         if order is not None:
