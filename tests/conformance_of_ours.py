@@ -27,6 +27,8 @@ from tempering.teachers.outputs import Sparse, to_top_k_plus_tail
 from tempering.teachers.selection import count_samples
 from tests.contract import block, copied
 
+# it has no teacher; its rows are numbers; it matches queries, not maps
+OTHERS = ("Supervised", "RegressionKD", "QueryKD")
 Loss = tuple[Callable[..., Any], Kind, Promises]
 
 ROWS = Promises(reduction="mean", ignored_rows=True, low_precision=True, masked_classes=True, shift_invariant=True)
@@ -82,8 +84,7 @@ def methods() -> dict[str, Loss]:
     """Every method of rows of logits or of feature maps."""
     found: dict[str, Loss] = {}
     for name, kind in METHODS.items():
-        # they run the models; it has no teacher; its rows are numbers; it matches queries, not maps
-        if issubclass(kind, StepMethod) or name in ("Supervised", "RegressionKD", "QueryKD"):
+        if issubclass(kind, StepMethod) or name in OTHERS:  # the first run the models
             continue
         method = kind.example()
         own: dict[str, Any] = {"batch_dependent": method.is_batch_dependent(), "divergence": method.zero_when_equal}
