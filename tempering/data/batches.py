@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from tempering.data.protocols import SplittableLoader
 
 Batch = tuple[Tensor, Tensor, Tensor]
+BatchT = TypeVar("BatchT")
 LoaderT = TypeVar("LoaderT", bound="SplittableLoader[Any]")
 
 
@@ -209,7 +211,30 @@ class ShardedLoader:
         return result
 
 
-class ImageLoader(ShardedLoader):
+class EpochLoader(ShardedLoader, ABC, Generic[BatchT]):
+    """Base of loaders of images, whose epoch can be iterated over from any batch on."""
+
+    epoch: int
+
+    def set_epoch(self, epoch: int) -> None:
+        """Select the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[BatchT]:
+        return self.iterate(0)
+
+    def iterate(self, start: int = 0) -> Iterator[BatchT]:
+        """Iterate over the epoch from batch ``start``; the pixels equal those of an iteration from 0."""
+        if start < 0:
+            raise ValueError(f"iterate() needs start >= 0; got {start}.")
+        return self._iterate_epoch(start, self.epoch)
+
+    @abstractmethod
+    def _iterate_epoch(self, start: int, epoch: int) -> Iterator[BatchT]:
+        """Iterate over an epoch from batch ``start``."""
+
+
+class ImageLoader(EpochLoader[Batch]):
     """Base of loaders of images with one label each: order, views, ids and splits; subclasses have the pixels.
 
     A subclass keeps its options of augmentation as attributes, with the values that turn them off in ``CLEAN``, and
@@ -298,19 +323,6 @@ class ImageLoader(ShardedLoader):
     def __len__(self) -> int:
         return self.size // self.batch_size if self.drop_last else self._num_batches(self.size)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Select the epoch of the next iteration."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.iterate(0)
-
-    def iterate(self, start: int = 0) -> Iterator[Batch]:
-        """Iterate over the epoch from batch ``start``; the pixels equal those of an iteration from 0."""
-        if start < 0:
-            raise ValueError(f"iterate() needs start >= 0; got {start}.")
-        return self._iterate_epoch(start, self.epoch)
-
     def _iterate_epoch(self, start: int, epoch: int) -> Iterator[Batch]:
         for index, bits, ids in self._plan(start, epoch, self.labels.device):
             yield self._inputs(index, bits), self.labels[index], ids
@@ -347,8 +359,9 @@ class ImageLoader(ShardedLoader):
     def _random_bits(self, view: int) -> Int[Tensor, " N"]:
         return random_bits(self.size, self.seed, "augment", view)
 
+    @abstractmethod
     def _inputs(self, index: Tensor, bits: Tensor | None) -> Float[Tensor, "B C H W"]:
-        raise NotImplementedError
+        """Return normalized images, with random bits of their augmentation."""
 
     def _normalized(self, pixels: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         return normalized(pixels, *self._scale, channels_last=self.channels_last)
@@ -386,8 +399,9 @@ class ImageLoader(ShardedLoader):
     def _labels(self) -> np.ndarray:
         return self.labels.cpu().numpy()
 
+    @abstractmethod
     def _select(self, index: np.ndarray) -> Self:
-        raise NotImplementedError
+        """Return a loader of these images, in their stored order."""
 
 
 class Batches(ImageLoader):

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from tempering.data.batches import ShardedLoader, check_held_out, epoch_order, random_bits
+from tempering.data.batches import EpochLoader, check_held_out, epoch_order, random_bits
 from tempering.utils.tensors import to_device
 
 Target = dict[str, Any]
@@ -20,7 +20,7 @@ Target = dict[str, Any]
 Augment = Callable[[Tensor, Target, torch.Generator, float], tuple[Tensor, Target]]
 
 
-class DetectionLoader(ShardedLoader):
+class DetectionLoader(EpochLoader[dict[str, Any]]):
     """Load {"images" (B, 3, H, W) float32 in [0, 1], "targets" [{"boxes" (M, 4), "labels" (M,)}], "ids" (B,)}.
 
     Boxes are xyxy in pixels; an image may have none. Order and augmentation of an epoch depend on (seed, epoch, sample)
@@ -199,19 +199,6 @@ class DetectionLoader(ShardedLoader):
 
     def __len__(self) -> int:
         return self._num_batches(self.size)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Select the epoch of the next iteration."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self.iterate(0)
-
-    def iterate(self, start: int = 0) -> Iterator[dict[str, Any]]:
-        """Iterate over the epoch from batch ``start``; the pixels equal those of an iteration from 0."""
-        if start < 0:
-            raise ValueError(f"iterate() needs start >= 0; got {start}.")
-        return self._iterate_epoch(start, self.epoch)
 
     def _iterate_epoch(self, start: int, epoch: int) -> Iterator[dict[str, Any]]:
         order = self._order(self.size, epoch)

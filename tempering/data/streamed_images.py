@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from tempering.data.batches import ShardedLoader, Splits, check_statistics, normalized, random_bits, statistics_on
+from tempering.data.batches import EpochLoader, Splits, check_statistics, normalized, random_bits, statistics_on
 from tempering.data.decoding import RATIO, Decoding
 from tempering.data.folders import MEAN, STD
 from tempering.data.lazy_images import (
@@ -52,7 +52,7 @@ class SampleStream(Protocol):
         ...
 
 
-class StreamedImages(ShardedLoader):
+class StreamedImages(EpochLoader[tuple[Tensor, Tensor]]):
     """Load batches of (inputs (B, 3, size, size) float32 normalized, labels (B,)) from a stream, decoded by workers.
 
     An epoch of training has length // batch_size batches of full size. Each worker of each rank reads its own shards,
@@ -150,10 +150,6 @@ class StreamedImages(ShardedLoader):
             raise TypeError(f"{self.name}: the number of batches of a stream that is read once is not known.")
         return self.length // self.batch_size
 
-    def set_epoch(self, epoch: int) -> None:
-        """Select the epoch of the next iteration."""
-        self.epoch = epoch
-
     def shard(self, rank: int, world: int) -> Self:
         """Return a loader of this rank's part of every batch, from its own shards.
 
@@ -171,16 +167,7 @@ class StreamedImages(ShardedLoader):
         """Return a loader of the same data that normalizes on ``device``."""
         return self._replace(device=torch.device(device))
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.iterate(0)
-
-    def iterate(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over the epoch from batch ``start``; batches equal those of an iteration from 0."""
-        if start < 0:
-            raise ValueError(f"iterate() needs start >= 0; got {start}.")
-        return self._iterate(start, self.epoch)
-
-    def _iterate(self, start: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _iterate_epoch(self, start: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         turns = max(1, self.workers)
         reader, lost = _Epoch(self, epoch, first=start // turns), Lost(self.on_error)
         mean, std = statistics_on(self.device, self.mean, self.std)

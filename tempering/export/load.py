@@ -56,11 +56,12 @@ def read_config(run: str | Path) -> dict[str, Any]:
     """
     run = Path(run)
     names = () if run.is_file() else (HUB_CONFIG, CONFIG)
-    path = next((run / name for name in names if "network" in read_json(run / name)), None)
+    found = {run / name: read_json(run / name) for name in names}
+    path = next((path for path, config in found.items() if "network" in config), None)
     weights = run if run.is_file() else run / (HUB_WEIGHTS if path == run / HUB_CONFIG else WEIGHTS)
     stored = _metadata(weights)
     if path is not None:
-        config = read_json(path)
+        config = found[path]
         if stored is not None and (other := _difference(config, stored)) is not None:
             raise ValueError(
                 f"{path} is not as it was written: {other!r} differs from the metadata of {weights.name}. Restore one "

@@ -88,8 +88,10 @@ def match_costs(q: Tensor, t_boxes: Tensor, p: Tensor, s_boxes: Tensor) -> Tenso
     return cost + MATCH_COSTS["giou"] * (1.0 - giou(corners, others))
 
 
-def match_one_to_one(cost: Tensor) -> Tensor:
-    """Return the column of each row, (K,), of the smallest total of costs (K, Q), by the Hungarian algorithm; K <= Q.
+def match_one_to_one(costs: Tensor) -> Tensor:
+    """Return the column of each row, (N, K), of the smallest totals of costs (N, K, Q), by the Hungarian algorithm.
+
+    K <= Q. The host reads the costs once.
 
     Raises:
         ImportError: without scipy.
@@ -98,5 +100,5 @@ def match_one_to_one(cost: Tensor) -> Tensor:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise ImportError("queries are matched by scipy: pip install 'tempering[detection]'") from error
-    _, columns = linear_sum_assignment(torch.nan_to_num(cost, nan=1e6, posinf=1e6).cpu().numpy())
-    return torch.from_numpy(columns)
+    found = torch.nan_to_num(costs.cpu(), nan=1e6, posinf=1e6).numpy()
+    return torch.stack([torch.from_numpy(linear_sum_assignment(one)[1]) for one in found]).to(costs.device)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tempering.rollouts.engines import GenerationRequest
+from tempering.utils.device import is_distributed
 
 
 class _Ahead(NamedTuple):
@@ -38,8 +39,7 @@ def generate_ahead(rollouts: Any, batches: Iterator[tuple[int, Any]], start: int
     """
     engine = rollouts.engine
     assert engine is not None
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    several = several and torch.distributed.get_world_size() > 1
+    several = is_distributed() and torch.distributed.get_world_size() > 1
     waiting: deque[_Ahead] = deque()
     pushed: Future[Any] | None = None
     pool = ThreadPoolExecutor(1, thread_name_prefix="rollouts")

@@ -331,6 +331,18 @@ class OnPolicy:
         return int.from_bytes(digest[:6], "little")
 
 
+def model_of(teacher: Any, owner: str) -> nn.Module:
+    """Return a teacher's model, or the model that was given.
+
+    Raises:
+        TypeError: for a teacher without one; names the class ``owner``.
+    """
+    model = teacher if isinstance(teacher, nn.Module) else getattr(teacher, "model", None)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{owner} needs a teacher with a model; got {type(teacher).__name__}, which has none.")
+    return model
+
+
 def without_mean_of_others(rewards: Tensor, n: int) -> Tensor:
     """Return rewards, (B,), less the mean of the n - 1 others of the same prompt, which leaves gradients unbiased.
 

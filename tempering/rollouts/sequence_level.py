@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from typing import Any, Unpack
 
 import torch
-from torch import nn
 
 from tempering.rollouts.generation_config import Sampling
-from tempering.rollouts.on_policy import GenerationOptions, OnPolicy
+from tempering.rollouts.on_policy import GenerationOptions, OnPolicy, model_of
 from tempering.rows import IGNORE_INDEX
 
 
@@ -36,11 +35,7 @@ class SequenceLevel(OnPolicy):
     def __init__(
         self, teacher: Any, batches: Iterable[Any], *, sampling: Any = None, **options: Unpack[GenerationOptions]
     ) -> None:
-        model = teacher if isinstance(teacher, nn.Module) else getattr(teacher, "model", None)
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"SequenceLevel needs a teacher with a model; got {type(teacher).__name__}, which has none."
-            )
+        model = model_of(teacher, "SequenceLevel")
         sampling = sampling or Sampling(temperature=0.0)
         super().__init__(model, batches, sampling=sampling, **{"generated_fraction": 1.0, **options})
 

@@ -23,6 +23,7 @@ from tempering.rollouts.engines import Completion, Prompts, RolloutEngine
 from tempering.rollouts.generation_config import Sampling
 from tempering.rollouts.sampling import generate, vocabulary_size
 from tempering.teachers.remote.http import Endpoint, RequestOptions
+from tempering.utils.device import is_distributed
 from tempering.utils.tensors import eval_mode
 
 Api = Literal["vllm", "sglang"]
@@ -403,13 +404,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _rank() -> int:
-    return torch.distributed.get_rank() if _several() else 0
+    return torch.distributed.get_rank() if is_distributed() else 0
 
 
 def _barrier() -> None:
-    if _several():
+    if is_distributed():
         torch.distributed.barrier()
-
-
-def _several() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 from torch import nn
 
 from tempering.rollouts.generation_config import Sampling, as_sampling
-from tempering.rollouts.on_policy import GenerationOptions, OnPolicy
+from tempering.rollouts.on_policy import GenerationOptions, OnPolicy, model_of
 
 
 class Speculative(OnPolicy):
@@ -78,9 +78,7 @@ class Speculative(OnPolicy):
             )
         if first != last and not epochs:
             raise ValueError(f"Speculative needs epochs= for a top_k that changes, {top_k}: the epochs of the run.")
-        model = teacher if isinstance(teacher, nn.Module) else getattr(teacher, "model", None)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"Speculative needs a teacher with a model; got {type(teacher).__name__}, which has none.")
+        model = model_of(teacher, "Speculative")
         self.teacher, self.block, self.reuse, self.nucleus = model, block, reuse, nucleus
         self.first_top_k, self.last_top_k, self.epochs = first, last, epochs or 1
         self.ranked, self.expected_length = top_k is not None, expected_length

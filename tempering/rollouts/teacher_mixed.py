@@ -7,7 +7,7 @@ from typing import Any, Unpack
 
 from torch import nn
 
-from tempering.rollouts.on_policy import GenerationOptions, OnPolicy
+from tempering.rollouts.on_policy import GenerationOptions, OnPolicy, model_of
 
 
 class TeacherMixed(OnPolicy):
@@ -45,10 +45,7 @@ class TeacherMixed(OnPolicy):
         super().__init__(student, batches, sampling=sampling, **{"generated_fraction": 1.0, **options})
         if not 0.0 <= alpha < 1.0 or (self.sampling is not None and self.sampling.temperature == 0.0):
             raise ValueError(f"TeacherMixed needs alpha in [0, 1) and sampling that is not greedy; got {alpha}.")
-        model = teacher if isinstance(teacher, nn.Module) else getattr(teacher, "model", None)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"TeacherMixed needs a teacher with a model; got {type(teacher).__name__}, which has none.")
-        self.teacher, self.alpha = model, alpha
+        self.teacher, self.alpha = model_of(teacher, "TeacherMixed"), alpha
 
     def generate(self, batch: Any, seed: int) -> dict[str, Any]:
         """Return the batch with completions sampled from the mixture."""

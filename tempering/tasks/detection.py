@@ -346,5 +346,4 @@ def _match_queries(s: Detected, t: Detected, t_index: Tensor, size: Sequence[int
     """Match the student's queries one to one to the teacher's ``t_index`` (B, k), by ``match_costs``."""
     scale = numbers_on([size[1], size[0]] * 2, t.boxes)
     boxes, theirs = (centered(side.boxes) / scale for side in (s, t))
-    costs = match_costs(_gather(t.foreground, t_index), _gather(theirs, t_index), s.foreground, boxes)
-    return torch.stack([match_one_to_one(cost) for cost in costs.cpu()]).to(t_index.device)
+    return match_one_to_one(match_costs(_gather(t.foreground, t_index), _gather(theirs, t_index), s.foreground, boxes))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tempering.methods.base import Method
 from tempering.rows import upcast_to_float32
 from tempering.training.config import SelfCheckError
+from tempering.utils.device import is_distributed
 from tempering.utils.files import BATCH_SIGNALS, forget_interrupts, raise_lost_interrupt
 
 if TYPE_CHECKING:
@@ -195,8 +196,7 @@ _TOGETHER: ContextVar[bool] = ContextVar("together", default=False)
 
 def world_size() -> int:
     """Return the number of processes of the process group; 1 where there is none."""
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if is_distributed else 1
+    return torch.distributed.get_world_size() if is_distributed() else 1
 
 
 def is_first_process() -> bool:

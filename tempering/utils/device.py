@@ -19,6 +19,11 @@ def synchronize(device: torch.device) -> None:
         module.synchronize(*() if device.type == "mps" else (device,))
 
 
+def is_distributed() -> bool:
+    """Return whether this process belongs to a process group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def has_native_bf16(device: torch.device | str) -> bool:
     """Return whether a device computes in bf16; False if it emulates bf16 by upcasting and rounding.
 

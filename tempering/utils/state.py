@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from tempering.utils.device import is_distributed
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # attribute, package of the wrapper
 WRAPPERS = (("_orig_mod", "torch._dynamo"), ("module", "torch.nn.parallel"), ("_original_module", "lightning_fabric"))
@@ -137,7 +139,7 @@ def borrowed(*models: nn.Module | object | None) -> Iterator[None]:
     finally:
         state.restore()
         set_random_state(numbers)
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not is_distributed():
             for name in set(os.environ) - set(environment):
                 del os.environ[name]
             os.environ.update(environment)

@@ -150,5 +150,4 @@ def _take(x: Float[Tensor, "N Q C"], index: Int[Tensor, "N K"]) -> Float[Tensor,
 @torch.no_grad()
 def _matched(p: Tensor, s_boxes: Tensor, q: Tensor, t_boxes: Tensor) -> Int[Tensor, "N K"]:
     """Return the student's query of each of the teacher's K: class probabilities and boxes are (N, Q, C), (N, Q, 4)."""
-    distance = match_costs(q, t_boxes, p, s_boxes).cpu()
-    return torch.stack([match_one_to_one(one) for one in distance]).to(p.device)
+    return match_one_to_one(match_costs(q, t_boxes, p, s_boxes))

@@ -54,16 +54,26 @@ def reverse_kl_at_1(rows: Rows) -> Float[Tensor, " N"]:
     return objectives.reverse_kl(rows, Temperatures(one, one, one))
 
 
-def reference_kl(rows: Rows, owner: str) -> Float[Tensor, " N"]:
-    """Return KL(student || reference) at temperature 1, (N,).
+def clipped_gain(ratio: Float[Tensor, " N"], gain: Float[Tensor, " N"], clip: float) -> Float[Tensor, " N"]:
+    """Return -ratio * gain, (N,), with the ratio kept from leaving [1 - clip, 1 + clip] in its favor; 0 never clips."""
+    term = -ratio * gain
+    return torch.maximum(term, -ratio.clamp(1.0 - clip, 1.0 + clip) * gain) if clip else term
+
+
+def reference_term(rows: Rows, weight: float, owner: str) -> dict[str, Float[Tensor, " N"]]:
+    """Return the term "reference", weight * KL(student || reference) at temperature 1, (N,).
+
+    {} for a weight of 0, and for rows of data without reference.
 
     Raises:
-        ValueError: for rows without reference; names the method.
+        ValueError: for sampled rows without reference; names the method.
     """
+    if not weight or (rows.reference is None and rows.sampled_id is None):
+        return {}
     if rows.reference is None:
         raise ValueError(
-            f"{owner} needs the logits of a reference model, such as the initial student. Give the run "
-            "teacher=teachers.WithReference(teacher, copy.deepcopy(student)); of a PEFT student the reference is "
-            "teachers.SelfTeacher(adapters=False)."
+            f"{owner}(reference={weight:g}) needs the logits of a reference model, such as the initial student. Give "
+            "the run teacher=teachers.WithReference(teacher, copy.deepcopy(student)); of a PEFT student the reference "
+            "is teachers.SelfTeacher(adapters=False)."
         )
-    return reverse_kl_at_1(rows.replace(teacher=rows.reference, reference=None))
+    return {"reference": weight * reverse_kl_at_1(rows.replace(teacher=rows.reference, reference=None))}

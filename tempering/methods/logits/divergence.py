@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tempering import objectives
 from tempering.methods.base import Method, check_policy, linear_warmup
-from tempering.methods.logits._sampled import reference_kl
+from tempering.methods.logits._sampled import reference_term
 from tempering.objectives import check_skew
 from tempering.rows import Rows
 from tempering.temperature.base import PolicyLike
@@ -81,6 +81,4 @@ class Divergence(Method):
         compared = objectives.on_student_top_k(rows, T, self.student_top) if self.student_top else (rows, T)
         value = getattr(objectives, self.objective)(*compared, **parameters.get(self.objective, {}))
         terms = {"soft": self.soft * linear_warmup(progress, self.warmup) * value}
-        if self.reference and (rows.reference is not None or rows.sampled_id is not None):
-            terms["reference"] = self.reference * reference_kl(rows, f"Divergence(reference={self.reference:g})")
-        return self.with_hard(terms, rows)
+        return self.with_hard(terms | reference_term(rows, self.reference, "Divergence"), rows)

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from tempering.methods.base import Method
-from tempering.methods.logits._sampled import reverse_kl_at_1, rollout_log_prob, sampled_log_prob, sum_of_rest
+from tempering.methods.logits._sampled import (
+    clipped_gain,
+    reverse_kl_at_1,
+    rollout_log_prob,
+    sampled_log_prob,
+    sum_of_rest,
+)
 from tempering.rows import Rows
 from tempering.utils.search_space import NonNegative, TermWeight
 
@@ -79,8 +85,5 @@ class MiniLLM(Method):
             if self.length_normalization:
                 count = sum_of_rest(rows, torch.ones_like(gain), 1.0, "MiniLLM") - 1.0
                 rest = torch.where(count > 0.5, rest / count.clamp_min(1.0), 0.0)
-            term = -ratio * rest
-            if self.clip:
-                term = torch.maximum(term, -ratio.clamp(1.0 - self.clip, 1.0 + self.clip) * rest)
-            terms["future"] = self.future * term
+            terms["future"] = self.future * clipped_gain(ratio, rest, self.clip)
         return self.with_hard(terms, rows)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tempering.methods.base import Method
 from tempering.methods.logits._sampled import (
-    reference_kl,
+    clipped_gain,
+    reference_term,
     reverse_kl_at_1,
     rollout_log_prob,
     sampled_log_prob,
@@ -89,9 +89,7 @@ class PolicyGradient(Method):
 
     def forward(self, rows: Rows, progress: float) -> dict[str, Tensor]:
         terms = {"soft": self.soft * reverse_kl_at_1(rows) if rows.sampled_id is None else self._sampled(rows)}
-        if self.reference and (rows.reference is not None or rows.sampled_id is not None):
-            terms["reference"] = self.reference * reference_kl(rows, f"PolicyGradient(reference={self.reference:g})")
-        return self.with_hard(terms, rows)
+        return self.with_hard(terms | reference_term(rows, self.reference, "PolicyGradient"), rows)
 
     def _sampled(self, rows: Rows) -> Float[Tensor, " N"]:
         assert rows.sampled_id is not None
@@ -113,7 +111,4 @@ class PolicyGradient(Method):
         ratio = (q - sampled_from).exp()
         if self.truncate:
             ratio = ratio * (self.truncate / ratio.detach()).clamp_max(1.0)
-        term = -ratio * advantage
-        if self.clip:
-            term = torch.maximum(term, -ratio.clamp(1.0 - self.clip, 1.0 + self.clip) * advantage)
-        return term
+        return clipped_gain(ratio, advantage, self.clip)
